@@ -1,0 +1,160 @@
+"""The command line: options, then commands, then console. Nothing else happens here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from quantcli import __version__
+from quantcli.errors import Exit, InputError, QuantError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Quantize Hugging Face safetensors checkpoints for serving engines.",
+    epilog="Exit codes: 0 done, 1 the answer is no, 2 fix your input, 3 fix your machine, "
+    "70 our bug, 130 interrupted.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the tool itself."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
+    tensors: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
+    ] = None,
+    support: Annotated[bool, typer.Option(help="Show schemes x targets instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: folded layers, dtypes, sizes, what is suspicious. Reads headers only.
+
+    Exits 1 when something is suspicious: a missing shard, an index that disagrees.
+    """
+    from quantcli import commands, console
+
+    out = console.Output(as_json=as_json)
+    if support:
+        if model is not None or tensors is not None:
+            raise InputError("--support takes no model and no --tensors")
+        cells = commands.support()
+        out.document(cells) if as_json else console.show_support(out, cells)
+        return
+    if model is None:
+        raise InputError("no model to inspect", fix="quantcli inspect MODEL")
+    account = commands.inspect(model, tensors)
+    out.document(account) if as_json else console.show_inspection(out, account)
+    if account["problems"]:
+        raise typer.Exit(Exit.ANSWER_NO)
+
+
+@app.command()
+def quantize(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the plan and stop; 0 if it would run.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of resuming OUT.partial.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option(help="Hash every file for the manifest.")
+    ] = True,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint as a recipe says. The same command again resumes an interrupted run."""
+    from quantcli import commands, console
+
+    output = console.Output(as_json=as_json, quiet=quiet)
+    job = commands.plan(
+        recipe,
+        model=model,
+        out=out,
+        overrides=tuple(set_ or ()),
+        workers=workers,
+        checksum=checksum,
+        fresh=fresh,
+        force=force,
+    )
+    if as_json and plan:
+        output.document({"ok": True, "plan": console.plan_account(job)})
+        return
+    if not as_json and not quiet:
+        console.show_plan(output, job)
+    if plan:
+        return
+    started = time.monotonic()
+    try:
+        with console.progress(output) as progress:
+            written = commands.quantize(job, progress)
+    except KeyboardInterrupt:
+        output.word("interrupted: the same command again continues where it stopped")
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    console.show_written(output, job, written, time.monotonic() - started)
+    if as_json:
+        result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
+        result |= {"shards_reused": written.shards_reused, "files": written.files}
+        output.document({**result, "plan": console.plan_account(job)})
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with a documented code."""
+    from quantcli import console
+
+    argv = sys.argv[1:] if arguments is None else arguments
+    out = console.Output(as_json="--json" in argv)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app(argv)
+    except QuantError as error:
+        out.error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # quantcli inspect MODEL | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.DONE)
+    except Exception as error:
+        out.bug(error)
+        sys.exit(Exit.OUR_BUG)
+    raise AssertionError("the application exits by itself")

@@ -1,0 +1,121 @@
+"""The commands as plain functions: what the command line and Python callers share.
+
+Torch is imported when a function needs it, so that `inspect` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.checkpoint import open_checkpoint, scan_checkpoint
+from quantcli.errors import InputError
+from quantcli.hub import find_model
+from quantcli.inspection import inspect_checkpoint
+
+if TYPE_CHECKING:
+    from quantcli.execute import Progress, Written
+    from quantcli.plan import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that was planned and would be accepted: the plan, its place and its cost."""
+
+    plan: Plan
+    out: Path
+    workers: int
+    checksum: bool
+    fresh: bool
+    force: bool
+    disk_free: int  # bytes
+    memory: int  # bytes above a bare torch import, estimated
+
+
+def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers alone. `tensors` is a glob of names to list."""
+    return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
+
+
+def support() -> list[dict[str, Any]]:
+    """Every scheme x target, found by quantizing and packing a weight without data."""
+    from quantcli.plan import dry_run
+    from quantcli.registry import discover
+    from quantcli.schemes.base import Scheme
+    from quantcli.targets.base import Target
+    from quantcli.tensorspec import TensorSpec
+
+    cells = []
+    for scheme_name, scheme_class in discover(Scheme).items():
+        for target_name, target_class in discover(Target).items():
+            scheme, target = scheme_class(), target_class()
+            cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
+            try:
+                held = target.held(scheme.numerics, "BF16")
+                specs = dry_run(scheme, target, TensorSpec("weight", "BF16", (256, 256)), held)
+                label = target.label(scheme.numerics)
+                cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
+                cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
+            except InputError as error:
+                cell |= {"supported": False, "why": error.what}
+            cells.append(cell)
+    return cells
+
+
+def plan(
+    recipe: Path,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    workers: int | None = None,
+    checksum: bool = True,
+    fresh: bool = False,
+    force: bool = False,
+) -> Job:
+    """Check everything that can be checked before the first byte of weights is read.
+
+    Succeeds exactly when `quantize` with the same arguments would begin.
+    """
+    from quantcli.execute import memory_estimate, run_head
+    from quantcli.executors import default_workers
+    from quantcli.journal import check_folder
+    from quantcli.plan import make_plan
+    from quantcli.publish import check_destination, check_space, partial_folder
+    from quantcli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    named = model or loaded.file.model
+    if named is None:
+        raise InputError(
+            "no model to quantize", where=str(recipe), fix="give --model, or `model:` in the recipe"
+        )
+    source = find_model(named)
+    checkpoint = open_checkpoint(source)
+    made = make_plan(loaded, checkpoint)
+    if out is None:
+        default = f"{Path(named).name}-{recipe.stem}"
+        out = Path(loaded.file.output or default)
+    check_destination(out, checkpoint.path, force=force)
+    if not fresh:
+        check_folder(partial_folder(out), run_head(made, checksum=checksum))
+    count = workers or default_workers()
+    free = check_space(out, made.nbytes)
+    memory = memory_estimate(made, count)
+    return Job(made, out, count, checksum, fresh, force, free, memory)
+
+
+def quantize(job: Job, progress: Progress) -> Written:
+    """Run a planned conversion. Interrupted, the same job continues where it stopped."""
+    from quantcli.execute import execute
+
+    return execute(
+        job.plan,
+        job.out,
+        workers=job.workers,
+        progress=progress,
+        fresh=job.fresh,
+        force=job.force,
+        checksum=job.checksum,
+    )

@@ -1,0 +1,83 @@
+"""What goes wrong, said once: what, where, how to fix it.
+
+    QuantError                 anything this tool refuses or cannot do
+    |-- AnswerNo        1      ran fine, and the answer is no
+    |-- InputError      2      the recipe, the model or the command line must change
+    `-- MachineError    3      the machine must change: disk, permissions, memory, device
+
+Any other exception that reaches the command line is our bug and exits with 70.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    ANSWER_NO = 1
+    FIX_INPUT = 2
+    FIX_MACHINE = 3
+    OUR_BUG = 70
+    INTERRUPTED = 130
+
+
+class QuantError(Exception):
+    """One problem in one message.
+
+    what:  the problem, lower case, without a full stop.
+    where: the place: `file:line`, a tensor with its index, a path.
+    fix:   what the user can do about it.
+    """
+
+    exit_code: Exit = Exit.FIX_INPUT
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        text = self.what
+        if self.where:
+            text += f"\n  --> {self.where}"
+        if self.fix:
+            text += f"\n  fix: {self.fix}"
+        return text
+
+
+class AnswerNo(QuantError):
+    """The command worked and the answer is no (exit 1)."""
+
+    exit_code = Exit.ANSWER_NO
+
+
+class InputError(QuantError):
+    """The user's input must change (exit 2)."""
+
+    exit_code = Exit.FIX_INPUT
+
+
+class MachineError(QuantError):
+    """The machine must change: disk, permissions, a missing package (exit 3)."""
+
+    exit_code = Exit.FIX_MACHINE
+
+
+def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """The names in `known` that look most like `name`, as `a`, `b`; empty where none does."""
+    pool = list(known)
+    matches = difflib.get_close_matches(name, pool, n=limit, cutoff=0.5)
+    return ", ".join(f"`{match}`" for match in matches)
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the closest of `known`, or all of them."""
+    pool = sorted(known)
+    near = closest(name, pool)
+    return f"did you mean {near}?" if near else "known: " + ", ".join(f"`{k}`" for k in pool)

@@ -1,0 +1,67 @@
+"""What a checkpoint is already quantized with, told from its headers and files. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from quantcli.checkpoint import Checkpoint, read_json_file
+from quantcli.errors import QuantError
+from quantcli.tensorspec import TensorSpec
+
+# Suffixes of tensors that only a quantized checkpoint has.
+_SUFFIXES = frozenset(
+    {
+        "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_zero_point",
+        "weight_offset", "qweight", "qzeros", "deq_scale", "quant_bias", "input_scale", "absmax",
+    }
+)  # fmt: skip
+_CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4"})
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A format by its usual name, how many modules are in it, and where it was found out."""
+
+    format: str
+    modules: int
+    evidence: str
+
+
+def quantization(checkpoint: Checkpoint) -> Quantization | None:
+    """How the weights are quantized; None for a float checkpoint.
+
+    The tensors decide; config.json and descriptions only give the name. A config that speaks of
+    quantization over float weights is stale, and is no quantization.
+    """
+    found = [spec for spec in checkpoint.specs() if _is_quantized(spec)]
+    if not found:
+        return None
+    modules = {spec.name.rpartition(".")[0] for spec in found}
+    return Quantization(_name(checkpoint, found), len(modules), f"`{found[0].name}` {found[0]}")
+
+
+def _is_quantized(spec: TensorSpec) -> bool:
+    suffix = spec.name.rpartition(".")[2]
+    if suffix in _SUFFIXES or suffix.endswith(("_blocks", "_scales")):
+        return True
+    return suffix == "weight" and spec.dtype in _CODES
+
+
+def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
+    if "quant_model_description.json" in checkpoint.left_out:
+        try:
+            table = read_json_file(checkpoint.path / "quant_model_description.json")
+        except QuantError:
+            return "ascend (unreadable description)"
+        weights = (v for k, v in table.items() if k.endswith(".weight") and isinstance(v, str))
+        kinds = Counter(kind for kind in weights if kind != "FLOAT")
+        return "ascend (" + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) + ")"
+    for level in (checkpoint.config, checkpoint.text_config):
+        for key in ("quantization_config", "compression_config"):
+            block = level.get(key)
+            if isinstance(block, dict):
+                method = str(block.get("quant_method", "unnamed"))
+                detail = block.get("weight_block_size") or block.get("format") or block.get("bits")
+                return f"{method} ({detail})" if detail else method
+    return "unnamed, " + ", ".join(sorted({spec.dtype for spec in found}))

@@ -1,0 +1,199 @@
+"""The safetensors header: read as hostile input, written the same way every time.
+
+A file is 8 bytes (u64, little endian: header length), that many bytes of JSON, then the data. The
+reader is stricter than the reference library: it also refuses control characters in names,
+duplicate keys at every depth and unknown fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import InputError, MachineError
+from quantcli.tensorspec import DTYPES, TensorSpec
+
+MAX_HEADER = 100_000_000  # bytes, the reference library's limit
+MAX_TENSORS = 1_000_000
+MAX_NAME = 512  # bytes of UTF-8
+MAX_DIMS = 16
+_MAX_SIZE = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor on disk: its spec and the absolute byte offset of its data in `file`."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
+
+
+class _Refused(Exception):
+    """A header that is not to be trusted; carries the problem and, where known, the tensor."""
+
+    def __init__(self, what: str, tensor: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.tensor = tensor
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Refused(f"key {key!r} stands twice")
+            seen.add(key)
+    return table
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """JSON that came with a model: duplicate keys and bottomless nesting are refused.
+
+    `Infinity` and `NaN` pass: real config.json files hold them (`time_step_limit` of Mamba 2).
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except _Refused as refused:
+        raise InputError(refused.what, where=where) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte {error.start})", where=where) from None
+    except RecursionError:
+        raise InputError("JSON is nested too deeply", where=where) from None
+    except ValueError as error:
+        raise InputError(f"not valid JSON: {error}", where=where) from None
+
+
+def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
+    """Tensors of a safetensors file in the order of their data, and the `__metadata__` map.
+
+    Raises InputError for anything that is not exactly a safetensors file: each byte of the data
+    section must belong to exactly one tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise _Refused(f"file has {size} bytes; a safetensors file has at least 8")
+            (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER:
+                raise _Refused(f"header length {length} is over the limit of {MAX_HEADER} bytes")
+            if length > size - 8:
+                raise _Refused(f"header length {length} is past the end of the file ({size} bytes)")
+            raw = file.read(length)
+    except _Refused as refused:
+        raise InputError(refused.what, where=str(path), fix=_REFETCH) from None
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
+    if len(raw) != length:
+        raise InputError("file shrank while it was read", where=str(path))
+    if not raw.startswith(b"{"):
+        raise InputError("header does not start with `{`", where=str(path), fix=_REFETCH)
+    table = parse_json(raw, f"{path} (header)")
+    try:
+        return _check(path, table, size - 8 - length, 8 + length)
+    except _Refused as refused:
+        where = f"{path}, tensor `{refused.tensor}`" if refused.tensor else str(path)
+        raise InputError(refused.what, where=where, fix=_REFETCH) from None
+
+
+_REFETCH = "the file is damaged or not a safetensors file: fetch it again"
+
+
+def _check(
+    path: Path, table: Mapping[str, Any], data_size: int, data_start: int
+) -> tuple[list[StoredTensor], dict[str, str]]:
+    metadata = table.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _Refused("`__metadata__` must map strings to strings")
+    if len(table) > MAX_TENSORS:
+        raise _Refused(f"{len(table)} tensors; the limit is {MAX_TENSORS}")
+    spans: list[tuple[int, int, TensorSpec]] = []
+    for name, entry in table.items():
+        if name == "__metadata__":
+            continue
+        _check_name(name)
+        spans.append(_span(name, entry))
+    spans.sort(key=lambda span: (span[0], span[1]))
+    position = 0
+    for begin, end, spec in spans:
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise _Refused(f"data at {begin} {kind} (expected {position})", spec.name)
+        position = end
+    if position != data_size:
+        kind = "file is truncated" if position > data_size else "bytes belong to no tensor"
+        raise _Refused(f"{kind}: tensors take {position} bytes, the data section has {data_size}")
+    return [StoredTensor(spec, path, data_start + begin) for begin, _, spec in spans], metadata
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        raise _Refused("a tensor has an empty name")
+    if not name.isprintable():  # NUL, newlines, escape codes, bidirectional overrides
+        raise _Refused(f"tensor name {name!r} has control characters")
+    if len(name.encode("utf-8", "replace")) > MAX_NAME:
+        raise _Refused(f"tensor name starting {name[:40]!r} is over {MAX_NAME} bytes")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE  # bool is an int to isinstance
+
+
+def _span(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    if not isinstance(entry, dict):
+        raise _Refused("entry is not an object", name)
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        odd = sorted(entry.keys() ^ {"dtype", "shape", "data_offsets"})
+        raise _Refused(f"entry must have dtype, shape and data_offsets; odd: {odd}", name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Refused(f"unknown dtype {dtype!r}", name)
+    if not isinstance(shape, list) or not all(_whole(side) for side in shape):
+        raise _Refused("shape must be a list of whole numbers", name)
+    if len(shape) > MAX_DIMS:
+        raise _Refused(f"shape has {len(shape)} dimensions; the limit is {MAX_DIMS}", name)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+        raise _Refused("data_offsets must be two whole numbers", name)
+    begin, end = offsets
+    if begin > end:
+        raise _Refused(f"data_offsets [{begin}, {end}] run backwards", name)
+    bits = math.prod(shape) * DTYPES[dtype][0]
+    if bits > _MAX_SIZE or bits % 8 or bits // 8 != end - begin:
+        raise _Refused(f"{dtype} {shape} does not take {end - begin} bytes", name)
+    return begin, end, TensorSpec(name, dtype, tuple(shape))
+
+
+def layout(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The order of tensors in a file: widest dtype first, so that each one is aligned; then by name."""
+    return tuple(sorted(specs, key=lambda spec: (-spec.itemsize, spec.name)))
+
+
+def encode_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Length, JSON and padding for `specs` in the given order; the data begins 8-byte aligned.
+
+    The library's own writer orders metadata at random and makes files of mode 0600; this one gives
+    the same bytes for the same specs. `{"format": "pt"}` is what transformers asks for.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        table[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

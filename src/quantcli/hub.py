@@ -1,0 +1,51 @@
+"""MODEL as the user names it: a directory, or a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from quantcli.checkpoint import PICKLES
+from quantcli.errors import InputError, MachineError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_model(model: str) -> Path:
+    """The directory of `model`; a Hub id is fetched into the Hub's own cache first.
+
+    Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. Pickle files
+    are never fetched. Raises InputError or MachineError with one sentence.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        return path
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if os.isatty(2) else "1")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        ignored = [f"*{suffix}" for suffix in PICKLES]
+        return Path(huggingface_hub.snapshot_download(model, ignore_patterns=ignored))
+    except errors.GatedRepoError:
+        raise InputError(
+            f"`{model}` is gated on the Hub", fix="accept its licence there and set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"`{model}` is neither a directory nor a repository of the Hub",
+            fix="check the spelling; a private repository needs HF_TOKEN",
+        ) from None
+    except Exception as error:  # the library lets through what its HTTP client raises
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise MachineError(
+                f"`{model}` is neither a directory nor in the Hub cache, and HF_HUB_OFFLINE is set",
+                fix="fetch it where there is a network, or give a directory",
+            ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MachineError(
+            f"`{model}` is no directory here, and the Hub cannot be reached",
+            where=reason[:200],
+            fix="check the network, or give a directory",
+        ) from None

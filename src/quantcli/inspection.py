@@ -1,0 +1,152 @@
+"""What a checkpoint holds, folded so that a person can read it. Imports no torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError, closest
+from quantcli.formats import quantization
+from quantcli.header import StoredTensor
+from quantcli.tensorspec import TensorSpec
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that differ only in the numbers in their names."""
+
+    name: str  # model.layers.{0..35}.mlp.down_proj
+    count: int
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> dict[str, Any]:
+    """A JSON-able account of a checkpoint; with `tensors`, a glob, also each tensor it matches.
+
+    InputError where the glob matches nothing.
+    """
+    specs = list(checkpoint.specs())
+    by_dtype: dict[str, list[TensorSpec]] = defaultdict(list)
+    for spec in specs:
+        by_dtype[spec.dtype].append(spec)
+    found = quantization(checkpoint)
+    account: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "architectures": checkpoint.config.get("architectures"),
+        "tensors": len(specs),
+        "parameters": sum(spec.numel for spec in specs),
+        "bytes": checkpoint.nbytes,
+        "shards": list(checkpoint.shards),
+        "dtypes": {
+            dtype: {
+                "tensors": len(group),
+                "parameters": sum(spec.numel for spec in group),
+                "bytes": sum(spec.nbytes for spec in group),
+            }
+            for dtype, group in sorted(by_dtype.items())
+        },
+        "tied_embeddings": tied_embeddings(checkpoint),
+        "quantization": None
+        if found is None
+        else {"format": found.format, "modules": found.modules, "evidence": found.evidence},
+        "groups": [
+            {
+                "name": group.name,
+                "count": group.count,
+                "dtype": group.dtype,
+                "shape": list(group.shape),
+                "bytes": group.nbytes,
+            }
+            for group in fold(specs)
+        ],
+        "other_files": checkpoint.aux,
+        "left_out": checkpoint.left_out,
+        "problems": [
+            {"what": p.what, "where": p.where, "fix": p.fix} for p in checkpoint.problems
+        ],
+        "notes": checkpoint.notes,
+    }
+    if tensors is not None:
+        account["matches"] = _matches(checkpoint, tensors)
+    return account
+
+
+def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
+    chosen: list[StoredTensor] = [
+        stored
+        for name, stored in checkpoint.tensors.items()
+        if fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+    ]
+    if not chosen:
+        near = closest(pattern, list(checkpoint.tensors)[:2000])
+        raise InputError(
+            "no tensor matches",
+            where=f"--tensors {pattern}",
+            fix=f"closest names: {near}" if near else "patterns match the whole name",
+        )
+    return [
+        {
+            "name": stored.spec.name,
+            "dtype": stored.spec.dtype,
+            "shape": list(stored.spec.shape),
+            "bytes": stored.spec.nbytes,
+            "shard": stored.file.name,
+        }
+        for stored in chosen
+    ]
+
+
+def tied_embeddings(checkpoint: Checkpoint) -> str:
+    """Whether lm_head shares the embedding: what config.json says against what is stored."""
+    stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    said = checkpoint.config.get("tie_word_embeddings")
+    if said is None:
+        said = checkpoint.text_config.get("tie_word_embeddings")
+    if stored:
+        return "tied in config.json, yet lm_head is stored" if said else "no"
+    return "no lm_head, though config.json says untied" if said is False else "yes"
+
+
+def fold(specs: list[TensorSpec]) -> list[Group]:
+    """Group tensors that differ only in layer or expert numbers, in order of first appearance."""
+    families: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = defaultdict(list)
+    for spec in specs:
+        families[_NUMBER.sub("{}", spec.name), spec.dtype, spec.shape].append(spec)
+    groups = []
+    for (name, dtype, shape), members in families.items():
+        numbers = zip(*(_NUMBER.findall(spec.name) for spec in members), strict=True)
+        spans = iter([_span(sorted({int(n) for n in column})) for column in numbers])
+        folded = "".join(
+            piece if piece != "{}" else next(spans) for piece in re.split(r"(\{\})", name)
+        )
+        nbytes = sum(spec.nbytes for spec in members)
+        groups.append(Group(folded.removesuffix(".weight"), len(members), dtype, shape, nbytes))
+    return sorted(groups, key=_place)
+
+
+def _place(group: Group) -> tuple[str, ...]:
+    return tuple(re.split(r"\{[^}]*\}", group.name))
+
+
+def _span(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> {0..2,5}; a single number stays as it is."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        runs.append(f"{members[0]}..{members[-1]}" if len(members) > 1 else str(members[0]))
+    if len(runs) > 6:
+        runs = [*runs[:5], "...", runs[-1]]
+    return "{" + ",".join(runs) + "}"

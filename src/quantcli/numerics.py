@@ -1,0 +1,45 @@
+"""The words that schemes and targets share: what the numbers are, not who made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+# "weight", "weight_scale": the tensors that a scheme makes of one weight.
+Parts: TypeAlias = "dict[str, torch.Tensor]"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """How one side of a matmul is quantized, in the field's usual words.
+
+    dtype:     what the codes are.
+    per:       what shares one scale: a channel is an output row of a weight, a token a row of inputs.
+    symmetric: no zero point.
+    dynamic:   the scale is computed while serving.
+    """
+
+    dtype: Literal["int8", "fp8_e4m3"]
+    per: Literal["channel", "token"]
+    symmetric: bool = True
+    dynamic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What a quantized linear computes with. `input` is None where inputs stay float."""
+
+    weight: Operand
+    input: Operand | None
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module with a `.weight`, as a target sees it. `numerics` is None where it stays float."""
+
+    name: str  # without ".weight"
+    shape: tuple[int, ...]  # of the weight: [out_features, in_features] for a linear
+    numerics: Numerics | None

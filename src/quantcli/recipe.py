@@ -1,0 +1,277 @@
+"""What the user asks for: a YAML recipe, checked as far as it can be without the model."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from quantcli.errors import InputError, one_of
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Target
+from quantcli.yamlfile import Document, Place, load_document
+
+KEEP = "keep"
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_COMPARISONS = {
+    ">=": lambda value, limit: value >= limit,
+    "<=": lambda value, limit: value <= limit,
+    ">": lambda value, limit: value > limit,
+    "<": lambda value, limit: value < limit,
+    "==": lambda value, limit: value == limit,
+}
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of `5GB`, `512MiB` or a plain number."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if match and match[2].upper() in SIZE_UNITS and isinstance(value, str):
+        size = int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+        if size > 0:
+            return size
+    raise ValueError("expected a size such as 5GB or 512MiB")
+
+
+def _check_limit(value: Any) -> str:
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"(>=|<=|==|>|<)\s*\d+(\.\d+)?", text):
+        raise ValueError('expected a comparison such as ">= 90"')
+    return text
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+T = TypeVar("T", bound=BaseModel)
+Limit = Annotated[str, BeforeValidator(_check_limit)]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str | int)]
+
+
+class Expect(_Block):
+    """What the plan must reach; a run that would miss it is refused before it begins."""
+
+    quantized_params_pct: Limit | None = Field(None, description="percentage of all parameters")
+    quantized_modules: Limit | None = Field(None, description="number of quantized modules")
+    bits_per_param: Limit | None = Field(None, description="bits of output per parameter")
+    output_gib: Limit | None = Field(None, description="GiB of weights written")
+
+
+class Calibration(_Block):
+    """Where activations come from, for schemes that measure them."""
+
+    data: str | None = None
+    samples: Annotated[int, Field(gt=0)] | None = None
+    length: Annotated[int, Field(gt=0)] | None = None
+    seed: int | None = None
+
+
+class Verify(_Block):
+    """Limits for verification."""
+
+    min_sqnr: float | None = None
+
+
+class RuleFile(_Block):
+    """One rule as it stands in the file."""
+
+    match: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = (
+        Field(min_length=1, description='globs over full module names, or "re:REGEX"')
+    )
+    scheme: str | dict[str, Any] = Field(description="keep, a scheme, or {name: ..., options}")
+    optional: bool = Field(False, description="do not fail when nothing matches")
+
+
+class RecipeFile(_Block):
+    """A recipe as it stands in the file."""
+
+    target: str | dict[str, Any] = Field(description="the format to write")
+    rules: list[RuleFile] = Field(min_length=1, description="first match wins")
+    model: str | None = Field(None, description="directory or Hub id; --model wins")
+    output: str | None = Field(None, description="directory to write; --out wins")
+    max_shard: Size = Field(5 * 10**9, description="largest weight file, such as 5GB")
+    expect: Expect = Expect()
+    calibration: Calibration | None = None
+    verify: Verify | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: which modules, and the scheme that they get (None keeps them float)."""
+
+    number: int  # from 1
+    patterns: tuple[str, ...]
+    scheme: Scheme | None
+    optional: bool
+    where: str  # file:line
+
+    @cached_property
+    def _compiled(self) -> list[re.Pattern[str]]:
+        return [re.compile(translate(pattern)) for pattern in self.patterns]
+
+    def matches(self, module: str) -> bool:
+        """Whether any pattern matches the whole module name."""
+        return any(pattern.fullmatch(module) for pattern in self._compiled)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: names resolved, options parsed, places kept for later messages."""
+
+    file: RecipeFile
+    target: Target
+    rules: tuple[Rule, ...]
+    document: Document
+
+    def where(self, *place: str | int) -> str:
+        """file:line of a key, for messages."""
+        return self.document.where(place)
+
+    def effective(self) -> str:
+        """The recipe as it was applied, as YAML, without paths of this machine."""
+        table = self.file.model_dump(mode="json", exclude_none=True, exclude={"model", "output"})
+        table["expect"] = {k: v for k, v in table["expect"].items() if v is not None}
+        if not table["expect"]:
+            del table["expect"]
+        for rule, written in zip(self.rules, table["rules"], strict=True):
+            if rule.scheme is not None:
+                written["scheme"] = {"name": rule.scheme.name, **rule.scheme.model_dump(mode="json")}
+        table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
+        return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
+
+
+def translate(pattern: str) -> str:
+    """A glob or `re:REGEX` as a regular expression, to be matched against whole names."""
+    if pattern.startswith("re:"):
+        return pattern.removeprefix("re:")
+    return fnmatch.translate(pattern)
+
+
+def compare(limit: str, value: float) -> bool:
+    """Whether `value` satisfies a limit such as ">= 90"."""
+    match = re.fullmatch(r"(>=|<=|==|>|<)\s*(.+)", limit)
+    assert match is not None
+    return bool(_COMPARISONS[match[1]](value, float(match[2])))
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe. `overrides` are `key=value` strings that win over the file.
+
+    Raises InputError with file:line and, for a misspelt name, the closest known ones.
+    """
+    document = load_document(path)
+    for assignment in overrides:
+        document.override(assignment)
+    try:
+        file = RecipeFile.model_validate(document.data)
+    except ValidationError as error:
+        raise _explain(error, document, RecipeFile, ()) from None
+    target = _resolve(file.target, discover(Target), "target", document, ("target",))
+    rules = []
+    for number, rule in enumerate(file.rules):
+        place: Place = ("rules", number)
+        for index, pattern in enumerate(rule.match):
+            _check_pattern(pattern, document.where((*place, "match", index)))
+        scheme = None
+        if rule.scheme != KEEP:
+            scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
+        where = document.where(place)
+        rules.append(Rule(number + 1, tuple(rule.match), scheme, rule.optional, where))
+    return Recipe(file, target, tuple(rules), document)
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    if not pattern or pattern == "re:":
+        raise InputError("pattern is empty", where=where)
+    try:
+        re.compile(translate(pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"not a regular expression: {error}", where=where) from None
+
+
+def _resolve(
+    value: str | dict[str, Any],
+    known: dict[str, type[T]],
+    kind: Literal["scheme", "target"],
+    document: Document,
+    place: Place,
+) -> T:
+    options = dict(value) if isinstance(value, dict) else {"name": value}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"{kind} needs a `name`", where=document.where(place))
+    if name not in known:
+        names = [*known, KEEP] if kind == "scheme" else list(known)
+        raise InputError(
+            f"unknown {kind} `{name}`", where=document.where(place), fix=one_of(name, names)
+        )
+    try:
+        return known[name].model_validate(options)
+    except ValidationError as error:
+        raise _explain(error, document, known[name], place) from None
+
+
+def _explain(
+    error: ValidationError, document: Document, model: type[BaseModel], place: Place
+) -> InputError:
+    """The first pydantic complaint in our own words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    loc = tuple(part for part in first["loc"] if part not in {"str", "dict[str,any]"})
+    where = document.where((*place, *loc))
+    key = ".".join(map(str, loc))
+    if first["type"] == "extra_forbidden":
+        known = _fields(model, loc[:-1])
+        fix = one_of(str(loc[-1]), known) if known else "it takes no options"
+        return InputError(f"unknown key `{key}`", where=where, fix=fix)
+    if first["type"] == "missing":
+        return InputError(f"key `{key}` is missing", where=where)
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(f"`{key}`: {message[:1].lower()}{message[1:]}", where=where)
+
+
+def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are known at `loc` below `model`."""
+    for step in loc:
+        if isinstance(step, int):
+            continue
+        annotation = str(model.model_fields[step].annotation)
+        nested = (RuleFile, Expect, Calibration, Verify)
+        model = next(block for block in nested if block.__name__ in annotation)
+    return list(model.model_fields)
+
+
+def recipe_schema() -> str:
+    """JSON Schema of a recipe, for editors: every scheme and target with its options."""
+    schema = RecipeFile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "quantcli recipe"
+    properties = schema["$defs"]["RuleFile"]["properties"]
+    properties["scheme"] = _choices(discover(Scheme), "scheme", [KEEP])
+    schema["properties"]["target"] = _choices(discover(Target), "target", [])
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+def _choices(known: dict[str, Any], kind: str, words: list[str]) -> dict[str, Any]:
+    options = []
+    for name, cls in known.items():
+        schema = cls.model_json_schema()
+        schema.pop("title", None)
+        schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
+        schema["required"] = ["name", *schema.get("required", [])]
+        options.append(schema)
+    description = f"a {kind} by name, or a mapping with its name and options"
+    return {"description": description, "anyOf": [{"enum": [*words, *known]}, *options]}

@@ -1,0 +1,1 @@
+"""How numbers are rounded: one file, one scheme."""

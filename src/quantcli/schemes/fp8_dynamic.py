@@ -1,0 +1,35 @@
+"""FP8 (e4m3) weights per channel, fp8 inputs per token, no data needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import Numerics, Operand, Parts
+from quantcli.schemes import rounding
+from quantcli.schemes.base import Scheme
+
+
+class Fp8Dynamic(Scheme):
+    """FP8 e4m3 weights, one scale per output channel; fp8 inputs, one scale per token."""
+
+    name: ClassVar[str] = "fp8_dynamic"
+
+    @property
+    def numerics(self) -> Numerics:
+        """Fp8 e4m3 per channel x fp8 e4m3 per token, dynamic."""
+        return Numerics(Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
+
+    def quantize(self, rows: Tensor, held: torch.dtype) -> Parts:
+        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
+        scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, held)
+        return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """y = (sum_k xq wq) * weight_scale * token_scale in float32, cast to x.dtype, then + bias."""
+        codes, token_scale = rounding.quantize_tokens_fp8(x)
+        total = codes @ parts["weight"].float().mT
+        y = (total * parts["weight_scale"].squeeze(-1) * token_scale).to(x.dtype)
+        return y if bias is None else (y + bias).to(x.dtype)

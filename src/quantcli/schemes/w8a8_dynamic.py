@@ -1,0 +1,40 @@
+"""Int8 weights per channel, int8 inputs per token, no data needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import Numerics, Operand, Parts
+from quantcli.schemes import rounding
+from quantcli.schemes.base import Scheme
+
+
+class W8A8Dynamic(Scheme):
+    """Int8 weights, one scale per output channel; int8 inputs, one scale per token."""
+
+    name: ClassVar[str] = "w8a8_dynamic"
+
+    @property
+    def numerics(self) -> Numerics:
+        """Int8 per channel x int8 per token, dynamic."""
+        return Numerics(Operand("int8", "channel"), Operand("int8", "token", dynamic=True))
+
+    def quantize(self, rows: Tensor, held: torch.dtype) -> Parts:
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2."""
+        scale = rounding.channel_scale(rows, rounding.INT8_MAX, held)
+        return {"weight": rounding.to_int8(rows, scale), "weight_scale": scale}
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """y = (f32(sum_k xq wq) * weight_scale) * token_scale + bias, rounded once to x.dtype.
+
+        `npu_dynamic_quant` followed by `npu_quant_matmul`; the sum is exact in float64.
+        """
+        codes, token_scale = rounding.quantize_tokens_int8(x)
+        total = (codes.double() @ parts["weight"].double().mT).float()
+        y = total * parts["weight_scale"].squeeze(-1) * token_scale
+        if bias is not None:
+            y = y + bias.float()
+        return y.to(x.dtype)

@@ -1,0 +1,273 @@
+"""vLLM-Ascend: safetensors with `quant_model_description.json` (the ModelSlim format)."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.numerics import Module, Numerics, Operand, Parts
+from quantcli.targets import sidecars
+from quantcli.targets.base import Output, Refusal, Target
+from quantcli.tensorspec import TensorSpec
+
+DESCRIPTION = "quant_model_description.json"
+FLOAT = "FLOAT"
+# npu_quant_matmul takes at most this many input features, and output features on one device.
+MAX_SIDE = 65535
+# The engine merges these siblings into one parameter, which has one scheme.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("w1", "w3"),
+)
+_EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """A scheme as the engine registers it."""
+
+    label: str
+    experts: bool  # registered for mixtures of experts too
+    scale_in_float32: bool  # else the loader rounds weight_scale to the serving dtype
+    loads_on: str
+
+
+_INT8 = Operand("int8", "channel")
+_FP8 = Operand("fp8_e4m3", "channel")
+_TAGS = {
+    Numerics(_INT8, Operand("int8", "token", dynamic=True)): _Tag(
+        "W8A8_DYNAMIC", True, False, "vLLM-Ascend 0.11 and later on Atlas A2, A3 (910B, 910C), 310P"
+    ),
+    Numerics(_FP8, Operand("fp8_e4m3", "token", dynamic=True)): _Tag(
+        "W8A8FP8_DYNAMIC", True, True, "vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"
+    ),
+    Numerics(_INT8, None): _Tag(
+        "W8A16", False, False, "vLLM-Ascend 0.13 and later on Atlas A2, A3 (910B, 910C)"
+    ),
+}
+
+
+class Ascend(Target):
+    """The format that vLLM-Ascend loads; every tensor is described, none is left to a default."""
+
+    name: ClassVar[str] = "ascend"
+
+    def label(self, numerics: Numerics) -> str:
+        """The quantization type in the description, such as W8A8_DYNAMIC."""
+        return self._tag(numerics).label
+
+    def loads_on(self, label: str) -> str:
+        """First engine version and hardware."""
+        return next(tag.loads_on for tag in _TAGS.values() if tag.label == label)
+
+    def held(self, numerics: Numerics, serving_dtype: str) -> str:
+        """The int8 loaders round weight_scale to the serving dtype; fp8 keeps float32."""
+        return "F32" if self._tag(numerics).scale_in_float32 else serving_dtype
+
+    def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
+        """weight [n, k], weight_scale and weight_offset float32 [n, 1].
+
+        The offset is zero. W8A16 multiplies with it and would find uninitialised memory; the others
+        register it as a parameter.
+        """
+        self._tag(numerics)
+        scale = parts["weight_scale"]
+        return {
+            "weight": parts["weight"],
+            "weight_scale": scale,
+            "weight_offset": torch.zeros_like(scale),
+        }
+
+    def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
+        """Codes and scales as stored."""
+        self._tag(numerics)
+        return {"weight": stored["weight"], "weight_scale": stored["weight_scale"]}
+
+    def check(
+        self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]
+    ) -> Iterator[Refusal]:
+        """Fused groups, experts, MLA, sizes and the loader's skip rule."""
+        yield from _stacked_experts(tensors)
+        for module in modules:
+            if module.numerics is not None:
+                yield from self._check_module(module, self._tag(module.numerics))
+        labels = {m.name: self.label(m.numerics) if m.numerics else FLOAT for m in modules}
+        yield from _fused_groups(labels)
+        yield from _expert_sets(labels)
+        yield from _skip_rule(labels)
+
+    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+        """Fused widths over the matmul's limit, and a quantized head."""
+        wide = {name: n for name, n in _fused_widths(modules).items() if n > MAX_SIDE}
+        if wide:
+            name, n = max(wide.items(), key=lambda item: item[1])
+            yield (
+                f"`{name}` has {n} rows once the engine has fused it; the matmul takes {MAX_SIDE}: "
+                f"serve with tensor parallel size {-(-n // MAX_SIDE)} or more"
+            )
+        for module in modules:
+            if module.numerics and module.name.rpartition(".")[2] == "lm_head":
+                yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+
+    def sidecars(self, output: Output) -> dict[str, bytes]:
+        """Description, config.json without quantization, index."""
+        return {
+            DESCRIPTION: sidecars.to_json(self._description(output)),
+            **sidecars.config(output, {}),
+            **sidecars.index(output),
+        }
+
+    def _tag(self, numerics: Numerics) -> _Tag:
+        if numerics not in _TAGS:
+            raise InputError(
+                f"target `{self.name}` cannot store {numerics}",
+                fix="see `quantcli inspect --support` for what goes together",
+            )
+        return _TAGS[numerics]
+
+    def _check_module(self, module: Module, tag: _Tag) -> Iterator[Refusal]:
+        parent, _, last = module.name.rpartition(".")
+        if last in _EMBEDDINGS:
+            yield Refusal(module.name, "the engine has no quantized embedding", _KEEP)
+        if last in _ROUTERS:
+            yield Refusal(module.name, "the engine builds routers and gates as float", _KEEP)
+        if last == "kv_b_proj":
+            yield Refusal(module.name, "kv_b_proj of latent attention must stay float", _KEEP)
+        if _EXPERT.fullmatch(module.name) and not tag.experts:
+            yield Refusal(
+                module.name, f"the engine has no {tag.label} for experts", "use w8a8_dynamic for them"
+            )
+        n, k = module.shape
+        if max(n, k) > MAX_SIDE:
+            yield Refusal(
+                module.name, f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", _KEEP
+            )
+
+    def _description(self, output: Output) -> dict[str, object]:
+        """One entry per tensor; keys are the checkpoint's own names."""
+        labels = {m.name: self.label(m.numerics) for m in output.modules if m.numerics}
+        used = set(labels.values())
+        table: dict[str, object] = {
+            "version": "1.0.0",
+            "model_quant_type": next((t.label for t in _TAGS.values() if t.label in used), FLOAT),
+            "metadata": {},
+            "group_size": 0,
+            "optional": {},
+        }
+        for name in sorted(output.tensors):
+            module, _, suffix = name.rpartition(".")
+            table[name] = FLOAT if suffix == "bias" else labels.get(module, FLOAT)
+        if head := _absent_head(output.tensors):
+            table[head] = FLOAT
+        return table
+
+
+_KEEP = "put a rule with `scheme: keep` for it before the others"
+
+
+def _absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
+    """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
+    if any(name.endswith("lm_head.weight") for name in tensors):
+        return None
+    for name in tensors:
+        parts = name.split(".")
+        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _EMBEDDINGS:
+            root = next((i for i, part in enumerate(parts) if part in {"model", "transformer"}), 0)
+            return ".".join([*parts[:root], "lm_head", "weight"])
+    return None
+
+
+def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+    for name, spec in tensors.items():
+        if len(spec.shape) >= 3 and "experts" in name.split("."):
+            yield Refusal(
+                name,
+                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
+                "this version takes experts stored as one 2-D tensor each: convert the model first",
+            )
+            return
+
+
+def _fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
+    """Siblings that the engine merges must agree; it raises on some and takes the last of others."""
+    for group in FUSED:
+        first, *others = group
+        for name, label in labels.items():
+            parent, _, last = name.rpartition(".")
+            if last not in group:
+                continue
+            if last != first and f"{parent}.{first}" in labels:
+                continue  # seen from the first sibling
+            siblings = {f"{parent}.{sibling}" for sibling in group} & labels.keys()
+            if len({labels[sibling] for sibling in siblings}) > 1:
+                said = ", ".join(f"{s.rpartition('.')[2]} {labels[s]}" for s in sorted(siblings))
+                yield Refusal(
+                    name,
+                    f"the engine fuses these siblings, which must have one scheme: {said}",
+                    f'match them together, such as "{parent}.*"',
+                )
+
+
+def _expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
+    """The engine asks expert 0 and gives all experts of the layer its scheme."""
+    first: dict[str, str] = {}
+    for name, label in labels.items():
+        if match := _EXPERT.fullmatch(name):
+            known = first.setdefault(match["experts"], name)
+            if labels[known] != label:
+                yield Refusal(
+                    name,
+                    f"experts of one layer must have one scheme: `{known}` has {labels[known]}, "
+                    f"this one {label}",
+                    f'match them together, such as "{match["experts"]}.*"',
+                )
+
+
+def _skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
+    """The loader takes a module for float if any float weight's name begins with the module's.
+
+    Fused siblings are looked up by their full names instead; experts by the name of their set.
+    """
+    floats = sorted(f"{name}.weight" for name, label in labels.items() if label == FLOAT)
+    packed = {sibling for group in FUSED for sibling in group}
+    seen: set[str] = set()
+    for name, label in labels.items():
+        expert = _EXPERT.fullmatch(name)
+        prefix = expert["experts"] if expert else name
+        if label == FLOAT or prefix in seen or (not expert and name.rpartition(".")[2] in packed):
+            continue
+        seen.add(prefix)
+        position = bisect_left(floats, prefix)
+        if position < len(floats) and floats[position].startswith(prefix):
+            other = floats[position].removesuffix(".weight")
+            yield Refusal(
+                name,
+                f"`{prefix}` begins the name of `{other}`, which stays float: the engine would take "
+                "both for float and misread the codes",
+                "give both the same scheme",
+            )
+
+
+def _fused_widths(modules: Sequence[Module]) -> dict[str, int]:
+    widths: dict[str, int] = defaultdict(int)
+    for module in modules:
+        parent, _, last = module.name.rpartition(".")
+        group = next((group for group in FUSED if last in group), None)
+        if module.numerics and group and not _EXPERT.fullmatch(module.name):
+            widths[f"{parent}.{'+'.join(group)}"] += module.shape[0]
+    return widths

@@ -1,0 +1,82 @@
+"""What a target is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from quantcli.numerics import Module, Numerics, Parts
+from quantcli.tensorspec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an engine would not load, or would misread, one module."""
+
+    module: str
+    what: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """All that is known of a planned checkpoint, for the files that describe it."""
+
+    modules: Sequence[Module]
+    tensors: Mapping[str, TensorSpec]  # every tensor that will be written
+    files: Mapping[str, str]  # tensor -> weight file
+    config: Mapping[str, Any]  # config.json of the source
+    serving_dtype: str  # "BF16" or "F16": what the engine computes in
+
+
+class Target(BaseModel, ABC):
+    """One checkpoint format. The fields of a subclass are its options in a recipe.
+
+    A target never asks which scheme made the numbers, only what the numbers are. It runs on the meta
+    device while planning: what it refuses there is refused before a weight is read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str]
+
+    @abstractmethod
+    def label(self, numerics: Numerics) -> str:
+        """The engine's own name for these numerics. InputError where it has none."""
+
+    @abstractmethod
+    def loads_on(self, label: str) -> str:
+        """Engine versions and hardware that load modules with this label."""
+
+    @abstractmethod
+    def held(self, numerics: Numerics, serving_dtype: str) -> str:
+        """The dtype in which the engine will hold `weight_scale`: codes are chosen against it."""
+
+    @abstractmethod
+    def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
+        """Parts of one module -> tensors by suffix, such as `weight` and `weight_scale`.
+
+        Rows stay rows: dimension 0 of every tensor returned is dimension 0 of the weight.
+        """
+
+    @abstractmethod
+    def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
+        """The inverse of `pack`."""
+
+    @abstractmethod
+    def check(
+        self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]
+    ) -> Iterator[Refusal]:
+        """Everything the engine would refuse or silently misread. `tensors` are the source's."""
+
+    @abstractmethod
+    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+        """What loads, but deserves a word in the plan."""
+
+    @abstractmethod
+    def sidecars(self, output: Output) -> dict[str, bytes]:
+        """The generated files by name, config.json and the index among them."""

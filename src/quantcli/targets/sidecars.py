@@ -1,0 +1,68 @@
+"""Generated files that several targets share: config.json and the index."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from quantcli.targets.base import Output
+from quantcli.tensorspec import FLOAT_NAMES
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+STALE_KEYS = ("quantization_config", "compression_config")
+
+
+def to_json(value: object, *, sort_keys: bool = False) -> bytes:
+    """JSON as Hugging Face writes it: two spaces, a final newline, always the same bytes."""
+    return (json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode()
+
+
+def config(output: Output, additions: dict[str, Any]) -> dict[str, bytes]:
+    """config.json without the source's quantization, at both levels, and with the serving dtype.
+
+    An engine that finds a stale quantization_config never reads the description beside it. Empty
+    where nothing needs to change: the source's file is then copied byte for byte.
+    """
+    table = copy.deepcopy(dict(output.config))
+    for level in [table, *(value for value in table.values() if isinstance(value, dict))]:
+        for key in STALE_KEYS:
+            level.pop(key, None)
+    _set_dtype(table, output.serving_dtype)
+    table.update(additions)
+    return {} if table == output.config else {CONFIG: to_json(table)}
+
+
+def declared_dtype(config: Any) -> str | None:
+    """The dtype that config.json gives the language model ("BF16"), as engines look for it."""
+    for level in (config, config.get("text_config")):
+        if isinstance(level, dict):
+            value = level.get("dtype") or level.get("torch_dtype")
+            if isinstance(value, str):
+                return FLOAT_NAMES.get(value.removeprefix("torch."))
+    return None
+
+
+def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
+    """Make config.json say the serving dtype where it says float32 or nothing."""
+    if declared_dtype(table) == serving_dtype:
+        return
+    word = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
+    said = False
+    for level in (table, table.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(level, dict) and key in level:
+                level[key] = word
+                said = True
+    if not said:
+        table["torch_dtype"] = word
+
+
+def index(output: Output) -> dict[str, bytes]:
+    """model.safetensors.index.json: the only index name that engines read."""
+    table = {
+        "metadata": {"total_size": sum(spec.nbytes for spec in output.tensors.values())},
+        "weight_map": dict(sorted(output.files.items())),
+    }
+    return {INDEX: to_json(table)}

@@ -1,0 +1,109 @@
+"""One safetensors shard: header first, data at planned offsets, in its place only when whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantcli.errors import MachineError
+from quantcli.header import encode_header
+from quantcli.tensorspec import TensorSpec
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name; `finish` renames it. Threads may share it."""
+
+    def __init__(self, folder: Path, file: str, tensors: Iterable[TensorSpec]) -> None:
+        """Create the temporary file and write its header. `tensors` in the order of their data."""
+        specs = tuple(tensors)
+        header = encode_header(specs)
+        self.path = folder / file
+        self._temporary = folder / f".{file}.writing"
+        self._offsets: dict[str, int] = {}
+        position = len(header)
+        for spec in specs:
+            self._offsets[spec.name] = position
+            position += spec.nbytes
+        self.nbytes = position
+        self._written = 0
+        self._lock = threading.Lock()
+        with disk_errors(self._temporary):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            self._fd = os.open(self._temporary, flags, 0o666)
+            self._pwrite(header, 0)
+
+    def write(self, tensor: str, offset: int, data: bytes | memoryview) -> None:
+        """Write `data` at byte `offset` of a tensor."""
+        with disk_errors(self._temporary):
+            self._pwrite(data, self._offsets[tensor] + offset)
+
+    def _pwrite(self, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):  # a write may be short
+            done += os.pwrite(self._fd, view[done:], position + done)
+        with self._lock:
+            self._written += done
+
+    def finish(self) -> None:
+        """Make the shard durable and give it its name. Every byte must have been written once."""
+        assert self._written == self.nbytes, (self.path, self._written, self.nbytes)
+        with disk_errors(self._temporary):
+            os.fsync(self._fd)
+            os.close(self._fd)
+            os.rename(self._temporary, self.path)
+            sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Close the temporary file and leave it behind: the next run begins it anew."""
+        os.close(self._fd)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A small file, durable and whole or not there at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into a MachineError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise machine_error(error, path) from None
+
+
+def machine_error(error: OSError, path: Path) -> MachineError:
+    """What the operating system said, with the path and a way out."""
+    fixes = {
+        errno.ENOSPC: "free some space and run the same command again: it continues where it stopped",
+        errno.EDQUOT: "raise the quota and run the same command again: it continues where it stopped",
+        errno.EACCES: "check the permissions of the folder, or choose another --out",
+        errno.EPERM: "check the permissions of the folder, or choose another --out",
+        errno.EROFS: "the file system is read-only: choose another --out",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    }
+    reason = error.strerror or str(error)
+    return MachineError(
+        reason[:1].lower() + reason[1:], where=str(path), fix=fixes.get(error.errno or 0)
+    )

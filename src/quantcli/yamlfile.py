@@ -1,0 +1,148 @@
+"""YAML with line numbers, read as hostile input: no aliases, no duplicate keys, no tags, no code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantcli.errors import InputError, MachineError, one_of
+
+MAX_BYTES = 2**20
+_MAX_DEPTH = 20
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null"))
+
+Place = tuple[str | int, ...]
+
+
+@dataclass
+class Document:
+    """The plain data of a YAML file, and where each piece of it stands."""
+
+    path: Path
+    data: dict[str, Any]
+    places: dict[Place, str]  # keys and indexes from the top -> "file:line" or "--set key=value"
+
+    def where(self, place: Place) -> str:
+        """The closest known place at or above `place`."""
+        while place and place not in self.places:
+            place = place[:-1]
+        return self.places.get(place, str(self.path))
+
+    def override(self, assignment: str) -> None:
+        """Apply one `--set key=value`, such as `rules.0.scheme=keep`; the value is YAML."""
+        flag = f"--set {assignment}"
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise InputError("expected key=value", where=flag, fix="for example --set target=ascend")
+        value = _load(text, flag, {})
+        parent: Any = self.data
+        place: list[str | int] = []
+        *path, last = key.split(".")
+        for step in path:
+            if isinstance(parent, dict) and step not in parent and not place:
+                parent[step] = {}  # a whole block, such as `expect`, may come from the command line
+            parent = parent[self._step(parent, step, place, flag)]
+        if isinstance(parent, dict):
+            parent[last] = value
+            place.append(last)
+        else:
+            step = self._step(parent, last, place, flag)
+            parent[step] = value
+        below = tuple(place)
+        self.places = {k: v for k, v in self.places.items() if k[: len(below)] != below}
+        self.places[below] = flag
+
+    @staticmethod
+    def _step(parent: Any, step: str, place: list[str | int], flag: str) -> Any:
+        key: str | int = step
+        if isinstance(parent, list):
+            if not step.isdecimal() or int(step) >= len(parent):
+                known = f"0 to {len(parent) - 1}" if parent else "none, the list is empty"
+                raise InputError(f"no item `{step}` in this list", where=flag, fix=f"items: {known}")
+            key = int(step)
+        elif not isinstance(parent, dict) or step not in parent:
+            known = one_of(step, map(str, parent)) if isinstance(parent, dict) and parent else None
+            raise InputError(f"nothing called `{step}` to set", where=flag, fix=known)
+        place.append(key)
+        return key
+
+
+def load_document(path: Path) -> Document:
+    """Read a YAML file whose top level is a mapping. Raises InputError with file:line."""
+    if path.is_dir():
+        raise InputError("recipe is a directory, not a YAML file", where=str(path))
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError("no such recipe", where=str(path)) from None
+    except OSError as error:
+        raise MachineError(f"cannot read recipe: {error.strerror}", where=str(path)) from None
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"recipe is over {MAX_BYTES} bytes", where=str(path))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe is not UTF-8 (byte {error.start})", where=str(path)) from None
+    places: dict[Place, str] = {}
+    data = _load(text, str(path), places)
+    if not isinstance(data, dict):
+        raise InputError(
+            "recipe must be a mapping with `target` and `rules`", where=f"{path}:1"
+        )
+    return Document(path, data, places)
+
+
+def _load(text: str, source: str, places: dict[Place, str]) -> Any:
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise InputError(
+                    f"YAML alias `*{event.anchor}` is not allowed",
+                    where=f"{source}:{line}",
+                    fix="write the value out",
+                )
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return None if node is None else _plain(node, source, (), places)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"not valid YAML: {error.problem}", where=f"{source}{line}") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"not valid YAML: {problem}", where=source) from None
+    except RecursionError:
+        raise InputError("YAML is nested too deeply", where=source) from None
+
+
+def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str]) -> Any:
+    where = f"{source}:{node.start_mark.line + 1}"
+    places.setdefault(place, where)
+    if len(place) > _MAX_DEPTH:
+        raise InputError("YAML is nested too deeply", where=where)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, source, (*place, i), places) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        table: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise InputError("key must be a word", where=line)
+            key = str(key_node.value)
+            if key in table:
+                raise InputError(f"key `{key}` stands twice", where=line)
+            places[(*place, key)] = line
+            table[key] = _plain(value_node, source, (*place, key), places)
+        return table
+    if node.tag not in _PLAIN_TAGS:
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            return node.value
+        raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where)
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (ValueError, yaml.YAMLError):
+        raise InputError(f"cannot read the value `{node.value}`", where=where) from None
