@@ -15,13 +15,13 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "load_recipe": "recipe",
-    "make_plan": "plan",
+    "make_plan": "planner",
     "inspect": "commands",
     "support": "commands",
     "plan": "commands",
     "quantize": "commands",
 }
-__all__ = [*_HOME]  # noqa: PLE0604 - names are strings
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

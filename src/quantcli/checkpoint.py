@@ -1,15 +1,15 @@
 """What is on disk: a model directory, read strictly, headers only.
 
-Everything here came from strangers: names, indexes and links are checked before a path is built from
-them, and no weight is read. Imports no torch.
+Everything here came from strangers: names, indexes and links are checked before a path is built
+from them, and no weight is read. Imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
+import reprlib
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,19 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError, MachineError, QuantError
-from quantcli.header import StoredTensor, parse_json, read_header
+from quantcli.folder import INDEX, PICKLES, list_files
+from quantcli.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.tensorspec import TensorSpec
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
-# Files that describe the source's own quantization or shards: wrong beside new weights.
-_STALE = re.compile(
-    r".*\.index\.json|.*quant_model_description.*\.json|hf_quant_config\.json"
-    r"|quanti?z?e?_config\.json|quantcli_(manifest\.json|recipe\.yaml)"
-)
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 
@@ -93,14 +86,18 @@ def scan_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError only where nothing can be shown: no directory, no weights, a damaged header.
     """
-    if not path.exists():
-        raise InputError("no such model directory", where=str(path))
-    if not path.is_dir():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise InputError("no such model directory", where=str(path)) from None
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
+    if not stat.S_ISDIR(status.st_mode):
         raise InputError("MODEL must be a directory with safetensors files", where=str(path))
     root = path.resolve()
     problems: list[QuantError] = []
     notes: list[str] = []
-    files, left_out = _list_files(root)
+    files, left_out = list_files(root)
     index = _read_index(root, files)
     shards = _choose_shards(root, files, index, problems, left_out)
     tensors = _read_tensors(root, shards, problems)
@@ -116,78 +113,13 @@ def read_json_file(path: Path) -> dict[str, Any]:
     """A JSON object that came with a model: size-limited, duplicate keys refused."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"file is over {_MAX_JSON} bytes", where=str(path))
+            raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
         table = parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
     if not isinstance(table, dict):
-        raise InputError("must hold a JSON object", where=str(path))
+        raise InputError(f"{path.name} must hold a JSON object", where=str(path))
     return table
-
-
-def _list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Every file below `root` (relative path -> bytes), and those not to carry along with the reason."""
-    files: dict[str, int] = {}
-    left_out: dict[str, str] = {}
-    for folder, folders, names in os.walk(root, onerror=_unreadable):
-        for name in sorted(folders):
-            child = Path(folder) / name
-            if name.startswith(".") or name == "__pycache__":
-                folders.remove(name)
-                left_out[child.relative_to(root).as_posix() + "/"] = "not part of the model"
-            elif child.is_symlink():
-                _contained(child, root)
-                left_out[child.relative_to(root).as_posix() + "/"] = "a link to a folder"
-        folders.sort()
-        for name in sorted(names):
-            child = Path(folder) / name
-            relative = child.relative_to(root).as_posix()
-            files[relative] = _contained(child, root)
-            if reason := _why_not(relative):
-                left_out[relative] = reason
-    return files, left_out
-
-
-def _why_not(name: str) -> str | None:
-    base = name.rpartition("/")[2]
-    if base.lower().endswith(PICKLES):
-        return "may hold pickled code, which is never read or passed on"
-    if "/" in name:
-        return None
-    if base.lower().endswith(_OTHER_WEIGHTS):
-        return "the same weights in another format"
-    if base != INDEX and _STALE.fullmatch(base):
-        return "describes the source's shards or quantization, generated anew where needed"
-    return None
-
-
-def _unreadable(error: OSError) -> None:
-    raise MachineError(f"cannot read: {error.strerror}", where=str(error.filename)) from None
-
-
-def _contained(file: Path, root: Path) -> int:
-    """Bytes of `file`; InputError where it is a link out of the model or no regular file.
-
-    The one exception is the Hub cache, whose snapshots link to the sibling folder `blobs`.
-    """
-    try:
-        target = file.resolve(strict=True)
-        status = target.stat()
-    except (OSError, RuntimeError):
-        raise InputError("link leads nowhere", where=str(file), fix="fetch the file again") from None
-    if not target.is_relative_to(root):
-        blobs = root.parent.parent / "blobs"
-        if root.parent.name != "snapshots" or not target.is_relative_to(blobs):
-            raise InputError(
-                "link leads out of the model directory",
-                where=f"{file} -> {target}",
-                fix="replace the link by the file itself",
-            )
-    if file.is_dir():
-        return 0
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError("not a regular file", where=str(file), fix="remove it from the model directory")
-    return status.st_size
 
 
 def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
@@ -196,14 +128,18 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
     where = str(root / INDEX)
     index = read_json_file(root / INDEX)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("`weight_map` must map tensor names to files", where=where)
+    if not isinstance(weight_map, dict):
+        raise InputError("index has no `weight_map` of tensor names to files", where=where)
+    if not weight_map:
+        raise InputError("`weight_map` of the index is empty", where=where)
     for tensor, shard in weight_map.items():
-        place = f"{where}, tensor `{tensor}`"
+        if fault := name_fault(tensor):
+            raise InputError(fault, where=where)
+        place, said = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
         if not isinstance(shard, str):
-            raise InputError("file name must be a string", where=place)
+            raise InputError(f"{said} is not the name of a file", where=place)
         if not shard.isprintable() or shard in {"", ".", ".."} or re.search(r"[/\\]", shard):
-            raise InputError(f"file name {shard!r} leaves the model directory", where=place)
+            raise InputError(f"file name {said} is not one in the model directory", where=place)
         if shard.endswith(PICKLES):
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
@@ -227,29 +163,32 @@ def _choose_shards(
     """The weight files: those of the index, else every top-level .safetensors file."""
     present = sorted(name for name in files if "/" not in name and name.endswith(".safetensors"))
     if index is not None:
-        shards = sorted(set(index["weight_map"].values()))
-        for shard in shards:
+        listed = dict.fromkeys(sorted(set(index["weight_map"].values())))
+        for shard in listed:
             if shard not in files:
                 problems.append(_missing(root, shard, "listed in the index"))
         for name in present:
-            if name not in shards:
+            if name not in listed:
                 left_out[name] = f"not listed in {INDEX}"
-        return [shard for shard in shards if shard in files]
+        return [shard for shard in listed if shard in files]
     if not present:
         pickles = [name for name in files if name.endswith(PICKLES)]
         if pickles:
             raise InputError(
-                f"weights are pickle files, such as `{pickles[0]}`", where=str(root), fix=_PICKLE_FIX
+                f"weights are pickle files, such as `{pickles[0]}`",
+                where=str(root),
+                fix=_PICKLE_FIX,
             )
         raise InputError(
             "no .safetensors file here", where=str(root), fix="MODEL is the folder with config.json"
         )
     shards = [name for name in present if not name.startswith("consolidated")] or present
-    for name in set(present) - set(shards):
-        left_out[name] = "the same weights in another layout"
-    match = next(filter(None, map(_NUMBERED.fullmatch, shards)), None)
-    if match:  # without an index the names are all that tells how many there should be
-        stem, width, total = match["stem"], len(match["part"]), match["total"]
+    for name in present:
+        if name not in shards:
+            left_out[name] = "the same weights in another layout"
+    # Without an index the names are all that tells how many shards there should be.
+    numbered = filter(None, map(_NUMBERED.fullmatch, shards))
+    for stem, width, total in dict.fromkeys((m["stem"], len(m["part"]), m["total"]) for m in numbered):
         names = (f"{stem}-{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1))
         absent = itertools.islice((name for name in names if name not in files), 10)
         problems += [_missing(root, name, "the other shards' names call for it") for name in absent]
@@ -262,9 +201,7 @@ def _missing(root: Path, shard: str, why: str) -> InputError:
     )
 
 
-def _read_tensors(
-    root: Path, shards: list[str], problems: list[QuantError]
-) -> dict[str, StoredTensor]:
+def _read_tensors(root: Path, shards: list[str], problems: list[QuantError]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for stored in read_header(root / shard)[0]:

@@ -52,7 +52,7 @@ def inspect(
     support: Annotated[bool, typer.Option(help="Show schemes x targets instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds: folded layers, dtypes, sizes, what is suspicious. Reads headers only.
+    """Show what a checkpoint holds, from its headers: layers, dtypes, sizes, what is suspicious.
 
     Exits 1 when something is suspicious: a missing shard, an index that disagrees.
     """
@@ -98,14 +98,12 @@ def quantize(
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")
     ] = False,
-    checksum: Annotated[
-        bool, typer.Option(help="Hash every file for the manifest.")
-    ] = True,
+    checksum: Annotated[bool, typer.Option(help="Hash every file for the manifest.")] = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint as a recipe says. The same command again resumes an interrupted run."""
-    from quantcli import commands, console
+    from quantcli import commands, console, progress
 
     output = console.Output(as_json=as_json, quiet=quiet)
     job = commands.plan(
@@ -119,7 +117,7 @@ def quantize(
         force=force,
     )
     if as_json and plan:
-        output.document({"ok": True, "plan": console.plan_account(job)})
+        output.document({"ok": True, "plan": commands.account(job)})
         return
     if not as_json and not quiet:
         console.show_plan(output, job)
@@ -127,8 +125,8 @@ def quantize(
         return
     started = time.monotonic()
     try:
-        with console.progress(output) as progress:
-            written = commands.quantize(job, progress)
+        with progress.watch(output) as watcher:
+            written = commands.quantize(job, watcher)
     except KeyboardInterrupt:
         output.word("interrupted: the same command again continues where it stopped")
         raise typer.Exit(Exit.INTERRUPTED) from None
@@ -136,7 +134,7 @@ def quantize(
     if as_json:
         result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
         result |= {"shards_reused": written.shards_reused, "files": written.files}
-        output.document({**result, "plan": console.plan_account(job)})
+        output.document({**result, "plan": commands.account(job)})
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

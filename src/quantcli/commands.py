@@ -15,8 +15,9 @@ from quantcli.hub import find_model
 from quantcli.inspection import inspect_checkpoint
 
 if TYPE_CHECKING:
-    from quantcli.execute import Progress, Written
+    from quantcli.execute import Written
     from quantcli.plan import Plan
+    from quantcli.streaming import Progress
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,45 @@ class Job:
     memory: int  # bytes above a bare torch import, estimated
 
 
+def account(job: Job) -> dict[str, Any]:
+    """A planned job as JSON-able data."""
+    plan = job.plan
+    return {
+        "model": str(plan.checkpoint.path),
+        "out": str(job.out),
+        "target": plan.recipe.target.name,
+        "serving_dtype": plan.serving_dtype,
+        "digest": plan.digest,
+        "rules": [
+            {
+                "rule": line.number,
+                "scheme": line.scheme,
+                "label": line.label,
+                "modules": line.modules,
+                "bytes_before": line.nbytes_before,
+                "bytes_after": line.nbytes_after,
+                "loads_on": line.loads_on,
+            }
+            for line in plan.rules
+        ],
+        "kept": [
+            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "examples": k.examples}
+            for k in plan.kept
+        ],
+        "quantized_params_pct": round(plan.quantized_params_pct, 4),
+        "quantized_modules": plan.quantized_modules,
+        "bytes_before": plan.checkpoint.nbytes,
+        "bytes_after": plan.weight_nbytes,
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
+        "files": sorted([*plan.sidecars, *plan.copies]),
+        "disk_needed": plan.nbytes,
+        "disk_free": job.disk_free,
+        "memory_needed": job.memory,
+        "workers": job.workers,
+        "notes": list(plan.notes),
+    }
+
+
 def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
     """What a checkpoint holds, from its headers alone. `tensors` is a glob of names to list."""
     return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
@@ -40,7 +80,7 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
 
 def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
-    from quantcli.plan import dry_run
+    from quantcli.planner import dry_run
     from quantcli.registry import discover
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
@@ -78,12 +118,13 @@ def plan(
 
     Succeeds exactly when `quantize` with the same arguments would begin.
     """
-    from quantcli.execute import memory_estimate, run_head
+    from quantcli.execute import run_head
     from quantcli.executors import default_workers
     from quantcli.journal import check_folder
-    from quantcli.plan import make_plan
+    from quantcli.planner import make_plan
     from quantcli.publish import check_destination, check_space, partial_folder
     from quantcli.recipe import load_recipe
+    from quantcli.streaming import memory_estimate
 
     loaded = load_recipe(recipe, overrides)
     named = model or loaded.file.model

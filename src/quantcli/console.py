@@ -1,15 +1,12 @@
-"""The only module that prints. Data goes to stdout, words and progress to stderr."""
+"""What prints, with progress.py beside it: data to stdout, words and progress to stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,8 +17,6 @@ from quantcli import __version__
 from quantcli.errors import Exit, QuantError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from quantcli.commands import Job
     from quantcli.execute import Written
 
@@ -43,8 +38,8 @@ class Output:
     def __init__(self, *, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._data = _console(sys.stdout)
-        self._words = _console(sys.stderr)
+        self._data = make_console(sys.stdout)
+        self._words = make_console(sys.stderr)
 
     def document(self, value: Any) -> None:
         """The one JSON document of a `--json` run."""
@@ -59,9 +54,7 @@ class Output:
         if not self.quiet:
             self._words.print(Text(text), soft_wrap=True)
 
-    def table(
-        self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()
-    ) -> None:
+    def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
         """A table of data; columns in `right` are aligned to the right."""
         table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
         for column in columns:
@@ -96,7 +89,8 @@ class Output:
         sys.stderr.write(f"\nthis is a bug in quantcli {__version__}: please report the lines above\n")
 
 
-def _console(stream: Any) -> Console:
+def make_console(stream: Any) -> Console:
+    """A rich console that takes text literally; wide where the stream is no terminal."""
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -125,7 +119,8 @@ def show_inspection(out: Output, account: dict[str, Any]) -> None:
     dtypes = ", ".join(f"{d} {human_bytes(t['bytes'])}" for d, t in account["dtypes"].items())
     out.line(f"model         {kind} ({classes})")
     out.line(f"parameters    {account['parameters']:,} in {account['tensors']:,} tensors")
-    out.line(f"weights       {human_bytes(account['bytes'])} in {len(account['shards'])} shards: {dtypes}")
+    nbytes, shards = human_bytes(account["bytes"]), len(account["shards"])
+    out.line(f"weights       {nbytes} in {shards} shards: {dtypes}")
     out.line(f"tied          {account['tied_embeddings']}")
     found = account["quantization"]
     quantized = f"{found['format']}, {found['modules']} modules" if found else "none, a float model"
@@ -148,45 +143,6 @@ def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
         for cell in cells
     ]
     out.table(["scheme", "target", "engine's name", "loads on"], rows)
-
-
-def plan_account(job: Job) -> dict[str, Any]:
-    """The plan as JSON."""
-    plan = job.plan
-    return {
-        "model": str(plan.checkpoint.path),
-        "out": str(job.out),
-        "target": plan.recipe.target.name,
-        "serving_dtype": plan.serving_dtype,
-        "digest": plan.digest,
-        "rules": [
-            {
-                "rule": line.number,
-                "scheme": line.scheme,
-                "label": line.label,
-                "modules": line.modules,
-                "bytes_before": line.nbytes_before,
-                "bytes_after": line.nbytes_after,
-                "loads_on": line.loads_on,
-            }
-            for line in plan.rules
-        ],
-        "kept": [
-            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "examples": k.examples}
-            for k in plan.kept
-        ],
-        "quantized_params_pct": round(plan.quantized_params_pct, 4),
-        "quantized_modules": plan.quantized_modules,
-        "bytes_before": plan.checkpoint.nbytes,
-        "bytes_after": plan.weight_nbytes,
-        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
-        "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": plan.nbytes,
-        "disk_free": job.disk_free,
-        "memory_needed": job.memory,
-        "workers": job.workers,
-        "notes": list(plan.notes),
-    }
 
 
 def show_plan(out: Output, job: Job) -> None:
@@ -236,85 +192,3 @@ def show_written(out: Output, job: Job, written: Written, seconds: float) -> Non
         f"done: {written.out}, {human_bytes(written.nbytes)}, weights {100 * ratio:.1f} % of "
         f"the source, {seconds:.1f} s{reused}"
     )
-
-
-class ShardLines:
-    """Progress where stderr is no terminal: one line a shard, nothing else."""
-
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._count = 0
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Remember how many shards there will be."""
-        self._count = self._done + shards
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing to show."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """One line."""
-        with self._lock:
-            self._done += 1
-            of = f"{self._done}/{self._count}" if self._count else "kept"
-            kept = " (from an earlier run)" if reused else ""
-            self._out.word(f"shard {of}: {file} {human_bytes(nbytes)}{kept}")
-
-
-class ProgressBar:
-    """Progress on a terminal: a bar in bytes."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._task = bar.add_task("quantizing", total=None)
-        self._pending = 0
-        self._shown = 0.0
-        self._lock = threading.Lock()
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Set the length of the bar."""
-        self._bar.update(self._task, total=nbytes, description=f"{shards} shards")
-
-    def advance(self, nbytes: int) -> None:
-        """Move on; ten times a second is enough for the eye."""
-        with self._lock:
-            self._pending += nbytes
-            now = time.monotonic()
-            if now - self._shown < 0.1:
-                return
-            step, self._pending, self._shown = self._pending, 0, now
-        self._bar.advance(self._task, step)
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Nothing to show: the bar says it."""
-        with self._lock:
-            step, self._pending = self._pending, 0
-        self._bar.advance(self._task, step)
-
-
-@contextmanager
-def progress(out: Output) -> Iterator[ShardLines | ProgressBar]:
-    """A bar on a terminal, else one line a shard."""
-    if out.quiet or not sys.stderr.isatty():
-        yield ShardLines(out)
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console(sys.stderr)) as bar:
-        yield ProgressBar(bar)

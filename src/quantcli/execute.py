@@ -1,47 +1,23 @@
-"""Make it happen: Plan -> shards, row block by row block; atomic, resumable, the same bytes each time."""
+"""Make it happen: Plan -> directory; atomic, resumable, the same bytes each time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from quantcli import __version__
-from quantcli.errors import InputError, MachineError
 from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
-from quantcli.plan import Item, Plan, Quantize, Shard
+from quantcli.plan import Plan
 from quantcli.publish import partial_folder, publish
-from quantcli.targets.base import Target
-from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter, disk_errors, sync_folder, write_file
+from quantcli.streaming import BLOCK_ELEMENTS, Progress, ShardRun, file_entry
+from quantcli.writer import disk_errors, sync_folder, write_file
 
-BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
-JOB_BYTES = 16 * 2**20  # of source in one job of the pool
-_HASH_BYTES = 2**20
-
-
-class Progress(Protocol):
-    """Who wants to know how far the work is."""
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """The work ahead: bytes of source weights, shards to write."""
-
-    def advance(self, nbytes: int) -> None:
-        """Bytes of source weights done since the last call. Called from any thread."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """A shard is whole; `reused` if an earlier run had finished it."""
+_CHUNK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -67,17 +43,6 @@ def run_head(plan: Plan, *, checksum: bool) -> dict[str, Any]:
     return {"plan": plan.digest, "checksum": checksum, "source": source}
 
 
-def memory_estimate(plan: Plan, workers: int) -> int:
-    """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
-
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded.
-    """
-    widest = max((s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1)
-    block = max(BLOCK_ELEMENTS, widest)
-    tensors = len(plan.checkpoint.tensors) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * block * 14 + tensors * 1500 + 8 * 2**20
-
-
 def execute(
     plan: Plan,
     out: Path,
@@ -99,13 +64,13 @@ def execute(
         remove_folder(partial)
     journal = Journal(partial, run_head(plan, checksum=checksum))
     try:
-        run = _Run(plan, partial, journal, progress, checksum, block_elements)
+        run = ShardRun(plan, partial, journal, progress, checksum, block_elements)
         with thread_pool(workers) as pool:
             run.shards(pool, workers)
         files = run.files
         for name, content in plan.sidecars.items():
             write_file(partial / name, content)
-            files[name] = _entry(len(content), hashlib.sha256(content).hexdigest(), checksum)
+            files[name] = file_entry(len(content), hashlib.sha256(content).hexdigest(), checksum)
         for name in plan.copies:
             files[name] = _copy_file(plan.checkpoint.path / name, partial / name, checksum)
         _remove_strangers(partial, {*files, JOURNAL})
@@ -119,239 +84,12 @@ def execute(
     return Written(out, files, run.reused)
 
 
-class _Run:
-    """The shards of one run: what threads share while they write them."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        folder: Path,
-        journal: Journal,
-        progress: Progress,
-        checksum: bool,
-        block_elements: int,
-    ) -> None:
-        self.plan = plan
-        self.folder = folder
-        self.journal = journal
-        self.progress = progress
-        self.checksum = checksum
-        self.block_elements = block_elements
-        self.files: dict[str, dict[str, Any]] = {}
-        self.reused = 0
-        self._stop = threading.Event()
-        self._local = threading.local()
-
-    def shards(self, pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write every shard that is not there yet. A few are under way at a time, so that no
-        worker waits for the last job of a shard or for a hash.
-        """
-        missing = [shard for shard in self.plan.shards if not self._reuse(shard)]
-        todo = sum(item.source.spec.nbytes for shard in missing for item in shard.items)
-        self.progress.begin(todo, len(missing))
-        ahead = max(2, min(workers, 8))
-        under_way: deque[tuple[_Open, list[Future[None]]]] = deque()
-        finishing: deque[Future[None]] = deque()
-        opened: list[_Open] = []
-        try:
-            for shard in missing:
-                open_shard = _Open(shard, self.folder)
-                opened.append(open_shard)
-                jobs = [pool.submit(self._work, open_shard, job) for job in _jobs(shard)]
-                under_way.append((open_shard, jobs))
-                if len(under_way) >= ahead:
-                    finishing.append(self._finish_next(pool, under_way))
-                if len(finishing) >= ahead:
-                    finishing.popleft().result()
-            while under_way:
-                finishing.append(self._finish_next(pool, under_way))
-            while finishing:
-                finishing.popleft().result()
-        except BaseException:
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            for open_shard in opened:
-                open_shard.abandon()
-            raise
-
-    def _finish_next(
-        self, pool: ThreadPoolExecutor, under_way: deque[tuple[_Open, list[Future[None]]]]
-    ) -> Future[None]:
-        open_shard, jobs = under_way.popleft()
-        for job in jobs:
-            job.result()
-        return pool.submit(self._finish, open_shard)
-
-    def _finish(self, open_shard: _Open) -> None:
-        writer, file = open_shard.writer, open_shard.shard.file
-        open_shard.finish()
-        sha256 = _sha256(writer.path) if self.checksum else None
-        self.journal.record(file, writer.nbytes, sha256)
-        self.files[file] = _entry(writer.nbytes, sha256, self.checksum)
-        self.progress.shard(file, writer.nbytes, reused=False)
-
-    def _reuse(self, shard: Shard) -> bool:
-        """Whether an earlier run finished this shard and it is still what it was."""
-        done = self.journal.done.get(shard.file)
-        path = self.folder / shard.file
-        if done is None or not path.is_file():
-            return False
-        if not path.stat().st_size == done.nbytes == shard.nbytes:
-            return False
-        if self.checksum and _sha256(path) != done.sha256:
-            return False
-        self.files[shard.file] = _entry(done.nbytes, done.sha256, self.checksum)
-        self.reused += 1
-        self.progress.shard(shard.file, done.nbytes, reused=True)
-        return True
-
-    def _work(self, open_shard: _Open, job: _Job) -> None:
-        item = job.item
-        width = item.source.spec.row_nbytes
-        if isinstance(item, Quantize):
-            step = max(1, self.block_elements // item.source.spec.shape[1])
-        else:
-            step = max(1, 2 * self.block_elements // width)
-        for start in range(job.start, job.stop, step):
-            if self._stop.is_set():
-                return
-            stop = min(start + step, job.stop)
-            block = self._buffer((stop - start) * width)
-            open_shard.read(item, start * width, block)
-            if isinstance(item, Quantize):
-                self._quantize(open_shard.writer, item, start, stop, block)
-            else:
-                open_shard.writer.write(item.source.spec.name, start * width, block)
-            self.progress.advance(len(block))
-
-    def _quantize(
-        self, writer: ShardWriter, item: Quantize, start: int, stop: int, block: memoryview
-    ) -> None:
-        spec = item.source.spec
-        rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(stop - start, -1)
-        parts = item.scheme.quantize(rows, torch_dtype(item.held))
-        if not bool(torch.isfinite(parts["weight_scale"]).all()):
-            raise not_finite(rows, start, item)
-        target: Target = self.plan.recipe.target
-        packed = target.pack(item.scheme.numerics, parts)
-        for out, (suffix, tensor) in zip(item.outputs, packed.items(), strict=True):
-            assert out.name == f"{item.module}.{suffix}"
-            writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        """This thread's buffer, `nbytes` of it; it only ever grows."""
-        held: bytearray | None = getattr(self._local, "buffer", None)
-        if held is None or len(held) < nbytes:
-            held = self._local.buffer = bytearray(nbytes)
-        return memoryview(held)[:nbytes]
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
-    flat: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    return flat
-
-
-def not_finite(rows: Tensor, first_row: int, item: Quantize) -> InputError:
-    """The error for a block whose scale is not finite: which element, or that the scale overflows."""
-    bad = (~torch.isfinite(rows)).nonzero()
-    name = item.source.spec.name
-    if not len(bad):
-        return InputError(
-            f"the scale of a row overflows {item.held}, in which the engine holds it",
-            where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
-            fix="serve in bfloat16 (`dtype` in config.json), or keep this module float",
-        )
-    row, column = (int(i) for i in bad[0])
-    value = float(rows[row, column])
-    return InputError(
-        f"weight is {value}",
-        where=f"`{name}`[{first_row + row}, {column}] in {item.source.file.name}",
-        fix="the model is damaged: fetch it again, or keep this module float",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Rows of one item: what a worker takes at a time."""
-
-    item: Item
-    start: int
-    stop: int
-
-
-def _jobs(shard: Shard) -> Iterator[_Job]:
-    for item in shard.items:
-        spec = item.source.spec
-        if spec.nbytes == 0:
-            continue
-        rows = spec.shape[0] if spec.shape else 1
-        step = max(1, JOB_BYTES // spec.row_nbytes)
-        for start in range(0, rows, step):
-            yield _Job(item, start, min(start + step, rows))
-
-
-class _Open:
-    """A shard being written and the source files that it is read from."""
-
-    def __init__(self, shard: Shard, folder: Path) -> None:
-        self.shard = shard
-        self.writer = ShardWriter(folder, shard.file, shard.tensors)
-        self._sources: dict[Path, int] = {}
-        try:
-            for path in {item.source.file for item in shard.items}:
-                with disk_errors(path):
-                    self._sources[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except MachineError:
-            self.abandon()
-            raise
-        self._closed = False
-
-    def read(self, item: Item, offset: int, block: memoryview) -> None:
-        """Fill `block` from byte `offset` of the item's tensor."""
-        source = item.source
-        done = 0
-        with disk_errors(source.file):
-            while done < len(block):
-                position = source.offset + offset + done
-                n = os.preadv(self._sources[source.file], [block[done:]], position)
-                if n == 0:
-                    raise MachineError("file became shorter while it was read", where=str(source.file))
-                done += n
-
-    def finish(self) -> None:
-        """The shard is whole: give it its name."""
-        self._close_sources()
-        self.writer.finish()
-        self._closed = True
-
-    def abandon(self) -> None:
-        """Close everything; what was written stays under its temporary name."""
-        if not getattr(self, "_closed", False):
-            self._close_sources()
-            self.writer.abandon()
-            self._closed = True
-
-    def _close_sources(self) -> None:
-        while self._sources:
-            os.close(self._sources.popitem()[1])
-
-
 def _remove_strangers(folder: Path, expected: set[str]) -> None:
     """Delete what an earlier run left in OUT.partial and this plan does not name."""
     with disk_errors(folder):
         for path in folder.rglob("*"):
             if not path.is_dir() and path.relative_to(folder).as_posix() not in expected:
                 path.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with disk_errors(path), path.open("rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        buffer = bytearray(_HASH_BYTES)
-        while n := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
-        return digest.hexdigest()
 
 
 def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any]:
@@ -362,18 +100,14 @@ def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as reader, temporary.open("wb") as writer:
-            while chunk := reader.read(_HASH_BYTES):
+            while chunk := reader.read(_CHUNK):
                 writer.write(chunk)
                 digest.update(chunk)
                 nbytes += len(chunk)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.rename(destination)
-    return _entry(nbytes, digest.hexdigest(), checksum)
-
-
-def _entry(nbytes: int, sha256: str | None, checksum: bool) -> dict[str, Any]:
-    return {"bytes": nbytes, "sha256": sha256} if checksum else {"bytes": nbytes}
+    return file_entry(nbytes, digest.hexdigest(), checksum)
 
 
 def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:

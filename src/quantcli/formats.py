@@ -1,9 +1,11 @@
-"""What a checkpoint is already quantized with, told from its headers and files. Imports no torch."""
+"""What a checkpoint is quantized with already, told from its headers and files. No torch here."""
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from quantcli.checkpoint import Checkpoint, read_json_file
 from quantcli.errors import QuantError
@@ -37,7 +39,7 @@ def quantization(checkpoint: Checkpoint) -> Quantization | None:
     found = [spec for spec in checkpoint.specs() if _is_quantized(spec)]
     if not found:
         return None
-    modules = {spec.name.rpartition(".")[0] for spec in found}
+    modules = {_module(spec.name) for spec in found}
     return Quantization(_name(checkpoint, found), len(modules), f"`{found[0].name}` {found[0]}")
 
 
@@ -48,6 +50,11 @@ def _is_quantized(spec: TensorSpec) -> bool:
     return suffix == "weight" and spec.dtype in _CODES
 
 
+def _module(tensor: str) -> str:
+    """`x` of `x.weight`, of `x.weight_scale`, and of bitsandbytes' `x.weight.absmax`."""
+    return tensor.rpartition(".")[0].removesuffix(".weight")
+
+
 def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
     if "quant_model_description.json" in checkpoint.left_out:
         try:
@@ -56,12 +63,20 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
             return "ascend (unreadable description)"
         weights = (v for k, v in table.items() if k.endswith(".weight") and isinstance(v, str))
         kinds = Counter(kind for kind in weights if kind != "FLOAT")
-        return "ascend (" + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) + ")"
+        named = ", ".join(f"{_shown(kind)} {count}" for kind, count in kinds.most_common(9))
+        return f"ascend ({named or 'no kinds named'})"
     for level in (checkpoint.config, checkpoint.text_config):
         for key in ("quantization_config", "compression_config"):
             block = level.get(key)
             if isinstance(block, dict):
-                method = str(block.get("quant_method", "unnamed"))
+                method = _shown(block.get("quant_method", "unnamed"))
                 detail = block.get("weight_block_size") or block.get("format") or block.get("bits")
-                return f"{method} ({detail})" if detail else method
+                return f"{method} ({_shown(detail)})" if detail else method
     return "unnamed, " + ", ".join(sorted({spec.dtype for spec in found}))
+
+
+def _shown(value: Any) -> str:
+    """A value that strangers wrote, as short text without control characters."""
+    if isinstance(value, str) and value.isprintable():
+        return value[:40]
+    return reprlib.repr(value)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,11 @@ MAX_HEADER = 100_000_000  # bytes, the reference library's limit
 MAX_TENSORS = 1_000_000
 MAX_NAME = 512  # bytes of UTF-8
 MAX_DIMS = 16
+MAX_DIGITS = 1000  # of one number
 _MAX_SIZE = 2**63 - 1
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_REFETCH = "the file is damaged or not a safetensors file: fetch it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +56,39 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"key {key!r} stands twice")
+                raise _Refused(f"key {reprlib.repr(key)} stands twice")
             seen.add(key)
     return table
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def _integer(digits: str) -> int | float:
+    if len(digits) > MAX_DIGITS:
+        raise _Refused(f"a number has {len(digits)} digits")
+    return int(digits) if digits != "-0" else -0.0  # as the reference library reads it
+
+
+def parse_json(data: bytes, where: str, fix: str | None = None) -> Any:
     """JSON that came with a model: duplicate keys and bottomless nesting are refused.
 
-    `Infinity` and `NaN` pass: real config.json files hold them (`time_step_limit` of Mamba 2).
+    So is text that no file can hold: half a surrogate pair. `Infinity` and `NaN` pass: real
+    config.json files hold them (`time_step_limit` of Mamba 2).
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except _Refused as refused:
-        raise InputError(refused.what, where=where) from None
+        raise InputError(refused.what, where=where, fix=fix) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 (byte {error.start})", where=where) from None
+        raise InputError(f"not UTF-8 (byte {error.start})", where=where, fix=fix) from None
+    except UnicodeEncodeError:
+        raise InputError("text holds half a surrogate pair", where=where, fix=fix) from None
     except RecursionError:
-        raise InputError("JSON is nested too deeply", where=where) from None
+        raise InputError("JSON is nested too deeply", where=where, fix=fix) from None
     except ValueError as error:
-        raise InputError(f"not valid JSON: {error}", where=where) from None
+        raise InputError(f"not valid JSON: {error}", where=where, fix=fix) from None
+    return value
 
 
 def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
@@ -84,6 +103,8 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
             start = file.read(8)
             if len(start) < 8:
                 raise _Refused(f"file has {size} bytes; a safetensors file has at least 8")
+            if start == b"version ":
+                raise _Refused("file is a pointer of Git LFS, not the weights themselves")
             (length,) = struct.unpack("<Q", start)
             if length > MAX_HEADER:
                 raise _Refused(f"header length {length} is over the limit of {MAX_HEADER} bytes")
@@ -97,8 +118,9 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     if len(raw) != length:
         raise InputError("file shrank while it was read", where=str(path))
     if not raw.startswith(b"{"):
-        raise InputError("header does not start with `{`", where=str(path), fix=_REFETCH)
-    table = parse_json(raw, f"{path} (header)")
+        what = f"header starts with {raw[:8]!r} and not with `{{`" if raw else "header is empty"
+        raise InputError(what, where=str(path), fix=_REFETCH)
+    table = parse_json(raw, f"{path} (header)", _REFETCH)
     try:
         return _check(path, table, size - 8 - length, 8 + length)
     except _Refused as refused:
@@ -106,22 +128,22 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
         raise InputError(refused.what, where=where, fix=_REFETCH) from None
 
 
-_REFETCH = "the file is damaged or not a safetensors file: fetch it again"
-
-
 def _check(
     path: Path, table: Mapping[str, Any], data_size: int, data_start: int
 ) -> tuple[list[StoredTensor], dict[str, str]]:
     metadata = table.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _Refused("`__metadata__` must map strings to strings")
+    if not isinstance(metadata, dict):
+        raise _Refused(f"`__metadata__` is {reprlib.repr(metadata)}, not an object")
+    if odd := [value for value in metadata.values() if not isinstance(value, str)]:
+        raise _Refused(f"`__metadata__` holds {reprlib.repr(odd[0])}, not a string")
     if len(table) > MAX_TENSORS:
         raise _Refused(f"{len(table)} tensors; the limit is {MAX_TENSORS}")
     spans: list[tuple[int, int, TensorSpec]] = []
     for name, entry in table.items():
         if name == "__metadata__":
             continue
-        _check_name(name)
+        if fault := name_fault(name):
+            raise _Refused(fault)
         spans.append(_span(name, entry))
     spans.sort(key=lambda span: (span[0], span[1]))
     position = 0
@@ -136,13 +158,15 @@ def _check(
     return [StoredTensor(spec, path, data_start + begin) for begin, _, spec in spans], metadata
 
 
-def _check_name(name: str) -> None:
+def name_fault(name: str) -> str | None:
+    """What is wrong with the name of a tensor, as it came with a model; None for a good name."""
     if not name:
-        raise _Refused("a tensor has an empty name")
+        return "a tensor has an empty name"
+    if len(name.encode()) > MAX_NAME:
+        return f"tensor name starting {name[:40]!r} is over {MAX_NAME} bytes"
     if not name.isprintable():  # NUL, newlines, escape codes, bidirectional overrides
-        raise _Refused(f"tensor name {name!r} has control characters")
-    if len(name.encode("utf-8", "replace")) > MAX_NAME:
-        raise _Refused(f"tensor name starting {name[:40]!r} is over {MAX_NAME} bytes")
+        return f"tensor name {name!r} has control characters"
+    return None
 
 
 def _whole(value: Any) -> bool:
@@ -151,30 +175,36 @@ def _whole(value: Any) -> bool:
 
 def _span(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
     if not isinstance(entry, dict):
-        raise _Refused("entry is not an object", name)
-    if entry.keys() != {"dtype", "shape", "data_offsets"}:
-        odd = sorted(entry.keys() ^ {"dtype", "shape", "data_offsets"})
-        raise _Refused(f"entry must have dtype, shape and data_offsets; odd: {odd}", name)
+        raise _Refused(f"entry is {reprlib.repr(entry)}, not an object", name)
+    if missing := sorted(_FIELDS - entry.keys()):
+        raise _Refused(f"entry has no {', '.join(missing)}", name)
+    if unknown := sorted(entry.keys() - _FIELDS):
+        raise _Refused(f"entry has fields of no meaning: {reprlib.repr(unknown)}", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Refused(f"unknown dtype {dtype!r}", name)
-    if not isinstance(shape, list) or not all(_whole(side) for side in shape):
-        raise _Refused("shape must be a list of whole numbers", name)
+        raise _Refused(f"unknown dtype {reprlib.repr(dtype)}", name)
+    if not isinstance(shape, list) or not all(map(_whole, shape)):
+        raise _Refused(f"shape {reprlib.repr(shape)} is not a list of whole numbers", name)
     if len(shape) > MAX_DIMS:
         raise _Refused(f"shape has {len(shape)} dimensions; the limit is {MAX_DIMS}", name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-        raise _Refused("data_offsets must be two whole numbers", name)
+        raise _Refused(f"data_offsets {reprlib.repr(offsets)} are not two whole numbers", name)
     begin, end = offsets
     if begin > end:
         raise _Refused(f"data_offsets [{begin}, {end}] run backwards", name)
-    bits = math.prod(shape) * DTYPES[dtype][0]
-    if bits > _MAX_SIZE or bits % 8 or bits // 8 != end - begin:
+    width = DTYPES[dtype][0]
+    if math.prod(side or 1 for side in shape) * width > _MAX_SIZE:  # a 0 does not make up for it
+        raise _Refused(f"{dtype} {shape} is larger than any memory", name)
+    bits = math.prod(shape) * width
+    if bits % 8:
+        raise _Refused(f"{dtype} {shape} takes {bits} bits, which is no whole byte", name)
+    if bits // 8 != end - begin:
         raise _Refused(f"{dtype} {shape} does not take {end - begin} bytes", name)
     return begin, end, TensorSpec(name, dtype, tuple(shape))
 
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The order of tensors in a file: widest dtype first, so that each one is aligned; then by name."""
+    """The order of tensors in a file: widest dtype first, so that each is aligned; then by name."""
     return tuple(sorted(specs, key=lambda spec: (-spec.itemsize, spec.name)))
 
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from quantcli.checkpoint import PICKLES
 from quantcli.errors import InputError, MachineError
+from quantcli.folder import PICKLES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -18,9 +18,12 @@ def find_model(model: str) -> Path:
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. Pickle files
     are never fetched. Raises InputError or MachineError with one sentence.
     """
-    path = Path(model).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(model):
-        return path
+    try:
+        path = Path(model).expanduser()
+        if not _HUB_ID.fullmatch(model) or path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
+        raise InputError(f"not the name of a model: {error}", where=model[:200]) from None
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if os.isatty(2) else "1")
     import huggingface_hub
     from huggingface_hub import errors
@@ -37,6 +40,11 @@ def find_model(model: str) -> Path:
             f"`{model}` is neither a directory nor a repository of the Hub",
             fix="check the spelling; a private repository needs HF_TOKEN",
         ) from None
+    except errors.HFValidationError:
+        raise InputError(
+            f"`{model}` is neither a directory nor the name of a repository of the Hub",
+            fix="names look like organisation/model",
+        ) from None
     except Exception as error:  # the library lets through what its HTTP client raises
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise MachineError(
@@ -45,7 +53,7 @@ def find_model(model: str) -> Path:
             ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MachineError(
-            f"`{model}` is no directory here, and the Hub cannot be reached",
+            f"`{model}` is no directory here, and it cannot be fetched from the Hub",
             where=reason[:200],
-            fix="check the network, or give a directory",
+            fix="check the network and the disk, or give a directory",
         ) from None

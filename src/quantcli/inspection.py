@@ -16,6 +16,7 @@ from quantcli.header import StoredTensor
 from quantcli.tensorspec import TensorSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_HOLE = "\0"  # stands for a number in a folded name; no tensor name holds it
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
     found = quantization(checkpoint)
     account: dict[str, Any] = {
         "path": str(checkpoint.path),
-        "model_type": checkpoint.config.get("model_type"),
-        "architectures": checkpoint.config.get("architectures"),
+        "model_type": next(iter(_words(checkpoint.config.get("model_type"))), None),
+        "architectures": _words(checkpoint.config.get("architectures")),
         "tensors": len(specs),
         "parameters": sum(spec.numel for spec in specs),
         "bytes": checkpoint.nbytes,
@@ -71,14 +72,18 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
         ],
         "other_files": checkpoint.aux,
         "left_out": checkpoint.left_out,
-        "problems": [
-            {"what": p.what, "where": p.where, "fix": p.fix} for p in checkpoint.problems
-        ],
+        "problems": [{"what": p.what, "where": p.where, "fix": p.fix} for p in checkpoint.problems],
         "notes": checkpoint.notes,
     }
     if tensors is not None:
         account["matches"] = _matches(checkpoint, tensors)
     return account
+
+
+def _words(value: Any) -> list[str]:
+    """The names in a value of config.json that can be shown: strangers wrote it."""
+    values = value if isinstance(value, list) else [value]
+    return [word for word in values if isinstance(word, str) and word.isprintable()]
 
 
 def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
@@ -119,17 +124,16 @@ def tied_embeddings(checkpoint: Checkpoint) -> str:
 
 
 def fold(specs: list[TensorSpec]) -> list[Group]:
-    """Group tensors that differ only in layer or expert numbers, in order of first appearance."""
+    """Group tensors that differ only in layer or expert numbers, in order of their names."""
     families: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = defaultdict(list)
     for spec in specs:
-        families[_NUMBER.sub("{}", spec.name), spec.dtype, spec.shape].append(spec)
+        families[_NUMBER.sub(_HOLE, spec.name), spec.dtype, spec.shape].append(spec)
     groups = []
     for (name, dtype, shape), members in families.items():
         numbers = zip(*(_NUMBER.findall(spec.name) for spec in members), strict=True)
-        spans = iter([_span(sorted({int(n) for n in column})) for column in numbers])
-        folded = "".join(
-            piece if piece != "{}" else next(spans) for piece in re.split(r"(\{\})", name)
-        )
+        spans = [_span(sorted({int(n) for n in column})) for column in numbers]
+        pieces = itertools.zip_longest(name.split(_HOLE), spans, fillvalue="")
+        folded = "".join(itertools.chain.from_iterable(pieces))
         nbytes = sum(spec.nbytes for spec in members)
         groups.append(Group(folded.removesuffix(".weight"), len(members), dtype, shape, nbytes))
     return sorted(groups, key=_place)

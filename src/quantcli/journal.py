@@ -1,11 +1,12 @@
 """What an interrupted run leaves behind so that the same command can go on.
 
-A text file in OUT.partial, one JSON object a line: first the plan, then every shard that is whole and
-durable. A line that was cut off by a crash does not count.
+A text file in OUT.partial, one JSON object a line: first the plan, then every shard that is whole
+and durable. A line that was cut off by a crash does not count.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from quantcli.writer import disk_errors
 JOURNAL = ".quantcli_journal"
 MANIFEST = "quantcli_manifest.json"
 _FRESH = "run with --fresh to start over, or remove the directory"
+_HEAD = {"plan", "checksum", "source"}
+_DONE = {"shard", "nbytes", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -40,83 +43,124 @@ class Journal:
         Raises InputError where the folder holds another plan's work, MachineError where another
         process is at work in it.
         """
-        self._lock = threading.Lock()
+        self._mutex = threading.Lock()
         self.path = folder / JOURNAL
         check_folder(folder, head)
         with disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+", encoding="utf-8")
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(self.path, flags, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise MachineError(
-                "another run is writing here", where=str(folder), fix="wait for it, or stop it"
-            ) from None
-        lines, nbytes = _lines(self.path)
-        self.done = {
-            line["shard"]: DoneShard(line["nbytes"], line["sha256"]) for line in lines[1:]
-        }
-        self._file.truncate(nbytes)  # what is appended must not join a line that was cut off
-        if not lines:
-            self._append(head)
+            _lock(self._fd, fcntl.LOCK_EX, folder)
+            lines, nbytes = _lines(self.path)
+            _check_head(lines, head, folder)  # again: what was there before the lock may be gone
+            self.done = {line["shard"]: DoneShard(line["nbytes"], line["sha256"]) for line in lines[1:]}
+            with disk_errors(self.path):
+                os.ftruncate(self._fd, nbytes)  # a new line must not join one that was cut off
+            if not lines:
+                self._append(head)
+        except BaseException:
+            self.close()
+            raise
 
     def record(self, shard: str, nbytes: int, sha256: str | None) -> None:
         """Note that a shard is whole. Call it after the shard has been renamed."""
         self._append({"shard": shard, "nbytes": nbytes, "sha256": sha256})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._lock, disk_errors(self.path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        raw = (json.dumps(line) + "\n").encode()
+        with self._mutex, disk_errors(self.path):
+            while raw:  # a write may be short
+                raw = raw[os.write(self._fd, raw) :]
+            os.fsync(self._fd)
 
     def remove(self) -> None:
-        """The run is complete: take the journal out of the directory to publish."""
+        """The run is complete: take the journal out of the directory to publish. Keeps the lock."""
         with disk_errors(self.path):
             self.path.unlink()
-            self._file.close()
 
     def close(self) -> None:
-        """Let go of the lock; the journal stays."""
-        self._file.close()
+        """Let go of the lock; the journal stays unless it was removed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
-def check_folder(folder: Path, head: dict[str, Any]) -> None:
-    """InputError unless `folder` is absent, empty, ours to finish, or ours and finished."""
-    if not folder.exists():
+def check_folder(folder: Path, head: dict[str, Any] | None) -> None:
+    """InputError unless `folder` is absent, empty, ours to finish, or ours and finished.
+
+    Without a `head` any work of ours will do: it is to be removed. MachineError where another process
+    is at work in the folder.
+    """
+    if not os.path.lexists(folder):
         return
     _check_ours(folder)
-    if not (folder / JOURNAL).exists():
+    journal = folder / JOURNAL
+    if not journal.exists():
         return
-    lines, _ = _lines(folder / JOURNAL)
-    if lines and lines[0] != head:
-        changed = "model" if lines[0].get("source") != head["source"] else "recipe or version"
-        raise InputError(
-            f"holds the unfinished work of another run: the {changed} has changed since",
-            where=str(folder),
-            fix=_FRESH,
-        )
+    with disk_errors(journal), journal.open("rb") as file:
+        _lock(file.fileno(), fcntl.LOCK_SH, folder)
+    if head is not None:
+        _check_head(_lines(journal)[0], head, folder)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete OUT.partial with all that is in it. InputError where no run of ours made it."""
-    if folder.exists():
+    """Delete OUT.partial with all that is in it.
+
+    InputError where no run of ours made it, MachineError where another process is at work in it.
+    """
+    if os.path.lexists(folder):
         _check_ours(folder)
-        with disk_errors(folder):
-            shutil.rmtree(folder)
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, under the lock of its journal, which goes last: the rest stays known as ours."""
+    with disk_errors(folder), (folder / JOURNAL).open("a") as file:
+        _lock(file.fileno(), fcntl.LOCK_EX, folder)
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != JOURNAL:
+                entry.unlink()
+        shutil.rmtree(folder)
 
 
 def _check_ours(folder: Path) -> None:
-    if not folder.is_dir() or folder.is_symlink():
+    if folder.is_symlink() or not folder.is_dir():
         raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
-    names = {entry.name for entry in folder.iterdir()}
+    with disk_errors(folder):
+        names = {entry.name for entry in folder.iterdir()}
     if names and not names & {JOURNAL, MANIFEST}:
         raise InputError(
             "is not the work of an interrupted run: it has no journal",
             where=str(folder),
             fix="move it away",
         )
+
+
+def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path) -> None:
+    if lines and lines[0] != head:
+        changed = next(key for key in ("source", "plan", "checksum") if lines[0][key] != head[key])
+        words = {"source": "model", "plan": "recipe or version", "checksum": "option --checksum"}
+        raise InputError(
+            f"holds the unfinished work of another run: the {words[changed]} has changed since",
+            where=str(folder),
+            fix=_FRESH,
+        )
+
+
+def _lock(fd: int, kind: int, folder: Path) -> None:
+    """MachineError where another process has the lock. Some network file systems have no locks."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MachineError(
+            "another run is writing here", where=str(folder), fix="wait for it, or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}:
+            raise
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -128,10 +172,11 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in raw.splitlines(keepends=True):
         try:
             value = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
-        keys = {"plan", "checksum", "source"} if not lines else {"shard", "nbytes", "sha256"}
-        if not isinstance(value, dict) or value.keys() != keys:
+        if not isinstance(value, dict) or value.keys() != (_DONE if lines else _HEAD):
+            break
+        if lines and not isinstance(value["shard"], str):
             break
         lines.append(value)
         nbytes += len(line)

@@ -17,7 +17,7 @@ class Operand:
     """How one side of a matmul is quantized, in the field's usual words.
 
     dtype:     what the codes are.
-    per:       what shares one scale: a channel is an output row of a weight, a token a row of inputs.
+    per:       what shares a scale: a channel is an output row of a weight, a token a row of inputs.
     symmetric: no zero point.
     dynamic:   the scale is computed while serving.
     """

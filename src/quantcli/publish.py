@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from quantcli.errors import InputError, MachineError
-from quantcli.writer import disk_errors, sync_folder
+from quantcli.journal import discard
+from quantcli.writer import disk_errors, machine_error, sync_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_OTHER = "choose another --out"
 
 
 def partial_folder(out: Path) -> Path:
@@ -21,42 +24,55 @@ def partial_folder(out: Path) -> Path:
 
 def check_destination(out: Path, model: Path, *, force: bool) -> None:
     """InputError or MachineError for an `out` that the run could not or must not write."""
+    try:
+        _check(out, model, force)
+    except RuntimeError:  # how pathlib reports a loop
+        raise InputError("symbolic links run in a circle", where=str(out), fix=_OTHER) from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError("file name is too long", where=str(out), fix=_OTHER) from None
+        raise machine_error(error, out) from None
+
+
+def _check(out: Path, model: Path, force: bool) -> None:
     real = out.resolve()
-    if real == model or real.is_relative_to(model):
-        raise InputError(
-            "output directory is inside the model directory", where=str(out), fix="choose another --out"
-        )
-    protected = {model: "the model", Path.cwd(): "the current directory", Path.home(): "your home"}
+    if real == model:
+        raise InputError("output directory is the model directory", where=str(out), fix=_OTHER)
+    if real.is_relative_to(model):
+        raise InputError("output directory is inside the model directory", where=str(out), fix=_OTHER)
+    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 - Path's raises without a home
+    protected = {model: "the model", Path.cwd(): "the current directory", home: "your home"}
     for path, what in protected.items():
         if path.is_relative_to(real):
-            raise InputError(
-                f"output directory contains {what}", where=str(out), fix="choose another --out"
-            )
+            raise InputError(f"output directory contains {what}", where=str(out), fix=_OTHER)
+    if out.name == "..":
+        raise InputError("output directory needs a name of its own", where=str(out), fix=_OTHER)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("output exists and is not a directory", where=str(out), fix="remove it")
     if out.exists() and not force:
         raise InputError(
             "output directory exists", where=str(out), fix="choose another --out, or use --force"
         )
-    ancestor = _existing_ancestor(out)
+    partial_folder(out).exists()  # its name may be too long
+    ancestor = _existing_ancestor(out.parent)
     if not ancestor.is_dir():
-        raise InputError("not a directory", where=str(ancestor), fix="choose another --out")
+        raise InputError("not a directory", where=str(ancestor), fix=_OTHER)
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise MachineError(
-            "no permission to write here", where=str(ancestor), fix="choose another --out"
-        )
+        raise MachineError("no permission to write here", where=str(ancestor), fix=_OTHER)
 
 
 def check_space(out: Path, nbytes: int) -> int:
     """Free bytes where `out` goes. MachineError where less than `nbytes` are."""
-    ancestor = _existing_ancestor(partial_folder(out))
-    with disk_errors(ancestor):
-        free = shutil.disk_usage(ancestor).free
     partial = partial_folder(out)
-    reusable = sum(f.stat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
+    ancestor = _existing_ancestor(partial)
+    with disk_errors(ancestor):
+        total, _, free = shutil.disk_usage(ancestor)
+        reusable = sum(f.lstat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
+    if total == 0:  # /proc, /sys
+        raise MachineError("this file system stores no files", where=str(ancestor), fix=_OTHER)
     if free + reusable < nbytes:
         raise MachineError(
-            f"disk is too full: needs {nbytes} bytes, {free} are free",
+            f"disk is too full: needs {nbytes:,} bytes, {free:,} are free",
             where=str(ancestor),
             fix="free some space, or choose another --out",
         )
@@ -65,7 +81,7 @@ def check_space(out: Path, nbytes: int) -> int:
 
 def _existing_ancestor(path: Path) -> Path:
     path = path.absolute()
-    while not path.exists():
+    while not os.path.lexists(path):
         path = path.parent
     return path
 
@@ -75,23 +91,26 @@ def publish(partial: Path, out: Path, *, force: bool) -> None:
     with disk_errors(out):
         if force and out.exists():
             _exchange(partial, out)
-            shutil.rmtree(partial)
+            sync_folder(out.parent)
+            discard(partial)
         elif out.exists():  # made by someone else while we worked
-            raise InputError(
-                "output directory exists", where=str(out), fix="run again with --force"
-            )
+            raise InputError("output directory exists", where=str(out), fix="run again with --force")
         else:
             partial.rename(out)
         sync_folder(out.parent)
 
 
 def _exchange(partial: Path, out: Path) -> None:
-    """Swap two directories atomically (Linux renameat2); elsewhere by two renames."""
+    """Swap two directories atomically (Linux renameat2); elsewhere by renames."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     arguments = (_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
     if rename is not None and rename(*arguments) == 0:
         return
     aside = out.with_name(out.name + ".replaced")
     out.rename(aside)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
     aside.rename(partial)

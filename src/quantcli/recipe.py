@@ -20,7 +20,15 @@ from quantcli.targets.base import Target
 from quantcli.yamlfile import Document, Place, load_document
 
 KEEP = "keep"
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 _COMPARISONS = {
     ">=": lambda value, limit: value >= limit,
     "<=": lambda value, limit: value <= limit,
@@ -149,7 +157,10 @@ class Recipe:
             del table["expect"]
         for rule, written in zip(self.rules, table["rules"], strict=True):
             if rule.scheme is not None:
-                written["scheme"] = {"name": rule.scheme.name, **rule.scheme.model_dump(mode="json")}
+                written["scheme"] = {
+                    "name": rule.scheme.name,
+                    **rule.scheme.model_dump(mode="json"),
+                }
         table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantcli.errors import MachineError
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,10 +71,14 @@ class TensorSpec:
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """The torch dtype of a safetensors dtype name; MachineError where this torch has none."""
     import torch
 
-    found = getattr(torch, DTYPES[dtype][1])
+    found = getattr(torch, DTYPES[dtype][1], None)
+    if found is None:
+        raise MachineError(
+            f"torch {torch.__version__} cannot hold {dtype}", fix="install a newer torch"
+        )
     assert isinstance(found, torch.dtype)
     return found
 

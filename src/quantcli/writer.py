@@ -34,7 +34,11 @@ class ShardWriter:
         with disk_errors(self._temporary):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o666)
-            self._pwrite(header, 0)
+            try:
+                self._pwrite(header, 0)
+            except BaseException:
+                self.abandon()
+                raise
 
     def write(self, tensor: str, offset: int, data: bytes | memoryview) -> None:
         """Write `data` at byte `offset` of a tensor."""
@@ -54,13 +58,15 @@ class ShardWriter:
         assert self._written == self.nbytes, (self.path, self._written, self.nbytes)
         with disk_errors(self._temporary):
             os.fsync(self._fd)
-            os.close(self._fd)
+            self.abandon()
             os.rename(self._temporary, self.path)
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Close the temporary file and leave it behind: the next run begins it anew."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:  # closed twice, it could be another thread's file by then
+            os.close(fd)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -95,15 +101,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def machine_error(error: OSError, path: Path) -> MachineError:
     """What the operating system said, with the path and a way out."""
+    again = "run the same command again: it continues where it stopped"
     fixes = {
-        errno.ENOSPC: "free some space and run the same command again: it continues where it stopped",
-        errno.EDQUOT: "raise the quota and run the same command again: it continues where it stopped",
+        errno.ENOSPC: f"free some space and {again}",
+        errno.EDQUOT: f"raise the quota and {again}",
         errno.EACCES: "check the permissions of the folder, or choose another --out",
         errno.EPERM: "check the permissions of the folder, or choose another --out",
         errno.EROFS: "the file system is read-only: choose another --out",
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
     }
     reason = error.strerror or str(error)
-    return MachineError(
-        reason[:1].lower() + reason[1:], where=str(path), fix=fixes.get(error.errno or 0)
-    )
+    fix = fixes.get(error.errno or 0, f"see to that and {again}")
+    return MachineError(reason[:1].lower() + reason[1:], where=str(path), fix=fix)

@@ -90,9 +90,7 @@ def load_document(path: Path) -> Document:
     places: dict[Place, str] = {}
     data = _load(text, str(path), places)
     if not isinstance(data, dict):
-        raise InputError(
-            "recipe must be a mapping with `target` and `rules`", where=f"{path}:1"
-        )
+        raise InputError("recipe must be a mapping with `target` and `rules`", where=f"{path}:1")
     return Document(path, data, places)
 
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127.0
+# The largest |w| / scale that still rounds to 127, whatever the last bit of the division: no code is
+# clipped and no error passes scale / 2. Reaching it instead of 127 is what a coarse grid of scales
+# (bfloat16) needs: rounded up from amax / 127, scales would be too wide by half a step on average.
+INT8_REACH = 127 + 63 / 128
 FP8_E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 # The smallest scale, so that a row of zeros has a positive one. Float32 arithmetic may flush what is
 # below its smallest normal number; float16 reaches so little down that its subnormals are needed.
@@ -44,7 +48,7 @@ def round_up(value: Tensor, held: torch.dtype) -> Tensor:
 
 
 def channel_scale(rows: Tensor, limit: float, held: torch.dtype) -> Tensor:
-    """absmax / limit per row, rounded up to `held` so that no code passes the limit.
+    """absmax / limit per row, rounded up to `held`: |rows| <= limit * scale.
 
     [..., n, k] -> float32 [..., n, 1]; never zero, also for a row of zeros.
     """
@@ -52,7 +56,7 @@ def channel_scale(rows: Tensor, limit: float, held: torch.dtype) -> Tensor:
 
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
-    """round(rows / scale), half to even, in float32. |rows| <= 127 * scale, so nothing is clipped."""
+    """round(rows / scale), half to even, in float32. |rows| <= INT8_REACH * scale: nothing to clip."""
     return rows.float().div_(scale).round_().to(torch.int8)
 
 

@@ -31,9 +31,32 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
     ("w1", "w3"),
+    ("attn_q_proj", "attn_k_proj", "attn_v_proj"),
+    ("index_q_proj", "index_k_proj"),
+    ("wq", "wk", "wv"),
+    ("query", "key", "value"),
+    ("c_fc_0", "c_fc_1"),
 )
+# Model types whose experts the engine finds by itself; for others it looks up the name of the set.
+LISTED_EXPERTS = frozenset(
+    {
+        "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
+        "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text",
+        "glm_moe_dsa", "kimi_k2", "longcat_flash", "minimax_m2", "minimax_m3", "minimax_m3_vl",
+        "pangu_ultra_moe", "pangu_ultra_moe_mtp", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+        "qwen3_omni_moe", "qwen3_vl_moe", "step3p5", "step3p5_mtp",
+    }
+)  # fmt: skip
 _EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# Linears that the engine builds without asking the description, by the last part of their names.
+_ALWAYS_FLOAT = {
+    "gate": "the engine builds routers as float",
+    "router": "the engine builds routers as float",
+    "shared_expert_gate": "the engine builds this gate as float",
+    "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
+    "eh_proj": "the engine builds eh_proj of draft layers as float",
+    "weights_proj": "the engine builds this part of the sparse attention indexer as float",
+}
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 
@@ -98,9 +121,7 @@ class Ascend(Target):
         self._tag(numerics)
         return {"weight": stored["weight"], "weight_scale": stored["weight_scale"]}
 
-    def check(
-        self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]
-    ) -> Iterator[Refusal]:
+    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Fused groups, experts, MLA, sizes and the loader's skip rule."""
         yield from _stacked_experts(tensors)
         for module in modules:
@@ -144,13 +165,15 @@ class Ascend(Target):
         parent, _, last = module.name.rpartition(".")
         if last in _EMBEDDINGS:
             yield Refusal(module.name, "the engine has no quantized embedding", _KEEP)
-        if last in _ROUTERS:
-            yield Refusal(module.name, "the engine builds routers and gates as float", _KEEP)
-        if last == "kv_b_proj":
-            yield Refusal(module.name, "kv_b_proj of latent attention must stay float", _KEEP)
+        if last in _ALWAYS_FLOAT:
+            yield Refusal(module.name, _ALWAYS_FLOAT[last], _KEEP)
+        if last == "wk" and parent.endswith(".indexer"):
+            yield Refusal(module.name, _ALWAYS_FLOAT["weights_proj"], _KEEP)
         if _EXPERT.fullmatch(module.name) and not tag.experts:
             yield Refusal(
-                module.name, f"the engine has no {tag.label} for experts", "use w8a8_dynamic for them"
+                module.name,
+                f"the engine has no {tag.label} for experts",
+                "use w8a8_dynamic for them",
             )
         n, k = module.shape
         if max(n, k) > MAX_SIDE:
@@ -159,7 +182,7 @@ class Ascend(Target):
             )
 
     def _description(self, output: Output) -> dict[str, object]:
-        """One entry per tensor; keys are the checkpoint's own names."""
+        """One entry per tensor, by the checkpoint's own names, and those that only the engine asks."""
         labels = {m.name: self.label(m.numerics) for m in output.modules if m.numerics}
         used = set(labels.values())
         table: dict[str, object] = {
@@ -174,6 +197,10 @@ class Ascend(Target):
             table[name] = FLOAT if suffix == "bias" else labels.get(module, FLOAT)
         if head := _absent_head(output.tensors):
             table[head] = FLOAT
+        if output.config.get("model_type") not in LISTED_EXPERTS:
+            for name, label in labels.items():
+                if match := _EXPERT.fullmatch(name):
+                    table[f"{match['experts']}.weight"] = label
         return table
 
 
@@ -206,8 +233,8 @@ def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
 def _fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
     """Siblings that the engine merges must agree; it raises on some and takes the last of others."""
     for group in FUSED:
-        first, *others = group
-        for name, label in labels.items():
+        first = group[0]
+        for name in labels:
             parent, _, last = name.rpartition(".")
             if last not in group:
                 continue

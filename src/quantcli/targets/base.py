@@ -68,9 +68,7 @@ class Target(BaseModel, ABC):
         """The inverse of `pack`."""
 
     @abstractmethod
-    def check(
-        self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]
-    ) -> Iterator[Refusal]:
+    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Everything the engine would refuse or silently misread. `tensors` are the source's."""
 
     @abstractmethod

@@ -1,0 +1,263 @@
+"""What the benchmarks share: synthetic models, measured child processes, tables.
+
+Importing this imports no torch. A child's peak memory begins with that of the process it was forked
+from, so the process that measures must stay smaller than the one that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantcli.header import encode_header
+from quantcli.tensorspec import TensorSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+QUANTCLI: tuple[str | Path, ...] = (sys.executable, "-m", "quantcli")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_POOL = 8 * 2**20  # random weights to cut tensors from, in elements
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a child process took: seconds, and bytes of peak resident memory."""
+
+    wall: float
+    user: float
+    system: float
+    peak: int
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of all its threads."""
+        return self.user + self.system
+
+
+def measure(*command: str | Path) -> Usage:
+    """Run a command to its end, output thrown away. RuntimeError with its stderr if it fails."""
+    arguments = [str(word) for word in command]
+    with tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            errors.seek(0)
+            words = errors.read().decode(errors="replace")
+            raise RuntimeError(f"{arguments} exited with {child.returncode}:\n{words}")
+    return Usage(wall, used.ru_utime, used.ru_stime, used.ru_maxrss * 1024)
+
+
+def quantize(recipe: str, model: Path, out: Path, *options: str) -> Usage:
+    """Convert `model` with a recipe of this repository and delete the output."""
+    command = (*QUANTCLI, "quantize", RECIPES / f"{recipe}.yaml", "--model", model, "--out", out)
+    used = measure(*command, "--quiet", *options)
+    shutil.rmtree(out)
+    return used
+
+
+def quantize_to(
+    out: Path,
+    recipe: Path,
+    model: Path,
+    *,
+    overrides: tuple[str, ...] = (),
+    workers: int = 2,
+    block_elements: int | None = None,
+) -> None:
+    """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
+    from quantcli import commands
+    from quantcli.execute import BLOCK_ELEMENTS, execute
+
+    job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
+    block_elements = BLOCK_ELEMENTS if block_elements is None else block_elements
+    execute(job.plan, out, workers=workers, progress=Silent(), block_elements=block_elements)
+
+
+class Silent:
+    """A Progress that shows nothing."""
+
+    def begin(self, nbytes: int, shards: int) -> None:
+        """Nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Nothing."""
+
+    def shard(self, file: str, nbytes: int, reused: bool) -> None:
+        """Nothing."""
+
+
+def qwen3(layers: int, *, hidden: int = 2048, vocab: int = 16384) -> list[TensorSpec]:
+    """The tensors of a dense Qwen3 with tied embeddings; 101 MB a layer where hidden is 2048."""
+    specs = [_weight("model.embed_tokens", vocab, hidden), _weight("model.norm", hidden)]
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        specs += [_weight(f"{name}.{norm}", hidden) for norm in _NORMS]
+        specs += _attention(f"{name}.self_attn", hidden)
+        specs += _mlp(f"{name}.mlp", hidden, 3 * hidden)
+    return specs
+
+
+def qwen3_moe(layers: int, experts: int, *, hidden: int, width: int) -> list[TensorSpec]:
+    """The tensors of a Qwen3-MoE with one 2-D tensor per expert and projection."""
+    specs = [_weight("model.embed_tokens", 4096, hidden), _weight("model.norm", hidden)]
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        specs += [_weight(f"{name}.{norm}", hidden) for norm in _NORMS]
+        specs += _attention(f"{name}.self_attn", hidden)
+        specs.append(_weight(f"{name}.mlp.gate", experts, hidden))
+        for expert in range(experts):
+            specs += _mlp(f"{name}.mlp.experts.{expert}", hidden, width)
+    return specs
+
+
+def _attention(name: str, hidden: int) -> list[TensorSpec]:
+    sides = {"q_proj": hidden, "k_proj": hidden // 2, "v_proj": hidden // 2, "o_proj": hidden}
+    return [_weight(f"{name}.{module}", side, hidden) for module, side in sides.items()]
+
+
+def _mlp(name: str, hidden: int, width: int) -> list[TensorSpec]:
+    up = [_weight(f"{name}.{module}", width, hidden) for module in ("gate_proj", "up_proj")]
+    return [*up, _weight(f"{name}.down_proj", hidden, width)]
+
+
+def _weight(module: str, *shape: int) -> TensorSpec:
+    return TensorSpec(f"{module}.weight", "BF16", shape)
+
+
+def write_model(
+    folder: Path, specs: Sequence[TensorSpec], *, shards: int = 4, sparse: bool = False
+) -> int:
+    """Write a bf16 model of about equal shards, tensor by tensor; returns the bytes of its weights.
+
+    Weights are normal with deviation 0.02, cut at seeded places from one seeded pool: real bytes,
+    made at the speed of the disk. `sparse` leaves them out: files of the same size without data.
+    """
+    folder.mkdir()
+    pool = np.empty(0, np.uint16) if sparse else _random_bf16(_POOL)
+    cuts = np.random.default_rng(1)
+    total = sum(spec.nbytes for spec in specs)
+    groups: list[list[TensorSpec]] = [[] for _ in range(shards)]
+    position = 0
+    for spec in specs:
+        groups[min(position * shards // total, shards - 1)].append(spec)
+        position += spec.nbytes
+    groups = [group for group in groups if group]
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= {spec.name: file for spec in group}
+        with (folder / file).open("wb") as stream:
+            stream.write(encode_header(group))
+            if sparse:
+                stream.truncate(stream.tell() + sum(spec.nbytes for spec in group))
+                continue
+            for spec in group:
+                left = spec.numel
+                while left:
+                    start = int(cuts.integers(len(pool)))
+                    values = pool[start : start + left]
+                    stream.write(values.data)
+                    left -= len(values)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return total
+
+
+def _random_bf16(count: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Normal values with deviation 0.02 as the bits of bf16, cut off rather than rounded."""
+    random = np.random.default_rng(0)
+    bits = np.empty(count, np.uint16)
+    step = 2**20
+    for start in range(0, count, step):
+        values = random.standard_normal(min(step, count - start), np.float32) * np.float32(0.02)
+        bits[start : start + step] = values.view(np.uint32) >> 16
+    return bits
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    """A new directory in `folder` (default: that for temporary files), deleted in the end."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="quantcli-bench-", dir=folder) as name:
+        yield Path(name).resolve()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by relative path."""
+    table = {}
+    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        table[path.relative_to(folder).as_posix()] = digest
+    return table
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured value and the bar that it must not pass; None where it is for information."""
+
+    what: str
+    value: float
+    unit: str
+    bar: float | None = None
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the bar is met."""
+        return self.bar is None or self.value <= self.bar
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", action="store_true", help="print one JSON document")
+    made.add_argument("--dir", type=Path, help="where to work [default: a temporary directory]")
+    return made
+
+
+def finish(lines: Sequence[Line], *, as_json: bool) -> None:
+    """Print the result, as a markdown table or as JSON, and exit with 1 if a bar is not met."""
+    ok = all(line.ok for line in lines)
+    if as_json:
+        print(json.dumps({"ok": ok, "lines": [asdict(line) | {"ok": line.ok} for line in lines]}))
+    else:
+        print("| what | value | bar | | detail |\n|---|---|---|---|---|")
+        for line in lines:
+            bar = "" if line.bar is None else f"{line.bar:g}"
+            verdict = "" if line.bar is None else "ok" if line.ok else "MISSED"
+            value = f"{line.value:.3g} {line.unit}".strip()
+            print(f"| {line.what} | {value} | {bar} | {verdict} | {line.detail} |")
+    sys.exit(0 if ok else 1)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,0 +1,288 @@
+"""Recipe x headers -> Plan, by quantizing tensors that have no data."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import AnswerNo, InputError, closest
+from quantcli.formats import quantization
+from quantcli.header import layout
+from quantcli.numerics import Module, Numerics
+from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
+from quantcli.recipe import Recipe, Rule, compare
+from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Output, Refusal, Target
+from quantcli.targets.sidecars import declared_dtype
+from quantcli.tensorspec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
+
+RECIPE_FILE = "quantcli_recipe.yaml"
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """Plan the conversion from headers alone.
+
+    Raises InputError for whatever the engine could not load or the recipe does not mean, AnswerNo
+    where the recipe's `expect` block is not met.
+    """
+    _refuse_quantized(checkpoint)
+    serving_dtype, notes = _serving_dtype(checkpoint)
+    assigned = _assign(recipe, checkpoint)
+    target = recipe.target
+    modules = [
+        Module(name, checkpoint.tensors[f"{name}.weight"].spec.shape, _numerics(rule))
+        for name, rule in assigned.items()
+    ]
+    source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
+    for name, rule in assigned.items():
+        if rule and rule.scheme:
+            _must_be_float(checkpoint.tensors[f"{name}.weight"].spec, rule)
+    _raise_first(list(target.check(modules, source_specs)), assigned)
+    items = list(_items(checkpoint, assigned, target, serving_dtype))
+    shards = _shards(items, recipe.file.max_shard)
+    output = Output(
+        modules=modules,
+        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
+        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
+        config=checkpoint.config,
+        serving_dtype=serving_dtype,
+    )
+    sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
+    copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
+    for block in ("calibration", "verify"):
+        if getattr(recipe.file, block) is not None:
+            notes.append(f"the recipe's `{block}` block has no effect: no scheme here measures data")
+    notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
+    plan = Plan(
+        checkpoint=checkpoint,
+        recipe=recipe,
+        shards=shards,
+        sidecars=sidecars,
+        copies=copies,
+        serving_dtype=serving_dtype,
+        rules=tuple(_rule_lines(recipe, items, assigned)),
+        kept=tuple(_kept(items, assigned)),
+        notes=(*checkpoint.notes, *notes, *target.advise(modules)),
+        params=sum(spec.numel for spec in checkpoint.specs()),
+        quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
+    )
+    _check_expectations(plan)
+    return plan
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    found = quantization(checkpoint)
+    if found:
+        raise InputError(
+            f"model is already quantized: {found.format}, {found.modules} modules",
+            where=f"{checkpoint.path}, {found.evidence}",
+            fix="start from the float checkpoint (bfloat16, float16 or float32)",
+        )
+
+
+def _serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    """The dtype that the engine will compute in, and what there is to say about it.
+
+    Engines take it from config.json. Float32 is not served on the accelerators that this is for, so
+    float32 models are served as bfloat16, which has the same range, and config.json says so.
+    """
+    declared = declared_dtype(checkpoint.config)
+    sizes = Counter[str]()
+    for spec in checkpoint.specs():
+        if spec.dtype in FLOATS:
+            sizes[spec.dtype] += spec.nbytes
+    stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
+    dtype = declared or stored
+    if dtype == "F32":
+        return "BF16", ["the model is float32; it will be served in bfloat16, and config.json says so"]
+    if declared is None:
+        return dtype, [f"config.json names no dtype; it will say {dtype}, as the weights are"]
+    if stored != declared:
+        return dtype, [f"weights are {stored}, config.json says {dtype}: served in {dtype}"]
+    return dtype, []
+
+
+def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
+    """First matching rule of every module that has a `.weight`; a matrix alone is quantized."""
+    names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
+    assigned: dict[str, Rule | None] = {}
+    used: set[int] = set()  # rule numbers
+    for name in names:
+        matrix = len(checkpoint.tensors[f"{name}.weight"].spec.shape) == 2
+        rule = next((r for r in recipe.rules if r.matches(name)), None)
+        if rule is not None and (rule.scheme is None or matrix):
+            used.add(rule.number)
+            assigned[name] = rule
+        else:
+            assigned[name] = None
+    for rule in recipe.rules:
+        if rule.number not in used and not rule.optional:
+            raise _dead_rule(rule, recipe, names, checkpoint)
+    return assigned
+
+
+def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
+    matching = [name for name in names if rule.matches(name)]
+    earlier = recipe.rules[: rule.number - 1]
+    shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
+    what = f"rule {rule.number} matches no module"
+    if shadow is not None:
+        what = f"rule {rule.number} matches only modules that earlier rules take"
+        fix = f"move it before the rule at {shadow.where}, or remove it"
+    elif matching:
+        spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
+        what = f"rule {rule.number} matches no matrix; only matrices can be quantized"
+        fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
+    else:
+        # comparing with each of 50,000 names would take minutes
+        near = closest(rule.patterns[0].removeprefix("re:"), names[:2000])
+        hint = f"closest names: {near}; " if near else ""
+        fix = f"{hint}patterns match whole names; `optional: true` allows a rule that matches nothing"
+    return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
+
+
+def _numerics(rule: Rule | None) -> Numerics | None:
+    return rule.scheme.numerics if rule and rule.scheme else None
+
+
+def _must_be_float(spec: TensorSpec, rule: Rule) -> None:
+    if spec.dtype not in FLOATS or spec.numel == 0:
+        raise InputError(
+            f"cannot quantize {spec}; it must be bfloat16, float16 or float32, and not empty",
+            where=f"`{spec.name}` ({rule.where})",
+            fix="put a rule with `scheme: keep` for it before the others",
+        )
+
+
+def _raise_first(refusals: list[Refusal], assigned: dict[str, Rule | None]) -> None:
+    if refusals:
+        first = refusals[0]
+        rule = assigned.get(first.module)
+        more = f" ({len(refusals) - 1} more like it)" if len(refusals) > 1 else ""
+        raise InputError(
+            first.what + more,
+            where=f"`{first.module}`" + (f" ({rule.where})" if rule else ""),
+            fix=first.fix,
+        )
+
+
+def _items(
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, serving_dtype: str
+) -> Iterator[Item]:
+    """One item per source tensor, in the order of the source: each is consumed exactly once."""
+    made: dict[tuple[Scheme, str, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
+    for name, stored in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        rule = assigned.get(module) if module != name else None
+        if rule is None or rule.scheme is None:
+            yield Copy(stored)
+            continue
+        scheme, spec = rule.scheme, stored.spec
+        held = target.held(scheme.numerics, serving_dtype)
+        key = (scheme, spec.dtype, spec.shape)
+        if key not in made:  # experts come in tens of thousands of equal shapes
+            made[key] = dry_run(scheme, target, spec, held)
+        outputs = tuple(TensorSpec(f"{module}.{o.name}", o.dtype, o.shape) for o in made[key])
+        yield Quantize(stored, module, scheme, held, outputs)
+
+
+def dry_run(scheme: Scheme, target: Target, spec: TensorSpec, held: str) -> tuple[TensorSpec, ...]:
+    """What a weight becomes, by quantizing and packing it on the meta device.
+
+    Returns specs named by suffix ("weight", "weight_scale"). Raises InputError where the target
+    cannot store these numerics.
+    """
+    rows = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta")
+    parts = scheme.quantize(rows, torch_dtype(held))
+    packed = target.pack(scheme.numerics, parts)
+    for suffix, tensor in packed.items():
+        assert tensor.shape[0] == spec.shape[0], f"{target.name} does not keep the rows of {suffix}"
+    return tuple(
+        TensorSpec(suffix, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        for suffix, tensor in packed.items()
+    )
+
+
+def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
+    """Fill files in source order up to `max_shard` bytes; what one weight becomes stays together."""
+    bins: list[list[Item]] = [[]]
+    filled = 0
+    names: set[str] = set()
+    for item in items:
+        nbytes = sum(spec.nbytes for spec in item.outputs)
+        if bins[-1] and filled + nbytes > max_shard:
+            bins.append([])
+            filled = 0
+        bins[-1].append(item)
+        filled += nbytes
+        for spec in item.outputs:
+            if spec.name in names:
+                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
+            names.add(spec.name)
+    return tuple(
+        Shard(
+            f"model-{number:05d}-of-{len(bins):05d}.safetensors",
+            layout(spec for item in bin_ for spec in item.outputs),
+            tuple(bin_),
+        )
+        for number, bin_ in enumerate(bins, start=1)
+    )
+
+
+def _rule_lines(
+    recipe: Recipe, items: list[Item], assigned: dict[str, Rule | None]
+) -> Iterator[RuleLine]:
+    by_rule: dict[int, list[Quantize]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Quantize) and (rule := assigned[item.module]):
+            by_rule[rule.number].append(item)
+    for rule in recipe.rules:
+        if rule.scheme is not None:
+            mine = by_rule[rule.number]
+            label = recipe.target.label(rule.scheme.numerics)
+            yield RuleLine(
+                number=rule.number,
+                scheme=rule.scheme.name,
+                label=label,
+                modules=len(mine),
+                nbytes_before=sum(item.source.spec.nbytes for item in mine),
+                nbytes_after=sum(spec.nbytes for item in mine for spec in item.outputs),
+                loads_on=recipe.target.loads_on(label),
+            )
+
+
+def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]:
+    groups: dict[str, list[TensorSpec]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Copy):
+            spec = item.source.spec
+            module, _, suffix = spec.name.rpartition(".")
+            rule = assigned.get(module) if suffix == "weight" else None
+            if rule is not None:
+                reason = f"rule {rule.number}: keep"
+            else:
+                matrix = suffix == "weight" and len(spec.shape) == 2
+                reason = "no rule matches" if matrix else "not a matrix"
+            groups[reason].append(spec)
+    for reason, specs in sorted(groups.items()):
+        names = tuple(spec.name for spec in specs[:3])
+        yield Kept(reason, len(specs), sum(spec.nbytes for spec in specs), names)
+
+
+def _check_expectations(plan: Plan) -> None:
+    values = {
+        "quantized_params_pct": plan.quantized_params_pct,
+        "quantized_modules": plan.quantized_modules,
+        "bits_per_param": 8 * plan.weight_nbytes / plan.params if plan.params else 0.0,
+        "output_gib": plan.weight_nbytes / 2**30,
+    }
+    for key, limit in plan.recipe.file.expect:
+        if limit is not None and not compare(limit, values[key]):
+            raise AnswerNo(
+                f"expected {key} {limit}; the plan has {values[key]:.4g}",
+                where=plan.recipe.where("expect", key),
+                fix="see the plan's table for what stays float and why",
+            )
