@@ -84,11 +84,60 @@ def quantize_to(
 ) -> None:
     """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
     from quantcli import commands
-    from quantcli.execute import BLOCK_ELEMENTS, execute
+    from quantcli.execute import execute
 
     job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
-    block_elements = BLOCK_ELEMENTS if block_elements is None else block_elements
-    execute(job.plan, out, workers=workers, progress=Silent(), block_elements=block_elements)
+    blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
+    execute(job.plan, out, workers=workers, progress=Silent(), **blocks)
+
+
+def warm_up(words: Sequence[str]) -> None:
+    """Run a quantcli command in this process, output thrown away: children forked from now on have
+    all imports behind them. Torch keeps to one thread, without which forking is not safe.
+    """
+    import torch
+
+    from quantcli.cli import main
+
+    torch.set_num_threads(1)
+    nowhere, stdout = os.open(os.devnull, os.O_WRONLY), os.dup(1)
+    os.dup2(nowhere, 1)
+    try:
+        main(list(words))
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
+
+
+def fork(words: Sequence[str], log: Path) -> int:
+    """Start a quantcli command in a fork of this process; its output goes to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    code: object = 99
+    try:
+        from quantcli.cli import main
+
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(2, 1)
+        main(list(words))
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os._exit(code if isinstance(code, int) else 98)
+
+
+def reap(child: int) -> tuple[int, Usage]:
+    """Wait for a forked child: its exit code, negative where a signal ended it, and what it took."""
+    started = time.perf_counter()
+    _, status, used = os.wait4(child, 0)
+    wall = time.perf_counter() - started
+    usage = Usage(wall, used.ru_utime, used.ru_stime, used.ru_maxrss * 1024)
+    return os.waitstatus_to_exitcode(status), usage
 
 
 class Silent:

@@ -23,9 +23,7 @@ def main() -> None:
     lines = []
     with workplace(options.dir) as folder:
         model, out = folder / "model", folder / "out"
-        bare = statistics.median(
-            measure(sys.executable, "-c", "import torch").peak for _ in range(5)
-        )
+        bare = statistics.median(measure(sys.executable, "-c", "import torch").peak for _ in range(5))
         lines.append(Line("import torch", bare / 2**20, "MiB", None, "subtracted"))
         for layers in (0, *options.layers):
             specs = qwen3(layers) if layers else qwen3(1, hidden=16, vocab=16)

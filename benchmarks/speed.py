@@ -1,9 +1,13 @@
 """CPU time of a conversion against `cp -r` of the same model.
 
-Measures user + system seconds of child processes, which other load on the machine hardly changes.
-The candidates take turns, round after round, and medians count. What a run costs before it has any
-work (imports, recipe, plan) is measured as the conversion of a nearly empty model and subtracted.
-Source and outputs are on one file system; the source is in the page cache. GB are of bf16 input.
+Measures user + system seconds of processes, which other load on the machine changes little. The
+candidates take turns, round after round, and medians count. GB are of bf16 input.
+
+A conversion is forked off a process that has imported everything, and what it costs before there is
+any work (recipe, plan, folder) is that of a nearly empty model; both are left out. Source and
+outputs are on one file system, the source in the page cache. Virtual machines hand free memory back
+to their host, and to get it again costs several times more than to write it; so before each run as
+much memory as it will need is touched, by writing and deleting a file (`--cold` leaves that out).
 """
 
 from __future__ import annotations
@@ -11,74 +15,99 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 from common import (
+    RECIPES,
     Line,
     Usage,
     finish,
+    fork,
     measure,
     parser,
-    quantize,
     qwen3,
+    reap,
     spread,
+    warm_up,
     workplace,
     write_model,
 )
+
+BARS = {"w8a8_dynamic": 2.0, "fp8_dynamic": 3.0, "w8a8_dynamic, checksum": None}
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--layers", type=int, default=9, help="101 MB each [default: 9]")
+    arguments.add_argument("--cold", action="store_true", help="do not touch memory beforehand")
     options = arguments.parse_args()
     with workplace(options.dir) as folder:
         model, empty, out = folder / "model", folder / "empty", folder / "out"
         nbytes = write_model(model, qwen3(options.layers))
         write_model(empty, qwen3(1, hidden=16, vocab=16))
+        warm_up([*command("w8a8_dynamic", empty, out), "--plan"])
 
-        def copy() -> Usage:
-            used = measure("cp", "-r", model, out)
-            shutil.rmtree(out)
+        def convert(recipe: str, source: Path, *words: str) -> Usage:
+            log = folder / "log"
+            code, used = reap(fork([*command(recipe, source, out), *words], log))
+            if code:
+                raise SystemExit(f"conversion exits with {code}:\n{log.read_text()}")
             return used
 
         candidates: dict[str, Callable[[], Usage]] = {
-            "cp": copy,
-            "w8a8_dynamic": lambda: quantize("w8a8_dynamic", model, out, "--no-checksum"),
-            "fp8_dynamic": lambda: quantize("fp8_dynamic", model, out, "--no-checksum"),
-            "start": lambda: quantize("w8a8_dynamic", empty, out, "--no-checksum"),
-            "w8a8_dynamic, checksum": lambda: quantize("w8a8_dynamic", model, out),
+            "cp": lambda: measure("cp", "-r", model, out),
+            "w8a8_dynamic": lambda: convert("w8a8_dynamic", model, "--no-checksum"),
+            "fp8_dynamic": lambda: convert("fp8_dynamic", model, "--no-checksum"),
+            "w8a8_dynamic, checksum": lambda: convert("w8a8_dynamic", model),
+            "start": lambda: convert("w8a8_dynamic", empty, "--no-checksum"),
         }
         used: dict[str, list[Usage]] = {name: [] for name in candidates}
-        candidates["start"]()  # writes the bytecode, if nobody has yet
         for _ in range(options.rounds):
             for name, run in candidates.items():
+                if not options.cold:
+                    touch_memory(folder / "scratch", nbytes)
                 used[name].append(run())
-    start_cpu = statistics.median(u.cpu for u in used["start"])
-    start_user = statistics.median(u.user for u in used["start"])
-    start_system = statistics.median(u.system for u in used["start"])
+                shutil.rmtree(out)
+    finish(results(used, nbytes / 1e9), as_json=options.json)
+
+
+def command(recipe: str, model: Path, out: Path) -> list[str]:
+    """A conversion with a recipe of this repository."""
+    words = ["quantize", RECIPES / f"{recipe}.yaml", "--model", model, "--out", out, "--quiet"]
+    return [str(word) for word in words]
+
+
+def touch_memory(scratch: Path, nbytes: int) -> None:
+    """Leave the kernel with a little more than `nbytes` of free memory that the host has given."""
+    block = bytes(2**20)
+    with scratch.open("wb", buffering=0) as stream:
+        for _ in range(nbytes // len(block) + 128):
+            stream.write(block)
+    scratch.unlink()
+
+
+def results(used: dict[str, list[Usage]], size: float) -> list[Line]:
+    """Medians without the start of a run, over those of cp."""
+    start = statistics.median(u.cpu for u in used["start"])
     cp = statistics.median(u.cpu for u in used["cp"])
     lines = []
-    for name, bar in {
-        "w8a8_dynamic": 2.0,
-        "fp8_dynamic": 3.0,
-        "w8a8_dynamic, checksum": None,
-    }.items():
-        seconds = [u.cpu - start_cpu for u in used[name]]
+    for name, bar in BARS.items():
+        seconds = [u.cpu - start for u in used[name]]
         median = statistics.median(seconds)
-        user = statistics.median(u.user for u in used[name]) - start_user
-        system = statistics.median(u.system for u in used[name]) - start_system
-        detail = (
-            f"{spread(seconds)} CPU s: user {user:.2f}, system {system:.2f}; "
-            f"{nbytes / 1e9 / median:.2f} GB/CPU-s"
+        user, system = (
+            statistics.median(getattr(u, part) for u in used[name])
+            - statistics.median(getattr(u, part) for u in used["start"])
+            for part in ("user", "system")
         )
+        detail = f"{spread(seconds)} CPU s, user {user:.2f}, system {system:.2f}"
+        detail += f"; {size / median:.2f} GB/CPU-s"
         lines.append(Line(f"{name} / cp", median / cp, "", bar, detail))
-    detail = f"{nbytes / 1e9:.3f} GB, {nbytes / 1e9 / cp:.2f} GB/CPU-s"
-    lines.append(
-        Line("cp -r", cp, "CPU s", None, f"{detail}, {spread([u.cpu for u in used['cp']])}")
-    )
-    detail = f"subtracted; {spread([u.cpu for u in used['start']])}"
-    lines.append(Line("start of a run", start_cpu, "CPU s", None, detail))
-    finish(lines, as_json=options.json)
+    detail = f"{spread([u.cpu for u in used['cp']])}; {size / cp:.2f} GB/CPU-s of {size:.3f} GB"
+    lines.append(Line("cp -r", cp, "CPU s", None, detail))
+    detail = f"{spread([u.cpu for u in used['start']])}; subtracted"
+    lines.append(Line("start of a run", start, "CPU s", None, detail))
+    return lines
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def main() -> None:
     theirs = sum(error(reference, original, module) for module in modules)
     ratio = error(ours, original, worst) / error(reference, original, worst)
     detail = f"{len(modules)} modules: {mine:.5g} / {theirs:.5g}; worst {ratio:.3f}, `{worst}`"
-    finish(
-        [Line("squared error / reference", mine / theirs, "", BAR, detail)], as_json=options.json
-    )
+    finish([Line("squared error / reference", mine / theirs, "", BAR, detail)], as_json=options.json)
 
 
 def load(folder: Path) -> dict[str, Tensor]:

@@ -147,15 +147,16 @@ def plan(
     return Job(made, out, count, checksum, fresh, force, free, memory)
 
 
-def quantize(job: Job, progress: Progress) -> Written:
+def quantize(job: Job, progress: Progress | None = None) -> Written:
     """Run a planned conversion. Interrupted, the same job continues where it stopped."""
     from quantcli.execute import execute
+    from quantcli.streaming import SILENT
 
     return execute(
         job.plan,
         job.out,
         workers=job.workers,
-        progress=progress,
+        progress=progress or SILENT,
         fresh=job.fresh,
         force=job.force,
         checksum=job.checksum,

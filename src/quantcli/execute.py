@@ -14,7 +14,7 @@ from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
 from quantcli.plan import Plan
 from quantcli.publish import partial_folder, publish
-from quantcli.streaming import BLOCK_ELEMENTS, Progress, ShardRun, file_entry
+from quantcli.streaming import BLOCK_ELEMENTS, SILENT, Progress, ShardRun, file_entry
 from quantcli.writer import disk_errors, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes
@@ -48,7 +48,7 @@ def execute(
     out: Path,
     *,
     workers: int,
-    progress: Progress,
+    progress: Progress = SILENT,
     fresh: bool = False,
     force: bool = False,
     checksum: bool = True,

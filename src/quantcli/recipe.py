@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import operator
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +22,13 @@ from quantcli.targets.base import Target
 from quantcli.yamlfile import Document, Place, load_document
 
 KEEP = "keep"
-SIZE_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COMPARISONS = {
-    ">=": lambda value, limit: value >= limit,
-    "<=": lambda value, limit: value <= limit,
-    ">": lambda value, limit: value > limit,
-    "<": lambda value, limit: value < limit,
-    "==": lambda value, limit: value == limit,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
 }
 
 
@@ -44,13 +38,13 @@ class _Block(BaseModel):
 
 def parse_size(value: Any) -> int:
     """Bytes of `5GB`, `512MiB` or a plain number."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     if match and match[2].upper() in SIZE_UNITS and isinstance(value, str):
-        size = int(float(match[1]) * SIZE_UNITS[match[2].upper()])
-        if size > 0:
-            return size
+        size = float(match[1]) * SIZE_UNITS[match[2].upper()]
+        if 1 <= size < 2**63:
+            return int(size)
     raise ValueError("expected a size such as 5GB or 512MiB")
 
 
@@ -209,9 +203,15 @@ def _check_pattern(pattern: str, where: str) -> None:
     if not pattern or pattern == "re:":
         raise InputError("pattern is empty", where=where)
     try:
-        re.compile(translate(pattern))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"not a regular expression: {error}", where=where) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # re only warns where a set looks like a mistake
+            re.compile(translate(pattern))
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        raise InputError(
+            f"`{pattern}` is not a regular expression: {error}",
+            where=where,
+            fix="without `re:` it would be a glob, such as *_proj",
+        ) from None
 
 
 def _resolve(
@@ -223,13 +223,16 @@ def _resolve(
 ) -> T:
     options = dict(value) if isinstance(value, dict) else {"name": value}
     name = options.pop("name", None)
+    where = document.where((*place, "name"))
     if not isinstance(name, str):
-        raise InputError(f"{kind} needs a `name`", where=document.where(place))
+        odd = "".join(f"; it has `{key}`" for key in list(options)[:1])
+        fix = f"such as {{name: {next(iter(known))}}}"
+        raise InputError(f"{kind} needs a `name`{odd}", where=where, fix=fix)
+    if name == KEEP:
+        raise InputError("`keep` takes no options", where=where, fix="write `scheme: keep`")
     if name not in known:
         names = [*known, KEEP] if kind == "scheme" else list(known)
-        raise InputError(
-            f"unknown {kind} `{name}`", where=document.where(place), fix=one_of(name, names)
-        )
+        raise InputError(f"unknown {kind} `{name}`", where=where, fix=one_of(name, names))
     try:
         return known[name].model_validate(options)
     except ValidationError as error:
@@ -241,17 +244,32 @@ def _explain(
 ) -> InputError:
     """The first pydantic complaint in our own words."""
     first = error.errors(include_url=False, include_input=False)[0]
-    loc = tuple(part for part in first["loc"] if part not in {"str", "dict[str,any]"})
+    loc, kind = first["loc"], first["type"]
+    if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
+        loc = loc[:-1]  # pydantic's name for one branch of a union
     where = document.where((*place, *loc))
     key = ".".join(map(str, loc))
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         known = _fields(model, loc[:-1])
         fix = one_of(str(loc[-1]), known) if known else "it takes no options"
         return InputError(f"unknown key `{key}`", where=where, fix=fix)
-    if first["type"] == "missing":
-        return InputError(f"key `{key}` is missing", where=where)
-    message = first["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        known = _fields(model, loc[:-1])
+        return InputError(f"key `{key}` is missing", where=where, fix="keys: " + ", ".join(known))
+    message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
     return InputError(f"`{key}`: {message[:1].lower()}{message[1:]}", where=where)
+
+
+_WORDS = {  # pydantic's complaints as a reader of YAML would put them
+    "model_type": "expected a mapping",
+    "dict_type": "expected a mapping",
+    "list_type": "expected a list",
+    "string_type": "expected text",
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "too_short": "must not be empty",
+}
 
 
 def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:

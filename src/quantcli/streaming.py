@@ -39,6 +39,22 @@ class Progress(Protocol):
         """A shard is whole; `reused` if an earlier run had finished it."""
 
 
+class Silent:
+    """Progress for nobody."""
+
+    def begin(self, nbytes: int, shards: int) -> None:
+        """Nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Nothing."""
+
+    def shard(self, file: str, nbytes: int, reused: bool) -> None:
+        """Nothing."""
+
+
+SILENT = Silent()
+
+
 def memory_estimate(plan: Plan, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 

@@ -59,7 +59,7 @@ class ShardWriter:
         with disk_errors(self._temporary):
             os.fsync(self._fd)
             self.abandon()
-            os.rename(self._temporary, self.path)
+            self._temporary.rename(self.path)
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from quantcli.errors import InputError, MachineError, one_of
 
 MAX_BYTES = 2**20
 _MAX_DEPTH = 20
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null"))
+_KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_TEXT = "a recipe is a short text file in YAML"
+_QUOTE = 'put quotes around text that begins with a star, such as "*_proj"'
 
 Place = tuple[str | int, ...]
 
@@ -37,12 +42,13 @@ class Document:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise InputError("expected key=value", where=flag, fix="for example --set target=ascend")
-        value = _load(text, flag, {})
+        # Globs and limits mean something else to YAML, and the shell has taken their quotes away.
+        value = text if text.startswith(("*", ">")) else _load(text, flag, {})
         parent: Any = self.data
         place: list[str | int] = []
         *path, last = key.split(".")
         for step in path:
-            if isinstance(parent, dict) and step not in parent and not place:
+            if parent is self.data and len(path) == 1 and parent.get(step) is None:
                 parent[step] = {}  # a whole block, such as `expect`, may come from the command line
             parent = parent[self._step(parent, step, place, flag)]
         if isinstance(parent, dict):
@@ -59,13 +65,16 @@ class Document:
     def _step(parent: Any, step: str, place: list[str | int], flag: str) -> Any:
         key: str | int = step
         if isinstance(parent, list):
-            if not step.isdecimal() or int(step) >= len(parent):
+            if step not in map(str, range(len(parent))):
                 known = f"0 to {len(parent) - 1}" if parent else "none, the list is empty"
                 raise InputError(f"no item `{step}` in this list", where=flag, fix=f"items: {known}")
             key = int(step)
         elif not isinstance(parent, dict) or step not in parent:
-            known = one_of(step, map(str, parent)) if isinstance(parent, dict) and parent else None
-            raise InputError(f"nothing called `{step}` to set", where=flag, fix=known)
+            above = f"`{'.'.join(map(str, place))}`"
+            fix = f"{above} holds a single value: set the whole of it"
+            if isinstance(parent, dict):
+                fix = one_of(step, parent) if parent else f"{above} is empty"
+            raise InputError(f"nothing called `{step}` to set", where=flag, fix=fix)
         place.append(key)
         return key
 
@@ -73,24 +82,28 @@ class Document:
 def load_document(path: Path) -> Document:
     """Read a YAML file whose top level is a mapping. Raises InputError with file:line."""
     if path.is_dir():
-        raise InputError("recipe is a directory, not a YAML file", where=str(path))
+        raise InputError(
+            "recipe is a directory, not a YAML file", where=str(path), fix="name a file in it"
+        )
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise InputError("no such recipe", where=str(path)) from None
+        raise InputError("no such recipe", where=str(path), fix="check the path") from None
     except OSError as error:
         raise MachineError(f"cannot read recipe: {error.strerror}", where=str(path)) from None
     if len(raw) > MAX_BYTES:
-        raise InputError(f"recipe is over {MAX_BYTES} bytes", where=str(path))
+        raise InputError(f"recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"recipe is not UTF-8 (byte {error.start})", where=str(path)) from None
+        what = f"recipe is not UTF-8 (byte {error.start})"
+        raise InputError(what, where=str(path), fix=_TEXT) from None
     places: dict[Place, str] = {}
     data = _load(text, str(path), places)
     if not isinstance(data, dict):
-        raise InputError("recipe must be a mapping with `target` and `rules`", where=f"{path}:1")
+        what = "recipe is empty" if data is None else "recipe is not a mapping"
+        raise InputError(what, where=f"{path}:1", fix="it needs the keys `target` and `rules`")
     return Document(path, data, places)
 
 
@@ -98,21 +111,24 @@ def _load(text: str, source: str, places: dict[Place, str]) -> Any:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else 0
                 raise InputError(
                     f"YAML alias `*{event.anchor}` is not allowed",
                     where=f"{source}:{line}",
-                    fix="write the value out",
+                    fix=f"write the value out, or {_QUOTE}",
                 )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return None if node is None else _plain(node, source, (), places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"not valid YAML: {error.problem}", where=f"{source}{line}") from None
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"not valid YAML: {problem}", where=source) from None
+        fix = _QUOTE if "alias" in (error.context or "") else None
+        what = f"not valid YAML: {error.problem}"
+        raise InputError(what, where=f"{source}{line}", fix=fix) from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        what = f"not valid YAML: character {chr(error.character)!r} is not allowed"
+        raise InputError(what, where=f"{source}:{line}") from None
     except RecursionError:
         raise InputError("YAML is nested too deeply", where=source) from None
 
@@ -122,6 +138,8 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str])
     places.setdefault(place, where)
     if len(place) > _MAX_DEPTH:
         raise InputError("YAML is nested too deeply", where=where)
+    if node.tag not in _PLAIN_TAGS:
+        raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where, fix="remove it")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, source, (*place, i), places) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
@@ -131,16 +149,20 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str])
             if not isinstance(key_node, yaml.ScalarNode):
                 raise InputError("key must be a word", where=line)
             key = str(key_node.value)
+            if not key.isprintable():
+                raise InputError(f"key {key[:80]!r} holds characters that do not print", where=line)
             if key in table:
-                raise InputError(f"key `{key}` stands twice", where=line)
+                first = places[(*place, key)]
+                raise InputError(f"key `{key}` stands twice", where=line, fix=f"see {first}")
             places[(*place, key)] = line
             table[key] = _plain(value_node, source, (*place, key), places)
         return table
-    if node.tag not in _PLAIN_TAGS:
-        if node.tag == "tag:yaml.org,2002:timestamp":
-            return node.value
-        raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where)
+    if node.tag == _TIMESTAMP:  # recipes know no times: it is text that looks like one
+        return str(node.value)
     try:
-        return yaml.SafeLoader("").construct_object(node)
-    except (ValueError, yaml.YAMLError):
-        raise InputError(f"cannot read the value `{node.value}`", where=where) from None
+        value = yaml.SafeLoader("").construct_object(node)
+    except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
+        raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
+    if isinstance(value, str) and not value.isprintable():
+        raise InputError(f"text {value[:80]!r} holds characters that do not print", where=where)
+    return value

@@ -57,7 +57,7 @@ def channel_scale(rows: Tensor, limit: float, held: torch.dtype) -> Tensor:
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
     """round(rows / scale), half to even, in float32. |rows| <= INT8_REACH * scale: nothing to clip."""
-    return rows.float().div_(scale).round_().to(torch.int8)
+    return _float32(rows).div_(scale).round_().to(torch.int8)
 
 
 def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
@@ -65,7 +65,12 @@ def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
 
     The division may pass 448 by one ulp; everything below 464 rounds back to 448.
     """
-    return rows.float().div_(scale).to(torch.float8_e4m3fn)
+    return _float32(rows).div_(scale).to(torch.float8_e4m3fn)
+
+
+def _float32(rows: Tensor) -> Tensor:
+    """A float32 copy to work on in place; a float32 source is copied too."""
+    return rows.to(torch.float32, copy=True)
 
 
 def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
