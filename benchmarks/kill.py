@@ -1,9 +1,10 @@
 """SIGKILL at random moments of a conversion; the same command again must give the same bytes.
 
-Each round forks a process that has torch and quantcli imported already, so that the moments
-(seeded, uniform from shortly before the folder is made to the end of an uninterrupted run) fall into
-the writing. The child calls the command line's `main`. After the kill, an output that is there must be whole and identical;
-otherwise the same command runs again, to its end, and its output must be. Nothing may be left.
+Each round forks a process that has torch and quantcli imported already and calls the command line's
+`main`. The moments (seeded) are uniform from shortly before the folder is made to the end of an
+uninterrupted run: the shortest of the last five, measured again and again as the disk varies. After the
+kill, an output that is there must be whole and identical; otherwise the same command runs again, to
+its end, and its output must be. Nothing may be left beside it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 from common import RECIPES, ROOT, Line, finish, fork, hashes, parser, reap, warm_up, workplace
@@ -42,20 +42,21 @@ def main() -> None:
         words = ["quantize", str(RECIPES / f"{options.recipe}.yaml"), "--model", str(options.model)]
         words += ["--out", str(out), "--set", "max_shard=2MB", "--quiet"]
         warm_up([*words, "--plan"])
-        leads, durations = [], []
-        for _ in range(9):
+        spans: deque[tuple[float, float]] = deque(maxlen=5)
+        for _ in range(5):
             shutil.rmtree(out, ignore_errors=True)
-            lead, duration = uninterrupted(words, log, folder / "out.partial")
-            leads.append(lead)
-            durations.append(duration)
+            spans.append(uninterrupted(words, log, folder / "out.partial"))
         whole = hashes(out)
         shards = [name for name in whole if name.endswith(".safetensors")]
-        first, last = 0.9 * statistics.median(leads), statistics.median(durations)
         stages: Counter[str] = Counter()
         failures: list[str] = []
         for number in range(options.rounds):
             shutil.rmtree(out)
-            moment = moments.uniform(first, last)
+            if number % 4 == 3:
+                spans.append(uninterrupted(words, log, folder / "out.partial"))
+                shutil.rmtree(out)
+            first, last = map(min, zip(*spans, strict=True))
+            moment = moments.uniform(0.9 * first, last)
             child = fork(words, log)
             time.sleep(moment)
             os.kill(child, signal.SIGKILL)
@@ -73,7 +74,7 @@ def main() -> None:
             if left := {path.name for path in folder.iterdir()} - {"out", "log"}:
                 failures.append(f"{where}: left behind {sorted(left)}")
                 shutil.rmtree(folder / "out.partial", ignore_errors=True)
-    detail = f"{options.rounds} kills between {1000 * first:.0f} and {1000 * last:.0f} ms, {len(shards)} shards"
+    detail = f"{options.rounds} kills, {1000 * first:.0f} to {1000 * last:.0f} ms, {len(shards)} shards"
     if failures:
         detail += "; " + "; ".join(failures[:5])
     lines = [Line("rounds that went wrong", len(failures), "", 0, detail)]

@@ -140,7 +140,7 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
             raise InputError(f"{said} is not the name of a file", where=place)
         if not shard.isprintable() or shard in {"", ".", ".."} or re.search(r"[/\\]", shard):
             raise InputError(f"file name {said} is not one in the model directory", where=place)
-        if shard.endswith(PICKLES):
+        if shard.lower().endswith(PICKLES):
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
             raise InputError(f"`{shard}` is not a safetensors file", where=place)
@@ -172,7 +172,7 @@ def _choose_shards(
                 left_out[name] = f"not listed in {INDEX}"
         return [shard for shard in listed if shard in files]
     if not present:
-        pickles = [name for name in files if name.endswith(PICKLES)]
+        pickles = [name for name in files if name.lower().endswith(PICKLES)]
         if pickles:
             raise InputError(
                 f"weights are pickle files, such as `{pickles[0]}`",

@@ -49,7 +49,7 @@ def inspect(
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,
-    support: Annotated[bool, typer.Option(help="Show schemes x targets instead.")] = False,
+    support: Annotated[bool, typer.Option("--support", help="Show schemes x targets instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers: layers, dtypes, sizes, what is suspicious.

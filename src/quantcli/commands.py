@@ -56,7 +56,7 @@ def account(job: Job) -> dict[str, Any]:
             for line in plan.rules
         ],
         "kept": [
-            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "examples": k.examples}
+            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "names": k.names}
             for k in plan.kept
         ],
         "quantized_params_pct": round(plan.quantized_params_pct, 4),

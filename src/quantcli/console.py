@@ -160,13 +160,12 @@ def show_plan(out: Output, job: Job) -> None:
         ]
         for line in plan.rules
     ]
-    rows += [
-        ["", "as it is", "", f"{k.tensors}", human_bytes(k.nbytes), human_bytes(k.nbytes), why]
-        for k in plan.kept
-        for why in [f"{k.reason}: {', '.join(k.examples)}{', ...' if k.tensors > 3 else ''}"]
-    ]
-    numbers = {"rule", "modules", "before", "after"}
-    out.table(["rule", "scheme", "engine's name", "modules", "before", "after", "why"], rows, numbers)
+    for kept in plan.kept:
+        size = human_bytes(kept.nbytes)
+        names = ", ".join(kept.names[:3]) + (", ..." if len(kept.names) > 3 else "")
+        rows.append(["", "stays", "", f"{kept.tensors}", size, size, f"{kept.reason}: {names}"])
+    numbers = {"rule", "tensors", "before", "after"}
+    out.table(["rule", "scheme", "engine's name", "tensors", "before", "after", "why"], rows, numbers)
     out.line()
     before, after = plan.checkpoint.nbytes, plan.weight_nbytes
     out.line(

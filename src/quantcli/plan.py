@@ -80,7 +80,7 @@ class Kept:
     reason: str
     tensors: int
     nbytes: int
-    examples: tuple[str, ...]
+    names: tuple[str, ...]  # folded: model.layers.{0..35}.input_layernorm
 
 
 @dataclass(frozen=True)

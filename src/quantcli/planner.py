@@ -11,6 +11,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import AnswerNo, InputError, closest
 from quantcli.formats import quantization
 from quantcli.header import layout
+from quantcli.inspection import fold
 from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
@@ -268,7 +269,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
                 reason = "no rule matches" if matrix else "not a matrix"
             groups[reason].append(spec)
     for reason, specs in sorted(groups.items()):
-        names = tuple(spec.name for spec in specs[:3])
+        names = tuple(group.name for group in fold(specs))
         yield Kept(reason, len(specs), sum(spec.nbytes for spec in specs), names)
 
 

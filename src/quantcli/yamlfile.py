@@ -11,7 +11,7 @@ from yaml.reader import ReaderError
 
 from quantcli.errors import InputError, MachineError, one_of
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
 _MAX_DEPTH = 20
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
@@ -109,14 +109,7 @@ def load_document(path: Path) -> Document:
 
 def _load(text: str, source: str, places: dict[Place, str]) -> Any:
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else 0
-                raise InputError(
-                    f"YAML alias `*{event.anchor}` is not allowed",
-                    where=f"{source}:{line}",
-                    fix=f"write the value out, or {_QUOTE}",
-                )
+        _refuse_bombs(text, source)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return None if node is None else _plain(node, source, (), places)
     except yaml.MarkedYAMLError as error:
@@ -126,18 +119,29 @@ def _load(text: str, source: str, places: dict[Place, str]) -> Any:
         what = f"not valid YAML: {error.problem}"
         raise InputError(what, where=f"{source}{line}", fix=fix) from None
     except ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        line = f":{1 + text.count(chr(10), 0, error.position)}"
         what = f"not valid YAML: character {chr(error.character)!r} is not allowed"
-        raise InputError(what, where=f"{source}:{line}") from None
-    except RecursionError:
-        raise InputError("YAML is nested too deeply", where=source) from None
+        raise InputError(what, where=f"{source}{line}") from None
+
+
+def _refuse_bombs(text: str, source: str) -> None:
+    """Aliases and depth, event by event: what follows a bomb is not even scanned."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
+            depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
+        if depth <= _MAX_DEPTH and not isinstance(event, yaml.AliasEvent):
+            continue
+        where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
+        if depth > _MAX_DEPTH:
+            raise InputError("YAML is nested too deeply", where=where)
+        fix = f"write the value out, or {_QUOTE}"
+        raise InputError(f"YAML alias `*{event.anchor}` is not allowed", where=where, fix=fix)
 
 
 def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str]) -> Any:
     where = f"{source}:{node.start_mark.line + 1}"
     places.setdefault(place, where)
-    if len(place) > _MAX_DEPTH:
-        raise InputError("YAML is nested too deeply", where=where)
     if node.tag not in _PLAIN_TAGS:
         raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where, fix="remove it")
     if isinstance(node, yaml.SequenceNode):

@@ -280,9 +280,9 @@ REFUSED = [
         id="link-to-a-file-outside",
     ),
     pytest.param(
-        linked("notes.txt", "/etc/hostname"),
+        linked("notes.txt", "/dev/null"),
         "link leads out of the model directory",
-        "{}/notes.txt -> /etc/hostname",
+        "{}/notes.txt -> /dev/null",
         id="link-to-an-absolute-file",
     ),
     pytest.param(
@@ -421,7 +421,7 @@ def test_a_good_checkpoint(model: Path) -> None:
         ".gitattributes": 0,
         "README.md": 5,
         "assets/a/b.txt": 3,
-        "config.json": 31,
+        "config.json": 30,
     }
     assert (checkpoint.left_out, checkpoint.problems, checkpoint.notes) == ({}, [], [])
 
@@ -471,14 +471,14 @@ def test_links_of_the_hub_cache_may_lead_to_blobs_only(tmp_path: Path, target: s
     outside.resolve().parent.mkdir(exist_ok=True)
     outside.write_text("x")
     (snapshot / "x").symlink_to(target)
-    with pytest.raises(InputError, match="^link leads out of the model directory"):
+    with pytest.raises(InputError, match=r"^link leads out of the model directory"):
         open_checkpoint(snapshot)
 
 
 def test_a_folder_named_blobs_opens_no_way_out_elsewhere(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
     moved = snapshot.parent.rename(tmp_path / "models--org--name" / "other") / "c0ffee"
-    with pytest.raises(InputError, match="^link leads out of the model directory"):
+    with pytest.raises(InputError, match=r"^link leads out of the model directory"):
         open_checkpoint(moved)
 
 

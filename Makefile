@@ -1,0 +1,53 @@
+# Every target sets up what it needs by itself: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+DEMO := build/tiny-qwen3-w8a8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types docs format bench clean
+
+help:           ## show this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## create the environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantcli needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## convert the bundled model and show the result
+	@rm -rf $(DEMO) && mkdir -p $(dir $(DEMO))
+	@echo '$$ quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)'
+	@$(BIN)/quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)
+	@echo '$$ quantcli inspect $(DEMO)'
+	@$(BIN)/quantcli inspect $(DEMO)
+
+test: check     ## all that CI runs: lint, types, tests
+	@$(BIN)/python -m pytest
+
+check: lint types
+
+lint: $(READY)  ## ruff
+	@$(BIN)/ruff check src tests benchmarks docs
+	@$(BIN)/ruff format --check --quiet src tests benchmarks docs
+
+types: $(READY) ## mypy, strict
+	@$(BIN)/mypy
+
+docs: $(READY)  ## regenerate docs/cli.md and docs/recipe.schema.json
+	@$(BIN)/python docs/generate.py
+
+format: $(READY) ## format the code
+	@$(BIN)/ruff format --quiet src tests benchmarks docs
+	@$(BIN)/ruff check --fix --quiet src tests benchmarks docs
+
+bench: $(READY) ## run every benchmark (about 20 minutes, 10 GB of disk)
+	@for script in weight_error startup plan determinism memory speed kill; do \
+		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:          ## remove what make has made
+	@rm -rf .venv build .mypy_cache .ruff_cache

@@ -1,0 +1,189 @@
+"""What the Ascend target refuses and writes, against the engine's rules."""
+
+import json
+
+import pytest
+
+from quantcli.numerics import Module
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
+from quantcli.targets.ascend import Ascend
+from quantcli.targets.base import Output
+from quantcli.tensorspec import TensorSpec
+
+INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
+W8A16 = discover(Scheme)["w8a16"]().numerics
+FP8 = discover(Scheme)["fp8_dynamic"]().numerics
+TARGET = Ascend()
+
+
+def refusals(quantized, floats=(), shape=(64, 64), numerics=INT8):
+    modules = [Module(name, shape, numerics) for name in quantized]
+    modules += [Module(name, (64, 64), None) for name in floats]
+    specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in modules}
+    return list(TARGET.check(modules, specs))
+
+
+L = "model.layers.0"
+REFUSED = {
+    "q alone": ([f"{L}.self_attn.q_proj"], [f"{L}.self_attn.k_proj", f"{L}.self_attn.v_proj"], "fuses"),
+    "v left out": ([f"{L}.self_attn.{p}_proj" for p in "qk"], [f"{L}.self_attn.v_proj"], "fuses"),
+    "gate alone": ([f"{L}.mlp.gate_proj"], [f"{L}.mlp.up_proj"], "fuses"),
+    "q_a alone": ([f"{L}.self_attn.q_a_proj"], [f"{L}.self_attn.kv_a_proj_with_mqa"], "fuses"),
+    "in_proj": ([f"{L}.linear_attn.in_proj_qkvz"], [f"{L}.linear_attn.in_proj_ba"], "fuses"),
+    "in_proj z": ([f"{L}.linear_attn.in_proj_qkv"], [f"{L}.linear_attn.in_proj_z"], "fuses"),
+    "w1 alone": ([f"{L}.feed_forward.w1"], [f"{L}.feed_forward.w3"], "fuses"),
+    "one expert float": (
+        [f"{L}.mlp.experts.0.{p}_proj" for p in ("gate", "up", "down")],
+        [f"{L}.mlp.experts.1.{p}_proj" for p in ("gate", "up", "down")],
+        "experts of one layer",
+    ),
+    "down of experts float": (
+        [f"{L}.mlp.experts.0.{p}_proj" for p in ("gate", "up")],
+        [f"{L}.mlp.experts.0.down_proj"],
+        "experts of one layer",
+    ),
+    "prefix of a float name": (["model.layers.0.o"], ["model.layers.0.o_norm"], "begins the name"),
+    "layer's own prefix": ([f"{L}.mlp.dense"], [f"{L}.mlp.dense_h_to_4h"], "begins the name"),
+    "embedding": (["model.embed_tokens"], [], "no quantized embedding"),
+    "router": ([f"{L}.mlp.gate"], [], "routers as float"),
+    "shared expert gate": ([f"{L}.mlp.shared_expert_gate"], [], "gate as float"),
+    "kv_b_proj": ([f"{L}.self_attn.kv_b_proj"], [], "must be float"),
+    "draft projection": (["model.layers.61.eh_proj"], [], "draft layers"),
+    "indexer weights_proj": ([f"{L}.self_attn.indexer.weights_proj"], [], "indexer"),
+    "indexer wk": ([f"{L}.self_attn.indexer.wk"], [], "indexer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    quantized, floats, word = REFUSED[case]
+    found = refusals(quantized, floats)
+    assert found
+    assert any(word in refusal.what for refusal in found), found
+    assert all(refusal.fix for refusal in found)
+    assert {refusal.module for refusal in found} <= {*quantized, *floats}
+
+
+def test_whole_groups_pass():
+    names = [f"{L}.self_attn.{p}_proj" for p in "qkvo"]
+    names += [f"{L}.mlp.{p}_proj" for p in ("gate", "up", "down")]
+    names += [f"{L}.block_sparse_moe.experts.{e}.{w}" for e in range(3) for w in ("w1", "w2", "w3")]
+    floats = ["lm_head", "model.norm", f"{L}.self_attn.q_norm", f"{L}.block_sparse_moe.gate"]
+    assert refusals(names, floats) == []
+
+
+def test_router_beside_quantized_gate_proj_passes():
+    # the router's name begins `gate_proj`, but it is the quantized module's name that counts
+    assert refusals([f"{L}.mlp.gate_proj", f"{L}.mlp.up_proj"], [f"{L}.mlp.gate"]) == []
+
+
+def test_w8a16_is_not_for_experts():
+    found = refusals([f"{L}.mlp.experts.0.up_proj"], numerics=W8A16)
+    assert "no W8A16 for experts" in found[0].what
+
+
+@pytest.mark.parametrize(
+    ("shape", "ok"), [((65535, 8), True), ((65536, 8), False), ((8, 65536), False)]
+)
+def test_matmul_limits(shape, ok):
+    found = refusals([f"{L}.self_attn.o_proj"], shape=shape)
+    assert (not found) == ok
+
+
+def test_fused_width_is_advice():
+    modules = [Module(f"{L}.mlp.{p}_proj", (53248, 8), INT8) for p in ("gate", "up")]
+    (word,) = TARGET.advise(modules)
+    assert "106496" in word
+    assert "tensor parallel size 2" in word
+
+
+def test_stacked_experts_are_refused():
+    spec = TensorSpec("model.layers.0.mlp.experts.gate_up_proj", "BF16", (8, 64, 128))
+    (refusal,) = TARGET.check([], {spec.name: spec})
+    assert refusal.module == spec.name
+    assert "3-D" in refusal.what
+
+
+def test_labels_and_what_the_engine_holds():
+    assert [TARGET.label(n) for n in (INT8, FP8, W8A16)] == ["W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16"]
+    assert [TARGET.held(n, "F16") for n in (INT8, FP8, W8A16)] == ["F16", "F32", "F16"]
+    assert "A5" in TARGET.loads_on("W8A8FP8_DYNAMIC")
+
+
+def described(tensors, modules=(), config=None, serving="BF16"):
+    specs = {name: TensorSpec(name, "BF16", (4, 4)) for name in tensors}
+    output = Output(
+        list(modules), specs, dict.fromkeys(tensors, "f"), config or {"dtype": "bfloat16"}, serving
+    )
+    files = {name: json.loads(content) for name, content in TARGET.sidecars(output).items()}
+    return files["quant_model_description.json"], files
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("thinker.model.embed_tokens.weight", "thinker.lm_head.weight"),
+        ("transformer.wte.weight", "lm_head.weight"),
+    ],
+)
+def test_tied_head_is_described_though_absent(embedding, head):
+    table, _ = described([embedding, "model.norm.weight"])
+    assert table[head] == "FLOAT"
+    table, _ = described([embedding, "lm_head.weight"])
+    assert [name for name in table if "lm_head" in name] == ["lm_head.weight"]
+
+
+def test_description_covers_every_tensor():
+    module = Module(f"{L}.self_attn.q_proj", (4, 4), INT8)
+    names = [f"{module.name}.{s}" for s in ("weight", "weight_scale", "weight_offset", "bias")]
+    table, _ = described([*names, "lm_head.weight"], [module])
+    assert [table[name] for name in names] == ["W8A8_DYNAMIC"] * 3 + ["FLOAT"]
+    head = {k: table[k] for k in ("version", "model_quant_type", "metadata", "group_size", "optional")}
+    assert head == {
+        "version": "1.0.0",
+        "model_quant_type": "W8A8_DYNAMIC",
+        "metadata": {},
+        "group_size": 0,
+        "optional": {},
+    }
+    assert table.keys() == {*head, *names, "lm_head.weight"}
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("qwen3_moe", False), ("mixtral", True)])
+def test_experts_of_unlisted_types_are_described_by_their_set(kind, asked):
+    module = Module(f"{L}.mlp.experts.0.up_proj", (4, 4), INT8)
+    config = {"model_type": kind, "dtype": "bfloat16"}
+    table, _ = described([f"{module.name}.weight"], [module], config)
+    assert (table.get(f"{L}.mlp.experts.weight") == "W8A8_DYNAMIC") == asked
+
+
+def test_config_loses_quantization_at_both_levels_and_says_the_serving_dtype():
+    block = {"quant_method": "fp8"}
+    config = {
+        "quantization_config": block,
+        "dtype": "float32",
+        "text_config": {"compression_config": block, "hidden_size": 4, "dtype": "float32"},
+    }
+    _, files = described(["a.weight"], config=config)
+    assert files["config.json"] == {
+        "dtype": "bfloat16",
+        "text_config": {"hidden_size": 4, "dtype": "bfloat16"},
+    }
+    assert config["quantization_config"] == block, "the source's config was changed"
+
+
+def test_config_that_needs_no_change_is_not_generated():
+    _, files = described(["a.weight"], config={"torch_dtype": "float16"}, serving="F16")
+    assert files.keys() == {"quant_model_description.json", "model.safetensors.index.json"}
+
+
+def test_index_lists_every_tensor():
+    _, files = described(["b.weight", "a.weight"])
+    assert files["model.safetensors.index.json"] == {
+        "metadata": {"total_size": 64},
+        "weight_map": {"a.weight": "f", "b.weight": "f"},
+    }
