@@ -88,7 +88,7 @@ def quantize_to(
 
     job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
-    execute(job.plan, out, workers=workers, progress=Silent(), **blocks)
+    execute(job.plan, out, workers=workers, **blocks)
 
 
 def warm_up(words: Sequence[str]) -> None:
@@ -138,19 +138,6 @@ def reap(child: int) -> tuple[int, Usage]:
     wall = time.perf_counter() - started
     usage = Usage(wall, used.ru_utime, used.ru_stime, used.ru_maxrss * 1024)
     return os.waitstatus_to_exitcode(status), usage
-
-
-class Silent:
-    """A Progress that shows nothing."""
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Nothing."""
 
 
 def qwen3(layers: int, *, hidden: int = 2048, vocab: int = 16384) -> list[TensorSpec]:

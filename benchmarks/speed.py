@@ -38,7 +38,7 @@ BARS = {"w8a8_dynamic": 2.0, "fp8_dynamic": 3.0, "w8a8_dynamic, checksum": None}
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--layers", type=int, default=9, help="101 MB each [default: 9]")
     arguments.add_argument("--cold", action="store_true", help="do not touch memory beforehand")
     options = arguments.parse_args()
@@ -101,7 +101,8 @@ def results(used: dict[str, list[Usage]], size: float) -> list[Line]:
             for part in ("user", "system")
         )
         detail = f"{spread(seconds)} CPU s, user {user:.2f}, system {system:.2f}"
-        detail += f"; {size / median:.2f} GB/CPU-s"
+        best = min(seconds) / min(u.cpu for u in used["cp"])
+        detail += f"; {size / median:.2f} GB/CPU-s; best over best {best:.2f}"
         lines.append(Line(f"{name} / cp", median / cp, "", bar, detail))
     detail = f"{spread([u.cpu for u in used['cp']])}; {size / cp:.2f} GB/CPU-s of {size:.3f} GB"
     lines.append(Line("cp -r", cp, "CPU s", None, detail))

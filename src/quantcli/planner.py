@@ -1,4 +1,4 @@
-"""Recipe x headers -> Plan, by quantizing tensors that have no data."""
+"""Recipe x headers -> Plan, by quantizing blocks that have no rows."""
 
 from __future__ import annotations
 
@@ -53,9 +53,15 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     )
     sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
     copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
-    for block in ("calibration", "verify"):
-        if getattr(recipe.file, block) is not None:
-            notes.append(f"the recipe's `{block}` block has no effect: no scheme here measures data")
+    unused = {
+        "calibration": "no scheme of this recipe measures data",
+        "verify": "this version does not compare numbers",
+    }
+    notes += [
+        f"the recipe's `{block}` block has no effect: {why}"
+        for block, why in unused.items()
+        if getattr(recipe.file, block) is not None
+    ]
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
     plan = Plan(
         checkpoint=checkpoint,
@@ -191,20 +197,21 @@ def _items(
 
 
 def dry_run(scheme: Scheme, target: Target, spec: TensorSpec, held: str) -> tuple[TensorSpec, ...]:
-    """What a weight becomes, by quantizing and packing it on the meta device.
+    """What a weight becomes, by quantizing and packing it without data: a block of no rows.
 
     Returns specs named by suffix ("weight", "weight_scale"). Raises InputError where the target
-    cannot store these numerics.
+    cannot store these numerics. A block of no rows runs the real kernels and needs no memory; the
+    meta device would do as well, but in torch 2.13 its binary operations import torch._dynamo, which
+    costs every command two seconds and 80 MB.
     """
-    rows = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta")
-    parts = scheme.quantize(rows, torch_dtype(held))
-    packed = target.pack(scheme.numerics, parts)
+    rows = torch.empty((0, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
+    packed = target.pack(scheme.numerics, scheme.quantize(rows, torch_dtype(held)))
+    specs = []
     for suffix, tensor in packed.items():
-        assert tensor.shape[0] == spec.shape[0], f"{target.name} does not keep the rows of {suffix}"
-    return tuple(
-        TensorSpec(suffix, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-        for suffix, tensor in packed.items()
-    )
+        assert tensor.shape[0] == 0, f"{target.name} does not keep the rows of {suffix}"
+        shape = (spec.shape[0], *tensor.shape[1:])
+        specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
+    return tuple(specs)
 
 
 def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:

@@ -207,11 +207,8 @@ def _check_pattern(pattern: str, where: str) -> None:
             warnings.simplefilter("error")  # re only warns where a set looks like a mistake
             re.compile(translate(pattern))
     except (re.error, RecursionError, OverflowError, Warning) as error:
-        raise InputError(
-            f"`{pattern}` is not a regular expression: {error}",
-            where=where,
-            fix="without `re:` it would be a glob, such as *_proj",
-        ) from None
+        what = f"`{pattern}` is not a regular expression: {error}"
+        raise InputError(what, where=where, fix="leave out `re:` for a glob, such as *_proj") from None
 
 
 def _resolve(
@@ -228,7 +225,7 @@ def _resolve(
         odd = "".join(f"; it has `{key}`" for key in list(options)[:1])
         fix = f"such as {{name: {next(iter(known))}}}"
         raise InputError(f"{kind} needs a `name`{odd}", where=where, fix=fix)
-    if name == KEEP:
+    if kind == "scheme" and name == KEEP:
         raise InputError("`keep` takes no options", where=where, fix="write `scheme: keep`")
     if name not in known:
         names = [*known, KEEP] if kind == "scheme" else list(known)
@@ -243,7 +240,8 @@ def _explain(
     error: ValidationError, document: Document, model: type[BaseModel], place: Place
 ) -> InputError:
     """The first pydantic complaint in our own words."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     loc, kind = first["loc"], first["type"]
     if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
         loc = loc[:-1]  # pydantic's name for one branch of a union
@@ -254,22 +252,17 @@ def _explain(
         fix = one_of(str(loc[-1]), known) if known else "it takes no options"
         return InputError(f"unknown key `{key}`", where=where, fix=fix)
     if kind == "missing":
-        known = _fields(model, loc[:-1])
-        return InputError(f"key `{key}` is missing", where=where, fix="keys: " + ", ".join(known))
+        return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
     message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
     return InputError(f"`{key}`: {message[:1].lower()}{message[1:]}", where=where)
 
 
 _WORDS = {  # pydantic's complaints as a reader of YAML would put them
-    "model_type": "expected a mapping",
-    "dict_type": "expected a mapping",
-    "list_type": "expected a list",
-    "string_type": "expected text",
-    "bool_type": "expected true or false",
-    "int_type": "expected a whole number",
-    "float_type": "expected a number",
-    "too_short": "must not be empty",
-}
+    "model_type": "expected a mapping", "dict_type": "expected a mapping",
+    "list_type": "expected a list", "too_short": "must not be empty",
+    "string_type": "expected text", "bool_type": "expected true or false",
+    "int_type": "expected a whole number", "float_type": "expected a number",
+}  # fmt: skip
 
 
 def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:

@@ -91,7 +91,8 @@ def load_document(path: Path) -> Document:
     except FileNotFoundError:
         raise InputError("no such recipe", where=str(path), fix="check the path") from None
     except OSError as error:
-        raise MachineError(f"cannot read recipe: {error.strerror}", where=str(path)) from None
+        what = f"cannot read recipe: {error.strerror}"
+        raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
     if len(raw) > MAX_BYTES:
         raise InputError(f"recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
     try:
@@ -128,15 +129,14 @@ def _refuse_bombs(text: str, source: str) -> None:
     """Aliases and depth, event by event: what follows a bomb is not even scanned."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
+        if isinstance(event, yaml.AliasEvent):
+            fix = f"write the value out, or {_QUOTE}"
+            raise InputError(f"YAML alias `*{event.anchor}` is not allowed", where=where, fix=fix)
         if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
             depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
-        if depth <= _MAX_DEPTH and not isinstance(event, yaml.AliasEvent):
-            continue
-        where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
         if depth > _MAX_DEPTH:
             raise InputError("YAML is nested too deeply", where=where)
-        fix = f"write the value out, or {_QUOTE}"
-        raise InputError(f"YAML alias `*{event.anchor}` is not allowed", where=where, fix=fix)
 
 
 def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str]) -> Any:
