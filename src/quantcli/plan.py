@@ -49,7 +49,7 @@ class Shard:
     tensors: tuple[TensorSpec, ...]
     items: tuple[Item, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """The file's first bytes, up to the data."""
         return encode_header(self.tensors)

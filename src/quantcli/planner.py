@@ -12,7 +12,7 @@ from quantcli.errors import AnswerNo, InputError, closest
 from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.inspection import fold
-from quantcli.numerics import Module, Numerics
+from quantcli.numerics import Module
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
 from quantcli.schemes.base import Scheme
@@ -33,8 +33,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     serving_dtype, notes = _serving_dtype(checkpoint)
     assigned = _assign(recipe, checkpoint)
     target = recipe.target
+    numerics = {rule.number: rule.scheme.numerics for rule in recipe.rules if rule.scheme}
     modules = [
-        Module(name, checkpoint.tensors[f"{name}.weight"].spec.shape, _numerics(rule))
+        Module(
+            name,
+            checkpoint.tensors[f"{name}.weight"].spec.shape,
+            numerics.get(rule.number) if rule else None,
+        )
         for name, rule in assigned.items()
     ]
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
@@ -151,10 +156,6 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
     return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
 
 
-def _numerics(rule: Rule | None) -> Numerics | None:
-    return rule.scheme.numerics if rule and rule.scheme else None
-
-
 def _must_be_float(spec: TensorSpec, rule: Rule) -> None:
     if spec.dtype not in FLOATS or spec.numel == 0:
         raise InputError(
@@ -180,7 +181,8 @@ def _items(
     checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, serving_dtype: str
 ) -> Iterator[Item]:
     """One item per source tensor, in the order of the source: each is consumed exactly once."""
-    made: dict[tuple[Scheme, str, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
+    # by rule, dtype and shape: experts come in tens of thousands of equal ones
+    made: dict[tuple[int, str, tuple[int, ...]], tuple[str, tuple[TensorSpec, ...]]] = {}
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
@@ -188,11 +190,12 @@ def _items(
             yield Copy(stored)
             continue
         scheme, spec = rule.scheme, stored.spec
-        held = target.held(scheme.numerics, serving_dtype)
-        key = (scheme, spec.dtype, spec.shape)
-        if key not in made:  # experts come in tens of thousands of equal shapes
-            made[key] = dry_run(scheme, target, spec, held)
-        outputs = tuple(TensorSpec(f"{module}.{o.name}", o.dtype, o.shape) for o in made[key])
+        key = (rule.number, spec.dtype, spec.shape)
+        if key not in made:
+            held = target.held(scheme.numerics, serving_dtype)
+            made[key] = held, dry_run(scheme, target, spec, held)
+        held, parts = made[key]
+        outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in parts)
         yield Quantize(stored, module, scheme, held, outputs)
 
 

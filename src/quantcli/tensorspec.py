@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantcli.errors import MachineError
@@ -45,6 +45,11 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)  # of the whole tensor
+
+    def __post_init__(self) -> None:
+        # asked for a million times while a large model is planned
+        object.__setattr__(self, "nbytes", self.numel * DTYPES[self.dtype][0] // 8)
 
     @property
     def numel(self) -> int:
@@ -55,11 +60,6 @@ class TensorSpec:
     def itemsize(self) -> float:
         """Bytes an element takes (0.5 for 4-bit types)."""
         return DTYPES[self.dtype][0] / 8
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return self.numel * DTYPES[self.dtype][0] // 8
 
     @property
     def row_nbytes(self) -> int:

@@ -124,10 +124,11 @@ class Ascend(Target):
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Fused groups, experts, MLA, sizes and the loader's skip rule."""
         yield from _stacked_experts(tensors)
+        tags = self._tags(modules)
         for module in modules:
-            if module.numerics is not None:
-                yield from self._check_module(module, self._tag(module.numerics))
-        labels = {m.name: self.label(m.numerics) if m.numerics else FLOAT for m in modules}
+            if module.name in tags:
+                yield from self._check_module(module, tags[module.name])
+        labels = {m.name: tags[m.name].label if m.numerics else FLOAT for m in modules}
         yield from _fused_groups(labels)
         yield from _expert_sets(labels)
         yield from _skip_rule(labels)
@@ -148,7 +149,7 @@ class Ascend(Target):
     def sidecars(self, output: Output) -> dict[str, bytes]:
         """Description, config.json without quantization, index."""
         return {
-            DESCRIPTION: sidecars.to_json(self._description(output)),
+            DESCRIPTION: (sidecars.flat_json(self._description(output)) + "\n").encode(),
             **sidecars.config(output, {}),
             **sidecars.index(output),
         }
@@ -160,6 +161,18 @@ class Ascend(Target):
                 fix="see `quantcli inspect --support` for what goes together",
             )
         return _TAGS[numerics]
+
+    def _tags(self, modules: Sequence[Module]) -> dict[str, _Tag]:
+        """The tag of every quantized module. Hashing numerics is slow, and few are different."""
+        known: dict[int, _Tag] = {}
+        tags = {}
+        for module in modules:
+            if module.numerics is not None:
+                key = id(module.numerics)
+                if key not in known:
+                    known[key] = self._tag(module.numerics)
+                tags[module.name] = known[key]
+        return tags
 
     def _check_module(self, module: Module, tag: _Tag) -> Iterator[Refusal]:
         parent, _, last = module.name.rpartition(".")
@@ -183,7 +196,7 @@ class Ascend(Target):
 
     def _description(self, output: Output) -> dict[str, object]:
         """One entry per tensor, by the checkpoint's own names, and those that only the engine asks."""
-        labels = {m.name: self.label(m.numerics) for m in output.modules if m.numerics}
+        labels = {name: tag.label for name, tag in self._tags(output.modules).items()}
         used = set(labels.values())
         table: dict[str, object] = {
             "version": "1.0.0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from quantcli.targets.base import Output
@@ -14,9 +15,20 @@ CONFIG = "config.json"
 STALE_KEYS = ("quantization_config", "compression_config")
 
 
-def to_json(value: object, *, sort_keys: bool = False) -> bytes:
+def to_json(value: object) -> bytes:
     """JSON as Hugging Face writes it: two spaces, a final newline, always the same bytes."""
-    return (json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def flat_json(table: Mapping[str, object], indent: int = 2) -> str:
+    """A JSON object with one entry a line. Ten times as fast as `indent=`, which is pure Python:
+    a mixture of experts has 150,000 entries.
+    """
+    if not table:
+        return "{}"
+    space = " " * indent
+    text = json.dumps(table, ensure_ascii=False, separators=(f",\n{space}", ": "))
+    return f"{{\n{space}{text[1:-1]}\n{space[2:]}}}"
 
 
 def config(output: Output, additions: dict[str, Any]) -> dict[str, bytes]:
@@ -61,8 +73,7 @@ def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
 
 def index(output: Output) -> dict[str, bytes]:
     """model.safetensors.index.json: the only index name that engines read."""
-    table = {
-        "metadata": {"total_size": sum(spec.nbytes for spec in output.tensors.values())},
-        "weight_map": dict(sorted(output.files.items())),
-    }
-    return {INDEX: to_json(table)}
+    total = sum(spec.nbytes for spec in output.tensors.values())
+    weight_map = flat_json(dict(sorted(output.files.items())), indent=4)
+    text = f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {weight_map}\n}}\n'
+    return {INDEX: text.encode()}
