@@ -86,7 +86,7 @@ def quantize_to(
     from quantcli import commands
     from quantcli.execute import execute
 
-    job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
+    job = commands.prepare(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
     execute(job.plan, out, workers=workers, **blocks)
 

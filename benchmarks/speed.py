@@ -6,8 +6,8 @@ candidates take turns, round after round, and medians count. GB are of bf16 inpu
 A conversion is forked off a process that has imported everything, and what it costs before there is
 any work (recipe, plan, folder) is that of a nearly empty model; both are left out. Source and
 outputs are on one file system, the source in the page cache. Virtual machines hand free memory back
-to their host, and to get it again costs several times more than to write it; so before each run as
-much memory as it will need is touched, by writing and deleting a file (`--cold` leaves that out).
+to their host, and to get it again costs several times more than to write it; so each candidate runs
+twice in a row and the second run, which finds the memory of the first, counts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--layers", type=int, default=9, help="101 MB each [default: 9]")
-    arguments.add_argument("--cold", action="store_true", help="do not touch memory beforehand")
     options = arguments.parse_args()
     with workplace(options.dir) as folder:
         model, empty, out = folder / "model", folder / "empty", folder / "out"
@@ -65,8 +64,8 @@ def main() -> None:
         used: dict[str, list[Usage]] = {name: [] for name in candidates}
         for _ in range(options.rounds):
             for name, run in candidates.items():
-                if not options.cold:
-                    touch_memory(folder / "scratch", nbytes)
+                run()
+                shutil.rmtree(out)
                 used[name].append(run())
                 shutil.rmtree(out)
     finish(results(used, nbytes / 1e9), as_json=options.json)
@@ -76,15 +75,6 @@ def command(recipe: str, model: Path, out: Path) -> list[str]:
     """A conversion with a recipe of this repository."""
     words = ["quantize", RECIPES / f"{recipe}.yaml", "--model", model, "--out", out, "--quiet"]
     return [str(word) for word in words]
-
-
-def touch_memory(scratch: Path, nbytes: int) -> None:
-    """Leave the kernel with a little more than `nbytes` of free memory that the host has given."""
-    block = bytes(2**20)
-    with scratch.open("wb", buffering=0) as stream:
-        for _ in range(nbytes // len(block) + 128):
-            stream.write(block)
-    scratch.unlink()
 
 
 def results(used: dict[str, list[Usage]], size: float) -> list[Line]:

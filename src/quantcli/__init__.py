@@ -18,7 +18,7 @@ _HOME = {
     "make_plan": "planner",
     "inspect": "commands",
     "support": "commands",
-    "plan": "commands",
+    "prepare": "commands",
     "quantize": "commands",
 }
 __all__ = [*_HOME]

@@ -107,7 +107,7 @@ def quantize(
     from quantcli import commands, console, progress
 
     output = console.Output(as_json=as_json, quiet=quiet)
-    job = commands.plan(
+    job = commands.prepare(
         recipe,
         model=model,
         out=out,

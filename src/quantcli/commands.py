@@ -103,7 +103,7 @@ def support() -> list[dict[str, Any]]:
     return cells
 
 
-def plan(
+def prepare(
     recipe: Path,
     *,
     model: str | None = None,

@@ -60,7 +60,7 @@ def bf16(values: np.ndarray) -> bytes:
     return (np.ascontiguousarray(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
 
 
-def llama(layers: int = 2, side: int = 16, seed: int = 0) -> dict[str, Tensor]:
+def llama(layers: int = 1, side: int = 16, seed: int = 0) -> dict[str, Tensor]:
     """A llama in miniature: embeddings, attention, an MLP and norms."""
     random = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (2 * side, side)}
@@ -72,7 +72,8 @@ def llama(layers: int = 2, side: int = 16, seed: int = 0) -> dict[str, Tensor]:
         shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (side, 2 * side)
         shapes[f"model.layers.{layer}.input_layernorm.weight"] = (side,)
     return {
-        name: ("BF16", shape, bf16(random.standard_normal(shape, "f4"))) for name, shape in shapes.items()
+        name: ("BF16", shape, bf16(random.standard_normal(shape, "f4")))
+        for name, shape in shapes.items()
     }
 
 
@@ -132,7 +133,9 @@ class Killed(BaseException):
 class Faults:
     """Makes the nth call to the disk below `root` fail; counts the calls."""
 
-    def __init__(self, root: Path, nth: int, error: Callable[[], BaseException], *, sticky: bool) -> None:
+    def __init__(
+        self, root: Path, nth: int, error: Callable[[], BaseException], *, sticky: bool
+    ) -> None:
         self.root = str(root)
         self.nth = nth
         self.error = error
@@ -162,7 +165,8 @@ class Faults:
 
     def _by_path(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if "dir_fd" in kwargs or (not isinstance(path, int) and str(path).startswith(self.root)):
+            ours = "dir_fd" in kwargs or (not isinstance(path, int) and str(path).startswith(self.root))
+            if ours and not (name == "mkdir" and Path(path).is_dir()):  # exist_ok forgives any error
                 self._tick(name)
             return real(path, *args, **kwargs)
 

@@ -19,7 +19,7 @@ RECIPES = ("w8a8_dynamic", "fp8_dynamic", "w8a16")
 
 
 def convert(recipe, model, out, *sets, **options):
-    job = commands.plan(
+    job = commands.prepare(
         ROOT / "recipes" / f"{recipe}.yaml", model=str(model), out=out, overrides=sets, **options
     )
     commands.quantize(job)
@@ -87,7 +87,7 @@ def test_what_families_keep_and_quantize(tmp_path):
     names = {}
     for family in FAMILIES:
         model = make_family(tmp_path / family, family)
-        job = commands.plan(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "o")
+        job = commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "o")
         names[family] = {
             item.module.split("layers.")[-1]
             for shard in job.plan.shards
@@ -112,7 +112,7 @@ def test_same_bytes_for_any_workers_block_path_and_run(tmp_path):
         [(1, 2**19), (2, 2**19), (8, 2**19), (2, 100), (3, 1000)]
     ):
         out = tmp_path / f"{number}" / ("deep/" * number) / "out"
-        job = commands.plan(
+        job = commands.prepare(
             ROOT / "recipes/w8a8_dynamic.yaml",
             model=str(model),
             out=out,
@@ -194,7 +194,7 @@ def test_without_checksum_the_weights_are_the_same(tmp_path):
 def test_the_effective_recipe_makes_the_same_plan(tmp_path):
     model = make_family(tmp_path / "model", "llama")
     job = convert("w8a8_dynamic", model, tmp_path / "out", "rules.1.scheme=fp8_dynamic")
-    again = commands.plan(
+    again = commands.prepare(
         tmp_path / "out" / "quantcli_recipe.yaml", model=str(model), out=tmp_path / "again"
     )
     assert again.plan.digest == job.plan.digest
@@ -209,7 +209,7 @@ def test_mixed_schemes_are_described_per_module(tmp_path):
         "  - {match: '*.mlp.*', scheme: w8a8_dynamic}\n"
         "  - {match: 're:.*self_attn\\.[qkvo]_proj', scheme: w8a16}\n"
     )
-    job = commands.plan(recipe, model=str(model), out=tmp_path / "out")
+    job = commands.prepare(recipe, model=str(model), out=tmp_path / "out")
     commands.quantize(job)
     table = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     kinds = {k: v for k, v in table.items() if k.endswith("_proj.weight")}
@@ -231,6 +231,6 @@ def test_plan_reads_no_weights(tmp_path):
     with file.open("r+b") as handle:  # a sparse file of the right size, with no data at all
         handle.truncate(header)
         handle.truncate(size)
-    job = commands.plan(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
+    job = commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
     assert job.plan.quantized_modules == 14
     assert not (tmp_path / "out.partial").exists()

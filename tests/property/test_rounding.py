@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantcli.planner import dry_run
 from quantcli.registry import discover
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
@@ -82,6 +83,10 @@ def test_stacked_weights_are_rounded_like_single_ones(weight, held, name):
         assert torch.equal(stacked[part][0].float(), tensor.float())
 
 
+def specs(packed):
+    return tuple(TensorSpec(k, safetensors_dtype(v.dtype), tuple(v.shape)) for k, v in packed.items())
+
+
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(
     weights(),
@@ -89,15 +94,15 @@ def test_stacked_weights_are_rounded_like_single_ones(weight, held, name):
     st.sampled_from(sorted(discover(Scheme))),
     st.sampled_from(sorted(discover(Target))),
 )
-def test_meta_says_what_data_gives_and_unpack_inverts_pack(weight, serving, name, target_name):
+def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, name, target_name):
     scheme, target = discover(Scheme)[name](), discover(Target)[target_name]()
     held = torch_dtype(target.held(scheme.numerics, serving))
     parts = scheme.quantize(weight, held)
     packed = target.pack(scheme.numerics, parts)
-    dry = target.pack(scheme.numerics, scheme.quantize(weight.to("meta"), held))
-    assert [TensorSpec(k, safetensors_dtype(v.dtype), tuple(v.shape)) for k, v in dry.items()] == [
-        TensorSpec(k, safetensors_dtype(v.dtype), tuple(v.shape)) for k, v in packed.items()
-    ]
+    meta = target.pack(scheme.numerics, scheme.quantize(weight.to("meta"), held))
+    source = TensorSpec("weight", safetensors_dtype(weight.dtype), tuple(weight.shape))
+    planned = dry_run(scheme, target, source, safetensors_dtype(held))
+    assert planned == specs(packed) == specs(meta)
     back = target.unpack(scheme.numerics, packed)
     assert back.keys() == parts.keys()
     assert all(torch.equal(back[k].float(), parts[k].float()) for k in parts)
