@@ -89,7 +89,7 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise InputError("no such model directory", where=str(path)) from None
+        raise InputError("no such model directory", where=str(path), fix="check the path") from None
     except OSError as error:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
     if not stat.S_ISDIR(status.st_mode):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from quantcli import __version__
-from quantcli.errors import Exit, InputError, QuantError
+from quantcli.errors import Exit, InputError, Interrupted, QuantError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ app = typer.Typer(
     "70 our bug, 130 interrupted.",
 )
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress.")]
 
@@ -62,7 +63,9 @@ def inspect(
     out = console.Output(as_json=as_json)
     if support:
         if model is not None or tensors is not None:
-            raise InputError("--support takes no model and no --tensors")
+            raise InputError(
+                "--support takes no model and no --tensors", fix="quantcli inspect --support"
+            )
         cells = commands.support()
         out.document(cells) if as_json else console.show_support(out, cells)
         return
@@ -120,17 +123,13 @@ def quantize(
     if as_json and plan:
         output.document({"ok": True, "plan": commands.account(job)})
         return
-    if not as_json and not quiet:
+    if not as_json and (plan or not quiet):
         console.show_plan(output, job)
     if plan:
         return
     started = time.monotonic()
-    try:
-        with progress.watch(output) as watcher:
-            written = commands.quantize(job, watcher)
-    except KeyboardInterrupt:
-        output.word("interrupted: the same command again continues where it stopped")
-        raise typer.Exit(Exit.INTERRUPTED) from None
+    with progress.watch(output) as watcher:
+        written = commands.quantize(job, watcher)
     console.show_written(output, job, written, time.monotonic() - started)
     if as_json:
         result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
@@ -142,21 +141,44 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a documented code."""
     from quantcli import console
 
-    argv = sys.argv[1:] if arguments is None else arguments
+    argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # a plan is up to a million small lasting objects: looking through them again and again for
     # cycles takes a third of the time
     gc.set_threshold(200_000, 50, 100)
     out = console.Output(as_json="--json" in argv)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        app(argv)
+        sys.exit(_run(argv))
     except QuantError as error:
         out.error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # quantcli inspect MODEL | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.DONE)
+    except OSError as error:  # where nothing on the way knew a better word
+        from quantcli.writer import machine_error
+
+        out.error(machine_error(error, Path(error.filename or "stdout")))
+        sys.exit(Exit.FIX_MACHINE)
     except Exception as error:
         out.bug(error)
         sys.exit(Exit.OUR_BUG)
-    raise AssertionError("the application exits by itself")
+
+
+def _run(argv: list[str]) -> int:
+    """The command's exit code. Not through typer's own `main`, which prints errors its own way."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("quantcli", argv) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted", fix="the same command again continues where it stopped"
+        ) from None
+    except _UsageError as error:
+        said = getattr(error, "format_message", error.__str__)().rstrip(".")
+        raise InputError(said[:1].lower() + said[1:], fix="see `quantcli COMMAND --help`") from None
+    return Exit.DONE

@@ -5,6 +5,7 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,11 +137,11 @@ def prepare(
     checkpoint = open_checkpoint(source)
     made = make_plan(loaded, checkpoint)
     if out is None:
-        default = f"{Path(named).name}-{recipe.stem}"
+        default = f"{Path(os.path.abspath(named)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
         out = Path(loaded.file.output or default)
     check_destination(out, checkpoint.path, force=force)
-    if not fresh:
-        check_folder(partial_folder(out), run_head(made, checksum=checksum))
+    head = None if fresh else run_head(made, checksum=checksum)
+    check_folder(partial_folder(out), head)
     count = workers or default_workers()
     free = check_space(out, made.nbytes)
     memory = memory_estimate(made, count)

@@ -6,11 +6,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Set
+from collections.abc import Set, Sized
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from quantcli import __version__
@@ -32,6 +31,12 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def count(things: int | Sized, word: str) -> str:
+    """1 shard, 2 shards."""
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
 class Output:
     """Where a command's results and words go."""
 
@@ -47,21 +52,26 @@ class Output:
 
     def line(self, text: str = "") -> None:
         """A line of data."""
-        self._data.print(Text(text), soft_wrap=True)
+        self._data.print(_literal(text), soft_wrap=True)
 
     def word(self, text: str) -> None:
         """A line of words, for people."""
         if not self.quiet:
-            self._words.print(Text(text), soft_wrap=True)
+            self._words.print(_literal(text), soft_wrap=True)
 
     def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
-        """A table of data; columns in `right` are aligned to the right."""
-        table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-        for column in columns:
-            table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self._data.print(table)
+        """A table of data, two spaces between columns; those in `right` are aligned to the right."""
+        if not rows:
+            return
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        for number, row in enumerate([columns, *rows]):
+            cells = [
+                cell.rjust(width) if name in right else cell.ljust(width)
+                for name, cell, width in zip(columns, row, widths, strict=True)
+            ]
+            line = _literal("  ".join(cells).rstrip())
+            line.stylize("bold" if number == 0 else "")
+            self._data.print(line, soft_wrap=True)
 
     def error(self, error: QuantError) -> None:
         """One problem: what, where, how to fix it."""
@@ -74,12 +84,12 @@ class Output:
                 }
             )
         text = Text("error: ", style="bold red")
-        text.append(error.what, style="default")
+        text.append_text(_literal(error.what))
         self._words.print(text, soft_wrap=True)
         if error.where:
-            self._words.print(Text(f"  --> {error.where}"), soft_wrap=True)
+            self._words.print(_literal(f"  --> {error.where}"), soft_wrap=True)
         if error.fix:
-            self._words.print(Text(f"  fix: {error.fix}"), soft_wrap=True)
+            self._words.print(_literal(f"  fix: {error.fix}"), soft_wrap=True)
 
     def bug(self, error: BaseException) -> None:
         """Something that we did not foresee: the whole traceback, and where to send it."""
@@ -92,7 +102,17 @@ class Output:
 def make_console(stream: Any) -> Console:
     """A rich console that takes text literally; wide where the stream is no terminal."""
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1, which says that the answer is no
+
+
+def _literal(text: str) -> Text:
+    """Names come from strangers: no escape code of theirs reaches the terminal."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def show_inspection(out: Output, account: dict[str, Any]) -> None:
@@ -119,8 +139,8 @@ def show_inspection(out: Output, account: dict[str, Any]) -> None:
     dtypes = ", ".join(f"{d} {human_bytes(t['bytes'])}" for d, t in account["dtypes"].items())
     out.line(f"model         {kind} ({classes})")
     out.line(f"parameters    {account['parameters']:,} in {account['tensors']:,} tensors")
-    nbytes, shards = human_bytes(account["bytes"]), len(account["shards"])
-    out.line(f"weights       {nbytes} in {shards} shards: {dtypes}")
+    shards = count(account["shards"], "shard")
+    out.line(f"weights       {human_bytes(account['bytes'])} in {shards}: {dtypes}")
     out.line(f"tied          {account['tied_embeddings']}")
     found = account["quantization"]
     quantized = f"{found['format']}, {found['modules']} modules" if found else "none, a float model"
@@ -146,37 +166,31 @@ def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
 
 
 def show_plan(out: Output, job: Job) -> None:
-    """The plan as a table."""
+    """The plan: what each rule does, what stays float and why, what it costs."""
     plan = job.plan
-    rows = [
-        [
-            f"{line.number}",
-            line.scheme,
-            line.label,
-            f"{line.modules}",
-            human_bytes(line.nbytes_before),
-            human_bytes(line.nbytes_after),
-            "",
-        ]
-        for line in plan.rules
-    ]
+    rows = []
+    for rule in plan.rules:
+        sizes = human_bytes(rule.nbytes_before), human_bytes(rule.nbytes_after)
+        rows.append([f"rule {rule.number}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
     for kept in plan.kept:
         size = human_bytes(kept.nbytes)
-        names = ", ".join(kept.names[:3]) + (", ..." if len(kept.names) > 3 else "")
-        rows.append(["", "stays", "", f"{kept.tensors}", size, size, f"{kept.reason}: {names}"])
-    numbers = {"rule", "tensors", "before", "after"}
-    out.table(["rule", "scheme", "engine's name", "tensors", "before", "after", "why"], rows, numbers)
+        rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", size, size])
+    columns = ["weights", "engine's name", "count", "before", "after"]
+    out.table(columns, rows, {"count", "before", "after"})
+    out.line()
+    for kept in plan.kept:
+        out.line(f"{kept.reason}: {', '.join(kept.names)}")
     out.line()
     before, after = plan.checkpoint.nbytes, plan.weight_nbytes
     out.line(
-        f"weights      {human_bytes(before)} -> {human_bytes(after)} in {len(plan.shards)} shards; "
+        f"weights      {human_bytes(before)} -> {human_bytes(after)} in {count(plan.shards, 'shard')}; "
         f"{plan.quantized_params_pct:.1f} % of {plan.params:,} parameters quantized"
     )
-    for loads_on in dict.fromkeys(f"{line.label}: {line.loads_on}" for line in plan.rules):
+    for loads_on in dict.fromkeys(f"{r.label}: {r.loads_on}" for r in plan.rules if r.modules):
         out.line(f"loads on     {loads_on}")
     out.line(f"serving in   {'bfloat16' if plan.serving_dtype == 'BF16' else 'float16'}")
     out.line(f"disk         needs {human_bytes(plan.nbytes)}, {human_bytes(job.disk_free)} free")
-    out.line(f"memory       about {human_bytes(job.memory)} with {job.workers} workers")
+    out.line(f"memory       about {human_bytes(job.memory)} with {count(job.workers, 'worker')}")
     out.line(f"output       {job.out}")
     for note in plan.notes:
         out.line(f"note         {note}")
@@ -186,7 +200,8 @@ def show_written(out: Output, job: Job, written: Written, seconds: float) -> Non
     """The closing line."""
     before = job.plan.checkpoint.nbytes
     ratio = job.plan.weight_nbytes / before if before else 1.0
-    reused = f", {written.shards_reused} shards from an earlier run" if written.shards_reused else ""
+    kept = written.shards_reused
+    reused = f", {count(kept, 'shard')} from an earlier run" if kept else ""
     out.word(
         f"done: {written.out}, {human_bytes(written.nbytes)}, weights {100 * ratio:.1f} % of "
         f"the source, {seconds:.1f} s{reused}"

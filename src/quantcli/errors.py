@@ -3,7 +3,8 @@
     QuantError                 anything this tool refuses or cannot do
     |-- AnswerNo        1      ran fine, and the answer is no
     |-- InputError      2      the recipe, the model or the command line must change
-    `-- MachineError    3      the machine must change: disk, permissions, memory, device
+    |-- MachineError    3      the machine must change: disk, permissions, memory, device
+    `-- Interrupted   130      Ctrl-C or SIGTERM
 
 Any other exception that reaches the command line is our bug and exits with 70.
 """
@@ -67,6 +68,12 @@ class MachineError(QuantError):
     """The machine must change: disk, permissions, a missing package (exit 3)."""
 
     exit_code = Exit.FIX_MACHINE
+
+
+class Interrupted(QuantError):
+    """Ctrl-C or SIGTERM (exit 130)."""
+
+    exit_code = Exit.INTERRUPTED
 
 
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:

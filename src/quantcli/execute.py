@@ -13,7 +13,7 @@ from quantcli import __version__
 from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
 from quantcli.plan import Plan
-from quantcli.publish import partial_folder, publish
+from quantcli.publish import check_destination, partial_folder, publish
 from quantcli.streaming import BLOCK_ELEMENTS, SILENT, Progress, ShardRun, file_entry
 from quantcli.writer import disk_errors, sync_folder, write_file
 
@@ -77,6 +77,8 @@ def execute(
         write_file(partial / MANIFEST, _manifest(plan, files))
         with disk_errors(partial):
             sync_folder(partial)
+        # Again: somebody may have made OUT meanwhile, and without the journal nothing could be reused.
+        check_destination(out, plan.checkpoint.path, force=force)
         journal.remove()
         publish(partial, out, force=force)
     finally:
@@ -87,8 +89,12 @@ def execute(
 def _remove_strangers(folder: Path, expected: set[str]) -> None:
     """Delete what an earlier run left in OUT.partial and this plan does not name."""
     with disk_errors(folder):
-        for path in folder.rglob("*"):
-            if not path.is_dir() and path.relative_to(folder).as_posix() not in expected:
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if not any(file.startswith(f"{name}/") for file in expected):
+                    path.rmdir()
+            elif name not in expected:
                 path.unlink()
 
 

@@ -62,7 +62,7 @@ def _why_not(name: str) -> str | None:
     if base.lower().endswith(_OTHER_WEIGHTS):
         return "the same weights in another format"
     if base != INDEX and _STALE.fullmatch(base):
-        return "describes the source's shards or quantization, generated anew where needed"
+        return "an index or a quantization file, true only beside the weights it was made for"
     return None
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import AnswerNo, InputError, closest
+from quantcli.errors import AnswerNo, InputError
 from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.inspection import fold
+from quantcli.matching import assign
 from quantcli.numerics import Module
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
@@ -31,7 +32,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """
     _refuse_quantized(checkpoint)
     serving_dtype, notes = _serving_dtype(checkpoint)
-    assigned = _assign(recipe, checkpoint)
+    assigned = assign(recipe, checkpoint)
     target = recipe.target
     numerics = {rule.number: rule.scheme.numerics for rule in recipe.rules if rule.scheme}
     modules = [
@@ -43,9 +44,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         for name, rule in assigned.items()
     ]
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    for name, rule in assigned.items():
-        if rule and rule.scheme:
-            _must_be_float(checkpoint.tensors[f"{name}.weight"].spec, rule)
     _raise_first(list(target.check(modules, source_specs)), assigned)
     items = list(_items(checkpoint, assigned, target, serving_dtype))
     shards = _shards(items, recipe.file.max_shard)
@@ -115,54 +113,6 @@ def _serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     if stored != declared:
         return dtype, [f"weights are {stored}, config.json says {dtype}: served in {dtype}"]
     return dtype, []
-
-
-def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
-    """First matching rule of every module that has a `.weight`; a matrix alone is quantized."""
-    names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
-    assigned: dict[str, Rule | None] = {}
-    used: set[int] = set()  # rule numbers
-    for name in names:
-        matrix = len(checkpoint.tensors[f"{name}.weight"].spec.shape) == 2
-        rule = next((r for r in recipe.rules if r.matches(name)), None)
-        if rule is not None and (rule.scheme is None or matrix):
-            used.add(rule.number)
-            assigned[name] = rule
-        else:
-            assigned[name] = None
-    for rule in recipe.rules:
-        if rule.number not in used and not rule.optional:
-            raise _dead_rule(rule, recipe, names, checkpoint)
-    return assigned
-
-
-def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
-    matching = [name for name in names if rule.matches(name)]
-    earlier = recipe.rules[: rule.number - 1]
-    shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
-    what = f"rule {rule.number} matches no module"
-    if shadow is not None:
-        what = f"rule {rule.number} matches only modules that earlier rules take"
-        fix = f"move it before the rule at {shadow.where}, or remove it"
-    elif matching:
-        spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
-        what = f"rule {rule.number} matches no matrix; only matrices can be quantized"
-        fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
-    else:
-        # comparing with each of 50,000 names would take minutes
-        near = closest(rule.patterns[0].removeprefix("re:"), names[:2000])
-        hint = f"closest names: {near}; " if near else ""
-        fix = f"{hint}patterns match whole names; `optional: true` allows a rule that matches nothing"
-    return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
-
-
-def _must_be_float(spec: TensorSpec, rule: Rule) -> None:
-    if spec.dtype not in FLOATS or spec.numel == 0:
-        raise InputError(
-            f"cannot quantize {spec}; it must be bfloat16, float16 or float32, and not empty",
-            where=f"`{spec.name}` ({rule.where})",
-            fix="put a rule with `scheme: keep` for it before the others",
-        )
 
 
 def _raise_first(refusals: list[Refusal], assigned: dict[str, Rule | None]) -> None:

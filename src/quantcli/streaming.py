@@ -22,6 +22,7 @@ from quantcli.tensorspec import torch_dtype
 from quantcli.writer import ShardWriter, disk_errors
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
+_BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 _HASH_BYTES = 2**20
 
@@ -65,7 +66,7 @@ def memory_estimate(plan: Plan, workers: int) -> int:
     )
     block = max(BLOCK_ELEMENTS, widest)
     tensors = len(plan.checkpoint.tensors) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * block * 14 + tensors * 1500 + 8 * 2**20
+    return workers * block * 14 + tensors * 1500 + _BASE
 
 
 class ShardRun:

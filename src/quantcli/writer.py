@@ -48,9 +48,10 @@ class ShardWriter:
     def _pwrite(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):  # a write may be short
-            done += os.pwrite(self._fd, view[done:], position + done)
+        # The kernel lets one writer at a time into a file: who waits here sleeps, there it spins.
         with self._lock:
+            while done < len(view):  # a write may be short
+                done += os.pwrite(self._fd, view[done:], position + done)
             self._written += done
 
     def finish(self) -> None:

@@ -81,15 +81,14 @@ class Document:
 
 def load_document(path: Path) -> Document:
     """Read a YAML file whose top level is a mapping. Raises InputError with file:line."""
-    if path.is_dir():
-        raise InputError(
-            "recipe is a directory, not a YAML file", where=str(path), fix="name a file in it"
-        )
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError("no such recipe", where=str(path), fix="check the path") from None
+    except IsADirectoryError:
+        what = "recipe is a directory, not a YAML file"
+        raise InputError(what, where=str(path), fix="name a file in it") from None
     except OSError as error:
         what = f"cannot read recipe: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None

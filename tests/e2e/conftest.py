@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.builders import Tensor, make_model
 
 from quantcli.cli import main
+from tests.builders import Tensor, make_model
 
 RECIPE = """\
 target: ascend

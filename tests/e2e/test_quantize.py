@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.families import FAMILIES, make_family, shapes
 
 from quantcli import commands
 from quantcli.checkpoint import open_checkpoint
 from quantcli.execute import execute
 from quantcli.plan import Copy, Quantize
+from tests.families import FAMILIES, make_family, shapes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("w8a8_dynamic", "fp8_dynamic", "w8a16")

@@ -1,4 +1,4 @@
-"""Whatever stops a run, and wherever: nothing looks finished, and the same command makes the same bytes."""
+"""Wherever a run stops: nothing looks finished, and the same command makes the same bytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from tests.e2e.conftest import Box, Faults, Killed, Result, make_llama, run_cli, snapshot
 
 SHARDED = ("--workers", 1, "--set", "max_shard=1200")
@@ -167,10 +168,11 @@ def half_done(box: Box, shards: int = 2, *more: object) -> None:
     def killed(*_: object) -> None:
         raise Killed
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", limited)
         patch.setattr(Path, "unlink", killed)
-        box.run(*SHARDED, *more)
+        with pytest.raises(Killed):
+            box.run(*SHARDED, *more)
     assert journal_lines(box.partial) == shards
 
 
@@ -310,8 +312,9 @@ def test_leftovers_in_out_partial_are_not_published(box: Box, wanted: dict[str, 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("weights", "the model has changed"), ("touch", "the model has changed")]
-    + [
+    [
+        ("weights", "the model has changed"),
+        ("touch", "the model has changed"),
         ("recipe", "the recipe or version has changed"),
         ("max_shard", "the recipe or version has changed"),
     ],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,29 +14,15 @@ from quantcli.errors import InputError
 from quantcli.numerics import Module, Numerics, Operand, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, Target
+from quantcli.targets.siblings import EXPERT, FUSED, expert_sets, fused_groups, fused_widths
 from quantcli.tensorspec import TensorSpec
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
 # npu_quant_matmul takes at most this many input features, and output features on one device.
 MAX_SIDE = 65535
-# The engine merges these siblings into one parameter, which has one scheme.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkvz", "in_proj_ba"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("w1", "w3"),
-    ("attn_q_proj", "attn_k_proj", "attn_v_proj"),
-    ("index_q_proj", "index_k_proj"),
-    ("wq", "wk", "wv"),
-    ("query", "key", "value"),
-    ("c_fc_0", "c_fc_1"),
-)
 # Model types whose experts the engine finds by itself; for others it looks up the name of the set.
-LISTED_EXPERTS = frozenset(
+LISTEDEXPERTS = frozenset(
     {
         "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
         "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text",
@@ -47,7 +31,7 @@ LISTED_EXPERTS = frozenset(
         "qwen3_omni_moe", "qwen3_vl_moe", "step3p5", "step3p5_mtp",
     }
 )  # fmt: skip
-_EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
+
 # Linears that the engine builds without asking the description, by the last part of their names.
 _ALWAYS_FLOAT = {
     "gate": "the engine builds routers as float",
@@ -129,13 +113,13 @@ class Ascend(Target):
             if module.name in tags:
                 yield from self._check_module(module, tags[module.name])
         labels = {m.name: tags[m.name].label if m.numerics else FLOAT for m in modules}
-        yield from _fused_groups(labels)
-        yield from _expert_sets(labels)
+        yield from fused_groups(labels)
+        yield from expert_sets(labels)
         yield from _skip_rule(labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Fused widths over the matmul's limit, and a quantized head."""
-        wide = {name: n for name, n in _fused_widths(modules).items() if n > MAX_SIDE}
+        wide = {name: n for name, n in fused_widths(modules).items() if n > MAX_SIDE}
         if wide:
             name, n = max(wide.items(), key=lambda item: item[1])
             yield (
@@ -182,7 +166,7 @@ class Ascend(Target):
             yield Refusal(module.name, _ALWAYS_FLOAT[last], _KEEP)
         if last == "wk" and parent.endswith(".indexer"):
             yield Refusal(module.name, _ALWAYS_FLOAT["weights_proj"], _KEEP)
-        if _EXPERT.fullmatch(module.name) and not tag.experts:
+        if EXPERT.fullmatch(module.name) and not tag.experts:
             yield Refusal(
                 module.name,
                 f"the engine has no {tag.label} for experts",
@@ -210,9 +194,9 @@ class Ascend(Target):
             table[name] = FLOAT if suffix == "bias" else labels.get(module, FLOAT)
         if head := _absent_head(output.tensors):
             table[head] = FLOAT
-        if output.config.get("model_type") not in LISTED_EXPERTS:
+        if output.config.get("model_type") not in LISTEDEXPERTS:
             for name, label in labels.items():
-                if match := _EXPERT.fullmatch(name):
+                if match := EXPERT.fullmatch(name):
                     table[f"{match['experts']}.weight"] = label
         return table
 
@@ -243,41 +227,6 @@ def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
             return
 
 
-def _fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """Siblings that the engine merges must agree; it raises on some and takes the last of others."""
-    for group in FUSED:
-        first = group[0]
-        for name in labels:
-            parent, _, last = name.rpartition(".")
-            if last not in group:
-                continue
-            if last != first and f"{parent}.{first}" in labels:
-                continue  # seen from the first sibling
-            siblings = {f"{parent}.{sibling}" for sibling in group} & labels.keys()
-            if len({labels[sibling] for sibling in siblings}) > 1:
-                said = ", ".join(f"{s.rpartition('.')[2]} {labels[s]}" for s in sorted(siblings))
-                yield Refusal(
-                    name,
-                    f"the engine fuses these siblings, which must have one scheme: {said}",
-                    f'match them together, such as "{parent}.*"',
-                )
-
-
-def _expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """The engine asks expert 0 and gives all experts of the layer its scheme."""
-    first: dict[str, str] = {}
-    for name, label in labels.items():
-        if match := _EXPERT.fullmatch(name):
-            known = first.setdefault(match["experts"], name)
-            if labels[known] != label:
-                yield Refusal(
-                    name,
-                    f"experts of one layer must have one scheme: `{known}` has {labels[known]}, "
-                    f"this one {label}",
-                    f'match them together, such as "{match["experts"]}.*"',
-                )
-
-
 def _skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
     """The loader takes a module for float if any float weight's name begins with the module's.
 
@@ -287,7 +236,7 @@ def _skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
     packed = {sibling for group in FUSED for sibling in group}
     seen: set[str] = set()
     for name, label in labels.items():
-        expert = _EXPERT.fullmatch(name)
+        expert = EXPERT.fullmatch(name)
         prefix = expert["experts"] if expert else name
         if label == FLOAT or prefix in seen or (not expert and name.rpartition(".")[2] in packed):
             continue
@@ -301,13 +250,3 @@ def _skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
                 "both for float and misread the codes",
                 "give both the same scheme",
             )
-
-
-def _fused_widths(modules: Sequence[Module]) -> dict[str, int]:
-    widths: dict[str, int] = defaultdict(int)
-    for module in modules:
-        parent, _, last = module.name.rpartition(".")
-        group = next((group for group in FUSED if last in group), None)
-        if module.numerics and group and not _EXPERT.fullmatch(module.name):
-            widths[f"{parent}.{'+'.join(group)}"] += module.shape[0]
-    return widths

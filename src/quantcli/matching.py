@@ -1,0 +1,57 @@
+"""Which rule each module gets: the first that matches, and no rule for nothing."""
+
+from __future__ import annotations
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError, closest
+from quantcli.recipe import Recipe, Rule
+from quantcli.tensorspec import FLOATS, TensorSpec
+
+
+def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
+    """First matching rule of every module that has a `.weight`; a matrix alone is quantized."""
+    names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
+    assigned: dict[str, Rule | None] = {}
+    used: set[int] = set()  # rule numbers
+    for name in names:
+        matrix = len(checkpoint.tensors[f"{name}.weight"].spec.shape) == 2
+        rule = next((r for r in recipe.rules if r.matches(name)), None)
+        if rule is not None and (rule.scheme is None or matrix):
+            used.add(rule.number)
+            assigned[name] = rule
+        else:
+            assigned[name] = None
+    for rule in recipe.rules:
+        if rule.number not in used and not rule.optional:
+            raise _dead_rule(rule, recipe, names, checkpoint)
+    return assigned
+
+
+def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
+    matching = [name for name in names if rule.matches(name)]
+    earlier = recipe.rules[: rule.number - 1]
+    shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
+    what = f"rule {rule.number} matches no module"
+    if shadow is not None:
+        what = f"rule {rule.number} matches only modules that earlier rules take"
+        fix = f"move it before the rule at {shadow.where}, or remove it"
+    elif matching:
+        spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
+        what = f"rule {rule.number} matches no matrix; only matrices can be quantized"
+        fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
+    else:
+        # comparing with each of 50,000 names would take minutes
+        core = rule.patterns[0].removeprefix("re:").strip("*.")
+        near = closest(core, {".".join(n.split(".")[-1 - core.count(".") :]): 0 for n in names[:2000]})
+        hint = f"closest names: {near}; " if near else ""
+        fix = f"{hint}patterns match whole names; `optional: true` allows a rule that matches nothing"
+    return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
+
+
+def _must_be_float(spec: TensorSpec, rule: Rule) -> None:
+    if spec.dtype not in FLOATS or spec.numel == 0:
+        raise InputError(
+            f"cannot quantize {spec}; it must be bfloat16, float16 or float32, and not empty",
+            where=f"`{spec.name}` ({rule.where})",
+            fix="put a rule with `scheme: keep` for it before the others",
+        )

@@ -1,0 +1,450 @@
+"""Recipes: every key and name checked, every place told, what was applied written down again."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from quantcli.checkpoint import open_checkpoint
+from quantcli.errors import AnswerNo, InputError
+from quantcli.planner import make_plan
+from quantcli.recipe import (
+    Calibration,
+    Expect,
+    RecipeFile,
+    RuleFile,
+    Verify,
+    compare,
+    load_recipe,
+    parse_size,
+    recipe_schema,
+)
+from tests.builders import make_model, tensor
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FULL = """\
+target: ascend
+model: here
+output: there
+max_shard: 5GB
+rules:
+  - match: "*.q_proj"
+    scheme: keep
+    optional: true
+  - match: ["*_proj", "re:x.*"]
+    scheme: {name: w8a16}
+expect:
+  quantized_params_pct: ">= 1"
+  quantized_modules: ">= 1"
+  bits_per_param: "<= 16"
+  output_gib: "< 1"
+calibration:
+  data: file
+  samples: 3
+  length: 4
+  seed: 5
+verify:
+  min_sqnr: 20
+"""
+KEYS = [line.strip(" -").partition(":")[0] for line in FULL.splitlines()]
+SCHEMA = json.loads(recipe_schema())
+
+
+@pytest.fixture
+def load(tmp_path):
+    def read(text, *sets):
+        path = tmp_path / "r.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return load_recipe(path, sets)
+
+    return read
+
+
+@pytest.fixture
+def model(tmp_path):
+    shapes = {
+        f"model.layers.{n}.{name}_proj.weight": (8, 16) for n in (0, 1) for name in ("q", "k", "o")
+    }
+    tensors = {name: tensor("BF16", *shape) for name, shape in shapes.items()}
+    tensors |= {"model.norm.weight": tensor("BF16", 16), "model.x.bias": tensor("BF16", 8)}
+    tensors["lm_head.weight"] = tensor("BF16", 16, 16)
+    config = {"torch_dtype": "bfloat16"}
+    return open_checkpoint(make_model(tmp_path / "m", {"model.safetensors": tensors}, config=config))
+
+
+def rules(*pairs, **more):
+    return {
+        "target": "ascend",
+        "rules": [dict(zip(("match", "scheme"), p, strict=True)) for p in pairs],
+    } | more
+
+
+def edits(word):
+    """Every misspelling by one edit: a letter lost, doubled, swapped with the next, replaced."""
+    for i in range(len(word)):
+        yield word[:i] + word[i + 1 :]
+        yield word[:i] + word[i] + word[i:]
+        yield word[:i] + "z" + word[i + 1 :]
+        if i + 1 < len(word):
+            yield word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+
+
+def blocks():
+    every = (RecipeFile, RuleFile, Expect, Calibration, Verify)
+    return {field for block in every for field in block.model_fields}
+
+
+def test_the_full_recipe_is_full(load):
+    recipe = load(FULL)
+    assert set(KEYS) == blocks()
+    assert recipe.file.max_shard == 5 * 10**9
+    assert [rule.patterns for rule in recipe.rules] == [("*.q_proj",), ("*_proj", "re:x.*")]
+    assert [rule.scheme and rule.scheme.name for rule in recipe.rules] == [None, "w8a16"]
+    assert [rule.where.rpartition(":")[2] for rule in recipe.rules] == ["6", "9"]
+    jsonschema.validate(yaml.safe_load(FULL), SCHEMA)
+
+
+@pytest.mark.parametrize("line", [n for n, key in enumerate(KEYS, 1) if KEYS.index(key) == n - 1])
+def test_every_key_misspelt_by_one_edit(load, line):
+    lines = FULL.splitlines()
+    key = KEYS[line - 1]
+    tried = 0
+    for wrong in {*edits(key)} - blocks() - {""}:
+        if len(wrong) < 4 and wrong[:1] == "z":
+            continue
+        text = "\n".join([*lines[: line - 1], lines[line - 1].replace(key, wrong, 1), *lines[line:]])
+        with pytest.raises(InputError) as caught:
+            load(text)
+        assert caught.value.what.startswith("unknown key `")
+        assert caught.value.what.endswith(f"{wrong}`")
+        assert caught.value.where.endswith(f"r.yaml:{line}"), (wrong, caught.value.where)
+        assert caught.value.fix.startswith(f"did you mean `{key}`"), (wrong, caught.value.fix)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(yaml.safe_load(text), SCHEMA)
+        tried += 1
+    assert tried > len(key)
+
+
+@pytest.mark.parametrize("key", ["str", "dict[str,any]", "zzz", "<<", "5"])
+def test_keys_that_resemble_nothing(load, key):
+    with pytest.raises(InputError, match="unknown key") as caught:
+        load(FULL + f"'{key}': 1\n")
+    assert caught.value.what == f"unknown key `{key}`"
+    assert "known: " in caught.value.fix or "did you mean" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (("scheme", "scheme", {"name": "w8a16", "group": 1}), "unknown key `group`"),
+        (("scheme", "scheme", {"nmae": "w8a16"}), "scheme needs a `name`; it has `nmae`"),
+        (("scheme", "scheme", {"name": 3}), "scheme needs a `name`"),
+        (("scheme", "scheme", {}), "scheme needs a `name`"),
+        (("scheme", "scheme", {"name": "keep"}), "`keep` takes no options"),
+        (("scheme", "scheme", "W8A16"), "unknown scheme `W8A16`"),
+        (("scheme", "scheme", None), "`rules.0.scheme`: expected text"),
+        (("scheme", "scheme", ["keep"]), "`rules.0.scheme`: expected text"),
+        (("match", "match", []), "`rules.0.match`: must not be empty"),
+        (("match", "match", [1]), "`rules.0.match.0`: expected text"),
+        (("match", "match", 1), "`rules.0.match`: expected a list"),
+        (("match", "match", ""), "pattern is empty"),
+        (("match", "match", ["a", ""]), "pattern is empty"),
+        (("match", "match", "re:"), "pattern is empty"),
+        (("optional", "optional", "yes"), "`rules.0.optional`: expected true or false"),
+        (("optional", "optional", 1), "`rules.0.optional`: expected true or false"),
+    ],
+)
+def test_bad_rules(load, change, what):
+    _, key, value = change
+    table = rules(("*", "w8a16"))
+    table["rules"][0][key] = value
+    with pytest.raises(InputError) as caught:
+        load(table)
+    assert caught.value.what == what
+    assert "r.yaml:" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"target": "vllm"}, "unknown target `vllm`"),
+        ({"target": "keep"}, "unknown target `keep`"),
+        ({"target": {"name": "ascend", "x": 1}}, "unknown key `x`"),
+        ({"target": {}}, "target needs a `name`"),
+        ({"target": None}, "`target`: expected text"),
+        ({"rules": None}, "`rules`: expected a list"),
+        ({"rules": {}}, "`rules`: expected a list"),
+        ({"rules": []}, "`rules`: must not be empty"),
+        ({"rules": ["*"]}, "`rules.0`: expected a mapping"),
+        ({"expect": None}, "`expect`: expected a mapping"),
+        ({"expect": {"output_gib": 5}}, '`expect.output_gib`: expected a comparison such as ">= 90"'),
+        (
+            {"expect": {"output_gib": True}},
+            '`expect.output_gib`: expected a comparison such as ">= 90"',
+        ),
+        (
+            {"expect": {"output_gib": "> -1"}},
+            '`expect.output_gib`: expected a comparison such as ">= 90"',
+        ),
+        (
+            {"expect": {"output_gib": "> 1 GB"}},
+            '`expect.output_gib`: expected a comparison such as ">= 90"',
+        ),
+        ({"calibration": {"samples": 0}}, "`calibration.samples`: input should be greater than 0"),
+        ({"calibration": {"samples": "3"}}, "`calibration.samples`: expected a whole number"),
+        ({"verify": {"min_sqnr": "20"}}, "`verify.min_sqnr`: expected a number"),
+        ({"model": 7}, "`model`: expected text"),
+    ],
+)
+def test_bad_values(load, more, what):
+    with pytest.raises(InputError) as caught:
+        load(rules(("*", "w8a16")) | more)
+    assert caught.value.what == what
+
+
+def test_missing_keys(load):
+    with pytest.raises(InputError, match="key `target` is missing"):
+        load({"rules": [{"match": "*", "scheme": "keep"}]})
+    with pytest.raises(InputError, match="key `rules` is missing"):
+        load({"target": "ascend"})
+    with pytest.raises(InputError, match=r"key `rules\.0\.scheme` is missing") as caught:
+        load("target: ascend\nrules:\n  - match: a\n")
+    assert caught.value.where.endswith("r.yaml:3")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["re:(", "re:*", "re:[[a]", "re:(?P<a>x)(?P<a>y)", "re:a{1,99999999999}"]
+)
+def test_bad_expressions(load, pattern):
+    with pytest.raises(InputError, match="is not a regular expression") as caught:
+        load(rules(("a", "keep"), (["b", pattern], "keep")))
+    assert f"`{pattern}`" in caught.value.what
+    assert caught.value.where.rpartition(":")[2].isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "not_matching"),
+    [
+        ("*_proj", ["q_proj", "a.b.q_proj"], ["q_proj.x", "q_projs"]),
+        ("a.?.q", ["a.1.q"], ["a.10.q", "xa.1.q", "a.1.q.x"]),
+        ("a.[12].q", ["a.1.q", "a.2.q"], ["a.3.q"]),
+        ("a.[!12].q", ["a.3.q"], ["a.1.q"]),
+        ("A", ["A"], ["a"]),
+        ("a.b", ["a.b"], ["aXb"]),
+        ("re:a.b", ["a.b", "aXb"], ["a.bc", "xa.b"]),
+        ("re:a|bc", ["a", "bc"], ["ac", "abc", "abcd", "bcd"]),
+        ("re:.*\\.(q|k)_proj", ["x.q_proj", "x.k_proj"], ["q_proj", "x.v_proj", "x.q_proj.y"]),
+        ("re:(?i)A", ["a", "A"], ["b"]),
+        (["a", "re:b+"], ["a", "b", "bb"], ["ab"]),
+    ],
+)
+def test_patterns_match_whole_names(load, pattern, matching, not_matching):
+    rule = load(rules((pattern, "keep"))).rules[0]
+    assert [name for name in matching + not_matching if rule.matches(name)] == matching
+
+
+@pytest.mark.parametrize(
+    ("value", "nbytes"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5gb", 5 * 10**9),
+        ("512MiB", 2**29),
+        (" 1.5 KB ", 1500),
+        ("7", 7),
+        (7, 7),
+        ("1GiB", 2**30),
+        ("0.5KiB", 512),
+        ("3kb", 3000),
+        ("2MB", 2 * 10**6),
+    ],
+)
+def test_sizes(value, nbytes):
+    assert parse_size(value) == nbytes
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "GB", "-1GB", "5 TB", "5G", "1e9", "0", 0, -1, True, 1.5, None, [], "0.1", "9" * 400, 2**63],
+)
+def test_bad_sizes(load, value):
+    with pytest.raises(ValueError, match="expected a size such as 5GB or 512MiB"):
+        parse_size(value)
+    with pytest.raises(InputError, match="`max_shard`: expected a size"):
+        load(rules(("*", "keep"), max_shard=value))
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "met"),
+    [
+        (">= 90", 90, True),
+        (">= 90", 89.99, False),
+        ("> 90", 90, False),
+        ("<=5", 5, True),
+        ("<5", 5, False),
+        ("== 7", 7, True),
+        ("==7.5", 7, False),
+    ],
+)
+def test_limits(limit, value, met):
+    assert compare(limit, value) is met
+
+
+# against a model
+
+
+@pytest.mark.parametrize(
+    ("pairs", "what", "fix"),
+    [
+        ([("*.z", "keep")], "rule 1 matches no module", "optional: true"),
+        (
+            [("*_proj", "w8a16"), ("*.q_proj", "keep")],
+            "rule 2 matches only modules that earlier",
+            "r.yaml:",
+        ),
+        ([("*norm", "w8a16")], "rule 1 matches no matrix; only matrices", "`model.norm` is BF16 [16]"),
+        ([("*.weight", "w8a16")], "rule 1 matches no module", "whole names"),
+        ([("model", "w8a16")], "rule 1 matches no module", "whole names"),
+        ([("*.bias", "keep")], "rule 1 matches no module", "whole names"),
+        ([("re:q_proj", "w8a16")], "rule 1 matches no module", "q_proj"),
+    ],
+)
+def test_rules_that_do_nothing(load, model, pairs, what, fix):
+    recipe = load(rules(*pairs))
+    with pytest.raises(InputError) as caught:
+        make_plan(recipe, model)
+    assert caught.value.what.startswith(what)
+    assert fix in caught.value.fix
+    assert caught.value.where.startswith(recipe.rules[-1].where)
+
+
+def test_optional_rules_may_do_nothing(load, model):
+    table = rules(("*_proj", "w8a16"), ("*.q_proj", "keep"), ("*.z", "keep"), ("*norm", "w8a8_dynamic"))
+    for rule in table["rules"][1:]:
+        rule["optional"] = True
+    assert make_plan(load(table), model).quantized_modules == 6
+
+
+def test_first_rule_wins(load, model):
+    table = rules(("*.0.*", "keep"), ("*_proj", "w8a16"))
+    plan = make_plan(load(table), model)
+    assert plan.quantized_modules == 3
+    assert make_plan(load(table, "rules.0.scheme=w8a16"), model).quantized_modules == 6
+
+
+PARAMS, QUANTIZED = 6 * 8 * 16 + 16 + 8 + 16 * 16, 6 * 8 * 16
+NBYTES = QUANTIZED + 6 * 8 * (4 + 4) + 2 * (PARAMS - QUANTIZED)  # codes, scales and offsets, the rest
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantized_params_pct", 100 * QUANTIZED / PARAMS),
+        ("quantized_modules", 6),
+        ("bits_per_param", 8 * NBYTES / PARAMS),
+        ("output_gib", NBYTES / 2**30),
+    ],
+)
+def test_expectations(load, model, key, value):
+    table = rules(("*_proj", "w8a16"))
+    for limit in (f">= {value * 0.999:.12f}", f"<= {value * 1.001:.12f}"):
+        make_plan(load(table, f"expect.{key}={limit}"), model)
+    for limit in (f"> {value * 1.001:.12f}", f"< {value * 0.999:.12f}"):
+        recipe = load(table, f"expect.{key}={limit}")
+        with pytest.raises(AnswerNo) as caught:
+            make_plan(recipe, model)
+        assert caught.value.what == f"expected {key} {limit}; the plan has {value:.4g}"
+        assert caught.value.where == f"--set expect.{key}={limit}"
+        assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        rules(("*_proj", "w8a16")),
+        rules(
+            ("*.q_proj", "keep"),
+            ("*.k_proj", "keep"),
+            (["re:.*\\.(o|v)_proj"], {"name": "fp8_dynamic"}),
+        ),
+        rules(("*_proj", "w8a16"), max_shard="1KiB", expect={"quantized_modules": "== 6"}),
+        rules(("*_proj", "w8a16"), calibration={"samples": 3}, verify={"min_sqnr": 20.5}),
+        rules(("*_proj", "w8a16"), target={"name": "ascend"}, model="elsewhere", output="there"),
+        {"target": "ascend", "rules": [{"match": "*é#: x", "scheme": "keep", "optional": True}]},
+    ],
+)
+def test_effective_recipe_gives_the_same_plan(load, model, tmp_path, table):
+    plan = make_plan(load(table), model)
+    text = plan.recipe.effective()
+    again = make_plan(load(text), model)
+    assert again.digest == plan.digest
+    assert again.recipe.effective() == text
+    assert plan.sidecars["quantcli_recipe.yaml"] == text.encode()
+    assert str(tmp_path) not in text
+    assert "elsewhere" not in text
+    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    for rule, other in zip(plan.recipe.rules, again.recipe.rules, strict=True):
+        assert (rule.patterns, rule.scheme, rule.optional) == (
+            other.patterns,
+            other.scheme,
+            other.optional,
+        )
+
+
+def test_what_is_set_is_in_the_effective_recipe(load, model):
+    plan = make_plan(
+        load(rules(("*_proj", "w8a16")), "max_shard=1KiB", "rules.0.scheme=fp8_dynamic"), model
+    )
+    written = yaml.safe_load(plan.recipe.effective())
+    assert written["max_shard"] == 1024
+    assert written["rules"] == [
+        {"match": ["*_proj"], "scheme": {"name": "fp8_dynamic"}, "optional": False}
+    ]
+
+
+# the schema for editors
+
+
+def test_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert recipe_schema() == json.dumps(SCHEMA, indent=2, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_good(path):
+    jsonschema.validate(yaml.safe_load(path.read_text()), SCHEMA)
+    recipe = load_recipe(path)
+    assert recipe.target.name == "ascend"
+    assert any(rule.scheme for rule in recipe.rules)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        rules(("*", "w8a17")),
+        rules(("*", {"name": "w8a16", "group": 1})),
+        rules(("*", {})),
+        rules(("*", "keep"), target="vllm"),
+        rules(("*", "keep"), rulez=[]),
+        {"target": "ascend", "rules": []},
+        {"target": "ascend", "rules": [{"match": "*"}]},
+        {"target": "ascend", "rules": [{"match": "*", "scheme": "keep", "opt": True}]},
+        {"rules": [{"match": "*", "scheme": "keep"}]},
+        rules(("*", "keep"), expect={"output": "> 1"}),
+        [],
+    ],
+)
+def test_schema_refuses_what_the_loader_refuses(load, table):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(table, SCHEMA)
+    with pytest.raises(InputError):
+        load(table)
+
+
+def test_every_field_of_a_block_is_described_or_plain():
+    for block in (RecipeFile, RuleFile, Expect):
+        assert issubclass(block, BaseModel)
+        assert all(field.description for name, field in block.model_fields.items() if name not in
+                   {"expect", "calibration", "verify"})  # fmt: skip

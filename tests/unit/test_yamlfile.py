@@ -1,0 +1,247 @@
+"""YAML read as hostile input: what it may hold, where things stand, and --set."""
+
+import time
+
+import pytest
+
+from quantcli.errors import InputError, MachineError
+from quantcli.yamlfile import MAX_BYTES, load_document
+
+
+@pytest.fixture
+def load(tmp_path):
+    def read(text):
+        path = tmp_path / "r.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_document(path)
+
+    return read
+
+
+GOOD = """\
+# a comment
+target: ascend
+rules:
+  - match: [a, "b"]
+    scheme: {name: w8a16}
+  - match: "*"
+
+    optional: yes
+day: 2024-01-02
+numbers: [1, -2, 0x1F, 1.5, .inf, ~, off]
+"""
+
+
+def test_plain_data(load):
+    data = load(GOOD).data
+    assert data["rules"] == [
+        {"match": ["a", "b"], "scheme": {"name": "w8a16"}},
+        {"match": "*", "optional": True},
+    ]
+    assert data["day"] == "2024-01-02"
+    assert data["numbers"] == [1, -2, 31, 1.5, float("inf"), None, False]
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ((), 2),
+        (("target",), 2),
+        (("rules",), 3),
+        (("rules", 0), 4),
+        (("rules", 0, "match", 1), 4),
+        (("rules", 0, "scheme", "name"), 5),
+        (("rules", 1), 6),
+        (("rules", 1, "optional"), 8),
+        (("rules", 1, "no such key"), 6),
+        (("numbers", 3), 10),
+        (("no such block", "key"), 2),
+    ],
+)
+def test_places(load, place, line):
+    document = load(GOOD)
+    assert document.where(place) == f"{document.path}:{line}"
+
+
+def test_byte_order_mark_and_windows_lines(load):
+    document = load(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
+    assert document.data == {"a": 1, "b": 2}
+    assert document.where(("b",)).endswith(":2")
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line"),
+    [
+        ("", "recipe is empty", 1),
+        ("# only a comment", "recipe is empty", 1),
+        ("- a", "recipe is not a mapping", 1),
+        ("word", "recipe is not a mapping", 1),
+        ("a: 1\nb: 2\na: 3", "key `a` stands twice", 3),
+        ("a:\n  b: {c: 1,\n c: 2}", "key `c` stands twice", 3),
+        ("a: 1\n'a': 2", "key `a` stands twice", 2),
+        ("a: &x 1\nb: *x", "YAML alias `*x` is not allowed", 2),
+        ("a: *_proj", "YAML alias `*_proj` is not allowed", 1),
+        ("a: *.q_proj", "not valid YAML", 1),
+        ("a: !!python/object/apply:os.system [id]", "python/object/apply:os.system` is not allowed", 1),
+        ("a: !!python/object:os.Foo {}", "python/object:os.Foo` is not allowed", 1),
+        ("a: 1\nb: !mine x", "YAML tag `!mine` is not allowed", 2),
+        ("a: !!set {b, c}", "2002:set` is not allowed", 1),
+        ("a: !!binary aGk=", "2002:binary` is not allowed", 1),
+        ("a: !!omap [b: 1]", "2002:omap` is not allowed", 1),
+        ("a: =", "2002:value` is not allowed", 1),
+        ("? [a]\n: 1", "key must be a word", 1),
+        ("a: !!int word", "cannot read the value `word`", 1),
+        ('a: !!int ""', "cannot read the value ``", 1),
+        ("a: !!bool word", "cannot read the value `word`", 1),
+        ("a: !!float " + "1:" * 999 + "1.5", "cannot read the value `1:1:", 1),
+        ("a: " + "1" * 5000, "cannot read the value `111", 1),
+        ('a: "\\ud800"', "characters that do not print", 1),
+        ('a: "x\\0"', "characters that do not print", 1),
+        ('a: "\\e[31m"', "characters that do not print", 1),
+        ('"\\e[31m": 1', "characters that do not print", 1),
+        ("a: |\n  two\n  lines", "characters that do not print", 1),
+        ("a: 1\nb: \x01", "character '\\x01' is not allowed", 2),
+        ("a: 1\n---\nb: 2", "not valid YAML", 2),
+        ("a:\n\t- b", "not valid YAML", 2),
+        ("a: [1, 2\nb: 3\n", "not valid YAML", 2),
+        ("a: 'open", "not valid YAML", 1),
+        ("%YAML 9.0\n---\na: 1", "not valid YAML", 1),
+        ("\n".join(" " * depth + "a:" for depth in range(100)), "YAML is nested too deeply", 21),
+    ],
+)
+def test_refused(load, text, what, line):
+    with pytest.raises(InputError) as caught:
+        load(text)
+    assert what in caught.value.what
+    assert len(caught.value.what) < 200
+    assert caught.value.where.endswith(f"r.yaml:{line}")
+
+
+@pytest.mark.parametrize("text", ["a: *_proj", "a: *.q_proj"])
+def test_globs_want_quotes(load, text):
+    with pytest.raises(InputError) as caught:
+        load(text)
+    assert 'put quotes around text that begins with a star, such as "*_proj"' in caught.value.fix
+
+
+def test_billion_laughs_is_not_even_built(load):
+    lines = ["a0: &a0 [lol, lol]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    with pytest.raises(InputError, match="alias") as caught:
+        load("\n".join(lines))
+    assert caught.value.where.endswith(":2")
+
+
+@pytest.mark.parametrize("opening", ["[", "{", "- ", "? ", "{a: "])
+def test_nesting_bombs_are_quick(load, opening):
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="nested too deeply"):
+        load("a: " * (opening in "[{") + opening * (MAX_BYTES // len(opening) - 9))
+    assert time.monotonic() - begun < 5
+
+
+def test_not_a_text_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    with pytest.raises(InputError, match="no such recipe"):
+        load_document(path)
+    with pytest.raises(InputError, match="is a directory"):
+        load_document(tmp_path)
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(InputError, match="not UTF-8 \\(byte 3\\)"):
+        load_document(path)
+    path.write_bytes(b"#" * MAX_BYTES)
+    with pytest.raises(InputError, match="recipe is empty"):
+        load_document(path)
+    path.write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(InputError, match="over 262,144 bytes"):
+        load_document(path)
+
+
+def test_unreadable(tmp_path):
+    with pytest.raises(MachineError, match="cannot read recipe") as caught:
+        load_document(tmp_path / ("x" * 300))
+    assert caught.value.fix
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("assignment", "place", "value"),
+    [
+        ("target=other", ("target",), "other"),
+        ("rules.0.scheme=keep", ("rules", 0, "scheme"), "keep"),
+        ("rules.0.match.1=x", ("rules", 0, "match", 1), "x"),
+        ("rules.0.scheme.name=fp8", ("rules", 0, "scheme", "name"), "fp8"),
+        ("rules.1.optional=false", ("rules", 1, "optional"), False),
+        ("rules.1.match=[a, b]", ("rules", 1, "match"), ["a", "b"]),
+        ("rules.1.match=*_proj", ("rules", 1, "match"), "*_proj"),
+        ("rules.1.match=re:a=b", ("rules", 1, "match"), "re:a=b"),
+        ('rules.1.match="*_proj"', ("rules", 1, "match"), "*_proj"),
+        ("expect.output_gib=>= 90", ("expect", "output_gib"), ">= 90"),
+        ("expect.output_gib=<= 90", ("expect", "output_gib"), "<= 90"),
+        ("max_shard=5GB", ("max_shard",), "5GB"),
+        ("max_shard=5", ("max_shard",), 5),
+        ("day=", ("day",), None),
+        ("rules=[]", ("rules",), []),
+    ],
+)
+def test_set(load, assignment, place, value):
+    document = load(GOOD)
+    before = dict(document.places)
+    document.override(assignment)
+    data = document.data
+    for step in place:
+        data = data[step]
+    assert data == value
+    assert document.where(place) == f"--set {assignment}"
+    assert document.where((*place, "below")) == f"--set {assignment}"
+    others = {key: where for key, where in before.items() if key[: len(place)] != place}
+    assert {key: document.where(key) for key in others} == others
+
+
+def test_later_set_wins(load):
+    document = load(GOOD)
+    document.override("rules.0.scheme=keep")
+    document.override("rules.0={match: z, scheme: w8a16}")
+    document.override("rules.0.match=y")
+    assert document.data["rules"][0] == {"match": "y", "scheme": "w8a16"}
+    assert document.where(("rules", 0, "match")) == "--set rules.0.match=y"
+    assert document.where(("rules", 0, "scheme")) == "--set rules.0={match: z, scheme: w8a16}"
+
+
+def test_set_opens_a_block_that_is_empty_or_absent(load):
+    document = load("a: 1\nexpect:\n")
+    document.override("expect.x=1")
+    document.override("verify.y=2")
+    assert document.data == {"a": 1, "expect": {"x": 1}, "verify": {"y": 2}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "what", "fix"),
+    [
+        ("nonsense", "expected key=value", "--set target=ascend"),
+        ("", "expected key=value", "--set target=ascend"),
+        ("=x", "expected key=value", "--set target=ascend"),
+        ("rules.2.scheme=x", "no item `2` in this list", "0 to 1"),
+        ("rules.-1.scheme=x", "no item `-1` in this list", "0 to 1"),
+        ("rules.²=x", "no item `²` in this list", "0 to 1"),
+        ("rules." + "9" * 5000 + "=x", "no item", "0 to 1"),
+        ("rules.x=1", "no item `x` in this list", "0 to 1"),
+        ("rulez.0.scheme=x", "nothing called `rulez` to set", "`rules`"),
+        ("rules.0.schema.name=x", "nothing called `schema` to set", "`scheme`"),
+        ("target.name=x", "nothing called `name` to set", "`target` holds a single value"),
+        ("target.a.b=x", "nothing called `a` to set", "`target` holds a single value"),
+        ("a.b.c=x", "nothing called `a` to set", None),
+        ("target=!!python/name:os.system", "YAML tag", "remove"),
+        ("target=[", "not valid YAML", None),
+        ("target={a: 1, a: 2}", "stands twice", None),
+    ],
+)
+def test_set_refused(load, assignment, what, fix):
+    document = load(GOOD)
+    with pytest.raises(InputError) as caught:
+        document.override(assignment)
+    assert what in caught.value.what
+    assert caught.value.where.startswith(f"--set {assignment}"[:50])
+    assert fix is None or fix in caught.value.fix
