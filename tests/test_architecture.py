@@ -12,7 +12,7 @@ from quantcli.targets.base import Target
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
-    0: {"errors", "registry", "numerics"},
+    0: {"errors", "registry", "numerics", "events"},
     1: {"tensorspec", "folder", "yamlfile", "schemes.base", "schemes.rounding", "executors"},
     2: {"header", "schemes.*"},
     3: {"checkpoint", "writer", "targets.base"},

@@ -16,9 +16,9 @@ from quantcli.hub import find_model
 from quantcli.inspection import inspect_checkpoint
 
 if TYPE_CHECKING:
+    from quantcli.events import Progress
     from quantcli.execute import Written
     from quantcli.plan import Plan
-    from quantcli.streaming import Progress
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def prepare(
 
 def quantize(job: Job, progress: Progress | None = None) -> Written:
     """Run a planned conversion. Interrupted, the same job continues where it stopped."""
+    from quantcli.events import SILENT
     from quantcli.execute import execute
-    from quantcli.streaming import SILENT
 
     return execute(
         job.plan,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli import __version__
+from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
 from quantcli.plan import Plan
 from quantcli.publish import check_destination, partial_folder, publish
-from quantcli.streaming import BLOCK_ELEMENTS, SILENT, Progress, ShardRun, file_entry
+from quantcli.streaming import BLOCK_ELEMENTS, ShardRun, file_entry
 from quantcli.writer import disk_errors, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes

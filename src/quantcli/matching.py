@@ -9,18 +9,24 @@ from quantcli.tensorspec import FLOATS, TensorSpec
 
 
 def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
-    """First matching rule of every module that has a `.weight`; a matrix alone is quantized."""
+    """First matching rule of every module that has a `.weight`; only matrices are quantized.
+
+    Raises InputError for a rule that takes nothing, and for a matrix that is not float.
+    """
     names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
     assigned: dict[str, Rule | None] = {}
     used: set[int] = set()  # rule numbers
     for name in names:
-        matrix = len(checkpoint.tensors[f"{name}.weight"].spec.shape) == 2
+        spec = checkpoint.tensors[f"{name}.weight"].spec
         rule = next((r for r in recipe.rules if r.matches(name)), None)
-        if rule is not None and (rule.scheme is None or matrix):
+        if rule is not None and rule.scheme is not None:
+            if len(spec.shape) == 2:
+                _must_be_float(spec, rule)
+            else:
+                rule = None
+        assigned[name] = rule
+        if rule is not None:
             used.add(rule.number)
-            assigned[name] = rule
-        else:
-            assigned[name] = None
     for rule in recipe.rules:
         if rule.number not in used and not rule.optional:
             raise _dead_rule(rule, recipe, names, checkpoint)

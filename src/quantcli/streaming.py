@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import InputError, MachineError
+from quantcli.events import Progress
 from quantcli.journal import Journal
 from quantcli.plan import Item, Plan, Quantize, Shard
 from quantcli.tensorspec import torch_dtype
@@ -25,35 +26,6 @@ BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 _HASH_BYTES = 2**20
-
-
-class Progress(Protocol):
-    """Who wants to know how far the work is."""
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """The work ahead: bytes of source weights, shards to write."""
-
-    def advance(self, nbytes: int) -> None:
-        """Bytes of source weights done since the last call. Called from any thread."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """A shard is whole; `reused` if an earlier run had finished it."""
-
-
-class Silent:
-    """Progress for nobody."""
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Nothing."""
-
-
-SILENT = Silent()
 
 
 def memory_estimate(plan: Plan, workers: int) -> int:
