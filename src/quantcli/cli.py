@@ -120,11 +120,11 @@ def quantize(
         fresh=fresh,
         force=force,
     )
-    if as_json and plan:
-        output.document({"ok": True, "plan": commands.account(job)})
-        return
     if not as_json and (plan or not quiet):
         console.show_plan(output, job)
+    commands.check(job)
+    if as_json and plan:
+        output.document({"ok": True, "plan": commands.account(job)})
     if plan:
         return
     started = time.monotonic()

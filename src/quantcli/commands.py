@@ -117,7 +117,8 @@ def prepare(
 ) -> Job:
     """Check everything that can be checked before the first byte of weights is read.
 
-    Succeeds exactly when `quantize` with the same arguments would begin.
+    Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
+    `expect` block: see `check`.
     """
     from quantcli.execute import run_head
     from quantcli.executors import default_workers
@@ -148,11 +149,19 @@ def prepare(
     return Job(made, out, count, checksum, fresh, force, free, memory)
 
 
+def check(job: Job) -> None:
+    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
+    from quantcli.planner import check_expectations
+
+    check_expectations(job.plan)
+
+
 def quantize(job: Job, progress: Progress | None = None) -> Written:
     """Run a planned conversion. Interrupted, the same job continues where it stopped."""
     from quantcli.events import SILENT
     from quantcli.execute import execute
 
+    check(job)
     return execute(
         job.plan,
         job.out,

@@ -27,8 +27,7 @@ RECIPE_FILE = "quantcli_recipe.yaml"
 def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """Plan the conversion from headers alone.
 
-    Raises InputError for whatever the engine could not load or the recipe does not mean, AnswerNo
-    where the recipe's `expect` block is not met.
+    Raises InputError for whatever the engine could not load or the recipe does not mean.
     """
     _refuse_quantized(checkpoint)
     serving_dtype, notes = _serving_dtype(checkpoint)
@@ -66,7 +65,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         if getattr(recipe.file, block) is not None
     ]
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
-    plan = Plan(
+    return Plan(
         checkpoint=checkpoint,
         recipe=recipe,
         shards=shards,
@@ -79,8 +78,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
     )
-    _check_expectations(plan)
-    return plan
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -233,7 +230,8 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
         yield Kept(reason, len(specs), sum(spec.nbytes for spec in specs), names)
 
 
-def _check_expectations(plan: Plan) -> None:
+def check_expectations(plan: Plan) -> None:
+    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
     values = {
         "quantized_params_pct": plan.quantized_params_pct,
         "quantized_modules": plan.quantized_modules,

@@ -65,44 +65,32 @@ class ShardRun:
         self._local = threading.local()
 
     def shards(self, pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write every shard that is not there yet. A few are under way at a time, so that no
-        worker waits for the last job of a shard or for a hash.
+        """Write every shard that is not there yet. A few are under way at a time, so that no worker
+        waits for the last job of a shard.
         """
         missing = [shard for shard in self.plan.shards if not self._reuse(shard)]
         todo = sum(item.source.spec.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
-        ahead = max(2, min(workers, 8))
         under_way: deque[tuple[_Open, list[Future[None]]]] = deque()
-        finishing: deque[Future[None]] = deque()
-        opened: list[_Open] = []
         try:
             for shard in missing:
-                open_shard = _Open(shard, self.folder)
-                opened.append(open_shard)
-                jobs = [pool.submit(self._work, open_shard, job) for job in _jobs(shard)]
-                under_way.append((open_shard, jobs))
-                if len(under_way) >= ahead:
-                    finishing.append(self._finish_next(pool, under_way))
-                if len(finishing) >= ahead:
-                    finishing.popleft().result()
+                jobs = list(_jobs(shard))
+                open_shard = _Open(shard, self.folder, len(jobs))
+                futures: list[Future[None]] = []
+                under_way.append((open_shard, futures))
+                futures += [pool.submit(self._work, open_shard, job) for job in jobs]
+                if not jobs:  # nothing but empty tensors
+                    futures.append(pool.submit(self._finish, open_shard))
+                if len(under_way) > max(1, min(workers, 8)):
+                    _wait(under_way)
             while under_way:
-                finishing.append(self._finish_next(pool, under_way))
-            while finishing:
-                finishing.popleft().result()
+                _wait(under_way)
         except BaseException:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            for open_shard in opened:
+            for open_shard, _ in under_way:
                 open_shard.abandon()
             raise
-
-    def _finish_next(
-        self, pool: ThreadPoolExecutor, under_way: deque[tuple[_Open, list[Future[None]]]]
-    ) -> Future[None]:
-        open_shard, jobs = under_way.popleft()
-        for job in jobs:
-            job.result()
-        return pool.submit(self._finish, open_shard)
 
     def _finish(self, open_shard: _Open) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
@@ -145,6 +133,8 @@ class ShardRun:
             else:
                 open_shard.writer.write(item.source.spec.name, start * width, block)
             self.progress.advance(len(block))
+        if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
+            self._finish(open_shard)
 
     def _quantize(
         self, writer: ShardWriter, item: Quantize, start: int, stop: int, block: memoryview
@@ -165,6 +155,13 @@ class ShardRun:
         if held is None or len(held) < nbytes:
             held = self._local.buffer = bytearray(nbytes)
         return memoryview(held)[:nbytes]
+
+
+def _wait(under_way: deque[tuple[_Open, list[Future[None]]]]) -> None:
+    """Wait for the oldest shard; it leaves the queue when it is whole."""
+    for job in under_way[0][1]:
+        job.result()
+    under_way.popleft()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -215,10 +212,12 @@ def _jobs(shard: Shard) -> Iterator[_Job]:
 class _Open:
     """A shard being written and the source files that it is read from."""
 
-    def __init__(self, shard: Shard, folder: Path) -> None:
+    def __init__(self, shard: Shard, folder: Path, jobs: int) -> None:
         self.shard = shard
-        self.writer = ShardWriter(folder, shard.file, shard.tensors)
+        self._jobs = jobs
+        self._lock = threading.Lock()
         self._sources: dict[Path, int] = {}
+        self.writer = ShardWriter(folder, shard.file, shard.tensors)
         try:
             for path in {item.source.file for item in shard.items}:
                 with disk_errors(path):
@@ -226,7 +225,12 @@ class _Open:
         except MachineError:
             self.abandon()
             raise
-        self._closed = False
+
+    def job_done(self) -> bool:
+        """Count a job; whether it was the last one."""
+        with self._lock:
+            self._jobs -= 1
+            return self._jobs == 0
 
     def read(self, item: Item, offset: int, block: memoryview) -> None:
         """Fill `block` from byte `offset` of the item's tensor."""
@@ -237,21 +241,19 @@ class _Open:
                 position = source.offset + offset + done
                 n = os.preadv(self._sources[source.file], [block[done:]], position)
                 if n == 0:
-                    raise MachineError("file became shorter while it was read", where=str(source.file))
+                    what, fix = "file became shorter while it was read", "let nobody write to the model"
+                    raise MachineError(what, where=str(source.file), fix=fix)
                 done += n
 
     def finish(self) -> None:
         """The shard is whole: give it its name."""
         self._close_sources()
         self.writer.finish()
-        self._closed = True
 
     def abandon(self) -> None:
         """Close everything; what was written stays under its temporary name."""
-        if not getattr(self, "_closed", False):
-            self._close_sources()
-            self.writer.abandon()
-            self._closed = True
+        self._close_sources()
+        self.writer.abandon()
 
     def _close_sources(self) -> None:
         while self._sources:

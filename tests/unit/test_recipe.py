@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from quantcli.checkpoint import open_checkpoint
 from quantcli.errors import AnswerNo, InputError
-from quantcli.planner import make_plan
+from quantcli.planner import check_expectations, make_plan
 from quantcli.recipe import (
     Calibration,
     Expect,
@@ -350,11 +350,11 @@ NBYTES = QUANTIZED + 6 * 8 * (4 + 4) + 2 * (PARAMS - QUANTIZED)  # codes, scales
 def test_expectations(load, model, key, value):
     table = rules(("*_proj", "w8a16"))
     for limit in (f">= {value * 0.999:.12f}", f"<= {value * 1.001:.12f}"):
-        make_plan(load(table, f"expect.{key}={limit}"), model)
+        check_expectations(make_plan(load(table, f"expect.{key}={limit}"), model))
     for limit in (f"> {value * 1.001:.12f}", f"< {value * 0.999:.12f}"):
         recipe = load(table, f"expect.{key}={limit}")
         with pytest.raises(AnswerNo) as caught:
-            make_plan(recipe, model)
+            check_expectations(make_plan(recipe, model))
         assert caught.value.what == f"expected {key} {limit}; the plan has {value:.4g}"
         assert caught.value.where == f"--set expect.{key}={limit}"
         assert caught.value.exit_code == 1
