@@ -187,3 +187,15 @@ def test_index_lists_every_tensor():
         "metadata": {"total_size": 64},
         "weight_map": {"a.weight": "f", "b.weight": "f"},
     }
+
+
+@pytest.mark.parametrize(("numerics", "label"), [(INT8, "W8A8_DYNAMIC"), (None, "FLOAT")])
+def test_merged_modules_are_described_by_their_siblings_too(numerics, label):
+    modules = [
+        Module(f"{L}.mlp.gate_up_proj", (4, 4), numerics),
+        Module(f"{L}.attn.qkv_proj", (4, 4), numerics),
+    ]
+    table, _ = described([f"{m.name}.weight" for m in modules], modules)
+    asked = [f"{L}.mlp.{p}_proj.weight" for p in ("gate", "up")]
+    asked += [f"{L}.attn.{p}_proj.weight" for p in "qkv"]
+    assert [table[name] for name in asked] == [label] * 5

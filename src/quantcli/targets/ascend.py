@@ -14,7 +14,7 @@ from quantcli.errors import InputError
 from quantcli.numerics import Module, Numerics, Operand, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, Target
-from quantcli.targets.siblings import EXPERT, FUSED, expert_sets, fused_groups, fused_widths
+from quantcli.targets.siblings import EXPERT, FUSED, MERGED, expert_sets, fused_groups, fused_widths
 from quantcli.tensorspec import TensorSpec
 
 DESCRIPTION = "quant_model_description.json"
@@ -194,6 +194,11 @@ class Ascend(Target):
             table[name] = FLOAT if suffix == "bias" else labels.get(module, FLOAT)
         if head := _absent_head(output.tensors):
             table[head] = FLOAT
+        for module in output.modules:
+            # stored merged; for some models the engine still asks for the siblings by name
+            parent, _, last = module.name.rpartition(".")
+            for sibling in MERGED.get(last, ()):
+                table.setdefault(f"{parent}.{sibling}.weight", labels.get(module.name, FLOAT))
         if output.config.get("model_type") not in LISTEDEXPERTS:
             for name, label in labels.items():
                 if match := EXPERT.fullmatch(name):

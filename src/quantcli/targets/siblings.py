@@ -24,6 +24,8 @@ FUSED = (
     ("query", "key", "value"),
     ("c_fc_0", "c_fc_1"),
 )
+# Names under which some checkpoints store siblings already merged.
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
