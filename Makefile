@@ -50,4 +50,4 @@ bench: $(READY) ## run every benchmark (about 20 minutes, 10 GB of disk)
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:          ## remove what make has made
-	@rm -rf .venv build .mypy_cache .ruff_cache
+	@rm -rf .venv build .mypy_cache .ruff_cache .hypothesis src/*.egg-info

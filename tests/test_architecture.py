@@ -19,7 +19,7 @@ FLOORS = {
     4: {"formats", "hub", "journal", "targets.sidecars", "targets.siblings"},
     5: {"inspection", "publish", "targets.*"},
     6: {"recipe"},
-    7: {"plan", "matching"},
+    7: {"plan", "matching", "schema"},
     8: {"planner", "streaming"},
     9: {"execute"},
     10: {"commands"},

@@ -20,7 +20,7 @@ from typing import Any
 from quantcli.errors import InputError, MachineError, QuantError
 from quantcli.folder import INDEX, PICKLES, list_files
 from quantcli.header import StoredTensor, name_fault, parse_json, read_header
-from quantcli.tensorspec import TensorSpec
+from quantcli.tensorspec import FLOATS, TensorSpec
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
@@ -93,7 +93,11 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
     if not stat.S_ISDIR(status.st_mode):
-        raise InputError("MODEL must be a directory with safetensors files", where=str(path))
+        raise InputError(
+            "MODEL must be a directory with safetensors files",
+            where=str(path),
+            fix="give the folder that holds config.json",
+        )
     root = path.resolve()
     problems: list[QuantError] = []
     notes: list[str] = []
@@ -104,9 +108,25 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     if index is not None:
         _compare(index, tensors, shards, problems, notes)
     config = _read_config(root, files, problems)
+    notes += _odd(config, tensors)
     gone = {*shards, *left_out, INDEX}  # the index is made anew
     aux = {name: size for name, size in files.items() if name not in gone}
     return Checkpoint(root, tensors, tuple(shards), config, aux, left_out, problems, notes)
+
+
+def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:
+    """What is no error, and yet worth a word."""
+    if config and "model_type" not in config:
+        yield f"{CONFIG} names no model_type: engines may not know what this is"
+    floats = all(stored.spec.dtype in FLOATS for stored in tensors.values())
+    for level, place in ((config, ""), (config.get("text_config"), "text_config.")):
+        for key in ("quantization_config", "compression_config"):
+            if floats and isinstance(level, dict) and key in level:
+                yield f"`{place}{key}` in {CONFIG} is stale: the weights are float"
+    for name, stored in tensors.items():
+        if len(stored.spec.shape) >= 3 and "experts" in name.split("."):
+            yield f"experts are stored together, such as `{name}` {stored.spec}"
+            return
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -114,7 +134,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
-        table = parse_json(path.read_bytes(), str(path))
+        table = parse_json(path.read_bytes(), str(path), "fetch the file again")
     except OSError as error:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
     if not isinstance(table, dict):

@@ -54,9 +54,10 @@ def inspect(
     support: Annotated[bool, typer.Option("--support", help="Show schemes x targets instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers: layers, dtypes, sizes, what is suspicious.
+    """Show what a checkpoint holds.
 
-    Exits 1 when something is suspicious: a missing shard, an index that disagrees.
+    Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits 1 when something is
+    suspicious: a missing shard, an index that disagrees.
     """
     from quantcli import commands, console
 
@@ -180,5 +181,9 @@ def _run(argv: list[str]) -> int:
         ) from None
     except _UsageError as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
-        raise InputError(said[:1].lower() + said[1:], fix="see `quantcli COMMAND --help`") from None
+        command_name = argv[0] if argv[0] in {"inspect", "quantize"} else ""
+        fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
+        if command_name == "quantize" and "extra argument" in said:
+            fix = "the model is given as --model MODEL; " + fix
+        raise InputError(said[:1].lower() + said[1:], fix=fix) from None
     return Exit.DONE

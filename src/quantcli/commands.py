@@ -33,6 +33,8 @@ class Job:
     force: bool
     disk_free: int  # bytes
     memory: int  # bytes above a bare torch import, estimated
+    shards_done: int  # whole shards that an interrupted run left
+    replaced: str  # what happens to an OUT that exists, for people
 
 
 def account(job: Job) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def account(job: Job) -> dict[str, Any]:
         "disk_free": job.disk_free,
         "memory_needed": job.memory,
         "workers": job.workers,
+        "shards_done": job.shards_done,
         "notes": list(plan.notes),
     }
 
@@ -124,7 +127,13 @@ def prepare(
     from quantcli.executors import default_workers
     from quantcli.journal import check_folder
     from quantcli.planner import make_plan
-    from quantcli.publish import check_destination, check_space, partial_folder
+    from quantcli.publish import (
+        check_destination,
+        check_space,
+        only_ours,
+        partial_folder,
+        replaced_folder,
+    )
     from quantcli.recipe import load_recipe
     from quantcli.streaming import memory_estimate
 
@@ -142,11 +151,13 @@ def prepare(
         out = Path(loaded.file.output or default)
     check_destination(out, checkpoint.path, force=force)
     head = None if fresh else run_head(made, checksum=checksum)
-    check_folder(partial_folder(out), head)
+    done = check_folder(partial_folder(out), head)
     count = workers or default_workers()
     free = check_space(out, made.nbytes)
     memory = memory_estimate(made, count)
-    return Job(made, out, count, checksum, fresh, force, free, memory)
+    kept = out.is_dir() and not only_ours(out)
+    replaced = f", which is kept as {replaced_folder(out)}" if kept else ", which is deleted then"
+    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced)
 
 
 def check(job: Job) -> None:

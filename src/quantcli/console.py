@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quantcli import __version__
 from quantcli.errors import Exit, QuantError
+from quantcli.folder import STALE
 
 if TYPE_CHECKING:
     from quantcli.commands import Job
@@ -52,7 +53,15 @@ class Output:
 
     def line(self, text: str = "") -> None:
         """A line of data."""
-        self._data.print(_literal(text), soft_wrap=True)
+        self._show(_literal(text))
+
+    def _show(self, text: Text) -> None:
+        """Print data; a reader that has gone (`| head`) stops the printing, never the work."""
+        try:
+            self._data.print(text, soft_wrap=True)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def word(self, text: str) -> None:
         """A line of words, for people."""
@@ -71,7 +80,7 @@ class Output:
             ]
             line = _literal("  ".join(cells).rstrip())
             line.stylize("bold" if number == 0 else "")
-            self._data.print(line, soft_wrap=True)
+            self._show(line)
 
     def error(self, error: QuantError) -> None:
         """One problem: what, where, how to fix it."""
@@ -146,12 +155,14 @@ def show_inspection(out: Output, account: dict[str, Any]) -> None:
     quantized = f"{found['format']}, {found['modules']} modules" if found else "none, a float model"
     out.line(f"quantization  {quantized}")
     for name, why in account["left_out"].items():
-        out.line(f"left out      {name}: {why}")
+        if not (found and why == STALE):  # beside quantized weights these files are in their place
+            out.line(f"left out      {name}: {why}")
     for note in account["notes"]:
         out.line(f"note          {note}")
     for problem in account["problems"]:
         where = f" ({problem['where']})" if problem["where"] else ""
-        out.line(f"suspicious    {problem['what']}{where}")
+        fix = f"; {problem['fix']}" if problem["fix"] else ""
+        out.line(f"suspicious    {problem['what']}{where}{fix}")
 
 
 def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
@@ -171,7 +182,7 @@ def show_plan(out: Output, job: Job) -> None:
     rows = []
     for rule in plan.rules:
         sizes = human_bytes(rule.nbytes_before), human_bytes(rule.nbytes_after)
-        rows.append([f"rule {rule.number}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
+        rows.append([f"rules.{rule.number - 1}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
     for kept in plan.kept:
         size = human_bytes(kept.nbytes)
         rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", size, size])
@@ -192,6 +203,10 @@ def show_plan(out: Output, job: Job) -> None:
     out.line(f"disk         needs {human_bytes(plan.nbytes)}, {human_bytes(job.disk_free)} free")
     out.line(f"memory       about {human_bytes(job.memory)} with {count(job.workers, 'worker')}")
     out.line(f"output       {job.out}")
+    if job.out.exists():
+        out.line(f"replaces     {job.out}{job.replaced}")
+    if job.shards_done:
+        out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in plan.notes:
         out.line(f"note         {note}")
 

@@ -12,6 +12,7 @@ from quantcli.errors import InputError, MachineError
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
+STALE = "an index or a quantization file, true only beside the weights it was made for"
 _UNPRINTABLE = "its name has control characters"
 # Files that describe the source's own quantization or shards: wrong beside new weights.
 _STALE = re.compile(
@@ -62,7 +63,7 @@ def _why_not(name: str) -> str | None:
     if base.lower().endswith(_OTHER_WEIGHTS):
         return "the same weights in another format"
     if base != INDEX and _STALE.fullmatch(base):
-        return "an index or a quantization file, true only beside the weights it was made for"
+        return STALE
     return None
 
 

@@ -61,7 +61,8 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
             table = read_json_file(checkpoint.path / "quant_model_description.json")
         except QuantError:
             return "ascend (unreadable description)"
-        weights = (v for k, v in table.items() if k.endswith(".weight") and isinstance(v, str))
+        stored = {k: v for k, v in table.items() if k in checkpoint.tensors}  # not what is only asked
+        weights = (v for k, v in stored.items() if k.endswith(".weight") and isinstance(v, str))
         kinds = Counter(kind for kind in weights if kind != "FLOAT")
         named = ", ".join(f"{_shown(kind)} {count}" for kind, count in kinds.most_common(9))
         return f"ascend ({named or 'no kinds named'})"

@@ -112,7 +112,8 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
                 raise _Refused(f"header length {length} is past the end of the file ({size} bytes)")
             raw = file.read(length)
     except _Refused as refused:
-        raise InputError(refused.what, where=str(path), fix=_REFETCH) from None
+        fix = "run `git lfs pull` in the model's folder" if "Git LFS" in refused.what else _REFETCH
+        raise InputError(refused.what, where=str(path), fix=fix) from None
     except OSError as error:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
     if len(raw) != length:

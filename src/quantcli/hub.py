@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from quantcli.errors import InputError, MachineError
+from quantcli.errors import InputError, MachineError, closest
 from quantcli.folder import PICKLES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,12 +46,19 @@ def find_model(model: str) -> Path:
             fix="names look like organisation/model",
         ) from None
     except Exception as error:  # the library lets through what its HTTP client raises
+        if path.parent.is_dir():  # rather a misspelt path than a repository
+            near = closest(path.name, [e.name for e in path.parent.iterdir() if e.is_dir()])
+            raise InputError(
+                "no such model directory, and no such repository in reach",
+                where=model,
+                fix=f"did you mean {near} in {path.parent}?" if near else "check the path",
+            ) from None
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise MachineError(
                 f"`{model}` is neither a directory nor in the Hub cache, and HF_HUB_OFFLINE is set",
                 fix="fetch it where there is a network, or give a directory",
             ) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
         raise MachineError(
             f"`{model}` is no directory here, and it cannot be fetched from the Hub",
             where=reason[:200],

@@ -86,22 +86,25 @@ class Journal:
             self._fd = -1
 
 
-def check_folder(folder: Path, head: dict[str, Any] | None) -> None:
-    """InputError unless `folder` is absent, empty, ours to finish, or ours and finished.
+def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
+    """How many shards are done in `folder`; InputError unless it is absent, empty, or ours.
 
     Without a `head` any work of ours will do: it is to be removed. MachineError where another process
     is at work in the folder.
     """
     if not os.path.lexists(folder):
-        return
+        return 0
     _check_ours(folder)
     journal = folder / JOURNAL
     if not journal.exists():
-        return
+        return 0
     with disk_errors(journal), journal.open("rb") as file:
         _lock(file.fileno(), fcntl.LOCK_SH, folder)
-    if head is not None:
-        _check_head(_lines(journal)[0], head, folder)
+    if head is None:
+        return 0
+    lines, _ = _lines(journal)
+    _check_head(lines, head, folder)
+    return max(0, len(lines) - 1)
 
 
 def remove_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
 
     Raises InputError for a rule that takes nothing, and for a matrix that is not float.
     """
+    _refuse_transposed(recipe, checkpoint)
     names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
     assigned: dict[str, Rule | None] = {}
     used: set[int] = set()  # rule numbers
@@ -33,6 +34,21 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     return assigned
 
 
+# Families of transformers' Conv1D, which stores its weights [in, out]: a scale per row would be one
+# per input, and where the matrix is square nothing but the family tells.
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+def _refuse_transposed(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    kind = checkpoint.config.get("model_type")
+    if kind in _TRANSPOSED and any(rule.scheme for rule in recipe.rules):
+        raise InputError(
+            f"weights of `{kind}` are stored transposed, which this version does not quantize",
+            where=str(checkpoint.path / "config.json"),
+            fix="no engine that this tool writes for serves this family quantized",
+        )
+
+
 def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
     matching = [name for name in names if rule.matches(name)]
     earlier = recipe.rules[: rule.number - 1]
@@ -45,6 +61,8 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
         spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
         what = f"rule {rule.number} matches no matrix; only matrices can be quantized"
         fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
+    elif rule.patterns[0].endswith(".weight"):
+        fix = "leave out `.weight`: patterns match module names"
     else:
         # comparing with each of 50,000 names would take minutes
         core = rule.patterns[0].removeprefix("re:").strip("*.")

@@ -31,8 +31,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """
     _refuse_quantized(checkpoint)
     serving_dtype, notes = _serving_dtype(checkpoint)
-    assigned = assign(recipe, checkpoint)
     target = recipe.target
+    source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
+    _raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
+    assigned = assign(recipe, checkpoint)
     numerics = {rule.number: rule.scheme.numerics for rule in recipe.rules if rule.scheme}
     modules = [
         Module(
@@ -42,7 +44,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         )
         for name, rule in assigned.items()
     ]
-    source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     _raise_first(list(target.check(modules, source_specs)), assigned)
     items = list(_items(checkpoint, assigned, target, serving_dtype))
     shards = _shards(items, recipe.file.max_shard)
@@ -64,6 +65,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         for block, why in unused.items()
         if getattr(recipe.file, block) is not None
     ]
+    if not any(module.numerics for module in modules):
+        notes.append("nothing is quantized: every weight stays float")
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
     return Plan(
         checkpoint=checkpoint,
@@ -220,7 +223,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
             module, _, suffix = spec.name.rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
             if rule is not None:
-                reason = f"rule {rule.number}: keep"
+                reason = f"rules.{rule.number - 1}: keep"
             else:
                 matrix = suffix == "weight" and len(spec.shape) == 2
                 reason = "no rule matches" if matrix else "not a matrix"

@@ -8,8 +8,9 @@ import os
 import shutil
 from pathlib import Path
 
-from quantcli.errors import InputError, MachineError
-from quantcli.journal import discard
+from quantcli.checkpoint import read_json_file
+from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.journal import MANIFEST, discard
 from quantcli.writer import disk_errors, machine_error, sync_folder
 
 _AT_FDCWD = -100
@@ -20,6 +21,21 @@ _OTHER = "choose another --out"
 def partial_folder(out: Path) -> Path:
     """Where a run writes before it is complete."""
     return out.with_name(out.name + ".partial")
+
+
+def replaced_folder(out: Path) -> Path:
+    """Where `--force` moves a directory that holds more than a checkpoint of ours."""
+    return out.with_name(out.name + ".replaced")
+
+
+def only_ours(folder: Path) -> bool:
+    """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
+    try:
+        table = read_json_file(folder / MANIFEST)
+        files = {folder / name for name in table["files"]} | {folder / MANIFEST}
+    except (QuantError, KeyError, TypeError):
+        return not any(folder.iterdir())
+    return all(path in files or path.is_dir() for path in folder.rglob("*"))
 
 
 def check_destination(out: Path, model: Path, *, force: bool) -> None:
@@ -52,6 +68,12 @@ def _check(out: Path, model: Path, force: bool) -> None:
     if out.exists() and not force:
         raise InputError(
             "output directory exists", where=str(out), fix="choose another --out, or use --force"
+        )
+    if out.exists() and not only_ours(out) and os.path.lexists(replaced_folder(out)):
+        raise InputError(
+            "what --force would replace cannot be kept: its new name is taken",
+            where=str(replaced_folder(out)),
+            fix="move it away",
         )
     partial_folder(out).exists()  # its name may be too long
     ancestor = _existing_ancestor(out.parent)
@@ -90,9 +112,13 @@ def publish(partial: Path, out: Path, *, force: bool) -> None:
     """Give the finished directory its name by one rename; an old `out` is exchanged, then deleted."""
     with disk_errors(out):
         if force and out.exists():
+            foreign = not only_ours(out)
             _exchange(partial, out)
             sync_folder(out.parent)
-            discard(partial)
+            if foreign:
+                partial.rename(replaced_folder(out))
+            else:
+                discard(partial)
         elif out.exists():  # made by someone else while we worked
             raise InputError("output directory exists", where=str(out), fix="run again with --force")
         else:
@@ -106,7 +132,7 @@ def _exchange(partial: Path, out: Path) -> None:
     arguments = (_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
     if rename is not None and rename(*arguments) == 0:
         return
-    aside = out.with_name(out.name + ".replaced")
+    aside = out.with_name(out.name + ".aside")
     out.rename(aside)
     try:
         partial.rename(out)

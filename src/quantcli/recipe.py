@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import operator
 import re
 import warnings
@@ -195,6 +194,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         if rule.scheme != KEEP:
             scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
         where = document.where(place)
+        flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
+        where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
         rules.append(Rule(number + 1, tuple(rule.match), scheme, rule.optional, where))
     return Recipe(file, target, tuple(rules), document)
 
@@ -254,7 +255,8 @@ def _explain(
     if kind == "missing":
         return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
     message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
-    return InputError(f"`{key}`: {message[:1].lower()}{message[1:]}", where=where)
+    what = f"`{key}`: {message[:1].lower()}{message[1:]}"
+    return InputError(what, where=where, fix="docs/recipe.md says what each key takes")
 
 
 _WORDS = {  # pydantic's complaints as a reader of YAML would put them
@@ -274,26 +276,3 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         nested = (RuleFile, Expect, Calibration, Verify)
         model = next(block for block in nested if block.__name__ in annotation)
     return list(model.model_fields)
-
-
-def recipe_schema() -> str:
-    """JSON Schema of a recipe, for editors: every scheme and target with its options."""
-    schema = RecipeFile.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "quantcli recipe"
-    properties = schema["$defs"]["RuleFile"]["properties"]
-    properties["scheme"] = _choices(discover(Scheme), "scheme", [KEEP])
-    schema["properties"]["target"] = _choices(discover(Target), "target", [])
-    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
-
-
-def _choices(known: dict[str, Any], kind: str, words: list[str]) -> dict[str, Any]:
-    options = []
-    for name, cls in known.items():
-        schema = cls.model_json_schema()
-        schema.pop("title", None)
-        schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
-        schema["required"] = ["name", *schema.get("required", [])]
-        options.append(schema)
-    description = f"a {kind} by name, or a mapping with its name and options"
-    return {"description": description, "anyOf": [{"enum": [*words, *known]}, *options]}

@@ -185,7 +185,7 @@ def not_finite(rows: Tensor, first_row: int, item: Quantize) -> InputError:
     return InputError(
         f"weight is {value}",
         where=f"`{name}`[{first_row + row}, {column}] in {item.source.file.name}",
-        fix="the model is damaged: fetch it again, or keep this module float",
+        fix="the model is damaged: fetch it again and run with --fresh, or keep this module float",
     )
 
 

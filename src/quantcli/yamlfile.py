@@ -50,6 +50,7 @@ class Document:
         for step in path:
             if parent is self.data and len(path) == 1 and parent.get(step) is None:
                 parent[step] = {}  # a whole block, such as `expect`, may come from the command line
+                self.places[(step,)] = flag
             parent = parent[self._step(parent, step, place, flag)]
         if isinstance(parent, dict):
             parent[last] = value

@@ -161,7 +161,7 @@ def _(box: Box) -> Arguments:
     return box.args()
 
 
-@case("siblings disagree", "q_proj", "recipe.yaml:3", "self_attn")
+@case("siblings disagree", "q_proj", "recipe.yaml:3", "k_proj")
 def _(box: Box) -> Arguments:
     box.edit_recipe("target: ascend\nrules:\n  - {match: '*.q_proj', scheme: w8a8_dynamic}\n")
     return box.args()

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 
 from quantcli import commands
 from quantcli.checkpoint import open_checkpoint
+from quantcli.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Copy, Quantize
 from tests.families import FAMILIES, make_family, shapes
@@ -220,7 +224,7 @@ def test_mixed_schemes_are_described_per_module(tmp_path):
         (3, "W8A8_DYNAMIC"),
         (8, "W8A16"),
     ]
-    assert job.plan.kept[-1].reason == "rule 1: keep"
+    assert job.plan.kept[-1].reason == "rules.0: keep"
 
 
 def test_plan_reads_no_weights(tmp_path):
@@ -234,3 +238,68 @@ def test_plan_reads_no_weights(tmp_path):
     job = commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
     assert job.plan.quantized_modules == 14
     assert not (tmp_path / "out.partial").exists()
+
+
+def notes(recipe, model, out, *sets):
+    return commands.prepare(recipe, model=str(model), out=out, overrides=sets).plan.notes
+
+
+def test_what_deserves_a_word_is_said(tmp_path):
+    model = make_family(tmp_path / "model", "llama")
+    recipe = ROOT / "recipes/w8a8_dynamic.yaml"
+    assert notes(recipe, model, tmp_path / "out") == ()
+    (word,) = notes(recipe, model, tmp_path / "out", "rules.1.scheme=keep")
+    assert "nothing is quantized" in word
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(config))
+    (word,) = notes(recipe, model, tmp_path / "out")
+    assert word == "`quantization_config` in config.json is stale: the weights are float"
+    job = convert("w8a8_dynamic", model, tmp_path / "out", "verify.min_sqnr=20")
+    assert any("`verify` block has no effect" in note for note in job.plan.notes)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_transposed_weights_are_refused(tmp_path):
+    model = make_family(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(InputError, match="stored transposed"):
+        commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
+
+
+def test_experts_that_stay_float_are_described_by_their_set_too(tmp_path):
+    model = make_family(tmp_path / "model", "mixtral")
+    convert("w8a16", model, tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    asked = {k: v for k, v in table.items() if k.endswith(".experts.weight")}
+    assert asked == {f"model.layers.{n}.block_sparse_moe.experts.weight": "FLOAT" for n in (0, 1)}
+
+
+def test_planning_does_not_import_a_compiler():
+    # binary operations on the meta device would: 70 MB and a second for every command
+    code = (
+        "import sys; from quantcli import commands; commands.support();"
+        "sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+def test_a_reader_that_has_gone_does_not_stop_the_work(tmp_path, command):
+    model = make_family(tmp_path / "model", "llama")
+    out = tmp_path / "out"
+    words = {
+        "inspect": ["inspect", str(model)],
+        "quantize": ["quantize", "recipes/w8a8_dynamic.yaml", "--model", str(model), "--out", str(out)],
+    }[command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "quantcli", *words],
+        stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert out.exists() == (command == "quantize")

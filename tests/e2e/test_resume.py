@@ -379,7 +379,8 @@ def test_two_renames_where_there_is_no_exchange(
     assert snapshot(box.out) == {"old": "folder"}
     assert box.run(*SHARDED, "--force").code == 0
     assert snapshot(box.out) == wanted
-    assert sorted(path.name for path in box.root.glob("out*")) == ["out"]
+    assert sorted(path.name for path in box.root.glob("out*")) == ["out", "out.replaced"]
+    assert snapshot(box.root / "out.replaced") == {"old": "folder"}, "what was not ours is kept"
 
 
 def test_out_that_appears_meanwhile_is_not_replaced(

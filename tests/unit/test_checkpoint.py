@@ -405,7 +405,7 @@ def test_a_good_checkpoint(model: Path) -> None:
         model,
         PAIR,
         index=True,
-        config={"text_config": {"layers": 1}},
+        config={"model_type": "x", "text_config": {"layers": 1}},
         files={"README.md": "hello", "assets/a/b.txt": "abc", ".gitattributes": ""},
     )
     checkpoint = open_checkpoint(model)
@@ -415,7 +415,7 @@ def test_a_good_checkpoint(model: Path) -> None:
     assert [(s.dtype, s.shape) for s in checkpoint.specs()] == [("U8", (2,)), ("U8", (3,))]
     assert checkpoint.tensors["b"].file == model / SECOND
     assert checkpoint.nbytes == 5
-    assert checkpoint.config == {"text_config": {"layers": 1}}
+    assert checkpoint.config == {"model_type": "x", "text_config": {"layers": 1}}
     assert checkpoint.text_config == {"layers": 1}
     assert checkpoint.aux == {
         ".gitattributes": 0,

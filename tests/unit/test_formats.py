@@ -135,6 +135,7 @@ def test_named(tmp_path: Path, tensors: dict[str, Tensor], config: Any, expected
                 "b.weight": "W8A8_DYNAMIC",
                 "c.weight": "W8A8",
                 "norm.weight": "FLOAT",
+                "experts.weight": "W8A8_DYNAMIC",
                 "d.weight": 8,
             },
             "ascend (W8A8_DYNAMIC 2, W8A8 1)",
@@ -145,7 +146,7 @@ def test_named(tmp_path: Path, tensors: dict[str, Tensor], config: Any, expected
     ],
 )
 def test_ascend_is_named_by_its_description(tmp_path: Path, description: Any, name: str) -> None:
-    tensors = {"a.weight": I8, "a.weight_scale": F32}
+    tensors = {"a.weight": I8, "a.weight_scale": F32, "b.weight": I8, "c.weight": I8, "d.weight": I8}
     files = {"quant_model_description": json.dumps(description)}
     found = told(tmp_path, tensors, method(quant_method="other"), **files)
-    assert found == Quantization(name, 1, "`a.weight` I8 [2, 2]")
+    assert found == Quantization(name, 4, "`a.weight` I8 [2, 2]")

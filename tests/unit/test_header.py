@@ -487,7 +487,7 @@ def test_malformed_is_refused(file: Path, content: bytes, what: str, place: str)
     assert caught.value.what == what
     assert caught.value.where == f"{file}{place}"
     assert caught.value.fix is not None
-    assert caught.value.fix.endswith("fetch it again")
+    assert caught.value.fix.endswith(("fetch it again", "run `git lfs pull` in the model's folder"))
     assert caught.value.exit_code == Exit.FIX_INPUT == 2
 
 

@@ -183,3 +183,21 @@ def test_what_the_hub_says_becomes_one_sentence(
     assert type(caught.value) is kind
     assert (caught.value.what, caught.value.where) == (what, where)
     assert caught.value.fix
+
+
+def test_a_misspelt_path_is_not_blamed_on_the_network(tmp_path: Path) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "quantcli", "inspect", "models/lama"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert found.stderr.splitlines() == [
+        "error: no such model directory, and no such repository in reach",
+        "  --> models/lama",
+        "  fix: did you mean `llama` in models?",
+    ]

@@ -278,8 +278,8 @@ def test_cli_says_what_is_suspicious_and_exits_1(
     assert (code, err) == (1, "")
     what = "shard `model-00002-of-00002.safetensors` is missing (listed in the index)"
     assert out.splitlines()[-2:] == [
-        f"suspicious    {what} ({model})",
-        f"suspicious    model has no config.json ({model})",
+        f"suspicious    {what} ({model}); fetch the model again",
+        f"suspicious    model has no config.json ({model}); fetch the whole model folder",
     ]
     assert "model         unknown (no architecture named)" in out
     code, out, err = run(capsys, str(model), "--json")

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -141,8 +142,32 @@ def test_publish_by_force(tmp_path, made, monkeypatch, exchange):
     (tmp_path / "out" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "deep" / "old").touch()
     publish(made, tmp_path / "out", force=True)
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out", "out.replaced"]
     assert names(tmp_path / "out") == ["new"]
+    assert (tmp_path / "out.replaced" / "deep" / "old").exists(), "what was not ours is kept"
+
+
+@pytest.mark.parametrize(("stranger", "left"), [(None, []), ("notes.txt", ["out.replaced"])])
+def test_force_deletes_only_what_the_manifest_lists(tmp_path, made, stranger, left):
+    out = tmp_path / "out"
+    (out / "assets").mkdir(parents=True)
+    (out / "assets" / "a.png").touch()
+    manifest = {"files": {"assets/a.png": {"bytes": 0}}}
+    (out / "quantcli_manifest.json").write_text(json.dumps(manifest))
+    if stranger:
+        (out / stranger).touch()
+    publish(made, out, force=True)
+    assert names(tmp_path) == ["out", *left]
+    assert names(out) == ["new"]
+
+
+def test_force_has_no_place_for_what_is_not_ours(tmp_path):
+    for name in ("model", "out", "out.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "thesis").touch()
+    with pytest.raises(InputError, match="its new name is taken") as caught:
+        check_destination(tmp_path / "out", tmp_path / "model", force=True)
+    assert caught.value.where == str(tmp_path / "out.replaced")
 
 
 def test_publish_by_force_where_nothing_is(tmp_path, made):

@@ -20,8 +20,8 @@ from quantcli.recipe import (
     compare,
     load_recipe,
     parse_size,
-    recipe_schema,
 )
+from quantcli.schema import recipe_schema
 from tests.builders import make_model, tensor
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -305,7 +305,7 @@ def test_limits(limit, value, met):
             "r.yaml:",
         ),
         ([("*norm", "w8a16")], "rule 1 matches no matrix; only matrices", "`model.norm` is BF16 [16]"),
-        ([("*.weight", "w8a16")], "rule 1 matches no module", "whole names"),
+        ([("*.weight", "w8a16")], "rule 1 matches no module", "leave out `.weight`"),
         ([("model", "w8a16")], "rule 1 matches no module", "whole names"),
         ([("*.bias", "keep")], "rule 1 matches no module", "whole names"),
         ([("re:q_proj", "w8a16")], "rule 1 matches no module", "q_proj"),

@@ -190,8 +190,8 @@ class Ascend(Target):
             "optional": {},
         }
         for name in sorted(output.tensors):
-            module, _, suffix = name.rpartition(".")
-            table[name] = FLOAT if suffix == "bias" else labels.get(module, FLOAT)
+            owner, _, suffix = name.rpartition(".")
+            table[name] = FLOAT if suffix == "bias" else labels.get(owner, FLOAT)
         if head := _absent_head(output.tensors):
             table[head] = FLOAT
         for module in output.modules:
@@ -200,9 +200,9 @@ class Ascend(Target):
             for sibling in MERGED.get(last, ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels.get(module.name, FLOAT))
         if output.config.get("model_type") not in LISTEDEXPERTS:
-            for name, label in labels.items():
-                if match := EXPERT.fullmatch(name):
-                    table[f"{match['experts']}.weight"] = label
+            for module in output.modules:
+                if match := EXPERT.fullmatch(module.name):
+                    table[f"{match['experts']}.weight"] = labels.get(module.name, FLOAT)
         return table
 
 
@@ -227,7 +227,8 @@ def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
             yield Refusal(
                 name,
                 f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
-                "this version takes experts stored as one 2-D tensor each: convert the model first",
+                "this version takes one 2-D tensor per expert, as save_pretrained of transformers 5 "
+                "writes most families",
             )
             return
 

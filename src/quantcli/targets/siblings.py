@@ -45,7 +45,7 @@ def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
                 yield Refusal(
                     name,
                     f"the engine fuses these siblings, which must have one scheme: {said}",
-                    f'match them together, such as "{parent}.*"',
+                    "put them under one rule: match: [" + ", ".join(f'"*.{s}"' for s in group) + "]",
                 )
 
 

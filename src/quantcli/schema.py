@@ -1,0 +1,34 @@
+"""JSON Schema of recipes, for editors: every scheme and target with its options."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from quantcli.recipe import KEEP, RecipeFile
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Target
+
+
+def recipe_schema() -> str:
+    """The schema as JSON text, always the same bytes."""
+    schema = RecipeFile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "quantcli recipe"
+    properties = schema["$defs"]["RuleFile"]["properties"]
+    properties["scheme"] = _choices(discover(Scheme), "scheme", [KEEP])
+    schema["properties"]["target"] = _choices(discover(Target), "target", [])
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+def _choices(known: dict[str, Any], kind: str, words: list[str]) -> dict[str, Any]:
+    options = []
+    for name, cls in known.items():
+        schema = cls.model_json_schema()
+        schema.pop("title", None)
+        schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
+        schema["required"] = ["name", *schema.get("required", [])]
+        options.append(schema)
+    description = f"a {kind} by name, or a mapping with its name and options"
+    return {"description": description, "anyOf": [{"enum": [*words, *known]}, *options]}
