@@ -421,7 +421,7 @@ def test_a_good_checkpoint(model: Path) -> None:
         ".gitattributes": 0,
         "README.md": 5,
         "assets/a/b.txt": 3,
-        "config.json": 30,
+        "config.json": 49,
     }
     assert (checkpoint.left_out, checkpoint.problems, checkpoint.notes) == ({}, [], [])
 
