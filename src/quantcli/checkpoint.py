@@ -23,6 +23,7 @@ from quantcli.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.tensorspec import FLOATS, TensorSpec
 
 CONFIG = "config.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
@@ -119,9 +120,10 @@ def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[s
     if config and "model_type" not in config:
         yield f"{CONFIG} names no model_type: engines may not know what this is"
     floats = all(stored.spec.dtype in FLOATS for stored in tensors.values())
-    for level, place in ((config, ""), (config.get("text_config"), "text_config.")):
-        for key in ("quantization_config", "compression_config"):
-            if floats and isinstance(level, dict) and key in level:
+    nested = ((f"{key}.", value) for key, value in config.items() if isinstance(value, dict))
+    for place, level in (("", config), *nested):
+        for key in QUANTIZATION_KEYS:
+            if floats and key in level:
                 yield f"`{place}{key}` in {CONFIG} is stale: the weights are float"
     for name, stored in tensors.items():
         if len(stored.spec.shape) >= 3 and "experts" in name.split("."):

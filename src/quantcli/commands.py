@@ -48,7 +48,7 @@ def account(job: Job) -> dict[str, Any]:
         "digest": plan.digest,
         "rules": [
             {
-                "rule": line.number,
+                "rule": f"rules.{line.number - 1}",
                 "scheme": line.scheme,
                 "label": line.label,
                 "modules": line.modules,

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
 from quantcli.errors import QuantError
 from quantcli.tensorspec import TensorSpec
 
@@ -67,7 +67,7 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
         named = ", ".join(f"{_shown(kind)} {count}" for kind, count in kinds.most_common(9))
         return f"ascend ({named or 'no kinds named'})"
     for level in (checkpoint.config, checkpoint.text_config):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             block = level.get(key)
             if isinstance(block, dict):
                 method = _shown(block.get("quant_method", "unnamed"))

@@ -71,7 +71,7 @@ def test_layout_aligns_each_tensor(table: list[TensorSpec]) -> None:
         position += spec.nbytes
 
 
-def both_read(file: Path, content: bytes) -> None:
+def check_both_read(file: Path, content: bytes) -> None:
     """Whatever `content` is: refused with a QuantError, or read just as the library reads it."""
     file.write_bytes(content)
     try:
@@ -104,7 +104,7 @@ PIECES = [
 def test_the_header_that_is_spoilt_below_is_good(file: Path) -> None:
     file.write_bytes(GOOD)
     assert [s.spec.name for s in read_header(file)[0]] == ["a", "b", "c"]
-    both_read(file, GOOD)
+    check_both_read(file, GOOD)
 
 
 @MANY
@@ -113,7 +113,7 @@ def test_flipped_bytes(file: Path, flips: list[tuple[int, int]]) -> None:
     spoilt = bytearray(GOOD)
     for place, value in flips:
         spoilt[place] = value
-    both_read(file, bytes(spoilt))
+    check_both_read(file, bytes(spoilt))
 
 
 def test_every_truncation_is_refused(file: Path) -> None:
@@ -126,12 +126,12 @@ def test_every_truncation_is_refused(file: Path) -> None:
 @MANY
 @given(st.integers(0, len(TEXT)), st.integers(0, 6), st.sampled_from(PIECES))
 def test_spliced_json(file: Path, place: int, cut: int, piece: bytes) -> None:
-    both_read(file, pack(TEXT[:place] + piece + TEXT[place + cut :], bytes(range(12))))
+    check_both_read(file, pack(TEXT[:place] + piece + TEXT[place + cut :], bytes(range(12))))
 
 
 @FEW
 @given(st.binary(max_size=64))
 def test_random_bytes(file: Path, content: bytes) -> None:
-    both_read(file, content)
-    both_read(file, pack(content))
-    both_read(file, pack(b"{" + content))
+    check_both_read(file, content)
+    check_both_read(file, pack(content))
+    check_both_read(file, pack(b"{" + content))

@@ -22,7 +22,7 @@ FLOAT = "FLOAT"
 # npu_quant_matmul takes at most this many input features, and output features on one device.
 MAX_SIDE = 65535
 # Model types whose experts the engine finds by itself; for others it looks up the name of the set.
-LISTEDEXPERTS = frozenset(
+LISTED_EXPERTS = frozenset(
     {
         "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
         "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text",
@@ -199,7 +199,7 @@ class Ascend(Target):
             parent, _, last = module.name.rpartition(".")
             for sibling in MERGED.get(last, ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels.get(module.name, FLOAT))
-        if output.config.get("model_type") not in LISTEDEXPERTS:
+        if output.config.get("model_type") not in LISTED_EXPERTS:
             for module in output.modules:
                 if match := EXPERT.fullmatch(module.name):
                     table[f"{match['experts']}.weight"] = labels.get(module.name, FLOAT)

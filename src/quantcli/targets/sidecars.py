@@ -7,12 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS
+from quantcli.folder import INDEX
 from quantcli.targets.base import Output
 from quantcli.tensorspec import FLOAT_NAMES
-
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-STALE_KEYS = ("quantization_config", "compression_config")
 
 
 def to_json(value: object) -> bytes:
@@ -39,7 +37,7 @@ def config(output: Output, additions: dict[str, Any]) -> dict[str, bytes]:
     """
     table = copy.deepcopy(dict(output.config))
     for level in [table, *(value for value in table.values() if isinstance(value, dict))]:
-        for key in STALE_KEYS:
+        for key in QUANTIZATION_KEYS:
             level.pop(key, None)
     _set_dtype(table, output.serving_dtype)
     table.update(additions)
