@@ -1,7 +1,7 @@
 """CPU time of a conversion against `cp -r` of the same model.
 
 Measures user + system seconds of processes, which other load on the machine changes little. The
-candidates take turns, round after round, and medians count. GB are of bf16 input.
+candidates take turns in a shuffled order, round after round, and medians count. GB are of bf16 input.
 
 A conversion is forked off a process that has imported everything, and what it costs before there is
 any work (recipe, plan, folder) is that of a nearly empty model; both are left out. Source and
@@ -12,6 +12,7 @@ twice in a row and the second run, which finds the memory of the first, counts.
 
 from __future__ import annotations
 
+import random
 import shutil
 import statistics
 from collections.abc import Callable
@@ -62,8 +63,10 @@ def main() -> None:
             "start": lambda: convert("w8a8_dynamic", empty, "--no-checksum"),
         }
         used: dict[str, list[Usage]] = {name: [] for name in candidates}
+        order = random.Random(0)  # a fixed order can fall into step with what the host does
         for _ in range(options.rounds):
-            for name, run in candidates.items():
+            for name in order.sample(list(candidates), len(candidates)):
+                run = candidates[name]
                 run()
                 shutil.rmtree(out)
                 used[name].append(run())
