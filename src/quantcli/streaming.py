@@ -27,7 +27,6 @@ BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 _HASH_BYTES = 2**20
-_SMALL_ROW = 16  # bytes: tensors with such rows are written once a job, not once a block
 
 
 def memory_estimate(plan: Plan, workers: int) -> int:
@@ -124,7 +123,6 @@ class ShardRun:
             step = max(1, self.block_elements // item.source.spec.shape[1])
         else:
             step = max(1, 2 * self.block_elements // width)
-        small: dict[str, list[memoryview]] = {}
         for start in range(job.start, job.stop, step):
             if self._stop.is_set():
                 return
@@ -132,27 +130,16 @@ class ShardRun:
             block = self._buffer((stop - start) * width)
             open_shard.read(item, start * width, block)
             if isinstance(item, Quantize):
-                self._quantize(open_shard.writer, item, start, stop, block, small)
+                self._quantize(open_shard.writer, item, start, stop, block)
             else:
                 open_shard.writer.write(item.source.spec.name, start * width, block)
             self.progress.advance(len(block))
-        for out in item.outputs:
-            if out.name in small:
-                data = b"".join(small[out.name])
-                open_shard.writer.write(out.name, job.start * out.row_nbytes, data)
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
 
     def _quantize(
-        self,
-        writer: ShardWriter,
-        item: Quantize,
-        start: int,
-        stop: int,
-        block: memoryview,
-        small: dict[str, list[memoryview]],
+        self, writer: ShardWriter, item: Quantize, start: int, stop: int, block: memoryview
     ) -> None:
-        """Quantize a block and write it; scales and the like, a few bytes a row, go into `small`."""
         spec = item.source.spec
         rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(stop - start, -1)
         parts = item.scheme.quantize(rows, torch_dtype(item.held))
@@ -160,10 +147,7 @@ class ShardRun:
             raise not_finite(rows, start, item)
         packed = self.plan.recipe.target.pack(item.scheme.numerics, parts)
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
-            if out.row_nbytes <= _SMALL_ROW:
-                small.setdefault(out.name, []).append(tensor_bytes(tensor))
-            else:
-                writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
+            writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
 
     def _buffer(self, nbytes: int) -> memoryview:
         """This thread's buffer, `nbytes` of it; it only ever grows."""
