@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -10,6 +12,9 @@ if TYPE_CHECKING:
 
 # "weight", "weight_scale": the tensors that a scheme makes of one weight.
 Parts: TypeAlias = "dict[str, torch.Tensor]"
+# "input_scale", "input_offset", "left_trans": what was measured or learned for one module.
+Stats: TypeAlias = "Mapping[str, torch.Tensor]"
+NO_STATS: Stats = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,23 +22,28 @@ class Operand:
     """How one side of a matmul is quantized, in the field's usual words.
 
     dtype:     what the codes are.
-    per:       what shares a scale: a channel is an output row of a weight, a token a row of inputs.
+    per:       what shares a scale: a channel is an output row of a weight, a token a row of inputs,
+               a tensor all that goes into one module.
     symmetric: no zero point.
     dynamic:   the scale is computed while serving.
     """
 
     dtype: Literal["int8", "fp8_e4m3"]
-    per: Literal["channel", "token"]
+    per: Literal["channel", "token", "tensor"]
     symmetric: bool = True
     dynamic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What a quantized linear computes with. `input` is None where inputs stay float."""
+    """What a quantized linear computes with. `input` is None where inputs stay float.
+
+    prefill: how the engine quantizes inputs outside of decoding, where that is different.
+    """
 
     weight: Operand
     input: Operand | None
+    prefill: Operand | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Parts
+from quantcli.numerics import NO_STATS, Numerics, Parts, Stats
+from quantcli.schemes.observers import Observer
 
 
 class Scheme(BaseModel, ABC):
@@ -26,16 +27,36 @@ class Scheme(BaseModel, ABC):
     def numerics(self) -> Numerics:
         """What the numbers are, for the target."""
 
+    def observer(self, held: torch.dtype) -> Observer | None:
+        """What measures this module's input during calibration; None for schemes that need no data.
+
+        held: the dtype in which the engine will hold `input_scale`.
+        """
+        return None
+
+    def constants(self, stats: Stats, held: torch.dtype) -> Parts:
+        """The parts that do not depend on rows, from what the observer measured: `input_scale` [1]."""
+        return {}
+
     @abstractmethod
-    def quantize(self, rows: Tensor, held: torch.dtype) -> Parts:
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
         """Codes and scales of whole rows.
 
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
         held: the dtype in which the engine will hold `weight_scale`; codes are chosen against it.
+        constants: what `constants` returned for this module.
+        bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
 
-        Returns `weight` [..., n, k] (codes) and `weight_scale` [..., n, 1] (float32, exactly
-        representable in `held`). A row with NaN or Inf gets a scale that is not finite. Each row
-        depends on itself alone, so blocks may be cut anywhere. Also runs on the meta device.
+        Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
+        representable in `held`), and what else the scheme has per row. A row with NaN or Inf gets a
+        scale that is not finite. Each row depends on itself alone, so blocks may be cut anywhere. Also
+        runs on the meta device.
         """
 
     def dequantize(self, parts: Parts) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Operand, Parts
+from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
 
@@ -22,7 +22,13 @@ class Fp8Dynamic(Scheme):
         """Fp8 e4m3 per channel x fp8 e4m3 per token, dynamic."""
         return Numerics(Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
 
-    def quantize(self, rows: Tensor, held: torch.dtype) -> Parts:
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, held)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Operand, Parts
+from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
 
@@ -22,7 +22,13 @@ class W8A8Dynamic(Scheme):
         """Int8 per channel x int8 per token, dynamic."""
         return Numerics(Operand("int8", "channel"), Operand("int8", "token", dynamic=True))
 
-    def quantize(self, rows: Tensor, held: torch.dtype) -> Parts:
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2."""
         scale = rounding.channel_scale(rows, rounding.INT8_REACH, held)
         return {"weight": rounding.to_int8(rows, scale), "weight_scale": scale}
