@@ -1,0 +1,279 @@
+"""Where the channels of a tensor go: which matrices read a norm's output, or a matrix's own rows.
+
+While a layer runs, every tensor of interest has a shadow of its shape that holds, instead of values, the
+number of the channel that each element came from, and the token. What moves elements about (views,
+transposes, look-ups) moves the shadow with them. What the rules here do not cover is an escape: the
+channel is used in a way that scaling it would change. So a group that is reported is right, whatever
+the architecture, and one that is not understood is left alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantcli.calibration.taps import (
+    Listener,
+    Matrices,
+    Matrix,
+    Tap,
+    grouped_arguments,
+    is_grouped,
+    linear_arguments,
+)
+
+_TOKEN = 2**32  # a shadow's element is token * _TOKEN + channel; token 0 is unknown
+# By the name of the torch function. Same elements in the same places:
+_SAME = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
+                   "detach", "alias"})  # fmt: skip
+# Same elements in other places:
+_MOVED = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze",
+                    "squeeze", "expand", "chunk", "split", "__getitem__", "index_select", "narrow",
+                    "repeat_interleave", "repeat", "movedim", "swapaxes", "swapdims"})  # fmt: skip
+_SCALED = frozenset({"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "divide"})
+_ATTENTION = frozenset({"scaled_dot_product_attention"})
+_MATMUL = frozenset({"matmul", "__matmul__", "bmm"})
+_current: ContextVar[Flow | None] = ContextVar("flow", default=None)
+
+
+@dataclass
+class Source:
+    """Channels that can be scaled where they are made: a norm's weight, or the rows of a matrix."""
+
+    name: str  # a module of the layer with a norm's weight, or a matrix's parameter
+    experts: bool  # a row of each expert
+    escaped: Tensor  # bool [channels]
+    readers: dict[str, Tensor] = field(default_factory=dict)  # parameter -> source channel of each column
+
+
+@dataclass
+class _Shadow:
+    elements: Tensor  # int64, of the tensor's shape
+    source: Source | None
+
+
+class Flow(Tap):
+    """A tap that also follows channels. One forward of one batch at a time."""
+
+    def __init__(self, matrices: Matrices, listener: Listener, tokens: int) -> None:
+        """tokens: of the batch, with padding: batch * length."""
+        super().__init__(matrices, listener)
+        self.norms: dict[str, Source] = {}
+        self.rows: dict[str, Source] = {}
+        self.inputs: dict[str, tuple[Any, ...]] = {}  # parameter -> what was multiplied, to be compared
+        self._tokens = tokens
+        self._shadows: dict[int, tuple[weakref.ref[Tensor], _Shadow]] = {}
+        self._casts: dict[int, tuple[weakref.ref[Tensor], Matrix]] = {}
+        self._kept: list[Tensor] = []  # inputs, so that no later tensor gets their memory
+
+    def __enter__(self) -> Any:
+        self._token = _current.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        _current.reset(self._token)
+        return super().__exit__(*error)
+
+    def rows_of(self, x: Tensor) -> Tensor | None:
+        """The token of each row of x [..., k], from 0; None where that is not known."""
+        shadow = self._get(x)
+        if shadow is not None:
+            token = shadow.elements.reshape(-1, x.shape[-1])[:, 0] // _TOKEN
+            if bool((token > 0).all()):
+                return token - 1
+        if x.numel() == self._tokens * x.shape[-1]:
+            return torch.arange(self._tokens, device=x.device)
+        return None
+
+    # -- what the mode sees ----------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        tracked = [value for value in _tensors((args, kwargs)) if self._get(value) is not None]
+        if func is F.linear or is_grouped(func):
+            return self._read(func, types, args, kwargs)
+        if not tracked:
+            result = func(*args, **kwargs)
+            if name in _SAME and args and isinstance(args[0], Tensor):
+                self._note_cast(args[0], result)
+            return result
+        result = func(*args, **kwargs)
+        if not any(True for _ in _tensors(result)):
+            return result  # a question: shape, dtype, device
+        first = tracked[0]
+        shadow = self._get(first)
+        assert shadow is not None
+        if len(tracked) == 1 and self._follow(name, first, shadow, args, kwargs, result):
+            return result
+        for tensor in tracked:
+            self._escape(tensor)
+        return result
+
+    def _follow(
+        self, name: str, x: Tensor, shadow: _Shadow, args: Any, kwargs: Any, result: Any
+    ) -> bool:
+        """Give the result its shadow; False where the function is none of those that are understood."""
+        elements = shadow.elements
+        if name in _SAME or (name == "dropout" and not kwargs.get("training", False)):
+            if not isinstance(result, Tensor) or result.shape != x.shape:
+                return False
+            self._set(result, _Shadow(elements, shadow.source))
+            return True
+        if name in _MOVED and args and args[0] is x:
+            if any(isinstance(value, torch.dtype) for value in args):
+                return False  # the same bytes as other numbers
+            move = elements.reshape if name == "view" else getattr(elements, name)
+            moved = move(*args[1:], **kwargs)
+            pairs = zip(_tensors(result), _tensors(moved), strict=True)
+            for part, part_elements in pairs:
+                self._set(part, _Shadow(part_elements, shadow.source))
+            return True
+        if name in _SCALED and isinstance(result, Tensor):
+            if name.endswith(("div", "truediv__", "divide")) and args[0] is not x:
+                return False
+            self._set(result, _Shadow(elements.expand(result.shape), shadow.source))
+            return True
+        mixes = (name in _MATMUL and args[1] is x) or (
+            name in _ATTENTION and (kwargs["value"] if "value" in kwargs else args[2]) is x
+        )
+        if mixes and isinstance(result, Tensor):
+            return self._mix(elements, shadow, result)
+        return False
+
+    def _mix(self, elements: Tensor, shadow: _Shadow, result: Tensor) -> bool:
+        """Weighted sums over tokens keep the channels: attention's output has those of its values."""
+        channels = elements % _TOKEN
+        if not bool((channels == channels[..., :1, :]).all()):
+            return False
+        one = channels[..., :1, :]
+        if one.dim() == 4 and result.dim() == 4 and one.shape[1] != result.shape[1]:
+            one = one.repeat_interleave(result.shape[1] // one.shape[1], 1)  # grouped-query heads
+        self._set(result, _Shadow(one.expand(result.shape), shadow.source))
+        return True
+
+    # -- matrices --------------------------------------------------------------------------------
+
+    def _read(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if is_grouped(func):
+            x, weight, _ = grouped_arguments(args, kwargs)
+        else:
+            x, weight, _ = linear_arguments(args, kwargs)
+        matrix = self._matrices.find(weight)
+        cast = self._casts.get(id(weight))
+        if matrix is None and cast is not None and cast[0]() is weight:
+            matrix = cast[1]
+        result = super().__torch_function__(func, types, args, kwargs)
+        if matrix is None:
+            self._escape(x)
+            return result
+        name = matrix.parameter
+        self._kept.append(x)
+        if name not in self.inputs:
+            self.inputs[name] = (x.data_ptr(), x.numel(), x.shape[-1], x.dtype)
+        self._note_reader(name, x)
+        shape = self._matrices.shapes[name]
+        source = self.rows.get(name)
+        if source is None:
+            fused = len(shape) == 3
+            source = self.rows[name] = Source(name, fused, torch.zeros(shape[-2], dtype=torch.bool))
+        tokens = self.rows_of(x)
+        channels = torch.arange(shape[-2])
+        number = torch.zeros(1, dtype=torch.int64) if tokens is None else tokens.cpu() + 1
+        elements = number[:, None] * _TOKEN + channels
+        self._set(result, _Shadow(elements.expand(-1 if tokens is not None else x.numel() // x.shape[-1], -1).reshape(result.shape), source))
+        return result
+
+    def _note_reader(self, name: str, x: Tensor) -> None:
+        shadow = self._get(x)
+        if shadow is None or shadow.source is None:
+            return
+        channels = (shadow.elements % _TOKEN).reshape(-1, x.shape[-1])
+        if not len(channels):
+            return
+        known = shadow.source.readers.setdefault(name, channels[0])
+        if not bool((channels == known).all()):
+            self._escape(x)
+
+    def _note_cast(self, before: Tensor, after: Any) -> None:
+        if isinstance(after, Tensor) and before.dim() == 2 and after.shape == before.shape:
+            matrix = self._matrices.find(before)
+            if matrix is not None:
+                self._casts[id(after)] = (weakref.ref(after), matrix)
+
+    # -- shadows ---------------------------------------------------------------------------------
+
+    def norm(self, name: str, out: Tensor) -> None:
+        """A norm made `out`: its channels can be scaled by its weight."""
+        k = out.shape[-1]
+        source = self.norms.get(name)
+        if source is None:
+            source = self.norms[name] = Source(name, False, torch.zeros(k, dtype=torch.bool))
+        rows = out.numel() // k
+        tokens = torch.arange(1, rows + 1) if rows == self._tokens else torch.zeros(rows, dtype=torch.int64)
+        elements = tokens[:, None] * _TOKEN + torch.arange(k)
+        self._set(out, _Shadow(elements.reshape(out.shape), source))
+
+    def _get(self, tensor: Tensor) -> _Shadow | None:
+        entry = self._shadows.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def _set(self, tensor: Tensor, shadow: _Shadow) -> None:
+        self._shadows[id(tensor)] = (weakref.ref(tensor), shadow)
+
+    def _escape(self, tensor: Tensor) -> None:
+        shadow = self._get(tensor)
+        if shadow is not None and shadow.source is not None:
+            shadow.source.escaped[(shadow.elements % _TOKEN).flatten()] = True
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has a vector `weight` of its own, as norms have."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+@contextmanager
+def norms_followed(name: str, layer: nn.Module) -> Iterator[None]:
+    """Within it, what the norms of a layer return is told to the flow of the thread."""
+
+    def hook(path: str) -> Any:
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            flow = _current.get()
+            weight = module._parameters["weight"]
+            if flow is None or not isinstance(out, Tensor) or weight is None:
+                return
+            if len(weight) == out.shape[-1] and args and args[0].shape == out.shape:
+                flow.norm(path, out)
+
+        return after
+
+    handles = [
+        module.register_forward_hook(hook(f"{name}.{path}"))
+        for path, module in layer.named_modules()
+        if is_norm(module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,143 @@
+"""All that is asked of transformers: a model from its config, and how stored tensors become parameters.
+
+Nothing that came with a model runs here unless `trust_remote_code` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.errors import InputError
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """transformers without its log lines and progress bars."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
+    """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
+
+    Raises InputError where transformers does not know it, or its config does not fit.
+    """
+    import transformers
+
+    where = str(checkpoint.path / CONFIG)
+    try:
+        with hushed(), _parameters_on_meta(), torch.no_grad():
+            config = transformers.AutoConfig.from_pretrained(
+                str(checkpoint.path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            named = (getattr(config, "architectures", None) or [""])[0]
+            native = getattr(transformers, str(named), None)
+            custom = trust_remote_code and hasattr(config, "auto_map")
+            if native is not None and not custom:
+                model = native._from_config(config, dtype=dtype)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            model.tie_weights()
+            _keep_in_float32(model, dtype)
+    except Exception as error:
+        raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
+    return model.eval()
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give the parameters that from_pretrained keeps in float32 that dtype."""
+    import re
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern = build_glob_alternation(list(plan))[0]
+    for name, parameter in list(model.named_parameters()):
+        if re.search(pattern, name):
+            path, _, local = name.rpartition(".")
+            kept = nn.Parameter(parameter.float(), requires_grad=False)
+            model.get_submodule(path)._parameters[local] = kept
+
+
+def _explain(
+    error: Exception, checkpoint: Checkpoint, where: str, *, trust_remote_code: bool
+) -> InputError:
+    own_code = bool(checkpoint.config.get("auto_map"))
+    if own_code and not trust_remote_code:
+        return InputError(
+            "the model comes with code of its own, without which it cannot be run",
+            where=where,
+            fix="read that code, then give --trust-remote-code; or use a scheme that needs no data",
+        )
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(
+        f"transformers cannot build this model: {said}",
+        where=where,
+        fix="check config.json; a newer transformers may know the model (pip install -U transformers)",
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built meanwhile keep no storage for parameters; buffers are computed as usual."""
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def conversions(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
+    """For every stored name: the parameter it goes into (None where there is none), and the pattern
+    and converter of the library where it takes more than another name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix, known = model.base_model_prefix, model.state_dict()
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], prefix, known)
+        if target not in known:
+            yield name, None, None, None
+        else:
+            yield name, target, pattern, by_pattern[pattern] if pattern is not None else None

@@ -1,0 +1,84 @@
+"""What stands around the decoder stack: read from the checkpoint when it is first used, then dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.header import StoredTensor
+from quantcli.tensors import read_rows
+
+
+class _Rows(TorchFunctionMode):
+    """Embedding look-ups read just the rows that they want: tables are larger than decoder layers."""
+
+    def __init__(self, tables: dict[int, StoredTensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._tables = tables  # id of a parameter -> where it is stored
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            ids = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            stored = self._tables.get(id(weight))
+            if stored is not None:
+                wanted, places = ids.unique(return_inverse=True)
+                rows = read_rows(stored, wanted.tolist()).to(ids.device, self._dtype)
+                return F.embedding(places, rows)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
+    """Within it the model runs but for its decoder layers, which are the caller's."""
+    tables: dict[int, StoredTensor] = {}
+    with ExitStack() as stack:
+        for path, module in skeleton.model.named_modules():
+            if path.startswith(f"{skeleton.stack}."):
+                continue
+            names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
+            wanted = [f"{path}.{name}".lstrip(".") for name in names]
+            wanted = [name for name in wanted if skeleton.outside(name) is not None]
+            if isinstance(module, nn.Embedding) and wanted:
+                group = skeleton.outside(wanted[0])
+                if group is not None and group.converter is None:
+                    tables[id(module.weight)] = group.sources[0][1]
+                    continue
+            if wanted:
+                stack.callback(_load_at_first_call(module, wanted, skeleton, read, device, stack).remove)
+            _move_buffers(module, device)
+        with _Rows(tables, skeleton.dtype):
+            yield
+
+
+def _load_at_first_call(
+    module: nn.Module,
+    wanted: list[str],
+    skeleton: Skeleton,
+    read: Read,
+    device: torch.device,
+    stack: ExitStack,
+) -> Any:
+    done: list[bool] = []
+
+    def load(_: nn.Module, __: Any) -> None:
+        if not done:
+            done.append(True)
+            stack.enter_context(skeleton.filled(wanted, read, device))
+
+    return module.register_forward_pre_hook(load)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in module._buffers.items():
+        if isinstance(buffer, Tensor) and buffer.device.type != "meta":
+            module._buffers[name] = buffer.to(device)

@@ -1,0 +1,156 @@
+"""Run a model one decoder layer at a time, weights from disk: the memory of one layer, any architecture.
+
+The model's own forward runs twice without its layers: at the start, where each layer only notes how it
+is called, and at the end, where the stack returns what the layers have made. In between each layer is
+called as it was noted, over all batches, with its weights just read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.calibration.calls import Call, Outline, Shared
+from quantcli.calibration.dataset import Batch
+from quantcli.calibration.outside import outside
+from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.errors import InputError
+from quantcli.tensors import read_tensor
+
+Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
+Sink = Callable[[int, Tensor], None]  # takes the output of a batch
+
+
+class Source(Protocol):
+    """Where a batch's hidden states are read."""
+
+    def get(self, batch: int) -> Tensor:
+        """Hidden states of a batch."""
+
+
+class Replay:
+    """Batches on their way through a model."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device,
+        workers: int,
+        read: Read = read_tensor,
+    ) -> None:
+        """read: gives stored tensors outside of the layers. workers: batches at a time, each computed
+        by one thread on its own, so that results do not depend on their number."""
+        self.skeleton = skeleton
+        self.batches = batches
+        self.device = device
+        self._read = read
+        self._workers = workers if device.type == "cpu" else 1
+        self._outline = Outline([layer for _, layer in skeleton.layers])
+        self._calls: list[list[Call]] = []
+        self._shared = Shared()
+
+    @property
+    def arguments_nbytes(self) -> int:
+        """Bytes of masks and positions that are held."""
+        return self._shared.nbytes
+
+    def begin(self, sink: Sink) -> None:
+        """Note how every layer is called for every batch; `sink` takes the inputs of the first.
+
+        Raises InputError where the model's layers cannot be called one by one.
+        """
+        with outside(self.skeleton, self._read, self.device), _one_thread():
+            for number, batch in enumerate(self.batches):
+                noted = self._outline.note(lambda batch=batch: self._forward(batch))
+                if noted is None:
+                    raise InputError(
+                        f"the layers of `{type(self.skeleton.model).__name__}` cannot be run one by "
+                        "one: they do not pass hidden states on as they come",
+                        where=str(self.skeleton.checkpoint.path),
+                        fix="use schemes that need no data, such as w8a8_dynamic",
+                    )
+                hidden, calls = noted
+                self._calls.append([call.map(self._shared) for call in calls])
+                self._shared.forget()
+                sink(number, hidden)
+
+    def _forward(self, batch: Batch) -> Any:
+        ids = batch.input_ids.to(self.device)
+        mask = None if batch.mask is None else batch.mask.to(self.device, torch.int64)
+        with torch.no_grad():
+            return self.skeleton.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def run(
+        self,
+        index: int,
+        layer: nn.Module,
+        states: Source,
+        sink: Sink | None = None,
+        tap: Tap | None = None,
+        only: Sequence[int] | None = None,
+    ) -> None:
+        """A loaded layer over all batches, or `only` some. InputError for NaN or Inf in its output."""
+        name = self.skeleton.layers[index][0]
+        stop = threading.Event()
+
+        def work(number: int) -> None:
+            if stop.is_set():
+                return
+            hidden = states.get(number).to(self.device)
+            with torch.no_grad(), nullcontext() if tap is None else tap(number):
+                out = self._calls[number][index].run(layer, hidden)
+            if not bool(torch.isfinite(out).all()):
+                raise self._not_finite(name, out, number)
+            if sink is not None:
+                sink(number, out)
+
+        numbers = range(len(self.batches)) if only is None else only
+        with (
+            _one_thread(),
+            ThreadPoolExecutor(
+                self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool,
+        ):
+            futures = [pool.submit(work, number) for number in numbers]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                raise
+
+    def _not_finite(self, layer: str, out: Tensor, batch: int) -> InputError:
+        bad = (~torch.isfinite(out)).reshape(len(out), -1).any(1).nonzero()
+        sample = sum(len(b.input_ids) for b in self.batches[:batch]) + int(bad[0])
+        return InputError(
+            f"`{layer}` yields NaN or Inf for sample {sample}",
+            where=str(self.skeleton.checkpoint.path),
+            fix="if the model is sound, it needs more range: set calibration.dtype to float32",
+        )
+
+    def finish(self, states: Source, use: Sink) -> None:
+        """What follows the stack, for every batch; `use` takes the logits [batch, length, vocabulary]."""
+        with outside(self.skeleton, self._read, self.device), _one_thread():
+            for number, batch in enumerate(self.batches):
+                with self._outline.ending(states.get(number).to(self.device)):
+                    out = self._forward(batch)
+                use(number, out.logits if hasattr(out, "logits") else out[0])
+
+
+class _one_thread:  # noqa: N801 - used like a function
+    """Torch on one thread: sums over several would depend on how many."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)

@@ -1,0 +1,252 @@
+"""A model without its weights: built from config.json, filled one part at a time from the checkpoint.
+
+transformers builds the modules and converts stored tensors to parameters (it keeps experts fused that
+files hold one by one); nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.calibration.library import build_model, conversions
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
+from quantcli.header import StoredTensor
+from quantcli.tensorspec import torch_dtype
+
+Read = Callable[[StoredTensor], Tensor]  # a stored tensor's values, edited as the caller likes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, stop) of a matrix that are one weight of the checkpoint."""
+
+    start: int
+    stop: int
+    module: str  # of the checkpoint, without ".weight"
+
+
+@dataclass
+class Group:
+    """Stored tensors that one conversion of the library turns into one or more parameters."""
+
+    target: str  # the first parameter's name
+    converter: Any  # the library's WeightConverter; None where a tensor is only renamed
+    sources: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern, tensor)
+
+    def convert(self, read: Read, model: Any) -> dict[str, Tensor]:
+        """Parameters by name, from the tensors that `read` gives."""
+        if self.converter is None:
+            return {self.target: read(self.sources[0][1])}
+        converter = copy.deepcopy(self.converter)
+        for pattern, stored in self.sources:
+            converter.add_tensor(self.target, stored.spec.name, pattern, lambda s=stored: read(s))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
+
+
+class Skeleton:
+    """The modules of a model, their parameters on the meta device, and where each comes from.
+
+    layers: the decoder stack, (name, module) in order.
+    unused: stored tensors that the model has no parameter for, such as draft layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool) -> None:
+        """dtype: safetensors name of the dtype to compute in.
+
+        Raises InputError where transformers cannot build the model, no decoder stack is found, or a
+        parameter of a decoder layer has no stored tensor.
+        """
+        self.checkpoint = checkpoint
+        self.dtype = torch_dtype(dtype)
+        self.model = build_model(checkpoint, self.dtype, trust_remote_code=trust_remote_code)
+        self.layers = _decoder_layers(self.model, checkpoint)
+        self._groups, self.unused = self._map()
+        self._wanted = self._dtypes()
+        self._check()
+
+    def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
+        """Every stored tensor's group, by the index of its layer; -1 for what is outside the stack."""
+        groups: dict[int, list[Group]] = defaultdict(list)
+        made: dict[str, Group] = {}
+        unused = []
+        for name, target, pattern, converter in conversions(self.model, self.checkpoint.tensors):
+            if target is None:
+                unused.append(name)
+                continue
+            if target not in made:
+                made[target] = Group(target, converter)
+                groups[self._owner(target)].append(made[target])
+            made[target].sources.append((pattern or name, self.checkpoint.tensors[name]))
+        return groups, unused
+
+    def _owner(self, parameter: str) -> int:
+        prefix = self.stack + "."
+        if not parameter.startswith(prefix):
+            return -1
+        return int(parameter.removeprefix(prefix).partition(".")[0])
+
+    @cached_property
+    def stack(self) -> str:
+        """Name of the module list that holds the decoder layers."""
+        return self.layers[0][0].rpartition(".")[0]
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """What dtype each parameter and buffer is to have: as from_pretrained would make it."""
+        return {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+
+    def _check(self) -> None:
+        for index, (name, layer) in enumerate(self.layers):
+            have = {parameter for _, made in self._labels(index) for parameter in made}
+            for local, _ in layer.named_parameters():
+                if f"{name}.{local}" not in have:
+                    raise InputError(
+                        f"the model has no tensor for parameter `{name}.{local}`",
+                        where=str(self.checkpoint.path),
+                        fix="config.json and the weights disagree: fetch the whole model again",
+                    )
+
+    def _labels(self, index: int) -> Iterator[tuple[Group, dict[str, Tensor]]]:
+        """Each group of a layer converted from tensors that hold, instead of values, their place in
+        the group's sources. One column is enough: rows tell where they come from."""
+        for group in self._groups[index]:
+            places = {stored.spec.name: n for n, (_, stored) in enumerate(group.sources)}
+
+            def column(stored: StoredTensor, places: Mapping[str, int] = places) -> Tensor:
+                shape = stored.spec.shape
+                thin = (*shape[:-1], 1) if len(shape) > 1 else shape
+                return torch.full(thin, places[stored.spec.name], dtype=torch.int32)
+
+            yield group, group.convert(column, self.model)
+
+    def segments(self, index: int) -> dict[str, list[list[Segment]]]:
+        """Whose rows are whose, for every matrix parameter of a layer by its name.
+
+        One list of segments for a matrix [n, k]; one per expert where experts are fused [e, n, k].
+        """
+        found: dict[str, list[list[Segment]]] = {}
+        for group, made in self._labels(index):
+            modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
+            for parameter, labels in made.items():
+                fused = labels.dim() == 3 and group.converter is not None
+                if labels.dim() != 2 + fused or labels.shape[-1] != 1:
+                    continue  # a vector, a convolution, or stored transposed
+                rows = labels.reshape(-1, labels.shape[-2]).tolist()
+                found[parameter] = [_runs(expert, modules) for expert in rows]
+        return found
+
+    def nbytes(self, index: int) -> int:
+        """Bytes of a layer's parameters."""
+        return sum(p.numel() * p.element_size() for p in self.layers[index][1].parameters())
+
+    @contextmanager
+    def loaded(self, index: int, read: Read, device: torch.device) -> Iterator[nn.Module]:
+        """A layer with its weights, read from the checkpoint; they are dropped at the end."""
+        with self._filled(self._groups[index], read, device):
+            yield self.layers[index][1]
+
+    @contextmanager
+    def filled(self, parameters: list[str], read: Read, device: torch.device) -> Iterator[None]:
+        """Some parameters from outside of the stack, with their values."""
+        groups = {id(g): g for name in parameters if (g := self.outside(name)) is not None}
+        with self._filled(list(groups.values()), read, device, parameters):
+            yield
+
+    @contextmanager
+    def _filled(
+        self,
+        groups: list[Group],
+        read: Read,
+        device: torch.device,
+        parameters: list[str] | None = None,
+    ) -> Iterator[None]:
+        before: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for group in groups:
+                made = group.convert(read, self.model)
+                if parameters is not None and not made.keys() & set(parameters):
+                    made = dict(zip(parameters, made.values(), strict=True))  # tied: by another name
+                for name, tensor in made.items():
+                    path, _, local = name.rpartition(".")
+                    module = self.model.get_submodule(path)
+                    before.append((module, local, getattr(module, local)))
+                    _put(module, local, tensor.to(device, self._wanted[name]))
+            yield
+        finally:
+            for module, local, tensor in reversed(before):
+                _put(module, local, tensor)
+
+    def outside(self, parameter: str) -> Group | None:
+        """The group of a parameter outside of the stack."""
+        return self._outside.get(parameter)
+
+    @cached_property
+    def _outside(self) -> dict[str, Group]:
+        found = {group.target: group for group in self._groups[-1]}
+        for names in _tied(self.model):  # an lm_head without a tensor of its own
+            stored = next((found[name] for name in names if name in found), None)
+            if stored is not None:
+                found.update({name: stored for name in names if name not in found})
+        return found
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in module._buffers:
+        module._buffers[name] = tensor
+    else:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        module._parameters[name] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one object."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _runs(labels: list[int], modules: list[str]) -> list[Segment]:
+    segments = []
+    start = 0
+    for label, run in groupby(labels):
+        stop = start + sum(1 for _ in run)
+        segments.append(Segment(start, stop, modules[label]))
+        start = stop
+    return segments
+
+
+def _decoder_layers(model: Any, checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
+    """The decoder stack: of the module lists in the language model that are in no other, the one with
+    the most parameters. Towers of multimodal models have stacks too; `get_decoder` leaves them out."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    best: tuple[int, str, Any] = (0, "", None)
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or id(module) not in inside:
+            continue
+        if any(name.startswith(f"{other}.") for other in outer):
+            continue
+        outer.append(name)
+        size = sum(parameter.numel() for parameter in module.parameters())
+        best = max(best, (size, name, module), key=lambda entry: entry[0])
+    size, name, stack = best
+    if stack is None:
+        raise InputError(
+            f"no stack of decoder layers in `{type(model).__name__}`",
+            where=str(checkpoint.path / "config.json"),
+            fix="schemes that need no data work without one, such as w8a8_dynamic",
+        )
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(stack)]

@@ -1,0 +1,114 @@
+"""Listening to the matrix multiplications of a layer while it runs, whoever calls them.
+
+A torch function mode sees `linear` and its grouped form for experts with the very tensors, so nothing has
+to be known of modules: a weight is recognised by its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight that multiplies: a parameter [n, k], or one expert of a parameter [e, n, k]."""
+
+    parameter: str
+    expert: int = 0
+
+
+class Listener(Protocol):
+    """What wants to know of a layer's matrix multiplications."""
+
+    def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x [..., k] is about to be multiplied; a result [..., n] to take instead, or None."""
+
+
+class Matrices:
+    """A loaded layer's matrix parameters, found by their storage."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.shapes: dict[str, torch.Size] = {}
+        self._by_storage: dict[int, tuple[str, Tensor]] = {}
+        for local, parameter in layer.named_parameters():
+            if parameter.dim() in (2, 3):
+                full = f"{name}.{local}"
+                self.shapes[full] = parameter.shape
+                self._by_storage[parameter.untyped_storage().data_ptr()] = (full, parameter)
+
+    def find(self, weight: Tensor) -> Matrix | None:
+        """The parameter, and the expert, that a weight is a view of."""
+        found = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        name, parameter = found
+        offset = weight.storage_offset() - parameter.storage_offset()
+        expert = offset // parameter.stride(0) if parameter.dim() == 3 and weight.dim() == 2 else 0
+        return Matrix(name, expert)
+
+
+def linear_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input, weight and bias of a call of `linear`."""
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    return given["input"], given["weight"], given.get("bias")
+
+
+def grouped_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[int]]:
+    """x [tokens, k] sorted by expert, weight [e, k, n], and where each expert's tokens end."""
+    offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+    assert isinstance(offsets, Tensor)
+    return args[0], args[1], [int(end) for end in offsets.tolist()]
+
+
+def is_grouped(func: Any) -> bool:
+    """Whether a torch function multiplies sorted tokens with the weights of several experts."""
+    return getattr(func, "__name__", "") in _GROUPED
+
+
+class Tap(TorchFunctionMode):
+    """Tells a listener of every multiplication with one of the layer's matrices, on this thread."""
+
+    def __init__(self, matrices: Matrices, listener: Listener) -> None:
+        super().__init__()
+        self._matrices = matrices
+        self._listener = listener
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight, bias = linear_arguments(args, kwargs)
+            matrix = self._matrices.find(weight)
+            result = None if matrix is None else self._listener.linear(matrix, x, bias)
+            if result is not None:
+                return result
+        elif is_grouped(func):
+            x, weight, ends = grouped_arguments(args, kwargs)
+            matrix = self._matrices.find(weight)
+            if matrix is not None:
+                return self._grouped(matrix.parameter, x, weight, ends, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _grouped(
+        self, parameter: str, x: Tensor, weight: Tensor, ends: list[int], func: Any, args: Any, kwargs: Any
+    ) -> Any:
+        pieces: list[Tensor | None] = []
+        start = 0
+        for expert, end in enumerate(ends):
+            pieces.append(self._listener.linear(Matrix(parameter, expert), x[start:end], None))
+            start = end
+        y = func(*args, **kwargs)
+        start = 0
+        for piece, end in zip(pieces, ends, strict=True):
+            if piece is not None:
+                y[start:end] = piece
+            start = end
+        return y

@@ -1,0 +1,66 @@
+"""Tensors to and from bytes on disk, without a second copy."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import MachineError
+from quantcli.header import StoredTensor
+from quantcli.tensorspec import torch_dtype
+from quantcli.writer import disk_errors
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A whole stored tensor, in its own dtype and shape. MachineError where it cannot be read."""
+    spec = stored.spec
+    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    if spec.nbytes:
+        _fill(tensor, stored, 0)
+    return tensor
+
+
+def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:
+    """Some rows of a stored tensor, in the given order: [len(rows), ...]."""
+    spec = stored.spec
+    tensor = torch.empty((len(rows), *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
+    with disk_errors(stored.file):
+        fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for place, row in enumerate(rows):
+            read_into(fd, stored, row * spec.row_nbytes, tensor_bytes(tensor[place]))
+    finally:
+        os.close(fd)
+    return tensor
+
+
+def _fill(tensor: Tensor, stored: StoredTensor, offset: int) -> None:
+    with disk_errors(stored.file):
+        fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_into(fd, stored, offset, tensor_bytes(tensor))
+    finally:
+        os.close(fd)
+
+
+def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
+    """Fill `block` from byte `offset` of a stored tensor in its open file."""
+    done = 0
+    with disk_errors(stored.file):
+        while done < len(block):
+            n = os.preadv(fd, [block[done:]], stored.offset + offset + done)
+            if n == 0:
+                raise MachineError(
+                    "file became shorter while it was read",
+                    where=str(stored.file),
+                    fix="let nobody write to the model",
+                )
+            done += n

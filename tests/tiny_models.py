@@ -1,0 +1,69 @@
+"""Tiny random models of real families, made by transformers itself and saved as it saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+# class of transformers, class of its config, what differs from COMMON
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SLIDING, "num_hidden_layers": 4}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SLIDING, "num_hidden_layers": 4}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 8}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
+}
+
+
+def make_tiny(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """Save a tiny model of `family`; every weight is drawn, norms and biases too."""
+    import transformers
+
+    model_class, config_class, changes = FAMILIES[family]
+    config = getattr(transformers, config_class)(**COMMON | changes)
+    save(folder, getattr(transformers, model_class)(config), dtype, seed)
+    return folder
+
+
+def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A Gemma 3 with a vision tower that has more parameters in its stack than the language model."""
+    import transformers
+
+    text = COMMON | SLIDING | {"num_hidden_layers": 4}
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 6,
+              "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    save(folder, transformers.Gemma3ForConditionalGeneration(config), dtype, seed)
+    return folder
+
+
+def save(folder: Path, model: Any, dtype: torch.dtype, seed: int) -> None:
+    """Draw every weight anew and save the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            around = 1.0 if parameter.dim() == 1 and "norm" in name and "gemma" not in str(type(model)).lower() else 0.0
+            parameter.copy_(around + drawn * (0.3 if parameter.dim() == 1 else 0.1))
+    model.to(dtype).save_pretrained(folder)
