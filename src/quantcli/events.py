@@ -17,6 +17,15 @@ class Progress(Protocol):
     def shard(self, file: str, nbytes: int, reused: bool) -> None:
         """A shard is whole; `reused` if an earlier run had finished it."""
 
+    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
+        """Calibration begins: decoder layers in all, those that are done already, tokens of data."""
+
+    def layer(self, name: str, index: int) -> None:
+        """A layer is calibrated; `index` from 0."""
+
+    def say(self, text: str) -> None:
+        """A sentence for people."""
+
 
 class Silent:
     """Progress for nobody."""
@@ -28,6 +37,15 @@ class Silent:
         """Nothing."""
 
     def shard(self, file: str, nbytes: int, reused: bool) -> None:
+        """Nothing."""
+
+    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
+        """Nothing."""
+
+    def layer(self, name: str, index: int) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
         """Nothing."""
 
 

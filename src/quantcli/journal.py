@@ -51,7 +51,7 @@ class Journal:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o666)
         try:
-            _lock(self._fd, fcntl.LOCK_EX, folder)
+            lock(self._fd, folder)
             lines, nbytes = _lines(self.path)
             _check_head(lines, head, folder)  # again: what was there before the lock may be gone
             self.done = {line["shard"]: DoneShard(line["nbytes"], line["sha256"]) for line in lines[1:]}
@@ -99,7 +99,7 @@ def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
     if not journal.exists():
         return 0
     with disk_errors(journal), journal.open("rb") as file:
-        _lock(file.fileno(), fcntl.LOCK_SH, folder)
+        lock(file.fileno(), folder, shared=True)
     if head is None:
         return 0
     lines, _ = _lines(journal)
@@ -120,7 +120,7 @@ def remove_folder(folder: Path) -> None:
 def discard(folder: Path) -> None:
     """Delete a folder, under the lock of its journal, which goes last: the rest stays known as ours."""
     with disk_errors(folder), (folder / JOURNAL).open("a") as file:
-        _lock(file.fileno(), fcntl.LOCK_EX, folder)
+        lock(file.fileno(), folder)
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -153,10 +153,13 @@ def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path)
         )
 
 
-def _lock(fd: int, kind: int, folder: Path) -> None:
-    """MachineError where another process has the lock. Some network file systems have no locks."""
+def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
+    """Lock an open file until it is closed; some network file systems have no locks.
+
+    MachineError where another process has the lock.
+    """
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise MachineError(
             "another run is writing here", where=str(folder), fix="wait for it, or stop it"

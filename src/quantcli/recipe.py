@@ -9,19 +9,19 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from quantcli.errors import InputError, one_of
+from quantcli.recipefile import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.yamlfile import Document, Place, load_document
 
 KEEP = "keep"
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -31,83 +31,7 @@ _COMPARISONS = {
 }
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def parse_size(value: Any) -> int:
-    """Bytes of `5GB`, `512MiB` or a plain number."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    if match and match[2].upper() in SIZE_UNITS and isinstance(value, str):
-        size = float(match[1]) * SIZE_UNITS[match[2].upper()]
-        if 1 <= size < 2**63:
-            return int(size)
-    raise ValueError("expected a size such as 5GB or 512MiB")
-
-
-def _check_limit(value: Any) -> str:
-    text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"(>=|<=|==|>|<)\s*\d+(\.\d+)?", text):
-        raise ValueError('expected a comparison such as ">= 90"')
-    return text
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 T = TypeVar("T", bound=BaseModel)
-Limit = Annotated[str, BeforeValidator(_check_limit)]
-Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str | int)]
-
-
-class Expect(_Block):
-    """What the plan must reach; a run that would miss it is refused before it begins."""
-
-    quantized_params_pct: Limit | None = Field(None, description="percentage of all parameters")
-    quantized_modules: Limit | None = Field(None, description="number of quantized modules")
-    bits_per_param: Limit | None = Field(None, description="bits of output per parameter")
-    output_gib: Limit | None = Field(None, description="GiB of weights written")
-
-
-class Calibration(_Block):
-    """Where activations come from, for schemes that measure them."""
-
-    data: str | None = None
-    samples: Annotated[int, Field(gt=0)] | None = None
-    length: Annotated[int, Field(gt=0)] | None = None
-    seed: int | None = None
-
-
-class Verify(_Block):
-    """Limits for verification."""
-
-    min_sqnr: float | None = None
-
-
-class RuleFile(_Block):
-    """One rule as it stands in the file."""
-
-    match: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = (
-        Field(min_length=1, description='globs over full module names, or "re:REGEX"')
-    )
-    scheme: str | dict[str, Any] = Field(description="keep, a scheme, or {name: ..., options}")
-    optional: bool = Field(False, description="do not fail when nothing matches")
-
-
-class RecipeFile(_Block):
-    """A recipe as it stands in the file."""
-
-    target: str | dict[str, Any] = Field(description="the format to write")
-    rules: list[RuleFile] = Field(min_length=1, description="first match wins")
-    model: str | None = Field(None, description="directory or Hub id; --model wins")
-    output: str | None = Field(None, description="directory to write; --out wins")
-    max_shard: Size = Field(5 * 10**9, description="largest weight file, such as 5GB")
-    expect: Expect = Expect()
-    calibration: Calibration | None = None
-    verify: Verify | None = None
 
 
 @dataclass(frozen=True)
@@ -273,6 +197,6 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         if isinstance(step, int):
             continue
         annotation = str(model.model_fields[step].annotation)
-        nested = (RuleFile, Expect, Calibration, Verify)
+        nested = (RuleFile, Expect, Calibration, SmoothRule, Smooth, Verify)
         model = next(block for block in nested if block.__name__ in annotation)
     return list(model.model_fields)

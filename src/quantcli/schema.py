@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quantcli.recipe import KEEP, RecipeFile
+from quantcli.recipe import KEEP
+from quantcli.recipefile import RecipeFile
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

@@ -88,7 +88,8 @@ class Outline:
                 if index == len(self._layers) - 1:
                     raise _Enough
                 last[:] = [hidden.view_as(hidden)]  # a new object, to be known again
-                return last[0]
+                handed: Tensor = last[0]
+                return handed
 
             try:
                 with self._replaced(answer, form):

@@ -1,7 +1,7 @@
 """Where the channels of a tensor go: which matrices read a norm's output, or a matrix's own rows.
 
-While a layer runs, every tensor of interest has a shadow of its shape that holds, instead of values, the
-number of the channel that each element came from, and the token. What moves elements about (views,
+While a layer runs, every tensor of interest has a shadow of its shape that holds, instead of values,
+the number of the channel that each element came from, and the token. What moves elements about (views,
 transposes, look-ups) moves the shadow with them. What the rules here do not cover is an escape: the
 channel is used in a way that scaling it would change. So a group that is reported is right, whatever
 the architecture, and one that is not understood is left alone.
@@ -32,8 +32,8 @@ from quantcli.calibration.taps import (
 
 _TOKEN = 2**32  # a shadow's element is token * _TOKEN + channel; token 0 is unknown
 # By the name of the torch function. Same elements in the same places:
-_SAME = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
-                   "detach", "alias"})  # fmt: skip
+_SAME = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous",
+                   "clone", "detach", "alias"})  # fmt: skip
 # Same elements in other places:
 _MOVED = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze",
                     "squeeze", "expand", "chunk", "split", "__getitem__", "index_select", "narrow",
@@ -51,7 +51,7 @@ class Source:
     name: str  # a module of the layer with a norm's weight, or a matrix's parameter
     experts: bool  # a row of each expert
     escaped: Tensor  # bool [channels]
-    readers: dict[str, Tensor] = field(default_factory=dict)  # parameter -> source channel of each column
+    readers: dict[str, Tensor] = field(default_factory=dict)  # parameter -> channel of each column
 
 
 @dataclass
@@ -63,7 +63,7 @@ class _Shadow:
 class Flow(Tap):
     """A tap that also follows channels. One forward of one batch at a time."""
 
-    def __init__(self, matrices: Matrices, listener: Listener, tokens: int) -> None:
+    def __init__(self, matrices: Matrices, listener: Listener | None, tokens: int) -> None:
         """tokens: of the batch, with padding: batch * length."""
         super().__init__(matrices, listener)
         self.norms: dict[str, Source] = {}
@@ -76,11 +76,11 @@ class Flow(Tap):
 
     def __enter__(self) -> Any:
         self._token = _current.set(self)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> Any:
         _current.reset(self._token)
-        return super().__exit__(*error)
+        return super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def rows_of(self, x: Tensor) -> Tensor | None:
         """The token of each row of x [..., k], from 0; None where that is not known."""
@@ -186,10 +186,7 @@ class Flow(Tap):
             fused = len(shape) == 3
             source = self.rows[name] = Source(name, fused, torch.zeros(shape[-2], dtype=torch.bool))
         tokens = self.rows_of(x)
-        channels = torch.arange(shape[-2])
-        number = torch.zeros(1, dtype=torch.int64) if tokens is None else tokens.cpu() + 1
-        elements = number[:, None] * _TOKEN + channels
-        self._set(result, _Shadow(elements.expand(-1 if tokens is not None else x.numel() // x.shape[-1], -1).reshape(result.shape), source))
+        self._set(result, _Shadow(_elements(None if tokens is None else tokens + 1, result), source))
         return result
 
     def _note_reader(self, name: str, x: Tensor) -> None:
@@ -217,10 +214,10 @@ class Flow(Tap):
         source = self.norms.get(name)
         if source is None:
             source = self.norms[name] = Source(name, False, torch.zeros(k, dtype=torch.bool))
-        rows = out.numel() // k
-        tokens = torch.arange(1, rows + 1) if rows == self._tokens else torch.zeros(rows, dtype=torch.int64)
-        elements = tokens[:, None] * _TOKEN + torch.arange(k)
-        self._set(out, _Shadow(elements.reshape(out.shape), source))
+        whole = out.numel() == self._tokens * k
+        self._set(
+            out, _Shadow(_elements(torch.arange(1, self._tokens + 1) if whole else None, out), source)
+        )
 
     def _get(self, tensor: Tensor) -> _Shadow | None:
         entry = self._shadows.get(id(tensor))
@@ -233,6 +230,14 @@ class Flow(Tap):
         shadow = self._get(tensor)
         if shadow is not None and shadow.source is not None:
             shadow.source.escaped[(shadow.elements % _TOKEN).flatten()] = True
+
+
+def _elements(tokens: Tensor | None, like: Tensor) -> Tensor:
+    """A new shadow's elements: channels 0 to n - 1 in the last dimension, tokens numbered from 1."""
+    channels = torch.arange(like.shape[-1])
+    if tokens is None:
+        return channels.expand(like.shape)
+    return (tokens.cpu()[:, None] * _TOKEN + channels).reshape(like.shape)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -23,14 +23,14 @@ def hushed() -> Iterator[None]:
 
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
@@ -52,14 +52,15 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
             if native is not None and not custom:
                 model = native._from_config(config, dtype=dtype)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(
+                model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()
             _keep_in_float32(model, dtype)
     except Exception as error:
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
-    return model.eval()
+    built: nn.Module = model.eval()
+    return built
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
@@ -99,7 +100,7 @@ def _explain(
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile keep no storage for parameters; buffers are computed as usual."""
+    """Modules that are built meanwhile store no parameters; buffers are computed as usual."""
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -109,7 +110,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         with no_init_weights():
             yield

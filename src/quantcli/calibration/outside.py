@@ -1,4 +1,4 @@
-"""What stands around the decoder stack: read from the checkpoint when it is first used, then dropped."""
+"""What stands around the decoder stack: read from the checkpoint when it is first used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
                     tables[id(module.weight)] = group.sources[0][1]
                     continue
             if wanted:
-                stack.callback(_load_at_first_call(module, wanted, skeleton, read, device, stack).remove)
+                hook = _load_at_first_call(module, wanted, skeleton, read, device, stack)
+                stack.callback(hook.remove)
             _move_buffers(module, device)
         with _Rows(tables, skeleton.dtype):
             yield

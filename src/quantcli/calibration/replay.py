@@ -1,4 +1,4 @@
-"""Run a model one decoder layer at a time, weights from disk: the memory of one layer, any architecture.
+"""Run a model one decoder layer at a time, weights from disk: any architecture, one layer of memory.
 
 The model's own forward runs twice without its layers: at the start, where each layer only notes how it
 is called, and at the end, where the stack returns what the layers have made. In between each layer is
@@ -8,9 +8,10 @@ called as it was noted, over all batches, with its weights just read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class Replay:
         """
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
-                noted = self._outline.note(lambda batch=batch: self._forward(batch))
+                noted = self._outline.note(partial(self._forward, batch))
                 if noted is None:
                     raise InputError(
                         f"the layers of `{type(self.skeleton.model).__name__}` cannot be run one by "
@@ -137,7 +138,7 @@ class Replay:
         )
 
     def finish(self, states: Source, use: Sink) -> None:
-        """What follows the stack, for every batch; `use` takes the logits [batch, length, vocabulary]."""
+        """What follows the stack, for every batch; `use` takes logits [batch, length, vocabulary]."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
                 with self._outline.ending(states.get(number).to(self.device)):
@@ -145,12 +146,12 @@ class Replay:
                 use(number, out.logits if hasattr(out, "logits") else out[0])
 
 
-class _one_thread:  # noqa: N801 - used like a function
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """Torch on one thread: sums over several would depend on how many."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -146,6 +146,13 @@ class Skeleton:
                 found[parameter] = [_runs(expert, modules) for expert in rows]
         return found
 
+    def source(self, parameter: str) -> str | None:
+        """The stored tensor that a parameter is, but for its name; None if it is made of more."""
+        for group in self._groups[self._owner(parameter)]:
+            if group.target == parameter and group.converter is None:
+                return group.sources[0][1].spec.name
+        return None
+
     def nbytes(self, index: int) -> int:
         """Bytes of a layer's parameters."""
         return sum(p.numel() * p.element_size() for p in self.layers[index][1].parameters())
@@ -205,8 +212,8 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name in module._buffers:
         module._buffers[name] = tensor
     else:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        module._parameters[name] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+        kept = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        module._parameters[name] = kept
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Hidden states between two decoder layers: one tensor a batch, in memory as far as allowed, and on disk.
+"""Hidden states between two decoder layers: a tensor a batch, in memory as far as allowed, and on disk.
 
 The file is what an interrupted run goes on from, and what is read where memory does not suffice.
 """

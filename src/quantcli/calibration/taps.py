@@ -1,12 +1,12 @@
 """Listening to the matrix multiplications of a layer while it runs, whoever calls them.
 
-A torch function mode sees `linear` and its grouped form for experts with the very tensors, so nothing has
-to be known of modules: a weight is recognised by its memory.
+A torch function mode sees `linear` and its grouped form for experts with the very tensors, so nothing
+has to be known of modules: a weight is recognised by its memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ def is_grouped(func: Any) -> bool:
 class Tap(TorchFunctionMode):
     """Tells a listener of every multiplication with one of the layer's matrices, on this thread."""
 
-    def __init__(self, matrices: Matrices, listener: Listener) -> None:
+    def __init__(self, matrices: Matrices, listener: Listener | None) -> None:
         super().__init__()
         self._matrices = matrices
         self._listener = listener
@@ -87,25 +87,33 @@ class Tap(TorchFunctionMode):
         if func is F.linear:
             x, weight, bias = linear_arguments(args, kwargs)
             matrix = self._matrices.find(weight)
-            result = None if matrix is None else self._listener.linear(matrix, x, bias)
-            if result is not None:
-                return result
+            if matrix is not None and self._listener is not None:
+                result = self._listener.linear(matrix, x, bias)
+                if result is not None:
+                    return result
         elif is_grouped(func):
             x, weight, ends = grouped_arguments(args, kwargs)
             matrix = self._matrices.find(weight)
-            if matrix is not None:
-                return self._grouped(matrix.parameter, x, weight, ends, func, args, kwargs)
+            if matrix is not None and self._listener is not None:
+                return self._grouped(
+                    self._listener, matrix.parameter, x, ends, lambda: func(*args, **kwargs)
+                )
         return func(*args, **kwargs)
 
     def _grouped(
-        self, parameter: str, x: Tensor, weight: Tensor, ends: list[int], func: Any, args: Any, kwargs: Any
-    ) -> Any:
+        self,
+        listener: Listener,
+        parameter: str,
+        x: Tensor,
+        ends: list[int],
+        compute: Callable[[], Tensor],
+    ) -> Tensor:
         pieces: list[Tensor | None] = []
         start = 0
         for expert, end in enumerate(ends):
-            pieces.append(self._listener.linear(Matrix(parameter, expert), x[start:end], None))
+            pieces.append(listener.linear(Matrix(parameter, expert), x[start:end], None))
             start = end
-        y = func(*args, **kwargs)
+        y = compute()
         start = 0
         for piece, end in zip(pieces, ends, strict=True):
             if piece is not None:

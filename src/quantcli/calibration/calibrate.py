@@ -1,0 +1,121 @@
+"""Calibrate: replay the model over the samples, one layer at a time, and keep what each layer shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantcli.calibration.dataset import Batch
+from quantcli.calibration.layer import LayerRun, Run, empty_report
+from quantcli.calibration.replay import Replay
+from quantcli.calibration.skeleton import Skeleton
+from quantcli.calibration.states import States, StatesWriter, load_states
+from quantcli.calibration.store import Store
+from quantcli.calibration.wishes import Wishes
+from quantcli.events import Progress
+from quantcli.tensorspec import TensorSpec, safetensors_dtype
+
+PROBE_TOKENS = 32  # of one sample: enough to see which tensor goes where
+
+
+class Calibrator:
+    """One run over all layers."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        wishes: Wishes,
+        store: Store,
+        *,
+        device: torch.device,
+        workers: int,
+        states_budget: int,
+        progress: Progress,
+    ) -> None:
+        """states_budget: bytes of hidden states to hold in memory; the rest is read from disk."""
+        self._skeleton = skeleton
+        self._batches = list(batches)
+        self._wishes = wishes
+        self._store = store
+        self._budget = states_budget // 2  # of a layer's inputs, and of its outputs
+        self._progress = progress
+        first = batches[0]
+        length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
+        probe = Batch(first.input_ids[:1, :length], None)
+        self._replay = Replay(skeleton, [*self._batches, probe], device=device, workers=workers)
+        self._run = Run(skeleton, self._replay, self._batches, probe, wishes, device)
+        self._specs: list[TensorSpec] = []
+
+    def run(self) -> None:
+        """All layers that are not done yet. The same files whatever was done before."""
+        total = len(self._skeleton.layers)
+        done = self._store.done
+        self._progress.begin_layers(total, done, sum(b.input_ids.numel() for b in self._batches))
+        last = max((index for index in range(total) if self._has_work(index)), default=-1)
+        if done <= last:
+            start, states = self._begin(done)
+            for index in range(start, last + 1):
+                states = self._layer(index, states, onward=index < last)
+                self._progress.layer(self._skeleton.layers[index][0], index)
+        for index in range(max(done, last + 1), total):
+            self._store.save(index, {}, empty_report(self._skeleton.layers[index][0]))
+        self._store.drop_states()
+
+    def _has_work(self, index: int) -> bool:
+        modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
+        if any(self._wishes.observer(module) is not None for module in modules):
+            return True
+        quantized = [module for module in modules if module in self._wishes.quantized]
+        return bool(quantized) and self._wishes.alpha(quantized) is not None
+
+    def _begin(self, done: int) -> tuple[int, States]:
+        """Note the layers' calls; the layer to go on with, and its inputs."""
+        specs: list[TensorSpec] = []
+        writers: list[StatesWriter] = []
+
+        def note(number: int, hidden: Tensor) -> None:
+            if not specs:
+                dtype, rest = safetensors_dtype(hidden.dtype), tuple(hidden.shape[2:])
+                specs.extend(TensorSpec("", dtype, (*b.input_ids.shape, *rest)) for b in self._batches)
+                if self._left(done, specs) is None:
+                    writers.append(StatesWriter(self._store.folder, 0, specs, self._budget))
+            if writers and number < len(self._batches):
+                writers[0].put(number, hidden)
+
+        self._specs = specs
+        try:
+            self._replay.begin(note)
+            if writers:
+                return 0, writers[0].finish()
+        except BaseException:
+            for writer in writers:
+                writer.abandon()
+            raise
+        left = self._left(done, specs)
+        assert left is not None
+        return done, left
+
+    def _left(self, done: int, specs: Sequence[TensorSpec]) -> States | None:
+        """What an interrupted run has left for layer `done`."""
+        return load_states(self._store.folder, done, specs, self._budget) if done else None
+
+    def _layer(self, index: int, states: States, *, onward: bool) -> States:
+        """Measure a layer and save what was found; the inputs of the next one."""
+        layer = LayerRun(self._run, index, states)
+        following = states
+        if onward:
+            writer = StatesWriter(self._store.folder, index + 1, self._specs, self._budget)
+            try:
+                found = layer.measure(writer.put)
+                following = writer.finish()
+            except BaseException:
+                writer.abandon()
+                raise
+        else:
+            found = layer.measure(None)
+        self._store.save(index, found, layer.report)
+        self._store.drop_states(keep=index + 1)
+        return following

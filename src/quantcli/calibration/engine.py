@@ -1,0 +1,71 @@
+"""The engine's arithmetic in place of a layer's float multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantcli.calibration.skeleton import Segment
+from quantcli.calibration.taps import Matrix
+from quantcli.numerics import Parts
+from quantcli.schemes.base import Scheme
+
+# (stored module, its rows of a float matrix, their bias) -> its scheme and parts; None if it is float
+Quantizer = Callable[[str, Tensor, Tensor | None], tuple[Scheme, Parts] | None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    rows: slice
+    scheme: Scheme | None
+    parts: Parts
+    weight: Tensor
+
+
+class Engine:
+    """A listener that computes what the engine would, for every quantized module of a loaded layer."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        segments: Mapping[str, list[list[Segment]]],
+        quantizer: Quantizer,
+    ) -> None:
+        self._pieces: dict[Matrix, list[_Piece]] = {}
+        parameters = {f"{name}.{local}": parameter for local, parameter in layer.named_parameters()}
+        for parameter, experts in segments.items():
+            weight = parameters[parameter]
+            bias = parameters.get(parameter.removesuffix("weight") + "bias")
+            for expert, parts in enumerate(experts):
+                matrix = weight[expert] if weight.dim() == 3 else weight
+                pieces = [self._piece(s, matrix, bias, quantizer) for s in parts]
+                if any(piece.scheme for piece in pieces):
+                    self._pieces[Matrix(parameter, expert)] = pieces
+
+    def _piece(
+        self, segment: Segment, matrix: Tensor, bias: Tensor | None, quantizer: Quantizer
+    ) -> _Piece:
+        rows = slice(segment.start, segment.stop)
+        made = quantizer(segment.module, matrix[rows], None if bias is None else bias[rows])
+        if made is None:
+            return _Piece(rows, None, {}, matrix[rows])
+        return _Piece(rows, made[0], made[1], matrix[rows])
+
+    def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x [..., k] -> [..., n] as the engine computes it; None where all is float."""
+        pieces = self._pieces.get(matrix)
+        if pieces is None:
+            return None
+        made = []
+        for piece in pieces:
+            added = None if bias is None else bias[piece.rows]
+            if piece.scheme is None:
+                made.append(F.linear(x, piece.weight, added))
+            else:
+                made.append(piece.scheme.forward(x, piece.parts, added))
+        return made[0] if len(made) == 1 else torch.cat(made, -1)

@@ -1,0 +1,212 @@
+"""A calibration on disk: one safetensors file and one report a decoder layer, and what they are of.
+
+    calibration.json           what was calibrated: model, recipe, data; written first
+    layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
+    layer-00000.json           tokens per module, ranges, what was smoothed, which tensor has which edit
+    states-00003.safetensors   inputs of the next layer; only while a run is under way
+
+A layer counts as done when its report is there: it is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.checkpoint import read_json_file
+from quantcli.errors import InputError
+from quantcli.header import StoredTensor, layout, read_header
+from quantcli.journal import lock
+from quantcli.measured import Edit, Factors, Measured
+from quantcli.tensors import tensor_bytes
+from quantcli.tensorspec import TensorSpec, safetensors_dtype
+from quantcli.writer import ShardWriter, disk_errors, write_file
+
+HEAD = "calibration.json"
+_VERSION = 1
+_OURS = re.compile(r"(layer-\d{5}\.(safetensors|json)|\.?states-\d{5}\.safetensors(\.writing)?|"
+                   r"\.layer-\d{5}\.(safetensors|json)\.writing|calibration\.json|\.lock)")  # fmt: skip
+_WORDS = {"model": "another model", "recipe": "another recipe", "data": "other data",
+          "tool": "another version of quantcli, torch or transformers"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a calibration is of; sha256 digests. `tool` is the versions that computed it."""
+
+    model: str
+    recipe: str
+    data: str
+    tool: str
+
+
+def layer_file(index: int) -> str:
+    """Name of a layer's tensors."""
+    return f"layer-{index:05d}.safetensors"
+
+
+class Store:
+    """The folder of one calibration, locked while it is open."""
+
+    def __init__(self, folder: Path, key: Key, layers: int, *, fresh: bool = False) -> None:
+        """Open or begin it. InputError where the folder is not ours, or is of something else."""
+        self.folder = folder
+        self.layers = layers
+        check_store(folder, key, fresh=fresh)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            lock(self._fd, folder)
+            if fresh:
+                self._clear()
+            head = {"version": _VERSION, "layers": layers, **key.__dict__}
+            write_file(folder / HEAD, (json.dumps(head, indent=2) + "\n").encode())
+        except BaseException:
+            self.close()
+            raise
+
+    def _clear(self) -> None:
+        with disk_errors(self.folder):
+            for path in self.folder.iterdir():
+                if path.name not in {HEAD, ".lock"}:
+                    path.unlink()
+
+    @property
+    def done(self) -> int:
+        """How many layers are done, from the first on."""
+        return _done(self.folder, self.layers)
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """A layer is done: its tensors by their names in the file, and its report."""
+        specs = [
+            TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
+            for name, t in sorted(tensors.items())
+        ]
+        writer = ShardWriter(self.folder, layer_file(index), layout(specs))
+        try:
+            for name, tensor in tensors.items():
+                if tensor.numel():
+                    writer.write(name, 0, tensor_bytes(tensor))
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_file(self.folder / _report(index), text.encode())
+
+    def drop_states(self, keep: int | None = None) -> None:
+        """Delete hidden states, but for those before layer `keep`."""
+        with disk_errors(self.folder):
+            for path in self.folder.glob("*states-*"):
+                if keep is None or f"-{keep:05d}." not in path.name:
+                    path.unlink()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _report(index: int) -> str:
+    return f"layer-{index:05d}.json"
+
+
+def _done(folder: Path, layers: int) -> int:
+    there = (i for i in range(layers) if not (folder / _report(i)).is_file())
+    return next(there, layers)
+
+
+def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, int]:
+    """(layers done, layers) of what is in `folder`; (0, 0) where nothing is.
+
+    InputError where the folder is not a calibration, or is one of something else than `key`.
+    """
+    if not os.path.lexists(folder):
+        return 0, 0
+    if not folder.is_dir():
+        raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
+    with disk_errors(folder):
+        names = [entry.name for entry in folder.iterdir()]
+    if not names:
+        return 0, 0
+    strange = [name for name in names if not _OURS.fullmatch(name)]
+    if strange or HEAD not in names:
+        what = f"is not a calibration: it holds `{strange[0]}`" if strange else "is not a calibration"
+        raise InputError(what, where=str(folder), fix="give another folder")
+    if fresh:
+        return 0, 0
+    head = read_json_file(folder / HEAD)
+    for name, wanted in key.__dict__.items():
+        if head.get(name) != wanted:
+            raise InputError(
+                f"is the calibration of {_WORDS[name]}",
+                where=str(folder),
+                fix="run with --fresh to calibrate anew, or give another folder",
+            )
+    layers = head.get("layers")
+    if not isinstance(layers, int) or head.get("version") != _VERSION:
+        raise InputError("cannot be read by this version", where=str(folder), fix="run with --fresh")
+    return _done(folder, layers), layers
+
+
+def load_measured(folder: Path, layers: int) -> Measured:
+    """A finished calibration. InputError where a file is missing or damaged."""
+    stats: dict[str, dict[str, StoredTensor]] = {}
+    edits: dict[str, Edit] = {}
+    fallbacks: dict[str, str] = {}
+    smoothed = 0
+    for index in range(layers):
+        vectors = {}
+        for stored in read_header(folder / layer_file(index))[0]:
+            kind, _, rest = stored.spec.name.partition(".")
+            if kind == "stats":
+                module, _, name = rest.rpartition(".")
+                stats.setdefault(module, {})[name] = stored
+            else:
+                vectors[rest] = stored
+        report = read_json_file(folder / _report(index))
+        try:
+            for name, kinds in report["edits"].items():
+                edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
+            fallbacks |= report["fallbacks"]
+            smoothed += len(report["smoothed"])
+        except (KeyError, TypeError, AttributeError):
+            where = str(folder / _report(index))
+            raise InputError("report is damaged", where=where, fix="run with --fresh") from None
+    return Measured(stats, edits, fallbacks, smoothed)
+
+
+def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
+    """The report of every layer."""
+    return (read_json_file(folder / _report(index)) for index in range(layers))
+
+
+def pack_edits(edits: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    """The vectors of a layer's edits, each once however many tensors share it, and who has which."""
+    vectors: dict[str, Tensor] = {}
+    places: dict[bytes, str] = {}
+    table: dict[str, dict[str, str]] = {}
+    for name, factors in sorted(edits.items()):
+        for kind in ("rows", "columns", "value"):
+            tensor = getattr(factors, kind)
+            if tensor is not None:
+                raw = bytes(tensor_bytes(tensor)) + str(tensor.dtype).encode()
+                place = places.setdefault(hashlib.sha256(raw).digest(), f"{len(places):05d}")
+                vectors[f"vector.{place}"] = tensor
+                table.setdefault(name, {})[kind] = place
+    return vectors, table
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of JSON-able data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""What a layer's matrices are given: tokens counted, inputs shown to observers, padding left out."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from quantcli.calibration.dataset import Batch
+from quantcli.calibration.flow import Flow, norms_followed
+from quantcli.calibration.taps import Matrices, Matrix, Tap
+from quantcli.schemes.observers import Observer
+
+
+class Watch:
+    """Observers of a layer's matrices, and how many tokens each matrix was given."""
+
+    def __init__(self, observers: Mapping[Matrix, list[Observer]]) -> None:
+        self.tokens: Counter[Matrix] = Counter()
+        self._observers = observers
+        self._lock = threading.Lock()
+
+    def count(self, tokens: Counter[Matrix]) -> None:
+        """Add what one batch was."""
+        with self._lock:
+            self.tokens.update(tokens)
+
+    def see(self, matrix: Matrix, x: Tensor, batch: int) -> None:
+        """x: [tokens, k], no padding."""
+        for observer in self._observers.get(matrix, ()):
+            observer.update(x, batch)
+
+
+class _BatchWatch:
+    """The listener of one batch, on the thread that runs it."""
+
+    def __init__(self, watch: Watch, number: int, batch: Batch) -> None:
+        self.flow: Flow | None = None  # where there is padding: knows which token a row is
+        self.tokens: Counter[Matrix] = Counter()
+        self._watch = watch
+        self._number = number
+        self._mask = batch.mask
+
+    def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        rows = x.reshape(-1, x.shape[-1])
+        if self._mask is not None and self.flow is not None:
+            tokens = self.flow.rows_of(x)
+            if tokens is not None:
+                rows = rows[self._mask.flatten()[tokens.cpu()].to(rows.device)]
+        self.tokens[matrix] += len(rows)
+        self._watch.see(matrix, rows, self._number)
+        return None
+
+
+@contextmanager
+def watched(watch: Watch, matrices: Matrices, number: int, batch: Batch) -> Iterator[None]:
+    """Within it `watch` sees the matrix multiplications of a batch's forward on this thread."""
+    listener = _BatchWatch(watch, number, batch)
+    if batch.mask is None:
+        tap = Tap(matrices, listener)
+    else:
+        tap = listener.flow = Flow(matrices, listener, batch.input_ids.numel())
+    with tap:
+        yield
+    watch.count(listener.tokens)
+
+
+@contextmanager
+def layer_watched(name: str, layer: nn.Module, batches: list[Batch]) -> Iterator[None]:
+    """Around all batches: norms are followed where some batch has padding."""
+    if any(batch.mask is not None for batch in batches):
+        with norms_followed(name, layer):
+            yield
+    else:
+        yield

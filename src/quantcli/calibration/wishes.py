@@ -1,0 +1,57 @@
+"""What a recipe asks of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantcli.errors import InputError
+from quantcli.schemes.base import Scheme
+from quantcli.schemes.observers import Observer
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A module that the plan quantizes, and the dtypes in which the engine holds its scales."""
+
+    scheme: Scheme
+    held_weight: torch.dtype
+    held_input: torch.dtype
+    rule: str  # file:line
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The recipe, for one model.
+
+    quantized:        by module.
+    alpha:            the strength of smoothing for a group of channels, by the quantized modules that
+                      read it; None leaves it alone.
+    merged:           the parameter that the engine makes of a module and its siblings, if it does.
+    uncalibrated:     error | dynamic | group: what becomes of a module that no token reaches.
+    quantized_inputs: whether a layer is shown what quantized layers before it put out.
+    """
+
+    quantized: Mapping[str, Quantized]
+    alpha: Callable[[Sequence[str]], float | None]
+    merged: Callable[[str], str | None]
+    uncalibrated: str
+    quantized_inputs: bool
+
+    def observer(self, module: str) -> Observer | None:
+        """A new observer for a module's input, if its scheme needs data."""
+        quantized = self.quantized.get(module)
+        return None if quantized is None else quantized.scheme.observer(quantized.held_input)
+
+
+def unreached(modules: Sequence[str], where: str) -> InputError:
+    """Modules whose scheme needs data, and that no token reached."""
+    few = ", ".join(f"`{module}`" for module in modules[:3])
+    more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    return InputError(
+        f"no token reached {few}{more}, and their scheme needs data",
+        where=where,
+        fix="give them a scheme with dynamic inputs, or set calibration.uncalibrated to `dynamic`",
+    )

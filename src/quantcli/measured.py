@@ -1,0 +1,77 @@
+"""What calibration found, as the planner takes it: statistics, and edits that change no function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantcli.header import StoredTensor
+from quantcli.tensors import read_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What happens to one stored tensor before it is quantized or copied; all in float32 files.
+
+    rows:    factor of each row (of each element of a vector) [n].
+    columns: factor of each column [k].
+    value:   the whole new vector, in the tensor's dtype; norms are small.
+    """
+
+    rows: StoredTensor | None = None
+    columns: StoredTensor | None = None
+    value: StoredTensor | None = None
+
+    def load(self) -> Factors:
+        """The factors, read from the calibration."""
+
+        def read(stored: StoredTensor | None) -> Tensor | None:
+            return None if stored is None else read_tensor(stored)
+
+        return Factors(read(self.rows), read(self.columns), read(self.value))
+
+    @property
+    def files(self) -> tuple[StoredTensor, ...]:
+        """Where its numbers are."""
+        return tuple(s for s in (self.rows, self.columns, self.value) if s is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """An edit with its numbers."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    value: Tensor | None = None
+
+    def apply(self, block: Tensor, start: int = 0) -> Tensor:
+        """Rows [start, start + len(block)), edited: float32, but for a whole new value."""
+        stop = start + len(block)
+        if self.value is not None:
+            return self.value[start:stop]
+        edited = block.to(torch.float32, copy=True)
+        if self.rows is not None:
+            rows = self.rows[start:stop]
+            edited *= rows.view(-1, *[1] * (edited.dim() - 1))
+        if self.columns is not None:
+            edited *= self.columns
+        return edited
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole calibration.
+
+    stats:     by module, what its scheme measured: names -> tensors on disk.
+    edits:     by stored tensor.
+    fallbacks: modules that no token reached -> the scheme that they take instead.
+    smoothed:  how many groups of channels were smoothed.
+    """
+
+    stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    smoothed: int = 0
