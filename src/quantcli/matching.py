@@ -19,7 +19,7 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     used: set[int] = set()  # rule numbers
     for name in names:
         spec = checkpoint.tensors[f"{name}.weight"].spec
-        rule = next((r for r in recipe.rules if r.matches(name)), None)
+        rule = recipe.rule_of(name)
         if rule is not None and rule.scheme is not None:
             if len(spec.shape) == 2:
                 _must_be_float(spec, rule)
@@ -31,6 +31,15 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     for rule in recipe.rules:
         if rule.number not in used and not rule.optional:
             raise _dead_rule(rule, recipe, names, checkpoint)
+    quantized = [name for name, rule in assigned.items() if rule and rule.scheme]
+    for pattern in recipe.smooth:
+        if not pattern.optional and not any(pattern.matches(name) for name in quantized):
+            raise InputError(
+                "smooth rule matches no quantized module",
+                where=f"{pattern.where}   match: {', '.join(pattern.patterns)}",
+                fix="patterns match whole names of modules that read what is smoothed, such as "
+                "*.down_proj; `optional: true` allows a rule that matches nothing",
+            )
     return assigned
 
 

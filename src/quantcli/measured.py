@@ -67,11 +67,9 @@ class Measured:
 
     stats:     by module, what its scheme measured: names -> tensors on disk.
     edits:     by stored tensor.
-    fallbacks: modules that no token reached -> the scheme that they take instead.
     smoothed:  how many groups of channels were smoothed.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
-    fallbacks: Mapping[str, str] = field(default_factory=dict)
     smoothed: int = 0

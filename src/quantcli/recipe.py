@@ -6,6 +6,7 @@ import fnmatch
 import operator
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,12 +36,10 @@ T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One rule: which modules, and the scheme that they get (None keeps them float)."""
+class Matcher:
+    """Patterns over module names, and where they stand."""
 
-    number: int  # from 1
     patterns: tuple[str, ...]
-    scheme: Scheme | None
     optional: bool
     where: str  # file:line
 
@@ -54,22 +53,63 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Rule(Matcher):
+    """One rule: which modules, and the scheme that they get (None keeps them float)."""
+
+    number: int  # from 1
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class SmoothPattern(Matcher):
+    """The strength of smoothing of some groups; None leaves them alone."""
+
+    alpha: float | None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked recipe: names resolved, options parsed, places kept for later messages."""
 
     file: RecipeFile
     target: Target
     rules: tuple[Rule, ...]
+    smooth: tuple[SmoothPattern, ...]
     document: Document
 
     def where(self, *place: str | int) -> str:
         """file:line of a key, for messages."""
         return self.document.where(place)
 
+    def rule_of(self, module: str) -> Rule | None:
+        """The first rule that matches a module."""
+        return next((rule for rule in self.rules if rule.matches(module)), None)
+
+    def alpha(self, modules: Sequence[str]) -> float | None:
+        """How strongly to smooth channels that these modules read; None: not at all."""
+        if self.file.smooth is None:
+            return None
+        found = (p for p in self.smooth if any(p.matches(module) for module in modules))
+        first = next(found, None)
+        return self.file.smooth.alpha if first is None else first.alpha
+
+    def data_path(self) -> str:
+        """`calibration.data`: beside the recipe where the file names it, here where --set does."""
+        block = self.file.calibration
+        assert block is not None
+        assert block.data is not None
+        from_file = not self.where("calibration", "data").startswith("--set")
+        if block.data.startswith("datasets:") or not from_file:
+            return block.data
+        return str(self.document.path.parent / Path(block.data).expanduser())
+
     def effective(self) -> str:
         """The recipe as it was applied, as YAML, without paths of this machine."""
         table = self.file.model_dump(mode="json", exclude_none=True, exclude={"model", "output"})
         table["expect"] = {k: v for k, v in table["expect"].items() if v is not None}
+        data = table.get("calibration", {}).get("data", "")
+        if data and not data.startswith("datasets:"):
+            table["calibration"]["data"] = Path(data).name
         if not table["expect"]:
             del table["expect"]
         for rule, written in zip(self.rules, table["rules"], strict=True):
@@ -120,8 +160,17 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
-        rules.append(Rule(number + 1, tuple(rule.match), scheme, rule.optional, where))
-    return Recipe(file, target, tuple(rules), document)
+        rules.append(Rule(tuple(rule.match), rule.optional, where, number + 1, scheme))
+    return Recipe(file, target, tuple(rules), tuple(_smooth_patterns(file, document)), document)
+
+
+def _smooth_patterns(file: RecipeFile, document: Document) -> Iterator[SmoothPattern]:
+    for number, rule in enumerate(file.smooth.rules if file.smooth else ()):
+        place: Place = ("smooth", "rules", number)
+        for index, pattern in enumerate(rule.match):
+            _check_pattern(pattern, document.where((*place, "match", index)))
+        alpha = None if rule.skip else rule.alpha
+        yield SmoothPattern(tuple(rule.match), rule.optional, document.where(place), alpha)
 
 
 def _check_pattern(pattern: str, where: str) -> None:

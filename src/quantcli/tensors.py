@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,29 +26,35 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     spec = stored.spec
     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     if spec.nbytes:
-        _fill(tensor, stored, 0)
+        with _opened(stored) as fd:
+            read_into(fd, stored, 0, tensor_bytes(tensor))
     return tensor
+
+
+def read_bytes(stored: StoredTensor, offset: int, nbytes: int) -> bytes:
+    """Some bytes of a stored tensor."""
+    block = bytearray(nbytes)
+    with _opened(stored) as fd:
+        read_into(fd, stored, offset, memoryview(block))
+    return bytes(block)
 
 
 def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:
     """Some rows of a stored tensor, in the given order: [len(rows), ...]."""
     spec = stored.spec
     tensor = torch.empty((len(rows), *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
-    with disk_errors(stored.file):
-        fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with _opened(stored) as fd:
         for place, row in enumerate(rows):
             read_into(fd, stored, row * spec.row_nbytes, tensor_bytes(tensor[place]))
-    finally:
-        os.close(fd)
     return tensor
 
 
-def _fill(tensor: Tensor, stored: StoredTensor, offset: int) -> None:
+@contextmanager
+def _opened(stored: StoredTensor) -> Iterator[int]:
     with disk_errors(stored.file):
         fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        read_into(fd, stored, offset, tensor_bytes(tensor))
+        yield fd
     finally:
         os.close(fd)
 

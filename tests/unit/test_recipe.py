@@ -11,14 +11,15 @@ from pydantic import BaseModel
 from quantcli.checkpoint import open_checkpoint
 from quantcli.errors import AnswerNo, InputError
 from quantcli.planner import check_expectations, make_plan
-from quantcli.recipe import (
+from quantcli.recipe import compare, load_recipe
+from quantcli.recipefile import (
     Calibration,
     Expect,
     RecipeFile,
     RuleFile,
+    Smooth,
+    SmoothRule,
     Verify,
-    compare,
-    load_recipe,
     parse_size,
 )
 from quantcli.schema import recipe_schema
@@ -46,6 +47,17 @@ calibration:
   samples: 3
   length: 4
   seed: 5
+  pack: true
+  inputs: quantized
+  dtype: float32
+  uncalibrated: group
+smooth:
+  alpha: 0.6
+  rules:
+  - match: "*.o_proj"
+    skip: true
+  - match: "*_proj"
+    alpha: 0.7
 verify:
   min_sqnr: 20
 """
@@ -93,7 +105,7 @@ def edits(word):
 
 
 def blocks():
-    every = (RecipeFile, RuleFile, Expect, Calibration, Verify)
+    every = (RecipeFile, RuleFile, Expect, Calibration, Smooth, SmoothRule, Verify)
     return {field for block in every for field in block.model_fields}
 
 
@@ -444,7 +456,7 @@ def test_schema_refuses_what_the_loader_refuses(load, table):
 
 
 def test_every_field_of_a_block_is_described_or_plain():
-    for block in (RecipeFile, RuleFile, Expect):
+    for block in (RecipeFile, RuleFile, Expect, Calibration, Smooth, SmoothRule):
         assert issubclass(block, BaseModel)
         assert all(field.description for name, field in block.model_fields.items() if name not in
-                   {"expect", "calibration", "verify"})  # fmt: skip
+                   {"expect", "calibration", "smooth", "verify"})  # fmt: skip

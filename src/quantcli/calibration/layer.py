@@ -51,7 +51,7 @@ class Run:
 def empty_report(name: str) -> dict[str, Any]:
     """The report of a layer of which nothing is asked."""
     report: dict[str, Any] = {"layer": name, "modules": {}, "smoothed": [], "edits": {}}
-    return report | {"fallbacks": {}, "uncalibrated": []}
+    return report | {"uncalibrated": []}
 
 
 @dataclass
@@ -249,10 +249,7 @@ class LayerRun:
         self.report["uncalibrated"] = empty
         if empty and wishes.uncalibrated == "error":
             raise unreached(empty, wishes.quantized[empty[0]].rule)
-        for module in empty:
-            if wishes.uncalibrated == "dynamic":
-                self.report["fallbacks"][module] = wishes.quantized[module].scheme.fallback
-                continue
+        for module in empty if wishes.uncalibrated == "group" else ():
             others = [observers[m] for m in settled if _alike(m) == _alike(module)]
             merged = wishes.observer(module)
             if not others or merged is None:

@@ -157,6 +157,10 @@ class Skeleton:
         """Bytes of a layer's parameters."""
         return sum(p.numel() * p.element_size() for p in self.layers[index][1].parameters())
 
+    def converts(self, index: int) -> bool:
+        """Whether a layer's parameters are more than stored tensors by other names."""
+        return any(group.converter is not None for group in self._groups[index])
+
     @contextmanager
     def loaded(self, index: int, read: Read, device: torch.device) -> Iterator[nn.Module]:
         """A layer with its weights, read from the checkpoint; they are dropped at the end."""

@@ -34,18 +34,16 @@ HEAD = "calibration.json"
 _VERSION = 1
 _OURS = re.compile(r"(layer-\d{5}\.(safetensors|json)|\.?states-\d{5}\.safetensors(\.writing)?|"
                    r"\.layer-\d{5}\.(safetensors|json)\.writing|calibration\.json|\.lock)")  # fmt: skip
-_WORDS = {"model": "another model", "recipe": "another recipe", "data": "other data",
-          "tool": "another version of quantcli, torch or transformers"}  # fmt: skip
+_WORDS = {"model": "another model", "recipe": "another recipe", "data": "other data"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a calibration is of; sha256 digests. `tool` is the versions that computed it."""
+    """What a calibration is of, as sha256 digests."""
 
     model: str
     recipe: str
     data: str
-    tool: str
 
 
 def layer_file(index: int) -> str:
@@ -56,8 +54,11 @@ def layer_file(index: int) -> str:
 class Store:
     """The folder of one calibration, locked while it is open."""
 
-    def __init__(self, folder: Path, key: Key, layers: int, *, fresh: bool = False) -> None:
-        """Open or begin it. InputError where the folder is not ours, or is of something else."""
+    def __init__(self, folder: Path, key: Key, layers: int, tool: str, *, fresh: bool = False) -> None:
+        """Open or begin it. tool: the versions that compute.
+
+        InputError where the folder is not ours, is of something else, or was begun by other versions.
+        """
         self.folder = folder
         self.layers = layers
         check_store(folder, key, fresh=fresh)
@@ -68,11 +69,20 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            head = {"version": _VERSION, "layers": layers, **key.__dict__}
+            head = {"version": _VERSION, "layers": layers, "tool": tool, **key.__dict__}
+            self._same_tool(tool)
             write_file(folder / HEAD, (json.dumps(head, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
+
+    def _same_tool(self, tool: str) -> None:
+        if self.done and read_json_file(self.folder / HEAD).get("tool") != tool:
+            raise InputError(
+                "was begun by other versions of quantcli, torch or transformers",
+                where=str(self.folder),
+                fix="run with --fresh to calibrate anew",
+            )
 
     def _clear(self) -> None:
         with disk_errors(self.folder):
@@ -163,7 +173,6 @@ def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError where a file is missing or damaged."""
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
-    fallbacks: dict[str, str] = {}
     smoothed = 0
     for index in range(layers):
         vectors = {}
@@ -178,12 +187,11 @@ def load_measured(folder: Path, layers: int) -> Measured:
         try:
             for name, kinds in report["edits"].items():
                 edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
-            fallbacks |= report["fallbacks"]
             smoothed += len(report["smoothed"])
         except (KeyError, TypeError, AttributeError):
             where = str(folder / _report(index))
             raise InputError("report is damaged", where=where, fix="run with --fresh") from None
-    return Measured(stats, edits, fallbacks, smoothed)
+    return Measured(stats, edits, smoothed)
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,290 @@
+"""From a plan to a calibration: what it is of, where its text comes from, and the run itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcli import __version__
+from quantcli.calibration.calibrate import Calibrator
+from quantcli.calibration.dataset import TextSource, check_source, load_dataset, source_digest
+from quantcli.calibration.skeleton import Skeleton
+from quantcli.calibration.store import Key, Store, check_store, digest_of, load_measured, reports
+from quantcli.calibration.wishes import Quantized, Wishes, unreached
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError, MachineError
+from quantcli.events import Progress
+from quantcli.measured import Measured
+from quantcli.plan import Plan, Quantize
+from quantcli.recipefile import Calibration
+from quantcli.tensors import read_bytes
+from quantcli.tensorspec import FLOAT_NAMES, torch_dtype
+
+BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
+_SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a calibration may use. max_memory: bytes above the process as it is; None: most that is free."""
+
+    device: str = "cpu"
+    workers: int = 1
+    max_memory: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """A calibration that was checked as far as headers and files allow."""
+
+    plan: Plan
+    folder: Path
+    source: TextSource
+    key: Key
+    layers_done: int
+    complete: bool
+
+
+def is_needed(plan: Plan) -> bool:
+    """Whether a plan asks for data: a scheme that measures inputs, or smoothing."""
+    return bool(plan.measured_modules) or plan.recipe.file.smooth is not None
+
+
+def prepare_session(plan: Plan, folder: Path, *, fresh: bool = False) -> Session:
+    """Check what can be checked without reading weights.
+
+    InputError where the recipe names no data or data that is not there, and where `folder` holds the
+    calibration of something else.
+    """
+    source = _source(plan)
+    check_source(source, plan.checkpoint.path)
+    key = Key(
+        model=content_digest(plan.checkpoint),
+        recipe=_recipe_digest(plan),
+        data=source_digest(source, plan.checkpoint.path),
+    )
+    done, layers = check_store(folder, key, fresh=fresh)
+    return Session(plan, folder, source, key, done, complete=0 < layers == done)
+
+
+def _source(plan: Plan) -> TextSource:
+    recipe = plan.recipe
+    block = recipe.file.calibration or Calibration()
+    if block.data is None:
+        why = "smoothing" if not plan.measured_modules else f"`{plan.measured_modules[0]}`"
+        raise InputError(
+            f"{why} needs calibration data, and the recipe names none",
+            where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),
+            fix="give the recipe `calibration: {data: FILE}`, or --set calibration.data=FILE",
+        )
+    return TextSource(
+        data=recipe.data_path(),
+        where=recipe.where("calibration", "data"),
+        samples=block.samples,
+        length=block.length,
+        seed=block.seed,
+        pack=block.pack,
+        batch_tokens=BATCH_TOKENS if block.pack else 1,  # records alone need no padding
+    )
+
+
+def _recipe_digest(plan: Plan) -> str:
+    """Of all that decides what is measured, but for the data."""
+    file = plan.recipe.file
+    block = (file.calibration or Calibration()).model_dump(exclude={"data"})
+    quantized = [
+        [item.module, item.scheme.name, item.scheme.model_dump(mode="json"), list(item.held)]
+        for item in _quantized_items(plan)
+    ]
+    smooth = None if file.smooth is None else file.smooth.model_dump()
+    target = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
+    return digest_of([block, smooth, target, plan.serving_dtype, quantized])
+
+
+def _quantized_items(plan: Plan) -> list[Quantize]:
+    return [item for shard in plan.shards for item in shard.items if isinstance(item, Quantize)]
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
+    digest = hashlib.sha256(checkpoint.fingerprint.encode())
+    tensors = list(checkpoint.tensors.values())
+    step = -(-len(tensors) // _SAMPLED)
+    for stored in tensors[:: max(1, step)]:
+        size = min(_SAMPLED, stored.spec.nbytes)
+        digest.update(read_bytes(stored, (stored.spec.nbytes - size) // 2, size))
+    return digest.hexdigest()
+
+
+def load(session: Session) -> Measured:
+    """A finished calibration."""
+    _, layers = check_store(session.folder, session.key)
+    return load_measured(session.folder, layers)
+
+
+def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
+    """Calibrate, going on after the last finished layer of an interrupted run."""
+    plan = session.plan
+    device = open_device(resources.device)
+    positions, vocabulary = _limits(plan.checkpoint)
+    dataset = load_dataset(
+        session.source,
+        plan.checkpoint.path,
+        positions=positions,
+        vocab_size=vocabulary,
+        trust_remote_code=resources.trust_remote_code,
+        say=progress.say,
+    )
+    skeleton = Skeleton(plan.checkpoint, _dtype(plan), trust_remote_code=resources.trust_remote_code)
+    wishes = _wishes(plan)
+    _check_reached(skeleton, wishes)
+    budget = _states_budget(skeleton, resources)
+    store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
+    try:
+        Calibrator(
+            skeleton,
+            dataset.batches,
+            wishes,
+            store,
+            device=device,
+            workers=resources.workers,
+            states_budget=budget,
+            progress=progress,
+        ).run()
+    finally:
+        store.close()
+
+
+def _limits(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
+    """Positions and vocabulary that config.json names."""
+    found = []
+    for key in ("max_position_embeddings", "vocab_size"):
+        value = checkpoint.text_config.get(key)
+        found.append(value if isinstance(value, int) and value > 0 else None)
+    return found[0], found[1]
+
+
+def _dtype(plan: Plan) -> str:
+    wanted = (plan.recipe.file.calibration or Calibration()).dtype
+    return plan.serving_dtype if wanted == "auto" else FLOAT_NAMES[wanted]
+
+
+def _wishes(plan: Plan) -> Wishes:
+    block = plan.recipe.file.calibration or Calibration()
+    quantized = {
+        item.module: Quantized(
+            item.scheme,
+            torch_dtype(item.held.weight_scale),
+            torch_dtype(item.held.input_scale),
+            _where(plan, item.module),
+        )
+        for item in _quantized_items(plan)
+    }
+    return Wishes(
+        quantized=quantized,
+        alpha=plan.recipe.alpha,
+        merged=plan.recipe.target.merged,
+        uncalibrated=block.uncalibrated,
+        quantized_inputs=block.inputs == "quantized",
+    )
+
+
+def _where(plan: Plan, module: str) -> str:
+    rule = plan.recipe.rule_of(module)
+    assert rule is not None
+    return rule.where
+
+
+def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
+    """Modules outside of the decoder stack are never shown a token."""
+    inside = {
+        segment.module
+        for index in range(len(skeleton.layers))
+        for experts in skeleton.segments(index).values()
+        for segments in experts
+        for segment in segments
+    }
+    outside = [m for m in wishes.quantized if m not in inside and wishes.observer(m) is not None]
+    if outside and wishes.uncalibrated != "dynamic":
+        raise unreached(outside, wishes.quantized[outside[0]].rule)
+
+
+def open_device(name: str) -> torch.device:
+    """The device by its name: cpu, cuda, cuda:1, npu. MachineError where this machine has none."""
+    kind = name.partition(":")[0]
+    if kind == "npu":
+        try:
+            importlib.import_module("torch_npu")
+        except ImportError:
+            raise MachineError(
+                "--device npu needs torch_npu", fix="pip install 'quantcli[npu]' on the Ascend machine"
+            ) from None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise MachineError(
+            f"no device `{name}` here: {said}", fix="--device cpu works anywhere"
+        ) from None
+    return device
+
+
+def _states_budget(skeleton: Skeleton, resources: Resources) -> int:
+    """Bytes of hidden states to hold in memory: what one layer and its work leave of the limit."""
+    layers = range(len(skeleton.layers))
+    # while experts are fused, the tensors that they are made of are there as well
+    largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
+    largest_row = max((s.spec.row_nbytes for s in skeleton.checkpoint.tensors.values()), default=0)
+    working = resources.workers * BATCH_TOKENS * largest_row
+    limit = resources.max_memory
+    if limit is None:
+        return max(0, _free_memory() * 4 // 5 - largest - working)
+    if limit < largest + working:
+        raise InputError(
+            f"--max-memory {limit:,} bytes: one decoder layer and its work take {largest + working:,}",
+            where="--max-memory",
+            fix="give more, or fewer --workers",
+        )
+    return limit - largest - working
+
+
+def _free_memory() -> int:
+    """Bytes that the machine could give."""
+    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if "MemAvailable" in line)
+    except (OSError, StopIteration, ValueError):
+        return pages * size
+
+
+def _tool() -> str:
+    """The versions that compute."""
+    transformers = importlib.metadata.version("transformers")
+    return f"quantcli {__version__}, torch {torch.__version__}, transformers {transformers}"
+
+
+def summary(session: Session) -> dict[str, Any]:
+    """What a finished calibration holds, JSON-able."""
+    _, layers = check_store(session.folder, session.key)
+    told = list(reports(session.folder, layers))
+    modules = {name: found for report in told for name, found in report["modules"].items()}
+    return {
+        "calibration": str(session.folder),
+        "layers": layers,
+        "modules": modules,
+        "smoothed": [group for report in told for group in report["smoothed"]],
+        "uncalibrated": sorted({name for report in told for name in report["uncalibrated"]}),
+        "no_tokens": sorted(name for name, found in modules.items() if not found["tokens"]),
+        "samples": session.source.samples,
+        "length": session.source.length,
+    }

@@ -1,0 +1,93 @@
+"""A replay for tests: batches, hidden states in memory, and every layer in turn."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from quantcli.calibration.dataset import Batch
+from quantcli.calibration.replay import Replay
+from quantcli.calibration.skeleton import Skeleton
+from quantcli.checkpoint import open_checkpoint
+from quantcli.tensors import read_tensor
+
+CPU = torch.device("cpu")
+
+
+class Memory(dict):
+    """Hidden states by batch."""
+
+    def get(self, batch):
+        return self[batch]
+
+
+def make_batches(vocabulary=128, *, padded=True, seed=0):
+    """Two batches without padding, of different shapes, and one that is padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(*shape):
+        return torch.randint(3, vocabulary, shape, generator=generator)
+
+    batches = [Batch(ids(2, 20), None), Batch(ids(3, 13), None)]
+    if padded:
+        mask = torch.ones(3, 17, dtype=torch.bool)
+        mask[0, 9:] = False
+        mask[2, 4:] = False
+        batches.append(Batch(ids(3, 17), mask))
+    return batches
+
+
+class Replayed:
+    """A model's layers run over batches, from disk."""
+
+    def __init__(self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor):
+        self.skeleton = Skeleton(open_checkpoint(path), dtype, trust_remote_code=False)
+        self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)
+        self.read = read
+        self.states = Memory()
+        self.replay.begin(self.states.__setitem__)
+
+    def layers(self, taps=None):
+        """Run all layers; `taps(index, layer)` is the tap of a layer."""
+        for index in range(len(self.skeleton.layers)):
+            self.layer(index, taps)
+
+    def layer(self, index, taps=None):
+        after = Memory()
+        with self.skeleton.loaded(index, self.read, CPU) as layer:
+            tap = None if taps is None else taps(index, layer)
+            self.replay.run(index, layer, self.states, after.__setitem__, tap)
+        self.states = after
+
+    def logits(self):
+        found = {}
+        self.replay.finish(self.states, found.__setitem__)
+        return [found[number] for number in sorted(found)]
+
+
+@contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ordinary_logits(skeleton, path, batches, dtype):
+    """What transformers' own loading and forward give."""
+    from quantcli.calibration.library import hushed
+
+    with hushed(), one_thread(), torch.no_grad():
+        model = type(skeleton.model).from_pretrained(str(path), dtype=dtype).eval()
+        return [
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=None if batch.mask is None else batch.mask.long(),
+                use_cache=False,
+            ).logits
+            for batch in batches
+        ]
