@@ -12,22 +12,24 @@ from quantcli.targets.base import Target
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
-    0: {"errors", "registry", "numerics", "events"},
-    1: {"tensorspec", "folder", "yamlfile", "schemes.base", "schemes.rounding", "executors"},
-    2: {"header", "schemes.*"},
-    3: {"checkpoint", "writer", "targets.base"},
-    4: {"formats", "hub", "journal", "targets.sidecars", "targets.siblings"},
+    0: {"errors", "registry", "numerics", "events", "schemes.rounding"},
+    1: {"tensorspec", "folder", "yamlfile", "executors", "schemes.observers", "schemes.affine"},
+    2: {"header", "schemes.base"},
+    3: {"checkpoint", "writer", "targets.base", "schemes.int8_static"},
+    4: {"formats", "hub", "journal", "tensors", "schemes.*", "targets.sidecars", "targets.siblings",
+        "targets.ascend_tags"},
     5: {"inspection", "publish", "targets.*"},
     6: {"recipe"},
     7: {"plan", "matching", "schema"},
-    8: {"planner", "streaming"},
-    9: {"execute"},
-    10: {"commands"},
-    11: {"console"},
-    12: {"progress"},
-    13: {"cli"},
-    14: {"__main__"},
-}
+    8: {"items", "blocks"},
+    9: {"planner", "streaming"},
+    10: {"execute"},
+    11: {"commands"},
+    12: {"console"},
+    13: {"progress"},
+    14: {"cli"},
+    15: {"__main__"},
+}  # fmt: skip
 MODULES = sorted(
     path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
     for path in SOURCE.rglob("*.py")

@@ -7,13 +7,17 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from quantcli import __version__
 from quantcli.errors import Exit, InputError, Interrupted, QuantError
+
+if TYPE_CHECKING:
+    from quantcli.calibration.session import Resources
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +32,16 @@ app = typer.Typer(
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress.")]
+Device = Annotated[str, typer.Option(help="Where calibration computes: cpu, cuda or npu.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory of a calibration, such as 8GB; what does not fit goes to disk."
+    ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that came with the model to calibrate.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -104,6 +118,13 @@ def quantize(
         bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")
     ] = False,
     checksum: Annotated[bool, typer.Option(help="Hash every file for the manifest.")] = True,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Calibration to use or to make [default: OUT.calibration]."),
+    ] = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -120,7 +141,9 @@ def quantize(
         checksum=checksum,
         fresh=fresh,
         force=force,
+        calibration=calibration,
     )
+    resources = _resources(device, workers, max_memory, trust=trust_remote_code)
     if not as_json and (plan or not quiet):
         console.show_plan(output, job)
     commands.check(job)
@@ -130,12 +153,70 @@ def quantize(
         return
     started = time.monotonic()
     with progress.watch(output) as watcher:
-        written = commands.quantize(job, watcher)
+        written = commands.quantize(job, watcher, resources)
+    job = replace(job, plan=written.plan)
     console.show_written(output, job, written, time.monotonic() - started)
     if as_json:
         result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
         result |= {"shards_reused": written.shards_reused, "files": written.files}
         output.document({**result, "plan": commands.account(job)})
+
+
+@app.command()
+def calibrate(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE.calibration here].")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: calibration.samples=64."),
+    ] = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of going on after the last layer.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run samples through the model, one layer at a time, and keep what static schemes need.
+
+    `quantize` does this by itself when a recipe needs it; `--calibration DIR` uses the result. The
+    same command again goes on after the last finished layer.
+    """
+    from quantcli import commands, console, progress
+
+    output = console.Output(as_json=as_json, quiet=quiet)
+    session = commands.prepare_calibration(
+        recipe, model=model, out=out, overrides=tuple(set_ or ()), fresh=fresh
+    )
+    resources = _resources(device, workers, max_memory, trust=trust_remote_code)
+    started = time.monotonic()
+    with progress.watch(output) as watcher:
+        found = commands.calibrate(session, resources, watcher, fresh=fresh)
+    output.document({"ok": True, **found}) if as_json else console.show_calibration(output, found)
+    reused = " (it was there already)" if session.complete else ""
+    output.word(f"done: {session.folder}, {time.monotonic() - started:.1f} s{reused}")
+
+
+def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
+    from quantcli.calibration.session import Resources
+    from quantcli.executors import default_workers
+    from quantcli.recipefile import parse_size
+
+    try:
+        limit = None if max_memory is None else parse_size(max_memory)
+    except ValueError as error:
+        raise InputError(f"`{max_memory}`: {error}", where="--max-memory") from None
+    return Resources(device, workers or default_workers(), limit, trust)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -181,9 +262,9 @@ def _run(argv: list[str]) -> int:
         ) from None
     except _UsageError as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command_name = argv[0] if argv[0] in {"inspect", "quantize"} else ""
+        command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize"} else ""
         fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
-        if command_name == "quantize" and "extra argument" in said:
+        if command_name in {"calibrate", "quantize"} and "extra argument" in said:
             fix = "the model is given as --model MODEL; " + fix
         raise InputError(said[:1].lower() + said[1:], fix=fix) from None
     return Exit.DONE

@@ -16,9 +16,12 @@ from quantcli.hub import find_model
 from quantcli.inspection import inspect_checkpoint
 
 if TYPE_CHECKING:
+    from quantcli.calibration.session import Resources, Session
+    from quantcli.checkpoint import Checkpoint
     from quantcli.events import Progress
     from quantcli.execute import Written
     from quantcli.plan import Plan
+    from quantcli.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Job:
     memory: int  # bytes above a bare torch import, estimated
     shards_done: int  # whole shards that an interrupted run left
     replaced: str  # what happens to an OUT that exists, for people
+    session: Session | None = None  # the calibration, where the recipe needs one
 
 
 def account(job: Job) -> dict[str, Any]:
@@ -74,6 +78,21 @@ def account(job: Job) -> dict[str, Any]:
         "workers": job.workers,
         "shards_done": job.shards_done,
         "notes": list(plan.notes),
+        "calibration": None if job.session is None else describe(job.session),
+    }
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """A calibration that was planned, as JSON-able data."""
+    return {
+        "folder": str(session.folder),
+        "complete": session.complete,
+        "layers_done": session.layers_done,
+        "data": session.source.data,
+        "samples": session.source.samples,
+        "length": session.source.length,
+        "modules": list(session.plan.measured),
+        "smooth": session.plan.recipe.file.smooth is not None,
     }
 
 
@@ -84,7 +103,7 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
 
 def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
-    from quantcli.planner import dry_run
+    from quantcli.items import dry_run
     from quantcli.registry import discover
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
@@ -96,8 +115,8 @@ def support() -> list[dict[str, Any]]:
             scheme, target = scheme_class(), target_class()
             cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
             try:
-                held = target.held(scheme.numerics, "BF16")
-                specs = dry_run(scheme, target, TensorSpec("weight", "BF16", (256, 256)), held)
+                weight = TensorSpec("weight", "BF16", (256, 256))
+                specs = dry_run(scheme, target, weight, "BF16").specs
                 label = target.label(scheme.numerics)
                 cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
                 cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
@@ -117,6 +136,7 @@ def prepare(
     checksum: bool = True,
     fresh: bool = False,
     force: bool = False,
+    calibration: Path | None = None,
 ) -> Job:
     """Check everything that can be checked before the first byte of weights is read.
 
@@ -134,30 +154,90 @@ def prepare(
         partial_folder,
         replaced_folder,
     )
-    from quantcli.recipe import load_recipe
     from quantcli.streaming import memory_estimate
 
-    loaded = load_recipe(recipe, overrides)
-    named = model or loaded.file.model
-    if named is None:
-        raise InputError(
-            "no model to quantize", where=str(recipe), fix="give --model, or `model:` in the recipe"
-        )
-    source = find_model(named)
-    checkpoint = open_checkpoint(source)
+    loaded, named, checkpoint = _load(recipe, model, overrides)
     made = make_plan(loaded, checkpoint)
     if out is None:
-        default = f"{Path(os.path.abspath(named)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
-        out = Path(loaded.file.output or default)
+        out = Path(loaded.file.output or _default_name(named, recipe))
     check_destination(out, checkpoint.path, force=force)
-    head = None if fresh else run_head(made, checksum=checksum)
+    session = None
+    if made.needs_calibration:
+        from quantcli.calibration.session import load, prepare_session
+
+        session = prepare_session(made, calibration or out.with_name(out.name + ".calibration"))
+        if session.complete:
+            made = make_plan(loaded, checkpoint, load(session))
+    elif calibration is not None:
+        raise InputError("nothing in this recipe needs a calibration", where="--calibration")
+    unknown = fresh or (session is not None and not session.complete)
+    head = None if unknown else run_head(made, checksum=checksum)
     done = check_folder(partial_folder(out), head)
     count = workers or default_workers()
     free = check_space(out, made.nbytes)
     memory = memory_estimate(made, count)
     kept = out.is_dir() and not only_ours(out)
     replaced = f", which is kept as {replaced_folder(out)}" if kept else ", which is deleted then"
-    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced)
+    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced, session)
+
+
+def _load(
+    recipe: Path, model: str | None, overrides: tuple[str, ...]
+) -> tuple[Recipe, str, Checkpoint]:
+    """The recipe, how the model was named, and the model."""
+    from quantcli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    named = model or loaded.file.model
+    if named is None:
+        raise InputError(
+            "no model is named", where=str(recipe), fix="give --model, or `model:` in the recipe"
+        )
+    return loaded, named, open_checkpoint(find_model(named))
+
+
+def _default_name(model: str, recipe: Path) -> str:
+    return f"{Path(os.path.abspath(model)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
+
+
+def prepare_calibration(
+    recipe: Path,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    fresh: bool = False,
+) -> Session:
+    """Check all that can be checked before a calibration reads weights."""
+    from quantcli.calibration.session import prepare_session
+    from quantcli.planner import make_plan
+
+    loaded, named, checkpoint = _load(recipe, model, overrides)
+    made = make_plan(loaded, checkpoint)
+    if not made.needs_calibration:
+        raise InputError(
+            "nothing in this recipe needs a calibration",
+            where=str(recipe),
+            fix="`quantcli quantize` converts with it as it is",
+        )
+    folder = out or Path(_default_name(loaded.file.output or named, recipe) + ".calibration")
+    return prepare_session(made, folder, fresh=fresh)
+
+
+def calibrate(
+    session: Session,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+    *,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run a calibration, or go on with one; what it found, JSON-able. One that is done is not run."""
+    from quantcli.calibration.session import Resources, run, summary
+    from quantcli.events import SILENT
+
+    if not session.complete:
+        run(session, resources or Resources(), progress or SILENT, fresh=fresh)
+    return summary(session)
 
 
 def check(job: Job) -> None:
@@ -167,14 +247,25 @@ def check(job: Job) -> None:
     check_expectations(job.plan)
 
 
-def quantize(job: Job, progress: Progress | None = None) -> Written:
-    """Run a planned conversion. Interrupted, the same job continues where it stopped."""
+def quantize(job: Job, progress: Progress | None = None, resources: Resources | None = None) -> Written:
+    """Run a planned conversion, calibrating first where the recipe needs that.
+
+    Interrupted, the same job continues where it stopped.
+    """
     from quantcli.events import SILENT
     from quantcli.execute import execute
 
     check(job)
+    plan = job.plan
+    if job.session is not None and not job.session.complete:
+        from quantcli.calibration.session import load
+        from quantcli.planner import check_expectations, make_plan
+
+        calibrate(job.session, resources, progress)
+        plan = make_plan(plan.recipe, plan.checkpoint, load(job.session))
+        check_expectations(plan)
     return execute(
-        job.plan,
+        plan,
         job.out,
         workers=job.workers,
         progress=progress or SILENT,

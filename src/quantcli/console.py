@@ -203,12 +203,63 @@ def show_plan(out: Output, job: Job) -> None:
     out.line(f"disk         needs {human_bytes(plan.nbytes)}, {human_bytes(job.disk_free)} free")
     out.line(f"memory       about {human_bytes(job.memory)} with {count(job.workers, 'worker')}")
     out.line(f"output       {job.out}")
+    if job.session is not None:
+        out.line(f"calibration  {_calibration_words(job)}")
     if job.out.exists():
         out.line(f"replaces     {job.out}{job.replaced}")
     if job.shards_done:
         out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in plan.notes:
         out.line(f"note         {note}")
+
+
+def _calibration_words(job: Job) -> str:
+    session = job.session
+    assert session is not None
+    measures = count(len(session.plan.measured), "module")
+    what = f"ranges of {measures}" if session.plan.measured else "smoothing"
+    if session.complete:
+        smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
+        return f"{session.folder}, {what}{smoothed}"
+    done = f", goes on after {count(session.layers_done, 'layer')}" if session.layers_done else ""
+    source = session.source
+    return (
+        f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
+        f"{source.data}, kept in {session.folder}{done}"
+    )
+
+
+def show_calibration(out: Output, found: dict[str, Any]) -> None:
+    """What a calibration found: alike modules in one line each, then what deserves a word."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for name, module in found["modules"].items():
+        parts = ("*" if part.isdigit() else part for part in name.split("."))
+        alike.setdefault(".".join(parts), []).append(module)
+    rows = []
+    for name, modules in sorted(alike.items()):
+        tokens = _span([module["tokens"] for module in modules], "{:,}")
+        scales = [module["input_scale"] for module in modules if "input_scale" in module]
+        lows = [module["input_min"] for module in modules if "input_min" in module]
+        highs = [module["input_max"] for module in modules if "input_max" in module]
+        seen = f"{min(lows):.4g} to {max(highs):.4g}" if lows else "-"
+        rows.append([name, f"{len(modules)}", tokens, seen, _span(scales, "{:.4g}")])
+    out.table(["modules", "count", "tokens", "inputs", "input scale"], rows, {"count", "tokens"})
+    out.line()
+    out.line(f"samples      {found['samples']} of up to {found['length']} tokens")
+    if found["smoothed"]:
+        out.line(f"smoothed     {count(found['smoothed'], 'group')} of channels")
+    for words, key in (("not reached", "no_tokens"), ("filled in", "uncalibrated")):
+        names = found[key]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            out.line(f"{words:<13}{count(names, 'module')}: {', '.join(names[:5])}{more}")
+
+
+def _span(values: list[Any], form: str) -> str:
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def show_written(out: Output, job: Job, written: Written, seconds: float) -> None:

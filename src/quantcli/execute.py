@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli import __version__
+from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
@@ -28,6 +29,7 @@ class Written:
     out: Path
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
     shards_reused: int
+    plan: Plan
 
     @property
     def nbytes(self) -> int:
@@ -58,8 +60,15 @@ def execute(
     """Write the planned checkpoint to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
-    Raises InputError for NaN or Inf in a weight, MachineError for a full or unwritable disk.
+    Raises InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for
+    a full or unwritable disk.
     """
+    if plan.needs_data:
+        raise InputError(
+            f"the inputs of {len(plan.needs_data)} modules have not been measured",
+            where=f"`{plan.needs_data[0]}`",
+            fix="run `quantcli calibrate` with this recipe and model first",
+        )
     partial = partial_folder(out)
     if fresh:
         remove_folder(partial)
@@ -84,7 +93,7 @@ def execute(
         publish(partial, out, force=force)
     finally:
         journal.close()
-    return Written(out, files, run.reused)
+    return Written(out, files, run.reused, plan)
 
 
 def _remove_strangers(folder: Path, expected: set[str]) -> None:

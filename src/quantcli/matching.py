@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError, closest
+from quantcli.measured import Measured
 from quantcli.recipe import Recipe, Rule
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
 from quantcli.tensorspec import FLOATS, TensorSpec
 
 
@@ -41,6 +46,27 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
                 "*.down_proj; `optional: true` allows a rule that matches nothing",
             )
     return assigned
+
+
+def without_data(
+    recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured
+) -> tuple[dict[str, Rule | None], list[str]]:
+    """`assigned` with another scheme for modules that no token reached, where the recipe wants that;
+    and what there is to say about it."""
+    block = recipe.file.calibration
+    if block is None or block.uncalibrated != "dynamic":
+        return assigned, []
+    instead: dict[str, Rule | None] = {}
+    for name, rule in assigned.items():
+        if rule and rule.scheme and rule.scheme.fallback and name not in measured.stats:
+            scheme = discover(Scheme)[rule.scheme.fallback]()
+            instead[name] = replace(rule, scheme=scheme)
+    notes = []
+    if instead:
+        names = ", ".join(f"`{name}`" for name in list(instead)[:5])
+        more = f" and {len(instead) - 5} more" if len(instead) > 5 else ""
+        notes.append(f"no token reached {names}{more}: they take a scheme that needs no data")
+    return assigned | instead, notes
 
 
 # Families of transformers' Conv1D, which stores its weights [in, out]: a scale per row would be one

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quantcli.header import StoredTensor
-from quantcli.tensors import read_tensor
+from quantcli.tensors import read_tensor, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,18 @@ class Edit:
 
         return Factors(read(self.rows), read(self.columns), read(self.value))
 
-    @property
-    def files(self) -> tuple[StoredTensor, ...]:
-        """Where its numbers are."""
-        return tuple(s for s in (self.rows, self.columns, self.value) if s is not None)
+    def digest(self) -> bytes:
+        """sha256 of what it does."""
+        digest = hashlib.sha256()
+        for kind in ("rows", "columns", "value"):
+            stored = getattr(self, kind)
+            digest.update(kind.encode() + (b"" if stored is None else _content(stored)))
+        return digest.digest()
+
+
+@lru_cache(4096)  # all experts of a layer share the vector of their norm
+def _content(stored: StoredTensor) -> bytes:
+    return hashlib.sha256(tensor_bytes(read_tensor(stored))).digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
+from typing import NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.header import StoredTensor, encode_header
+from quantcli.measured import Edit
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
+from quantcli.tensors import read_tensor, tensor_bytes
 from quantcli.tensorspec import TensorSpec
+
+NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that goes over byte for byte."""
+    """A tensor that goes over byte for byte, or with an edit that keeps the model's function."""
 
     source: StoredTensor
+    edit: Edit | None = None
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -27,15 +35,41 @@ class Copy:
         return (self.source.spec,)
 
 
+class Held(NamedTuple):
+    """The dtypes in which the engine will hold a module's scales, as in "BF16"."""
+
+    weight_scale: str
+    input_scale: str
+
+
 @dataclass(frozen=True)
 class Quantize:
-    """A weight [n, k] and the tensors that are made of it, each with n rows."""
+    """A weight [n, k] and the tensors that are made of it.
+
+    outputs: each with n rows, but for those whose names are in `constants`.
+    bias: the module's own, [n]; only where codes depend on it. It is copied as well.
+    stats: what was measured of the module's input, by name; empty where the scheme needs no data, and
+        in a plan that cannot be executed yet.
+    """
 
     source: StoredTensor
     module: str
     scheme: Scheme
-    held: str  # dtype in which the engine will hold the scale
+    held: Held
     outputs: tuple[TensorSpec, ...]
+    constants: frozenset[str] = frozenset()
+    bias: StoredTensor | None = None
+    stats: Mapping[str, StoredTensor] = field(default_factory=lambda: NOTHING_MEASURED)
+    edit: Edit | None = None  # of the weight, before it is quantized
+    bias_edit: Edit | None = None
+
+    def measured(self) -> bytes:
+        """Everything that was measured, with its names and values, read from disk."""
+        content = b""
+        for name, stored in sorted(self.stats.items()):
+            content += f"{name}\0{stored.spec.dtype}\0{stored.spec.shape}\0".encode()
+            content += tensor_bytes(read_tensor(stored))
+        return content
 
 
 Item = Copy | Quantize
@@ -98,6 +132,9 @@ class Plan:
     notes: tuple[str, ...]
     params: int
     quantized_params: int
+    measured: tuple[str, ...]  # modules whose schemes measure inputs
+    needs_data: tuple[str, ...]  # those of them that are still to be measured; then nothing can run
+    smoothed: int  # groups of channels
 
     @cached_property
     def nbytes(self) -> int:
@@ -111,6 +148,11 @@ class Plan:
         return 100 * self.quantized_params / self.params if self.params else 0.0
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe asks for samples: a scheme that measures inputs, or smoothing."""
+        return bool(self.measured) or self.recipe.file.smooth is not None
+
+    @property
     def quantized_modules(self) -> int:
         """Number of quantized modules."""
         return sum(line.modules for line in self.rules if line.scheme != "keep")
@@ -122,7 +164,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over all that fixes the output: tool version, source headers, items, files."""
+        """sha256 over all that fixes the output: tool version, source headers, items, stats, files."""
         digest = hashlib.sha256(f"{__version__}\n{self.checkpoint.fingerprint}\n".encode())
         schemes = {
             item.scheme: repr((item.scheme.name, item.scheme.model_dump()))
@@ -133,8 +175,15 @@ class Plan:
         for shard in self.shards:
             digest.update(shard.header)
             for item in shard.items:
-                how = f"{schemes[item.scheme]} {item.held}" if isinstance(item, Quantize) else "copy"
+                how = "copy"
+                if isinstance(item, Quantize):
+                    bias = item.bias.spec.name if item.bias else ""
+                    how = f"{schemes[item.scheme]} {' '.join(item.held)} {bias}"
                 digest.update(f"{item.source.spec.name}\0{how}\n".encode())
+                if isinstance(item, Quantize) and item.stats:
+                    digest.update(item.measured())
+                if item.edit is not None:
+                    digest.update(item.edit.digest())
         for name, content in sorted(self.sidecars.items()):
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         digest.update(json.dumps(sorted(self.copies.items())).encode())

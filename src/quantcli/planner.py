@@ -12,22 +12,24 @@ from quantcli.errors import AnswerNo, InputError
 from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.inspection import fold
-from quantcli.matching import assign
-from quantcli.numerics import Module
+from quantcli.items import check_siblings, make_items
+from quantcli.matching import assign, without_data
+from quantcli.measured import Measured
+from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
-from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Output, Refusal, Target
+from quantcli.targets.base import Output, Refusal
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensorspec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
+from quantcli.tensorspec import FLOATS, TensorSpec
 
 RECIPE_FILE = "quantcli_recipe.yaml"
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
-    """Plan the conversion from headers alone.
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
+    """Plan the conversion from headers, and from what calibration has measured.
 
-    Raises InputError for whatever the engine could not load or the recipe does not mean.
+    Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. Raises
+    InputError for whatever the engine could not load or the recipe does not mean.
     """
     _refuse_quantized(checkpoint)
     serving_dtype, notes = _serving_dtype(checkpoint)
@@ -35,17 +37,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     _raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
     assigned = assign(recipe, checkpoint)
-    numerics = {rule.number: rule.scheme.numerics for rule in recipe.rules if rule.scheme}
-    modules = [
-        Module(
-            name,
-            checkpoint.tensors[f"{name}.weight"].spec.shape,
-            numerics.get(rule.number) if rule else None,
-        )
-        for name, rule in assigned.items()
-    ]
+    if measured is not None:
+        assigned, more = without_data(recipe, assigned, measured)
+        notes += more
+    modules = list(_modules(checkpoint, assigned))
     _raise_first(list(target.check(modules, source_specs)), assigned)
-    items = list(_items(checkpoint, assigned, target, serving_dtype))
+    items = list(make_items(checkpoint, assigned, target, serving_dtype, measured or Measured()))
+    check_siblings(items, target)
+    need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
     output = Output(
         modules=modules,
@@ -56,10 +55,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     )
     sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
     copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
-    unused = {
-        "calibration": "no scheme of this recipe measures data",
-        "verify": "this version does not compare numbers",
-    }
+    unused = {"verify": "this version does not compare numbers"}
+    if not need and recipe.file.smooth is None:
+        unused["calibration"] = "no scheme of this recipe measures data"
     notes += [
         f"the recipe's `{block}` block has no effect: {why}"
         for block, why in unused.items()
@@ -80,7 +78,28 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
+        measured=tuple(sorted(need)),
+        needs_data=tuple(
+            i.module for i in items if isinstance(i, Quantize) and i.module in need and not i.stats
+        ),
+        smoothed=measured.smoothed if measured else 0,
     )
+
+
+def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
+    """Every module with a weight, as the target sees it."""
+    known: dict[tuple[int, str], tuple[Numerics, str]] = {}  # few are different, and slow to make
+    for name, rule in assigned.items():
+        shape = checkpoint.tensors[f"{name}.weight"].spec.shape
+        if rule is None or rule.scheme is None:
+            yield Module(name, shape, None)
+            continue
+        scheme = rule.scheme
+        if rule.key not in known:
+            needs_data = scheme.observer(torch.bfloat16) is not None
+            options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
+            known[rule.key] = scheme.numerics, options if needs_data else ""
+        yield Module(name, shape, *known[rule.key])
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -127,46 +146,6 @@ def _raise_first(refusals: list[Refusal], assigned: dict[str, Rule | None]) -> N
         )
 
 
-def _items(
-    checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, serving_dtype: str
-) -> Iterator[Item]:
-    """One item per source tensor, in the order of the source: each is consumed exactly once."""
-    # by rule, dtype and shape: experts come in tens of thousands of equal ones
-    made: dict[tuple[int, str, tuple[int, ...]], tuple[str, tuple[TensorSpec, ...]]] = {}
-    for name, stored in checkpoint.tensors.items():
-        module = name.removesuffix(".weight")
-        rule = assigned.get(module) if module != name else None
-        if rule is None or rule.scheme is None:
-            yield Copy(stored)
-            continue
-        scheme, spec = rule.scheme, stored.spec
-        key = (rule.number, spec.dtype, spec.shape)
-        if key not in made:
-            held = target.held(scheme.numerics, serving_dtype)
-            made[key] = held, dry_run(scheme, target, spec, held)
-        held, parts = made[key]
-        outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in parts)
-        yield Quantize(stored, module, scheme, held, outputs)
-
-
-def dry_run(scheme: Scheme, target: Target, spec: TensorSpec, held: str) -> tuple[TensorSpec, ...]:
-    """What a weight becomes, by quantizing and packing it without data: a block of no rows.
-
-    Returns specs named by suffix ("weight", "weight_scale"). Raises InputError where the target
-    cannot store these numerics. A block of no rows runs the real kernels and needs no memory; the
-    meta device would do as well, but in torch 2.13 its binary operations import torch._dynamo, which
-    costs every command two seconds and 80 MB.
-    """
-    rows = torch.empty((0, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
-    packed = target.pack(scheme.numerics, scheme.quantize(rows, torch_dtype(held)))
-    specs = []
-    for suffix, tensor in packed.items():
-        assert tensor.shape[0] == 0, f"{target.name} does not keep the rows of {suffix}"
-        shape = (spec.shape[0], *tensor.shape[1:])
-        specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return tuple(specs)
-
-
 def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
     """Fill files in source order up to `max_shard` bytes; what one weight becomes stays together."""
     bins: list[list[Item]] = [[]]
@@ -196,13 +175,14 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
 def _rule_lines(
     recipe: Recipe, items: list[Item], assigned: dict[str, Rule | None]
 ) -> Iterator[RuleLine]:
-    by_rule: dict[int, list[Quantize]] = defaultdict(list)
+    by_rule: dict[tuple[int, str], list[Quantize]] = defaultdict(list)
     for item in items:
         if isinstance(item, Quantize) and (rule := assigned[item.module]):
-            by_rule[rule.number].append(item)
-    for rule in recipe.rules:
+            by_rule[rule.key].append(item)
+    instead = {rule.key: rule for rule in assigned.values() if rule and rule not in recipe.rules}
+    for rule in sorted([*recipe.rules, *instead.values()], key=lambda rule: rule.number):
         if rule.scheme is not None:
-            mine = by_rule[rule.number]
+            mine = by_rule[rule.key]
             label = recipe.target.label(rule.scheme.numerics)
             yield RuleLine(
                 number=rule.number,

@@ -1,4 +1,4 @@
-"""How far the work is: a bar in bytes on a terminal, else one line a shard."""
+"""How far the work is: a bar on a terminal, else one line a shard or layer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from quantcli.console import Output, human_bytes, make_console
+from quantcli.console import Output, count, human_bytes, make_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 
 class ShardLines:
-    """Progress where stderr is no terminal: one line a shard, nothing else."""
+    """Progress where stderr is no terminal: one line a shard or layer, nothing else."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
         self._count = 0
         self._done = 0
+        self._layers = 0
+        self._began = 0.0
         self._lock = threading.Lock()
 
     def begin(self, nbytes: int, shards: int) -> None:
@@ -39,20 +41,42 @@ class ShardLines:
             kept = " (from an earlier run)" if reused else ""
             self._out.word(f"shard {of}: {file} {human_bytes(nbytes)}{kept}")
 
+    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
+        """One line, and remember how many layers there are."""
+        self._layers = layers
+        self._began = time.monotonic()
+        kept = f", {count(done, 'layer')} done by an earlier run" if done else ""
+        self._out.word(f"calibrating: {count(layers, 'layer')}, {tokens:,} tokens{kept}")
+
+    def layer(self, name: str, index: int) -> None:
+        """One line."""
+        now = time.monotonic()
+        self._out.word(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s")
+        self._began = now
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._out.word(text)
+
 
 class ProgressBar:
-    """Progress on a terminal: a bar in bytes."""
+    """Progress on a terminal: a bar in layers, then one in bytes."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, out: Output) -> None:
         self._bar = bar
-        self._task = bar.add_task("quantizing", total=None)
-        self._pending = 0
-        self._shown = 0.0
+        self._out = out
+        self._task = bar.add_task("", total=None, visible=False, amount="")
+        self._layers = bar.add_task("", total=None, visible=False, amount="")
+        self._pending = self._done = self._total = 0
+        self._shown = self._began = 0.0
         self._lock = threading.Lock()
 
     def begin(self, nbytes: int, shards: int) -> None:
         """Set the length of the bar."""
-        self._bar.update(self._task, total=nbytes, description=f"{shards} shards")
+        self._total = nbytes
+        self._began = time.monotonic()
+        self._bar.update(self._layers, visible=False)
+        self._bar.update(self._task, total=nbytes, description=f"{shards} shards", visible=True)
 
     def advance(self, nbytes: int) -> None:
         """Move on; ten times a second is enough for the eye."""
@@ -62,13 +86,34 @@ class ProgressBar:
             if now - self._shown < 0.1:
                 return
             step, self._pending, self._shown = self._pending, 0, now
-        self._bar.advance(self._task, step)
+        self._advance(step)
+
+    def _advance(self, step: int) -> None:
+        self._done += step
+        seconds = max(time.monotonic() - self._began, 0.1)
+        speed = human_bytes(self._done / seconds)
+        amount = f"{human_bytes(self._done)} of {human_bytes(self._total)}, {speed}/s"
+        self._bar.update(self._task, completed=self._done, amount=amount)
 
     def shard(self, file: str, nbytes: int, reused: bool) -> None:
         """Nothing to show: the bar says it."""
         with self._lock:
             step, self._pending = self._pending, 0
-        self._bar.advance(self._task, step)
+        self._advance(step)
+
+    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
+        """Set the length of the bar, in layers."""
+        self._bar.update(
+            self._layers, total=layers, completed=done, description="calibrating", visible=True
+        )
+
+    def layer(self, name: str, index: int) -> None:
+        """Move on."""
+        self._bar.update(self._layers, completed=index + 1, amount=f"{name} is done")
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._out.word(text)
 
 
 @contextmanager
@@ -79,19 +124,16 @@ def watch(out: Output) -> Iterator[ShardLines | ProgressBar]:
         return
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=make_console(sys.stderr)) as bar:
-        yield ProgressBar(bar)
+        yield ProgressBar(bar, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import operator
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,11 @@ class Rule(Matcher):
     number: int  # from 1
     scheme: Scheme | None
 
+    @property
+    def key(self) -> tuple[int, str]:
+        """Tells rules apart, and a rule from one whose scheme was replaced for want of data."""
+        return self.number, self.scheme.name if self.scheme else KEEP
+
 
 @dataclass(frozen=True)
 class SmoothPattern(Matcher):
@@ -101,7 +107,8 @@ class Recipe:
         from_file = not self.where("calibration", "data").startswith("--set")
         if block.data.startswith("datasets:") or not from_file:
             return block.data
-        return str(self.document.path.parent / Path(block.data).expanduser())
+        beside = self.document.path.parent / Path(block.data).expanduser()
+        return os.path.normpath(beside)
 
     def effective(self) -> str:
         """The recipe as it was applied, as YAML, without paths of this machine."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
 from collections import deque
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from quantcli.errors import InputError, MachineError
+from quantcli.blocks import Known, copy_block, quantize_block, read_known
+from quantcli.errors import MachineError
 from quantcli.events import Progress
+from quantcli.header import StoredTensor
 from quantcli.journal import Journal
 from quantcli.plan import Item, Plan, Quantize, Shard
+from quantcli.tensors import read_into, tensor_bytes
 from quantcli.tensorspec import torch_dtype
 from quantcli.writer import ShardWriter, disk_errors
 
@@ -119,6 +120,7 @@ class ShardRun:
     def _work(self, open_shard: _Open, job: _Job) -> None:
         item = job.item
         width = item.source.spec.row_nbytes
+        known = read_known(item)
         if isinstance(item, Quantize):
             step = max(1, self.block_elements // item.source.spec.shape[1])
         else:
@@ -128,26 +130,39 @@ class ShardRun:
                 return
             stop = min(start + step, job.stop)
             block = self._buffer((stop - start) * width)
-            open_shard.read(item, start * width, block)
+            open_shard.read(item.source, start * width, block)
             if isinstance(item, Quantize):
-                self._quantize(open_shard.writer, item, start, stop, block)
+                self._quantize(open_shard, item, start, stop, block, known)
             else:
-                open_shard.writer.write(item.source.spec.name, start * width, block)
+                copied = copy_block(item, block, start, known)
+                open_shard.writer.write(item.source.spec.name, start * width, copied)
             self.progress.advance(len(block))
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
 
     def _quantize(
-        self, writer: ShardWriter, item: Quantize, start: int, stop: int, block: memoryview
+        self,
+        open_shard: _Open,
+        item: Quantize,
+        start: int,
+        stop: int,
+        block: memoryview,
+        known: Known,
     ) -> None:
         spec = item.source.spec
         rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(stop - start, -1)
-        parts = item.scheme.quantize(rows, torch_dtype(item.held))
-        if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
-            raise not_finite(rows, start, item)
-        packed = self.plan.recipe.target.pack(item.scheme.numerics, parts)
+        bias = None
+        if item.bias is not None:
+            width = item.bias.spec.row_nbytes
+            raw = bytearray((stop - start) * width)
+            open_shard.read(item.bias, start * width, memoryview(raw))
+            bias = torch.frombuffer(raw, dtype=torch_dtype(item.bias.spec.dtype))
+        packed = quantize_block(self.plan.recipe.target, item, rows, start, bias, known)
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
-            writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
+            if out.name not in item.constants:
+                open_shard.writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
+            elif start == 0:
+                open_shard.writer.write(out.name, 0, tensor_bytes(tensor))
 
     def _buffer(self, nbytes: int) -> memoryview:
         """This thread's buffer, `nbytes` of it; it only ever grows."""
@@ -162,31 +177,6 @@ def _wait(under_way: deque[tuple[_Open, list[Future[None]]]]) -> None:
     for job in under_way[0][1]:
         job.result()
     under_way.popleft()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
-    data: memoryview = tensor.contiguous().view(torch.uint8).numpy().data
-    return data
-
-
-def not_finite(rows: Tensor, first_row: int, item: Quantize) -> InputError:
-    """The error for a block whose scale is not finite: which element, or that the scale overflows."""
-    bad = (~torch.isfinite(rows)).nonzero()
-    name = item.source.spec.name
-    if not len(bad):
-        return InputError(
-            f"the scale of a row overflows {item.held}, in which the engine holds it",
-            where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
-            fix="serve in bfloat16 (`dtype` in config.json), or keep this module float",
-        )
-    row, column = (int(i) for i in bad[0])
-    value = float(rows[row, column])
-    return InputError(
-        f"weight is {value}",
-        where=f"`{name}`[{first_row + row}, {column}] in {item.source.file.name}",
-        fix="the model is damaged: fetch it again and run with --fresh, or keep this module float",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +199,13 @@ def _jobs(shard: Shard) -> Iterator[_Job]:
             yield _Job(item, start, min(start + step, rows))
 
 
+def _read_from(item: Item) -> Iterator[StoredTensor]:
+    """The source tensors that are read, block by block, for an item."""
+    yield item.source
+    if isinstance(item, Quantize) and item.bias is not None:
+        yield item.bias
+
+
 class _Open:
     """A shard being written and the source files that it is read from."""
 
@@ -219,7 +216,7 @@ class _Open:
         self._sources: dict[Path, int] = {}
         self.writer = ShardWriter(folder, shard.file, shard.tensors)
         try:
-            for path in {item.source.file for item in shard.items}:
+            for path in {stored.file for item in shard.items for stored in _read_from(item)}:
                 with disk_errors(path):
                     self._sources[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except MachineError:
@@ -232,18 +229,9 @@ class _Open:
             self._jobs -= 1
             return self._jobs == 0
 
-    def read(self, item: Item, offset: int, block: memoryview) -> None:
-        """Fill `block` from byte `offset` of the item's tensor."""
-        source = item.source
-        done = 0
-        with disk_errors(source.file):
-            while done < len(block):
-                position = source.offset + offset + done
-                n = os.preadv(self._sources[source.file], [block[done:]], position)
-                if n == 0:
-                    what, fix = "file became shorter while it was read", "let nobody write to the model"
-                    raise MachineError(what, where=str(source.file), fix=fix)
-                done += n
+    def read(self, stored: StoredTensor, offset: int, block: memoryview) -> None:
+        """Fill `block` from byte `offset` of a tensor that an item is made from."""
+        read_into(self._sources[stored.file], stored, offset, block)
 
     def finish(self) -> None:
         """The shard is whole: give it its name."""

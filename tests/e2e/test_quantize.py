@@ -16,6 +16,7 @@ from quantcli.checkpoint import open_checkpoint
 from quantcli.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Copy, Quantize
+from quantcli.tensorspec import torch_dtype
 from tests.families import FAMILIES, make_family, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -74,9 +75,7 @@ def test_plan_is_what_is_written(tmp_path, family, recipe):
         if isinstance(item, Copy):
             assert torch.equal(written[name], source[name])
         else:
-            parts = item.scheme.quantize(
-                source[name], getattr(torch, {"BF16": "bfloat16", "F32": "float32"}[item.held])
-            )
+            parts = item.scheme.quantize(source[name], torch_dtype(item.held.weight_scale))
             for part, tensor in parts.items():
                 assert torch.equal(written[f"{item.module}.{part}"].float(), tensor.float())
 

@@ -6,16 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantcli.planner import dry_run
+from quantcli.items import dry_run
 from quantcli.registry import discover
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
+from quantcli.tensors import tensor_bytes
 from quantcli.tensorspec import TensorSpec, safetensors_dtype, torch_dtype
+from tests.measured import constants
 
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]
 HELD = [torch.bfloat16, torch.float16, torch.float32]
 INT8_SCHEMES = ["w8a8_dynamic", "w8a16"]
+STATIC = ["w8a8_mix", "w8a8_static"]
+SERVING = [torch.bfloat16, torch.float16]
 
 # Zeros of both signs, subnormals of each type, one outlier, ordinary weights.
 values = st.one_of(
@@ -65,48 +69,119 @@ def test_fp8_error_is_at_most_half_a_step(weight):
 @given(weights(), st.sampled_from(HELD), st.sampled_from(sorted(discover(Scheme))), st.data())
 def test_rows_do_not_know_each_other(weight, held, name, data):
     scheme = discover(Scheme)[name]()
-    whole = scheme.quantize(weight, held)
+    found = constants(scheme, torch.bfloat16, weight[:, :3])
+    bias = torch.linspace(-3, 40, len(weight))
+    whole = scheme.quantize(weight, held, found, bias)
     cut = data.draw(st.integers(0, weight.shape[0]))
     for part, tensor in whole.items():
         blocks = [
-            scheme.quantize(rows, held)[part] for rows in (weight[:cut], weight[cut:]) if len(rows)
+            scheme.quantize(weight[rows], held, found, bias[rows])[part]
+            for rows in (slice(cut), slice(cut, None))
         ]
-        assert torch.equal(torch.cat([b.float() for b in blocks]), tensor.float()), part
+        if part in found:
+            assert all(torch.equal(block, found[part]) for block in (*blocks, tensor))
+        else:
+            assert torch.equal(torch.cat([b.float() for b in blocks]), tensor.float()), part
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(weights(), st.sampled_from(HELD), st.sampled_from(sorted(discover(Scheme))))
 def test_stacked_weights_are_rounded_like_single_ones(weight, held, name):
     scheme = discover(Scheme)[name]()
-    single, stacked = scheme.quantize(weight, held), scheme.quantize(weight[None], held)
+    found = constants(scheme, torch.float16, weight)
+    bias = torch.linspace(-1, 7, len(weight))
+    single = scheme.quantize(weight, held, found, bias)
+    stacked = scheme.quantize(torch.stack([weight, weight]), held, found, bias.expand(2, -1))
     for part, tensor in single.items():
-        assert torch.equal(stacked[part][0].float(), tensor.float())
+        other = stacked[part] if part in found else stacked[part][1]
+        assert torch.equal(other.float(), tensor.float()), part
 
 
 def specs(packed):
     return tuple(TensorSpec(k, safetensors_dtype(v.dtype), tuple(v.shape)) for k, v in packed.items())
 
 
-@settings(derandomize=True, max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None)
 @given(
     weights(),
     st.sampled_from(["BF16", "F16"]),
     st.sampled_from(sorted(discover(Scheme))),
     st.sampled_from(sorted(discover(Target))),
+    st.booleans(),
 )
-def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, name, target_name):
+def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(
+    weight, serving, name, target_name, with_bias
+):
     scheme, target = discover(Scheme)[name](), discover(Target)[target_name]()
-    held = torch_dtype(target.held(scheme.numerics, serving))
-    parts = scheme.quantize(weight, held)
+    held = torch_dtype(target.held(scheme.numerics, "weight_scale", serving))
+    input_held = torch_dtype(target.held(scheme.numerics, "input_scale", serving))
+    found = constants(scheme, input_held, weight)
+    bias = torch.linspace(-5, 2, len(weight)) if with_bias else None
+    parts = scheme.quantize(weight, held, found, bias)
     packed = target.pack(scheme.numerics, parts)
-    meta = target.pack(scheme.numerics, scheme.quantize(weight.to("meta"), held))
+    on_meta = bias.to("meta") if with_bias else None
+    meta = target.pack(scheme.numerics, scheme.quantize(weight.to("meta"), held, found, on_meta))
     source = TensorSpec("weight", safetensors_dtype(weight.dtype), tuple(weight.shape))
-    planned = dry_run(scheme, target, source, safetensors_dtype(held))
-    assert planned == specs(packed) == specs(meta)
+    added = TensorSpec("bias", "F32", (len(weight),)) if with_bias else None
+    planned = dry_run(scheme, target, source, serving, added)
+    assert planned.specs == specs(packed) == specs(meta)
+    assert planned.constants == {"input_scale", "input_offset"} & packed.keys()
+    assert (planned.held.weight_scale, planned.held.input_scale) == (
+        safetensors_dtype(held),
+        safetensors_dtype(input_held),
+    )
     back = target.unpack(scheme.numerics, packed)
     assert back.keys() == parts.keys()
-    assert all(torch.equal(back[k].float(), parts[k].float()) for k in parts)
+    for part, tensor in parts.items():
+        assert back[part].dtype == tensor.dtype, part
+        assert torch.equal(back[part].float(), tensor.float()), part
     assert torch.equal(scheme.dequantize(back), scheme.dequantize(parts))
+    again = target.pack(scheme.numerics, back)
+    assert again.keys() == packed.keys()
+    assert all(tensor_bytes(again[key]) == tensor_bytes(packed[key]) for key in packed)
+
+
+biases = st.one_of(
+    st.just(0.0), st.sampled_from([1e-30, -700.0, 6e4, -6e4]), st.floats(-4, 4, width=16)
+)
+
+
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(
+    weights(),
+    st.lists(st.floats(-300, 300, width=16), max_size=6),
+    st.lists(biases, min_size=5, max_size=5),
+    st.sampled_from(SERVING),
+    st.sampled_from(STATIC),
+    st.booleans(),
+)
+def test_static_schemes_keep_their_promises(weight, seen, bias, serving, name, symmetric):
+    scheme = discover(Scheme)[name](symmetric=symmetric)
+    found = constants(scheme, serving, torch.tensor(seen, dtype=torch.float32).view(-1, 1))
+    held = torch.float32 if name == "w8a8_static" else serving
+    added = torch.tensor(bias[: len(weight)]).to(serving)
+    parts = scheme.quantize(weight, held, found, added)
+    codes, scale, deq = parts["weight"], parts["weight_scale"], parts["deq_scale"]
+    assert all(bool((s > 0).all()) and bool(torch.isfinite(s).all()) for s in (scale, deq))
+    assert torch.equal(scale, scale.to(held).float())
+    assert int(codes.int().abs().max()) <= 127
+    error = (codes.double() * scale.double() - weight.double()).abs()
+    assert bool((error <= scale.double() / 2 * (1 + 2**-23)).all())
+    # what the engine multiplies with, and what it scales back with, belong together
+    r = float((1 / found["input_scale"].float()).to(serving))
+    near = 2**-22 if serving == torch.bfloat16 else 2**-11
+    assert torch.allclose(deq.double() * r, scale.squeeze(-1).double(), rtol=near, atol=0)
+    if serving == torch.float16:
+        assert not (deq.view(torch.int32) & 0x1FFF).any()
+    offset = int(found["input_offset"])
+    assert offset == 0 or not symmetric
+    for row, code in enumerate(codes.tolist()):
+        exact = round(float(added[row]) / float(deq[row]) - offset * sum(code))
+        assert abs(exact) < 2**31
+        assert int(parts["quant_bias"][row]) == exact
+        # the bias comes out as it went in, to half a step of the sum
+        out = (int(parts["quant_bias"][row]) + offset * sum(code)) * float(deq[row])
+        assert abs(out - float(added[row])) <= float(deq[row]) / 2 * (1 + 2**-20)
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)

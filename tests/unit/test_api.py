@@ -45,8 +45,17 @@ def test_support_knows_every_cell():
         ("fp8_dynamic", "ascend"): "W8A8FP8_DYNAMIC",
         ("w8a16", "ascend"): "W8A16",
         ("w8a8_dynamic", "ascend"): "W8A8_DYNAMIC",
+        ("w8a8_mix", "ascend"): "W8A8_MIX",
+        ("w8a8_static", "ascend"): "W8A8",
     }
     assert cells["fp8_dynamic", "ascend"]["tensors"]["weight"] == {
         "dtype": "F8_E4M3",
         "shape": (256, 256),
+    }
+    assert cells["w8a8_static", "ascend"]["tensors"] == {
+        "weight": {"dtype": "I8", "shape": (256, 256)},
+        "input_scale": {"dtype": "F32", "shape": (1,)},
+        "input_offset": {"dtype": "F32", "shape": (1,)},
+        "quant_bias": {"dtype": "I32", "shape": (256,)},
+        "deq_scale": {"dtype": "F32", "shape": (256,)},
     }

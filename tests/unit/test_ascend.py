@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from quantcli.numerics import Module
 from quantcli.registry import discover
@@ -14,6 +15,9 @@ from quantcli.tensorspec import TensorSpec
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
 W8A16 = discover(Scheme)["w8a16"]().numerics
 FP8 = discover(Scheme)["fp8_dynamic"]().numerics
+STATIC = discover(Scheme)["w8a8_static"]().numerics
+SYMMETRIC = discover(Scheme)["w8a8_static"](symmetric=True).numerics
+MIX = discover(Scheme)["w8a8_mix"]().numerics
 TARGET = Ascend()
 
 
@@ -78,9 +82,41 @@ def test_router_beside_quantized_gate_proj_passes():
     assert refusals([f"{L}.mlp.gate_proj", f"{L}.mlp.up_proj"], [f"{L}.mlp.gate"]) == []
 
 
-def test_w8a16_is_not_for_experts():
-    found = refusals([f"{L}.mlp.experts.0.up_proj"], numerics=W8A16)
-    assert "no W8A16 for experts" in found[0].what
+@pytest.mark.parametrize(
+    ("numerics", "label"),
+    [(W8A16, "W8A16"), (STATIC, "W8A8"), (SYMMETRIC, "W8A8"), (MIX, "W8A8_MIX")],
+)
+def test_what_is_not_for_experts(numerics, label):
+    found = refusals([f"{L}.mlp.experts.0.up_proj"], numerics=numerics)
+    assert f"no {label} for experts" in found[0].what
+    assert refusals([f"{L}.mlp.shared_experts.down_proj"], numerics=numerics) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "fine"),
+    [(("observer: mse",) * 3, True), (("observer: mse", "observer: mse", "observer: minmax"), False)],
+)
+def test_siblings_must_be_measured_alike(words, fine):
+    names = [f"{L}.self_attn.{p}_proj" for p in "qkv"]
+    modules = [Module(n, (64, 64), STATIC, word) for n, word in zip(names, words, strict=True)]
+    found = list(TARGET.check(modules, {}))
+    assert (found == []) == fine
+    if not fine:
+        assert "v_proj W8A8 (observer: minmax)" in found[0].what
+
+
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [
+        (f"{L}.self_attn.k_proj", f"{L}.self_attn.q_proj+k_proj+v_proj"),
+        (f"{L}.mlp.up_proj", f"{L}.mlp.gate_proj+up_proj"),
+        (f"{L}.mlp.down_proj", None),
+        (f"{L}.mlp.experts.3.up_proj", None),
+        ("lm_head", None),
+    ],
+)
+def test_what_the_engine_merges(name, merged):
+    assert TARGET.merged(name) == merged
 
 
 @pytest.mark.parametrize(
@@ -106,9 +142,59 @@ def test_stacked_experts_are_refused():
 
 
 def test_labels_and_what_the_engine_holds():
-    assert [TARGET.label(n) for n in (INT8, FP8, W8A16)] == ["W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16"]
-    assert [TARGET.held(n, "F16") for n in (INT8, FP8, W8A16)] == ["F16", "F32", "F16"]
+    known = (INT8, FP8, W8A16, STATIC, SYMMETRIC, MIX)
+    assert [TARGET.label(n) for n in known] == [
+        "W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16", "W8A8", "W8A8", "W8A8_MIX",
+    ]  # fmt: skip
+    held = [TARGET.held(n, "weight_scale", "F16") for n in known]
+    assert held == ["F16", "F32", "F16", "F32", "F32", "F16"]
+    assert [TARGET.held(n, "input_scale", "F16") for n in (STATIC, MIX)] == ["F16", "F16"]
     assert "A5" in TARGET.loads_on("W8A8FP8_DYNAMIC")
+    assert "A2, A3" in TARGET.loads_on("W8A8")
+    assert "0.13" in TARGET.loads_on("W8A8_MIX")
+
+
+@pytest.mark.parametrize("serving", [torch.bfloat16, torch.float16])
+def test_static_tensors_as_the_engine_registers_them(serving):
+    parts = {
+        "weight": torch.ones(2, 3, dtype=torch.int8),
+        "weight_scale": torch.full((2, 1), 0.5),
+        "deq_scale": torch.tensor([0.0012, 0.25]),
+        "quant_bias": torch.tensor([-7, 7], dtype=torch.int32),
+        "input_scale": torch.tensor([0.5], dtype=serving),
+        "input_offset": torch.tensor([-3.0]),
+    }
+    stored = TARGET.pack(STATIC, parts)
+    assert stored.keys() == {"weight", "input_scale", "input_offset", "quant_bias", "deq_scale"}
+    assert (stored["input_scale"].dtype, stored["input_scale"].tolist()) == (torch.float32, [0.5])
+    assert (stored["input_offset"].dtype, stored["input_offset"].tolist()) == (torch.float32, [-3.0])
+    assert (stored["quant_bias"].dtype, stored["quant_bias"].tolist()) == (torch.int32, [-7, 7])
+    if serving == torch.bfloat16:
+        assert torch.equal(stored["deq_scale"], parts["deq_scale"])
+    else:  # the bits of the float32 in the low half
+        assert stored["deq_scale"].dtype == torch.int64
+        assert stored["deq_scale"].tolist() == [0x3A9D4952, 0x3E800000]
+    back = TARGET.unpack(STATIC, stored)
+    assert back["input_scale"].dtype == serving
+    assert torch.equal(back["weight_scale"], parts["deq_scale"].unsqueeze(1) * 2)
+    mixed = TARGET.pack(MIX, parts)
+    assert mixed.keys() == {*stored, "weight_scale", "weight_offset"}
+    assert torch.equal(mixed["weight_scale"], parts["weight_scale"])
+    assert mixed["weight_offset"].tolist() == [[0.0], [0.0]]
+    assert torch.equal(TARGET.unpack(MIX, mixed)["weight_scale"], parts["weight_scale"])
+
+
+def test_static_modules_are_described_tensor_by_tensor():
+    suffixes = ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale")
+    module = Module(f"{L}.self_attn.q_proj", (4, 4), STATIC)
+    other = Module(f"{L}.self_attn.o_proj", (4, 4), INT8)
+    names = [f"{module.name}.{suffix}" for suffix in suffixes]
+    table, _ = described([*names, f"{module.name}.bias", f"{other.name}.weight"], [module, other])
+    assert [table[name] for name in names] == ["W8A8"] * 5
+    assert table[f"{module.name}.bias"] == "FLOAT"
+    assert table["model_quant_type"] == "W8A8_DYNAMIC"
+    table, _ = described(names, [module])
+    assert table["model_quant_type"] == "W8A8"
 
 
 def described(tensors, modules=(), config=None, serving="BF16"):

@@ -33,7 +33,7 @@ _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes
 
 @dataclass(frozen=True)
 class Resources:
-    """What a calibration may use. max_memory: bytes above the process as it is; None: most that is free."""
+    """What a calibration may use. max_memory: bytes above the imports; None: most that is free."""
 
     device: str = "cpu"
     workers: int = 1
@@ -51,11 +51,6 @@ class Session:
     key: Key
     layers_done: int
     complete: bool
-
-
-def is_needed(plan: Plan) -> bool:
-    """Whether a plan asks for data: a scheme that measures inputs, or smoothing."""
-    return bool(plan.measured_modules) or plan.recipe.file.smooth is not None
 
 
 def prepare_session(plan: Plan, folder: Path, *, fresh: bool = False) -> Session:
@@ -79,7 +74,7 @@ def _source(plan: Plan) -> TextSource:
     recipe = plan.recipe
     block = recipe.file.calibration or Calibration()
     if block.data is None:
-        why = "smoothing" if not plan.measured_modules else f"`{plan.measured_modules[0]}`"
+        why = "smoothing" if not plan.measured else f"`{plan.measured[0]}`"
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),

@@ -40,6 +40,11 @@ class States:
         held = self._held.get(batch)
         return read_tensor(self.stored[batch]) if held is None else held
 
+    @property
+    def files(self) -> set[Path]:
+        """Where they are on disk."""
+        return {stored.file for stored in self.stored.values()}
+
     def hold(self, batch: int, hidden: Tensor) -> None:
         """Keep a batch in memory, if it fits."""
         with self._lock:

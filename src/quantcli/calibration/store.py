@@ -161,7 +161,7 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
             raise InputError(
                 f"is the calibration of {_WORDS[name]}",
                 where=str(folder),
-                fix="run with --fresh to calibrate anew, or give another folder",
+                fix="`quantcli calibrate` with --fresh makes it anew; or give another folder",
             )
     layers = head.get("layers")
     if not isinstance(layers, int) or head.get("version") != _VERSION:

@@ -21,6 +21,7 @@ class Scheme(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
+    fallback: ClassVar[str | None] = None  # the scheme in place of one that needs data where none is
 
     @property
     @abstractmethod

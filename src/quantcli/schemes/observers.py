@@ -6,23 +6,32 @@ threads may share an observer.
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantcli.numerics import Stats
+from quantcli.schemes import rounding
 
-_PATTERNS = 2**16
+_PATTERNS = 2**16  # of a 16-bit number
+_BLOCK = 2**18  # elements that are looked at together, so that what is made of them stays in the cache
 
 
 class Observer(ABC):
-    """Measures the input of one module, or of siblings that share it. Threads may share it."""
+    """Measures the input of one module, or of siblings that share it. Threads may share it.
+
+    tokens: rows seen. finite: no batch had NaN or Inf; one that has is counted and not measured.
+    """
 
     def __init__(self) -> None:
-        self.tokens = 0  # rows seen
+        self.tokens = 0
+        self.finite = True
         self._lock = threading.Lock()
 
     def update(self, x: Tensor, batch: int) -> None:
@@ -32,54 +41,75 @@ class Observer(ABC):
         measured = self._measure(x)
         with self._lock:
             self.tokens += len(x)
-            self._merge(measured, batch)
+            if self._sound(measured):
+                self._merge(measured, batch)
+            else:
+                self.finite = False
+
+    def absorb(self, other: Self) -> None:
+        """Take what another observer of the same kind has seen as seen here, too."""
+        with self._lock:
+            self.tokens += other.tokens
+            self.finite &= other.finite
+            for measured, batch in other._merged():
+                self._merge(measured, batch)
 
     @abstractmethod
     def _measure(self, x: Tensor) -> Any:
         """A small summary of [tokens, k], on the CPU; runs outside of the lock."""
 
     @abstractmethod
+    def _sound(self, measured: Any) -> bool:
+        """Whether what was summed up had neither NaN nor Inf."""
+
+    @abstractmethod
     def _merge(self, measured: Any, batch: int) -> None:
         """Add a summary."""
+
+    @abstractmethod
+    def _merged(self) -> Iterator[tuple[Any, int]]:
+        """All that was added, as (summary, batch)."""
 
     @abstractmethod
     def stats(self) -> Stats:
         """What was measured. Zeros where nothing was seen."""
 
 
-class RangeObserver(Observer):
-    """An observer whose result is one range for the whole tensor; it always includes 0."""
-
-    @abstractmethod
-    def range(self) -> tuple[float, float]:
-        """Lowest <= 0 and highest >= 0 value to represent."""
-
-    def stats(self) -> Stats:
-        """input_min and input_max, float32 [1]."""
-        low, high = self.range()
-        return {"input_min": torch.tensor([low]), "input_max": torch.tensor([high])}
-
-
-class MinMax(RangeObserver):
-    """The extremes."""
+class MinMax(Observer):
+    """The extremes, and the range to represent, which is as wide. Both include 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self._low = self._high = 0.0
 
     def _measure(self, x: Tensor) -> tuple[float, float]:
-        low, high = x.aminmax()
+        low, high = x.aminmax()  # NaN comes through
         return float(low), float(high)
+
+    def _sound(self, measured: tuple[float, float]) -> bool:
+        return all(map(math.isfinite, measured))
 
     def _merge(self, measured: tuple[float, float], batch: int) -> None:
         self._low, self._high = min(self._low, measured[0]), max(self._high, measured[1])
 
-    def range(self) -> tuple[float, float]:
-        """The extremes of all that was seen, and 0."""
+    def _merged(self) -> Iterator[tuple[tuple[float, float], int]]:
+        yield (self._low, self._high), 0
+
+    def extremes(self) -> tuple[float, float]:
+        """Lowest and highest of all that was seen and 0."""
         return self._low, self._high
 
+    def range(self) -> tuple[float, float]:
+        """Lowest <= 0 and highest >= 0 value to represent."""
+        return self.extremes()
 
-class MovingAverage(RangeObserver):
+    def stats(self) -> Stats:
+        """input_min and input_max, the extremes: float32 [1]."""
+        low, high = self.extremes()
+        return {"input_min": torch.tensor([low]), "input_max": torch.tensor([high])}
+
+
+class MovingAverage(MinMax):
     """Extremes of each batch, averaged exponentially in the order of the data; the first begins."""
 
     def __init__(self, momentum: float) -> None:
@@ -87,13 +117,13 @@ class MovingAverage(RangeObserver):
         self._momentum = momentum
         self._batches: dict[int, tuple[float, float]] = {}
 
-    def _measure(self, x: Tensor) -> tuple[float, float]:
-        low, high = x.aminmax()
-        return min(0.0, float(low)), max(0.0, float(high))
-
     def _merge(self, measured: tuple[float, float], batch: int) -> None:
-        low, high = self._batches.get(batch, measured)
+        super()._merge(measured, batch)
+        low, high = self._batches.get(batch, (0.0, 0.0))
         self._batches[batch] = min(low, measured[0]), max(high, measured[1])
+
+    def _merged(self) -> Iterator[tuple[tuple[float, float], int]]:
+        return ((measured, batch) for batch, measured in self._batches.items())
 
     def range(self) -> tuple[float, float]:
         """The average over batches: new = momentum * old + (1 - momentum) * batch."""
@@ -113,28 +143,45 @@ class Distribution(Observer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts = torch.zeros(_PATTERNS, dtype=torch.int64)
-        self._dtype = torch.bfloat16
+        self._counts = np.zeros(_PATTERNS, dtype=np.int64)  # by bit pattern
+        self._dtype: torch.dtype | None = None
 
-    def _measure(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
-        if x.dtype == torch.float32:
-            x = x.bfloat16()
-        patterns = x.contiguous().view(torch.int16).flatten().to(torch.int32) + _PATTERNS // 2
-        return torch.bincount(patterns, minlength=_PATTERNS).cpu(), x.dtype
+    def _measure(self, x: Tensor) -> tuple[np.ndarray, torch.dtype]:
+        dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+        if x.device.type != "cpu":
+            patterns = x.to(dtype).contiguous().view(torch.int16).flatten().int() & (_PATTERNS - 1)
+            return torch.bincount(patterns, minlength=_PATTERNS).cpu().numpy(), dtype
+        counts = np.zeros(_PATTERNS, dtype=np.int64)
+        for rows in _blocks(x):
+            numbers = rows.to(dtype).contiguous().view(torch.int16).numpy()
+            counts += np.bincount(numbers.view(np.uint16).ravel(), minlength=_PATTERNS)
+        return counts, dtype
 
-    def _merge(self, measured: tuple[Tensor, torch.dtype], batch: int) -> None:
-        self._counts += measured[0]
-        self._dtype = measured[1]
+    def _sound(self, measured: tuple[np.ndarray, torch.dtype]) -> bool:
+        counts, dtype = measured
+        infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+        # Without its sign, a float orders like the integer it is stored as; NaN stands above Inf.
+        return not counts.reshape(2, -1)[:, infinity:].any()
+
+    def _merge(self, measured: tuple[np.ndarray, torch.dtype], batch: int) -> None:
+        counts, dtype = measured
+        assert self._dtype in {None, dtype}, "the dtype of a module's inputs has changed"
+        self._counts += counts
+        self._dtype = dtype
+
+    def _merged(self) -> Iterator[tuple[tuple[np.ndarray, torch.dtype], int]]:
+        if self._dtype is not None:
+            yield (self._counts, self._dtype), 0
 
     def values(self) -> tuple[Tensor, Tensor]:
         """The values that occurred, ascending float32 [v], and how often, int64 [v]."""
-        patterns = torch.arange(-_PATTERNS // 2, _PATTERNS // 2, dtype=torch.int32).to(torch.int16)
-        seen = self._counts > 0
-        values, order = patterns[seen].view(self._dtype).float().sort()
-        return values, self._counts[seen][order]
+        patterns = self._counts.nonzero()[0]
+        numbers = torch.from_numpy(patterns.astype(np.uint16).view(np.int16))
+        values, order = numbers.view(self._dtype or torch.bfloat16).float().sort(stable=True)
+        return values, torch.from_numpy(self._counts[patterns])[order]
 
     def stats(self) -> Stats:
-        """input_min and input_max, float32 [1]."""
+        """input_min and input_max, the extremes: float32 [1]. They include 0."""
         values, _ = self.values()
         ends = torch.cat([values, torch.zeros(1)])
         return {"input_min": ends.min().view(1), "input_max": ends.max().view(1)}
@@ -159,12 +206,24 @@ class ChannelAmax(Observer):
         self._amax = torch.zeros(1)
 
     def _measure(self, x: Tensor) -> Tensor:
-        low, high = x.aminmax(dim=0)
-        return torch.maximum(-low, high).float().cpu()
+        blocks = _blocks(x) if x.device.type == "cpu" else [x]
+        return torch.cat([rounding.absmax(rows, dim=0) for rows in blocks]).amax(0).cpu()
+
+    def _sound(self, measured: Tensor) -> bool:
+        return bool(torch.isfinite(measured).all())
 
     def _merge(self, measured: Tensor, batch: int) -> None:
         self._amax = torch.maximum(self._amax, measured)
 
+    def _merged(self) -> Iterator[tuple[Tensor, int]]:
+        yield self._amax, 0
+
     def stats(self) -> Stats:
         """channel_amax, float32 [k]."""
         return {"channel_amax": self._amax}
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """[tokens, k] in runs of rows."""
+    step = max(1, _BLOCK // max(1, x.shape[1]))
+    return (x[start : start + step] for start in range(0, len(x), step))

@@ -26,14 +26,14 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 _MAGNITUDE = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 
 
-def absmax(rows: Tensor) -> Tensor:
-    """max |x| of each row: [..., n, k] in any float dtype -> float32 [..., n, 1].
+def absmax(rows: Tensor, dim: int = -1) -> Tensor:
+    """max |x| of each row: [..., n, k] in any float dtype -> float32 [..., n, 1]; or along `dim`.
 
     Through the bits: without its sign, a float orders like the integer it is stored as, and NaN and
     Inf come out on top, so a row that holds one shows it here.
     """
     integer = _BITS[rows.dtype]
-    magnitude = (rows.view(integer) & _MAGNITUDE[integer]).amax(-1, keepdim=True)
+    magnitude = (rows.view(integer) & _MAGNITUDE[integer]).amax(dim, keepdim=True)
     return magnitude.view(rows.dtype).float()
 
 
@@ -47,12 +47,16 @@ def round_up(value: Tensor, held: torch.dtype) -> Tensor:
     return (nearest.view(integer) + below).view(held).float()
 
 
-def channel_scale(rows: Tensor, limit: float, held: torch.dtype) -> Tensor:
+def channel_scale(rows: Tensor, limit: float, held: torch.dtype, least: Tensor | None = None) -> Tensor:
     """absmax / limit per row, rounded up to `held`: |rows| <= limit * scale.
 
-    [..., n, k] -> float32 [..., n, 1]; never zero, also for a row of zeros.
+    [..., n, k] -> float32 [..., n, 1]; never zero, also for a row of zeros. No scale is below `least`,
+    which broadcasts against it; NaN and Inf in it show in the scale.
     """
-    return round_up(absmax(rows) / limit, held).clamp_min(_FLOOR[held])
+    scale = absmax(rows) / limit
+    if least is not None:
+        scale = torch.maximum(scale, least)
+    return round_up(scale, held).clamp_min(_FLOOR[held])
 
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
@@ -94,3 +98,23 @@ def _token_scale(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     amax = values.abs().amax(-1, keepdim=True)
     multiplier = torch.where(amax > 0, limit / amax, 0.0)
     return values, multiplier, amax * (1 / limit)
+
+
+def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., k] -> [..., n] with int8 inputs per token, in the dtype of x.
+
+    weight: int8 [..., n, k]; scale: float32 [..., n, 1]. `npu_dynamic_quant` followed by
+    `npu_quant_matmul`: y = (f32(sum_k xq wq) * scale) * token_scale + bias, rounded once; the sum is
+    exact in float64.
+    """
+    codes, token_scale = quantize_tokens_int8(x)
+    total = (codes.double() @ weight.double().mT).float()
+    y = total * per_output(scale.squeeze(-1)) * token_scale
+    if bias is not None:
+        y = y + per_output(bias.float())
+    return y.to(x.dtype)
+
+
+def per_output(values: Tensor) -> Tensor:
+    """[n] as it is, [..., n] of stacked weights as [..., 1, n]: to broadcast against outputs."""
+    return values if values.dim() == 1 else values.unsqueeze(-2)

@@ -34,13 +34,5 @@ class W8A8Dynamic(Scheme):
         return {"weight": rounding.to_int8(rows, scale), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
-        """y = (f32(sum_k xq wq) * weight_scale) * token_scale + bias, rounded once to x.dtype.
-
-        `npu_dynamic_quant` followed by `npu_quant_matmul`; the sum is exact in float64.
-        """
-        codes, token_scale = rounding.quantize_tokens_int8(x)
-        total = (codes.double() @ parts["weight"].double().mT).float()
-        y = total * parts["weight_scale"].squeeze(-1) * token_scale
-        if bias is not None:
-            y = y + bias.float()
-        return y.to(x.dtype)
+        """y = (f32(sum_k xq wq) * weight_scale) * token_scale + bias, rounded once to x.dtype."""
+        return rounding.linear_int8_tokens(x, parts["weight"], parts["weight_scale"], bias)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.numerics import Module, Numerics, Operand, Parts
+from quantcli.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
-from quantcli.targets.base import Output, Refusal, Target
-from quantcli.targets.siblings import EXPERT, FUSED, MERGED, expert_sets, fused_groups, fused_widths
+from quantcli.targets.ascend_tags import TAGS, Tag, deq_from_stored, deq_to_store
+from quantcli.targets.base import Output, Refusal, ScalePart, Target
+from quantcli.targets.siblings import (
+    EXPERT,
+    FUSED,
+    MERGED,
+    expert_sets,
+    fused_groups,
+    fused_widths,
+    merged_name,
+)
 from quantcli.tensorspec import TensorSpec
 
 DESCRIPTION = "quant_model_description.json"
@@ -44,31 +52,6 @@ _ALWAYS_FLOAT = {
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 
-@dataclass(frozen=True)
-class _Tag:
-    """A scheme as the engine registers it."""
-
-    label: str
-    experts: bool  # registered for mixtures of experts too
-    scale_in_float32: bool  # else the loader rounds weight_scale to the serving dtype
-    loads_on: str
-
-
-_INT8 = Operand("int8", "channel")
-_FP8 = Operand("fp8_e4m3", "channel")
-_TAGS = {
-    Numerics(_INT8, Operand("int8", "token", dynamic=True)): _Tag(
-        "W8A8_DYNAMIC", True, False, "vLLM-Ascend 0.11 and later on Atlas A2, A3 (910B, 910C), 310P"
-    ),
-    Numerics(_FP8, Operand("fp8_e4m3", "token", dynamic=True)): _Tag(
-        "W8A8FP8_DYNAMIC", True, True, "vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"
-    ),
-    Numerics(_INT8, None): _Tag(
-        "W8A16", False, False, "vLLM-Ascend 0.13 and later on Atlas A2, A3 (910B, 910C)"
-    ),
-}
-
-
 class Ascend(Target):
     """The format that vLLM-Ascend loads; every tensor is described, none is left to a default."""
 
@@ -80,30 +63,54 @@ class Ascend(Target):
 
     def loads_on(self, label: str) -> str:
         """First engine version and hardware."""
-        return next(tag.loads_on for tag in _TAGS.values() if tag.label == label)
+        return next(tag.loads_on for tag in TAGS.values() if tag.label == label)
 
-    def held(self, numerics: Numerics, serving_dtype: str) -> str:
-        """The int8 loaders round weight_scale to the serving dtype; fp8 keeps float32."""
-        return "F32" if self._tag(numerics).scale_in_float32 else serving_dtype
+    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+        """Loaders round to the serving dtype: input_scale, and weight_scale of all int8 but W8A8.
+
+        W8A8 knows weights by deq_scale alone, which is float32 by value, and fp8 keeps float32.
+        """
+        in_float32 = part == "weight_scale" and self._tag(numerics).scale_in_float32
+        return "F32" if in_float32 else serving_dtype
+
+    def merged(self, module: str) -> str | None:
+        """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
+        return merged_name(module)
 
     def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
-        """weight [n, k], weight_scale and weight_offset float32 [n, 1].
+        """weight [n, k], and by the engine's registered parameters:
 
-        The offset is zero. W8A16 multiplies with it and would find uninitialised memory; the others
-        register it as a parameter.
+        weight_scale, weight_offset: float32 [n, 1]. The offset is zero. W8A16 multiplies with it and
+        would find uninitialised memory; the others register it as a parameter.
+        input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         """
-        self._tag(numerics)
-        scale = parts["weight_scale"]
-        return {
-            "weight": parts["weight"],
-            "weight_scale": scale,
-            "weight_offset": torch.zeros_like(scale),
-        }
+        tag = self._tag(numerics)
+        stored = {"weight": parts["weight"]}
+        if tag.stores_scale:
+            scale = parts["weight_scale"]
+            stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        if tag.static:
+            serving = parts["input_scale"].dtype
+            stored["input_scale"] = parts["input_scale"].float()
+            stored["input_offset"] = parts["input_offset"]
+            stored["quant_bias"] = parts["quant_bias"]
+            stored["deq_scale"] = deq_to_store(parts["deq_scale"], serving)
+        return stored
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
-        """Codes and scales as stored."""
-        self._tag(numerics)
-        return {"weight": stored["weight"], "weight_scale": stored["weight_scale"]}
+        """Codes and scales as stored; W8A8's weight_scale is what its deq_scale amounts to."""
+        tag = self._tag(numerics)
+        parts = {"weight": stored["weight"]}
+        if tag.stores_scale:
+            parts["weight_scale"] = stored["weight_scale"]
+        if tag.static:
+            deq, serving = deq_from_stored(stored["deq_scale"])
+            input_scale = stored["input_scale"].to(serving)
+            if not tag.stores_scale:
+                parts["weight_scale"] = deq.unsqueeze(-1) * multiplier(input_scale)
+            parts |= {"deq_scale": deq, "quant_bias": stored["quant_bias"]}
+            parts |= {"input_scale": input_scale, "input_offset": stored["input_offset"]}
+        return parts
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Fused groups, experts, MLA, sizes and the loader's skip rule."""
@@ -113,7 +120,9 @@ class Ascend(Target):
             if module.name in tags:
                 yield from self._check_module(module, tags[module.name])
         labels = {m.name: tags[m.name].label if m.numerics else FLOAT for m in modules}
-        yield from fused_groups(labels)
+        yield from fused_groups(
+            {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
+        )
         yield from expert_sets(labels)
         yield from _skip_rule(labels)
 
@@ -138,17 +147,17 @@ class Ascend(Target):
             **sidecars.index(output),
         }
 
-    def _tag(self, numerics: Numerics) -> _Tag:
-        if numerics not in _TAGS:
+    def _tag(self, numerics: Numerics) -> Tag:
+        if numerics not in TAGS:
             raise InputError(
                 f"target `{self.name}` cannot store {numerics}",
                 fix="see `quantcli inspect --support` for what goes together",
             )
-        return _TAGS[numerics]
+        return TAGS[numerics]
 
-    def _tags(self, modules: Sequence[Module]) -> dict[str, _Tag]:
+    def _tags(self, modules: Sequence[Module]) -> dict[str, Tag]:
         """The tag of every quantized module. Hashing numerics is slow, and few are different."""
-        known: dict[int, _Tag] = {}
+        known: dict[int, Tag] = {}
         tags = {}
         for module in modules:
             if module.numerics is not None:
@@ -158,7 +167,7 @@ class Ascend(Target):
                 tags[module.name] = known[key]
         return tags
 
-    def _check_module(self, module: Module, tag: _Tag) -> Iterator[Refusal]:
+    def _check_module(self, module: Module, tag: Tag) -> Iterator[Refusal]:
         parent, _, last = module.name.rpartition(".")
         if last in _EMBEDDINGS:
             yield Refusal(module.name, "the engine has no quantized embedding", _KEEP)
@@ -184,7 +193,7 @@ class Ascend(Target):
         used = set(labels.values())
         table: dict[str, object] = {
             "version": "1.0.0",
-            "model_quant_type": next((t.label for t in _TAGS.values() if t.label in used), FLOAT),
+            "model_quant_type": next((t.label for t in TAGS.values() if t.label in used), FLOAT),
             "metadata": {},
             "group_size": 0,
             "optional": {},

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.numerics import Module, Numerics, Parts
 from quantcli.tensorspec import TensorSpec
+
+ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,23 @@ class Target(BaseModel, ABC):
         """Engine versions and hardware that load modules with this label."""
 
     @abstractmethod
-    def held(self, numerics: Numerics, serving_dtype: str) -> str:
-        """The dtype in which the engine will hold `weight_scale`: codes are chosen against it."""
+    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+        """The dtype in which the engine will hold a scale: codes are chosen against it."""
+
+    @abstractmethod
+    def merged(self, module: str) -> str | None:
+        """Name of the parameter that the engine makes of this module and its siblings.
+
+        What is not per row, such as input_scale, it then has once for all of them. None where it merges
+        nothing.
+        """
 
     @abstractmethod
     def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
         """Parts of one module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        Rows stay rows: dimension 0 of every tensor returned is dimension 0 of the weight.
+        Dimension 0 of a tensor returned is dimension 0 of the weight, or the tensor does not depend on
+        rows, as `input_scale` [1], and is the same for every block of them.
         """
 
     @abstractmethod

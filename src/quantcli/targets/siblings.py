@@ -64,12 +64,17 @@ def expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
                 )
 
 
+def merged_name(module: str) -> str | None:
+    """The parameter into which a module is merged, such as `layers.0.mlp.gate_proj+up_proj`."""
+    parent, _, last = module.rpartition(".")
+    group = next((group for group in FUSED if last in group), None)
+    return f"{parent}.{'+'.join(group)}" if group and not EXPERT.fullmatch(module) else None
+
+
 def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
-    """Rows of every merged parameter, by a name such as `model.layers.0.mlp.gate_proj+up_proj`."""
+    """Rows of every merged parameter, by its name."""
     widths: dict[str, int] = defaultdict(int)
     for module in modules:
-        parent, _, last = module.name.rpartition(".")
-        group = next((group for group in FUSED if last in group), None)
-        if module.numerics and group and not EXPERT.fullmatch(module.name):
-            widths[f"{parent}.{'+'.join(group)}"] += module.shape[0]
+        if module.numerics and (name := merged_name(module.name)):
+            widths[name] += module.shape[0]
     return widths

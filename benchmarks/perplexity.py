@@ -1,0 +1,97 @@
+"""Perplexity of what recipes make of a model, with the engine's arithmetic, against the float model.
+
+    python benchmarks/perplexity.py [--model DIR] [--text FILE] [--data FILE] [--inject]
+
+--inject multiplies 4 channels of every norm by 50 and divides the columns that read them: the same
+function, with outlier channels as large models have them. Prints a table and one JSON document.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quantcli import commands
+from quantcli.calibration.served import Served, log_probs
+from quantcli.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+READERS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+           "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+
+
+def inject(model: Path, folder: Path) -> Path:
+    """A copy of a Llama-like model with outlier channels and the same function."""
+    shutil.copytree(model, folder)
+    tensors = {}
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for file in files:
+        tensors |= load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        layer, _, norm = name.removesuffix(".weight").rpartition(".")
+        if norm in READERS:
+            channels = torch.randperm(len(tensors[name]), generator=generator)[:4]
+            tensors[name][channels] *= 50
+            for reader in READERS[norm]:
+                tensors[f"{layer}.{reader}.weight"][:, channels] /= 50
+    for file in files:
+        names = load_file(file).keys()
+        save_file({name: tensors[name] for name in names}, file, metadata={"format": "pt"})
+    return folder
+
+
+def windows(model: Path, text: Path, count: int, length: int) -> list[Batch]:
+    """The first `count` windows of a text, 8 a batch."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"][: count * length]
+    return [Batch(part, None) for part in torch.tensor(ids).view(count, length).split(8)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny-qwen3")
+    parser.add_argument("--text", type=Path, default=ROOT / "examples/evaluation.txt")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--inject", action="store_true")
+    parser.add_argument("--dtype", default="F32", choices=["F32", "BF16"])
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument(
+        "recipes", nargs="*", default=["w8a8_dynamic", "w8a8_static", "w8a8_static_smooth"]
+    )
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = inject(given.model, Path(folder) / "model") if given.inject else given.model
+        batches = windows(model, given.text, given.windows, given.length)
+        base = torch.cat(log_probs(open_checkpoint(model), batches, dtype=given.dtype, workers=2))
+        result = {"float": math.exp(-base.mean())}
+        print(f"{'float':<24} {result['float']:.4f}")
+        for name in given.recipes:
+            sets = list(given.set)
+            if given.data and "dynamic" not in name:
+                sets.append(f"calibration.data={given.data}")
+            path = Path(name) if name.endswith(".yaml") else ROOT / f"recipes/{name}.yaml"
+            out = Path(folder) / path.stem
+            job = commands.prepare(path, model=str(model), out=out, overrides=tuple(sets))
+            written = commands.quantize(job)
+            scores = torch.cat(
+                log_probs(Served(written.plan, out), batches, dtype=given.dtype, workers=2)
+            )
+            perplexity = math.exp(-scores.mean())
+            change = float((scores - base).abs().mean())
+            ratio = perplexity / result["float"]
+            result[name] = {"perplexity": perplexity, "ratio": ratio, "log_prob_change": change}
+            print(f"{name:<24} {perplexity:.4f}  x {ratio:.4f}  mean |change| {change:.4f}")
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""One block of rows: from source values to what is written, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.measured import Factors
+from quantcli.numerics import NO_STATS, Parts, Stats
+from quantcli.plan import Copy, Item, Quantize
+from quantcli.targets.base import Target
+from quantcli.tensors import read_tensor, tensor_bytes
+from quantcli.tensorspec import torch_dtype
+
+
+@dataclass(frozen=True)
+class Known:
+    """What calibration found for an item."""
+
+    constants: Stats = field(default_factory=lambda: NO_STATS)
+    edit: Factors | None = None
+    bias_edit: Factors | None = None
+
+
+_NOTHING = Known()
+
+
+def read_known(item: Item) -> Known:
+    """Read what calibration found for an item. InputError for values that make no sense."""
+    edit = item.edit.load() if item.edit else None
+    if not isinstance(item, Quantize):
+        return Known(edit=edit) if edit else _NOTHING
+    if not (edit or item.stats or item.bias_edit):
+        return _NOTHING
+    constants = measured_constants(item) if item.stats else NO_STATS
+    return Known(constants, edit, item.bias_edit.load() if item.bias_edit else None)
+
+
+def copy_block(item: Copy, block: memoryview, first_row: int, known: Known) -> memoryview:
+    """Rows of a tensor that stays as it is, as bytes: the same ones, or edited."""
+    if known.edit is None:
+        return block
+    spec = item.source.spec
+    rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(-1, *spec.shape[1:])
+    return tensor_bytes(known.edit.apply(rows, first_row).to(rows.dtype))
+
+
+def quantize_block(
+    target: Target,
+    item: Quantize,
+    rows: Tensor,
+    first_row: int,
+    bias: Tensor | None,
+    known: Known,
+) -> dict[str, Tensor]:
+    """Rows [n, k] of a weight, from `first_row` on, edited, quantized and packed: tensors by suffix.
+
+    bias: of these rows [n]. InputError for NaN and Inf.
+    """
+    source, source_bias = rows, bias
+    if known.edit is not None:
+        rows = known.edit.apply(rows, first_row)
+    if known.bias_edit is not None and bias is not None:
+        bias = known.bias_edit.apply(bias, first_row)
+    parts = item.scheme.quantize(rows, torch_dtype(item.held.weight_scale), known.constants, bias)
+    if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
+        raise _not_finite(source, source_bias, first_row, item)
+    return target.pack(item.scheme.numerics, parts)
+
+
+def measured_constants(item: Quantize) -> Parts:
+    """What the scheme makes of a module's measured input. InputError for values that make no sense."""
+    stats = {name: read_tensor(stored) for name, stored in item.stats.items()}
+    try:
+        return item.scheme.constants(stats, torch_dtype(item.held.input_scale))
+    except InputError as error:
+        file = next(iter(item.stats.values())).file
+        raise InputError(error.what, where=f"`{item.module}` in {file}", fix=error.fix) from None
+
+
+def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantize) -> InputError:
+    """The error for a block whose scale is not finite: which element, or that the scale overflows."""
+    sources = [("weight", rows, item.source)]
+    if bias is not None and item.bias is not None:
+        sources.append(("bias", bias, item.bias))
+    for kind, values, stored in sources:
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row, *column = bad[0].tolist()
+            place = ", ".join(map(str, (first_row + row, *column)))
+            return InputError(
+                f"{kind} is {float(values[tuple(bad[0])])}",
+                where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
+                fix="the model is damaged: fetch it again and run with --fresh, or keep this module "
+                "float",
+            )
+    held = item.held.weight_scale
+    return InputError(
+        f"the scale of a row overflows {held}, in which the engine holds it",
+        where=f"`{item.source.spec.name}`, rows from {first_row}, in {item.source.file.name}",
+        fix="serve in bfloat16 (`dtype` in config.json), or keep this module float",
+    )

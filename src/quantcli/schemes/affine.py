@@ -1,0 +1,146 @@
+"""Which scale and offset represent the inputs of a module in int8, from their range or distribution.
+
+x ~ (xq - offset) / r with xq = clamp(rint(x r + offset), -128, 127) and r = multiplier(scale). A scale
+is always a number of the dtype in which the engine holds it, judged by what the engine makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.numerics import multiplier
+
+# The smallest scale, also of a module whose inputs were all zero: a normal number with a finite
+# reciprocal, small enough for any real input, and large enough that its product with a weight's scale
+# is a normal float32.
+_SMALLEST = {torch.bfloat16: 2.0**-64, torch.float32: 2.0**-64, torch.float16: 2.0**-14}
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_NARROWEST = 0.25  # of the range, at either end
+_COARSE = 0.05  # step over the narrowed ranges, as a fraction of the whole
+_FINE = (0.0125, 0.003)  # steps around the best so far, three to either side
+_ULPS = 8  # scales on either side of the best that are tried in the end
+_CHUNK = 2**16  # values times candidates that are looked at together: temporaries of 512 KB
+
+_Best = tuple[float, float, float, float, float]  # loss, -scale, offset, share of low, share of high
+
+
+def of_range(low: float, high: float, held: torch.dtype, *, symmetric: bool) -> tuple[float, float]:
+    """Scale and offset that represent [low, high], which includes 0, in 255 steps.
+
+    held: the dtype in which the engine holds the scale. Symmetric: 127 steps to either side, offset 0.
+    """
+    scale, offset = _fit(np.array([low]), np.array([high]), held, symmetric)
+    return float(scale[0]), float(offset[0])
+
+
+def of_distribution(
+    values: Tensor, counts: Tensor, held: torch.dtype, *, symmetric: bool
+) -> tuple[float, float]:
+    """Scale and offset with the least squared error over all values; ties go to the wider range.
+
+    values: ascending float32 [v]; counts: int64 [v]. Ranges down to a quarter are tried, coarsely, then
+    finely around the best, at last the neighbours of its scale and offset. The whole range is among
+    them, so that no result is worse than `of_range` of the extremes.
+    """
+    low = min(0.0, float(values[0])) if len(values) else 0.0
+    high = max(0.0, float(values[-1])) if len(values) else 0.0
+    if low == high:
+        return of_range(low, high, held, symmetric=symmetric)
+    seen, weights = values.numpy(), counts.numpy().astype(np.float64)
+    axis = np.arange(1, _NARROWEST - _COARSE / 2, -_COARSE)
+    axes = axis, axis
+    best: _Best = (math.inf, 0.0, 0.0, 1.0, 1.0)
+    for step in (*_FINE, 0.0):
+        below, above = _pairs(*axes, low, high, symmetric)
+        scale, offset = _fit(low * below, high * above, held, symmetric)
+        best = min(best, _least(seen, weights, scale, offset, held, below, above))
+        below, above = (np.clip(centre + step * np.arange(-3, 4), _NARROWEST, 1) for centre in best[3:])
+        axes = below, above
+    scale, offset = _neighbours(-best[1], best[2], held, symmetric)
+    share = np.ones_like(scale)
+    best = min(best, _least(seen, weights, scale, offset, held, share, share))
+    return -best[1], best[2]
+
+
+def _fit(
+    low: np.ndarray, high: np.ndarray, held: torch.dtype, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset of each range: float32 arrays, the scales representable in `held`."""
+    exact = np.maximum(-low, high) / 127 if symmetric else (high - low) / 255
+    exact = np.clip(exact, _SMALLEST[held], torch.finfo(held).max)
+    scale = torch.from_numpy(exact).to(held).float().numpy()
+    offset = np.zeros_like(low) if symmetric else np.clip(np.rint(-128 - low / scale), -128, 127)
+    return scale, offset.astype(np.float32)
+
+
+def _pairs(
+    below: np.ndarray, above: np.ndarray, low: float, high: float, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of both ends to try together; of an end that is 0, and of symmetric ranges, only one."""
+    if symmetric:
+        return below, below
+    shares = np.meshgrid(below if low else np.ones(1), above if high else np.ones(1))
+    return shares[0].ravel(), shares[1].ravel()
+
+
+def _neighbours(
+    scale: float, offset: float, held: torch.dtype, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales next to `scale` in `held`, each with the offsets next to `offset`."""
+    integer = _BITS[held]
+    bits = torch.tensor([scale]).to(held).view(integer)
+    near = bits + torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
+    scales = near.view(held).float().clamp(_SMALLEST[held], torch.finfo(held).max).numpy()
+    offsets = np.zeros(1) if symmetric else np.clip(offset + np.arange(-1, 2), -128, 127)
+    pairs = np.meshgrid(scales, offsets.astype(np.float32))
+    return pairs[0].ravel(), pairs[1].ravel()
+
+
+def _least(
+    values: np.ndarray,
+    weights: np.ndarray,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    held: torch.dtype,
+    below: np.ndarray,
+    above: np.ndarray,
+) -> _Best:
+    """The best of some candidates."""
+    losses = squared_error(values, weights, scale, offset, held)
+    columns = (losses, -scale, offset, below, above)
+    return min(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def squared_error(
+    values: np.ndarray, weights: np.ndarray, scale: np.ndarray, offset: np.ndarray, held: torch.dtype
+) -> np.ndarray:
+    """sum over values of weight * (v - (xq - offset) / r)^2 for each candidate: float64 [c].
+
+    values: float32 [v]; weights: float64 [v]; scale, offset: float32 [c]. The engine has two ways to
+    xq: its quantize kernel multiplies by r, the one that is fused with a norm divides by the scale;
+    both are scaled back by 1 / r. Their errors are added, which favours scales for which they agree.
+    Codes in float32 as the engine makes them, sums in float64.
+    """
+    r = multiplier(torch.from_numpy(scale).to(held)).numpy()
+    exact = values.astype(np.float64)
+    losses = np.empty(len(scale))
+    step = max(1, _CHUNK // len(values))
+    for start in range(0, len(scale), step):
+        part = slice(start, start + step)
+        losses[part] = 0
+        for codes in (values * r[part, None], values / scale[part, None]):
+            codes += offset[part, None]
+            np.rint(codes, out=codes)
+            np.clip(codes, -128, 127, out=codes)
+            codes -= offset[part, None]
+            error = codes.astype(np.float64)
+            error /= r[part, None]
+            error -= exact
+            error *= error
+            error *= weights
+            losses[part] += error.sum(axis=1)
+    return losses

@@ -1,0 +1,90 @@
+"""Static int8 inputs against the reference producer: its format, and numbers from its input scales."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantcli.checkpoint import open_checkpoint
+from quantcli.execute import execute
+from quantcli.planner import make_plan
+from quantcli.recipe import load_recipe
+from tests.measured import store
+
+DATA = Path(__file__).parent / "data"
+CASES = [("model", "w8a8_static"), ("model_qwen2", "qwen2_w8a8_static")]
+
+
+def tensors(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def pair(request, tmp_path_factory):
+    """The source, the reference (tensors, description), and our plan of the same."""
+    model, name = request.param
+    recipe = tmp_path_factory.mktemp("static") / "recipe.yaml"
+    recipe.write_text('target: ascend\nrules: [{match: "*_proj", scheme: w8a8_static}]\n')
+    reference = tensors(DATA / name)
+    description = json.loads((DATA / name / "quant_model_description.json").read_text())
+    return DATA / model, reference, description, load_recipe(recipe)
+
+
+def modules(reference):
+    return sorted(name.removesuffix(".deq_scale") for name in reference if name.endswith(".deq_scale"))
+
+
+def test_the_plan_has_the_same_tensors_and_tags(pair):
+    model, reference, description, recipe = pair
+    plan = make_plan(recipe, open_checkpoint(model))
+    planned = {spec.name: spec for shard in plan.shards for spec in shard.tensors}
+    assert planned.keys() == reference.keys()
+    kinds = {torch.int8: "I8", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
+    for name, tensor in reference.items():
+        # the reference stores biases in float32; they are copied here, and engines round them
+        dtype = "BF16" if name.endswith(".bias") else kinds[tensor.dtype]
+        assert (planned[name].dtype, planned[name].shape) == (dtype, tuple(tensor.shape)), name
+    assert json.loads(plan.sidecars["quant_model_description.json"]) == description
+    assert set(plan.needs_data) == set(modules(reference))
+    assert len(plan.needs_data) in {14, 21}
+
+
+def test_numbers_from_the_reference_s_input_scales(pair, tmp_path):
+    model, reference, _, recipe = pair
+    zero = torch.zeros(1)
+    stats = {
+        module: {
+            "input_scale": reference[f"{module}.input_scale"],
+            "input_offset": reference[f"{module}.input_offset"],
+            "input_min": zero,
+            "input_max": zero,
+        }
+        for module in modules(reference)
+    }
+    plan = make_plan(recipe, open_checkpoint(model), store(tmp_path / "stats.safetensors", stats))
+    assert plan.needs_data == ()
+    execute(plan, tmp_path / "out", workers=2)
+    ours, source = tensors(tmp_path / "out"), tensors(model)
+    assert ours.keys() == reference.keys()
+    gain = [0.0, 0.0]
+    for module in modules(reference):
+        mine = {s: ours[f"{module}.{s}"] for s in ("weight", "deq_scale", "quant_bias", "input_scale")}
+        theirs = {s: reference[f"{module}.{s}"] for s in mine}
+        assert (mine["weight"].int() - theirs["weight"].int()).abs().max() <= 1, module
+        assert torch.equal(mine["input_scale"], theirs["input_scale"])
+        assert torch.equal(ours[f"{module}.input_offset"], reference[f"{module}.input_offset"])
+        ratio = mine["deq_scale"] / theirs["deq_scale"]
+        # 127.49 steps instead of 127, 0.4 % of the effective scale, two roundings to bfloat16 of theirs
+        assert (ratio - 1).abs().max() <= 2**-6, module
+        # what is added to the sum, in the units of the output
+        added, expected = (t["quant_bias"].double() * t["deq_scale"].double() for t in (mine, theirs))
+        spread = source[f"{module}.weight"].double().abs().sum(1) * float(mine["input_scale"]) * 2
+        assert ((added - expected).abs() <= 0.01 * expected.abs() + spread).all(), module
+        # the weight that the engine sees: codes times deq_scale, over what inputs are divided by
+        r = (1 / mine["input_scale"].bfloat16().float()).bfloat16().double()
+        for i, t in enumerate((mine, theirs)):
+            seen = t["weight"].double() * t["deq_scale"].double().unsqueeze(1) * r
+            gain[i] += float((seen - source[f"{module}.weight"].double()).square().sum())
+    assert gain[0] < 0.9 * gain[1]

@@ -1,0 +1,51 @@
+"""Schemes that need data, given some: what tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from quantcli.header import StoredTensor, read_header
+from quantcli.measured import Measured
+from quantcli.schemes.base import Scheme
+
+
+def constants(scheme: Scheme, serving: torch.dtype, x: torch.Tensor | None = None) -> dict[str, Any]:
+    """What the scheme makes of inputs x; without x, of an observer that saw nothing."""
+    observer = scheme.observer(serving)
+    if observer is None:
+        return {}
+    if x is not None:
+        observer.update(x.to(serving), 0)
+    return scheme.constants(observer.stats(), serving)
+
+
+def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
+    """The dtype in which vLLM-Ascend holds `weight_scale`."""
+    return torch.float32 if scheme.name in {"fp8_dynamic", "w8a8_static"} else serving
+
+
+def quantize(
+    scheme: Scheme,
+    weight: torch.Tensor,
+    serving: torch.dtype,
+    x: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """A whole weight, with constants from x, as vLLM-Ascend will hold it."""
+    found = constants(scheme, serving, x)
+    return scheme.quantize(weight, held_weight(scheme, serving), found, bias)
+
+
+def store(file: Path, stats: dict[str, dict[str, torch.Tensor]]) -> Measured:
+    """What was measured, by module, on disk and as the planner takes it."""
+    named = {f"{m}/{name}": t.clone() for m, found in stats.items() for name, t in found.items()}
+    save_file(named, file)
+    table: dict[str, dict[str, StoredTensor]] = {}
+    for stored in read_header(file)[0]:
+        module, _, name = stored.spec.name.partition("/")
+        table.setdefault(module, {})[name] = stored
+    return Measured(table)
