@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from quantcli import commands
+from quantcli.calibration.dataset import Batch
 from quantcli.calibration.served import Served, log_probs
 from quantcli.checkpoint import open_checkpoint
 
@@ -49,6 +49,8 @@ def inject(model: Path, folder: Path) -> Path:
 
 def windows(model: Path, text: Path, count: int, length: int) -> list[Batch]:
     """The first `count` windows of a text, 8 a batch."""
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     ids = tokenizer(text.read_text(), verbose=False)["input_ids"][: count * length]
     return [Batch(part, None) for part in torch.tensor(ids).view(count, length).split(8)]

@@ -17,7 +17,8 @@ MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
     "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+    "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
 }  # fmt: skip
 # class of transformers, class of its config, what differs from COMMON
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -64,6 +65,10 @@ def save(folder: Path, model: Any, dtype: torch.dtype, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            around = 1.0 if parameter.dim() == 1 and "norm" in name and "gemma" not in str(type(model)).lower() else 0.0
+            around = (
+                1.0
+                if parameter.dim() == 1 and "norm" in name and "gemma" not in str(type(model)).lower()
+                else 0.0
+            )
             parameter.copy_(around + drawn * (0.3 if parameter.dim() == 1 else 0.1))
     model.to(dtype).save_pretrained(folder)

@@ -41,12 +41,13 @@ def read_known(item: Item) -> Known:
 
 
 def copy_block(item: Copy, block: memoryview, first_row: int, known: Known) -> memoryview:
-    """Rows of a tensor that stays as it is, as bytes: the same ones, or edited."""
-    if known.edit is None:
+    """Rows of a tensor that stays float, as bytes: the same ones, edited, or in another dtype."""
+    if known.edit is None and item.dtype is None:
         return block
     spec = item.source.spec
     rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(-1, *spec.shape[1:])
-    return tensor_bytes(known.edit.apply(rows, first_row).to(rows.dtype))
+    edited = rows if known.edit is None else known.edit.apply(rows, first_row)
+    return tensor_bytes(edited.to(torch_dtype(item.dtype or spec.dtype)))
 
 
 def quantize_block(

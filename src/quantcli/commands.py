@@ -191,7 +191,7 @@ def _load(
     named = model or loaded.file.model
     if named is None:
         raise InputError(
-            "no model is named", where=str(recipe), fix="give --model, or `model:` in the recipe"
+            "no model to quantize", where=str(recipe), fix="give --model, or `model:` in the recipe"
         )
     return loaded, named, open_checkpoint(find_model(named))
 

@@ -81,11 +81,16 @@ def make_items(
     """One item per source tensor, in the order of the source: each is consumed exactly once."""
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
     made: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
+    biases = {
+        f"{module}.bias": target.bias_dtype(rule.scheme.numerics)
+        for module, rule in assigned.items()
+        if rule and rule.scheme and f"{module}.bias" in checkpoint.tensors
+    }
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
         if rule is None or rule.scheme is None:
-            yield Copy(stored, measured.edits.get(name))
+            yield Copy(stored, measured.edits.get(name), biases.get(name))
             continue
         scheme, spec = rule.scheme, stored.spec
         bias = checkpoint.tensors.get(f"{module}.bias")

@@ -24,15 +24,20 @@ NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that goes over byte for byte, or with an edit that keeps the model's function."""
+    """A tensor that goes over byte for byte, or with an edit that keeps the model's function.
+
+    dtype: the float dtype to store it in, where the target wants another than its own.
+    """
 
     source: StoredTensor
     edit: Edit | None = None
+    dtype: str | None = None
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensor itself."""
-        return (self.source.spec,)
+        spec = self.source.spec
+        return (TensorSpec(spec.name, self.dtype, spec.shape) if self.dtype else spec,)
 
 
 class Held(NamedTuple):

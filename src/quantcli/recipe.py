@@ -255,4 +255,4 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         annotation = str(model.model_fields[step].annotation)
         nested = (RuleFile, Expect, Calibration, SmoothRule, Smooth, Verify)
         model = next(block for block in nested if block.__name__ in annotation)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -135,7 +135,8 @@ class ShardRun:
                 self._quantize(open_shard, item, start, stop, block, known)
             else:
                 copied = copy_block(item, block, start, known)
-                open_shard.writer.write(item.source.spec.name, start * width, copied)
+                (out,) = item.outputs
+                open_shard.writer.write(out.name, start * out.row_nbytes, copied)
             self.progress.advance(len(block))
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)

@@ -43,9 +43,8 @@ def test_the_plan_has_the_same_tensors_and_tags(pair):
     assert planned.keys() == reference.keys()
     kinds = {torch.int8: "I8", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
     for name, tensor in reference.items():
-        # the reference stores biases in float32; they are copied here, and engines round them
-        dtype = "BF16" if name.endswith(".bias") else kinds[tensor.dtype]
-        assert (planned[name].dtype, planned[name].shape) == (dtype, tuple(tensor.shape)), name
+        expected = kinds[tensor.dtype], tuple(tensor.shape)
+        assert (planned[name].dtype, planned[name].shape) == expected, name
     assert json.loads(plan.sidecars["quant_model_description.json"]) == description
     assert set(plan.needs_data) == set(modules(reference))
     assert len(plan.needs_data) in {14, 21}

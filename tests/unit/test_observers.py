@@ -359,24 +359,40 @@ def test_mse_clips_what_costs_more_than_it_is_worth(held, symmetric):
     assert losses[0] < 0.75 * losses[1]
 
 
+def loss(values, counts, scale, offset, held):
+    weights = counts.numpy().astype(np.float64)
+    pairs = np.meshgrid(np.float32(scale), np.float32(offset))
+    return affine.squared_error(values.numpy(), weights, *(p.ravel() for p in pairs), held).min()
+
+
+def scales_between(low, high, held):
+    bits = [int(torch.tensor(scale).to(held).view(torch.int16)) for scale in (low, high)]
+    return torch.arange(*bits, dtype=torch.int16).view(held).float().numpy()
+
+
 @pytest.mark.parametrize(("name", "x"), [d for d in distributions() if "outlier" not in d[0]])
 def test_the_search_finds_what_trying_everything_finds(name, x):
     held = torch.bfloat16
     observer = Distribution()
     observer.update(x[::5].to(held), 0)
-    values, counts = observer.values()
-    scale, offset = affine.of_distribution(values, counts, held, symmetric=False)
-    low, high = min(0.0, float(values[0])), max(0.0, float(values[-1]))
+    seen = observer.values()
+    scale, offset = affine.of_distribution(*seen, held, symmetric=False)
+    low, high = min(0.0, float(seen[0][0])), max(0.0, float(seen[0][-1]))
     widest, _ = affine.of_range(low, high, held, symmetric=False)
-    bits = [int(torch.tensor(s).to(held).view(torch.int16)) for s in (widest / 4, widest * 1.1)]
-    scales = torch.arange(*bits, dtype=torch.int16).view(held).float().numpy()
-    pairs = np.meshgrid(scales, np.arange(-128, 128, dtype=np.float32))
-    weights = counts.numpy().astype(np.float64)
-    losses = affine.squared_error(values.numpy(), weights, *(p.ravel() for p in pairs), held)
-    mine = affine.squared_error(
-        values.numpy(), weights, np.array([scale], np.float32), np.array([offset], np.float32), held
-    )
-    assert mine[0] <= losses.min() * 1.02 + 1e-12
+    everything = scales_between(widest / 4, widest * 1.1, held), np.arange(-128, 128)
+    assert loss(*seen, scale, offset, held) <= loss(*seen, *everything, held) * 1.02 + 1e-12
+
+
+def test_the_search_is_fine_enough_for_float16():
+    held = torch.float16
+    observer = Distribution()
+    generator = torch.Generator().manual_seed(8)
+    observer.update(torch.randn(1000, 300, generator=generator).to(held), 0)
+    seen = observer.values()
+    scale, _ = affine.of_distribution(*seen, held, symmetric=True)
+    widest = float(seen[0].abs().max()) / 127
+    everything = scales_between(widest / 4, widest * 1.01, held)
+    assert loss(*seen, scale, 0, held) <= loss(*seen, everything, 0, held) * 1.0005
 
 
 def test_ties_go_to_the_wider_range():

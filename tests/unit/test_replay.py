@@ -119,7 +119,7 @@ def test_a_missing_tensor_is_named(models, tmp_path):
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"no tensor for parameter `model.layers.1.mlp.up_proj.weight`"):
+    with pytest.raises(InputError, match=r"no tensor for parameter `model\.layers\.1\.mlp\.up"):
         Skeleton(open_checkpoint(path), "BF16", trust_remote_code=False)
 
 
@@ -190,5 +190,3 @@ def test_layers_out_of_order_are_refused():
     model = Older(skip=True)
     assert Outline(list(model.layers)).note(lambda: model(torch.randn(2, 3, 4))) is None
     assert all("forward" not in vars(layer) for layer in model.layers)
-
-

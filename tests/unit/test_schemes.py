@@ -247,6 +247,16 @@ def test_nan_and_inf_show_in_the_scale(name, value, where, dtype):
     assert torch.isfinite(parts["weight_scale"]).flatten().tolist() == [True, False, True]
 
 
+def test_a_nan_with_all_its_bits_shows_too():
+    # rounding up to the grid of 19 bits, it would wrap around to -0
+    weight = torch.tensor([[0x7FFFFFFF, 0]], dtype=torch.int32).view(torch.float32)
+    assert bool(torch.isnan(weight[0, 0]))
+    for name in STATIC:
+        parts = quantize(discover(Scheme)[name](), weight, torch.float16, torch.ones(1, 2))
+        assert not bool(torch.isfinite(parts["weight_scale"]).any()), name
+        assert not bool(torch.isfinite(parts["deq_scale"]).any()), name
+
+
 def test_an_overflowing_deq_scale_shows_in_the_scale():
     for name in STATIC:
         weight = torch.tensor([[1.0], [3e38]], dtype=torch.bfloat16)

@@ -38,6 +38,9 @@ _SAME = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double
 _MOVED = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze",
                     "squeeze", "expand", "chunk", "split", "__getitem__", "index_select", "narrow",
                     "repeat_interleave", "repeat", "movedim", "swapaxes", "swapdims"})  # fmt: skip
+# Ask a tensor for its shape and dtype alone:
+_LIKE = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like",
+                   "ones_like", "full_like"})  # fmt: skip
 _SCALED = frozenset({"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "divide"})
 _ATTENTION = frozenset({"scaled_dot_product_attention"})
 _MATMUL = frozenset({"matmul", "__matmul__", "bmm"})
@@ -107,8 +110,8 @@ class Flow(Tap):
                 self._note_cast(args[0], result)
             return result
         result = func(*args, **kwargs)
-        if not any(True for _ in _tensors(result)):
-            return result  # a question: shape, dtype, device
+        if name in _LIKE or not any(True for _ in _tensors(result)):
+            return result  # no values are read: a question for shape, dtype, device
         first = tracked[0]
         shadow = self._get(first)
         assert shadow is not None

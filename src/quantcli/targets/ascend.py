@@ -73,6 +73,10 @@ class Ascend(Target):
         in_float32 = part == "weight_scale" and self._tag(numerics).scale_in_float32
         return "F32" if in_float32 else serving_dtype
 
+    def bias_dtype(self, numerics: Numerics) -> str | None:
+        """Float32 beside quant_bias, as the reference producer has it; the value is the same."""
+        return "F32" if self._tag(numerics).static else None
+
     def merged(self, module: str) -> str | None:
         """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
         return merged_name(module)

@@ -67,6 +67,10 @@ class Target(BaseModel, ABC):
         """
 
     @abstractmethod
+    def bias_dtype(self, numerics: Numerics) -> str | None:
+        """The dtype in which to store the bias of such a module; None: as it is."""
+
+    @abstractmethod
     def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
         """Parts of one module -> tensors by suffix, such as `weight` and `weight_scale`.
 
