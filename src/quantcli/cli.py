@@ -208,14 +208,16 @@ def calibrate(
 
 
 def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
-    from quantcli.calibration.session import Resources
+    from quantcli.calibration.session import Resources, check_device
     from quantcli.executors import default_workers
     from quantcli.recipefile import parse_size
 
     try:
         limit = None if max_memory is None else parse_size(max_memory)
     except ValueError as error:
-        raise InputError(f"`{max_memory}`: {error}", where="--max-memory") from None
+        where = f"--max-memory {max_memory}"
+        raise InputError(str(error), where=where, fix="such as --max-memory 8GB") from None
+    check_device(device)
     return Resources(device, workers or default_workers(), limit, trust)
 
 

@@ -169,7 +169,11 @@ def prepare(
         if session.complete:
             made = make_plan(loaded, checkpoint, load(session))
     elif calibration is not None:
-        raise InputError("nothing in this recipe needs a calibration", where="--calibration")
+        raise InputError(
+            "nothing in this recipe needs a calibration",
+            where=f"--calibration {calibration}",
+            fix="leave --calibration out",
+        )
     unknown = fresh or (session is not None and not session.complete)
     head = None if unknown else run_head(made, checksum=checksum)
     done = check_folder(partial_folder(out), head)

@@ -79,6 +79,14 @@ def check_source(source: TextSource, model: Path) -> None:
         raise MachineError(what, where=source.where, fix=fix)
 
 
+def check_length(source: TextSource, positions: int | None) -> None:
+    """InputError where samples are longer than the model's positions, if it names how many."""
+    if positions is not None and source.length > positions:
+        what = f"samples of {source.length} tokens are longer than the model's {positions} positions"
+        fix = f"set calibration.length to {positions} or less"
+        raise InputError(what, where=source.where, fix=fix)
+
+
 def source_digest(source: TextSource, model: Path) -> str:
     """sha256 (hex) of all that decides the samples: text, options, tokenizer files."""
     text = data_digest(source.data, source.where)
@@ -102,10 +110,7 @@ def load_dataset(
     leaves text out. Raises InputError or MachineError.
     """
     check_source(source, model)
-    if positions is not None and source.length > positions:
-        what = f"samples of {source.length} tokens are longer than the model's {positions} positions"
-        fix = f"set calibration.length to {positions} or less"
-        raise InputError(what, where=source.where, fix=fix)
+    check_length(source, positions)
     with _quiet():
         tokenizer = _load_tokenizer(model, trust_remote_code)
         documents = read_documents(source.data, source.where, say)

@@ -95,7 +95,7 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
             yield file, path
     except OSError as error:
         if error.errno in _ABSENT:
-            fix = "check the path, which starts at the current directory"
+            fix = "check the path: it starts where the recipe is, or here if --set names it"
             raise InputError(f"{named} does not exist", where=where, fix=fix) from None
         what, fix = f"cannot read {named}: {error.strerror}", "check the file and its permissions"
         raise MachineError(what, where=where, fix=fix) from None
@@ -233,4 +233,6 @@ def sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):  # which says no more than the key
         text = f"{type(error).__name__} {text}".strip()
-    return text[:300]
+    if len(text) <= 300:
+        return text
+    return text[: text.rfind(". ", 0, 300)] if ". " in text[:300] else f"{text[:297]}..."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantcli.calibration.documents import sentence
 from quantcli.checkpoint import CONFIG, Checkpoint
 from quantcli.errors import InputError
 
@@ -90,9 +91,8 @@ def _explain(
             where=where,
             fix="read that code, then give --trust-remote-code; or use a scheme that needs no data",
         )
-    said = " ".join(str(error).split())[:300] or type(error).__name__
     return InputError(
-        f"transformers cannot build this model: {said}",
+        f"transformers cannot build this model: {sentence(error).removesuffix('.')}",
         where=where,
         fix="check config.json; a newer transformers may know the model (pip install -U transformers)",
     )

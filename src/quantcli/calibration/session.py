@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ import torch
 
 from quantcli import __version__
 from quantcli.calibration.calibrate import Calibrator
-from quantcli.calibration.dataset import TextSource, check_source, load_dataset, source_digest
+from quantcli.calibration.dataset import (
+    TextSource,
+    check_length,
+    check_source,
+    load_dataset,
+    source_digest,
+)
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.store import Key, Store, check_store, digest_of, load_measured, reports
 from quantcli.calibration.wishes import Quantized, Wishes, unreached
@@ -61,13 +68,15 @@ def prepare_session(plan: Plan, folder: Path, *, fresh: bool = False) -> Session
     """
     source = _source(plan)
     check_source(source, plan.checkpoint.path)
+    check_length(source, _limits(plan.checkpoint)[0])
     key = Key(
         model=content_digest(plan.checkpoint),
         recipe=_recipe_digest(plan),
         data=source_digest(source, plan.checkpoint.path),
     )
     done, layers = check_store(folder, key, fresh=fresh)
-    return Session(plan, folder, source, key, done, complete=0 < layers == done)
+    complete = 0 < layers == done and not any(folder.glob("*states-*"))  # which are to be deleted
+    return Session(plan, folder, source, key, done, complete)
 
 
 def _source(plan: Plan) -> TextSource:
@@ -212,7 +221,13 @@ def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
         raise unreached(outside, wishes.quantized[outside[0]].rule)
 
 
-def open_device(name: str) -> torch.device:
+def check_device(name: str) -> None:
+    """InputError for a name that is none of a device to calibrate on; whether it is here shows later."""
+    if not re.fullmatch(r"(cpu|cuda|npu)(:\d+)?", name):
+        raise InputError(f"unknown device `{name}`", where="--device", fix="give cpu, cuda, cuda:1 or npu")
+
+
+def open_device(: str) -> torch.device:
     """The device by its name: cpu, cuda, cuda:1, npu. MachineError where this machine has none."""
     kind = name.partition(":")[0]
     if kind == "npu":
@@ -271,6 +286,7 @@ def _tool() -> str:
 def summary(session: Session) -> dict[str, Any]:
     """What a finished calibration holds, JSON-able."""
     _, layers = check_store(session.folder, session.key)
+    load_measured(session.folder, layers)  # no file is damaged
     told = list(reports(session.folder, layers))
     modules = {name: found for report in told for name, found in report["modules"].items()}
     return {

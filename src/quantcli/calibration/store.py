@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint import read_json_file
-from quantcli.errors import InputError
+from quantcli.errors import InputError, QuantError
 from quantcli.header import StoredTensor, layout, read_header
 from quantcli.journal import lock
 from quantcli.measured import Edit, Factors, Measured
@@ -32,8 +33,9 @@ from quantcli.writer import ShardWriter, disk_errors, write_file
 
 HEAD = "calibration.json"
 _VERSION = 1
-_OURS = re.compile(r"(layer-\d{5}\.(safetensors|json)|\.?states-\d{5}\.safetensors(\.writing)?|"
-                   r"\.layer-\d{5}\.(safetensors|json)\.writing|calibration\.json|\.lock)")  # fmt: skip
+_FILES = r"(layer-\d{5}\.(safetensors|json)|states-\d{5}\.safetensors|calibration\.json)"
+_OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
+_BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # what there is before anything is said in HEAD
 _WORDS = {"model": "another model", "recipe": "another recipe", "data": "other data"}
 
 
@@ -81,7 +83,7 @@ class Store:
             raise InputError(
                 "was begun by other versions of quantcli, torch or transformers",
                 where=str(self.folder),
-                fix="run with --fresh to calibrate anew",
+                fix=_anew(self.folder),
             )
 
     def _clear(self) -> None:
@@ -147,7 +149,7 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
         raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
         names = [entry.name for entry in folder.iterdir()]
-    if not names:
+    if _BEGUN.issuperset(names):
         return 0, 0
     strange = [name for name in names if not _OURS.fullmatch(name)]
     if strange or HEAD not in names:
@@ -155,17 +157,18 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
         raise InputError(what, where=str(folder), fix="give another folder")
     if fresh:
         return 0, 0
-    head = read_json_file(folder / HEAD)
+    with _whole(folder):
+        head = read_json_file(folder / HEAD)
     for name, wanted in key.__dict__.items():
         if head.get(name) != wanted:
             raise InputError(
                 f"is the calibration of {_WORDS[name]}",
                 where=str(folder),
-                fix="`quantcli calibrate` with --fresh makes it anew; or give another folder",
+                fix=f"{_anew(folder)}; or give another folder",
             )
     layers = head.get("layers")
     if not isinstance(layers, int) or head.get("version") != _VERSION:
-        raise InputError("cannot be read by this version", where=str(folder), fix="run with --fresh")
+        raise InputError("cannot be read by this version", where=str(folder), fix=_anew(folder))
     return _done(folder, layers), layers
 
 
@@ -174,29 +177,57 @@ def load_measured(folder: Path, layers: int) -> Measured:
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     smoothed = 0
-    for index in range(layers):
+    for index, report in enumerate(reports(folder, layers)):
         vectors = {}
-        for stored in read_header(folder / layer_file(index))[0]:
+        with _whole(folder):
+            tensors = read_header(folder / layer_file(index))[0]
+        for stored in tensors:
             kind, _, rest = stored.spec.name.partition(".")
             if kind == "stats":
                 module, _, name = rest.rpartition(".")
                 stats.setdefault(module, {})[name] = stored
             else:
                 vectors[rest] = stored
-        report = read_json_file(folder / _report(index))
         try:
             for name, kinds in report["edits"].items():
                 edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
-            smoothed += len(report["smoothed"])
         except (KeyError, TypeError, AttributeError):
-            where = str(folder / _report(index))
-            raise InputError("report is damaged", where=where, fix="run with --fresh") from None
+            raise _damaged(folder, index) from None
+        smoothed += len(report["smoothed"])
     return Measured(stats, edits, smoothed)
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
-    """The report of every layer."""
-    return (read_json_file(folder / _report(index)) for index in range(layers))
+    """The report of every layer. InputError where one is missing or damaged."""
+    kinds = {"modules": dict, "edits": dict, "smoothed": list, "uncalibrated": list}
+    for index in range(layers):
+        with _whole(folder):
+            report = read_json_file(folder / _report(index))
+        sound = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
+        if not sound or not all(map(_counted, report["modules"].values())):
+            raise _damaged(folder, index)
+        yield report
+
+
+def _counted(module: Any) -> bool:
+    return isinstance(module, dict) and isinstance(module.get("tokens"), int)
+
+
+def _damaged(folder: Path, index: int) -> InputError:
+    return InputError("report is damaged", where=str(folder / _report(index)), fix=_anew(folder))
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """While a file of `folder` is read: what is wrong with it, with a way out."""
+    try:
+        yield
+    except QuantError as error:
+        raise type(error)(error.what, where=error.where, fix=_anew(folder)) from None
+
+
+def _anew(folder: Path) -> str:
+    return f"`quantcli calibrate` with --out {folder} --fresh makes it anew"
 
 
 def pack_edits(edits: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:

@@ -53,5 +53,6 @@ def unreached(modules: Sequence[str], where: str) -> InputError:
     return InputError(
         f"no token reached {few}{more}, and their scheme needs data",
         where=where,
-        fix="give them a scheme with dynamic inputs, or set calibration.uncalibrated to `dynamic`",
+        fix="`keep` them or give them a scheme with dynamic inputs, by a rule before this one; or set "
+        "calibration.uncalibrated to `dynamic`",
     )

@@ -19,7 +19,7 @@ from quantcli.numerics import multiplier
 # is a normal float32.
 _SMALLEST = {torch.bfloat16: 2.0**-64, torch.float32: 2.0**-64, torch.float16: 2.0**-14}
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-_NARROWEST = 0.25  # of the range, at either end
+_NARROWEST = 0.25  # of the range, at either end, in one round
 _COARSE = 0.05  # step over the narrowed ranges, as a fraction of the whole
 _FINE = (0.0125, 0.003)  # steps around the best so far, three to either side
 _ULPS = 8  # scales on either side of the best that are tried in the end
@@ -42,15 +42,35 @@ def of_distribution(
 ) -> tuple[float, float]:
     """Scale and offset with the least squared error over all values; ties go to the wider range.
 
-    values: ascending float32 [v]; counts: int64 [v]. Ranges down to a quarter are tried, coarsely, then
-    finely around the best, at last the neighbours of its scale and offset. The whole range is among
-    them, so that no result is worse than `of_range` of the extremes.
+    values: ascending float32 [v]; counts: int64 [v]. Ranges are tried coarsely, then finely around the
+    best, at last the neighbours of its scale and offset. The whole range is among them, so that no
+    result is worse than `of_range` of the extremes.
     """
     low = min(0.0, float(values[0])) if len(values) else 0.0
     high = max(0.0, float(values[-1])) if len(values) else 0.0
     if low == high:
         return of_range(low, high, held, symmetric=symmetric)
     seen, weights = values.numpy(), counts.numpy().astype(np.float64)
+    best = _search(seen, weights, low, high, held, symmetric)
+    while min(best[3:]) <= _NARROWEST:  # a few huge values: narrower still may be better
+        low *= best[3] if best[3] <= _NARROWEST else 1
+        high *= best[4] if best[4] <= _NARROWEST else 1
+        narrower = _search(seen, weights, low, high, held, symmetric)
+        if narrower[0] >= best[0]:
+            break
+        best = narrower
+    return -best[1], best[2]
+
+
+def _search(
+    seen: np.ndarray,
+    weights: np.ndarray,
+    low: float,
+    high: float,
+    held: torch.dtype,
+    symmetric: bool,
+) -> _Best:
+    """The least loss over ranges from a quarter of [low, high] up to the whole."""
     axis = np.arange(1, _NARROWEST - _COARSE / 2, -_COARSE)
     axes = axis, axis
     best: _Best = (math.inf, 0.0, 0.0, 1.0, 1.0)
@@ -61,9 +81,8 @@ def of_distribution(
         below, above = (np.clip(centre + step * np.arange(-3, 4), _NARROWEST, 1) for centre in best[3:])
         axes = below, above
     scale, offset = _neighbours(-best[1], best[2], held, symmetric)
-    share = np.ones_like(scale)
-    best = min(best, _least(seen, weights, scale, offset, held, share, share))
-    return -best[1], best[2]
+    polished = _least(seen, weights, scale, offset, held, np.ones_like(scale), np.ones_like(scale))
+    return min(best, (*polished[:3], *best[3:]))
 
 
 def _fit(
