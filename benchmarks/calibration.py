@@ -18,7 +18,7 @@ from pathlib import Path
 from common import QUANTCLI, RECIPES, ROOT, Line, finish, measure, parser, qwen3, workplace, write_model
 
 IMPORTS = "import torch, transformers; transformers.LlamaForCausalLM; transformers.AutoTokenizer"
-SPEED_BAR = 0.6
+SLOWEST = 1 / 0.6
 GROWTH_BAR = 1.1
 
 
@@ -130,15 +130,11 @@ def main() -> None:
             times["alone"].append(matmul_seconds(hidden, *work, workers))
         alone = statistics.median(times["alone"])
         tokens = work[1] * work[2]
-        for recipe, bar in (("w8a8_static", SPEED_BAR), ("w8a8_static_smooth", None)):
+        for recipe, bar in (("w8a8_static", SLOWEST), ("w8a8_static_smooth", None)):
             took = statistics.median(times[recipe])
             detail = f"{tokens / took:.0f} against {tokens / alone:.0f} tokens per second"
-            line = Line(
-                f"{recipe}: tokens per second over matmuls alone", alone / took, "x", None, detail
-            )
-            # Line's bars are upper ones
-            ok = bar is None or line.value >= bar
-            lines.append(line if ok else Line(line.what, line.value, "x", 0.0, detail))
+            what = f"{recipe}: time over that of its matmuls alone"
+            lines.append(Line(what, took / alone, "x", bar, detail))
     finish(lines, as_json=options.json)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantcli.schema import recipe_schema
 
 DOCS = Path(__file__).parent
-COMMANDS = ["", "inspect", "quantize"]
+COMMANDS = ["", "inspect", "calibrate", "quantize"]
 
 
 def cli_reference() -> str:

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
     0: {"errors", "registry", "numerics", "events", "recipefile", "schemes.rounding"},
     1: {"tensorspec", "folder", "yamlfile", "executors", "schemes.observers", "schemes.affine",
-        "calibration.taps"},
+        "calibration.taps", "calibration.devices"},
     2: {"header", "schemes.base", "calibration.documents", "calibration.flow"},
     3: {"checkpoint", "writer", "targets.base", "schemes.int8_static", "calibration.wishes",
         "calibration.dataset"},

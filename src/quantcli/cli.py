@@ -208,7 +208,8 @@ def calibrate(
 
 
 def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
-    from quantcli.calibration.session import Resources, check_device
+    from quantcli.calibration.devices import check_device
+    from quantcli.calibration.session import Resources
     from quantcli.executors import default_workers
     from quantcli.recipefile import parse_size
 

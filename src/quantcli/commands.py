@@ -165,7 +165,8 @@ def prepare(
     if made.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
-        session = prepare_session(made, calibration or out.with_name(out.name + ".calibration"))
+        folder = calibration or out.with_name(out.name + ".calibration")
+        session = prepare_session(made, folder, out=out)
         if session.complete:
             made = make_plan(loaded, checkpoint, load(session))
     elif calibration is not None:

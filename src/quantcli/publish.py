@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantcli.checkpoint import read_json_file
@@ -16,6 +18,7 @@ from quantcli.writer import disk_errors, machine_error, sync_folder
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _OTHER = "choose another --out"
+_ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize`"
 
 
 def partial_folder(out: Path) -> Path:
@@ -40,14 +43,42 @@ def only_ours(folder: Path) -> bool:
 
 def check_destination(out: Path, model: Path, *, force: bool) -> None:
     """InputError or MachineError for an `out` that the run could not or must not write."""
-    try:
+    with _in_words(out, _OTHER):
         _check(out, model, force)
+
+
+def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
+    """InputError where a calibration in `folder` would be in the way of the model, or of `out`."""
+    with _in_words(folder, _ANOTHER):
+        real = folder.resolve()
+        taken = {model: "the model directory"}
+        if out is not None:
+            taken[out.resolve()] = "the output directory"
+            taken[partial_folder(out).resolve()] = "what a run leaves until it is done"
+        for path, what in taken.items():
+            if real.is_relative_to(path) or path.is_relative_to(real):
+                what = f"calibration folder and {what} would be one in the other"
+                raise InputError(what, where=str(folder), fix=_ANOTHER)
+
+
+def check_writable(folder: Path) -> None:
+    """InputError or MachineError where nothing can be written to `folder`, which need not exist."""
+    with _in_words(folder, _ANOTHER):
+        _check_writable(folder if folder.is_dir() else folder.parent, _ANOTHER)
+        check_space(folder, 0)
+
+
+@contextmanager
+def _in_words(path: Path, fix: str) -> Iterator[None]:
+    """What the system says of a path, as one of our errors."""
+    try:
+        yield
     except RuntimeError:  # how pathlib reports a loop
-        raise InputError("symbolic links run in a circle", where=str(out), fix=_OTHER) from None
+        raise InputError("symbolic links run in a circle", where=str(path), fix=fix) from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise InputError("file name is too long", where=str(out), fix=_OTHER) from None
-        raise machine_error(error, out) from None
+            raise InputError("file name is too long", where=str(path), fix=fix) from None
+        raise machine_error(error, path) from None
 
 
 def _check(out: Path, model: Path, force: bool) -> None:
@@ -76,11 +107,15 @@ def _check(out: Path, model: Path, force: bool) -> None:
             fix="move it away",
         )
     partial_folder(out).exists()  # its name may be too long
-    ancestor = _existing_ancestor(out.parent)
+    _check_writable(out.parent, _OTHER)
+
+
+def _check_writable(folder: Path, fix: str) -> None:
+    ancestor = _existing_ancestor(folder)
     if not ancestor.is_dir():
-        raise InputError("not a directory", where=str(ancestor), fix=_OTHER)
+        raise InputError("not a directory", where=str(ancestor), fix=fix)
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise MachineError("no permission to write here", where=str(ancestor), fix=_OTHER)
+        raise MachineError("no permission to write here", where=str(ancestor), fix=fix)
 
 
 def check_space(out: Path, nbytes: int) -> int:

@@ -3,30 +3,68 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import Box, Result, run_cli, snapshot
-from tests.tiny_models import COMMON, FAMILIES, save
+from tests.e2e.conftest import Box, Result, run_cli
+from tests.tiny_models import COMMON, FAMILIES, make_multimodal, save
 
-TEXT = Path(__file__).parents[2] / "examples" / "calibration.txt"
-RECIPES = Path(__file__).parents[2] / "recipes"
-SAMPLES, LENGTH = 3, 16
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+TEXT = (ROOT / "examples" / "calibration.txt").read_text()[:1500]
+SAMPLES, LENGTH = 4, 16
+TOKENS = SAMPLES * LENGTH
+# `minmax` here, for speed; the default observer is in the recipes that come with the tool
 RECIPE = f"""\
 target: ascend
 calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}}}
 rules:
   - match: "*_proj"
-    scheme: w8a8_static
+    scheme: {{name: w8a8_static, observer: minmax}}
 """
 SMOOTH = RECIPE + "smooth: {alpha: 0.5}\n"
+DYNAMIC = 'target: ascend\nrules:\n  - match: "*_proj"\n    scheme: w8a8_dynamic\n'
+# for recipes that come with the tool
+FEW = (
+    *("--set", f"calibration.data={ROOT / 'examples' / 'calibration.txt'}"),
+    *("--set", f"calibration.samples={SAMPLES}"),
+    *("--set", f"calibration.length={LENGTH}"),
+)
 
 
-def write_tokenizer(folder: Path, first: int = 3) -> None:
-    """A token for each character of ASCII text, from id `first` on."""
+class Models:
+    """Tiny models, each made once. Tests must not change them: see `Bench.own_model`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, family: str) -> Path:
+        folder = self._root / family
+        if not folder.exists():
+            if family == "multimodal":
+                make_multimodal(folder)
+            else:
+                _make(folder, family)
+            write_tokenizer(folder)
+        return folder
+
+
+def _make(folder: Path, family: str) -> None:
+    import torch
+    import transformers
+
+    model_class, config_class, changes = FAMILIES[family]
+    changes = {**COMMON, **changes, "num_hidden_layers": 4}
+    config = getattr(transformers, config_class)(**changes)
+    save(folder, getattr(transformers, model_class)(config), torch.bfloat16, 0)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A token for each character of ASCII text."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     special = ["<s>", "</s>", "<pad>", "<unk>"]
@@ -40,18 +78,7 @@ def write_tokenizer(folder: Path, first: int = 3) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_family(folder: Path, family: str, **changes: Any) -> Path:
-    """A tiny model of a family with a tokenizer; `changes` are of its config."""
-    import transformers
-
-    model_class, config_class, usual = FAMILIES[family]
-    config = getattr(transformers, config_class)(**COMMON | usual | changes)
-    save(folder, getattr(transformers, model_class)(config), config.dtype or "bfloat16", 0)
-    write_tokenizer(folder)
-    return folder
-
-
-def change_tensors(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def change_tensors(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite a model's one weight file."""
     tensors = load_file(model / "model.safetensors")
     change(tensors)
@@ -65,19 +92,27 @@ class Bench(Box):
     def store(self) -> Path:
         return self.out.with_name(self.out.name + ".calibration")
 
-    def calibrate(self, *more: object, store: Path | None = None) -> Result:
-        where = store or self.store
-        return run_cli("calibrate", self.recipe, "--model", self.model, "--out", where, *more)
+    def calibrate(self, *more: object) -> Result:
+        return run_cli("calibrate", self.recipe, "--model", self.model, "--out", self.store, *more)
 
-    @property
-    def description(self) -> dict[str, str]:
-        return json.loads((self.out / "quant_model_description.json").read_text())
+    def at(self, name: str) -> Bench:
+        """The same with another place for the output."""
+        return Bench(self.root, self.model, self.recipe, self.root / name)
+
+    def own_model(self) -> Path:
+        """A copy of the model that a test may change."""
+        copy = self.root / "own"
+        shutil.copytree(self.model, copy)
+        self.model = copy
+        return copy
+
+    def described(self, module: str) -> str:
+        """What the description says of a module's weight."""
+        table = json.loads((self.out / "quant_model_description.json").read_text())
+        return str(table[f"{module}.weight"])
 
 
-def make_bench(root: Path, model: Path, recipe: str = RECIPE) -> Bench:
-    (root / "text.txt").write_text(TEXT.read_text()[:2000])
+def make_bench(root: Path, model: Path, recipe: str) -> Bench:
+    (root / "text.txt").write_text(TEXT)
     (root / "recipe.yaml").write_text(recipe)
     return Bench(root, model, root / "recipe.yaml", root / "out")
-
-
-__all__ = ["snapshot"]

@@ -229,10 +229,9 @@ def _say_partial(data: str, say: Callable[[str], None]) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, on one line of at most 300 characters."""
+    """What an error says, on one line of at most 300 characters: whole sentences where there are."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):  # which says no more than the key
         text = f"{type(error).__name__} {text}".strip()
-    if len(text) <= 300:
-        return text
-    return text[: text.rfind(". ", 0, 300)] if ". " in text[:300] else f"{text[:297]}..."
+    whole = text[:300].rpartition(". ")[0] if len(text) > 300 else text
+    return whole or text[:300]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,24 @@ from quantcli.calibration.dataset import (
     load_dataset,
     source_digest,
 )
+from quantcli.calibration.devices import open_device
 from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.store import Key, Store, check_store, digest_of, load_measured, reports
+from quantcli.calibration.store import (
+    Key,
+    Store,
+    check_free,
+    check_store,
+    digest_of,
+    load_measured,
+    reports,
+)
 from quantcli.calibration.wishes import Quantized, Wishes, unreached
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError, MachineError
+from quantcli.errors import InputError
 from quantcli.events import Progress
 from quantcli.measured import Measured
 from quantcli.plan import Plan, Quantize
+from quantcli.publish import check_calibration, check_writable
 from quantcli.recipefile import Calibration
 from quantcli.tensors import read_bytes
 from quantcli.tensorspec import FLOAT_NAMES, torch_dtype
@@ -60,12 +68,15 @@ class Session:
     complete: bool
 
 
-def prepare_session(plan: Plan, folder: Path, *, fresh: bool = False) -> Session:
-    """Check what can be checked without reading weights.
+def prepare_session(
+    plan: Plan, folder: Path, *, out: Path | None = None, fresh: bool = False
+) -> Session:
+    """Check what can be checked without reading weights. out: where the checkpoint will go.
 
     InputError where the recipe names no data or data that is not there, and where `folder` holds the
-    calibration of something else.
+    calibration of something else, or is no place for one.
     """
+    check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan)
     check_source(source, plan.checkpoint.path)
     check_length(source, _limits(plan.checkpoint)[0])
@@ -76,6 +87,9 @@ def prepare_session(plan: Plan, folder: Path, *, fresh: bool = False) -> Session
     )
     done, layers = check_store(folder, key, fresh=fresh)
     complete = 0 < layers == done and not any(folder.glob("*states-*"))  # which are to be deleted
+    if not complete:
+        check_free(folder)
+        check_writable(folder)
     return Session(plan, folder, source, key, done, complete)
 
 
@@ -219,33 +233,6 @@ def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
     outside = [m for m in wishes.quantized if m not in inside and wishes.observer(m) is not None]
     if outside and wishes.uncalibrated != "dynamic":
         raise unreached(outside, wishes.quantized[outside[0]].rule)
-
-
-def check_device(name: str) -> None:
-    """InputError for a name that is none of a device to calibrate on; whether it is here shows later."""
-    if not re.fullmatch(r"(cpu|cuda|npu)(:\d+)?", name):
-        raise InputError(f"unknown device `{name}`", where="--device", fix="give cpu, cuda, cuda:1 or npu")
-
-
-def open_device(: str) -> torch.device:
-    """The device by its name: cpu, cuda, cuda:1, npu. MachineError where this machine has none."""
-    kind = name.partition(":")[0]
-    if kind == "npu":
-        try:
-            importlib.import_module("torch_npu")
-        except ImportError:
-            raise MachineError(
-                "--device npu needs torch_npu", fix="pip install 'quantcli[npu]' on the Ascend machine"
-            ) from None
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
-        raise MachineError(
-            f"no device `{name}` here: {said}", fix="--device cpu works anywhere"
-        ) from None
-    return device
 
 
 def _states_budget(skeleton: Skeleton, resources: Resources) -> int:

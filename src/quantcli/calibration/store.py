@@ -157,7 +157,7 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
         raise InputError(what, where=str(folder), fix="give another folder")
     if fresh:
         return 0, 0
-    with _whole(folder):
+    with _whole(folder / HEAD):
         head = read_json_file(folder / HEAD)
     for name, wanted in key.__dict__.items():
         if head.get(name) != wanted:
@@ -172,15 +172,23 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
     return _done(folder, layers), layers
 
 
+def check_free(folder: Path) -> None:
+    """MachineError where another run is at work in `folder`."""
+    path = folder / ".lock"
+    if path.is_file():
+        with disk_errors(path), path.open("rb") as file:
+            lock(file.fileno(), folder, shared=True)
+
+
 def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError where a file is missing or damaged."""
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     smoothed = 0
     for index, report in enumerate(reports(folder, layers)):
-        vectors = {}
-        with _whole(folder):
-            tensors = read_header(folder / layer_file(index))[0]
+        vectors, path = {}, folder / layer_file(index)
+        with _whole(path):
+            tensors = read_header(path)[0]
         for stored in tensors:
             kind, _, rest = stored.spec.name.partition(".")
             if kind == "stats":
@@ -192,7 +200,7 @@ def load_measured(folder: Path, layers: int) -> Measured:
             for name, kinds in report["edits"].items():
                 edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
         except (KeyError, TypeError, AttributeError):
-            raise _damaged(folder, index) from None
+            raise _damaged(folder / _report(index)) from None
         smoothed += len(report["smoothed"])
     return Measured(stats, edits, smoothed)
 
@@ -201,11 +209,12 @@ def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
     """The report of every layer. InputError where one is missing or damaged."""
     kinds = {"modules": dict, "edits": dict, "smoothed": list, "uncalibrated": list}
     for index in range(layers):
-        with _whole(folder):
-            report = read_json_file(folder / _report(index))
+        path = folder / _report(index)
+        with _whole(path):
+            report = read_json_file(path)
         sound = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
         if not sound or not all(map(_counted, report["modules"].values())):
-            raise _damaged(folder, index)
+            raise _damaged(path)
         yield report
 
 
@@ -213,17 +222,20 @@ def _counted(module: Any) -> bool:
     return isinstance(module, dict) and isinstance(module.get("tokens"), int)
 
 
-def _damaged(folder: Path, index: int) -> InputError:
-    return InputError("report is damaged", where=str(folder / _report(index)), fix=_anew(folder))
+def _damaged(path: Path) -> InputError:
+    return InputError("report is damaged", where=str(path), fix=_anew(path.parent))
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """While a file of `folder` is read: what is wrong with it, with a way out."""
+def _whole(path: Path) -> Iterator[None]:
+    """While a file of a calibration is read: what is wrong with it, with a way out."""
+    fix = _anew(path.parent)
+    if not path.is_file():
+        raise InputError("a file of the calibration is missing", where=str(path), fix=fix)
     try:
         yield
     except QuantError as error:
-        raise type(error)(error.what, where=error.where, fix=_anew(folder)) from None
+        raise type(error)(error.what, where=error.where, fix=fix) from None
 
 
 def _anew(folder: Path) -> str:

@@ -1,0 +1,39 @@
+"""Where calibration computes. The package of an accelerator is imported only where it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import torch
+
+from quantcli.errors import InputError, MachineError
+
+
+def check_device(name: str) -> None:
+    """InputError for a name that no device has; whether this machine has it shows when it is used."""
+    if not re.fullmatch(r"(cpu|cuda|npu)(:\d{1,3})?", name):
+        fix = "give cpu, cuda or npu, or one of several, such as cuda:1"
+        raise InputError(f"unknown device `{name}`", where=f"--device {name}", fix=fix)
+
+
+def open_device(name: str) -> torch.device:
+    """The device by its name: cpu, cuda, cuda:1, npu. MachineError where this machine has none."""
+    check_device(name)
+    if name.startswith("npu"):
+        try:
+            importlib.import_module("torch_npu")
+        except ImportError:
+            raise MachineError(
+                f"--device {name} needs torch_npu",
+                fix="pip install 'quantcli[npu]' on the Ascend machine",
+            ) from None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise MachineError(
+            f"no device `{name}` here: {said}", fix="--device cpu works anywhere"
+        ) from None
+    return device
