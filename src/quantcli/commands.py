@@ -165,7 +165,7 @@ def prepare(
     if made.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
-        folder = calibration or out.with_name(out.name + ".calibration")
+        folder = calibration or _calibration_folder(out)
         session = prepare_session(made, folder, out=out)
         if session.complete:
             made = make_plan(loaded, checkpoint, load(session))
@@ -205,6 +205,11 @@ def _default_name(model: str, recipe: Path) -> str:
     return f"{Path(os.path.abspath(model)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
 
 
+def _calibration_folder(out: Path) -> Path:
+    """Where the calibration of a checkpoint in `out` is kept, if nothing else is said."""
+    return out.with_name(out.name + ".calibration")
+
+
 def prepare_calibration(
     recipe: Path,
     *,
@@ -225,7 +230,7 @@ def prepare_calibration(
             where=str(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    folder = out or Path(_default_name(loaded.file.output or named, recipe) + ".calibration")
+    folder = out or _calibration_folder(Path(loaded.file.output or _default_name(named, recipe)))
     return prepare_session(made, folder, fresh=fresh)
 
 

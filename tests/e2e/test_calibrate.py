@@ -1,9 +1,8 @@
-"""Calibration as a user meets it: `calibrate`, `quantize` that calibrates, resuming, policies, devices."""
+"""Calibration as a user meets it: both commands, resuming, what no token reaches, devices."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 import subprocess
@@ -235,9 +234,9 @@ def test_quantized_inputs_are_what_later_layers_see(make: Callable[..., Bench]) 
     other = bench.at("other")
     other.edit_recipe(RECIPE.replace("data:", "inputs: quantized, data:"))
     quantized = other.calibrate("--json").json["modules"]
-    names = [f"{A.format(layer)}.q_proj" for layer in range(LAYERS)]
-    assert quantized[names[0]] == seen[names[0]]
-    assert all(quantized[name] != seen[name] for name in names[1:])
+    for layer in range(LAYERS):
+        of_layer = [name for name in seen if f".{layer}." in name]
+        assert any(quantized[name] != seen[name] for name in of_layer) == (layer > 0)
 
 
 # stopped and gone on
@@ -328,14 +327,14 @@ def test_stopped_within_a_layer(
     # the stack's inputs, and the outputs of all layers but the last
     assert calls == SAMPLES * LAYERS if place == "sink" else calls > 2 * SAMPLES * LAYERS
     layers_done = set()
-    for nth in range(1, calls, calls // 6):
+    for nth in range(1, calls, calls // 5):
         bench = wanted.at(f"out{nth}")
         left = nth
         stopped(bench)
         layers_done.add(job(bench).session.layers_done)
         left = 10**6
         goes_on(bench, wanted)
-    assert layers_done == set(range(LAYERS))
+    assert layers_done == set(range(LAYERS - (place == "sink")))  # the last layer's outputs go nowhere
 
 
 @pytest.mark.usefixtures("batches")
@@ -346,7 +345,7 @@ def test_killed_at_any_call_to_the_disk(make: Callable[..., Bench]) -> None:
         assert wanted.calibrate("--workers", 1).code == 0
     assert wanted.run().code == 0
     layers_done = set()
-    for nth in range(0, faults.calls, faults.calls // 16):
+    for nth in range(0, faults.calls, faults.calls // 10):
         bench = wanted.at(f"out{nth}")
         killing = Faults(bench.root, nth, Killed, sticky=True)
         with killing.armed(), pytest.raises(Killed):
@@ -373,11 +372,11 @@ def test_killed_before_the_last_states_were_deleted(make: Callable[..., Bench]) 
     assert bench.calibrate().code == 0
     whole = snapshot(bench.store)
     (bench.store / "states-00003.safetensors").write_bytes(b"gigabytes")
-    (bench.store / ".layer-00003.json.writing").write_bytes(b"{")
+    (bench.store / ".states-00004.safetensors.writing").write_bytes(b"gigabytes")
     result = bench.calibrate()
     assert result.code == 0, result.err
     assert "layer 4/4" not in result.err
-    assert snapshot(bench.store).keys() - whole.keys() <= {".layer-00003.json.writing"}
+    assert snapshot(bench.store) == whole
 
 
 @pytest.mark.usefixtures("batches")
@@ -493,12 +492,14 @@ def test_memory_does_not_show(make: Callable[..., Bench], monkeypatch: pytest.Mo
     assert refused.code == 2
     (least,) = re.findall(r"take ([\d,]+)$", refused.err.splitlines()[0])
     batch = LENGTH * 64 * 2  # bytes
-    for number, room in enumerate((0, 2 * 2 * batch)):
+    reads = []
+    for room in (0, 2 * batch, 4 * batch):  # of inputs and of outputs
         read.clear()
         limit = int(least.replace(",", "")) + room
-        goes_on(wanted.at(f"out{number}"), wanted, "--max-memory", f"{limit}", "--workers", 2)
-        kept = {stored.spec.name for stored in read}
-        assert len(kept) == SAMPLES - (2 if room else 0)
+        goes_on(wanted.at(f"out{room}"), wanted, "--max-memory", f"{limit}", "--workers", 2)
+        reads.append(len(read))
+    assert reads[0] > reads[1] > reads[2] > 0
+    assert reads[1] * SAMPLES == reads[0] * (SAMPLES - 1)
 
 
 # mixtures of experts
@@ -774,7 +775,8 @@ class OwnForCausalLM(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(OwnLayer(config.hidden_size) for _ in range(config.num_hidden_layers))
+        blocks = (OwnLayer(config.hidden_size) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -850,8 +852,12 @@ def test_code_that_came_with_the_model(tmp_path: Path, monkeypatch: pytest.Monke
 def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is imported for a device, in place of really importing it."""
     names: list[str] = []
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
-    monkeypatch.setattr(devices.importlib, "import_module", lambda name: names.append(name))
+
+    def import_module(name: str) -> None:
+        assert name == "torch_npu"
+        names.append(name)
+
+    monkeypatch.setattr(devices, "importlib", SimpleNamespace(import_module=import_module))
     return names
 
 
@@ -915,7 +921,3 @@ def test_a_device_that_is_not_here(
         assert told == f"  fix: {fix}"
         assert not said.endswith(".")
     assert snapshot(bench.root) == before
-
-
-def test_real_import_is_used() -> None:
-    assert devices.importlib.import_module is importlib.import_module

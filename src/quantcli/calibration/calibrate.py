@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.states import States, StatesWriter, load_states
 from quantcli.calibration.store import Store
 from quantcli.calibration.wishes import Wishes
+from quantcli.errors import MachineError
 from quantcli.events import Progress
 from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
@@ -81,6 +83,7 @@ class Calibrator:
                 dtype, rest = safetensors_dtype(hidden.dtype), tuple(hidden.shape[2:])
                 specs.extend(TensorSpec("", dtype, (*b.input_ids.shape, *rest)) for b in self._batches)
                 if self._left(done, specs) is None:
+                    self._check_space(2 * sum(spec.nbytes for spec in specs))
                     writers.append(StatesWriter(self._store.folder, 0, specs, self._budget))
             if writers and number < len(self._batches):
                 writers[0].put(number, hidden)
@@ -97,6 +100,16 @@ class Calibrator:
         left = self._left(done, specs)
         assert left is not None
         return done, left
+
+    def _check_space(self, nbytes: int) -> None:
+        """Two layers' hidden states are on disk at a time."""
+        free = shutil.disk_usage(self._store.folder).free
+        if free < nbytes:
+            raise MachineError(
+                f"disk is too full for hidden states: needs {nbytes:,} bytes, {free:,} are free",
+                where=str(self._store.folder),
+                fix="free some space, or take fewer or shorter samples",
+            )
 
     def _left(self, done: int, specs: Sequence[TensorSpec]) -> States | None:
         """What an interrupted run has left for layer `done`."""

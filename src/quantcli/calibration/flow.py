@@ -165,6 +165,12 @@ class Flow(Tap):
 
     # -- matrices --------------------------------------------------------------------------------
 
+    def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        rows, shadow = x[start:stop], self._get(x)
+        if shadow is not None:
+            self._set(rows, _Shadow(shadow.elements[start:stop], shadow.source))
+        return rows
+
     def _read(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if is_grouped(func):
             x, weight, _ = grouped_arguments(args, kwargs)
@@ -196,7 +202,7 @@ class Flow(Tap):
         shadow = self._get(x)
         if shadow is None or shadow.source is None:
             return
-        channels = (shadow.elements % _TOKEN).reshape(-1, x.shape[-1])
+        channels = (shadow.elements % _TOKEN).reshape(-1, x.shape[-1]).cpu()
         if not len(channels):
             return
         known = shadow.source.readers.setdefault(name, channels[0])
@@ -232,15 +238,15 @@ class Flow(Tap):
     def _escape(self, tensor: Tensor) -> None:
         shadow = self._get(tensor)
         if shadow is not None and shadow.source is not None:
-            shadow.source.escaped[(shadow.elements % _TOKEN).flatten()] = True
+            shadow.source.escaped[(shadow.elements % _TOKEN).flatten().cpu()] = True
 
 
 def _elements(tokens: Tensor | None, like: Tensor) -> Tensor:
     """A new shadow's elements: channels 0 to n - 1 in the last dimension, tokens numbered from 1."""
-    channels = torch.arange(like.shape[-1])
+    channels = torch.arange(like.shape[-1], device=like.device)
     if tokens is None:
         return channels.expand(like.shape)
-    return (tokens.cpu()[:, None] * _TOKEN + channels).reshape(like.shape)
+    return (tokens.to(like.device)[:, None] * _TOKEN + channels).reshape(like.shape)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.skeleton import Read, Skeleton
@@ -56,7 +56,6 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             if wanted:
                 hook = _load_at_first_call(module, wanted, skeleton, read, device, stack)
                 stack.callback(hook.remove)
-            _move_buffers(module, device)
         with _Rows(tables, skeleton.dtype):
             yield
 
@@ -77,9 +76,3 @@ def _load_at_first_call(
             stack.enter_context(skeleton.filled(wanted, read, device))
 
     return module.register_forward_pre_hook(load)
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for name, buffer in module._buffers.items():
-        if isinstance(buffer, Tensor) and buffer.device.type != "meta":
-            module._buffers[name] = buffer.to(device)

@@ -21,7 +21,7 @@ from quantcli.calibration.calls import Call, Outline, Shared
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.outside import outside
 from quantcli.calibration.skeleton import Read, Skeleton
-from quantcli.errors import InputError
+from quantcli.errors import InputError, MachineError, QuantError
 from quantcli.tensors import read_tensor
 
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
@@ -53,6 +53,7 @@ class Replay:
         self.batches = batches
         self.device = device
         self._read = read
+        skeleton.move_buffers(device)
         self._workers = workers if device.type == "cpu" else 1
         self._outline = Outline([layer for _, layer in skeleton.layers])
         self._calls: list[list[Call]] = []
@@ -107,8 +108,11 @@ class Replay:
             if stop.is_set():
                 return
             hidden = states.get(number).to(self.device)
-            with torch.no_grad(), nullcontext() if tap is None else tap(number):
-                out = self._calls[number][index].run(layer, hidden)
+            try:
+                with torch.no_grad(), nullcontext() if tap is None else tap(number):
+                    out = self._calls[number][index].run(layer, hidden)
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                raise self._failed(name, error) from error
             if check and not bool(torch.isfinite(out).all()):
                 raise self._not_finite(name, out, number)
             if sink is not None:
@@ -128,6 +132,20 @@ class Replay:
             except BaseException:
                 stop.set()
                 raise
+
+    def _failed(self, layer: str, error: Exception) -> QuantError:
+        """What stopped a layer: too little memory, or that it wants more than its own arguments."""
+        said = " ".join(str(error).split())[:200]
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+            return MachineError(
+                f"memory does not suffice for `{layer}`: {said}",
+                fix="take fewer --workers or a shorter calibration.length",
+            )
+        return InputError(
+            f"`{layer}` cannot be run on its own: {type(error).__name__}: {said}",
+            where=str(self.skeleton.checkpoint.path),
+            fix="use schemes that need no data, such as w8a8_dynamic",
+        )
 
     def _not_finite(self, layer: str, out: Tensor, batch: int) -> InputError:
         bad = (~torch.isfinite(out)).reshape(len(out), -1).any(1).nonzero()

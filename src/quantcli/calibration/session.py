@@ -88,8 +88,8 @@ def prepare_session(
     done, layers = check_store(folder, key, fresh=fresh)
     complete = 0 < layers == done and not any(folder.glob("*states-*"))  # which are to be deleted
     if not complete:
-        check_free(folder)
         check_writable(folder)
+        check_free(folder)
     return Session(plan, folder, source, key, done, complete)
 
 
@@ -152,6 +152,8 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     """Calibrate, going on after the last finished layer of an interrupted run."""
     plan = session.plan
     device = open_device(resources.device)
+    # before the tokenizer, which reads config.json as well and would be blamed for it
+    skeleton = Skeleton(plan.checkpoint, _dtype(plan), trust_remote_code=resources.trust_remote_code)
     positions, vocabulary = _limits(plan.checkpoint)
     dataset = load_dataset(
         session.source,
@@ -161,7 +163,6 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         trust_remote_code=resources.trust_remote_code,
         say=progress.say,
     )
-    skeleton = Skeleton(plan.checkpoint, _dtype(plan), trust_remote_code=resources.trust_remote_code)
     wishes = _wishes(plan)
     _check_reached(skeleton, wishes)
     budget = _states_budget(skeleton, resources)

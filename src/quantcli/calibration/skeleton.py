@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -74,6 +73,7 @@ class Skeleton:
         self.layers = _decoder_layers(self.model, checkpoint)
         self._groups, self.unused = self._map()
         self._wanted = self._dtypes()
+        self._segments: dict[int, dict[str, list[list[Segment]]]] = {}
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
@@ -135,6 +135,11 @@ class Skeleton:
 
         One list of segments for a matrix [n, k]; one per expert where experts are fused [e, n, k].
         """
+        if index not in self._segments:
+            self._segments[index] = self._find_segments(index)
+        return self._segments[index]
+
+    def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
         found: dict[str, list[list[Segment]]] = {}
         for group, made in self._labels(index):
             modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
@@ -142,7 +147,7 @@ class Skeleton:
                 fused = labels.dim() == 3 and group.converter is not None
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
-                rows = labels.reshape(-1, labels.shape[-2]).tolist()
+                rows = labels.reshape(-1, labels.shape[-2])
                 found[parameter] = [_runs(expert, modules) for expert in rows]
         return found
 
@@ -166,6 +171,13 @@ class Skeleton:
         """A layer with its weights, read from the checkpoint; they are dropped at the end."""
         with self._filled(self._groups[index], read, device):
             yield self.layers[index][1]
+
+    def move_buffers(self, device: torch.device) -> None:
+        """Put the buffers of all modules, such as rotary frequencies, on a device."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(device)
 
     @contextmanager
     def filled(self, parameters: list[str], read: Read, device: torch.device) -> Iterator[None]:
@@ -228,13 +240,13 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _runs(labels: list[int], modules: list[str]) -> list[Segment]:
+def _runs(labels: Tensor, modules: list[str]) -> list[Segment]:
     segments = []
     start = 0
-    for label, run in groupby(labels):
-        stop = start + sum(1 for _ in run)
-        segments.append(Segment(start, stop, modules[label]))
-        start = stop
+    values, counts = torch.unique_consecutive(labels, return_counts=True)
+    for label, count in zip(values.tolist(), counts.tolist(), strict=True):
+        segments.append(Segment(start, start + count, modules[label]))
+        start += count
     return segments
 
 

@@ -100,6 +100,9 @@ class Tap(TorchFunctionMode):
                 )
         return func(*args, **kwargs)
 
+    def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[start:stop]
+
     def _grouped(
         self,
         listener: Listener,
@@ -111,7 +114,8 @@ class Tap(TorchFunctionMode):
         pieces: list[Tensor | None] = []
         start = 0
         for expert, end in enumerate(ends):
-            pieces.append(listener.linear(Matrix(parameter, expert), x[start:end], None))
+            rows = self._rows(x, start, end)
+            pieces.append(listener.linear(Matrix(parameter, expert), rows, None))
             start = end
         y = compute()
         start = 0
