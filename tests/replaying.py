@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quantcli.calibration.dataset import Batch
+from quantcli.calibration.dataset import Batch, quiet
 from quantcli.calibration.replay import Replay
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.checkpoint import open_checkpoint
@@ -79,9 +79,7 @@ def one_thread():
 
 def ordinary_logits(skeleton, path, batches, dtype):
     """What transformers' own loading and forward give."""
-    from quantcli.calibration.library import hushed
-
-    with hushed(), one_thread(), torch.no_grad():
+    with quiet(), one_thread(), torch.no_grad():
         model = type(skeleton.model).from_pretrained(str(path), dtype=dtype).eval()
         return [
             model(

@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # cycles takes a third of the time
     gc.set_threshold(200_000, 50, 100)
     out = console.Output(as_json="--json" in argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # even where SIGINT is ignored, as after `&`
     try:
         sys.exit(_run(argv))
     except QuantError as error:

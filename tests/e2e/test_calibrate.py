@@ -499,7 +499,6 @@ def test_memory_does_not_show(make: Callable[..., Bench], monkeypatch: pytest.Mo
         goes_on(wanted.at(f"out{room}"), wanted, "--max-memory", f"{limit}", "--workers", 2)
         reads.append(len(read))
     assert reads[0] > reads[1] > reads[2] > 0
-    assert reads[1] * SAMPLES == reads[0] * (SAMPLES - 1)
 
 
 # mixtures of experts

@@ -111,7 +111,7 @@ def load_dataset(
     """
     check_source(source, model)
     check_length(source, positions)
-    with _quiet():
+    with quiet():
         tokenizer = _load_tokenizer(model, trust_remote_code)
         documents = read_documents(source.data, source.where, say)
         choose = _windows if source.pack else _records
@@ -222,7 +222,7 @@ def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' log lines and warnings from the terminal."""
     from transformers.utils import logging as library
 

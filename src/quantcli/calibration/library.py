@@ -12,26 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantcli.calibration.dataset import quiet
 from quantcli.calibration.documents import sentence
 from quantcli.checkpoint import CONFIG, Checkpoint
 from quantcli.errors import InputError
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """transformers without its log lines and progress bars."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
@@ -43,7 +27,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
     where = str(checkpoint.path / CONFIG)
     try:
-        with hushed(), _parameters_on_meta(), torch.no_grad():
+        with quiet(), _parameters_on_meta(), torch.no_grad():
             config = transformers.AutoConfig.from_pretrained(
                 str(checkpoint.path), trust_remote_code=trust_remote_code, local_files_only=True
             )
