@@ -231,7 +231,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # cycles takes a third of the time
     gc.set_threshold(200_000, 50, 100)
     out = console.Output(as_json="--json" in argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # even where SIGINT is ignored, as after `&`
+    # not by way of SIGINT, which is ignored in what a script starts with `&`
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(_run(argv))
     except QuantError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -327,7 +328,7 @@ def test_stopped_within_a_layer(
     # the stack's inputs, and the outputs of all layers but the last
     assert calls == SAMPLES * LAYERS if place == "sink" else calls > 2 * SAMPLES * LAYERS
     layers_done = set()
-    for nth in range(1, calls, calls // 5):
+    for nth in (*range(1, calls, calls // 3), calls - 1):
         bench = wanted.at(f"out{nth}")
         left = nth
         stopped(bench)
@@ -405,7 +406,7 @@ def test_a_report_that_is_gone_is_made_again(make: Callable[..., Bench]) -> None
 def test_ctrl_c(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make()
     with monkeypatch.context() as patch:
-        patch.setattr(progress.ShardLines, "layer", lambda *_: signal_int())
+        patch.setattr(progress.ShardLines, "layer", lambda *_: signal.raise_signal(signal.SIGINT))
         for run in (bench.calibrate, bench.run):
             result = run()
             assert result.code == 130
@@ -415,8 +416,20 @@ def test_ctrl_c(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> 
     assert bench.run().code == 0
 
 
-def signal_int() -> None:
-    raise KeyboardInterrupt
+def test_sigterm_where_sigint_is_ignored(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is in what a script starts in the background."""
+    bench = make()
+    monkeypatch.setattr(progress.ShardLines, "layer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = bench.calibrate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.code == 130
+    assert result.err.splitlines()[1].startswith("error: interrupted")
+    assert job(bench).session.layers_done == 1
 
 
 def test_fresh_starts_over(make: Callable[..., Bench]) -> None:
@@ -892,7 +905,7 @@ def test_an_npu_computes(
 
 
 def test_other_devices_compute_one_batch_at_a_time() -> None:
-    skeleton = SimpleNamespace(layers=[])
+    skeleton = SimpleNamespace(layers=[], move_buffers=lambda device: None)
     for device, workers in (("cpu", 4), ("meta", 1)):
         made = replay.Replay(skeleton, [], device=torch.device(device), workers=4)
         assert made._workers == workers

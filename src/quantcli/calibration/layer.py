@@ -246,7 +246,8 @@ class LayerRun:
                     where=str(self.run.skeleton.checkpoint.path),
                     fix="if the model is sound, it needs more range: set calibration.dtype to float32",
                 )
-        settled = {m: observer.stats() for m, observer in observers.items() if observer.tokens}
+        chosen = {o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens}  # once if shared
+        settled = {module: chosen[o] for module, o in observers.items() if o in chosen}
         empty = sorted(observers.keys() - settled.keys())
         self.report["uncalibrated"] = empty
         if empty and wishes.uncalibrated == "error":
