@@ -225,7 +225,8 @@ def _calibration_words(job: Job) -> str:
     source = session.source
     return (
         f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
-        f"{source.data}, kept in {session.folder}{done}"
+        f"{source.data}, kept in {session.folder}{done}; it takes the memory of one decoder layer and "
+        f"up to {human_bytes(session.states_nbytes)} of hidden states on disk"
     )
 
 

@@ -67,6 +67,14 @@ class Session:
     layers_done: int
     complete: bool
 
+    @property
+    def states_nbytes(self) -> int:
+        """Bytes of hidden states on disk at a time, at most: of two layers, as config.json has them."""
+        hidden = self.plan.checkpoint.text_config.get("hidden_size")
+        size = hidden if isinstance(hidden, int) and hidden > 0 else 0
+        itemsize = torch_dtype(_dtype(self.plan)).itemsize
+        return 2 * self.source.samples * self.source.length * size * itemsize
+
 
 def prepare_session(
     plan: Plan, folder: Path, *, out: Path | None = None, fresh: bool = False
