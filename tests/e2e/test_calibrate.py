@@ -189,7 +189,8 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
     assert line == (
         f"calibration  runs first: ranges of 28 modules from 4 samples of 16 tokens of "
-        f"{bench.root}/text.txt, kept in {bench.store}"
+        f"{bench.root}/text.txt, kept in {bench.store}; it takes the memory of one decoder layer "
+        "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
     table = bench.run("--plan", "--json")
     assert (table.code, table.err) == (0, "")
