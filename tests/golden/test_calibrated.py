@@ -74,9 +74,10 @@ class Running:
         return F.linear((codes - offset) * scale, self.weights[name], bias)
 
 
-def test_the_reference_s_ranges_to_the_last_bit():
+@pytest.mark.parametrize(("model", "name", "count"), [(*CASES[0], 21), (*CASES[1], 14)])
+def test_the_reference_s_ranges_to_the_last_bit(model, name, count):
     """With the reference's own arithmetic in place of ours, the replay finds the very same numbers."""
-    model, reference = DATA / "model", tensors(DATA / "w8a8_static")
+    model, reference = DATA / model, tensors(DATA / name)
     run = Replayed(model, batches(model), workers=1)  # in the order of the samples
     found = {}
 
@@ -88,7 +89,7 @@ def test_the_reference_s_ranges_to_the_last_bit():
 
     run.layers(taps)
     modules = [(running, module) for running in found.values() for module in running.low]
-    assert len(modules) == 21
+    assert len(modules) == count
     for running, module in modules:
         scale, offset = running.scale(module)
         assert float(scale) == float(reference[f"{module}.input_scale"]), module

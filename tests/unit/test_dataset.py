@@ -539,10 +539,21 @@ def test_a_tokenizer_that_needs_a_package(tmp_path: Path, monkeypatch: pytest.Mo
     def missing(*_: Any, **__: Any) -> Any:
         raise ImportError("\n T requires the protobuf library\n")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", missing)
     what, where, _ = refused(MachineError, lambda: load(text_file(tmp_path)))
     assert what == "the model's tokenizer cannot be loaded: T requires the protobuf library"
     assert where == str(TINY)
+
+
+def test_text_is_split_as_tokenizer_json_says(tmp_path: Path) -> None:
+    """AutoTokenizer takes a class of its own for some model types, which splits text another way."""
+    golden = Path(__file__).parents[1] / "golden" / "data"
+    text = text_file(tmp_path, "In 1968 he retired ( 372 km ) .\n \n = = Early career = = \n \n" * 20)
+    (batch,) = load(text, model=golden / "model_qwen2", samples=1, length=64).batches
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(golden / "model_qwen2" / "tokenizer.json")
+    )
+    assert batch.input_ids[0].tolist() == whole(Path(text).read_text())["input_ids"][:64]
 
 
 def test_code_that_came_with_the_model_runs_only_when_trusted(
@@ -582,14 +593,15 @@ def test_code_that_came_with_the_model_runs_only_when_trusted(
 def test_transformers_says_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_tokenizer = AutoTokenizer.from_pretrained
+    used = transformers.PreTrainedTokenizerFast
+    load_tokenizer = used.from_pretrained
 
     def chatty(*arguments: Any, **options: Any) -> Any:
         logging.get_logger("transformers.x").warning("a line of the log")
         warnings.warn("a warning", stacklevel=1)
         return load_tokenizer(*arguments, **options)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", chatty)
+    monkeypatch.setattr(used, "from_pretrained", chatty)
     level = logging.get_verbosity()
     logging.set_verbosity_info()
     try:

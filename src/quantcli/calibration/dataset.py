@@ -29,10 +29,12 @@ from quantcli.calibration.documents import (
     sentence,
 )
 from quantcli.errors import InputError, MachineError
+from quantcli.header import parse_json
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",
                     "added_tokens.json", "chat_template*")  # fmt: skip
+_PLAIN = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})  # as tokenizer.json says
 _FETCH = "fetch the whole model folder, with tokenizer.json and tokenizer_config.json"
 
 
@@ -200,10 +202,14 @@ def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> ar
 
 
 def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
+        # AutoTokenizer goes by the model's type before the class that the files name, and splits text
+        # in another way than the tokenizer.json that came with the model
+        plain = _named_class(model) in _PLAIN and (model / "tokenizer.json").is_file()
+        loader: Any = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+        tokenizer: Any = loader.from_pretrained(
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)
@@ -219,6 +225,13 @@ def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     if empty:  # transformers makes one of nothing where the vocabulary is missing
         raise InputError("the model's tokenizer has no vocabulary", where=str(model), fix=_FETCH)
     return tokenizer
+
+
+def _named_class(model: Path) -> str:
+    path = model / "tokenizer_config.json"
+    table = parse_json(path.read_bytes(), str(path)) if path.is_file() else None
+    named = table.get("tokenizer_class") if isinstance(table, dict) else None
+    return named if isinstance(named, str) else ""
 
 
 @contextmanager
