@@ -547,13 +547,12 @@ def test_a_tokenizer_that_needs_a_package(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_text_is_split_as_tokenizer_json_says(tmp_path: Path) -> None:
     """AutoTokenizer takes a class of its own for some model types, which splits text another way."""
-    golden = Path(__file__).parents[1] / "golden" / "data"
-    text = text_file(tmp_path, "In 1968 he retired ( 372 km ) .\n \n = = Early career = = \n \n" * 20)
-    (batch,) = load(text, model=golden / "model_qwen2", samples=1, length=64).batches
-    whole = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(golden / "model_qwen2" / "tokenizer.json")
-    )
-    assert batch.input_ids[0].tolist() == whole(Path(text).read_text())["input_ids"][:64]
+    model = Path(__file__).parents[1] / "golden" / "data" / "model_qwen2"
+    text = "In 1968 he retired ( 372 km ) .\n \n = = Early career = = \n \n" * 20
+    data = lines_file(tmp_path, {"text": text})
+    (batch,) = load(data, model, samples=1, length=64, pack=False).batches
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"))
+    assert batch.input_ids[0].tolist() == plain(text)["input_ids"][:64]
 
 
 def test_code_that_came_with_the_model_runs_only_when_trusted(
