@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import deque
@@ -22,12 +21,11 @@ from quantcli.journal import Journal
 from quantcli.plan import Item, Plan, Quantize, Shard
 from quantcli.tensors import read_into, tensor_bytes
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter, disk_errors
+from quantcli.writer import ShardWriter, disk_errors, sha256_of
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
-_HASH_BYTES = 2**20
 
 
 def memory_estimate(plan: Plan, workers: int) -> int:
@@ -247,16 +245,6 @@ class _Open:
     def _close_sources(self) -> None:
         while self._sources:
             os.close(self._sources.popitem()[1])
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in small pieces."""
-    with disk_errors(path), path.open("rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        buffer = bytearray(_HASH_BYTES)
-        while n := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
-        return digest.hexdigest()
 
 
 def file_entry(nbytes: int, sha256: str | None, checksum: bool) -> dict[str, Any]:

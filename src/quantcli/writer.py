@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from quantcli.errors import MachineError
 from quantcli.header import encode_header
 from quantcli.tensorspec import TensorSpec
+
+_HASH_BYTES = 2**20
 
 
 class ShardWriter:
@@ -80,6 +83,16 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in small pieces."""
+    with disk_errors(path), path.open("rb", buffering=0) as file:
+        digest = hashlib.sha256()
+        buffer = bytearray(_HASH_BYTES)
+        while n := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+        return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -549,17 +549,30 @@ damage("report is empty", "layer-00002.json", lambda _: "{}", "report is damaged
 for lost in ("modules", "edits", "smoothed", "uncalibrated"):
     damage(f"report without {lost}", "layer-00002.json", key_removed(lost), "report is damaged")
 damage(
-    "report of an edit that is not there",
-    "layer-00002.json",
-    lambda text: text.replace('"edits": {}', '"edits": {"lm_head.weight": {"rows": "00009"}}'),
-    "report is damaged",
-)
-damage(
     "report without numbers",
     "layer-00002.json",
     lambda text: text.replace('"tokens": 64', '"tokens": "many"'),
     "report is damaged",
 )
+
+
+@case("edit added to a report", "has changed since", "layer-00002.safetensors", "--fresh makes it anew")
+def _(bench: Bench) -> Arguments:
+    report = there(bench) / "layer-00002.json"
+    added = '"edits": {"lm_head.weight": {"rows": "00009"}}'
+    report.write_text(report.read_text().replace('"edits": {}', added))
+    return []
+
+
+@case("flipped bit", "has changed since", "layer-00001.safetensors", "--fresh makes it anew")
+def _(bench: Bench) -> Arguments:
+    tensors = there(bench) / "layer-00001.safetensors"
+    raw = bytearray(tensors.read_bytes())
+    raw[-6] ^= 1  # of a number, which stays one
+    tensors.write_bytes(raw)
+    return []
+
+
 damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid JSON")
 
 

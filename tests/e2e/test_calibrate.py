@@ -912,12 +912,10 @@ def test_other_devices_compute_one_batch_at_a_time() -> None:
         assert made._workers == workers
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize(
     ("device", "what", "fix"),
     [
-        ("cuda", "no device `cuda` here: ", "--device cpu works anywhere"),
-        ("cuda:1", "no device `cuda:1` here: ", "--device cpu works anywhere"),
+        ("cuda:99", "no device `cuda:99` here: ", "--device cpu works anywhere"),
         ("npu", "--device npu needs torch_npu", "pip install 'quantcli[npu]' on the Ascend machine"),
     ],
 )

@@ -29,7 +29,7 @@ from quantcli.journal import lock
 from quantcli.measured import Edit, Factors, Measured
 from quantcli.tensors import tensor_bytes
 from quantcli.tensorspec import TensorSpec, safetensors_dtype
-from quantcli.writer import ShardWriter, disk_errors, write_file
+from quantcli.writer import ShardWriter, disk_errors, sha256_of, write_file
 
 HEAD = "calibration.json"
 _VERSION = 1
@@ -112,7 +112,8 @@ class Store:
         except BaseException:
             writer.abandon()
             raise
-        text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        signed = {**report, "sha256": _seal(self.folder / layer_file(index), report)}
+        text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(self.folder / _report(index), text.encode())
 
     def drop_states(self, keep: int | None = None) -> None:
@@ -131,6 +132,12 @@ class Store:
 
 def _report(index: int) -> str:
     return f"layer-{index:05d}.json"
+
+
+def _seal(tensors: Path, report: Mapping[str, Any]) -> str:
+    """sha256 of a layer's tensors and its report together: neither may change without the other."""
+    said = {key: value for key, value in report.items() if key != "sha256"}
+    return digest_of([sha256_of(tensors), said])
 
 
 def _done(folder: Path, layers: int) -> int:
@@ -189,6 +196,13 @@ def load_measured(folder: Path, layers: int) -> Measured:
         vectors, path = {}, folder / layer_file(index)
         with _whole(path):
             tensors = read_header(path)[0]
+            sealed = report.get("sha256") == _seal(path, report)
+        if not sealed:
+            raise InputError(
+                "is not what was measured: it, or the report beside it, has changed since",
+                where=str(path),
+                fix=_anew(folder),
+            )
         for stored in tensors:
             kind, _, rest = stored.spec.name.partition(".")
             if kind == "stats":
@@ -196,11 +210,8 @@ def load_measured(folder: Path, layers: int) -> Measured:
                 stats.setdefault(module, {})[name] = stored
             else:
                 vectors[rest] = stored
-        try:
-            for name, kinds in report["edits"].items():
-                edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
-        except (KeyError, TypeError, AttributeError):
-            raise _damaged(folder / _report(index)) from None
+        for name, kinds in report["edits"].items():
+            edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
         smoothed += len(report["smoothed"])
     return Measured(stats, edits, smoothed)
 
