@@ -222,6 +222,32 @@ def _resources(device: str, workers: int | None, max_memory: str | None, *, trus
     return Resources(device, workers or default_workers(), limit, trust)
 
 
+def _stop_on_signals() -> None:
+    """SIGINT and SIGTERM interrupt, and what is done is kept; a second one ends the process at once."""
+    # SIGINT is ignored in what a script starts with `&`
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    wanted = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+
+    def stop(*_: object) -> None:
+        for number in wanted:
+            signal.signal(number, lambda *_: os._exit(Exit.INTERRUPTED))
+        raise KeyboardInterrupt
+
+    for number in wanted:
+        signal.signal(number, stop)
+
+
+def entry() -> NoReturn:
+    """`main` as a process. Interrupted, it ends at once: native threads abort while Python ends."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != Exit.INTERRUPTED:
+            raise
+        sys.stderr.flush()
+        os._exit(Exit.INTERRUPTED)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a documented code."""
     from quantcli import console
@@ -231,8 +257,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # cycles takes a third of the time
     gc.set_threshold(200_000, 50, 100)
     out = console.Output(as_json="--json" in argv)
-    # not by way of SIGINT, which is ignored in what a script starts with `&`
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _stop_on_signals()
     try:
         sys.exit(_run(argv))
     except QuantError as error:

@@ -932,3 +932,33 @@ def test_a_device_that_is_not_here(
         assert told == f"  fix: {fix}"
         assert not said.endswith(".")
     assert snapshot(bench.root) == before
+
+
+def test_two_ctrl_c_end_with_the_documented_code(make: Callable[..., Bench]) -> None:
+    """The second comes while the first is being seen to."""
+    bench = make()
+    command = [
+        sys.executable,
+        "-m",
+        "quantcli",
+        "quantize",
+        str(bench.recipe),
+        "--model",
+        str(bench.model),
+    ]
+    with subprocess.Popen(
+        [*command, "--out", str(bench.out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("layer 1/") for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "terminate" not in said
+    assert bench.run().code == 0
