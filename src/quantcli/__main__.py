@@ -1,5 +1,98 @@
-"""python -m quantcli."""
+"""The tool as a process: signals, exit codes, and one message for whatever goes wrong."""
 
-from quantcli.cli import entry
+from __future__ import annotations
 
-entry()
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from quantcli.cli import app
+from quantcli.errors import Exit, InputError, Interrupted, QuantError
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
+
+
+def _stop_on_signals() -> None:
+    """SIGINT and SIGTERM interrupt, and what is done is kept; a second one ends the process at once."""
+    # SIGINT is ignored in what a script starts with `&`
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    wanted = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+
+    def stop(*_: object) -> None:
+        for number in wanted:
+            signal.signal(number, lambda *_: os._exit(Exit.INTERRUPTED))
+        raise KeyboardInterrupt
+
+    for number in wanted:
+        signal.signal(number, stop)
+
+
+def entry() -> NoReturn:
+    """`main` as a process. Interrupted, it ends at once: native threads abort while Python ends."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != Exit.INTERRUPTED:
+            raise
+        sys.stderr.flush()
+        os._exit(Exit.INTERRUPTED)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with a documented code."""
+    from quantcli import console
+
+    argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # a plan is up to a million small lasting objects: looking through them again and again for
+    # cycles takes a third of the time
+    gc.set_threshold(200_000, 50, 100)
+    out = console.Output(as_json="--json" in argv)
+    _stop_on_signals()
+    try:
+        sys.exit(_run(argv))
+    except QuantError as error:
+        out.error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # quantcli inspect MODEL | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.DONE)
+    except OSError as error:  # where nothing on the way knew a better word
+        from quantcli.writer import machine_error
+
+        out.error(machine_error(error, Path(error.filename or "stdout")))
+        sys.exit(Exit.FIX_MACHINE)
+    except Exception as error:
+        out.bug(error)
+        sys.exit(Exit.OUR_BUG)
+
+
+def _run(argv: list[str]) -> int:
+    """The command's exit code. Not through typer's own `main`, which prints errors its own way."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("quantcli", argv) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted", fix="the same command again continues where it stopped"
+        ) from None
+    except _UsageError as error:
+        said = getattr(error, "format_message", error.__str__)().rstrip(".")
+        command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize"} else ""
+        fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
+        if command_name in {"calibrate", "quantize"} and "extra argument" in said:
+            fix = "the model is given as --model MODEL; " + fix
+        raise InputError(said[:1].lower() + said[1:], fix=fix) from None
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    entry()

@@ -217,16 +217,19 @@ def _calibration_words(job: Job) -> str:
     session = job.session
     assert session is not None
     measures = count(len(session.plan.measured), "module")
-    what = f"ranges of {measures}" if session.plan.measured else "smoothing"
+    asked = [f"ranges of {measures}"] if session.plan.measured else []
+    asked += ["smoothing"] if session.plan.recipe.file.smooth is not None else []
+    what = " and ".join(asked)
     if session.complete:
         smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
         return f"{session.folder}, {what}{smoothed}"
     done = f", goes on after {count(session.layers_done, 'layer')}" if session.layers_done else ""
     source = session.source
+    memory = human_bytes(job.memory + session.memory_nbytes(job.workers))
     return (
         f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
-        f"{source.data}, kept in {session.folder}{done}; it takes the memory of one decoder layer and "
-        f"up to {human_bytes(session.states_nbytes)} of hidden states on disk"
+        f"{source.data}, kept in {session.folder}{done}; about {memory} of "
+        f"memory, and up to {human_bytes(session.states_nbytes)} of hidden states on disk"
     )
 
 
@@ -264,7 +267,10 @@ def _span(values: list[Any], form: str) -> str:
 
 
 def show_written(out: Output, job: Job, written: Written, seconds: float) -> None:
-    """The closing line."""
+    """What only calibration could tell, and the closing line."""
+    for note in written.plan.notes:
+        if note not in job.plan.notes:
+            out.word(f"note: {note}")
     before = job.plan.checkpoint.nbytes
     ratio = job.plan.weight_nbytes / before if before else 1.0
     kept = written.shards_reused

@@ -37,15 +37,27 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
         if rule.number not in used and not rule.optional:
             raise _dead_rule(rule, recipe, names, checkpoint)
     quantized = [name for name, rule in assigned.items() if rule and rule.scheme]
-    for pattern in recipe.smooth:
-        if not pattern.optional and not any(pattern.matches(name) for name in quantized):
-            raise InputError(
-                "smooth rule matches no quantized module",
-                where=f"{pattern.where}   match: {', '.join(pattern.patterns)}",
-                fix="patterns match whole names of modules that read what is smoothed, such as "
-                "*.down_proj; `optional: true` allows a rule that matches nothing",
-            )
+    _check_smooth(recipe, quantized)
     return assigned
+
+
+def _check_smooth(recipe: Recipe, quantized: list[str]) -> None:
+    """InputError for a smooth rule that matches no quantized module, or only what earlier ones take."""
+    left = quantized
+    for number, pattern in enumerate(recipe.smooth):
+        mine = [name for name in quantized if pattern.matches(name)]
+        if not pattern.optional and not any(pattern.matches(name) for name in left):
+            what = f"`smooth.rules.{number}` matches no quantized module"
+            fix = (
+                "patterns match whole names of modules that read what is smoothed, such as "
+                "*.down_proj; `optional: true` allows a rule that matches nothing"
+            )
+            if mine:
+                what = f"`smooth.rules.{number}` matches only modules that earlier ones take"
+                fix = "move it before them, or remove it"
+            where = f"{pattern.where}   match: {', '.join(pattern.patterns)}"
+            raise InputError(what, where=where, fix=fix)
+        left = [name for name in left if not pattern.matches(name)]
 
 
 def without_data(
@@ -88,13 +100,13 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
     matching = [name for name in names if rule.matches(name)]
     earlier = recipe.rules[: rule.number - 1]
     shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
-    what = f"rule {rule.number} matches no module"
+    what = f"`rules.{rule.number - 1}` matches no module"
     if shadow is not None:
-        what = f"rule {rule.number} matches only modules that earlier rules take"
+        what = f"`rules.{rule.number - 1}` matches only modules that earlier rules take"
         fix = f"move it before the rule at {shadow.where}, or remove it"
     elif matching:
         spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
-        what = f"rule {rule.number} matches no matrix; only matrices can be quantized"
+        what = f"`rules.{rule.number - 1}` matches no matrix; only matrices can be quantized"
         fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
     elif rule.patterns[0].endswith(".weight"):
         fix = "leave out `.weight`: patterns match module names"

@@ -78,8 +78,10 @@ class Measured:
     stats:     by module, what its scheme measured: names -> tensors on disk.
     edits:     by stored tensor.
     smoothed:  how many groups of channels were smoothed.
+    no_tokens: modules inside of the decoder stack that no token reached.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
     smoothed: int = 0
+    no_tokens: tuple[str, ...] = ()

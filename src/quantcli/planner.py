@@ -39,7 +39,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     assigned = assign(recipe, checkpoint)
     if measured is not None:
         assigned, more = without_data(recipe, assigned, measured)
-        notes += more
+        notes += [*more, *_unseen(recipe, assigned, measured)]
     modules = list(_modules(checkpoint, assigned))
     _raise_first(list(target.check(modules, source_specs)), assigned)
     items = list(make_items(checkpoint, assigned, target, serving_dtype, measured or Measured()))
@@ -84,6 +84,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         ),
         smoothed=measured.smoothed if measured else 0,
     )
+
+
+def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:
+    """A word on quantized modules without tokens: whether the samples are any good shows there."""
+    quantized = [rule for rule in recipe.rules if rule.scheme]
+    names = [name for name in measured.no_tokens if assigned.get(name) in quantized]
+    if names:
+        few = ", ".join(f"`{name}`" for name in names[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        yield f"no token of the calibration text reached {few}{more}"
 
 
 def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
@@ -138,7 +148,8 @@ def _raise_first(refusals: list[Refusal], assigned: dict[str, Rule | None]) -> N
     if refusals:
         first = refusals[0]
         rule = assigned.get(first.module)
-        more = f" ({len(refusals) - 1} more like it)" if len(refusals) > 1 else ""
+        others = len({refusal.module for refusal in refusals}) - 1
+        more = f" ({others} more like it)" if others else ""
         raise InputError(
             first.what + more,
             where=f"`{first.module}`" + (f" ({rule.where})" if rule else ""),
@@ -207,6 +218,8 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
             else:
                 matrix = suffix == "weight" and len(spec.shape) == 2
                 reason = "no rule matches" if matrix else "not a matrix"
+            if item.edit is not None:
+                reason = "smoothed; else as it is"
             groups[reason].append(spec)
     for reason, specs in sorted(groups.items()):
         names = tuple(group.name for group in fold(specs))

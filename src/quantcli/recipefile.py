@@ -58,8 +58,10 @@ class Calibration(_Block):
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(512, description="tokens of each")
     seed: int = Field(0, description="which samples are taken")
     pack: bool = Field(True, description="join documents; false: each record is one sample")
-    inputs: Literal["float", "quantized"] = Field(
-        "float", description="what layers are shown: outputs of float or of quantized layers"
+    inputs: Literal["float", "quantized", "running"] = Field(
+        "float",
+        description="what layers are shown: outputs of float layers, of quantized ones, or of ones "
+        "that are quantized with the ranges so far, as the reference producer does",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="to compute in; auto: as the model is served"

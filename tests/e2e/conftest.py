@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantcli.cli import main
+from quantcli.__main__ import main
 from tests.builders import Tensor, make_model
 
 RECIPE = """\

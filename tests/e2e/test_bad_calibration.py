@@ -367,9 +367,7 @@ def _(bench: Bench) -> Arguments:
 # the calibration that is there
 
 
-@case(
-    "calibration of another model", "is the calibration of another model", "out.calibration", "--fresh"
-)
+@case("calibration of another model", "there is of another model", "out.calibration", "to make it anew")
 def _(bench: Bench) -> Arguments:
     there(bench)
     change_tensors(bench.own_model(), double)
@@ -383,9 +381,9 @@ def double(tensors: dict[str, torch.Tensor]) -> None:
 
 @case(
     "calibration of another recipe",
-    "is the calibration of another recipe",
+    "there is of another recipe: the modules that are measured, and how differ",
     "out.calibration",
-    "--fresh",
+    "to make it anew",
 )
 def _(bench: Bench) -> Arguments:
     there(bench)
@@ -394,14 +392,17 @@ def _(bench: Bench) -> Arguments:
 
 
 @case(
-    "calibration of other samples", "is the calibration of another recipe", "out.calibration", "--fresh"
+    "calibration of other samples",
+    f"is of another recipe: calibration.samples was {SAMPLES}, is {SAMPLES - 1}",
+    "out.calibration",
+    "to make it anew",
 )
 def _(bench: Bench) -> Arguments:
     there(bench)
     return ["--set", f"calibration.samples={SAMPLES - 1}"]
 
 
-@case("calibration of other text", "is the calibration of other data", "out.calibration", "--fresh")
+@case("calibration of other text", "there is of other data", "out.calibration", "to make it anew")
 def _(bench: Bench) -> Arguments:
     there(bench)
     (bench.root / "text.txt").write_text(TEXT[1:])
@@ -409,7 +410,7 @@ def _(bench: Bench) -> Arguments:
 
 
 @case(
-    "calibration by another tokenizer", "is the calibration of other data", "out.calibration", "--fresh"
+    "calibration by another tokenizer", "there is of other data", "out.calibration", "to make it anew"
 )
 def _(bench: Bench) -> Arguments:
     there(bench)
@@ -512,7 +513,7 @@ def _(bench: Bench) -> Arguments:
     return ["--calibration", bench.root / ("x" * 256)]
 
 
-@case("truncated layer", "file is truncated", "layer-00001.safetensors", "--fresh makes it anew")
+@case("truncated layer", "file is truncated", "layer-00001.safetensors", "to make it anew")
 def _(bench: Bench) -> Arguments:
     path = there(bench) / "layer-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -523,7 +524,7 @@ def _(bench: Bench) -> Arguments:
     "missing layer",
     "a file of the calibration is missing",
     "layer-00001.safetensors",
-    "--fresh makes it anew",
+    "to make it anew",
 )
 def _(bench: Bench) -> Arguments:
     (there(bench) / "layer-00001.safetensors").unlink()
@@ -536,7 +537,7 @@ def damage(name: str, file: str, change: Callable[[str], str], what: str) -> Non
         path.write_text(change(path.read_text()))
         return []
 
-    CASES[name] = Case(setup, what, file, "out.calibration --fresh makes it anew")
+    CASES[name] = Case(setup, what, file, "out.calibration to make it anew")
 
 
 def key_removed(key: str) -> Callable[[str], str]:
@@ -556,7 +557,7 @@ damage(
 )
 
 
-@case("edit added to a report", "has changed since", "layer-00002.safetensors", "--fresh makes it anew")
+@case("edit added to a report", "has changed since", "layer-00002.safetensors", "to make it anew")
 def _(bench: Bench) -> Arguments:
     report = there(bench) / "layer-00002.json"
     added = '"edits": {"lm_head.weight": {"rows": "00009"}}'
@@ -564,7 +565,7 @@ def _(bench: Bench) -> Arguments:
     return []
 
 
-@case("flipped bit", "has changed since", "layer-00001.safetensors", "--fresh makes it anew")
+@case("flipped bit", "has changed since", "layer-00001.safetensors", "to make it anew")
 def _(bench: Bench) -> Arguments:
     tensors = there(bench) / "layer-00001.safetensors"
     raw = bytearray(tensors.read_bytes())
@@ -576,7 +577,7 @@ def _(bench: Bench) -> Arguments:
 damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid JSON")
 
 
-@case("head of a later version", "cannot be read by this version", "out.calibration", "--fresh")
+@case("head of a later version", "cannot be read by this version", "out.calibration", "to make it anew")
 def _(bench: Bench) -> Arguments:
     head = there(bench) / "calibration.json"
     head.write_text(head.read_text().replace('"version": 1', '"version": 2'))
@@ -593,7 +594,7 @@ def _(bench: Bench) -> Arguments:
     "begun by other versions",
     "was begun by other versions",
     "out.calibration",
-    "--fresh",
+    "to make it anew",
     planned=False,
 )
 def _(bench: Bench) -> Arguments:
@@ -679,7 +680,7 @@ def test_anew_as_the_message_says(bench: Bench) -> None:
     whole = snapshot(there(bench))
     (bench.store / "layer-00001.safetensors").write_bytes(b"")
     said = bench.run("--quiet").err
-    assert f"`quantcli calibrate` with --out {bench.store} --fresh makes it anew" in said
+    assert f"delete {bench.store} to make it anew" in said
     assert bench.calibrate("--fresh").code == 0
     assert snapshot(bench.store) == whole
     assert bench.run().code == 0
@@ -701,7 +702,7 @@ def test_a_layer_that_yields_nan(
         result = bench.run("--quiet", "--workers", workers)
         assert result.code == 2
         what, where, fix = result.err.splitlines()
-        assert what == "error: `model.layers.2` yields NaN or Inf for sample 0"
+        assert what == "error: `model.layers.2` yields NaN or Inf for sample 0, counted from 0"
         assert where == f"  --> {model}"
         assert "calibration.dtype" in fix
         assert not bench.out.exists()
@@ -722,7 +723,9 @@ def test_nan_for_one_sample(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(session, "BATCH_TOKENS", tokens)
         result = bench.calibrate("--quiet", "--fresh")
         assert result.code == 2
-        assert result.err.startswith("error: `model.layers.0` yields NaN or Inf for sample 2\n")
+        assert result.err.startswith(
+            "error: `model.layers.0` yields NaN or Inf for sample 2, counted from 0\n"
+        )
 
 
 def test_inf_in_a_norm(bench: Bench) -> None:
@@ -731,7 +734,9 @@ def test_inf_in_a_norm(bench: Bench) -> None:
     )
     result = bench.calibrate("--quiet")
     assert result.code == 2
-    assert result.err.startswith("error: `model.layers.1` yields NaN or Inf for sample 0\n")
+    assert result.err.startswith(
+        "error: `model.layers.1` yields NaN or Inf for sample 0, counted from 0\n"
+    )
 
 
 # the machine

@@ -223,12 +223,12 @@ recipe_case(
 )
 recipe_case("bad regex", RECIPE.replace("*_proj", "re:(a"), "`re:(a` is not a regular", ":3", "glob")
 recipe_case(
-    "dead rule", RECIPE.replace("*_proj", "*.q_porj"), "rule 1 matches no module", ":3", "q_proj`"
+    "dead rule", RECIPE.replace("*_proj", "*.q_porj"), "`rules.0` matches no module", ":3", "q_proj`"
 )
 recipe_case(
     "shadowed rule",
     RECIPE + "  - match: '*.q_proj'\n    scheme: keep\n",
-    "rule 2 matches only modules that earlier rules take",
+    "`rules.1` matches only modules that earlier rules take",
     ":5",
     ":3",
 )

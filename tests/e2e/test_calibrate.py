@@ -456,7 +456,7 @@ def pwrite(*args):
     time.sleep(0.01)
     return real(*args)
 os.pwrite = pwrite
-from quantcli.cli import main
+from quantcli.__main__ import main
 main(sys.argv[1:])
 """
 
@@ -532,6 +532,7 @@ def test_experts(make: Callable[..., Bench]) -> None:
     result = bench.run(*FEW, "--set", "smooth.alpha=0.5")
     assert result.code == 0, result.err
     expert = "model.layers.{}.mlp.experts.{}.{}_proj"
+    assert "\nnote: no token of the calibration text reached `model.layers." in result.err
     for layer in range(LAYERS):
         assert bench.described(f"{A.format(layer)}.q_proj") == "W8A8"
         assert bench.described(f"model.layers.{layer}.mlp.gate") == "FLOAT"
@@ -580,7 +581,7 @@ def test_what_no_token_reaches(make: Callable[..., Bench], module: str, policy: 
     if policy != "dynamic":  # nothing is like it, so that `group` has nothing to give
         assert result.code == 2
         what, where, fix = result.err.splitlines()
-        assert what == f"error: no token reached `{module}`, and their scheme needs data"
+        assert what == f"error: no token reached `{module}`, and its scheme needs data"
         assert where == f"  --> {bench.recipe}:{6 if module == 'lm_head' else 4}"
         assert "scheme with dynamic inputs" in fix
         assert "calibration.uncalibrated" in fix
@@ -604,7 +605,7 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
     scheme = W8A8Static(observer="minmax")
     bf16 = torch.bfloat16
     quantized = {name: Quantized(scheme, torch.float32, bf16, f"recipe.yaml:{name}") for name in seen}
-    wishes = Wishes(quantized, lambda _: None, lambda _: None, policy, quantized_inputs=False)
+    wishes = Wishes(quantized, lambda _: None, lambda _: None, policy, inputs="float")
     observers = {}
     for name, values in seen.items():
         observers[name] = wishes.observer(name)
@@ -662,9 +663,18 @@ def test_smooth_rule_for_nothing(make: Callable[..., Bench]) -> None:
     for result in (bench.calibrate(), bench.run(), bench.run("--plan")):
         assert result.code == 2
         what, where, fix = result.err.splitlines()
-        assert what == "error: smooth rule matches no quantized module"
+        assert what == "error: `smooth.rules.0` matches no quantized module"
         assert where == f"  --> {bench.recipe}:8   match: *.dwn_proj"
         assert "optional: true" in fix
+
+
+def test_smooth_rule_that_is_never_asked(make: Callable[..., Bench]) -> None:
+    rules = "    - {match: '*_proj', skip: true}\n    - {match: '*.down_proj', alpha: 1.0}\n"
+    result = make(RECIPE + "smooth:\n  rules:\n" + rules).run("--plan")
+    assert result.code == 2
+    what, _, fix = result.err.splitlines()
+    assert what == "error: `smooth.rules.1` matches only modules that earlier ones take"
+    assert fix == "  fix: move it before them, or remove it"
 
 
 # other data, other models

@@ -413,7 +413,7 @@ def pwrite(*args):
     time.sleep(0.02)
     return real(*args)
 os.pwrite = pwrite
-from quantcli.cli import main
+from quantcli.__main__ import main
 main(sys.argv[1:])
 """
 

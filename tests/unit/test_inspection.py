@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from quantcli.__main__ import main
 from quantcli.checkpoint import open_checkpoint
-from quantcli.cli import main
 from quantcli.errors import InputError
 from quantcli.inspection import Group, fold, inspect_checkpoint, tied_embeddings
 from quantcli.tensorspec import TensorSpec
@@ -316,7 +316,7 @@ def test_cli_survives_a_hostile_config(tmp_path: Path, capsys: pytest.CaptureFix
 def test_inspect_imports_neither_torch_nor_the_hub(model: Path) -> None:
     code = (
         "import sys\n"
-        "from quantcli.cli import main\n"
+        "from quantcli.__main__ import main\n"
         "try:\n"
         f"    main(['inspect', {str(model)!r}])\n"
         "except SystemExit as left:\n"

@@ -310,17 +310,21 @@ def test_limits(limit, value, met):
 @pytest.mark.parametrize(
     ("pairs", "what", "fix"),
     [
-        ([("*.z", "keep")], "rule 1 matches no module", "optional: true"),
+        ([("*.z", "keep")], "`rules.0` matches no module", "optional: true"),
         (
             [("*_proj", "w8a16"), ("*.q_proj", "keep")],
-            "rule 2 matches only modules that earlier",
+            "`rules.1` matches only modules that earlier",
             "r.yaml:",
         ),
-        ([("*norm", "w8a16")], "rule 1 matches no matrix; only matrices", "`model.norm` is BF16 [16]"),
-        ([("*.weight", "w8a16")], "rule 1 matches no module", "leave out `.weight`"),
-        ([("model", "w8a16")], "rule 1 matches no module", "whole names"),
-        ([("*.bias", "keep")], "rule 1 matches no module", "whole names"),
-        ([("re:q_proj", "w8a16")], "rule 1 matches no module", "q_proj"),
+        (
+            [("*norm", "w8a16")],
+            "`rules.0` matches no matrix; only matrices",
+            "`model.norm` is BF16 [16]",
+        ),
+        ([("*.weight", "w8a16")], "`rules.0` matches no module", "leave out `.weight`"),
+        ([("model", "w8a16")], "`rules.0` matches no module", "whole names"),
+        ([("*.bias", "keep")], "`rules.0` matches no module", "whole names"),
+        ([("re:q_proj", "w8a16")], "`rules.0` matches no module", "q_proj"),
     ],
 )
 def test_rules_that_do_nothing(load, model, pairs, what, fix):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,23 @@ from torch import Tensor, nn
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrix
 from quantcli.numerics import Parts
-from quantcli.schemes.base import Scheme
+
+
+class Arithmetic(Protocol):
+    """A scheme, or what else computes a linear of its parts."""
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """x [..., k] -> [..., n]."""
+
 
 # (stored module, its rows of a float matrix, their bias) -> its scheme and parts; None if it is float
-Quantizer = Callable[[str, Tensor, Tensor | None], tuple[Scheme, Parts] | None]
+Quantizer = Callable[[str, Tensor, Tensor | None], tuple[Arithmetic, Parts] | None]
 
 
 @dataclass(frozen=True)
 class _Piece:
     rows: slice
-    scheme: Scheme | None
+    scheme: Arithmetic | None
     parts: Parts
     weight: Tensor
 

@@ -20,6 +20,7 @@ from quantcli.calibration.engine import Engine
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layout import LayerLayout, Producer
 from quantcli.calibration.replay import Replay, Sink
+from quantcli.calibration.shown import quantized, running
 from quantcli.calibration.skeleton import Read, Skeleton
 from quantcli.calibration.smoothing import fold, norm_offset, scale_norm, scales
 from quantcli.calibration.states import States
@@ -30,7 +31,7 @@ from quantcli.calibration.wishes import Wishes, unreached
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Factors
-from quantcli.numerics import NO_STATS, Parts, Stats
+from quantcli.numerics import NO_STATS, Stats
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.observers import ChannelAmax, Observer
 from quantcli.tensors import read_tensor
@@ -188,8 +189,12 @@ class LayerRun:
                     scheme = self.run.wishes.quantized[segment.module].scheme
                     group = shared[leaders.get(matrix, matrix)]
                     observers[segment.module] = group.setdefault(scheme, observer)
-        watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()})
-        as_quantized = self.run.wishes.quantized_inputs and sink is not None
+        inputs = self.run.wishes.inputs
+        engine = None
+        if inputs == "running":
+            engine = Engine(self.name, self._layer, layout.segments, running(self.run.wishes))
+        watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
+        as_quantized = inputs == "quantized" and sink is not None
         self._watch(watch, None if as_quantized else sink)
         stats = self._settle(observers)
         if as_quantized:
@@ -217,15 +222,8 @@ class LayerRun:
     def _run_quantized(
         self, layout: LayerLayout, stats: Mapping[str, Stats], sink: Sink | None
     ) -> None:
-        def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Scheme, Parts] | None:
-            found = self.run.wishes.quantized.get(module)
-            if found is None:
-                return None
-            constants = found.scheme.constants(stats.get(module, NO_STATS), found.held_input)
-            constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-            return found.scheme, found.scheme.quantize(rows, found.held_weight, constants, bias)
-
-        engine = Engine(self.name, self._layer, layout.segments, quantize)
+        quantizer = quantized(self.run.wishes, stats)
+        engine = Engine(self.name, self._layer, layout.segments, quantizer)
         matrices = Matrices(self.name, self._layer)
         self.run.replay.run(
             self.index,

@@ -151,7 +151,7 @@ class Replay:
         bad = (~torch.isfinite(out)).reshape(len(out), -1).any(1).nonzero()
         sample = sum(len(b.input_ids) for b in self.batches[:batch]) + int(bad[0])
         return InputError(
-            f"`{layer}` yields NaN or Inf for sample {sample}",
+            f"`{layer}` yields NaN or Inf for sample {sample}, counted from 0",
             where=str(self.skeleton.checkpoint.path),
             fix="if the model is sound, it needs more range: set calibration.dtype to float32",
         )

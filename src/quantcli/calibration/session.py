@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from quantcli.calibration.dataset import (
     source_digest,
 )
 from quantcli.calibration.devices import open_device
+from quantcli.calibration.identity import asked, content_digest, quantized_items
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.store import (
     Key,
     Store,
     check_free,
     check_store,
-    digest_of,
     load_measured,
     reports,
 )
@@ -36,14 +37,13 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
 from quantcli.events import Progress
 from quantcli.measured import Measured
-from quantcli.plan import Plan, Quantize
+from quantcli.plan import Plan
 from quantcli.publish import check_calibration, check_writable
 from quantcli.recipefile import Calibration
-from quantcli.tensors import read_bytes
 from quantcli.tensorspec import FLOAT_NAMES, torch_dtype
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
-_SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
+_COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,15 @@ class Session:
     key: Key
     layers_done: int
     complete: bool
+
+    def memory_nbytes(self, workers: int) -> int:
+        """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
+        tensors = self.plan.checkpoint.tensors
+        layers = Counter[str]()  # model.layers.3.mlp.up_proj.weight -> model.layers.3
+        for name, stored in tensors.items():
+            if block := re.match(r"\D+\.\d+\.", name):
+                layers[block[0]] += stored.spec.nbytes
+        return max(layers.values(), default=0) + _working(self.plan.checkpoint, workers)
 
     @property
     def states_nbytes(self) -> int:
@@ -90,7 +99,7 @@ def prepare_session(
     check_length(source, _limits(plan.checkpoint)[0])
     key = Key(
         model=content_digest(plan.checkpoint),
-        recipe=_recipe_digest(plan),
+        recipe=asked(plan),
         data=source_digest(source, plan.checkpoint.path),
     )
     done, layers = check_store(folder, key, fresh=fresh)
@@ -118,36 +127,14 @@ def _source(plan: Plan) -> TextSource:
         length=block.length,
         seed=block.seed,
         pack=block.pack,
-        batch_tokens=BATCH_TOKENS if block.pack else 1,  # records alone need no padding
+        batch_tokens=1 if _one_by_one(plan, block) else BATCH_TOKENS,
     )
 
 
-def _recipe_digest(plan: Plan) -> str:
-    """Of all that decides what is measured, but for the data."""
-    file = plan.recipe.file
-    block = (file.calibration or Calibration()).model_dump(exclude={"data"})
-    quantized = [
-        [item.module, item.scheme.name, item.scheme.model_dump(mode="json"), list(item.held)]
-        for item in _quantized_items(plan)
-    ]
-    smooth = None if file.smooth is None else file.smooth.model_dump()
-    target = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
-    return digest_of([block, smooth, target, plan.serving_dtype, quantized])
-
-
-def _quantized_items(plan: Plan) -> list[Quantize]:
-    return [item for shard in plan.shards for item in shard.items if isinstance(item, Quantize)]
-
-
-def content_digest(checkpoint: Checkpoint) -> str:
-    """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
-    digest = hashlib.sha256(checkpoint.fingerprint.encode())
-    tensors = list(checkpoint.tensors.values())
-    step = -(-len(tensors) // _SAMPLED)
-    for stored in tensors[:: max(1, step)]:
-        size = min(_SAMPLED, stored.spec.nbytes)
-        digest.update(read_bytes(stored, (stored.spec.nbytes - size) // 2, size))
-    return digest.hexdigest()
+def _one_by_one(plan: Plan, block: Calibration) -> bool:
+    """Whether each sample is a batch: records alone need no padding, and averages are over samples."""
+    ordered = (item.scheme.ordered for item in quantized_items(plan))
+    return not block.pack or block.inputs == "running" or any(ordered)
 
 
 def load(session: Session) -> Measured:
@@ -182,7 +169,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
             wishes,
             store,
             device=device,
-            workers=resources.workers,
+            workers=1 if wishes.inputs == "running" else resources.workers,
             states_budget=budget,
             progress=progress,
         ).run()
@@ -213,14 +200,14 @@ def _wishes(plan: Plan) -> Wishes:
             torch_dtype(item.held.input_scale),
             _where(plan, item.module),
         )
-        for item in _quantized_items(plan)
+        for item in quantized_items(plan)
     }
     return Wishes(
         quantized=quantized,
         alpha=plan.recipe.alpha,
         merged=plan.recipe.target.merged,
         uncalibrated=block.uncalibrated,
-        quantized_inputs=block.inputs == "quantized",
+        inputs=block.inputs,
     )
 
 
@@ -249,8 +236,7 @@ def _states_budget(skeleton: Skeleton, resources: Resources) -> int:
     layers = range(len(skeleton.layers))
     # while experts are fused, the tensors that they are made of are there as well
     largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
-    largest_row = max((s.spec.row_nbytes for s in skeleton.checkpoint.tensors.values()), default=0)
-    working = resources.workers * BATCH_TOKENS * largest_row
+    working = _working(skeleton.checkpoint, resources.workers)
     limit = resources.max_memory
     if limit is None:
         return max(0, _free_memory() * 4 // 5 - largest - working)
@@ -261,6 +247,12 @@ def _states_budget(skeleton: Skeleton, resources: Resources) -> int:
             fix="give more, or fewer --workers",
         )
     return limit - largest - working
+
+
+def _working(checkpoint: Checkpoint, workers: int) -> int:
+    """Bytes of activations inside of a layer, on every thread."""
+    widest = max((s.spec.row_nbytes for s in checkpoint.tensors.values()), default=0)
+    return workers * BATCH_TOKENS * widest * _COPIES
 
 
 def _free_memory() -> int:

@@ -36,15 +36,14 @@ _VERSION = 1
 _FILES = r"(layer-\d{5}\.(safetensors|json)|states-\d{5}\.safetensors|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # what there is before anything is said in HEAD
-_WORDS = {"model": "another model", "recipe": "another recipe", "data": "other data"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a calibration is of, as sha256 digests."""
+    """What a calibration is of. model, data: sha256; recipe: what of it matters, by name."""
 
     model: str
-    recipe: str
+    recipe: Mapping[str, Any]
     data: str
 
 
@@ -166,17 +165,33 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
         return 0, 0
     with _whole(folder / HEAD):
         head = read_json_file(folder / HEAD)
-    for name, wanted in key.__dict__.items():
-        if head.get(name) != wanted:
-            raise InputError(
-                f"is the calibration of {_WORDS[name]}",
-                where=str(folder),
-                fix=f"{_anew(folder)}; or give another folder",
-            )
+    other = _difference(head, key)
+    if other is not None:
+        raise InputError(
+            f"the calibration there is of {other}",
+            where=str(folder),
+            fix=f"{_anew(folder)}, or give another folder",
+        )
     layers = head.get("layers")
     if not isinstance(layers, int) or head.get("version") != _VERSION:
         raise InputError("cannot be read by this version", where=str(folder), fix=_anew(folder))
     return _done(folder, layers), layers
+
+
+def _difference(head: Mapping[str, Any], key: Key) -> str | None:
+    """What a calibration is of, where that is not `key`."""
+    if head.get("model") != key.model:
+        return "another model"
+    said, wanted = head.get("recipe"), json.loads(json.dumps(key.recipe))
+    if said != wanted:
+        said = said if isinstance(said, dict) else {}
+        names = [*wanted, *sorted(said.keys() - wanted.keys())]
+        first = next(name for name in names if said.get(name) != wanted.get(name))
+        values = [table.get(first, "not there") for table in (said, wanted)]
+        plain = all(isinstance(value, str | int | float) for value in values) and first[:4] != "the "
+        more = f" was {values[0]}, is {values[1]}" if plain else " differ"
+        return f"another recipe: {first}{more}"
+    return None if head.get("data") == key.data else "other data, or of another tokenizer"
 
 
 def check_free(folder: Path) -> None:
@@ -191,7 +206,7 @@ def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError where a file is missing or damaged."""
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
-    smoothed = 0
+    smoothed, no_tokens = 0, list[str]()
     for index, report in enumerate(reports(folder, layers)):
         vectors, path = {}, folder / layer_file(index)
         with _whole(path):
@@ -213,7 +228,8 @@ def load_measured(folder: Path, layers: int) -> Measured:
         for name, kinds in report["edits"].items():
             edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
         smoothed += len(report["smoothed"])
-    return Measured(stats, edits, smoothed)
+        no_tokens += (name for name, found in report["modules"].items() if not found["tokens"])
+    return Measured(stats, edits, smoothed, tuple(sorted(no_tokens)))
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
@@ -250,7 +266,7 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def _anew(folder: Path) -> str:
-    return f"`quantcli calibrate` with --out {folder} --fresh makes it anew"
+    return f"delete {folder} to make it anew"
 
 
 def pack_edits(edits: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.taps import Matrices, Matrix, Tap
+from quantcli.calibration.taps import Listener, Matrices, Matrix, Tap
 from quantcli.schemes.observers import Observer
 
 
 class Watch:
     """Observers of a layer's matrices, and how many tokens each matrix was given."""
 
-    def __init__(self, observers: Mapping[Matrix, list[Observer]]) -> None:
+    def __init__(
+        self, observers: Mapping[Matrix, list[Observer]], engine: Listener | None = None
+    ) -> None:
+        """engine: computes the multiplications, once they were seen; None: they are the layer's own."""
+        self.engine = engine
         self.tokens: Counter[Matrix] = Counter()
         self._observers = observers
         self._lock = threading.Lock()
@@ -52,7 +56,8 @@ class _BatchWatch:
                 rows = rows[self._mask.flatten()[tokens.cpu()].to(rows.device)]
         self.tokens[matrix] += len(rows)
         self._watch.see(matrix, rows, self._number)
-        return None
+        engine = self._watch.engine
+        return None if engine is None else engine.linear(matrix, x, bias)
 
 
 @contextmanager

@@ -31,14 +31,14 @@ class Wishes:
                       read it; None leaves it alone.
     merged:           the parameter that the engine makes of a module and its siblings, if it does.
     uncalibrated:     error | dynamic | group: what becomes of a module that no token reaches.
-    quantized_inputs: whether a layer is shown what quantized layers before it put out.
+    inputs:           float | quantized | running: what a layer is shown.
     """
 
     quantized: Mapping[str, Quantized]
     alpha: Callable[[Sequence[str]], float | None]
     merged: Callable[[str], str | None]
     uncalibrated: str
-    quantized_inputs: bool
+    inputs: str
 
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""
@@ -50,8 +50,9 @@ def unreached(modules: Sequence[str], where: str) -> InputError:
     """Modules whose scheme needs data, and that no token reached."""
     few = ", ".join(f"`{module}`" for module in modules[:3])
     more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    whose = "its scheme needs" if len(modules) == 1 else "their schemes need"
     return InputError(
-        f"no token reached {few}{more}, and their scheme needs data",
+        f"no token reached {few}{more}, and {whose} data",
         where=where,
         fix="`keep` them or give them a scheme with dynamic inputs, by a rule before this one; or set "
         "calibration.uncalibrated to `dynamic`",

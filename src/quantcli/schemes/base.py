@@ -24,6 +24,11 @@ class Scheme(BaseModel, ABC):
     fallback: ClassVar[str | None] = None  # the scheme in place of one that needs data where none is
 
     @property
+    def ordered(self) -> bool:
+        """Whether what is measured depends on the order of the samples, so that each is a batch."""
+        return False
+
+    @property
     @abstractmethod
     def numerics(self) -> Numerics:
         """What the numbers are, for the target."""

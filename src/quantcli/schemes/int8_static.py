@@ -64,6 +64,11 @@ class Int8Static(Scheme):
         return value
 
     @property
+    def ordered(self) -> bool:
+        """The moving average follows the samples one by one."""
+        return self.chosen_by == "moving_average"
+
+    @property
     def inputs(self) -> Operand:
         """How inputs are quantized."""
         return Operand("int8", "tensor", symmetric=self.symmetric)
@@ -143,7 +148,10 @@ class InputObserver(Observer):
         The scale is positive also where nothing, or nothing but zeros, was seen.
         """
         scale, offset = self._choose()
-        measured = {"input_scale": torch.tensor([scale]), "input_offset": torch.tensor([offset])}
+        measured = {
+            "input_scale": torch.tensor([scale]),
+            "input_offset": torch.tensor([offset + 0.0]),
+        }  # no -0.0
         return {**measured, **self._seen.stats()}
 
     def _choose(self) -> tuple[float, float]:

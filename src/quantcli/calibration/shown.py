@@ -1,0 +1,87 @@
+"""What layers are shown in place of float outputs: `calibration.inputs`.
+
+`quantized`: what quantized layers before them put out, by the engine's arithmetic.
+
+`running`: what the reference producer's layers are shown. There an input widens its module's range and
+is quantized with that range at once, sample by sample, in the model's own dtype. So a range depends on
+the order of the samples and on every rounding before it: to find the same takes the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantcli.calibration.engine import Arithmetic, Quantizer
+from quantcli.calibration.wishes import Wishes
+from quantcli.numerics import NO_STATS, Parts, Stats
+
+
+def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:
+    """The engine's arithmetic, with what was measured of each module's input."""
+
+    def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
+        found = wishes.quantized.get(module)
+        if found is None:
+            return None
+        constants = found.scheme.constants(stats.get(module, NO_STATS), found.held_input)
+        constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
+        return found.scheme, found.scheme.quantize(rows, found.held_weight, constants, bias)
+
+    return quantize
+
+
+def running(wishes: Wishes) -> Quantizer:
+    """Simulated, with the ranges so far; the engine's arithmetic where a scheme needs no data."""
+    without_data = quantized(wishes, {})
+
+    def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
+        if wishes.observer(module) is None:
+            return without_data(module, rows, bias)
+        return RunningLinear(), {"weight": rows}
+
+    return quantize
+
+
+class RunningLinear:
+    """A linear with int8 weights and inputs, simulated in the dtype of the model.
+
+    With D = rounding to that dtype, for a weight [n, k] and inputs between `low` and `high` so far:
+
+        s = D(D(high / 255) - D(low / 255))     o = rint(D(-low / s)) - 128
+        x' = D(D(clamp(rint(D(D(x / s) + o)), -128, 127) - o) * s)
+
+    and rows of the weight likewise, with s = D(amax / 127) and no offset.
+    """
+
+    def __init__(self) -> None:
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """x: [..., k] -> [..., n]; `parts` holds the float `weight`. For one thread."""
+        if self._weight is None:
+            self._weight = _rounded(parts["weight"])
+        if x.numel():
+            zero = x.new_zeros(())
+            self._low = torch.minimum(zero if self._low is None else self._low, x.min())
+            self._high = torch.maximum(zero if self._high is None else self._high, x.max())
+            x = _quantized(x, self._low, self._high)
+        return F.linear(x, self._weight, bias)
+
+
+def _quantized(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    scale = high / 255 - low / 255
+    if not float(scale):  # nothing but zeros so far
+        return x
+    offset = (-low / scale).round() - 128
+    return ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    step = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(2.0**-23)
+    return (weight / step).round().clamp(-128, 127) * step
