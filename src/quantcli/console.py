@@ -219,7 +219,7 @@ def _calibration_words(job: Job) -> str:
     measures = count(len(session.plan.measured), "module")
     asked = [f"ranges of {measures}"] if session.plan.measured else []
     asked += ["smoothing"] if session.plan.recipe.file.smooth is not None else []
-    what = " and ".join(asked)
+    what = asked[0] if session.complete else " and ".join(asked)
     if session.complete:
         smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
         return f"{session.folder}, {what}{smoothed}"

@@ -187,9 +187,12 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     planned = bench.run("--plan")
     assert (planned.code, planned.err) == (0, "")
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
+    memory = re.search(r"about ([\d.]+) MB of memory", line)
+    assert memory is not None
+    assert 40 < float(memory[1]) < 120  # the plan's own, a layer of 0.1 MB, two threads' batches
     assert line == (
-        f"calibration  runs first: ranges of 28 modules from 4 samples of 16 tokens of "
-        f"{bench.root}/text.txt, kept in {bench.store}; it takes the memory of one decoder layer "
+        f"calibration  runs first: ranges of 28 modules and smoothing from 4 samples of 16 tokens of "
+        f"{bench.root}/text.txt, kept in {bench.store}; about {memory[1]} MB of memory, "
         "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
     table = bench.run("--plan", "--json")
