@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
 from quantcli.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
+from quantcli.targets.ascend_names import (
+    DESCRIPTION,
+    FLOAT,
+    LISTED_EXPERTS,
+    absent_head,
+    float_only,
+    skip_rule,
+)
+from quantcli.targets.ascend_stored import AscendStored
 from quantcli.targets.ascend_tags import TAGS, Tag, deq_from_stored, deq_to_store
-from quantcli.targets.base import Output, Refusal, ScalePart, Target
+from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
 from quantcli.targets.siblings import (
     EXPERT,
-    FUSED,
     MERGED,
     expert_sets,
     fused_groups,
@@ -25,31 +33,8 @@ from quantcli.targets.siblings import (
 )
 from quantcli.tensorspec import TensorSpec
 
-DESCRIPTION = "quant_model_description.json"
-FLOAT = "FLOAT"
 # npu_quant_matmul takes at most this many input features, and output features on one device.
 MAX_SIDE = 65535
-# Model types whose experts the engine finds by itself; for others it looks up the name of the set.
-LISTED_EXPERTS = frozenset(
-    {
-        "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
-        "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text",
-        "glm_moe_dsa", "kimi_k2", "longcat_flash", "minimax_m2", "minimax_m3", "minimax_m3_vl",
-        "pangu_ultra_moe", "pangu_ultra_moe_mtp", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
-        "qwen3_omni_moe", "qwen3_vl_moe", "step3p5", "step3p5_mtp",
-    }
-)  # fmt: skip
-
-# Linears that the engine builds without asking the description, by the last part of their names.
-_ALWAYS_FLOAT = {
-    "gate": "the engine builds routers as float",
-    "router": "the engine builds routers as float",
-    "shared_expert_gate": "the engine builds this gate as float",
-    "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
-    "eh_proj": "the engine builds eh_proj of draft layers as float",
-    "weights_proj": "the engine builds this part of the sparse attention indexer as float",
-}
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 
 class Ascend(Target):
@@ -128,7 +113,7 @@ class Ascend(Target):
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )
         yield from expert_sets(labels)
-        yield from _skip_rule(labels)
+        yield from skip_rule(labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Fused widths over the matmul's limit, and a quantized head."""
@@ -151,6 +136,16 @@ class Ascend(Target):
             **sidecars.index(output),
         }
 
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """By the description, or by tensors that only this format has, where it was lost."""
+        ours = (".weight_offset", ".deq_scale", ".quant_bias")
+        described = (checkpoint.path / DESCRIPTION).exists()
+        return described or any(name.endswith(ours) for name in checkpoint.tensors)
+
+    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+        """Its modules, and what the engine would stop at or misread."""
+        return AscendStored(checkpoint)
+
     def _tag(self, numerics: Numerics) -> Tag:
         if numerics not in TAGS:
             raise InputError(
@@ -172,13 +167,8 @@ class Ascend(Target):
         return tags
 
     def _check_module(self, module: Module, tag: Tag) -> Iterator[Refusal]:
-        parent, _, last = module.name.rpartition(".")
-        if last in _EMBEDDINGS:
-            yield Refusal(module.name, "the engine has no quantized embedding", _KEEP)
-        if last in _ALWAYS_FLOAT:
-            yield Refusal(module.name, _ALWAYS_FLOAT[last], _KEEP)
-        if last == "wk" and parent.endswith(".indexer"):
-            yield Refusal(module.name, _ALWAYS_FLOAT["weights_proj"], _KEEP)
+        if reason := float_only(module.name):
+            yield Refusal(module.name, reason, _KEEP)
         if EXPERT.fullmatch(module.name) and not tag.experts:
             yield Refusal(
                 module.name,
@@ -205,7 +195,7 @@ class Ascend(Target):
         for name in sorted(output.tensors):
             owner, _, suffix = name.rpartition(".")
             table[name] = FLOAT if suffix == "bias" else labels.get(owner, FLOAT)
-        if head := _absent_head(output.tensors):
+        if head := absent_head(output.tensors):
             table[head] = FLOAT
         for module in output.modules:
             # stored merged; for some models the engine still asks for the siblings by name
@@ -222,18 +212,6 @@ class Ascend(Target):
 _KEEP = "put a rule with `scheme: keep` for it before the others"
 
 
-def _absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
-    """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
-    if any(name.endswith("lm_head.weight") for name in tensors):
-        return None
-    for name in tensors:
-        parts = name.split(".")
-        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _EMBEDDINGS:
-            root = next((i for i, part in enumerate(parts) if part in {"model", "transformer"}), 0)
-            return ".".join([*parts[:root], "lm_head", "weight"])
-    return None
-
-
 def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
     for name, spec in tensors.items():
         if len(spec.shape) >= 3 and "experts" in name.split("."):
@@ -244,28 +222,3 @@ def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
                 "writes most families",
             )
             return
-
-
-def _skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """The loader takes a module for float if any float weight's name begins with the module's.
-
-    Fused siblings are looked up by their full names instead; experts by the name of their set.
-    """
-    floats = sorted(f"{name}.weight" for name, label in labels.items() if label == FLOAT)
-    packed = {sibling for group in FUSED for sibling in group}
-    seen: set[str] = set()
-    for name, label in labels.items():
-        expert = EXPERT.fullmatch(name)
-        prefix = expert["experts"] if expert else name
-        if label == FLOAT or prefix in seen or (not expert and name.rpartition(".")[2] in packed):
-            continue
-        seen.add(prefix)
-        position = bisect_left(floats, prefix)
-        if position < len(floats) and floats[position].startswith(prefix):
-            other = floats[position].removesuffix(".weight")
-            yield Refusal(
-                name,
-                f"`{prefix}` begins the name of `{other}`, which stays float: the engine would take "
-                "both for float and misread the codes",
-                "give both the same scheme",
-            )

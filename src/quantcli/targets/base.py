@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from quantcli.checkpoint import Checkpoint
+from quantcli.findings import Finding
 from quantcli.numerics import Module, Numerics, Parts
+from quantcli.targets.layouts import StoredModule
 from quantcli.tensorspec import TensorSpec
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
@@ -34,6 +37,23 @@ class Output:
     files: Mapping[str, str]  # tensor -> weight file
     config: Mapping[str, Any]  # config.json of the source
     serving_dtype: str  # "BF16" or "F16": what the engine computes in
+
+
+class Stored(Protocol):
+    """A checkpoint on disk, by whoever made it, as an engine would take it.
+
+    modules:  the quantized ones that are sound enough to be read.
+    findings: what the engine would refuse, or take and misread; `checked` is how much was looked at.
+    """
+
+    checkpoint: Checkpoint
+    serving_dtype: str
+    modules: Mapping[str, StoredModule]
+    findings: Sequence[Finding]
+    checked: Mapping[str, int]
+
+    def check_tp(self, size: int) -> Iterator[Finding]:
+        """Whether every module can be split over `size` devices."""
 
 
 class Target(BaseModel, ABC):
@@ -93,3 +113,11 @@ class Target(BaseModel, ABC):
     @abstractmethod
     def sidecars(self, output: Output) -> dict[str, bytes]:
         """The generated files by name, config.json and the index among them."""
+
+    @abstractmethod
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint on disk is, or means to be, of this format."""
+
+    @abstractmethod
+    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+        """A checkpoint of this format; damage is among its findings."""

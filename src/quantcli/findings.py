@@ -1,0 +1,34 @@
+"""One thing that verification found: wrong, or worth a word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quantcli.errors import QuantError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or worth a word, in the terms of QuantError."""
+
+    check: str
+    severity: Literal["error", "note"]
+    what: str
+    where: str | None = None
+    fix: str | None = None
+
+
+def failed(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
+    """A finding that makes the answer no."""
+    return Finding(check, "error", what, where, fix)
+
+
+def noted(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
+    """A finding that changes no answer."""
+    return Finding(check, "note", what, where, fix)
+
+
+def of_error(check: str, error: QuantError) -> Finding:
+    """A finding from an error of ours."""
+    return failed(check, error.what, error.where, error.fix)

@@ -1,0 +1,181 @@
+"""The tensors that vLLM-Ascend registers for each of its quantization types, and their meaning.
+
+Also types that this tool does not write: a checkpoint of another producer can be checked, too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import multiplier
+from quantcli.targets.ascend_tags import deq_from_stored
+from quantcli.targets.layouts import Blocks, Layout, Param, Sides
+
+# Loaders copy by value: a wider float is rounded, an integral float becomes the integer.
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def _scale(required: bool = True) -> Param:
+    return Param("weight_scale", _FLOATS, lambda n, k: (n, 1), "positive", required=required)
+
+
+def _offset() -> Param:
+    return Param("weight_offset", _FLOATS, lambda n, k: (n, 1), "zero", required=False)
+
+
+def _weight(dtype: str, values: str = "codes") -> Param:
+    return Param("weight", (dtype,), lambda n, k: (n, k), values)  # type: ignore[arg-type]
+
+
+def _static() -> tuple[Param, ...]:
+    one = lambda n, k: (1,)  # noqa: E731
+    return (
+        Param("input_scale", _FLOATS, one, "positive", "module", shared=True),
+        Param("input_offset", ("I8", *_FLOATS), one, "integer", "module", shared=True),
+        Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
+        Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits"),
+    )
+
+
+def plain(shape: tuple[int, ...]) -> Sides:
+    """One code a stored element."""
+    return shape[0], shape[1]
+
+
+def _pairs(shape: tuple[int, ...]) -> Sides:
+    return 2 * shape[0], shape[1]
+
+
+def per_row(blocks: Blocks) -> Tensor:
+    """Codes times weight_scale [rows, 1]."""
+    return blocks["weight"].float() * blocks["weight_scale"].float()
+
+
+def _by_deq(blocks: Blocks) -> Tensor:
+    """W8A8 has no weight_scale: deq_scale * r, as inputs are multiplied with r."""
+    deq, serving = deq_from_stored(blocks["deq_scale"])
+    return blocks["weight"].float() * (deq * multiplier(blocks["input_scale"].to(serving))).unsqueeze(
+        -1
+    )
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """int8 [n / 2, k] -> int8 [n, k]: even rows stand in the low nibbles."""
+    low, high = packed << 4 >> 4, packed >> 4
+    return torch.stack([low, high], 1).view(-1, packed.shape[1])
+
+
+def _w4a8(blocks: Blocks) -> Tensor:
+    return nibbles(blocks["weight"]).float() * blocks["weight_scale"].float()
+
+
+def _mx(blocks: Blocks) -> Tensor:
+    """2^(weight_scale - 127) for each 32 elements of a row."""
+    exponent = blocks["weight_scale"].float() - 127
+    codes = blocks["weight"].float()
+    return torch.ldexp(codes.unflatten(1, (exponent.shape[1], -1)), exponent.unsqueeze(-1)).flatten(1)
+
+
+def kronecker(blocks: Blocks) -> Tensor:
+    """W = L W' R^T for each row as a matrix [L, R]: inputs come as L^T X R."""
+    rows = per_row(blocks)
+    left, right = blocks["left_trans"].float(), blocks["right_trans"].float()
+    return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
+
+
+def decompose(k: int) -> Sides:
+    """(L, R) with L R = k that the engine computes: the smallest a >= sqrt k with a^2 - k a square.
+
+    Ends for every k: from a = (k + 1) / 2 on an odd k, k / 4 + 1 on a multiple of 4, is an answer.
+    (0, 0) for k = 2 mod 4, which has none.
+    """
+    if k % 4 == 2:
+        return 0, 0
+    a = math.isqrt(k - 1) + 1 if k > 1 else 1
+    while math.isqrt(a * a - k) ** 2 != a * a - k:
+        a += 1
+    b = math.isqrt(a * a - k)
+    return a - b, a + b
+
+
+_FLATQUANT = (
+    Param("left_trans", _FLOATS, lambda n, k: (decompose(k)[0],) * 2, "finite", "module", shared=True),
+    Param("right_trans", _FLOATS, lambda n, k: (decompose(k)[1],) * 2, "finite", "module", shared=True),
+    Param("clip_ratio", ("F32",), lambda n, k: (1,), "ratio", "module", shared=True),
+)
+_SCALE_BIAS = Param("scale_bias", ("F32",), lambda n, k: (n, -1), "finite")  # -1: 1, or 16 slices of k
+
+LAYOUTS = {
+    layout.label: layout
+    for layout in (
+        Layout(
+            "W8A8",
+            "int8",
+            (_weight("I8"), *_static(), _scale(False), _offset()),
+            _by_deq,
+            plain,
+        ),
+        Layout("W8A8_MIX", "int8", (_weight("I8"), *_static(), _scale(), _offset()), per_row, plain),
+        Layout(
+            "W8A8_DYNAMIC", "int8", (_weight("I8"), _scale(), _offset()), per_row, plain, experts=True
+        ),
+        Layout(
+            "W8A16",
+            "int8",
+            (
+                _weight("I8"),
+                _scale(),
+                Param("weight_offset", _FLOATS, lambda n, k: (n, 1), "zero"),
+            ),
+            per_row,
+            plain,
+        ),
+        Layout(
+            "W8A8FP8_DYNAMIC",
+            "fp8_e4m3",
+            (_weight("F8_E4M3", "fp8"), _scale(), _offset()),
+            per_row,
+            plain,
+            experts=True,
+        ),
+        Layout(
+            "W8A8_MXFP8",
+            "mxfp8",
+            (
+                _weight("F8_E4M3", "fp8"),
+                Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent"),
+            ),
+            _mx,
+            plain,
+            experts=True,
+        ),
+        Layout(
+            "W4A8_DYNAMIC",
+            "int4",
+            (
+                Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", "pair"),
+                _scale(),
+                _offset(),
+                _SCALE_BIAS,
+            ),
+            _w4a8,
+            _pairs,
+            experts=True,
+            note="W4A8_DYNAMIC is registered for experts alone from 2026-08 on, and before that only "
+            "with groups for other modules",
+        ),
+        Layout("W4A4_DYNAMIC", "int4", (_weight("I8", "int4"), _scale(), _offset()), per_row, plain),
+        Layout(
+            "W4A4_FLATQUANT_DYNAMIC",
+            "int4",
+            (_weight("I8", "int4"), _scale(), _offset(), *_FLATQUANT),
+            kronecker,
+            plain,
+        ),
+    )
+}
+# What another producer writes, and what the engine has instead.
+MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}

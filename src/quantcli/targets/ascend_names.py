@@ -1,0 +1,81 @@
+"""Names as vLLM-Ascend goes by them: which modules it never quantizes, what it looks up and how."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+
+from quantcli.targets.base import Refusal
+from quantcli.targets.siblings import EXPERT, FUSED
+from quantcli.tensorspec import TensorSpec
+
+DESCRIPTION = "quant_model_description.json"
+FLOAT = "FLOAT"
+# Model types whose experts the engine finds by itself; for others it looks up the name of the set.
+LISTED_EXPERTS = frozenset(
+    {
+        "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
+        "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text",
+        "glm_moe_dsa", "kimi_k2", "longcat_flash", "minimax_m2", "minimax_m3", "minimax_m3_vl",
+        "pangu_ultra_moe", "pangu_ultra_moe_mtp", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+        "qwen3_omni_moe", "qwen3_vl_moe", "step3p5", "step3p5_mtp",
+    }
+)  # fmt: skip
+
+# Linears that the engine builds without asking the description, by the last part of their names.
+_ALWAYS_FLOAT = {
+    "gate": "the engine builds routers as float",
+    "router": "the engine builds routers as float",
+    "shared_expert_gate": "the engine builds this gate as float",
+    "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
+    "eh_proj": "the engine builds eh_proj of draft layers as float",
+    "weights_proj": "the engine builds this part of the sparse attention indexer as float",
+}
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
+
+
+def float_only(module: str) -> str | None:
+    """Why the engine has this module in float whatever the description says; None where it has not."""
+    parent, _, last = module.rpartition(".")
+    if last in EMBEDDINGS:
+        return "the engine has no quantized embedding"
+    if last == "wk" and parent.endswith(".indexer"):
+        return _ALWAYS_FLOAT["weights_proj"]
+    return _ALWAYS_FLOAT.get(last)
+
+
+def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
+    """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
+    if any(name.endswith("lm_head.weight") for name in tensors):
+        return None
+    for name in tensors:
+        parts = name.split(".")
+        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDINGS:
+            root = next((i for i, part in enumerate(parts) if part in {"model", "transformer"}), 0)
+            return ".".join([*parts[:root], "lm_head", "weight"])
+    return None
+
+
+def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
+    """The loader takes a module for float if any float weight's name begins with the module's.
+
+    Fused siblings are looked up by their full names instead; experts by the name of their set.
+    """
+    floats = sorted(f"{name}.weight" for name, label in labels.items() if label == FLOAT)
+    packed = {sibling for group in FUSED for sibling in group}
+    seen: set[str] = set()
+    for name, label in labels.items():
+        expert = EXPERT.fullmatch(name)
+        prefix = expert["experts"] if expert else name
+        if label == FLOAT or prefix in seen or (not expert and name.rpartition(".")[2] in packed):
+            continue
+        seen.add(prefix)
+        position = bisect_left(floats, prefix)
+        if position < len(floats) and floats[position].startswith(prefix):
+            other = floats[position].removesuffix(".weight")
+            yield Refusal(
+                name,
+                f"`{prefix}` begins the name of `{other}`, which stays float: the engine would take "
+                "both for float and misread the codes",
+                "give both the same scheme",
+            )

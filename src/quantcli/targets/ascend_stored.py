@@ -1,0 +1,279 @@
+"""A checkpoint on disk as vLLM-Ascend would take it: its modules, and all that the engine would not
+load, or would load without a word and misread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.errors import QuantError, closest
+from quantcli.findings import Finding, failed, noted, of_error
+from quantcli.header import StoredTensor
+from quantcli.targets.ascend_experts import uneven_experts
+from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
+from quantcli.targets.ascend_names import DESCRIPTION, FLOAT, absent_head, float_only, skip_rule
+from quantcli.targets.ascend_tp import check_tp
+from quantcli.targets.layouts import Param, StoredModule
+from quantcli.targets.siblings import EXPERT, MERGED, expert_sets, fused_groups, merged_name
+from quantcli.targets.sidecars import declared_dtype
+from quantcli.tensors import read_bytes
+from quantcli.tensorspec import FLOATS, TensorSpec
+
+_SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
+_METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
+_AGAIN = "convert the model again"
+
+
+class AscendStored:
+    """What the description makes of the tensors. `labels` is by module, FLOAT ones too."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.serving_dtype = declared_dtype(checkpoint.config) or "BF16"
+        self.findings: list[Finding] = []
+        self.checked: dict[str, int] = defaultdict(int)
+        self._table = self._read()
+        self.labels: dict[str, str] = {}
+        self.modules: dict[str, StoredModule] = {}
+        self._by_module: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for name, stored in checkpoint.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            self._by_module[module][suffix] = stored
+        if self._table:
+            self._find(self._description())
+            self._find(self._parameters())
+            self._find(self._siblings())
+            self._find(self._experts())
+            self._find(self._loader())
+        self._find(self._config())
+
+    def _find(self, findings: Iterator[Finding]) -> None:
+        self.findings += findings
+
+    def _read(self) -> dict[str, Any]:
+        path = self.checkpoint.path / DESCRIPTION
+        if not path.is_file():
+            fix = f"{_AGAIN}: without it the engine takes all weights for float"
+            self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
+            return {}
+        try:
+            return read_json_file(path)
+        except QuantError as error:
+            self.findings.append(of_error("description", error))
+            return {}
+
+    # -- description and tensors ---------------------------------------------------------------------
+
+    def _description(self) -> Iterator[Finding]:
+        """Both ways: each entry has its tensor, each tensor its entry, each type exists."""
+        tensors = self.checkpoint.tensors
+        entries = {key: value for key, value in self._table.items() if not _METADATA.fullmatch(key)}
+        self.checked["description"] += len(entries)
+        known = {key.removesuffix(".weight") for key in entries if key.endswith(".weight")}
+        odd: dict[str, list[str]] = defaultdict(list)
+        for key, value in entries.items():
+            if not isinstance(value, str):
+                yield failed("description", f"`{key}` is {value!r:.60}, no type", DESCRIPTION, _AGAIN)
+            elif key.endswith(".weight"):
+                self.labels[key.removesuffix(".weight")] = value
+                if value != FLOAT and value not in LAYOUTS:
+                    odd[value].append(key)
+        for value, keys in odd.items():
+            yield _unknown_type(value, keys)
+        for key in entries.keys() - tensors.keys():
+            if not self._asked_only(key):
+                what = f"describes `{key}`, which no weight file holds"
+                yield failed("description", what, DESCRIPTION, _AGAIN)
+        for name in tensors:
+            if name not in entries:
+                asked = name.endswith(".weight")
+                what = f"does not describe `{name}`"
+                fix = "the engine stops at it: " + _AGAIN if asked else _AGAIN
+                yield failed("description", what, DESCRIPTION, fix)
+                continue
+            module, _, suffix = name.rpartition(".")
+            said, expected = entries[name], self.labels.get(module)
+            if suffix in _SUFFIXES and module in known and said != expected:
+                what = f"gives `{name}` the type {said!r:.60}, its weight {expected}"
+                yield failed("description", what, DESCRIPTION, _AGAIN)
+        head = absent_head({name: stored.spec for name, stored in tensors.items()})
+        if head and head not in entries:
+            fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
+            yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
+
+    def _asked_only(self, key: str) -> bool:
+        """Whether an entry stands for what the engine looks up and no file holds."""
+        parent, _, last = key.removesuffix(".weight").rpartition(".")
+        if last == "lm_head" or key == "lm_head.weight":
+            return True
+        for stored, siblings in MERGED.items():
+            if last in siblings and f"{parent}.{stored}.weight" in self.checkpoint.tensors:
+                return True
+        experts = f"{key.removesuffix('.weight')}."
+        return last == "experts" and any(name.startswith(experts) for name in self.checkpoint.tensors)
+
+    # -- what the engine registers -------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[Finding]:
+        """Names, dtypes and shapes of each module's tensors."""
+        for module, tensors in self._by_module.items():
+            label = self.labels.get(module)
+            if "weight" not in tensors:
+                if odd := sorted(tensors.keys() & _SUFFIXES):
+                    what = f"`{module}.{odd[0]}` belongs to no weight: `{module}.weight` is missing"
+                    yield failed("parameters", what, fix=_AGAIN)
+            elif label == FLOAT:
+                yield from self._float(module, tensors)
+            elif label in LAYOUTS:
+                yield from self._quantized(module, label, tensors)
+
+    def _float(self, module: str, tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+        spec = tensors["weight"].spec
+        self.checked["parameters"] += 1
+        if spec.dtype not in FLOATS:
+            what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
+            yield failed("parameters", what, f"`{spec.name}`", _AGAIN)
+        for suffix in sorted(tensors.keys() & _SUFFIXES):
+            what = f"`{module}` is FLOAT, and yet has {suffix}: the engine has no place for it"
+            yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
+
+    def _quantized(
+        self, module: str, label: str, tensors: Mapping[str, StoredTensor]
+    ) -> Iterator[Finding]:
+        layout, spec = LAYOUTS[label], tensors["weight"].spec
+        if len(spec.shape) != 2:
+            yield failed("parameters", f"is {spec}, no matrix", f"`{spec.name}`", _AGAIN)
+            return
+        n, k = layout.sides(spec.shape)
+        sound = True
+        for param in layout.params:
+            stored = tensors.get(param.suffix)
+            self.checked["parameters"] += stored is not None
+            if stored is not None:
+                for finding in _check_param(param, stored.spec, label, n, k):
+                    sound = False
+                    yield finding
+            elif param.required:
+                sound = False
+                what = f"{label} needs `{module}.{param.suffix}`, which no file holds"
+                fix = "the engine would compute with uninitialised memory: " + _AGAIN
+                yield failed("parameters", what, fix=fix)
+        registered = {param.suffix for param in layout.params} | {"bias"}
+        for suffix in sorted(tensors.keys() - registered):
+            what = f"{label} has no {suffix}: the engine stops at it"
+            yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
+        bias = tensors.get("bias")
+        if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
+            sound = False
+            what = f"is {bias.spec}, not {n} floats"
+            yield failed("parameters", what, f"`{module}.bias`", _AGAIN)
+        deq = tensors.get("deq_scale")
+        if deq is not None and deq.spec.dtype != (right := _DEQ.get(self.serving_dtype, "F32")):
+            word = {"BF16": "bfloat16", "F16": "float16"}.get(self.serving_dtype, self.serving_dtype)
+            what = f"is {deq.spec.dtype}; an engine that serves in {word} reads {right}"
+            yield failed("parameters", what, f"`{module}.deq_scale`", _AGAIN)
+        if sound:
+            mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
+            self.modules[module] = StoredModule(module, layout, mine, (n, k), self.serving_dtype)
+
+    # -- siblings, experts, loader -------------------------------------------------------------------
+
+    def _siblings(self) -> Iterator[Finding]:
+        """One type for what the engine merges, and the same bytes of what it keeps once."""
+        for refusal in fused_groups(self.labels):
+            yield failed("siblings", refusal.what, f"`{refusal.module}`", _AGAIN)
+        first: dict[str, StoredModule] = {}
+        for module in self.modules.values():
+            name = merged_name(module.name)
+            if name is None:
+                continue
+            self.checked["siblings"] += 1
+            leader = first.setdefault(name, module)
+            if leader.layout.label != module.layout.label:
+                continue  # told above
+            for param in module.constants:
+                if param.shared and _bytes(module, param) != _bytes(leader, param):
+                    what = (
+                        f"differs from that of `{leader.name}`: the engine keeps one for both, "
+                        "whichever it reads last"
+                    )
+                    yield failed("siblings", what, f"`{module.name}.{param.suffix}`", _AGAIN)
+
+    def _experts(self) -> Iterator[Finding]:
+        for refusal in expert_sets(self.labels):
+            yield failed("experts", refusal.what, f"`{refusal.module}`", _AGAIN)
+        self.checked["experts"] += sum(bool(EXPERT.fullmatch(name)) for name in self.modules)
+        yield from uneven_experts(self.checkpoint)
+
+    def _loader(self) -> Iterator[Finding]:
+        """How the engine looks modules up by name, and what it never quantizes."""
+        self.checked["loader"] += len(self.labels)
+        for refusal in skip_rule(self.labels):
+            yield failed("loader", refusal.what, f"`{refusal.module}`", _AGAIN)
+        noted_labels = set()
+        for module in self.modules.values():
+            label, layout = module.layout.label, module.layout
+            if reason := float_only(module.name):
+                yield failed("loader", f"is {label}: {reason}", f"`{module.name}`", _AGAIN)
+            expert = EXPERT.fullmatch(module.name)
+            if expert and not layout.experts:
+                what = f"the engine has no {label} for experts"
+                yield failed("loader", what, f"`{module.name}`", _AGAIN)
+            if not expert and layout.note and label not in noted_labels:
+                noted_labels.add(label)
+                yield noted("loader", layout.note, f"`{module.name}`")
+
+    def check_tp(self, size: int) -> Iterator[Finding]:
+        """Heads, widths, and what a module's format allows to be cut."""
+        return check_tp(self.checkpoint.text_config, self.modules.values(), size)
+
+    def _config(self) -> Iterator[Finding]:
+        config = self.checkpoint.config
+        self.checked["config"] += 1
+        nested = [(f"{key}.", value) for key, value in config.items() if isinstance(value, dict)]
+        for place, level in [("", config), *nested]:
+            for key in QUANTIZATION_KEYS:
+                if key in level:
+                    what = f"has `{place}{key}`: an engine that finds it reads no description"
+                    yield failed("config", what, CONFIG, "remove it")
+        dtype = declared_dtype(config)
+        if config and dtype not in {"BF16", "F16"}:
+            said = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
+            what = f"says {said}; quantized models are served in bfloat16 or float16"
+            yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
+
+
+_DEQ = {"BF16": "F32", "F16": "I64"}
+
+
+def _unknown_type(value: str, keys: list[str]) -> Finding:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    near = MISNAMED.get(value)
+    hint = f"the engine's name for it is {near}" if near else closest(value, LAYOUTS)
+    fix = f"{hint}: {_AGAIN}" if near else (f"did you mean {hint}?" if hint else _AGAIN)
+    what = f"type {value!r:.60} of `{keys[0]}`{more} is none that the engine registers"
+    return failed("description", what, DESCRIPTION, fix)
+
+
+def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
+    where = f"`{spec.name}`"
+    if spec.dtype not in param.dtypes:
+        what = f"is {spec.dtype}; {label} reads {' or '.join(param.dtypes)}, and would convert by value"
+        yield failed("parameters", what, where, _AGAIN)
+    shape = param.shape(n, k)
+    fits = len(shape) == len(spec.shape) and all(
+        want in (-1, have) for want, have in zip(shape, spec.shape, strict=True)
+    )
+    if not fits:
+        wanted = str(list(shape)).replace("-1", "any")
+        what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
+        yield failed("parameters", what, where, _AGAIN)
+
+
+def _bytes(module: StoredModule, param: Param) -> bytes:
+    stored = module.tensors[param.suffix]
+    return read_bytes(stored, 0, stored.spec.nbytes)

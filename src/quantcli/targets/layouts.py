@@ -1,0 +1,91 @@
+"""What an engine registers for one kind of quantized module, and how stored numbers stand for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from quantcli.header import StoredTensor
+
+# n and k of the weight, and of Kronecker transforms the sides L and R
+Sides: TypeAlias = tuple[int, int]
+# what the numbers of a tensor must be: see verify.full
+Values: TypeAlias = Literal[
+    "codes", "int4", "fp8", "exponent", "positive", "bits", "zero", "integer", "finite", "ratio"
+]
+Blocks: TypeAlias = Mapping[str, Tensor]  # by suffix
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a module, by its suffix.
+
+    dtypes:   safetensors dtypes that the loader takes over by value unharmed, the registered one first.
+    shape:    of the parameter, from n and k.
+    values:   what its numbers must be.
+    per:      what its dimension 0 counts: rows of the weight, pairs of rows, or nothing (one for all).
+    required: the engine's memory is uninitialised where the file has none.
+    shared:   the engine keeps one for all fused siblings.
+    """
+
+    suffix: str
+    dtypes: tuple[str, ...]
+    shape: Callable[[int, int], tuple[int, ...]]
+    values: Values
+    per: Literal["row", "pair", "module"] = "row"
+    required: bool = True
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One label of an engine: its parameters, and what they stand for.
+
+    dequantize: parameters of some rows -> the float weight that the kernel multiplies with, float32
+                [rows, k], before any transform of inputs is undone.
+    sides:      n and k of a stored weight's shape.
+    kind:       the codes' type, in words: int8, int4, fp8_e4m3, mxfp8.
+    note:       a word on where it loads, if that is not simple.
+    """
+
+    label: str
+    kind: str
+    params: tuple[Param, ...]
+    dequantize: Callable[[Blocks], Tensor]
+    sides: Callable[[tuple[int, ...]], Sides]
+    linear: bool = True
+    experts: bool = False
+    note: str | None = None
+
+    @property
+    def weight(self) -> Param:
+        """The codes."""
+        return self.params[0]
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A quantized module as it is on disk.
+
+    tensors: by suffix; all that begin with the module's name.
+    shape:   n, k.
+    """
+
+    name: str
+    layout: Layout
+    tensors: Mapping[str, StoredTensor]
+    shape: Sides
+    serving_dtype: str
+
+    @property
+    def row_params(self) -> list[Param]:
+        """Stored parameters with one value, or one row, per row of the weight."""
+        return [p for p in self.layout.params if p.suffix in self.tensors and p.per != "module"]
+
+    @property
+    def constants(self) -> list[Param]:
+        """Stored parameters that the whole module has once."""
+        return [p for p in self.layout.params if p.suffix in self.tensors and p.per == "module"]

@@ -1,0 +1,1 @@
+"""Prove that a quantized checkpoint is whole, loadable and faithful."""

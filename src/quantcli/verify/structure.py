@@ -1,0 +1,116 @@
+"""What is wrong with a checkpoint, told from headers and small files alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
+from quantcli.findings import Finding, failed, noted
+from quantcli.folder import INDEX
+from quantcli.inspection import tied_embeddings
+from quantcli.journal import JOURNAL
+from quantcli.registry import discover
+from quantcli.targets.base import Stored, Target
+from quantcli.verify.opening import open_for_verification
+from quantcli.verify.report import Report
+
+_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
+)  # fmt: skip
+_AGAIN = "convert the model again"
+
+
+def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> tuple[Report, Stored | None]:
+    """Check `path` by its headers; the report, and the checkpoint if it could be read.
+
+    tp: tensor parallel sizes that it is to be served with. Reads no weights: headers, JSON files, and
+    tensors that a module has once. Raises InputError where there is no checkpoint, or it is in no
+    format that is known.
+    """
+    opened = open_for_verification(path)
+    report = Report(str(path), depths=["structure"])
+    report.add(opened.findings)
+    checkpoint = opened.checkpoint
+    if checkpoint is None:
+        report.count("headers", 1)
+        return report, None
+    report.count("headers", len(checkpoint.shards))
+    report.count("index", len(checkpoint.tensors))
+    if opened.manifest is not None:
+        report.count("manifest", len(opened.manifest.get("files") or ()))
+    target = next((t() for t in discover(Target).values() if t().recognises(checkpoint)), None)
+    if target is None:
+        raise InputError(
+            "no quantized checkpoint of a format that this version verifies",
+            where=str(path),
+            fix="give a checkpoint that `quantcli quantize` wrote, or one for vLLM-Ascend",
+        )
+    report.format = target.name
+    stored = target.open_stored(checkpoint)
+    report.add(stored.findings)
+    for check, things in stored.checked.items():
+        report.count(check, things)
+    report.add(_files(checkpoint))
+    report.count("files", len(checkpoint.aux))
+    report.add(_layers(checkpoint))
+    for size in tp:
+        report.add(stored.check_tp(size))
+        report.count("tp", len(stored.modules))
+    return report, stored
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Tokenizer and leftovers."""
+    names = {*checkpoint.aux, *checkpoint.left_out}
+    if not any(name in names for name in _TOKENIZERS):
+        yield failed("files", "there is no tokenizer", str(checkpoint.path), "copy it from the source")
+    for name in sorted(checkpoint.left_out):
+        if name.endswith(".index.json") and "/" not in name and name != INDEX:
+            yield noted("files", f"engines read no index of this name, only {INDEX}", name)
+        elif name.endswith(".safetensors"):
+            yield noted("files", "weight file is not in the index: engines skip it", name)
+        elif name.startswith(".") and name != JOURNAL:
+            continue
+
+
+def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Decoder layers against config.json and each other, embeddings, head."""
+    stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in checkpoint.tensors:
+        if match := _LAYER.fullmatch(name):
+            rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
+            stacks[match["stack"]][int(match["index"])].add(rest.rpartition(".")[0])
+    for stack, layers in stacks.items():
+        absent = sorted(set(range(max(layers) + 1)) - layers.keys())
+        if absent:
+            yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", _AGAIN)
+        yield from _incomplete(stack, layers)
+    wanted = checkpoint.text_config.get("num_hidden_layers")
+    counts = [len(layers) for layers in stacks.values()]
+    if isinstance(wanted, int) and counts and max(counts) < wanted:
+        what = f"config.json says {wanted} layers; there are {max(counts)}"
+        yield failed("layers", what, str(checkpoint.path), _AGAIN)
+    if tied_embeddings(checkpoint).startswith("no lm_head"):
+        what = "there is no lm_head, though config.json says that it is not the embedding"
+        yield failed("layers", what, str(checkpoint.path), _AGAIN)
+
+
+def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
+    """A layer that lacks modules of its like: nothing else is as it is, and several have all it has."""
+    kinds: dict[frozenset[str], list[int]] = defaultdict(list)
+    for index, modules in layers.items():
+        kinds[frozenset(modules)].append(index)
+    for modules, indices in kinds.items():
+        larger = [kind for kind, members in kinds.items() if modules < kind and len(members) > 1]
+        if len(indices) == 1 and larger:
+            lacking = min(
+                (kind - modules for kind in larger), key=lambda kind: (len(kind), sorted(kind))
+            )
+            what = f"lacks `{min(lacking)}`, which other layers have"
+            yield failed("layers", what, f"`{stack}.{indices[0]}`", _AGAIN)
