@@ -76,7 +76,8 @@ def _mx(blocks: Blocks) -> Tensor:
     """2^(weight_scale - 127) for each 32 elements of a row."""
     exponent = blocks["weight_scale"].float() - 127
     codes = blocks["weight"].float()
-    return torch.ldexp(codes.unflatten(1, (exponent.shape[1], -1)), exponent.unsqueeze(-1)).flatten(1)
+    grouped = codes.view(len(codes), exponent.shape[1], -1)
+    return torch.ldexp(grouped, exponent.unsqueeze(-1)).flatten(1)
 
 
 def kronecker(blocks: Blocks) -> Tensor:

@@ -48,9 +48,9 @@ class Stored(Protocol):
 
     checkpoint: Checkpoint
     serving_dtype: str
-    modules: Mapping[str, StoredModule]
-    findings: Sequence[Finding]
-    checked: Mapping[str, int]
+    modules: dict[str, StoredModule]
+    findings: list[Finding]
+    checked: dict[str, int]
 
     def check_tp(self, size: int) -> Iterator[Finding]:
         """Whether every module can be split over `size` devices."""

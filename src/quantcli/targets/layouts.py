@@ -1,4 +1,4 @@
-"""What an engine registers for one kind of quantized module, and how stored numbers stand for weights."""
+"""What an engine registers for a quantized module, and how stored numbers stand for weights."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Depth = Literal["structure", "full", "against", "run"]
 
 # Every check by its name: at which depth it runs, and what holds where it passes.
 CHECKS: dict[str, tuple[Depth, str]] = {
-    "headers": ("structure", "every weight file has a sound header, and every byte belongs to a tensor"),
+    "headers": ("structure", "weight files have sound headers, and every byte belongs to a tensor"),
     "index": ("structure", "the index lists the tensors that are there, each in its file, none twice"),
     "files": ("structure", "what an engine needs beside weights is there, and nothing in its way"),
     "config": ("structure", "config.json has no stale quantization and a dtype that can be served"),

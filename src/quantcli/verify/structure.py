@@ -104,8 +104,8 @@ def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
     """A layer that lacks modules of its like: nothing else is as it is, and several have all it has."""
     kinds: dict[frozenset[str], list[int]] = defaultdict(list)
-    for index, modules in layers.items():
-        kinds[frozenset(modules)].append(index)
+    for index, names in layers.items():
+        kinds[frozenset(names)].append(index)
     for modules, indices in kinds.items():
         larger = [kind for kind, members in kinds.items() if modules < kind and len(members) > 1]
         if len(indices) == 1 and larger:
