@@ -83,10 +83,9 @@ def main() -> None:
             path = Path(name) if name.endswith(".yaml") else ROOT / f"recipes/{name}.yaml"
             out = Path(folder) / path.stem
             job = commands.prepare(path, model=str(model), out=out, overrides=tuple(sets))
-            written = commands.quantize(job)
-            scores = torch.cat(
-                log_probs(Served(written.plan, out), batches, dtype=given.dtype, workers=2)
-            )
+            commands.quantize(job)
+            served = Served.open(out)
+            scores = torch.cat(log_probs(served, batches, dtype=given.dtype, workers=2))
             perplexity = math.exp(-scores.mean())
             change = float((scores - base).abs().mean())
             ratio = perplexity / result["float"]

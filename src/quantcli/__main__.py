@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> int:
         ) from None
     except _UsageError as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize"} else ""
+        command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize", "verify"} else ""
         fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
         if command_name in {"calibrate", "quantize"} and "extra argument" in said:
             fix = "the model is given as --model MODEL; " + fix

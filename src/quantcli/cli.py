@@ -37,7 +37,8 @@ MaxMemory = Annotated[
     ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that came with the model to calibrate.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that came with the model, where it is run."),
 ]
 
 
@@ -62,27 +63,42 @@ def inspect(
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option("--outliers", help="Read the weights: which are hard to quantize, worst first."),
+    ] = False,
     support: Annotated[bool, typer.Option("--support", help="Show schemes x targets instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds.
 
     Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits 1 when something is
-    suspicious: a missing shard, an index that disagrees.
+    suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights of a float
+    checkpoint too, and says which a recipe had better keep float.
     """
-    from quantcli import commands, console
+    from quantcli import commands, console, outlier_table, progress
 
     out = console.Output(as_json=as_json)
     if support:
-        if model is not None or tensors is not None:
+        if model is not None or tensors is not None or outliers:
             raise InputError(
-                "--support takes no model and no --tensors", fix="quantcli inspect --support"
+                "--support takes no model, no --tensors and no --outliers",
+                fix="quantcli inspect --support",
             )
         cells = commands.support()
         out.document(cells) if as_json else console.show_support(out, cells)
         return
     if model is None:
         raise InputError("no model to inspect", fix="quantcli inspect MODEL")
+    if outliers:
+        if tensors is not None:
+            raise InputError(
+                "--outliers takes no --tensors", fix=f"quantcli inspect --outliers {model}"
+            )
+        with progress.watch(out) as watcher:
+            account = commands.outliers(model, watcher)
+        out.document(account) if as_json else outlier_table.show_outliers(out, account)
+        return
     account = commands.inspect(model, tensors)
     out.document(account) if as_json else console.show_inspection(out, account)
     if account["problems"]:
@@ -202,6 +218,71 @@ def calibrate(
     output.document({"ok": True, **found}) if as_json else console.show_calibration(output, found)
     reused = " (it was there already)" if session.complete else ""
     output.word(f"done: {session.folder}, {time.monotonic() - started:.1f} s{reused}")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint, whoever wrote it.")],
+    full: Annotated[bool, typer.Option("--full", help="Read every byte: hashes, NaN, ranges.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare with the float model, or another quantized one."),
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run both on --data, as the engine computes; needs --against.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Text for --run.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text for --run.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 256,
+    tp: Annotated[
+        str, typer.Option(metavar="SIZES", help="Tensor parallel sizes to serve with, as in 1,2,4,8.")
+    ] = "1",
+    min_sqnr: Annotated[float | None, typer.Option(help="dB that each weight must reach.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Perplexity over MODEL's.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Mean KL divergence, nats a token.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the outcome as JUnit XML, too.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write one page with charts, too.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
+    ] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 where it is not.
+
+    Without options only headers are read. --full, --against and --run go deeper, on top of that.
+    """
+    from quantcli import console, progress, verifying
+    from quantcli.verify import shown
+
+    output = console.Output(as_json=as_json, quiet=quiet)
+    with progress.watch(output) as watcher:
+        found = verifying.verify(
+            checkpoint,
+            full=full,
+            against=against,
+            run=run,
+            data=data,
+            samples=samples,
+            length=length,
+            tp=tp,
+            min_sqnr=min_sqnr,
+            max_ppl_ratio=max_ppl_ratio,
+            max_kl=max_kl,
+            junit=junit,
+            page=report,
+            workers=workers,
+            trust_remote_code=trust_remote_code,
+            progress=watcher,
+        )
+    output.document(found) if as_json else shown.show_verification(output, found)
+    if not found["ok"]:
+        raise typer.Exit(Exit.ANSWER_NO)
 
 
 def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:

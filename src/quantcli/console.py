@@ -268,7 +268,7 @@ def _span(values: list[Any], form: str) -> str:
 
 def show_written(out: Output, job: Job, written: Written, seconds: float) -> None:
     """What only calibration could tell, and the closing line."""
-    for note in written.plan.notes:
+    for note in (*written.plan.notes, *written.notes):
         if note not in job.plan.notes:
             out.word(f"note: {note}")
     before = job.plan.checkpoint.nbytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,15 @@ from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
+from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan
 from quantcli.publish import check_destination, partial_folder, publish
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun, file_entry
+from quantcli.verify.structure import verify_structure
 from quantcli.writer import disk_errors, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes
+_OF_SOURCE = {"layers", "experts", "files", "tp"}  # checks that fail where the model was not whole
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Written:
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
     shards_reused: int
     plan: Plan
+    notes: tuple[str, ...]  # what the source lacks
 
     @property
     def nbytes(self) -> int:
@@ -87,13 +90,27 @@ def execute(
         write_file(partial / MANIFEST, _manifest(plan, files))
         with disk_errors(partial):
             sync_folder(partial)
+        notes = _verified(partial)
         # Again: somebody may have made OUT meanwhile, and without the journal nothing could be reused.
         check_destination(out, plan.checkpoint.path, force=force)
         journal.remove()
         publish(partial, out, force=force)
     finally:
         journal.close()
-    return Written(out, files, run.reused, plan)
+    return Written(out, files, run.reused, plan, notes)
+
+
+def _verified(folder: Path) -> tuple[str, ...]:
+    """What is wrong with the written checkpoint, told from its headers, where the source is at fault.
+
+    Anything else is a bug of ours, and is not published.
+    """
+    errors = verify_structure(folder).report.errors
+    ours = [finding for finding in errors if finding.check not in _OF_SOURCE]
+    assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {folder}"
+    return tuple(
+        f"the model {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in errors
+    )
 
 
 def _remove_strangers(folder: Path, expected: set[str]) -> None:
@@ -143,4 +160,4 @@ def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:
         "recipe": plan.recipe.effective(),
         "files": dict(sorted(files.items())),
     }
-    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    return encode_manifest(table)

@@ -31,8 +31,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. Raises
     InputError for whatever the engine could not load or the recipe does not mean.
     """
-    _refuse_quantized(checkpoint)
-    serving_dtype, notes = _serving_dtype(checkpoint)
+    refuse_quantized(checkpoint)
+    serving, notes = serving_dtype(checkpoint)
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     _raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
@@ -42,7 +42,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes += [*more, *_unseen(recipe, assigned, measured)]
     modules = list(_modules(checkpoint, assigned))
     _raise_first(list(target.check(modules, source_specs)), assigned)
-    items = list(make_items(checkpoint, assigned, target, serving_dtype, measured or Measured()))
+    items = list(make_items(checkpoint, assigned, target, serving, measured or Measured()))
     check_siblings(items, target)
     need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
@@ -51,11 +51,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         tensors={spec.name: spec for shard in shards for spec in shard.tensors},
         files={spec.name: shard.file for shard in shards for spec in shard.tensors},
         config=checkpoint.config,
-        serving_dtype=serving_dtype,
+        serving_dtype=serving,
     )
     sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
     copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
-    unused = {"verify": "this version does not compare numbers"}
+    unused = {}
     if not need and recipe.file.smooth is None:
         unused["calibration"] = "no scheme of this recipe measures data"
     notes += [
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         shards=shards,
         sidecars=sidecars,
         copies=copies,
-        serving_dtype=serving_dtype,
+        serving_dtype=serving,
         rules=tuple(_rule_lines(recipe, items, assigned)),
         kept=tuple(_kept(items, assigned)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
@@ -112,7 +112,8 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
         yield Module(name, shape, *known[rule.key])
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """InputError for a checkpoint that is no float one."""
     found = quantization(checkpoint)
     if found:
         raise InputError(
@@ -122,7 +123,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
+def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     """The dtype that the engine will compute in, and what there is to say about it.
 
     Engines take it from config.json. Float32 is not served on the accelerators that this is for, so

@@ -96,9 +96,15 @@ class Smooth(_Block):
 
 
 class Verify(_Block):
-    """Limits for verification."""
+    """Limits for `quantcli verify`, which finds them in the checkpoint."""
 
-    min_sqnr: float | None = None
+    min_sqnr: float | None = Field(None, description="dB that each quantized weight must reach")
+    max_ppl_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="perplexity over the float model's"
+    )
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="mean KL divergence of predictions, nats a token"
+    )
 
 
 class RuleFile(_Block):

@@ -47,8 +47,8 @@ def against_float(recipe, model, text, base, out):
     """Perplexity over float, and the mean change of a token's log-probability."""
     path = ROOT / "recipes" / f"{recipe}.yaml"
     job = commands.prepare(path, model=str(model), out=out, overrides=FEWER)
-    written = commands.quantize(job)
-    scores = torch.cat(log_probs(Served(written.plan, out), text, workers=2))
+    commands.quantize(job)
+    scores = torch.cat(log_probs(Served.open(out), text, workers=2))
     return math.exp(base.mean() - scores.mean()), float((scores - base).abs().mean())
 
 

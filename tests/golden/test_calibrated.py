@@ -44,7 +44,8 @@ def case(request, tmp_path_factory):
         recipe.write_text(text.replace("OBSERVER", observer))
         out = folder / recipe.stem
         job = commands.prepare(recipe, model=str(DATA / model), out=out)
-        return out, commands.quantize(job).plan
+        commands.quantize(job)
+        return out
 
     return DATA / model, DATA / name, make
 
@@ -66,7 +67,7 @@ def bf16(value):
 def test_ranges_are_the_reference_s_to_the_last_bit(case):
     """Its scale and offset, by its own formula in bfloat16 from the extremes that we saw."""
     model, theirs, make = case
-    out, _ = make("minmax", "running")
+    out = make("minmax", "running")
     ours, reference = tensors(out), tensors(theirs)
     assert ours.keys() == reference.keys()
     for name, tensor in ours.items():
@@ -87,7 +88,7 @@ def test_inputs_by_the_engine_s_arithmetic_are_near(case):
     """Equal where nothing quantized comes before; behind that, random weights let any other rounding
     grow to some percent."""
     _, theirs, make = case
-    ours, reference = tensors(make("minmax", "quantized")[0]), tensors(theirs)
+    ours, reference = tensors(make("minmax", "quantized")), tensors(theirs)
     for name in ours:
         if name.endswith(".input_scale"):
             ratio = float(ours[name] / reference[name])
@@ -95,9 +96,9 @@ def test_inputs_by_the_engine_s_arithmetic_are_near(case):
             assert abs(ratio - 1) <= (0 if exact else 0.07), (name, ratio)
 
 
-def errors(model, folder, plan, inputs):
+def errors(model, folder, inputs):
     """Each layer's squared output error against float, on the float model's own inputs."""
-    served = Served(plan, folder)
+    served = Served.open(folder)
     run = Replayed(model, inputs, dtype="F32")
     found = []
     for index, (name, _) in enumerate(run.skeleton.layers):
@@ -121,9 +122,9 @@ def errors(model, folder, plan, inputs):
 
 def test_every_layer_s_output_is_closer_to_float_than_the_reference_s(case):
     model, theirs, make = case
-    out, plan = make("mse", "float")
+    out = make("mse", "float")
     inputs = batches(model)
-    ours, reference = errors(model, out, plan, inputs), errors(model, theirs, plan, inputs)
+    ours, reference = errors(model, out, inputs), errors(model, theirs, inputs)
     assert len(ours) in {2, 3}
     ratios = [a / b for a, b in zip(ours, reference, strict=True)]
     assert all(ratio <= 1.0 for ratio in ratios), ratios

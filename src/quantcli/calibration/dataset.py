@@ -46,7 +46,7 @@ class TextSource:
     where: str  # file:line of the key that names it, for messages
     samples: int
     length: int  # tokens of a sample
-    seed: int
+    seed: int | None  # None: the first ones
     pack: bool  # join the documents and cut windows of `length`; else each record is a sample
     batch_tokens: int  # a batch holds max(1, batch_tokens // length) samples
 
@@ -172,6 +172,8 @@ def _choose(count: int, kind: str, source: TextSource) -> list[int]:
         shorter = " or calibration.length" if source.pack else ""
         fix = f"lower calibration.samples{shorter}, or give more text"
         raise InputError(what, where=source.where, fix=fix)
+    if source.seed is None:
+        return list(range(source.samples))
     return sorted(random.Random(source.seed).sample(range(count), source.samples))
 
 

@@ -156,13 +156,13 @@ class Replay:
             fix="if the model is sound, it needs more range: set calibration.dtype to float32",
         )
 
-    def finish(self, states: Source, use: Sink) -> None:
-        """What follows the stack, for every batch; `use` takes logits [batch, length, vocabulary]."""
+    def endings(self, states: Source) -> Iterator[Tensor]:
+        """What follows the stack: logits [batch, length, vocabulary] of every batch, in order."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
                 with self._outline.ending(states.get(number).to(self.device)):
                     out = self._forward(batch)
-                use(number, out.logits if hasattr(out, "logits") else out[0])
+                yield out.logits if hasattr(out, "logits") else out[0]
 
 
 @contextmanager

@@ -1,116 +1,175 @@
-"""A written checkpoint run layer by layer with the engine's arithmetic."""
+"""A model run layer by layer from disk: float, or quantized with the engine's arithmetic."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.engine import Engine
-from quantcli.calibration.replay import Replay
+from quantcli.calibration.replay import Replay, Sink
 from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.states import StatesWriter
+from quantcli.calibration.states import States, StatesWriter
 from quantcli.calibration.taps import Matrices, Tap
 from quantcli.checkpoint import Checkpoint, open_checkpoint
+from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.numerics import Parts
-from quantcli.plan import Plan, Quantize
+from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Stored, Target
 from quantcli.tensors import read_tensor
 from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
 
 class Served:
-    """The tensors of a checkpoint that a plan has written, as the engine takes them."""
+    """A quantized checkpoint, by whoever made it, as the engine takes it."""
 
-    def __init__(self, plan: Plan, out: Path) -> None:
-        self.checkpoint = open_checkpoint(out)
-        self._target = plan.recipe.target
-        items = (item for shard in plan.shards for item in shard.items)
-        self._items = {item.module: item for item in items if isinstance(item, Quantize)}
+    def __init__(self, stored: Stored, target: Target) -> None:
+        """InputError where it holds a type whose arithmetic this version does not have."""
+        self.checkpoint = stored.checkpoint
+        self._modules = stored.modules
+        self._target = target
+        schemes = _schemes(target)
+        for module in stored.modules.values():
+            if module.layout.label not in schemes:
+                raise InputError(
+                    f"this version cannot compute as the engine does with {module.layout.label}",
+                    where=f"`{module.name}`",
+                    fix="verify it without --run",
+                )
+        self._schemes = schemes
+
+    @classmethod
+    def open(cls, path: Path) -> Served:
+        """The checkpoint in `path`."""
+        checkpoint = open_checkpoint(path)
+        target = next(t() for t in discover(Target).values() if t().recognises(checkpoint))
+        return cls(target.open_stored(checkpoint), target)
 
     def read(self, stored: StoredTensor) -> Tensor:
         """A float tensor as it is; a weight that was quantized as its codes stand for it."""
         module, _, suffix = stored.spec.name.rpartition(".")
-        if suffix != "weight" or module not in self._items:
+        if suffix != "weight" or module not in self._modules:
             return read_tensor(stored)
         scheme, parts = self._parts(module)
         return scheme.dequantize(parts)
 
     def quantizer(self, module: str, rows: Tensor, bias: Tensor | None) -> tuple[Scheme, Parts] | None:
         """The scheme and the stored parts of a module; None where it is float."""
-        return self._parts(module) if module in self._items else None
+        return self._parts(module) if module in self._modules else None
 
     def _parts(self, module: str) -> tuple[Scheme, Parts]:
-        item = self._items[module]
-        suffixes = (spec.name.removeprefix(f"{module}.") for spec in item.outputs)
-        tensors = self.checkpoint.tensors
-        stored = {suffix: read_tensor(tensors[f"{module}.{suffix}"]) for suffix in suffixes}
-        return item.scheme, self._target.unpack(item.scheme.numerics, stored)
+        found = self._modules[module]
+        scheme = self._schemes[found.layout.label]
+        stored = {s: read_tensor(t) for s, t in found.tensors.items() if s != "bias"}
+        return scheme, self._target.unpack(scheme.numerics, stored)
+
+
+@cache
+def _schemes(target: Target) -> dict[str, Scheme]:
+    """The arithmetic of each of the target's types: of the first scheme that writes it."""
+    schemes: dict[str, Scheme] = {}
+    for found in discover(Scheme).values():
+        try:
+            schemes.setdefault(target.label(found().numerics), found())
+        except InputError:  # the target does not store it
+            continue
+    return schemes
+
+
+class Forward:
+    """Batches on their way through a model, one decoder layer in memory, hidden states on disk."""
+
+    def __init__(
+        self,
+        model: Checkpoint | Served,
+        batches: Sequence[Batch],
+        folder: Path,
+        *,
+        dtype: str = "F32",
+        workers: int = 1,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """dtype: of everything but the quantized modules' inner arithmetic."""
+        self._served = model if isinstance(model, Served) else None
+        self._read = self._served.read if self._served else read_tensor
+        checkpoint = model.checkpoint if isinstance(model, Served) else model
+        self.skeleton = Skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self._device = torch.device("cpu")
+        self._replay = Replay(
+            self.skeleton, batches, device=self._device, workers=workers, read=self._read
+        )
+        self._folder = folder
+        first: dict[int, Tensor] = {}
+        self._replay.begin(first.__setitem__)
+        self.specs = [
+            TensorSpec("", safetensors_dtype(first[number].dtype), tuple(first[number].shape))
+            for number in range(len(batches))
+        ]
+        writer = self._writer(0)
+        for number, hidden in first.items():
+            writer.put(number, hidden)
+        self.states = writer.finish()
+
+    def _writer(self, layer: int) -> StatesWriter:
+        return StatesWriter(self._folder, layer, self.specs, 0)
+
+    def layer(
+        self, index: int, other: States | None = None, only: Sequence[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Run a layer over the states of its inputs, which its outputs replace.
+
+        other: run it over these as well, for the batches `only`, and return what comes out.
+        """
+        name = self.skeleton.layers[index][0]
+        aside: dict[int, Tensor] = {}
+        with self.skeleton.loaded(index, self._read, self._device) as layer:
+            matrices = Matrices(name, layer)
+            engine = None
+            if self._served is not None:
+                segments = self.skeleton.segments(index)
+                engine = Engine(name, layer, segments, self._served.quantizer)
+
+            def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
+                tap = None if engine is None else lambda _: Tap(matrices, engine)
+                self._replay.run(index, layer, states, sink, tap, only)
+
+            if other is not None:
+                run(other, aside.__setitem__, only)
+            writer = self._writer(index + 1)
+            try:
+                run(self.states, writer.put)
+            except BaseException:
+                writer.abandon()
+                raise
+        for old in self.states.files:
+            old.unlink()
+        self.states = writer.finish()
+        return aside
+
+    def logits(self) -> Iterator[Tensor]:
+        """What follows the layers: logits [batch, length, vocabulary] of every batch, in order."""
+        return self._replay.endings(self.states)
+
+
+def token_log_probs(logits: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of every token but the first of each sample: float32 [batch, length - 1]."""
+    scores = logits[:, :-1].float().log_softmax(-1)
+    return scores.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
 
 
 def log_probs(
-    model: Checkpoint | Served,
-    batches: Sequence[Batch],
-    *,
-    dtype: str = "F32",
-    workers: int = 1,
-    each_layer: Callable[[int, int, Tensor], None] | None = None,
+    model: Checkpoint | Served, batches: Sequence[Batch], *, dtype: str = "F32", workers: int = 1
 ) -> list[Tensor]:
-    """The log-probability of every token but the first of each sample, float32 [batch, length - 1].
-
-    dtype: of everything but the quantized modules' inner arithmetic. Memory: one layer, and on disk
-    the hidden states of all batches. each_layer: told of every layer's output (layer, batch, output).
-    """
-    served = model if isinstance(model, Served) else None
-    checkpoint = model.checkpoint if isinstance(model, Served) else model
-    read = served.read if served else read_tensor
-    skeleton = Skeleton(checkpoint, dtype, trust_remote_code=False)
-    cpu = torch.device("cpu")
-    replay = Replay(skeleton, batches, device=cpu, workers=workers, read=read)
-    first: dict[int, Tensor] = {}
-    replay.begin(first.__setitem__)
-    specs = [
-        TensorSpec("", safetensors_dtype(first[number].dtype), tuple(first[number].shape))
-        for number in range(len(batches))
-    ]
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
-        writer = StatesWriter(Path(folder), 0, specs, 0)
-        for number, hidden in first.items():
-            writer.put(number, hidden)
-        states = writer.finish()
-        first.clear()
-        for index, (name, _) in enumerate(skeleton.layers):
-            writer = StatesWriter(Path(folder), index + 1, specs, 0)
-
-            def sink(
-                number: int, out: Tensor, index: int = index, writer: StatesWriter = writer
-            ) -> None:
-                writer.put(number, out)
-                if each_layer is not None:
-                    each_layer(index, number, out)
-
-            with skeleton.loaded(index, read, cpu) as layer:
-                tap = None
-                if served is not None:
-                    segments = skeleton.segments(index)
-                    engine = Engine(name, layer, segments, served.quantizer)
-                    matrices = Matrices(name, layer)
-                    tap = lambda _, m=matrices, e=engine: Tap(m, e)  # noqa: E731
-                replay.run(index, layer, states, sink, tap)
-            for old in states.files:
-                old.unlink()
-            states = writer.finish()
-        found: dict[int, Tensor] = {}
-
-        def take(number: int, logits: Tensor) -> None:
-            ids = batches[number].input_ids
-            scores = logits[:, :-1].float().log_softmax(-1)
-            found[number] = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-        replay.finish(states, take)
-    return [found[number] for number in range(len(batches))]
+    """The log-probability of every token but the first of each sample, by batch."""
+    with TemporaryDirectory(prefix="quantcli-") as folder:
+        forward = Forward(model, batches, Path(folder), dtype=dtype, workers=workers)
+        for index in range(len(forward.skeleton.layers)):
+            forward.layer(index)
+        return [token_log_probs(y, b) for y, b in zip(forward.logits(), batches, strict=True)]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import CONFIG, Checkpoint, read_json_file, scan_checkpoint
+from quantcli.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.errors import InputError, QuantError
 from quantcli.findings import Finding, failed, noted, of_error
 from quantcli.folder import INDEX
 from quantcli.journal import MANIFEST
+from quantcli.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def open_for_verification(path: Path) -> Opened:
     manifest = None
     if (checkpoint.path / MANIFEST).is_file():
         try:
-            manifest = read_json_file(checkpoint.path / MANIFEST)
+            manifest = read_manifest(checkpoint.path)
             findings += _manifest(checkpoint, manifest)
         except QuantError as error:
             findings.append(of_error("manifest", error))
@@ -61,10 +62,7 @@ def _check_of(error: QuantError) -> str:
 
 def _manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Finding]:
     """Every listed file is there with its size, and every file is listed."""
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        yield failed("manifest", "manifest has no `files`", where=MANIFEST, fix=_AGAIN)
-        return
+    files = manifest["files"]
     for name, entry in files.items():
         path = checkpoint.path / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

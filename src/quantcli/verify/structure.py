@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
 from quantcli.findings import Finding, failed, noted
 from quantcli.folder import INDEX
 from quantcli.inspection import tied_embeddings
-from quantcli.journal import JOURNAL
 from quantcli.registry import discover
 from quantcli.targets.base import Stored, Target
 from quantcli.verify.opening import open_for_verification
@@ -26,8 +27,23 @@ _TOKENIZERS = (
 _AGAIN = "convert the model again"
 
 
-def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> tuple[Report, Stored | None]:
-    """Check `path` by its headers; the report, and the checkpoint if it could be read.
+@dataclass(frozen=True)
+class Structure:
+    """What was found from headers, and what deeper checks start from.
+
+    target:   its format.
+    stored:   the checkpoint as the engine would take it; None, both, where no header could be read.
+    manifest: None where there is none that is sound.
+    """
+
+    report: Report
+    target: Target | None
+    stored: Stored | None
+    manifest: dict[str, Any] | None
+
+
+def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
+    """Check `path` by its headers.
 
     tp: tensor parallel sizes that it is to be served with. Reads no weights: headers, JSON files, and
     tensors that a module has once. Raises InputError where there is no checkpoint, or it is in no
@@ -39,11 +55,11 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> tuple[Report, Stor
     checkpoint = opened.checkpoint
     if checkpoint is None:
         report.count("headers", 1)
-        return report, None
+        return Structure(report, None, None, None)
     report.count("headers", len(checkpoint.shards))
     report.count("index", len(checkpoint.tensors))
     if opened.manifest is not None:
-        report.count("manifest", len(opened.manifest.get("files") or ()))
+        report.count("manifest", len(opened.manifest["files"]))
     target = next((t() for t in discover(Target).values() if t().recognises(checkpoint)), None)
     if target is None:
         raise InputError(
@@ -56,27 +72,29 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> tuple[Report, Stor
     report.add(stored.findings)
     for check, things in stored.checked.items():
         report.count(check, things)
-    report.add(_files(checkpoint))
+    report.add(_files(checkpoint, ours=opened.manifest is not None))
     report.count("files", len(checkpoint.aux))
     report.add(_layers(checkpoint))
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
-    return report, stored
+    return Structure(report, target, stored, opened.manifest)
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Tokenizer and leftovers."""
+def _files(checkpoint: Checkpoint, *, ours: bool) -> Iterator[Finding]:
+    """Tokenizer and leftovers. ours: the manifest tells whether a file was lost."""
     names = {*checkpoint.aux, *checkpoint.left_out}
     if not any(name in names for name in _TOKENIZERS):
-        yield failed("files", "there is no tokenizer", str(checkpoint.path), "copy it from the source")
+        if ours:
+            yield noted("files", "there is no tokenizer, as there was none beside the source")
+        else:
+            fix = "copy it from the source"
+            yield failed("files", "there is no tokenizer", str(checkpoint.path), fix)
     for name in sorted(checkpoint.left_out):
         if name.endswith(".index.json") and "/" not in name and name != INDEX:
             yield noted("files", f"engines read no index of this name, only {INDEX}", name)
         elif name.endswith(".safetensors"):
             yield noted("files", "weight file is not in the index: engines skip it", name)
-        elif name.startswith(".") and name != JOURNAL:
-            continue
 
 
 def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -1,0 +1,38 @@
+"""The manifest of an output: what was made of what, and every file's size and hash, sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint import read_json_file
+from quantcli.errors import InputError
+from quantcli.journal import MANIFEST
+
+_SEAL = "sha256"  # of the manifest without this key
+
+
+def encode_manifest(table: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, with a seal over all the rest."""
+    rest = {key: value for key, value in table.items() if key != _SEAL}
+    return _encode({**rest, _SEAL: hashlib.sha256(_encode(rest)).hexdigest()})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. InputError where it is none, or was changed since it was sealed."""
+    path = folder / MANIFEST
+    table = read_json_file(path)
+    if encode_manifest(table) != path.read_bytes():
+        raise InputError(
+            "manifest is not what was written", where=str(path), fix="copy the checkpoint again"
+        )
+    files = table.get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise InputError("manifest has no `files`", where=str(path), fix="convert the model again")
+    return table
+
+
+def _encode(table: dict[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,258 @@
+"""A checkpoint against the one it was made from, or against another quantized one, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.events import Progress
+from quantcli.executors import thread_pool
+from quantcli.findings import Finding, failed
+from quantcli.header import StoredTensor
+from quantcli.targets.base import Stored
+from quantcli.targets.layouts import StoredModule
+from quantcli.targets.siblings import FUSED, merged_name
+from quantcli.tensors import read_tensor
+from quantcli.tensorspec import FLOATS
+from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
+from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verify.reference import Reference, codes, compare_files, difference, noted_kind
+from quantcli.verify.structure import Structure
+
+# dB of signal over error that a sound conversion of any weight exceeds, by the codes' kind. A row of
+# normal numbers has about 40 with int8, 31 with fp8 and 14 with int4.
+LEAST_SQNR = {"int8": 20.0, "fp8_e4m3": 25.0, "mxfp8": 22.0, "int4": 6.0, "float": 60.0}
+_LAYER = re.compile(r"(.*?\.(?:layers|h|blocks|block)\.\d+)\..*")
+_LARGE = 1000  # modules: from here on, only the worst have their histograms in the report
+_AGAIN = "convert the model again"
+
+
+def verify_against(
+    structure: Structure,
+    reference: Reference,
+    min_sqnr: float | None,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Compare every tensor; findings and modules go to the report.
+
+    min_sqnr: dB that every quantized weight must reach; None: what its kind must, see LEAST_SQNR.
+    Memory: a few blocks of rows a worker.
+    """
+    stored, report = structure.stored, structure.report
+    assert stored is not None
+    report.depths.append("against")
+    report.against = str(reference.checkpoint.path)
+    run = _Run(stored, reference, min_sqnr, progress)
+    report.add(run.accounted())
+    report.add(noted_kind(reference))
+    report.add(compare_files(stored.checkpoint, reference.checkpoint))
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(run.mine & run.theirs):
+        match = _LAYER.fullmatch(name)
+        layers[match[1] if match else name].append(name)
+    progress.begin(sum(reference.checkpoint.tensors[n].spec.nbytes for n in run.theirs), len(layers))
+    with thread_pool(workers) as pool:
+        for job in [pool.submit(run.layer, names) for names in layers.values()]:
+            report.add(job.result())
+    for module in sorted(run.modules, key=lambda m: m["sqnr_db"] - m["limit_db"])[_LARGE:]:
+        module |= {"histogram": None, "worst_rows": [], "outlier_channels": []}
+    report.modules = run.modules
+    report.tensors = dict(sorted(run.tensors.items()))
+    report.count("source", len(run.theirs))
+    report.count("copies", sum(run.tensors[kind] for kind in ("equal", "edited")))
+    report.count("edits", run.tensors["edited"])
+    report.count("sqnr", len(run.modules))
+
+
+class _Run:
+    """What the jobs share."""
+
+    def __init__(
+        self, stored: Stored, reference: Reference, min_sqnr: float | None, progress: Progress
+    ) -> None:
+        self.stored = stored
+        self.reference = reference
+        self.min_sqnr = min_sqnr
+        self.progress = progress
+        self.own = Reference(stored.checkpoint, None, stored)
+        self.mine = self.own.names()
+        self.theirs = reference.names()
+        self.modules: list[dict[str, Any]] = []
+        self.edited: dict[str, str] = {}  # by module, in words
+        self.tensors = {"equal": 0, "edited": 0, "quantized": 0}
+
+    def accounted(self) -> Iterator[Finding]:
+        """Every tensor of the other model is here, and the other way round."""
+        for name in sorted(self.theirs - self.mine):
+            yield failed("source", f"`{name}` of the other model is missing", None, _AGAIN)
+        for name in sorted(self.mine - self.theirs):
+            yield failed("source", f"`{name}` is not in the other model", None, _AGAIN)
+
+    def layer(self, names: list[str]) -> list[Finding]:
+        """Compare the tensors of one layer."""
+        return list(self._layer(names))
+
+    def _layer(self, names: list[str]) -> Iterator[Finding]:
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        matrices: dict[str, str] = {}  # module -> kind of its codes
+        for name in names:
+            module = name.removesuffix(".weight")
+            ours = self.stored.modules.get(module) if module != name else None
+            before, after = (
+                self.reference.checkpoint.tensors[name],
+                self.stored.checkpoint.tensors[name],
+            )
+            if ours is not None:
+                matrices[module] = ours.layout.kind
+                self.tensors["quantized"] += 1
+                continue
+            self.progress.advance(before.spec.nbytes)
+            theirs = self.reference.weight(module) if module != name else before
+            if isinstance(theirs, StoredModule):
+                matrices[module] = theirs.layout.kind
+            elif (found := difference(before, after)) is None:
+                self.tensors["equal"] += 1
+            elif (
+                before.spec.shape != after.spec.shape or {before.spec.dtype, after.spec.dtype} - FLOATS
+            ):
+                yield failed("copies", found, f"`{name}`", _AGAIN)
+            elif len(before.spec.shape) == 2 and _LAYER.fullmatch(name):
+                matrices[module] = "float"
+                self.tensors["edited"] += 1
+            elif len(before.spec.shape) == 1 and _LAYER.fullmatch(name):
+                changed[name] = read_tensor(before), read_tensor(after)
+                self.tensors["edited"] += 1
+            else:
+                yield failed("copies", found, f"`{name}`", _AGAIN)
+        known = candidates({n: v for n, v in changed.items() if n.endswith(".weight")})
+        edited: list[Edited] = []
+        for group in _siblings(matrices):
+            for outcome in self._compare(group, matrices, known):
+                if isinstance(outcome, Finding):
+                    yield outcome
+                else:
+                    edited.append(outcome)
+        yield from _vectors(changed, edited)
+        weights = [name for name in changed if name.endswith(".weight")]
+        yield from check_layer(weights, edited, {e.module: merged_name(e.module) for e in edited})
+
+    def _compare(
+        self, group: list[str], kinds: Mapping[str, str], known: Sequence[Candidate]
+    ) -> Iterator[Finding | Edited]:
+        """Matrices that read one tensor: what is wrong with them, and by what they were multiplied."""
+        pairs: dict[str, tuple[Open, Open]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for module in group:
+            theirs, ours = self.reference.weight(module), self.own.weight(module)
+            assert theirs is not None
+            assert ours is not None
+            if _shape(theirs) != _shape(ours):
+                what = f"is {list(_shape(ours))}, in the other model {list(_shape(theirs))}"
+                yield failed("source", what, f"`{module}`", _AGAIN)
+                continue
+            pairs[module], shapes[module] = (opener(theirs), opener(ours)), _shape(ours)
+        compared = {module: compare(*pair, *shapes[module]) for module, pair in pairs.items()}
+        limits = {module: self._limit(kinds[module]) for module in pairs}
+        poor = any(found.sqnr_db < limits[module] for module, found in compared.items())
+        if pairs and (known or poor):
+            widths = {shapes[module][1] for module in pairs}
+            columns = None
+            if len(widths) == 1:
+                columns = choose(list(pairs.values()), widths.pop(), known)
+            for module, pair in pairs.items():
+                factors = fit(pair, *shapes[module], columns)
+                if not factors.trivial:
+                    better = compare(*pair, *shapes[module], factors)
+                    if better.sqnr_db > compared[module].sqnr_db:
+                        compared[module] = better
+                        edited = Edited(module, factors, columns.producer if columns else None)
+                        yield edited
+                        self.edited[module] = _words(factors)
+        for module, found in compared.items():
+            entry = self._entry(module, found, limits[module])
+            if kinds[module] != "float":
+                self.modules.append(entry)
+            if not entry["ok"]:
+                what = f"SQNR is {entry['sqnr_db']:.2f} dB, the limit {entry['limit_db']:.2f} dB"
+                worst = entry["worst_rows"][:1]
+                row = f", worst row {worst[0]['row']}" if worst else ""
+                yield failed("sqnr", what, f"`{module}`{row}", _ADVICE)
+
+    def _limit(self, kind: str) -> float:
+        given = self.min_sqnr is not None and kind != "float"
+        return float(self.min_sqnr or 0) if given else LEAST_SQNR[kind]
+
+    def _entry(self, module: str, found: Comparison, limit: float) -> dict[str, Any]:
+        """One matrix as the report has it."""
+        theirs, ours = self.reference.weight(module), self.own.weight(module)
+        assert theirs is not None
+        assert ours is not None
+        self.progress.advance(self.reference.checkpoint.tensors[f"{module}.weight"].spec.nbytes)
+        return {
+            "module": module,
+            "label": ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",
+            **found.account(),
+            "limit_db": limit,
+            "ok": found.sqnr_db >= limit,
+            "edited": self.edited.get(module),
+            **codes(theirs, ours),
+        }
+
+
+def _siblings(modules: Iterable[str]) -> list[list[str]]:
+    """Modules in groups that read one tensor, as far as their names tell: q, k, v; gate, up."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        parent, _, last = module.rpartition(".")
+        group = next((group for group in FUSED if last in group), (last,))
+        groups[f"{parent}.{group[0]}"].append(module)
+    return list(groups.values())
+
+
+def _vectors(
+    changed: Mapping[str, tuple[Tensor, Tensor]], edited: Sequence[Edited]
+) -> Iterator[Finding]:
+    """Biases follow what was done to their module: rows of a matrix, channels of a norm."""
+    rows = {matrix.module: matrix.factors.rows for matrix in edited}
+    for name, (before, after) in changed.items():
+        if name.endswith(".weight"):
+            continue
+        module = name.rpartition(".")[0]
+        by = rows.get(module)
+        if by is None and f"{module}.weight" in changed:
+            old, new = changed[f"{module}.weight"]
+            by = torch.where(old != 0, new.float() / old.float(), 1.0)
+        scaled = before.float() * (torch.ones(1) if by is None else by)
+        if not torch.allclose(after.float(), scaled, rtol=2.0**-6, atol=1e-30):
+            what = "has changed, and not as the weight beside it"
+            yield failed("edits", what, f"`{name}`", _AGAIN)
+
+
+def _both_float(before: StoredTensor, after: StoredTensor) -> bool:
+    return {before.spec.dtype, after.spec.dtype} <= FLOATS
+
+
+def _shape(weight: StoredTensor | StoredModule) -> tuple[int, int]:
+    if isinstance(weight, StoredModule):
+        return weight.shape
+    n, k = weight.spec.shape
+    return n, k
+
+
+def _words(factors: Factors) -> str:
+    """What was multiplied, and by how much."""
+    said = []
+    for kind, values in (("rows", factors.rows), ("columns", factors.columns)):
+        some = values[values != 1]
+        if len(some):
+            said.append(f"{len(some)} {kind} x {float(some.min()):.4g}..{float(some.max()):.4g}")
+    return ", ".join(said)
+
+
+_ADVICE = "keep this module float or in a finer scheme, or lower the limit if that is what you want"

@@ -1,0 +1,80 @@
+"""Stored tensors read by rows, without ever holding one whole."""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quantcli.header import StoredTensor
+from quantcli.targets.layouts import StoredModule
+from quantcli.tensors import read_into, read_tensor
+from quantcli.tensorspec import torch_dtype
+from quantcli.writer import disk_errors
+
+
+class Reader:
+    """Rows of one stored tensor; each call gives a view of the same memory."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
+        self._dtype = torch_dtype(stored.spec.dtype)
+        self._buffer = bytearray()
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.stored.file):
+            self._fd = os.open(self.stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def rows(self, start: int, count: int) -> Tensor:
+        """Rows [start, start + count), as many as there are: [rows, ...] in the stored dtype."""
+        spec = self.stored.spec
+        rows = min(count, (spec.shape[0] if spec.shape else 1) - start)
+        nbytes = rows * spec.row_nbytes
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes)
+        view = memoryview(self._buffer)[:nbytes]
+        read_into(self._fd, self.stored, start * spec.row_nbytes, view)
+        flat = torch.frombuffer(view, dtype=self._dtype)
+        return flat.view(rows, *spec.shape[1:]) if spec.shape else flat
+
+
+class ModuleReader:
+    """Rows of a quantized module as codes and as the float weight they stand for."""
+
+    def __init__(self, module: StoredModule) -> None:
+        self.module = module
+        self._constants = {p.suffix: read_tensor(module.tensors[p.suffix]) for p in module.constants}
+        for suffix in ("left_trans", "right_trans"):
+            if suffix in self._constants:  # as the engine holds them
+                dtype = torch_dtype(module.serving_dtype)
+                self._constants[suffix] = self._constants[suffix].to(dtype)
+        self._readers = {p.suffix: Reader(module.tensors[p.suffix]) for p in module.row_params}
+        self._pairs = {p.suffix for p in module.row_params if p.per == "pair"}
+
+    def __enter__(self) -> Self:
+        for reader in self._readers.values():
+            reader.__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for reader in self._readers.values():
+            reader.__exit__(*args)
+
+    def stored(self, start: int, count: int) -> dict[str, Tensor]:
+        """Tensors by suffix: rows [start, start + count) of those that have them; both even where
+        codes stand in pairs of rows."""
+        rows = {}
+        for suffix, reader in self._readers.items():
+            step = 2 if suffix in self._pairs else 1
+            rows[suffix] = reader.rows(start // step, -(-count // step))
+        return self._constants | rows
+
+    def weight(self, start: int, count: int) -> Tensor:
+        """The weight that the kernel's product amounts to: float32 [rows, k]."""
+        return self.module.layout.dequantize(self.stored(start, count))

@@ -1,0 +1,195 @@
+"""Weights that were multiplied before they were quantized (smoothing, per-channel scales of a
+transform): by what, and whether the model's function survived it.
+
+A norm divided by s must have readers whose columns are multiplied by s; rows of a matrix divided by s,
+a reader beside it with columns multiplied by s. Nothing is known of architectures: candidates are what
+has changed in the same layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcli.findings import Finding, failed
+from quantcli.verify.compare import Factors, Open, blocks, rows_of
+
+_NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of two and be taken for it
+_CLOSE = 0.02  # relative: factors that are the same
+_AS_GOOD = 1.5  # times the least error: what explains no worse
+_NOTHING = 1e-9  # of the energy: an error of float32
+_AGAIN = "convert the model again"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Columns by which a matrix may have been multiplied, and the tensor that was divided by them."""
+
+    producer: str
+    columns: Tensor  # float32 [k]
+
+
+def candidates(changed: Mapping[str, tuple[Tensor, Tensor]]) -> list[Candidate]:
+    """From vectors of a layer that have changed, by name: before, after [k]. Norms multiply by their
+    weight, or by one plus it, as in Gemma."""
+    found = []
+    for name, (before, after) in changed.items():
+        for offset in (0.0, 1.0):
+            old, new = before.float() + offset, after.float() + offset
+            sound = (old != 0) & (new != 0) & torch.isfinite(old / new)
+            columns = torch.where(sound, old / new, 1.0)
+            if bool((columns > 0).all()):
+                found.append(Candidate(name, columns))
+    return found
+
+
+Pair = tuple[Open, Open]  # a weight of the other model, and what has become of it
+
+
+def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Candidate | None:
+    """The columns [k] that explain weights that read one tensor: none, or those of a candidate. None
+    where an estimate explains them better.
+
+    Told from the first rows. A factor that is the same for all columns could be one of rows as well:
+    then what leaves the rows of some sibling as they were is taken, and a candidate before none.
+    """
+    options = [Candidate("", torch.ones(k)), *(c for c in known if len(c.columns) == k)]
+    left, size = torch.zeros(len(options)), torch.full((len(options),), torch.inf)
+    estimated = 0.0
+    for reference, made in siblings:
+        with reference() as before, made() as after:
+            w, d = before.weight(0, rows_of(k)), after.weight(0, rows_of(k))
+        estimated = max(estimated, _explained(w, d, _columns([(w, d)], k))[0])
+        for place, option in enumerate(options):
+            rest, octaves = _explained(w, d, option.columns)
+            left[place] = max(float(left[place]), rest)
+            size[place] = min(float(size[place]), octaves)
+    if float(left.min()) > _AS_GOOD * estimated + _NOTHING:
+        return None
+    fair = [i for i in range(len(options)) if left[i] <= _AS_GOOD * left.min() + _NOTHING]
+    return options[min(fair, key=lambda i: (round(float(size[i])), i == 0, float(size[i])))]
+
+
+def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> Factors:
+    """Row factors, snapped to powers of two where they are near them, beside column factors: those
+    given, else estimated from all rows."""
+    chosen = _columns(_read(pair, n, k), k) if columns is None else columns.columns
+    rows = []
+    for w, d in _read(pair, n, k):
+        w *= chosen
+        ww = torch.linalg.vecdot(w, w)
+        rows.append(torch.where(ww > 0, torch.linalg.vecdot(w, d) / ww, 1.0))
+    return Factors(_snap(torch.cat(rows)), chosen)
+
+
+def _explained(w: Tensor, d: Tensor, columns: Tensor) -> tuple[float, float]:
+    """Share of the energy that the best row factors leave, and the middle of their octaves."""
+    w = w * columns
+    ww = torch.linalg.vecdot(w, w)
+    wd, dd = torch.linalg.vecdot(w, d), torch.linalg.vecdot(d, d)
+    rest = dd - torch.where(ww > 0, wd.square() / ww, 0)
+    factor = torch.where((ww > 0) & (wd > 0), wd / ww, 1.0)
+    return float(rest.clamp_min(0).sum() / dd.sum().clamp_min(1e-30)), abs(
+        float(factor.log2().median())
+    )
+
+
+def _columns(rows: Iterable[tuple[Tensor, Tensor]], k: int) -> Tensor:
+    """Column factors by least squares over blocks of rows (w, d), each row weighted by its own factor
+    to begin with; the middle of row factors is 1."""
+    product, square, ratios = torch.zeros(k).double(), torch.zeros(k).double(), []
+    for w, d in rows:
+        ww = torch.linalg.vecdot(w, w)
+        row = torch.where(ww > 0, (torch.linalg.vecdot(d, d) / ww).sqrt(), 1.0)
+        ratios.append(row)
+        w = w * row.unsqueeze(1)
+        product += (w * d).sum(0).double()
+        square += w.square().sum(0).double()
+    columns = torch.where(square > 0, product / square, 1.0).float()
+    sound = columns[columns > 0]
+    columns = columns * torch.cat(ratios).median() if len(sound) else torch.ones(k)
+    return _snap(columns)
+
+
+def _read(pair: Pair, n: int, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    with pair[0]() as before, pair[1]() as after:
+        for start in blocks(n, k):
+            yield before.weight(start, rows_of(k)), after.weight(start, rows_of(k))
+
+
+def _snap(factors: Tensor) -> Tensor:
+    """Powers of two where all but noise is near them; else as they are, or 1 where all are nearly 1."""
+    factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
+    octaves = factors.log2()
+    near = (octaves - octaves.round()).abs() < _NEAR_POWER
+    if float(near.float().mean()) > 0.98:
+        return octaves.round().exp2()
+    return factors
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What was found of one matrix of a layer."""
+
+    module: str
+    factors: Factors
+    producer: str | None
+
+
+def check_layer(
+    changed: Sequence[str], matrices: Sequence[Edited], merged: Mapping[str, str | None]
+) -> Iterator[Finding]:
+    """Findings for one layer: what is divided must be multiplied, and siblings alike.
+
+    changed: vectors that were edited. merged: by module, the parameter that the engine makes of it
+    and its siblings.
+    """
+    used = {matrix.producer for matrix in matrices if matrix.producer}
+    readers = [m for m in matrices if bool((m.factors.columns != 1).any())]
+    for name in changed:
+        if name.endswith(".weight") and name not in used:
+            what = "has changed, and no matrix that reads it has changed with it"
+            yield failed("edits", what, f"`{name}`", _AGAIN)
+    explained = {reader.module for reader in readers if reader.producer}
+    for matrix in matrices:
+        if bool((matrix.factors.rows == 1).all()):
+            continue
+        parent = matrix.module.rpartition(".")[0]
+        beside = [r for r in readers if r.module.startswith(f"{parent}.") and r is not matrix]
+        mine = [r for r in beside if _answers(matrix.factors.rows, r.factors.columns)]
+        explained |= {reader.module for reader in mine}
+        if not mine:
+            what = "has rows that were multiplied, and no reader whose columns make up for it"
+            yield failed("edits", what, f"`{matrix.module}`", _AGAIN)
+    for reader in readers:
+        if reader.module not in explained:
+            what = "has columns that were multiplied, and nothing that they read is divided"
+            yield failed("edits", what, f"`{reader.module}`", _AGAIN)
+    first: dict[str, Edited] = {}
+    for matrix in matrices:
+        parameter = merged.get(matrix.module)
+        if parameter is None:
+            continue
+        leader = first.setdefault(parameter, matrix)
+        if not _same(leader.factors.columns, matrix.factors.columns):
+            what = f"columns were multiplied otherwise than those of `{leader.module}`, its sibling"
+            yield failed("edits", what, f"`{matrix.module}`", _AGAIN)
+
+
+def _answers(rows: Tensor, columns: Tensor) -> bool:
+    """Whether columns undo rows: one to one, or each row's for several columns (grouped heads), or
+    for a part of the rows (v of a stored q, k, v)."""
+    wanted = 1 / rows
+    if len(wanted) == len(columns):
+        return _same(wanted, columns)
+    some, others = wanted[wanted != 1].sort().values, columns[columns != 1].sort().values
+    if not len(some) or len(others) % len(some):
+        return False
+    return _same(some.repeat_interleave(len(others) // len(some)), others)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a / b - 1).abs() < _CLOSE).all())

@@ -1,0 +1,231 @@
+"""Every byte read: hashes against the manifest, and numbers that no sound checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.events import Progress
+from quantcli.executors import thread_pool
+from quantcli.findings import Finding, failed, noted
+from quantcli.header import StoredTensor
+from quantcli.targets.base import Stored
+from quantcli.targets.layouts import StoredModule, Values
+from quantcli.tensors import read_tensor
+from quantcli.tensorspec import DTYPES, FLOATS
+from quantcli.verify.blocks import ModuleReader, Reader
+from quantcli.verify.structure import Structure
+from quantcli.writer import sha256_of
+
+_BLOCK = 2**21  # bytes that are looked at together
+_COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32
+_CONDITION = 2.0**12  # of a transform: beyond it bfloat16 inputs keep no bit
+_AGAIN = "copy the checkpoint again, or convert the model again"
+
+
+def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
+    """Hash every file and look at every number; findings go to the report."""
+    stored, report = structure.stored, structure.report
+    assert stored is not None
+    report.depths.append("full")
+    files = structure.manifest["files"] if structure.manifest else {}
+    tensors = stored.checkpoint.tensors.values()
+    total = sum(s.spec.nbytes for s in tensors) + sum(int(e["bytes"] or 0) for e in files.values())
+    progress.begin(total, len(stored.checkpoint.shards))
+    with thread_pool(workers) as pool:
+        jobs = [pool.submit(_hash, stored, name, entry, progress) for name, entry in files.items()]
+        rules = _rules(stored)
+        jobs += [pool.submit(_scan, s, rules.get(s.spec.name), progress) for s in tensors]
+        jobs += [pool.submit(_arithmetic, module) for module in stored.modules.values()]
+        for job in jobs:
+            report.add(job.result())
+    report.count("sha256", sum(entry.get("sha256") is not None for entry in files.values()))
+    report.count("values", len(stored.checkpoint.tensors))
+    report.count("arithmetic", len(stored.modules))
+    if files and not report.checked["sha256"]:
+        report.add([noted("sha256", "the manifest holds no hashes: it was written with --no-checksum")])
+
+
+def _hash(stored: Stored, name: str, entry: dict[str, Any], progress: Progress) -> list[Finding]:
+    path = stored.checkpoint.path / name
+    if entry.get("sha256") is None or not path.is_file():
+        return []
+    found = sha256_of(path)
+    progress.advance(path.stat().st_size)
+    if found == entry["sha256"]:
+        return []
+    return [failed("sha256", "file has changed since it was written", name, _AGAIN)]
+
+
+def _rules(stored: Stored) -> dict[str, Values]:
+    return {
+        module.tensors[param.suffix].spec.name: param.values
+        for module in stored.modules.values()
+        for param in module.layout.params
+        if param.suffix in module.tensors
+    }
+
+
+# -- values --------------------------------------------------------------------------------------
+
+
+def _scan(stored: StoredTensor, rule: Values | None, progress: Progress) -> list[Finding]:
+    """The first number of a tensor that its rule does not allow."""
+    spec = stored.spec
+    if rule is None:
+        rule = "finite" if spec.dtype in FLOATS else "codes"
+    if rule == "bits":
+        rule = "bits" if spec.dtype == "I64" else "positive"
+    fault, what = _FAULTS.get(rule, (None, ""))
+    progress.advance(spec.nbytes)
+    if fault is None or not spec.numel or spec.dtype not in DTYPES:
+        return []
+    with Reader(stored) as reader:
+        step = max(1, _BLOCK // max(1, spec.row_nbytes))
+        for start in range(0, spec.shape[0] if spec.shape else 1, step):
+            block = reader.rows(start, step)
+            place = fault(block)
+            if place is not None:
+                index = np.unravel_index(place, block.shape) if block.dim() else ()
+                first, *rest = [int(i) for i in index] or [0]
+                where = f"`{spec.name}`[{', '.join(map(str, (start + first, *rest)))}]"
+                return [failed("values", f"{what}: {_show(block, place)}", where, _AGAIN)]
+    return []
+
+
+def _show(block: Tensor, place: int) -> str:
+    value = block.reshape(-1)[place]
+    if block.dtype == torch.float8_e4m3fn:
+        return f"code 0x{int(value.view(torch.uint8)):02X}"
+    return f"{float(value):.6g}" if block.is_floating_point() else str(int(value))
+
+
+def _first(bad: Tensor) -> int | None:
+    return int(bad.reshape(-1).int().argmax()) if bool(bad.any()) else None
+
+
+def _not_finite(block: Tensor) -> int | None:
+    if block.dtype in (torch.bfloat16, torch.float16):  # the exponent's bits, without a float32 copy
+        infinity = 0x7F80 if block.dtype == torch.bfloat16 else 0x7C00
+        bits = block.view(torch.int16) & 0x7FFF
+        return _first(bits >= infinity) if int(bits.max()) >= infinity else None
+    return _first(~torch.isfinite(block))
+
+
+def _not_positive(block: Tensor) -> int | None:
+    return _first(~((block > 0) & torch.isfinite(block)))
+
+
+def _not_int4(block: Tensor) -> int | None:
+    low, high = block.aminmax()
+    return _first((block < -8) | (block > 7)) if int(low) < -8 or int(high) > 7 else None
+
+
+def _nan_code(block: Tensor) -> int | None:
+    codes = block.view(torch.uint8) & 0x7F
+    return _first(codes == 0x7F) if int(codes.max()) == 0x7F else None
+
+
+def _bad_bits(block: Tensor) -> int | None:
+    """int64 with the bits of a positive float32 in its low half."""
+    whole = (block >= 0) & (block < 2**31)
+    value = torch.where(whole, block, 0).to(torch.int32).view(torch.float32)
+    return _first(~(whole & (value > 0) & torch.isfinite(value)))
+
+
+def _bad_integer(block: Tensor) -> int | None:
+    value = block.float()
+    return _first(~((value >= -128) & (value <= 127) & (value.frac() == 0)))
+
+
+_FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
+    "int4": (_not_int4, "a code is outside of -8..7"),
+    "fp8": (_nan_code, "a code is NaN"),
+    "exponent": (lambda block: _first(block == 255), "an E8M0 scale is NaN"),
+    "positive": (_not_positive, "a scale is not a positive number"),
+    "bits": (_bad_bits, "a deq_scale does not hold the bits of a positive float32"),
+    "zero": (lambda block: _first(block != 0), "an offset of weights is not zero"),
+    "integer": (_bad_integer, "an offset of inputs is no int8"),
+    "finite": (_not_finite, "a number is not finite"),
+    "ratio": (
+        lambda block: _first(~((block > 0) & (block <= 1))),
+        "a clip ratio is not in (0, 1], such as one stored before its sigmoid",
+    ),
+}
+
+
+# -- numbers that follow from others -----------------------------------------------------------------
+
+
+def _arithmetic(module: StoredModule) -> list[Finding]:
+    return list(_follows(module))
+
+
+def _follows(module: StoredModule) -> Iterator[Finding]:
+    names = module.tensors
+    where = f"`{module.name}`"
+    if "left_trans" in names:
+        for suffix in ("left_trans", "right_trans"):
+            condition = float(torch.linalg.cond(read_tensor(names[suffix]).double()))
+            if not condition < _CONDITION:
+                what = f"its {suffix} cannot be inverted: condition {condition:.3g}"
+                yield failed("arithmetic", what, where, _AGAIN)
+    if "quant_bias" in names:
+        yield from _quant_bias(module)
+    if "scale_bias" in names:
+        yield from _scale_bias(module)
+
+
+def _code_sums(module: StoredModule) -> Tensor:
+    """Sum over k of each row's codes, exact in float64 [n]."""
+    spec = module.tensors["weight"].spec
+    sums = []
+    with Reader(module.tensors["weight"]) as reader:
+        step = max(1, _BLOCK // max(1, spec.row_nbytes))
+        for start in range(0, spec.shape[0], step):
+            sums.append(reader.rows(start, step).sum(1, dtype=torch.int64))
+    return torch.cat(sums).double()
+
+
+def _quant_bias(module: StoredModule) -> Iterator[Finding]:
+    """quant_bias = rint(bias / deq_scale - input_offset * sum of codes)."""
+    parts = {s: read_tensor(t) for s, t in module.tensors.items() if s != "weight"}
+    deq = parts["deq_scale"]
+    if deq.dtype == torch.int64:
+        deq = deq.to(torch.int32).view(torch.float32)
+    expected = -parts["input_offset"].double() * _code_sums(module)
+    if "bias" in parts:
+        expected = expected + parts["bias"].double() / deq.double()
+    off = (parts["quant_bias"].double() - expected).abs()
+    allowed = _COUNTS + expected.abs() * 2.0**-7 * ("bias" in parts)
+    if bool((off > allowed).any()) or not bool(torch.isfinite(off).all()):
+        row = int(torch.where(torch.isfinite(off), off - allowed, math.inf).argmax())
+        yield failed(
+            "arithmetic",
+            f"quant_bias of row {row} is {int(parts['quant_bias'][row])}; codes, input_offset and bias "
+            f"make it {float(expected[row]):.0f}",
+            f"`{module.name}`",
+            _AGAIN,
+        )
+
+
+def _scale_bias(module: StoredModule) -> Iterator[Finding]:
+    """scale_bias = 8 * sum of codes * weight_scale, over all of k or over slices of it."""
+    scale = read_tensor(module.tensors["weight_scale"]).double().squeeze(1)
+    stored = read_tensor(module.tensors["scale_bias"]).double().sum(1)
+    n, k = module.shape
+    step = max(2, _BLOCK // (4 * k) // 2 * 2)
+    with ModuleReader(module) as reader:
+        sums = [reader.weight(start, step).sum(1, dtype=torch.float64) for start in range(0, n, step)]
+    expected = 8 * torch.cat(sums)
+    allowed = 8 * scale * k * 2.0**-8 + stored.abs() * 2.0**-6
+    off = (stored - expected).abs()
+    if bool((off > allowed).any()):
+        row = int((off - allowed).argmax())
+        what = f"scale_bias of row {row} sums to {stored[row]:.6g}; codes make it {expected[row]:.6g}"
+        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)

@@ -1,0 +1,147 @@
+"""The model that a checkpoint is compared with, and how single tensors and files of both differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from quantcli.findings import Finding, failed, noted
+from quantcli.header import StoredTensor
+from quantcli.registry import discover
+from quantcli.targets.base import Stored, Target
+from quantcli.targets.layouts import StoredModule
+from quantcli.verify.blocks import ModuleReader, Reader
+from quantcli.verify.compare import rows_of
+from quantcli.writer import sha256_of
+
+_BLOCK = 2**20  # bytes that are compared together
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint, float or quantized: then with its format, and as the engine would take it."""
+
+    checkpoint: Checkpoint
+    target: Target | None
+    stored: Stored | None
+
+    def weight(self, module: str) -> StoredTensor | StoredModule | None:
+        """What holds a module's weight."""
+        if self.stored is not None and module in self.stored.modules:
+            return self.stored.modules[module]
+        return self.checkpoint.tensors.get(f"{module}.weight")
+
+    def names(self) -> set[str]:
+        """Tensors with a meaning of their own: all but what else quantized modules are made of."""
+        modules = self.stored.modules if self.stored is not None else {}
+        parts = {
+            tensor.spec.name
+            for module in modules.values()
+            for suffix, tensor in module.tensors.items()
+            if suffix not in {"weight", "bias"}
+        }
+        return self.checkpoint.tensors.keys() - parts
+
+
+def open_reference(path: Path) -> Reference:
+    """The model to compare with. InputError where it is damaged."""
+    checkpoint = open_checkpoint(path)
+    target = next((t() for t in discover(Target).values() if t().recognises(checkpoint)), None)
+    return Reference(checkpoint, target, None if target is None else target.open_stored(checkpoint))
+
+
+def difference(before: StoredTensor, after: StoredTensor) -> str | None:
+    """How two stored tensors differ; None where their values are the same, byte for byte, or as
+    float32 where one was widened."""
+    a, b = before.spec, after.spec
+    if a.shape != b.shape:
+        return f"is {b}, in the other model {a}"
+    if a.dtype != b.dtype and "F32" not in {a.dtype, b.dtype}:
+        return f"is {b}, in the other model {a}"
+    step = max(1, _BLOCK // max(1, a.row_nbytes))
+    with Reader(before) as first, Reader(after) as second:
+        for start in range(0, a.shape[0] if a.shape else 1, step):
+            x, y = first.rows(start, step), second.rows(start, step)
+            if x.dtype != y.dtype:
+                x, y = x.float(), y.float()
+            if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+                bytes_differ = x.view(torch.uint8) != y.view(torch.uint8)
+                element = int(bytes_differ.flatten().int().argmax()) // x.element_size()
+                place, width = divmod(element, max(1, x[0].numel() if x.dim() else 1)), x.dim()
+                index = f"{start + place[0]}" + (f", {place[1]}" if width > 1 else "")
+                return f"differs from the other model, first at [{index}]"
+    return None
+
+
+def codes(theirs: StoredTensor | StoredModule, ours: StoredTensor | StoredModule) -> dict[str, Any]:
+    """Codes that differ, and by how much scales do, where both are quantized in one way."""
+    alike = (
+        isinstance(theirs, StoredModule)
+        and isinstance(ours, StoredModule)
+        and theirs.layout.kind == ours.layout.kind
+        and theirs.tensors["weight"].spec.shape == ours.tensors["weight"].spec.shape
+    )
+    if not alike:
+        return {"codes_differ": None, "scale_ratio": None}
+    assert isinstance(theirs, StoredModule)
+    assert isinstance(ours, StoredModule)
+    differ, ratios = 0, []
+    first, second = theirs.tensors["weight"], ours.tensors["weight"]
+    step = rows_of(ours.shape[1])
+    with Reader(first) as a, Reader(second) as b, ModuleReader(theirs) as v, ModuleReader(ours) as w:
+        for start in range(0, first.spec.shape[0], step):
+            x, y = a.rows(start, step), b.rows(start, step)
+            differ += int((x.view(torch.uint8) != y.view(torch.uint8)).sum())
+            if first.spec.shape[0] == ours.shape[0]:  # a row of codes for a row of weights
+                ratios.append(_scale(w.weight(start, step), y) / _scale(v.weight(start, step), x))
+    ratio = torch.cat(ratios) if ratios else torch.zeros(0)
+    ratio = ratio[torch.isfinite(ratio)]
+    ends = [round(float(ratio.min()), 6), round(float(ratio.max()), 6)] if len(ratio) else None
+    return {"codes_differ": differ, "scale_ratio": ends}
+
+
+def _scale(weight: Tensor, codes: Tensor) -> Tensor:
+    """What a row's largest code stands for, over that code: [rows]."""
+    return weight.abs().amax(1) / codes.float().abs().amax(1)
+
+
+def compare_files(ours: Checkpoint, theirs: Checkpoint) -> Iterator[Finding]:
+    """Files that go along with a model: each of the other one is here, unchanged."""
+    for name in sorted(theirs.aux):
+        if not (ours.path / name).is_file():
+            fix = "copy it from the other model"
+            yield failed("source", "file of the other model is missing", name, fix)
+        elif sha256_of(ours.path / name) != sha256_of(theirs.path / name):
+            if name == CONFIG:
+                changed = [
+                    key
+                    for key in {*ours.config, *theirs.config}
+                    if ours.config.get(key) != theirs.config.get(key)
+                ]
+                odd = sorted(set(changed) - _MAY_CHANGE)
+                if odd:
+                    what = f"`{odd[0]}` is {ours.config.get(odd[0])!r:.60} in {CONFIG}, not "
+                    what += f"{theirs.config.get(odd[0])!r:.60} as in the other model"
+                    yield failed("source", what, CONFIG, "take the other model's value")
+            else:
+                yield failed("source", "file differs from the other model's", name, "copy it again")
+
+
+# of config.json: what conversion sets, and removes
+_MAY_CHANGE = {"torch_dtype", "dtype", "quantization_config", "compression_config", "text_config"}
+
+
+def noted_kind(reference: Reference) -> Iterator[Finding]:
+    """A word where the other model is quantized itself."""
+    if reference.stored is not None:
+        count = len(reference.stored.modules)
+        what = (
+            f"the other model is quantized, too ({count} modules): differences between both are shown"
+        )
+        yield noted("source", what, str(reference.checkpoint.path))

@@ -1,0 +1,204 @@
+"""Both models run on text, layer by layer from disk, and what they put out compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from quantcli.calibration.dataset import Batch, TextSource, load_dataset
+from quantcli.calibration.served import Forward, Served, token_log_probs
+from quantcli.calibration.states import States
+from quantcli.checkpoint import Checkpoint
+from quantcli.events import Progress
+from quantcli.findings import Finding, failed
+from quantcli.verify.reference import Reference
+from quantcli.verify.structure import Structure
+
+_BATCH_TOKENS = 2048
+_OWN = 1  # batches on which a layer's own error is measured
+# Bounds that a sound int8 or fp8 conversion keeps, where the user and the recipe give none.
+MAX_PPL_RATIO = 1.05
+MAX_KL = 0.1  # nats a token, on average
+LEAST_LAYER_SQNR = 8.0  # dB of a layer's own output on the same inputs
+
+
+def text_batches(
+    data: str, checkpoint: Checkpoint, samples: int, length: int, *, trust: bool, progress: Progress
+) -> Sequence[Batch]:
+    """The first `samples` windows of `length` tokens of a text. InputError where there are fewer."""
+    source = TextSource(
+        data=data,
+        where=f"--data {data}",
+        samples=samples,
+        length=length,
+        seed=None,
+        pack=True,
+        batch_tokens=_BATCH_TOKENS,
+    )
+    sizes = (checkpoint.text_config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in sizes)
+    return load_dataset(
+        source,
+        checkpoint.path,
+        positions=positions,
+        vocab_size=vocabulary,
+        trust_remote_code=trust,
+        say=progress.say,
+    ).batches
+
+
+def verify_run(
+    structure: Structure,
+    reference: Reference,
+    batches: Sequence[Batch],
+    limits: dict[str, float | None],
+    workers: int,
+    progress: Progress,
+    *,
+    trust: bool = False,
+) -> None:
+    """Run both models; findings and figures go to the report.
+
+    limits: max_ppl_ratio and max_kl, None for the defaults. Everything around the quantized modules is
+    computed in float32. Memory: one layer of each model; hidden states are on disk.
+    """
+    report = structure.report
+    assert structure.stored is not None
+    assert structure.target is not None
+    report.depths.append("run")
+    ours = Served(structure.stored, structure.target)
+    theirs: Checkpoint | Served = reference.checkpoint
+    if reference.stored is not None and reference.target is not None:
+        theirs = Served(reference.stored, reference.target)
+    with TemporaryDirectory(prefix="quantcli-") as folder:
+        models = []
+        for name, model in (("theirs", theirs), ("ours", ours)):
+            (Path(folder) / name).mkdir()
+            models.append(
+                Forward(model, batches, Path(folder) / name, workers=workers, trust_remote_code=trust)
+            )
+        layers = list(_layers(models[0], models[1], progress))
+        outcome = _Outcome()
+        logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
+        for expected, made, batch in logits:
+            outcome.add(expected, made, batch)
+    report.run = {**outcome.account(), "layers": layers}
+    report.add(_findings(outcome, layers, limits))
+    report.count("layer outputs", len(layers))
+    report.count("perplexity", outcome.tokens)
+    report.count("kl", outcome.tokens)
+
+
+def _layers(theirs: Forward, ours: Forward, progress: Progress) -> Iterator[dict[str, object]]:
+    """Each layer's SQNR: its own, on the other model's inputs, and with all that came before."""
+    names = [name for name, _ in theirs.skeleton.layers]
+    count = sum(math.prod(spec.shape[:2]) for spec in theirs.specs)
+    progress.begin_layers(len(names), 0, count)
+    for index, name in enumerate(names):
+        own = ours.layer(index, theirs.states, range(min(_OWN, len(theirs.specs))))
+        theirs.layer(index)
+        yield {
+            "layer": name,
+            "sqnr_db": round(_sqnr(theirs.states, own), 3),
+            "cumulative_db": round(_sqnr(theirs.states, ours.states, len(theirs.specs)), 3),
+            "limit_db": LEAST_LAYER_SQNR,
+            "ok": _sqnr(theirs.states, own) >= LEAST_LAYER_SQNR,
+        }
+        progress.layer(name, index)
+
+
+def _sqnr(expected: States, made: States | dict[int, Tensor], count: int | None = None) -> float:
+    """dB over the batches of `made`."""
+    signal = noise = 0.0
+    for number in made if isinstance(made, dict) else range(count or 0):
+        x = expected.get(number).double()
+        y = made[number] if isinstance(made, dict) else made.get(number)
+        signal += float(x.square().sum())
+        noise += float((y.double() - x).square().sum())
+    if not noise:
+        return 200.0
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
+
+
+class _Outcome:
+    """Sums over tokens, one batch at a time."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._expected: list[Tensor] = []  # log-probabilities of the text, by window
+        self._made: list[Tensor] = []
+        self._kl: list[Tensor] = []
+        self._agreed = 0
+        self._predicted = 0
+
+    def add(self, expected: Tensor, made: Tensor, batch: Batch) -> None:
+        """Logits [batch, length, vocabulary] of both models."""
+        for row in range(len(expected)):  # the vocabulary is large
+            p, q = (logits[row].float().log_softmax(-1) for logits in (expected, made))
+            self._kl.append((p.exp() * (p - q)).sum(-1))
+            self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self._predicted += len(p)
+        self._expected += token_log_probs(expected, batch)
+        self._made += token_log_probs(made, batch)
+        self.tokens += int(batch.input_ids.numel()) - len(batch.input_ids)
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity over the other model's."""
+        return _perplexity(self._made) / _perplexity(self._expected)
+
+    @property
+    def kl(self) -> float:
+        """Mean over all predictions, in nats."""
+        return float(torch.cat(self._kl).double().mean().clamp_min(0))
+
+    def account(self) -> dict[str, object]:
+        """As the report has it."""
+        change = (torch.cat(self._made) - torch.cat(self._expected)).abs().mean()
+        windows = zip(self._expected, self._made, strict=True)
+        return {
+            "tokens": self.tokens,
+            "ppl": {
+                "reference": round(_perplexity(self._expected), 4),
+                "checkpoint": round(_perplexity(self._made), 4),
+                "ratio": round(self.ratio, 6),
+            },
+            "kl": {"mean": round(self.kl, 6), "max": round(float(torch.cat(self._kl).max()), 6)},
+            "top1_agreement": round(self._agreed / self._predicted, 6),
+            "mean_abs_logprob_change": round(float(change), 6),
+            "windows": [
+                {"reference": round(_perplexity([a]), 4), "checkpoint": round(_perplexity([b]), 4)}
+                for a, b in windows
+            ],
+        }
+
+
+def _perplexity(scores: list[Tensor]) -> float:
+    mean = float(torch.cat(scores).double().mean())
+    return math.exp(-mean) if mean > -700 else math.inf
+
+
+def _findings(
+    outcome: _Outcome, layers: Sequence[dict[str, object]], limits: dict[str, float | None]
+) -> Iterator[Finding]:
+    for layer in layers:
+        if not layer["ok"]:
+            what = f"puts out {layer['sqnr_db']} dB on the other model's inputs, at least "
+            what += f"{LEAST_LAYER_SQNR:g} dB are expected"
+            yield failed("layer outputs", what, f"`{layer['layer']}`", _LOOK)
+    ratio = limits.get("max_ppl_ratio") or MAX_PPL_RATIO
+    if not outcome.ratio <= ratio:
+        what = f"perplexity is {outcome.ratio:.4f} times the other model's, the limit is {ratio:g}"
+        yield failed("perplexity", what, None, _LOOK)
+    kl = limits.get("max_kl") or MAX_KL
+    if not outcome.kl <= kl:
+        what = f"mean KL divergence is {outcome.kl:.4f} nats a token, the limit is {kl:g}"
+        yield failed("kl", what, None, _LOOK)
+
+
+_LOOK = "see which layers are worst, and keep their modules in a finer scheme"

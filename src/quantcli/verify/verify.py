@@ -1,0 +1,120 @@
+"""A verification from end to end: the depths that were asked for, each after the ones before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantcli import __version__
+from quantcli.errors import InputError
+from quantcli.events import SILENT, Progress
+from quantcli.planner import RECIPE_FILE
+from quantcli.recipefile import Verify
+from quantcli.verify.report import Report
+from quantcli.verify.structure import verify_structure
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to verify, and how deep.
+
+    against:  the model to compare with. run: also on text, the first `samples` windows of `length`
+              tokens of `data`.
+    limits:   min_sqnr (dB), max_ppl_ratio, max_kl; None: the recipe's, else the defaults.
+    """
+
+    path: Path
+    full: bool = False
+    against: Path | None = None
+    run: bool = False
+    data: str | None = None
+    samples: int = 32
+    length: int = 256
+    tp: tuple[int, ...] = (1,)
+    min_sqnr: float | None = None
+    max_ppl_ratio: float | None = None
+    max_kl: float | None = None
+    workers: int = 1
+    trust_remote_code: bool = False
+
+
+def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
+    """Verify a checkpoint. Depths after a failed one still run where they can.
+
+    Raises InputError where there is nothing to verify or to verify it with.
+    """
+    _check(wanted)
+    structure = verify_structure(wanted.path, wanted.tp)
+    report = structure.report
+    report.limits = _limits(wanted)
+    if structure.stored is None:
+        return report
+    if wanted.full:
+        from quantcli.verify.full import verify_full
+
+        verify_full(structure, wanted.workers, progress)
+    if wanted.against is None:
+        return report
+    from quantcli.verify.against import verify_against
+    from quantcli.verify.reference import open_reference
+
+    reference = open_reference(wanted.against)
+    verify_against(structure, reference, report.limits["min_sqnr"], wanted.workers, progress)
+    # what cannot be read cannot be run
+    if wanted.run and not any(f.check in {"headers", "index", "parameters"} for f in report.errors):
+        from quantcli.verify.run import text_batches, verify_run
+
+        assert wanted.data is not None
+        batches = text_batches(
+            wanted.data,
+            reference.checkpoint,
+            wanted.samples,
+            wanted.length,
+            trust=wanted.trust_remote_code,
+            progress=progress,
+        )
+        verify_run(
+            structure,
+            reference,
+            batches,
+            report.limits,
+            wanted.workers,
+            progress,
+            trust=wanted.trust_remote_code,
+        )
+    return report
+
+
+def document(report: Report) -> dict[str, Any]:
+    """The report as JSON-able data."""
+    return report.document(f"quantcli {__version__}")
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.run and wanted.against is None:
+        raise InputError(
+            "--run compares two models, and there is one", fix="give the float one: --against MODEL"
+        )
+    if wanted.run and wanted.data is None:
+        raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
+    if wanted.data is not None and not wanted.run:
+        raise InputError("--data has no effect without --run", fix="add --run")
+
+
+def _limits(wanted: Wanted) -> dict[str, float | None]:
+    """The command line's, else those of the recipe that lies in the checkpoint."""
+    found = _recipe_limits(wanted.path / RECIPE_FILE)
+    given = {key: getattr(wanted, key) for key in ("min_sqnr", "max_ppl_ratio", "max_kl")}
+    return {key: getattr(found, key) if value is None else value for key, value in given.items()}
+
+
+def _recipe_limits(path: Path) -> Verify:
+    """The `verify` block of a recipe as it was applied; the defaults where there is none."""
+    try:
+        table = yaml.safe_load(path.read_bytes())
+        return Verify.model_validate((table or {}).get("verify") or {})
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return Verify()
