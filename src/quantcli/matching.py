@@ -18,7 +18,8 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
 
     Raises InputError for a rule that takes nothing, and for a matrix that is not float.
     """
-    _refuse_transposed(recipe, checkpoint)
+    if any(rule.scheme for rule in recipe.rules):
+        refuse_transposed(checkpoint)
     names = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
     assigned: dict[str, Rule | None] = {}
     used: set[int] = set()  # rule numbers
@@ -86,9 +87,10 @@ def without_data(
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
-def _refuse_transposed(recipe: Recipe, checkpoint: Checkpoint) -> None:
+def refuse_transposed(checkpoint: Checkpoint) -> None:
+    """InputError for a family whose weights are [in, out]."""
     kind = checkpoint.config.get("model_type")
-    if kind in _TRANSPOSED and any(rule.scheme for rule in recipe.rules):
+    if kind in _TRANSPOSED:
         raise InputError(
             f"weights of `{kind}` are stored transposed, which this version does not quantize",
             where=str(checkpoint.path / "config.json"),

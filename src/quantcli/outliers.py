@@ -1,0 +1,261 @@
+"""What makes float weights hard to quantize, module by module, streamed by blocks of rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.advice import RANKED_BY, keep_advice, rank
+from quantcli.checkpoint import Checkpoint
+from quantcli.events import SILENT, Progress
+from quantcli.executors import default_workers, thread_pool
+from quantcli.header import StoredTensor
+from quantcli.inspection import fold
+from quantcli.matching import refuse_transposed
+from quantcli.planner import refuse_quantized, serving_dtype
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Target
+from quantcli.tensorspec import FLOATS, TensorSpec, torch_dtype
+from quantcli.verify.blocks import Reader
+
+BLOCK_ELEMENTS = 256 * 1024  # of a row block: its float64 copy, 2 MB, stays in the cache of a core
+_MOST_DB = 200.0  # SQNR where no weight changes; its opposite where a scale overflows
+
+
+def inspect_outliers(
+    checkpoint: Checkpoint,
+    target: Target,
+    *,
+    workers: int | None = None,
+    progress: Progress = SILENT,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> dict[str, Any]:
+    """Statistics of every float matrix, worst first: JSON-able, without NaN or Inf.
+
+    path:      the checkpoint's folder.
+    ranked_by: the operand by whose SQNR modules are ranked.
+    operands:  how weights are stored, such as "int8 per channel" -> the schemes that store them so.
+    modules:   one dict a matrix:
+        module         its name, without `.weight`.
+        shape          as stored. Stacked experts, 3-D, are taken as rows of the last dimension.
+        amax_over_rms  largest |w| over the root mean square of all; None where all are 0.
+        kurtosis       excess kurtosis about the mean, 0 for normal weights; None where all are equal.
+        channel_ratio  rms of the largest column (input channel) over the median of the columns that
+                       are not all 0; None where all are.
+        channel        which column that is, from 0.
+        sqnr_db        by operand: 10 log10(sum w^2 / sum (v - w)^2) with v the dequantized
+                       weight; 200 where nothing is lost, -200 where a scale overflows.
+        not_finite     None, or {"value": "nan", "index": [row, column]} for the first NaN or Inf: then
+                       all numbers above are None, in sqnr_db too.
+    left_out:  tensors that are no float matrices: {"why", "tensors" (how many), "names" (folded)}.
+    advice:    see `advice.keep_advice`.
+
+    Reads every weight once. Memory is a block of `block_elements` per worker in its several forms, or
+    one row where that is wider; numbers are the same for any number of workers. Raises InputError for
+    a checkpoint that is quantized, and for one that stores its weights transposed.
+    """
+    refuse_quantized(checkpoint)
+    refuse_transposed(checkpoint)
+    matrices, left_out = _choose(checkpoint)
+    methods, operands = _methods(target, serving_dtype(checkpoint)[0])
+    files = {file: list(group) for file, group in itertools.groupby(matrices, lambda m: m.file.name)}
+    progress.begin(sum(stored.spec.nbytes for stored in matrices), len(files))
+    stop = threading.Event()
+    found = []
+    with thread_pool(workers or default_workers()) as pool:
+        try:
+            futures = {
+                file: [pool.submit(_measure, m, methods, progress, stop, block_elements) for m in group]
+                for file, group in files.items()
+            }
+            for file, group in files.items():
+                found += [future.result() for future in futures[file]]
+                progress.shard(file, sum(stored.spec.nbytes for stored in group), reused=False)
+        except BaseException:
+            stop.set()
+            raise
+    modules = rank(found)
+    return {
+        "path": str(checkpoint.path),
+        "ranked_by": RANKED_BY,
+        "operands": operands,
+        "modules": modules,
+        "left_out": left_out,
+        "advice": keep_advice(modules),
+    }
+
+
+def _choose(checkpoint: Checkpoint) -> tuple[list[StoredTensor], list[dict[str, Any]]]:
+    """The tensors to measure, in the order of the files, and an account of the others."""
+    chosen = []
+    others: dict[str, list[TensorSpec]] = defaultdict(list)
+    for name, stored in checkpoint.tensors.items():
+        spec = stored.spec
+        stacked = len(spec.shape) == 3 and "experts" in name.split(".")
+        if not stacked and (len(spec.shape) != 2 or not name.endswith(".weight")):
+            others["no weight matrix"].append(spec)
+        elif spec.dtype not in FLOATS:
+            others["not bfloat16, float16 or float32"].append(spec)
+        elif spec.numel == 0:
+            others["empty"].append(spec)
+        else:
+            chosen.append(stored)
+    return chosen, [
+        {"why": why, "tensors": len(specs), "names": [group.name for group in fold(specs)]}
+        for why, specs in sorted(others.items())
+    ]
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A scheme that quantizes weights without data, for the operand that it makes."""
+
+    scheme: Scheme
+    held: torch.dtype  # of weight_scale in the engine
+
+    def squared_error(self, rows: Tensor, exact: Tensor) -> float:
+        """Sum of (dequantized - exact)^2. rows: [n, k] as stored; exact: the same in float64."""
+        error = self.scheme.dequantize(self.scheme.quantize(rows, self.held)).double()
+        error -= exact
+        return float(torch.dot(error.view(-1), error.view(-1)))
+
+
+def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str, list[str]]]:
+    """By operand of the weight: what quantizes rows, and the names of all schemes that have it.
+
+    Of schemes that need no data, the first stands for all others with its operand: their weights
+    differ only by what data tells of inputs.
+    """
+    methods: dict[str, _Method] = {}
+    operands: dict[str, list[str]] = {}
+    for name, scheme_class in discover(Scheme).items():
+        scheme = scheme_class()
+        operand = scheme.numerics.weight
+        label = f"{operand.dtype} per {operand.per}"
+        operands.setdefault(label, []).append(name)
+        if label not in methods and scheme.observer(torch.bfloat16) is None:
+            held = target.held(scheme.numerics, "weight_scale", serving)
+            methods[label] = _Method(scheme, torch_dtype(held))
+    return methods, {label: operands[label] for label in methods}
+
+
+class _Sums:
+    """Sums over the rows of one matrix, in float64.
+
+    Moments are sums of powers of w - shift, with the first block's mean for `shift`: about 0 they would
+    cancel in matrices whose mean is far from it.
+    """
+
+    def __init__(self, columns: int, methods: Mapping[str, _Method]) -> None:
+        self._methods = methods
+        self._errors = dict.fromkeys(methods, 0.0)
+        self._squares = torch.zeros(columns, dtype=torch.float64)  # sum of w^2 of each column
+        self._powers = torch.zeros(4, dtype=torch.float64)
+        self._shift = 0.0
+        self._count = 0
+        self._amax = 0.0
+
+    def add(self, rows: Tensor) -> bool:
+        """Count rows [n, k], as stored; False, and nothing is counted, where one is NaN or Inf."""
+        exact = rows.double()
+        shift = self._shift if self._count else float(exact.mean())
+        d = (exact - shift).view(-1)
+        d2 = d * d
+        powers = torch.stack([d.sum(), d2.sum(), torch.dot(d, d2), torch.dot(d2, d2)])
+        if not bool(torch.isfinite(powers).all()):  # powers of a float32 fit float64
+            return False
+        low, high = rows.aminmax()
+        self._amax = max(self._amax, -float(low), float(high))
+        self._shift = shift
+        self._count += rows.numel()
+        self._powers += powers
+        self._squares += torch.linalg.vecdot(exact, exact, dim=0)
+        for label, method in self._methods.items():
+            self._errors[label] += method.squared_error(rows, exact)
+        return True
+
+    def account(self) -> dict[str, Any]:
+        """The numbers of one module."""
+        signal = float(self._squares.sum())
+        ratio, channel = self._largest_channel()
+        return {
+            "amax_over_rms": self._amax / math.sqrt(signal / self._count) if signal else None,
+            "kurtosis": self._kurtosis(),
+            "channel_ratio": ratio,
+            "channel": channel,
+            "sqnr_db": {label: _decibels(signal, error) for label, error in self._errors.items()},
+            "not_finite": None,
+        }
+
+    def _kurtosis(self) -> float | None:
+        m1, s2, s3, s4 = (self._powers / self._count).tolist()
+        variance = s2 - m1**2
+        if variance <= 0:
+            return None
+        fourth = s4 - 4 * m1 * s3 + 6 * m1**2 * s2 - 3 * m1**4
+        return float(fourth / variance**2 - 3)
+
+    def _largest_channel(self) -> tuple[float | None, int | None]:
+        rms = self._squares.sqrt()
+        alive = rms[rms > 0].sort().values
+        if not len(alive):
+            return None, None
+        median = (alive[(len(alive) - 1) // 2] + alive[len(alive) // 2]) / 2
+        channel = int(rms.argmax())
+        return float(rms[channel] / median), channel
+
+
+def _decibels(signal: float, error: float) -> float:
+    if error == 0:
+        return _MOST_DB
+    if not math.isfinite(error):
+        return -_MOST_DB
+    return 10 * math.log10(signal / error)
+
+
+def _measure(
+    stored: StoredTensor,
+    methods: Mapping[str, _Method],
+    progress: Progress,
+    stop: threading.Event,
+    block_elements: int,
+) -> dict[str, Any]:
+    """One module, block by block; cut short, with what was seen until then, by `stop`."""
+    shape = stored.spec.shape
+    named = {"module": stored.spec.name.removesuffix(".weight"), "shape": list(shape)}
+    height, width = math.prod(shape[:-1]), shape[-1]
+    matrix = replace(stored, spec=replace(stored.spec, shape=(height, width)))
+    sums = _Sums(width, methods)
+    step = max(1, block_elements // width)
+    with Reader(matrix) as reader:
+        for start in range(0, height, step):
+            if stop.is_set():
+                break
+            rows = reader.rows(start, step)
+            if not sums.add(rows):
+                progress.advance((height - start) * matrix.spec.row_nbytes)
+                return named | _not_finite(rows, start, shape, methods)
+            progress.advance(rows.nbytes)
+    return named | sums.account()
+
+
+def _not_finite(
+    rows: Tensor, start: int, shape: tuple[int, ...], methods: Mapping[str, _Method]
+) -> dict[str, Any]:
+    """The account of a matrix whose rows, from `start` on, hold a NaN or Inf."""
+    row, column = (~torch.isfinite(rows)).nonzero()[0].tolist()
+    index = [*divmod(start + row, shape[1])] if len(shape) == 3 else [start + row]
+    return {
+        **dict.fromkeys(("amax_over_rms", "kurtosis", "channel_ratio", "channel")),
+        "sqnr_db": dict.fromkeys(methods),
+        "not_finite": {"value": str(float(rows[row, column])), "index": [*index, column]},
+    }
