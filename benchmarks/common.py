@@ -97,7 +97,7 @@ def warm_up(words: Sequence[str]) -> None:
     """
     import torch
 
-    from quantcli.cli import main
+    from quantcli.__main__ import main
 
     torch.set_num_threads(1)
     nowhere, stdout = os.open(os.devnull, os.O_WRONLY), os.dup(1)
@@ -120,7 +120,7 @@ def fork(words: Sequence[str], log: Path) -> int:
         return child
     code: object = 99
     try:
-        from quantcli.cli import main
+        from quantcli.__main__ import main
 
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(2, 1)

@@ -83,7 +83,8 @@ def execute(
         files = run.files
         for name, content in plan.sidecars.items():
             write_file(partial / name, content)
-            files[name] = file_entry(len(content), hashlib.sha256(content).hexdigest(), checksum)
+            sha256 = hashlib.sha256(content).hexdigest() if checksum else None
+            files[name] = file_entry(partial / name, sha256)
         for name in plan.copies:
             files[name] = _copy_file(plan.checkpoint.path / name, partial / name, checksum)
         _remove_strangers(partial, {*files, JOURNAL})
@@ -128,7 +129,6 @@ def _remove_strangers(folder: Path, expected: set[str]) -> None:
 def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any]:
     """Copy a file's bytes, with the permissions of any new file."""
     digest = hashlib.sha256()
-    nbytes = 0
     temporary = destination.with_name(f".{destination.name}.writing")
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +136,10 @@ def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any
             while chunk := reader.read(_CHUNK):
                 writer.write(chunk)
                 digest.update(chunk)
-                nbytes += len(chunk)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.rename(destination)
-    return file_entry(nbytes, digest.hexdigest(), checksum)
+    return file_entry(destination, digest.hexdigest() if checksum else None)
 
 
 def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:

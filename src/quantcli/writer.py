@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
 
 from quantcli.errors import MachineError
 from quantcli.header import encode_header
@@ -87,12 +90,21 @@ def write_file(path: Path, content: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in small pieces."""
+    return _digest_of(path, hashlib.sha256())
+
+
+def blake3_of(path: Path) -> str:
+    """Hex digest of a file, read in small pieces."""
+    return _digest_of(path, blake3())
+
+
+def _digest_of(path: Path, digest: Any) -> str:
     with disk_errors(path), path.open("rb", buffering=0) as file:
-        digest = hashlib.sha256()
         buffer = bytearray(_HASH_BYTES)
         while n := file.readinto(buffer):
             digest.update(memoryview(buffer)[:n])
-        return digest.hexdigest()
+        hexadecimal: str = digest.hexdigest()
+        return hexadecimal
 
 
 def sync_folder(folder: Path) -> None:

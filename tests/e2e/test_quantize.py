@@ -255,7 +255,7 @@ def test_what_deserves_a_word_is_said(tmp_path):
     (word,) = notes(recipe, model, tmp_path / "out")
     assert word == "`quantization_config` in config.json is stale: the weights are float"
     job = convert("w8a8_dynamic", model, tmp_path / "out", "verify.min_sqnr=20")
-    assert any("`verify` block has no effect" in note for note in job.plan.notes)
+    assert not any("verify" in note for note in job.plan.notes), "it is for another command"
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 

@@ -60,6 +60,8 @@ smooth:
     alpha: 0.7
 verify:
   min_sqnr: 20
+  max_ppl_ratio: 1.01
+  max_kl: 0.05
 """
 KEYS = [line.strip(" -").partition(":")[0] for line in FULL.splitlines()]
 SCHEMA = json.loads(recipe_schema())

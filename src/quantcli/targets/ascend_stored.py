@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.errors import QuantError, closest
+from quantcli.errors import InputError, closest
 from quantcli.findings import Finding, failed, noted, of_error
 from quantcli.header import StoredTensor
 from quantcli.targets.ascend_experts import uneven_experts
@@ -62,7 +62,7 @@ class AscendStored:
             return {}
         try:
             return read_json_file(path)
-        except QuantError as error:
+        except InputError as error:
             self.findings.append(of_error("description", error))
             return {}
 

@@ -15,7 +15,7 @@ from quantcli.header import StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.verify.blocks import ModuleReader, Reader
 
-BLOCK_ELEMENTS = 512 * 1024  # float32 blocks of 2 MB stay in the cache of a core
+BLOCK_ELEMENTS = 128 * 1024  # float32 blocks of 512 KB: a dozen of them stay in the cache of a core
 _SAMPLED = 8  # every eighth block goes into the histogram and the channels' rms
 _BINS = 32
 _REACH = 4.0  # the histogram's ends, in mean errors

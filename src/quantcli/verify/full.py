@@ -20,7 +20,7 @@ from quantcli.tensors import read_tensor
 from quantcli.tensorspec import DTYPES, FLOATS
 from quantcli.verify.blocks import ModuleReader, Reader
 from quantcli.verify.structure import Structure
-from quantcli.writer import sha256_of
+from quantcli.writer import blake3_of, sha256_of
 
 _BLOCK = 2**21  # bytes that are looked at together
 _COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32
@@ -44,22 +44,23 @@ def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
         jobs += [pool.submit(_arithmetic, module) for module in stored.modules.values()]
         for job in jobs:
             report.add(job.result())
-    report.count("sha256", sum(entry.get("sha256") is not None for entry in files.values()))
+    report.count("hashes", sum(entry.get("sha256") is not None for entry in files.values()))
     report.count("values", len(stored.checkpoint.tensors))
     report.count("arithmetic", len(stored.modules))
-    if files and not report.checked["sha256"]:
-        report.add([noted("sha256", "the manifest holds no hashes: it was written with --no-checksum")])
+    if files and not report.checked["hashes"]:
+        report.add([noted("hashes", "the manifest holds no hashes: it was written with --no-checksum")])
 
 
 def _hash(stored: Stored, name: str, entry: dict[str, Any], progress: Progress) -> list[Finding]:
     path = stored.checkpoint.path / name
     if entry.get("sha256") is None or not path.is_file():
         return []
-    found = sha256_of(path)
+    fast = isinstance(entry.get("blake3"), str)
+    same = blake3_of(path) == entry["blake3"] if fast else sha256_of(path) == entry["sha256"]
     progress.advance(path.stat().st_size)
-    if found == entry["sha256"]:
+    if same:
         return []
-    return [failed("sha256", "file has changed since it was written", name, _AGAIN)]
+    return [failed("hashes", "file has changed since it was written", name, _AGAIN)]
 
 
 def _rules(stored: Stored) -> dict[str, Values]:

@@ -43,7 +43,7 @@ def open_for_verification(path: Path) -> Opened:
         try:
             manifest = read_manifest(checkpoint.path)
             findings += _manifest(checkpoint, manifest)
-        except QuantError as error:
+        except InputError as error:
             findings.append(of_error("manifest", error))
             manifest = None
     else:

@@ -25,7 +25,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "loader": ("structure", "the engine's loader finds each module's type and takes none for float"),
     "layers": ("structure", "as many layers as config.json says, none with less than its like"),
     "tp": ("structure", "modules can be split over the tensor parallel sizes that were asked for"),
-    "sha256": ("full", "every file has the sha256 of the manifest"),
+    "hashes": ("full", "every file has the hash of the manifest"),
     "values": ("full", "no NaN or Inf, scales positive, codes in range"),
     "arithmetic": ("full", "numbers that follow from others do"),
     "source": ("against", "every tensor and file of the other model is accounted for"),
