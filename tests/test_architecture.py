@@ -12,15 +12,19 @@ from quantcli.targets.base import Target
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
-    0: {"errors", "registry", "numerics", "events", "recipefile", "schemes.rounding"},
-    1: {"findings", "tensorspec", "folder", "yamlfile", "executors", "schemes.observers",
+    0: {"errors", "registry", "numerics", "events", "recipefile", "schemes.rounding",
+        "verify.words", "verify.grid"},
+    1: {"verify.plots", "verify.junit",
+        "findings", "tensorspec", "folder", "yamlfile", "executors", "schemes.observers",
         "schemes.affine", "calibration.taps", "calibration.devices"},
-    2: {"header", "schemes.base", "verify.report", "calibration.documents", "calibration.flow"},
-    3: {"checkpoint", "writer", "targets.layouts", "schemes.int8_static", "calibration.wishes",
-        "calibration.dataset"},
-    4: {"formats", "hub", "journal", "tensors", "schemes.*", "targets.base", "targets.ascend_tags",
-        "calibration.library", "calibration.watch"},
-    5: {"manifest", "inspection", "publish", "measured", "targets.sidecars", "targets.siblings",
+    2: {"verify.charts", "verify.markup",
+        "header", "schemes.base", "verify.report", "calibration.documents", "calibration.flow"},
+    3: {"verify.heatmap", "checkpoint", "writer", "targets.layouts", "schemes.int8_static",
+        "calibration.wishes", "calibration.dataset"},
+    4: {"verify.outlierpage", "formats", "hub", "journal", "tensors", "schemes.*", "targets.base",
+        "targets.ascend_tags", "calibration.library", "calibration.watch"},
+    5: {"verify.page",
+        "manifest", "inspection", "publish", "measured", "targets.sidecars", "targets.siblings",
         "targets.ascend_layouts", "verify.blocks", "calibration.skeleton", "calibration.calls",
         "calibration.states"},
     6: {"recipe", "verify.opening", "verify.compare", "targets.ascend_experts", "targets.ascend_names", "targets.ascend_tp",
@@ -34,7 +38,7 @@ FLOORS = {
     10: {"verify.verify", "execute", "outliers", "calibration.session"},
     11: {"verifying", "commands"},
     12: {"console"},
-    13: {"progress", "outlier_table"},
+    13: {"options", "progress", "verify.shown", "outlier_table"},
     14: {"cli"},
     15: {"__main__"},
 }  # fmt: skip
@@ -44,8 +48,8 @@ MODULES = sorted(
 )
 MODULES = [module for module in MODULES if not module.endswith(".__init__")]
 # what `--help` and `inspect` must not wait for
-HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu"}
-LIGHT = ["cli", "errors", "registry", "tensorspec", "header", "folder", "checkpoint", "formats",
+HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu", "plotly"}
+LIGHT = ["cli", "options", "errors", "registry", "tensorspec", "header", "folder", "checkpoint", "formats",
          "inspection", "hub", "commands", "console", "numerics"]  # fmt: skip
 
 

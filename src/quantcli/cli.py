@@ -11,6 +11,7 @@ import typer
 
 from quantcli import __version__
 from quantcli.errors import Exit, InputError
+from quantcli.options import Device, Json, MaxMemory, Model, Quiet, Report, Trust, Workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources
@@ -24,22 +25,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 fix your input, 3 fix your machine, "
     "70 our bug, 130 interrupted.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress.")]
-Device = Annotated[str, typer.Option(help="Where calibration computes: cpu, cuda or npu.")]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory of a calibration beside the imports, such as 8GB: one decoder layer, the work on "
-        "it, and as many hidden states as fit [default: 80 % of what is free].",
-    ),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that came with the model, where it is run."),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -67,6 +52,7 @@ def inspect(
         bool,
         typer.Option("--outliers", help="Read the weights: which are hard to quantize, worst first."),
     ] = False,
+    report: Report = None,
     support: Annotated[bool, typer.Option("--support", help="Show schemes x targets instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -76,13 +62,13 @@ def inspect(
     suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights of a float
     checkpoint too, and says which a recipe had better keep float.
     """
-    from quantcli import commands, console, outlier_table, progress
+    from quantcli import commands, console, outlier_table, progress, verifying
 
     out = console.Output(as_json=as_json)
     if support:
-        if model is not None or tensors is not None or outliers:
+        if model is not None or tensors is not None or outliers or report:
             raise InputError(
-                "--support takes no model, no --tensors and no --outliers",
+                "--support takes no model and no other option but --json",
                 fix="quantcli inspect --support",
             )
         cells = commands.support()
@@ -90,13 +76,15 @@ def inspect(
         return
     if model is None:
         raise InputError("no model to inspect", fix="quantcli inspect MODEL")
+    if report is not None and not outliers:
+        raise InputError("--report needs --outliers", where=f"--report {report}", fix="add --outliers")
     if outliers:
         if tensors is not None:
             raise InputError(
                 "--outliers takes no --tensors", fix=f"quantcli inspect --outliers {model}"
             )
         with progress.watch(out) as watcher:
-            account = commands.outliers(model, watcher)
+            account = verifying.outliers(model, watcher, report)
         out.document(account) if as_json else outlier_table.show_outliers(out, account)
         return
     account = commands.inspect(model, tensors)
@@ -108,9 +96,7 @@ def inspect(
 @app.command()
 def quantize(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    model: Annotated[
-        str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")
-    ] = None,
+    model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
     ] = None,
@@ -121,9 +107,7 @@ def quantize(
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the plan and stop; 0 if it would run.")
     ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
-    ] = None,
+    workers: Workers = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of resuming OUT.partial.")
     ] = False,
@@ -178,9 +162,7 @@ def quantize(
 @app.command()
 def calibrate(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    model: Annotated[
-        str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")
-    ] = None,
+    model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE.calibration here].")
     ] = None,
@@ -190,9 +172,7 @@ def calibrate(
     ] = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
-    ] = None,
+    workers: Workers = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of going on after the last layer.")
     ] = False,
@@ -243,12 +223,8 @@ def verify(
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the outcome as JUnit XML, too.")
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write one page with charts, too.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")
-    ] = None,
+    report: Report = None,
+    workers: Workers = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,

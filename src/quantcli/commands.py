@@ -101,17 +101,6 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
     return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
 
 
-def outliers(model: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Which of a float checkpoint's weights are hard to quantize: see `outliers.inspect_outliers`."""
-    from quantcli.events import SILENT
-    from quantcli.outliers import inspect_outliers
-    from quantcli.registry import discover
-    from quantcli.targets.base import Target
-
-    target = discover(Target)["ascend"]()
-    return inspect_outliers(open_checkpoint(find_model(model)), target, progress=progress or SILENT)
-
-
 def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
     from quantcli.items import dry_run

@@ -46,7 +46,7 @@ class ShardLines:
         self._layers = layers
         self._began = time.monotonic()
         kept = f", {count(done, 'layer')} done by an earlier run" if done else ""
-        self._out.word(f"calibrating: {count(layers, 'layer')}, {tokens:,} tokens{kept}")
+        self._out.word(f"running: {count(layers, 'layer')}, {tokens:,} tokens{kept}")
 
     def layer(self, name: str, index: int) -> None:
         """One line."""
@@ -104,7 +104,7 @@ class ProgressBar:
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
         """Set the length of the bar, in layers."""
         self._bar.update(
-            self._layers, total=layers, completed=done, description="calibrating", visible=True
+            self._layers, total=layers, completed=done, description="running", visible=True
         )
 
     def layer(self, name: str, index: int) -> None:

@@ -1,4 +1,4 @@
-"""`quantcli verify` as a function: what was asked, checked; what was found, written where it is wanted."""
+"""`verify`, and `inspect --outliers`, as functions: their outcome as data, and written to files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint import open_checkpoint
 from quantcli.errors import InputError
 from quantcli.hub import find_model
-from quantcli.writer import disk_errors, write_file
+from quantcli.writer import check_file, write_file
 
 if TYPE_CHECKING:
     from quantcli.events import Progress
@@ -50,7 +51,7 @@ def verify(
             raise InputError(f"{value} is no limit", where=f"--{name} {value}", fix="give a number")
     for option, file in (("--junit", junit), ("--report", page)):
         if file is not None:
-            _check_file(option, file)
+            check_file(option, file)
     if page is not None:
         from quantcli.verify.page import require_plotly
 
@@ -80,6 +81,31 @@ def verify(
     return found
 
 
+def outliers(model: str, progress: Progress | None = None, page: Path | None = None) -> dict[str, Any]:
+    """Which of a float checkpoint's weights are hard to quantize: see `outliers.inspect_outliers`.
+
+    page: an HTML file to draw it in as well.
+    """
+    from quantcli.events import SILENT
+    from quantcli.outliers import inspect_outliers
+    from quantcli.registry import discover
+    from quantcli.targets.base import Target
+
+    if page is not None:
+        from quantcli.verify.page import require_plotly
+
+        require_plotly()
+        check_file("--report", page)
+    target = discover(Target)["ascend"]()
+    checkpoint = open_checkpoint(find_model(model))
+    found = inspect_outliers(checkpoint, target, progress=progress or SILENT)
+    if page is not None:
+        from quantcli.verify.outlierpage import outliers_page
+
+        write_file(page, outliers_page(str(checkpoint.path), found["modules"]).encode())
+    return found
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     """Tensor parallel sizes: 1,2,4."""
     parts = text.split(",")
@@ -88,12 +114,3 @@ def _sizes(text: str) -> tuple[int, ...]:
             "tensor parallel sizes are whole numbers", where=f"--tp {text}", fix="--tp 1,2,4"
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _check_file(option: str, file: Path) -> None:
-    """InputError before the work where its outcome could not be written."""
-    with disk_errors(file):
-        if file.is_dir():
-            raise InputError("is a directory", where=f"{option} {file}", fix="give a file")
-        if not file.parent.is_dir():
-            raise InputError("no such directory", where=f"{option} {file}", fix="make it first")

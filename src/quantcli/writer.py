@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from quantcli.errors import MachineError
+from quantcli.errors import InputError, MachineError
 from quantcli.header import encode_header
 from quantcli.tensorspec import TensorSpec
 
@@ -86,6 +86,15 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+
+
+def check_file(option: str, file: Path) -> None:
+    """InputError, before the work, where its outcome could not be written to `file`."""
+    with disk_errors(file):
+        if file.is_dir():
+            raise InputError("is a directory", where=f"{option} {file}", fix="give a file")
+        if not file.parent.is_dir():
+            raise InputError("no such directory", where=f"{option} {file}", fix="make it first")
 
 
 def sha256_of(path: Path) -> str:

@@ -88,7 +88,7 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     assert "samples      4 of up to 16 tokens" in table
     assert "smoothed     16 groups of channels" in table
     assert words(result.err) == [
-        "calibrating: 4 layers, 64 tokens",
+        "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
     ]
@@ -140,7 +140,7 @@ def test_default_places(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPa
         done = run_cli(command, "recipe.yaml", "--model", bench.model, "--set", "output=named")
         assert done.code == 0, done.err
         assert (bench.root / name).is_dir()
-    assert "calibrating" not in done.err, "the two do not agree on the place"
+    assert "running: " not in done.err, "the two do not agree on the place"
 
 
 # one step or two
@@ -177,7 +177,7 @@ def test_forced_again(make: Callable[..., Bench]) -> None:
     whole = snapshot(bench.root)
     result = bench.run("--force", "--fresh")
     assert result.code == 0, result.err
-    assert "calibrating" not in result.err, "what took long is kept"
+    assert "running: " not in result.err, "what took long is kept"
     assert snapshot(bench.root) == whole
 
 

@@ -8,8 +8,9 @@ has changed in the same layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Cand
     for reference, made in siblings:
         with reference() as before, made() as after:
             w, d = before.weight(0, rows_of(k)), after.weight(0, rows_of(k))
-        estimated = max(estimated, _explained(w, d, _columns([(w, d)], k))[0])
+        estimated = max(estimated, _explained(w, d, _columns(partial(_one, w, d), k))[0])
         for place, option in enumerate(options):
             rest, octaves = _explained(w, d, option.columns)
             left[place] = max(float(left[place]), rest)
@@ -76,7 +77,7 @@ def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Cand
 def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> Factors:
     """Row factors, snapped to powers of two where they are near them, beside column factors: those
     given, else estimated from all rows."""
-    chosen = _columns(_read(pair, n, k), k) if columns is None else columns.columns
+    chosen = _columns(partial(_read, pair, n, k), k) if columns is None else columns.columns
     rows = []
     for w, d in _read(pair, n, k):
         w *= chosen
@@ -97,21 +98,33 @@ def _explained(w: Tensor, d: Tensor, columns: Tensor) -> tuple[float, float]:
     )
 
 
-def _columns(rows: Iterable[tuple[Tensor, Tensor]], k: int) -> Tensor:
-    """Column factors by least squares over blocks of rows (w, d), each row weighted by its own factor
-    to begin with; the middle of row factors is 1."""
-    product, square, ratios = torch.zeros(k).double(), torch.zeros(k).double(), []
-    for w, d in rows:
-        ww = torch.linalg.vecdot(w, w)
-        row = torch.where(ww > 0, (torch.linalg.vecdot(d, d) / ww).sqrt(), 1.0)
-        ratios.append(row)
-        w = w * row.unsqueeze(1)
-        product += (w * d).sum(0).double()
-        square += w.square().sum(0).double()
-    columns = torch.where(square > 0, product / square, 1.0).float()
-    sound = columns[columns > 0]
-    columns = columns * torch.cat(ratios).median() if len(sound) else torch.ones(k)
-    return _snap(columns)
+def _columns(read: Callable[[], Iterable[tuple[Tensor, Tensor]]], k: int) -> Tensor:
+    """Column factors by least squares over blocks of rows (w, d): each row weighted by its own factor,
+    at first that of its length. The middle of row factors is 1."""
+    columns = torch.ones(k)
+    for first in (True, False):
+        product, square, ratios = torch.zeros(k).double(), torch.zeros(k).double(), []
+        for w, d in read():
+            scaled = w * columns
+            ww = torch.linalg.vecdot(scaled, scaled)
+            row = (
+                (torch.linalg.vecdot(d, d) / ww).sqrt()
+                if first
+                else torch.linalg.vecdot(scaled, d) / ww
+            )
+            row = torch.where(ww > 0, row, 1.0)
+            ratios.append(row)
+            w = w * row.unsqueeze(1)
+            product += (w * d).sum(0).double()
+            square += w.square().sum(0).double()
+        columns = torch.where(square > 0, product / square, 1.0).float()
+        if not bool((columns > 0).any()):
+            return torch.ones(k)
+    return _snap(columns * torch.cat(ratios).median())
+
+
+def _one(w: Tensor, d: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(w, d)]
 
 
 def _read(pair: Pair, n: int, k: int) -> Iterator[tuple[Tensor, Tensor]]:

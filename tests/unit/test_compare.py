@@ -1,0 +1,197 @@
+"""Weights against what they have become: figures against plain formulas, factors that were planted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from quantcli.verify import compare as module
+from quantcli.verify.compare import Factors, compare
+from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
+
+
+class Held:
+    """A weight in memory, read by rows; counts how many rows were asked for at once."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        self.most = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def weight(self, start, count):
+        self.most = max(self.most, count)
+        return self.tensor[start : start + count].clone()
+
+
+def opened(tensor):
+    return lambda: Held(tensor)
+
+
+def draw(n, k, seed=0):
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight, steps=127):
+    """Symmetric codes per row, times scale."""
+    scale = weight.abs().amax(1, keepdim=True) / steps
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize("elements", [64, 1000, 10**6])
+def test_figures(monkeypatch, elements):
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
+    w = draw(37, 48)
+    d = rounded(w)
+    found = compare(opened(w), opened(d), 37, 48)
+    x, y = w.double().numpy(), d.double().numpy()
+    noise = ((y - x) ** 2).sum(1)
+    sqnr = 10 * math.log10((x**2).sum() / noise.sum())
+    assert 38 < sqnr < 46
+    assert found.sqnr_db == pytest.approx(sqnr, abs=1e-3)
+    cosine = (x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum())
+    assert found.cosine == pytest.approx(cosine, abs=1e-7)
+    account = found.account()
+    assert account["max_rel_error"] == pytest.approx(np.abs(y - x).max() / np.abs(x).max(), rel=1e-4)
+    rows = 10 * np.log10((x**2).sum(1) / noise)
+    assert [worst["row"] for worst in account["worst_rows"]] == np.argsort(rows)[:5].tolist()
+    assert account["worst_rows"][0]["sqnr_db"] == pytest.approx(rows.min(), abs=1e-3)
+
+
+def test_memory_is_a_block():
+    w = draw(4096, 64)
+    held = Held(w)
+    compare(lambda: held, opened(w), 4096, 64)
+    assert held.most * 64 <= module.BLOCK_ELEMENTS < w.numel()
+
+
+def test_histogram_is_flat_within_a_step():
+    """Rounding errors are uniform: as many in each bin, none beyond sqrt(3) mean errors."""
+    w = draw(64, 4096)
+    counts = torch.tensor(
+        compare(opened(w), opened(rounded(w)), 64, 4096).account()["histogram"]["counts"]
+    )
+    assert int(counts.sum()) >= module.BLOCK_ELEMENTS
+    inside = counts[10:22]  # -1.5 to 1.5
+    assert float(inside.max() / inside.min()) < 1.2
+    assert int(counts[:8].sum() + counts[24:].sum()) == 0
+
+
+def test_a_planted_row_and_channel_are_named():
+    w = draw(40, 64)
+    w[:, 7] *= 30
+    d = rounded(w)
+    d[11] *= -1
+    account = compare(opened(w), opened(d), 40, 64).account()
+    assert account["worst_rows"][0] == {"row": 11, "sqnr_db": pytest.approx(-6.02, abs=0.1)}
+    assert [o["channel"] for o in account["outlier_channels"]] == [7]
+    assert 25 < account["outlier_channels"][0]["ratio"] < 36
+
+
+def test_nothing_lost_and_everything_lost():
+    w = draw(4, 8)
+    assert compare(opened(w), opened(w), 4, 8).sqnr_db == 200
+    assert compare(opened(w), opened(torch.full_like(w, math.nan)), 4, 8).sqnr_db == -200
+    zeros = torch.zeros(4, 8)
+    assert compare(opened(zeros), opened(zeros), 4, 8).sqnr_db == 200
+    assert compare(opened(zeros), opened(w), 4, 8).sqnr_db == -200
+
+
+def powers(count, seed, low=-3, high=4):
+    return (
+        torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed)).float().exp2()
+    )
+
+
+def test_planted_factors_are_found():
+    w, rows, columns = draw(96, 64), powers(96, 1), powers(64, 2)
+    known = [Candidate("other", powers(64, 3)), Candidate("norm", columns)]
+    pair = opened(w), opened(rounded(w * rows.unsqueeze(1) * columns))
+    chosen = choose([pair], 64, known)
+    assert chosen is known[1]
+    factors = fit(pair, 96, 64, chosen)
+    assert torch.equal(factors.rows, rows)
+    assert compare(*pair, 96, 64, factors).sqnr_db > 36
+    # without a candidate they are estimated
+    assert choose([pair], 64, known[:1]) is None
+    guessed = fit(pair, 96, 64, None)
+    assert torch.equal(guessed.columns * guessed.rows[0], columns * rows[0])
+    assert compare(*pair, 96, 64, guessed).sqnr_db > 36
+
+
+def test_columns_of_one_factor_belong_to_the_candidate():
+    """Columns x 2 with rows / 8 for one sibling: rows / 4 would explain that one as well."""
+    gate, up, s = draw(32, 64, 4), draw(32, 64, 5), torch.full((64,), 2.0)
+    siblings = [(opened(gate), opened(rounded(gate * 2))), (opened(up), opened(rounded(up * 2 / 8)))]
+    assert choose(siblings, 64, [Candidate("norm", s)]).producer == "norm"
+    alone = [(opened(gate), opened(rounded(gate)))]
+    assert choose(alone, 64, [Candidate("norm", s)]).producer == ""
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_candidates_know_norms_that_add_one(offset):
+    before, scale = draw(1, 64).abs()[0] + 0.5, powers(64, 6)
+    after = (before + offset) / scale - offset
+    found = candidates({"norm.weight": (before, after)})
+    assert any(torch.allclose(c.columns, scale, rtol=1e-3) for c in found)
+
+
+A = "model.layers.0.self_attn"
+M = "model.layers.0.mlp"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def smoothed(rows=None, columns=None, without=(), producer=NORM):
+    """Edits of q, k, v and o as smoothing leaves them, `without` some."""
+    s, r = powers(8, 7, 1, 4), powers(8, 8, 1, 4)
+    ones = torch.ones(8)
+    edits = [
+        Edited(f"{A}.q_proj", Factors(ones, s), producer),
+        Edited(f"{A}.k_proj", Factors(ones, s), producer),
+        Edited(f"{A}.v_proj", Factors(1 / r, s), producer),
+        Edited(f"{A}.o_proj", Factors(ones, r), None),
+    ]
+    return [edit for edit in edits if edit.module not in without]
+
+
+MERGED = {f"{A}.{name}": "qkv" for name in ("q_proj", "k_proj", "v_proj")} | {f"{A}.o_proj": None}
+
+
+def said(changed, edits):
+    return [(f.what.split(",")[0], f.where) for f in check_layer(changed, edits, MERGED)]
+
+
+def test_edits_that_cancel_out_pass():
+    assert said([NORM], smoothed()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "without", "what", "where"),
+    [
+        ([NORM], [f"{A}.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj")], "has changed", NORM),
+        ([NORM], [f"{A}.o_proj"], "has rows that were multiplied", f"{A}.v_proj"),
+        ([NORM], [f"{A}.v_proj"], "has columns that were multiplied", f"{A}.o_proj"),
+    ],
+)
+def test_edits_that_do_not(changed, without, what, where):
+    assert (what, f"`{where}`") in said(changed, smoothed(without=without))
+
+
+def test_columns_without_a_producer():
+    found = said([], smoothed(producer=None))
+    assert ("has columns that were multiplied", f"`{A}.q_proj`") in found
+
+
+def test_grouped_heads_repeat_rows():
+    rows, columns = powers(4, 9, 1, 4), powers(4, 9, 1, 4).view(2, 1, 2).repeat(1, 3, 1).flatten()
+    ones = torch.ones(12)
+    edits = [
+        Edited(f"{A}.v_proj", Factors(1 / rows, ones), None),
+        Edited(f"{A}.o_proj", Factors(ones, columns), None),
+    ]
+    assert said([], edits) == []
