@@ -14,26 +14,25 @@ SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
     0: {"errors", "registry", "numerics", "events", "recipefile", "schemes.rounding",
         "verify.words", "verify.grid"},
-    1: {"verify.plots", "verify.junit",
-        "findings", "tensorspec", "folder", "yamlfile", "executors", "schemes.observers",
-        "schemes.affine", "calibration.taps", "calibration.devices"},
-    2: {"verify.charts", "verify.markup",
-        "header", "schemes.base", "verify.report", "calibration.documents", "calibration.flow"},
+    1: {"verify.plots", "verify.junit", "findings", "tensorspec", "folder", "yamlfile",
+        "executors", "schemes.observers", "schemes.affine", "calibration.taps",
+        "calibration.devices"},
+    2: {"verify.charts", "verify.markup", "header", "schemes.base", "verify.report",
+        "calibration.documents", "calibration.flow"},
     3: {"verify.heatmap", "checkpoint", "writer", "targets.layouts", "schemes.int8_static",
         "calibration.wishes", "calibration.dataset"},
     4: {"verify.outlierpage", "formats", "hub", "journal", "tensors", "schemes.*", "targets.base",
         "targets.ascend_tags", "calibration.library", "calibration.watch"},
-    5: {"verify.page",
-        "manifest", "inspection", "publish", "measured", "targets.sidecars", "targets.siblings",
-        "targets.ascend_layouts", "verify.blocks", "calibration.skeleton", "calibration.calls",
-        "calibration.states"},
-    6: {"recipe", "verify.opening", "verify.compare", "targets.ascend_experts", "targets.ascend_names", "targets.ascend_tp",
-        "calibration.outside", "calibration.layout", "calibration.engine",
-        "calibration.store"},
-    7: {"targets.ascend_stored", "verify.structure", "verify.edits", "verify.reference", "plan", "matching", "schema", "calibration.shown",
-        "calibration.replay", "calibration.smoothing"},
-    8: {"targets.*", "verify.full", "verify.against", "items", "blocks", "calibration.layer", "calibration.served",
-        "calibration.identity"},
+    5: {"verify.page", "manifest", "inspection", "publish", "measured", "targets.sidecars",
+        "targets.siblings", "targets.ascend_layouts", "verify.blocks", "calibration.skeleton",
+        "calibration.calls", "calibration.states"},
+    6: {"recipe", "verify.opening", "verify.compare", "targets.ascend_experts",
+        "targets.ascend_names", "targets.ascend_tp", "calibration.outside", "calibration.layout",
+        "calibration.engine", "calibration.store"},
+    7: {"targets.ascend_stored", "verify.structure", "verify.edits", "verify.reference", "plan",
+        "matching", "schema", "calibration.shown", "calibration.replay", "calibration.smoothing"},
+    8: {"targets.*", "verify.full", "verify.against", "items", "blocks", "calibration.layer",
+        "calibration.served", "calibration.identity"},
     9: {"verify.run", "planner", "advice", "streaming", "calibration.calibrate"},
     10: {"verify.verify", "execute", "outliers", "calibration.session"},
     11: {"verifying", "commands"},
@@ -49,8 +48,8 @@ MODULES = sorted(
 MODULES = [module for module in MODULES if not module.endswith(".__init__")]
 # what `--help` and `inspect` must not wait for
 HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu", "plotly"}
-LIGHT = ["cli", "options", "errors", "registry", "tensorspec", "header", "folder", "checkpoint", "formats",
-         "inspection", "hub", "commands", "console", "numerics"]  # fmt: skip
+LIGHT = ["cli", "options", "errors", "registry", "tensorspec", "header", "folder", "checkpoint",
+         "formats", "inspection", "hub", "commands", "console", "numerics"]  # fmt: skip
 
 
 def floor(module):

@@ -1,0 +1,142 @@
+"""The other charts of a page: layer outputs, perplexity, histograms of errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from quantcli.verify.plots import (
+    BAD,
+    LINE,
+    MUTED,
+    ONE,
+    TEXT,
+    TWO,
+    Figure,
+    dashed,
+    figure,
+    finite,
+    line,
+    plain,
+    step,
+    ticks,
+)
+from quantcli.verify.words import decibels, is_ok, number
+
+
+def layer_line(layers: Sequence[dict[str, Any]]) -> Figure:
+    """SQNR of each layer's output, by itself and after all before it; limits and failures."""
+    values = [finite(layer.get("sqnr_db")) for layer in layers]
+    hover = [
+        f"<b>{plain(layer['layer'])}</b><br>SQNR {decibels(layer.get('sqnr_db'))}"
+        f"<br>limit {decibels(layer.get('limit_db'))}"
+        f"<br>after all before it {decibels(layer.get('cumulative_db'))}"
+        f"{'' if is_ok(layer) else '<br><b>failed</b>'}"
+        for layer in layers
+    ]
+    places = list(range(len(layers)))
+    traces = [line("the layer by itself", places, values, ONE, hover)]
+    summed = [finite(layer.get("cumulative_db")) for layer in layers]
+    if any(value is not None for value in summed):
+        traces.append(line("after all layers before it", places, summed, TWO, hover))
+    limits = [layer.get("limit_db") for layer in layers]
+    if any(limit is not None for limit in limits):
+        traces.append({**line("limit", places, limits, MUTED), "mode": "lines", "line": dashed("hv")})
+    bad = [index for index, layer in enumerate(layers) if not is_ok(layer)]
+    if bad:
+        lowest = min((value for value in values if value is not None), default=0.0)
+        y = [lowest if values[index] is None else values[index] for index in bad]
+        marks = line("failed", bad, y, BAD, [hover[index] for index in bad])
+        marker = {"symbol": "x", "size": 13, "color": BAD}
+        traces.append({**marks, "mode": "markers", "marker": marker})
+    labels = [plain(layer["layer"].rpartition(".")[2]) for layer in layers]
+    axis = ticks(labels, bad, step=step(len(labels)))
+    layout = {
+        "height": 300,
+        "xaxis": {"title": {"text": "layer"}, **axis, "range": [-0.5, len(layers) - 0.5]},
+        "yaxis": {"title": {"text": "dB"}},
+    }
+    return figure(traces, layout)
+
+
+def perplexity_line(windows: Sequence[dict[str, float]]) -> Figure:
+    """Perplexity of each window of text, and below by how much it has changed."""
+    places = list(range(len(windows)))
+    reference = [finite(window.get("reference")) for window in windows]
+    checkpoint = [finite(window.get("checkpoint")) for window in windows]
+    change = [
+        100 * (b / a - 1) if a and b is not None else None
+        for a, b in zip(reference, checkpoint, strict=True)
+    ]
+    hover = [
+        f"window {place}<br>reference {number(a)}<br>checkpoint {number(b)}"
+        f"<br>change {'-' if c is None else f'{c:+.2f} %'}"
+        for place, a, b, c in zip(places, reference, checkpoint, change, strict=True)
+    ]
+    second = line("checkpoint", places, checkpoint, TWO, hover)
+    bars = {
+        "type": "bar", "name": "change in %", "x": places, "y": change, "yaxis": "y2",
+        "hovertext": hover, "hoverinfo": "text", "marker": {"color": MUTED}, "showlegend": False,
+    }  # fmt: skip
+    layout = {
+        "height": 360,
+        "xaxis": {"title": {"text": "window of text"}, "anchor": "y2",
+                  "range": [-0.5, len(windows) - 0.5]},
+        "yaxis": {"title": {"text": "perplexity"}, "domain": [0.42, 1]},
+        "yaxis2": {"title": {"text": "change, %"}, "domain": [0, 0.32], "zeroline": True,
+                   "zerolinecolor": MUTED, "gridcolor": LINE},
+    }  # fmt: skip
+    second["line"] = {**second["line"], "dash": "dot"}
+    return figure([line("reference", places, reference, ONE, hover), second, bars], layout)
+
+
+def histogram(
+    title: str, counts: Sequence[float], edges: Sequence[float], *, ok: bool = True
+) -> Figure:
+    """How often each error occurs; the share on a logarithmic axis."""
+    whole = sum(counts) or 1
+    centres = [(a + b) / 2 for a, b in pairwise(edges)]
+    widths = [b - a for a, b in pairwise(edges)]
+    hover = [
+        f"{number(a)} to {number(b)}<br>{number(round(count))} of {number(round(whole))} values"
+        for (a, b), count in zip(pairwise(edges), counts, strict=True)
+    ]
+    bars = {
+        "type": "bar", "x": centres, "width": widths, "y": [count / whole or None for count in counts],
+        "hovertext": hover, "hoverinfo": "text",
+        "marker": {"color": ONE if ok else BAD, "line": {"width": 0}},
+    }  # fmt: skip
+    least = min((count / whole for count in counts if count), default=1.0)
+    lowest = min(-3, math.floor(math.log10(least)))
+    layout = {
+        "height": 210,
+        "title": {"text": plain(title), "font": {"size": 12, "color": TEXT if ok else BAD}, "x": 0.02},
+        "margin": {"l": 56, "r": 8, "t": 30, "b": 26},
+        "bargap": 0,
+        "yaxis": {"type": "log", "dtick": 1, "tickformat": "~%", "range": [lowest, 0]},
+        "xaxis": {"zeroline": False},
+    }
+    return figure([bars], layout)
+
+
+def overall(histograms: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]] | None:
+    """Counts and edges of all together; where edges differ, shared out over the widest range."""
+    usable = [h for h in histograms if len(h["edges"]) == len(h["counts"]) + 1 and any(h["counts"])]
+    if not usable:
+        return None
+    edges = list(usable[0]["edges"])
+    if any(h["edges"] != edges for h in usable):
+        low, high = min(h["edges"][0] for h in usable), max(h["edges"][-1] for h in usable)
+        edges = [low + (high - low) * i / 32 for i in range(33)]
+    counts = [0.0] * (len(edges) - 1)
+    for h in usable:
+        if h["edges"] == edges:
+            counts = [a + b for a, b in zip(counts, h["counts"], strict=True)]
+            continue
+        for (left, right), count in zip(pairwise(h["edges"]), h["counts"], strict=True):
+            for place, (a, b) in enumerate(pairwise(edges)):
+                shared = min(right, b) - max(left, a)
+                counts[place] += count * max(shared, 0.0) / (right - left)
+    return counts, edges

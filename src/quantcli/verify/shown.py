@@ -1,0 +1,100 @@
+"""A report of verification on a terminal: what is wrong first, the verdict last."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from quantcli.console import Output, count
+from quantcli.verify import words
+
+_FINDINGS = 10  # that show; more where more checks have any, so that each has one
+_MODULES = 10
+
+
+def show_verification(out: Output, report: dict[str, Any], modules: int = _MODULES) -> None:
+    """Print a report: errors, the worst `modules`, the run, notes, checks, and last the verdict."""
+    _errors(out, words.errors(report))
+    _modules(out, report.get("modules") or [], modules)
+    for what, value in words.run_facts(report):
+        out.line(f"{what:<13}{value}" if len(what) < 13 else f"{what} {value}")
+    _layers(out, (report.get("run") or {}).get("layers") or [])
+    notes = words.spread(words.notes(report))
+    for note in notes[:_FINDINGS]:
+        where = f" ({note['where']})" if note.get("where") else ""
+        out.line(f"note         {note['what']}{where}")
+    if len(notes) > _FINDINGS:
+        out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
+    _checks(out, report)
+    if missing := words.not_reached(report):
+        out.line(f"not checked  {'; '.join(missing)}")
+    out.line(verdict(report))
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One line: passed or not, what was checked, and where to look."""
+    depths = ", ".join(report.get("depths") or [])
+    notes = count(words.notes(report), "note")
+    if not words.is_failed(report):
+        checks = count(report.get("checks") or [], "check")
+        return f"passed: {report['checkpoint']}: {depths}; {checks}, {notes}"
+    errors, layers = words.errors(report), words.bad_layers(report)
+    look = f"; look at layer{'s' * (len(layers) > 1)} {words.some(layers)}" if layers else ""
+    counted = f"{count(errors, 'error')} ({words.tally(errors)})"
+    return f"FAILED: {report['checkpoint']}: {counted}, {notes}{look}"
+
+
+def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
+    """Each check has its say before one of them has a second; what fixes several is said once."""
+    shown = max(_FINDINGS, len({error["check"] for error in errors}))
+    spread = words.spread(errors)
+    told: set[str] = set()
+    for error in spread[:shown]:
+        out.line(f"FAILED       {error['check']}: {error['what']}")
+        if error.get("where"):
+            out.line(f"  --> {error['where']}")
+        fix = error.get("fix")
+        if fix and fix not in told:
+            out.line(f"  fix: {fix}")
+            told.add(fix)
+    if rest := spread[shown:]:
+        out.line(f"FAILED       and {len(rest)} more ({words.tally(rest)}), with --json")
+    if errors:
+        out.line()
+
+
+def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
+    worst = sorted(modules, key=words.badness)
+    rows = []
+    for module in worst[:limit]:
+        facts = dict(words.module_facts(module))
+        shown = [facts.get(what, "") for what in ("type", "SQNR", "limit", "cosine", "worst rows")]
+        mark = "ok" if words.is_ok(module) else "FAILED"
+        rows.append([mark, words.literal(module["module"]), *shown])
+    columns = ["", "worst modules", "type", "SQNR", "limit", "cosine", "worst rows"]
+    out.table(columns, rows, {"SQNR", "limit", "cosine"})
+    if rest := worst[limit:]:
+        failed = sum(not words.is_ok(module) for module in rest)
+        out.line(f"and {count(rest, 'module')} more" + (f", {failed} of them FAILED" if failed else ""))
+    if modules:
+        out.line()
+
+
+def _layers(out: Output, layers: list[dict[str, Any]]) -> None:
+    if not layers:
+        return
+    worst = min(layers, key=lambda layer: (words.is_ok(layer), words.rank(layer.get("sqnr_db"))))
+    failed = sum(not words.is_ok(layer) for layer in layers)
+    counted = f"; {failed} of {count(layers, 'layer')} FAILED" if failed else ""
+    out.line(f"layer output {words.decibels(worst.get('sqnr_db'))} at worst, {worst['layer']}{counted}")
+
+
+def _checks(out: Output, report: dict[str, Any]) -> None:
+    """One line a depth."""
+    depths: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for check in report.get("checks") or []:
+        depths[check["depth"]].append(check)
+    for depth, checks in depths.items():
+        failed = [f"{check['name']} FAILED" for check in checks if check["failed"]]
+        fine = [f"{check['name']} {check['checked']:,}" for check in checks if not check["failed"]]
+        out.line(f"{depth:<13}{', '.join([*failed, *fine])}")

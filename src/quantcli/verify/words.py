@@ -1,0 +1,179 @@
+"""A report in words: names from strangers made harmless, numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+NOT_REACHED = {
+    "full": "weights were not read (--full)",
+    "against": "nothing was compared with the source (--against SRC)",
+    "run": "no text was run through it (--run)",
+}
+_LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
+
+
+def literal(text: object, limit: int = 2000) -> str:
+    """One line of limited length, without control characters, bidirectional marks, lone surrogates."""
+    whole = str(text)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[:limit])
+    return shown + "…" if len(whole) > limit else shown
+
+
+def decibels(value: float | None) -> str:
+    """41.2 dB; `exact` where there is no error at all."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "NaN"
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; whole numbers with commas."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def shape(sizes: list[int] | None) -> str:
+    """4096 x 1024."""
+    return " x ".join(map(str, sizes)) if sizes else "-"
+
+
+def rank(value: float | None) -> float:
+    """`value` as a number that sorts: NaN before everything, what was not measured after it."""
+    if value is None:
+        return math.inf
+    return -math.inf if math.isnan(value) else value
+
+
+def badness(module: dict[str, Any]) -> tuple[bool, float, str]:
+    """Sorts modules: those that failed first, then by how little is left to their limit."""
+    left = rank(module.get("sqnr_db")) - (module.get("limit_db") or 0.0)
+    return is_ok(module), left, module["module"]
+
+
+def is_ok(thing: dict[str, Any]) -> bool:
+    """Whether a module or layer is within its limit; one without an answer is."""
+    return thing.get("ok") is not False
+
+
+def is_failed(report: dict[str, Any]) -> bool:
+    """Whether the answer is no."""
+    return report.get("ok") is not True
+
+
+def errors(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings that make the answer no."""
+    return [f for f in report.get("findings") or [] if f["severity"] == "error"]
+
+
+def notes(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings that change no answer."""
+    return [f for f in report.get("findings") or [] if f["severity"] != "error"]
+
+
+def spread(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of different checks in turn, so that many of one do not hide the one of another."""
+    turns: dict[str, int] = {}
+    keyed = []
+    for place, finding in enumerate(findings):
+        turn = turns[finding["check"]] = turns.get(finding["check"], 0) + 1
+        keyed.append((turn, place, finding))
+    return [finding for *_, finding in sorted(keyed, key=lambda key: key[:2])]
+
+
+def tally(findings: list[dict[str, Any]]) -> str:
+    """58 sqnr, 1 headers."""
+    counts = Counter(finding["check"] for finding in findings)
+    return ", ".join(f"{count:,} {literal(check, 40)}" for check, count in counts.most_common())
+
+
+def bad_layers(report: dict[str, Any]) -> list[int]:
+    """Numbers of the layers where something is wrong."""
+    run = report.get("run") or {}
+    places = [f["where"] or "" for f in errors(report)]
+    places += [m["module"] for m in report.get("modules") or [] if not is_ok(m)]
+    places += [layer["layer"] for layer in run.get("layers") or [] if not is_ok(layer)]
+    return sorted({int(index) for place in places for index in _LAYER.findall(place)})
+
+
+def some(numbers: list[int], limit: int = 12) -> str:
+    """1, 2, 3 and 4 more."""
+    more = f" and {len(numbers) - limit} more" if len(numbers) > limit else ""
+    return ", ".join(map(str, numbers[:limit])) + more
+
+
+def limits(report: dict[str, Any]) -> list[str]:
+    """The limits that were set for the whole."""
+    known = {"min_sqnr": "SQNR at least {} dB", "max_ppl_ratio": "perplexity at most {} x",
+             "max_kl": "mean KL divergence at most {}"}  # fmt: skip
+    values = report.get("limits") or {}
+    return [known.get(key, key + " {}").format(number(v)) for key, v in values.items() if v is not None]
+
+
+def not_reached(report: dict[str, Any]) -> list[str]:
+    """What the depths that did not run would have told."""
+    return [words for depth, words in NOT_REACHED.items() if depth not in report.get("depths", ())]
+
+
+def module_facts(module: dict[str, Any]) -> list[tuple[str, str]]:
+    """All that is known of a module, but its name and histogram: what, value."""
+    facts = [
+        ("type", literal(module.get("label") or "-")),
+        ("shape", shape(module.get("shape"))),
+        ("SQNR", decibels(module.get("sqnr_db"))),
+        ("limit", decibels(module.get("limit_db"))),
+        ("cosine", "-" if module.get("cosine") is None else f"{module['cosine']:.6f}"),
+        ("largest relative error", number(module.get("max_rel_error"))),
+    ]
+    ratio = module.get("scale_ratio")
+    optional = {
+        "edited": literal(module["edited"]) if module.get("edited") else None,
+        "codes that differ": None
+        if module.get("codes_differ") is None
+        else number(module["codes_differ"]),
+        "scales": f"{number(ratio[0])} to {number(ratio[1])} x expected" if ratio else None,
+        "worst rows": worst_rows(module),
+        "outlier channels": outlier_channels(module),
+    }
+    return facts + [(what, value) for what, value in optional.items() if value]
+
+
+def worst_rows(module: dict[str, Any], limit: int = 3) -> str:
+    """17 (20.1 dB), 3 (22.0 dB)."""
+    rows = module.get("worst_rows") or []
+    return ", ".join(f"{row['row']} ({decibels(row['sqnr_db'])})" for row in rows[:limit])
+
+
+def outlier_channels(module: dict[str, Any], limit: int = 3) -> str:
+    """5 (31 x)."""
+    channels = module.get("outlier_channels") or []
+    return ", ".join(f"{c['channel']} ({number(c['ratio'])} x)" for c in channels[:limit])
+
+
+def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What running text has shown: what, value."""
+    run = report.get("run") or {}
+    ppl, kl = run.get("ppl") or {}, run.get("kl") or {}
+    limits_ = report.get("limits") or {}
+    facts = []
+    if ppl:
+        limit = limits_.get("max_ppl_ratio")
+        value = f"{number(ppl.get('reference'))} -> {number(ppl.get('checkpoint'))}"
+        value += "" if ppl.get("ratio") is None else f", {ppl['ratio']:.4f} x"
+        facts.append(("perplexity", value + ("" if limit is None else f" (limit {number(limit)} x)")))
+    if kl:
+        limit = limits_.get("max_kl")
+        value = f"mean {number(kl.get('mean'))}, max {number(kl.get('max'))}"
+        facts.append(("KL divergence", value + ("" if limit is None else f" (limit {number(limit)})")))
+    if run.get("top1_agreement") is not None:
+        facts.append(("same first choice", f"{100 * run['top1_agreement']:.2f} % of tokens"))
+    if run.get("mean_abs_logprob_change") is not None:
+        facts.append(("mean change of a log-probability", number(run["mean_abs_logprob_change"])))
+    if run.get("tokens") is not None:
+        facts.append(("tokens", number(run["tokens"])))
+    return facts
