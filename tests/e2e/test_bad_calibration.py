@@ -128,7 +128,7 @@ def _(bench: Bench) -> Arguments:
 
 @case(
     "data of --set is missing",
-    "calibration data `no.txt` does not exist",
+    "text `no.txt` does not exist",
     "--set calibration.data=no.txt",
 )
 def _(bench: Bench) -> Arguments:

@@ -364,16 +364,16 @@ def test_json_that_is_no_lines_is_not_taken_for_prose(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = text_file(tmp_path, b"caf\xc3\xa9, caf\xe9 again")
     what, where, _ = refused(InputError, lambda: load(path))
-    assert (what, where) == ("calibration data is not UTF-8 (byte 10)", str(path))
+    assert (what, where) == ("the text is not UTF-8 (byte 10)", str(path))
     path = text_file(tmp_path, b'{"text": "a"}\n{"text": "caf\xe9"}\n', "data.jsonl")
     what, where, _ = refused(InputError, lambda: load(path))
-    assert (what, where) == ("calibration data is not UTF-8 (byte 27)", f"{path}:2")
+    assert (what, where) == ("the text is not UTF-8 (byte 27)", f"{path}:2")
     path = text_file(tmp_path, b'{"text": "a"}\n{"te\0xt": 1}\n', "data.jsonl")
     what, where, _ = refused(InputError, lambda: load(path))
-    assert (what, where) == ("calibration data is binary, not text (NUL at byte 18)", str(path))
+    assert (what, where) == ("the text is binary, not text (NUL at byte 18)", str(path))
     path = text_file(tmp_path, b"a" * documents.PIECE + b"\0")
     what, where, _ = refused(InputError, lambda: load(path))
-    assert what == f"calibration data is binary, not text (NUL at byte {documents.PIECE})"
+    assert what == f"the text is binary, not text (NUL at byte {documents.PIECE})"
 
 
 # --- what is refused before a run
@@ -383,7 +383,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_files_that_hold_no_text_by_their_name(tmp_path: Path, name: str) -> None:
     data = source(text_file(tmp_path, "protocol 0", name))
     what, where, fix = refused(InputError, lambda: check_source(data, TINY))
-    assert (what, where) == (f"calibration data `{tmp_path / name}` is no text file", WHERE)
+    assert (what, where) == (f"text `{tmp_path / name}` is no text file", WHERE)
     assert fix.startswith("give plain UTF-8 text, or JSON lines")
 
 
@@ -394,22 +394,22 @@ def test_places_that_hold_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text_file(tmp_path, b"PK\3\4\0", "data.txt.old")
     monkeypatch.chdir(tmp_path)
     for name, what in {
-        ".": "calibration data `.` is a directory",
-        "pipe": "calibration data `pipe` is no text file",
-        "/dev/zero": "calibration data `/dev/zero` is no text file",
-        "text.txt": "calibration data `text.txt` is empty",
-        "no.txt": "calibration data `no.txt` does not exist",
-        "text.txt/x": "calibration data `text.txt/x` does not exist",
-        "loop": "calibration data `loop` does not exist",
-        "~no-such-user-here/x": "calibration data `~no-such-user-here/x` does not exist",
-        "a\0b": "calibration data `a\0b` does not exist",
-        "y" * 300: f"calibration data `{'y' * 200}` does not exist",
+        ".": "text `.` is a directory",
+        "pipe": "text `pipe` is no text file",
+        "/dev/zero": "text `/dev/zero` is no text file",
+        "text.txt": "text `text.txt` is empty",
+        "no.txt": "text `no.txt` does not exist",
+        "text.txt/x": "text `text.txt/x` does not exist",
+        "loop": "text `loop` does not exist",
+        "~no-such-user-here/x": "text `~no-such-user-here/x` does not exist",
+        "a\0b": "text `a\0b` does not exist",
+        "y" * 300: f"text `{'y' * 200}` does not exist",
     }.items():
         for run in (check_source, source_digest, load_dataset):
             options = {"positions": 9, "vocab_size": 9} if run is load_dataset else {}
             call = lambda run=run, name=name, o=options: run(source(name), TINY, **o)  # noqa: E731
             assert refused(InputError, call)[:2] == (what, WHERE)
-    binary = "calibration data is binary, not text (NUL at byte 4)"
+    binary = "the text is binary, not text (NUL at byte 4)"
     check = lambda: check_source(source("data.txt.old"), TINY)  # noqa: E731
     assert refused(InputError, check)[:2] == (binary, "data.txt.old")
 
@@ -422,7 +422,7 @@ def test_a_file_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "open", denied)
     what, where, _ = refused(MachineError, lambda: check_source(source(path), TINY))
-    assert what == f"cannot read calibration data `{path}`: Permission denied"
+    assert what == f"cannot read text `{path}`: Permission denied"
     assert where == WHERE
 
 
@@ -483,7 +483,7 @@ def test_checks_do_not_load_transformers(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(source_digest(data, TINY)) == 64
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     what, where, _ = refused(MachineError, lambda: check_source(data, TINY))
-    assert (what, where) == ("calibration needs the package `transformers`", WHERE)
+    assert (what, where) == ("running a model needs the package `transformers`", WHERE)
 
 
 def test_samples_longer_than_the_model(tmp_path: Path) -> None:
@@ -648,15 +648,15 @@ def test_chunks_begin_and_end_between_characters(tmp_path: Path, small: None) ->
     for at, wrong in ((0, b"\xff"), (3000, b"\xff")):
         raw = ("€" * 1001).encode()
         path = text_file(tmp_path, raw[:at] + wrong + raw[at + 1 :])
-        expected = f"calibration data is not UTF-8 (byte {at})"
+        expected = f"the text is not UTF-8 (byte {at})"
         assert refused(InputError, lambda path=path: read(path))[0] == expected
     stray = ("€" * 306).encode() + b"\x82" * 4 + b"x" * 2081  # where the second chunk begins
     assert (len(stray) - 250) // 3 == 917
     path = text_file(tmp_path, stray)
-    assert refused(InputError, lambda: read(path))[0] == "calibration data is not UTF-8 (byte 920)"
+    assert refused(InputError, lambda: read(path))[0] == "the text is not UTF-8 (byte 920)"
     path = text_file(tmp_path, "€" * 1001 + "x" * 300)
     path.write_bytes(path.read_bytes() + b"\xe2\x82")  # cut in a character at its very end
-    assert refused(InputError, lambda: read(path))[0] == "calibration data is not UTF-8 (byte 3303)"
+    assert refused(InputError, lambda: read(path))[0] == "the text is not UTF-8 (byte 3303)"
 
 
 def test_a_large_file_of_lines_is_read_evenly(tmp_path: Path, small: None) -> None:

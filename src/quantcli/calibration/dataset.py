@@ -49,6 +49,7 @@ class TextSource:
     seed: int | None  # None: the first ones
     pack: bool  # join the documents and cut windows of `length`; else each record is a sample
     batch_tokens: int  # a batch holds max(1, batch_tokens // length) samples
+    option: str = "calibration."  # what stands before `samples` and `length` where they are set
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def check_source(source: TextSource, model: Path) -> None:
     if not _find(model, _VOCABULARY) and not _names_tokenizer(model / "tokenizer_config.json"):
         raise InputError("the model has no tokenizer", where=str(model), fix=_FETCH)
     if importlib.util.find_spec("transformers") is None:
-        what, fix = "calibration needs the package `transformers`", "pip install transformers"
+        what, fix = "running a model needs the package `transformers`", "pip install transformers"
         raise MachineError(what, where=source.where, fix=fix)
 
 
@@ -85,7 +86,7 @@ def check_length(source: TextSource, positions: int | None) -> None:
     """InputError where samples are longer than the model's positions, if it names how many."""
     if positions is not None and source.length > positions:
         what = f"samples of {source.length} tokens are longer than the model's {positions} positions"
-        fix = f"set calibration.length to {positions} or less"
+        fix = f"set {source.option}length to {positions} or less"
         raise InputError(what, where=source.where, fix=fix)
 
 
@@ -169,8 +170,8 @@ def _records(tokenizer: Any, documents: list[Document], source: TextSource) -> l
 def _choose(count: int, kind: str, source: TextSource) -> list[int]:
     if count < source.samples:
         what = f"data gives {count} {kind}; {source.samples} are asked for"
-        shorter = " or calibration.length" if source.pack else ""
-        fix = f"lower calibration.samples{shorter}, or give more text"
+        shorter = f" or {source.option}length" if source.pack else ""
+        fix = f"lower {source.option}samples{shorter}, or give more text"
         raise InputError(what, where=source.where, fix=fix)
     if source.seed is None:
         return list(range(source.samples))

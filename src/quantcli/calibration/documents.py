@@ -82,7 +82,7 @@ def read_documents(data: str, where: str, say: Callable[[str], None]) -> list[Do
 @contextmanager
 def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
     """The data file, which is regular and not empty; errors of the system as one sentence."""
-    named = f"calibration data `{data[:200]}`"
+    named = f"text `{data[:200]}`"
     try:
         path, status = _stat(data)
         if stat.S_ISDIR(status.st_mode):
@@ -95,7 +95,7 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
             yield file, path
     except OSError as error:
         if error.errno in _ABSENT:
-            fix = "check the path: it starts where the recipe is, or here if --set names it"
+            fix = "check the path: one in a recipe starts where that is, one on the command line here"
             raise InputError(f"{named} does not exist", where=where, fix=fix) from None
         what, fix = f"cannot read {named}: {error.strerror}", "check the file and its permissions"
         raise MachineError(what, where=where, fix=fix) from None
@@ -115,7 +115,7 @@ def _is_json_lines(path: Path) -> bool:
 
 def _refuse_binary(raw: bytes, begin: int, where: str) -> None:
     if (at := raw.find(b"\0")) >= 0:
-        what = f"calibration data is binary, not text (NUL at byte {begin + at})"
+        what = f"the text is binary, not text (NUL at byte {begin + at})"
         raise InputError(what, where=where, fix=_GIVE_TEXT)
 
 
@@ -138,7 +138,7 @@ def _decode(raw: bytes, begin: int, where: str, *, final: bool = True) -> str:
     try:
         text, _ = codecs.utf_8_decode(raw, "strict", final)
     except UnicodeDecodeError as error:
-        what = f"calibration data is not UTF-8 (byte {begin + error.start})"
+        what = f"the text is not UTF-8 (byte {begin + error.start})"
         raise InputError(what, where=where, fix=_GIVE_TEXT) from None
     return text if begin else text.removeprefix("\ufeff")
 

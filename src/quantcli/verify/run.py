@@ -39,6 +39,7 @@ def text_batches(
         seed=None,
         pack=True,
         batch_tokens=_BATCH_TOKENS,
+        option="--",
     )
     sizes = (checkpoint.text_config.get(key) for key in ("max_position_embeddings", "vocab_size"))
     positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in sizes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,6 +16,10 @@ from quantcli.planner import RECIPE_FILE
 from quantcli.recipefile import Verify
 from quantcli.verify.report import Report
 from quantcli.verify.structure import verify_structure
+
+if TYPE_CHECKING:
+    from quantcli.calibration.dataset import Batch
+    from quantcli.verify.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -62,30 +67,29 @@ def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
     from quantcli.verify.reference import open_reference
 
     reference = open_reference(wanted.against)
+    batches = _batches(wanted, reference, progress) if wanted.run else ()  # or what is wrong with it
     verify_against(structure, reference, report.limits["min_sqnr"], wanted.workers, progress)
     # what cannot be read cannot be run
     if wanted.run and not any(f.check in {"headers", "index", "parameters"} for f in report.errors):
-        from quantcli.verify.run import text_batches, verify_run
+        from quantcli.verify.run import verify_run
 
-        assert wanted.data is not None
-        batches = text_batches(
-            wanted.data,
-            reference.checkpoint,
-            wanted.samples,
-            wanted.length,
-            trust=wanted.trust_remote_code,
-            progress=progress,
-        )
-        verify_run(
-            structure,
-            reference,
-            batches,
-            report.limits,
-            wanted.workers,
-            progress,
-            trust=wanted.trust_remote_code,
-        )
+        trust, limits = wanted.trust_remote_code, report.limits
+        verify_run(structure, reference, batches, limits, wanted.workers, progress, trust=trust)
     return report
+
+
+def _batches(wanted: Wanted, reference: Reference, progress: Progress) -> Sequence[Batch]:
+    from quantcli.verify.run import text_batches
+
+    assert wanted.data is not None
+    return text_batches(
+        wanted.data,
+        reference.checkpoint,
+        wanted.samples,
+        wanted.length,
+        trust=wanted.trust_remote_code,
+        progress=progress,
+    )
 
 
 def document(report: Report) -> dict[str, Any]:

@@ -1,0 +1,263 @@
+"""`quantcli verify` as a user meets it: the bundled trained model, depths, limits, files for CI."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantcli import commands
+from quantcli.calibration.served import Served, log_probs
+from quantcli.checkpoint import open_checkpoint
+from quantcli.verify.run import text_batches
+from tests.e2e.conftest import Result, run_cli
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "tiny-qwen3"
+TEXT = ROOT / "examples" / "evaluation.txt"
+RUN = ("--against", MODEL, "--run")
+FEW = ("--samples", "4", "--length", "128")
+DOWN = "model.layers.3.mlp.down_proj"
+
+
+def convert(recipe: str, out: Path, *sets: str) -> Path:
+    job = commands.prepare(
+        ROOT / "recipes" / f"{recipe}.yaml", model=str(MODEL), out=out, overrides=sets
+    )
+    commands.quantize(job)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert("w8a8_dynamic", tmp_path_factory.mktemp("verify") / "dynamic")
+
+
+@pytest.fixture
+def copy(dynamic: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dynamic, tmp_path / "copy"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Edit the tensors of a checkpoint of one shard; the manifest is taken away, which would tell."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "quantcli_manifest.json").unlink()
+
+
+def verify(*words: Any) -> Result:
+    return run_cli("verify", *map(str, words))
+
+
+def test_a_sound_one(dynamic: Path) -> None:
+    plain = verify(dynamic)
+    assert (plain.code, plain.err) == (0, "")
+    assert plain.out.splitlines()[-1].startswith(f"passed: {dynamic}: structure")
+    deep = verify(dynamic, "--full", "--against", MODEL, "--tp", "1,2", "--json")
+    assert deep.code == 0, deep.out
+    assert deep.json["depths"] == ["structure", "full", "against"]
+    assert deep.json["tensors"] == {"edited": 0, "equal": 27, "quantized": 42}
+    assert deep.json["findings"] == []
+    assert len(deep.json["modules"]) == 42
+    worst = deep.json["modules"][0]
+    assert 38 < worst["sqnr_db"] < 44
+    assert worst["limit_db"] == 20
+    assert worst["sqnr_db"] == min(module["sqnr_db"] for module in deep.json["modules"])
+
+
+def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
+    done = verify(dynamic, "--against", MODEL, "--run", "--data", TEXT, *FEW, "--json")
+    assert done.code == 0, done.out
+    found = done.json["run"]
+    model = open_checkpoint(MODEL)
+    batches = text_batches(str(TEXT), model, 4, 128, trust=False, progress=_Silence())
+    base = torch.cat(log_probs(model, batches)).double()
+    made = torch.cat(log_probs(Served.open(dynamic), batches)).double()
+    assert found["tokens"] == base.numel() == 4 * 127
+    assert found["ppl"]["reference"] == pytest.approx(math.exp(-base.mean()), abs=1e-3)
+    assert found["ppl"]["checkpoint"] == pytest.approx(math.exp(-made.mean()), abs=1e-3)
+    change = float((made - base).abs().mean())
+    assert found["mean_abs_logprob_change"] == pytest.approx(change, abs=1e-5)
+    assert 0.005 < change < 0.05
+    assert 1e-4 < found["kl"]["mean"] < 0.002 < found["kl"]["max"] < 0.05
+    assert 0.95 < found["top1_agreement"] < 1
+    assert [layer["ok"] for layer in found["layers"]] == [True] * 6
+    assert all(30 < layer["sqnr_db"] < 50 for layer in found["layers"])
+    assert len(found["windows"]) == 4
+
+
+class _Silence:
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def test_against_itself_nothing_differs(dynamic: Path) -> None:
+    words = ("--against", dynamic, "--run", "--data", TEXT, *FEW, "--json")
+    done = verify(dynamic, *words)
+    assert done.code == 0
+    assert all(module["sqnr_db"] == 200 for module in done.json["modules"])
+    assert all(module["codes_differ"] == 0 for module in done.json["modules"])
+    assert all(module["scale_ratio"] == [1.0, 1.0] for module in done.json["modules"])
+    run = done.json["run"]
+    assert (run["kl"]["max"], run["top1_agreement"], run["ppl"]["ratio"]) == (0.0, 1.0, 1.0)
+
+
+def test_against_another_quantized_one(dynamic: Path, tmp_path: Path) -> None:
+    sets = ("calibration.samples=8", "calibration.length=64")
+    static = convert("w8a8_static", tmp_path / "static", *sets)
+    done = verify(static, "--against", dynamic, "--json")
+    assert done.code == 0, done.out
+    modules = {module["module"]: module for module in done.json["modules"]}
+    assert modules[DOWN]["codes_differ"] == 0  # dynamic in both
+    assert modules["model.layers.3.mlp.up_proj"]["codes_differ"] > 0
+    low, high = modules["model.layers.3.mlp.up_proj"]["scale_ratio"]
+    assert 0.98 < low < high < 1.02
+    assert "quantized, too" in done.out
+
+
+def bad_layer(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}.weight"] = tensors[f"{DOWN}.weight"].flip(0)
+
+
+def test_one_bad_layer_is_found(copy: Path, tmp_path: Path) -> None:
+    change(copy, bad_layer)
+    assert verify(copy, "--full").code == 0, "no header and no number tells"
+    junit, page = tmp_path / "out.xml", tmp_path / "out.html"
+    words = ("--against", MODEL, "--run", "--data", TEXT, *FEW, "--junit", junit, "--report", page)
+    done = verify(copy, *words)
+    assert done.code == 1
+    lines = done.out.splitlines()
+    assert lines[0].startswith("FAILED       sqnr: SQNR is ")
+    assert DOWN in lines[1]
+    assert lines[-1].startswith(f"FAILED: {copy}: ")
+    (row,) = (line for line in lines if line.startswith("FAILED  "[:8]) and f" {DOWN} " in line)
+    assert "20.0 dB" in row
+    cases = {case.get("name"): case for case in ElementTree.parse(junit).iter("testcase")}
+    assert cases[DOWN].find("failure") is not None
+    assert cases["model.layers.3.mlp.up_proj"].find("failure") is None
+    assert DOWN in page.read_text()
+    told = verify(copy, *words[:-4], "--json").json
+    layers = {layer["layer"]: layer for layer in told["run"]["layers"]}
+    assert min(layers.values(), key=lambda layer: layer["sqnr_db"])["layer"] == "model.layers.3"
+    assert told["modules"][0]["module"] == DOWN
+
+
+@pytest.mark.parametrize(
+    ("words", "check"),
+    [
+        (("--min-sqnr", "60"), "sqnr"),
+        (("--max-ppl-ratio", "0.5"), "perplexity"),
+        (("--max-kl", "0.0000001"), "kl"),
+    ],
+)
+def test_limits(dynamic: Path, words: tuple[str, ...], check: str) -> None:
+    done = verify(dynamic, "--against", MODEL, "--run", "--data", TEXT, *FEW, *words, "--json")
+    assert done.code == 1
+    assert {finding["check"] for finding in done.json["findings"]} == {check}
+
+
+def test_limits_of_the_recipe(tmp_path: Path) -> None:
+    out = convert("w8a8_dynamic", tmp_path / "out", "verify={min_sqnr: 60.5}")
+    done = verify(out, "--against", MODEL, "--json")
+    assert done.code == 1
+    assert done.json["limits"]["min_sqnr"] == 60.5
+    assert verify(out, "--against", MODEL, "--min-sqnr", "30").code == 0, "the command line wins"
+
+
+def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MODEL, tmp_path / "source"))
+    file = next(iter(sorted(source.glob("*.safetensors"))))
+    tensors = load_file(file)
+    name = next(iter(sorted(tensors)))
+    tensors["model.layers.5.extra.weight"] = torch.ones(2, 2)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[7] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    for index in source.glob("*.index.json"):
+        table = json.loads(index.read_text())
+        table["weight_map"]["model.layers.5.extra.weight"] = file.name
+        index.write_text(json.dumps(table))
+    (copy / "tokenizer_config.json").write_text("{}")
+    done = verify(copy, "--against", source, "--json")
+    assert done.code == 1
+    said = {(f["check"], f["what"]) for f in done.json["findings"]}
+    missing = "`model.layers.5.extra.weight` of the other model is missing"
+    assert ("source", missing) in said
+    assert ("source", "file differs from the other model's") in said
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        (("--run",), "--run compares two models", "--against MODEL"),
+        (RUN, "--run needs text", "--data FILE"),
+        (("--data", TEXT), "--data has no effect without --run", "add --run"),
+        (("--tp", "1,x"), "tensor parallel sizes are whole numbers", "--tp 1,2,4"),
+        (("--max-kl", "-1"), "-1.0 is no limit", "number"),
+        (("--min-sqnr", "nan"), "nan is no limit", "number"),
+        (("--junit", "/no/such/folder/x.xml"), "no such directory", "make it first"),
+        (("--report", "."), "is a directory", "give a file"),
+        (("--against", "/no/such/model"), "no such model directory", "path"),
+        (
+            ("--against", MODEL, "--run", "--data", "/no/text"),
+            "text `/no/text` does not exist",
+            "check the path",
+        ),
+        (
+            ("--against", MODEL, "--run", "--data", TEXT, "--samples", "999999"),
+            "data gives",
+            "lower --samples or --length",
+        ),
+        (
+            ("--against", MODEL, "--run", "--data", TEXT, "--length", "99999"),
+            "longer than",
+            "set --length to",
+        ),
+    ],
+)
+def test_bad_options(dynamic: Path, words: tuple[Any, ...], what: str, fix: str | None) -> None:
+    done = verify(dynamic, *words)
+    assert done.code == 2, done.out
+    assert done.err.startswith("error: "), done.err
+    assert what in done.err
+    assert fix is None or fix in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("what", ["nothing", "a float model", "an empty folder", "a file"])
+def test_nothing_to_verify(tmp_path: Path, what: str) -> None:
+    places = {"nothing": tmp_path / "no", "a float model": MODEL, "an empty folder": tmp_path}
+    (tmp_path / "file").touch()
+    done = verify(places.get(what, tmp_path / "file"))
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert "fix: " in done.err
+
+
+def test_quantize_does_not_publish_what_does_not_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that forgets an entry of the description is a bug, and is seen before the rename."""
+    from quantcli.targets.ascend import Ascend
+
+    whole = Ascend._description
+
+    def lossy(self: Ascend, output: Any) -> dict[str, object]:
+        table = whole(self, output)
+        del table[f"{DOWN}.weight"]
+        return table
+
+    monkeypatch.setattr(Ascend, "_description", lossy)
+    with pytest.raises(AssertionError, match=f"does not describe `{DOWN}.weight`"):
+        convert("w8a8_dynamic", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
