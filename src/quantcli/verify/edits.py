@@ -167,16 +167,21 @@ def check_layer(
             what = "has changed, and no matrix that reads it has changed with it"
             yield failed("edits", what, f"`{name}`", _AGAIN)
     explained = {reader.module for reader in readers if reader.producer}
+    open_rows, answering = [], set()
     for matrix in matrices:
         if bool((matrix.factors.rows == 1).all()):
             continue
         parent = matrix.module.rpartition(".")[0]
-        beside = [r for r in readers if r.module.startswith(f"{parent}.") and r is not matrix]
-        mine = [r for r in beside if _answers(matrix.factors.rows, r.factors.columns)]
-        explained |= {reader.module for reader in mine}
+        beside = [m for m in matrices if m.module.startswith(f"{parent}.") and m is not matrix]
+        mine = {m.module for m in beside if _answers(matrix.factors.rows, _read_by(m.factors))}
+        answering |= mine
         if not mine:
+            open_rows.append(matrix.module)
+    explained |= answering
+    for module in open_rows:
+        if module not in answering:  # else its one factor is that of its columns
             what = "has rows that were multiplied, and no reader whose columns make up for it"
-            yield failed("edits", what, f"`{matrix.module}`", _AGAIN)
+            yield failed("edits", what, f"`{module}`", _AGAIN)
     for reader in readers:
         if reader.module not in explained:
             what = "has columns that were multiplied, and nothing that they read is divided"
@@ -192,6 +197,13 @@ def check_layer(
             yield failed("edits", what, f"`{matrix.module}`", _AGAIN)
 
 
+def _read_by(factors: Factors) -> Tensor:
+    """By what a matrix's inputs were multiplied [k]: a factor of all rows alike may be one of all
+    columns, which nothing in the numbers tells apart."""
+    alike = bool((factors.columns == 1).all()) and _same(factors.rows, factors.rows[:1])
+    return factors.columns * factors.rows[0] if alike else factors.columns
+
+
 def _answers(rows: Tensor, columns: Tensor) -> bool:
     """Whether columns undo rows: one to one, or each row's for several columns (grouped heads), or
     for a part of the rows (v of a stored q, k, v)."""
@@ -205,4 +217,5 @@ def _answers(rows: Tensor, columns: Tensor) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a / b - 1).abs() < _CLOSE).all())
+    fits = a.shape == b.shape or len(b) == 1
+    return fits and bool(((a / b - 1).abs() < _CLOSE).all())

@@ -1,0 +1,100 @@
+"""Good checkpoints, each made once: by quantcli from tiny models, and by the reference producer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantcli import commands
+from tests.e2e.calibrating import RECIPES, ROOT, Models, write_tokenizer
+from tests.families import make_family
+from tests.golden.short import assemble, short_model
+from tests.tiny_models import make_tiny
+
+TEXT = ROOT / "examples" / "calibration.txt"
+CALIBRATION = f"calibration: {{data: {TEXT}, samples: 4, length: 16}}\n"
+FEW = (f"calibration.data={TEXT}", "calibration.samples=4", "calibration.length=16")
+# Recipes beside those that come with the tool.
+OWN = {
+    "static": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, observer: minmax}}]\n',
+    "symmetric": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, symmetric: true}}]\n',
+    "mix": 'rules: [{match: "*_proj", scheme: {name: w8a8_mix, observer: minmax}}]\n',
+    "smooth": 'smooth: {alpha: 0.8}\nrules: [{match: "*_proj", scheme: w8a8_mix}]\n',
+    "mixed": 'rules:\n  - {match: "*.0.*", scheme: keep}\n  - {match: "*.self_attn.*", scheme: w8a16}\n'
+    '  - {match: "*_proj", scheme: w8a8_dynamic}\n',
+    "head": 'rules: [{match: ["*_proj", lm_head], scheme: w8a8_dynamic}]\n',
+    "mlp": 'rules: [{match: "*.mlp.*_proj", scheme: fp8_dynamic}]\n',
+}
+MEASURED = {"static", "symmetric", "mix", "smooth"}
+GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
+          "w8a8_fp8_dynamic"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Good:
+    """A checkpoint that nothing is wrong with, and the model that it was made from."""
+
+    path: Path
+    source: Path
+
+
+class Stock:
+    """Models and checkpoints below one folder, made when they are first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._models = Models(root / "models")
+        (root / "models").mkdir()
+
+    def model(self, family: str) -> Path:
+        """A float model: `llama`, `llama:float16`, `names:vlm` by names and shapes alone."""
+        head, _, kind = family.partition(":")
+        folder = self.root / "models" / family.replace(":", "-")
+        if not kind:
+            return self._models(family)
+        if head == "names" and not folder.exists():
+            make_family(folder, kind)
+        elif not folder.exists():
+            make_tiny(folder, head, dtype=getattr(torch, kind))
+            write_tokenizer(folder)
+        return folder
+
+    def good(self, family: str, recipe: str, *options: str, checksum: bool = True) -> Good:
+        """`recipe` applied to a model of `family`; options are those of --set."""
+        words = "-".join([family, recipe, *options]).replace(":", "-").replace("/", "-")
+        out = self.root / (words if checksum else f"{words}-unhashed")
+        model = self.model(family)
+        if not out.exists():
+            path = RECIPES / f"{recipe}.yaml"
+            if recipe in OWN:
+                path = self.root / f"{recipe}.yaml"
+                path.write_text(
+                    "target: ascend\n" + CALIBRATION * (recipe in MEASURED) + OWN[recipe]
+                )
+            elif "\ncalibration:" in path.read_text():
+                options = (*FEW, *options)
+            job = commands.prepare(
+                path, model=str(model), out=out, overrides=options, workers=1, checksum=checksum
+            )
+            commands.quantize(job)
+        return Good(out, model)
+
+    def golden(self, name: str) -> Good:
+        """The reference producer's, with two layers; its fp8 under the name that the engine has."""
+        source = self.root / "golden-model"
+        if not source.exists():
+            short_model(source)
+        out = self.root / f"golden-{name}"
+        if not out.exists():
+            assemble(name, out)
+            if name == "w8a8_fp8_dynamic":
+                file = out / "quant_model_description.json"
+                table = json.loads(file.read_text())
+                right = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
+                file.write_text(
+                    json.dumps({k: right.get(str(v), v) if v else v for k, v in table.items()})
+                )
+        return Good(out, source)

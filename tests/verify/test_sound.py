@@ -1,0 +1,62 @@
+"""No false alarm: whatever quantcli writes, and what the reference producer does, is found sound."""
+
+import pytest
+
+from quantcli.verify.verify import Wanted, verify
+
+DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
+         "multimodal")  # fmt: skip
+EXPERTS = ("deepseek_v3", "qwen3_moe", "mixtral")
+NAMED = ("names:qwen2_tied", "names:qwen2_moe", "names:vlm", "names:deepseek_v3")
+SMALL = "max_shard=60KB"
+
+CASES = [
+    *((family, "w8a8_dynamic", SMALL) for family in (*DENSE, *EXPERTS, *NAMED)),
+    *((family, "fp8_dynamic") for family in (*DENSE, *EXPERTS)),
+    *((family, "w8a16") for family in DENSE),
+    *((family, "w8a8_moe_dynamic") for family in (*EXPERTS, "names:qwen2_moe")),
+    *((family, "w8a8_static") for family in ("llama", "qwen2", "gemma3", "phi3", "multimodal")),
+    *((family, "w8a8_static_smooth", SMALL) for family in DENSE),
+    *((family, "w8a8_moe") for family in EXPERTS),
+    *((family, "static", SMALL) for family in ("qwen2", "mistral", "deepseek_v3", "llama:float16")),
+    *((family, "mix") for family in ("qwen2", "stablelm", "llama:float16")),
+    *((family, "smooth") for family in ("qwen2", "phi3", "gemma2", "llama:float16")),
+    *((family, "mixed") for family in ("llama", "gemma2", "qwen2")),
+    ("llama", "symmetric"), ("llama", "head"), ("multimodal", "mlp"), ("llama:float32", "w8a8_dynamic"),
+    ("llama:float16", "w8a8_dynamic"), ("llama", "w8a8_dynamic", "max_shard=1MB"),
+    ("llama", "w8a8_dynamic", "max_shard=20KB"),
+]  # fmt: skip
+GOLDEN = ("w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
+          "w8a8_fp8_dynamic")  # fmt: skip
+# The only notes there may be, by the reason for them.
+NO_TOKENIZER = "there is no tokenizer, as there was none beside the source"
+NO_MANIFEST = "there is no quantcli_manifest.json: sizes and hashes of files are not known"
+NO_HASHES = "the manifest holds no hashes: it was written with --no-checksum"
+FOREIGN_INDEX = "engines read no index of this name, only model.safetensors.index.json"
+OLD_W4A8 = "W4A8_DYNAMIC is registered for experts alone from 2026-08 on, and before that only with"
+
+
+def examine(good):
+    """All that verification says of a checkpoint, at every depth but --run."""
+    report = verify(Wanted(good.path, full=True, against=good.source))
+    assert report.depths == ["structure", "full", "against"]
+    assert [f for f in report.findings if f.severity == "error"] == []
+    assert report.modules
+    assert report.format == "ascend"
+    return [finding.what for finding in report.findings]
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_own(stock, case):
+    assert examine(stock.good(*case)) == []
+
+
+def test_without_hashes(stock):
+    assert examine(stock.good("llama", "w8a8_dynamic", checksum=False)) == [NO_HASHES]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(stock, name):
+    notes = examine(stock.golden(name))
+    assert notes[0] == NO_MANIFEST
+    assert [note[: len(OLD_W4A8)] for note in notes[1:]] == [OLD_W4A8] * (name == "w4a8_dynamic")
