@@ -152,6 +152,19 @@ def test_one_bad_layer_is_found(copy: Path, tmp_path: Path) -> None:
     assert told["modules"][0]["module"] == DOWN
 
 
+def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}.weight_scale"][:] = 3e38
+
+
+def test_a_layer_that_overflows_is_no_error_of_the_tool(copy: Path) -> None:
+    change(copy, blow_up)
+    done = verify(copy, *RUN, "--data", TEXT, *FEW, "--json")
+    assert done.code == 1
+    assert done.json["run"] is None
+    said = {f["check"]: f["what"] for f in done.json["findings"]}
+    assert said["layer outputs"].startswith("`model.layers.3` yields NaN or Inf")
+
+
 @pytest.mark.parametrize(
     ("words", "check"),
     [

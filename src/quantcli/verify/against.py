@@ -85,6 +85,7 @@ class _Run:
         self.theirs = reference.names()
         self.modules: list[dict[str, Any]] = []
         self.edited: dict[str, str] = {}  # by module, in words
+        self.unlike: set[str] = set()  # modules that are no roundings of the other model's
         self.tensors = {"equal": 0, "edited": 0, "quantized": 0}
 
     def accounted(self) -> Iterator[Finding]:
@@ -138,6 +139,8 @@ class _Run:
                     yield outcome
                 else:
                     edited.append(outcome)
+        if self.unlike & matrices.keys():
+            return  # what was done to a weight that is none of the model's cannot be told
         yield from _vectors(changed, edited)
         weights = [name for name in changed if name.endswith(".weight")]
         yield from check_layer(weights, edited, {e.module: merged_name(e.module) for e in edited})
@@ -160,7 +163,8 @@ class _Run:
         compared = {module: compare(*pair, *shapes[module]) for module, pair in pairs.items()}
         limits = {module: self._limit(kinds[module]) for module in pairs}
         poor = any(found.sqnr_db < limits[module] for module, found in compared.items())
-        if pairs and (known or poor):
+        finite = all(found.finite for found in compared.values())
+        if pairs and finite and (known or poor):
             widths = {shapes[module][1] for module in pairs}
             columns = None
             if len(widths) == 1:
@@ -174,6 +178,7 @@ class _Run:
                         edited = Edited(module, factors, columns.producer if columns else None)
                         yield edited
                         self.edited[module] = _words(factors)
+        self.unlike |= {name for name, found in compared.items() if found.sqnr_db < _UNLIKE}
         for module, found in compared.items():
             entry = self._entry(module, found, limits[module])
             if kinds[module] != "float":
@@ -182,7 +187,8 @@ class _Run:
                 what = f"SQNR is {entry['sqnr_db']:.2f} dB, the limit {entry['limit_db']:.2f} dB"
                 worst = entry["worst_rows"][:1]
                 row = f", worst row {worst[0]['row']}" if worst else ""
-                yield failed("sqnr", what, f"`{module}`{row}", _ADVICE)
+                fix = _ADVICE if found.sqnr_db > _UNLIKE else _OTHER
+                yield failed("sqnr", what, f"`{module}`{row}", fix)
 
     def _limit(self, kind: str) -> float:
         given = self.min_sqnr is not None and kind != "float"
@@ -255,4 +261,6 @@ def _words(factors: Factors) -> str:
     return ", ".join(said)
 
 
+_UNLIKE = 3.0  # dB: below, it is no rounding
+_OTHER = "this is not the weight that it was made from: convert the model again"
 _ADVICE = "keep this module float or in a finer scheme, or lower the limit if that is what you want"

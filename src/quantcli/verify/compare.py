@@ -90,8 +90,15 @@ class Comparison:
         return _decibels(float(self.signal.sum()), float(self.noise.sum()))
 
     @property
+    def finite(self) -> bool:
+        """Whether all that was summed up is."""
+        return math.isfinite(self.energy) and bool(torch.isfinite(self.noise).all())
+
+    @property
     def cosine(self) -> float:
         """Cosine of the angle between w and d."""
+        if not self.finite:
+            return 0.0
         signal, noise = float(self.signal.sum()), float(self.noise.sum())
         product = (signal + self.energy - noise) / 2
         length = math.sqrt(signal * self.energy)
@@ -114,11 +121,16 @@ class Comparison:
             "shape": [self.n, self.k],
             "sqnr_db": round(self.sqnr_db, 3),
             "cosine": round(self.cosine, 8),
-            "max_rel_error": round(self.largest / self.amax, 8) if self.amax else 0.0,
+            "max_rel_error": round(self._relative(), 8),
             "worst_rows": [{"row": i, "sqnr_db": round(db, 3)} for db, i in sorted(rows)[:WORST]],
             "outlier_channels": outliers,
             "histogram": {"edges": edges, "counts": self.histogram.tolist()},
         }
+
+    def _relative(self) -> float:
+        """max |d - w| over max |w|; JSON knows no infinity."""
+        ratio = self.largest / self.amax if self.amax else 0.0
+        return ratio if math.isfinite(ratio) else 1e30
 
     def _worst(self) -> Iterator[tuple[int, tuple[float, float]]]:
         ratio = torch.where(self.signal > 0, self.noise / self.signal, self.noise * math.inf)

@@ -14,6 +14,7 @@ from quantcli.calibration.dataset import Batch, TextSource, load_dataset
 from quantcli.calibration.served import Forward, Served, token_log_probs
 from quantcli.calibration.states import States
 from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
 from quantcli.events import Progress
 from quantcli.findings import Finding, failed
 from quantcli.verify.reference import Reference
@@ -83,7 +84,12 @@ def verify_run(
             models.append(
                 Forward(model, batches, Path(folder) / name, workers=workers, trust_remote_code=trust)
             )
-        layers = list(_layers(models[0], models[1], progress))
+        try:
+            layers = list(_layers(models[0], models[1], progress))
+        except _NotFinite as error:
+            report.count("layer outputs", len(models[0].skeleton.layers))
+            report.add([failed("layer outputs", error.what, str(structure.report.checkpoint), _NAN)])
+            return
         outcome = _Outcome()
         logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
         for expected, made, batch in logits:
@@ -101,7 +107,10 @@ def _layers(theirs: Forward, ours: Forward, progress: Progress) -> Iterator[dict
     count = sum(math.prod(spec.shape[:2]) for spec in theirs.specs)
     progress.begin_layers(len(names), 0, count)
     for index, name in enumerate(names):
-        own = ours.layer(index, theirs.states, range(min(_OWN, len(theirs.specs))))
+        try:
+            own = ours.layer(index, theirs.states, range(min(_OWN, len(theirs.specs))))
+        except InputError as error:
+            raise _NotFinite(error.what) from None
         theirs.layer(index)
         yield {
             "layer": name,
@@ -111,6 +120,10 @@ def _layers(theirs: Forward, ours: Forward, progress: Progress) -> Iterator[dict
             "ok": _sqnr(theirs.states, own) >= LEAST_LAYER_SQNR,
         }
         progress.layer(name, index)
+
+
+class _NotFinite(InputError):
+    """The checkpoint's layers cannot be run any further; the other model's can."""
 
 
 def _sqnr(expected: States, made: States | dict[int, Tensor], count: int | None = None) -> float:
@@ -181,7 +194,7 @@ class _Outcome:
 
 def _perplexity(scores: list[Tensor]) -> float:
     mean = float(torch.cat(scores).double().mean())
-    return math.exp(-mean) if mean > -700 else math.inf
+    return math.exp(min(-mean, 700.0))  # JSON knows no infinity
 
 
 def _findings(
@@ -202,4 +215,5 @@ def _findings(
         yield failed("kl", what, None, _LOOK)
 
 
+_NAN = "verify with --full, which names numbers that are not finite"
 _LOOK = "see which layers are worst, and keep their modules in a finer scheme"
