@@ -25,6 +25,8 @@ demo: $(READY)  ## convert the bundled model and show the result
 	@$(BIN)/quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)
 	@echo '$$ quantcli inspect $(DEMO)'
 	@$(BIN)/quantcli inspect $(DEMO)
+	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'
+	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
 test: check     ## all that CI runs: lint, types, tests
 	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest; else \
