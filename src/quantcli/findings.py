@@ -31,4 +31,5 @@ def noted(check: str, what: str, where: str | None = None, fix: str | None = Non
 
 def of_error(check: str, error: QuantError) -> Finding:
     """A finding from an error of ours."""
-    return failed(check, error.what, error.where, error.fix)
+    fix = error.fix or "copy the checkpoint again, or convert the model again"
+    return failed(check, error.what, error.where, fix)

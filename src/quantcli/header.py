@@ -56,7 +56,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"key {reprlib.repr(key)} stands twice")
+                raise _Refused(f"key {key!r:.200} stands twice")
             seen.add(key)
     return table
 

@@ -71,9 +71,7 @@ class Stock:
             path = RECIPES / f"{recipe}.yaml"
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
-                path.write_text(
-                    "target: ascend\n" + CALIBRATION * (recipe in MEASURED) + OWN[recipe]
-                )
+                path.write_text("target: ascend\n" + CALIBRATION * (recipe in MEASURED) + OWN[recipe])
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)
             job = commands.prepare(

@@ -4,47 +4,45 @@ load, or would load without a word and misread.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.errors import InputError, closest
-from quantcli.findings import Finding, failed, noted, of_error
+from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
+from quantcli.targets.ascend_description import SUFFIXES, Description
 from quantcli.targets.ascend_experts import uneven_experts
-from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
-from quantcli.targets.ascend_names import DESCRIPTION, FLOAT, absent_head, float_only, skip_rule
+from quantcli.targets.ascend_layouts import LAYOUTS
+from quantcli.targets.ascend_names import FLOAT, float_only, skip_rule
 from quantcli.targets.ascend_tp import check_tp
 from quantcli.targets.layouts import Param, StoredModule
-from quantcli.targets.siblings import EXPERT, MERGED, expert_sets, fused_groups, merged_name
+from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.tensors import read_bytes
 from quantcli.tensorspec import FLOATS, TensorSpec
 
-_SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
-_METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
 _AGAIN = "convert the model again"
 
 
 class AscendStored:
-    """What the description makes of the tensors. `labels` is by module, FLOAT ones too."""
+    """What the description makes of the tensors. `labels` is by module, FLOAT ones too, without those
+    of unknown types."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.serving_dtype = declared_dtype(checkpoint.config) or "BF16"
         self.findings: list[Finding] = []
         self.checked: dict[str, int] = defaultdict(int)
-        self._table = self._read()
-        self.labels: dict[str, str] = {}
+        description = Description(checkpoint)
+        self.findings += description.findings
+        self.checked["description"] += len(description.entries)
+        self.labels = description.labels
         self.modules: dict[str, StoredModule] = {}
         self._by_module: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stored in checkpoint.tensors.items():
             module, _, suffix = name.rpartition(".")
             self._by_module[module][suffix] = stored
-        if self._table:
-            self._find(self._description())
+        if description.entries:
             self._find(self._parameters())
             self._find(self._siblings())
             self._find(self._experts())
@@ -54,68 +52,6 @@ class AscendStored:
     def _find(self, findings: Iterator[Finding]) -> None:
         self.findings += findings
 
-    def _read(self) -> dict[str, Any]:
-        path = self.checkpoint.path / DESCRIPTION
-        if not path.is_file():
-            fix = f"{_AGAIN}: without it the engine takes all weights for float"
-            self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
-            return {}
-        try:
-            return read_json_file(path)
-        except InputError as error:
-            self.findings.append(of_error("description", error))
-            return {}
-
-    # -- description and tensors ---------------------------------------------------------------------
-
-    def _description(self) -> Iterator[Finding]:
-        """Both ways: each entry has its tensor, each tensor its entry, each type exists."""
-        tensors = self.checkpoint.tensors
-        entries = {key: value for key, value in self._table.items() if not _METADATA.fullmatch(key)}
-        self.checked["description"] += len(entries)
-        known = {key.removesuffix(".weight") for key in entries if key.endswith(".weight")}
-        odd: dict[str, list[str]] = defaultdict(list)
-        for key, value in entries.items():
-            if not isinstance(value, str):
-                yield failed("description", f"`{key}` is {value!r:.60}, no type", DESCRIPTION, _AGAIN)
-            elif key.endswith(".weight"):
-                self.labels[key.removesuffix(".weight")] = value
-                if value != FLOAT and value not in LAYOUTS:
-                    odd[value].append(key)
-        for value, keys in odd.items():
-            yield _unknown_type(value, keys)
-        for key in entries.keys() - tensors.keys():
-            if not self._asked_only(key):
-                what = f"describes `{key}`, which no weight file holds"
-                yield failed("description", what, DESCRIPTION, _AGAIN)
-        for name in tensors:
-            if name not in entries:
-                asked = name.endswith(".weight")
-                what = f"does not describe `{name}`"
-                fix = "the engine stops at it: " + _AGAIN if asked else _AGAIN
-                yield failed("description", what, DESCRIPTION, fix)
-                continue
-            module, _, suffix = name.rpartition(".")
-            said, expected = entries[name], self.labels.get(module)
-            if suffix in _SUFFIXES and module in known and said != expected:
-                what = f"gives `{name}` the type {said!r:.60}, its weight {expected}"
-                yield failed("description", what, DESCRIPTION, _AGAIN)
-        head = absent_head({name: stored.spec for name, stored in tensors.items()})
-        if head and head not in entries:
-            fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
-            yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
-
-    def _asked_only(self, key: str) -> bool:
-        """Whether an entry stands for what the engine looks up and no file holds."""
-        parent, _, last = key.removesuffix(".weight").rpartition(".")
-        if last == "lm_head" or key == "lm_head.weight":
-            return True
-        for stored, siblings in MERGED.items():
-            if last in siblings and f"{parent}.{stored}.weight" in self.checkpoint.tensors:
-                return True
-        experts = f"{key.removesuffix('.weight')}."
-        return last == "experts" and any(name.startswith(experts) for name in self.checkpoint.tensors)
-
     # -- what the engine registers -------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[Finding]:
@@ -123,7 +59,7 @@ class AscendStored:
         for module, tensors in self._by_module.items():
             label = self.labels.get(module)
             if "weight" not in tensors:
-                if odd := sorted(tensors.keys() & _SUFFIXES):
+                if odd := sorted(tensors.keys() & SUFFIXES):
                     what = f"`{module}.{odd[0]}` belongs to no weight: `{module}.weight` is missing"
                     yield failed("parameters", what, fix=_AGAIN)
             elif label == FLOAT:
@@ -137,7 +73,7 @@ class AscendStored:
         if spec.dtype not in FLOATS:
             what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
             yield failed("parameters", what, f"`{spec.name}`", _AGAIN)
-        for suffix in sorted(tensors.keys() & _SUFFIXES):
+        for suffix in sorted(tensors.keys() & SUFFIXES):
             what = f"`{module}` is FLOAT, and yet has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
 
@@ -248,15 +184,6 @@ class AscendStored:
 
 
 _DEQ = {"BF16": "F32", "F16": "I64"}
-
-
-def _unknown_type(value: str, keys: list[str]) -> Finding:
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    near = MISNAMED.get(value)
-    hint = f"the engine's name for it is {near}" if near else closest(value, LAYOUTS)
-    fix = f"{hint}: {_AGAIN}" if near else (f"did you mean {hint}?" if hint else _AGAIN)
-    what = f"type {value!r:.60} of `{keys[0]}`{more} is none that the engine registers"
-    return failed("description", what, DESCRIPTION, fix)
 
 
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:

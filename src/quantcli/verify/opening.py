@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from quantcli.manifest import read_manifest
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint as far as it could be read, and what opening it has found."""
+    """A checkpoint as far as it could be read, and what opening it has found.
+
+    whole: no weight file is missing, so that what is not there is nowhere.
+    """
 
     checkpoint: Checkpoint | None
     manifest: dict[str, Any] | None
     findings: tuple[Finding, ...]
+    whole: bool = True
 
 
 def open_for_verification(path: Path) -> Opened:
@@ -36,7 +42,7 @@ def open_for_verification(path: Path) -> Opened:
         if not path.is_dir() or not any(path.glob("*.safetensors")):
             raise
         return Opened(None, None, (of_error(_check_of(error), error),))
-    findings += [of_error(_check_of(problem), problem) for problem in checkpoint.problems]
+    findings += _problems(checkpoint.problems)
     findings += [noted("files", note) for note in checkpoint.notes if "stale" not in note]
     manifest = None
     if (checkpoint.path / MANIFEST).is_file():
@@ -50,7 +56,30 @@ def open_for_verification(path: Path) -> Opened:
         findings.append(
             noted("manifest", f"there is no {MANIFEST}: sizes and hashes of files are not known")
         )
-    return Opened(checkpoint, manifest, tuple(findings))
+    forgotten = list(_forgotten(checkpoint))
+    missing = any(problem.what.startswith("shard ") for problem in checkpoint.problems)
+    return Opened(checkpoint, manifest, (*findings, *forgotten), not missing and not forgotten)
+
+
+def _forgotten(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weight files that belong to the others by their names, and that the index does not list."""
+    sets = {_PART.sub("", shard) for shard in checkpoint.shards if _PART.search(shard)}
+    for name in sorted(checkpoint.left_out):
+        if _PART.search(name) and _PART.sub("", name) in sets:
+            what = f"does not list `{name}`, though its name makes it one of the others"
+            yield failed("index", what, INDEX, _AGAIN)
+
+
+def _problems(problems: Iterable[QuantError]) -> Iterator[Finding]:
+    """Each problem; what is wrong with the index once for each kind, as one cause has many tensors."""
+    kinds: dict[str, list[QuantError]] = defaultdict(list)
+    for problem in problems:
+        shape = re.sub(r"`[^`]*`", "", problem.what)
+        kinds[shape if problem.where == INDEX else problem.what].append(problem)
+    for first, *more in kinds.values():
+        found = of_error(_check_of(first), first)
+        what = f"{found.what}; {len(more)} more like it" if more else found.what
+        yield replace(found, what=what)
 
 
 def _check_of(error: QuantError) -> str:
@@ -66,9 +95,8 @@ def _manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Find
     for name, entry in files.items():
         path = checkpoint.path / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            yield failed(
-                "manifest", f"names a file outside of the checkpoint: {name!r}", where=MANIFEST
-            )
+            what = f"names a file outside of the checkpoint: {name!r:.80}"
+            yield failed("manifest", what, MANIFEST, _AGAIN)
         elif not path.is_file():
             yield failed("manifest", f"file `{name}` is missing", where=MANIFEST, fix=_AGAIN)
         elif path.stat().st_size != entry.get("bytes"):
@@ -80,8 +108,12 @@ def _manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Find
             )
     present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out, INDEX}
     for name in sorted(present - files.keys() - {MANIFEST}):
-        if (checkpoint.path / name).is_file():
+        if name in checkpoint.shards:
+            what = "weight file is not in the manifest, so that nothing vouches for it"
+            yield failed("manifest", what, name, _AGAIN)
+        elif (checkpoint.path / name).is_file():
             yield noted("manifest", "file is not in the manifest: it came later", where=name)
 
 
+_PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _AGAIN = "copy the checkpoint again, or convert it again"

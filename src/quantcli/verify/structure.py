@@ -69,12 +69,14 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
         )
     report.format = target.name
     stored = target.open_stored(checkpoint)
-    report.add(stored.findings)
+    # while a weight file is missing, so is half of everything
+    report.add(f for f in stored.findings if opened.whole or f.check == "config")
     for check, things in stored.checked.items():
         report.count(check, things)
     report.add(_files(checkpoint, ours=opened.manifest is not None))
     report.count("files", len(checkpoint.aux))
-    report.add(_layers(checkpoint))
+    if opened.whole:
+        report.add(_layers(stored))
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
@@ -97,13 +99,20 @@ def _files(checkpoint: Checkpoint, *, ours: bool) -> Iterator[Finding]:
             yield noted("files", "weight file is not in the index: engines skip it", name)
 
 
-def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _layers(stored: Stored) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
+    checkpoint = stored.checkpoint
+    parts = {  # which layers may differ in: they need not all be of one type
+        tensor.spec.name
+        for module in stored.modules.values()
+        for suffix, tensor in module.tensors.items()
+        if suffix not in {"weight", "bias"}
+    }
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in checkpoint.tensors:
+    for name in checkpoint.tensors.keys() - parts:
         if match := _LAYER.fullmatch(name):
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
-            stacks[match["stack"]][int(match["index"])].add(rest.rpartition(".")[0])
+            stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))
     for stack, layers in stacks.items():
         absent = sorted(set(range(max(layers) + 1)) - layers.keys())
         if absent:

@@ -1,0 +1,121 @@
+"""quant_model_description.json against the tensors beside it: each names the other, with types that
+the engine registers."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint, read_json_file
+from quantcli.errors import QuantError, closest
+from quantcli.findings import Finding, failed, of_error
+from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
+from quantcli.targets.ascend_names import DESCRIPTION, FLOAT, absent_head
+from quantcli.targets.siblings import MERGED
+
+SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
+_METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
+_AGAIN = "convert the model again"
+
+
+class Description:
+    """What is said of each tensor.
+
+    entries: by the tensor's name, without what describes the checkpoint as a whole.
+    labels:  types of modules by their names, FLOAT ones too; none that the engine does not have, but
+             what another producer calls something else is under the engine's name.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.findings: list[Finding] = []
+        self.entries: dict[str, Any] = {
+            key: value for key, value in self._read().items() if not _METADATA.fullmatch(key)
+        }
+        self.labels: dict[str, str] = {}
+        if self.entries:
+            self.findings += self._types()
+            self.findings += self._tensors()
+
+    def _read(self) -> dict[str, Any]:
+        path = self.checkpoint.path / DESCRIPTION
+        if not path.is_file():
+            fix = f"{_AGAIN}: without it the engine takes all weights for float"
+            self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
+            return {}
+        try:
+            table = read_json_file(path)
+        except QuantError as error:
+            self.findings.append(of_error("description", error))
+            return {}
+        if not any("." in key for key in table):
+            self.findings.append(failed("description", "describes no tensor", DESCRIPTION, _AGAIN))
+        return table
+
+    def _types(self) -> Iterator[Finding]:
+        """Every type exists; what belongs to a module has the module's."""
+        odd: dict[str, list[str]] = defaultdict(list)
+        for key, value in self.entries.items():
+            if not isinstance(value, str):
+                yield failed("description", f"`{key}` is {value!r:.60}, no type", DESCRIPTION, _AGAIN)
+            elif key.endswith(".weight"):
+                if value != FLOAT and value not in LAYOUTS:
+                    odd[value].append(key)
+                if value == FLOAT or MISNAMED.get(value, value) in LAYOUTS:
+                    self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
+        for value, keys in odd.items():
+            yield _unknown_type(value, keys)
+        for key, value in self.entries.items():
+            module, _, suffix = key.rpartition(".")
+            wanted = self.labels.get(module)
+            if suffix not in SUFFIXES or wanted is None or not isinstance(value, str):
+                continue
+            if MISNAMED.get(value, value) != wanted:
+                what = f"gives `{key}` the type {value!r:.60}, its weight {wanted}"
+                yield failed("description", what, DESCRIPTION, _AGAIN)
+
+    def _tensors(self) -> Iterator[Finding]:
+        """Each entry has its tensor, each tensor its entry."""
+        tensors = self.checkpoint.tensors
+        if gone := sorted(
+            key for key in self.entries.keys() - tensors.keys() if not self._only_asked(key)
+        ):
+            files = sorted(name for name in self.checkpoint.left_out if name.endswith(".safetensors"))
+            hint = f"{files[0]} is not in the index, and may hold them: " if files else ""
+            what = f"describes {_some(gone)}, which no weight file holds"
+            yield failed("description", what, DESCRIPTION, f"{hint}{_AGAIN}")
+        if bare := [name for name in tensors if name not in self.entries]:
+            asked = [name for name in bare if name.endswith(".weight")]
+            fix = f"the engine stops at `{asked[0]}`: {_AGAIN}" if asked else _AGAIN
+            yield failed("description", f"does not describe {_some(bare)}", DESCRIPTION, fix)
+        head = absent_head({name: stored.spec for name, stored in tensors.items()})
+        if head and head not in self.entries:
+            fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
+            yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
+
+    def _only_asked(self, key: str) -> bool:
+        """Whether an entry stands for what the engine looks up and no file holds."""
+        parent, _, last = key.removesuffix(".weight").rpartition(".")
+        if last == "lm_head" or key == "lm_head.weight":
+            return True
+        for stored, siblings in MERGED.items():
+            if last in siblings and f"{parent}.{stored}.weight" in self.checkpoint.tensors:
+                return True
+        experts = f"{key.removesuffix('.weight')}."
+        return last == "experts" and any(name.startswith(experts) for name in self.checkpoint.tensors)
+
+
+def _some(names: Collection[str]) -> str:
+    """One name, and how many there are."""
+    first = next(iter(names))
+    return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _unknown_type(value: str, keys: list[str]) -> Finding:
+    near = MISNAMED.get(value)
+    hint = f"the engine's name for it is {near}" if near else closest(value, LAYOUTS)
+    fix = f"{hint}: {_AGAIN}" if near else (f"did you mean {hint}?" if hint else _AGAIN)
+    what = f"type {value!r:.60} of {_some(keys)} is none that the engine registers"
+    return failed("description", what, DESCRIPTION, fix)
