@@ -170,7 +170,7 @@ def examine(copy: Copy, depth: str, row: Row) -> Report:
 
 
 def assert_caught(stock: Stock, row: Row, folder: Path) -> None:
-    """The promised depth says no, by the promised check, in the promised words; no shallower one does."""
+    """The promised depth says no, by the promised check and words; no shallower one does."""
     depth = CHECKS[row.check][0]
     report = examine(harmed(stock, row, folder), depth, row)
     said = [f"{e.check}: {e.what} | {e.where}" for e in report.errors]

@@ -11,6 +11,7 @@ from typing import Any
 from quantcli.checkpoint import Checkpoint, read_json_file
 from quantcli.errors import QuantError, closest
 from quantcli.findings import Finding, failed, of_error
+from quantcli.inspection import tied_embeddings
 from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
 from quantcli.targets.ascend_names import DESCRIPTION, FLOAT, absent_head
 from quantcli.targets.siblings import MERGED
@@ -91,7 +92,8 @@ class Description:
             fix = f"the engine stops at `{asked[0]}`: {_AGAIN}" if asked else _AGAIN
             yield failed("description", f"does not describe {_some(bare)}", DESCRIPTION, fix)
         head = absent_head({name: stored.spec for name, stored in tensors.items()})
-        if head and head not in self.entries:
+        untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then it is lost
+        if head and head not in self.entries and not untied:
             fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
             yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
 

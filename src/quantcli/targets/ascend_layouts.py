@@ -14,6 +14,7 @@ from quantcli.numerics import multiplier
 from quantcli.targets.ascend_tags import deq_from_stored
 from quantcli.targets.layouts import Blocks, Layout, Param, Sides
 
+SLICES = -1  # in a shape: 1, or 16 where scale_bias is of slices of k
 # Loaders copy by value: a wider float is rounded, an integral float becomes the integer.
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -105,9 +106,9 @@ def decompose(k: int) -> Sides:
 _FLATQUANT = (
     Param("left_trans", _FLOATS, lambda n, k: (decompose(k)[0],) * 2, "finite", "module", shared=True),
     Param("right_trans", _FLOATS, lambda n, k: (decompose(k)[1],) * 2, "finite", "module", shared=True),
-    Param("clip_ratio", ("F32",), lambda n, k: (1,), "ratio", "module", shared=True),
+    Param("clip_ratio", _FLOATS, lambda n, k: (1,), "ratio", "module", shared=True),
 )
-_SCALE_BIAS = Param("scale_bias", ("F32",), lambda n, k: (n, -1), "finite")  # -1: 1, or 16 slices of k
+_SCALE_BIAS = Param("scale_bias", _FLOATS, lambda n, k: (n, SLICES), "finite")
 
 LAYOUTS = {
     layout.label: layout

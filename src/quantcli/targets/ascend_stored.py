@@ -12,7 +12,7 @@ from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.ascend_description import SUFFIXES, Description
 from quantcli.targets.ascend_experts import uneven_experts
-from quantcli.targets.ascend_layouts import LAYOUTS
+from quantcli.targets.ascend_layouts import LAYOUTS, SLICES
 from quantcli.targets.ascend_names import FLOAT, float_only, skip_rule
 from quantcli.targets.ascend_tp import check_tp
 from quantcli.targets.layouts import Param, StoredModule
@@ -122,22 +122,15 @@ class AscendStored:
         """One type for what the engine merges, and the same bytes of what it keeps once."""
         for refusal in fused_groups(self.labels):
             yield failed("siblings", refusal.what, f"`{refusal.module}`", _AGAIN)
-        first: dict[str, StoredModule] = {}
+        merged: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
         for module in self.modules.values():
-            name = merged_name(module.name)
-            if name is None:
-                continue
-            self.checked["siblings"] += 1
-            leader = first.setdefault(name, module)
-            if leader.layout.label != module.layout.label:
-                continue  # told above
-            for param in module.constants:
-                if param.shared and _bytes(module, param) != _bytes(leader, param):
-                    what = (
-                        f"differs from that of `{leader.name}`: the engine keeps one for both, "
-                        "whichever it reads last"
-                    )
-                    yield failed("siblings", what, f"`{module.name}.{param.suffix}`", _AGAIN)
+            if name := merged_name(module.name):
+                self.checked["siblings"] += 1
+                merged[name, module.layout.label].append(module)  # unlike types are told above
+        for siblings in merged.values():
+            for param in siblings[0].constants:
+                if param.shared and all(param in module.constants for module in siblings):
+                    yield from _shared(param, siblings)
 
     def _experts(self) -> Iterator[Finding]:
         for refusal in expert_sets(self.labels):
@@ -186,6 +179,20 @@ class AscendStored:
 _DEQ = {"BF16": "F32", "F16": "I64"}
 
 
+def _shared(param: Param, siblings: list[StoredModule]) -> Iterator[Finding]:
+    """What the engine keeps once for all: who differs from the most."""
+    kinds: dict[bytes, list[StoredModule]] = defaultdict(list)
+    for module in siblings:
+        kinds[_bytes(module, param)].append(module)
+    most, *others = sorted(kinds.values(), key=len, reverse=True)
+    for module in (module for kind in others for module in kind):
+        what = (
+            f"differs from that of `{most[0].name}`: the engine keeps one for both, whichever it "
+            "reads last"
+        )
+        yield failed("siblings", what, f"`{module.name}.{param.suffix}`", _AGAIN)
+
+
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
     where = f"`{spec.name}`"
     if spec.dtype not in param.dtypes:
@@ -193,10 +200,11 @@ def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> 
         yield failed("parameters", what, where, _AGAIN)
     shape = param.shape(n, k)
     fits = len(shape) == len(spec.shape) and all(
-        want in (-1, have) for want, have in zip(shape, spec.shape, strict=True)
+        have in ((1, 16) if want == SLICES else (want,))
+        for want, have in zip(shape, spec.shape, strict=True)
     )
     if not fits:
-        wanted = str(list(shape)).replace("-1", "any")
+        wanted = str(list(shape)).replace(str(SLICES), "1 or 16")
         what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
         yield failed("parameters", what, where, _AGAIN)
 
