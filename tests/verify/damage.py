@@ -132,7 +132,7 @@ def row(name: str, good: str, damage: Damage, check: str, *says: str, **more: An
 
 def table(rows: list[Row]) -> dict[str, Any]:
     """For pytest.mark.parametrize."""
-    assert len({r.name for r in rows}) == len(rows)
+    assert len({(r.good, r.name) for r in rows}) == len(rows)
     return {"argnames": "row", "argvalues": rows, "ids": [f"{r.good}: {r.name}" for r in rows]}
 
 

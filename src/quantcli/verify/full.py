@@ -24,6 +24,7 @@ from quantcli.writer import blake3_of, sha256_of
 
 _BLOCK = 2**21  # bytes that are looked at together
 _COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32
+_DEQ = 2.0**-5  # relative: three scales are rounded to bfloat16, each to 2^-8, one of them twice
 _CONDITION = 2.0**12  # of a transform: beyond it bfloat16 inputs keep no bit
 _AGAIN = "copy the checkpoint again, or convert the model again"
 
@@ -103,7 +104,7 @@ def _show(block: Tensor, place: int) -> str:
     value = block.reshape(-1)[place]
     if block.dtype == torch.float8_e4m3fn:
         return f"code 0x{int(value.view(torch.uint8)):02X}"
-    return f"{float(value):.6g}" if block.is_floating_point() else str(int(value))
+    return f"{float(value):.9g}" if block.is_floating_point() else str(int(value))
 
 
 def _first(bad: Tensor) -> int | None:
@@ -172,14 +173,39 @@ def _follows(module: StoredModule) -> Iterator[Finding]:
     where = f"`{module.name}`"
     if "left_trans" in names:
         for suffix in ("left_trans", "right_trans"):
-            condition = float(torch.linalg.cond(read_tensor(names[suffix]).double()))
+            matrix = read_tensor(names[suffix]).double()
+            if not bool(torch.isfinite(matrix).all()):
+                continue  # told by its values
+            condition = float(torch.linalg.cond(matrix))
             if not condition < _CONDITION:
                 what = f"its {suffix} cannot be inverted: condition {condition:.3g}"
                 yield failed("arithmetic", what, where, _AGAIN)
     if "quant_bias" in names:
         yield from _quant_bias(module)
+    if "deq_scale" in names and "weight_scale" in names:
+        yield from _deq_scale(module)
     if "scale_bias" in names:
         yield from _scale_bias(module)
+
+
+def _deq_scale(module: StoredModule) -> Iterator[Finding]:
+    """deq_scale = weight_scale * input_scale, where both scales of weights are stored."""
+    parts = {s: read_tensor(module.tensors[s]) for s in ("input_scale", "weight_scale")}
+    deq = _as_float(read_tensor(module.tensors["deq_scale"])).double()
+    expected = parts["weight_scale"].double().squeeze(1) * parts["input_scale"].double()
+    off = (deq / expected - 1).abs()
+    if bool((off > _DEQ).any()):
+        row = int(off.argmax())
+        what = (
+            f"deq_scale of row {row} is {deq[row]:.6g}; weight_scale and input_scale make it "
+            f"{expected[row]:.6g}"
+        )
+        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
+
+
+def _as_float(deq: Tensor) -> Tensor:
+    """Float32 numbers of which int64 ones hold the bits."""
+    return deq.to(torch.int32).view(torch.float32) if deq.dtype == torch.int64 else deq
 
 
 def _code_sums(module: StoredModule) -> Tensor:
@@ -196,9 +222,9 @@ def _code_sums(module: StoredModule) -> Tensor:
 def _quant_bias(module: StoredModule) -> Iterator[Finding]:
     """quant_bias = rint(bias / deq_scale - input_offset * sum of codes)."""
     parts = {s: read_tensor(t) for s, t in module.tensors.items() if s != "weight"}
-    deq = parts["deq_scale"]
-    if deq.dtype == torch.int64:
-        deq = deq.to(torch.int32).view(torch.float32)
+    if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+        return  # told by its values
+    deq = _as_float(parts["deq_scale"])
     expected = -parts["input_offset"].double() * _code_sums(module)
     if "bias" in parts:
         expected = expected + parts["bias"].double() / deq.double()
@@ -216,17 +242,27 @@ def _quant_bias(module: StoredModule) -> Iterator[Finding]:
 
 
 def _scale_bias(module: StoredModule) -> Iterator[Finding]:
-    """scale_bias = 8 * sum of codes * weight_scale, over all of k or over slices of it."""
-    scale = read_tensor(module.tensors["weight_scale"]).double().squeeze(1)
-    stored = read_tensor(module.tensors["scale_bias"]).double().sum(1)
+    """scale_bias = 8 * sum of codes * weight_scale, over all of k or over each of its slices."""
+    scale = read_tensor(module.tensors["weight_scale"]).double()
+    stored = read_tensor(module.tensors["scale_bias"]).double()
     n, k = module.shape
+    slices = stored.shape[1]
+    if k % slices:
+        what = f"its scale_bias has {slices} slices, which do not divide {k} inputs"
+        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
+        return
     step = max(2, _BLOCK // (4 * k) // 2 * 2)
+    sums = []
     with ModuleReader(module) as reader:
-        sums = [reader.weight(start, step).sum(1, dtype=torch.float64) for start in range(0, n, step)]
+        for start in range(0, n, step):
+            block = reader.weight(start, step)
+            parts = block.view(len(block), slices, -1)
+            sums.append(parts.sum(2, dtype=torch.float64))
     expected = 8 * torch.cat(sums)
-    allowed = 8 * scale * k * 2.0**-8 + stored.abs() * 2.0**-6
-    off = (stored - expected).abs()
-    if bool((off > allowed).any()):
-        row = int((off - allowed).argmax())
-        what = f"scale_bias of row {row} sums to {stored[row]:.6g}; codes make it {expected[row]:.6g}"
+    off = (stored - expected).abs() - 8 * scale * (k // slices) * 2.0**-8 - stored.abs() * 2.0**-6
+    if bool((off > 0).any()):
+        row, part = divmod(int(off.argmax()), slices)
+        what = f"scale_bias of row {row} is {stored[row, part]:.6g}"
+        what += f" in slice {part}" if slices > 1 else ""
+        what += f"; codes make it {expected[row, part]:.6g}"
         yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
