@@ -54,12 +54,13 @@ class Stock:
         head, _, kind = family.partition(":")
         folder = self.root / "models" / family.replace(":", "-")
         if not kind:
-            return self._models(family)
-        if head == "names" and not folder.exists():
+            self._models(family)
+        elif head == "names" and not folder.exists():
             make_family(folder, kind)
         elif not folder.exists():
             make_tiny(folder, head, dtype=getattr(torch, kind))
             write_tokenizer(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
         return folder
 
     def good(self, family: str, recipe: str, *options: str, checksum: bool = True) -> Good:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,13 @@ from quantcli.verify.structure import Structure
 # dB of signal over error that a sound conversion of any weight exceeds, by the codes' kind. A row of
 # normal numbers has about 40 with int8, 31 with fp8 and 14 with int4.
 LEAST_SQNR = {"int8": 20.0, "fp8_e4m3": 25.0, "mxfp8": 22.0, "int4": 6.0, "float": 60.0}
+# dB of the worst row. Rounding to nearest leaves no row with more error than signal, and eight bits
+# leave one outlier beside 16,000 numbers of half a step about 7; zeroed, swapped and negated rows have
+# 0, -3 and -6.
+LEAST_ROW = {"int8": 3.0, "fp8_e4m3": 12.0, "mxfp8": 8.0, "int4": 0.5}
+# Error of one weight over the largest of its matrix: rounding leaves 0.004, 0.04, 0.09 and 0.07,
+# weights that make up for others or are clipped some times as much, a flipped sign 1 to 2.
+LARGEST = {"int8": 0.1, "fp8_e4m3": 0.25, "mxfp8": 0.25, "int4": 0.7}
 _LAYER = re.compile(r"(.*?\.(?:layers|h|blocks|block)\.\d+)\..*")
 _LARGE = 1000  # modules: from here on, only the worst have their histograms in the report
 _AGAIN = "convert the model again"
@@ -180,35 +188,49 @@ class _Run:
                         self.edited[module] = _words(factors)
         self.unlike |= {name for name, found in compared.items() if found.sqnr_db < _UNLIKE}
         for module, found in compared.items():
-            entry = self._entry(module, found, limits[module])
+            entry = self._entry(module, found, limits[module], kinds[module])
             if kinds[module] != "float":
                 self.modules.append(entry)
             if not entry["ok"]:
-                what = f"SQNR is {entry['sqnr_db']:.2f} dB, the limit {entry['limit_db']:.2f} dB"
                 worst = entry["worst_rows"][:1]
                 row = f", worst row {worst[0]['row']}" if worst else ""
                 fix = _ADVICE if found.sqnr_db > _UNLIKE else _OTHER
-                yield failed("sqnr", what, f"`{module}`{row}", fix)
+                yield failed("sqnr", _fault(entry, kinds[module]) or "", f"`{module}`{row}", fix)
 
     def _limit(self, kind: str) -> float:
         given = self.min_sqnr is not None and kind != "float"
         return float(self.min_sqnr or 0) if given else LEAST_SQNR[kind]
 
-    def _entry(self, module: str, found: Comparison, limit: float) -> dict[str, Any]:
+    def _entry(self, module: str, found: Comparison, limit: float, kind: str) -> dict[str, Any]:
         """One matrix as the report has it."""
         theirs, ours = self.reference.weight(module), self.own.weight(module)
         assert theirs is not None
         assert ours is not None
         self.progress.advance(self.reference.checkpoint.tensors[f"{module}.weight"].spec.nbytes)
-        return {
+        entry = {
             "module": module,
             "label": ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",
             **found.account(),
             "limit_db": limit,
-            "ok": found.sqnr_db >= limit,
             "edited": self.edited.get(module),
             **codes(theirs, ours),
         }
+        return {**entry, "ok": _fault(entry, kind) is None}
+
+
+def _fault(entry: Mapping[str, Any], kind: str) -> str | None:
+    """What is wrong with a compared matrix: as a whole, in one row, in one number."""
+    if entry["sqnr_db"] < entry["limit_db"]:
+        return f"SQNR is {entry['sqnr_db']:.2f} dB, the limit {entry['limit_db']:.2f} dB"
+    row = entry["worst_rows"][:1]
+    if row and row[0]["sqnr_db"] < LEAST_ROW.get(kind, -math.inf):
+        return f"SQNR of a row is {row[0]['sqnr_db']:.2f} dB, the limit {LEAST_ROW[kind]:.2f} dB"
+    if entry["max_rel_error"] > LARGEST.get(kind, math.inf):
+        return (
+            f"a weight is off by {entry['max_rel_error']:.2f} of the largest one, the limit is "
+            f"{LARGEST[kind]:.2f}"
+        )
+    return None
 
 
 def _siblings(modules: Iterable[str]) -> list[list[str]]:

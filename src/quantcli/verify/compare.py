@@ -135,10 +135,12 @@ class Comparison:
     def _worst(self) -> Iterator[tuple[int, tuple[float, float]]]:
         ratio = torch.where(self.signal > 0, self.noise / self.signal, self.noise * math.inf)
         ratio = ratio.nan_to_num(0.0, posinf=math.inf)
+        ratio[self.noise <= _NOTHING * self.signal.mean()] = 0  # rows of next to nothing
         for i in ratio.topk(min(WORST, self.n)).indices.tolist():
             yield i, (float(self.signal[i]), float(self.noise[i]))
 
 
+_NOTHING = 2.0**-40  # of the energy of a row: below float32's own rounding
 _OUTLIER = 4.0  # times the median channel
 
 

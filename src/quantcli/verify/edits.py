@@ -211,7 +211,7 @@ def _answers(rows: Tensor, columns: Tensor) -> bool:
     if len(wanted) == len(columns):
         return _same(wanted, columns)
     some, others = wanted[wanted != 1].sort().values, columns[columns != 1].sort().values
-    if not len(some) or len(others) % len(some):
+    if not len(some) or not len(others) or len(others) % len(some):
         return False
     return _same(some.repeat_interleave(len(others) // len(some)), others)
 

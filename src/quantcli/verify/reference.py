@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.registry import discover
@@ -119,22 +119,26 @@ def compare_files(ours: Checkpoint, theirs: Checkpoint) -> Iterator[Finding]:
             yield failed("source", "file of the other model is missing", name, fix)
         elif sha256_of(ours.path / name) != sha256_of(theirs.path / name):
             if name == CONFIG:
-                changed = [
-                    key
-                    for key in {*ours.config, *theirs.config}
-                    if ours.config.get(key) != theirs.config.get(key)
-                ]
-                odd = sorted(set(changed) - _MAY_CHANGE)
-                if odd:
-                    what = f"`{odd[0]}` is {ours.config.get(odd[0])!r:.60} in {CONFIG}, not "
-                    what += f"{theirs.config.get(odd[0])!r:.60} as in the other model"
-                    yield failed("source", what, CONFIG, "take the other model's value")
+                yield from _config(ours.config, theirs.config)
             else:
                 yield failed("source", "file differs from the other model's", name, "copy it again")
 
 
-# of config.json: what conversion sets, and removes
-_MAY_CHANGE = {"torch_dtype", "dtype", "quantization_config", "compression_config", "text_config"}
+# of config.json, at any level: what conversion sets, and removes
+_MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
+
+
+def _config(ours: Any, theirs: Any, place: str = "") -> Iterator[Finding]:
+    """Keys of config.json that conversion does not touch, and that differ."""
+    for key in sorted({*ours, *theirs} - _MAY_CHANGE):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _config(mine, other, f"{place}{key}.")
+        elif mine != other:
+            what = (
+                f"`{place}{key}` is {mine!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
+            )
+            yield failed("source", what, CONFIG, "take the other model's value")
 
 
 def noted_kind(reference: Reference) -> Iterator[Finding]:
