@@ -25,7 +25,7 @@ def constants(scheme: Scheme, serving: torch.dtype, x: torch.Tensor | None = Non
 
 def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
     """The dtype in which vLLM-Ascend holds `weight_scale`."""
-    return torch.float32 if scheme.name in {"fp8_dynamic", "w8a8_static"} else serving
+    return torch.float32 if scheme.name in {"fp8_dynamic", "w8a8_static", "w4a4_dynamic"} else serving
 
 
 def quantize(

@@ -28,7 +28,7 @@ class Operand:
     dynamic:   the scale is computed while serving.
     """
 
-    dtype: Literal["int8", "fp8_e4m3"]
+    dtype: Literal["int4", "int8", "fp8_e4m3"]
     per: Literal["channel", "token", "tensor"]
     symmetric: bool = True
     dynamic: bool = False

@@ -54,6 +54,23 @@ def test_int8_error_is_at_most_half_a_scale(weight, held, name):
 
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(weights())
+def test_int4_error_is_at_most_half_a_scale_and_clipping_never_loses(weight):
+    errors = {}
+    for clip in ("none", "mse"):
+        parts = discover(Scheme)["w4a4_dynamic"](clip=clip).quantize(weight, torch.float32)
+        codes, scale = parts["weight"].double(), parts["weight_scale"].double()
+        assert bool((scale > 0).all())
+        assert bool(torch.isfinite(scale).all())
+        assert bool(((codes >= -8) & (codes <= 7)).all())
+        error = codes * scale - weight.double()
+        if clip == "none":
+            assert bool((error.abs() <= scale / 2 * (1 + 2**-20)).all())
+        errors[clip] = error.square().sum(1)
+    assert bool((errors["mse"] <= errors["none"] * (1 + 1e-5) + 1e-80).all())
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(weights())
 def test_fp8_error_is_at_most_half_a_step(weight):
     parts = discover(Scheme)["fp8_dynamic"]().quantize(weight, torch.float32)
     codes, scale = parts["weight"].double(), parts["weight_scale"].double()

@@ -43,6 +43,7 @@ def test_support_knows_every_cell():
     cells = {(cell["scheme"], cell["target"]): cell for cell in quantcli.support()}
     assert {key: cell["label"] for key, cell in cells.items()} == {
         ("fp8_dynamic", "ascend"): "W8A8FP8_DYNAMIC",
+        ("w4a4_dynamic", "ascend"): "W4A4_DYNAMIC",
         ("w8a16", "ascend"): "W8A16",
         ("w8a8_dynamic", "ascend"): "W8A8_DYNAMIC",
         ("w8a8_mix", "ascend"): "W8A8_MIX",

@@ -14,6 +14,7 @@ from quantcli.tensorspec import TensorSpec
 
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
 W8A16 = discover(Scheme)["w8a16"]().numerics
+INT4 = discover(Scheme)["w4a4_dynamic"]().numerics
 FP8 = discover(Scheme)["fp8_dynamic"]().numerics
 STATIC = discover(Scheme)["w8a8_static"]().numerics
 SYMMETRIC = discover(Scheme)["w8a8_static"](symmetric=True).numerics
@@ -142,12 +143,12 @@ def test_stacked_experts_are_refused():
 
 
 def test_labels_and_what_the_engine_holds():
-    known = (INT8, FP8, W8A16, STATIC, SYMMETRIC, MIX)
+    known = (INT8, FP8, W8A16, STATIC, SYMMETRIC, MIX, INT4)
     assert [TARGET.label(n) for n in known] == [
-        "W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16", "W8A8", "W8A8", "W8A8_MIX",
+        "W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16", "W8A8", "W8A8", "W8A8_MIX", "W4A4_DYNAMIC",
     ]  # fmt: skip
     held = [TARGET.held(n, "weight_scale", "F16") for n in known]
-    assert held == ["F16", "F32", "F16", "F32", "F32", "F16"]
+    assert held == ["F16", "F32", "F16", "F32", "F32", "F16", "F32"]
     assert [TARGET.held(n, "input_scale", "F16") for n in (STATIC, MIX)] == ["F16", "F16"]
     assert "A5" in TARGET.loads_on("W8A8FP8_DYNAMIC")
     assert "A2, A3" in TARGET.loads_on("W8A8")
@@ -285,3 +286,11 @@ def test_merged_modules_are_described_by_their_siblings_too(numerics, label):
     asked = [f"{L}.mlp.{p}_proj.weight" for p in ("gate", "up")]
     asked += [f"{L}.attn.{p}_proj.weight" for p in "qkv"]
     assert [table[name] for name in asked] == [label] * 5
+
+
+def test_int4_inputs_come_in_eights():
+    modules = [Module(f"{L}.self_attn.o_proj", (64, 60), INT4)]
+    (refusal,) = TARGET.check(modules, {})
+    assert "multiples of 8; there are 60" in refusal.what
+    (expert,) = TARGET.check([Module(f"{L}.mlp.experts.0.up_proj", (64, 64), INT4)], {})
+    assert "no W4A4_DYNAMIC for experts" in expert.what

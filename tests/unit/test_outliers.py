@@ -20,7 +20,7 @@ from quantcli.outliers import inspect_outliers
 from quantcli.targets.ascend import Ascend
 from tests.builders import Tensor, make_model, tensor
 
-INT8, FP8 = "int8 per channel", "fp8_e4m3 per channel"
+INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"
 CONFIG = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
 
@@ -70,6 +70,13 @@ def int8_db(w: np.ndarray) -> float:
     return 10 * math.log10((w.astype(np.float64) ** 2).sum() / (error**2).sum())
 
 
+def int4_db(w: np.ndarray) -> float:
+    """With a scale that clips nothing."""
+    scale = np.maximum(np.abs(w).max(-1, keepdims=True) / np.float32(7), np.finfo("f4").tiny)
+    error = (np.rint(w / scale) * scale).astype(np.float64) - w
+    return 10 * math.log10((w.astype(np.float64) ** 2).sum() / (error**2).sum())
+
+
 def fp8_db(w: np.ndarray) -> float:
     scale = np.abs(w).max(-1, keepdims=True) / np.float32(448)
     ratio = (w / scale).astype(np.float64)
@@ -94,7 +101,11 @@ def expected(w: np.ndarray) -> dict[str, Any]:
 
 def check(module: dict[str, Any], w: np.ndarray) -> None:
     assert {key: module[key] for key in expected(w)} == pytest.approx(expected(w), rel=1e-9, abs=1e-12)
-    assert module["sqnr_db"] == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w)}, abs=1e-4)
+    shown = dict(module["sqnr_db"])
+    int4 = shown.pop(INT4)
+    assert shown == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w)}, abs=1e-4)
+    # at least what a scale of amax / 7 gives, and no more than a tenth of the steps can
+    assert int4_db(w) - 1e-4 <= int4 < shown[INT8] - 15
     assert module["not_finite"] is None
 
 
@@ -179,7 +190,7 @@ def test_zeros_are_stored_exactly_and_have_no_ratios(tmp_path: Path) -> None:
     module = of_one(tmp_path, np.zeros((4, 6), "<f4"))
     assert module == {
         "module": "a", "shape": [4, 6], "amax_over_rms": None, "kurtosis": None, "channel_ratio": None,
-        "channel": None, "sqnr_db": {FP8: 200.0, INT8: 200.0}, "not_finite": None,
+        "channel": None, "sqnr_db": {FP8: 200.0, INT4: 200.0, INT8: 200.0}, "not_finite": None,
     }  # fmt: skip
 
 
@@ -207,7 +218,7 @@ def test_nan_and_inf_are_named_and_come_first(
     bad, good = statistics_of(tmp_path, tensors, block_elements=block)["modules"]
     assert bad == {
         "module": "bad", "shape": [12, 10], "amax_over_rms": None, "kurtosis": None,
-        "channel_ratio": None, "channel": None, "sqnr_db": {FP8: None, INT8: None},
+        "channel_ratio": None, "channel": None, "sqnr_db": {FP8: None, INT4: None, INT8: None},
         "not_finite": {"value": name, "index": [7, 4]},
     }  # fmt: skip
     assert good["module"] == "good"
@@ -277,6 +288,7 @@ def test_operands_name_every_scheme_that_stores_weights_so(tmp_path: Path) -> No
     account = statistics_of(tmp_path, {"a.weight": stored(normal(4, 4))})
     assert account["operands"] == {
         FP8: ["fp8_dynamic"],
+        INT4: ["w4a4_dynamic"],
         INT8: ["w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static"],
     }
 

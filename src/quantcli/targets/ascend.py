@@ -176,6 +176,12 @@ class Ascend(Target):
                 "use w8a8_dynamic for them",
             )
         n, k = module.shape
+        if tag.label.startswith("W4A4") and k % 8:
+            yield Refusal(
+                module.name,
+                f"{tag.label} takes inputs in multiples of 8; there are {k}",
+                "use w8a8_dynamic for it",
+            )
         if max(n, k) > MAX_SIDE:
             yield Refusal(
                 module.name, f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", _KEEP

@@ -23,6 +23,7 @@ class Tag:
 
 
 _INT8 = Operand("int8", "channel")
+_INT4 = Operand("int4", "channel")
 _FP8 = Operand("fp8_e4m3", "channel")
 _TOKEN = Operand("int8", "token", dynamic=True)
 _A2_A3 = "Atlas A2, A3 (910B, 910C)"
@@ -36,6 +37,9 @@ _W8A8 = Tag(
 _W8A8_MIX = Tag("W8A8_MIX", f"vLLM-Ascend 0.13 and later on {_A2_A3}", static=True)
 # In the order in which `model_quant_type` prefers them.
 TAGS: dict[Numerics, Tag] = {
+    Numerics(_INT4, Operand("int4", "token", dynamic=True)): Tag(
+        "W4A4_DYNAMIC", f"vLLM-Ascend 0.18 and later on {_A2_A3}", scale_in_float32=True
+    ),
     **{
         Numerics(_INT8, Operand("int8", "tensor", symmetric=symmetric), _TOKEN): _W8A8_MIX
         for symmetric in (False, True)

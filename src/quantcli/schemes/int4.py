@@ -1,0 +1,95 @@
+"""Int4 weights per channel: what schemes with 4-bit codes share.
+
+Codes are -8..7 in int8. With so few of them it matters where a row is cut off: a scale of amax / 7
+clips nothing and spends most codes on few values; a smaller one loses less in all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quantcli.schemes import rounding
+from quantcli.schemes.base import Scheme
+
+LARGEST, LEAST = 7.0, -8.0
+_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
+_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_REFINEMENTS = 2
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Int4Weights(Scheme):
+    """The option that int4 schemes share."""
+
+    clip: Literal["mse", "none"] = Field(
+        "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
+    )
+
+    def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1].
+
+        With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
+        is never larger than that. NaN and Inf show in the scale.
+        """
+        values = rows.float()
+        scale = (rounding.absmax(rows) / LARGEST).clamp_min(_TINY)
+        if self.clip == "mse":
+            scale = _least_error(values, scale)
+        return _round(values, scale).to(torch.int8), scale
+
+
+def _round(values: Tensor, scale: Tensor) -> Tensor:
+    """round(values / scale), half to even, clipped to -8..7; float32."""
+    return (values / scale).round_().clamp_(LEAST, LARGEST)
+
+
+def _error(values: Tensor, scale: Tensor) -> Tensor:
+    """Squared error of each row [..., n, 1]; infinite where it is no number."""
+    error = _round(values, scale).mul_(scale).sub_(values)
+    total: Tensor = error.square_().sum(-1, keepdim=True)
+    return total.nan_to_num_(torch.inf)
+
+
+def _least_error(values: Tensor, widest: Tensor) -> Tensor:
+    """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
+    then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
+
+    Ties go to the wider scale, and `widest` is among them.
+    """
+    best, least = widest, _error(values, widest)
+    share = torch.ones_like(widest)
+    for step in _COARSE[1:]:
+        error = _error(values, widest * step)
+        better = error < least
+        least, share = torch.where(better, error, least), torch.where(better, step, share)
+    best = widest * share
+    for step in _FINE:
+        scale = widest * (share + step)
+        error = _error(values, scale)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    for _ in range(_REFINEMENTS):
+        codes = _round(values, best)
+        square = codes.square().sum(-1, keepdim=True)
+        scale = (values * codes).sum(-1, keepdim=True) / square
+        scale = torch.where((square > 0) & (scale > 0), scale, best).clamp_min(_TINY)
+        error = _error(values, scale)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    return best
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs as `npu_dynamic_quant` makes int4 of them: codes -7..7 as float32 [..., k], scale
+    float32 [..., 1].
+
+    mul = 7 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
+    """
+    values = x.float()
+    amax = values.abs().amax(-1, keepdim=True)
+    multiplier = torch.where(amax > 0, LARGEST / amax, 0.0)
+    return (values * multiplier).round_(), amax * (1 / LARGEST)

@@ -1,0 +1,46 @@
+"""Int4 weights per channel, int4 inputs per token, no data needed: for models that were rotated so that
+they have no outliers, and as what better 4-bit schemes are compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.schemes import rounding
+from quantcli.schemes.int4 import Int4Weights, quantize_tokens
+
+
+class W4A4Dynamic(Int4Weights):
+    """Int4 weights, one scale per output channel; int4 inputs, one scale per token."""
+
+    name: ClassVar[str] = "w4a4_dynamic"
+
+    @property
+    def numerics(self) -> Numerics:
+        """Int4 per channel x int4 per token, dynamic."""
+        return Numerics(Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
+
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
+        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1], which `held` must be."""
+        codes, scale = self.codes(rows)
+        return {"weight": codes, "weight_scale": scale}
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """y = f16((f32(sum_k xq wq) * weight_scale) * token_scale), cast to x.dtype, then + bias.
+
+        The kernel puts out float16 whatever the model is served in; the sum is exact in float64.
+        """
+        codes, token_scale = quantize_tokens(x)
+        total = (codes.double() @ parts["weight"].double().mT).float()
+        y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
+        y = y.to(torch.float16).to(x.dtype)
+        return y if bias is None else y + rounding.per_output(bias.to(x.dtype))
