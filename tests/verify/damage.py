@@ -28,6 +28,7 @@ DEPTHS = ("structure", "full", "against", "run")
 # Good checkpoints by the names that the tables give them.
 SMALL = "max_shard=60KB"
 GOODS: dict[str, tuple[str, ...]] = {
+    "mini": ("mini", "w8a8_dynamic"),
     "dynamic": ("llama", "w8a8_dynamic", SMALL),
     "tied": ("qwen2", "w8a8_dynamic", SMALL),
     "static": ("qwen2", "static", SMALL),

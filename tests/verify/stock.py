@@ -10,6 +10,7 @@ import torch
 
 from quantcli import commands
 from tests.e2e.calibrating import RECIPES, ROOT, Models, write_tokenizer
+from tests.e2e.conftest import make_llama
 from tests.families import make_family
 from tests.golden.short import assemble, short_model
 from tests.tiny_models import make_tiny
@@ -50,10 +51,14 @@ class Stock:
         (root / "models").mkdir()
 
     def model(self, family: str) -> Path:
-        """A float model: `llama`, `llama:float16`, `names:vlm` by names and shapes alone."""
+        """A float model: `llama`, `llama:float16`, `names:vlm` by names and shapes alone,
+        `mini` of one layer."""
         head, _, kind = family.partition(":")
         folder = self.root / "models" / family.replace(":", "-")
-        if not kind:
+        if family == "mini":
+            if not folder.exists():
+                make_llama(folder)
+        elif not kind:
             self._models(family)
         elif head == "names" and not folder.exists():
             make_family(folder, kind)
