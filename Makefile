@@ -50,7 +50,7 @@ format: $(READY) ## format the code
 	@$(BIN)/ruff check --fix --quiet src tests benchmarks docs
 
 bench: $(READY) ## run every benchmark (about half an hour, 10 GB of disk)
-	@for script in weight_error startup plan outliers determinism memory speed verify kill calibration perplexity; do \
+	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity; do \
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:          ## remove what make has made

@@ -12,15 +12,16 @@ SMALL = "max_shard=60KB"
 
 CASES = [
     *((family, "w8a8_dynamic", SMALL) for family in (*DENSE, *EXPERTS, *NAMED)),
-    *((family, "fp8_dynamic") for family in (*DENSE, *EXPERTS)),
+    *((family, "fp8_dynamic") for family in ("qwen2", "gemma2", "phi3", "multimodal", *EXPERTS)),
     *((family, "w8a16") for family in DENSE),
     *((family, "w8a8_moe_dynamic") for family in (*EXPERTS, "names:qwen2_moe")),
     *((family, "w8a8_static") for family in ("llama", "qwen2", "gemma3", "phi3", "multimodal")),
-    *((family, "w8a8_static_smooth", SMALL) for family in DENSE),
+    *((family, "w8a8_static_smooth", SMALL) for family in (
+        "llama", "qwen2", "qwen3", "gemma3", "phi3", "multimodal")),
     *((family, "w8a8_moe") for family in EXPERTS),
-    *((family, "static", SMALL) for family in ("qwen2", "mistral", "deepseek_v3", "llama:float16")),
+    *((family, "static", SMALL) for family in ("qwen2", "mistral", "llama:float16")),
     *((family, "mix") for family in ("qwen2", "stablelm", "llama:float16")),
-    *((family, "smooth") for family in ("qwen2", "phi3", "gemma2", "llama:float16")),
+    *((family, "smooth") for family in ("qwen2", "gemma2", "llama:float16")),
     *((family, "mixed") for family in ("llama", "gemma2", "qwen2")),
     ("llama", "symmetric"), ("llama", "head"), ("multimodal", "mlp"), ("llama:float32", "w8a8_dynamic"),
     ("llama:float16", "w8a8_dynamic"), ("llama", "w8a8_dynamic", "max_shard=1MB"),

@@ -7,6 +7,7 @@ from tests.verify.damage import (
     CONFIG,
     add,
     assert_caught,
+    bit,
     change,
     describe,
     drop,
@@ -125,6 +126,7 @@ ROWS = [
         f"{V}.input_offset"),
     row("transform of a sibling, one ulp", "flatquant",
         change(f"{K}.right_trans", ulp), "siblings", f"{K}.right_trans"),
+    row("bit of a transform", "flatquant", bit(f"{V}.left_trans", 7, 0), "siblings", f"{V}.left_trans"),
     row("clip ratio of a sibling, one ulp", "flatquant", change(f"{UP}.clip_ratio", ulp), "siblings",
         f"{UP}.clip_ratio"),
     # experts

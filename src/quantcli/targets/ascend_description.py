@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 from quantcli.checkpoint import Checkpoint, read_json_file
@@ -97,6 +98,12 @@ class Description:
             fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
             yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
 
+    @cached_property
+    def _with_experts(self) -> set[str]:
+        """Modules that have experts with numbers."""
+        names = self.checkpoint.tensors
+        return {name.partition(".experts.")[0] for name in names if ".experts." in name}
+
     def _only_asked(self, key: str) -> bool:
         """Whether an entry stands for what the engine looks up and no file holds."""
         parent, _, last = key.removesuffix(".weight").rpartition(".")
@@ -105,8 +112,7 @@ class Description:
         for stored, siblings in MERGED.items():
             if last in siblings and f"{parent}.{stored}.weight" in self.checkpoint.tensors:
                 return True
-        experts = f"{key.removesuffix('.weight')}."
-        return last == "experts" and any(name.startswith(experts) for name in self.checkpoint.tensors)
+        return last == "experts" and key.removesuffix(".experts.weight") in self._with_experts
 
 
 def _some(names: Collection[str]) -> str:
