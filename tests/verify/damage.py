@@ -38,6 +38,7 @@ GOODS: dict[str, tuple[str, ...]] = {
     "w8a16": ("llama", "w8a16"),
     "fp8": ("qwen3", "fp8_dynamic"),
     "moe": ("qwen3_moe", "w8a8_moe_dynamic", SMALL),
+    "mixtral": ("mixtral", "w8a8_dynamic"),
     "latent": ("deepseek_v3", "w8a8_dynamic"),
     "multimodal": ("multimodal", "w8a8_dynamic"),
     "w4a8": ("w4a8_dynamic",),

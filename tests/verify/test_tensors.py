@@ -149,6 +149,9 @@ ROWS = [
                "weight_offset"))), "experts", f"{EXPERT}.down_proj", "unlike", most=3),
     row("type that experts do not have", "moe",
         lambda copy: w8a16_experts(copy), "loader", "no W8A16 for experts", most=24),
+    row("set of experts not described", "mixtral",
+        describe(**{f"{LAYER}.block_sparse_moe.experts.weight": None}), "loader", "does not describe",
+        f"{LAYER}.block_sparse_moe.experts.weight"),
     # what the engine never quantizes, and how it looks names up
     row("router quantized", "moe", to_int8(f"{LAYER}.mlp.gate"), "loader", f"{LAYER}.mlp.gate",
         "routers"),

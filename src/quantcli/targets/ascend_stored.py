@@ -13,7 +13,13 @@ from quantcli.header import StoredTensor
 from quantcli.targets.ascend_description import SUFFIXES, Description
 from quantcli.targets.ascend_experts import uneven_experts
 from quantcli.targets.ascend_layouts import LAYOUTS, SLICES
-from quantcli.targets.ascend_names import FLOAT, float_only, skip_rule
+from quantcli.targets.ascend_names import (
+    DESCRIPTION,
+    FLOAT,
+    LISTED_EXPERTS,
+    float_only,
+    skip_rule,
+)
 from quantcli.targets.ascend_tp import check_tp
 from quantcli.targets.layouts import Param, StoredModule
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
@@ -143,6 +149,14 @@ class AscendStored:
         self.checked["loader"] += len(self.labels)
         for refusal in skip_rule(self.labels):
             yield failed("loader", refusal.what, f"`{refusal.module}`", _AGAIN)
+        listed = self.checkpoint.config.get("model_type") in LISTED_EXPERTS
+        sets = {} if listed else {m["experts"]: m for n in self.modules if (m := EXPERT.fullmatch(n))}
+        for experts in sorted(sets.keys() - self.labels.keys()):
+            what = (
+                f"does not describe `{experts}.weight`, which the engine looks up for this model_type"
+            )
+            fix = f'add `"{experts}.weight"` with the type of its experts'
+            yield failed("loader", what, DESCRIPTION, fix)
         noted_labels = set()
         for module in self.modules.values():
             label, layout = module.layout.label, module.layout
