@@ -52,8 +52,8 @@ def test_the_bundled_model() -> None:
     assert len(lines[1:21]) == 20
     assert lines[21] == ""
     assert lines[1].split() == [
-        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "19.3", "dB", "5.2",
-        "0.07", "545", "1.23",
+        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "19.3", "dB",
+        "5.2", "0.07", "545", "1.23",
     ]  # fmt: skip
     assert lines[22] == "more          24 modules; --json lists all"
     assert "schemes       int8 per channel: w8a16, w8a8_dynamic, w8a8_mix, w8a8_static" in lines
