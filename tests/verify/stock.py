@@ -26,6 +26,7 @@ OWN = {
     "smooth": 'smooth: {alpha: 0.8}\nrules: [{match: "*_proj", scheme: w8a8_mix}]\n',
     "mixed": 'rules:\n  - {match: "*.0.*", scheme: keep}\n  - {match: "*.self_attn.*", scheme: w8a16}\n'
     '  - {match: "*_proj", scheme: w8a8_dynamic}\n',
+    "int4": 'rules: [{match: "*_proj", scheme: w4a4_dynamic}]\n',
     "head": 'rules: [{match: ["*_proj", lm_head], scheme: w8a8_dynamic}]\n',
     "mlp": 'rules: [{match: "*.mlp.*_proj", scheme: fp8_dynamic}]\n',
 }
