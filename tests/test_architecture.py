@@ -12,8 +12,8 @@ from quantcli.targets.base import Target
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
-    0: {"errors", "registry", "numerics", "events", "recipefile", "schemes.rounding",
-        "verify.words", "verify.grid"},
+    0: {"verify.limits", "errors", "registry", "numerics", "events", "recipefile",
+        "schemes.rounding", "verify.words", "verify.grid"},
     1: {"verify.plots", "verify.junit", "findings", "tensorspec", "folder", "yamlfile",
         "executors", "schemes.observers", "schemes.affine", "calibration.taps",
         "calibration.devices"},
@@ -26,7 +26,7 @@ FLOORS = {
     5: {"verify.page", "manifest", "inspection", "publish", "measured", "targets.sidecars",
         "targets.siblings", "targets.ascend_layouts", "verify.blocks", "calibration.skeleton",
         "calibration.calls", "calibration.states"},
-    6: {"recipe", "verify.opening", "verify.compare", "targets.ascend_experts",
+    6: {"recipe", "verify.opening", "verify.sizes", "verify.compare", "targets.ascend_experts",
         "targets.ascend_names", "targets.ascend_tp", "calibration.outside", "calibration.layout",
         "calibration.engine", "calibration.store"},
     7: {"targets.ascend_description", "verify.structure", "verify.edits", "verify.reference",

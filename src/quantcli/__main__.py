@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:  # where nothing on the way knew a better word
         from quantcli.writer import machine_error
 
+        if error.filename is None:  # standard output: nothing more can be printed there
+            out = console.Output(as_json=False)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         out.error(machine_error(error, Path(error.filename or "stdout")))
         sys.exit(Exit.FIX_MACHINE)
     except Exception as error:
@@ -81,9 +84,9 @@ def _run(argv: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted", fix="the same command again continues where it stopped"
-        ) from None
+        goes_on = argv[0] in {"quantize", "calibrate"}
+        fix = "the same command again" + (" continues where it stopped" if goes_on else "")
+        raise Interrupted("interrupted", fix=fix) from None
     except _UsageError as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
         command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize", "verify"} else ""

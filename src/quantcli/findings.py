@@ -31,5 +31,6 @@ def noted(check: str, what: str, where: str | None = None, fix: str | None = Non
 
 def of_error(check: str, error: QuantError) -> Finding:
     """A finding from an error of ours."""
-    fix = error.fix or "copy the checkpoint again, or convert the model again"
+    lfs = error.fix if error.fix and "lfs" in error.fix else None
+    fix = lfs or "copy the checkpoint again, or convert the model again"
     return failed(check, error.what, error.where, fix)

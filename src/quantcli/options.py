@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress on stderr.")]
 Device = Annotated[str, typer.Option(help="Where calibration computes: cpu, cuda or npu.")]
 MaxMemory = Annotated[
     str | None,

@@ -47,11 +47,14 @@ def verify(
 
     limits = {"min-sqnr": min_sqnr, "max-ppl-ratio": max_ppl_ratio, "max-kl": max_kl}
     for name, value in limits.items():
-        if value is not None and not (math.isfinite(value) and (value > 0 or name == "min-sqnr")):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise InputError(f"{value} is no limit", where=f"--{name} {value}", fix="give a number")
     for option, file in (("--junit", junit), ("--report", page)):
         if file is not None:
             check_file(option, file)
+            if file.resolve().is_relative_to(checkpoint.resolve()):
+                what = "would become part of the checkpoint that is verified"
+                raise InputError(what, where=f"{option} {file}", fix="give a file beside it")
     if page is not None:
         from quantcli.verify.page import require_plotly
 
@@ -73,11 +76,11 @@ def verify(
     )
     found = document(work(wanted, progress or SILENT))
     if junit is not None:
-        write_file(junit, as_junit(found))
+        write_file(junit.resolve(), as_junit(found))
     if page is not None:
         from quantcli.verify.page import page as as_page
 
-        write_file(page, as_page(found).encode())
+        write_file(page.resolve(), as_page(found).encode())
     return found
 
 
@@ -102,7 +105,7 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
     if page is not None:
         from quantcli.verify.outlierpage import outliers_page
 
-        write_file(page, outliers_page(str(checkpoint.path), found["modules"]).encode())
+        write_file(page.resolve(), outliers_page(str(checkpoint.path), found["modules"]).encode())
     return found
 
 

@@ -93,6 +93,9 @@ def check_file(option: str, file: Path) -> None:
     with disk_errors(file):
         if file.is_dir():
             raise InputError("is a directory", where=f"{option} {file}", fix="give a file")
+        if file.exists() and not file.is_file():
+            fix = "give the name of a new file, or of one to replace"
+            raise InputError("is no regular file", where=f"{option} {file}", fix=fix)
         if not file.parent.is_dir():
             raise InputError("no such directory", where=f"{option} {file}", fix="make it first")
 

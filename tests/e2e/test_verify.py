@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from quantcli.calibration.served import Served, log_probs
 from quantcli.checkpoint import open_checkpoint
 from quantcli.verify.run import text_batches
 from tests.e2e.conftest import Result, run_cli
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -215,6 +218,11 @@ def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
         (("--run",), "--run compares two models", "--against MODEL"),
         (RUN, "--run needs text", "--data FILE"),
         (("--data", TEXT), "--data has no effect without --run", "add --run"),
+        (("--max-kl", "3"), "--max-kl has no effect without --run", "add --run"),
+        (("--max-ppl-ratio", "3"), "--max-ppl-ratio has no effect without --run", "add --run"),
+        (("--min-sqnr", "30"), "--min-sqnr has no effect without --against", "add --against MODEL"),
+        (("--min-sqnr", "-5"), "-5.0 is no limit", "number"),
+        (("--junit", "/dev/null"), "is no regular file", "new file"),
         (("--tp", "1,x"), "tensor parallel sizes are whole numbers", "--tp 1,2,4"),
         (("--max-kl", "-1"), "-1.0 is no limit", "number"),
         (("--min-sqnr", "nan"), "nan is no limit", "number"),
@@ -245,6 +253,41 @@ def test_bad_options(dynamic: Path, words: tuple[Any, ...], what: str, fix: str 
     assert what in done.err
     assert fix is None or fix in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
+
+
+def test_a_report_is_no_part_of_the_checkpoint(copy: Path, tmp_path: Path) -> None:
+    done = verify(copy, "--junit", copy / "junit.xml")
+    assert (done.code, "become part of the checkpoint" in done.err) == (2, True)
+    link, target = tmp_path / "link.xml", tmp_path / "target.xml"
+    link.symlink_to(target)
+    assert verify(copy, "--junit", link).code == 0
+    assert link.is_symlink()
+    assert target.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_another_model(copy: Path, tmp_path: Path, run: bool) -> None:
+    """One line says so, and not a hundred."""
+    other = make_tiny(tmp_path / "other", "llama")
+    words = ("--run", "--data", TEXT, *FEW) if run else ()
+    shutil.copy(MODEL / "tokenizer.json", other)
+    shutil.copy(MODEL / "tokenizer_config.json", other)
+    done = verify(copy, "--against", other, *words, "--json")
+    assert done.code in ({1, 2} if run else {1}), done.err
+    if done.code == 1:
+        errors = [f["what"] for f in done.json["findings"] if f["severity"] == "error"]
+        assert errors[0].startswith("these are different models: ")
+        assert len(errors) <= 2
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_full_disk_behind_stdout(dynamic: Path, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "quantcli", "verify", str(dynamic), *words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert "no space left" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["nothing", "a float model", "an empty folder", "a file"])

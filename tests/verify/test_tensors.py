@@ -173,17 +173,31 @@ ROWS = [
     row("no head, though untied", "dynamic", drop("lm_head.weight", described=True), "layers",
         "no lm_head"),
     row("no head, and not described", "dynamic", drop("lm_head.weight"), "layers", "no lm_head"),
+    # config.json against shapes
+    row("other hidden_size", "dynamic", edit(CONFIG, hidden_size=512), "config", "hidden_size` is 512",
+        most=2),
+    row("other vocab_size", "dynamic", edit(CONFIG, vocab_size=999), "config", "vocab_size` is 999"),
+    row("other intermediate_size", "dynamic", edit(CONFIG, intermediate_size=3), "config",
+        "makes `mlp.down_proj` 3 columns; it has 96"),
+    row("other number of heads", "dynamic", edit(CONFIG, num_key_value_heads=1), "config",
+        "`self_attn.k_proj` 16 rows"),
+    row("fewer layers than there are", "dynamic", edit(CONFIG, num_hidden_layers=2), "layers",
+        "config.json says 2 layers; there are 4"),
+    row("layers in words", "dynamic", edit(CONFIG, num_hidden_layers="six"), "config",
+        "num_hidden_layers` is 'six', no number"),
+    row("a list of model types", "moe", edit(CONFIG, model_type=["x"]), "loader", "does not describe",
+        most=9),
     # tensor parallelism
     row("FlatQuant over two devices", "flatquant",
         lambda copy: flat_output(copy), "tp", "--tp 2", OUT, "transforms of 16 and 16", tp=(1, 2)),
     row("heads over three devices", "dynamic", lambda copy: None, "tp", "4 attention heads", "--tp 3",
         tp=(3,), most=99),
     row("key/value heads over devices", "dynamic", heads(num_key_value_heads=3), "tp",
-        "3 key/value heads", tp=(4,)),
+        "3 key/value heads", also={"config"}, tp=(4,), most=2),
     row("E8M0 blocks over eight devices", "mxfp8", heads(num_attention_heads=8), "tp",
         "multiples of 64", OUT, tp=(8,), most=4),
     row("inputs over devices", "dynamic", heads(num_attention_heads=64, num_key_value_heads=64), "tp",
-        "96 inputs", DOWN, tp=(64,), most=4),
+        "96 inputs", DOWN, also={"config"}, tp=(64,), most=5),
 ]  # fmt: skip
 
 

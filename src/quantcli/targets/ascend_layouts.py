@@ -166,8 +166,8 @@ LAYOUTS = {
             _w4a8,
             _pairs,
             experts=True,
-            note="W4A8_DYNAMIC is registered for experts alone from 2026-08 on, and before that only "
-            "with groups for other modules",
+            note="no engine that is known loads this: W4A8_DYNAMIC is for experts alone from "
+            "2026-08 on, and needed groups in other modules before",
         ),
         Layout("W4A4_DYNAMIC", "int4", (_weight("I8", "int4"), _scale(), _offset()), per_row, plain),
         Layout(

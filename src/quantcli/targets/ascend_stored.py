@@ -38,6 +38,7 @@ class AscendStored:
         self.checkpoint = checkpoint
         self.serving_dtype = declared_dtype(checkpoint.config) or "BF16"
         self.findings: list[Finding] = []
+        self._other_float = False  # said once
         self.checked: dict[str, int] = defaultdict(int)
         description = Description(checkpoint)
         self.findings += description.findings
@@ -79,6 +80,12 @@ class AscendStored:
         if spec.dtype not in FLOATS:
             what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
             yield failed("parameters", what, f"`{spec.name}`", _AGAIN)
+        elif spec.dtype not in {self.serving_dtype, "F32"} and not self._other_float:
+            self._other_float = True
+            what = (
+                f"is {spec.dtype}; the model is served in {self.serving_dtype}, to which it is rounded"
+            )
+            yield noted("parameters", what, f"`{spec.name}`")
         for suffix in sorted(tensors.keys() & SUFFIXES):
             what = f"`{module}` is FLOAT, and yet has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
@@ -149,7 +156,7 @@ class AscendStored:
         self.checked["loader"] += len(self.labels)
         for refusal in skip_rule(self.labels):
             yield failed("loader", refusal.what, f"`{refusal.module}`", _AGAIN)
-        listed = self.checkpoint.config.get("model_type") in LISTED_EXPERTS
+        listed = str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS
         sets = {} if listed else {m["experts"]: m for n in self.modules if (m := EXPERT.fullmatch(n))}
         for experts in sorted(sets.keys() - self.labels.keys()):
             what = (

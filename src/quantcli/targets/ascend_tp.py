@@ -58,5 +58,6 @@ def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
 
 
 def _failed(size: int, what: str, module: str | None) -> Finding:
-    fix = f"serve with another tensor parallel size than {size}, or keep such modules in another scheme"
+    fix = f"serve with another tensor parallel size than {size}"
+    fix += ", or keep such modules in another scheme" if module else ""
     return failed("tp", what, f"`{module}`, --tp {size}" if module else f"--tp {size}", fix)

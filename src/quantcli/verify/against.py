@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,20 +21,17 @@ from quantcli.tensors import read_tensor
 from quantcli.tensorspec import FLOATS
 from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
 from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
-from quantcli.verify.reference import Reference, codes, compare_files, difference, noted_kind
+from quantcli.verify.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
+from quantcli.verify.reference import (
+    Reference,
+    codes,
+    compare_files,
+    difference,
+    noted_kind,
+    other_model,
+)
 from quantcli.verify.structure import Structure
 
-# dB of signal over error that a sound conversion of any weight exceeds, by the codes' kind. A row of
-# normal numbers has about 40 with int8, 31 with fp8 and 14 with int4.
-LEAST_SQNR = {"int8": 20.0, "fp8_e4m3": 25.0, "mxfp8": 22.0, "int4": 6.0, "float": 60.0}
-# dB of the worst row. Rounding to nearest leaves no row with more error than signal, and eight bits
-# leave one outlier beside 16,000 numbers of half a step about 7; zeroed, swapped and negated rows have
-# 0, -3 and -6.
-LEAST_ROW = {"int8": 3.0, "fp8_e4m3": 12.0, "mxfp8": 8.0, "int4": 0.5}
-# Error of one weight over the largest of its matrix: rounding leaves 0.004, 0.04 and 0.09, weights that
-# make up for others some times as much, a flipped sign 1 to 2. None for int4, whose best scale may cut
-# an outlier of a row down to an eighth.
-LARGEST = {"int8": 0.1, "fp8_e4m3": 0.25, "mxfp8": 0.25}
 _LAYER = re.compile(r"(.*?\.(?:layers|h|blocks|block)\.\d+)\..*")
 _LARGE = 1000  # modules: from here on, only the worst have their histograms in the report
 _AGAIN = "convert the model again"
@@ -57,6 +53,10 @@ def verify_against(
     assert stored is not None
     report.depths.append("against")
     report.against = str(reference.checkpoint.path)
+    if (different := other_model(stored.checkpoint, reference.checkpoint)) is not None:
+        report.add([different])
+        report.count("source", 1)
+        return
     run = _Run(stored, reference, min_sqnr, progress)
     report.add(run.accounted())
     report.add(noted_kind(reference))
@@ -170,7 +170,7 @@ class _Run:
                 continue
             pairs[module], shapes[module] = (opener(theirs), opener(ours)), _shape(ours)
         compared = {module: compare(*pair, *shapes[module]) for module, pair in pairs.items()}
-        limits = {module: self._limit(kinds[module]) for module in pairs}
+        limits = {module: self._limit(module, kinds[module]) for module in pairs}
         poor = any(found.sqnr_db < limits[module] for module, found in compared.items())
         finite = all(found.finite for found in compared.values())
         if pairs and finite and (known or poor):
@@ -187,7 +187,7 @@ class _Run:
                         edited = Edited(module, factors, columns.producer if columns else None)
                         yield edited
                         self.edited[module] = _words(factors)
-        self.unlike |= {name for name, found in compared.items() if found.sqnr_db < _UNLIKE}
+        self.unlike |= {name for name, found in compared.items() if found.sqnr_db < UNLIKE}
         for module, found in compared.items():
             entry = self._entry(module, found, limits[module], kinds[module])
             if kinds[module] != "float":
@@ -195,12 +195,17 @@ class _Run:
             if not entry["ok"]:
                 worst = entry["worst_rows"][:1]
                 row = f", worst row {worst[0]['row']}" if worst else ""
-                fix = _ADVICE if found.sqnr_db > _UNLIKE else _OTHER
-                yield failed("sqnr", _fault(entry, kinds[module]) or "", f"`{module}`{row}", fix)
+                rounding = found.sqnr_db > UNLIKE and not is_damaged(entry, kinds[module])
+                fix = _ADVICE if rounding else _OTHER
+                yield failed("sqnr", fault(entry, kinds[module]) or "", f"`{module}`{row}", fix)
 
-    def _limit(self, kind: str) -> float:
-        given = self.min_sqnr is not None and kind != "float"
-        return float(self.min_sqnr or 0) if given else LEAST_SQNR[kind]
+    def _limit(self, module: str, kind: str) -> float:
+        """Of two quantized weights, the coarser one decides how near they can be."""
+        if self.min_sqnr is not None and kind != "float":
+            return self.min_sqnr
+        theirs = self.reference.weight(module)
+        other = theirs.layout.kind if isinstance(theirs, StoredModule) else kind
+        return min(LEAST_SQNR[kind], LEAST_SQNR[other])
 
     def _entry(self, module: str, found: Comparison, limit: float, kind: str) -> dict[str, Any]:
         """One matrix as the report has it."""
@@ -216,22 +221,7 @@ class _Run:
             "edited": self.edited.get(module),
             **codes(theirs, ours),
         }
-        return {**entry, "ok": _fault(entry, kind) is None}
-
-
-def _fault(entry: Mapping[str, Any], kind: str) -> str | None:
-    """What is wrong with a compared matrix: as a whole, in one row, in one number."""
-    if entry["sqnr_db"] < entry["limit_db"]:
-        return f"SQNR is {entry['sqnr_db']:.2f} dB, the limit {entry['limit_db']:.2f} dB"
-    row = entry["worst_rows"][:1]
-    if row and row[0]["sqnr_db"] < LEAST_ROW.get(kind, -math.inf):
-        return f"SQNR of a row is {row[0]['sqnr_db']:.2f} dB, the limit {LEAST_ROW[kind]:.2f} dB"
-    if entry["max_rel_error"] > LARGEST.get(kind, math.inf):
-        return (
-            f"a weight is off by {entry['max_rel_error']:.2f} of the largest one, the limit is "
-            f"{LARGEST[kind]:.2f}"
-        )
-    return None
+        return {**entry, "ok": fault(entry, kind) is None}
 
 
 def _siblings(modules: Iterable[str]) -> list[list[str]]:
@@ -284,6 +274,5 @@ def _words(factors: Factors) -> str:
     return ", ".join(said)
 
 
-_UNLIKE = 3.0  # dB: below, it is no rounding
-_OTHER = "this is not the weight that it was made from: convert the model again"
+_OTHER = "this is damage and no rounding: copy the checkpoint again, or convert the model again"
 _ADVICE = "keep this module float or in a finer scheme, or lower the limit if that is what you want"

@@ -19,6 +19,7 @@ from quantcli.findings import Finding, failed
 from quantcli.verify.compare import Factors, Open, blocks, rows_of
 
 _NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of two and be taken for it
+_NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and for how many of them
 _CLOSE = 0.02  # relative: factors that are the same
 _AS_GOOD = 1.5  # times the least error: what explains no worse
 _NOTHING = 1e-9  # of the energy: an error of float32
@@ -209,7 +210,10 @@ def _answers(rows: Tensor, columns: Tensor) -> bool:
     for a part of the rows (v of a stored q, k, v)."""
     wanted = 1 / rows
     if len(wanted) == len(columns):
-        return _same(wanted, columns)
+        # columns are estimated, from few steps of a code where they were made small
+        some = (wanted != 1) | (columns != 1)
+        octaves = (wanted / columns).log2().abs()[some]
+        return not len(octaves) or float((octaves < _NEARLY).float().mean()) > _MOST
     some, others = wanted[wanted != 1].sort().values, columns[columns != 1].sort().values
     if not len(some) or not len(others) or len(others) % len(some):
         return False

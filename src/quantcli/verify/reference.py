@@ -138,7 +138,23 @@ def _config(ours: Any, theirs: Any, place: str = "") -> Iterator[Finding]:
             what = (
                 f"`{place}{key}` is {mine!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
             )
-            yield failed("source", what, CONFIG, "take the other model's value")
+            fix = "take the other model's value" if key in theirs else "remove it"
+            yield failed("source", what, CONFIG, fix)
+
+
+def other_model(ours: Checkpoint, theirs: Checkpoint) -> Finding | None:
+    """A finding where both cannot be of one model, so that nothing else need be said."""
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        mine, other = ours.text_config.get(key), theirs.text_config.get(key)
+        embeddings = [
+            [c.tensors[n].spec.shape for n in sorted(c.tensors) if n.endswith("embed_tokens.weight")]
+            for c in (ours, theirs)
+        ]
+        if mine != other and (embeddings[0] != embeddings[1] or key == "model_type"):
+            what = f"these are different models: {key} is {mine!r:.40} here and {other!r:.40} there"
+            fix = "give --against the model that the checkpoint was made from"
+            return failed("source", what, str(theirs.path), fix)
+    return None
 
 
 def noted_kind(reference: Reference) -> Iterator[Finding]:

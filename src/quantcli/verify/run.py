@@ -66,13 +66,15 @@ def verify_run(
 ) -> None:
     """Run both models; findings and figures go to the report.
 
-    limits: max_ppl_ratio and max_kl, None for the defaults. Everything around the quantized modules is
-    computed in float32. Memory: one layer of each model; hidden states are on disk.
+    limits: max_ppl_ratio and max_kl; None becomes the default. Everything around the quantized
+    modules is computed in float32. Memory: one layer of each model; hidden states are on disk.
     """
     report = structure.report
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
+    limits["max_ppl_ratio"] = limits["max_ppl_ratio"] or MAX_PPL_RATIO
+    limits["max_kl"] = limits["max_kl"] or MAX_KL
     ours = Served(structure.stored, structure.target)
     theirs: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
@@ -84,6 +86,10 @@ def verify_run(
             models.append(
                 Forward(model, batches, Path(folder) / name, workers=workers, trust_remote_code=trust)
             )
+        counts = [len(model.skeleton.layers) for model in models]
+        if counts[0] != counts[1]:
+            report.add([_other_model("numbers of layers", *counts)])
+            return
         try:
             layers = list(_layers(models[0], models[1], progress))
         except _NotFinite as error:
@@ -93,6 +99,9 @@ def verify_run(
         outcome = _Outcome()
         logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
         for expected, made, batch in logits:
+            if expected.shape != made.shape:
+                report.add([_other_model("vocabularies", expected.shape[-1], made.shape[-1])])
+                return
             outcome.add(expected, made, batch)
     report.run = {**outcome.account(), "layers": layers}
     report.add(_findings(outcome, layers, limits))
@@ -120,6 +129,11 @@ def _layers(theirs: Forward, ours: Forward, progress: Progress) -> Iterator[dict
             "ok": _sqnr(theirs.states, own) >= LEAST_LAYER_SQNR,
         }
         progress.layer(name, index)
+
+
+def _other_model(what: str, theirs: int, ours: int) -> Finding:
+    said = f"the models have different {what}, {theirs} and {ours}: they cannot be run side by side"
+    return failed("layer outputs", said, None, "give the model that the checkpoint was made from")
 
 
 class _NotFinite(InputError):
@@ -205,11 +219,12 @@ def _findings(
             what = f"puts out {layer['sqnr_db']} dB on the other model's inputs, at least "
             what += f"{LEAST_LAYER_SQNR:g} dB are expected"
             yield failed("layer outputs", what, f"`{layer['layer']}`", _LOOK)
-    ratio = limits.get("max_ppl_ratio") or MAX_PPL_RATIO
+    ratio, kl = limits["max_ppl_ratio"], limits["max_kl"]
+    assert ratio is not None
+    assert kl is not None
     if not outcome.ratio <= ratio:
         what = f"perplexity is {outcome.ratio:.4f} times the other model's, the limit is {ratio:g}"
         yield failed("perplexity", what, None, _LOOK)
-    kl = limits.get("max_kl") or MAX_KL
     if not outcome.kl <= kl:
         what = f"mean KL divergence is {outcome.kl:.4f} nats a token, the limit is {kl:g}"
         yield failed("kl", what, None, _LOOK)

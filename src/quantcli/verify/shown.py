@@ -76,6 +76,10 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
     if rest := worst[limit:]:
         failed = sum(not words.is_ok(module) for module in rest)
         out.line(f"and {count(rest, 'module')} more" + (f", {failed} of them FAILED" if failed else ""))
+    if differ := [m["codes_differ"] for m in modules if m.get("codes_differ") is not None]:
+        ratios = [end for m in modules for end in m.get("scale_ratio") or ()]
+        span = f"; scales {min(ratios):.4g} to {max(ratios):.4g} times the other's" if ratios else ""
+        out.line(f"codes        differ in {sum(map(bool, differ))} of {len(differ)} modules{span}")
     if modules:
         out.line()
 

@@ -18,6 +18,7 @@ from quantcli.registry import discover
 from quantcli.targets.base import Stored, Target
 from quantcli.verify.opening import open_for_verification
 from quantcli.verify.report import Report
+from quantcli.verify.sizes import check_sizes
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOKENIZERS = (
@@ -73,7 +74,7 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     report.add(f for f in stored.findings if opened.whole or f.check == "config")
     for check, things in stored.checked.items():
         report.count(check, things)
-    report.add(_files(checkpoint, ours=opened.manifest is not None))
+    report.add(_files(checkpoint, opened.manifest))
     report.count("files", len(checkpoint.aux))
     if opened.whole:
         report.add(_layers(stored))
@@ -83,11 +84,15 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     return Structure(report, target, stored, opened.manifest)
 
 
-def _files(checkpoint: Checkpoint, *, ours: bool) -> Iterator[Finding]:
-    """Tokenizer and leftovers. ours: the manifest tells whether a file was lost."""
+def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[Finding]:
+    """Tokenizer and leftovers. A manifest tells whether a file was lost; it says so elsewhere."""
     names = {*checkpoint.aux, *checkpoint.left_out}
-    if not any(name in names for name in _TOKENIZERS):
-        if ours:
+    files = {} if manifest is None else manifest["files"]
+    for name in _TOKENIZERS:
+        if checkpoint.aux.get(name) == 0:
+            yield failed("files", "file is empty", name, "copy it from the source")
+    if not any(name in names for name in _TOKENIZERS) and not files.keys() & set(_TOKENIZERS):
+        if manifest is not None:
             yield noted("files", "there is no tokenizer, as there was none beside the source")
         else:
             fix = "copy it from the source"
@@ -118,11 +123,7 @@ def _layers(stored: Stored) -> Iterator[Finding]:
         if absent:
             yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", _AGAIN)
         yield from _incomplete(stack, layers)
-    wanted = checkpoint.text_config.get("num_hidden_layers")
-    counts = [len(layers) for layers in stacks.values()]
-    if isinstance(wanted, int) and counts and max(counts) < wanted:
-        what = f"config.json says {wanted} layers; there are {max(counts)}"
-        yield failed("layers", what, str(checkpoint.path), _AGAIN)
+    yield from check_sizes(checkpoint, [len(layers) for layers in stacks.values()])
     if tied_embeddings(checkpoint).startswith("no lm_head"):
         what = "there is no lm_head, though config.json says that it is not the embedding"
         yield failed("layers", what, str(checkpoint.path), _AGAIN)

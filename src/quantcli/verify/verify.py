@@ -104,8 +104,15 @@ def _check(wanted: Wanted) -> None:
         )
     if wanted.run and wanted.data is None:
         raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
-    if wanted.data is not None and not wanted.run:
-        raise InputError("--data has no effect without --run", fix="add --run")
+    needs = {
+        "--data": (wanted.data, wanted.run, "--run"),
+        "--max-ppl-ratio": (wanted.max_ppl_ratio, wanted.run, "--run"),
+        "--max-kl": (wanted.max_kl, wanted.run, "--run"),
+        "--min-sqnr": (wanted.min_sqnr, wanted.against is not None, "--against MODEL"),
+    }
+    for option, (value, there, other) in needs.items():
+        if value is not None and not there:
+            raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
 
 
 def _limits(wanted: Wanted) -> dict[str, float | None]:

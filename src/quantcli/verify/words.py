@@ -9,7 +9,7 @@ from typing import Any
 
 NOT_REACHED = {
     "full": "weights were not read (--full)",
-    "against": "nothing was compared with the source (--against SRC)",
+    "against": "nothing was compared with the source (--against MODEL)",
     "run": "no text was run through it (--run)",
 }
 _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
@@ -28,7 +28,7 @@ def decibels(value: float | None) -> str:
         return "-"
     if math.isnan(value):
         return "NaN"
-    return "exact" if value == math.inf else f"{value:.1f} dB"
+    return "exact" if value >= 200 else f"{value:.1f} dB"  # as far as it is counted
 
 
 def number(value: float | None) -> str:
