@@ -21,7 +21,13 @@ from quantcli.verify.structure import verify_structure
 from quantcli.writer import disk_errors, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes
-_OF_SOURCE = {"layers", "experts", "files", "tp"}  # checks that fail where the model was not whole
+_OF_SOURCE = {
+    "layers",
+    "sizes",
+    "experts",
+    "files",
+    "tp",
+}  # checks that fail where the model was not whole
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def _verified(folder: Path) -> tuple[str, ...]:
     ours = [finding for finding in errors if finding.check not in _OF_SOURCE]
     assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {folder}"
     return tuple(
-        f"the model {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in errors
+        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in errors
     )
 
 

@@ -317,3 +317,15 @@ def test_quantize_does_not_publish_what_does_not_verify(
     with pytest.raises(AssertionError, match=f"does not describe `{DOWN}.weight`"):
         convert("w8a8_dynamic", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_says_what_the_model_itself_lacks(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
+    out = tmp_path / "out"
+    recipe = ROOT / "recipes" / "w8a8_dynamic.yaml"
+    done = run_cli("quantize", recipe, "--model", model, "--out", out)
+    assert done.code == 0, done.err
+    assert "note: the model, sizes: `vocab_size` is 999" in done.err
+    assert verify(out).code == 1

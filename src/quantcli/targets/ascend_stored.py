@@ -77,7 +77,7 @@ class AscendStored:
     def _float(self, module: str, tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
         spec = tensors["weight"].spec
         self.checked["parameters"] += 1
-        if spec.dtype not in FLOATS:
+        if spec.dtype not in FLOATS | {"F64"}:
             what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
             yield failed("parameters", what, f"`{spec.name}`", _AGAIN)
         elif spec.dtype not in {self.serving_dtype, "F32"} and not self._other_float:

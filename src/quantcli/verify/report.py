@@ -16,6 +16,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "index": ("structure", "the index lists the tensors that are there, each in its file, none twice"),
     "files": ("structure", "what an engine needs beside weights is there, and nothing in its way"),
     "config": ("structure", "config.json has no stale quantization and a dtype that can be served"),
+    "sizes": ("structure", "config.json says what the tensors' shapes and the numbers of layers say"),
     "manifest": ("structure", "every file of the manifest is there with its size"),
     "description": ("structure", "description and tensors name each other, with types that exist"),
     "parameters": ("structure", "each module has the tensors that the engine registers, right in dtype "

@@ -30,12 +30,12 @@ def check_sizes(checkpoint: Checkpoint, stacks: Sequence[int]) -> Iterator[Findi
     for key in _WHOLE:
         value = config.get(key)
         if key in config and value is not None and (type(value) is not int or value < 1):
-            yield failed("config", f"`{key}` is {value!r:.40}, no number of things", CONFIG, _FIX)
+            yield failed("sizes", f"`{key}` is {value!r:.40}, no number of things", CONFIG, _FIX)
     wanted = _whole(config, "num_hidden_layers")
     drafts = sum(_whole(config, key) or 0 for key in _DRAFTS)
     if wanted and stacks and not {wanted, wanted + drafts} & {*stacks}:
         what = f"config.json says {wanted} layers; there are {max(stacks)}"
-        yield failed("layers", what, str(checkpoint.path), _FIX)
+        yield failed("sizes", what, str(checkpoint.path), _FIX)
     yield from _embedding(checkpoint, config)
     yield from _width(checkpoint, "mlp.down_proj", 1, _whole(config, "intermediate_size"))
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
@@ -55,7 +55,7 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
         value = _whole(config, key)
         if value and len(shape) == 2 and shape[place] != value:
             what = f"`{key}` is {value}; `{names[0]}` is {list(shape)}"
-            yield failed("config", what, CONFIG, _FIX)
+            yield failed("sizes", what, CONFIG, _FIX)
 
 
 def _width(checkpoint: Checkpoint, suffix: str, side: int, wanted: int | None) -> Iterator[Finding]:
@@ -70,7 +70,7 @@ def _width(checkpoint: Checkpoint, suffix: str, side: int, wanted: int | None) -
         packed = side == 0 and wanted == 2 * min(sides)  # two rows of codes in one
         if not packed:
             what = f"makes `{suffix}` {wanted} {('rows', 'columns')[side]}; it has {min(sides)}"
-            yield failed("config", what, CONFIG, _FIX)
+            yield failed("sizes", what, CONFIG, _FIX)
 
 
 def _whole(config: dict[str, Any], key: str) -> int | None:

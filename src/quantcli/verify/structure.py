@@ -78,6 +78,8 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     report.count("files", len(checkpoint.aux))
     if opened.whole:
         report.add(_layers(stored))
+        report.count("layers", 1)
+        report.count("sizes", 1)
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
