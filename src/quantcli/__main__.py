@@ -64,10 +64,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:  # where nothing on the way knew a better word
         from quantcli.writer import machine_error
 
-        if error.filename is None:  # standard output: nothing more can be printed there
-            out = console.Output(as_json=False)
+        problem = machine_error(error, Path(error.filename or "stdout"))
+        try:
+            out.error(problem)
+            sys.stdout.flush()
+        except OSError:  # it is standard output that takes no more: words still reach stderr
+            console.Output(as_json=False).error(problem)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        out.error(machine_error(error, Path(error.filename or "stdout")))
         sys.exit(Exit.FIX_MACHINE)
     except Exception as error:
         out.bug(error)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from quantcli.checkpoint import Checkpoint, read_json_file
-from quantcli.errors import QuantError, closest
+from quantcli.errors import InputError, closest
 from quantcli.findings import Finding, failed, of_error
 from quantcli.inspection import tied_embeddings
 from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
@@ -49,7 +49,7 @@ class Description:
             return {}
         try:
             table = read_json_file(path)
-        except QuantError as error:
+        except InputError as error:
             self.findings.append(of_error("description", error))
             return {}
         if not any("." in key for key in table):
