@@ -48,7 +48,7 @@ class Report:
     against: str | None = None
     depths: list[Depth] = field(default_factory=list)
     limits: dict[str, float | None] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    _found: dict[Finding, None] = field(default_factory=dict)  # in their order
     checked: dict[str, int] = field(default_factory=dict)  # by check: how many things
     modules: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, int] | None = None
@@ -56,13 +56,16 @@ class Report:
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Take findings in, each once."""
-        for finding in findings:
-            if finding not in self.findings:
-                self.findings.append(finding)
+        self._found |= dict.fromkeys(findings)
 
     def count(self, check: str, things: int) -> None:
         """`things` more were checked."""
         self.checked[check] = self.checked.get(check, 0) + things
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All of them, in the order in which they were found."""
+        return list(self._found)
 
     @property
     def errors(self) -> list[Finding]:
