@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -80,6 +80,13 @@ def check_source(source: TextSource, model: Path) -> None:
     if importlib.util.find_spec("transformers") is None:
         what, fix = "running a model needs the package `transformers`", "pip install transformers"
         raise MachineError(what, where=source.where, fix=fix)
+
+
+def model_limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Positions and vocabulary that config.json gives the language model."""
+    values = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in values)
+    return positions, vocabulary
 
 
 def check_length(source: TextSource, positions: int | None) -> None:

@@ -22,7 +22,7 @@ from quantcli.header import StoredTensor
 from quantcli.numerics import Parts
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Stored, Target
+from quantcli.targets.base import Stored, Target, target_of
 from quantcli.tensors import read_tensor
 from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
@@ -49,7 +49,9 @@ class Served:
     def open(cls, path: Path) -> Served:
         """The checkpoint in `path`."""
         checkpoint = open_checkpoint(path)
-        target = next(t() for t in discover(Target).values() if t().recognises(checkpoint))
+        target = target_of(checkpoint)
+        if target is None:
+            raise InputError("no quantized checkpoint of a known format", where=str(path))
         return cls(target.open_stored(checkpoint), target)
 
     def read(self, stored: StoredTensor) -> Tensor:

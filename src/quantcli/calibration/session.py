@@ -19,6 +19,7 @@ from quantcli.calibration.dataset import (
     check_length,
     check_source,
     load_dataset,
+    model_limits,
     source_digest,
 )
 from quantcli.calibration.devices import open_device
@@ -96,7 +97,7 @@ def prepare_session(
     check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan)
     check_source(source, plan.checkpoint.path)
-    check_length(source, _limits(plan.checkpoint)[0])
+    check_length(source, model_limits(plan.checkpoint.text_config)[0])
     key = Key(
         model=content_digest(plan.checkpoint),
         recipe=asked(plan),
@@ -149,7 +150,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     device = open_device(resources.device)
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = Skeleton(plan.checkpoint, _dtype(plan), trust_remote_code=resources.trust_remote_code)
-    positions, vocabulary = _limits(plan.checkpoint)
+    positions, vocabulary = model_limits(plan.checkpoint.text_config)
     dataset = load_dataset(
         session.source,
         plan.checkpoint.path,
@@ -175,15 +176,6 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         ).run()
     finally:
         store.close()
-
-
-def _limits(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
-    """Positions and vocabulary that config.json names."""
-    found = []
-    for key in ("max_position_embeddings", "vocab_size"):
-        value = checkpoint.text_config.get(key)
-        found.append(value if isinstance(value, int) and value > 0 else None)
-    return found[0], found[1]
 
 
 def _dtype(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantcli.checkpoint import Checkpoint
 from quantcli.findings import Finding
 from quantcli.numerics import Module, Numerics, Parts
+from quantcli.registry import discover
 from quantcli.targets.layouts import StoredModule
 from quantcli.tensorspec import TensorSpec
 
@@ -121,3 +122,9 @@ class Target(BaseModel, ABC):
     @abstractmethod
     def open_stored(self, checkpoint: Checkpoint) -> Stored:
         """A checkpoint of this format; damage is among its findings."""
+
+
+def target_of(checkpoint: Checkpoint) -> Target | None:
+    """The target whose format a checkpoint on disk is of, with its default options."""
+    targets = (found() for found in discover(Target).values())
+    return next((target for target in targets if target.recognises(checkpoint)), None)

@@ -64,11 +64,16 @@ def expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
                 )
 
 
-def merged_name(module: str) -> str | None:
-    """The parameter into which a module is merged, such as `layers.0.mlp.gate_proj+up_proj`."""
+def sibling_set(module: str) -> str | None:
+    """A name for a module and its siblings, as in `layers.0.mlp.gate_proj+up_proj`, also of experts."""
     parent, _, last = module.rpartition(".")
     group = next((group for group in FUSED if last in group), None)
-    return f"{parent}.{'+'.join(group)}" if group and not EXPERT.fullmatch(module) else None
+    return f"{parent}.{'+'.join(group)}" if group else None
+
+
+def merged_name(module: str) -> str | None:
+    """The parameter into which a module is merged; None for experts, which have no shared tensors."""
+    return None if EXPERT.fullmatch(module) else sibling_set(module)
 
 
 def fused_widths(modules: Sequence[Module]) -> dict[str, int]:

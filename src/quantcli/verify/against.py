@@ -16,7 +16,7 @@ from quantcli.findings import Finding, failed
 from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.siblings import FUSED, merged_name
+from quantcli.targets.siblings import merged_name, sibling_set
 from quantcli.tensors import read_tensor
 from quantcli.tensorspec import FLOATS
 from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
@@ -228,9 +228,7 @@ def _siblings(modules: Iterable[str]) -> list[list[str]]:
     """Modules in groups that read one tensor, as far as their names tell: q, k, v; gate, up."""
     groups: dict[str, list[str]] = defaultdict(list)
     for module in modules:
-        parent, _, last = module.rpartition(".")
-        group = next((group for group in FUSED if last in group), (last,))
-        groups[f"{parent}.{group[0]}"].append(module)
+        groups[sibling_set(module) or module].append(module)
     return list(groups.values())
 
 
@@ -251,10 +249,6 @@ def _vectors(
         if not torch.allclose(after.float(), scaled, rtol=2.0**-6, atol=1e-30):
             what = "has changed, and not as the weight beside it"
             yield failed("edits", what, f"`{name}`", _AGAIN)
-
-
-def _both_float(before: StoredTensor, after: StoredTensor) -> bool:
-    return {before.spec.dtype, after.spec.dtype} <= FLOATS
 
 
 def _shape(weight: StoredTensor | StoredModule) -> tuple[int, int]:

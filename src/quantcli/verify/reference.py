@@ -13,8 +13,7 @@ from torch import Tensor
 from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
-from quantcli.registry import discover
-from quantcli.targets.base import Stored, Target
+from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule
 from quantcli.verify.blocks import ModuleReader, Reader
 from quantcli.verify.compare import rows_of
@@ -52,7 +51,7 @@ class Reference:
 def open_reference(path: Path) -> Reference:
     """The model to compare with. InputError where it is damaged."""
     checkpoint = open_checkpoint(path)
-    target = next((t() for t in discover(Target).values() if t().recognises(checkpoint)), None)
+    target = target_of(checkpoint)
     return Reference(checkpoint, target, None if target is None else target.open_stored(checkpoint))
 
 
@@ -144,17 +143,20 @@ def _config(ours: Any, theirs: Any, place: str = "") -> Iterator[Finding]:
 
 def other_model(ours: Checkpoint, theirs: Checkpoint) -> Finding | None:
     """A finding where both cannot be of one model, so that nothing else need be said."""
+    unlike = _embeddings(ours) != _embeddings(theirs)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         mine, other = ours.text_config.get(key), theirs.text_config.get(key)
-        embeddings = [
-            [c.tensors[n].spec.shape for n in sorted(c.tensors) if n.endswith("embed_tokens.weight")]
-            for c in (ours, theirs)
-        ]
-        if mine != other and (embeddings[0] != embeddings[1] or key == "model_type"):
+        if mine != other and (unlike or key == "model_type"):
             what = f"these are different models: {key} is {mine!r:.40} here and {other!r:.40} there"
             fix = "give --against the model that the checkpoint was made from"
             return failed("source", what, str(theirs.path), fix)
     return None
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    tensors = checkpoint.tensors
+    names = sorted(name for name in tensors if name.endswith("embed_tokens.weight"))
+    return [tensors[name].spec.shape for name in names]
 
 
 def noted_kind(reference: Reference) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.dataset import Batch, TextSource, load_dataset
+from quantcli.calibration.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.calibration.served import Forward, Served, token_log_probs
 from quantcli.calibration.states import States
 from quantcli.checkpoint import Checkpoint
@@ -42,8 +42,7 @@ def text_batches(
         batch_tokens=_BATCH_TOKENS,
         option="--",
     )
-    sizes = (checkpoint.text_config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-    positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in sizes)
+    positions, vocabulary = model_limits(checkpoint.text_config)
     return load_dataset(
         source,
         checkpoint.path,

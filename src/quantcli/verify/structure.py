@@ -14,8 +14,7 @@ from quantcli.errors import InputError
 from quantcli.findings import Finding, failed, noted
 from quantcli.folder import INDEX
 from quantcli.inspection import tied_embeddings
-from quantcli.registry import discover
-from quantcli.targets.base import Stored, Target
+from quantcli.targets.base import Stored, Target, target_of
 from quantcli.verify.opening import open_for_verification
 from quantcli.verify.report import Report
 from quantcli.verify.sizes import check_sizes
@@ -61,7 +60,7 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     report.count("index", len(checkpoint.tensors))
     if opened.manifest is not None:
         report.count("manifest", len(opened.manifest["files"]))
-    target = next((t() for t in discover(Target).values() if t().recognises(checkpoint)), None)
+    target = target_of(checkpoint)
     if target is None:
         raise InputError(
             "no quantized checkpoint of a format that this version verifies",
