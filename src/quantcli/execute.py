@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan
 from quantcli.publish import check_destination, partial_folder, publish
-from quantcli.streaming import BLOCK_ELEMENTS, ShardRun, file_entry
+from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
 from quantcli.verify.structure import verify_structure
-from quantcli.writer import disk_errors, sync_folder, write_file
+from quantcli.writer import disk_errors, file_entry, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes
 _OF_SOURCE = {
@@ -89,8 +88,7 @@ def execute(
         files = run.files
         for name, content in plan.sidecars.items():
             write_file(partial / name, content)
-            sha256 = hashlib.sha256(content).hexdigest() if checksum else None
-            files[name] = file_entry(partial / name, sha256)
+            files[name] = file_entry(partial / name, checksum=checksum)
         for name in plan.copies:
             files[name] = _copy_file(plan.checkpoint.path / name, partial / name, checksum)
         _remove_strangers(partial, {*files, JOURNAL})
@@ -134,18 +132,16 @@ def _remove_strangers(folder: Path, expected: set[str]) -> None:
 
 def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any]:
     """Copy a file's bytes, with the permissions of any new file."""
-    digest = hashlib.sha256()
     temporary = destination.with_name(f".{destination.name}.writing")
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as reader, temporary.open("wb") as writer:
             while chunk := reader.read(_CHUNK):
                 writer.write(chunk)
-                digest.update(chunk)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.rename(destination)
-    return file_entry(destination, digest.hexdigest() if checksum else None)
+    return file_entry(destination, checksum=checksum)
 
 
 def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:

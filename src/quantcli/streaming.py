@@ -21,7 +21,7 @@ from quantcli.journal import Journal
 from quantcli.plan import Item, Plan, Quantize, Shard
 from quantcli.tensors import read_into, tensor_bytes
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter, blake3_of, disk_errors, sha256_of
+from quantcli.writer import ShardWriter, disk_errors, file_entry
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
@@ -95,9 +95,9 @@ class ShardRun:
     def _finish(self, open_shard: _Open) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
         open_shard.finish()
-        sha256 = sha256_of(writer.path) if self.checksum else None
-        self.journal.record(file, writer.nbytes, sha256)
-        self.files[file] = file_entry(writer.path, sha256)
+        entry = file_entry(writer.path, checksum=self.checksum)
+        self.journal.record(file, writer.nbytes, entry.get("sha256"))
+        self.files[file] = entry
         self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
@@ -108,9 +108,10 @@ class ShardRun:
             return False
         if not path.stat().st_size == done.nbytes == shard.nbytes:
             return False
-        if self.checksum and sha256_of(path) != done.sha256:
+        entry = file_entry(path, checksum=self.checksum)
+        if self.checksum and entry["sha256"] != done.sha256:
             return False
-        self.files[shard.file] = file_entry(path, done.sha256)
+        self.files[shard.file] = entry
         self.reused += 1
         self.progress.shard(shard.file, done.nbytes, reused=True)
         return True
@@ -245,13 +246,3 @@ class _Open:
     def _close_sources(self) -> None:
         while self._sources:
             os.close(self._sources.popitem()[1])
-
-
-def file_entry(path: Path, sha256: str | None) -> dict[str, Any]:
-    """A file as the manifest lists it; without hashes where hashing is off and `sha256` is None.
-
-    Two hashes: sha256 is what hubs and release notes go by; blake3 is as safe and ten times as fast on
-    processors without instructions for sha256, so that verifying needs no patience.
-    """
-    entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    return entry if sha256 is None else {**entry, "sha256": sha256, "blake3": blake3_of(path)}
