@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.numerics import NO_STATS, Parts, Stats
 from quantcli.plan import Copy, Item, Quantize
+from quantcli.surveys import Surveys
 from quantcli.targets.base import Target
-from quantcli.tensors import read_tensor, tensor_bytes
+from quantcli.tensors import read_span, read_tensor, tensor_bytes
 from quantcli.tensorspec import torch_dtype
 
 
@@ -22,6 +25,7 @@ class Known:
     """What calibration found for an item."""
 
     constants: Stats = field(default_factory=lambda: NO_STATS)
+    row_stats: Mapping[str, StoredTensor] = field(default_factory=dict)
     edit: Factors | None = None
     bias_edit: Factors | None = None
 
@@ -29,15 +33,20 @@ class Known:
 _NOTHING = Known()
 
 
-def read_known(item: Item) -> Known:
-    """Read what calibration found for an item. InputError for values that make no sense."""
+def read_known(item: Item, surveys: Surveys) -> Known:
+    """Read what calibration found for an item, and what all its rows share.
+
+    InputError for values that make no sense.
+    """
     edit = item.edit.load() if item.edit else None
     if not isinstance(item, Quantize):
         return Known(edit=edit) if edit else _NOTHING
-    if not (edit or item.stats or item.bias_edit):
+    if not (edit or item.stats or item.bias_edit or item.survey):
         return _NOTHING
     constants = measured_constants(item) if item.stats else NO_STATS
-    return Known(constants, edit, item.bias_edit.load() if item.bias_edit else None)
+    if item.survey:
+        constants = {**constants, "weight_amax": surveys.largest(item)}
+    return Known(constants, item.row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
 
 
 def copy_block(item: Copy, block: memoryview, first_row: int, known: Known) -> memoryview:
@@ -67,15 +76,22 @@ def quantize_block(
         rows = known.edit.apply(rows, first_row)
     if known.bias_edit is not None and bias is not None:
         bias = known.bias_edit.apply(bias, first_row)
-    parts = item.scheme.quantize(rows, torch_dtype(item.held.weight_scale), known.constants, bias)
+    constants = known.constants
+    if known.row_stats:
+        count = len(rows)
+        mine = {name: read_span(s, first_row, count) for name, s in known.row_stats.items()}
+        constants = {**constants, **mine}
+    parts = item.scheme.quantize(rows, torch_dtype(item.held.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
         raise _not_finite(source, source_bias, first_row, item)
-    return target.pack(item.scheme.numerics, parts)
+    n, k = item.source.spec.shape
+    return target.pack(item.scheme.numerics, parts, (n, k))
 
 
 def measured_constants(item: Quantize) -> Parts:
     """What the scheme makes of a module's measured input. InputError for values that make no sense."""
-    stats = {name: read_tensor(stored) for name, stored in item.stats.items()}
+    shared = item.stats.keys() - item.scheme.row_stats
+    stats = {name: read_tensor(item.stats[name]) for name in shared}
     try:
         return item.scheme.constants(stats, torch_dtype(item.held.input_scale))
     except InputError as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
-from quantcli.measured import Measured
-from quantcli.numerics import NO_STATS
+from quantcli.header import StoredTensor
+from quantcli.measured import Edit, Measured
 from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
 from quantcli.recipe import Rule
 from quantcli.schemes.base import Scheme
@@ -26,6 +29,7 @@ class Outcome:
     specs: tuple[TensorSpec, ...]  # named by suffix ("weight", "weight_scale")
     constants: frozenset[str]  # suffixes of those that do not depend on rows
     stats: frozenset[str]  # what must have been measured; empty for schemes that need no data
+    row_multiple: int
 
 
 def dry_run(
@@ -38,37 +42,49 @@ def dry_run(
     """What a weight becomes, by quantizing and packing it without data: a block of no rows.
 
     Inputs count as measured by an observer that saw nothing. Raises InputError where the target cannot
-    store these numerics, and for a bias that cannot be one. A block of no rows runs the real kernels
-    and needs no memory; the meta device would do as well, but in torch 2.13 its binary operations
-    import torch._dynamo, which costs every command two seconds and 80 MB.
+    store these numerics, and for a bias that cannot be one. A block of no rows, or of a few zeros where
+    rows share a scale, runs the real kernels and needs no memory; the meta device would do as well, but
+    in torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
     """
     held = Held(
         target.held(scheme.numerics, "weight_scale", serving_dtype),
         target.held(scheme.numerics, "input_scale", serving_dtype),
     )
     input_dtype = torch_dtype(held.input_scale)
-    observer = scheme.observer(input_dtype)
-    stats = observer.stats() if observer else NO_STATS
-    no_bias = None
-    if observer and bias:
+    n, k = spec.shape
+    stats = scheme.blank(k, input_dtype)
+    if stats and bias:
         _check_bias(bias, spec)
-        no_bias = torch.empty(0, dtype=torch_dtype(bias.dtype))
-    packed = target.pack(
-        scheme.numerics,
-        scheme.quantize(
-            torch.empty((0, *spec.shape[1:]), dtype=torch_dtype(spec.dtype)),
+    shared = {name: tensor for name, tensor in stats.items() if name not in scheme.row_stats}
+    constants = scheme.constants(shared, input_dtype)
+    if scheme.surveyed:
+        constants["weight_amax"] = torch.zeros(1)
+
+    def packed(rows: int) -> dict[str, Tensor]:
+        mine = {
+            name: torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+            for name, tensor in stats.items()
+            if name in scheme.row_stats
+        }
+        parts = scheme.quantize(
+            torch.zeros((rows, k), dtype=torch_dtype(spec.dtype)),
             torch_dtype(held.weight_scale),
-            scheme.constants(stats, input_dtype),
-            no_bias,
-        ),
-    )
-    constants = frozenset(suffix for suffix, tensor in packed.items() if tensor.shape[0])
+            {**constants, **mine},
+            torch.zeros(rows, dtype=torch_dtype(bias.dtype)) if stats and bias else None,
+        )
+        return target.pack(scheme.numerics, parts, (n, k))
+
+    of_none = packed(0)
+    fixed = frozenset(suffix for suffix, tensor in of_none.items() if tensor.shape[0])
+    multiple = math.lcm(scheme.row_multiple, target.row_multiple(scheme.numerics))
+    of_some = packed(multiple) if multiple > 1 else {}
     specs = []
-    for suffix, tensor in packed.items():
-        rows = tensor.shape[0] if suffix in constants else spec.shape[0]
+    for suffix, tensor in of_none.items():
+        share = len(of_some[suffix]) if multiple > 1 else 1
+        rows = tensor.shape[0] if suffix in fixed else -(-n * share // multiple)
         shape = (rows, *tensor.shape[1:])
         specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return Outcome(held, tuple(specs), constants, frozenset(stats))
+    return Outcome(held, tuple(specs), fixed, frozenset(stats), multiple)
 
 
 def make_items(
@@ -86,6 +102,7 @@ def make_items(
         for module, rule in assigned.items()
         if rule and rule.scheme and f"{module}.bias" in checkpoint.tensors
     }
+    surveys = _surveys(checkpoint, assigned, target, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
@@ -101,8 +118,20 @@ def make_items(
             made[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = made[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
+        survey = surveys.get(target.merged(module) or module, ())
+        constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         if not outcome.stats:
-            yield Quantize(stored, module, scheme, outcome.held, outputs, edit=measured.edits.get(name))
+            yield Quantize(
+                stored,
+                module,
+                scheme,
+                outcome.held,
+                outputs,
+                constants,
+                edit=measured.edits.get(name),
+                row_multiple=outcome.row_multiple,
+                survey=survey,
+            )
             continue
         known = measured.stats.get(module, NOTHING_MEASURED)
         if known and (absent := outcome.stats - known.keys()):
@@ -112,7 +141,6 @@ def make_items(
                 fix="calibrate again",
             )
         stats = {suffix: known[suffix] for suffix in outcome.stats} if known else NOTHING_MEASURED
-        constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         yield Quantize(
             stored,
             module,
@@ -124,7 +152,22 @@ def make_items(
             stats,
             measured.edits.get(name),
             measured.edits.get(f"{module}.bias"),
+            outcome.row_multiple,
+            survey,
         )
+
+
+def _surveys(
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, measured: Measured
+) -> dict[str, tuple[tuple[StoredTensor, Edit | None], ...]]:
+    """The weights that share a scale, by the name under which the engine merges them."""
+    found: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
+    for module, rule in assigned.items():
+        if rule and rule.scheme and rule.scheme.surveyed:
+            name = f"{module}.weight"
+            entry = checkpoint.tensors[name], measured.edits.get(name)
+            found[target.merged(module) or module].append(entry)
+    return {name: tuple(entries) for name, entries in found.items()}
 
 
 def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:

@@ -71,8 +71,8 @@ def without_data(
         return assigned, []
     instead: dict[str, Rule | None] = {}
     for name, rule in assigned.items():
-        if rule and rule.scheme and rule.scheme.fallback and name not in measured.stats:
-            scheme = discover(Scheme)[rule.scheme.fallback]()
+        if rule and rule.scheme and rule.scheme.without_data and name not in measured.stats:
+            scheme = discover(Scheme)[rule.scheme.without_data]()
             instead[name] = replace(rule, scheme=scheme)
     notes = []
     if instead:

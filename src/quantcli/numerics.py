@@ -23,27 +23,32 @@ class Operand:
 
     dtype:     what the codes are.
     per:       what shares a scale: a channel is an output row of a weight, a token a row of inputs,
-               a tensor all that goes into one module.
+               a tensor all of a weight or all that goes into one module, a group some columns of a
+               row, a block some rows and columns.
     symmetric: no zero point.
     dynamic:   the scale is computed while serving.
+    block:     rows and columns that share a scale, as (1, group_size) or (128, 128).
     """
 
     dtype: Literal["int4", "int8", "fp8_e4m3"]
-    per: Literal["channel", "token", "tensor"]
+    per: Literal["channel", "token", "tensor", "group", "block"]
     symmetric: bool = True
     dynamic: bool = False
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
     """What a quantized linear computes with. `input` is None where inputs stay float.
 
-    prefill: how the engine quantizes inputs outside of decoding, where that is different.
+    prefill:   how the engine quantizes inputs outside of decoding, where that is different.
+    transform: what the engine does to inputs before it quantizes them, and was undone in the weight.
     """
 
     weight: Operand
     input: Operand | None
     prefill: Operand | None = None
+    transform: Literal["kronecker"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

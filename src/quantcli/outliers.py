@@ -142,7 +142,7 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         operand = scheme.numerics.weight
         label = f"{operand.dtype} per {operand.per}"
         operands.setdefault(label, []).append(name)
-        if label not in methods and scheme.observer(torch.bfloat16) is None:
+        if label not in methods and _by_rows_alone(scheme):
             held = target.held(scheme.numerics, "weight_scale", serving)
             methods[label] = _Method(scheme, torch_dtype(held))
     return methods, {label: operands[label] for label in methods}
@@ -246,6 +246,11 @@ def _measure(
                 return named | _not_finite(rows, start, shape, methods)
             progress.advance(rows.nbytes)
     return named | sums.account()
+
+
+def _by_rows_alone(scheme: Scheme) -> bool:
+    """Whether blocks of rows can be quantized without knowing more than them."""
+    return not (scheme.needs_data or scheme.surveyed or scheme.row_multiple > 1)
 
 
 def _not_finite(

@@ -16,7 +16,7 @@ from quantcli.header import StoredTensor, encode_header
 from quantcli.measured import Edit
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
-from quantcli.tensors import read_tensor, tensor_bytes
+from quantcli.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.tensorspec import TensorSpec
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
@@ -51,7 +51,7 @@ class Held(NamedTuple):
 class Quantize:
     """A weight [n, k] and the tensors that are made of it.
 
-    outputs: each with n rows, but for those whose names are in `constants`.
+    outputs: each with n rows, or one for several, but for those whose names are in `constants`.
     bias: the module's own, [n]; only where codes depend on it. It is copied as well.
     stats: what was measured of the module's input, by name; empty where the scheme needs no data, and
         in a plan that cannot be executed yet.
@@ -67,11 +67,24 @@ class Quantize:
     stats: Mapping[str, StoredTensor] = field(default_factory=lambda: NOTHING_MEASURED)
     edit: Edit | None = None  # of the weight, before it is quantized
     bias_edit: Edit | None = None
+    row_multiple: int = 1  # blocks of rows are cut at multiples of it
+    survey: tuple[tuple[StoredTensor, Edit | None], ...] = ()  # weights whose largest value is needed
+
+    @property
+    def row_stats(self) -> dict[str, StoredTensor]:
+        """Stats with a row per row of the weight."""
+        return {name: self.stats[name] for name in self.scheme.row_stats & self.stats.keys()}
+
+    def first_row(self, out: TensorSpec, start: int) -> int:
+        """The row of an output at which row `start` of the weight is, a multiple of `row_multiple`."""
+        return start * out.shape[0] // self.source.spec.shape[0]
 
     def measured(self) -> bytes:
-        """Everything that was measured, with its names and values, read from disk."""
+        """All that the module has once of what was measured, with names and values, from disk."""
         content = b""
         for name, stored in sorted(self.stats.items()):
+            if name in self.scheme.row_stats:
+                continue
             content += f"{name}\0{stored.spec.dtype}\0{stored.spec.shape}\0".encode()
             content += tensor_bytes(read_tensor(stored))
         return content
@@ -187,6 +200,8 @@ class Plan:
                 digest.update(f"{item.source.spec.name}\0{how}\n".encode())
                 if isinstance(item, Quantize) and item.stats:
                     digest.update(item.measured())
+                    for name, stored in sorted(item.row_stats.items()):
+                        digest.update(f"{name}\0{stored.spec}\0{content_of(stored)}\0".encode())
                 if item.edit is not None:
                     digest.update(item.edit.digest())
         for name, content in sorted(self.sidecars.items()):

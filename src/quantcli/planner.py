@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import AnswerNo, InputError
 from quantcli.formats import quantization
@@ -106,9 +104,8 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
             continue
         scheme = rule.scheme
         if rule.key not in known:
-            needs_data = scheme.observer(torch.bfloat16) is not None
             options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
-            known[rule.key] = scheme.numerics, options if needs_data else ""
+            known[rule.key] = scheme.numerics, options if scheme.needs_data else ""
         yield Module(name, shape, *known[rule.key])
 
 

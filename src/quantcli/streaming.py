@@ -19,6 +19,7 @@ from quantcli.events import Progress
 from quantcli.header import StoredTensor
 from quantcli.journal import Journal
 from quantcli.plan import Item, Plan, Quantize, Shard
+from quantcli.surveys import Surveys
 from quantcli.tensors import read_into, tensor_bytes
 from quantcli.tensorspec import torch_dtype
 from quantcli.writer import ShardWriter, disk_errors, file_entry
@@ -61,6 +62,7 @@ class ShardRun:
         self.block_elements = block_elements
         self.files: dict[str, dict[str, Any]] = {}
         self.reused = 0
+        self._surveys = Surveys()
         self._stop = threading.Event()
         self._local = threading.local()
 
@@ -119,9 +121,9 @@ class ShardRun:
     def _work(self, open_shard: _Open, job: _Job) -> None:
         item = job.item
         width = item.source.spec.row_nbytes
-        known = read_known(item)
+        known = read_known(item, self._surveys)
         if isinstance(item, Quantize):
-            step = max(1, self.block_elements // item.source.spec.shape[1])
+            step = _multiple(self.block_elements // item.source.spec.shape[1], item.row_multiple)
         else:
             step = max(1, 2 * self.block_elements // width)
         for start in range(job.start, job.stop, step):
@@ -160,7 +162,8 @@ class ShardRun:
         packed = quantize_block(self.plan.recipe.target, item, rows, start, bias, known)
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
             if out.name not in item.constants:
-                open_shard.writer.write(out.name, start * out.row_nbytes, tensor_bytes(tensor))
+                place = item.first_row(out, start) * out.row_nbytes
+                open_shard.writer.write(out.name, place, tensor_bytes(tensor))
             elif start == 0:
                 open_shard.writer.write(out.name, 0, tensor_bytes(tensor))
 
@@ -194,9 +197,14 @@ def _jobs(shard: Shard) -> Iterator[_Job]:
         if spec.nbytes == 0:
             continue
         rows = spec.shape[0] if spec.shape else 1
-        step = max(1, JOB_BYTES // spec.row_nbytes)
+        step = _multiple(JOB_BYTES // spec.row_nbytes, getattr(item, "row_multiple", 1))
         for start in range(0, rows, step):
             yield _Job(item, start, min(start + step, rows))
+
+
+def _multiple(rows: int, of: int) -> int:
+    """About so many rows, and at least one, as a multiple."""
+    return max(of, rows // of * of)
 
 
 def _read_from(item: Item) -> Iterator[StoredTensor]:

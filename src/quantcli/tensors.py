@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from quantcli.errors import MachineError
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import torch_dtype
 from quantcli.writer import disk_errors
+
+_CHUNK = 2**20  # bytes
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -37,6 +40,28 @@ def read_bytes(stored: StoredTensor, offset: int, nbytes: int) -> bytes:
     with _opened(stored) as fd:
         read_into(fd, stored, offset, memoryview(block))
     return bytes(block)
+
+
+def content_of(stored: StoredTensor) -> str:
+    """sha256 of a stored tensor's bytes."""
+    digest = hashlib.sha256()
+    block = bytearray(min(_CHUNK, stored.spec.nbytes))
+    with _opened(stored) as fd:
+        for start in range(0, stored.spec.nbytes, _CHUNK):
+            part = memoryview(block)[: stored.spec.nbytes - start]
+            read_into(fd, stored, start, part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def read_span(stored: StoredTensor, start: int, count: int) -> Tensor:
+    """Rows [start, start + count) of a stored tensor."""
+    spec = stored.spec
+    tensor = torch.empty((count, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
+    if tensor.numel():
+        with _opened(stored) as fd:
+            read_into(fd, stored, start * spec.row_nbytes, tensor_bytes(tensor))
+    return tensor
 
 
 def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:

@@ -97,7 +97,7 @@ def test_what_is_written(tmp_path, monkeypatch, name, dtype, symmetric):
         held = held_weight(scheme, dtype)
         weight, bias = source[f"{module}.weight"], source.get(f"{module}.bias")
         parts = scheme.quantize(weight, held, found, bias)
-        expected = target.pack(scheme.numerics, parts)
+        expected = target.pack(scheme.numerics, parts, tuple(parts["weight"].shape))
         for suffix, tensor in expected.items():
             mine = written.pop(f"{module}.{suffix}")
             assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), suffix

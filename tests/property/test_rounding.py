@@ -135,9 +135,13 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(
     found = constants(scheme, input_held, weight)
     bias = torch.linspace(-5, 2, len(weight)) if with_bias else None
     parts = scheme.quantize(weight, held, found, bias)
-    packed = target.pack(scheme.numerics, parts)
+    packed = target.pack(scheme.numerics, parts, tuple(weight.shape[-2:]))
     on_meta = bias.to("meta") if with_bias else None
-    meta = target.pack(scheme.numerics, scheme.quantize(weight.to("meta"), held, found, on_meta))
+    meta = target.pack(
+        scheme.numerics,
+        scheme.quantize(weight.to("meta"), held, found, on_meta),
+        tuple(weight.shape[-2:]),
+    )
     source = TensorSpec("weight", safetensors_dtype(weight.dtype), tuple(weight.shape))
     added = TensorSpec("bias", "F32", (len(weight),)) if with_bias else None
     planned = dry_run(scheme, target, source, serving, added)
@@ -153,7 +157,7 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(
         assert back[part].dtype == tensor.dtype, part
         assert torch.equal(back[part].float(), tensor.float()), part
     assert torch.equal(scheme.dequantize(back), scheme.dequantize(parts))
-    again = target.pack(scheme.numerics, back)
+    again = target.pack(scheme.numerics, back, tuple(weight.shape[-2:]))
     assert again.keys() == packed.keys()
     assert all(tensor_bytes(again[key]) == tensor_bytes(packed[key]) for key in packed)
 

@@ -165,7 +165,7 @@ def test_static_tensors_as_the_engine_registers_them(serving):
         "input_scale": torch.tensor([0.5], dtype=serving),
         "input_offset": torch.tensor([-3.0]),
     }
-    stored = TARGET.pack(STATIC, parts)
+    stored = TARGET.pack(STATIC, parts, tuple(parts["weight"].shape))
     assert stored.keys() == {"weight", "input_scale", "input_offset", "quant_bias", "deq_scale"}
     assert (stored["input_scale"].dtype, stored["input_scale"].tolist()) == (torch.float32, [0.5])
     assert (stored["input_offset"].dtype, stored["input_offset"].tolist()) == (torch.float32, [-3.0])
@@ -178,7 +178,7 @@ def test_static_tensors_as_the_engine_registers_them(serving):
     back = TARGET.unpack(STATIC, stored)
     assert back["input_scale"].dtype == serving
     assert torch.equal(back["weight_scale"], parts["deq_scale"].unsqueeze(1) * 2)
-    mixed = TARGET.pack(MIX, parts)
+    mixed = TARGET.pack(MIX, parts, tuple(parts["weight"].shape))
     assert mixed.keys() == {*stored, "weight_scale", "weight_offset"}
     assert torch.equal(mixed["weight_scale"], parts["weight_scale"])
     assert mixed["weight_offset"].tolist() == [[0.0], [0.0]]

@@ -68,7 +68,7 @@ class Calibrator:
 
     def _has_work(self, index: int) -> bool:
         modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
-        if any(self._wishes.observer(module) is not None for module in modules):
+        if any(map(self._wishes.needs_data, modules)):
             return True
         quantized = [module for module in modules if module in self._wishes.quantized]
         return bool(quantized) and self._wishes.alpha(quantized) is not None

@@ -218,7 +218,7 @@ def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
         for segments in experts
         for segment in segments
     }
-    outside = [m for m in wishes.quantized if m not in inside and wishes.observer(m) is not None]
+    outside = [m for m in wishes.quantized if m not in inside and wishes.needs_data(m)]
     if outside and wishes.uncalibrated != "dynamic":
         raise unreached(outside, wishes.quantized[outside[0]].rule)
 

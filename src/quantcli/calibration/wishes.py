@@ -40,6 +40,11 @@ class Wishes:
     uncalibrated: str
     inputs: str
 
+    def needs_data(self, module: str) -> bool:
+        """Whether a module's scheme must be shown inputs."""
+        quantized = self.quantized.get(module)
+        return quantized is not None and quantized.scheme.needs_data
+
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""
         quantized = self.quantized.get(module)

@@ -21,7 +21,32 @@ class Scheme(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
-    fallback: ClassVar[str | None] = None  # the scheme in place of one that needs data where none is
+    # whether the scale spans rows: `quantize` then finds `weight_amax` float32 [1] among its constants,
+    # max |w| of the whole weight and of those that the engine merges with it
+    surveyed: ClassVar[bool] = False
+    # stats with a row per row of the weight; `quantize` finds those of its rows among its constants
+    row_stats: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that share a scale: blocks of a weight are cut at multiples of it."""
+        return 1
+
+    @property
+    def without_data(self) -> str | None:
+        """The scheme that a module takes instead where no token reached it, if the recipe so wants."""
+        return None
+
+    @property
+    def unserved(self) -> str | None:
+        """The scheme that a module takes instead where the engine does not have this one for it; None:
+        that is an error."""
+        return None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something must be measured or learned before weights can be quantized."""
+        return self.observer(torch.bfloat16) is not None
 
     @property
     def ordered(self) -> bool:
@@ -40,8 +65,16 @@ class Scheme(BaseModel, ABC):
         """
         return None
 
+    def blank(self, k: int, held: torch.dtype) -> Stats:
+        """What there will be for a module with k inputs, with dtypes and shapes but no numbers of it.
+
+        Stats by row have no rows. Empty for schemes that need no data.
+        """
+        observer = self.observer(held)
+        return observer.stats() if observer else NO_STATS
+
     def constants(self, stats: Stats, held: torch.dtype) -> Parts:
-        """The parts that do not depend on rows, from what the observer measured: `input_scale` [1]."""
+        """The parts that do not depend on rows, from what was measured: `input_scale` [1]."""
         return {}
 
     @abstractmethod
@@ -56,13 +89,13 @@ class Scheme(BaseModel, ABC):
 
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
         held: the dtype in which the engine will hold `weight_scale`; codes are chosen against it.
-        constants: what `constants` returned for this module.
+        constants: what `constants` returned for this module, and of these rows the `row_stats`.
         bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
 
         Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
         representable in `held`), and what else the scheme has per row. A row with NaN or Inf gets a
-        scale that is not finite. Each row depends on itself alone, so blocks may be cut anywhere. Also
-        runs on the meta device.
+        scale that is not finite. Each `row_multiple` rows depend on themselves alone; the last ones of
+        a weight may be fewer. Also runs on blocks without rows.
         """
 
     def dequantize(self, parts: Parts) -> Tensor:

@@ -69,6 +69,11 @@ class Int8Static(Scheme):
         return self.chosen_by == "moving_average"
 
     @property
+    def without_data(self) -> str | None:
+        """The same weights, with inputs that are measured while serving."""
+        return "w8a8_dynamic"
+
+    @property
     def inputs(self) -> Operand:
         """How inputs are quantized."""
         return Operand("int8", "tensor", symmetric=self.symmetric)

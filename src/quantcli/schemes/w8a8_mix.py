@@ -19,7 +19,6 @@ class W8A8Mix(Int8Static):
     """
 
     name: ClassVar[str] = "w8a8_mix"
-    fallback: ClassVar[str | None] = "w8a8_dynamic"
 
     @property
     def numerics(self) -> Numerics:

@@ -21,7 +21,6 @@ class W8A8Static(Int8Static):
     """Int8 weights, one scale per output channel; int8 inputs, one scale and offset per module."""
 
     name: ClassVar[str] = "w8a8_static"
-    fallback: ClassVar[str | None] = "w8a8_dynamic"
 
     def quantize(
         self,

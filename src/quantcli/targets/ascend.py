@@ -66,7 +66,7 @@ class Ascend(Target):
         """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
         return merged_name(module)
 
-    def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
+    def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """weight [n, k], and by the engine's registered parameters:
 
         weight_scale, weight_offset: float32 [n, 1]. The offset is zero. W8A16 multiplies with it and

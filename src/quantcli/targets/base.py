@@ -91,12 +91,17 @@ class Target(BaseModel, ABC):
     def bias_dtype(self, numerics: Numerics) -> str | None:
         """The dtype in which to store the bias of such a module; None: as it is."""
 
-    @abstractmethod
-    def pack(self, numerics: Numerics, parts: Parts) -> dict[str, Tensor]:
-        """Parts of one module -> tensors by suffix, such as `weight` and `weight_scale`.
+    def row_multiple(self, numerics: Numerics) -> int:
+        """Rows that are stored together: `pack` is given multiples of it, but at a weight's end."""
+        return 1
 
-        Dimension 0 of a tensor returned is dimension 0 of the weight, or the tensor does not depend on
-        rows, as `input_scale` [1], and is the same for every block of them.
+    @abstractmethod
+    def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
+
+        shape: n and k of the whole weight. Dimension 0 of a tensor returned is dimension 0 of the
+        weight, or a fixed share of it, such as one of 128 rows; or the tensor does not depend on rows,
+        as `input_scale` [1], and is the same for every block of them.
         """
 
     @abstractmethod

@@ -1,0 +1,54 @@
+"""The largest value of a weight, and of those that an engine merges with it: a first pass over them.
+
+Only for schemes whose scale spans a whole weight. Each group is read once a run, by whichever worker
+needs it first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from quantcli.header import StoredTensor
+from quantcli.measured import Edit
+from quantcli.plan import Quantize
+from quantcli.schemes import rounding
+from quantcli.tensors import read_span
+
+_BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
+
+
+class Surveys:
+    """What was found so far. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    def largest(self, item: Quantize) -> Tensor:
+        """max |w|, edited, over the weights that an item's scale spans: float32 [1], or NaN."""
+        key = item.survey[0][0].spec.name
+        with self._lock:
+            lock = self._locks[key]
+        with lock:
+            if key not in self._found:
+                largest = [_largest(stored, edit) for stored, edit in item.survey]
+                self._found[key] = torch.stack(largest).amax().view(1)
+            return self._found[key]
+
+
+def _largest(stored: StoredTensor, edit: Edit | None) -> Tensor:
+    n, k = stored.spec.shape
+    factors = edit.load() if edit else None
+    step = max(1, _BLOCK // k)
+    found = torch.zeros(())
+    for start in range(0, n, step):
+        rows = read_span(stored, start, min(step, n - start))
+        if factors is not None:
+            rows = factors.apply(rows, start)
+        found = torch.maximum(found, rounding.absmax(rows).amax())
+    return found
