@@ -13,19 +13,30 @@ from quantcli.measured import Measured
 from quantcli.schemes.base import Scheme
 
 
-def constants(scheme: Scheme, serving: torch.dtype, x: torch.Tensor | None = None) -> dict[str, Any]:
-    """What the scheme makes of inputs x; without x, of an observer that saw nothing."""
+def constants(
+    scheme: Scheme,
+    serving: torch.dtype,
+    x: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """What the scheme makes of inputs x; without x, of an observer that saw nothing. And what a survey
+    finds in the whole weight, where the scheme needs it."""
+    found: dict[str, Any] = {}
+    if scheme.surveyed:
+        assert weight is not None
+        found["weight_amax"] = weight.float().abs().amax().view(1)
     observer = scheme.observer(serving)
     if observer is None:
-        return {}
+        return found
     if x is not None:
         observer.update(x.to(serving), 0)
-    return scheme.constants(observer.stats(), serving)
+    return found | scheme.constants(observer.stats(), serving)
 
 
 def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
-    """The dtype in which vLLM-Ascend holds `weight_scale`."""
-    return torch.float32 if scheme.name in {"fp8_dynamic", "w8a8_static", "w4a4_dynamic"} else serving
+    """The dtype in which engines hold `weight_scale`."""
+    in_float32 = scheme.name.startswith("fp8_") or scheme.name in {"w8a8_static", "w4a4_dynamic"}
+    return torch.float32 if in_float32 else serving
 
 
 def quantize(
@@ -35,8 +46,8 @@ def quantize(
     x: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A whole weight, with constants from x, as vLLM-Ascend will hold it."""
-    found = constants(scheme, serving, x)
+    """A whole weight, with constants from x, as the engine will hold it."""
+    found = constants(scheme, serving, x, weight)
     return scheme.quantize(weight, held_weight(scheme, serving), found, bias)
 
 

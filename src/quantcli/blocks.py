@@ -14,7 +14,7 @@ from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.numerics import NO_STATS, Parts, Stats
 from quantcli.plan import Copy, Item, Quantize
-from quantcli.surveys import Surveys
+from quantcli.surveys import Surveys, not_finite
 from quantcli.targets.base import Target
 from quantcli.tensors import read_span, read_tensor, tensor_bytes
 from quantcli.tensorspec import torch_dtype
@@ -101,20 +101,11 @@ def measured_constants(item: Quantize) -> Parts:
 
 def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantize) -> InputError:
     """The error for a block whose scale is not finite: which element, or that the scale overflows."""
-    sources = [("weight", rows, item.source)]
-    if bias is not None and item.bias is not None:
-        sources.append(("bias", bias, item.bias))
-    for kind, values, stored in sources:
-        bad = (~torch.isfinite(values)).nonzero()
-        if len(bad):
-            row, *column = bad[0].tolist()
-            place = ", ".join(map(str, (first_row + row, *column)))
-            return InputError(
-                f"{kind} is {float(values[tuple(bad[0])])}",
-                where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
-                fix="the model is damaged: fetch it again and run with --fresh, or keep this module "
-                "float",
-            )
+    error = not_finite("weight", rows, item.source, first_row)
+    if error is None and bias is not None and item.bias is not None:
+        error = not_finite("bias", bias, item.bias, first_row)
+    if error is not None:
+        return error
     held = item.held.weight_scale
     return InputError(
         f"the scale of a row overflows {held}, in which the engine holds it",

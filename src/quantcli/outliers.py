@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantcli.advice import RANKED_BY, keep_advice, rank
 from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import default_workers, thread_pool
 from quantcli.header import StoredTensor
@@ -143,7 +144,10 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         label = f"{operand.dtype} per {operand.per}"
         operands.setdefault(label, []).append(name)
         if label not in methods and _by_rows_alone(scheme):
-            held = target.held(scheme.numerics, "weight_scale", serving)
+            try:
+                held = target.held(scheme.numerics, "weight_scale", serving)
+            except InputError:  # the target has no such weights
+                continue
             methods[label] = _Method(scheme, torch_dtype(held))
     return methods, {label: operands[label] for label in methods}
 

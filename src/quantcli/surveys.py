@@ -12,6 +12,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Edit
 from quantcli.plan import Quantize
@@ -30,7 +31,10 @@ class Surveys:
         self._lock = threading.Lock()
 
     def largest(self, item: Quantize) -> Tensor:
-        """max |w|, edited, over the weights that an item's scale spans: float32 [1], or NaN."""
+        """max |w|, edited, over the weights that an item's scale spans: float32 [1].
+
+        InputError for NaN and Inf.
+        """
         key = item.survey[0][0].spec.name
         with self._lock:
             lock = self._locks[key]
@@ -48,7 +52,26 @@ def _largest(stored: StoredTensor, edit: Edit | None) -> Tensor:
     found = torch.zeros(())
     for start in range(0, n, step):
         rows = read_span(stored, start, min(step, n - start))
-        if factors is not None:
-            rows = factors.apply(rows, start)
-        found = torch.maximum(found, rounding.absmax(rows).amax())
+        edited = rows if factors is None else factors.apply(rows, start)
+        found = torch.maximum(found, rounding.absmax(edited).amax())
+        if not bool(torch.isfinite(found)):
+            raise not_finite("weight", rows, stored, start) or InputError(
+                "smoothing makes this weight overflow",
+                where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
+                fix="leave it out of `smooth`, or keep this module float",
+            )
     return found
+
+
+def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) -> InputError | None:
+    """The error for the first NaN or Inf among rows of a stored tensor; None where there is none."""
+    bad = (~torch.isfinite(rows)).nonzero()
+    if not len(bad):
+        return None
+    row, *column = bad[0].tolist()
+    place = ", ".join(map(str, (first_row + row, *column)))
+    return InputError(
+        f"{kind} is {float(rows[tuple(bad[0])])}",
+        where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
+        fix="the model is damaged: fetch it again and run with --fresh, or keep this module float",
+    )

@@ -1,11 +1,14 @@
 """Laws of rounding, over odd shapes and nasty values."""
 
+import contextlib
+import itertools
 import math
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantcli.errors import InputError
 from quantcli.items import dry_run
 from quantcli.registry import discover
 from quantcli.schemes import rounding
@@ -53,12 +56,14 @@ def test_int8_error_is_at_most_half_a_scale(weight, held, name):
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
-@given(weights())
-def test_int4_error_is_at_most_half_a_scale_and_clipping_never_loses(weight):
+@given(weights(), st.sampled_from(HELD), st.sampled_from(["w4a4_dynamic", "w4a16", "w4a8"]))
+def test_int4_error_is_at_most_half_a_scale_and_clipping_never_loses(weight, held, name):
     errors = {}
+    held = torch.float32 if name == "w4a4_dynamic" else held
     for clip in ("none", "mse"):
-        parts = discover(Scheme)["w4a4_dynamic"](clip=clip).quantize(weight, torch.float32)
+        parts = discover(Scheme)[name](clip=clip).quantize(weight, held)
         codes, scale = parts["weight"].double(), parts["weight_scale"].double()
+        assert torch.equal(scale, scale.to(held).double()), "scale is not what the engine will hold"
         assert bool((scale > 0).all())
         assert bool(torch.isfinite(scale).all())
         assert bool(((codes >= -8) & (codes <= 7)).all())
@@ -70,9 +75,11 @@ def test_int4_error_is_at_most_half_a_scale_and_clipping_never_loses(weight):
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
-@given(weights())
-def test_fp8_error_is_at_most_half_a_step(weight):
-    parts = discover(Scheme)["fp8_dynamic"]().quantize(weight, torch.float32)
+@given(weights(), st.sampled_from([name for name in sorted(discover(Scheme)) if "fp8" in name]))
+def test_fp8_error_is_at_most_half_a_step(weight, name):
+    scheme = discover(Scheme)[name]()
+    found = constants(scheme, torch.float32, weight, weight)
+    parts = scheme.quantize(weight, torch.float32, found)
     codes, scale = parts["weight"].double(), parts["weight_scale"].double()
     assert bool(torch.isfinite(codes).all())
     assert bool((scale > 0).all())
@@ -86,32 +93,77 @@ def test_fp8_error_is_at_most_half_a_step(weight):
 @given(weights(), st.sampled_from(HELD), st.sampled_from(sorted(discover(Scheme))), st.data())
 def test_rows_do_not_know_each_other(weight, held, name, data):
     scheme = discover(Scheme)[name]()
-    found = constants(scheme, torch.bfloat16, weight[:, :3])
+    found = constants(scheme, torch.bfloat16, weight[:, :3], weight)
     bias = torch.linspace(-3, 40, len(weight))
     whole = scheme.quantize(weight, held, found, bias)
-    cut = data.draw(st.integers(0, weight.shape[0]))
+    cut = data.draw(st.integers(0, weight.shape[0] // scheme.row_multiple)) * scheme.row_multiple
     for part, tensor in whole.items():
         blocks = [
             scheme.quantize(weight[rows], held, found, bias[rows])[part]
             for rows in (slice(cut), slice(cut, None))
         ]
-        if part in found:
-            assert all(torch.equal(block, found[part]) for block in (*blocks, tensor))
+        if part in once(scheme):
+            assert all(torch.equal(block, tensor) for block in blocks)
+            assert part not in found or torch.equal(tensor, found[part])
         else:
             assert torch.equal(torch.cat([b.float() for b in blocks]), tensor.float()), part
+
+
+@settings(derandomize=True, max_examples=12, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(0, 2),
+    st.sampled_from(["fp8_block", "w4a16"]),
+    st.integers(0, 99),
+)
+def test_tiles_do_not_know_each_other(n, k, cut, name, seed):
+    """Sizes that are no multiples, rows cut where tiles end, and each tile like one that is alone."""
+    scheme = discover(Scheme)[name]()
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    whole = scheme.quantize(weight, torch.float32)
+    cut = min(n, cut * scheme.row_multiple)
+    for part, tensor in whole.items():
+        blocks = [
+            scheme.quantize(rows, torch.float32)[part].float() for rows in (weight[:cut], weight[cut:])
+        ]
+        assert torch.equal(torch.cat(blocks), tensor.float()), part
+    tall = scheme.row_multiple
+    scale = whole["weight_scale"]
+    assert scale.shape == (-(-n // tall), -(-k // 128))
+    back = scheme.dequantize(whole)
+    for r, c in itertools.product(range(0, n, tall), range(0, k, 128)):
+        tile = slice(r, r + tall), slice(c, c + 128)
+        alone = scheme.quantize(weight[tile], torch.float32)
+        assert torch.equal(alone["weight"].float(), whole["weight"][tile].float())
+        assert float(alone["weight_scale"]) == float(scale[r // tall, c // 128])
+        assert torch.equal(scheme.dequantize(alone), back[tile])
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(weights(), st.sampled_from(HELD), st.sampled_from(sorted(discover(Scheme))))
 def test_stacked_weights_are_rounded_like_single_ones(weight, held, name):
     scheme = discover(Scheme)[name]()
-    found = constants(scheme, torch.float16, weight)
+    found = constants(scheme, torch.float16, weight, weight)
     bias = torch.linspace(-1, 7, len(weight))
     single = scheme.quantize(weight, held, found, bias)
     stacked = scheme.quantize(torch.stack([weight, weight]), held, found, bias.expand(2, -1))
     for part, tensor in single.items():
-        other = stacked[part] if part in found else stacked[part][1]
+        other = stacked[part] if part in once(scheme) else stacked[part][1]
         assert torch.equal(other.float(), tensor.float()), part
+
+
+def once(scheme):
+    """Parts that a module has once and not by row."""
+    return {"input_scale", "input_offset"} | ({"weight_scale"} if scheme.surveyed else set())
+
+
+def pairs():
+    """Every scheme with every target that stores what it makes."""
+    for name, target_name in itertools.product(sorted(discover(Scheme)), sorted(discover(Target))):
+        with contextlib.suppress(InputError):
+            discover(Target)[target_name]().label(discover(Scheme)[name]().numerics)
+            yield name, target_name
 
 
 def specs(packed):
@@ -122,17 +174,15 @@ def specs(packed):
 @given(
     weights(),
     st.sampled_from(["BF16", "F16"]),
-    st.sampled_from(sorted(discover(Scheme))),
-    st.sampled_from(sorted(discover(Target))),
+    st.sampled_from(sorted(pairs())),
     st.booleans(),
 )
-def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(
-    weight, serving, name, target_name, with_bias
-):
+def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, pair, with_bias):
+    name, target_name = pair
     scheme, target = discover(Scheme)[name](), discover(Target)[target_name]()
     held = torch_dtype(target.held(scheme.numerics, "weight_scale", serving))
     input_held = torch_dtype(target.held(scheme.numerics, "input_scale", serving))
-    found = constants(scheme, input_held, weight)
+    found = constants(scheme, input_held, weight, weight)
     bias = torch.linspace(-5, 2, len(weight)) if with_bias else None
     parts = scheme.quantize(weight, held, found, bias)
     packed = target.pack(scheme.numerics, parts, tuple(weight.shape[-2:]))
@@ -146,7 +196,7 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(
     added = TensorSpec("bias", "F32", (len(weight),)) if with_bias else None
     planned = dry_run(scheme, target, source, serving, added)
     assert planned.specs == specs(packed) == specs(meta)
-    assert planned.constants == {"input_scale", "input_offset"} & packed.keys()
+    assert planned.constants == once(scheme) & packed.keys()
     assert (planned.held.weight_scale, planned.held.input_scale) == (
         safetensors_dtype(held),
         safetensors_dtype(input_held),

@@ -1,4 +1,4 @@
-"""Int4 weights per channel: what schemes with 4-bit codes share.
+"""Int4 weights, per channel or per group of columns: what schemes with 4-bit codes share.
 
 Codes are -8..7 in int8. With so few of them it matters where a row is cut off: a scale of amax / 7
 clips nothing and spends most codes on few values; a smaller one loses less in all.
@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.schemes import rounding
+from quantcli.numerics import NO_STATS, Operand, Parts, Stats
+from quantcli.schemes import rounding, tiles
 from quantcli.schemes.base import Scheme
 
 LARGEST, LEAST = 7.0, -8.0
 _COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
 _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
 _REFINEMENTS = 2
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class Int4Weights(Scheme):
@@ -29,17 +29,55 @@ class Int4Weights(Scheme):
         "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
     )
 
-    def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1].
+    def codes(self, rows: Tensor, held: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1], exactly representable in `held`.
 
         With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
         is never larger than that. NaN and Inf show in the scale.
         """
         values = rows.float()
-        scale = (rounding.absmax(rows) / LARGEST).clamp_min(_TINY)
+        scale = rounding.scale_of(rounding.absmax(rows), LARGEST, held)
         if self.clip == "mse":
-            scale = _least_error(values, scale)
+            scale = _least_error(values, scale, held)
         return _round(values, scale).to(torch.int8), scale
+
+
+class Int4Groups(Int4Weights):
+    """Int4 weights with a scale for each group of columns of a row, or for the whole row."""
+
+    group_size: Literal[32, 64, 128, "channel"] = Field(
+        128, description="columns of a row that share a scale; channel: all of them"
+    )
+
+    @property
+    def weights(self) -> Operand:
+        """How weights are quantized."""
+        if self.group_size == "channel":
+            return Operand("int4", "channel")
+        return Operand("int4", "group", block=(1, self.group_size))
+
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
+        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
+        if self.group_size == "channel":
+            codes, scale = self.codes(rows, held)
+            return {"weight": codes, "weight_scale": scale}
+        codes, scale = self.codes(tiles.cut(rows, self.group_size), held)
+        codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
+        return {"weight": codes, "weight_scale": scale.squeeze(-1)}
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        """Codes times the scales of their groups: float32 [..., n, k]."""
+        codes = parts["weight"].float()
+        if self.group_size == "channel":
+            return codes * parts["weight_scale"]
+        block = (1, self.group_size)
+        return codes * tiles.spread(parts["weight_scale"], block, *codes.shape[-2:])
 
 
 def _round(values: Tensor, scale: Tensor) -> Tensor:
@@ -54,21 +92,22 @@ def _error(values: Tensor, scale: Tensor) -> Tensor:
     return total.nan_to_num_(torch.inf)
 
 
-def _least_error(values: Tensor, widest: Tensor) -> Tensor:
+def _least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
     """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
     then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
+    Each is tried as the number of `held` that it becomes.
 
     Ties go to the wider scale, and `widest` is among them.
     """
     best, least = widest, _error(values, widest)
     share = torch.ones_like(widest)
     for step in _COARSE[1:]:
-        error = _error(values, widest * step)
+        error = _error(values, rounding.nearest(widest * step, held))
         better = error < least
         least, share = torch.where(better, error, least), torch.where(better, step, share)
-    best = widest * share
+    best = rounding.nearest(widest * share, held)
     for step in _FINE:
-        scale = widest * (share + step)
+        scale = rounding.nearest(widest * (share + step), held)
         error = _error(values, scale)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
@@ -76,7 +115,7 @@ def _least_error(values: Tensor, widest: Tensor) -> Tensor:
         codes = _round(values, best)
         square = codes.square().sum(-1, keepdim=True)
         scale = (values * codes).sum(-1, keepdim=True) / square
-        scale = torch.where((square > 0) & (scale > 0), scale, best).clamp_min(_TINY)
+        scale = rounding.nearest(torch.where((square > 0) & (scale > 0), scale, best), held)
         error = _error(values, scale)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)

@@ -14,6 +14,9 @@ INT8_MAX = 127.0
 # clipped and no error passes scale / 2. Reaching it instead of 127 is what a coarse grid of scales
 # (bfloat16) needs: rounded up from amax / 127, scales would be too wide by half a step on average.
 INT8_REACH = 127 + 63 / 128
+# Where scales can be that fine, this one gives the least squared error, between an exact largest weight
+# at 127 and the smallest steps for all others.
+INT8_BEST = 127.25
 FP8_E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 # The smallest scale, so that a row of zeros has a positive one. Float32 arithmetic may flush what is
 # below its smallest normal number; float16 reaches so little down that its subnormals are needed.
@@ -47,16 +50,32 @@ def round_up(value: Tensor, held: torch.dtype) -> Tensor:
     return (nearest.view(integer) + below).view(held).float()
 
 
+def nearest(scale: Tensor, held: torch.dtype) -> Tensor:
+    """The nearest number of dtype `held` that may be a scale, as float32."""
+    return scale.to(held).float().clamp_min(_FLOOR[held])
+
+
 def channel_scale(rows: Tensor, limit: float, held: torch.dtype, least: Tensor | None = None) -> Tensor:
     """absmax / limit per row, rounded up to `held`: |rows| <= limit * scale.
 
     [..., n, k] -> float32 [..., n, 1]; never zero, also for a row of zeros. No scale is below `least`,
     which broadcasts against it; NaN and Inf in it show in the scale.
     """
-    scale = absmax(rows) / limit
+    return scale_of(absmax(rows), limit, held, least)
+
+
+def scale_of(amax: Tensor, limit: float, held: torch.dtype, least: Tensor | None = None) -> Tensor:
+    """The same from what `absmax` found, of whatever shares a scale: float32 in the shape of `amax`."""
+    scale = amax / limit
     if least is not None:
         scale = torch.maximum(scale, least)
     return round_up(scale, held).clamp_min(_FLOOR[held])
+
+
+def int8_scale(rows: Tensor, held: torch.dtype, least: Tensor | None = None) -> Tensor:
+    """The scale of each row for `to_int8`, as `channel_scale` gives it: nothing is clipped."""
+    limit = INT8_BEST if held == torch.float32 else INT8_REACH
+    return channel_scale(rows, limit, held, least)
 
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class W4A4Dynamic(Int4Weights):
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1], which `held` must be."""
-        codes, scale = self.codes(rows)
+        codes, scale = self.codes(rows, torch.float32)
         return {"weight": codes, "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

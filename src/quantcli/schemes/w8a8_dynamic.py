@@ -30,7 +30,7 @@ class W8A8Dynamic(Scheme):
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2."""
-        scale = rounding.channel_scale(rows, rounding.INT8_REACH, held)
+        scale = rounding.int8_scale(rows, held)
         return {"weight": rounding.to_int8(rows, scale), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

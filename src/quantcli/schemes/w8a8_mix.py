@@ -41,7 +41,7 @@ class W8A8Mix(Int8Static):
         input_scale = constants["input_scale"]
         r = multiplier(input_scale).to(rows.device)
         least = least_deq_scale(r, bias) * r
-        scale = rounding.channel_scale(rows, rounding.INT8_REACH, held, least)
+        scale = rounding.int8_scale(rows, held, least)
         deq = deq_grid(scale / r, input_scale.dtype, up=False)
         scale = torch.where(torch.isfinite(deq), scale, deq)  # so that an overflow shows
         codes = rounding.to_int8(rows, scale)

@@ -11,11 +11,6 @@ from quantcli.numerics import NO_STATS, Parts, Stats, multiplier
 from quantcli.schemes import rounding
 from quantcli.schemes.int8_static import Int8Static, deq_grid, least_deq_scale, row_parts
 
-# |w| / weight_scale of a row's largest weight. Every value up to INT8_REACH clips nothing; where scales
-# can be that fine, this one gives the least squared error, between an exact largest weight at 127 and
-# the smallest steps for all others.
-_LARGEST = 127.25
-
 
 class W8A8Static(Int8Static):
     """Int8 weights, one scale per output channel; int8 inputs, one scale and offset per module."""
@@ -37,7 +32,7 @@ class W8A8Static(Int8Static):
         """
         scale = constants["input_scale"]
         r = multiplier(scale).to(rows.device)
-        narrowest = rounding.absmax(rows) / _LARGEST / r
+        narrowest = rounding.absmax(rows) / rounding.INT8_BEST / r
         deq = deq_grid(torch.maximum(narrowest, least_deq_scale(r, bias)), scale.dtype, up=True)
         codes = rounding.to_int8(rows, deq * r)
         return {"weight": codes, "weight_scale": deq * r, **row_parts(codes, deq, bias, constants)}

@@ -1,0 +1,62 @@
+"""FP8 (e4m3) weights in blocks of 128 x 128, fp8 inputs per token and 128 columns, no data needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.schemes import fp8, rounding, tiles
+from quantcli.schemes.base import Scheme
+
+_SIDE = 128
+_BLOCK = (_SIDE, _SIDE)
+
+
+class Fp8Block(Scheme):
+    """FP8 e4m3 weights, one scale per block of 128 x 128; fp8 inputs, one per token and 128 columns."""
+
+    name: ClassVar[str] = "fp8_block"
+
+    @property
+    def row_multiple(self) -> int:
+        """The rows of a block."""
+        return _SIDE
+
+    @property
+    def numerics(self) -> Numerics:
+        """Fp8 e4m3 per block x fp8 e4m3 per token and group, dynamic."""
+        return Numerics(
+            Operand("fp8_e4m3", "block", block=_BLOCK),
+            Operand("fp8_e4m3", "group", dynamic=True, block=(1, _SIDE)),
+        )
+
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
+        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)]."""
+        scale = rounding.scale_of(tiles.absmax(rows, _BLOCK), rounding.FP8_E4M3_MAX, held)
+        wide = tiles.spread(scale, _BLOCK, *rows.shape[-2:])
+        return {"weight": rounding.to_fp8_e4m3(rows, wide), "weight_scale": scale}
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        """Codes times the scales of their blocks: float32 [..., n, k]."""
+        codes = parts["weight"].float()
+        return codes * tiles.spread(parts["weight_scale"], _BLOCK, *codes.shape[-2:])
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """y = sum over groups of (sum_k xq wq) * group_scale * weight_scale, cast to x.dtype, then
+        + bias.
+
+        The sum over groups is in float32, as the engine's; here scales are multiplied in before it.
+        """
+        codes, scale = fp8.group_codes(x, _SIDE)
+        scaled = codes * scale.repeat_interleave(_SIDE, -1)[..., : x.shape[-1]]
+        y = (scaled @ self.dequantize(parts).mT).to(x.dtype)
+        return y if bias is None else (y + rounding.per_output(bias)).to(x.dtype)

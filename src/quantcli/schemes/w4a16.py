@@ -1,0 +1,29 @@
+"""Int4 weights in groups, float inputs: a quarter of the memory, no data needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from quantcli.numerics import Numerics, Parts
+from quantcli.schemes.int4 import Int4Groups
+
+
+class W4A16(Int4Groups):
+    """Int4 weights, symmetric, one scale per group of columns or per channel; inputs stay float."""
+
+    name: ClassVar[str] = "w4a16"
+
+    @property
+    def numerics(self) -> Numerics:
+        """Int4 per group or channel x float inputs."""
+        return Numerics(self.weights, None)
+
+    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""
+        weight = self.dequantize(parts).to(x.dtype).float()
+        y = x.float() @ weight.mT
+        if bias is not None:
+            y = y + bias.float()
+        return y.to(x.dtype)

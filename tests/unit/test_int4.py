@@ -1,0 +1,121 @@
+"""Int4 weights in groups: which codes and scales, and what the engine computes with them."""
+
+import math
+
+import pytest
+import torch
+
+from quantcli.schemes.w4a8 import W4A8
+from quantcli.schemes.w4a16 import W4A16
+
+SIZES = [32, 64, 128, "channel"]
+
+
+def weight(n=24, k=256, seed=0, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, k, generator=generator) * 0.04).to(dtype)
+
+
+def squared_error(scheme, rows, held):
+    back = scheme.dequantize(scheme.quantize(rows, held)).double()
+    return float((back - rows.double()).square().sum())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("clip", ["mse", "none"])
+def test_codes_follow_the_scale_as_it_is_held(size, held, clip):
+    rows = weight()
+    parts = W4A16(group_size=size, clip=clip).quantize(rows, held)
+    width = 256 if size == "channel" else size
+    codes, scale = parts["weight"], parts["weight_scale"]
+    assert codes.dtype == torch.int8
+    assert scale.shape == (24, 256 // width)
+    assert torch.equal(scale, scale.to(held).float())
+    values = rows.double().view(24, -1, width)
+    steps = rows.float().view(24, -1, width) / scale.unsqueeze(-1)
+    assert torch.equal(codes, steps.round().clamp(-8, 7).flatten(1).to(torch.int8))
+    if clip == "none":
+        assert int(codes.max()) <= 7
+        assert int(codes.min()) >= -7
+        lossless = (codes.double().view(24, -1, width) * scale.double().unsqueeze(-1) - values).abs()
+        assert bool((lossless <= scale.double().unsqueeze(-1) / 2 * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_the_search_is_near_the_best_scale_of_each_group(held):
+    rows = weight(seed=1)
+    groups = rows.double().view(24, 2, 128)
+    best = torch.full((24, 2), math.inf).double()
+    for share in torch.linspace(0.3, 1, 300):
+        scale = (groups.abs().amax(-1) / 7 * share).to(held).double().unsqueeze(-1)
+        error = ((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(-1)
+        best = torch.minimum(best, error)
+    assert squared_error(W4A16(), rows, held) <= float(best.sum()) * 1.01
+    assert squared_error(W4A16(clip="none"), rows, held) > 1.1 * float(best.sum())
+
+
+def test_smaller_groups_lose_less():
+    rows = weight(seed=2)
+    errors = [squared_error(W4A16(group_size=size), rows, torch.bfloat16) for size in SIZES]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.8 * errors[-1]
+
+
+def test_a_group_of_zeros_and_a_smaller_last_group():
+    rows = weight(3, 160, dtype=torch.float16)
+    rows[1, :32] = 0
+    parts = W4A16(group_size=64).quantize(rows, torch.float16)
+    assert parts["weight"].shape == (3, 160)
+    assert parts["weight_scale"].shape == (3, 3)
+    zeros = W4A16(group_size=32).quantize(rows, torch.float16)
+    assert float(zeros["weight_scale"][1, 0]) > 0
+    assert not zeros["weight"][1, :32].any()
+    alone = W4A16(group_size=64).quantize(rows[:, 128:], torch.float16)
+    assert torch.equal(parts["weight"][:, 128:], alone["weight"])
+    assert torch.equal(parts["weight_scale"][:, 2:], alone["weight_scale"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_show_in_the_scale_of_their_group(value):
+    rows = weight(2)
+    rows[1, 200] = value
+    scale = W4A16().quantize(rows, torch.bfloat16)["weight_scale"]
+    assert torch.isfinite(scale).tolist() == [[True, True], [True, False]]
+
+
+def test_w4a16_is_a_matmul_with_the_dequantized_weight():
+    rows, bias = weight(), torch.linspace(-1, 1, 24).bfloat16()
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = W4A16(group_size=32).quantize(rows, torch.bfloat16)
+    back = torch.empty(24, 256).double()
+    for n in range(24):
+        for k in range(256):
+            product = float(parts["weight"][n, k]) * float(parts["weight_scale"][n, k // 32])
+            back[n, k] = float(torch.tensor(product).bfloat16())
+    exact = x.double() @ back.T + bias.double()
+    y = W4A16(group_size=32).forward(x, parts, bias)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 128, "channel"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_w4a8_computes_as_torchs_own_kernel(size, with_bias):
+    """The very operation that vLLM calls on a CPU, with codes packed as vLLM packs them."""
+    scheme, rows = W4A8(group_size=size), weight(32)
+    parts = scheme.quantize(rows, torch.bfloat16)
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(6))
+    x[1], x[2], x[3] = 0, x[2].abs(), -x[3].abs()
+    bias = torch.linspace(-1, 1, 32) if with_bias else None
+    codes = parts["weight"].add(8)
+    nibbles = (codes[:, 1::2] << 4 | codes[:, ::2]).to(torch.uint8)
+    width = 256 if size == "channel" else size
+    held = torch.float32 if size == "channel" else torch.bfloat16
+    packed = torch.ops.aten._dyn_quant_pack_4bit_weight(
+        nibbles, parts["weight_scale"].to(held), bias, width, 256, 32
+    )
+    expected = torch.ops.aten._dyn_quant_matmul_4bit(x, packed, width, 256, 32)
+    y = scheme.forward(x, parts, bias)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert float((x @ rows.float().T - y).abs().max()) < 0.4 * float(y.abs().max())
