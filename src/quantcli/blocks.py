@@ -84,6 +84,7 @@ def quantize_block(
     parts = item.scheme.quantize(rows, torch_dtype(item.held.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
         raise _not_finite(source, source_bias, first_row, item)
+    parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.held.weight_scale))
     n, k = item.source.spec.shape
     return target.pack(item.scheme.numerics, parts, (n, k))
 

@@ -72,6 +72,7 @@ def dry_run(
             {**constants, **mine},
             torch.zeros(rows, dtype=torch_dtype(bias.dtype)) if stats and bias else None,
         )
+        parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(held.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
     of_none = packed(0)

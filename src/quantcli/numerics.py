@@ -36,6 +36,11 @@ class Operand:
     dynamic: bool = False
     block: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        of = " of " + " x ".join(map(str, self.block)) if self.block else ""
+        more = (" asymmetric" * (not self.symmetric)) + (" dynamic" * self.dynamic)
+        return f"{self.dtype} per {self.per}{of}{more}"
+
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
@@ -49,6 +54,12 @@ class Numerics:
     input: Operand | None
     prefill: Operand | None = None
     transform: Literal["kronecker"] | None = None
+
+    def __str__(self) -> str:
+        inputs = str(self.input) if self.input else "float inputs"
+        more = f" ({self.prefill} in prefill)" if self.prefill else ""
+        transform = f", inputs transformed ({self.transform})" if self.transform else ""
+        return f"{self.weight} x {inputs}{more}{transform}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from quantcli.calibration.taps import Matrices, Tap
 from quantcli.checkpoint import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
-from quantcli.numerics import Parts
+from quantcli.numerics import Numerics, Parts
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Stored, Target, target_of
@@ -35,15 +35,13 @@ class Served:
         self.checkpoint = stored.checkpoint
         self._modules = stored.modules
         self._target = target
-        schemes = _schemes(target)
         for module in stored.modules.values():
-            if module.layout.label not in schemes:
+            if _scheme(module.numerics) is None:
                 raise InputError(
                     f"this version cannot compute as the engine does with {module.layout.label}",
                     where=f"`{module.name}`",
                     fix="verify it without --run",
                 )
-        self._schemes = schemes
 
     @classmethod
     def open(cls, path: Path) -> Served:
@@ -68,21 +66,19 @@ class Served:
 
     def _parts(self, module: str) -> tuple[Scheme, Parts]:
         found = self._modules[module]
-        scheme = self._schemes[found.layout.label]
+        scheme = _scheme(found.numerics)
+        assert scheme is not None  # told when it was opened
         stored = {s: read_tensor(t) for s, t in found.tensors.items() if s != "bias"}
         return scheme, self._target.unpack(scheme.numerics, stored)
 
 
 @cache
-def _schemes(target: Target) -> dict[str, Scheme]:
-    """The arithmetic of each of the target's types: of the first scheme that writes it."""
-    schemes: dict[str, Scheme] = {}
-    for found in discover(Scheme).values():
-        try:
-            schemes.setdefault(target.label(found().numerics), found())
-        except InputError:  # the target does not store it
-            continue
-    return schemes
+def _scheme(numerics: Numerics | None) -> Scheme | None:
+    """The arithmetic of these numerics: of the first scheme that makes them."""
+    if numerics is None:
+        return None
+    made = (scheme.for_numerics(numerics) for scheme in discover(Scheme).values())
+    return next((scheme for scheme in made if scheme is not None), None)
 
 
 class Forward:

@@ -19,6 +19,10 @@ from quantcli.numerics import multiplier
 # is a normal float32.
 _SMALLEST = {torch.bfloat16: 2.0**-64, torch.float32: 2.0**-64, torch.float16: 2.0**-14}
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+# Steps of a dtype between scales that are tried. Of float32 only numbers of 16 bits: engines that hold
+# scales in it find scale and offset again from the ends of the range, s (127 - o) and s (-128 - o), and
+# cut the fraction of the offset off. These products are exact then; else every tenth offset is lost.
+_STEP = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2**8}
 _NARROWEST = 0.25  # of the range, at either end, in one round
 _COARSE = 0.05  # step over the narrowed ranges, as a fraction of the whole
 _FINE = (0.0125, 0.003)  # steps around the best so far, three to either side
@@ -91,9 +95,16 @@ def _fit(
     """Scale and offset of each range: float32 arrays, the scales representable in `held`."""
     exact = np.maximum(-low, high) / 127 if symmetric else (high - low) / 255
     exact = np.clip(exact, _SMALLEST[held], torch.finfo(held).max)
-    scale = torch.from_numpy(exact).to(held).float().numpy()
+    scale = _held(torch.from_numpy(exact), held).numpy()
     offset = np.zeros_like(low) if symmetric else np.clip(np.rint(-128 - low / scale), -128, 127)
     return scale, offset.astype(np.float32)
+
+
+def _held(exact: Tensor, held: torch.dtype) -> Tensor:
+    """The nearest scale that is tried: float64 -> float32."""
+    nearest, step = exact.to(held), _STEP[held]
+    bits = (nearest.view(_BITS[held]) + step // 2) & -step
+    return bits.view(held).float()
 
 
 def _pairs(
@@ -112,7 +123,7 @@ def _neighbours(
     """The scales next to `scale` in `held`, each with the offsets next to `offset`."""
     integer = _BITS[held]
     bits = torch.tensor([scale]).to(held).view(integer)
-    near = bits + torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
+    near = bits + _STEP[held] * torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
     scales = near.view(held).float().clamp(_SMALLEST[held], torch.finfo(held).max).numpy()
     offsets = np.zeros(1) if symmetric else np.clip(offset + np.arange(-1, 2), -128, 127)
     pairs = np.meshgrid(scales, offsets.astype(np.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,12 @@ class Scheme(BaseModel, ABC):
     surveyed: ClassVar[bool] = False
     # stats with a row per row of the weight; `quantize` finds those of its rows among its constants
     row_stats: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> Self | None:
+        """This scheme with the options that make these numerics; None where it has none such."""
+        scheme = cls()
+        return scheme if scheme.numerics == numerics else None
 
     @property
     def row_multiple(self) -> int:

@@ -16,7 +16,7 @@ All of it from 1 / r and not from input_scale, which differs in bfloat16 by up t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
@@ -62,6 +62,12 @@ class Int8Static(Scheme):
         if value != default and info.data.get("chosen_by", user) != user:
             raise ValueError(f"has no effect without `observer: {user}`")
         return value
+
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> Self | None:
+        """Symmetric or not, as they are."""
+        scheme = cls(symmetric=numerics.input is not None and numerics.input.symmetric)
+        return scheme if scheme.numerics == numerics else None
 
     @property
     def ordered(self) -> bool:
@@ -109,10 +115,19 @@ class Int8Static(Scheme):
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """y = f32(sum_k xq wq + quant_bias) * deq_scale, rounded once to x.dtype; the sum is exact.
 
-        x: [..., k]. `bias` is ignored, as it is by the engine: it is in quant_bias.
+        x: [..., k]. `bias` is ignored, as it is by the engine: it is in quant_bias. Parts without
+        quant_bias are of engines that know weights by weight_scale, and add the bias themselves:
+
+            y = f32(sum_k (xq - input_offset) wq) * input_scale * weight_scale + bias
         """
         codes = to_codes(x, parts["input_scale"], parts["input_offset"])
-        total = codes.double() @ parts["weight"].double().mT
+        weight = parts["weight"].double().mT
+        if "quant_bias" not in parts:
+            total = ((codes - parts["input_offset"]).double() @ weight).float()
+            scale = rounding.per_output(parts["weight_scale"].squeeze(-1)) * parts["input_scale"]
+            y = total * scale
+            return (y if bias is None else y + rounding.per_output(bias.float())).to(x.dtype)
+        total = codes.double() @ weight
         total += rounding.per_output(parts["quant_bias"].double())
         deq = parts["deq_scale"]
         if parts["input_scale"].dtype == torch.float16:

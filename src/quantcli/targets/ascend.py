@@ -16,13 +16,13 @@ from quantcli.targets.ascend_names import (
     DESCRIPTION,
     FLOAT,
     LISTED_EXPERTS,
-    absent_head,
     float_only,
     skip_rule,
 )
 from quantcli.targets.ascend_stored import AscendStored
 from quantcli.targets.ascend_tags import TAGS, Tag, deq_from_stored, deq_to_store
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
+from quantcli.targets.names import absent_head, stacked_experts
 from quantcli.targets.siblings import (
     EXPERT,
     MERGED,
@@ -76,7 +76,7 @@ class Ascend(Target):
         tag = self._tag(numerics)
         stored = {"weight": parts["weight"]}
         if tag.stores_scale:
-            scale = parts["weight_scale"]
+            scale = parts["weight_scale"].float()
             stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
         if tag.static:
             serving = parts["input_scale"].dtype
@@ -103,7 +103,7 @@ class Ascend(Target):
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Fused groups, experts, MLA, sizes and the loader's skip rule."""
-        yield from _stacked_experts(tensors)
+        yield from stacked_experts(tensors)
         tags = self._tags(modules)
         for module in modules:
             if module.name in tags:
@@ -216,15 +216,3 @@ class Ascend(Target):
 
 
 _KEEP = "put a rule with `scheme: keep` for it before the others"
-
-
-def _stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-    for name, spec in tensors.items():
-        if len(spec.shape) >= 3 and "experts" in name.split("."):
-            yield Refusal(
-                name,
-                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
-                "this version takes one 2-D tensor per expert, as save_pretrained of transformers 5 "
-                "writes most families",
-            )
-            return

@@ -14,7 +14,8 @@ from quantcli.errors import InputError, closest
 from quantcli.findings import Finding, failed, of_error
 from quantcli.inspection import tied_embeddings
 from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
-from quantcli.targets.ascend_names import DESCRIPTION, FLOAT, absent_head
+from quantcli.targets.ascend_names import DESCRIPTION, FLOAT
+from quantcli.targets.names import absent_head
 from quantcli.targets.siblings import MERGED
 
 SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from quantcli.numerics import multiplier
 from quantcli.targets.ascend_tags import deq_from_stored
-from quantcli.targets.layouts import Blocks, Layout, Param, Sides
+from quantcli.targets.layouts import SLICES, Blocks, Layout, Param, Sides
 
-SLICES = -1  # in a shape: 1, or 16 where scale_bias is of slices of k
 # Loaders copy by value: a wider float is rounded, an integral float becomes the integer.
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -34,8 +33,8 @@ def _weight(dtype: str, values: str = "codes") -> Param:
 def _static() -> tuple[Param, ...]:
     one = lambda n, k: (1,)  # noqa: E731
     return (
-        Param("input_scale", _FLOATS, one, "positive", "module", shared=True),
-        Param("input_offset", ("I8", *_FLOATS), one, "integer", "module", shared=True),
+        Param("input_scale", _FLOATS, one, "positive", 0, shared=True),
+        Param("input_offset", ("I8", *_FLOATS), one, "integer", 0, shared=True),
         Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
         Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits"),
     )
@@ -104,9 +103,9 @@ def decompose(k: int) -> Sides:
 
 
 _FLATQUANT = (
-    Param("left_trans", _FLOATS, lambda n, k: (decompose(k)[0],) * 2, "finite", "module", shared=True),
-    Param("right_trans", _FLOATS, lambda n, k: (decompose(k)[1],) * 2, "finite", "module", shared=True),
-    Param("clip_ratio", _FLOATS, lambda n, k: (1,), "ratio", "module", shared=True),
+    Param("left_trans", _FLOATS, lambda n, k: (decompose(k)[0],) * 2, "finite", 0, shared=True),
+    Param("right_trans", _FLOATS, lambda n, k: (decompose(k)[1],) * 2, "finite", 0, shared=True),
+    Param("clip_ratio", _FLOATS, lambda n, k: (1,), "ratio", 0, shared=True),
 )
 _SCALE_BIAS = Param("scale_bias", _FLOATS, lambda n, k: (n, SLICES), "finite")
 
@@ -158,7 +157,7 @@ LAYOUTS = {
             "W4A8_DYNAMIC",
             "int4",
             (
-                Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", "pair"),
+                Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2),
                 _scale(),
                 _offset(),
                 _SCALE_BIAS,

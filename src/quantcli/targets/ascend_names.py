@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
+from quantcli.targets.names import EMBEDDINGS, ROUTERS
 from quantcli.targets.siblings import EXPERT, FUSED
-from quantcli.tensorspec import TensorSpec
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
@@ -24,14 +24,11 @@ LISTED_EXPERTS = frozenset(
 
 # Linears that the engine builds without asking the description, by the last part of their names.
 _ALWAYS_FLOAT = {
-    "gate": "the engine builds routers as float",
-    "router": "the engine builds routers as float",
-    "shared_expert_gate": "the engine builds this gate as float",
+    **ROUTERS,
     "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
     "eh_proj": "the engine builds eh_proj of draft layers as float",
     "weights_proj": "the engine builds this part of the sparse attention indexer as float",
 }
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 
 def float_only(module: str) -> str | None:
@@ -42,18 +39,6 @@ def float_only(module: str) -> str | None:
     if last == "wk" and parent.endswith(".indexer"):
         return _ALWAYS_FLOAT["weights_proj"]
     return _ALWAYS_FLOAT.get(last)
-
-
-def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
-    """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
-    if any(name.endswith("lm_head.weight") for name in tensors):
-        return None
-    for name in tensors:
-        parts = name.split(".")
-        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDINGS:
-            root = next((i for i, part in enumerate(parts) if part in {"model", "transformer"}), 0)
-            return ".".join([*parts[:root], "lm_head", "weight"])
-    return None
 
 
 def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:

@@ -11,8 +11,7 @@ from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.ascend_description import SUFFIXES, Description
-from quantcli.targets.ascend_experts import uneven_experts
-from quantcli.targets.ascend_layouts import LAYOUTS, SLICES
+from quantcli.targets.ascend_layouts import LAYOUTS
 from quantcli.targets.ascend_names import (
     DESCRIPTION,
     FLOAT,
@@ -20,14 +19,14 @@ from quantcli.targets.ascend_names import (
     float_only,
     skip_rule,
 )
+from quantcli.targets.ascend_tags import TAGS
 from quantcli.targets.ascend_tp import check_tp
-from quantcli.targets.layouts import Param, StoredModule
+from quantcli.targets.experts import uneven_experts
+from quantcli.targets.layouts import StoredModule
+from quantcli.targets.params import AGAIN, check_param, check_shared
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensors import read_bytes
-from quantcli.tensorspec import FLOATS, TensorSpec
-
-_AGAIN = "convert the model again"
+from quantcli.tensorspec import FLOATS
 
 
 class AscendStored:
@@ -68,7 +67,7 @@ class AscendStored:
             if "weight" not in tensors:
                 if odd := sorted(tensors.keys() & SUFFIXES):
                     what = f"`{module}.{odd[0]}` belongs to no weight: `{module}.weight` is missing"
-                    yield failed("parameters", what, fix=_AGAIN)
+                    yield failed("parameters", what, fix=AGAIN)
             elif label == FLOAT:
                 yield from self._float(module, tensors)
             elif label in LAYOUTS:
@@ -79,7 +78,7 @@ class AscendStored:
         self.checked["parameters"] += 1
         if spec.dtype not in FLOATS | {"F64"}:
             what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
-            yield failed("parameters", what, f"`{spec.name}`", _AGAIN)
+            yield failed("parameters", what, f"`{spec.name}`", AGAIN)
         elif spec.dtype not in {self.serving_dtype, "F32"} and not self._other_float:
             self._other_float = True
             what = (
@@ -88,14 +87,14 @@ class AscendStored:
             yield noted("parameters", what, f"`{spec.name}`")
         for suffix in sorted(tensors.keys() & SUFFIXES):
             what = f"`{module}` is FLOAT, and yet has {suffix}: the engine has no place for it"
-            yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
+            yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
 
     def _quantized(
         self, module: str, label: str, tensors: Mapping[str, StoredTensor]
     ) -> Iterator[Finding]:
         layout, spec = LAYOUTS[label], tensors["weight"].spec
         if len(spec.shape) != 2:
-            yield failed("parameters", f"is {spec}, no matrix", f"`{spec.name}`", _AGAIN)
+            yield failed("parameters", f"is {spec}, no matrix", f"`{spec.name}`", AGAIN)
             return
         n, k = layout.sides(spec.shape)
         sound = True
@@ -103,51 +102,47 @@ class AscendStored:
             stored = tensors.get(param.suffix)
             self.checked["parameters"] += stored is not None
             if stored is not None:
-                for finding in _check_param(param, stored.spec, label, n, k):
+                for finding in check_param(param, stored.spec, label, n, k):
                     sound = False
                     yield finding
             elif param.required:
                 sound = False
                 what = f"{label} needs `{module}.{param.suffix}`, which no file holds"
-                fix = "the engine would compute with uninitialised memory: " + _AGAIN
+                fix = "the engine would compute with uninitialised memory: " + AGAIN
                 yield failed("parameters", what, fix=fix)
         registered = {param.suffix for param in layout.params} | {"bias"}
         for suffix in sorted(tensors.keys() - registered):
             what = f"{label} has no {suffix}: the engine stops at it"
-            yield failed("parameters", what, f"`{module}.{suffix}`", _AGAIN)
+            yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
         bias = tensors.get("bias")
         if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
             sound = False
             what = f"is {bias.spec}, not {n} floats"
-            yield failed("parameters", what, f"`{module}.bias`", _AGAIN)
+            yield failed("parameters", what, f"`{module}.bias`", AGAIN)
         deq = tensors.get("deq_scale")
         if deq is not None and deq.spec.dtype != (right := _DEQ.get(self.serving_dtype, "F32")):
             word = {"BF16": "bfloat16", "F16": "float16"}.get(self.serving_dtype, self.serving_dtype)
             what = f"is {deq.spec.dtype}; an engine that serves in {word} reads {right}"
-            yield failed("parameters", what, f"`{module}.deq_scale`", _AGAIN)
+            yield failed("parameters", what, f"`{module}.deq_scale`", AGAIN)
         if sound:
             mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
-            self.modules[module] = StoredModule(module, layout, mine, (n, k), self.serving_dtype)
+            numerics = next((known for known, tag in TAGS.items() if tag.label == label), None)
+            self.modules[module] = StoredModule(
+                module, layout, mine, (n, k), self.serving_dtype, numerics
+            )
 
     # -- siblings, experts, loader -------------------------------------------------------------------
 
     def _siblings(self) -> Iterator[Finding]:
         """One type for what the engine merges, and the same bytes of what it keeps once."""
         for refusal in fused_groups(self.labels):
-            yield failed("siblings", refusal.what, f"`{refusal.module}`", _AGAIN)
-        merged: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
-        for module in self.modules.values():
-            if name := merged_name(module.name):
-                self.checked["siblings"] += 1
-                merged[name, module.layout.label].append(module)  # unlike types are told above
-        for siblings in merged.values():
-            for param in siblings[0].constants:
-                if param.shared and all(param in module.constants for module in siblings):
-                    yield from _shared(param, siblings)
+            yield failed("siblings", refusal.what, f"`{refusal.module}`", AGAIN)
+        self.checked["siblings"] += sum(merged_name(name) is not None for name in self.modules)
+        yield from check_shared(self.modules.values(), merged_name)
 
     def _experts(self) -> Iterator[Finding]:
         for refusal in expert_sets(self.labels):
-            yield failed("experts", refusal.what, f"`{refusal.module}`", _AGAIN)
+            yield failed("experts", refusal.what, f"`{refusal.module}`", AGAIN)
         self.checked["experts"] += sum(bool(EXPERT.fullmatch(name)) for name in self.modules)
         yield from uneven_experts(self.checkpoint)
 
@@ -155,7 +150,7 @@ class AscendStored:
         """How the engine looks modules up by name, and what it never quantizes."""
         self.checked["loader"] += len(self.labels)
         for refusal in skip_rule(self.labels):
-            yield failed("loader", refusal.what, f"`{refusal.module}`", _AGAIN)
+            yield failed("loader", refusal.what, f"`{refusal.module}`", AGAIN)
         listed = str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS
         sets = {} if listed else {m["experts"]: m for n in self.modules if (m := EXPERT.fullmatch(n))}
         for experts in sorted(sets.keys() - self.labels.keys()):
@@ -168,11 +163,11 @@ class AscendStored:
         for module in self.modules.values():
             label, layout = module.layout.label, module.layout
             if reason := float_only(module.name):
-                yield failed("loader", f"is {label}: {reason}", f"`{module.name}`", _AGAIN)
+                yield failed("loader", f"is {label}: {reason}", f"`{module.name}`", AGAIN)
             expert = EXPERT.fullmatch(module.name)
             if expert and not layout.experts:
                 what = f"the engine has no {label} for experts"
-                yield failed("loader", what, f"`{module.name}`", _AGAIN)
+                yield failed("loader", what, f"`{module.name}`", AGAIN)
             if not expert and layout.note and label not in noted_labels:
                 noted_labels.add(label)
                 yield noted("loader", layout.note, f"`{module.name}`")
@@ -198,38 +193,3 @@ class AscendStored:
 
 
 _DEQ = {"BF16": "F32", "F16": "I64"}
-
-
-def _shared(param: Param, siblings: list[StoredModule]) -> Iterator[Finding]:
-    """What the engine keeps once for all: who differs from the most."""
-    kinds: dict[bytes, list[StoredModule]] = defaultdict(list)
-    for module in siblings:
-        kinds[_bytes(module, param)].append(module)
-    most, *others = sorted(kinds.values(), key=len, reverse=True)
-    for module in (module for kind in others for module in kind):
-        what = (
-            f"differs from that of `{most[0].name}`: the engine keeps one for both, whichever it "
-            "reads last"
-        )
-        yield failed("siblings", what, f"`{module.name}.{param.suffix}`", _AGAIN)
-
-
-def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
-    where = f"`{spec.name}`"
-    if spec.dtype not in param.dtypes:
-        what = f"is {spec.dtype}; {label} reads {' or '.join(param.dtypes)}, and would convert by value"
-        yield failed("parameters", what, where, _AGAIN)
-    shape = param.shape(n, k)
-    fits = len(shape) == len(spec.shape) and all(
-        have in ((1, 16) if want == SLICES else (want,))
-        for want, have in zip(shape, spec.shape, strict=True)
-    )
-    if not fits:
-        wanted = str(list(shape)).replace(str(SLICES), "1 or 16")
-        what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
-        yield failed("parameters", what, where, _AGAIN)
-
-
-def _bytes(module: StoredModule, param: Param) -> bytes:
-    stored = module.tensors[param.suffix]
-    return read_bytes(stored, 0, stored.spec.nbytes)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from quantcli.findings import Finding, failed
+from quantcli.findings import Finding
 from quantcli.targets.ascend_layouts import decompose
 from quantcli.targets.layouts import StoredModule
+from quantcli.targets.tp import cannot_split, check_heads, splits_inputs
 
-# Last parts of the names of modules whose inputs are split; others' outputs are.
-_ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "w2", "dense", "c_proj", "dense_4h_to_h"})
 _MX_COLUMNS = 64  # of a row on one device: two blocks of 32 at a time
 _LARGEST_SIDE = 256  # of a Kronecker transform
 _SLICES = 16  # of k, in the scale_bias of W4A8
@@ -20,19 +19,17 @@ def check_tp(
     config: Mapping[str, Any], modules: Iterable[StoredModule], size: int
 ) -> Iterator[Finding]:
     """Findings for `size` devices; config is the language model's part of config.json."""
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if isinstance(heads, int) and heads % size:
-        yield _failed(size, f"{heads} attention heads cannot be split over {size} devices", None)
-    if isinstance(kv_heads, int) and kv_heads and kv_heads % size and size % kv_heads:
-        yield _failed(size, f"{kv_heads} key/value heads cannot be split over {size} devices", None)
+    yield from check_heads(config, size)
     for module in modules:
-        rows = module.name.rpartition(".")[2] in _ROW_PARALLEL
+        rows = splits_inputs(module.name)
         columns = module.shape[1]
         if rows and columns % size:
-            yield _failed(size, f"{columns} inputs cannot be split over {size} devices", module.name)
+            yield cannot_split(
+                size, f"{columns} inputs cannot be split over {size} devices", module.name
+            )
             continue
         for what in _limits(module, columns // size if rows else columns, size if rows else 1):
-            yield _failed(size, what, module.name)
+            yield cannot_split(size, what, module.name)
 
 
 def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
@@ -55,9 +52,3 @@ def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
     bias = module.tensors.get("scale_bias")
     if bias is not None and parts > 1 and bias.spec.shape[1] > 1 and _SLICES % parts:
         yield f"its scale_bias has {_SLICES} slices, which do not split over {parts} devices"
-
-
-def _failed(size: int, what: str, module: str | None) -> Finding:
-    fix = f"serve with another tensor parallel size than {size}"
-    fix += ", or keep such modules in another scheme" if module else ""
-    return failed("tp", what, f"`{module}`, --tp {size}" if module else f"--tp {size}", fix)

@@ -99,7 +99,8 @@ class Target(BaseModel, ABC):
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        shape: n and k of the whole weight. Dimension 0 of a tensor returned is dimension 0 of the
+        parts: as the scheme made them, weight_scale in the dtype that `held` gives for it. shape: n and
+        k of the whole weight. Dimension 0 of a tensor returned is dimension 0 of the
         weight, or a fixed share of it, such as one of 128 rows; or the tensor does not depend on rows,
         as `input_scale` [1], and is the same for every block of them.
         """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from quantcli.header import StoredTensor
+from quantcli.numerics import Numerics
 
+SLICES = -1  # in a shape: 1, or 16 where a bias is of slices of k
 # n and k of the weight, and of Kronecker transforms the sides L and R
 Sides: TypeAlias = tuple[int, int]
 # what the numbers of a tensor must be: see verify.full
@@ -26,18 +28,32 @@ class Param:
     dtypes:   safetensors dtypes that the loader takes over by value unharmed, the registered one first.
     shape:    of the parameter, from n and k.
     values:   what its numbers must be.
-    per:      what its dimension 0 counts: rows of the weight, pairs of rows, or nothing (one for all).
+    rows:     of the weight, that one of its rows stands for; 0: the module has it once.
     required: the engine's memory is uninitialised where the file has none.
     shared:   the engine keeps one for all fused siblings.
+    spread:   where one row is for many, `dequantize` takes it once for each of them.
+    scalar:   one number, which may also be stored without a dimension.
     """
 
     suffix: str
     dtypes: tuple[str, ...]
     shape: Callable[[int, int], tuple[int, ...]]
     values: Values
-    per: Literal["row", "pair", "module"] = "row"
+    rows: int = 1
     required: bool = True
     shared: bool = False
+    spread: bool = False
+    scalar: bool = False
+
+    def fits(self, shape: tuple[int, ...], n: int, k: int) -> bool:
+        """Whether a stored shape is right for a weight of n x k."""
+        wanted = self.shape(n, k)
+        if self.scalar and not shape:
+            return True
+        return len(wanted) == len(shape) and all(
+            have in ((1, 16) if want == SLICES else (want,))
+            for want, have in zip(wanted, shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,9 @@ class Layout:
 class StoredModule:
     """A quantized module as it is on disk.
 
-    tensors: by suffix; all that begin with the module's name.
-    shape:   n, k.
+    tensors:  by suffix; all that begin with the module's name.
+    shape:    n, k.
+    numerics: what is computed with it; None where that is not known.
     """
 
     name: str
@@ -79,13 +96,30 @@ class StoredModule:
     tensors: Mapping[str, StoredTensor]
     shape: Sides
     serving_dtype: str
+    numerics: Numerics | None = None
 
     @property
     def row_params(self) -> list[Param]:
         """Stored parameters with one value, or one row, per row of the weight."""
-        return [p for p in self.layout.params if p.suffix in self.tensors and p.per != "module"]
+        return [p for p in self.layout.params if p.suffix in self.tensors and p.rows]
 
     @property
     def constants(self) -> list[Param]:
         """Stored parameters that the whole module has once."""
-        return [p for p in self.layout.params if p.suffix in self.tensors and p.per == "module"]
+        return [p for p in self.layout.params if p.suffix in self.tensors and not p.rows]
+
+    @property
+    def codes(self) -> StoredTensor:
+        """The tensor with the codes of the weight."""
+        return self.tensors[self.layout.weight.suffix]
+
+
+def own_names(tensors: Collection[str], modules: Mapping[str, StoredModule]) -> set[str]:
+    """Tensors with a meaning of their own: a quantized module counts as its `.weight` and `.bias`."""
+    parts = {
+        stored.spec.name
+        for module in modules.values()
+        for suffix, stored in module.tensors.items()
+        if suffix != "bias"
+    }
+    return (set(tensors) - parts) | {f"{name}.weight" for name in modules}

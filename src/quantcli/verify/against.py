@@ -65,7 +65,7 @@ def verify_against(
     for name in sorted(run.mine & run.theirs):
         match = _LAYER.fullmatch(name)
         layers[match[1] if match else name].append(name)
-    progress.begin(sum(reference.checkpoint.tensors[n].spec.nbytes for n in run.theirs), len(layers))
+    progress.begin(sum(map(reference.nbytes, run.theirs)), len(layers))
     with thread_pool(workers) as pool:
         for job in [pool.submit(run.layer, names) for names in layers.values()]:
             report.add(job.result())
@@ -114,19 +114,18 @@ class _Run:
         for name in names:
             module = name.removesuffix(".weight")
             ours = self.stored.modules.get(module) if module != name else None
-            before, after = (
-                self.reference.checkpoint.tensors[name],
-                self.stored.checkpoint.tensors[name],
-            )
             if ours is not None:
                 matrices[module] = ours.layout.kind
                 self.tensors["quantized"] += 1
                 continue
-            self.progress.advance(before.spec.nbytes)
-            theirs = self.reference.weight(module) if module != name else before
+            self.progress.advance(self.reference.nbytes(name))
+            theirs = self.reference.weight(module) if module != name else None
             if isinstance(theirs, StoredModule):
                 matrices[module] = theirs.layout.kind
-            elif (found := difference(before, after)) is None:
+                continue
+            before = self.reference.checkpoint.tensors[name]
+            after = self.stored.checkpoint.tensors[name]
+            if (found := difference(before, after)) is None:
                 self.tensors["equal"] += 1
             elif (
                 before.spec.shape != after.spec.shape or {before.spec.dtype, after.spec.dtype} - FLOATS
@@ -212,7 +211,7 @@ class _Run:
         theirs, ours = self.reference.weight(module), self.own.weight(module)
         assert theirs is not None
         assert ours is not None
-        self.progress.advance(self.reference.checkpoint.tensors[f"{module}.weight"].spec.nbytes)
+        self.progress.advance(self.reference.nbytes(f"{module}.weight"))
         entry = {
             "module": module,
             "label": ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",

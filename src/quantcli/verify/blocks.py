@@ -55,7 +55,7 @@ class ModuleReader:
                 dtype = torch_dtype(module.serving_dtype)
                 self._constants[suffix] = self._constants[suffix].to(dtype)
         self._readers = {p.suffix: Reader(module.tensors[p.suffix]) for p in module.row_params}
-        self._pairs = {p.suffix for p in module.row_params if p.per == "pair"}
+        self._params = {p.suffix: p for p in module.row_params}
 
     def __enter__(self) -> Self:
         for reader in self._readers.values():
@@ -67,12 +67,19 @@ class ModuleReader:
             reader.__exit__(*args)
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
-        """Tensors by suffix: rows [start, start + count) of those that have them; both even where
-        codes stand in pairs of rows."""
+        """Tensors by suffix: rows [start, start + count) of those that have them.
+
+        start is a multiple of 8, as zero points stand in eights of rows, and codes of some in pairs.
+        """
+        count = min(count, self.module.shape[0] - start)
         rows = {}
         for suffix, reader in self._readers.items():
-            step = 2 if suffix in self._pairs else 1
-            rows[suffix] = reader.rows(start // step, -(-count // step))
+            param = self._params[suffix]
+            first = start // param.rows
+            found = reader.rows(first, -(-(start + count) // param.rows) - first)
+            if param.spread:
+                found = found[torch.arange(start, start + count) // param.rows - first]
+            rows[suffix] = found
         return self._constants | rows
 
     def weight(self, start: int, count: int) -> Tensor:

@@ -185,8 +185,8 @@ def compare(reference: Open, made: Open, n: int, k: int, factors: Factors | None
 
 
 def rows_of(k: int) -> int:
-    """Rows of a block: an even number, as some codes stand in pairs of rows."""
-    return max(2, BLOCK_ELEMENTS // max(1, k) // 2 * 2)
+    """Rows of a block: a multiple of 8, see ModuleReader."""
+    return max(8, BLOCK_ELEMENTS // max(1, k) // 8 * 8)
 
 
 def blocks(n: int, k: int) -> range:

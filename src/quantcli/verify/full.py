@@ -210,9 +210,9 @@ def _as_float(deq: Tensor) -> Tensor:
 
 def _code_sums(module: StoredModule) -> Tensor:
     """Sum over k of each row's codes, exact in float64 [n]."""
-    spec = module.tensors["weight"].spec
+    spec = module.codes.spec
     sums = []
-    with Reader(module.tensors["weight"]) as reader:
+    with Reader(module.codes) as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0], step):
             sums.append(reader.rows(start, step).sum(1, dtype=torch.int64))
@@ -251,7 +251,7 @@ def _scale_bias(module: StoredModule) -> Iterator[Finding]:
         what = f"its scale_bias has {slices} slices, which do not divide {k} inputs"
         yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
         return
-    step = max(2, _BLOCK // (4 * k) // 2 * 2)
+    step = max(8, _BLOCK // (4 * k) // 8 * 8)
     sums = []
     with ModuleReader(module) as reader:
         for start in range(0, n, step):

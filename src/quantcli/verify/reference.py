@@ -14,7 +14,7 @@ from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_chec
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored, Target, target_of
-from quantcli.targets.layouts import StoredModule
+from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.verify.blocks import ModuleReader, Reader
 from quantcli.verify.compare import rows_of
 from quantcli.writer import sha256_of
@@ -39,13 +39,13 @@ class Reference:
     def names(self) -> set[str]:
         """Tensors with a meaning of their own: all but what else quantized modules are made of."""
         modules = self.stored.modules if self.stored is not None else {}
-        parts = {
-            tensor.spec.name
-            for module in modules.values()
-            for suffix, tensor in module.tensors.items()
-            if suffix not in {"weight", "bias"}
-        }
-        return self.checkpoint.tensors.keys() - parts
+        return own_names(self.checkpoint.tensors, modules)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one of `names`: of its codes, where a module is quantized."""
+        held = self.weight(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        stored = held.codes if isinstance(held, StoredModule) else held
+        return (stored or self.checkpoint.tensors[name]).spec.nbytes
 
 
 def open_reference(path: Path) -> Reference:
@@ -84,14 +84,15 @@ def codes(theirs: StoredTensor | StoredModule, ours: StoredTensor | StoredModule
         isinstance(theirs, StoredModule)
         and isinstance(ours, StoredModule)
         and theirs.layout.kind == ours.layout.kind
-        and theirs.tensors["weight"].spec.shape == ours.tensors["weight"].spec.shape
+        and theirs.layout.weight == ours.layout.weight
+        and theirs.codes.spec.shape == ours.codes.spec.shape
     )
     if not alike:
         return {"codes_differ": None, "scale_ratio": None}
     assert isinstance(theirs, StoredModule)
     assert isinstance(ours, StoredModule)
     differ, ratios = 0, []
-    first, second = theirs.tensors["weight"], ours.tensors["weight"]
+    first, second = theirs.codes, ours.codes
     step = rows_of(ours.shape[1])
     with Reader(first) as a, Reader(second) as b, ModuleReader(theirs) as v, ModuleReader(ours) as w:
         for start in range(0, first.spec.shape[0], step):

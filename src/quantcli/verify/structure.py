@@ -15,6 +15,7 @@ from quantcli.findings import Finding, failed, noted
 from quantcli.folder import INDEX
 from quantcli.inspection import tied_embeddings
 from quantcli.targets.base import Stored, Target, target_of
+from quantcli.targets.layouts import own_names
 from quantcli.verify.opening import open_for_verification
 from quantcli.verify.report import Report
 from quantcli.verify.sizes import check_sizes
@@ -108,14 +109,8 @@ def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[
 def _layers(stored: Stored) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
     checkpoint = stored.checkpoint
-    parts = {  # which layers may differ in: they need not all be of one type
-        tensor.spec.name
-        for module in stored.modules.values()
-        for suffix, tensor in module.tensors.items()
-        if suffix not in {"weight", "bias"}
-    }
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in checkpoint.tensors.keys() - parts:
+    for name in own_names(checkpoint.tensors, stored.modules):  # layers need not be of one type
         if match := _LAYER.fullmatch(name):
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
             stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))

@@ -1,0 +1,149 @@
+"""compressed-tensors: the format of llm-compressor, which vLLM and SGLang load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
+from quantcli.numerics import Module, Numerics, Parts
+from quantcli.targets import sidecars
+from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
+from quantcli.targets.compressed_tensors_checks import check
+from quantcli.targets.compressed_tensors_config import is_head, quantization_config
+from quantcli.targets.compressed_tensors_kinds import (
+    Kind,
+    group_size,
+    kind_of,
+    loads_on,
+    static_inputs,
+)
+from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_rows
+from quantcli.targets.compressed_tensors_stored import CompressedTensorsStored, quantization_block
+from quantcli.targets.siblings import sibling_set
+from quantcli.tensorspec import TensorSpec
+
+# of the columns that share a scale: what the fast kernel for packed codes takes
+_MARLIN_GROUPS = (32, 64, 128)
+
+
+class CompressedTensors(Target):
+    """Each scheme a group of `quantization_config`, every other linear in its `ignore`."""
+
+    name: ClassVar[str] = "compressed-tensors"
+
+    def label(self, numerics: Numerics) -> str:
+        """Such as `int8 W8A8 dynamic` or `int4 g128 W4A16`: the format has no names of its own."""
+        return self._kind(numerics).label
+
+    def loads_on(self, label: str) -> str:
+        """Engines and hardware."""
+        return loads_on(label)
+
+    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+        """Float32, but for the weight_scale of int4 and of packed codes."""
+        in_serving_dtype = part == "weight_scale" and self._kind(numerics).in_serving_dtype
+        return serving_dtype if in_serving_dtype else "F32"
+
+    def bias_dtype(self, numerics: Numerics) -> str | None:
+        """As it is."""
+        return None
+
+    def merged(self, module: str) -> str | None:
+        """q, k and v; gate and up, also of experts: input_scale, and the scale of whole weights."""
+        return sibling_set(module)
+
+    def row_multiple(self, numerics: Numerics) -> int:
+        """Rows that share a row of scales."""
+        return (
+            numerics.weight.block[0] if numerics.weight.per == "block" and numerics.weight.block else 1
+        )
+
+    def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """By suffix, with n and k of the weight:
+
+        weight:           int8 or float8_e4m3fn [n, k]; int4 codes are -8..7, one a byte.
+        weight_packed:    int32 [n, k * bits / 32] instead, see pack_rows; and
+        weight_shape:     int64 [2], n and k.
+        weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
+                          [ceil(n / 128), ceil(k / 128)]; in the dtype that `held` gives.
+        input_scale:      float32 [1] where inputs are static.
+        input_zero_point: int8 [1] where they are asymmetric: x ~ (xq - zero_point) * input_scale.
+        """
+        kind = self._kind(numerics)
+        scale = parts["weight_scale"]
+        if numerics.weight.per == "tensor":
+            scale = scale.reshape(1)
+        if kind.packed:
+            stored = {
+                "weight_packed": pack_rows(parts["weight"], kind.bits),
+                "weight_scale": scale,
+                "weight_shape": torch.tensor(shape, dtype=torch.int64),
+            }
+        else:
+            stored = {"weight": parts["weight"], "weight_scale": scale}
+        if static_inputs(numerics):
+            stored["input_scale"] = parts["input_scale"].float()
+        if static_inputs(numerics) and numerics.input and not numerics.input.symmetric:
+            stored["input_zero_point"] = parts["input_offset"].to(torch.int8)
+        return stored
+
+    def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
+        """The same codes; scales in float32, input_offset float32 [1] for all int8 static inputs."""
+        if "weight_packed" in stored:
+            bits, k = 4 if numerics.weight.dtype == "int4" else 8, int(stored["weight_shape"][1])
+            parts = {"weight": unpack_rows(stored["weight_packed"], bits, k)}
+        else:
+            parts = {"weight": stored["weight"]}
+        parts["weight_scale"] = stored["weight_scale"].float()
+        if numerics.weight.per == "tensor":
+            parts["weight_scale"] = parts["weight_scale"].reshape(1)
+        if static_inputs(numerics):
+            parts["input_scale"] = stored["input_scale"].float().reshape(1)
+            if numerics.input and numerics.input.dtype == "int8":
+                offset = stored.get("input_zero_point", torch.zeros(1))
+                parts["input_offset"] = offset.float().reshape(1)
+        return parts
+
+    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+        """Fused groups, experts, and what cannot be cut into blocks, groups and words."""
+        return check(modules, tensors, {m.name: self._kind(m.numerics) for m in modules if m.numerics})
+
+    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+        """What only slower kernels take, and what has not been seen to run."""
+        odd = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
+        if odd := odd.difference(_MARLIN_GROUPS):
+            yield (
+                f"groups of {', '.join(map(str, sorted(odd)))} load, but the fast kernel takes only "
+                f"{', '.join(map(str, _MARLIN_GROUPS))} or whole rows"
+            )
+        if any(module.numerics and is_head(module.name) for module in modules):
+            yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+
+    def sidecars(self, output: Output) -> dict[str, bytes]:
+        """config.json with `quantization_config`, and the index."""
+        used = {m.numerics for m in output.modules if m.numerics}
+        kinds = {numerics: self._kind(numerics) for numerics in used}
+        block = {"quantization_config": quantization_config(output, kinds)} if used else {}
+        return {**sidecars.config(output, block), **sidecars.index(output)}
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """By what config.json calls it."""
+        return quantization_block(checkpoint.config).get("quant_method") == self.name
+
+    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+        """Its modules, and what the engine would stop at or misread."""
+        return CompressedTensorsStored(checkpoint)
+
+    def _kind(self, numerics: Numerics) -> Kind:
+        kind = kind_of(numerics)
+        if kind is None or not numerics.weight.symmetric or kind.label.endswith("per tensor"):
+            raise InputError(
+                f"target `{self.name}` cannot store {numerics}",
+                fix="see `quantcli inspect --support` for what goes together",
+            )
+        return kind

@@ -1,0 +1,180 @@
+"""`quantization_config` as strangers wrote it: groups with numerics, and which module is in which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantcli.checkpoint import CONFIG
+from quantcli.findings import Finding, failed, noted
+from quantcli.numerics import Numerics, Operand
+from quantcli.targets.compressed_tensors_kinds import Kind, kind_of
+
+_LONGEST = 1000  # of a regular expression
+# Repeating what repeats: `(a+)+` takes for ever on names that nearly match.
+_EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
+_PLAIN = frozenset({"int-quantized", "float-quantized", "naive-quantized"})
+_AGAIN = "convert the model again"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of `config_groups`. kind is None where this version cannot tell what engines make of it."""
+
+    name: str
+    targets: tuple[str, ...]
+    numerics: Numerics | None
+    kind: Kind | None
+
+
+@dataclass
+class Groups:
+    """All of them, and what is wrong with them."""
+
+    groups: list[Group] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def patterns(self, kind: str) -> dict[str, str]:
+        """Targets, or what is ignored, each with the name of its group or nothing."""
+        if kind == "ignore":
+            return dict.fromkeys(self.ignore, "")
+        return {target: group.name for group in self.groups for target in group.targets}
+
+
+def read_groups(block: Mapping[str, Any]) -> Groups:
+    """What the engine takes from `quantization_config`. Never raises."""
+    found = Groups()
+    top = block.get("format")
+    tables = block.get("config_groups")
+    if not isinstance(tables, dict) or not tables:
+        found.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
+        tables = {}
+    for name, table in tables.items():
+        place = f"config_groups.{name}"
+        if not isinstance(table, dict) or not _strings(table.get("targets")):
+            found.findings.append(_wrong(f"`{place}` has no list of `targets`"))
+            continue
+        if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
+            found.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
+            continue
+        group, wrong = _group(name, table, top)
+        found.groups.append(group)
+        found.findings += [_wrong(f"`{place}` {what}") for what in wrong]
+    ignore = block.get("ignore")
+    if ignore is not None and not _strings(ignore) and ignore != []:
+        found.findings.append(_wrong("`ignore` is no list of names"))
+    elif ignore:
+        found.ignore = list(ignore)
+    found.findings += _beside(block)
+    found.findings += [
+        _wrong(what) for p in (*found.patterns("targets"), *found.ignore) if (what := _bad_pattern(p))
+    ]
+    return found
+
+
+def _beside(block: Mapping[str, Any]) -> Iterator[Finding]:
+    """What else stands in it."""
+    sparse = block.get("sparsity_config")
+    if isinstance(sparse, dict) and sparse.get("targets"):
+        yield _wrong("has a `sparsity_config` with targets, which engines refuse")
+    if block.get("transform_config"):
+        yield _wrong("has a `transform_config`, which this version cannot verify")
+
+
+def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[Group, list[str]]:
+    targets = tuple(table["targets"])
+    unknown = Group(name, targets, None, None)
+    own = table.get("format")
+    form = top if own is None else own
+    if form not in {*_PLAIN, "pack-quantized"}:
+        return unknown, [f"has the format {form!r:.40}, which this version does not know"]
+    weights, inputs = table.get("weights"), table.get("input_activations")
+    if not isinstance(weights, dict):
+        return unknown, ["says nothing of `weights`"]
+    if table.get("output_activations"):
+        return unknown, ["quantizes outputs, which this version cannot verify"]
+    actorder = weights.get("actorder")
+    if actorder is True or str(actorder).lower() in {"group", "dynamic"}:
+        return unknown, [
+            f"orders columns by activations (actorder {actorder!r:.20}), which engines refuse"
+        ]
+    try:
+        x = None if inputs is None else _operand(inputs)
+        numerics = Numerics(_operand(weights), x)
+    except _Unknown as error:
+        return unknown, [str(error)]
+    kind = kind_of(numerics, form == "pack-quantized")
+    if kind is None or (form not in {kind.format, "naive-quantized"}):
+        return unknown, [f"is a combination that the engine has nothing for, in {form}"]
+    return Group(name, targets, numerics, kind), []
+
+
+class _Unknown(Exception):
+    """Numbers that this version has no words for."""
+
+
+def _operand(table: Any) -> Operand:
+    """QuantizationArgs, as compressed-tensors reads them: what is left out follows from the rest."""
+    if not isinstance(table, dict):
+        raise _Unknown(f"describes numbers with {table!r:.40}")
+    bits, kind, group = table.get("num_bits", 8), table.get("type", "int"), table.get("group_size")
+    dtype = {("float", 8): "fp8_e4m3", ("int", 8): "int8", ("int", 4): "int4"}.get(
+        (kind, bits) if isinstance(kind, str) and type(bits) is int else ("", 0)
+    )
+    if dtype is None:
+        raise _Unknown(
+            f"has {kind!r:.20} numbers of {bits!r:.20} bits, which this version does not know"
+        )
+    if table.get("scale_dtype") not in {None, "torch.float32", "torch.bfloat16", "torch.float16"}:
+        raise _Unknown(f"has scales of {table['scale_dtype']!r:.40}, which this version does not know")
+    if group is not None and (type(group) is not int or group < -1 or group == 0):
+        raise _Unknown(f"has a group_size of {group!r:.20}")
+    per = table.get("strategy") or (
+        "tensor" if group is None else "channel" if group == -1 else "group"
+    )
+    block = None
+    if per == "group":
+        if group is None or group < 1:
+            raise _Unknown("has groups without a size")
+        block = (1, group)
+    elif per == "block":
+        sides = table.get("block_structure")
+        if not (
+            isinstance(sides, list) and len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)
+        ):
+            raise _Unknown(f"has blocks of {sides!r:.40}")
+        block = (sides[0], sides[1])
+    elif per not in {"tensor", "channel", "token"}:
+        raise _Unknown(f"has the strategy {per!r:.40}, which this version does not know")
+    symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
+    if type(symmetric) is not bool or type(dynamic) is not bool:
+        raise _Unknown(f"says symmetric {symmetric!r:.20}, dynamic {dynamic!r:.20}")
+    return Operand(dtype, per, symmetric, dynamic, block)  # type: ignore[arg-type]
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _bad_pattern(pattern: str) -> str | None:
+    if not pattern.startswith("re:"):
+        return None
+    if len(pattern) > _LONGEST or _EXPENSIVE.search(pattern):
+        return f"{pattern!r:.60} is too costly to match names with"
+    try:
+        re.compile(pattern[3:])
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{pattern!r:.60} is no regular expression: {error}"
+    return None
+
+
+def usable(pattern: str) -> bool:
+    """Whether names can be matched with it."""
+    return _bad_pattern(pattern) is None
+
+
+def _wrong(what: str) -> Finding:
+    return failed("config", f"quantization_config {what}", CONFIG, _AGAIN)

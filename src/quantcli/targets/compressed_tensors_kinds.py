@@ -1,0 +1,158 @@
+"""What vLLM takes in compressed-tensors: which numerics, under which formats, stored how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from quantcli.numerics import Numerics, Operand
+
+Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to store a module.
+
+    label:     unique among numerics.
+    format:    as the engine's `format`: codes packed into int32, or one an element.
+    bits:      of a code of weights.
+    in_serving_dtype: the engine registers weight_scale in the serving dtype, else in float32.
+    experts:   mixtures of experts have it too.
+    """
+
+    label: str
+    format: Format
+    bits: int
+    in_serving_dtype: bool = False
+    experts: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes stand in int32, 32 / bits of them."""
+        return self.format == "pack-quantized"
+
+
+_FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
+_FP8_TENSOR = Operand("fp8_e4m3", "tensor")
+_FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
+_NVIDIA = "NVIDIA GPUs"
+_LOADS_ON = (  # by what a label holds; the first that fits
+    ("W8A16", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later)"),
+    ("W4A16", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("W4A8", "vLLM 0.10 and later; CPUs (Arm, x86), Intel GPUs"),
+    ("int8 W8A8 static", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("block", f"vLLM 0.10 and later, SGLang; {_NVIDIA} (Ada, Hopper and later), AMD; CPUs with AMX"),
+    (
+        "int8",
+        f"vLLM 0.6 and later, SGLang, vLLM-Ascend; {_NVIDIA} (Turing and later), CPUs, Atlas A2, A3",
+    ),
+    (
+        "channel",
+        f"vLLM 0.6 and later, SGLang, vLLM-Ascend 0.22.1rc1; {_NVIDIA} (Ada and later), AMD, A5",
+    ),
+    ("fp8", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Ada and later), AMD"),
+)
+
+
+def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
+    """How these numerics are stored; None where the engine has nothing for them.
+
+    packed: as the checkpoint has it; None: as this tool writes it. Where both exist they are two kinds.
+    """
+    weight, x = numerics.weight, numerics.input
+    if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":
+        return None
+    if weight.dtype == "fp8_e4m3":
+        kind = _fp8(weight, x)
+    elif x is None:
+        kind = _weight_only(weight)
+    else:
+        kind = _integers(weight, x, bool(packed))
+    return None if kind is None or packed not in {None, kind.packed} else kind
+
+
+def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
+    if x is None or x.dtype != "fp8_e4m3" or not (weight.symmetric and x.symmetric):
+        return None
+    token, tensor = x == _FP8_TOKEN, x == _FP8_TENSOR
+    if weight.per == "block" and weight.block == (128, 128) and x == _FP8_GROUPS:
+        return Kind("fp8 block 128x128", "float-quantized", 8, experts=True)
+    if weight.per not in {"channel", "tensor"} or not (token or tensor):
+        return None
+    for_experts = token == (weight.per == "channel")
+    label = f"fp8 {weight.per} {'static' if tensor else 'dynamic'}"
+    return Kind(label, "float-quantized", 8, experts=for_experts)
+
+
+def _weight_only(weight: Operand) -> Kind | None:
+    cut = _cut(weight)
+    if cut is None:
+        return None
+    bits = int(weight.dtype[3:])
+    label = f"{weight.dtype} {cut} W{bits}A16" + _offset(weight)
+    return Kind(label, "pack-quantized", bits, True, experts=True)
+
+
+def _integers(weight: Operand, x: Operand, packed: bool) -> Kind | None:
+    if x.dtype != "int8" or not weight.symmetric or x.per not in {"token", "tensor"}:
+        return None
+    if x.dynamic != (x.per == "token"):
+        return None
+    cut = _cut(weight)
+    if weight.dtype == "int8" and weight.per in {"channel", "tensor"} and not packed:
+        label = f"int8 W8A8 {'dynamic' if x.dynamic else 'static'}" + _offset(x)
+        label += " per tensor" if weight.per == "tensor" else ""
+        return Kind(label, "int-quantized", 8, experts=x.dynamic and weight.per == "channel")
+    if cut is None or not x.dynamic:
+        return None
+    bits = int(weight.dtype[3:])
+    if packed and x.symmetric:
+        return Kind(f"{weight.dtype} {cut} W{bits}A8 packed", "pack-quantized", bits, True)
+    if weight.dtype == "int4" and not packed:
+        return Kind(f"int4 {cut} W4A8" + _offset(x), "int-quantized", 4, True, experts=True)
+    return None
+
+
+def _cut(weight: Operand) -> str | None:
+    """What shares a scale, of what rows are cut into; None where rows are not."""
+    group = group_size(weight)
+    if weight.per == "channel":
+        return "channel"
+    return f"g{group}" if group else None
+
+
+def _offset(operand: Operand) -> str:
+    return "" if operand.symmetric else " asymmetric"
+
+
+def group_size(operand: Operand) -> int | None:
+    """Columns that share a scale; None where a whole row does."""
+    return operand.block[1] if operand.per == "group" and operand.block else None
+
+
+def loads_on(label: str) -> str:
+    """Engines and hardware for a label."""
+    return next(where for word, where in _LOADS_ON if word in label)
+
+
+def arguments(operand: Operand) -> dict[str, Any]:
+    """An operand as config.json has it: QuantizationArgs of compressed-tensors."""
+    bits, kind = (8, "float") if operand.dtype == "fp8_e4m3" else (int(operand.dtype[3:]), "int")
+    table: dict[str, Any] = {
+        "num_bits": bits,
+        "type": kind,
+        "strategy": operand.per,
+        "symmetric": operand.symmetric,
+        "dynamic": operand.dynamic,
+    }
+    if operand.per == "group" and operand.block:
+        table["group_size"] = operand.block[1]
+    if operand.per == "block" and operand.block:
+        table["block_structure"] = list(operand.block)
+    return table
+
+
+def static_inputs(numerics: Numerics) -> bool:
+    """Whether inputs are quantized with a stored scale."""
+    return numerics.input is not None and not numerics.input.dynamic

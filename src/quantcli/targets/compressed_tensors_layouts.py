@@ -1,0 +1,108 @@
+"""The tensors that vLLM registers for a module in compressed-tensors, and their meaning."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
+
+from quantcli.numerics import Numerics
+from quantcli.targets.compressed_tensors_kinds import Kind, group_size, static_inputs
+from quantcli.targets.compressed_tensors_packing import unpack_columns, unpack_rows
+from quantcli.targets.layouts import Blocks, Layout, Param, Sides, Values
+
+# Loaders copy by value, into float32 or the serving dtype.
+_FLOATS = ("F32", "BF16", "F16")
+# What another producer may store beside: the engine has no place for it.
+SUFFIXES = frozenset(
+    {
+        "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale",
+        "input_zero_point", "weight_g_idx", "weight_scale_inv", "weight_global_scale",
+    }
+)  # fmt: skip
+
+
+@cache
+def layout_of(numerics: Numerics, kind: Kind) -> Layout:
+    """The parameters of modules with these numerics."""
+    weight = numerics.weight
+    params = [_codes(numerics, kind), _weight_scale(numerics)]
+    if kind.packed:
+        params.append(Param("weight_shape", ("I64", "I32"), lambda n, k: (2,), "codes", 0))
+    if not weight.symmetric:
+        params.append(_zero_point(numerics, kind))
+    one = lambda n, k: (1,)  # noqa: E731
+    if static_inputs(numerics):
+        params.append(Param("input_scale", _FLOATS, one, "positive", 0, shared=True, scalar=True))
+        if numerics.input and not numerics.input.symmetric:
+            params.append(Param("input_zero_point", ("I8",), one, "codes", 0, shared=True, scalar=True))
+
+    def dequantize(blocks: Blocks) -> Tensor:
+        codes = _unpacked(blocks, kind, numerics)
+        scale = blocks["weight_scale"].float()
+        if scale.numel() == 1:
+            return codes * scale.reshape(())
+        n, k = codes.shape
+        width = weight.block[1] if weight.block else k
+        if k % width:
+            return codes * scale.repeat_interleave(width, 1)[:, :k]
+        return (codes.view(n, -1, width) * scale.unsqueeze(-1)).view(n, k)
+
+    def sides(shape: tuple[int, ...]) -> Sides:
+        """Of packed codes, columns may be fewer: then weight_shape says so."""
+        return shape[0], shape[1] * (32 // kind.bits if kind.packed else 1)
+
+    return Layout(kind.label, weight.dtype, tuple(params), dequantize, sides, experts=kind.experts)
+
+
+def _codes(numerics: Numerics, kind: Kind) -> Param:
+    bits = kind.bits
+    if kind.packed:
+        return Param("weight_packed", ("I32",), lambda n, k: (n, -(-k * bits // 32)), "codes")
+    values: dict[str, Values] = {"int4": "int4", "int8": "codes", "fp8_e4m3": "fp8"}
+    dtype = "F8_E4M3" if numerics.weight.dtype == "fp8_e4m3" else "I8"
+    return Param("weight", (dtype,), lambda n, k: (n, k), values[numerics.weight.dtype])
+
+
+def _weight_scale(numerics: Numerics) -> Param:
+    weight = numerics.weight
+    if weight.per == "tensor":
+        one = lambda n, k: (1,)  # noqa: E731
+        return Param("weight_scale", _FLOATS, one, "positive", 0, scalar=True)
+    if weight.per == "block" and weight.block:
+        rows, columns = weight.block
+        return Param(
+            "weight_scale",
+            _FLOATS,
+            lambda n, k: (-(-n // rows), -(-k // columns)),
+            "positive",
+            rows,
+            spread=True,
+        )
+    return Param("weight_scale", _FLOATS, lambda n, k: (n, _groups(numerics, k)), "positive")
+
+
+def _zero_point(numerics: Numerics, kind: Kind) -> Param:
+    """Codes for zero, packed like weights but along rows."""
+    each = 32 // kind.bits
+    shape = lambda n, k: (-(-n // each), _groups(numerics, k))  # noqa: E731
+    return Param("weight_zero_point", ("I32",), shape, "codes", each)
+
+
+def _groups(numerics: Numerics, k: int) -> int:
+    """Scales of a row."""
+    group = group_size(numerics.weight)
+    return -(-k // group) if group else 1
+
+
+def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
+    """Codes less their zero points: float32 [rows, k]."""
+    if not kind.packed:
+        return blocks["weight"].float()
+    k = int(blocks["weight_shape"][1])
+    codes = unpack_rows(blocks["weight_packed"], kind.bits, k).float()
+    if "weight_zero_point" not in blocks:
+        return codes
+    zero = unpack_columns(blocks["weight_zero_point"], kind.bits, len(codes)).float()
+    width = group_size(numerics.weight) or k
+    return codes - zero.repeat_interleave(width, 1)[:, :k]

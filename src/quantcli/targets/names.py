@@ -1,0 +1,41 @@
+"""Names of modules and tensors that several engines treat alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from quantcli.targets.base import Refusal
+from quantcli.tensorspec import TensorSpec
+
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
+# Linears that engines build as float whatever a checkpoint says, by the last part of their names.
+ROUTERS = {
+    "gate": "the engine builds routers as float",
+    "router": "the engine builds routers as float",
+    "shared_expert_gate": "the engine builds this gate as float",
+}
+
+
+def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
+    """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
+    if any(name.endswith("lm_head.weight") for name in tensors):
+        return None
+    for name in tensors:
+        parts = name.split(".")
+        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDINGS:
+            root = next((i for i, part in enumerate(parts) if part in {"model", "transformer"}), 0)
+            return ".".join([*parts[:root], "lm_head", "weight"])
+    return None
+
+
+def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+    """Experts that are stored as one tensor, which no target of this version writes."""
+    for name, spec in tensors.items():
+        if len(spec.shape) >= 3 and "experts" in name.split("."):
+            yield Refusal(
+                name,
+                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
+                "this version takes one 2-D tensor per expert, as save_pretrained of transformers 5 "
+                "writes most families",
+            )
+            return

@@ -1,0 +1,57 @@
+"""Stored parameters against what an engine registers, whatever the format."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+from quantcli.findings import Finding, failed
+from quantcli.targets.layouts import SLICES, Param, StoredModule
+from quantcli.tensors import read_bytes
+from quantcli.tensorspec import TensorSpec
+
+AGAIN = "convert the model again"
+
+
+def check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
+    """Its dtype and shape, for a weight of n x k."""
+    where = f"`{spec.name}`"
+    if spec.dtype not in param.dtypes:
+        what = f"is {spec.dtype}; {label} reads {' or '.join(param.dtypes)}, and would convert by value"
+        yield failed("parameters", what, where, AGAIN)
+    if not param.fits(spec.shape, n, k):
+        wanted = str(list(param.shape(n, k))).replace(str(SLICES), "1 or 16")
+        what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
+        yield failed("parameters", what, where, AGAIN)
+
+
+def check_shared(
+    modules: Iterable[StoredModule], merged: Callable[[str], str | None]
+) -> Iterator[Finding]:
+    """What the engine keeps once for modules that it merges has the same bytes in all of them.
+
+    merged: names what the engine makes of a module and its siblings. Unlike labels are told elsewhere.
+    """
+    groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
+    for module in modules:
+        if name := merged(module.name):
+            groups[name, module.layout.label].append(module)
+    for siblings in groups.values():
+        for param in siblings[0].constants:
+            if param.shared and all(param in module.constants for module in siblings):
+                yield from _differing(param, siblings)
+
+
+def _differing(param: Param, siblings: list[StoredModule]) -> Iterator[Finding]:
+    """Who differs from the most."""
+    kinds: dict[bytes, list[StoredModule]] = defaultdict(list)
+    for module in siblings:
+        stored = module.tensors[param.suffix]
+        kinds[read_bytes(stored, 0, stored.spec.nbytes)].append(module)
+    most, *others = sorted(kinds.values(), key=len, reverse=True)
+    for module in (module for kind in others for module in kind):
+        what = (
+            f"differs from that of `{most[0].name}`: the engine keeps one for both, whichever it "
+            "reads last"
+        )
+        yield failed("siblings", what, f"`{module.name}.{param.suffix}`", AGAIN)
