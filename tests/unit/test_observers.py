@@ -228,7 +228,7 @@ def test_scale_and_offset_of_a_range(held, kind):
     x = inputs(held)
     low, high = float(x.min()), float(x.max())
     found = measured(x, held, observer=kind)
-    scale = float(torch.tensor((high - low) / 255, dtype=torch.float64).to(held))
+    scale = nearest((high - low) / 255, held)
     assert found == {
         "input_scale": scale,
         "input_offset": round(-128 - low / scale),
@@ -237,7 +237,15 @@ def test_scale_and_offset_of_a_range(held, kind):
     }
     symmetric = measured(x, held, observer=kind, symmetric=True)
     assert symmetric["input_offset"] == 0
-    assert symmetric["input_scale"] == float(torch.tensor(high / 127, dtype=torch.float64).to(held))
+    assert symmetric["input_scale"] == nearest(high / 127, held)
+
+
+def nearest(value, held):
+    """In `held`; in float32 of 16 bits, so that its products with whole numbers up to 255 are exact."""
+    if held == torch.float32:
+        fraction, exponent = math.frexp(value)
+        return math.ldexp(round(fraction * 2**16), exponent - 16)
+    return float(torch.tensor(value, dtype=torch.float64).to(held))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ class Served:
 
     def __init__(self, stored: Stored, target: Target) -> None:
         """InputError where it holds a type whose arithmetic this version does not have."""
-        self.checkpoint = stored.checkpoint
+        self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
         self._target = target
         for module in stored.modules.values():
@@ -70,6 +71,16 @@ class Served:
         assert scheme is not None  # told when it was opened
         stored = {s: read_tensor(t) for s, t in found.tensors.items() if s != "bias"}
         return scheme, self._target.unpack(scheme.numerics, stored)
+
+
+def _unpacked(stored: Stored) -> Checkpoint:
+    """The checkpoint with a `.weight` also where codes have another name: `read` gives its values."""
+    more = {
+        name: StoredTensor(TensorSpec(name, "F32", found.shape), found.codes.file, found.codes.offset)
+        for module, found in stored.modules.items()
+        if (name := f"{module}.weight") not in stored.checkpoint.tensors
+    }
+    return replace(stored.checkpoint, tensors={**stored.checkpoint.tensors, **more})
 
 
 @cache

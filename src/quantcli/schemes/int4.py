@@ -6,13 +6,13 @@ clips nothing and spends most codes on few values; a smaller one loses less in a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Operand, Parts, Stats
+from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding, tiles
 from quantcli.schemes.base import Scheme
 
@@ -48,6 +48,16 @@ class Int4Groups(Int4Weights):
     group_size: Literal[32, 64, 128, "channel"] = Field(
         128, description="columns of a row that share a scale; channel: all of them"
     )
+
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> Self | None:
+        """With the group_size that they have."""
+        block = numerics.weight.block
+        try:
+            scheme = cls.model_validate({"group_size": block[1] if block else "channel"})
+        except ValidationError:  # groups that no option makes
+            return None
+        return scheme if scheme.numerics == numerics else None
 
     @property
     def weights(self) -> Operand:

@@ -10,6 +10,8 @@ from quantcli.targets.layouts import StoredModule
 from quantcli.targets.siblings import FUSED
 from quantcli.targets.tp import cannot_split, check_heads, splits_inputs
 
+_REPLICATED = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
+
 
 def check_tp(
     config: Mapping[str, Any], modules: Iterable[StoredModule], size: int
@@ -18,16 +20,25 @@ def check_tp(
     yield from check_heads(config, size)
     known = {module.name: module for module in modules}
     for module in known.values():
-        rows = splits_inputs(module.name)
         n, k = module.shape
-        if rows and k % size:
+        by_inputs = splits_inputs(module.name)
+        if by_inputs and k % size:
             yield cannot_split(size, f"{k} inputs cannot be split over {size} devices", module.name)
-        elif not rows and n % size:
-            yield cannot_split(size, f"{n} outputs cannot be split over {size} devices", module.name)
-        else:
-            part = (n, k // size) if rows else (n // size, k)
-            for what in _limits(module, *part, split=size > 1, fused=_earlier(module.name, known)):
-                yield cannot_split(size, what, module.name)
+            continue
+        parts = _parts(module.name, config, size)
+        part = (n, k // size) if by_inputs else (n // parts, k)
+        for what in _limits(module, *part, split=parts > 1, fused=_earlier(module.name, known)):
+            yield cannot_split(size, what, module.name)
+
+
+def _parts(module: str, config: Mapping[str, Any], size: int) -> int:
+    """Over how many devices a module is split: not over all, where there are fewer heads."""
+    last, kv_heads = module.rpartition(".")[2], config.get("num_key_value_heads")
+    if last in _REPLICATED:
+        return 1
+    if last in {"k_proj", "v_proj"} and isinstance(kv_heads, int) and 0 < kv_heads < size:
+        return kv_heads
+    return size
 
 
 def _earlier(module: str, known: Mapping[str, StoredModule]) -> bool:

@@ -1,0 +1,344 @@
+"""What the compressed-tensors target refuses and writes, against what vLLM registers."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from quantcli.errors import InputError
+from quantcli.numerics import Module, Numerics, Operand
+from quantcli.registry import discover
+from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Output
+from quantcli.targets.compressed_tensors import CompressedTensors
+from quantcli.targets.compressed_tensors_config import fold
+from quantcli.targets.compressed_tensors_layouts import layout_of
+from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_columns, unpack_rows
+from quantcli.tensorspec import TensorSpec, safetensors_dtype
+
+TARGET = CompressedTensors()
+L = "model.layers.0"
+
+
+def scheme(name, **options):
+    return discover(Scheme)[name](**options)
+
+
+SCHEMES = {
+    "int8 W8A8 dynamic": scheme("w8a8_dynamic"),
+    "int8 W8A8 static": scheme("w8a8_static", symmetric=True),
+    "int8 W8A8 static asymmetric": scheme("w8a8_static"),
+    "fp8 channel dynamic": scheme("fp8_dynamic"),
+    "fp8 tensor static": scheme("fp8_static"),
+    "fp8 tensor dynamic": scheme("fp8_tensor"),
+    "fp8 block 128x128": scheme("fp8_block"),
+    "int8 channel W8A16": scheme("w8a16"),
+    "int4 g128 W4A16": scheme("w4a16"),
+    "int4 g32 W4A16": scheme("w4a16", group_size=32),
+    "int4 channel W4A16": scheme("w4a16", group_size="channel"),
+    "int4 g64 W4A8": scheme("w4a8", group_size=64),
+    "int4 channel W4A8": scheme("w4a8", group_size="channel"),
+}
+# suffix -> dtype and shape, of a weight of 200 x 256 served in bfloat16
+N, K = 200, 256
+SCALE = {"weight_scale": ("F32", (N, 1))}
+INPUT = {"input_scale": ("F32", (1,))}
+CODES = {"weight": ("I8", (N, K))}
+PACKED = {"weight_packed": ("I32", (N, K // 8)), "weight_shape": ("I64", (2,))}
+FP8 = {"weight": ("F8_E4M3", (N, K))}
+WANTED = {
+    "int8 W8A8 dynamic": CODES | SCALE,
+    "int8 W8A8 static": CODES | SCALE | INPUT,
+    "int8 W8A8 static asymmetric": CODES | SCALE | INPUT | {"input_zero_point": ("I8", (1,))},
+    "fp8 channel dynamic": FP8 | SCALE,
+    "fp8 tensor static": FP8 | {"weight_scale": ("F32", (1,))} | INPUT,
+    "fp8 tensor dynamic": FP8 | {"weight_scale": ("F32", (1,))},
+    "fp8 block 128x128": FP8 | {"weight_scale": ("F32", (2, 2))},
+    "int8 channel W8A16": {"weight_packed": ("I32", (N, K // 4)), "weight_shape": ("I64", (2,)),
+                           "weight_scale": ("BF16", (N, 1))},
+    "int4 g128 W4A16": PACKED | {"weight_scale": ("BF16", (N, 2))},
+    "int4 g32 W4A16": PACKED | {"weight_scale": ("BF16", (N, 8))},
+    "int4 channel W4A16": PACKED | {"weight_scale": ("BF16", (N, 1))},
+    "int4 g64 W4A8": CODES | {"weight_scale": ("BF16", (N, 4))},
+    "int4 channel W4A8": CODES | {"weight_scale": ("BF16", (N, 1))},
+}  # fmt: skip
+
+
+def made(found, weight):
+    """The parts of a weight, its scale as the engine holds it, and what is packed of them."""
+    held = TARGET.held(found.numerics, "weight_scale", "BF16")
+    stats = dict(found.blank(weight.shape[1], torch.float32))
+    if "input_scale" in stats:
+        stats["input_scale"] = torch.tensor([0.037109375])
+    if "input_offset" in stats:
+        symmetric = found.numerics.input.symmetric
+        stats["input_offset"] = torch.tensor([0.0 if symmetric else -37.0])
+    constants = found.constants(stats, torch.float32)
+    if found.surveyed:
+        constants["weight_amax"] = weight.abs().max().float().view(1)
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[held]
+    parts = found.quantize(weight, dtype, constants)
+    parts["weight_scale"] = parts["weight_scale"].to(dtype)
+    return parts, TARGET.pack(found.numerics, parts, tuple(weight.shape))
+
+
+@pytest.fixture(scope="module")
+def weight():
+    torch.manual_seed(0)
+    return torch.randn(N, K).bfloat16() * 0.02
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_tensors_as_the_engine_registers_them(label, weight):
+    found = SCHEMES[label]
+    assert TARGET.label(found.numerics) == label
+    parts, stored = made(found, weight)
+    specs = {s: (safetensors_dtype(t.dtype), tuple(t.shape)) for s, t in stored.items()}
+    assert specs == WANTED[label]
+    back = TARGET.unpack(found.numerics, stored)
+    for name, tensor in back.items():
+        same = parts[name].float() if name != "weight" else parts[name]
+        assert torch.equal(tensor.float(), same.float().reshape(tensor.shape)), name
+    assert torch.equal(found.dequantize(back), found.dequantize(parts))
+    layout = layout_of(found.numerics, TARGET._kind(found.numerics))
+    params = {param.suffix: param for param in layout.params}
+    assert params.keys() == stored.keys()
+    for suffix, tensor in stored.items():
+        assert params[suffix].fits(tuple(tensor.shape), N, K)
+        assert safetensors_dtype(tensor.dtype) in params[suffix].dtypes
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_a_scheme_is_found_by_its_numerics(label):
+    wanted = SCHEMES[label].numerics
+    found = [s for cls in discover(Scheme).values() if (s := cls.for_numerics(wanted))]
+    assert [s.numerics for s in found] == [wanted]
+
+
+def test_labels_are_unique_and_load_somewhere():
+    labels = [TARGET.label(found.numerics) for found in SCHEMES.values()]
+    assert len(set(labels)) == len(SCHEMES)
+    for label in labels:
+        assert "vLLM" in TARGET.loads_on(label)
+    assert "Atlas" in TARGET.loads_on("int8 W8A8 dynamic")
+    assert "Ascend" not in TARGET.loads_on("int8 W8A8 static")
+
+
+@pytest.mark.parametrize(
+    "numerics",
+    [
+        scheme("w4a4_dynamic").numerics,
+        scheme("w8a8_mix").numerics,
+        Numerics(Operand("int8", "tensor"), Operand("int8", "token", dynamic=True)),
+        Numerics(Operand("int4", "group", symmetric=False, block=(1, 128)), None),
+    ],
+)
+def test_what_it_cannot_store(numerics):
+    with pytest.raises(InputError, match="cannot store int"):
+        TARGET.label(numerics)
+
+
+def test_codes_of_four_bits_by_hand():
+    codes = torch.tensor([[-8, -7, -1, 0, 1, 5, 6, 7]], dtype=torch.int8)
+    packed = pack_rows(codes, 4)
+    assert packed.view(torch.uint8).tolist() == [[0x10, 0x87, 0xD9, 0xFE]]
+    assert packed.tolist() == [[int(np.uint32(0xFED98710).astype(np.int32))]]
+    assert torch.equal(unpack_rows(packed, 4, 8), codes)
+    assert torch.equal(unpack_rows(packed, 4, 5), codes[:, :5])
+
+
+def test_codes_of_eight_bits_by_hand():
+    codes = torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8)
+    packed = pack_rows(codes, 8)
+    assert packed.view(torch.uint8).tolist() == [[0, 127, 128, 255]]
+    assert torch.equal(unpack_rows(packed, 8, 4), codes)
+
+
+def test_zero_points_stand_along_rows():
+    packed = torch.tensor([[0x76543210, 0x7FFFFFFF], [0x98, 0]], dtype=torch.int32)
+    zero = unpack_columns(packed, 4, 10)
+    assert zero.shape == (10, 2)
+    assert zero[:, 0].tolist() == [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_by_another_way(bits):
+    torch.manual_seed(bits)
+    low = -(2 ** (bits - 1))
+    codes = torch.randint(low, -low, (5, 64), dtype=torch.int8)
+    words = np.zeros((5, 64 * bits // 32), np.uint32)
+    for row in range(5):
+        for i, code in enumerate(codes[row].tolist()):
+            words[row, i * bits // 32] |= np.uint32((code - low) << (i * bits % 32))
+    assert np.array_equal(pack_rows(codes, bits).numpy().view(np.uint32), words)
+    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 64), codes)
+
+
+# -- what is refused ---------------------------------------------------------------------------------
+
+INT8, STATIC = SCHEMES["int8 W8A8 dynamic"].numerics, SCHEMES["int8 W8A8 static asymmetric"].numerics
+BLOCK, GROUPS = SCHEMES["fp8 block 128x128"].numerics, SCHEMES["int4 g128 W4A16"].numerics
+CHANNEL4 = SCHEMES["int4 channel W4A16"].numerics
+
+
+def refusals(*modules):
+    built = [Module(name, shape, numerics) for name, shape, numerics in modules]
+    specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in built}
+    return list(TARGET.check(built, specs))
+
+
+SQUARE = (256, 256)
+REFUSED = {
+    "q alone": ([(f"{L}.mlp.q_proj", SQUARE, INT8), (f"{L}.mlp.k_proj", SQUARE, None)], "fuses"),
+    "up static": ([(f"{L}.gate_proj", SQUARE, INT8), (f"{L}.up_proj", SQUARE, STATIC)], "fuses"),
+    "router": ([(f"{L}.mlp.gate", SQUARE, INT8)], "routers as float"),
+    "embedding": ([("model.embed_tokens", SQUARE, GROUPS)], "no quantized embedding"),
+    "static experts": ([(f"{L}.mlp.experts.0.up_proj", SQUARE, STATIC)], "no int8 W8A8 static"),
+    "fp8_tensor experts": (
+        [(f"{L}.mlp.experts.0.up_proj", SQUARE, SCHEMES["fp8 tensor dynamic"].numerics)],
+        "no fp8 tensor dynamic"
+    ),
+    "experts of two kinds": (
+        [(f"{L}.mlp.experts.0.up_proj", SQUARE, INT8), (f"{L}.mlp.experts.1.up_proj", SQUARE, GROUPS)],
+        "experts of one layer",
+    ),
+    "groups do not divide": ([(f"{L}.self_attn.o_proj", (256, 192), GROUPS)], "groups of 128"),
+    "nibbles left over": ([(f"{L}.self_attn.o_proj", (256, 36), CHANNEL4)], "packs 8 columns"),
+    "block cut by a sibling": (
+        [(f"{L}.attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 64), ("v", 64))],
+        "its 64 rows are no multiple of 128",
+    ),
+    "merged halves": ([(f"{L}.mlp.gate_up_proj", (384, 256), BLOCK)], "two projections of 192"),
+    "narrow experts": (
+        [(f"{L}.mlp.experts.0.{p}_proj", s, BLOCK) for p, s in
+         (("gate", (192, 256)), ("up", (192, 256)), ("down", (256, 192)))], "this one is 192"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    modules, word = REFUSED[case]
+    found = refusals(*modules)
+    assert any(word in refusal.what for refusal in found), found
+    assert all(refusal.fix for refusal in found)
+
+
+def test_what_may_be_odd():
+    last = [
+        (f"{L}.self_attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 128), ("v", 64))
+    ]
+    experts = [(f"{L}.mlp.experts.0.{p}_proj", s, BLOCK) for p, s in
+               (("gate", (256, 200)), ("up", (256, 200)), ("down", (200, 256)))]  # fmt: skip
+    assert refusals(*last, *experts, (f"{L}.self_attn.o_proj", (200, 200), BLOCK)) == []
+
+
+def test_what_the_engine_merges():
+    assert TARGET.merged(f"{L}.self_attn.k_proj") == f"{L}.self_attn.q_proj+k_proj+v_proj"
+    assert TARGET.merged(f"{L}.mlp.experts.3.w3") == f"{L}.mlp.experts.3.w1+w3"
+    assert TARGET.merged(f"{L}.mlp.down_proj") is None
+
+
+# -- config.json -------------------------------------------------------------------------------------
+
+
+def configured(modules, tied=False):
+    specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in modules}
+    if tied:
+        specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
+    output = Output(modules, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
+
+
+def module(name, numerics=None, shape=(8, 8)):
+    return Module(name, shape, numerics)
+
+
+def test_one_scheme_is_for_all_linears_but_those_in_ignore():
+    modules = [module(f"{L}.self_attn.{p}_proj", INT8) for p in "qkvo"]
+    modules += [module(f"{L}.mlp.gate"), module("model.norm", shape=(8,)), module("model.embed_tokens")]
+    block = configured(modules, tied=True)
+    assert block["format"] == "int-quantized"
+    (group,) = block["config_groups"].values()
+    assert group["targets"] == ["Linear"]
+    assert group["weights"] == {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True,
+                                "dynamic": False}  # fmt: skip
+    assert group["input_activations"] == {"num_bits": 8, "type": "int", "strategy": "token",
+                                          "symmetric": True, "dynamic": True}  # fmt: skip
+    assert block["ignore"] == [f"{L}.mlp.gate", "lm_head"]
+
+
+def test_a_quantized_head_is_named():
+    (group,) = configured([module(f"{L}.mlp.up_proj", INT8), module("lm_head", INT8)])[
+        "config_groups"
+    ].values()
+    assert group["targets"] == ["Linear", "lm_head"]
+
+
+def test_several_schemes_are_told_apart_by_names():
+    attention = [f"{L}.self_attn.{p}_proj" for p in "qkv"]
+    modules = [module(name, GROUPS) for name in attention] + [module(f"{L}.mlp.down_proj", BLOCK)]
+    block = configured(modules)
+    assert block["format"] == "mixed-precision"
+    first, second = block["config_groups"].values()
+    assert first["targets"] == attention
+    assert second["targets"] == [f"{L}.mlp.down_proj"]
+    assert (first["format"], second["format"]) == ("pack-quantized", "float-quantized")
+    assert first["weights"]["group_size"] == 128
+    assert first["input_activations"] is None
+    assert second["weights"]["block_structure"] == [128, 128]
+    assert second["input_activations"]["group_size"] == 128
+
+
+def test_many_names_are_folded_and_still_apart():
+    experts = [f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(20) for e in range(16)
+               for p in ("gate", "up", "down")]  # fmt: skip
+    attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(20) for p in "qkvo"]
+    block = configured([*(module(n, INT8) for n in experts), *(module(n, GROUPS) for n in attention)])
+    groups = [group["targets"] for group in block["config_groups"].values()]
+    assert len(groups[0]) == 3
+    assert groups[1] == attention
+    for renamed in ("", "language_model."):  # engines rename prefixes of names, not of expressions
+        for name in experts:
+            assert sum(bool(re.match(t.removeprefix("re:"), renamed + name)) for t in groups[0]) == 1
+    assert not any(re.match(t.removeprefix("re:"), name) for t in groups[0] for name in attention)
+
+
+def test_folding_never_takes_others():
+    mine = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(10) for e in range(100)]
+    others = [f"model.layers.10.mlp.experts.{e}.up_proj" for e in range(100)]
+    patterns = fold(mine, others)
+    assert len(patterns) == 10
+    for name in mine:
+        assert sum(bool(re.match(p.removeprefix("re:"), name)) for p in patterns) == 1
+    assert not any(re.match(p.removeprefix("re:"), name) for p in patterns for name in others)
+
+
+def test_folding_keeps_names_that_nothing_tells_apart():
+    mine = [f"model.layers.{i}.mlp.up_proj" for i in range(0, 2000, 2)]
+    others = [f"model.layers.{i}.mlp.up_proj" for i in range(1, 2000, 2)]
+    assert sorted(fold(mine, others)) == sorted(mine)
+    tower = [f"model.visual.layers.{i}.mlp.up_proj" for i in range(3)]
+    assert len(fold(mine, [])) == 1
+    assert sorted(fold(mine, tower)) == sorted(mine)
+
+
+# -- scale and zero point as the engine finds them again ----------------------------------------------
+
+
+def test_the_engine_finds_every_zero_point_again():
+    """It computes scale and zero point from the range's ends, and cuts the fraction off."""
+    torch.manual_seed(0)
+    observer = SCHEMES["int8 W8A8 static asymmetric"]
+    for _ in range(40):
+        x = torch.randn(64, 8) * torch.rand(1) * 10 + torch.randn(1)
+        seen = observer.observer(torch.float32)
+        seen.update(x, 0)
+        stats = seen.stats()
+        scale, zero = stats["input_scale"], stats["input_offset"].to(torch.int32)
+        high, low = scale * (127 - zero), scale * (-128 - zero)
+        again = (high - low) / 255
+        assert torch.equal(again, scale)
+        assert (-128 - low / again).to(torch.int32) == zero
