@@ -23,7 +23,7 @@ from quantcli.targets.ascend_tags import TAGS
 from quantcli.targets.ascend_tp import check_tp
 from quantcli.targets.experts import uneven_experts
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.params import AGAIN, check_param, check_shared
+from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype, check_shared
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.tensorspec import FLOATS
@@ -114,11 +114,9 @@ class AscendStored:
         for suffix in sorted(tensors.keys() - registered):
             what = f"{label} has no {suffix}: the engine stops at it"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
-        bias = tensors.get("bias")
-        if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
+        for finding in check_bias(tensors.get("bias"), n):
             sound = False
-            what = f"is {bias.spec}, not {n} floats"
-            yield failed("parameters", what, f"`{module}.bias`", AGAIN)
+            yield finding
         deq = tensors.get("deq_scale")
         if deq is not None and deq.spec.dtype != (right := _DEQ.get(self.serving_dtype, "F32")):
             word = {"BF16": "bfloat16", "F16": "float16"}.get(self.serving_dtype, self.serving_dtype)
@@ -185,11 +183,7 @@ class AscendStored:
                 if key in level:
                     what = f"has `{place}{key}`: an engine that finds it reads no description"
                     yield failed("config", what, CONFIG, "remove it")
-        dtype = declared_dtype(config)
-        if config and dtype not in {"BF16", "F16"}:
-            said = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
-            what = f"says {said}; quantized models are served in bfloat16 or float16"
-            yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
+        yield from check_serving_dtype(config)
 
 
 _DEQ = {"BF16": "F32", "F16": "I64"}

@@ -14,7 +14,7 @@ from quantcli.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
 from quantcli.targets.compressed_tensors_checks import check
-from quantcli.targets.compressed_tensors_config import is_head, quantization_config
+from quantcli.targets.compressed_tensors_config import quantization_config
 from quantcli.targets.compressed_tensors_kinds import (
     Kind,
     group_size,
@@ -23,7 +23,8 @@ from quantcli.targets.compressed_tensors_kinds import (
     static_inputs,
 )
 from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_rows
-from quantcli.targets.compressed_tensors_stored import CompressedTensorsStored, quantization_block
+from quantcli.targets.compressed_tensors_stored import CompressedTensorsStored
+from quantcli.targets.names import is_head
 from quantcli.targets.siblings import sibling_set
 from quantcli.tensorspec import TensorSpec
 
@@ -133,7 +134,7 @@ class CompressedTensors(Target):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By what config.json calls it."""
-        return quantization_block(checkpoint.config).get("quant_method") == self.name
+        return sidecars.quantization_block(checkpoint.config).get("quant_method") == self.name
 
     def open_stored(self, checkpoint: Checkpoint) -> Stored:
         """Its modules, and what the engine would stop at or misread."""

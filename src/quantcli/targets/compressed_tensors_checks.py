@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from quantcli.numerics import Module
 from quantcli.targets.base import Refusal
+from quantcli.targets.blocks import check_blocks
 from quantcli.targets.compressed_tensors_kinds import Kind, group_size
 from quantcli.targets.names import EMBEDDINGS, ROUTERS, stacked_experts
-from quantcli.targets.siblings import EXPERT, FUSED, expert_sets, fused_groups
+from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups
 from quantcli.tensorspec import TensorSpec
 
 FLOAT = "float"
@@ -50,27 +51,4 @@ def _check_module(module: Module, kind: Kind, labels: Mapping[str, str]) -> Iter
     group = group_size(module.numerics.weight)
     if group and k % group:
         yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
-    if module.numerics.weight.per == "block":
-        yield from _check_blocks(module, expert, labels)
-
-
-def _check_blocks(module: Module, expert: bool, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Where blocks of the weight are cut, parts of a merged parameter must begin."""
-    assert module.numerics is not None
-    assert module.numerics.weight.block is not None
-    rows, columns = module.numerics.weight.block
-    n, k = module.shape
-    parent, _, last = module.name.rpartition(".")
-    group = next((group for group in FUSED if last in group), ())
-    later = group[group.index(last) + 1 :] if last in group else ()
-    fix = "use a scheme without blocks for these modules"
-    if n % rows and any(f"{parent}.{sibling}" in labels for sibling in later):
-        yield f"the engine fuses it with others, and its {n} rows are no multiple of {rows}", fix
-    elif last in {"gate_up_proj", "gate_up"} and n % (2 * rows):
-        yield f"it holds two projections of {n // 2} rows, which are no multiple of {rows}", fix
-    elif expert and (k % columns if last in _DOWN else n % rows):
-        width = k if last in _DOWN else n
-        yield f"inner widths of experts must be multiples of {rows}; this one is {width}", fix
-
-
-_DOWN = frozenset({"down_proj", "w2"})
+    yield from check_blocks(module, labels)

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from quantcli.numerics import Module, Numerics
+from quantcli.numerics import Numerics
 from quantcli.targets.base import Output
 from quantcli.targets.compressed_tensors_kinds import Kind, arguments
-from quantcli.targets.names import EMBEDDINGS, absent_head
+from quantcli.targets.names import absent_head, is_head, is_linear
 
 MOST_NAMES = 512  # that one list has: more are folded into regular expressions
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
@@ -47,17 +47,6 @@ def quantization_config(output: Output, kinds: dict[Numerics, Kind]) -> dict[str
         },
         "ignore": fold(floats, [n for names in groups.values() for n in names]),
     }
-
-
-def is_linear(module: Module) -> bool:
-    """Whether engines build it as a linear, as far as its name and shape tell."""
-    last = module.name.rpartition(".")[2]
-    return len(module.shape) == 2 and last not in EMBEDDINGS and not last.endswith(("embedding", "wpe"))
-
-
-def is_head(name: str) -> bool:
-    """An lm_head, which engines do not take for a Linear: it must be named."""
-    return name.rpartition(".")[2] == "lm_head"
 
 
 def _targets(mine: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:

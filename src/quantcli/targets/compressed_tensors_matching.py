@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
-from quantcli.targets.compressed_tensors_config import is_head
 from quantcli.targets.compressed_tensors_groups import Group, Groups, usable
-from quantcli.targets.names import EMBEDDINGS
+from quantcli.targets.names import EMBEDDINGS, is_head
 from quantcli.targets.siblings import EXPERT, FUSED
 
 # What the engine calls the parameter that it makes of siblings: it looks that name up first.

@@ -6,37 +6,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.checkpoint import CONFIG, Checkpoint
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.compressed_tensors_checks import FLOAT
-from quantcli.targets.compressed_tensors_config import is_head
 from quantcli.targets.compressed_tensors_groups import Group, read_groups
 from quantcli.targets.compressed_tensors_layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors_matching import Matcher
-from quantcli.targets.compressed_tensors_tp import check_tp
 from quantcli.targets.experts import uneven_experts
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.names import EMBEDDINGS, ROUTERS
-from quantcli.targets.params import AGAIN, check_param, check_shared
+from quantcli.targets.names import EMBEDDINGS, ROUTERS, is_head
+from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype, check_shared
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, sibling_set
-from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.sidecars import declared_dtype, quantization_block
+from quantcli.targets.tp import check_tp
 from quantcli.tensors import read_tensor
-from quantcli.tensorspec import FLOATS
 
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
-
-
-def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object that engines read, from where they look for it; empty where there is none."""
-    for level in (config, config.get("text_config")):
-        for key in QUANTIZATION_KEYS:
-            block = level.get(key) if isinstance(level, dict) else None
-            if isinstance(block, dict):
-                return block
-    return {}
 
 
 class CompressedTensorsStored:
@@ -157,10 +144,9 @@ class CompressedTensorsStored:
             sound = False
             what = f"groups of {size} columns do not divide {k}"
             yield failed("parameters", what, f"`{module}`", AGAIN)
-        bias = tensors.get("bias")
-        if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
+        for finding in check_bias(tensors.get("bias"), n):
             sound = False
-            yield failed("parameters", f"is {bias.spec}, not {n} floats", f"`{module}.bias`", AGAIN)
+            yield finding
         if sound:
             mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
             self.modules[module] = StoredModule(
@@ -222,8 +208,4 @@ class CompressedTensorsStored:
         if stale:
             more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
             yield noted("config", f"`ignore` names `{stale[0]}`{more}, which no file holds", CONFIG)
-        dtype = declared_dtype(self.checkpoint.config)
-        if self.checkpoint.config and dtype not in {"BF16", "F16"}:
-            said = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
-            what = f"says {said}; quantized models are served in bfloat16 or float16"
-            yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
+        yield from check_serving_dtype(self.checkpoint.config)

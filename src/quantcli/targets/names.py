@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from quantcli.numerics import Module
 from quantcli.targets.base import Refusal
 from quantcli.tensorspec import TensorSpec
 
@@ -39,3 +40,14 @@ def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
                 "writes most families",
             )
             return
+
+
+def is_linear(module: Module) -> bool:
+    """Whether engines build it as a linear, as far as its name and shape tell."""
+    last = module.name.rpartition(".")[2]
+    return len(module.shape) == 2 and last not in EMBEDDINGS and not last.endswith(("embedding", "wpe"))
+
+
+def is_head(name: str) -> bool:
+    """An lm_head, which engines do not take for a Linear: it must be named."""
+    return name.rpartition(".")[2] == "lm_head"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+from quantcli.checkpoint import CONFIG
 from quantcli.findings import Finding, failed
+from quantcli.header import StoredTensor
 from quantcli.targets.layouts import SLICES, Param, StoredModule
+from quantcli.targets.sidecars import declared_dtype
 from quantcli.tensors import read_bytes
-from quantcli.tensorspec import TensorSpec
+from quantcli.tensorspec import FLOATS, TensorSpec
 
 AGAIN = "convert the model again"
 
@@ -23,6 +27,22 @@ def check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> I
         wanted = str(list(param.shape(n, k))).replace(str(SLICES), "1 or 16")
         what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
         yield failed("parameters", what, where, AGAIN)
+
+
+def check_bias(bias: StoredTensor | None, n: int) -> Iterator[Finding]:
+    """That it can be added to n outputs."""
+    if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
+        what = f"is {bias.spec}, not {n} floats"
+        yield failed("parameters", what, f"`{bias.spec.name}`", AGAIN)
+
+
+def check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What config.json says that the engine computes in."""
+    dtype = declared_dtype(config)
+    if config and dtype not in {"BF16", "F16"}:
+        said = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
+        what = f"says {said}; quantized models are served in bfloat16 or float16"
+        yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
 
 
 def check_shared(

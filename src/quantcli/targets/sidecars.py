@@ -44,6 +44,16 @@ def config(output: Output, additions: dict[str, Any]) -> dict[str, bytes]:
     return {} if table == output.config else {CONFIG: to_json(table)}
 
 
+def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object that engines read, from where they look for it; empty where there is none."""
+    for level in (config, config.get("text_config")):
+        for key in QUANTIZATION_KEYS:
+            block = level.get(key) if isinstance(level, dict) else None
+            if isinstance(block, dict):
+                return block
+    return {}
+
+
 def declared_dtype(config: Any) -> str | None:
     """The dtype that config.json gives the language model ("BF16"), as engines look for it."""
     for level in (config, config.get("text_config")):

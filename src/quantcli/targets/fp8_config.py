@@ -1,0 +1,86 @@
+"""`quantization_config` of `quant_method: fp8`: written, and read from whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantcli.checkpoint import CONFIG
+from quantcli.findings import Finding, failed, noted
+from quantcli.numerics import Numerics
+from quantcli.targets.base import Output
+from quantcli.targets.fp8_kinds import numerics_of
+from quantcli.targets.names import absent_head, is_linear
+
+METHOD = "fp8"
+_KEYS = ("ignored_layers", "modules_to_not_convert")  # the first that is not empty counts
+
+
+def quantization_config(output: Output, numerics: Numerics) -> dict[str, Any]:
+    """The whole object. Engines compare whole names: each linear that stays float has its own."""
+    floats = [m.name for m in output.modules if m.numerics is None and is_linear(m)]
+    if head := absent_head(output.tensors):
+        floats.append(head.removesuffix(".weight"))
+    static = numerics.input is not None and not numerics.input.dynamic
+    table: dict[str, Any] = {
+        "quant_method": METHOD,
+        "activation_scheme": "static" if static else "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": floats,
+    }
+    if numerics.weight.block:
+        table["weight_block_size"] = list(numerics.weight.block)
+    return table
+
+
+@dataclass
+class Said:
+    """What config.json says. numerics: None where that is not known, so that nothing can be read."""
+
+    numerics: Numerics | None = None
+    ignored: frozenset[str] = frozenset()
+    findings: list[Finding] = field(default_factory=list)
+
+
+def read_config(block: Mapping[str, Any]) -> Said:
+    """The object as the engine reads it; what is wrong with it is among the findings."""
+    said = Said(findings=list(_faults(block)))
+    if any(found.severity == "error" for found in said.findings):
+        return said
+    size = block.get("weight_block_size")
+    said.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
+    names: list[str] = next((block[key] for key in _KEYS if block.get(key)), [])
+    said.ignored = frozenset(names)
+    return said
+
+
+def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
+    if block.get("quant_method") != METHOD:
+        what = "has no quantization_config beside fp8 weights: the engine would take codes for weights"
+        yield failed("config", what, CONFIG, f'add it, with "quant_method": "{METHOD}"')
+        return
+    inputs, size = block.get("activation_scheme"), block.get("weight_block_size")
+    if inputs not in ("static", "dynamic"):
+        what = f"activation_scheme is {inputs!r:.60}; engines take static and dynamic"
+        yield failed("config", what, CONFIG)
+    if size is not None:
+        sides = size if isinstance(size, list) else []
+        if len(sides) != 2 or not all(type(side) is int and 0 < side < 2**31 for side in sides):
+            what = f"weight_block_size is {size!r:.60}, not two numbers of rows and columns"
+            yield failed("config", what, CONFIG)
+        if inputs == "static":
+            what = "activation_scheme is static, which engines do not have for blocks"
+            yield failed("config", what, CONFIG)
+    fmt = block.get("fmt")
+    if fmt not in (None, "e4m3"):
+        what = f"fmt is {fmt!r:.60}; engines read every code as e4m3"
+        yield failed("config", what, CONFIG, "convert the model again, to e4m3")
+    for key in _KEYS:
+        names = block.get(key)
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            yield failed("config", f"{key} is {names!r:.60}, not a list of names", CONFIG)
+    if all(block.get(key) for key in _KEYS):
+        yield noted("config", f"has both {_KEYS[0]} and {_KEYS[1]}: engines read the first", CONFIG)
