@@ -216,10 +216,11 @@ def show_plan(out: Output, job: Job) -> None:
 def _calibration_words(job: Job) -> str:
     session = job.session
     assert session is not None
-    measures = count(len(session.plan.measured), "module")
-    asked = [f"ranges of {measures}"] if session.plan.measured else []
-    asked += ["smoothing"] if session.plan.recipe.file.smooth is not None else []
-    what = asked[0] if session.complete else " and ".join(asked)
+    found = {"ranges": session.plan.ranged, "codes": session.plan.rounded}
+    asked = [f"{what} of {count(n, 'module')}" for what, n in found.items() if n]
+    if session.plan.recipe.file.smooth is not None and not (asked and session.complete):
+        asked.append("smoothing")
+    what = " and ".join(asked)
     if session.complete:
         smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
         return f"{session.folder}, {what}{smoothed}"

@@ -72,7 +72,9 @@ def without_data(
     instead: dict[str, Rule | None] = {}
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.without_data and name not in measured.stats:
-            scheme = discover(Scheme)[rule.scheme.without_data]()
+            scheme = rule.scheme.without_data
+            if isinstance(scheme, str):
+                scheme = discover(Scheme)[scheme]()
             instead[name] = replace(rule, scheme=scheme)
     notes = []
     if instead:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from quantcli.measured import Edit
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.tensors import content_of, read_tensor, tensor_bytes
-from quantcli.tensorspec import TensorSpec
+from quantcli.tensorspec import TensorSpec, torch_dtype
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 
@@ -71,6 +71,11 @@ class Quantize:
     survey: tuple[tuple[StoredTensor, Edit | None], ...] = ()  # weights whose largest value is needed
 
     @property
+    def asked(self) -> frozenset[str]:
+        """Names of all that must be measured or chosen; empty for schemes that need no data."""
+        return _asked(self.scheme, self.source.spec.shape[-1], self.held.input_scale)
+
+    @property
     def row_stats(self) -> dict[str, StoredTensor]:
         """Stats with a row per row of the weight."""
         return {name: self.stats[name] for name in self.scheme.row_stats & self.stats.keys()}
@@ -88,6 +93,11 @@ class Quantize:
             content += f"{name}\0{stored.spec.dtype}\0{stored.spec.shape}\0".encode()
             content += tensor_bytes(read_tensor(stored))
         return content
+
+
+@lru_cache  # experts come in tens of thousands
+def _asked(scheme: Scheme, k: int, held: str) -> frozenset[str]:
+    return frozenset(scheme.blank(k, torch_dtype(held)))
 
 
 Item = Copy | Quantize
@@ -169,6 +179,18 @@ class Plan:
     def needs_calibration(self) -> bool:
         """Whether the recipe asks for samples: a scheme that measures inputs, or smoothing."""
         return bool(self.measured) or self.recipe.file.smooth is not None
+
+    @property
+    def rounded(self) -> int:
+        """Number of modules whose codes are chosen by data."""
+        items = (item for shard in self.shards for item in shard.items)
+        return sum("codes" in item.asked for item in items if isinstance(item, Quantize))
+
+    @property
+    def ranged(self) -> int:
+        """Number of modules of whose inputs something is measured."""
+        items = (item for shard in self.shards for item in shard.items if isinstance(item, Quantize))
+        return sum(bool(item.asked - item.scheme.row_stats) for item in items)
 
     @property
     def quantized_modules(self) -> int:

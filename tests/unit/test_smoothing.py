@@ -9,8 +9,9 @@ from torch import nn
 
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.layer import LayerRun, Run
+from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.layout import LayerLayout
+from quantcli.calibration.run import Run
 from quantcli.calibration.smoothing import norm_offset, scale_norm
 from quantcli.calibration.taps import Matrices, Tap
 from quantcli.calibration.wishes import Quantized, Wishes

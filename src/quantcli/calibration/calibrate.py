@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.calibration.dataset import Batch
-from quantcli.calibration.layer import LayerRun, Run, empty_report
+from quantcli.calibration.layer import LayerRun, empty_report
 from quantcli.calibration.replay import Replay
+from quantcli.calibration.run import Run
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.states import States, StatesWriter, load_states
 from quantcli.calibration.store import Store
@@ -48,7 +50,7 @@ class Calibrator:
         length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
         probe = Batch(first.input_ids[:1, :length], None)
         self._replay = Replay(skeleton, [*self._batches, probe], device=device, workers=workers)
-        self._run = Run(skeleton, self._replay, self._batches, probe, wishes, device)
+        self._run = Run(skeleton, self._replay, self._batches, probe, wishes, device, workers)
         self._specs: list[TensorSpec] = []
 
     def run(self) -> None:
@@ -130,5 +132,19 @@ class Calibrator:
         else:
             found = layer.measure(None)
         self._store.save(index, found, layer.report)
+        for line in _not_rounded(layer.report):
+            self._progress.say(line)
         self._store.drop_states(keep=index + 1)
         return following
+
+
+def _not_rounded(report: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each reason for which weights are rounded to nearest, though data was to choose."""
+    reasons: dict[str, list[str]] = {}
+    for module, found in sorted(report["modules"].items()):
+        if why := found.get("rounded_to_nearest"):
+            reasons.setdefault(why, []).append(module)
+    for why, modules in sorted(reasons.items()):
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        names = ", ".join(f"`{module}`" for module in modules[:3])
+        yield f"rounded to nearest, as {why}: {names}{more}"

@@ -17,7 +17,8 @@ _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes
 def asked(plan: Plan) -> dict[str, Any]:
     """All that decides what is measured, but for model and data; flat, to name what differs.
 
-    Schemes that need no data count only where their arithmetic is shown to later layers.
+    Schemes that need no data count only where their arithmetic is shown to later layers. What a scheme
+    is counts only there, and where codes are chosen against its scales.
     """
     file = plan.recipe.file
     block = (file.calibration or Calibration()).model_dump(exclude={"data"})
@@ -31,7 +32,8 @@ def asked(plan: Plan) -> dict[str, Any]:
     for item in quantized_items(plan):
         how = [item.scheme.model_dump(mode="json"), list(item.held)]
         if item.module in plan.measured:
-            measured[item.module] = [item.scheme.name if shown else "", *how]
+            named = shown or item.asked & item.scheme.row_stats
+            measured[item.module] = [item.scheme.name if named else "", *how]
         elif shown:
             others.append([item.module, item.scheme.name, *how])
         elif file.smooth is not None:

@@ -1,33 +1,34 @@
 """One decoder layer's part of a calibration.
 
-The layer is run up to four times: a few tokens to see what reads what; all samples for the channels to
-be smoothed; all samples for ranges; and, where later layers are to see quantized inputs, all samples
-with the engine's arithmetic.
+The layer is run some times: a few tokens to see what reads what; all samples for the channels to be
+smoothed; all samples for ranges; all samples to choose codes by (see `rounding`); and, where later
+layers are to see quantized inputs, all samples with the engine's arithmetic.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.calibration.dataset import Batch
 from quantcli.calibration.engine import Engine
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layout import LayerLayout, Producer
-from quantcli.calibration.replay import Replay, Sink
+from quantcli.calibration.replay import Sink
+from quantcli.calibration.rounding import RoundingPass
+from quantcli.calibration.run import Run
 from quantcli.calibration.shown import quantized, running
-from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.calibration.skeleton import Read
 from quantcli.calibration.smoothing import fold, norm_offset, scale_norm, scales
 from quantcli.calibration.states import States
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.calibration.watch import Watch, layer_watched, watched
-from quantcli.calibration.wishes import Wishes, unreached
+from quantcli.calibration.wishes import not_finite, unreached
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Factors
@@ -35,18 +36,6 @@ from quantcli.numerics import NO_STATS, Stats
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.observers import ChannelAmax, Observer
 from quantcli.tensors import read_tensor
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all layers of a calibration share. The replay's last batch is the probe."""
-
-    skeleton: Skeleton
-    replay: Replay
-    batches: list[Batch]
-    probe: Batch
-    wishes: Wishes
-    device: torch.device
 
 
 def empty_report(name: str) -> dict[str, Any]:
@@ -80,10 +69,10 @@ class LayerRun:
             self._check_siblings(layout)
             edits = self._smooth(layout)
             if not edits:
-                stats = self._ranges(layout, sink)
+                stats = self._ranges(layout, edits, sink)
         if edits:
             with load(self.index, _edited(edits), self.run.device):
-                stats = self._ranges(layout, sink)
+                stats = self._ranges(layout, edits, sink)
         vectors, self.report["edits"] = pack_edits(edits)
         named = {f"stats.{m}.{key}": t for m, found in stats.items() for key, t in found.items()}
         return named | vectors
@@ -177,7 +166,9 @@ class LayerRun:
 
     # -- ranges ----------------------------------------------------------------------------------
 
-    def _ranges(self, layout: LayerLayout, sink: Sink | None) -> dict[str, Stats]:
+    def _ranges(
+        self, layout: LayerLayout, edits: Mapping[str, Factors], sink: Sink | None
+    ) -> dict[str, Stats]:
         """What every module's scheme asks for; `sink` takes outputs as later layers are to see them."""
         leaders = layout.leaders()
         shared: dict[Matrix, dict[Scheme, Observer]] = defaultdict(dict)
@@ -197,16 +188,24 @@ class LayerRun:
         as_quantized = inputs == "quantized" and sink is not None
         self._watch(watch, None if as_quantized else sink)
         stats = self._settle(observers)
+        rounding = RoundingPass(
+            self.run, self.index, layout, edits, stats, lambda seen, only: self._watch(seen, None, only)
+        )
+        rounding.round()
         if as_quantized:
             self._run_quantized(layout, stats, sink)
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
-                found = stats.get(module, NO_STATS).items()
-                numbers = {name: float(tensor) for name, tensor in found if tensor.numel() == 1}
-                self.report["modules"][module] = {"tokens": watch.tokens[matrix], **numbers}
+                numbers = {
+                    name: float(tensor)
+                    for name, tensor in stats.get(module, NO_STATS).items()
+                    if tensor.shape == (1,)
+                }
+                told = rounding.report.get(module, {})
+                self.report["modules"][module] = {"tokens": watch.tokens[matrix], **numbers, **told}
         return stats
 
-    def _watch(self, watch: Watch, sink: Sink | None) -> None:
+    def _watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
         batches = self.run.batches
         matrices = Matrices(self.name, self._layer)
         with layer_watched(self.name, self._layer, batches):
@@ -216,7 +215,7 @@ class LayerRun:
                 self.states,
                 sink,
                 tap=lambda number: watched(watch, matrices, number, batches[number]),
-                only=range(len(batches)),
+                only=range(len(batches)) if only is None else only,
             )
 
     def _run_quantized(
@@ -239,11 +238,7 @@ class LayerRun:
         wishes = self.run.wishes
         for module, observer in observers.items():
             if not observer.finite:
-                raise InputError(
-                    f"the input of `{module}` holds NaN or Inf",
-                    where=str(self.run.skeleton.checkpoint.path),
-                    fix="if the model is sound, it needs more range: set calibration.dtype to float32",
-                )
+                raise not_finite(module, str(self.run.skeleton.checkpoint.path))
         chosen = {o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens}  # once if shared
         settled = {module: chosen[o] for module, o in observers.items() if o in chosen}
         empty = sorted(observers.keys() - settled.keys())

@@ -85,10 +85,10 @@ class LayerLayout:
 
     def _readers(self, source: Source, expert: int | None) -> tuple[Reader, ...]:
         """Every matrix that reads a source, and those like it that had no token (other experts)."""
-        shapes = {_shape(name): channels for name, channels in source.readers.items()}
+        shapes = {shape_of(name): channels for name, channels in source.readers.items()}
         found = []
         for parameter, experts in self.segments.items():
-            channels = shapes.get(_shape(parameter))
+            channels = shapes.get(shape_of(parameter))
             if channels is None:
                 continue
             for number in range(len(experts)):
@@ -97,6 +97,6 @@ class LayerLayout:
         return tuple(found)
 
 
-def _shape(parameter: str) -> str:
+def shape_of(parameter: str) -> str:
     """A parameter's name without its numbers: the same for all experts of a layer."""
     return re.sub(r"\d+", "*", parameter)

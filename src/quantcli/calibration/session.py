@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import torch
 
 from quantcli import __version__
+from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
 from quantcli.calibration.dataset import (
     TextSource,
@@ -23,7 +21,12 @@ from quantcli.calibration.dataset import (
     source_digest,
 )
 from quantcli.calibration.devices import open_device
-from quantcli.calibration.identity import asked, content_digest, quantized_items
+from quantcli.calibration.identity import (
+    asked,
+    content_digest,
+    quantized_items,
+)
+from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.store import (
     Key,
@@ -34,7 +37,6 @@ from quantcli.calibration.store import (
     reports,
 )
 from quantcli.calibration.wishes import Quantized, Wishes, unreached
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
 from quantcli.events import Progress
 from quantcli.measured import Measured
@@ -42,9 +44,6 @@ from quantcli.plan import Plan
 from quantcli.publish import check_calibration, check_writable
 from quantcli.recipefile import Calibration
 from quantcli.tensorspec import FLOAT_NAMES, torch_dtype
-
-BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
-_COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,7 @@ class Session:
 
     def memory_nbytes(self, workers: int) -> int:
         """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
-        tensors = self.plan.checkpoint.tensors
-        layers = Counter[str]()  # model.layers.3.mlp.up_proj.weight -> model.layers.3
-        for name, stored in tensors.items():
-            if block := re.match(r"\D+\.\d+\.", name):
-                layers[block[0]] += stored.spec.nbytes
-        return max(layers.values(), default=0) + _working(self.plan.checkpoint, workers)
+        return memory.needed(self.plan, workers)
 
     @property
     def states_nbytes(self) -> int:
@@ -98,6 +92,7 @@ def prepare_session(
     source = _source(plan)
     check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
+    _check_rounding(plan)
     key = Key(
         model=content_digest(plan.checkpoint),
         recipe=asked(plan),
@@ -132,6 +127,18 @@ def _source(plan: Plan) -> TextSource:
     )
 
 
+def _check_rounding(plan: Plan) -> None:
+    """InputError where codes are to be chosen on inputs that depend on the order of the samples."""
+    block = plan.recipe.file.calibration or Calibration()
+    chosen = [item.module for item in quantized_items(plan) if "codes" in item.asked]
+    if chosen and block.inputs == "running":
+        raise InputError(
+            f"`{chosen[0]}` is rounded by data, which does not go together with `inputs: running`",
+            where=plan.recipe.where("calibration", "inputs"),
+            fix="set calibration.inputs to quantized or float, or weight_rounding to nearest",
+        )
+
+
 def _one_by_one(plan: Plan, block: Calibration) -> bool:
     """Whether each sample is a batch: records alone need no padding, and averages are over samples."""
     ordered = (item.scheme.ordered for item in quantized_items(plan))
@@ -161,7 +168,9 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     )
     wishes = _wishes(plan)
     _check_reached(skeleton, wishes)
-    budget = _states_budget(skeleton, resources)
+    budget = memory.states_budget(
+        skeleton, resources.workers, resources.max_memory, memory.rounding(plan)
+    )
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
     try:
         Calibrator(
@@ -221,40 +230,6 @@ def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
     outside = [m for m in wishes.quantized if m not in inside and wishes.needs_data(m)]
     if outside and wishes.uncalibrated != "dynamic":
         raise unreached(outside, wishes.quantized[outside[0]].rule)
-
-
-def _states_budget(skeleton: Skeleton, resources: Resources) -> int:
-    """Bytes of hidden states to hold in memory: what one layer and its work leave of the limit."""
-    layers = range(len(skeleton.layers))
-    # while experts are fused, the tensors that they are made of are there as well
-    largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
-    working = _working(skeleton.checkpoint, resources.workers)
-    limit = resources.max_memory
-    if limit is None:
-        return max(0, _free_memory() * 4 // 5 - largest - working)
-    if limit < largest + working:
-        raise InputError(
-            f"--max-memory {limit:,} bytes: one decoder layer and its work take {largest + working:,}",
-            where="--max-memory",
-            fix="give more, or fewer --workers",
-        )
-    return limit - largest - working
-
-
-def _working(checkpoint: Checkpoint, workers: int) -> int:
-    """Bytes of activations inside of a layer, on every thread."""
-    widest = max((s.spec.row_nbytes for s in checkpoint.tensors.values()), default=0)
-    return workers * BATCH_TOKENS * widest * _COPIES
-
-
-def _free_memory() -> int:
-    """Bytes that the machine could give."""
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError):
-        return pages * size
 
 
 def _tool() -> str:

@@ -25,11 +25,14 @@ def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
         found = wishes.quantized.get(module)
-        if found is None:
-            return None
-        constants = found.scheme.constants(stats.get(module, NO_STATS), found.held_input)
+        known = stats.get(module, NO_STATS)
+        if found is None or (not known and found.scheme.observer(found.held_input) is not None):
+            return None  # float, or no token reaches it
+        scheme = found.scheme
+        mine = {name: tensor for name, tensor in known.items() if name in scheme.row_stats}
+        constants = {**scheme.constants(known, found.held_input), **mine}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-        return found.scheme, found.scheme.quantize(rows, found.held_weight, constants, bias)
+        return scheme, scheme.quantize(rows, found.held_weight, constants, bias)
 
     return quantize
 

@@ -1,30 +1,37 @@
-"""What a layer's matrices are given: tokens counted, inputs shown to observers, padding left out."""
+"""What a layer's matrices are given: tokens counted, inputs shown to who looks, padding left out."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.taps import Listener, Matrices, Matrix, Tap
-from quantcli.schemes.observers import Observer
+
+
+class Looker(Protocol):
+    """What wants to see inputs, such as an observer."""
+
+    def update(self, x: Tensor, batch: int) -> None:
+        """x: [tokens, k], no padding. batch: its place in the data."""
 
 
 class Watch:
-    """Observers of a layer's matrices, and how many tokens each matrix was given."""
+    """Those who look at what a layer's matrices are given, and how many tokens each was given."""
 
     def __init__(
-        self, observers: Mapping[Matrix, list[Observer]], engine: Listener | None = None
+        self, lookers: Mapping[Matrix, Sequence[Looker]], engine: Listener | None = None
     ) -> None:
         """engine: computes the multiplications, once they were seen; None: they are the layer's own."""
         self.engine = engine
         self.tokens: Counter[Matrix] = Counter()
-        self._observers = observers
+        self._lookers = lookers
         self._lock = threading.Lock()
 
     def count(self, tokens: Counter[Matrix]) -> None:
@@ -34,8 +41,8 @@ class Watch:
 
     def see(self, matrix: Matrix, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding."""
-        for observer in self._observers.get(matrix, ()):
-            observer.update(x, batch)
+        for looker in self._lookers.get(matrix, ()):
+            looker.update(x, batch)
 
 
 class _BatchWatch:

@@ -51,6 +51,15 @@ class Wishes:
         return None if quantized is None else quantized.scheme.observer(quantized.held_input)
 
 
+def not_finite(module: str, where: str) -> InputError:
+    """A module that is given NaN or Inf by a model in `where`."""
+    return InputError(
+        f"the input of `{module}` holds NaN or Inf",
+        where=where,
+        fix="if the model is sound, it needs more range: set calibration.dtype to float32",
+    )
+
+
 def unreached(modules: Sequence[str], where: str) -> InputError:
     """Modules whose scheme needs data, and that no token reached."""
     few = ", ".join(f"`{module}`" for module in modules[:3])

@@ -39,8 +39,9 @@ class Scheme(BaseModel, ABC):
         return 1
 
     @property
-    def without_data(self) -> str | None:
-        """The scheme that a module takes instead where no token reached it, if the recipe so wants."""
+    def without_data(self) -> Scheme | str | None:
+        """The scheme, or its name, that a module takes instead where no token reached it, if the recipe
+        so wants."""
         return None
 
     @property

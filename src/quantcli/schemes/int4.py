@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding, tiles
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.integer import IntegerWeights, chosen
 
 LARGEST, LEAST = 7.0, -8.0
 _COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
@@ -22,8 +22,8 @@ _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
 _REFINEMENTS = 2
 
 
-class Int4Weights(Scheme):
-    """The option that int4 schemes share."""
+class Int4Weights(IntegerWeights):
+    """The options that int4 schemes share."""
 
     clip: Literal["mse", "none"] = Field(
         "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
@@ -76,10 +76,10 @@ class Int4Groups(Int4Weights):
         """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
         if self.group_size == "channel":
             codes, scale = self.codes(rows, held)
-            return {"weight": codes, "weight_scale": scale}
+            return {"weight": chosen(constants, codes), "weight_scale": scale}
         codes, scale = self.codes(tiles.cut(rows, self.group_size), held)
         codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
-        return {"weight": codes, "weight_scale": scale.squeeze(-1)}
+        return {"weight": chosen(constants, codes), "weight_scale": scale.squeeze(-1)}
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.numerics import Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes import affine, rounding
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.integer import IntegerWeights
 from quantcli.schemes.observers import Distribution, MinMax, MovingAverage, Observer, percentile
 
 WEIGHT = Operand("int8", "channel")
@@ -37,7 +37,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _IGNORED_BITS = 13
 
 
-class Int8Static(Scheme):
+class Int8Static(IntegerWeights):
     """Options and arithmetic of static int8 inputs. A subclass says what else is stored."""
 
     model_config = ConfigDict(serialize_by_alias=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding
 from quantcli.schemes.int4 import Int4Weights, quantize_tokens
+from quantcli.schemes.integer import chosen
 
 
 class W4A4Dynamic(Int4Weights):
@@ -32,7 +33,7 @@ class W4A4Dynamic(Int4Weights):
     ) -> Parts:
         """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1], which `held` must be."""
         codes, scale = self.codes(rows, torch.float32)
-        return {"weight": codes, "weight_scale": scale}
+        return {"weight": chosen(constants, codes), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """y = f16((f32(sum_k xq wq) * weight_scale) * token_scale), cast to x.dtype, then + bias.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.integer import IntegerWeights, chosen
 
 
-class W8A16(Scheme):
+class W8A16(IntegerWeights):
     """Int8 weights, symmetric, one scale per output channel; inputs stay float."""
 
     name: ClassVar[str] = "w8a16"
@@ -29,9 +29,10 @@ class W8A16(Scheme):
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2."""
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2 to nearest."""
         scale = rounding.int8_scale(rows, held)
-        return {"weight": rounding.to_int8(rows, scale), "weight_scale": scale}
+        codes = chosen(constants, rounding.to_int8(rows, scale))
+        return {"weight": codes, "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes import rounding
 from quantcli.schemes.int8_static import WEIGHT, Int8Static, deq_grid, least_deq_scale, row_parts
+from quantcli.schemes.integer import chosen
 
 
 class W8A8Mix(Int8Static):
@@ -44,7 +45,7 @@ class W8A8Mix(Int8Static):
         scale = rounding.int8_scale(rows, held, least)
         deq = deq_grid(scale / r, input_scale.dtype, up=False)
         scale = torch.where(torch.isfinite(deq), scale, deq)  # so that an overflow shows
-        codes = rounding.to_int8(rows, scale)
+        codes = chosen(constants, rounding.to_int8(rows, scale))
         return {"weight": codes, "weight_scale": scale, **row_parts(codes, deq, bias, constants)}
 
     def forward_prefill(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

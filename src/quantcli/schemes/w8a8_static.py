@@ -10,6 +10,7 @@ from torch import Tensor
 from quantcli.numerics import NO_STATS, Parts, Stats, multiplier
 from quantcli.schemes import rounding
 from quantcli.schemes.int8_static import Int8Static, deq_grid, least_deq_scale, row_parts
+from quantcli.schemes.integer import chosen
 
 
 class W8A8Static(Int8Static):
@@ -28,11 +29,12 @@ class W8A8Static(Int8Static):
 
         The engine knows weights by deq_scale alone: that is chosen first, and weight_scale =
         deq_scale * r is what it amounts to, in float32 whatever `held` is. No code is clipped;
-        |error| <= weight_scale / 2. NaN or Inf in the weight or the bias shows in weight_scale.
+        |error| <= weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
+        weight_scale.
         """
         scale = constants["input_scale"]
         r = multiplier(scale).to(rows.device)
         narrowest = rounding.absmax(rows) / rounding.INT8_BEST / r
         deq = deq_grid(torch.maximum(narrowest, least_deq_scale(r, bias)), scale.dtype, up=True)
-        codes = rounding.to_int8(rows, deq * r)
+        codes = chosen(constants, rounding.to_int8(rows, deq * r))
         return {"weight": codes, "weight_scale": deq * r, **row_parts(codes, deq, bias, constants)}

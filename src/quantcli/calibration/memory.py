@@ -1,0 +1,69 @@
+"""How much memory a calibration takes, and what it leaves for hidden states."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from quantcli.calibration.identity import quantized_items
+from quantcli.calibration.rounding import rounding_nbytes
+from quantcli.calibration.skeleton import Skeleton
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
+from quantcli.plan import Plan
+
+BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
+_COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length
+
+
+def needed(plan: Plan, workers: int) -> int:
+    """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
+    layers = Counter[str]()  # model.layers.3.mlp.up_proj.weight -> model.layers.3
+    for name, stored in plan.checkpoint.tensors.items():
+        if block := re.match(r"\D+\.\d+\.", name):
+            layers[block[0]] += stored.spec.nbytes
+    return max(layers.values(), default=0) + _working(plan.checkpoint, workers) + rounding(plan)
+
+
+def rounding(plan: Plan) -> int:
+    """Bytes that it takes to choose codes by data."""
+    shapes = [item.source.spec.shape for item in quantized_items(plan) if "codes" in item.asked]
+    return rounding_nbytes(shapes)
+
+
+def states_budget(skeleton: Skeleton, workers: int, limit: int | None, rounding: int) -> int:
+    """Bytes of hidden states to hold in memory: what one layer and its work leave of the limit.
+
+    limit: --max-memory; None: most that is free. rounding: bytes that choosing codes takes.
+    """
+    layers = range(len(skeleton.layers))
+    # while experts are fused, the tensors that they are made of are there as well
+    largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
+    working = _working(skeleton.checkpoint, workers) + rounding
+    if limit is None:
+        return max(0, _free_memory() * 4 // 5 - largest - working)
+    if limit < largest + working:
+        raise InputError(
+            f"--max-memory {limit:,} bytes: one decoder layer and its work take {largest + working:,}",
+            where="--max-memory",
+            fix="give more, or fewer --workers",
+        )
+    return limit - largest - working
+
+
+def _working(checkpoint: Checkpoint, workers: int) -> int:
+    """Bytes of activations inside of a layer, on every thread."""
+    widest = max((s.spec.row_nbytes for s in checkpoint.tensors.values()), default=0)
+    return workers * BATCH_TOKENS * widest * _COPIES
+
+
+def _free_memory() -> int:
+    """Bytes that the machine could give."""
+    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if "MemAvailable" in line)
+    except (OSError, StopIteration, ValueError):
+        return pages * size

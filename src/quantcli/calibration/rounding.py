@@ -1,0 +1,282 @@
+"""Choose the codes of a layer's weights by what their inputs are, where the recipe wants that.
+
+Where layers are shown quantized inputs, weights are rounded in the order of data flow (q, k, v, then o,
+then gate and up, then down), each on inputs that those before it make once they are rounded, by the
+engine's arithmetic. Where they are shown float ones, the order does not matter and one pass does.
+
+Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
+bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.calibration.engine import Arithmetic, Engine
+from quantcli.calibration.hessians import Hessian, Inputs, add, jobs
+from quantcli.calibration.layout import LayerLayout, shape_of
+from quantcli.calibration.run import Run
+from quantcli.calibration.shown import quantized
+from quantcli.calibration.taps import Matrix
+from quantcli.calibration.watch import Watch
+from quantcli.calibration.wishes import Wishes, not_finite
+from quantcli.errors import InputError
+from quantcli.header import StoredTensor
+from quantcli.measured import Factors
+from quantcli.numerics import NO_STATS, Parts, Stats
+from quantcli.schemes import tiles
+from quantcli.schemes.gptq import Each, Feedback, Rounded, gptq
+from quantcli.schemes.integer import IntegerWeights
+from quantcli.tensors import read_span
+from quantcli.tensorspec import torch_dtype
+
+HESSIANS_NBYTES = 2**30
+_ROWS = 1024  # that one job rounds
+_UNREACHED = "no token reached it"
+_SINGULAR = "its inputs are linearly dependent beyond damping"
+Show = Callable[[Watch, Sequence[int]], None]  # runs the loaded layer over some batches
+
+
+def wants_codes(wishes: Wishes, module: str) -> bool:
+    """Whether a module's codes are to be chosen here."""
+    found = wishes.quantized.get(module)
+    scheme = None if found is None else found.scheme
+    return isinstance(scheme, IntegerWeights) and scheme.weight_rounding == "gptq"
+
+
+def rounding_nbytes(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Bytes that it takes, above what a layer takes anyhow; shapes [n, k] of the weights to round."""
+    squares = [shape[1] ** 2 for shape in shapes]
+    return 12 * max(squares, default=0) + max(
+        4 * max(squares, default=0), min(HESSIANS_NBYTES, 4 * sum(squares))
+    )
+
+
+@dataclass
+class RoundingPass:
+    """One layer, loaded. edits: of its stored tensors. stats: of its modules, which get their codes.
+
+    report: by module, the relative error of its output, and why it is rounded to nearest if it is.
+    """
+
+    run: Run
+    index: int
+    layout: LayerLayout
+    edits: Mapping[str, Factors]
+    stats: dict[str, Stats]
+    show: Show
+
+    def __post_init__(self) -> None:
+        self.report: dict[str, dict[str, Any]] = {}
+        self._left: set[str] = set()  # not rounded yet
+
+    def round(self) -> None:
+        """All modules that want it. InputError for NaN and Inf."""
+        groups = list(self._groups())
+        self._left = {m for group in groups for modules in group.values() for m in modules}
+        with jobs(self.run.workers, self.run.device) as each:
+            for group in groups:
+                engine = self._engine()
+                for leaders in _fitting(group, self._inputs_of):
+                    hessians = self._collect(leaders, engine, each)
+                    for leader in leaders:
+                        self._round_all(group[leader], hessians.pop(leader), each)
+                self._left.difference_update(*group.values())
+
+    def _groups(self) -> Iterator[dict[Matrix, list[str]]]:
+        """Modules to round by the matrix that stands for their input; groups in data's order."""
+        leaders = self.layout.leaders()
+        wanted: dict[Matrix, list[str]] = defaultdict(list)
+        for matrix, segments in self.layout.matrices():
+            for module in dict.fromkeys(s.module for s in segments):
+                if wants_codes(self.run.wishes, module) and self._measured(module):
+                    wanted[leaders.get(matrix, matrix)].append(module)
+        if self.run.wishes.inputs == "float":
+            if wanted:
+                yield wanted
+            return
+        places: dict[str, int] = {}
+        for leader in leaders.values():
+            places.setdefault(shape_of(leader.parameter), len(places))
+        found: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
+        for leader, modules in wanted.items():
+            found[places.get(shape_of(leader.parameter), len(places))][leader] = modules
+        yield from (found[place] for place in sorted(found))
+
+    def _measured(self, module: str) -> bool:
+        """Whether all else that a module needs is there; else it gets another scheme."""
+        return self.run.wishes.observer(module) is None or module in self.stats
+
+    def _inputs_of(self, modules: Sequence[str]) -> int:
+        return self._stored(modules[0]).spec.shape[1]
+
+    def _stored(self, module: str) -> StoredTensor:
+        return self.run.skeleton.checkpoint.tensors[f"{module}.weight"]
+
+    # -- inputs ----------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine | None:
+        """The engine's arithmetic for all but what is still to be rounded here."""
+        if self.run.wishes.inputs == "float":
+            return None
+        base = quantized(self.run.wishes, self.stats)
+
+        def quantizer(
+            module: str, rows: Tensor, bias: Tensor | None
+        ) -> tuple[Arithmetic, Parts] | None:
+            return None if module in self._left else base(module, rows, bias)
+
+        name, layer = self.run.skeleton.layers[self.index]
+        return Engine(name, layer, self.layout.segments, quantizer)
+
+    def _collect(
+        self, leaders: Mapping[Matrix, int], engine: Engine | None, each: Each
+    ) -> dict[Matrix, Hessian]:
+        """Show all batches, as many at a time as there are workers."""
+        hessians = {leader: Hessian(k, self.run.device) for leader, k in leaders.items()}
+        seen = {leader: Inputs() for leader in leaders}
+        watch = Watch({leader: [inputs] for leader, inputs in seen.items()}, engine)
+        count, step = len(self.run.batches), self.run.workers
+        for start in range(0, count, step):
+            self.show(watch, range(start, min(start + step, count)))
+            add(hessians, seen, each)
+        for hessian in hessians.values():
+            hessian.mirror()
+        return hessians
+
+    # -- codes -----------------------------------------------------------------------------------
+
+    def _round_all(self, modules: Sequence[str], hessian: Hessian, each: Each) -> None:
+        """The modules that read one input."""
+        if not hessian.finite:
+            raise not_finite(modules[0], str(self.run.skeleton.checkpoint.path))
+        last: tuple[Tensor, Feedback | None] | None = None
+        for module in modules:
+            found = self.run.wishes.quantized[module]
+            scheme = found.scheme
+            assert isinstance(scheme, IntegerWeights)
+            constants = scheme.constants(self.stats.get(module, NO_STATS), found.held_input)
+            read = scheme.as_read(scheme.as_read(hessian.sum, constants).T, constants).T
+            if last is None or not (read is hessian.sum or torch.equal(read, last[0])):
+                feedback = Feedback.of(read, each=each) if hessian.tokens else None
+                last = read, feedback
+            self._round(module, scheme, constants, last[0], last[1], each)
+            if last[1] is None:
+                why = _SINGULAR if hessian.tokens else _UNREACHED
+                self.report[module]["rounded_to_nearest"] = why
+
+    def _round(
+        self,
+        module: str,
+        scheme: IntegerWeights,
+        constants: Parts,
+        hessian: Tensor,
+        feedback: Feedback | None,
+        each: Each,
+    ) -> None:
+        stored = self._stored(module)
+        n, k = stored.spec.shape
+        codes = torch.empty((n, k), dtype=torch.int8)
+        errors = torch.empty((3, n), dtype=torch.float64)
+        own = scheme.row_stats & self.stats.get(module, NO_STATS).keys()
+
+        def work(start: int) -> None:
+            block = slice(start, min(start + _ROWS, n))
+            rows, bias = self._rows(module, block)
+            known = {name: self.stats[module][name][block] for name in own}
+            known = {**constants, **known}
+            made = self._block(module, scheme, known, rows, bias, hessian, feedback)
+            codes[block] = made.codes.cpu()
+            errors[:, block] = torch.stack([made.error, made.nearest, made.signal]).cpu()
+
+        each(work, range(0, n, _ROWS))
+        self.stats[module] = {**self.stats.get(module, NO_STATS), "codes": codes}
+        error, nearest, signal = (float(row.sum()) for row in errors)
+        told = {"output_error": error, "output_error_nearest": nearest} if signal else {}
+        self.report[module] = {key: math.sqrt(value / signal) for key, value in told.items()}
+
+    def _block(
+        self,
+        module: str,
+        scheme: IntegerWeights,
+        known: Parts,
+        rows: Tensor,
+        bias: Tensor | None,
+        hessian: Tensor,
+        feedback: Feedback | None,
+    ) -> Rounded:
+        """Some rows, against the scales that `quantize` will find for the very same rows."""
+        device = hessian.device
+        known = {name: tensor.to(device) for name, tensor in known.items()}
+        rows, bias = rows.to(device), None if bias is None else bias.to(device)
+        held = self.run.wishes.quantized[module].held_weight
+        parts = scheme.quantize(rows, held, known, bias)
+        step = parts["weight_scale"]
+        if block := scheme.numerics.weight.block:  # a scale for every so many columns
+            step = tiles.spread(step, block, *rows.shape)
+        wanted = scheme.to_round(rows, known)
+        return gptq(wanted, hessian, step, parts["weight"], *scheme.code_range, feedback)
+
+    def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
+        """Rows of a stored weight and its bias, edited, as `quantize` will read them."""
+        count = block.stop - block.start
+        tensors = self.run.skeleton.checkpoint.tensors
+        found = []
+        for name in (f"{module}.weight", f"{module}.bias"):
+            rows = read_span(tensors[name], block.start, count) if name in tensors else None
+            if rows is not None and (factors := self.edits.get(name)) is not None:
+                rows = factors.apply(rows, block.start)
+            found.append(rows)
+        weight, bias = found
+        assert weight is not None
+        if self.run.wishes.inputs != "float":
+            self._check_order(module, weight, block)
+        return weight, bias
+
+    def _check_order(self, module: str, rows: Tensor, block: slice) -> None:
+        """The engine's arithmetic takes rows as they are loaded; codes are in the order of the file."""
+        layer = self.run.skeleton.layers[self.index][1]
+        prefix = self.run.skeleton.layers[self.index][0] + "."
+        places = [
+            (matrix, s)
+            for matrix, segments in self.layout.matrices()
+            for s in segments
+            if s.module == module
+        ]
+        matrix, segment = places[0]
+        weight = layer.get_parameter(matrix.parameter.removeprefix(prefix))
+        loaded = weight[matrix.expert] if weight.dim() == 3 else weight
+        loaded = loaded[segment.start + block.start : segment.start + block.stop]
+        dtype = self._stored(module).spec.dtype
+        same = rows.to(torch_dtype(dtype)).to(loaded.dtype).to(loaded.device)
+        if len(places) > 1 or loaded.shape != same.shape or not torch.equal(loaded, same):
+            raise InputError(
+                "its rows are not computed in the order in which they are stored, which this version "
+                "cannot round by data on quantized inputs",
+                where=f"`{module}` ({self.run.wishes.quantized[module].rule})",
+                fix="set calibration.inputs to float, or weight_rounding to nearest",
+            )
+
+
+def _fitting(
+    group: Mapping[Matrix, list[str]], inputs_of: Callable[[Sequence[str]], int]
+) -> Iterator[dict[Matrix, int]]:
+    """The matrices of a group, and how many inputs each has, in runs that fit the memory."""
+    run: dict[Matrix, int] = {}
+    nbytes = 0
+    for leader, modules in group.items():
+        k = inputs_of(modules)
+        if run and nbytes + 4 * k * k > HESSIANS_NBYTES:
+            yield run
+            run, nbytes = {}, 0
+        run[leader] = k
+        nbytes += 4 * k * k
+    if run:
+        yield run

@@ -1,0 +1,25 @@
+"""What all layers of a calibration share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantcli.calibration.dataset import Batch
+from quantcli.calibration.replay import Replay
+from quantcli.calibration.skeleton import Skeleton
+from quantcli.calibration.wishes import Wishes
+
+
+@dataclass(frozen=True)
+class Run:
+    """The replay's last batch is the probe. workers: threads for work outside of the replay."""
+
+    skeleton: Skeleton
+    replay: Replay
+    batches: list[Batch]
+    probe: Batch
+    wishes: Wishes
+    device: torch.device
+    workers: int = 1

@@ -1,0 +1,189 @@
+"""Rounding by data: the arithmetic against its textbook form, and the sums that it takes."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantcli.calibration import hessians
+from quantcli.calibration.taps import Matrix
+from quantcli.schemes import gptq as module
+from quantcli.schemes.gptq import Feedback, factorize, gptq
+
+CPU = torch.device("cpu")
+LEAST, LARGEST = -8.0, 7.0
+
+
+def textbook(w: Tensor, h: Tensor, step: Tensor, *, act_order: bool = True) -> np.ndarray:
+    """As the paper has it: columns that are left are kept up to date by U, the factor of H^-1."""
+    weight, hessian = w.double().numpy().copy(), h.double().numpy().copy()
+    steps = np.broadcast_to(step.double().numpy(), weight.shape)
+    diagonal = np.diag(hessian).copy()
+    dead = diagonal == 0
+    damping = 0.01 * diagonal[~dead].mean()
+    hessian[np.diag_indices(len(hessian))] += np.where(dead, 1.0, damping)
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    hessian, weight, steps = hessian[order][:, order], weight[:, order], steps[:, order]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    codes = np.zeros_like(weight)
+    for i in range(weight.shape[1]):
+        codes[:, i] = np.clip(np.rint(weight[:, i] / steps[:, i]), LEAST, LARGEST)
+        error = (weight[:, i] - codes[:, i] * steps[:, i]) / upper[i, i]
+        weight[:, i + 1 :] -= np.outer(error, upper[i, i + 1 :])
+    found = np.zeros_like(codes)
+    found[:, order] = codes
+    return found
+
+
+def case(n: int, k: int, *, dead: int | None = None, groups: int = 1, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) * torch.rand(k, generator=generator)
+    x = torch.randn(3 * k, k, generator=generator) @ mix
+    if dead is not None:
+        x[:, dead] = 0
+    w = torch.randn(n, k, generator=generator)
+    step = w.view(n, groups, -1).abs().amax(2) / 7
+    step = step.repeat_interleave(k // groups, 1) if groups > 1 else step
+    return w, x.T @ x, step
+
+
+def nearest(w: Tensor, step: Tensor) -> Tensor:
+    return (w / step).round().clamp(LEAST, LARGEST).to(torch.int8)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(("k", "groups"), [(96, 1), (300, 1), (256, 4)])
+def test_codes_are_those_of_the_textbook(k, groups, act_order):
+    w, h, step = case(16, k, dead=5, groups=groups)
+    feedback = Feedback.of(h, act_order=act_order)
+    codes = feedback.round(w, step, LEAST, LARGEST)
+    expected = textbook(w, h, step, act_order=act_order)
+    assert np.array_equal(codes.numpy(), expected)
+    assert not np.array_equal(expected, nearest(w, step).numpy())
+    assert torch.equal(codes[:, 5], nearest(w, step)[:, 5])  # not lost: inputs may come yet
+
+
+def test_a_small_case_by_hand():
+    """H = [[2, 1], [1, 2]]: column 1 takes over half of what column 0 has lost."""
+    h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    feedback = Feedback.of(h, damping=0.0, act_order=False)
+    assert torch.allclose(feedback.shares, torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
+    # 0.4 -> 0, 0.4 lost; 0.4 + 0.2 -> 1: error 2 * .16 - 2 * .24 + 2 * .36 = 0.56, nearest 0.96
+    w, step = torch.tensor([[0.4, 0.4]]), torch.ones(1, 1)
+    found = gptq(w, h, step, nearest(w, step), LEAST, LARGEST, feedback)
+    assert found.codes.tolist() == [[0, 1]]
+    assert float(found.error) == pytest.approx(0.56)
+    assert float(found.nearest) == pytest.approx(0.96)
+    assert float(found.signal) == pytest.approx(0.96)
+
+
+def test_independent_inputs_leave_nothing_to_make_up_for():
+    w, _, step = case(8, 64)
+    feedback = Feedback.of(torch.eye(64) * 3)
+    assert torch.equal(feedback.round(w, step, LEAST, LARGEST), nearest(w, step))
+
+
+def test_inputs_that_were_all_zero():
+    w, _, step = case(8, 64)
+    feedback = Feedback.of(torch.zeros(64, 64))
+    assert torch.equal(feedback.round(w, step, LEAST, LARGEST), nearest(w, step))
+
+
+def test_damping_grows_until_it_factorizes(monkeypatch):
+    tried = []
+
+    def fail(matrix, each):
+        tried.append(float(matrix.diagonal().mean()))
+        return factorize(matrix, each) if len(tried) == 3 else False
+
+    monkeypatch.setattr(module, "factorize", fail)
+    assert Feedback.of(torch.eye(8)) is not None
+    assert tried == pytest.approx([1.01, 1.1, 2.0])
+
+
+def test_what_is_no_sum_of_squares_is_rounded_to_nearest():
+    h = torch.ones(8, 8) * 100 - 99 * torch.eye(8)
+    assert Feedback.of(h) is None
+    w, _, step = case(4, 8)
+    found = gptq(w, h.abs(), step, nearest(w, step), LEAST, LARGEST, None)
+    assert torch.equal(found.codes, nearest(w, step))
+    assert torch.equal(found.error, found.nearest)
+
+
+@pytest.mark.parametrize("tile", [7, 64, 1000])
+def test_factorization_by_tiles(monkeypatch, tile):
+    monkeypatch.setattr(module, "_TILE", tile)
+    _, h, _ = case(1, 100)
+    work = h.double() + torch.eye(100).double()
+    matrix = work.clone()
+    assert factorize(matrix)
+    lower = matrix.tril()
+    assert torch.allclose(lower @ lower.T, work, rtol=1e-10)
+
+
+# sums
+
+
+class Backwards:
+    """Jobs in the opposite order."""
+
+    def __call__(self, job, numbers):
+        for number in reversed(numbers):
+            job(number)
+
+
+def collect(batches, order, each, tile=16):
+    matrix = Matrix("m")
+    sums = {matrix: hessians.Hessian(batches[0].shape[1], CPU)}
+    seen = {matrix: hessians.Inputs()}
+    threads = [
+        threading.Thread(target=seen[matrix].update, args=(batches[number], number)) for number in order
+    ]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    hessians.add(sums, seen, each)
+    sums[matrix].mirror()
+    return sums[matrix]
+
+
+def test_sums_do_not_depend_on_who_comes_first(monkeypatch):
+    monkeypatch.setattr(hessians, "_TILE", 16)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(20 + i, 40, generator=generator).bfloat16() * 10**i for i in range(5)]
+    first = collect(batches, range(5), hessians.in_turn)
+    second = collect(batches, [4, 2, 0, 3, 1], Backwards())
+    x = torch.cat(batches).double()
+    assert first.tokens == len(x) == 110
+    assert torch.equal(first.sum, second.sum)
+    assert torch.equal(first.sum, first.sum.T)
+    assert torch.allclose(
+        first.sum.double(), x.T @ x, rtol=1e-5, atol=1e-5 * float(x.square().sum(0).max())
+    )
+
+
+def test_a_batch_more_is_the_same_in_one_go_or_two():
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(30, 8, generator=generator) for _ in range(4)]
+    matrix = Matrix("m")
+    whole = collect(batches, range(4), hessians.in_turn)
+    sums, seen = {matrix: hessians.Hessian(8, CPU)}, {matrix: hessians.Inputs()}
+    for number, batch in enumerate(batches):
+        seen[matrix].update(batch, number)
+        hessians.add(sums, seen, hessians.in_turn)
+    sums[matrix].mirror()
+    assert torch.equal(sums[matrix].sum, whole.sum)
+
+
+def test_inputs_are_kept_as_they_were_seen():
+    x = torch.ones(4, 3)
+    seen = hessians.Inputs()
+    seen.update(x, 0)
+    seen.update(torch.empty(0, 3), 1)
+    x.mul_(5)
+    assert [part.tolist() for part in seen.take()] == [torch.ones(4, 3).tolist()]
+    assert seen.take() == []
