@@ -11,14 +11,15 @@ from pathlib import Path
 from quantcli.schema import recipe_schema
 
 DOCS = Path(__file__).parent
-COMMANDS = ["", "inspect", "calibrate", "quantize"]
+COMMANDS = ["", "inspect", "calibrate", "quantize", "verify"]  # the README introduces each
+MORE = ["pack"]
 
 
 def cli_reference() -> str:
     """The help of every command, as a terminal of 100 columns shows it."""
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
     text = "# Command line\n\nGenerated from `--help` by `make docs`.\n"
-    for command in COMMANDS:
+    for command in [*COMMANDS, *MORE]:
         words = [*command.split(), "--help"]
         shown = subprocess.run(
             [sys.executable, "-m", "quantcli", *words],

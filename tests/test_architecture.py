@@ -37,20 +37,24 @@ FLOORS = {
         "targets.ascend_description", "targets.compressed_tensors_matching", "verify.structure",
         "verify.edits", "verify.reference", "plan", "matching", "schema", "calibration.shown",
         "calibration.replay", "calibration.smoothing"},
-    8: {"surveys", "targets.*", "targets.ascend_stored", "targets.compressed_tensors_stored",
+    8: {"splitting", "surveys", "targets.*", "targets.ascend_stored",
+        "targets.compressed_tensors_stored",
         "targets.fp8_stored", "verify.full", "verify.against", "items", "calibration.run",
         "calibration.served", "calibration.identity"},
-    9: {"blocks", "targets.ascend", "targets.compressed_tensors", "targets.fp8", "verify.run",
+    9: {"partfile", "blocks", "targets.ascend", "targets.compressed_tensors", "targets.fp8",
+        "verify.run",
         "planner", "advice", "calibration.rounding"},
     10: {"streaming", "verify.verify", "outliers", "calibration.layer",
         "calibration.memory"},
     11: {"execute", "calibration.calibrate"},
     12: {"calibration.session"},
-    13: {"verifying", "commands"},
-    14: {"console"},
-    15: {"options", "progress", "verify.shown", "outlier_table"},
-    16: {"cli"},
-    17: {"__main__"},
+    13: {"jobs", "merging"},
+    14: {"verifying", "commands"},
+    15: {"console"},
+    16: {"options", "progress", "verify.shown", "outlier_table", "pack_shown"},
+    17: {"cli_pack"},
+    18: {"cli"},
+    19: {"__main__"},
 }  # fmt: skip
 MODULES = sorted(
     path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
@@ -60,7 +64,8 @@ MODULES = [module for module in MODULES if not module.endswith(".__init__")]
 # what `--help` and `inspect` must not wait for
 HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu", "plotly"}
 LIGHT = ["cli", "options", "errors", "registry", "tensorspec", "header", "folder", "checkpoint",
-         "formats", "inspection", "hub", "commands", "console", "numerics"]  # fmt: skip
+         "formats", "inspection", "hub", "commands", "console", "numerics", "jobs",
+         "cli_pack"]  # fmt: skip
 
 
 def floor(module):

@@ -14,6 +14,7 @@ import typer
 from quantcli.cli import app
 from quantcli.errors import Exit, InputError, Interrupted, QuantError
 
+_COMMANDS = {"inspect", "calibrate", "quantize", "pack", "verify"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
 
 
@@ -87,12 +88,12 @@ def _run(argv: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = argv[0] in {"quantize", "calibrate"}
+        goes_on = argv[0] in {"quantize", "calibrate", "pack"}
         fix = "the same command again" + (" continues where it stopped" if goes_on else "")
         raise Interrupted("interrupted", fix=fix) from None
     except _UsageError as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command_name = argv[0] if argv[0] in {"inspect", "calibrate", "quantize", "verify"} else ""
+        command_name = argv[0] if argv[0] in _COMMANDS else ""
         fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
         if command_name in {"calibrate", "quantize"} and "extra argument" in said:
             fix = "the model is given as --model MODEL; " + fix

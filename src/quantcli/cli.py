@@ -10,8 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantcli import __version__
+from quantcli.cli_pack import pack
 from quantcli.errors import Exit, InputError
-from quantcli.options import Device, Json, MaxMemory, Model, Quiet, Report, Trust, Workers
+from quantcli.options import (
+    Checksum,
+    Device,
+    Force,
+    Fresh,
+    Json,
+    MaxMemory,
+    Model,
+    PlanOnly,
+    Quiet,
+    Report,
+    Trust,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources
@@ -104,17 +118,18 @@ def quantize(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show the plan and stop; 0 if it would run.")
-    ] = False,
+    plan: PlanOnly = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write the I-th of N parts to OUT.part-I-of-N, for `quantcli pack --merge`.",
+        ),
+    ] = None,
     workers: Workers = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over instead of resuming OUT.partial.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")
-    ] = False,
-    checksum: Annotated[bool, typer.Option(help="Hash every file for the manifest.")] = True,
+    fresh: Fresh = False,
+    force: Force = False,
+    checksum: Checksum = True,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Calibration to use or to make [default: OUT.calibration]."),
@@ -125,8 +140,12 @@ def quantize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint as a recipe says. The same command again resumes an interrupted run."""
-    from quantcli import commands, console, progress
+    """Convert a checkpoint as a recipe says. The same command again resumes an interrupted run.
+
+    Several machines: run it with --part 1/N to N/N, each where it likes, and put the parts together
+    with `quantcli pack --merge`. Parts of a recipe that calibrates need one --calibration.
+    """
+    from quantcli import commands, console, jobs, progress
 
     output = console.Output(as_json=as_json, quiet=quiet)
     job = commands.prepare(
@@ -139,13 +158,14 @@ def quantize(
         fresh=fresh,
         force=force,
         calibration=calibration,
+        part=part,
     )
     resources = _resources(device, workers, max_memory, trust=trust_remote_code)
     if not as_json and (plan or not quiet):
         console.show_plan(output, job)
     commands.check(job)
     if as_json and plan:
-        output.document({"ok": True, "plan": commands.account(job)})
+        output.document({"ok": True, "plan": jobs.account(job)})
     if plan:
         return
     started = time.monotonic()
@@ -156,7 +176,10 @@ def quantize(
     if as_json:
         result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
         result |= {"shards_reused": written.shards_reused, "files": written.files}
-        output.document({**result, "plan": commands.account(job)})
+        output.document({**result, "plan": jobs.account(job)})
+
+
+app.command()(pack)
 
 
 @app.command()

@@ -6,7 +6,6 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,86 +13,14 @@ from quantcli.checkpoint import open_checkpoint, scan_checkpoint
 from quantcli.errors import InputError
 from quantcli.hub import find_model
 from quantcli.inspection import inspect_checkpoint
+from quantcli.jobs import Job
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources, Session
     from quantcli.checkpoint import Checkpoint
     from quantcli.events import Progress
     from quantcli.execute import Written
-    from quantcli.plan import Plan
     from quantcli.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Job:
-    """A conversion that was planned and would be accepted: the plan, its place and its cost."""
-
-    plan: Plan
-    out: Path
-    workers: int
-    checksum: bool
-    fresh: bool
-    force: bool
-    disk_free: int  # bytes
-    memory: int  # bytes above a bare torch import, estimated
-    shards_done: int  # whole shards that an interrupted run left
-    replaced: str  # what happens to an OUT that exists, for people
-    session: Session | None = None  # the calibration, where the recipe needs one
-
-
-def account(job: Job) -> dict[str, Any]:
-    """A planned job as JSON-able data."""
-    plan = job.plan
-    return {
-        "model": str(plan.checkpoint.path),
-        "out": str(job.out),
-        "target": plan.recipe.target.name,
-        "serving_dtype": plan.serving_dtype,
-        "digest": plan.digest,
-        "rules": [
-            {
-                "rule": f"rules.{line.number - 1}",
-                "scheme": line.scheme,
-                "label": line.label,
-                "modules": line.modules,
-                "bytes_before": line.nbytes_before,
-                "bytes_after": line.nbytes_after,
-                "loads_on": line.loads_on,
-            }
-            for line in plan.rules
-        ],
-        "kept": [
-            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "names": k.names}
-            for k in plan.kept
-        ],
-        "quantized_params_pct": round(plan.quantized_params_pct, 4),
-        "quantized_modules": plan.quantized_modules,
-        "bytes_before": plan.checkpoint.nbytes,
-        "bytes_after": plan.weight_nbytes,
-        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
-        "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": plan.nbytes,
-        "disk_free": job.disk_free,
-        "memory_needed": job.memory,
-        "workers": job.workers,
-        "shards_done": job.shards_done,
-        "notes": list(plan.notes),
-        "calibration": None if job.session is None else describe(job.session),
-    }
-
-
-def describe(session: Session) -> dict[str, Any]:
-    """A calibration that was planned, as JSON-able data."""
-    return {
-        "folder": str(session.folder),
-        "complete": session.complete,
-        "layers_done": session.layers_done,
-        "data": session.source.data,
-        "samples": session.source.samples,
-        "length": session.source.length,
-        "modules": list(session.plan.measured),
-        "smooth": session.plan.recipe.file.smooth is not None,
-    }
 
 
 def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
@@ -137,11 +64,12 @@ def prepare(
     fresh: bool = False,
     force: bool = False,
     calibration: Path | None = None,
+    part: str | None = None,
 ) -> Job:
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
-    `expect` block: see `check`.
+    `expect` block: see `check`. part: as in "2/3"; it goes to `out`.part-2-of-3.
     """
     from quantcli.execute import run_head
     from quantcli.executors import default_workers
@@ -154,21 +82,34 @@ def prepare(
         partial_folder,
         replaced_folder,
     )
+    from quantcli.splitting import parse_part
     from quantcli.streaming import memory_estimate
 
     loaded, named, checkpoint = _load(recipe, model, overrides)
     made = make_plan(loaded, checkpoint)
     if out is None:
         out = Path(loaded.file.output or _default_name(named, recipe))
+    whole, share = out, None
+    if part is not None:
+        share = parse_part(part)
+        check_destination(whole, checkpoint.path, force=True)  # it need not be free yet
+        out = share.folder(whole)
     check_destination(out, checkpoint.path, force=force)
     session = None
     if made.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
-        folder = calibration or _calibration_folder(out)
+        folder = calibration or _calibration_folder(whole)
         session = prepare_session(made, folder, out=out)
         if session.complete:
             made = make_plan(loaded, checkpoint, load(session))
+        elif share:
+            raise InputError(
+                "all parts need one calibration, and this one is not done",
+                where=str(folder),
+                fix=f"run `quantcli calibrate {recipe} --out {folder}` once, and give a copy of it to "
+                "every part with --calibration",
+            )
     elif calibration is not None:
         raise InputError(
             "nothing in this recipe needs a calibration",
@@ -179,11 +120,11 @@ def prepare(
     head = None if unknown else run_head(made, checksum=checksum)
     done = check_folder(partial_folder(out), head)
     count = workers or default_workers()
-    free = check_space(out, made.nbytes)
+    free = check_space(out, share.nbytes(made) if share else made.nbytes)
     memory = memory_estimate(made, count)
     kept = out.is_dir() and not only_ours(out)
     replaced = f", which is kept as {replaced_folder(out)}" if kept else ", which is deleted then"
-    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced, session)
+    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced, session, share)
 
 
 def _load(
@@ -282,4 +223,5 @@ def quantize(job: Job, progress: Progress | None = None, resources: Resources | 
         fresh=job.fresh,
         force=job.force,
         checksum=job.checksum,
+        part=job.part,
     )

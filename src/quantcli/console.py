@@ -17,8 +17,8 @@ from quantcli.errors import Exit, QuantError
 from quantcli.folder import STALE
 
 if TYPE_CHECKING:
-    from quantcli.commands import Job
     from quantcli.execute import Written
+    from quantcli.jobs import Job
 
 _WIDE = 200  # columns where the output is no terminal: nothing is to be cut in a log
 
@@ -200,7 +200,11 @@ def show_plan(out: Output, job: Job) -> None:
     for loads_on in dict.fromkeys(f"{r.label}: {r.loads_on}" for r in plan.rules if r.modules):
         out.line(f"loads on     {loads_on}")
     out.line(f"serving in   {'bfloat16' if plan.serving_dtype == 'BF16' else 'float16'}")
-    out.line(f"disk         needs {human_bytes(plan.nbytes)}, {human_bytes(job.disk_free)} free")
+    if job.part is not None:
+        files = ", ".join(shard.file for shard in job.shards) or "none"
+        beside = f", and {count(plan.sidecars.keys() | plan.copies.keys(), 'file')} beside the weights"
+        out.line(f"{job.part!s:<13}{files}{beside if job.part.carries else ''}")
+    out.line(f"disk         needs {human_bytes(job.nbytes)}, {human_bytes(job.disk_free)} free")
     out.line(f"memory       about {human_bytes(job.memory)} with {count(job.workers, 'worker')}")
     out.line(f"output       {job.out}")
     if job.session is not None:
@@ -272,6 +276,12 @@ def show_written(out: Output, job: Job, written: Written, seconds: float) -> Non
     for note in (*written.plan.notes, *written.notes):
         if note not in job.plan.notes:
             out.word(f"note: {note}")
+    if job.part is not None:
+        out.word(
+            f"done: {written.out}, {human_bytes(written.nbytes)}, {job.part}, {seconds:.1f} s; all "
+            "parts make the checkpoint with `quantcli pack --merge`"
+        )
+        return
     before = job.plan.checkpoint.nbytes
     ratio = job.plan.weight_nbytes / before if before else 1.0
     kept = written.shards_reused

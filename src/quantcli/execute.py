@@ -11,10 +11,12 @@ from quantcli import __version__
 from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
-from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
+from quantcli.findings import Finding
+from quantcli.journal import JOURNAL, MANIFEST, PART, Journal, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan
 from quantcli.publish import check_destination, partial_folder, publish
+from quantcli.splitting import Part, part_head
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
 from quantcli.verify.structure import verify_structure
 from quantcli.writer import disk_errors, file_entry, sync_folder, write_file
@@ -63,9 +65,10 @@ def execute(
     fresh: bool = False,
     force: bool = False,
     checksum: bool = True,
+    part: Part | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Written:
-    """Write the planned checkpoint to `out`, which appears whole or not at all.
+    """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
     Raises InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for
@@ -84,18 +87,23 @@ def execute(
     try:
         run = ShardRun(plan, partial, journal, progress, checksum, block_elements)
         with thread_pool(workers) as pool:
-            run.shards(pool, workers)
+            run.write(part.shards(plan) if part else plan.shards, pool, workers)
         files = run.files
-        for name, content in plan.sidecars.items():
-            write_file(partial / name, content)
-            files[name] = file_entry(partial / name, checksum=checksum)
-        for name in plan.copies:
-            files[name] = _copy_file(plan.checkpoint.path / name, partial / name, checksum)
-        _remove_strangers(partial, {*files, JOURNAL})
-        write_file(partial / MANIFEST, _manifest(plan, files))
-        with disk_errors(partial):
-            sync_folder(partial)
-        notes = _verified(partial)
+        if part is None or part.carries:
+            for name, content in plan.sidecars.items():
+                write_file(partial / name, content)
+                files[name] = file_entry(partial / name, checksum=checksum)
+            for name in plan.copies:
+                source = plan.checkpoint.path / name
+                files[name] = copy_file(source, partial / name, checksum=checksum)
+        head = manifest_head(plan)
+        notes: tuple[str, ...] = ()
+        if part is None:
+            close_folder(partial, MANIFEST, head, files)
+            ours, notes = verified(partial)
+            assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {partial}"
+        else:
+            close_folder(partial, PART, part_head(plan, part, head, checksum=checksum), files)
         # Again: somebody may have made OUT meanwhile, and without the journal nothing could be reused.
         check_destination(out, plan.checkpoint.path, force=force)
         journal.remove()
@@ -105,16 +113,26 @@ def execute(
     return Written(out, files, run.reused, plan, notes)
 
 
-def _verified(folder: Path) -> tuple[str, ...]:
-    """What is wrong with the written checkpoint, told from its headers, where the source is at fault.
+def close_folder(
+    folder: Path, listing: str, head: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    """Remove what does not belong into a folder, and write what says what it holds; all durable."""
+    _remove_strangers(folder, {*files, JOURNAL})
+    write_file(folder / listing, encode_manifest({**head, "files": dict(sorted(files.items()))}))
+    with disk_errors(folder):
+        sync_folder(folder)
 
-    Anything else is a bug of ours, and is not published.
+
+def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
+    """What is wrong with a checkpoint of ours that is to be published, told from its headers.
+
+    First what must not be, then, in words, where its source is at fault.
     """
     errors = verify_structure(folder).report.errors
-    ours = [finding for finding in errors if finding.check not in _OF_SOURCE]
-    assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {folder}"
-    return tuple(
-        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in errors
+    return [finding for finding in errors if finding.check not in _OF_SOURCE], tuple(
+        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "")
+        for f in errors
+        if f.check in _OF_SOURCE
     )
 
 
@@ -130,8 +148,8 @@ def _remove_strangers(folder: Path, expected: set[str]) -> None:
                 path.unlink()
 
 
-def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any]:
-    """Copy a file's bytes, with the permissions of any new file."""
+def copy_file(source: Path, destination: Path, *, checksum: bool) -> dict[str, Any]:
+    """Copy a file's bytes, with the permissions of any new file; what the manifest says of it."""
     temporary = destination.with_name(f".{destination.name}.writing")
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +162,9 @@ def _copy_file(source: Path, destination: Path, checksum: bool) -> dict[str, Any
     return file_entry(destination, checksum=checksum)
 
 
-def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:
+def manifest_head(plan: Plan) -> dict[str, Any]:
     """What was made of what, with what: no times, no paths of this machine."""
-    table = {
+    return {
         "manifest_version": 1,
         "tool": {"name": "quantcli", "version": __version__},
         "plan": plan.digest,
@@ -159,6 +177,4 @@ def _manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> bytes:
         "serving_dtype": plan.serving_dtype,
         "quantized_params_pct": round(plan.quantized_params_pct, 4),
         "recipe": plan.recipe.effective(),
-        "files": dict(sorted(files.items())),
     }
-    return encode_manifest(table)

@@ -21,6 +21,7 @@ from quantcli.writer import disk_errors
 
 JOURNAL = ".quantcli_journal"
 MANIFEST = "quantcli_manifest.json"
+PART = "quantcli_part.json"  # in its place, where a folder holds some of the shards
 _FRESH = "run with --fresh to start over, or remove the directory"
 _HEAD = {"plan", "checksum", "source"}
 _DONE = {"shard", "nbytes", "sha256"}
@@ -134,7 +135,7 @@ def _check_ours(folder: Path) -> None:
         raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {JOURNAL, MANIFEST}:
+    if names and not names & {JOURNAL, MANIFEST, PART}:
         raise InputError(
             "is not the work of an interrupted run: it has no journal",
             where=str(folder),
@@ -145,7 +146,8 @@ def _check_ours(folder: Path) -> None:
 def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path) -> None:
     if lines and lines[0] != head:
         changed = next(key for key in ("source", "plan", "checksum") if lines[0][key] != head[key])
-        words = {"source": "model", "plan": "recipe or version", "checksum": "option --checksum"}
+        source = "set of parts" if "parts" in head["source"] else "model"
+        words = {"source": source, "plan": "recipe or version", "checksum": "option --checksum"}
         raise InputError(
             f"holds the unfinished work of another run: the {words[changed]} has changed since",
             where=str(folder),

@@ -23,14 +23,18 @@ def encode_manifest(table: dict[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. InputError where it is none, or was changed since it was sealed."""
     path = folder / MANIFEST
-    table = read_json_file(path)
-    if encode_manifest(table) != path.read_bytes():
-        raise InputError(
-            "manifest is not what was written", where=str(path), fix="copy the checkpoint again"
-        )
+    table = read_sealed(path, "manifest", "copy the checkpoint again")
     files = table.get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError("manifest has no `files`", where=str(path), fix="convert the model again")
+    return table
+
+
+def read_sealed(path: Path, what: str, fix: str) -> dict[str, Any]:
+    """What `encode_manifest` made. InputError where it is something else."""
+    table = read_json_file(path)
+    if encode_manifest(table) != path.read_bytes():
+        raise InputError(f"{what} is not what was written", where=str(path), fix=fix)
     return table
 
 

@@ -24,6 +24,10 @@ Trust = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Show the plan and stop; 0 if it would run.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming OUT.partial.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")]
+Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest.")]
 Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one page with charts, too.")
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quantcli.checkpoint import read_json_file
 from quantcli.errors import InputError, MachineError, QuantError
-from quantcli.journal import MANIFEST, discard
+from quantcli.journal import MANIFEST, PART, discard
 from quantcli.writer import disk_errors, machine_error, sync_folder
 
 _AT_FDCWD = -100
@@ -33,18 +33,22 @@ def replaced_folder(out: Path) -> Path:
 
 def only_ours(folder: Path) -> bool:
     """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
+    listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
     try:
-        table = read_json_file(folder / MANIFEST)
-        files = {folder / name for name in table["files"]} | {folder / MANIFEST}
+        table = read_json_file(listing)
+        files = {folder / name for name in table["files"]} | {listing}
     except (QuantError, KeyError, TypeError):
         return not any(folder.iterdir())
     return all(path in files or path.is_dir() for path in folder.rglob("*"))
 
 
-def check_destination(out: Path, model: Path, *, force: bool) -> None:
-    """InputError or MachineError for an `out` that the run could not or must not write."""
+def check_destination(out: Path, model: Path, *, force: bool, what: str = "the model") -> None:
+    """InputError or MachineError for an `out` that the run could not or must not write.
+
+    model: the directory that is read; `what` it is, in words.
+    """
     with _in_words(out, _OTHER):
-        _check(out, model, force)
+        _check(out, model, force, what)
 
 
 def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
@@ -81,17 +85,17 @@ def _in_words(path: Path, fix: str) -> Iterator[None]:
         raise machine_error(error, path) from None
 
 
-def _check(out: Path, model: Path, force: bool) -> None:
+def _check(out: Path, model: Path, force: bool, what: str) -> None:
     real = out.resolve()
     if real == model:
-        raise InputError("output directory is the model directory", where=str(out), fix=_OTHER)
+        raise InputError(f"output directory is {what} directory", where=str(out), fix=_OTHER)
     if real.is_relative_to(model):
-        raise InputError("output directory is inside the model directory", where=str(out), fix=_OTHER)
+        raise InputError(f"output directory is inside {what} directory", where=str(out), fix=_OTHER)
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 - Path's raises without a home
-    protected = {model: "the model", Path.cwd(): "the current directory", home: "your home"}
-    for path, what in protected.items():
+    protected = {model: what, Path.cwd(): "the current directory", home: "your home"}
+    for path, word in protected.items():
         if path.is_relative_to(real):
-            raise InputError(f"output directory contains {what}", where=str(out), fix=_OTHER)
+            raise InputError(f"output directory contains {word}", where=str(out), fix=_OTHER)
     if out.name == "..":
         raise InputError("output directory needs a name of its own", where=str(out), fix=_OTHER)
     if out.is_symlink() or (out.exists() and not out.is_dir()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +66,11 @@ class ShardRun:
         self._stop = threading.Event()
         self._local = threading.local()
 
-    def shards(self, pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write every shard that is not there yet. A few are under way at a time, so that no worker
-        waits for the last job of a shard.
+    def write(self, shards: Iterable[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
+        """Write each of these shards that is not there yet. A few are under way at a time, so that no
+        worker waits for the last job of a shard.
         """
-        missing = [shard for shard in self.plan.shards if not self._reuse(shard)]
+        missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.spec.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
         under_way: deque[tuple[_Open, list[Future[None]]]] = deque()

@@ -1,0 +1,104 @@
+"""A planned conversion: what would be done, where, and what it would cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantcli.calibration.session import Session
+    from quantcli.plan import Plan, Shard
+    from quantcli.splitting import Part
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that was planned and would be accepted: the plan, its place and its cost."""
+
+    plan: Plan
+    out: Path
+    workers: int
+    checksum: bool
+    fresh: bool
+    force: bool
+    disk_free: int  # bytes
+    memory: int  # bytes above a bare torch import, estimated
+    shards_done: int  # whole shards that an interrupted run left
+    replaced: str  # what happens to an OUT that exists, for people
+    session: Session | None = None  # the calibration, where the recipe needs one
+    part: Part | None = None  # of the shards that this machine writes; None: all
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What this job writes."""
+        return self.part.shards(self.plan) if self.part else self.plan.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what this job writes, without the manifest."""
+        return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
+
+
+def account(job: Job) -> dict[str, Any]:
+    """A planned job as JSON-able data."""
+    plan = job.plan
+    return {
+        "model": str(plan.checkpoint.path),
+        "out": str(job.out),
+        "target": plan.recipe.target.name,
+        "serving_dtype": plan.serving_dtype,
+        "digest": plan.digest,
+        "rules": [
+            {
+                "rule": f"rules.{line.number - 1}",
+                "scheme": line.scheme,
+                "label": line.label,
+                "modules": line.modules,
+                "bytes_before": line.nbytes_before,
+                "bytes_after": line.nbytes_after,
+                "loads_on": line.loads_on,
+            }
+            for line in plan.rules
+        ],
+        "kept": [
+            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "names": k.names}
+            for k in plan.kept
+        ],
+        "quantized_params_pct": round(plan.quantized_params_pct, 4),
+        "quantized_modules": plan.quantized_modules,
+        "bytes_before": plan.checkpoint.nbytes,
+        "bytes_after": plan.weight_nbytes,
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
+        "files": sorted([*plan.sidecars, *plan.copies]),
+        "disk_needed": job.nbytes,
+        "disk_free": job.disk_free,
+        "memory_needed": job.memory,
+        "workers": job.workers,
+        "shards_done": job.shards_done,
+        "notes": list(plan.notes),
+        "calibration": None if job.session is None else describe(job.session),
+        "part": None
+        if job.part is None
+        else {
+            "part": job.part.number,
+            "of": job.part.of,
+            "shards": [shard.file for shard in job.shards],
+            "files": sorted([*plan.sidecars, *plan.copies]) if job.part.carries else [],
+            "bytes": job.nbytes,
+        },
+    }
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """A calibration that was planned, as JSON-able data."""
+    return {
+        "folder": str(session.folder),
+        "complete": session.complete,
+        "layers_done": session.layers_done,
+        "data": session.source.data,
+        "samples": session.source.samples,
+        "length": session.source.length,
+        "modules": list(session.plan.measured),
+        "smooth": session.plan.recipe.file.smooth is not None,
+    }

@@ -1,0 +1,209 @@
+"""Parts of a conversion, written on several machines, become the checkpoint that one run writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import InputError
+from quantcli.events import SILENT, Progress
+from quantcli.execute import close_folder, copy_file, verified
+from quantcli.executors import default_workers
+from quantcli.journal import MANIFEST, Journal, check_folder, remove_folder
+from quantcli.partfile import AGAIN, PartFolder, check_set, read_part
+from quantcli.publish import check_destination, check_space, partial_folder, publish
+from quantcli.writer import disk_errors, file_entry
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Parts that make a whole, and where it is to go."""
+
+    parts: list[PartFolder]
+    out: Path
+    workers: int
+    fresh: bool
+    force: bool
+    linked: bool  # whether weight files become further names of the parts' files, and take no space
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Every file of the checkpoint as the manifest will list it."""
+        return {name: entry for part in self.parts for name, entry in part.files.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry["bytes"] for entry in self.files.values())
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What must be the same for a later run to go on with this one's files."""
+        whole = self.parts[0].whole
+        of: dict[str, Any] = {"parts": whole["of"]}
+        return {"plan": whole["manifest"]["plan"], "checksum": whole["checksum"], "source": of}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished directory. `reused` counts weight files that an interrupted run had put there."""
+
+    out: Path
+    files: dict[str, dict[str, Any]]
+    reused: int
+    notes: tuple[str, ...]
+
+
+def prepare_merge(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    workers: int | None = None,
+    fresh: bool = False,
+    force: bool = False,
+) -> Merge:
+    """Check all that headers and sizes tell: one plan, each part once, each file with its size.
+
+    InputError for parts that make no whole.
+    """
+    parts = check_set([read_part(folder) for folder in folders])
+    for part in parts:
+        for name, entry in part.files.items():
+            path = part.path / name
+            if not path.is_file():
+                raise InputError(f"{part.part} has lost `{name}`", where=str(part.path), fix=AGAIN)
+            if path.stat().st_size != entry["bytes"]:
+                raise InputError(
+                    f"file has {path.stat().st_size} bytes; {entry['bytes']} were written",
+                    where=str(path),
+                    fix=AGAIN,
+                )
+        check_destination(out, part.path.resolve(), force=force, what=f"the {part.part}")
+    linked = _one_disk(parts, out)
+    merge = Merge(parts, out, workers or default_workers(), fresh, force, linked)
+    check_folder(partial_folder(out), None if fresh else merge.head)
+    shards = merge.parts[0].whole["shards"]
+    copied = {n: entry for n, entry in merge.files.items() if not linked or n not in shards}
+    check_space(out, sum(entry["bytes"] for entry in copied.values()))
+    return merge
+
+
+def merge(job: Merge, progress: Progress = SILENT) -> Merged:
+    """Put the parts together at `job.out`, which appears whole or not at all. The parts stay.
+
+    Every file is read, and its hash compared, where hashes were made. InputError for a damaged one.
+    """
+    partial = partial_folder(job.out)
+    if job.fresh:
+        remove_folder(partial)
+    journal = Journal(partial, job.head)
+    whole = job.parts[0].whole
+    try:
+        run = _Gather(job, partial, journal, progress)
+        work = [(part, name) for part in job.parts for name in part.files]
+        progress.begin(job.nbytes, len(whole["shards"]))
+        pool = ThreadPoolExecutor(job.workers, "quantcli")
+        try:
+            reused = sum(pool.map(run.gather, *zip(*work, strict=True)))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        close_folder(partial, MANIFEST, whole["manifest"], job.files)
+        ours, notes = verified(partial)
+        if ours:
+            raise InputError(
+                f"the parts make no sound checkpoint: {ours[0].what}",
+                where=ours[0].where or str(partial),
+                fix="run the parts again",
+            )
+        for part in job.parts:
+            check_destination(job.out, part.path.resolve(), force=job.force, what=f"the {part.part}")
+        journal.remove()
+        publish(partial, job.out, force=job.force)
+    finally:
+        journal.close()
+    return Merged(job.out, dict(sorted(job.files.items())), reused, notes)
+
+
+class _Gather:
+    """The files of one merge; threads share it."""
+
+    def __init__(self, job: Merge, folder: Path, journal: Journal, progress: Progress) -> None:
+        self.job = job
+        self.folder = folder
+        self.journal = journal
+        self.progress = progress
+        self.shards = job.parts[0].whole["shards"]
+
+    def gather(self, part: PartFolder, name: str) -> bool:
+        """Link or copy one file of a part, and compare its hash; whether it is a weight file that an
+        earlier run had put there."""
+        source, destination, entry = part.path / name, self.folder / name, part.files[name]
+        done = self.journal.done.get(name)
+        reused = (
+            done is not None
+            and destination.is_file()
+            and file_entry(destination, checksum=part.checksum) == entry
+        )
+        if not reused:
+            # what is small is copied: who edits config.json later must not change the part as well
+            linked = name in self.shards and self._link(source, destination)
+            if not linked:
+                copy_file(source, destination, checksum=False)
+            if file_entry(destination, checksum=part.checksum) != entry:
+                raise InputError(
+                    f"{part.part} is damaged: this is not what was written",
+                    where=str(source),
+                    fix=AGAIN,
+                )
+            self.journal.record(name, entry["bytes"], entry.get("sha256"))
+        self.progress.advance(entry["bytes"])
+        if name not in self.shards:
+            return False
+        self.progress.shard(name, entry["bytes"], reused=reused)
+        return reused
+
+    def _link(self, source: Path, destination: Path) -> bool:
+        """Give a file a second name; False where the file system cannot."""
+        if not self.job.linked:
+            return False
+        with disk_errors(destination):
+            destination.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), destination)
+        except OSError:  # another owner's file, or a file system without links: then it is copied
+            return False
+        return True
+
+
+def _one_disk(parts: Sequence[PartFolder], out: Path) -> bool:
+    """Whether all parts are on the file system that `out` goes to."""
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    device = place.stat().st_dev
+    return all((part.path / name).stat().st_dev == device for part in parts for name in part.files)
+
+
+def account(job: Merge) -> dict[str, Any]:
+    """A merge as JSON-able data."""
+    return {
+        "parts": [
+            {
+                "folder": str(part.path),
+                "part": part.part.number,
+                "of": part.part.of,
+                "files": sorted(part.files),
+                "bytes": sum(entry["bytes"] for entry in part.files.values()),
+            }
+            for part in job.parts
+        ],
+        "digest": job.parts[0].whole["manifest"]["plan"],
+        "out": str(job.out),
+        "bytes": job.nbytes,
+        "linked": job.linked,
+        "workers": job.workers,
+    }

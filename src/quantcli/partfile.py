@@ -1,0 +1,175 @@
+"""Folders that hold parts of one conversion: what each says of itself, and if they make a whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from quantcli.errors import InputError
+from quantcli.journal import JOURNAL, MANIFEST, PART
+from quantcli.manifest import read_sealed
+from quantcli.splitting import MOST, Part
+
+_ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
+AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"
+
+
+@dataclass(frozen=True)
+class PartFolder:
+    """One part on disk, as it says itself.
+
+    whole: what is the same for all parts of one conversion: `of`, `checksum`, `shards` (weight
+           file -> part), `carried` (files beside the weights), `manifest` (but for its files).
+    files: of this part, as the manifest will list them.
+    """
+
+    path: Path
+    part: Part
+    whole: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def checksum(self) -> bool:
+        """Whether files were hashed."""
+        return bool(self.whole["checksum"])
+
+
+def read_part(folder: Path) -> PartFolder:
+    """The part in `folder`. InputError where there is none, or it is not what was written."""
+    path = folder / PART
+    if not folder.is_dir():
+        raise InputError("no such folder", where=str(folder), fix="check the path")
+    if not path.is_file():
+        fix = "give the folders that `quantcli quantize --part` wrote, such as OUT.part-1-of-3"
+        if (folder / JOURNAL).exists():
+            raise InputError(
+                "this part is not finished",
+                where=str(folder),
+                fix="run its `quantcli quantize --part` again: it goes on where it stopped",
+            )
+        if (folder / MANIFEST).exists():
+            raise InputError("this is a whole checkpoint, and no part", where=str(folder), fix=fix)
+        raise InputError("this is no part of a conversion", where=str(folder), fix=fix)
+    table = read_sealed(path, "description of the part", AGAIN)
+    try:
+        return _parse(folder, table)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            "description of the part makes no sense to this version",
+            where=str(path),
+            fix="use the version of quantcli that wrote it, or run the part again",
+        ) from None
+
+
+def _parse(folder: Path, table: dict[str, Any]) -> PartFolder:
+    """An error that `read_part` puts into words where anything is of the wrong type."""
+    part = Part(_int(table["part"]), _int(table["of"]))
+    shards, carried, manifest, files = (
+        table[key] for key in ("shards", "carried", "manifest", "files")
+    )
+    sound = (
+        table["part_version"] == 1
+        and 1 <= part.number <= part.of <= MOST
+        and isinstance(carried, list)
+        and isinstance(manifest["plan"], str)
+        and isinstance(table["checksum"], bool)
+        and isinstance(manifest, dict)
+        and isinstance(manifest["recipe"], str)
+        and all(isinstance(manifest[key], dict) for key in ("tool", "source"))
+    )
+    mine = {name for name, number in shards.items() if _int(number) == part.number}
+    if part.carries:
+        mine |= set(carried)
+    names_sound = (
+        all("/" not in name and name.endswith(".safetensors") for name in shards)
+        and not set(carried) & shards.keys()
+    )
+    if not sound or not names_sound or mine != files.keys():
+        raise ValueError
+    if not all(map(_inside, [*shards, *carried])):
+        raise ValueError
+    keys = _ENTRY[table["checksum"]]
+    for entry in files.values():
+        hashes = all(isinstance(value, str) for key, value in entry.items() if key != "bytes")
+        if entry.keys() != keys or _int(entry["bytes"]) < 0 or not hashes:
+            raise ValueError
+    whole = {key: table[key] for key in ("of", "checksum", "shards", "carried", "manifest")}
+    return PartFolder(folder, part, whole, files)
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError
+    return value
+
+
+def _inside(name: str) -> bool:
+    """Whether a file of this name stays in the folder that it is put into, and is not one of ours."""
+    path = PurePosixPath(name)
+    plain = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+    return plain and name.isprintable() and name not in {MANIFEST, PART, JOURNAL, "."}
+
+
+def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:
+    """The parts in order. InputError unless they are of one conversion, and each is there once."""
+    texts = [json.dumps(part.whole, sort_keys=True) for part in parts]
+    most = Counter(texts).most_common(1)[0][0]
+    usual = parts[texts.index(most)]
+    for part, text in zip(parts, texts, strict=True):
+        if text != most:
+            how = _difference(usual.whole, part.whole)
+            raise InputError(
+                f"is of another conversion than {usual.path.name}: {how}",
+                where=str(part.path),
+                fix="run this part again as the others were",
+            )
+    by_number: dict[int, PartFolder] = {}
+    for part in parts:
+        other = by_number.setdefault(part.part.number, part)
+        if other is not part:
+            raise InputError(
+                f"{part.part} is given twice",
+                where=f"{other.path} and {part.path}",
+                fix="leave one of them out",
+            )
+    of = usual.part.of
+    missing = sorted(set(range(1, of + 1)) - by_number.keys())
+    if missing:
+        few = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"of {of} parts {len(missing)} "
+            + ("is" if len(missing) == 1 else "are")
+            + f" missing: {few}",
+            where=str(usual.path.parent),
+            fix=f"run `quantcli quantize --part {missing[0]}/{of}`, and give its folder too",
+        )
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
+    """How two conversions differ, in words."""
+    if usual["of"] != odd["of"]:
+        return f"it is one of {odd['of']} parts, that one of {usual['of']}"
+    mine, theirs = usual["manifest"], odd["manifest"]
+    for key, word in (("tool", "version"), ("source", "fingerprint")):
+        if mine[key] != theirs[key]:
+            what = {"tool": "the version of quantcli", "source": "the model"}[key]
+            return f"{what} differs ({theirs[key].get(word)!s:.12}, {mine[key].get(word)!s:.12})"
+    if mine["recipe"] != theirs["recipe"]:
+        lines = (table["recipe"].splitlines() for table in (theirs, mine))
+        pairs = zip_longest(*lines, fillvalue="")
+        first = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+        said = " against ".join(f"`{line.strip():.60}`" for line in first)
+        return f"the recipe differs, first in {said}"
+    if usual["checksum"] != odd["checksum"]:
+        return "one was written with --checksum, the other without"
+    keys = (key for key in sorted(mine.keys() | theirs.keys()) if key != "plan")
+    other = next((key for key in keys if mine.get(key) != theirs.get(key)), None)
+    if other is not None:
+        return f"{other} differs"
+    return "what was calibrated differs, or the files beside the model's weights"
