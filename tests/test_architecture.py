@@ -12,37 +12,40 @@ from quantcli.targets.base import Target
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
 FLOORS = {
-    0: {"verify.limits", "errors", "registry", "numerics", "events", "recipefile",
+    0: {"codes", "verify.limits", "errors", "registry", "numerics", "events", "recipefile",
         "schemes.rounding", "schemes.gptq", "verify.words", "verify.grid"},
     1: {"verify.plots", "verify.junit", "findings", "tensorspec", "folder", "yamlfile",
         "executors", "schemes.observers", "schemes.tiles", "schemes.affine", "calibration.taps",
         "calibration.devices"},
     2: {"schemes.fp8", "verify.charts", "verify.markup", "header", "schemes.base", "verify.report",
         "calibration.documents", "calibration.flow"},
-    3: {"verify.heatmap", "checkpoint", "writer", "targets.layouts",
+    3: {"encoded", "verify.heatmap", "checkpoint", "writer", "targets.layouts",
         "schemes.integer", "calibration.hessians", "calibration.wishes", "calibration.dataset"},
     4: {"verify.outlierpage", "formats", "hub", "journal", "tensors", "targets.base",
         "schemes.int4", "schemes.int8_static",
         "targets.ascend_tags", "targets.compressed_tensors_kinds", "targets.compressed_tensors_packing",
         "calibration.library", "calibration.watch"},
-    5: {"schemes.*", "verify.page", "manifest", "inspection", "publish", "measured", "targets.sidecars",
+    5: {"sources.base", "sources.columns",
+        "schemes.*", "verify.page", "manifest", "inspection", "publish", "measured", "targets.sidecars",
         "targets.siblings", "targets.names", "targets.ascend_layouts",
         "targets.compressed_tensors_layouts", "targets.compressed_tensors_groups", "verify.blocks",
         "calibration.skeleton", "calibration.calls", "calibration.states"},
-    6: {"recipe", "verify.opening", "verify.sizes", "verify.compare", "targets.experts",
+    6: {"sources.*",
+        "recipe", "verify.opening", "verify.sizes", "verify.compare", "targets.experts",
         "targets.ascend_names", "targets.compressed_tensors_config", "targets.blocks", "targets.tp",
         "targets.params", "targets.fp8_kinds", "calibration.outside", "calibration.layout",
         "calibration.engine", "calibration.store"},
-    7: {"targets.ascend_tp", "targets.compressed_tensors_checks", "targets.fp8_config",
+    7: {"sources.decode",
+        "targets.ascend_tp", "targets.compressed_tensors_checks", "targets.fp8_config",
         "targets.ascend_description", "targets.compressed_tensors_matching", "verify.structure",
-        "verify.edits", "verify.reference", "plan", "matching", "schema", "calibration.shown",
+        "verify.edits", "plan", "matching", "schema", "calibration.shown",
         "calibration.replay", "calibration.smoothing"},
     8: {"splitting", "surveys", "targets.*", "targets.ascend_stored",
         "targets.compressed_tensors_stored",
-        "targets.fp8_stored", "verify.full", "verify.against", "items", "calibration.run",
+        "targets.fp8_stored", "verify.full", "verify.reference", "items", "calibration.run",
         "calibration.served", "calibration.identity"},
     9: {"partfile", "blocks", "targets.ascend", "targets.compressed_tensors", "targets.fp8",
-        "verify.run",
+        "verify.against", "verify.run",
         "planner", "advice", "calibration.rounding"},
     10: {"streaming", "verify.verify", "outliers", "calibration.layer",
         "calibration.memory"},
@@ -65,7 +68,7 @@ MODULES = [module for module in MODULES if not module.endswith(".__init__")]
 HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu", "plotly"}
 LIGHT = ["cli", "options", "errors", "registry", "tensorspec", "header", "folder", "checkpoint",
          "formats", "inspection", "hub", "commands", "console", "numerics", "jobs",
-         "cli_pack"]  # fmt: skip
+         "cli_pack", "encoded"]  # fmt: skip
 
 
 def floor(module):

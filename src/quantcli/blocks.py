@@ -49,14 +49,24 @@ def read_known(item: Item, surveys: Surveys) -> Known:
     return Known(constants, item.row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
 
 
-def copy_block(item: Copy, block: memoryview, first_row: int, known: Known) -> memoryview:
-    """Rows of a tensor that stays float, as bytes: the same ones, edited, or in another dtype."""
-    if known.edit is None and item.dtype is None:
-        return block
-    spec = item.source.spec
-    rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(-1, *spec.shape[1:])
+def copy_block(item: Copy, rows: Tensor, first_row: int, known: Known) -> memoryview:
+    """Rows of a tensor that stays float, as bytes: the same ones, edited, or in another dtype.
+
+    InputError for what that dtype cannot hold.
+    """
     edited = rows if known.edit is None else known.edit.apply(rows, first_row)
-    return tensor_bytes(edited.to(torch_dtype(item.dtype or spec.dtype)))
+    made = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
+    if item.dtype is not None and not bool(torch.isfinite(made).all()):
+        name = item.source.spec.name
+        found = not_finite(name.rpartition(".")[2], rows, item.source, first_row)
+        if found is not None:
+            raise found
+        raise InputError(
+            f"a value overflows {item.dtype}, in which the model is served",
+            where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
+            fix="serve in bfloat16 (`dtype` in config.json)",
+        )
+    return tensor_bytes(made)
 
 
 def quantize_block(

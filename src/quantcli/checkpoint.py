@@ -30,7 +30,10 @@ _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A safetensors model directory. `tensors` is in file order, then in the order of the data."""
+    """A safetensors model directory. `tensors` is in file order, then in the order of the data.
+
+    stored: tensors as they are on disk, where `tensors` holds weights decoded from several of them.
+    """
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -40,6 +43,12 @@ class Checkpoint:
     left_out: dict[str, str]  # files that are not carried along -> why
     problems: list[QuantError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stored: dict[str, StoredTensor] | None = None
+
+    @property
+    def on_disk(self) -> dict[str, StoredTensor]:
+        """Every tensor that a file holds."""
+        return self.tensors if self.stored is None else self.stored
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -49,8 +58,8 @@ class Checkpoint:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(stored.spec.nbytes for stored in self.tensors.values())
+        """Bytes of all tensors on disk."""
+        return sum(stored.nbytes for stored in self.on_disk.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -59,7 +68,7 @@ class Checkpoint:
         Identifies the model from its headers; a change of weight values alone does not show.
         """
         digest = hashlib.sha256()
-        for name, stored in self.tensors.items():
+        for name, stored in self.on_disk.items():
             spec = stored.spec
             line = f"{stored.file.name}\0{stored.offset}\0{name}\0{spec.dtype}\0{spec.shape}\n"
             digest.update(line.encode())

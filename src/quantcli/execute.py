@@ -170,7 +170,7 @@ def manifest_head(plan: Plan) -> dict[str, Any]:
         "plan": plan.digest,
         "source": {
             "fingerprint": plan.checkpoint.fingerprint,
-            "tensors": len(plan.checkpoint.tensors),
+            "tensors": len(plan.checkpoint.on_disk),
             "bytes": plan.checkpoint.nbytes,
         },
         "target": plan.recipe.target.name,

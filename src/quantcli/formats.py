@@ -36,14 +36,15 @@ def quantization(checkpoint: Checkpoint) -> Quantization | None:
     The tensors decide; config.json and descriptions only give the name. A config that speaks of
     quantization over float weights is stale, and is no quantization.
     """
-    found = [spec for spec in checkpoint.specs() if _is_quantized(spec)]
+    found = [spec for spec in checkpoint.specs() if is_quantized(spec)]
     if not found:
         return None
     modules = {_module(spec.name) for spec in found}
     return Quantization(_name(checkpoint, found), len(modules), f"`{found[0].name}` {found[0]}")
 
 
-def _is_quantized(spec: TensorSpec) -> bool:
+def is_quantized(spec: TensorSpec) -> bool:
+    """Whether only a quantized checkpoint has such a tensor."""
     suffix = spec.name.rpartition(".")[2]
     if suffix in _SUFFIXES or suffix.endswith(("_blocks", "_scales")):
         return True

@@ -40,6 +40,11 @@ class StoredTensor:
     file: Path
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on disk."""
+        return self.spec.nbytes
+
 
 class _Refused(Exception):
     """A header that is not to be trusted; carries the problem and, where known, the tensor."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.encoded import Encoded
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Edit, Measured
 from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
-from quantcli.recipe import Rule
+from quantcli.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.tensorspec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
@@ -103,12 +104,22 @@ def make_items(
         for module, rule in assigned.items()
         if rule and rule.scheme and f"{module}.bias" in checkpoint.tensors
     }
+    plain = {
+        f"{module}.{suffix}"
+        for module, rule in assigned.items()
+        if rule and rule.word == PLAIN
+        for suffix in ("weight", "bias")
+    }
     surveys = _surveys(checkpoint, assigned, target, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
         if rule is None or rule.scheme is None:
-            yield Copy(stored, measured.edits.get(name), biases.get(name))
+            dtype = biases.get(name)
+            if isinstance(stored, Encoded) or (name in plain and stored.spec.dtype in FLOATS):
+                dtype = serving_dtype
+            same = dtype == stored.spec.dtype
+            yield Copy(stored, measured.edits.get(name), None if same else dtype)
             continue
         scheme, spec = rule.scheme, stored.spec
         bias = checkpoint.tensors.get(f"{module}.bias")

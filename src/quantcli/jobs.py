@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.encoded import decoded_kinds
+
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
     from quantcli.plan import Plan, Shard
@@ -76,6 +78,7 @@ def account(job: Job) -> dict[str, Any]:
         "memory_needed": job.memory,
         "workers": job.workers,
         "shards_done": job.shards_done,
+        "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
         "notes": list(plan.notes),
         "calibration": None if job.session is None else describe(job.session),
         "part": None

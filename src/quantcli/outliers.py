@@ -21,9 +21,10 @@ from quantcli.executors import default_workers, thread_pool
 from quantcli.header import StoredTensor
 from quantcli.inspection import fold
 from quantcli.matching import refuse_transposed
-from quantcli.planner import refuse_quantized, serving_dtype
+from quantcli.planner import serving_dtype
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
+from quantcli.sources.decode import decoded
 from quantcli.targets.base import Target
 from quantcli.tensorspec import FLOATS, TensorSpec, torch_dtype
 from quantcli.verify.blocks import Reader
@@ -61,10 +62,10 @@ def inspect_outliers(
     advice:    see `advice.keep_advice`.
 
     Reads every weight once. Memory is a block of `block_elements` per worker in its several forms, or
-    one row where that is wider; numbers are the same for any number of workers. Raises InputError for
-    a checkpoint that is quantized, and for one that stores its weights transposed.
+    one row where that is wider; numbers are the same for any number of workers. A quantized checkpoint
+    is decoded. Raises InputError for what cannot be, and for one that stores its weights transposed.
     """
-    refuse_quantized(checkpoint)
+    checkpoint = decoded(checkpoint)
     refuse_transposed(checkpoint)
     matrices, left_out = _choose(checkpoint)
     methods, operands = _methods(target, serving_dtype(checkpoint)[0])

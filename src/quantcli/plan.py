@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
+from quantcli.encoded import Encoded
 from quantcli.header import StoredTensor, encode_header
 from quantcli.measured import Edit
 from quantcli.recipe import Recipe
@@ -26,7 +27,7 @@ NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 class Copy:
     """A tensor that goes over byte for byte, or with an edit that keeps the model's function.
 
-    dtype: the float dtype to store it in, where the target wants another than its own.
+    dtype: the float dtype to store it in, where that is to be another than its own.
     """
 
     source: StoredTensor
@@ -219,7 +220,8 @@ class Plan:
                 if isinstance(item, Quantize):
                     bias = item.bias.spec.name if item.bias else ""
                     how = f"{schemes[item.scheme]} {' '.join(item.held)} {bias}"
-                digest.update(f"{item.source.spec.name}\0{how}\n".encode())
+                kind = item.source.kind if isinstance(item.source, Encoded) else ""
+                digest.update(f"{item.source.spec.name}\0{how}{kind}\n".encode())
                 if isinstance(item, Quantize) and item.stats:
                     digest.update(item.measured())
                     for name, stored in sorted(item.row_stats.items()):

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.encoded import Encoded
 from quantcli.errors import AnswerNo, InputError
-from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.inspection import fold
 from quantcli.items import check_siblings, make_items
@@ -16,6 +16,7 @@ from quantcli.measured import Measured
 from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
+from quantcli.sources.decode import decoded
 from quantcli.targets.base import Output, Refusal
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.tensorspec import FLOATS, TensorSpec
@@ -29,7 +30,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. Raises
     InputError for whatever the engine could not load or the recipe does not mean.
     """
-    refuse_quantized(checkpoint)
+    checkpoint = decoded(checkpoint)
     serving, notes = serving_dtype(checkpoint)
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
@@ -109,17 +110,6 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
         yield Module(name, shape, *known[rule.key])
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """InputError for a checkpoint that is no float one."""
-    found = quantization(checkpoint)
-    if found:
-        raise InputError(
-            f"model is already quantized: {found.format}, {found.modules} modules",
-            where=f"{checkpoint.path}, {found.evidence}",
-            fix="start from the float checkpoint (bfloat16, float16 or float32)",
-        )
-
-
 def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     """The dtype that the engine will compute in, and what there is to say about it.
 
@@ -128,9 +118,9 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     """
     declared = declared_dtype(checkpoint.config)
     sizes = Counter[str]()
-    for spec in checkpoint.specs():
-        if spec.dtype in FLOATS:
-            sizes[spec.dtype] += spec.nbytes
+    for tensor in checkpoint.tensors.values():
+        if tensor.spec.dtype in FLOATS and not isinstance(tensor, Encoded):
+            sizes[tensor.spec.dtype] += tensor.nbytes
     stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
     dtype = declared or stored
     if dtype == "F32":
@@ -198,7 +188,7 @@ def _rule_lines(
                 scheme=rule.scheme.name,
                 label=label,
                 modules=len(mine),
-                nbytes_before=sum(item.source.spec.nbytes for item in mine),
+                nbytes_before=sum(item.source.nbytes for item in mine),
                 nbytes_after=sum(spec.nbytes for item in mine for spec in item.outputs),
                 loads_on=recipe.target.loads_on(label),
             )
@@ -208,16 +198,18 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
     groups: dict[str, list[TensorSpec]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
-            spec = item.source.spec
+            (spec,) = item.outputs
             module, _, suffix = spec.name.rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
-            if rule is not None:
-                reason = f"rules.{rule.number - 1}: keep"
+            if rule is not None and rule.scheme is None:
+                reason = f"rules.{rule.number - 1}: {rule.word}"
             else:
                 matrix = suffix == "weight" and len(spec.shape) == 2
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
                 reason = "smoothed; else as it is"
+            if isinstance(item.source, Encoded):
+                reason += ", decoded"
             groups[reason].append(spec)
     for reason, specs in sorted(groups.items()):
         names = tuple(group.name for group in fold(specs))

@@ -23,7 +23,9 @@ from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.yamlfile import Document, Place, load_document
 
-KEEP = "keep"
+KEEP = "keep"  # stay as they are
+PLAIN = "bf16"  # become floats of the serving dtype, whatever they are
+WORDS = (KEEP, PLAIN)  # in the place of a scheme
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -55,15 +57,19 @@ class Matcher:
 
 @dataclass(frozen=True)
 class Rule(Matcher):
-    """One rule: which modules, and the scheme that they get (None keeps them float)."""
+    """One rule: which modules, and the scheme that they get (None keeps them float).
+
+    word: what stands in the place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
+    """
 
     number: int  # from 1
     scheme: Scheme | None
+    word: str = KEEP
 
     @property
     def key(self) -> tuple[int, str]:
         """Tells rules apart, and a rule from one whose scheme was replaced for want of data."""
-        return self.number, self.scheme.name if self.scheme else KEEP
+        return self.number, self.scheme.name if self.scheme else self.word
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         for index, pattern in enumerate(rule.match):
             _check_pattern(pattern, document.where((*place, "match", index)))
         scheme = None
-        if rule.scheme != KEEP:
+        word = rule.scheme if rule.scheme in WORDS else KEEP
+        if rule.scheme not in WORDS:
             scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
-        rules.append(Rule(tuple(rule.match), rule.optional, where, number + 1, scheme))
+        rules.append(Rule(tuple(rule.match), rule.optional, where, number + 1, scheme, str(word)))
     return Recipe(file, target, tuple(rules), tuple(_smooth_patterns(file, document)), document)
 
 
@@ -206,10 +213,10 @@ def _resolve(
         odd = "".join(f"; it has `{key}`" for key in list(options)[:1])
         fix = f"such as {{name: {next(iter(known))}}}"
         raise InputError(f"{kind} needs a `name`{odd}", where=where, fix=fix)
-    if kind == "scheme" and name == KEEP:
-        raise InputError("`keep` takes no options", where=where, fix="write `scheme: keep`")
+    if kind == "scheme" and name in WORDS:
+        raise InputError(f"`{name}` takes no options", where=where, fix=f"write `scheme: {name}`")
     if name not in known:
-        names = [*known, KEEP] if kind == "scheme" else list(known)
+        names = [*known, *WORDS] if kind == "scheme" else list(known)
         raise InputError(f"unknown {kind} `{name}`", where=where, fix=one_of(name, names))
     try:
         return known[name].model_validate(options)

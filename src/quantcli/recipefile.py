@@ -113,7 +113,7 @@ class RuleFile(_Block):
     match: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = (
         Field(min_length=1, description='globs over full module names, or "re:REGEX"')
     )
-    scheme: str | dict[str, Any] = Field(description="keep, a scheme, or {name: ..., options}")
+    scheme: str | dict[str, Any] = Field(description="keep, bf16, a scheme, or {name: ..., options}")
     optional: bool = Field(False, description="do not fail when nothing matches")
 
 

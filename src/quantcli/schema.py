@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quantcli.recipe import KEEP
+from quantcli.recipe import WORDS
 from quantcli.recipefile import RecipeFile
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
@@ -18,7 +18,7 @@ def recipe_schema() -> str:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "quantcli recipe"
     properties = schema["$defs"]["RuleFile"]["properties"]
-    properties["scheme"] = _choices(discover(Scheme), "scheme", [KEEP])
+    properties["scheme"] = _choices(discover(Scheme), "scheme", list(WORDS))
     schema["properties"]["target"] = _choices(discover(Target), "target", [])
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 

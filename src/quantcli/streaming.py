@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantcli.blocks import Known, copy_block, quantize_block, read_known
+from quantcli.encoded import Encoded
 from quantcli.errors import MachineError
 from quantcli.events import Progress
 from quantcli.header import StoredTensor
@@ -38,8 +41,9 @@ def memory_estimate(plan: Plan, workers: int) -> int:
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
     )
     block = max(BLOCK_ELEMENTS, widest)
-    tensors = len(plan.checkpoint.tensors) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * block * 14 + tensors * 1500 + _BASE
+    held = max((s.held for s in plan.checkpoint.tensors.values() if isinstance(s, Encoded)), default=0)
+    tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
+    return workers * (block * 14 + held) + tensors * 1500 + _BASE
 
 
 class ShardRun:
@@ -71,7 +75,7 @@ class ShardRun:
         worker waits for the last job of a shard.
         """
         missing = [shard for shard in shards if not self._reuse(shard)]
-        todo = sum(item.source.spec.nbytes for shard in missing for item in shard.items)
+        todo = sum(item.source.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
         under_way: deque[tuple[_Open, list[Future[None]]]] = deque()
         try:
@@ -119,44 +123,55 @@ class ShardRun:
         return True
 
     def _work(self, open_shard: _Open, job: _Job) -> None:
-        item = job.item
-        width = item.source.spec.row_nbytes
+        item, spec = job.item, job.item.source.spec
         known = read_known(item, self._surveys)
         if isinstance(item, Quantize):
-            step = _multiple(self.block_elements // item.source.spec.shape[1], item.row_multiple)
+            step = _multiple(self.block_elements // spec.shape[1], item.row_multiple)
         else:
-            step = max(1, 2 * self.block_elements // width)
-        for start in range(job.start, job.stop, step):
-            if self._stop.is_set():
-                return
-            stop = min(start + step, job.stop)
-            block = self._buffer((stop - start) * width)
-            open_shard.read(item.source, start * width, block)
-            if isinstance(item, Quantize):
-                self._quantize(open_shard, item, start, stop, block, known)
-            else:
-                copied = copy_block(item, block, start, known)
-                (out,) = item.outputs
-                open_shard.writer.write(out.name, start * out.row_nbytes, copied)
-            self.progress.advance(len(block))
+            step = max(1, int(2 * self.block_elements * spec.itemsize) // spec.row_nbytes)
+        with self._source(open_shard, item.source) as read:
+            for start in range(job.start, job.stop, step):
+                if self._stop.is_set():
+                    return
+                stop = min(start + step, job.stop)
+                rows = read(start, stop - start)
+                if isinstance(item, Quantize):
+                    self._quantize(open_shard, item, start, rows, known)
+                else:
+                    (out,) = item.outputs
+                    copied = copy_block(item, rows, start, known)
+                    open_shard.writer.write(out.name, start * out.row_nbytes, copied)
+                self.progress.advance(_share(item.source, stop) - _share(item.source, start))
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
 
+    @contextmanager
+    def _source(
+        self, open_shard: _Open, stored: StoredTensor
+    ) -> Iterator[Callable[[int, int], Tensor]]:
+        """Gives rows [start, start + count) of a tensor, each time in the same memory of this thread
+        where they are not decoded."""
+        if isinstance(stored, Encoded):
+            with stored.open() as reader:
+                yield reader.weight
+            return
+        spec = stored.spec
+        dtype, width = torch_dtype(spec.dtype), spec.row_nbytes
+
+        def read(start: int, count: int) -> Tensor:
+            block = self._buffer(count * width)
+            open_shard.read(stored, start * width, block)
+            return torch.frombuffer(block, dtype=dtype).view(count, *spec.shape[1:])
+
+        yield read
+
     def _quantize(
-        self,
-        open_shard: _Open,
-        item: Quantize,
-        start: int,
-        stop: int,
-        block: memoryview,
-        known: Known,
+        self, open_shard: _Open, item: Quantize, start: int, rows: Tensor, known: Known
     ) -> None:
-        spec = item.source.spec
-        rows = torch.frombuffer(block, dtype=torch_dtype(spec.dtype)).view(stop - start, -1)
         bias = None
         if item.bias is not None:
             width = item.bias.spec.row_nbytes
-            raw = bytearray((stop - start) * width)
+            raw = bytearray(len(rows) * width)
             open_shard.read(item.bias, start * width, memoryview(raw))
             bias = torch.frombuffer(raw, dtype=torch_dtype(item.bias.spec.dtype))
         packed = quantize_block(self.plan.recipe.target, item, rows, start, bias, known)
@@ -197,9 +212,16 @@ def _jobs(shard: Shard) -> Iterator[_Job]:
         if spec.nbytes == 0:
             continue
         rows = spec.shape[0] if spec.shape else 1
-        step = _multiple(JOB_BYTES // spec.row_nbytes, getattr(item, "row_multiple", 1))
+        width = max(1, item.source.nbytes // rows)
+        step = _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
         for start in range(0, rows, step):
             yield _Job(item, start, min(start + step, rows))
+
+
+def _share(stored: StoredTensor, rows: int) -> int:
+    """Bytes on disk of a tensor's first rows."""
+    height = stored.spec.shape[0] if stored.spec.shape else 1
+    return stored.nbytes * rows // height
 
 
 def _multiple(rows: int, of: int) -> int:
@@ -208,8 +230,10 @@ def _multiple(rows: int, of: int) -> int:
 
 
 def _read_from(item: Item) -> Iterator[StoredTensor]:
-    """The source tensors that are read, block by block, for an item."""
-    yield item.source
+    """The source tensors that are read, block by block, for an item; those that are decoded open
+    their own files."""
+    if not isinstance(item.source, Encoded):
+        yield item.source
     if isinstance(item, Quantize) and item.bias is not None:
         yield item.bias
 

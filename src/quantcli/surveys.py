@@ -12,12 +12,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from quantcli.encoded import Encoded
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Edit
 from quantcli.plan import Quantize
 from quantcli.schemes import rounding
-from quantcli.tensors import read_span
+from quantcli.tensors import first_not_finite, read_span
 
 _BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
 
@@ -64,14 +65,23 @@ def _largest(stored: StoredTensor, edit: Edit | None) -> Tensor:
 
 
 def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) -> InputError | None:
-    """The error for the first NaN or Inf among rows of a stored tensor; None where there is none."""
+    """The error for the first NaN or Inf among rows of a stored tensor; None where there is none.
+
+    Where the rows were decoded, it names what they were decoded from.
+    """
     bad = (~torch.isfinite(rows)).nonzero()
     if not len(bad):
         return None
-    row, *column = bad[0].tolist()
-    place = ", ".join(map(str, (first_row + row, *column)))
+    index, value = bad[0].tolist(), float(rows[tuple(bad[0])])
+    index[:1] = [first_row + row for row in index[:1]]
+    for part in stored.parts if isinstance(stored, Encoded) else ():
+        if (found := first_not_finite(part)) is not None:
+            index, value = found
+            stored, kind = part, part.spec.name.rpartition(".")[2]
+            break
+    place = f"[{', '.join(map(str, index))}]" if index else ""
     return InputError(
-        f"{kind} is {float(rows[tuple(bad[0])])}",
-        where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
+        f"{kind} is {value}",
+        where=f"`{stored.spec.name}`{place} in {stored.file.name}",
         fix="the model is damaged: fetch it again and run with --fresh, or keep this module float",
     )

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantcli.encoded import Encoded
 from quantcli.errors import MachineError
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import torch_dtype
 from quantcli.writer import disk_errors
 
 _CHUNK = 2**20  # bytes
+_BLOCK = 512 * 1024  # elements that are decoded together
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -28,7 +30,12 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """A whole stored tensor, in its own dtype and shape. MachineError where it cannot be read."""
     spec = stored.spec
     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-    if spec.nbytes:
+    if isinstance(stored, Encoded):
+        step = max(1, _BLOCK // spec.shape[1])
+        with stored.open() as reader:
+            for start in range(0, spec.shape[0], step):
+                tensor[start : start + step] = reader.weight(start, step)
+    elif spec.nbytes:
         with _opened(stored) as fd:
             read_into(fd, stored, 0, tensor_bytes(tensor))
     return tensor
@@ -57,6 +64,9 @@ def content_of(stored: StoredTensor) -> str:
 def read_span(stored: StoredTensor, start: int, count: int) -> Tensor:
     """Rows [start, start + count) of a stored tensor."""
     spec = stored.spec
+    if isinstance(stored, Encoded):
+        with stored.open() as reader:
+            return reader.weight(start, count)
     tensor = torch.empty((count, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
     if tensor.numel():
         with _opened(stored) as fd:
@@ -68,10 +78,34 @@ def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:
     """Some rows of a stored tensor, in the given order: [len(rows), ...]."""
     spec = stored.spec
     tensor = torch.empty((len(rows), *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
+    if isinstance(stored, Encoded):
+        with stored.open() as reader:
+            for place, row in enumerate(rows):
+                tensor[place] = reader.weight(row, 1)[0]
+        return tensor
     with _opened(stored) as fd:
         for place, row in enumerate(rows):
             read_into(fd, stored, row * spec.row_nbytes, tensor_bytes(tensor[place]))
     return tensor
+
+
+def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
+    """Index and value of the first NaN or Inf of a stored tensor; None where there is none."""
+    spec = stored.spec
+    if not torch_dtype(spec.dtype).is_floating_point or not spec.numel:
+        return None
+    height = spec.shape[0] if spec.shape else 1
+    step = max(1, _BLOCK * height // spec.numel)
+    for start in range(0, height, step):
+        block = (
+            read_span(stored, start, min(step, height - start)) if spec.shape else read_tensor(stored)
+        )
+        values = block.float()
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            index, value = bad[0].tolist(), float(values[tuple(bad[0])])
+            return [start + row for row in index[:1]] + index[1:], value
+    return None
 
 
 @contextmanager
@@ -86,6 +120,7 @@ def _opened(stored: StoredTensor) -> Iterator[int]:
 
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
     """Fill `block` from byte `offset` of a stored tensor in its open file."""
+    assert not isinstance(stored, Encoded), "codes are no weights"
     done = 0
     with disk_errors(stored.file):
         while done < len(block):

@@ -51,7 +51,7 @@ def quantized_items(plan: Plan) -> list[Quantize]:
 def content_digest(checkpoint: Checkpoint) -> str:
     """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
     digest = hashlib.sha256(checkpoint.fingerprint.encode())
-    tensors = list(checkpoint.tensors.values())
+    tensors = list(checkpoint.on_disk.values())
     step = -(-len(tensors) // _SAMPLED)
     for stored in tensors[:: max(1, step)]:
         size = min(_SAMPLED, stored.spec.nbytes)

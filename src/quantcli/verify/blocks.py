@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import ExitStack
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from quantcli.encoded import Encoded, Rows
 from quantcli.header import StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.tensors import read_into, read_tensor
@@ -22,18 +25,27 @@ class Reader:
         self.stored = stored
         self._dtype = torch_dtype(stored.spec.dtype)
         self._buffer = bytearray()
+        self._stack = ExitStack()
+        self._decoder: Rows
 
     def __enter__(self) -> Self:
-        with disk_errors(self.stored.file):
-            self._fd = os.open(self.stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        stored = self.stored
+        if isinstance(stored, Encoded):
+            self._decoder = self._stack.enter_context(stored.open())
+            return self
+        with disk_errors(stored.file):
+            self._fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._stack.callback(os.close, self._fd)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        self._stack.close()
 
     def rows(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count), as many as there are: [rows, ...] in the stored dtype."""
         spec = self.stored.spec
+        if isinstance(self.stored, Encoded):
+            return self._decoder.weight(start, count)
         rows = min(count, (spec.shape[0] if spec.shape else 1) - start)
         nbytes = rows * spec.row_nbytes
         if nbytes > len(self._buffer):
@@ -56,6 +68,7 @@ class ModuleReader:
                 self._constants[suffix] = self._constants[suffix].to(dtype)
         self._readers = {p.suffix: Reader(module.tensors[p.suffix]) for p in module.row_params}
         self._params = {p.suffix: p for p in module.row_params}
+        self._multiple = math.lcm(*(p.rows for p in module.row_params if not p.spread))
 
     def __enter__(self) -> Self:
         for reader in self._readers.values():
@@ -69,7 +82,8 @@ class ModuleReader:
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
         """Tensors by suffix: rows [start, start + count) of those that have them.
 
-        start is a multiple of 8, as zero points stand in eights of rows, and codes of some in pairs.
+        start is a multiple of 8, as zero points stand in eights of rows, and codes of some in pairs;
+        `weight` takes any.
         """
         count = min(count, self.module.shape[0] - start)
         rows = {}
@@ -83,5 +97,8 @@ class ModuleReader:
         return self._constants | rows
 
     def weight(self, start: int, count: int) -> Tensor:
-        """The weight that the kernel's product amounts to: float32 [rows, k]."""
-        return self.module.layout.dequantize(self.stored(start, count))
+        """The weight that the kernel's product amounts to: float32 [rows, k], as many as there are."""
+        stop = min(start + count, self.module.shape[0])
+        first = start - start % self._multiple
+        rows = self.module.layout.dequantize(self.stored(first, stop + -stop % self._multiple - first))
+        return rows[start - first : stop - first]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
+from quantcli.encoded import Encoded, decoded_kinds
 from quantcli.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
+from quantcli.sources.decode import decoded
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.verify.blocks import ModuleReader, Reader
@@ -52,6 +54,8 @@ def open_reference(path: Path) -> Reference:
     """The model to compare with. InputError where it is damaged."""
     checkpoint = open_checkpoint(path)
     target = target_of(checkpoint)
+    if target is None:
+        return Reference(decoded(checkpoint), None, None)
     return Reference(checkpoint, target, None if target is None else target.open_stored(checkpoint))
 
 
@@ -67,6 +71,8 @@ def difference(before: StoredTensor, after: StoredTensor) -> str | None:
     with Reader(before) as first, Reader(after) as second:
         for start in range(0, a.shape[0] if a.shape else 1, step):
             x, y = first.rows(start, step), second.rows(start, step)
+            if isinstance(before, Encoded):
+                x = x.to(y.dtype)
             if x.dtype != y.dtype:
                 x, y = x.float(), y.float()
             if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
@@ -162,8 +168,11 @@ def _embeddings(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
 
 def noted_kind(reference: Reference) -> Iterator[Finding]:
     """A word where the other model is quantized itself."""
+    encoded = decoded_kinds(reference.checkpoint.tensors.values())
+    count = sum(kind["modules"] for kind in encoded)
     if reference.stored is not None:
         count = len(reference.stored.modules)
+    if count:
         what = (
             f"the other model is quantized, too ({count} modules): differences between both are shown"
         )

@@ -1,0 +1,127 @@
+"""What readers of a format start from, and the words in which they refuse."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.encoded import Encoded, Rows
+from quantcli.errors import InputError
+from quantcli.header import StoredTensor
+from quantcli.tensorspec import FLOATS, TensorSpec
+
+AGAIN = "fetch the model again"
+Tensors = Mapping[str, StoredTensor]  # of one module, by suffix
+
+
+@dataclass(frozen=True)
+class Source:
+    """A quantized checkpoint.
+
+    settings: what it says of its quantization; strangers wrote it. `where` is the file.
+    """
+
+    checkpoint: Checkpoint
+    settings: Mapping[str, Any]
+    where: str = CONFIG
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, StoredTensor]]:
+        """Tensors by module and suffix, in the order of the files."""
+        found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for name, stored in self.checkpoint.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            found[module][suffix] = stored
+        return dict(found)
+
+    def whole(self, *keys: str, default: int | None = None) -> int:
+        """The whole number under the first of `keys` that is there."""
+        for key in keys:
+            value = self.settings.get(key)
+            if value is not None:
+                if type(value) is not int or abs(value) > 2**31:
+                    raise self.refused(f"`{key}` is {reprlib.repr(value)}, not a whole number")
+                return value
+        if default is None:
+            raise self.refused(f"has no `{keys[0]}` for its quantized weights")
+        return default
+
+    def word(self, key: str, default: str) -> str:
+        """The text under `key`, in lower case."""
+        value = self.settings.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.refused(f"`{key}` is {reprlib.repr(value)}, not text")
+        return value.lower()
+
+    def refused(self, what: str, fix: str | None = None) -> InputError:
+        """The error for what the settings say."""
+        return InputError(f"{self.where}: {what}", where=str(self.checkpoint.path), fix=fix or AGAIN)
+
+    def contradicted(self, stored: StoredTensor, said: str) -> InputError:
+        """The error for a tensor that is not what the settings make of it."""
+        return InputError(
+            f"{self.where} contradicts the tensors: {said}; `{stored.spec.name}` is {stored.spec}",
+            where=f"`{stored.spec.name}` in {stored.file.name}",
+            fix=f"{AGAIN}, with the {self.where} that belongs to it",
+        )
+
+
+Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
+
+
+def needed(module: str, tensors: Tensors, suffix: str, codes: StoredTensor) -> StoredTensor:
+    """The module's tensor with this suffix."""
+    if suffix not in tensors:
+        raise InputError(
+            f"`{module}.{suffix}` is missing: without it the codes in `{codes.spec.name}` mean nothing",
+            where=f"`{codes.spec.name}` in {codes.file.name}",
+            fix=AGAIN,
+        )
+    return tensors[suffix]
+
+
+def must_be(stored: StoredTensor, dtypes: Sequence[str], shape: tuple[int, ...], why: str) -> None:
+    """InputError for another dtype or shape. why: for what the shape is right."""
+    spec = stored.spec
+    if spec.dtype not in dtypes or spec.shape != shape:
+        raise InputError(
+            f"is {spec}; {why} has {' or '.join(dtypes)} {list(shape)}",
+            where=f"`{spec.name}` in {stored.file.name}",
+            fix=AGAIN,
+        )
+
+
+def matrix(stored: StoredTensor) -> tuple[int, int]:
+    """The sides of codes; InputError where they are no matrix, or an empty one."""
+    shape = stored.spec.shape
+    if len(shape) != 2 or not stored.spec.numel:
+        raise InputError(
+            f"codes are {stored.spec}; this version decodes matrices, experts one by one",
+            where=f"`{stored.spec.name}` in {stored.file.name}",
+            fix="start from the float checkpoint",
+        )
+    return shape[0], shape[1]
+
+
+def encoded(
+    module: str,
+    shape: tuple[int, int],
+    parts: Sequence[StoredTensor],
+    opened: Callable[[], AbstractContextManager[Rows]],
+    kind: str,
+    held: int = 0,
+) -> Encoded:
+    """The weight [n, k] of a module. parts: its codes first."""
+    spec = TensorSpec(f"{module}.weight", "F32", shape)
+    return Encoded(spec, parts[0].file, parts[0].offset, tuple(parts), opened, kind, held)
+
+
+SCALES = (*sorted(FLOATS), "F8_E8M0")  # dtypes of scales

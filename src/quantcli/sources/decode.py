@@ -1,0 +1,150 @@
+"""A quantized checkpoint as the float one that it stands for: each stored tensor is taken once."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.encoded import Encoded, decoded_kinds
+from quantcli.errors import InputError
+from quantcli.findings import Finding
+from quantcli.formats import Quantization, is_quantized, quantization
+from quantcli.header import StoredTensor
+from quantcli.sources import awq, float8, gptq, stored
+from quantcli.sources.base import AGAIN, Read, Source
+from quantcli.targets.base import target_of
+
+# by `quant_method` in config.json
+_READERS: dict[str, Read] = {
+    "awq": awq.read,
+    "fbgemm_fp8": float8.read,
+    "fp8": float8.read,
+    "gptq": gptq.read,
+}
+_OWN_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # of older producers
+# Scales of a cache of keys and values: of no weight, and of no use to another engine.
+_CACHE = re.compile(
+    r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
+    r"|[kvq]_proj\.output_scale)"
+)
+_FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
+
+
+def decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with an `Encoded` float weight in place of what quantized modules are stored as.
+
+    One that is float, or decoded already, as it is. What was found is in its notes. Raises InputError
+    for a format that is not known, and for tensors that are not what it makes of them.
+    """
+    if checkpoint.stored is not None or (found := quantization(checkpoint)) is None:
+        return checkpoint
+    weights, findings = _read(checkpoint, found)
+    owner = {part.spec.name: weight for weight in weights for part in weight.parts}
+    tensors: dict[str, StoredTensor] = {}
+    cache = []
+    for name, tensor in checkpoint.tensors.items():
+        weight = owner.get(name)
+        if weight is None and _CACHE.fullmatch(name):
+            cache.append(name)
+        elif weight is None:
+            _refuse_code(tensor, checkpoint, weights, findings)
+            tensors[name] = tensor
+        elif name == weight.parts[0].spec.name:
+            if weight.spec.name != name and weight.spec.name in checkpoint.tensors:
+                what = f"the module has codes, and `{weight.spec.name}` as well: which is its weight?"
+                raise InputError(what, where=f"`{name}` in {tensor.file.name}", fix=AGAIN)
+            tensors[weight.spec.name] = weight
+    notes = [*checkpoint.notes]
+    for kind in decoded_kinds(weights):
+        notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
+    if cache:
+        notes.append(
+            f"dropped {len(cache)} scales of the cache of keys and values, such as `{cache[0]}`"
+        )
+    return replace(checkpoint, tensors=tensors, stored=checkpoint.tensors, notes=notes)
+
+
+def _read(checkpoint: Checkpoint, found: Quantization) -> tuple[Sequence[Encoded], Sequence[Finding]]:
+    """The modules, and what else was found wrong."""
+    settings, where = _settings(checkpoint)
+    method = settings.get("quant_method")
+    if isinstance(method, str) and method.lower() in _READERS:
+        return list(_READERS[method.lower()](Source(checkpoint, settings, where))), ()
+    target = target_of(checkpoint)
+    if target is not None:
+        known = target.open_stored(checkpoint)
+        return list(stored.read(known, target.name)), known.findings
+    names = sorted({*_READERS, "ascend", "compressed-tensors"})
+    raise InputError(
+        f"model is already quantized: {found.format}, {found.modules} modules; "
+        f"this version decodes {', '.join(names)}",
+        where=f"{checkpoint.path}, {found.evidence}",
+        fix=_FLOAT,
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+    """What the checkpoint says of its quantization, and the file that says so; empty for nothing."""
+    for level in (checkpoint.config, checkpoint.text_config):
+        for key in QUANTIZATION_KEYS:
+            block = level.get(key)
+            if isinstance(block, dict):
+                return block, CONFIG
+            if block is not None:
+                raise InputError(
+                    f"`{key}` is {reprlib.repr(block)}, not an object",
+                    where=str(checkpoint.path / CONFIG),
+                    fix=AGAIN,
+                )
+    for name, method in _OWN_FILES.items():
+        if name in checkpoint.left_out and (checkpoint.path / name).is_file():
+            return {"quant_method": method, **read_json_file(checkpoint.path / name)}, name
+    return {}, CONFIG
+
+
+def _refuse_code(
+    tensor: StoredTensor,
+    checkpoint: Checkpoint,
+    weights: Sequence[Encoded],
+    findings: Sequence[Finding],
+) -> None:
+    """InputError for a tensor of a quantized module that no reader took: a damaged one, or of a second
+    format."""
+    spec = tensor.spec
+    module, _, suffix = spec.name.rpartition(".")
+    if not is_quantized(spec) and suffix not in _BESIDE:
+        return
+    where = f"`{spec.name}` in {tensor.file.name}"
+    for finding in findings:
+        said = f"{finding.what} {finding.where}"
+        if finding.severity == "error" and (f"`{module}`" in said or f"`{module}." in said):
+            raise InputError(finding.what, where=finding.where or where, fix=finding.fix or AGAIN)
+    if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in _BESIDE:
+        what = f"`{spec.name}` belongs to no weight: the module has no codes"
+        raise InputError(what, where=where, fix=AGAIN)
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        raise InputError(errors[0].what, where=errors[0].where or where, fix=errors[0].fix or AGAIN)
+    if not weights:
+        what = f"is {spec}: the settings say what this is, and yet nothing here is of that format"
+        raise InputError(what, where=where, fix=_FLOAT)
+    count, kind = len(weights), weights[0].kind
+    example = weights[0].spec.name.removesuffix(".weight")
+    raise InputError(
+        f"formats are mixed: {count} modules such as `{example}` are {kind}, and `{module}` with its "
+        f"{suffix} {spec} is not",
+        where=where,
+        fix=_FLOAT,
+    )
+
+
+# what stands beside codes, in any format
+_BESIDE = frozenset(
+    {
+        "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",
+        "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx",
+    }
+)  # fmt: skip

@@ -1,0 +1,123 @@
+"""FP8 weights with a scale per tensor, per row or per block (DeepSeek and its like, `fbgemm_fp8`)."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quantcli.codes import fp8_values, scale_groups
+from quantcli.encoded import Encoded
+from quantcli.errors import InputError
+from quantcli.header import StoredTensor
+from quantcli.sources.base import AGAIN, SCALES, Source, encoded, matrix
+from quantcli.verify.blocks import Reader
+
+_OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
+_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer
+_OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale_ub")
+
+
+def read(source: Source) -> Iterator[Encoded]:
+    """Every FP8 module of what config.json calls `fp8`. InputError for what does not fit."""
+    block = _block(source)
+    if source.word("fmt", "e4m3") != "e4m3":
+        raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
+    for module, tensors in source.modules.items():
+        weight = tensors.get("weight")
+        if weight is None or not weight.spec.dtype.startswith("F8_"):
+            continue
+        if weight.spec.dtype != "F8_E4M3":
+            kind = _OTHER_FP8.get(weight.spec.dtype, weight.spec.dtype)
+            raise InputError(
+                f"codes are fp8 {kind}: only e4m3 is decoded",
+                where=f"`{weight.spec.name}` in {weight.file.name}",
+                fix=_FLOAT,
+            )
+        n, k = matrix(weight)
+        scales = [tensors[suffix] for suffix in _WEIGHT_SCALES if suffix in tensors]
+        if len(scales) != 1:
+            first, second = (f"`{module}.{suffix}`" for suffix in _WEIGHT_SCALES)
+            what = f"there is neither {first} nor {second}"
+            if scales:
+                what = f"there are both {first} and {second}"
+            raise InputError(what, where=f"`{weight.spec.name}` in {weight.file.name}", fix=AGAIN)
+        scale, tile, kind = _tiles(source, scales[0], (n, k), block)
+        parts = [weight, scale, *(tensors[suffix] for suffix in _OF_INPUTS if suffix in tensors)]
+        yield encoded(module, (n, k), parts, partial(Float8Rows, weight, scale, tile), kind)
+
+
+def _block(source: Source) -> tuple[int, int] | None:
+    value = source.settings.get("weight_block_size")
+    if value is None:
+        return None
+    sides = value if isinstance(value, list) else []
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= 2**31 for side in sides):
+        raise source.refused(f"`weight_block_size` is {reprlib.repr(value)}, not two whole numbers")
+    return sides[0], sides[1]
+
+
+def _tiles(
+    source: Source, scale: StoredTensor, sides: tuple[int, int], block: tuple[int, int] | None
+) -> tuple[StoredTensor, tuple[int, int], str]:
+    """The scale as a matrix, one value a tile; rows and columns of a tile; what that is called."""
+    n, k = sides
+    shape = scale.spec.shape
+    if scale.spec.dtype not in SCALES:
+        raise InputError(
+            f"scale is {scale.spec}; it must be float",
+            where=f"`{scale.spec.name}` in {scale.file.name}",
+            fix=AGAIN,
+        )
+    if block is not None:
+        wanted = -(-n // block[0]), -(-k // block[1])
+        if shape != wanted:
+            said = f"blocks of {block[0]} x {block[1]} give a weight of {n} x {k} "
+            raise source.contradicted(scale, f"{said}{list(wanted)} scales")
+        return scale, block, f"fp8 blocks of {block[0]} x {block[1]}"
+    if shape in {(), (1,), (1, 1)}:
+        tile, kind, rows = (n, k), "fp8 per tensor", 1
+    elif shape in {(n,), (n, 1)}:
+        tile, kind, rows = (1, k), "fp8 per channel", n
+    else:
+        said = f"no weight_block_size, so that a weight of {n} x {k} has 1 or {n} scales"
+        raise source.contradicted(scale, said)
+    return replace(scale, spec=replace(scale.spec, shape=(rows, 1))), tile, kind
+
+
+class Float8Rows:
+    """Rows of FP8 codes [n, k] times the scale of their tile."""
+
+    def __init__(self, codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> None:
+        """scale: [ceil(n / rows), ceil(k / columns)] of a tile's."""
+        self._codes, self._scale = Reader(codes), Reader(scale)
+        self._tile = tile
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._codes)
+            stack.enter_context(self._scale)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def weight(self, start: int, count: int) -> Tensor:
+        """Rows [start, start + count) in float32."""
+        rows, columns = self._tile
+        values = fp8_values(self._codes.rows(start, count))
+        first, last = start // rows, -(-(start + len(values)) // rows)
+        scale = self._scale.rows(first, last - first).float()
+        if rows > 1:
+            scale = scale[torch.arange(start, start + len(values)) // rows - first]
+        return scale_groups(values, scale, columns)
+
+
+_FLOAT = "start from the float checkpoint"

@@ -1,0 +1,20 @@
+"""Checkpoints in a format that this tool writes: the target that knows it decodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from quantcli.encoded import Encoded
+from quantcli.sources.base import encoded
+from quantcli.targets.base import Stored
+from quantcli.verify.blocks import ModuleReader
+
+
+def read(stored: Stored, target: str) -> Iterator[Encoded]:
+    """Every module that is sound enough to be read. target: its name."""
+    for module in stored.modules.values():
+        codes = module.codes
+        others = [t for suffix, t in module.tensors.items() if t is not codes and suffix != "bias"]
+        kind, opened = f"{target} {module.layout.label}", partial(ModuleReader, module)
+        yield encoded(module.name, module.shape, [codes, *others], opened, kind)

@@ -1,0 +1,318 @@
+"""Quantized checkpoints as sources, against transcriptions of their formats made without this code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from quantcli.checkpoint import open_checkpoint
+from quantcli.codes import fp8_values
+from quantcli.encoded import Encoded
+from quantcli.errors import InputError
+from quantcli.sources import columns
+from quantcli.sources.decode import decoded
+from quantcli.tensors import first_not_finite, read_rows, read_span, read_tensor
+from tests import quantized
+from tests.builders import make_model, tensor
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
+NORM = {"model.norm.weight": tensor("BF16", 8)}
+
+
+def opened(folder, tensors, settings, **more):
+    """The decoded checkpoint."""
+    shards = {"model.safetensors": {**NORM, **tensors}}
+    config = {"model_type": "llama"}
+    if settings is not None:
+        config["quantization_config"] = settings
+    return decoded(open_checkpoint(make_model(folder, shards, config=config, **more)))
+
+
+def check(checkpoint, name, expected):
+    """The weight is the expected one, bit for bit, whole and by any rows."""
+    stored = checkpoint.tensors[f"{name}.weight"]
+    assert isinstance(stored, Encoded)
+    expected = torch.from_numpy(expected)
+    n, k = expected.shape
+    assert stored.spec.shape == (n, k)
+    assert torch.equal(read_tensor(stored), expected)
+    for start, count in ((0, 1), (1, 2), (n // 2, n - n // 2), (n - 1, 1), (3, 11)):
+        assert torch.equal(read_span(stored, start, count), expected[start : start + count])
+    with stored.open() as reader:  # in no order
+        for start in (n - 3, 0, 5):
+            assert torch.equal(reader.weight(start, 3), expected[start : start + 3])
+    assert torch.equal(read_rows(stored, [n - 1, 2]), expected[[n - 1, 2]])
+    return stored
+
+
+# -- codes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["alone", "together"])
+def test_fp8_codes_are_what_their_bits_say(where):
+    codes = torch.arange(256, dtype=torch.uint8)
+    if where == "together":
+        values = fp8_values(codes)
+    else:  # NaN takes another way
+        values = torch.cat([fp8_values(codes[i : i + 1]) for i in range(256)])
+    expected = torch.from_numpy(quantized.FP8)
+    assert torch.equal(values.isnan(), expected.isnan())
+    assert int(expected.isnan().sum()) == 2
+    sound = ~expected.isnan()
+    assert torch.equal(values[sound].view(torch.int32), expected[sound].view(torch.int32))  # -0 too
+    assert torch.equal(fp8_values(codes.view(torch.float8_e4m3fn))[sound], expected[sound])
+
+
+def test_every_int4_code_and_zero_point(tmp_path):
+    """All 16 codes times all 16 zero points, in both layouts."""
+    for make, settings in ((quantized.awq, AWQ), (quantized.gptq, GPTQ)):
+        tensors, weight = make("a", 64, 96)
+        found = opened(tmp_path / settings["quant_method"], tensors, settings)
+        stored = found.tensors["a.weight"]
+        assert torch.equal(read_tensor(stored), torch.from_numpy(weight))
+        scales = np.frombuffer(tensors["a.scales"][2], "<f2").reshape(3, 64).T.astype("f4")
+        steps = np.rint(weight / np.repeat(scales, 32, 1))
+        assert set(steps.ravel()) == set(range(-15, 16))
+
+
+# -- fp8 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "block"),
+    [(256, 256, (128, 128)), (130, 200, (128, 128)), (17, 40, (5, 7)), (20, 64, (1, 32))],
+)
+def test_fp8_blocks(tmp_path, n, k, block):
+    tensors, weight = quantized.fp8_blocks("a", n, k, block)
+    settings = BLOCKS | {"weight_block_size": list(block)}
+    found = opened(tmp_path, tensors, settings)
+    stored = check(found, "a", weight)
+    assert stored.nbytes == n * k + 4 * -(-n // block[0]) * -(-k // block[1])
+    assert found.notes == [f"decoded from fp8 blocks of {block[0]} x {block[1]}: 1 modules"]
+    assert list(found.tensors) == ["model.norm.weight", "a.weight"]
+
+
+def test_the_scale_may_lie_in_another_shard_and_be_of_other_types(tmp_path):
+    tensors, _ = quantized.fp8_blocks("a", 130, 200)
+    codes = np.frombuffer(tensors["a.weight"][2], "u1").reshape(130, 200)
+    exponents = np.array([[120, 125], [127, 130]], "u1")
+    weight = np.empty((130, 200), "f4")
+    for i in range(130):
+        for j in range(200):
+            power = 2.0 ** (float(exponents[i // 128, j // 128]) - 127)
+            weight[i, j] = quantized.FP8[codes[i, j]] * power
+    upper = (np.exp2(exponents.astype("f4") - 127).view("<u4") >> 16).astype("<u2")
+    for name, scale in (
+        ("e8m0", ("F8_E8M0", (2, 2), exponents.tobytes())),
+        ("bf16", ("BF16", (2, 2), upper.tobytes())),
+    ):
+        shards = {
+            "model-00001-of-00002.safetensors": {"a.weight": tensors["a.weight"]},
+            "model-00002-of-00002.safetensors": {"a.weight_scale_inv": scale, **NORM},
+        }
+        folder = make_model(
+            tmp_path / name, shards, config={"text_config": {"quantization_config": BLOCKS}}
+        )
+        check(decoded(open_checkpoint(folder)), "a", weight)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (24,), (24, 1)])
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8"])
+def test_fp8_per_tensor_and_per_channel(tmp_path, shape, method):
+    codes = quantized.fp8_codes(24, 40)
+    scale = np.random.default_rng(3).uniform(1e-3, 1e-2, shape).astype("f4")
+    tensors = {
+        "a.weight": ("F8_E4M3", (24, 40), codes.tobytes()),
+        "a.weight_scale": quantized.f32(np.asarray(scale)),
+        "a.input_scale": quantized.f32(np.ones(1, "f4")),
+        "a.bias": tensor("BF16", 24),
+    }
+    found = opened(tmp_path, tensors, FP8 | {"quant_method": method})
+    stored = check(found, "a", quantized.FP8[codes] * np.asarray(scale).reshape(-1, 1))
+    assert stored.kind == ("fp8 per channel" if 24 in shape else "fp8 per tensor")
+    assert list(found.tensors) == ["model.norm.weight", "a.weight", "a.bias"]
+    assert [part.spec.name for part in stored.parts] == ["a.weight", "a.weight_scale", "a.input_scale"]
+
+
+# -- int4 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(40, 96, 32), (8, 64, -1), (24, 80, 32), (2048, 64, 64)])
+def test_awq(tmp_path, monkeypatch, n, k, group):
+    monkeypatch.setattr(columns, "STRIP_BYTES", 4 * k * 3)  # three words of eight channels
+    tensors, weight = quantized.awq("a", n, k, k if group == -1 else group)
+    found = opened(tmp_path, tensors, AWQ | {"group_size": group})
+    stored = check(found, "a", weight)
+    kind = "per channel" if group == -1 else f"in groups of {group}"
+    assert found.notes == [f"decoded from awq int4 {kind}: 1 modules"]
+    assert stored.nbytes == sum(len(data) for _, _, data in tensors.values())
+    assert list(found.tensors) == ["model.norm.weight", "a.weight"]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "bits"), [(40, 96, 32, 4), (16, 80, 32, 8), (8, 64, -1, 4)]
+)
+def test_gptq(tmp_path, monkeypatch, n, k, group, bits, act_order, v2):
+    monkeypatch.setattr(columns, "STRIP_BYTES", k * bits // 8 * 5)  # five rows
+    columns_ = k if group == -1 else group
+    tensors, weight = quantized.gptq("a", n, k, columns_, bits=bits, act_order=act_order, v2=v2)
+    settings = GPTQ | {"group_size": group, "bits": bits, "desc_act": act_order}
+    if v2:
+        settings["checkpoint_format"] = "gptq_v2"
+    check(opened(tmp_path, tensors, settings), "a", weight)
+    if not act_order:  # then the index says nothing, and may be absent or empty
+        index = tensors.pop("a.g_idx")
+        check(opened(tmp_path / "without", tensors, settings), "a", weight)
+        tensors["a.g_idx"] = (index[0], (0,), b"")
+        check(opened(tmp_path / "empty", tensors, settings), "a", weight)
+
+
+def test_older_producers_say_it_in_a_file_of_their_own(tmp_path):
+    tensors, weight = quantized.awq("a", 8, 64)
+    said = {"w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}
+    found = opened(tmp_path / "awq", tensors, None, files={"quant_config.json": json.dumps(said)})
+    check(found, "a", weight)
+    assert "quant_config.json" in found.left_out
+    tensors, weight = quantized.gptq("a", 8, 64)
+    said = {"bits": 4, "group_size": 32, "desc_act": False}
+    found = opened(tmp_path / "gptq", tensors, None, files={"quantize_config.json": json.dumps(said)})
+    check(found, "a", weight)
+
+
+# -- the checkpoint ------------------------------------------------------------------------------
+
+
+def test_float_and_decoded_checkpoints_stay_as_they_are(tmp_path):
+    plain = open_checkpoint(make_model(tmp_path / "a"))
+    assert decoded(plain) is plain
+    stale = open_checkpoint(make_model(tmp_path / "b", config={"quantization_config": AWQ}))
+    assert decoded(stale) is stale
+    tensors, _ = quantized.fp8_blocks("a", 8, 8)
+    made = opened(tmp_path / "c", tensors, BLOCKS)
+    assert decoded(made) is made
+    original = open_checkpoint(tmp_path / "c")
+    assert made.fingerprint == original.fingerprint
+    assert made.nbytes == original.nbytes
+    assert made.on_disk == original.tensors
+
+
+def test_scales_of_the_cache_are_dropped_with_a_word(tmp_path):
+    tensors, _ = quantized.fp8_blocks("a", 8, 8)
+    tensors["l.self_attn.k_scale"] = tensors["l.self_attn.v_scale"] = tensor("F32", 1)
+    found = opened(tmp_path, tensors, BLOCKS)
+    assert list(found.tensors) == ["model.norm.weight", "a.weight"]
+    said = "dropped 2 scales of the cache of keys and values, such as `l.self_attn.k_scale`"
+    assert found.notes[-1] == said
+
+
+def fp8(**changes):
+    return quantized.fp8_blocks("a", 130, 200)[0] | {f"a.{k}": v for k, v in changes.items()}
+
+
+def without(tensors, *suffixes):
+    return {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in suffixes}
+
+
+AWQ_TENSORS = quantized.awq("a", 16, 64)[0]
+GPTQ_TENSORS = quantized.gptq("a", 16, 64)[0]
+FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "said"),
+    [
+        (without(fp8(), "weight_scale_inv"), BLOCKS, "neither `a.weight_scale_inv` nor"),
+        (fp8(weight_scale=tensor("F32", 1)), BLOCKS, "both `a.weight_scale_inv` and"),
+        (fp8(weight_scale_inv=tensor("F32", 1, 2)), BLOCKS, "contradicts the tensors: blocks of"),
+        (fp8(weight_scale_inv=tensor("I32", 2, 2)), BLOCKS, "scale is I32 [2, 2]; it must be float"),
+        (fp8(), FP8, "contradicts the tensors: no weight_block_size"),
+        (fp8(), BLOCKS | {"weight_block_size": [64, 64]}, "give a weight of 130 x 200 [3, 4] scales"),
+        (fp8(), BLOCKS | {"weight_block_size": [0, 64]}, "`weight_block_size` is [0, 64]"),
+        (fp8(), BLOCKS | {"weight_block_size": "128"}, "`weight_block_size` is '128'"),
+        (fp8(), BLOCKS | {"fmt": "e5m2"}, "`fmt` is 'e5m2'"),
+        (fp8(), BLOCKS | {"fmt": 3}, "`fmt` is 3, not text"),
+        (fp8(weight=("F8_E5M2", (130, 200), bytes(26000))), BLOCKS, "codes are fp8 e5m2"),
+        (fp8(weight=("F8_E4M3FNUZ", (130, 200), bytes(26000))), BLOCKS, "codes are fp8 e4m3fnuz"),
+        (fp8(weight=("F8_E4M3", (2, 65, 200), bytes(26000))), BLOCKS, "codes are F8_E4M3 [2, 65, 200]"),
+        (without(fp8(), "weight"), BLOCKS, "`a.weight_scale_inv` belongs to no weight"),
+        (fp8() | {"b.weight": tensor("I8", 4, 4)}, BLOCKS, "mixed: 1 modules such as `a` are"),
+        (fp8() | {"b.weight_scale": tensor("F32", 1)}, BLOCKS, "`b.weight_scale` belongs to no weight"),
+        (fp8() | AWQ_TENSORS | {"b.qweight": tensor("I32", 4, 4)}, BLOCKS, "formats are mixed"),
+        (fp8(), {"quant_method": "bitsandbytes"}, "already quantized: bitsandbytes, 1 modules"),
+        (fp8(), {"quant_method": "gguf"}, "this version decodes ascend, awq, compressed-tensors"),
+        (fp8(), {"quant_method": ["fp8"]}, "already quantized"),
+        (fp8(), None, "already quantized: unnamed, F32, F8_E4M3"),
+        (fp8(), "fp8", "`quantization_config` is 'fp8', not an object"),
+        (without(AWQ_TENSORS, "scales"), AWQ, "`a.scales` is missing"),
+        (without(AWQ_TENSORS, "qzeros"), AWQ, "`a.qzeros` is missing"),
+        (without(AWQ_TENSORS, "qweight"), AWQ, "`a.qzeros` belongs to no weight"),
+        (AWQ_TENSORS | {"a.scales": ("F16", (4, 8), bytes(64))}, AWQ, "contradicts the tensors"),
+        (AWQ_TENSORS | {"a.scales": ("I16", (2, 16), bytes(64))}, AWQ, "is I16 [2, 16]; AWQ has"),
+        (AWQ_TENSORS | {"a.qzeros": tensor("I32", 1, 2)}, AWQ, "is I32 [1, 2]; AWQ of 16 x 64 has"),
+        (AWQ_TENSORS | {"a.weight": tensor("F16", 16, 64)}, AWQ, "and `a.weight` as well"),
+        (AWQ_TENSORS, AWQ | {"group_size": 64}, "give a weight of 16 x 64 [1, 16] scales"),
+        (AWQ_TENSORS, AWQ | {"group_size": 0}, "in groups of 0"),
+        (AWQ_TENSORS, AWQ | {"group_size": None}, "has no `group_size`"),
+        (AWQ_TENSORS, AWQ | {"bits": 3}, "AWQ of 3 bits"),
+        (AWQ_TENSORS, AWQ | {"bits": "4"}, "`bits` is '4', not a whole number"),
+        (AWQ_TENSORS, AWQ | {"version": "gemv"}, "AWQ in the layout `gemv`"),
+        (GPTQ_TENSORS, GPTQ | {"bits": 8}, "8 bits in groups of 32 give a weight of 16 x 32 [1, 16]"),
+        (GPTQ_TENSORS, GPTQ | {"bits": 3}, "GPTQ of 3 bits"),
+        (GPTQ_TENSORS, GPTQ | {"checkpoint_format": "marlin"}, "in the layout `marlin`"),
+        (GPTQ_TENSORS, GPTQ | {"is_marlin_format": True}, "in the layout `marlin`"),
+        (GPTQ_TENSORS | {"a.g_idx": tensor("I32", 3)}, GPTQ, "is I32 [3]; GPTQ of 16 x 64 has"),
+        (GPTQ_TENSORS | {"a.qweight": tensor("U8", 8, 16)}, GPTQ, "is U8 [8, 16]; GPTQ has I32"),
+        (GPTQ_TENSORS | {"b.weight": FP8_CODES}, GPTQ, "formats are mixed"),
+        (GPTQ_TENSORS, BLOCKS, "nothing here is of that format"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(tmp_path, tensors, settings, said):
+    with pytest.raises(InputError) as caught:
+        opened(tmp_path, tensors, settings)
+    assert said in caught.value.what
+    assert caught.value.fix
+
+
+def test_a_group_index_out_of_range_is_named(tmp_path):
+    tensors, _ = quantized.gptq("a", 8, 64)
+    index = np.arange(64) // 32
+    for value in (2, -1):
+        index[7] = value
+        data = index.astype("<i4").tobytes()
+        folder = tmp_path / str(value)
+        found = opened(folder, tensors | {"a.g_idx": ("I32", (64,), data)}, GPTQ)
+        with pytest.raises(InputError, match=f"is {value}; there are 2 groups") as caught:
+            read_tensor(found.tensors["a.weight"])
+        assert caught.value.where == "`a.g_idx`[7] in model.safetensors"
+
+
+def test_what_is_not_finite_is_found_in_its_part(tmp_path):
+    tensors, _ = quantized.fp8_blocks("a", 130, 200)
+    data = bytearray(tensors["a.weight_scale_inv"][2])
+    data[8:12] = struct.pack("<f", float("nan"))
+    found = opened(tmp_path, tensors | {"a.weight_scale_inv": ("F32", (2, 2), bytes(data))}, BLOCKS)
+    codes, scale = found.tensors["a.weight"].parts
+    assert first_not_finite(codes) is None
+    index, value = first_not_finite(scale)
+    assert index == [1, 0]
+    assert value != value
+    assert torch.isnan(read_span(found.tensors["a.weight"], 128, 1)[0, :128]).all()
+
+
+def test_codes_are_never_read_as_floats(tmp_path):
+    from quantcli.tensors import read_bytes
+
+    found = opened(tmp_path, quantized.fp8_blocks("a", 8, 8)[0], BLOCKS)
+    with pytest.raises(AssertionError, match="codes are no weights"):
+        read_bytes(found.tensors["a.weight"], 0, 4)
+    assert dataclasses.replace(found.tensors["a.weight"]).nbytes == 68
