@@ -77,16 +77,27 @@ def _(box: Box) -> Arguments:
     return box.args()
 
 
+def quantized_as(box: Box, config: dict[str, object], name: str, data: bytes) -> Arguments:
+    """The model with one tensor of codes more, and what config.json says of them."""
+    tensors = llama() | {name: ("U8", (len(data),), data)}
+    shards = {"model.safetensors": tensors}
+    make_model(box.model, shards, config=CONFIG | {"quantization_config": config})
+    return box.args()
+
+
 @case(
-    "quantized already",
-    "already quantized: ascend (W8A8_DYNAMIC 7), 7 modules",
-    "weight_offset` F32 [16, 1]",
+    "quantized by bitsandbytes",
+    "already quantized: bitsandbytes, 1 modules; this version decodes ascend, awq",
+    "x.weight.absmax` U8 [4]",
     "float",
 )
 def _(box: Box) -> Arguments:
-    first = box.root / "first"
-    assert run_cli(*box.args(), "--out", first).code == 0
-    return [*box.args(), "--model", first]
+    return quantized_as(box, {"quant_method": "bitsandbytes"}, "x.weight.absmax", bytes(4))
+
+
+@case("quantized in two ways", "belongs to no weight", "x.weight_scale", "fetch the model again")
+def _(box: Box) -> Arguments:
+    return quantized_as(box, {"quant_method": "fp8"}, "x.weight_scale", bytes(4))
 
 
 @case("truncated weights", "truncated", "model.safetensors")

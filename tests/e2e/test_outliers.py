@@ -169,12 +169,25 @@ def test_names_may_hold_quotes(tmp_path: Path) -> None:
     assert [m["module"] for m in account["modules"]] == ['a"b']
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_quantized_checkpoint_is_refused(box: Box, flags: list[str]) -> None:
+def test_a_quantized_checkpoint_is_decoded(box: Box) -> None:
     assert box.run("--quiet").code == 0
-    done = run_cli("inspect", "--outliers", box.out, *flags)
+    floats = run_cli("inspect", "--outliers", box.model, "--json").json["modules"]
+    codes = run_cli("inspect", "--outliers", box.out, "--json").json["modules"]
+    assert {m["module"] for m in floats} == {m["module"] for m in codes}
+    ratio = {m["module"]: m["amax_over_rms"] for m in floats}
+    for module in codes:
+        assert module["amax_over_rms"] == pytest.approx(ratio[module["module"]], rel=0.01)
+        quantized = module["module"].endswith("_proj")
+        assert (module["sqnr_db"]["int8 per channel"] > 60) == quantized  # codes of these very scales
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_format_that_is_not_known_is_refused(tmp_path: Path, flags: list[str]) -> None:
+    model = make_llama(tmp_path / "m")
+    write_safetensors(model / "model.safetensors", {"a.weight": ("U8", (1, 2), bytes(2))})
+    done = run_cli("inspect", "--outliers", model, *flags)
     assert done.code == 2
-    assert "error: model is already quantized: ascend (W8A8_DYNAMIC 7), 7 modules" in done.err
+    assert "error: model is already quantized: unnamed, U8, 1 modules" in done.err
     assert "fix: start from the float checkpoint (bfloat16, float16 or float32)" in done.err
     assert done.out == "" or done.json["exit_code"] == 2
 
