@@ -35,15 +35,26 @@ JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 def memory_estimate(plan: Plan, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded.
+    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. Where
+    rows share a scale, blocks have at least so many; of those, only some columns are ever float32.
     """
     widest = max(
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
     )
     block = max(BLOCK_ELEMENTS, widest)
+    tallest = max(
+        (
+            item.row_multiple * item.source.spec.shape[1]
+            for shard in plan.shards
+            for item in shard.items
+            if isinstance(item, Quantize)
+        ),
+        default=1,
+    )
     held = max((s.held for s in plan.checkpoint.tensors.values() if isinstance(s, Encoded)), default=0)
+    held += block * 14 + max(0, tallest - block) * 5
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * (block * 14 + held) + tensors * 1500 + _BASE
+    return workers * held + tensors * 1500 + _BASE
 
 
 class ShardRun:

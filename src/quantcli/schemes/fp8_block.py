@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from quantcli.schemes.base import Scheme
 
 _SIDE = 128
 _BLOCK = (_SIDE, _SIDE)
+_BLOCKS = 32  # side by side, that are looked at together: 512K elements
 
 
 class Fp8Block(Scheme):
@@ -40,10 +42,22 @@ class Fp8Block(Scheme):
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
-        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)]."""
-        scale = rounding.scale_of(tiles.absmax(rows, _BLOCK), rounding.FP8_E4M3_MAX, held)
-        wide = tiles.spread(scale, _BLOCK, *rows.shape[-2:])
-        return {"weight": rounding.to_fp8_e4m3(rows, wide), "weight_scale": scale}
+        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)].
+
+        A row of blocks at a time, and of that so many columns as fit the cache.
+        """
+        n, k = rows.shape[-2:]
+        tall, wide = -(-n // _SIDE), -(-k // _SIDE)
+        codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
+        scales = torch.empty((*rows.shape[:-2], tall, wide), device=rows.device)
+        for i, j in itertools.product(range(tall), range(0, wide, _BLOCKS)):
+            down, across = slice(i * _SIDE, (i + 1) * _SIDE), slice(j * _SIDE, (j + _BLOCKS) * _SIDE)
+            part = rows[..., down, across]
+            scale = rounding.scale_of(tiles.absmax(part, _BLOCK), rounding.FP8_E4M3_MAX, held)
+            each = tiles.spread(scale, (1, _SIDE), 1, part.shape[-1])
+            codes[..., down, across] = rounding.to_fp8_e4m3(part, each)
+            scales[..., i : i + 1, j : j + _BLOCKS] = scale
+        return {"weight": codes, "weight_scale": scales}
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their blocks: float32 [..., n, k]."""
