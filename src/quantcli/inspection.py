@@ -114,7 +114,9 @@ def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
 
 def tied_embeddings(checkpoint: Checkpoint) -> str:
     """Whether lm_head shares the embedding: what config.json says against what is stored."""
-    stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    stored = any(
+        name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in checkpoint.tensors
+    )
     said = checkpoint.config.get("tie_word_embeddings")
     if said is None:
         said = checkpoint.text_config.get("tie_word_embeddings")

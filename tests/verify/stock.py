@@ -29,8 +29,20 @@ OWN = {
     "int4": 'rules: [{match: "*_proj", scheme: w4a4_dynamic}]\n',
     "head": 'rules: [{match: ["*_proj", lm_head], scheme: w8a8_dynamic}]\n',
     "mlp": 'rules: [{match: "*.mlp.*_proj", scheme: fp8_dynamic}]\n',
+    "ct_dynamic": 'rules: [{match: ["*_proj", "*_with_mqa", "*.experts.*"], scheme: w8a8_dynamic}]\n',
+    "ct_static": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, observer: minmax}}]\n',
+    "ct_symmetric": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, symmetric: true}}]\n',
+    "ct_fp8": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: fp8_dynamic}]\n',
+    "ct_fp8_static": 'rules: [{match: "*_proj", scheme: {name: fp8_static, observer: minmax}}]\n',
+    "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
+    "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
+    "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
+    "ct_mixed": 'rules:\n  - {match: "*.self_attn.o_proj", scheme: fp8_block}\n'
+    '  - {match: "*.down_proj", scheme: {name: w4a16, group_size: 32}}\n'
+    '  - {match: "*.0.*", scheme: keep}\n  - {match: "*.1.self_attn.*", scheme: fp8_tensor}\n'
+    '  - {match: "*.self_attn.*", scheme: fp8_dynamic}\n  - {match: "*_proj", scheme: w8a8_dynamic}\n',
 }
-MEASURED = {"static", "symmetric", "mix", "smooth"}
+MEASURED = {"static", "symmetric", "mix", "smooth", "ct_static", "ct_symmetric", "ct_fp8_static"}
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
 
@@ -78,7 +90,9 @@ class Stock:
             path = RECIPES / f"{recipe}.yaml"
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
-                path.write_text("target: ascend\n" + CALIBRATION * (recipe in MEASURED) + OWN[recipe])
+                target = "compressed-tensors" if recipe.startswith("ct_") else "ascend"
+                lines = CALIBRATION * (recipe in MEASURED) + OWN[recipe]
+                path.write_text(f"target: {target}\n{lines}")
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)
             job = commands.prepare(

@@ -57,6 +57,7 @@ class CompressedTensorsStored:
 
     def _parameters(self) -> Iterator[Finding]:
         """Names, dtypes and shapes of each module's tensors, by the group that it is in."""
+        strangers: dict[str, list[str]] = defaultdict(list)
         for module in sorted(self._names):
             tensors = self._by_module[module]
             ignored = self._matcher.ignored(module)
@@ -70,7 +71,7 @@ class CompressedTensorsStored:
             if group is None:
                 self.labels[module] = FLOAT
                 if quantized:
-                    yield self._stranger(module, tensors, ignored)
+                    strangers[self._stranger(tensors, ignored)].append(module)
             elif group.kind is None or group.numerics is None:
                 continue  # told with the group
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
@@ -78,6 +79,9 @@ class CompressedTensorsStored:
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group, tensors)
+        for what, names in strangers.items():
+            more = f"; {len(names) - 1} more like it" if len(names) > 1 else ""
+            yield failed("loader", what + more, f"`{names[0]}`", AGAIN)
 
     def _linear(self, module: str, tensors: Mapping[str, StoredTensor]) -> bool:
         last = module.rpartition(".")[2]
@@ -88,13 +92,12 @@ class CompressedTensorsStored:
             and not (last in EMBEDDINGS or last.endswith(("embedding", "wpe")))
         )
 
-    def _stranger(self, module: str, tensors: Mapping[str, StoredTensor], ignored: bool) -> Finding:
-        """A module with codes that the engine takes for float."""
+    def _stranger(self, tensors: Mapping[str, StoredTensor], ignored: bool) -> str:
+        """What is wrong with a module with codes that the engine takes for float."""
         odd = sorted(tensors.keys() & SUFFIXES)
         has = f"has {odd[0]}" if odd else f"is {tensors['weight'].spec.dtype}"
         why = "is in `ignore`" if ignored else "is in no group of quantization_config"
-        what = f"{why}, and yet {has}: the engine would take codes for weights"
-        return failed("loader", what, f"`{module}`", AGAIN)
+        return f"{why}, and yet {has}: the engine would take codes for weights"
 
     def _quantized(
         self, module: str, group: Group, tensors: Mapping[str, StoredTensor]

@@ -19,7 +19,7 @@ ROUTERS = {
 
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
-    if any(name.endswith("lm_head.weight") for name in tensors):
+    if any(name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in tensors):
         return None
     for name in tensors:
         parts = name.split(".")
