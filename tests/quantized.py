@@ -139,3 +139,97 @@ def gptq(
         f"{module}.scales": f16(scales.T),
         f"{module}.g_idx": i32(index),
     }, weight
+
+
+def bf16(values: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Cut to bfloat16: the tensor, and its numbers."""
+    bits = np.ascontiguousarray(values, "<f4").view("<u4") & 0xFFFF0000
+    return ("BF16", values.shape, (bits >> 16).astype("<u2").tobytes()), bits.view("<f4")
+
+
+def packed_int4(
+    module: str, n: int, k: int, group: int | None, *, symmetric: bool, wide: bool, seed: int = 0
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """compressed-tensors' pack-quantized int4, and the weight. wide: scales are float32."""
+    random = np.random.default_rng(seed)
+    width = group or k
+    groups = -(-k // width)
+    codes = random.integers(-8, 8, (n, k))
+    zeros = np.zeros((n, groups), int) if symmetric else random.integers(-8, 8, (n, groups))
+    scale = random.uniform(1e-3, 1e-2, (n, groups)).astype("f4")
+    stored, held = (f32(scale), scale) if wide else bf16(scale)
+    weight = np.empty((n, k), "f4")
+    for i in range(n):
+        for j in range(k):
+            weight[i, j] = np.float32(codes[i, j] - zeros[i, j // width]) * held[i, j // width]
+    packed = np.zeros((n, -(-k // 8)), "u4")
+    for i in range(n):
+        for word in range(packed.shape[1]):
+            packed[i, word] = _packed(codes[i, 8 * word : 8 * word + 8] + 8, 4)
+    tensors = {
+        f"{module}.weight_packed": i32(packed),
+        f"{module}.weight_scale": stored,
+        f"{module}.weight_shape": ("I64", (2,), np.array([n, k], "<i8").tobytes()),
+    }
+    if not symmetric:
+        points = np.zeros((-(-n // 8), groups), "u4")
+        for word in range(len(points)):
+            for g in range(groups):
+                points[word, g] = _packed(zeros[8 * word : 8 * word + 8, g] + 8, 4)
+        tensors[f"{module}.weight_zero_point"] = i32(points)
+    return tensors, weight
+
+
+def int8_rows(module: str, n: int, k: int, seed: int = 0) -> tuple[dict[str, Tensor], np.ndarray]:
+    """int8 with a scale per row, as compressed-tensors and ModelSlim have it, and the weight."""
+    random = np.random.default_rng(seed)
+    codes = random.integers(-128, 128, (n, k)).astype("i1")
+    scale = random.uniform(1e-3, 1e-2, (n, 1)).astype("f4")
+    weight = np.empty((n, k), "f4")
+    for i in range(n):
+        for j in range(k):
+            weight[i, j] = np.float32(codes[i, j]) * scale[i, 0]
+    return {
+        f"{module}.weight": ("I8", (n, k), codes.tobytes()),
+        f"{module}.weight_scale": f32(scale),
+    }, weight
+
+
+def w4a8(module: str, n: int, k: int, seed: int = 0) -> tuple[dict[str, Tensor], np.ndarray]:
+    """ModelSlim's W4A8_DYNAMIC: byte [o, k] holds row 2 o in its low nibble, 2 o + 1 in its high."""
+    random = np.random.default_rng(seed)
+    codes = random.integers(-8, 8, (n, k))
+    scale = random.uniform(1e-3, 1e-2, (n, 1)).astype("f4")
+    data = np.zeros((n // 2, k), "u1")
+    for o in range(n // 2):
+        for j in range(k):
+            data[o, j] = (codes[2 * o + 1, j] & 15) << 4 | (codes[2 * o, j] & 15)
+    return {
+        f"{module}.weight": ("I8", (n // 2, k), data.tobytes()),
+        f"{module}.weight_scale": f32(scale),
+        f"{module}.weight_offset": f32(np.zeros((n, 1))),
+        f"{module}.scale_bias": f32(8 * codes.sum(1, keepdims=True) * scale),
+    }, codes.astype("f4") * scale
+
+
+def flatquant(
+    module: str, n: int, left: int, right: int, seed: int = 0
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """ModelSlim's W4A4_FLATQUANT_DYNAMIC, transforms in bfloat16, and the weight: engines multiply
+    inputs as L^T X R, so that a row W' of codes stands for L W' R^T."""
+    random = np.random.default_rng(seed)
+    k = left * right
+    codes = random.integers(-8, 8, (n, k)).astype("i1")
+    scale = random.uniform(1e-3, 1e-2, (n, 1)).astype("f4")
+    stored_left, L = bf16(random.standard_normal((left, left)))
+    stored_right, R = bf16(random.standard_normal((right, right)))
+    rows = (codes.astype("f8") * scale.astype("f8")).reshape(n, left, right)
+    weight = np.stack([L.astype("f8") @ row @ R.astype("f8").T for row in rows]).reshape(n, k)
+    return {
+        f"{module}.weight": ("I8", (n, k), codes.tobytes()),
+        f"{module}.weight_scale": f32(scale),
+        f"{module}.weight_offset": f32(np.zeros((n, 1))),
+        f"{module}.left_trans": stored_left,
+        f"{module}.right_trans": stored_right,
+        f"{module}.clip_ratio": f32(np.ones(1)),
+    }, weight.astype("f4")

@@ -26,6 +26,11 @@ def fp8_values(codes: Tensor) -> Tensor:
     return values
 
 
+def code_values(codes: Tensor) -> Tensor:
+    """Codes of any dtype, one an element, as float32."""
+    return fp8_values(codes) if codes.dtype == torch.float8_e4m3fn else codes.float()
+
+
 def spread(values: Tensor, columns: int, k: int) -> Tensor:
     """[..., ceil(k / columns)] -> [..., k]: what each group of columns has, for each column."""
     return values.repeat_interleave(columns, -1)[..., :k]

@@ -12,12 +12,15 @@ from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.findings import Finding
+from quantcli.formats import quantization
 from quantcli.journal import JOURNAL, MANIFEST, PART, Journal, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan
 from quantcli.publish import check_destination, partial_folder, publish
 from quantcli.splitting import Part, part_head
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
+from quantcli.targets.base import target_of
+from quantcli.verify.opening import open_for_verification
 from quantcli.verify.structure import verify_structure
 from quantcli.writer import disk_errors, file_entry, sync_folder, write_file
 
@@ -128,7 +131,13 @@ def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
 
     First what must not be, then, in words, where its source is at fault.
     """
-    errors = verify_structure(folder).report.errors
+    opened = open_for_verification(folder)
+    checkpoint = opened.checkpoint
+    if checkpoint and quantization(checkpoint) is None and target_of(checkpoint) is None:
+        # a plain float model, of no engine's own format
+        errors = [finding for finding in opened.findings if finding.severity == "error"]
+    else:
+        errors = verify_structure(folder).report.errors
     return [finding for finding in errors if finding.check not in _OF_SOURCE], tuple(
         f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "")
         for f in errors

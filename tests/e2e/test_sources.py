@@ -18,7 +18,7 @@ from tests import quantized
 from tests.builders import Tensor, make_model
 from tests.e2e.calibrating import RECIPE as STATIC
 from tests.e2e.calibrating import Models, make_bench
-from tests.e2e.conftest import CONFIG, Box, bf16, llama, run_cli
+from tests.e2e.conftest import CONFIG, Box, bf16, llama, make_llama, run_cli
 
 Made = tuple[dict[str, Tensor], np.ndarray]  # tensors of a module, and its weight
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 8]}
@@ -177,26 +177,52 @@ def test_bf16_is_the_serving_dtype_of_whole_modules(box: Box) -> None:
     assert "`model.layers.0.mlp.up_proj.weight`, rows from 0" in done.err
 
 
-@pytest.mark.parametrize(
-    "scheme", ["w8a8_dynamic", "w8a16", "w4a4_dynamic", "fp8_dynamic"]
-)  # fmt: skip
-def test_there_and_back(box: Box, scheme: str) -> None:
-    """What this tool wrote comes back as its codes times its scales."""
-    box.edit_recipe(f'target: ascend\nrules:\n  - match: "*_proj"\n    scheme: {scheme}\n')
-    assert box.run().code == 0
-    codes = tensors_of(box.out)
-    box.edit_recipe(PLAIN)
-    back = box.root / "back"
-    assert run_cli("quantize", box.recipe, "--model", box.out, "--out", back).code == 0
-    floats = tensors_of(back)
-    assert floats.keys() == tensors_of(box.model).keys()
-    for name, tensor in floats.items():
-        scale = codes.get(f"{name}_scale")
-        expected = codes[name] if scale is None else (codes[name].float() * scale).bfloat16()
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, expected), name
-    # quantizing again with the scales that the codes have finds the same codes
-    assert run_cli("verify", back, "--against", box.out).code == 0
+BACK = [
+    ("ascend", "w8a8_dynamic", 1),
+    ("ascend", "w8a16", 1),
+    ("ascend", "w4a4_dynamic", 1),
+    ("ascend", "fp8_dynamic", 1),
+    ("compressed-tensors", "w8a8_dynamic", 1),
+    ("compressed-tensors", "fp8_dynamic", 1),
+    ("compressed-tensors", "fp8_tensor", None),
+    ("fp8", "fp8_tensor", None),
+    ("fp8", "fp8_block", 128),
+    ("compressed-tensors", "fp8_block", 128),
+]
+
+
+@pytest.mark.parametrize(("target", "scheme", "rows"), BACK)
+def test_there_and_back(tmp_path: Path, target: str, scheme: str, rows: int | None) -> None:
+    """What this tool wrote comes back as its codes times its scales, whoever reads it.
+
+    rows: that share a scale; None: all.
+    """
+    model = make_llama(tmp_path / "model", side=128)
+    recipe, out, back = (tmp_path / name for name in ("recipe.yaml", "out", "back"))
+    recipe.write_text(f'target: {target}\nrules:\n  - match: "*_proj"\n    scheme: {scheme}\n')
+    assert run_cli("quantize", recipe, "--model", model, "--out", out).code == 0
+    codes = tensors_of(out)
+    for into in ("ascend", "compressed-tensors", "fp8"):
+        recipe.write_text(PLAIN.replace("ascend", into))
+        done = run_cli("quantize", recipe, "--model", out, "--out", back, "--force")
+        assert done.code == 0, done.err
+        floats = tensors_of(back)
+        assert floats.keys() == tensors_of(model).keys()
+        for name, tensor in floats.items():
+            scale = codes.get(f"{name}_scale", codes.get(f"{name}_scale_inv"))
+            expected = codes[name]
+            if scale is not None:
+                n, k = expected.shape
+                wide = scale.reshape(1, 1) if rows is None else scale.repeat_interleave(rows, 0)
+                if rows == 128:
+                    wide = wide.repeat_interleave(rows, 1)
+                expected = (expected.float() * wide.expand(n, k)).bfloat16()
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, expected), name
+        assert "quantization_config" not in json.loads((back / "config.json").read_text())
+        assert ("quant_model_description.json" in {p.name for p in back.iterdir()}) == (
+            into == "ascend"
+        )
 
 
 def test_scales_that_are_not_finite_are_named(box: Box) -> None:

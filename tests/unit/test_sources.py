@@ -189,6 +189,106 @@ def test_older_producers_say_it_in_a_file_of_their_own(tmp_path):
     check(found, "a", weight)
 
 
+# -- formats that targets know -------------------------------------------------------------------
+
+
+def compressed(format_, weights, inputs=None):
+    """quantization_config of compressed-tensors with one group."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format_,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+TOKENS = {"num_bits": 8, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(24, 96, 32), (19, 64, None), (13, 64, 16)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_packed_int4(tmp_path, n, k, group, symmetric, wide):
+    name = "l.q_proj"
+    tensors, weight = quantized.packed_int4(name, n, k, group, symmetric=symmetric, wide=wide)
+    settings = {"num_bits": 4, "type": "int", "symmetric": symmetric}
+    settings |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    found = opened(tmp_path, tensors, compressed("pack-quantized", settings))
+    stored = check(found, name, weight)
+    assert stored.nbytes == sum(len(data) for _, _, data in tensors.values())
+    assert list(found.tensors) == ["model.norm.weight", f"{name}.weight"]
+
+
+def test_int8_and_fp8_of_compressed_tensors(tmp_path):
+    tensors, weight = quantized.int8_rows("l.q_proj", 24, 40)
+    settings = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    found = opened(tmp_path / "int8", tensors, compressed("int-quantized", settings, TOKENS))
+    check(found, "l.q_proj", weight)
+    codes = quantized.fp8_codes(24, 40)
+    scale = np.random.default_rng(3).uniform(1e-3, 1e-2, (24, 1)).astype("f4")
+    stored, held = quantized.bf16(scale)
+    tensors = {
+        "l.q_proj.weight": ("F8_E4M3", (24, 40), codes.tobytes()),
+        "l.q_proj.weight_scale": stored,
+    }
+    settings = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    inputs = TOKENS | {"type": "float"}
+    found = opened(tmp_path / "fp8", tensors, compressed("float-quantized", settings, inputs))
+    check(found, "l.q_proj", quantized.FP8[codes] * held)
+    tensors, weight = quantized.fp8_blocks("l.q_proj", 130, 200)
+    tensors = {name.replace("_inv", ""): stored for name, stored in tensors.items()}
+    settings |= {"strategy": "block", "block_structure": [128, 128]}
+    inputs |= {"strategy": "group", "group_size": 128}
+    found = opened(tmp_path / "block", tensors, compressed("float-quantized", settings, inputs))
+    check(found, "l.q_proj", weight)
+
+
+def described(folder, tensors, kind):
+    """The decoded checkpoint of ModelSlim's."""
+    table = dict.fromkeys(tensors, kind) | dict.fromkeys(NORM, "FLOAT")
+    return opened(folder, tensors, None, files={"quant_model_description.json": json.dumps(table)})
+
+
+def test_modelslim(tmp_path):
+    tensors, weight = quantized.int8_rows("l.q_proj", 24, 40)
+    tensors["l.q_proj.weight_offset"] = quantized.f32(np.zeros((24, 1)))
+    check(described(tmp_path / "a", tensors, "W8A8_DYNAMIC"), "l.q_proj", weight)
+    tensors, weight = quantized.w4a8("l.q_proj", 26, 48)
+    found = described(tmp_path / "b", tensors, "W4A8_DYNAMIC")
+    stored = check(found, "l.q_proj", weight)
+    assert [part.spec.name.rpartition(".")[2] for part in stored.parts] == [
+        "weight", "weight_scale", "weight_offset", "scale_bias",
+    ]  # fmt: skip
+    assert list(found.tensors) == ["model.norm.weight", "l.q_proj.weight"]
+    tensors, weight = quantized.flatquant("l.q_proj", 12, 8, 16)
+    found = described(tmp_path / "c", tensors, "W4A4_FLATQUANT_DYNAMIC")
+    made = read_tensor(found.tensors["l.q_proj.weight"])
+    torch.testing.assert_close(made, torch.from_numpy(weight), rtol=1e-5, atol=1e-5)
+    assert list(found.tensors) == ["model.norm.weight", "l.q_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("l.q_proj.weight_scale"), "describes `l.q_proj.weight_scale`, which"),
+        (lambda t: t.pop("l.q_proj.weight"), "describes `l.q_proj.weight`, which"),
+        (
+            lambda t: t.update({"l.q_proj.weight_scale": tensor("F32", 3, 1)}),
+            "W8A8_DYNAMIC has [24, 1]",
+        ),
+        (lambda t: t.update({"b.weight": tensor("I8", 4, 4)}), "`b.weight`"),
+    ],
+)
+def test_what_modelslim_does_not_describe_is_refused(tmp_path, change, said):
+    tensors, _ = quantized.int8_rows("l.q_proj", 24, 40)
+    table = json.dumps(dict.fromkeys(tensors, "W8A8_DYNAMIC") | dict.fromkeys(NORM, "FLOAT"))
+    change(tensors)
+    with pytest.raises(InputError) as caught:
+        opened(tmp_path, tensors, None, files={"quant_model_description.json": table})
+    assert said in f"{caught.value.what} {caught.value.where}"
+
+
 # -- the checkpoint ------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from quantcli.verify.blocks import ModuleReader
 def read(stored: Stored, target: str) -> Iterator[Encoded]:
     """Every module that is sound enough to be read. target: its name."""
     for module in stored.modules.values():
-        codes = module.codes
-        others = [t for suffix, t in module.tensors.items() if t is not codes and suffix != "bias"]
+        mine = [p.suffix for p in module.layout.params if p.suffix in module.tensors]
+        parts = [module.tensors[suffix] for suffix in mine]
         kind, opened = f"{target} {module.layout.label}", partial(ModuleReader, module)
-        yield encoded(module.name, module.shape, [codes, *others], opened, kind)
+        yield encoded(module.name, module.shape, parts, opened, kind)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from quantcli.codes import code_values
 from quantcli.numerics import multiplier
 from quantcli.targets.ascend_tags import deq_from_stored
 from quantcli.targets.layouts import SLICES, Blocks, Layout, Param, Sides
@@ -51,7 +52,7 @@ def _pairs(shape: tuple[int, ...]) -> Sides:
 
 def per_row(blocks: Blocks) -> Tensor:
     """Codes times weight_scale [rows, 1]."""
-    return blocks["weight"].float() * blocks["weight_scale"].float()
+    return code_values(blocks["weight"]).mul_(blocks["weight_scale"].float())
 
 
 def _by_deq(blocks: Blocks) -> Tensor:
@@ -75,7 +76,7 @@ def _w4a8(blocks: Blocks) -> Tensor:
 def _mx(blocks: Blocks) -> Tensor:
     """2^(weight_scale - 127) for each 32 elements of a row."""
     exponent = blocks["weight_scale"].float() - 127
-    codes = blocks["weight"].float()
+    codes = code_values(blocks["weight"])
     grouped = codes.view(len(codes), exponent.shape[1], -1)
     return torch.ldexp(grouped, exponent.unsqueeze(-1)).flatten(1)
 

@@ -6,6 +6,7 @@ from functools import cache
 
 from torch import Tensor
 
+from quantcli.codes import code_values, scale_groups
 from quantcli.numerics import Numerics
 from quantcli.targets.compressed_tensors_kinds import Kind, group_size, static_inputs
 from quantcli.targets.compressed_tensors_packing import unpack_columns, unpack_rows
@@ -42,11 +43,7 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
         scale = blocks["weight_scale"].float()
         if scale.numel() == 1:
             return codes * scale.reshape(())
-        n, k = codes.shape
-        width = weight.block[1] if weight.block else k
-        if k % width:
-            return codes * scale.repeat_interleave(width, 1)[:, :k]
-        return (codes.view(n, -1, width) * scale.unsqueeze(-1)).view(n, k)
+        return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
 
     def sides(shape: tuple[int, ...]) -> Sides:
         """Of packed codes, columns may be fewer: then weight_shape says so."""
@@ -98,7 +95,7 @@ def _groups(numerics: Numerics, k: int) -> int:
 def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     """Codes less their zero points: float32 [rows, k]."""
     if not kind.packed:
-        return blocks["weight"].float()
+        return code_values(blocks["weight"])
     k = int(blocks["weight_shape"][1])
     codes = unpack_rows(blocks["weight_packed"], kind.bits, k).float()
     if "weight_zero_point" not in blocks:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from quantcli.codes import fp8_values, scale_groups
 from quantcli.errors import InputError
 from quantcli.numerics import Numerics, Operand
 from quantcli.targets.layouts import Blocks, Layout, Param
@@ -84,9 +85,9 @@ def layout_of(numerics: Numerics) -> Layout:
         )
 
         def by_block(blocks: Blocks) -> Tensor:
-            codes = blocks["weight"].float()
-            wide = blocks["weight_scale_inv"].float().repeat_interleave(columns, 1)
-            return codes * wide[:, : codes.shape[1]]
+            return scale_groups(
+                fp8_values(blocks["weight"]), blocks["weight_scale_inv"].float(), columns
+            )
 
         label = f"fp8 block {tall}x{columns}"
         return Layout(label, "fp8_e4m3", (weight, scale), by_block, _sides, experts=True)
@@ -95,7 +96,7 @@ def layout_of(numerics: Numerics) -> Layout:
         params.append(_once("input_scale"))
 
     def by_scale(blocks: Blocks) -> Tensor:
-        return blocks["weight"].float() * blocks["weight_scale"].float().reshape(())
+        return fp8_values(blocks["weight"]) * blocks["weight_scale"].float().reshape(())
 
     label = WRITTEN[numerics]
     return Layout(label, "fp8_e4m3", tuple(params), by_scale, _sides, experts=True)
