@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantcli.codes import fp8_values, scale_groups
+from quantcli.codes import fp8_values
 from quantcli.encoded import Encoded
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
@@ -112,12 +112,12 @@ class Float8Rows:
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count) in float32."""
         rows, columns = self._tile
-        values = fp8_values(self._codes.rows(start, count))
-        first, last = start // rows, -(-(start + len(values)) // rows)
+        codes = self._codes.rows(start, count)
+        first, last = start // rows, -(-(start + len(codes)) // rows)
         scale = self._scale.rows(first, last - first).float()
         if rows > 1:
-            scale = scale[torch.arange(start, start + len(values)) // rows - first]
-        return scale_groups(values, scale, columns)
+            scale = scale[torch.arange(start, start + len(codes)) // rows - first]
+        return fp8_values(codes, scale, columns)
 
 
 _FLOAT = "start from the float checkpoint"

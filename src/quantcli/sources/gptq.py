@@ -125,8 +125,8 @@ class GptqRows:
         zeros = self._zero_points(start, stop)
         scales = self._scales.columns(start, stop).float()
         if self._group_of is not None:
-            values -= zeros[:, self._group_of]
-            values *= scales[:, self._group_of]
+            values -= zeros.index_select(1, self._group_of)
+            values *= scales.index_select(1, self._group_of)
             return values
         if self._k % self._group:
             values -= spread(zeros, self._group, self._k)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from quantcli.codes import fp8_values, scale_groups
+from quantcli.codes import fp8_values
 from quantcli.errors import InputError
 from quantcli.numerics import Numerics, Operand
 from quantcli.targets.layouts import Blocks, Layout, Param
@@ -85,9 +85,7 @@ def layout_of(numerics: Numerics) -> Layout:
         )
 
         def by_block(blocks: Blocks) -> Tensor:
-            return scale_groups(
-                fp8_values(blocks["weight"]), blocks["weight_scale_inv"].float(), columns
-            )
+            return fp8_values(blocks["weight"], blocks["weight_scale_inv"].float(), columns)
 
         label = f"fp8 block {tall}x{columns}"
         return Layout(label, "fp8_e4m3", (weight, scale), by_block, _sides, experts=True)
