@@ -2,12 +2,12 @@
 
     python benchmarks/gptq.py [--model DIR] [--data FILE] [--text FILE] [--clip none] [--inputs float]
 
-Calibrated on --data, judged on --text, which it has not seen. The first lines are the error of each kind
-of layer over that of the same scheme rounded to nearest, on inputs of the float model: the root of summed
-squares over all layers of that kind. The others are of W4A16 with groups of 128, by the engine's
-arithmetic: perplexity over the float model's, how often both find the same token the most likely one,
-and by how much the log-probability of the text's tokens changes. Bars are those of llm-compressor's
-GPTQ on `examples/tiny-qwen3`, calibrated on articles of WikiText-2 and judged on others.
+Calibrated on --data, judged on --text, which it has not seen. The first lines are the error of each
+kind of layer over that of the same scheme rounded to nearest, on inputs of the float model: the root of
+summed squares over all layers of that kind. The others are of W4A16 with groups of 128, by the engine's
+arithmetic: perplexity over the float model's, how often both differ in the most likely token, by how
+much the log-probability of the text's tokens changes. Bars are what llm-compressor's GPTQ reached on
+`examples/tiny-qwen3`, calibrated on articles of WikiText-2 and judged on others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -128,10 +129,8 @@ def errors(folder: Path, model: Path, batches: list[Batch]) -> list[Line]:
     for index, (name, layer) in enumerate(skeleton.layers):
         told = Errors({which: lost(found, skeleton, f"{name}.") for which, found in served.items()})
         with skeleton.loaded(index, read_tensor, CPU):
-            matrices = Matrices(name, layer)
-            replay.run(
-                index, layer, states, states.__setitem__, lambda _, m=matrices, t=told: Tap(m, t)
-            )
+            tap = partial(tapped, Matrices(name, layer), told)
+            replay.run(index, layer, states, states.__setitem__, tap)
         for (which, parameter), value in told.sums.items():
             sums[which, parameter.split(".")[-2]] += value
     lines = []
@@ -140,6 +139,11 @@ def errors(folder: Path, model: Path, batches: list[Batch]) -> list[Line]:
             ratio = math.sqrt(sums[f"{name}-gptq", kind] / sums[f"{name}-nearest", kind])
             lines.append(Line(f"{name}: error of {kind}", ratio, "x", 0.99))
     return lines
+
+
+def tapped(matrices: Matrices, listener: Errors, batch: int) -> Tap:
+    """A tap for one batch."""
+    return Tap(matrices, listener)
 
 
 def lost(served: Served, skeleton: Skeleton, prefix: str) -> dict[str, Tensor]:

@@ -267,13 +267,13 @@ def test_inputs_that_depend_on_order(make: Callable[..., Bench]) -> None:
 
 
 def test_lm_head_is_outside_of_the_stack(make: Callable[..., Bench]) -> None:
-    bench = make(EXPERTS.replace("*.experts.*", "lm_head"))
+    bench = make(FLOAT.replace('"*_proj"', '["*_proj", lm_head]'))
     refused(bench.run(), "no token reached `lm_head`, and its scheme needs data", "`keep` them")
     bench.edit_recipe(bench.recipe.read_text().replace("length:", "uncalibrated: dynamic, length:"))
     result = bench.run("--fresh")
     assert result.code == 0, result.err
     assert "note: no token reached `lm_head`: they take a scheme that needs no data" in result.err
-    assert tensors(bench.out)["lm_head.weight"].dtype == torch.int8
+    assert tensors(bench.out)["lm_head.weight_packed"].dtype == torch.int32
 
 
 def test_codes_are_of_one_scheme(make: Callable[..., Bench]) -> None:
