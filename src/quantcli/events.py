@@ -20,8 +20,8 @@ class Progress(Protocol):
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
         """Calibration begins: decoder layers in all, those that are done already, tokens of data."""
 
-    def layer(self, name: str, index: int) -> None:
-        """A layer is calibrated; `index` from 0."""
+    def layer(self, name: str, index: int, note: str = "") -> None:
+        """A layer is calibrated; `index` from 0. note: what is to be said of it."""
 
     def say(self, text: str) -> None:
         """A sentence for people."""
@@ -42,7 +42,7 @@ class Silent:
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
         """Nothing."""
 
-    def layer(self, name: str, index: int) -> None:
+    def layer(self, name: str, index: int, note: str = "") -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:

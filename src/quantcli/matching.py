@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError, closest
+from quantcli.inspection import fold
 from quantcli.measured import Measured
 from quantcli.recipe import Recipe, Rule
+from quantcli.numerics import Module
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Target
 from quantcli.tensorspec import FLOATS, TensorSpec
 
 
@@ -82,6 +86,42 @@ def without_data(
         more = f" and {len(instead) - 5} more" if len(instead) > 5 else ""
         notes.append(f"no token reached {names}{more}: they take a scheme that needs no data")
     return assigned | instead, notes
+
+
+def served(
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target
+) -> tuple[dict[str, Rule | None], list[str]]:
+    """`assigned` with another scheme for modules that the engine does not take with theirs, where the
+    scheme names one; what is merged stays together. And what there is to say about it."""
+    instead: dict[str, Rule | None] = {}
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    merged: dict[tuple[str, tuple[int, str]], list[str]] = defaultdict(list)
+    for name, rule in assigned.items():
+        if rule and rule.scheme and rule.scheme.unserved:
+            merged[target.merged(name) or name, rule.key].append(name)
+    for names in merged.values():
+        rule = assigned[names[0]]
+        assert rule is not None
+        assert rule.scheme is not None
+        assert rule.scheme.unserved is not None
+        for name in names:
+            module = Module(name, _spec(checkpoint, name).shape, rule.scheme.numerics)
+            refusal = next(target.refusals(module), None)
+            if refusal is not None:
+                scheme = discover(Scheme)[rule.scheme.unserved]()
+                instead |= dict.fromkeys(names, replace(rule, scheme=scheme))
+                reasons[scheme.name, refusal.what] += names
+                break
+    notes = [
+        f"{', '.join(group.name for group in fold([_spec(checkpoint, name) for name in names]))} "
+        f"({len(names)} modules) take {scheme}: {reason}"
+        for (scheme, reason), names in reasons.items()
+    ]
+    return assigned | instead, notes
+
+
+def _spec(checkpoint: Checkpoint, module: str) -> TensorSpec:
+    return checkpoint.tensors[f"{module}.weight"].spec
 
 
 # Families of transformers' Conv1D, which stores its weights [in, out]: a scale per row would be one

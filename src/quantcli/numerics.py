@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -83,3 +84,19 @@ def multiplier(input_scale: torch.Tensor) -> torch.Tensor:
     input_scale.
     """
     return (1 / input_scale.float()).to(input_scale.dtype).float()
+
+
+def decompose(k: int) -> tuple[int, int]:
+    """(L, R), the sides of Kronecker transforms for k = L R inputs, as the engine finds them: a - b and
+    a + b for the smallest a >= sqrt k with a^2 - k = b^2.
+
+    Ends for every k: from a = (k + 1) / 2 on an odd k, k / 4 + 1 on a multiple of 4, is an answer.
+    (0, 0) for k = 2 mod 4, which has none.
+    """
+    if k % 4 == 2:
+        return 0, 0
+    a = math.isqrt(k - 1) + 1 if k > 1 else 1
+    while math.isqrt(a * a - k) ** 2 != a * a - k:
+        a += 1
+    b = math.isqrt(a * a - k)
+    return a - b, a + b

@@ -11,7 +11,7 @@ from quantcli.errors import AnswerNo, InputError
 from quantcli.header import layout
 from quantcli.inspection import fold
 from quantcli.items import check_siblings, make_items
-from quantcli.matching import assign, without_data
+from quantcli.matching import assign, served, without_data
 from quantcli.measured import Measured
 from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
@@ -35,7 +35,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     _raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
-    assigned = assign(recipe, checkpoint)
+    assigned, instead = served(checkpoint, assign(recipe, checkpoint), target)
+    notes += instead
     if measured is not None:
         assigned, more = without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]

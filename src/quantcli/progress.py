@@ -48,10 +48,11 @@ class ShardLines:
         kept = f", {count(done, 'layer')} done by an earlier run" if done else ""
         self._out.word(f"running: {count(layers, 'layer')}, {tokens:,} tokens{kept}")
 
-    def layer(self, name: str, index: int) -> None:
+    def layer(self, name: str, index: int, note: str = "") -> None:
         """One line."""
+        more = f", {note}" if note else ""
         now = time.monotonic()
-        self._out.word(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s")
+        self._out.word(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s{more}")
         self._began = now
 
     def say(self, text: str) -> None:
@@ -107,9 +108,10 @@ class ProgressBar:
             self._layers, total=layers, completed=done, description="running", visible=True
         )
 
-    def layer(self, name: str, index: int) -> None:
+    def layer(self, name: str, index: int, note: str = "") -> None:
         """Move on."""
-        self._bar.update(self._layers, completed=index + 1, amount=f"{name} is done")
+        more = f", {note}" if note else ""
+        self._bar.update(self._layers, completed=index + 1, amount=f"{name} is done{more}")
 
     def say(self, text: str) -> None:
         """One line above the bar."""

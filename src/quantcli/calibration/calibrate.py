@@ -44,13 +44,16 @@ class Calibrator:
         self._batches = list(batches)
         self._wishes = wishes
         self._store = store
-        self._budget = states_budget // 2  # of a layer's inputs, and of its outputs
+        # of a layer's inputs, of its outputs, and of what they should be while it learns
+        self._budget = states_budget // 3
         self._progress = progress
         first = batches[0]
         length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
         probe = Batch(first.input_ids[:1, :length], None)
         self._replay = Replay(skeleton, [*self._batches, probe], device=device, workers=workers)
-        self._run = Run(skeleton, self._replay, self._batches, probe, wishes, device, workers)
+        self._run = Run(
+            skeleton, self._replay, self._batches, probe, wishes, device, workers, self._budget
+        )
         self._specs: list[TensorSpec] = []
 
     def run(self) -> None:
@@ -63,7 +66,6 @@ class Calibrator:
             start, states = self._begin(done)
             for index in range(start, last + 1):
                 states = self._layer(index, states, onward=index < last)
-                self._progress.layer(self._skeleton.layers[index][0], index)
         for index in range(max(done, last + 1), total):
             self._store.save(index, {}, empty_report(self._skeleton.layers[index][0]))
         self._store.drop_states()
@@ -134,6 +136,7 @@ class Calibrator:
         self._store.save(index, found, layer.report)
         for line in _not_rounded(layer.report):
             self._progress.say(line)
+        self._progress.layer(self._skeleton.layers[index][0], index, layer.note)
         self._store.drop_states(keep=index + 1)
         return following
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.calibration.engine import Engine
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layout import LayerLayout, Producer
+from quantcli.calibration.learned import Group, groups, learners, schedule_of, settle
+from quantcli.calibration.learning import Course
 from quantcli.calibration.replay import Sink
 from quantcli.calibration.rounding import RoundingPass
 from quantcli.calibration.run import Run
@@ -57,22 +60,42 @@ class LayerRun:
         self.name, self._layer = self.run.skeleton.layers[self.index]
         self.report = empty_report(self.name)
 
+    @property
+    def note(self) -> str:
+        """What there is to say of it while others are under way."""
+        learned = self.report.get("learned")
+        if learned is None:
+            return ""
+        text = f"loss {learned['loss_before']:.2e} -> {learned['loss_after']:.2e}"
+        return text if learned["kept"] != "the start" else f"{text}: no better, kept as it was"
+
     def measure(self, sink: Sink | None) -> dict[str, Tensor]:
         """Statistics and edits by their names in the store; `sink` takes the layer's outputs.
 
         Raises InputError for NaN or Inf, for siblings with different inputs that the engine gives one
         scale, and for modules without tokens where the recipe says so.
         """
-        load = self.run.skeleton.loaded
-        with load(self.index, read_tensor, self.run.device):
+        edits: dict[str, Factors] = {}
+        learned: dict[str, Stats] = {}
+
+        def load() -> AbstractContextManager[nn.Module]:
+            return self.run.skeleton.loaded(self.index, _edited(edits), self.run.device)
+
+        with load():
             layout = self._look()
             self._check_siblings(layout)
-            edits = self._smooth(layout)
-            if not edits:
-                stats = self._ranges(layout, edits, sink)
-        if edits:
-            with load(self.index, _edited(edits), self.run.device):
-                stats = self._ranges(layout, edits, sink)
+            found = groups(layout, self.run.wishes)
+            self._smooth(layout, edits)
+            if not edits and not found:
+                stats = self._ranges(layout, learned, edits, sink)
+        if found:
+            with load():
+                learned = self._learn(layout, found, edits)
+        if edits or found:
+            with load():
+                stats = self._ranges(layout, learned, edits, sink)
+        stored = self.run.skeleton.checkpoint.tensors
+        edits = {name: factors for name, factors in edits.items() if name in stored}
         vectors, self.report["edits"] = pack_edits(edits)
         named = {f"stats.{m}.{key}": t for m, found in stats.items() for key, t in found.items()}
         return named | vectors
@@ -94,21 +117,21 @@ class LayerRun:
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
                 merged = self.run.wishes.merged(module)
-                if merged is None or matrix not in leaders or self.run.wishes.observer(module) is None:
+                if merged is None or matrix not in leaders or not self.run.wishes.measures(module):
                     continue
                 other, leader = first.setdefault(merged, (module, leaders[matrix]))
                 if leader != leaders[matrix]:
                     raise InputError(
-                        f"the engine gives `{module}` and `{other}` one input scale, and they have "
-                        "different inputs",
+                        f"the engine merges `{module}` and `{other}`, with one input scale or transform "
+                        "for both, and they have different inputs",
                         where=self.run.wishes.quantized[module].rule,
                         fix="give them a scheme with dynamic inputs, such as w8a8_dynamic",
                     )
 
-    # -- smoothing -------------------------------------------------------------------------------
+    # -- edits -----------------------------------------------------------------------------------
 
-    def _smooth(self, layout: LayerLayout) -> dict[str, Factors]:
-        """The edits that smooth the layer, by stored tensor."""
+    def _smooth(self, layout: LayerLayout, edits: dict[str, Factors]) -> None:
+        """Add the edits that smooth the layer."""
         wishes = self.run.wishes
         wanted: list[tuple[Producer, float]] = []
         for producer in layout.producers():
@@ -118,23 +141,15 @@ class LayerRun:
             if alpha is not None:
                 wanted.append((producer, alpha))
         if not wanted:
-            return {}
+            return
         widths = {r.matrix: len(r.channels) for producer, _ in wanted for r in producer.readers}
-        observers = {matrix: ChannelAmax() for matrix in widths}
-        self._watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
-        amax = {
-            m: o.stats()["channel_amax"] if o.tokens else torch.zeros(widths[m])
-            for m, o in observers.items()
-        }
+        amax = self._channel_amax(widths)
         weights = {matrix: self._weight(matrix) for matrix in widths}
-        edits: dict[str, Factors] = {}
         for producer, alpha in wanted:
             scale = scales(producer, amax, weights, alpha)
-            if producer.norm is not None:
-                scale = self._smooth_norm(producer.norm, scale, edits)
+            scale = self._divide(layout, producer, scale, edits)
             if bool((scale == 1).all()):
                 continue
-            fold(producer, layout.segments, scale, edits)
             self.report["smoothed"].append(
                 {
                     "producer": producer.name,
@@ -144,32 +159,100 @@ class LayerRun:
                     "readers": sorted({r.matrix.parameter for r in producer.readers}),
                 }
             )
-        stored = self.run.skeleton.checkpoint.tensors
-        return {name: factors for name, factors in edits.items() if name in stored}
 
-    def _smooth_norm(self, path: str, scale: Tensor, edits: dict[str, Factors]) -> Tensor:
-        """Edit a norm; the scales as they came out, all 1 where it is none that can be scaled."""
-        module = self._layer.get_submodule(path.removeprefix(f"{self.name}."))
+    def _channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
+        """max |x| of each column of some matrices, of that many; zeros where nothing was seen."""
+        observers = {matrix: ChannelAmax() for matrix in widths}
+        self._watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
+        return {
+            m: o.stats()["channel_amax"] if o.tokens else torch.zeros(widths[m])
+            for m, o in observers.items()
+        }
+
+    def _divide(
+        self, layout: LayerLayout, producer: Producer, scale: Tensor, edits: dict[str, Factors]
+    ) -> Tensor:
+        """Divide a producer's channels by scales [channels], and multiply what reads them; the scales as
+        they came out, all 1 where it is a norm that cannot be scaled."""
+        if producer.norm is not None:
+            module = self._layer.get_submodule(producer.norm.removeprefix(f"{self.name}."))
+            made, scale = self._divided_norm(producer.norm, module, scale)
+            edits |= made
+        if bool((scale != 1).any()):
+            fold(producer, layout.segments, scale, edits)
+        return scale
+
+    def _divided_norm(
+        self, path: str, module: nn.Module, scale: Tensor
+    ) -> tuple[dict[str, Factors], Tensor]:
         offset = norm_offset(module)
-        if offset is None:
-            return torch.ones_like(scale)
-        made, real = scale_norm(module, offset, scale)
-        stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in made}
-        if None in stored.values():
-            return torch.ones_like(scale)
-        edits.update({str(stored[suffix]): Factors(value=tensor) for suffix, tensor in made.items()})
-        return real
+        if offset is not None:
+            made, real = scale_norm(module, offset, scale)
+            stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in made}
+            if None not in stored.values():
+                new = {str(stored[suffix]): Factors(value=tensor) for suffix, tensor in made.items()}
+                return new, real
+        return {}, torch.ones_like(scale)
 
     def _weight(self, matrix: Matrix) -> Tensor:
         weight = self._layer.get_parameter(matrix.parameter.removeprefix(f"{self.name}."))
         return weight[matrix.expert] if weight.dim() == 3 else weight
 
+    # -- learning --------------------------------------------------------------------------------
+
+    def _learn(
+        self, layout: LayerLayout, found: list[Group], edits: dict[str, Factors]
+    ) -> dict[str, Stats]:
+        """Learn what schemes learn; adds the edits of producers."""
+        run, wishes = self.run, self.run.wishes
+        generator = torch.Generator().manual_seed(wishes.seed * 2**20 + self.index)
+        widths = {g.matrices[0]: self._weight(g.matrices[0]).shape[1] for g in found}
+        amax = self._channel_amax(widths)
+        made = learners(found, layout, wishes, self._weight, amax, generator)
+        course = Course(
+            run.replay, self.index, self._layer, self.states, run.batches, made, run.held_targets
+        )
+        before, after = course.learn(schedule_of(found), generator)
+        for group in found:
+            learner = made[group.matrices[0]]
+            scale = learner.channel_scale
+            if group.producer is not None and scale is not None:
+                by_channel = torch.ones(len(group.producer.used))
+                by_channel[group.columns] = 1 / scale
+                self._divide(layout, group.producer, by_channel, edits)
+        self.report["learned"] = {
+            "modules": sorted(module for group in found for module in group.modules),
+            "loss_before": before,
+            "loss_after": after,
+            "kept": "what was learned" if after < before else "the start",
+            "condition": max(learner.condition for learner in made.values()),
+        }
+        return settle(found, made, layout.segments)
+
+    def _measure_served(
+        self, layout: LayerLayout, learned: Mapping[str, Stats], stats: Mapping[str, Stats]
+    ) -> None:
+        """What the layer loses by the engine's arithmetic in the modules that have learned."""
+        if learned:
+            wishes = self.run.wishes
+            only = replace(wishes, quantized={m: wishes.quantized[m] for m in learned})
+            course = Course(
+                self.run.replay, self.index, self._layer, self.states, self.run.batches, {}, 0
+            )
+            loss = course.served_loss(layout.segments, quantized(only, stats))
+            self.report["learned"]["loss_served"] = loss
+
     # -- ranges ----------------------------------------------------------------------------------
 
     def _ranges(
-        self, layout: LayerLayout, edits: Mapping[str, Factors], sink: Sink | None
+        self,
+        layout: LayerLayout,
+        learned: dict[str, Stats],
+        edits: Mapping[str, Factors],
+        sink: Sink | None,
     ) -> dict[str, Stats]:
-        """What every module's scheme asks for; `sink` takes outputs as later layers are to see them."""
+        """`learned`, and what every module's scheme asks for besides; `sink` takes outputs as later
+        layers are to see them."""
         leaders = layout.leaders()
         shared: dict[Matrix, dict[Scheme, Observer]] = defaultdict(dict)
         observers: dict[str, Observer] = {}
@@ -187,11 +270,12 @@ class LayerRun:
         watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
         as_quantized = inputs == "quantized" and sink is not None
         self._watch(watch, None if as_quantized else sink)
-        stats = self._settle(observers)
+        stats = learned | self._settle(observers)
         rounding = RoundingPass(
             self.run, self.index, layout, edits, stats, lambda seen, only: self._watch(seen, None, only)
         )
         rounding.round()
+        self._measure_served(layout, learned, stats)
         if as_quantized:
             self._run_quantized(layout, stats, sink)
         for matrix, segments in layout.matrices():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from quantcli.calibration.skeleton import Read, Skeleton
 from quantcli.errors import InputError, MachineError, QuantError
 from quantcli.tensors import read_tensor
 
+T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
 Sink = Callable[[int, Tensor], None]  # takes the output of a batch
 
@@ -102,33 +103,44 @@ class Replay:
     ) -> None:
         """A loaded layer over all batches, or `only` some; with `check`, InputError for NaN or Inf."""
         name = self.skeleton.layers[index][0]
-        stop = threading.Event()
 
         def work(number: int) -> None:
-            if stop.is_set():
-                return
-            hidden = states.get(number).to(self.device)
-            try:
-                with torch.no_grad(), nullcontext() if tap is None else tap(number):
-                    out = self._calls[number][index].run(layer, hidden)
-            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                raise self._failed(name, error) from error
+            with torch.no_grad():
+                out = self.forward(index, layer, states, number, tap)
             if check and not bool(torch.isfinite(out).all()):
                 raise self._not_finite(name, out, number)
             if sink is not None:
                 sink(number, out)
 
-        numbers = range(len(self.batches)) if only is None else only
+        self.each(work, range(len(self.batches)) if only is None else only)
+
+    def forward(
+        self, index: int, layer: nn.Module, states: Source, number: int, tap: Tap | None = None
+    ) -> Tensor:
+        """A loaded layer over one batch, with or without gradients as the caller has it."""
+        hidden = states.get(number).to(self.device)
+        try:
+            with nullcontext() if tap is None else tap(number):
+                return self._calls[number][index].run(layer, hidden)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self._failed(self.skeleton.layers[index][0], error) from error
+
+    def each(self, work: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
+        """What `work` returns for some batches, in their order; each is computed by one thread."""
+        stop = threading.Event()
+
+        def one(number: int) -> T | None:
+            return None if stop.is_set() else work(number)
+
         with (
             _one_thread(),
             ThreadPoolExecutor(
                 self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
             ) as pool,
         ):
-            futures = [pool.submit(work, number) for number in numbers]
+            futures = [pool.submit(one, number) for number in numbers]
             try:
-                for future in futures:
-                    future.result()
+                return [future.result() for future in futures]  # type: ignore[misc]
             except BaseException:
                 stop.set()
                 raise

@@ -112,7 +112,7 @@ class RoundingPass:
 
     def _measured(self, module: str) -> bool:
         """Whether all else that a module needs is there; else it gets another scheme."""
-        return self.run.wishes.observer(module) is None or module in self.stats
+        return not self.run.wishes.measures(module) or module in self.stats
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]

@@ -14,7 +14,10 @@ from quantcli.calibration.wishes import Wishes
 
 @dataclass(frozen=True)
 class Run:
-    """The replay's last batch is the probe. workers: threads for work outside of the replay."""
+    """The replay's last batch is the probe. workers: threads for work outside of the replay.
+
+    held_targets: bytes of a layer's float outputs that may be held while it learns.
+    """
 
     skeleton: Skeleton
     replay: Replay
@@ -23,3 +26,4 @@ class Run:
     wishes: Wishes
     device: torch.device
     workers: int = 1
+    held_targets: int = 0

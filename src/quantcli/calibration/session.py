@@ -123,20 +123,31 @@ def _source(plan: Plan) -> TextSource:
         length=block.length,
         seed=block.seed,
         pack=block.pack,
-        batch_tokens=1 if _one_by_one(plan, block) else BATCH_TOKENS,
+        batch_tokens=1 if _one_by_one(plan, block) else _batch_tokens(plan, block),
     )
 
 
 def _check_rounding(plan: Plan) -> None:
     """InputError where codes are to be chosen on inputs that depend on the order of the samples."""
     block = plan.recipe.file.calibration or Calibration()
-    chosen = [item.module for item in quantized_items(plan) if "codes" in item.asked]
-    if chosen and block.inputs == "running":
+    if block.inputs != "running":
+        return
+    items = quantized_items(plan)
+    found = {f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked}
+    found |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
+    for what in found:
         raise InputError(
-            f"`{chosen[0]}` is rounded by data, which does not go together with `inputs: running`",
+            f"{what}, which does not go together with `inputs: running`",
             where=plan.recipe.where("calibration", "inputs"),
-            fix="set calibration.inputs to quantized or float, or weight_rounding to nearest",
+            fix=f"set calibration.inputs to quantized or float, or change {found[what]}",
         )
+
+
+def _batch_tokens(plan: Plan, block: Calibration) -> int:
+    """Tokens of a batch. Where something is learned, half a step's, so that two threads share it."""
+    schedules = [item.scheme.schedule for item in quantized_items(plan)]
+    smallest = min((s.batch for s in schedules if s is not None), default=None)
+    return BATCH_TOKENS if smallest is None else min(BATCH_TOKENS, -(-smallest // 2) * block.length)
 
 
 def _one_by_one(plan: Plan, block: Calibration) -> bool:
@@ -209,6 +220,7 @@ def _wishes(plan: Plan) -> Wishes:
         merged=plan.recipe.target.merged,
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
+        seed=block.seed,
     )
 
 

@@ -26,7 +26,7 @@ def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
         found = wishes.quantized.get(module)
         known = stats.get(module, NO_STATS)
-        if found is None or (not known and found.scheme.observer(found.held_input) is not None):
+        if found is None or (not known and wishes.measures(module)):
             return None  # float, or no token reaches it
         scheme = found.scheme
         mine = {name: tensor for name, tensor in known.items() if name in scheme.row_stats}

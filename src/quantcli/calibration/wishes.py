@@ -32,6 +32,7 @@ class Wishes:
     merged:           the parameter that the engine makes of a module and its siblings, if it does.
     uncalibrated:     error | dynamic | group: what becomes of a module that no token reaches.
     inputs:           float | quantized | running: what a layer is shown.
+    seed:             of what is learned.
     """
 
     quantized: Mapping[str, Quantized]
@@ -39,11 +40,25 @@ class Wishes:
     merged: Callable[[str], str | None]
     uncalibrated: str
     inputs: str
+    seed: int = 0
+
+    def scheme(self, module: str) -> Scheme | None:
+        """A module's scheme; None where it stays float."""
+        quantized = self.quantized.get(module)
+        return None if quantized is None else quantized.scheme
 
     def needs_data(self, module: str) -> bool:
         """Whether a module's scheme must be shown inputs."""
+        scheme = self.scheme(module)
+        return scheme is not None and scheme.needs_data
+
+    def measures(self, module: str) -> bool:
+        """Whether a module's scheme needs more than codes that data has chosen: a range, a transform."""
         quantized = self.quantized.get(module)
-        return quantized is not None and quantized.scheme.needs_data
+        if quantized is None:
+            return False
+        learns = quantized.scheme.schedule is not None
+        return learns or quantized.scheme.observer(quantized.held_input) is not None
 
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.numerics import NO_STATS, Numerics, Parts, Stats
+from quantcli.schemes.learner import Learner, Scalable, Schedule
 from quantcli.schemes.observers import Observer
 
 
@@ -79,6 +81,27 @@ class Scheme(BaseModel, ABC):
         """
         observer = self.observer(held)
         return observer.stats() if observer else NO_STATS
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How long to learn; None for schemes that learn nothing."""
+        return None
+
+    def learner(
+        self,
+        weights: Mapping[Hashable, Tensor],
+        amax: Tensor,
+        scalable: Scalable,
+        held: torch.dtype,
+        generator: torch.Generator,
+    ) -> Learner:
+        """What learns for matrices that read the same input, where there is a `schedule`.
+
+        weights: float [n, k] each, under any name. amax: max |x| of each input channel, float32 [k].
+        scalable: whether channels of the input may be multiplied, as what makes them can be divided.
+        held: the dtype in which the engine holds what the module has once.
+        """
+        raise AssertionError(f"{self.name} learns nothing")
 
     def constants(self, stats: Stats, held: torch.dtype) -> Parts:
         """The parts that do not depend on rows, from what was measured: `input_scale` [1]."""

@@ -38,7 +38,7 @@ class Int4Weights(IntegerWeights):
         values = rows.float()
         scale = rounding.scale_of(rounding.absmax(rows), LARGEST, held)
         if self.clip == "mse":
-            scale = _least_error(values, scale, held)
+            scale = least_error(values, scale, held)
         return _round(values, scale).to(torch.int8), scale
 
 
@@ -102,7 +102,7 @@ def _error(values: Tensor, scale: Tensor) -> Tensor:
     return total.nan_to_num_(torch.inf)
 
 
-def _least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
+def least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
     """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
     then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
     Each is tried as the number of `held` that it becomes.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
@@ -20,7 +21,8 @@ from quantcli.targets.ascend_names import (
     skip_rule,
 )
 from quantcli.targets.ascend_stored import AscendStored
-from quantcli.targets.ascend_tags import TAGS, Tag, deq_from_stored, deq_to_store
+from quantcli.targets.ascend_tags import TAGS, TRANSFORM, Tag, deq_from_stored, deq_to_store
+from quantcli.targets.ascend_tp import unfit, unsplit
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
 from quantcli.targets.names import absent_head, stacked_experts
 from quantcli.targets.siblings import (
@@ -41,6 +43,13 @@ class Ascend(Target):
     """The format that vLLM-Ascend loads; every tensor is described, none is left to a default."""
 
     name: ClassVar[str] = "ascend"
+
+    tp: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="tensor parallel size to serve with; 1 allows transforms of o_proj and down_proj",
+    )
 
     def label(self, numerics: Numerics) -> str:
         """The quantization type in the description, such as W8A8_DYNAMIC."""
@@ -72,6 +81,7 @@ class Ascend(Target):
         weight_scale, weight_offset: float32 [n, 1]. The offset is zero. W8A16 multiplies with it and
         would find uninitialised memory; the others register it as a parameter.
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
+        left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
         """
         tag = self._tag(numerics)
         stored = {"weight": parts["weight"]}
@@ -84,6 +94,8 @@ class Ascend(Target):
             stored["input_offset"] = parts["input_offset"]
             stored["quant_bias"] = parts["quant_bias"]
             stored["deq_scale"] = deq_to_store(parts["deq_scale"], serving)
+        if numerics.transform:
+            stored |= {name: parts[name] for name in TRANSFORM}
         return stored
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
@@ -99,6 +111,8 @@ class Ascend(Target):
                 parts["weight_scale"] = deq.unsqueeze(-1) * multiplier(input_scale)
             parts |= {"deq_scale": deq, "quant_bias": stored["quant_bias"]}
             parts |= {"input_scale": input_scale, "input_offset": stored["input_offset"]}
+        if numerics.transform:
+            parts |= {name: stored[name] for name in TRANSFORM}
         return parts
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
@@ -107,7 +121,10 @@ class Ascend(Target):
         tags = self._tags(modules)
         for module in modules:
             if module.name in tags:
-                yield from self._check_module(module, tags[module.name])
+                yield from self.refusals(module)
+        if self.tp is not None:
+            for module in modules:
+                yield from unsplit(module, self.tp)
         labels = {m.name: tags[m.name].label if m.numerics else FLOAT for m in modules}
         yield from fused_groups(
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
@@ -124,6 +141,9 @@ class Ascend(Target):
                 f"`{name}` has {n} rows once the engine has fused it; the matmul takes {MAX_SIDE}: "
                 f"serve with tensor parallel size {-(-n // MAX_SIDE)} or more"
             )
+        rotated = [m.name for m in modules if m.numerics and m.numerics.transform]
+        if any(map(splits_inputs, rotated)):
+            yield "loads on one device alone: inputs of o_proj or down_proj are transformed"
         for module in modules:
             if module.numerics and module.name.rpartition(".")[2] == "lm_head":
                 yield "a quantized lm_head is accepted by the loader but has not been seen to run"
@@ -166,7 +186,11 @@ class Ascend(Target):
                 tags[module.name] = known[key]
         return tags
 
-    def _check_module(self, module: Module, tag: Tag) -> Iterator[Refusal]:
+    def refusals(self, module: Module) -> Iterator[Refusal]:
+        """Its name, its sizes, and how it is split over devices."""
+        if module.numerics is None:
+            return
+        tag = self._tag(module.numerics)
         if reason := float_only(module.name):
             yield Refusal(module.name, reason, _KEEP)
         if EXPERT.fullmatch(module.name) and not tag.experts:
@@ -182,6 +206,8 @@ class Ascend(Target):
                 f"{tag.label} takes inputs in multiples of 8; there are {k}",
                 "use w8a8_dynamic for it",
             )
+        elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
+            yield Refusal(module.name, f"{tag.label}: {reason}", "use w8a8_dynamic for it")
         if max(n, k) > MAX_SIDE:
             yield Refusal(
                 module.name, f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", _KEEP

@@ -5,13 +5,11 @@ Also types that this tool does not write: a checkpoint of another producer can b
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from quantcli.codes import code_values
-from quantcli.numerics import multiplier
+from quantcli.numerics import decompose, multiplier
 from quantcli.targets.ascend_tags import deq_from_stored
 from quantcli.targets.layouts import SLICES, Blocks, Layout, Param, Sides
 
@@ -86,21 +84,6 @@ def kronecker(blocks: Blocks) -> Tensor:
     rows = per_row(blocks)
     left, right = blocks["left_trans"].float(), blocks["right_trans"].float()
     return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
-
-
-def decompose(k: int) -> Sides:
-    """(L, R) with L R = k that the engine computes: the smallest a >= sqrt k with a^2 - k a square.
-
-    Ends for every k: from a = (k + 1) / 2 on an odd k, k / 4 + 1 on a multiple of 4, is an answer.
-    (0, 0) for k = 2 mod 4, which has none.
-    """
-    if k % 4 == 2:
-        return 0, 0
-    a = math.isqrt(k - 1) + 1 if k > 1 else 1
-    while math.isqrt(a * a - k) ** 2 != a * a - k:
-        a += 1
-    b = math.isqrt(a * a - k)
-    return a - b, a + b
 
 
 _FLATQUANT = (

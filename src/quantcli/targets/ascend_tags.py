@@ -37,6 +37,9 @@ _W8A8 = Tag(
 _W8A8_MIX = Tag("W8A8_MIX", f"vLLM-Ascend 0.13 and later on {_A2_A3}", static=True)
 # In the order in which `model_quant_type` prefers them.
 TAGS: dict[Numerics, Tag] = {
+    Numerics(_INT4, Operand("int4", "token", dynamic=True), transform="kronecker"): Tag(
+        "W4A4_FLATQUANT_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}", scale_in_float32=True
+    ),
     Numerics(_INT4, Operand("int4", "token", dynamic=True)): Tag(
         "W4A4_DYNAMIC", f"vLLM-Ascend 0.18 and later on {_A2_A3}", scale_in_float32=True
     ),
@@ -59,6 +62,8 @@ TAGS: dict[Numerics, Tag] = {
         for symmetric in (False, True)
     },
 }
+# What modules with transformed inputs have beside their codes, once each.
+TRANSFORM = ("left_trans", "right_trans", "clip_ratio")
 
 
 def deq_to_store(deq: Tensor, serving: torch.dtype) -> Tensor:

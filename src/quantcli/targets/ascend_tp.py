@@ -6,13 +6,46 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quantcli.findings import Finding
-from quantcli.targets.ascend_layouts import decompose
+from quantcli.numerics import Module, decompose
+from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.tp import cannot_split, check_heads, splits_inputs
 
 _MX_COLUMNS = 64  # of a row on one device: two blocks of 32 at a time
 _LARGEST_SIDE = 256  # of a Kronecker transform
+_STEP = 8  # of its right side
 _SLICES = 16  # of k, in the scale_bias of W4A8
+
+
+def unfit(module: str, k: int, tp: int | None) -> str | None:
+    """Why the kernel cannot transform a module's k inputs; None where it can.
+
+    tp: the tensor parallel size to serve with; None: any.
+    """
+    if splits_inputs(module) and tp != 1:
+        return (
+            "its inputs are split over devices, for which one transform of all of them does not do; "
+            "`target: {name: ascend, tp: 1}` allows it on one device"
+        )
+    left, right = decompose(k)
+    if not left:
+        return f"{k} inputs have no decomposition as the engine makes them"
+    if right % _STEP or max(left, right) > _LARGEST_SIDE:
+        return (
+            f"{k} inputs decompose into {left} x {right}, and the kernel takes sides up to "
+            f"{_LARGEST_SIDE}, the right one a multiple of {_STEP}"
+        )
+    return None
+
+
+def unsplit(module: Module, size: int) -> Iterator[Refusal]:
+    """Whether a quantized module can be split over `size` devices."""
+    if module.numerics is not None:
+        rows = splits_inputs(module.name)
+        sides = module.shape[1] if rows else module.shape[0]
+        if sides % size:
+            what = f"its {sides} {'inputs' if rows else 'outputs'} do not split over {size} devices"
+            yield Refusal(module.name, what, f"set the target's `tp` to a divisor of {sides}")
 
 
 def check_tp(
@@ -45,8 +78,8 @@ def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
                 f"{label} is stored with transforms of {stored[0]} and {stored[1]}; for {k} inputs on "
                 f"each device the engine expects {left} and {right}"
             )
-        elif right % 8 or max(left, right) > _LARGEST_SIDE:
-            yield f"the kernel takes no transforms of {left} and {right}"
+        elif why := unfit("", k, 1):
+            yield why
     if label.startswith("W8A8_MX") and parts > 1 and k % _MX_COLUMNS:
         yield f"{label} needs inputs in multiples of {_MX_COLUMNS} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")

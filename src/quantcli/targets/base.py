@@ -109,6 +109,10 @@ class Target(BaseModel, ABC):
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The inverse of `pack`."""
 
+    def refusals(self, module: Module) -> Iterator[Refusal]:
+        """Why the engine would not take one quantized module, whatever the others are."""
+        yield from ()
+
     @abstractmethod
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Everything the engine would refuse or silently misread. `tensors` are the source's."""

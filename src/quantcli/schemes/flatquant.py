@@ -1,0 +1,282 @@
+"""Learning a Kronecker transform for matrices that read the same input (FlatQuant, Sun et al. 2024).
+
+Both factors are M = U diag(d) V^T with U and V orthogonal (Cayley) and d > 0 (softplus), so that they stay
+invertible and M^-1 = V diag(1 / d) U^T is exact. Rounding is passed straight through; scales are functions
+of what is rounded, and gradients flow through them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.numerics import Stats, decompose
+from quantcli.schemes.int4 import LARGEST, LEAST, least_error
+from quantcli.schemes.kronecker import LARGEST_CONDITION
+from quantcli.schemes.learner import Learner, Scalable
+
+_OPEN = 4.0  # sigmoid(4) = 0.982: what the clip of inputs begins with
+_NARROWEST, _WIDEST = 0.2, 0.99  # clips of rows at the start
+_TINY = torch.finfo(torch.float32).tiny
+_CLIPS_FASTER = 10.0
+_LEAST_AMAX = 1e-5
+_LIMIT = 2.0**12  # of channel scales, either way
+
+
+def quantize_tokens(values: Tensor, clip_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformed inputs as the kernel makes int4 of them: values float32 [..., k], of float16.
+
+    Codes -8..7 as float32 [..., k], scale float32 [..., 1]; a token of zeros has codes and scale 0.
+    """
+    amax = values.abs().amax(-1, keepdim=True)
+    multiplier = torch.where(amax > 0, (LARGEST / clip_ratio) / amax, LARGEST)
+    codes = (values * multiplier).to(torch.float16).float().round_().clamp_(LEAST, LARGEST)
+    return codes, amax * clip_ratio / LARGEST
+
+
+class _FakeQuant(torch.autograd.Function):
+    """clamp(round(x / s), -8, 7) s. Inside of the range dy/dx = 1; dy/ds = q - x / s inside, q outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(ratio, scale)
+        return ratio.round().clamp_(LEAST, LARGEST).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        ratio, scale = ctx.saved_tensors
+        codes = ratio.round()
+        inside = (codes >= LEAST) & (codes <= LARGEST)
+        through = grads[0] * inside
+        codes.clamp_(LEAST, LARGEST).mul_(grads[0]).addcmul_(through, ratio, value=-1)
+        return through, codes.sum(-1, keepdim=True)
+
+
+def fake_quant(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., k] on the grid of scale [..., 1], with gradients for both."""
+    rounded: Tensor = _FakeQuant.apply(x, scale)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _Side:
+    """One factor M [size, size]; at first a random rotation."""
+
+    def __init__(self, size: int, generator: torch.Generator, device: torch.device) -> None:
+        self.size = size
+        self._first = [_random_orthogonal(size, generator).to(device) for _ in "UV"]
+        self._above = torch.triu_indices(size, size, 1, device=device)
+        self._turns = [torch.zeros(self._above.shape[1], device=device) for _ in "UV"]
+        self._stretch = torch.full((size,), math.log(math.e - 1), device=device)  # softplus: 1
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self._turns, self._stretch]
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """M and its inverse."""
+        u, v = (
+            first @ self._cayley(turn) for first, turn in zip(self._first, self._turns, strict=True)
+        )
+        d = F.softplus(self._stretch)
+        return (u * d) @ v.mT, (v / d) @ u.mT
+
+    def condition(self) -> float:
+        """max d / min d."""
+        d = F.softplus(self._stretch.detach())
+        return float(d.amax() / d.amin())
+
+    def _cayley(self, turn: Tensor) -> Tensor:
+        """(I + A / 2)^-1 (I - A / 2) of the skew matrix with `turn` above its diagonal."""
+        skew = turn.new_zeros(self.size, self.size)
+        skew = skew.index_put((self._above[0], self._above[1]), turn)
+        skew = (skew - skew.mT) / 2
+        one = torch.eye(self.size, device=turn.device)
+        rotation: Tensor = torch.linalg.solve(one + skew, one - skew)
+        return rotation
+
+
+def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(drawn)
+    signs = r.diagonal().sign()
+    return (q * torch.where(signs == 0, 1.0, signs)).float()
+
+
+class KroneckerLearner(Learner):
+    """One transform, one clip of inputs, and a clip for each row of each weight."""
+
+    def __init__(
+        self,
+        weights: Mapping[Hashable, Tensor],
+        amax: Tensor,
+        scalable: Scalable,
+        held: torch.dtype,
+        generator: torch.Generator,
+        *,
+        lr: float,
+        alpha: float,
+        clips_rows: bool,
+    ) -> None:
+        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of transforms."""
+        first = next(iter(weights.values()))
+        device, k = first.device, first.shape[1]
+        self._weights = {key: weight.detach().float() for key, weight in weights.items()}
+        left, right = decompose(k)
+        self._left, self._right = (_Side(size, generator, device) for size in (left, right))
+        self._held = held
+        self._lr = lr
+        self._clip = torch.full((1,), _OPEN, device=device)
+        self._rows = {
+            key: torch.full((len(weight), 1), _OPEN, device=device) for key, weight in weights.items()
+        }
+        self._clips_rows = clips_rows
+        self._channels: Tensor | None = None  # log of the scales
+        self._scaled = scalable
+        if scalable != "not at all":
+            self._channels = self._first_scales(amax.to(device), alpha)
+        if clips_rows:
+            self._start_clips()
+        self._local = threading.local()
+        for parameter in self._all():
+            parameter.requires_grad_(True)
+
+    def _first_scales(self, amax: Tensor, alpha: float) -> Tensor:
+        """log of max |w|^(1 - alpha) / max |x|^alpha of each channel."""
+        columns = torch.stack([weight.abs().amax(0) for weight in self._weights.values()]).amax(0)
+        weight, seen = columns.clamp_min(_LEAST_AMAX).log(), amax.clamp_min(_LEAST_AMAX).log()
+        scale = (1 - alpha) * weight - alpha * seen
+        scale = torch.where(amax > 0, scale, scale.median())
+        scale = (scale - scale.median()).clamp(-math.log(_LIMIT), math.log(_LIMIT))
+        if self._scaled == "by powers of two":
+            scale = (scale / math.log(2)).round() * math.log(2)
+        return scale
+
+    def _start_clips(self) -> None:
+        """Rows are clipped at first where the squared error of their weights is least."""
+        for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
+            widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
+            share = least_error(rows, widest, torch.float32) / widest
+            self._rows[key] = share.clamp(_NARROWEST, _WIDEST).logit()
+
+    def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> dict[Hashable, Tensor]:
+        """The weights as they are rounded: L^-1 W R^-T, each row of W seen as [l, r]."""
+        scale = None if self._channels is None else self._channels.exp()
+        made = {}
+        for key, weight in self._weights.items():
+            grid = weight if scale is None else weight / scale
+            grid = grid.reshape(-1, self._right.size) @ right_inverse.mT
+            grid = left_inverse @ grid.view(-1, self._left.size, self._right.size)
+            made[key] = grid.reshape(weight.shape)
+        return made
+
+    def _all(self) -> list[Tensor]:
+        learned = [*self._left.parameters, *self._right.parameters, self._clip]
+        if self._clips_rows:
+            learned += self._rows.values()
+        if self._channels is not None and self._scaled == "freely":
+            learned.append(self._channels)
+        return learned
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """For the optimizer: clips learn ten times as fast."""
+        clips = [self._clip, *self._rows.values()] if self._clips_rows else [self._clip]
+        others = [p for p in self._all() if not any(p is clip for clip in clips)]
+        return [
+            {"params": others, "lr": self._lr},
+            {"params": clips, "lr": _CLIPS_FASTER * self._lr},
+        ]
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def begin(self) -> list[Tensor]:
+        """Make this step's matrices; the leaves that `linear` uses."""
+        left, left_inverse = self._left.both()
+        right, right_inverse = self._right.both()
+        clip = self._clip.sigmoid()
+        rounded = []
+        for key, rows in self._transformed(left_inverse, right_inverse).items():
+            step = rows.abs().amax(-1, keepdim=True) / LARGEST
+            if self._clips_rows:
+                step = step * self._rows[key].sigmoid()
+            rounded.append(fake_quant(rows, step.clamp_min(_TINY)))
+        shared = [left, right, clip]
+        if self._channels is not None:
+            shared.append(self._channels.exp())
+        self._graph = [*shared, *rounded]
+        self._leaves = [tensor.detach().requires_grad_(True) for tensor in self._graph]
+        self._leaf_of = dict(zip(self._weights, self._leaves[len(shared) :], strict=True))
+        self._local = threading.local()
+        return self._leaves
+
+    def linear(self, key: Hashable, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., k] -> [..., n] with rounded inputs and weights."""
+        seen = getattr(self._local, "seen", None)
+        if seen is None or seen[0] is not x:
+            seen = self._local.seen = (x, self._inputs(x))
+        bias = None if bias is None else bias.float()
+        return F.linear(seen[1], self._leaf_of[key], bias).to(x.dtype)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        left, right, clip = self._leaves[:3]
+        values = x.float()
+        if self._channels is not None:
+            values = values * self._leaves[3]
+        inner = (values.reshape(-1, self._right.size) @ right).view(-1, len(left), len(right))
+        inner = (
+            inner.transpose(1, 2) @ left
+        )  # (L^T X R)^T: one large product instead of many small ones
+        values = inner.transpose(1, 2).reshape(x.shape)
+        amax = values.abs().amax(-1, keepdim=True)
+        return fake_quant(values, (amax * clip / LARGEST).clamp_min(_TINY))
+
+    def end(self, gradients: list[Tensor]) -> None:
+        """Gradients of the leaves -> gradients of the parameters. InputError for a runaway transform."""
+        torch.autograd.backward(self._graph, gradients)
+        condition = self.condition
+        if not condition <= LARGEST_CONDITION:
+            raise InputError(
+                f"the learned transform has a condition number of {condition:.3g}",
+                fix="take a smaller `lr`, fewer `epochs` or more calibration samples",
+            )
+
+    # -- what was learned ------------------------------------------------------------------------
+
+    @property
+    def condition(self) -> float:
+        """The larger one of the two factors'."""
+        return max(self._left.condition(), self._right.condition())
+
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """By which inputs are multiplied, float32 [k] on the CPU."""
+        return None if self._channels is None else self._channels.detach().exp().cpu()
+
+    def state(self) -> list[Tensor]:
+        """A copy of all that is learned."""
+        return [parameter.detach().clone() for parameter in self._all()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Go back to a copy."""
+        with torch.no_grad():
+            for parameter, value in zip(self._all(), state, strict=True):
+                parameter.copy_(value)
+
+    def stats(self, key: Hashable) -> Stats:
+        """left_trans, right_trans, clip_ratio; weight_clip [n, 1] if rows are clipped. On the CPU."""
+        with torch.no_grad():
+            found = {
+                "left_trans": self._left.both()[0].to(self._held),
+                "right_trans": self._right.both()[0].to(self._held),
+                "clip_ratio": self._clip.sigmoid(),
+            }
+            if self._clips_rows:
+                found["weight_clip"] = self._rows[key].sigmoid()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}

@@ -1,0 +1,55 @@
+"""Kronecker transforms: inputs x, seen as a matrix X [l, r], come to the kernel as L^T X R.
+
+A weight that is to be multiplied with them holds for each row w, seen as W [l, r],
+
+    W' = L^-1 W R^-T        since  sum (L^T X R) * (L^-1 W R^-T) = sum X * W.
+
+L and R are what the engine holds, rounded to its dtype; their inverses are taken in float64, so that the
+pair is exact whatever the rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+
+# Half of a float32's digits are gone at 1e4; what is stored in bfloat16 is off by far more than that.
+LARGEST_CONDITION = 1e4
+
+
+def undo(rows: Tensor, left_inverse: Tensor, right_inverse: Tensor) -> Tensor:
+    """W' of rows [..., n, k] in any float dtype, by the inverses float64 [l, l] and [r, r]: float32."""
+    grid = rows.double().reshape(-1, len(right_inverse)) @ right_inverse.mT
+    grid = left_inverse @ grid.view(-1, len(left_inverse), len(right_inverse))
+    return grid.reshape(rows.shape).float()
+
+
+def redo(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The inverse of `undo`: float32 [..., n, k] -> float32, L W' R^T in float64."""
+    return undo(rows, left.double(), right.double())
+
+
+def served(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Inputs as the kernel transforms them: x [..., k] -> float32 [..., k], values of float16.
+
+    Two products with float32 sums: X R, rounded to the dtype of the model, which is that of `left`; then
+    L^T (X R), rounded to float16 whatever the model is. What is over 65504 becomes infinite.
+    """
+    inner = x.float().reshape(-1, len(right)) @ right.float()
+    inner = inner.to(left.dtype).float().view(-1, len(left), len(right))
+    return (left.float().mT @ inner).to(torch.float16).float().reshape(x.shape)
+
+
+def inverse(matrix: Tensor, name: str) -> Tensor:
+    """Of a square matrix as it is held, in float64. InputError where it is as good as singular."""
+    exact = matrix.double()
+    condition = float(torch.linalg.cond(exact)) if bool(torch.isfinite(exact).all()) else float("inf")
+    if not condition <= 2 * LARGEST_CONDITION:
+        raise InputError(
+            f"{name} has a condition number of {condition:.3g}: its inverse has no digits left",
+            fix="calibrate again, with a smaller lr or fewer epochs",
+        )
+    inverted: Tensor = torch.linalg.inv(exact)
+    return inverted
