@@ -9,8 +9,8 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError, closest
 from quantcli.inspection import fold
 from quantcli.measured import Measured
-from quantcli.recipe import Recipe, Rule
 from quantcli.numerics import Module
+from quantcli.recipe import Recipe, Rule
 from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

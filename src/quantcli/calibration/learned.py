@@ -1,19 +1,23 @@
-"""Which matrices of a layer learn together, and what comes of it: statistics, and edits of producers."""
+"""Which matrices of a layer learn together, and what comes of it: statistics and edits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.calibration.layout import LayerLayout, Producer
+from quantcli.calibration.learning import Course
+from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrix
 from quantcli.calibration.wishes import Wishes
 from quantcli.errors import InputError
+from quantcli.measured import Factors
 from quantcli.numerics import Stats
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.learner import Learner, Scalable, Schedule
@@ -55,8 +59,8 @@ def groups(layout: LayerLayout, wishes: Wishes) -> list[Group]:
             continue
         if len(schemes) > 1:
             raise InputError(
-                f"`{matrix.parameter}` is made of {', '.join(f'`{m}`' for m in modules)}, and not all of "
-                f"them are {learning[0].name}",
+                f"`{matrix.parameter}` is made of {', '.join(f'`{m}`' for m in modules)}, and "
+                f"not all of them are {learning[0].name}",
                 where=wishes.quantized[next(m for m in modules if m in wishes.quantized)].rule,
                 fix="put them under one rule",
             )
@@ -79,7 +83,7 @@ def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
         read = {reader.matrix: reader.channels for reader in producer.readers}
         if all(matrix in read for matrix in matrices):
             columns = read[matrices[0]]
-            one_to_one = len(columns.unique()) == len(columns)
+            one_to_one = len(set(columns.tolist())) == len(columns)
             if one_to_one and all(torch.equal(read[matrix], columns) for matrix in matrices):
                 return producer
     return None
@@ -151,3 +155,34 @@ def settle(
                     for name, tensor in stats.items()
                 }
     return settled
+
+
+def learn(
+    layer: Layer, layout: LayerLayout, found: list[Group], edits: dict[str, Factors]
+) -> tuple[dict[str, Stats], dict[str, Any]]:
+    """Let a loaded layer's groups learn; adds the edits of producers. Statistics by module, and a report.
+
+    InputError where learning goes astray, or does not go together.
+    """
+    run, wishes = layer.run, layer.run.wishes
+    generator = torch.Generator().manual_seed(wishes.seed * 2**20 + layer.index)
+    widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
+    amax = layer.channel_amax(widths)
+    made = learners(found, layout, wishes, layer.weight, amax, generator)
+    course = Course(layer, made)
+    before, after = course.learn(schedule_of(found), generator)
+    for group in found:
+        learner = made[group.matrices[0]]
+        scale = learner.channel_scale
+        if group.producer is not None and scale is not None:
+            by_channel = torch.ones(len(group.producer.used))
+            by_channel[group.columns] = 1 / scale
+            layer.divide(layout, group.producer, by_channel, edits)
+    report = {
+        "modules": sorted(module for group in found for module in group.modules),
+        "loss_before": before,
+        "loss_after": after,
+        "kept": "what was learned" if after < before else "the start",
+        "condition": max(learner.condition for learner in made.values()),
+    }
+    return settle(found, made, layout.segments), report

@@ -1,22 +1,20 @@
 """What a layer's schemes learn: its quantized outputs are brought near to its float ones.
 
-Teacher and student are the same layer on the same inputs. A step's gradients are those of single batches,
-each computed by one thread and summed in their order, so that what is learned does not depend on workers.
+Teacher and student are the same layer on the same inputs. A step's gradients are those of single
+batches, each computed by one thread and summed in their order: workers change nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantcli.calibration.dataset import Batch
 from quantcli.calibration.engine import Engine, Quantizer
-from quantcli.calibration.replay import Replay, Source
+from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.errors import InputError
@@ -25,24 +23,18 @@ from quantcli.schemes.learner import Learner, Schedule
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
 
 
-@dataclass
 class Course:
-    """A loaded layer, its batches and its learners, by matrix."""
+    """A loaded layer and its learners, by matrix."""
 
-    replay: Replay
-    index: int
-    layer: nn.Module
-    states: Source
-    batches: Sequence[Batch]
-    learners: Mapping[Matrix, Learner]
-    held: int  # bytes of float outputs to hold; others are computed again
-
-    def __post_init__(self) -> None:
-        self._name = self.replay.skeleton.layers[self.index][0]
-        self._matrices = Matrices(self._name, self.layer)
-        self._each = list(dict.fromkeys(self.learners.values()))
+    def __init__(self, layer: Layer, learners: Mapping[Matrix, Learner]) -> None:
+        self._layer = layer
+        self._replay = layer.run.replay
+        self._batches = layer.run.batches
+        self._matrices = Matrices(layer.name, layer.module)
+        self._learners = learners
+        self._each = list(dict.fromkeys(learners.values()))
         self._targets: dict[int, Tensor] = {}
-        self._left = self.held
+        self._left = layer.run.held_targets  # bytes; what is not held is computed again
 
     def learn(self, schedule: Schedule, generator: torch.Generator) -> tuple[float, float]:
         """Learn; the loss before and after. What was learned is what had the lower one.
@@ -74,7 +66,7 @@ class Course:
         """Batches in groups of about so many samples."""
         steps: list[list[int]] = [[]]
         filled = 0
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self._batches):
             if filled >= samples:
                 steps.append([])
                 filled = 0
@@ -88,18 +80,18 @@ class Course:
 
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                error, _ = self._error(number, Tap(self._matrices, _Student(self.learners)))
+                error, _ = self._error(number, Tap(self._matrices, _Student(self._learners)))
                 gradients = torch.autograd.grad(error, leaves)
             return error.detach(), *gradients
 
-        found = self.replay.each(work, numbers)
+        found = self._replay.each(work, numbers)
         error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*found, strict=True))
         # of the logarithm of the error: hard batches do not drown easy ones
         summed = [gradient / error for gradient in summed]
         size = sum(gradient.square().sum() for gradient in summed)
         if not bool(torch.isfinite(torch.as_tensor(size))):
             raise InputError(
-                f"`{self._name}`: gradients are not finite",
+                f"`{self._layer.name}`: gradients are not finite",
                 where="what its scheme learns",
                 fix="take a smaller `lr`, or set calibration.dtype to float32",
             )
@@ -112,11 +104,11 @@ class Course:
         """As the learners have it now."""
         for learner in self._each:
             learner.begin()
-        return self._loss(lambda: Tap(self._matrices, _Student(self.learners)))
+        return self._loss(lambda: Tap(self._matrices, _Student(self._learners)))
 
     def served_loss(self, segments: Mapping[str, list[list[Segment]]], quantizer: Quantizer) -> float:
         """By the engine's arithmetic."""
-        engine = Engine(self._name, self.layer, segments, quantizer)
+        engine = Engine(self._layer.name, self._layer.module, segments, quantizer)
         return self._loss(lambda: Tap(self._matrices, engine))
 
     def _loss(self, tap: Callable[[], Tap]) -> float:
@@ -125,26 +117,26 @@ class Course:
                 error, size = self._error(number, tap())
             return error.double(), size.double()
 
-        found = self.replay.each(work, range(len(self.batches)))
+        found = self._replay.each(work, range(len(self._batches)))
         errors, sizes = (torch.stack(values).sum() for values in zip(*found, strict=True))
         return float(errors / sizes) if float(sizes) else 0.0
 
     def _error(self, number: int, tap: Tap) -> tuple[Tensor, Tensor]:
         """Squared error of a batch's outputs, and their sum of squares; padding counts for nothing."""
-        target = self._target(number)
-        out = self.replay.forward(self.index, self.layer, self.states, number, lambda _: tap)
+        target, at = self._target(number), self._layer
+        out = self._replay.forward(at.index, at.module, at.states, number, lambda _: tap)
         error = out.float() - target
-        mask = self.batches[number].mask
+        mask = self._batches[number].mask
         if mask is not None:
             shape = (*mask.shape, *[1] * (out.dim() - 2))
             error = error * mask.to(out.device).view(shape)
         return error.square().sum(), target.square().sum()
 
     def _target(self, number: int) -> Tensor:
-        found = self._targets.get(number)
+        found, at = self._targets.get(number), self._layer
         if found is None:
             with torch.no_grad():
-                found = self.replay.forward(self.index, self.layer, self.states, number).float()
+                found = self._replay.forward(at.index, at.module, at.states, number).float()
             if found.nbytes <= self._left:
                 self._left -= found.nbytes
                 self._targets[number] = found

@@ -53,7 +53,7 @@ class Wishes:
         return scheme is not None and scheme.needs_data
 
     def measures(self, module: str) -> bool:
-        """Whether a module's scheme needs more than codes that data has chosen: a range, a transform."""
+        """Whether a module's scheme needs a range or a transform, and not just chosen codes."""
         quantized = self.quantized.get(module)
         if quantized is None:
             return False

@@ -1,8 +1,8 @@
-"""Learning a Kronecker transform for matrices that read the same input (FlatQuant, Sun et al. 2024).
+"""Learning a Kronecker transform for matrices that read one input (FlatQuant, Sun et al. 2024).
 
-Both factors are M = U diag(d) V^T with U and V orthogonal (Cayley) and d > 0 (softplus), so that they stay
-invertible and M^-1 = V diag(1 / d) U^T is exact. Rounding is passed straight through; scales are functions
-of what is rounded, and gradients flow through them.
+Both factors are M = U diag(d) V^T with U and V orthogonal (Cayley) and d > 0 (softplus), so that they
+stay invertible and M^-1 = V diag(1 / d) U^T is exact. Rounding is passed straight through; scales are
+functions of what is rounded, and gradients flow through them.
 """
 
 from __future__ import annotations
@@ -42,17 +42,18 @@ def quantize_tokens(values: Tensor, clip_ratio: Tensor) -> tuple[Tensor, Tensor]
 
 
 class _FakeQuant(torch.autograd.Function):
-    """clamp(round(x / s), -8, 7) s. Inside of the range dy/dx = 1; dy/ds = q - x / s inside, q outside."""
+    """y = clamp(round(x / s), -8, 7) s. Inside of the range dy/dx = 1 and dy/ds = q - x / s; outside
+    dy/dx = 0 and dy/ds = q."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ratio = x / scale
-        ctx.save_for_backward(ratio, scale)
+        ctx.save_for_backward(ratio)
         return ratio.round().clamp_(LEAST, LARGEST).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        ratio, scale = ctx.saved_tensors
+        (ratio,) = ctx.saved_tensors
         codes = ratio.round()
         inside = (codes >= LEAST) & (codes <= LARGEST)
         through = grads[0] * inside
@@ -107,7 +108,8 @@ def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(drawn)
     signs = r.diagonal().sign()
-    return (q * torch.where(signs == 0, 1.0, signs)).float()
+    turned: Tensor = q * torch.where(signs == 0, 1.0, signs)
+    return turned.float()
 
 
 class KroneckerLearner(Learner):

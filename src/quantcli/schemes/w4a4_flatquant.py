@@ -44,7 +44,10 @@ class W4A4FlatQuant(Int4Weights):
         None, ge=1, le=1024, description="samples a step, instead of the preset's"
     )
     lr: float | None = Field(
-        None, gt=0, le=1, description="of the transforms, instead of the preset's; clips learn 10 x as fast"
+        None,
+        gt=0,
+        le=1,
+        description="of the transforms, instead of the preset's; clips learn 10 x as fast",
     )
     alpha: float = Field(
         0.3, ge=0, le=1, description="how much of outlier channels moves into the weights at the start"

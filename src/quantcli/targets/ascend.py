@@ -33,6 +33,7 @@ from quantcli.targets.siblings import (
     fused_widths,
     merged_name,
 )
+from quantcli.targets.tp import splits_inputs
 from quantcli.tensorspec import TensorSpec
 
 # npu_quant_matmul takes at most this many input features, and output features on one device.
