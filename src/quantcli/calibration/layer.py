@@ -158,13 +158,9 @@ class LayerRun:
         as_quantized = inputs == "quantized" and sink is not None
         self._here.watch(watch, None if as_quantized else sink)
         stats = learned | self._settle(observers)
+        here = self._here
         rounding = RoundingPass(
-            self.run,
-            self.index,
-            layout,
-            edits,
-            stats,
-            lambda seen, only: self._here.watch(seen, None, only),
+            self.run, self.index, layout, edits, stats, lambda seen, only: here.watch(seen, None, only)
         )
         rounding.round()
         self._measure_served(layout, learned, stats)

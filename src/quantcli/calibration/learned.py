@@ -160,11 +160,11 @@ def settle(
 def learn(
     layer: Layer, layout: LayerLayout, found: list[Group], edits: dict[str, Factors]
 ) -> tuple[dict[str, Stats], dict[str, Any]]:
-    """Let a loaded layer's groups learn; adds the edits of producers. Statistics by module, and a report.
+    """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
     InputError where learning goes astray, or does not go together.
     """
-    run, wishes = layer.run, layer.run.wishes
+    wishes = layer.run.wishes
     generator = torch.Generator().manual_seed(wishes.seed * 2**20 + layer.index)
     widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
     amax = layer.channel_amax(widths)

@@ -68,8 +68,8 @@ class Layer:
     def divide(
         self, layout: LayerLayout, producer: Producer, scale: Tensor, edits: dict[str, Factors]
     ) -> Tensor:
-        """Divide a producer's channels by scales [channels], and multiply what reads them; the scales as
-        they came out, all 1 where it is a norm that cannot be scaled."""
+        """Divide a producer's channels by scales [channels], and multiply what reads them; the scales
+        as they came out, all 1 where it is a norm that cannot be scaled."""
         if producer.norm is not None:
             module = self.module.get_submodule(producer.norm.removeprefix(f"{self.name}."))
             made, scale = self._divided_norm(producer.norm, module, scale)

@@ -127,7 +127,7 @@ class KroneckerLearner(Learner):
         alpha: float,
         clips_rows: bool,
     ) -> None:
-        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of transforms."""
+        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of L and R."""
         first = next(iter(weights.values()))
         device, k = first.device, first.shape[1]
         self._weights = {key: weight.detach().float() for key, weight in weights.items()}
@@ -240,7 +240,7 @@ class KroneckerLearner(Learner):
         return fake_quant(values, (amax * clip / LARGEST).clamp_min(_TINY))
 
     def end(self, gradients: list[Tensor]) -> None:
-        """Gradients of the leaves -> gradients of the parameters. InputError for a runaway transform."""
+        """Gradients of leaves -> gradients of parameters. InputError for a runaway transform."""
         torch.autograd.backward(self._graph, gradients)
         condition = self.condition
         if not condition <= LARGEST_CONDITION:

@@ -4,8 +4,8 @@ A weight that is to be multiplied with them holds for each row w, seen as W [l, 
 
     W' = L^-1 W R^-T        since  sum (L^T X R) * (L^-1 W R^-T) = sum X * W.
 
-L and R are what the engine holds, rounded to its dtype; their inverses are taken in float64, so that the
-pair is exact whatever the rounding.
+L and R are what the engine holds, rounded to its dtype; their inverses are taken in float64, so that
+the pair is exact whatever the rounding.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def redo(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def served(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Inputs as the kernel transforms them: x [..., k] -> float32 [..., k], values of float16.
 
-    Two products with float32 sums: X R, rounded to the dtype of the model, which is that of `left`; then
-    L^T (X R), rounded to float16 whatever the model is. What is over 65504 becomes infinite.
+    Two products with float32 sums: X R, rounded to the dtype of the model, which is that of `left`;
+    then L^T (X R), rounded to float16 whatever the model is. What is over 65504 becomes infinite.
     """
     inner = x.float().reshape(-1, len(right)) @ right.float()
     inner = inner.to(left.dtype).float().view(-1, len(left), len(right))

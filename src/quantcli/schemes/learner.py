@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantcli.numerics import Stats
 
-# Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are for
-# channels that a float matrix reads, too: its weights would be rounded again.
+# Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are
+# for channels that a float matrix reads, too: its weights would be rounded again.
 Scalable: TypeAlias = Literal["freely", "by powers of two", "not at all"]
 
 
@@ -27,8 +27,8 @@ class Schedule:
 class Learner(ABC):
     """What is learned for some matrices that read the same input, while their layer runs.
 
-    A step: `begin`, then any number of forwards that call `linear` on any thread, then `end` with the sum
-    of their gradients with respect to what `begin` returned.
+    A step: `begin`, then any number of forwards that call `linear` on any thread, then `end` with the
+    sum of their gradients with respect to what `begin` returned.
     """
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Learner(ABC):
     @property
     @abstractmethod
     def channel_scale(self) -> Tensor | None:
-        """By which the input's channels are to be multiplied, before anything else: float32 [k], CPU."""
+        """By which the input's channels are to be multiplied before all else: float32 [k], CPU."""
 
     @property
     @abstractmethod
@@ -67,4 +67,4 @@ class Learner(ABC):
 
     @abstractmethod
     def stats(self, key: Hashable) -> Stats:
-        """What was learned for one of the matrices, as the scheme's `constants` and `quantize` take it."""
+        """What was learned for a matrix, as the scheme's `constants` and `quantize` take it."""

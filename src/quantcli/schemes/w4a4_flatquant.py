@@ -107,8 +107,8 @@ class W4A4FlatQuant(Int4Weights):
         )
 
     def blank(self, k: int, held: torch.dtype) -> Stats:
-        """left_trans [l, l] and right_trans [r, r] in `held`, clip_ratio float32 [1]; by row, where they
-        are asked for, codes int8 [0, k] and weight_clip float32 [0, 1]."""
+        """left_trans [l, l] and right_trans [r, r] in `held`, clip_ratio float32 [1]; by row, where
+        they are asked for, codes int8 [0, k] and weight_clip float32 [0, 1]."""
         left, right = decompose(k)
         stats = {
             **super().blank(k, held),
