@@ -127,7 +127,7 @@ class KroneckerLearner(Learner):
         alpha: float,
         clips_rows: bool,
     ) -> None:
-        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of L and R."""
+        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of L, R."""
         first = next(iter(weights.values()))
         device, k = first.device, first.shape[1]
         self._weights = {key: weight.detach().float() for key, weight in weights.items()}
