@@ -212,11 +212,12 @@ class KroneckerLearner(Learner):
         shared = [left, right, clip]
         if self._channels is not None:
             shared.append(self._channels.exp())
-        self._graph = [*shared, *rounded]
-        self._leaves = [tensor.detach().requires_grad_(True) for tensor in self._graph]
+        made = [*shared, *rounded]
+        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
+        self._graph = [tensor for tensor in made if tensor.requires_grad]
         self._leaf_of = dict(zip(self._weights, self._leaves[len(shared) :], strict=True))
         self._local = threading.local()
-        return self._leaves
+        return [leaf for leaf in self._leaves if leaf.requires_grad]
 
     def linear(self, key: Hashable, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., k] -> [..., n] with rounded inputs and weights."""
