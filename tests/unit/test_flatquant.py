@@ -70,7 +70,7 @@ def transcribed(x, parts, held, bias=None):
 @pytest.mark.parametrize("k", [64, 96, 1536])
 @pytest.mark.parametrize("biased", [False, True])
 def test_forward_is_the_kernel(held, k, biased):
-    """Float32 sums of 32 to 48 products, in whatever order, may differ in the last bit, which a rounding
+    """Float32 sums of 32 to 48 products, in whatever order, may differ in the last bit, which rounding
     can make one code: nearly all outputs are equal, and none is off by more than such a code."""
     parts = make_parts(draw(24, k, seed=3) / k**0.5, held)
     x = draw(40, k, seed=4)

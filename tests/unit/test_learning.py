@@ -1,4 +1,4 @@
-"""Learning inside of a layer: it helps, it is the same on any number of threads, and it keeps functions."""
+"""Learning inside of a layer: it helps, is the same on any number of threads, and keeps functions."""
 
 import math
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.flow import Flow, norms_followed
+from quantcli.calibration.folding import norm_offset, scale_norm
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.layout import LayerLayout
 from quantcli.calibration.run import Run
-from quantcli.calibration.folding import norm_offset, scale_norm
 from quantcli.calibration.taps import Matrices, Tap
 from quantcli.calibration.wishes import Quantized, Wishes
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
