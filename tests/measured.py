@@ -20,11 +20,15 @@ def constants(
     weight: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """What the scheme makes of inputs x; without x, of an observer that saw nothing. And what a survey
-    finds in the whole weight, where the scheme needs it."""
+    finds in the whole weight, and a transform that was learned, where the scheme needs them."""
     found: dict[str, Any] = {}
     if scheme.surveyed:
         assert weight is not None
         found["weight_amax"] = weight.float().abs().amax().view(1)
+    if scheme.schedule is not None:  # a transform that does nothing
+        k = (x if weight is None else weight).shape[-1]
+        stats = scheme.blank(k, serving)
+        return found | scheme.constants(stats, serving) | {"weight_clip": torch.ones(1, 1)}
     observer = scheme.observer(serving)
     if observer is None:
         return found
@@ -35,7 +39,9 @@ def constants(
 
 def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
     """The dtype in which engines hold `weight_scale`."""
-    in_float32 = scheme.name.startswith("fp8_") or scheme.name in {"w8a8_static", "w4a4_dynamic"}
+    in_float32 = scheme.name.startswith("fp8_") or scheme.name in {
+        "w8a8_static", "w4a4_dynamic", "w4a4_flatquant"
+    }
     return torch.float32 if in_float32 else serving
 
 

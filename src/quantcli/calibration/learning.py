@@ -97,8 +97,15 @@ class Course:
             )
         start = 0
         for learner, some in zip(self._each, begun, strict=True):
-            learner.end(summed[start : start + len(some)])
+            try:
+                learner.end(summed[start : start + len(some)])
+            except InputError as error:
+                modules = ", ".join(f"`{m.parameter.removesuffix('.weight')}`" for m in self._of(learner))
+                raise InputError(error.what, where=modules, fix=error.fix) from None
             start += len(some)
+
+    def _of(self, learner: Learner) -> list[Matrix]:
+        return [matrix for matrix, its in self._learners.items() if its is learner]
 
     def loss(self) -> float:
         """As the learners have it now."""
