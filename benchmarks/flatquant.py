@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from perplexity import ROOT, inject, windows
 
+from perplexity import ROOT, inject, windows
 from quantcli import commands
+from quantcli.calibration.dataset import Batch
 from quantcli.calibration.served import Forward, Served, log_probs
 from quantcli.checkpoint import open_checkpoint
 
@@ -39,7 +40,7 @@ def convert(recipe: Path, model: Path, out: Path, sets: list[str]) -> float:
     return time.process_time() - began
 
 
-def layer_sqnr(model: Path, checkpoint: Path, batches) -> list[float]:
+def layer_sqnr(model: Path, checkpoint: Path, batches: list[Batch]) -> list[float]:
     """Signal over noise of each layer's output, in dB, on the float model's inputs."""
     found = []
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:

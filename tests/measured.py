@@ -40,7 +40,9 @@ def constants(
 def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
     """The dtype in which engines hold `weight_scale`."""
     in_float32 = scheme.name.startswith("fp8_") or scheme.name in {
-        "w8a8_static", "w4a4_dynamic", "w4a4_flatquant"
+        "w8a8_static",
+        "w4a4_dynamic",
+        "w4a4_flatquant",
     }
     return torch.float32 if in_float32 else serving
 

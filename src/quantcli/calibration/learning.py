@@ -100,7 +100,9 @@ class Course:
             try:
                 learner.end(summed[start : start + len(some)])
             except InputError as error:
-                modules = ", ".join(f"`{m.parameter.removesuffix('.weight')}`" for m in self._of(learner))
+                modules = ", ".join(
+                    f"`{m.parameter.removesuffix('.weight')}`" for m in self._of(learner)
+                )
                 raise InputError(error.what, where=modules, fix=error.fix) from None
             start += len(some)
 
