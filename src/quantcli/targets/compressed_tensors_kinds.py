@@ -38,20 +38,20 @@ _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
 _NVIDIA = "NVIDIA GPUs"
 _LOADS_ON = (  # by what a label holds; the first that fits
-    ("W8A16", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later)"),
-    ("W4A16", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
-    ("W4A8", "vLLM 0.10 and later; CPUs (Arm, x86), Intel GPUs"),
-    ("int8 W8A8 static", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
-    ("block", f"vLLM 0.10 and later, SGLang; {_NVIDIA} (Ada, Hopper and later), AMD; CPUs with AMX"),
+    ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
+    ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
+    ("int8 W8A8 static", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("block", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Ada, Hopper and later), AMD; CPUs with AMX"),
     (
         "int8",
-        f"vLLM 0.6 and later, SGLang, vLLM-Ascend; {_NVIDIA} (Turing and later), CPUs, Atlas A2, A3",
+        f"vLLM 0.32 and later, SGLang, vLLM-Ascend; {_NVIDIA} (Turing and later), CPUs, Atlas A2, A3",
     ),
     (
         "channel",
-        f"vLLM 0.6 and later, SGLang, vLLM-Ascend 0.22.1rc1; {_NVIDIA} (Ada and later), AMD, A5",
+        f"vLLM 0.32 and later, SGLang, vLLM-Ascend 0.22.1rc1; {_NVIDIA} (Ada and later), AMD, A5",
     ),
-    ("fp8", f"vLLM 0.6 and later, SGLang; {_NVIDIA} (Ada and later), AMD"),
+    ("fp8", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Ada and later), AMD"),
 )
 
 
