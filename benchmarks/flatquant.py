@@ -92,7 +92,7 @@ def main() -> None:
             batches = windows(model, given.text, 4, 64)
             ours = folder / "ours"
             few = ["calibration.length=64"]
-            convert(ROOT / "recipes/w4a4_flatquant_tp1.yaml", model, ours, [*sets, *few])
+            convert(ROOT / "recipes/w4a4_flatquant.yaml", model, ours, [*sets, *few])
             result = {
                 who: [round(db, 2) for db in layer_sqnr(model, checkpoint, batches)]
                 for who, checkpoint in (("ours", ours), ("theirs", theirs))
