@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+ENGINE := .venv-engine
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types docs format bench clean
+.PHONY: help setup demo test test-engine check lint types docs format bench clean
 
 help:           ## show this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create the environment in .venv
 
@@ -33,6 +34,15 @@ test: check     ## all that CI runs: lint, types, tests
 		echo "no chromium here: tests marked browser are left out" && \
 		$(BIN)/python -m pytest -m "not browser"; fi
 
+test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
+	@$(BIN)/python -m pytest tests/engine
+
+$(ENGINE)/ready: constraints-engine.txt
+	@echo "setting up $(ENGINE) with vLLM (a few minutes and 2.5 GB the first time)"
+	@$(PYTHON) -m venv $(ENGINE)
+	@$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-engine.txt
+	@touch $@
+
 check: lint types
 
 lint: $(READY)  ## ruff
@@ -54,4 +64,4 @@ bench: $(READY) ## run every benchmark (about half an hour, 10 GB of disk)
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:          ## remove what make has made
-	@rm -rf .venv build .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	@rm -rf .venv $(ENGINE) build .mypy_cache .ruff_cache .hypothesis src/*.egg-info

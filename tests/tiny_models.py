@@ -37,12 +37,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_tiny(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Save a tiny model of `family`; every weight is drawn, norms and biases too."""
+def make_tiny(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int
+) -> Path:
+    """Save a tiny model of `family`, other `sizes` than COMMON's if given; every weight is drawn."""
     import transformers
 
     model_class, config_class, changes = FAMILIES[family]
-    config = getattr(transformers, config_class)(**COMMON | changes)
+    config = getattr(transformers, config_class)(**COMMON | changes | sizes)
     save(folder, getattr(transformers, model_class)(config), dtype, seed)
     return folder
 

@@ -1,0 +1,83 @@
+"""Operators that vLLM's CPU build lacks without AMX, in torch, so that its loader goes on to the end.
+
+They compute what the names say and are noted in `used` when they do: what an answer is worth that
+needed one is that vLLM took every tensor to its place, not that a CPU serves the format.
+"""
+
+import torch
+from vllm import _custom_ops
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.platforms import PlatformEnum
+
+used: set = set()
+FP8 = torch.float8_e4m3fn
+
+
+def scaled_fp8_quant(input, scale=None, *args, **kwargs):
+    """e4m3 codes of a matrix by one given scale, as the operator for accelerators makes them."""
+    assert scale is not None, "dynamic scales have a torch path of vLLM's own"
+    assert scale.numel() == 1, "only scales of whole tensors"
+    used.add("static_scaled_fp8_quant")
+    limit = torch.finfo(FP8).max
+    return (input.float() / scale.float()).clamp(-limit, limit).to(FP8), scale
+
+
+class BlockScaledMM(Fp8BlockScaledMMLinearKernel):
+    """Blocks of 128 x 128, inputs in groups of 128: dequantized, multiplied in float32."""
+
+    @classmethod
+    def is_supported(cls, compute_capability=None):
+        """Everywhere."""
+        return True, None
+
+    def apply_block_scaled_mm(self, A, B, As, Bs):
+        """A [m, k], As [m, k / 128]; B [n, k], Bs [n / 128, k / 128], the last blocks cut short."""
+        used.add("block_scaled_mm")
+        n, k = B.shape
+        rows, columns = self.weight_group_shape
+        weight = Bs.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k] * B.float()
+        x = As.repeat_interleave(columns, 1)[:, :k] * A.float()
+        return x @ weight.mT
+
+
+class Int8Experts(cpu_moe.CPUExpertsInt8):
+    """Int8 weights per channel, int8 inputs per token, expert after expert."""
+
+    @staticmethod
+    def _supports_current_device():
+        return True
+
+    def process_weights_after_loading(self, layer):
+        """Nothing: AMX alone wants another layout."""
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *args, **kwargs):
+        """w1 [experts, 2 i, k], gate above up; w2 [experts, k, i]; scales [experts, rows, 1]."""
+        used.add("experts_int8")
+        total = torch.zeros(hidden_states.shape, dtype=torch.float32)
+        for expert in topk_ids.unique().tolist():
+            rows, slots = torch.where(topk_ids == expert)
+            both = _linear(hidden_states[rows], w1[expert], self.w1_scale[expert])
+            gate, up = both.chunk(2, -1)
+            inner = (torch.nn.functional.silu(gate) * up).to(hidden_states.dtype)
+            y = _linear(inner, w2[expert], self.w2_scale[expert])
+            total.index_add_(0, rows, y * topk_weights[rows, slots, None].float())
+        output.copy_(total)
+
+
+def _linear(x, weight, scale):
+    """x [m, k] -> float32 [m, n], with a scale per row of x and per row of the weight [n, k]."""
+    step = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    codes = (x.float() / step).round()
+    return (codes @ weight.float().mT) * step * scale.float().view(1, -1)
+
+
+def install() -> None:
+    """Where vLLM looks for them; kernels of its own go first."""
+    if not torch.cpu._is_amx_tile_supported():
+        cpu_moe.CPUExpertsInt8 = Int8Experts
+    _custom_ops.scaled_fp8_quant = scaled_fp8_quant
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(BlockScaledMM)
