@@ -13,7 +13,7 @@ from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.numerics import NO_STATS, Parts, Stats
-from quantcli.plan import Copy, Item, Quantize
+from quantcli.plan import Copy, Quantize
 from quantcli.surveys import Surveys, not_finite
 from quantcli.targets.base import Target
 from quantcli.tensors import read_span, read_tensor, tensor_bytes
@@ -33,13 +33,13 @@ class Known:
 _NOTHING = Known()
 
 
-def read_known(item: Item, surveys: Surveys) -> Known:
+def read_known(item: Copy | Quantize, surveys: Surveys) -> Known:
     """Read what calibration found for an item, and what all its rows share.
 
     InputError for values that make no sense.
     """
     edit = item.edit.load() if item.edit else None
-    if not isinstance(item, Quantize):
+    if isinstance(item, Copy):
         return Known(edit=edit) if edit else _NOTHING
     if not (edit or item.stats or item.bias_edit or item.survey):
         return _NOTHING

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
     from quantcli.events import Progress
     from quantcli.execute import Written
+    from quantcli.plan import Plan
     from quantcli.recipe import Recipe
 
 
@@ -198,7 +199,9 @@ def check(job: Job) -> None:
     check_expectations(job.plan)
 
 
-def quantize(job: Job, progress: Progress | None = None, resources: Resources | None = None) -> Written:
+def quantize(
+    job: Job, progress: Progress | None = None, resources: Resources | None = None
+) -> Written[Plan]:
     """Run a planned conversion, calibrating first where the recipe needs that.
 
     Interrupted, the same job continues where it stopped.

@@ -19,6 +19,7 @@ from quantcli.folder import STALE
 if TYPE_CHECKING:
     from quantcli.execute import Written
     from quantcli.jobs import Job
+    from quantcli.plan import Plan
 
 _WIDE = 200  # columns where the output is no terminal: nothing is to be cut in a log
 
@@ -271,7 +272,7 @@ def _span(values: list[Any], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def show_written(out: Output, job: Job, written: Written, seconds: float) -> None:
+def show_written(out: Output, job: Job, written: Written[Plan], seconds: float) -> None:
     """What only calibration could tell, and the closing line."""
     for note in (*written.plan.notes, *written.notes):
         if note not in job.plan.notes:

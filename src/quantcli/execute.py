@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from quantcli import __version__
 from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
@@ -15,7 +14,7 @@ from quantcli.findings import Finding
 from quantcli.formats import quantization
 from quantcli.journal import JOURNAL, MANIFEST, PART, Journal, remove_folder
 from quantcli.manifest import encode_manifest
-from quantcli.plan import Plan
+from quantcli.plan import Plan, Work
 from quantcli.publish import check_destination, partial_folder, publish
 from quantcli.splitting import Part, part_head
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
@@ -34,14 +33,17 @@ _OF_SOURCE = {
 }  # checks that fail where the model was not whole
 
 
+P = TypeVar("P", bound=Work)
+
+
 @dataclass(frozen=True)
-class Written:
+class Written(Generic[P]):
     """A finished directory."""
 
     out: Path
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
     shards_reused: int
-    plan: Plan
+    plan: P
     notes: tuple[str, ...]  # what the source lacks
 
     @property
@@ -50,7 +52,7 @@ class Written:
         return sum(int(entry["bytes"]) for entry in self.files.values())
 
 
-def run_head(plan: Plan, *, checksum: bool) -> dict[str, Any]:
+def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
     """What must be the same for a later run to go on with this one's shards."""
     source = {}
     for shard in plan.checkpoint.shards:
@@ -60,7 +62,7 @@ def run_head(plan: Plan, *, checksum: bool) -> dict[str, Any]:
 
 
 def execute(
-    plan: Plan,
+    plan: P,
     out: Path,
     *,
     workers: int,
@@ -70,14 +72,14 @@ def execute(
     checksum: bool = True,
     part: Part | None = None,
     block_elements: int = BLOCK_ELEMENTS,
-) -> Written:
+) -> Written[P]:
     """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
     Raises InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for
     a full or unwritable disk.
     """
-    if plan.needs_data:
+    if isinstance(plan, Plan) and plan.needs_data:
         raise InputError(
             f"the inputs of {len(plan.needs_data)} modules have not been measured",
             where=f"`{plan.needs_data[0]}`",
@@ -99,7 +101,7 @@ def execute(
             for name in plan.copies:
                 source = plan.checkpoint.path / name
                 files[name] = copy_file(source, partial / name, checksum=checksum)
-        head = manifest_head(plan)
+        head = plan.manifest()
         notes: tuple[str, ...] = ()
         if part is None:
             close_folder(partial, MANIFEST, head, files)
@@ -169,21 +171,3 @@ def copy_file(source: Path, destination: Path, *, checksum: bool) -> dict[str, A
             os.fsync(writer.fileno())
         temporary.rename(destination)
     return file_entry(destination, checksum=checksum)
-
-
-def manifest_head(plan: Plan) -> dict[str, Any]:
-    """What was made of what, with what: no times, no paths of this machine."""
-    return {
-        "manifest_version": 1,
-        "tool": {"name": "quantcli", "version": __version__},
-        "plan": plan.digest,
-        "source": {
-            "fingerprint": plan.checkpoint.fingerprint,
-            "tensors": len(plan.checkpoint.on_disk),
-            "bytes": plan.checkpoint.nbytes,
-        },
-        "target": plan.recipe.target.name,
-        "serving_dtype": plan.serving_dtype,
-        "quantized_params_pct": round(plan.quantized_params_pct, 4),
-        "recipe": plan.recipe.effective(),
-    }

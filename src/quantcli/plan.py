@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.encoded import Encoded
 from quantcli.header import StoredTensor, encode_header
 from quantcli.measured import Edit
+from quantcli.numerics import Numerics
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
+from quantcli.targets.base import Target
+from quantcli.targets.layouts import StoredModule
 from quantcli.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.tensorspec import TensorSpec, torch_dtype
 
@@ -101,7 +105,36 @@ def _asked(scheme: Scheme, k: int, held: str) -> frozenset[str]:
     return frozenset(scheme.blank(k, torch_dtype(held)))
 
 
-Item = Copy | Quantize
+@dataclass(frozen=True)
+class Repack:
+    """A quantized module [n, k] in one format, and the tensors that hold the same numbers in another.
+
+    source:  its codes; what else is read of it is in `module`.
+    origin:  the format that it is in.
+    outputs, constants, row_multiple: as of `Quantize`.
+    bias:    the module's own, [n].
+    """
+
+    source: StoredTensor
+    module: StoredModule
+    origin: Target
+    outputs: tuple[TensorSpec, ...]
+    constants: frozenset[str] = frozenset()
+    row_multiple: int = 1
+    bias: StoredTensor | None = None
+
+    @property
+    def numerics(self) -> Numerics:
+        """What the engine computes with, before and after."""
+        assert self.module.numerics is not None
+        return self.module.numerics
+
+    def first_row(self, out: TensorSpec, start: int) -> int:
+        """The row of an output at which row `start` of the weight is, a multiple of `row_multiple`."""
+        return -(-start * out.shape[0] // self.module.shape[0])
+
+
+Item = Copy | Quantize | Repack
 
 
 @dataclass(frozen=True)
@@ -147,23 +180,22 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The whole output but for its numbers."""
+class Work(ABC):
+    """A whole checkpoint to be written, but for its numbers."""
 
     checkpoint: Checkpoint
-    recipe: Recipe
+    target: Target
     shards: tuple[Shard, ...]
     sidecars: dict[str, bytes]  # generated files
     copies: dict[str, int]  # files of the source that go along unchanged -> bytes
     serving_dtype: str
-    rules: tuple[RuleLine, ...]
-    kept: tuple[Kept, ...]
     notes: tuple[str, ...]
     params: int
     quantized_params: int
-    measured: tuple[str, ...]  # modules whose schemes measure inputs
-    needs_data: tuple[str, ...]  # those of them that are still to be measured; then nothing can run
-    smoothed: int  # groups of channels
+
+    @abstractmethod
+    def manifest(self) -> dict[str, Any]:
+        """What is made of what, with what, for the manifest: no times, no paths of this machine."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -175,28 +207,6 @@ class Plan:
     def quantized_params_pct(self) -> float:
         """Quantized parameters as a percentage of all."""
         return 100 * self.quantized_params / self.params if self.params else 0.0
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the recipe asks for samples: a scheme that measures inputs, or smoothing."""
-        return bool(self.measured) or self.recipe.file.smooth is not None
-
-    @property
-    def rounded(self) -> int:
-        """Number of modules whose codes are chosen by data."""
-        items = (item for shard in self.shards for item in shard.items)
-        return sum("codes" in item.asked for item in items if isinstance(item, Quantize))
-
-    @property
-    def ranged(self) -> int:
-        """Number of modules of whose inputs something is measured."""
-        items = (item for shard in self.shards for item in shard.items if isinstance(item, Quantize))
-        return sum(bool(item.asked - item.scheme.row_stats) for item in items)
-
-    @property
-    def quantized_modules(self) -> int:
-        """Number of quantized modules."""
-        return sum(line.modules for line in self.rules if line.scheme != "keep")
 
     @cached_property
     def weight_nbytes(self) -> int:
@@ -220,15 +230,69 @@ class Plan:
                 if isinstance(item, Quantize):
                     bias = item.bias.spec.name if item.bias else ""
                     how = f"{schemes[item.scheme]} {' '.join(item.held)} {bias}"
+                elif isinstance(item, Repack):
+                    formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
+                    how = f"pack {formats} {item.module.layout.label} {item.numerics}"
                 kind = item.source.kind if isinstance(item.source, Encoded) else ""
                 digest.update(f"{item.source.spec.name}\0{how}{kind}\n".encode())
                 if isinstance(item, Quantize) and item.stats:
                     digest.update(item.measured())
                     for name, stored in sorted(item.row_stats.items()):
                         digest.update(f"{name}\0{stored.spec}\0{content_of(stored)}\0".encode())
-                if item.edit is not None:
+                if not isinstance(item, Repack) and item.edit is not None:
                     digest.update(item.edit.digest())
         for name, content in sorted(self.sidecars.items()):
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         digest.update(json.dumps(sorted(self.copies.items())).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan(Work):
+    """What a recipe makes of a model."""
+
+    recipe: Recipe
+    rules: tuple[RuleLine, ...]
+    kept: tuple[Kept, ...]
+    measured: tuple[str, ...]  # modules whose schemes measure inputs
+    needs_data: tuple[str, ...]  # those of them that are still to be measured; then nothing can run
+    smoothed: int  # groups of channels
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe asks for samples: a scheme that measures inputs, or smoothing."""
+        return bool(self.measured) or self.recipe.file.smooth is not None
+
+    @property
+    def rounded(self) -> int:
+        """Number of modules whose codes are chosen by data."""
+        items = (item for shard in self.shards for item in shard.items)
+        return sum("codes" in item.asked for item in items if isinstance(item, Quantize))
+
+    @property
+    def ranged(self) -> int:
+        """Number of modules of whose inputs something is measured."""
+        items = (item for shard in self.shards for item in shard.items if isinstance(item, Quantize))
+        return sum(bool(item.asked - item.scheme.row_stats) for item in items)
+
+    @property
+    def quantized_modules(self) -> int:
+        """Number of quantized modules."""
+        return sum(line.modules for line in self.rules if line.scheme != "keep")
+
+    def manifest(self) -> dict[str, Any]:
+        """What is made of what, with what."""
+        return {
+            "manifest_version": 1,
+            "tool": {"name": "quantcli", "version": __version__},
+            "plan": self.digest,
+            "source": {
+                "fingerprint": self.checkpoint.fingerprint,
+                "tensors": len(self.checkpoint.on_disk),
+                "bytes": self.checkpoint.nbytes,
+            },
+            "target": self.target.name,
+            "serving_dtype": self.serving_dtype,
+            "quantized_params_pct": round(self.quantized_params_pct, 4),
+            "recipe": self.recipe.effective(),
+        }

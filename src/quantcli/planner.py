@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.encoded import Encoded
@@ -34,14 +34,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     serving, notes = serving_dtype(checkpoint)
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    _raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
+    raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
     assigned, instead = served(checkpoint, assign(recipe, checkpoint), target)
     notes += instead
     if measured is not None:
         assigned, more = without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]
     modules = list(_modules(checkpoint, assigned))
-    _raise_first(list(target.check(modules, source_specs)), assigned)
+    raise_first(list(target.check(modules, source_specs)), assigned)
     items = list(make_items(checkpoint, assigned, target, serving, measured or Measured()))
     check_siblings(items, target)
     need = {module.name for module in modules if module.measured}
@@ -68,6 +68,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
     return Plan(
         checkpoint=checkpoint,
+        target=target,
         recipe=recipe,
         shards=shards,
         sidecars=sidecars,
@@ -133,7 +134,8 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     return dtype, []
 
 
-def _raise_first(refusals: list[Refusal], assigned: dict[str, Rule | None]) -> None:
+def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) -> None:
+    """InputError for the first of what a target refuses, if it refuses any."""
     if refusals:
         first = refusals[0]
         rule = assigned.get(first.module)

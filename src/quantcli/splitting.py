@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError
-from quantcli.plan import Plan, Shard
+from quantcli.plan import Shard, Work
 
 MOST = 100_000
 
@@ -32,12 +32,12 @@ class Part:
         """Where this part of the checkpoint `out` goes."""
         return out.with_name(f"{out.name}.part-{self.number}-of-{self.of}")
 
-    def shards(self, plan: Plan) -> tuple[Shard, ...]:
+    def shards(self, plan: Work) -> tuple[Shard, ...]:
         """This part's shards, in the plan's order; none where there are fewer shards than parts."""
         parts = split(plan, self.of)
         return tuple(shard for shard in plan.shards if parts[shard.file] == self.number)
 
-    def nbytes(self, plan: Plan) -> int:
+    def nbytes(self, plan: Work) -> int:
         """Bytes of this part, without what describes it."""
         shards = sum(shard.nbytes for shard in self.shards(plan))
         if not self.carries:
@@ -58,7 +58,7 @@ def parse_part(text: str) -> Part:
     return Part(number, of)
 
 
-def split(plan: Plan, of: int) -> dict[str, int]:
+def split(plan: Work, of: int) -> dict[str, int]:
     """The part of each shard, from 1: the largest first, each to the part that has least so far."""
     loads = [0] * of
     parts = {}
@@ -69,7 +69,7 @@ def split(plan: Plan, of: int) -> dict[str, int]:
     return parts
 
 
-def part_head(plan: Plan, part: Part, manifest: dict[str, Any], *, checksum: bool) -> dict[str, Any]:
+def part_head(plan: Work, part: Part, manifest: dict[str, Any], *, checksum: bool) -> dict[str, Any]:
     """What a part says of itself and of the whole, so that parts can be put together without the model.
 
     manifest: what the whole checkpoint's will say, but for its files.

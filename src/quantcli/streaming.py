@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,22 +16,24 @@ from torch import Tensor
 
 from quantcli.blocks import Known, copy_block, quantize_block, read_known
 from quantcli.encoded import Encoded
-from quantcli.errors import MachineError
 from quantcli.events import Progress
 from quantcli.header import StoredTensor
 from quantcli.journal import Journal
-from quantcli.plan import Item, Plan, Quantize, Shard
+from quantcli.openshard import OpenShard
+from quantcli.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.recoding import recode
 from quantcli.surveys import Surveys
-from quantcli.tensors import read_into, tensor_bytes
+from quantcli.tensors import tensor_bytes
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter, disk_errors, file_entry
+from quantcli.verify.blocks import ModuleReader
+from quantcli.writer import file_entry
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 
 
-def memory_estimate(plan: Plan, workers: int) -> int:
+def memory_estimate(plan: Work, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
     A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. Where
@@ -62,7 +63,7 @@ class ShardRun:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Work,
         folder: Path,
         journal: Journal,
         progress: Progress,
@@ -88,11 +89,11 @@ class ShardRun:
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
-        under_way: deque[tuple[_Open, list[Future[None]]]] = deque()
+        under_way: deque[tuple[OpenShard, list[Future[None]]]] = deque()
         try:
             for shard in missing:
                 jobs = list(_jobs(shard))
-                open_shard = _Open(shard, self.folder, len(jobs))
+                open_shard = OpenShard(shard, self.folder, len(jobs))
                 futures: list[Future[None]] = []
                 under_way.append((open_shard, futures))
                 futures += [pool.submit(self._work, open_shard, job) for job in jobs]
@@ -109,7 +110,7 @@ class ShardRun:
                 open_shard.abandon()
             raise
 
-    def _finish(self, open_shard: _Open) -> None:
+    def _finish(self, open_shard: OpenShard) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
         open_shard.finish()
         entry = file_entry(writer.path, checksum=self.checksum)
@@ -133,8 +134,13 @@ class ShardRun:
         self.progress.shard(shard.file, done.nbytes, reused=True)
         return True
 
-    def _work(self, open_shard: _Open, job: _Job) -> None:
+    def _work(self, open_shard: OpenShard, job: _Job) -> None:
         item, spec = job.item, job.item.source.spec
+        if isinstance(item, Repack):
+            self._repack(open_shard, item, job)
+            if open_shard.job_done():
+                self._finish(open_shard)
+            return
         known = read_known(item, self._surveys)
         if isinstance(item, Quantize):
             step = _multiple(self.block_elements // spec.shape[1], item.row_multiple)
@@ -158,7 +164,7 @@ class ShardRun:
 
     @contextmanager
     def _source(
-        self, open_shard: _Open, stored: StoredTensor
+        self, open_shard: OpenShard, stored: StoredTensor
     ) -> Iterator[Callable[[int, int], Tensor]]:
         """Gives rows [start, start + count) of a tensor, each time in the same memory of this thread
         where they are not decoded."""
@@ -177,15 +183,28 @@ class ShardRun:
         yield read
 
     def _quantize(
-        self, open_shard: _Open, item: Quantize, start: int, rows: Tensor, known: Known
+        self, open_shard: OpenShard, item: Quantize, start: int, rows: Tensor, known: Known
     ) -> None:
-        bias = None
-        if item.bias is not None:
-            width = item.bias.spec.row_nbytes
-            raw = bytearray(len(rows) * width)
-            open_shard.read(item.bias, start * width, memoryview(raw))
-            bias = torch.frombuffer(raw, dtype=torch_dtype(item.bias.spec.dtype))
-        packed = quantize_block(self.plan.recipe.target, item, rows, start, bias, known)
+        bias = open_shard.bias(item, start, len(rows))
+        packed = quantize_block(self.plan.target, item, rows, start, bias, known)
+        self._emit(open_shard, item, start, packed)
+
+    def _repack(self, open_shard: OpenShard, item: Repack, job: _Job) -> None:
+        step = _multiple(self.block_elements // item.module.shape[1], item.row_multiple)
+        with ModuleReader(item.module) as reader:
+            for start in range(job.start, job.stop, step):
+                if self._stop.is_set():
+                    return
+                stop = min(start + step, job.stop)
+                bias = open_shard.bias(item, start, stop - start)
+                stored = reader.rows(start, stop - start)
+                self._emit(open_shard, item, start, recode(item, self.plan.target, stored, start, bias))
+                self.progress.advance(_share(item.source, stop) - _share(item.source, start))
+
+    def _emit(
+        self, open_shard: OpenShard, item: Quantize | Repack, start: int, packed: dict[str, Tensor]
+    ) -> None:
+        """Write what some rows of a module became, from row `start` on."""
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
             if out.name not in item.constants:
                 place = item.first_row(out, start) * out.row_nbytes
@@ -201,7 +220,7 @@ class ShardRun:
         return memoryview(held)[:nbytes]
 
 
-def _wait(under_way: deque[tuple[_Open, list[Future[None]]]]) -> None:
+def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
     """Wait for the oldest shard; it leaves the queue when it is whole."""
     for job in under_way[0][1]:
         job.result()
@@ -238,54 +257,3 @@ def _share(stored: StoredTensor, rows: int) -> int:
 def _multiple(rows: int, of: int) -> int:
     """About so many rows, and at least one, as a multiple."""
     return max(of, rows // of * of)
-
-
-def _read_from(item: Item) -> Iterator[StoredTensor]:
-    """The source tensors that are read, block by block, for an item; those that are decoded open
-    their own files."""
-    if not isinstance(item.source, Encoded):
-        yield item.source
-    if isinstance(item, Quantize) and item.bias is not None:
-        yield item.bias
-
-
-class _Open:
-    """A shard being written and the source files that it is read from."""
-
-    def __init__(self, shard: Shard, folder: Path, jobs: int) -> None:
-        self.shard = shard
-        self._jobs = jobs
-        self._lock = threading.Lock()
-        self._sources: dict[Path, int] = {}
-        self.writer = ShardWriter(folder, shard.file, shard.tensors)
-        try:
-            for path in {stored.file for item in shard.items for stored in _read_from(item)}:
-                with disk_errors(path):
-                    self._sources[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except MachineError:
-            self.abandon()
-            raise
-
-    def job_done(self) -> bool:
-        """Count a job; whether it was the last one."""
-        with self._lock:
-            self._jobs -= 1
-            return self._jobs == 0
-
-    def read(self, stored: StoredTensor, offset: int, block: memoryview) -> None:
-        """Fill `block` from byte `offset` of a tensor that an item is made from."""
-        read_into(self._sources[stored.file], stored, offset, block)
-
-    def finish(self) -> None:
-        """The shard is whole: give it its name."""
-        self._close_sources()
-        self.writer.finish()
-
-    def abandon(self) -> None:
-        """Close everything; what was written stays under its temporary name."""
-        self._close_sources()
-        self.writer.abandon()
-
-    def _close_sources(self) -> None:
-        while self._sources:
-            os.close(self._sources.popitem()[1])

@@ -35,6 +35,9 @@ _BIAS_STEPS = 2.0**30
 _TINY = torch.finfo(torch.float32).tiny
 # With float16 the hardware honours the top 19 bits of deq_scale: sign, exponent, 10 of the mantissa.
 _IGNORED_BITS = 13
+# With bfloat16 it honours all. Where deq_scale is all that says the weight's scale, its last bits stay
+# zero: its product with r, of 8 bits, is then exact in float32, and weight_scale tells deq_scale.
+_SPARE_BITS = 8
 
 
 class Int8Static(IntegerWeights):
@@ -209,20 +212,26 @@ def least_deq_scale(r: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def deq_grid(value: Tensor, serving: torch.dtype, *, up: bool) -> Tensor:
-    """deq_scale as the hardware honours it: the nearest such float32, or with `up` none below `value`.
+    """deq_scale as the hardware honours it: the nearest such float32.
 
+    With `up` none below `value`, and with bfloat16 one of 16 bits, whose product with r is exact.
     value: positive float32; NaN and Inf come through.
     """
-    if serving != torch.float16:
+    left = _IGNORED_BITS if serving == torch.float16 else _SPARE_BITS
+    if serving == torch.float32 or (serving == torch.bfloat16 and not up):
         return value
     bits = value.view(torch.int32)
-    add = 2**_IGNORED_BITS - 1 if up else 2 ** (_IGNORED_BITS - 1)
-    return torch.where(torch.isfinite(value), _honoured((bits + add).view(torch.float32)), value)
+    add = 2**left - 1 if up else 2 ** (left - 1)
+    return torch.where(torch.isfinite(value), _cut(bits + add, left), value)
 
 
 def _honoured(deq: Tensor) -> Tensor:
     """Without the bits that the hardware ignores: the mask 0xFFFFE000."""
-    kept: Tensor = deq.view(torch.int32) & -(2**_IGNORED_BITS)
+    return _cut(deq.view(torch.int32), _IGNORED_BITS)
+
+
+def _cut(bits: Tensor, left: int) -> Tensor:
+    kept: Tensor = bits & -(2**left)
     return kept.view(torch.float32)
 
 

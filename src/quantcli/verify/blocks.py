@@ -79,6 +79,15 @@ class ModuleReader:
         for reader in self._readers.values():
             reader.__exit__(*args)
 
+    def rows(self, start: int, count: int) -> dict[str, Tensor]:
+        """Tensors by suffix, as they are stored: what stands for rows [start, start + count)."""
+        stop = min(start + count, self.module.shape[0])
+        found = {}
+        for suffix, reader in self._readers.items():
+            each = self._params[suffix].rows
+            found[suffix] = reader.rows(start // each, -(-stop // each) - start // each)
+        return self._constants | found
+
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
         """Tensors by suffix: rows [start, start + count) of those that have them.
 
@@ -86,15 +95,12 @@ class ModuleReader:
         `weight` takes any.
         """
         count = min(count, self.module.shape[0] - start)
-        rows = {}
-        for suffix, reader in self._readers.items():
-            param = self._params[suffix]
-            first = start // param.rows
-            found = reader.rows(first, -(-(start + count) // param.rows) - first)
+        found = self.rows(start, count)
+        for suffix, param in self._params.items():
             if param.spread:
-                found = found[torch.arange(start, start + count) // param.rows - first]
-            rows[suffix] = found
-        return self._constants | rows
+                each = torch.arange(start, start + count) // param.rows - start // param.rows
+                found[suffix] = found[suffix][each]
+        return found
 
     def weight(self, start: int, count: int) -> Tensor:
         """The weight that the kernel's product amounts to: float32 [rows, k], as many as there are."""

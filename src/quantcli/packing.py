@@ -1,0 +1,143 @@
+"""`pack` as functions: a quantized checkpoint in another format, its numbers untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from quantcli.checkpoint import open_checkpoint
+from quantcli.errors import InputError, one_of
+from quantcli.events import SILENT, Progress
+from quantcli.execute import Written, execute, run_head
+from quantcli.executors import default_workers
+from quantcli.hub import find_model
+from quantcli.journal import check_folder
+from quantcli.publish import check_destination, check_space, partial_folder
+from quantcli.registry import discover
+from quantcli.repacking import Repacking, plan_repacking
+from quantcli.streaming import memory_estimate
+from quantcli.targets.base import Target
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """A checkpoint to be packed anew, that was planned and would be accepted."""
+
+    plan: Repacking
+    out: Path
+    workers: int
+    checksum: bool
+    fresh: bool
+    force: bool
+    disk_free: int  # bytes
+    memory: int  # bytes above a bare torch import, estimated
+    shards_done: int  # whole shards that an interrupted run left
+
+
+def prepare_pack(
+    checkpoint: str,
+    target: str,
+    out: Path,
+    *,
+    options: Sequence[str] = (),
+    workers: int | None = None,
+    checksum: bool = True,
+    fresh: bool = False,
+    force: bool = False,
+) -> PackJob:
+    """Check everything that can be checked before the first byte of weights is read.
+
+    options: of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot hold.
+    """
+    wanted = _target(target, options)
+    opened = open_checkpoint(find_model(checkpoint))
+    plan = plan_repacking(opened, wanted)
+    check_destination(out, opened.path, force=force, what="the checkpoint")
+    head = None if fresh else run_head(plan, checksum=checksum)
+    done = check_folder(partial_folder(out), head)
+    count = workers or default_workers()
+    free = check_space(out, plan.nbytes)
+    return PackJob(plan, out, count, checksum, fresh, force, free, memory_estimate(plan, count), done)
+
+
+def _target(name: str, options: Sequence[str]) -> Target:
+    known = discover(Target)
+    if name not in known:
+        raise InputError(f"no target `{name}`", where=f"--target {name}", fix=one_of(name, known))
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            fix = "give KEY=VALUE: an option of the target"
+            raise InputError("is no KEY=VALUE", where=f"--set {option}", fix=fix)
+        try:
+            values[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise InputError("value is no YAML", where=f"--set {option}", fix="quote it") from None
+    try:
+        made: Target = known[name].model_validate(values)
+        return made
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        fields = sorted(known[name].model_fields)
+        fix = "its options: " + ", ".join(fields) if fields else f"target `{name}` has no options"
+        what = f"`{key}`: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise InputError(what, where=f"--set {key}={values.get(key)}", fix=fix) from None
+
+
+def pack(job: PackJob, progress: Progress | None = None) -> Written[Repacking]:
+    """Write a planned checkpoint. Interrupted, the same job continues where it stopped.
+
+    InputError for numbers that the target would round; nothing is published then.
+    """
+    return execute(
+        job.plan,
+        job.out,
+        workers=job.workers,
+        progress=progress or SILENT,
+        fresh=job.fresh,
+        force=job.force,
+        checksum=job.checksum,
+    )
+
+
+def account(job: PackJob) -> dict[str, Any]:
+    """A planned job as JSON-able data."""
+    plan = job.plan
+    return {
+        "checkpoint": str(plan.checkpoint.path),
+        "out": str(job.out),
+        "from": plan.origin.name,
+        "target": plan.target.name,
+        "state": "lossless",
+        "serving_dtype": plan.serving_dtype,
+        "digest": plan.digest,
+        "modules": [
+            {
+                "before": line.before,
+                "label": line.label,
+                "modules": line.modules,
+                "bytes_before": line.nbytes_before,
+                "bytes_after": line.nbytes_after,
+                "loads_on": line.loads_on,
+            }
+            for line in plan.lines
+        ],
+        "copied_tensors": plan.floats,
+        "bytes_before": plan.checkpoint.nbytes,
+        "bytes_after": plan.weight_nbytes,
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
+        "files": sorted([*plan.sidecars, *plan.copies]),
+        "disk_needed": plan.nbytes,
+        "disk_free": job.disk_free,
+        "memory_needed": job.memory,
+        "workers": job.workers,
+        "shards_done": job.shards_done,
+        "notes": list(plan.notes),
+    }

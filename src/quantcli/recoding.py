@@ -1,0 +1,227 @@
+"""The numbers of a quantized module from one format to another: the same ones, or an error.
+
+Codes and scales are taken over by value. Only static int8 inputs are told differently: an engine that
+holds input_scale in 16 bits multiplies inputs with r = multiplier(input_scale), so its step is 1 / r,
+and knows weights by deq_scale = weight_scale / r; one that holds it in float32 divides by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.numerics import Parts, multiplier
+from quantcli.plan import Repack
+from quantcli.schemes.int8_static import deq_grid, row_parts
+from quantcli.targets.base import Target
+from quantcli.tensorspec import torch_dtype
+
+# How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
+# At 127 steps that is a ten thousandth of a step.
+_SAME_STEP = 2.0**-20
+_NEIGHBOURS = 8  # floats on either side of the nearest that are tried
+
+
+def recode(
+    item: Repack, target: Target, stored: Mapping[str, Tensor], first_row: int, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """Stored tensors of some rows of a module, by suffix -> those of `target`.
+
+    bias: of these rows [n]. InputError for numbers that it cannot hold, naming tensor and row. What is
+    returned was unpacked again and found to be equal.
+    """
+    numerics = item.numerics
+    parts = item.origin.unpack(numerics, stored)
+    _finite(parts, item, first_row)
+    if "input_offset" in parts:
+        parts = _static(parts, item, target, first_row, bias)
+    elif "input_scale" in parts:
+        parts["input_scale"] = _held(parts, "input_scale", item, target, 0)
+    parts["weight_scale"] = _held(parts, "weight_scale", item, target, first_row)
+    packed = target.pack(numerics, parts, item.module.shape)
+    again = target.unpack(numerics, packed)
+    for name, tensor in again.items():
+        wanted = parts.get(name)
+        if wanted is not None and not _equal(tensor, wanted):
+            raise InputError(
+                f"target `{target.name}` cannot hold this {name} as it is",
+                where=_place(item, name, first_row),
+                fix="keep the checkpoint as it is",
+            )
+    return packed
+
+
+def _finite(parts: Parts, item: Repack, first_row: int) -> None:
+    for name in sorted(parts):
+        tensor = parts[name]
+        values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise InputError(
+                f"holds a {name} that is NaN or Inf",
+                where=_place(item, name, first_row),
+                fix="the checkpoint is damaged: copy it again, or convert the model again",
+            )
+
+
+def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:
+    """A scale in the dtype in which the engine will hold it. InputError where it would be rounded."""
+    scale = parts[name]
+    kind = target.held(item.numerics, "input_scale" if name == "input_scale" else "weight_scale",
+                       item.module.serving_dtype)  # fmt: skip
+    held = scale.to(torch_dtype(kind))
+    unlike = held.float() != scale.float()
+    rounded = (unlike.any(1) if unlike.dim() > 1 else unlike).nonzero()
+    if len(rounded):
+        row = int(rounded[0])
+        word = {"BF16": "bfloat16", "F16": "float16"}.get(kind, kind)
+        values = scale[row].float().flatten()
+        value = float(values[(held[row].float().flatten() != values).nonzero()[0]])
+        raise InputError(
+            f"{name} {value!r} would be rounded: {target.name} holds it in {word}",
+            where=_place(item, name, first_row, row),
+            fix=f"quantize the float model with `target: {target.name}` instead: its codes will be "
+            "chosen for that scale",
+        )
+    return held
+
+
+def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Tensor | None) -> Parts:
+    """Static int8: the same codes, offset and steps, told as `target` does."""
+    numerics, serving = item.numerics, item.module.serving_dtype
+    before = torch_dtype(item.origin.held(numerics, "input_scale", serving))
+    after = torch_dtype(target.held(numerics, "input_scale", serving))
+    if before == after:
+        return parts
+    scale, offset = parts["input_scale"].reshape(1), parts["input_offset"].reshape(1).float()
+    shared = {"input_offset": offset}
+    if after == torch.float32:
+        _bias_is_there(parts, item, first_row, bias)
+        shared["input_scale"] = _divisor(multiplier(scale.to(before)), offset, item)
+        return {"weight": parts["weight"], "weight_scale": parts["weight_scale"], **shared}
+    shared["input_scale"] = found = _multiplied(scale, after, item, target)
+    r = multiplier(found)
+    deq = _quotient(parts["weight_scale"], r, after)
+    rest = row_parts(parts["weight"], deq, bias, shared)
+    return (
+        {"weight": parts["weight"], "weight_scale": deq * r, **rest}
+        if _equal(deq * r, parts["weight_scale"])
+        else _unheld(item, target, parts["weight_scale"], deq * r, first_row)
+    )
+
+
+def _unheld(item: Repack, target: Target, scale: Tensor, held: Tensor, first_row: int) -> Parts:
+    row = int((scale != held).flatten().nonzero()[0])
+    raise InputError(
+        f"weight_scale {float(scale[row])!r} would be rounded: {target.name} holds deq_scale, its "
+        "quotient by what inputs are multiplied with",
+        where=_place(item, "weight_scale", first_row, row),
+        fix=f"quantize the float model with `target: {target.name}` instead",
+    )
+
+
+def _divisor(r: Tensor, offset: Tensor, item: Repack) -> Tensor:
+    """The float32 that is nearest to 1 / r among those with which engines keep the offset: [1].
+
+    With an offset they find both again from the ends of the range, and cut the fraction off.
+    """
+    exact = (1 / r.double()).float()
+    for candidate in _around(exact):
+        high, low = candidate * (127 - offset), candidate * (-128 - offset)
+        again = (-128 - low / ((high - low) / 255)).to(torch.int32)
+        symmetric = item.numerics.input is not None and item.numerics.input.symmetric
+        if symmetric or int(again) == int(offset):
+            return candidate
+    raise InputError(
+        f"an engine that divides by input_scale {float(exact)!r} would lose input_offset {int(offset)}",
+        where=f"`{item.module.name}`",
+        fix="quantize the float model for that engine instead",
+    )
+
+
+def _multiplied(scale: Tensor, held: torch.dtype, item: Repack, target: Target) -> Tensor:
+    """The number of 16 bits, nearest to `scale`, whose multiplier makes the same step: [1].
+
+    Often two numbers have the same multiplier; this is the one with which division, as other kernels
+    of that engine do it, is nearest to it. InputError where none makes the step.
+    """
+    r = (1 / scale.double()).to(held)
+    if bool(((r.double() * scale.double() - 1).abs() <= _SAME_STEP).all()):
+        candidates = [c for c in _around(scale.to(held)) if torch.equal(multiplier(c), r.float())]
+        if candidates:
+            return min(candidates, key=lambda c: abs(float(c) - float(scale)))
+    raise InputError(
+        f"input_scale {float(scale)!r} makes other steps than {target.name} can: it multiplies inputs "
+        f"with numbers of 16 bits, here {float(r)!r}",
+        where=_place(item, "input_scale", 0),
+        fix=f"quantize the float model with `target: {target.name}` instead",
+    )
+
+
+def _quotient(weight_scale: Tensor, r: Tensor, serving: torch.dtype) -> Tensor:
+    """deq_scale [n, 1] with deq_scale * r = weight_scale in float32, where there is one.
+
+    Of several the one with most zeros at its end.
+    """
+    nearest = deq_grid((weight_scale.double() / r.double()).float(), serving, up=False)
+    best, zeros = nearest, torch.full_like(nearest, -1.0)
+    for candidate in _around(nearest, 2):
+        bits = candidate.view(torch.int32)
+        ends = (bits & -bits).float()  # the lowest one that is set
+        better = (candidate * r == weight_scale) & (ends > zeros)
+        if serving == torch.float16:
+            better &= deq_grid(candidate, serving, up=False) == candidate
+        best = torch.where(better, candidate, best)
+        zeros = torch.where(better, ends, zeros)
+    return best
+
+
+def _around(value: Tensor, most: int = _NEIGHBOURS) -> list[Tensor]:
+    """A positive number and those next to it in its dtype, the nearest first."""
+    integer = torch.int32 if value.dtype == torch.float32 else torch.int16
+    steps = sorted(range(-most, most + 1), key=lambda step: (abs(step), step))
+    bits = value.view(integer)
+    return [(bits + step).view(value.dtype) for step in steps]
+
+
+def _bias_is_there(parts: Parts, item: Repack, first_row: int, bias: Tensor | None) -> None:
+    """InputError where quant_bias says other than the bias that is stored in float beside it.
+
+    It is rounded to a step of the sum, and producers round its two terms together or one by one.
+    """
+    if "quant_bias" not in parts:
+        return
+    deq = parts["deq_scale"].double()
+    offset = parts["input_offset"].double()
+    total = -offset * parts["weight"].sum(-1, dtype=torch.int32).double()
+    if bias is not None:
+        total = total + bias.double() / deq
+    said = parts["quant_bias"].double()
+    slack = 1 + total.abs() * 2.0**-20
+    wrong = ((said - total).abs() > slack).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        beside = "the bias beside it" if bias is not None else "no bias, and there is none beside it"
+        raise InputError(
+            f"quant_bias is {int(said[row])}; by {beside} it would be {float(total[row]):.0f}",
+            where=_place(item, "quant_bias", first_row, row),
+            fix="only the engine that it was made for can add it: keep the checkpoint as it is",
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """By value, whatever the dtypes; codes of fp8 by their bits."""
+    if a.dtype == b.dtype == torch.float8_e4m3fn:
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.shape == b.shape and torch.equal(a.double(), b.double())
+
+
+def _place(item: Repack, name: str, first_row: int, row: int = 0) -> str:
+    """Where a part stands on disk, in words; `row` of those from `first_row` of the weight on."""
+    names = {name, "deq_scale" if name == "weight_scale" else name, f"{name}_inv"}
+    params = [p for p in item.module.layout.params if p.suffix in names & item.module.tensors.keys()]
+    stored = item.module.tensors[params[0].suffix] if params else item.module.codes
+    rows = f"[{first_row // params[0].rows + row}]" if params and params[0].rows else ""
+    return f"`{stored.spec.name}`{rows} in {stored.file.name}"

@@ -1,0 +1,238 @@
+"""A quantized checkpoint and another format -> what to write, planned from headers: no new rounding."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from quantcli import __version__
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
+from quantcli.findings import Finding
+from quantcli.formats import quantization
+from quantcli.header import layout
+from quantcli.journal import MANIFEST
+from quantcli.manifest import read_manifest
+from quantcli.numerics import Module
+from quantcli.plan import Copy, Item, Repack, Shard, Work
+from quantcli.planner import RECIPE_FILE, raise_first
+from quantcli.repack_items import repack_items
+from quantcli.targets.base import Output, Stored, Target, target_of
+from quantcli.targets.layouts import StoredModule
+
+_VERIFY = "see `quantcli verify` for all that is wrong with it"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Modules of one kind, for the plan's table. Sizes in bytes of weights."""
+
+    before: str  # the engine's name in the format that they are in
+    label: str  # and in the one that they go to
+    modules: int
+    nbytes_before: int
+    nbytes_after: int
+    loads_on: str
+
+
+@dataclass(frozen=True)
+class Repacking(Work):
+    """The same numbers in another format.
+
+    recipe: of which the source was made, where it says so.
+    """
+
+    origin: Target
+    lines: tuple[Packed, ...]
+    floats: int  # tensors that are copied
+    recipe: str | None
+
+    def manifest(self) -> dict[str, Any]:
+        """What is made of what; `state` says that no number was rounded."""
+        return {
+            "manifest_version": 1,
+            "tool": {"name": "quantcli", "version": __version__},
+            "plan": self.digest,
+            "state": "lossless",
+            "source": {
+                "fingerprint": self.checkpoint.fingerprint,
+                "tensors": len(self.checkpoint.tensors),
+                "bytes": self.checkpoint.nbytes,
+                "target": self.origin.name,
+            },
+            "target": self.target.name,
+            "serving_dtype": self.serving_dtype,
+            "quantized_params_pct": round(self.quantized_params_pct, 4),
+            "recipe": self.recipe,
+        }
+
+
+def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
+    """Plan it from headers, config.json and what modules have once.
+
+    InputError for a float model, a format that is not known, damage, and what `target` cannot hold.
+    """
+    origin = _origin(checkpoint, target)
+    stored = origin.open_stored(checkpoint)
+    _must_be_sound(stored, checkpoint)
+    if not stored.modules:
+        raise InputError(
+            f"no module of this {origin.name} checkpoint is quantized",
+            where=str(checkpoint.path),
+            fix="there is nothing to pack",
+        )
+    for module in stored.modules.values():
+        _must_have_label(module, origin, target)
+    specs = {tensor.spec.name: tensor.spec for tensor in checkpoint.tensors.values()}
+    _no_cache_scales(specs)
+    modules = list(_modules(checkpoint, stored))
+    raise_first(list(target.check(modules, specs)), {})
+    shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
+    output = Output(
+        modules=modules,
+        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
+        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
+        config=checkpoint.config,
+        serving_dtype=stored.serving_dtype,
+    )
+    recipe = _recipe(checkpoint)
+    sidecars = dict(target.sidecars(output))
+    if recipe is not None:
+        sidecars[RECIPE_FILE] = recipe.encode()
+    items = [item for shard in shards for item in shard.items]
+    plain = sum(i.source.spec.numel for i in items if isinstance(i, Copy))
+    coded = sum(math.prod(i.module.shape) for i in items if isinstance(i, Repack))
+    return Repacking(
+        checkpoint=checkpoint,
+        target=target,
+        shards=shards,
+        sidecars=sidecars,
+        copies={name: n for name, n in checkpoint.aux.items() if name not in sidecars},
+        serving_dtype=stored.serving_dtype,
+        notes=(*checkpoint.notes, *target.advise(modules)),
+        params=plain + coded,
+        quantized_params=coded,
+        origin=origin,
+        lines=tuple(_lines(items, target)),
+        floats=sum(isinstance(item, Copy) for item in items),
+        recipe=recipe,
+    )
+
+
+def _origin(checkpoint: Checkpoint, target: Target) -> Target:
+    found = quantization(checkpoint)
+    if found is None:
+        raise InputError(
+            "this is a float model: there are no codes to pack",
+            where=str(checkpoint.path),
+            fix=f"`quantcli quantize` makes a {target.name} checkpoint of it",
+        )
+    origin = target_of(checkpoint)
+    if origin is None:
+        raise InputError(
+            f"no format that can be packed: {found.format}",
+            where=f"{checkpoint.path}, {found.evidence}",
+            fix="`quantcli quantize` can decode some formats, and rounds again",
+        )
+    if origin.name == target.name:
+        what = f"this is a {target.name} checkpoint already"
+        raise InputError(what, where=str(checkpoint.path), fix="use it as it is")
+    return origin
+
+
+def _must_be_sound(stored: Stored, checkpoint: Checkpoint) -> None:
+    errors: list[Finding] = [f for f in stored.findings if f.severity == "error"]
+    if errors:
+        first = errors[0]
+        more = f" ({len(errors) - 1} more findings)" if len(errors) > 1 else ""
+        place = f"{first.where} in {checkpoint.path}" if first.where else str(checkpoint.path)
+        raise InputError(f"{first.what}{more}", where=place, fix=_VERIFY)
+
+
+_CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale", ".kv_cache_offset")
+
+
+def _no_cache_scales(tensors: Iterable[str]) -> None:
+    for name in tensors:
+        if name.endswith(_CACHE):
+            raise InputError(
+                "the KV cache is quantized, too, which this version packs into no other format",
+                where=f"`{name}`",
+                fix="quantize the float model for the other engine",
+            )
+
+
+def _must_have_label(module: StoredModule, origin: Target, target: Target) -> None:
+    """InputError where `target` has no name for what a module computes."""
+    if module.numerics is None or module.numerics.transform is not None:
+        raise InputError(
+            f"{module.layout.label} is of {origin.name} alone: no other format has what it computes",
+            where=f"`{module.name}`",
+            fix="quantize the float model with a scheme that both have: `quantcli inspect --support`",
+        )
+    try:
+        target.label(module.numerics)
+    except InputError as error:
+        raise InputError(
+            error.what, where=f"`{module.name}` ({module.layout.label})", fix=error.fix
+        ) from None
+
+
+def _modules(checkpoint: Checkpoint, stored: Stored) -> Iterator[Module]:
+    """Every module with a weight, as a target sees it, in the order of the files."""
+    codes = {module.codes.spec.name: module for module in stored.modules.values()}
+    parts = {t.spec.name for module in stored.modules.values() for t in module.tensors.values()}
+    for name, tensor in checkpoint.tensors.items():
+        if name in codes:
+            yield Module(codes[name].name, codes[name].shape, codes[name].numerics)
+        elif name.endswith(".weight") and name not in parts:
+            yield Module(name.removesuffix(".weight"), tensor.spec.shape, None)
+
+
+def _shards(items: Iterator[Item], checkpoint: Checkpoint) -> tuple[Shard, ...]:
+    """The source's own files: what is in one of them stays together, under its name."""
+    by_file: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_file[item.source.file.name].append(item)
+    files = [name for name in checkpoint.shards if name in by_file]
+    names = dict(zip(files, files, strict=True))
+    if len(files) < len(checkpoint.shards):  # one held nothing but scales of modules in others
+        names = {f: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files, 1)}
+    seen: set[str] = set()
+    shards = []
+    for file in files:
+        tensors = layout(spec for item in by_file[file] for spec in item.outputs)
+        for spec in tensors:
+            if spec.name in seen:
+                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
+            seen.add(spec.name)
+        shards.append(Shard(names[file], tensors, tuple(by_file[file])))
+    return tuple(shards)
+
+
+def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
+    """What becomes of the modules, by the names that both formats have for their kinds."""
+    kinds: dict[tuple[str, str], list[Repack]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Repack):
+            kinds[item.module.layout.label, target.label(item.numerics)].append(item)
+    for (before, label), mine in kinds.items():
+        yield Packed(
+            before,
+            label,
+            len(mine),
+            sum(t.spec.nbytes for i in mine for s, t in i.module.tensors.items() if s != "bias"),
+            sum(spec.nbytes for item in mine for spec in item.outputs),
+            target.loads_on(label),
+        )
+
+
+def _recipe(checkpoint: Checkpoint) -> str | None:
+    """The recipe of which a checkpoint of ours was made."""
+    if not (checkpoint.path / MANIFEST).is_file():
+        return None
+    recipe = read_manifest(checkpoint.path).get("recipe")
+    return recipe if isinstance(recipe, str) else None
