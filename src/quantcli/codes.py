@@ -56,7 +56,7 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
 
     bits: 4 or 8.
     """
-    octets = packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
+    octets = packed.reshape(-1).view(torch.uint8).view(len(packed), 4 * packed.shape[1])
     if bits == 8:
         return octets
     return torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
