@@ -28,6 +28,7 @@ def asked(plan: Plan) -> dict[str, Any]:
     if file.smooth is not None:
         found |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
     shown = block["inputs"] != "float"
+    learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
     for item in quantized_items(plan):
         how = [item.scheme.model_dump(mode="json"), list(item.held)]
@@ -36,8 +37,8 @@ def asked(plan: Plan) -> dict[str, Any]:
             measured[item.module] = [item.scheme.name if named else "", *how]
         elif shown:
             others.append([item.module, item.scheme.name, *how])
-        elif file.smooth is not None:
-            others.append(item.module)
+        elif file.smooth is not None or learns:
+            others.append(item.module)  # a float module may read the channels that are scaled
     found["the modules that are measured, and how"] = digest_of(measured)
     found["the modules that are quantized"] = digest_of(others)
     return found

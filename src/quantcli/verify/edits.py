@@ -22,6 +22,7 @@ _NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of t
 _NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and for how many of them
 _CLOSE = 0.02  # relative: factors that are the same
 _AS_GOOD = 1.5  # times the least error: what explains no worse
+_BEST = 1.02  # times the least error: what nothing else explains better
 _NOTHING = 1e-9  # of the energy: an error of float32
 _AGAIN = "convert the model again"
 
@@ -71,8 +72,15 @@ def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Cand
             size[place] = min(float(size[place]), octaves)
     if float(left.min()) > _AS_GOOD * estimated + _NOTHING:
         return None
-    fair = [i for i in range(len(options)) if left[i] <= _AS_GOOD * left.min() + _NOTHING]
-    return options[min(fair, key=lambda i: (round(float(size[i])), i == 0, float(size[i])))]
+    least = left.min()
+    fair = [i for i in range(len(options)) if left[i] <= _AS_GOOD * least + _NOTHING]
+    # under the noise of 4 bits others explain nearly as much, but none does as well
+    best = {i for i in fair if left[i] <= _BEST * least + _NOTHING}
+
+    def rank(i: int) -> tuple[int, bool, bool, float]:
+        return round(float(size[i])), i not in best, i == 0, float(size[i])
+
+    return options[min(fair, key=rank)]
 
 
 def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> Factors:
