@@ -58,7 +58,7 @@ def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, work
         def begin_layers(self, layers: int, done: int, tokens: int) -> None:
             self.began = time.perf_counter()
 
-        def layer(self, name: str, index: int) -> None:
+        def layer(self, name: str, index: int, note: str = "") -> None:
             self.ended = time.perf_counter()
 
     sets = (f"calibration.samples={samples}", f"calibration.length={length}")
@@ -122,6 +122,17 @@ def main() -> None:
             )
         growth = peaks[16] / peaks[4]
         lines.append(Line("peak memory, 16 layers over 4", growth, "x", GROWTH_BAR))
+        once = ("--set", "rules.1.scheme={name: w4a4_flatquant, epochs: 1}")
+        for layers in (4, 16):
+            model = folder / f"learning{layers}"
+            layer_nbytes = make_model(model, layers, hidden // 2)
+            used = peak(model, out, "w4a4_flatquant", 16, 256, *once)
+            peaks[layers] = used - bare
+            what = f"peak memory while learning, {layers} layers"
+            detail = f"{layer_nbytes / 2**20:.0f} MiB a layer in bfloat16, computed in float32"
+            lines.append(Line(what, peaks[layers] / 2**20, "MiB", None, detail))
+        growth = peaks[16] / peaks[4]
+        lines.append(Line("peak memory while learning, 16 layers over 4", growth, "x", GROWTH_BAR))
         work = 4, 16, 256  # layers, samples, length
         times: dict[str, list[float]] = {"w8a8_static": [], "w8a8_static_smooth": [], "alone": []}
         for _ in range(options.rounds):

@@ -253,7 +253,7 @@ class Stops(Silent):
     def __init__(self, layer: int) -> None:
         self.at = layer
 
-    def layer(self, name: str, index: int) -> None:
+    def layer(self, name: str, index: int, note: str = "") -> None:
         if index == self.at:
             raise KeyboardInterrupt
 

@@ -94,7 +94,7 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
     bench = wanted.at("again")
 
     class Stops(Silent):
-        def layer(self, name: str, index: int) -> None:
+        def layer(self, name: str, index: int, note: str = "") -> None:
             if index == 1:
                 raise KeyboardInterrupt
 
