@@ -33,9 +33,7 @@ def test_the_right_one_of_several_alike(noise_db, seed):
     """Factors of a tenth of an octave, far below the noise of one weight; 200 rows tell them apart."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(200, 128, generator=generator)
-    known = [
-        Candidate(name, (torch.randn(128, generator=generator) * 0.1).exp2()) for name in ("a", "b", "c")
-    ]
+    known = [Candidate(name, (torch.randn(128, generator=generator) * 0.1).exp2()) for name in "abc"]
     for truth in known:
         made = weight * truth.columns
         made += torch.randn(200, 128, generator=generator) * made.std() * 10 ** (-noise_db / 20)

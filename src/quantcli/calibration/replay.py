@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -132,18 +132,21 @@ class Replay:
         def one(number: int) -> T | None:
             return None if stop.is_set() else work(number)
 
-        with (
-            _one_thread(),
-            ThreadPoolExecutor(
-                self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool,
-        ):
-            futures = [pool.submit(one, number) for number in numbers]
+        with _one_thread():
+            futures = [self._pool.submit(one, number) for number in numbers]
             try:
                 return [future.result() for future in futures]  # type: ignore[misc]
             except BaseException:
                 stop.set()
+                wait(futures)
                 raise
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        """The same threads for all layers: new ones would each begin to fill memory of their own."""
+        return ThreadPoolExecutor(
+            self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def _failed(self, layer: str, error: Exception) -> QuantError:
         """What stopped a layer: too little memory, or that it wants more than its own arguments."""
