@@ -11,15 +11,14 @@ from pathlib import Path
 from quantcli.schema import recipe_schema
 
 DOCS = Path(__file__).parent
-COMMANDS = ["", "inspect", "calibrate", "quantize", "verify"]  # the README introduces each
-MORE = ["pack"]
+COMMANDS = ["", "inspect", "calibrate", "quantize", "pack", "verify"]  # the README introduces each
 
 
 def cli_reference() -> str:
     """The help of every command, as a terminal of 100 columns shows it."""
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
     text = "# Command line\n\nGenerated from `--help` by `make docs`.\n"
-    for command in [*COMMANDS, *MORE]:
+    for command in COMMANDS:
         words = [*command.split(), "--help"]
         shown = subprocess.run(
             [sys.executable, "-m", "quantcli", *words],
