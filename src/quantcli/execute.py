@@ -135,7 +135,7 @@ def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
     """
     opened = open_for_verification(folder)
     checkpoint = opened.checkpoint
-    if checkpoint and quantization(checkpoint) is None and target_of(checkpoint) is None:
+    if checkpoint and target_of(checkpoint) is None and quantization(checkpoint) is None:
         # a plain float model, of no engine's own format
         errors = [finding for finding in opened.findings if finding.severity == "error"]
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.errors import QuantError
+from quantcli.errors import InputError
 from quantcli.tensorspec import TensorSpec
 
 # Suffixes of tensors that only a quantized checkpoint has.
@@ -60,7 +60,7 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
     if "quant_model_description.json" in checkpoint.left_out:
         try:
             table = read_json_file(checkpoint.path / "quant_model_description.json")
-        except QuantError:
+        except InputError:
             return "ascend (unreadable description)"
         stored = {k: v for k, v in table.items() if k in checkpoint.tensors}  # not what is only asked
         weights = (v for k, v in stored.items() if k.endswith(".weight") and isinstance(v, str))

@@ -80,7 +80,7 @@ def test_same_bytes_with_any_workers_and_memory(
     assert bench.run("--workers", 1).code == 0
     for workers in (2, 8):
         other = bench.at(f"out{workers}")
-        monkeypatch.setattr(rounding, "HESSIANS_NBYTES", 1)  # a pass for each matrix
+        monkeypatch.setattr(hessians, "HESSIANS_NBYTES", 1)  # a pass for each matrix
         result = other.run("--workers", workers)
         assert result.code == 0, result.err
         assert snapshot(other.store) == snapshot(bench.store)

@@ -45,7 +45,8 @@ class Calibrator:
         self._wishes = wishes
         self._store = store
         # of a layer's inputs, of its outputs, and of what they should be while it learns
-        self._budget = states_budget // 3
+        learns = any(found.scheme.schedule for found in wishes.quantized.values())
+        self._budget = states_budget // (3 if learns else 2)
         self._progress = progress
         first = batches[0]
         length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))

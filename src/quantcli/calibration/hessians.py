@@ -7,7 +7,7 @@ the order of the data, each thread its own columns of the sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,8 @@ from quantcli.calibration.taps import Matrix
 from quantcli.executors import thread_pool
 from quantcli.schemes.gptq import Each, in_turn
 
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+HESSIANS_NBYTES = 2**30
 _TILE = 512  # columns that one job adds up
 
 
@@ -41,11 +43,33 @@ class Inputs:
 
 
 class Hessian:
-    """sum x x^T, float32 [k, k]; its upper triangle while it grows."""
+    """sum x x^T, float32 [k, k]; its upper triangle while it grows.
 
-    def __init__(self, k: int, device: torch.device) -> None:
+    Where inputs are rounded, x is what they become, and `cross` is sum r x^T with what they were.
+    """
+
+    def __init__(self, k: int, device: torch.device, rounded: Rounding | None = None) -> None:
+        """rounded: inputs [tokens, k] -> what is to be multiplied, and what is."""
         self.sum = torch.zeros((k, k), device=device)
+        self.cross = None if rounded is None else torch.zeros((k, k), device=device)
+        self.rounded = rounded
         self.tokens = 0
+
+    def toward(self, damping: float) -> Tensor | None:
+        """By which weights [n, k] are to be multiplied, float32 [k, k], so that on rounded inputs they
+        make what they made of the others, in least squares: cross sum^-1, both damped. None where
+        inputs are not rounded, or that cannot be told. Float64 inside, 24 k^2 bytes."""
+        if self.cross is None:
+            return None
+        added = damping * float(self.sum.diagonal().double().mean())
+        damped, cross = self.sum.double(), self.cross.double()
+        damped.diagonal().add_(added)
+        cross.diagonal().add_(added)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info):
+            return None
+        found: Tensor = torch.cholesky_solve(cross.T, factor).T.float().contiguous()
+        return found if bool(torch.isfinite(found).all()) else None
 
     @property
     def finite(self) -> bool:
@@ -64,17 +88,22 @@ class Hessian:
 
 def add(hessians: Mapping[Matrix, Hessian], seen: Mapping[Matrix, Inputs], each: Each) -> None:
     """Add what was seen and forget it."""
-    jobs: list[tuple[Tensor, list[Tensor], int]] = []
+    jobs: list[tuple[Tensor, list[tuple[Tensor, Tensor]], int, int]] = []
     for matrix, hessian in hessians.items():
         inputs = seen[matrix].take()
         hessian.tokens += sum(map(len, inputs))
-        jobs += [(hessian.sum, inputs, start) for start in range(0, len(hessian.sum), _TILE)]
+        starts = range(0, len(hessian.sum), _TILE)
+        if hessian.rounded is not None and hessian.cross is not None:
+            pairs = [hessian.rounded(x) for x in inputs]
+            jobs += [(hessian.cross, pairs, start, 0) for start in starts]
+            inputs = [rounded for _, rounded in pairs]
+        jobs += [(hessian.sum, [(x, x) for x in inputs], start, start) for start in starts]
 
     def work(number: int) -> None:
-        total, inputs, start = jobs[number]
+        total, pairs, start, first = jobs[number]
         columns = slice(start, min(start + _TILE, len(total)))
-        for x in inputs:
-            total[columns, start:].addmm_(x[:, columns].T, x[:, start:])
+        for left, right in pairs:
+            total[columns, first:].addmm_(left[:, columns].T, right[:, first:])
 
     each(work, range(len(jobs)))
 
@@ -87,3 +116,20 @@ def jobs(workers: int, device: torch.device) -> Iterator[Each]:
         return
     with thread_pool(workers) as pool:
         yield lambda job, numbers: list(pool.map(job, numbers)).clear()
+
+
+def fitting(
+    group: Mapping[Matrix, list[str]], inputs_of: Callable[[Sequence[str]], int]
+) -> Iterator[dict[Matrix, int]]:
+    """The matrices of a group, and how many inputs each has, in runs that fit the memory."""
+    run: dict[Matrix, int] = {}
+    nbytes = 0
+    for leader, modules in group.items():
+        k = inputs_of(modules)
+        if run and nbytes + 4 * k * k > HESSIANS_NBYTES:
+            yield run
+            run, nbytes = {}, 0
+        run[leader] = k
+        nbytes += 4 * k * k
+    if run:
+        yield run

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from quantcli.calibration.hessians import HESSIANS_NBYTES
 from quantcli.calibration.identity import quantized_items
-from quantcli.calibration.rounding import rounding_nbytes
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
@@ -29,8 +29,13 @@ def needed(plan: Plan, workers: int) -> int:
 
 def rounding(plan: Plan) -> int:
     """Bytes that it takes to choose codes by data."""
-    shapes = [item.source.spec.shape for item in quantized_items(plan) if "codes" in item.asked]
-    return rounding_nbytes(shapes)
+    items = [item for item in quantized_items(plan) if "codes" in item.asked]
+    squares = [item.source.spec.shape[1] ** 2 for item in items]
+    widest = max(squares, default=0)
+    sums = max(4 * widest, min(HESSIANS_NBYTES, 4 * sum(squares)))
+    # where inputs are rounded, there are two sums, and weights are corrected for it
+    learned = any(item.scheme.schedule for item in items)
+    return (24 if learned else 12) * widest + (2 if learned else 1) * sums
 
 
 def states_budget(skeleton: Skeleton, workers: int, limit: int | None, rounding: int) -> int:

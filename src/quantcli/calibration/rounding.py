@@ -4,6 +4,9 @@ Where layers are shown quantized inputs, weights are rounded in the order of dat
 then gate and up, then down), each on inputs that those before it make once they are rounded, by the
 engine's arithmetic. Where they are shown float ones, the order does not matter and one pass does.
 
+Where a scheme says how inputs are rounded (`as_rounded`), their errors count, too: codes are to make of
+the rounded inputs what the weight made of the others.
+
 Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
 bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
 """
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.engine import Arithmetic, Engine
-from quantcli.calibration.hessians import Hessian, Inputs, add, jobs
+from quantcli.calibration.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
 from quantcli.calibration.layout import LayerLayout, shape_of
 from quantcli.calibration.run import Run
 from quantcli.calibration.shown import quantized
@@ -32,12 +35,11 @@ from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.numerics import NO_STATS, Parts, Stats
 from quantcli.schemes import tiles
-from quantcli.schemes.gptq import Each, Feedback, Rounded, gptq
+from quantcli.schemes.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.integer import IntegerWeights
 from quantcli.tensors import read_span
 from quantcli.tensorspec import torch_dtype
 
-HESSIANS_NBYTES = 2**30
 _ROWS = 1024  # that one job rounds
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
@@ -49,14 +51,6 @@ def wants_codes(wishes: Wishes, module: str) -> bool:
     found = wishes.quantized.get(module)
     scheme = None if found is None else found.scheme
     return isinstance(scheme, IntegerWeights) and scheme.weight_rounding == "gptq"
-
-
-def rounding_nbytes(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Bytes that it takes, above what a layer takes anyhow; shapes [n, k] of the weights to round."""
-    squares = [shape[1] ** 2 for shape in shapes]
-    return 12 * max(squares, default=0) + max(
-        4 * max(squares, default=0), min(HESSIANS_NBYTES, 4 * sum(squares))
-    )
 
 
 @dataclass
@@ -84,8 +78,8 @@ class RoundingPass:
         with jobs(self.run.workers, self.run.device) as each:
             for group in groups:
                 engine = self._engine()
-                for leaders in _fitting(group, self._inputs_of):
-                    hessians = self._collect(leaders, engine, each)
+                for leaders in fitting(group, self._inputs_of):
+                    hessians = self._collect(group, leaders, engine, each)
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
                 self._left.difference_update(*group.values())
@@ -136,11 +130,34 @@ class RoundingPass:
         name, layer = self.run.skeleton.layers[self.index]
         return Engine(name, layer, self.layout.segments, quantizer)
 
+    def _rounding(self, modules: Sequence[str]) -> Rounding | None:
+        """How the inputs of modules that share them are rounded, where that counts."""
+        found = self.run.wishes.quantized
+        scheme, held = found[modules[0]].scheme, found[modules[0]].held_input
+        if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
+            return None
+        assert isinstance(scheme, IntegerWeights)
+        constants = scheme.constants(self.stats[modules[0]], held)
+
+        def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+            quantized = scheme.as_rounded(x, constants)
+            read = scheme.as_read(x, constants)
+            return read, read if quantized is None else quantized
+
+        return rounded
+
     def _collect(
-        self, leaders: Mapping[Matrix, int], engine: Engine | None, each: Each
+        self,
+        group: Mapping[Matrix, Sequence[str]],
+        leaders: Mapping[Matrix, int],
+        engine: Engine | None,
+        each: Each,
     ) -> dict[Matrix, Hessian]:
         """Show all batches, as many at a time as there are workers."""
-        hessians = {leader: Hessian(k, self.run.device) for leader, k in leaders.items()}
+        hessians = {
+            leader: Hessian(k, self.run.device, self._rounding(group[leader]))
+            for leader, k in leaders.items()
+        }
         seen = {leader: Inputs() for leader in leaders}
         watch = Watch({leader: [inputs] for leader, inputs in seen.items()}, engine)
         count, step = len(self.run.batches), self.run.workers
@@ -158,19 +175,27 @@ class RoundingPass:
         if not hessian.finite:
             raise not_finite(modules[0], str(self.run.skeleton.checkpoint.path))
         last: tuple[Tensor, Feedback | None] | None = None
+        toward = self._toward(hessian, each)
         for module in modules:
             found = self.run.wishes.quantized[module]
             scheme = found.scheme
             assert isinstance(scheme, IntegerWeights)
             constants = scheme.constants(self.stats.get(module, NO_STATS), found.held_input)
-            read = scheme.as_read(scheme.as_read(hessian.sum, constants).T, constants).T
+            read = hessian.sum
+            if hessian.rounded is None:
+                read = scheme.as_read(scheme.as_read(read, constants).T, constants).T
             if last is None or not (read is hessian.sum or torch.equal(read, last[0])):
                 feedback = Feedback.of(read, each=each) if hessian.tokens else None
                 last = read, feedback
-            self._round(module, scheme, constants, last[0], last[1], each)
+            self._round(module, scheme, constants, last[0], last[1], toward, each)
             if last[1] is None:
                 why = _SINGULAR if hessian.tokens else _UNREACHED
                 self.report[module]["rounded_to_nearest"] = why
+
+    def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
+        found: list[Tensor | None] = []
+        each(lambda _: found.append(hessian.toward(DAMPING)), range(1))  # on one thread, as all here
+        return found[0] if hessian.tokens else None
 
     def _round(
         self,
@@ -179,6 +204,7 @@ class RoundingPass:
         constants: Parts,
         hessian: Tensor,
         feedback: Feedback | None,
+        toward: Tensor | None,
         each: Each,
     ) -> None:
         stored = self._stored(module)
@@ -192,7 +218,7 @@ class RoundingPass:
             rows, bias = self._rows(module, block)
             known = {name: self.stats[module][name][block] for name in own}
             known = {**constants, **known}
-            made = self._block(module, scheme, known, rows, bias, hessian, feedback)
+            made = self._block(module, scheme, known, rows, bias, hessian, feedback, toward)
             codes[block] = made.codes.cpu()
             errors[:, block] = torch.stack([made.error, made.nearest, made.signal]).cpu()
 
@@ -211,6 +237,7 @@ class RoundingPass:
         bias: Tensor | None,
         hessian: Tensor,
         feedback: Feedback | None,
+        toward: Tensor | None,
     ) -> Rounded:
         """Some rows, against the scales that `quantize` will find for the very same rows."""
         device = hessian.device
@@ -222,6 +249,8 @@ class RoundingPass:
         if block := scheme.numerics.weight.block:  # a scale for every so many columns
             step = tiles.spread(step, block, *rows.shape)
         wanted = scheme.to_round(rows, known)
+        if toward is not None:
+            wanted = wanted @ toward
         return gptq(wanted, hessian, step, parts["weight"], *scheme.code_range, feedback)
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
@@ -263,20 +292,3 @@ class RoundingPass:
                 where=f"`{module}` ({self.run.wishes.quantized[module].rule})",
                 fix="set calibration.inputs to float, or weight_rounding to nearest",
             )
-
-
-def _fitting(
-    group: Mapping[Matrix, list[str]], inputs_of: Callable[[Sequence[str]], int]
-) -> Iterator[dict[Matrix, int]]:
-    """The matrices of a group, and how many inputs each has, in runs that fit the memory."""
-    run: dict[Matrix, int] = {}
-    nbytes = 0
-    for leader, modules in group.items():
-        k = inputs_of(modules)
-        if run and nbytes + 4 * k * k > HESSIANS_NBYTES:
-            yield run
-            run, nbytes = {}, 0
-        run[leader] = k
-        nbytes += 4 * k * k
-    if run:
-        yield run

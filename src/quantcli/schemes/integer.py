@@ -60,6 +60,11 @@ class IntegerWeights(Scheme):
         """Inputs [..., k] as the codes meet them, but not quantized; linear in x, in float32."""
         return x.float()
 
+    def as_rounded(self, x: Tensor, constants: Parts) -> Tensor | None:
+        """`as_read`, and quantized as the engine does it; None where that counts for nothing, as with 8
+        bits and more: inputs lose little then."""
+        return None
+
 
 def chosen(constants: Stats, nearest: Tensor) -> Tensor:
     """The codes of some rows: those that data has chosen, int8 as large as `nearest`, or these."""

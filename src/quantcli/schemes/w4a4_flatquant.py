@@ -16,6 +16,7 @@ from quantcli.schemes.int4 import LARGEST, LEAST, Int4Weights
 from quantcli.schemes.integer import chosen
 from quantcli.schemes.learner import Learner, Scalable, Schedule
 
+SHARED = ("left_trans", "right_trans", "clip_ratio")
 _PRESETS = {
     "paper": (Schedule(epochs=15, batch=4), 5e-3),
     "fast": (Schedule(epochs=5, batch=4), 1e-2),
@@ -122,7 +123,7 @@ class W4A4FlatQuant(Int4Weights):
 
     def constants(self, stats: Stats, held: torch.dtype) -> Parts:
         """The transforms in dtype `held`, their inverses in float64, clip_ratio float32 [1]."""
-        left, right, clip = (stats[name] for name in ("left_trans", "right_trans", "clip_ratio"))
+        left, right, clip = (stats[name] for name in SHARED)
         if left.dtype != held or right.dtype != held:
             raise InputError(
                 f"transforms are {left.dtype}, not {held}",
@@ -154,10 +155,7 @@ class W4A4FlatQuant(Int4Weights):
             codes = (transformed / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
         else:
             codes, scale = self.codes(transformed, held)
-        shared = {
-            name: constants[name].to(rows.device)
-            for name in ("left_trans", "right_trans", "clip_ratio")
-        }
+        shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 
     def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
@@ -169,6 +167,12 @@ class W4A4FlatQuant(Int4Weights):
         """Transformed inputs [..., k], in float32: L^T X R."""
         left, right = (constants[name].to(x.device) for name in ("left_trans", "right_trans"))
         return kronecker.undo(x, left.double().mT, right.double().mT)
+
+    def as_rounded(self, x: Tensor, constants: Stats) -> Tensor:
+        """Transformed inputs [..., k] in 4 bits, in float32."""
+        left, right, clip = (constants[name].to(x.device) for name in SHARED)
+        codes, scale = flatquant.quantize_tokens(kronecker.served(x, left, right), clip)
+        return codes * scale
 
     def dequantize(self, parts: Parts) -> Tensor:
         """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
