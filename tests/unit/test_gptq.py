@@ -187,3 +187,33 @@ def test_inputs_are_kept_as_they_were_seen():
     x.mul_(5)
     assert [part.tolist() for part in seen.take()] == [torch.ones(4, 3).tolist()]
     assert seen.take() == []
+
+
+def test_weights_are_corrected_for_rounded_inputs():
+    """Least squares by numpy on the very inputs: rounded ones are to give what W made of the others."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(200, 24, generator=generator), torch.randn(90, 24, generator=generator)]
+    weight = torch.randn(7, 24, generator=generator)
+
+    def rounded(x):
+        return x, (2 * x).round() / 2
+
+    hessian, seen = hessians.Hessian(24, CPU, rounded), hessians.Inputs()
+    for batch, x in enumerate(inputs):
+        seen.update(x, batch)
+    matrix = Matrix("w")
+    hessians.add({matrix: hessian}, {matrix: seen}, module.in_turn)
+    hessian.mirror()
+    toward = hessian.toward(0.0)
+    x = torch.cat(inputs).double().numpy()
+    q = np.rint(2 * x) / 2
+    wanted, *_ = np.linalg.lstsq(q, x @ weight.double().numpy().T, rcond=None)
+    assert np.abs((weight @ toward).numpy() - wanted.T).max() < 1e-4
+    assert np.abs(hessian.sum.numpy() - q.T @ q).max() < 1e-2
+    lost = [float(((x @ weight.numpy().T - q @ w.T) ** 2).sum()) for w in (weight.numpy(), wanted.T)]
+    assert lost[1] < 0.99 * lost[0]
+
+
+def test_nothing_is_corrected_where_inputs_are_not_rounded_or_say_nothing():
+    assert hessians.Hessian(8, CPU).toward(0.01) is None
+    assert hessians.Hessian(8, CPU, lambda x: (x, x)).toward(0.01) is None  # no token: singular
