@@ -1,6 +1,7 @@
 """Learning inside of a layer: it helps, is the same on any number of threads, and keeps functions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,3 +197,26 @@ def test_others_of_the_layer_stay_what_they_are(tmp_path):
     assert not any("down_proj" in name for name in tensors if name.startswith("stats."))
     assert layer.report["modules"]["model.layers.1.mlp.down_proj"]["tokens"] == 79
     assert math.isfinite(layer.report["learned"]["loss_served"])
+
+
+def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
+    """Inputs of nothing but zeros say as little as none."""
+    for policy in ("error", "dynamic"):
+        run, layer = make_run(tmp_path / "m", "llama", dict.fromkeys(("gate_proj", "up_proj"), SCHEME))
+        layer.run = replace(layer.run, wishes=replace(layer.run.wishes, uncalibrated=policy))
+        layer.__post_init__()
+        path = "model.layers.1.post_attention_layernorm.weight"
+        zero = {path: torch.zeros(64)}
+
+        def silent(stored, zero=zero):
+            return zero.get(stored.spec.name, read_tensor(stored))
+
+        loaded = run.skeleton.loaded
+        run.skeleton.loaded = lambda index, read, device, loaded=loaded: loaded(index, silent, device)
+        if policy == "error":
+            with pytest.raises(InputError, match=r"no token reached .*gate_proj"):
+                layer.measure(None)
+        else:
+            assert not [name for name in layer.measure(None) if "gate_proj" in name]
+            assert "learned" not in layer.report
+            assert layer.note == ""

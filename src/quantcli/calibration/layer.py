@@ -91,7 +91,8 @@ class LayerRun:
                 stats = self._ranges(layout, learned, edits, sink)
         if found:
             with load():
-                learned, self.report["learned"] = learn(self._here, layout, found, edits)
+                learned, told = learn(self._here, layout, found, edits)
+            self.report |= {"learned": told} if told else {}
         if edits or found:
             with load():
                 stats = self._ranges(layout, learned, edits, sink)

@@ -15,7 +15,7 @@ from quantcli.calibration.learning import Course
 from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrix
-from quantcli.calibration.wishes import Wishes
+from quantcli.calibration.wishes import Wishes, unreached
 from quantcli.errors import InputError
 from quantcli.measured import Factors
 from quantcli.numerics import Stats
@@ -159,15 +159,22 @@ def settle(
 
 def learn(
     layer: Layer, layout: LayerLayout, found: list[Group], edits: dict[str, Factors]
-) -> tuple[dict[str, Stats], dict[str, Any]]:
+) -> tuple[dict[str, Stats], dict[str, Any] | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
-    InputError where learning goes astray, or does not go together.
+    Nothing is learned of modules that no token reaches. InputError for these where the recipe says so,
+    and where learning goes astray, or does not go together.
     """
     wishes = layer.run.wishes
     generator = torch.Generator().manual_seed(wishes.seed * 2**20 + layer.index)
     widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
     amax = layer.channel_amax(widths)
+    empty = [m for g in found if not bool(amax[g.matrices[0]].any()) for m in g.modules]
+    if empty and wishes.uncalibrated != "dynamic":
+        raise unreached(empty, wishes.quantized[empty[0]].rule)
+    found = [group for group in found if group.modules[0] not in empty]
+    if not found:
+        return {}, None
     made = learners(found, layout, wishes, layer.weight, amax, generator)
     course = Course(layer, made)
     before, after = course.learn(schedule_of(found), generator)

@@ -20,6 +20,7 @@ from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.errors import InputError
 from quantcli.schemes.learner import Learner, Schedule
 
+_TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
 
 
@@ -81,13 +82,15 @@ class Course:
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 error, _ = self._error(number, Tap(self._matrices, _Student(self._learners)))
-                gradients = torch.autograd.grad(error, leaves)
+                gradients = torch.autograd.grad(
+                    error, leaves, allow_unused=True, materialize_grads=True
+                )
             return error.detach(), *gradients
 
         found = self._replay.each(work, numbers)
         error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*found, strict=True))
         # of the logarithm of the error: hard batches do not drown easy ones
-        summed = [gradient / error for gradient in summed]
+        summed = [gradient / error.clamp_min(_TINY) for gradient in summed]
         size = sum(gradient.square().sum() for gradient in summed)
         if not bool(torch.isfinite(torch.as_tensor(size))):
             raise InputError(
