@@ -21,10 +21,10 @@ SUFFIXES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
 _SUPPORT = "see `quantcli inspect --support` for what goes together"
 _HOPPER = "NVIDIA GPUs (Ada, Hopper and later)"
 LOADS_ON = {
-    "fp8 tensor dynamic": f"vLLM 0.6 and later, SGLang; {_HOPPER}, AMD (MI300 and later)",
-    "fp8 tensor static": f"vLLM 0.6 and later, SGLang; {_HOPPER}, AMD (MI300 and later)",
+    "fp8 tensor dynamic": f"vLLM 0.32 and later, SGLang; {_HOPPER}, AMD (MI300 and later)",
+    "fp8 tensor static": f"vLLM 0.32 and later, SGLang; {_HOPPER}, AMD (MI300 and later)",
     "fp8 block 128x128": (
-        f"vLLM 0.7 and later, SGLang, transformers; {_HOPPER}, AMD (MI300 and later); CPUs with AMX"
+        f"vLLM 0.32 and later, SGLang, transformers; {_HOPPER}, AMD (MI300 and later); CPUs with AMX"
     ),
 }
 
