@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError, MachineError, QuantError
-from quantcli.folder import INDEX, PICKLES, list_files
+from quantcli.folder import INDEX, PART, PICKLES, list_files
 from quantcli.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.tensorspec import FLOATS, TensorSpec
 
@@ -112,6 +112,8 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     problems: list[QuantError] = []
     notes: list[str] = []
     files, left_out = list_files(root)
+    if PART in files:
+        raise _is_part(read_json_file(root / PART), root)
     index = _read_index(root, files)
     shards = _choose_shards(root, files, index, problems, left_out)
     tensors = _read_tensors(root, shards, problems)
@@ -151,6 +153,13 @@ def read_json_file(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise InputError(f"{path.name} must hold a JSON object", where=str(path))
     return table
+
+
+def _is_part(said: dict[str, Any], root: Path) -> InputError:
+    numbers = [said.get(key) for key in ("part", "of")]
+    which = "part {} of {}".format(*numbers) if all(type(n) is int for n in numbers) else "a part"
+    fix = "put the parts together first: quantcli pack --merge OUT.part-* --out OUT"
+    return InputError(f"this is {which} of a conversion", where=str(root), fix=fix)
 
 
 def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:

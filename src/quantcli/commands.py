@@ -6,6 +6,7 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,8 @@ def prepare(
             raise InputError(
                 "all parts need one calibration, and this one is not done",
                 where=str(folder),
-                fix=f"run `quantcli calibrate {recipe} --out {folder}` once, and give a copy of it to "
-                "every part with --calibration",
+                fix=f"run `{_calibrate_command(recipe, model, overrides, folder)}` once, and give a "
+                "copy of it to every part with --calibration",
             )
     elif calibration is not None:
         raise InputError(
@@ -128,8 +129,20 @@ def prepare(
     return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced, session, share)
 
 
+def _calibrate_command(
+    recipe: Path, model: str | None, overrides: tuple[str, ...], folder: Path
+) -> str:
+    """What to type for the calibration of a conversion that was given these options."""
+    words = ["quantcli", "calibrate", str(recipe)]
+    if model is not None:
+        words += ["--model", model]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join([*words, "--out", str(folder)])
+
+
 def _load(
-    recipe: Path, model: str | None, overrides: tuple[str, ...]
+    recipe: Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
 ) -> tuple[Recipe, str, Checkpoint]:
     """The recipe, how the model was named, and the model."""
     from quantcli.recipe import load_recipe
@@ -138,7 +151,7 @@ def _load(
     named = model or loaded.file.model
     if named is None:
         raise InputError(
-            "no model to quantize", where=str(recipe), fix="give --model, or `model:` in the recipe"
+            f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
         )
     return loaded, named, open_checkpoint(find_model(named))
 
@@ -164,7 +177,7 @@ def prepare_calibration(
     from quantcli.calibration.session import prepare_session
     from quantcli.planner import make_plan
 
-    loaded, named, checkpoint = _load(recipe, model, overrides)
+    loaded, named, checkpoint = _load(recipe, model, overrides, "calibrate")
     made = make_plan(loaded, checkpoint)
     if not made.needs_calibration:
         raise InputError(

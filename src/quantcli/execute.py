@@ -11,8 +11,9 @@ from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.findings import Finding
+from quantcli.folder import PART
 from quantcli.formats import quantization
-from quantcli.journal import JOURNAL, MANIFEST, PART, Journal, remove_folder
+from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan, Work
 from quantcli.publish import check_destination, partial_folder, publish

@@ -10,6 +10,7 @@ from pathlib import Path
 from quantcli.errors import InputError, MachineError
 
 INDEX = "model.safetensors.index.json"
+PART = "quantcli_part.json"  # in place of a manifest, where a folder holds some of the shards
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
 STALE = "an index or a quantization file, true only beside the weights it was made for"

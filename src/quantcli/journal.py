@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError, MachineError
+from quantcli.folder import PART
 from quantcli.writer import disk_errors
 
 JOURNAL = ".quantcli_journal"
 MANIFEST = "quantcli_manifest.json"
-PART = "quantcli_part.json"  # in its place, where a folder holds some of the shards
 _FRESH = "run with --fresh to start over, or remove the directory"
 _HEAD = {"plan", "checksum", "source"}
 _DONE = {"shard", "nbytes", "sha256"}

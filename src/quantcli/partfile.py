@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantcli.errors import InputError
-from quantcli.journal import JOURNAL, MANIFEST, PART
+from quantcli.folder import PART
+from quantcli.journal import JOURNAL, MANIFEST
 from quantcli.manifest import read_sealed
 from quantcli.splitting import MOST, Part
 

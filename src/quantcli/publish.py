@@ -12,7 +12,8 @@ from pathlib import Path
 
 from quantcli.checkpoint import read_json_file
 from quantcli.errors import InputError, MachineError, QuantError
-from quantcli.journal import MANIFEST, PART, discard
+from quantcli.folder import PART
+from quantcli.journal import MANIFEST, discard
 from quantcli.writer import disk_errors, machine_error, sync_folder
 
 _AT_FDCWD = -100

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -260,6 +262,16 @@ def test_a_whole_checkpoint_and_an_unfinished_part_are_no_parts(box: Box) -> Non
     refused(run_cli("pack", "--merge", unfinished, "--out", box.root / "other"), "not finished")
 
 
+def test_a_part_is_no_checkpoint(box: Box) -> None:
+    folder = parts(box, 2)[0]
+    words = (str(folder), "this is part 1 of 2 of a conversion", "pack --merge")
+    refused(run_cli("verify", folder), *words)
+    refused(run_cli("inspect", folder), *words)
+    refused(run_cli("pack", folder, "--target", "compressed-tensors", "--out", box.root / "x"), *words)
+    (folder / "quantcli_part.json").write_text('{"part": [1], "of": null}')
+    refused(run_cli("inspect", folder), "this is a part of a conversion")
+
+
 def test_damaged_parts(box: Box) -> None:
     wanted = whole(box)
     first, second = parts(box, 2)
@@ -385,8 +397,16 @@ def test_parts_share_one_calibration(tmp_path: Path) -> None:
     """None calibrates by itself; a part with other measured values is told from the others."""
     bench = make_bench(tmp_path, Models(tmp_path / "models")("llama"), RECIPE)
     sharded = ("--set", "max_shard=20000")
-    refused(bench.run(*sharded, "--part", "1/2"), str(bench.store), "calibrate", "--calibration")
+    result = bench.run(*sharded, "--part", "1/2")
+    refused(result, str(bench.store), "calibrate", "--calibration")
     assert not bench.store.exists()
+    # the command in the message is the one that works
+    said = re.search(r"run `quantcli (calibrate .*?)` once", result.err, re.DOTALL)
+    assert said
+    assert run_cli(*shlex.split(said[1])).code == 0
+    given = ("--part", "1/2", "--calibration", bench.store)
+    assert bench.run(*sharded, *given, "--plan").code == 0
+    shutil.rmtree(bench.store)
     assert bench.at("one").run(*sharded).code == 0
     calibration = bench.root / "one.calibration"
     folders = []

@@ -271,3 +271,29 @@ def test_calibrate(tmp_path: Path, kind: str) -> None:
         assert done.code == 0, done.err
         outs.append(bench.out)
     same(*outs)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"), [(None, "no rounding"), (PLAIN, "never rounded to codes")]
+)
+def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | None, words: str) -> None:
+    """What the source has lost already is no fault of the conversion: the finding says it."""
+    source, plain = make_source(box.root, "awq")
+    if recipe is not None:
+        box.edit_recipe(recipe)
+    assert run_cli("quantize", box.recipe, "--model", source, "--out", box.out).code == 0
+    (file,) = plain.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    before = {
+        name: tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if "proj" in name and "layers.1.mlp.down_proj" not in name
+        else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(before, file, metadata={"format": "pt"})
+    done = run_cli("verify", box.out, "--against", plain, "--json")
+    assert done.code == 1
+    (found, *others) = [f for f in done.json["findings"] if f["check"] == "sqnr"]
+    assert len(others) == 12
+    assert words in found["fix"]
+    assert "made from a quantized model, compare with that one" in found["fix"]

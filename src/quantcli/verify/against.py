@@ -194,9 +194,18 @@ class _Run:
             if not entry["ok"]:
                 worst = entry["worst_rows"][:1]
                 row = f", worst row {worst[0]['row']}" if worst else ""
-                rounding = found.sqnr_db > UNLIKE and not is_damaged(entry, kinds[module])
-                fix = _ADVICE if rounding else _OTHER
+                fix = self._fix(module, kinds[module], entry)
                 yield failed("sqnr", fault(entry, kinds[module]) or "", f"`{module}`{row}", fix)
+
+    def _fix(self, module: str, kind: str, entry: Mapping[str, Any]) -> str:
+        """What to do about a matrix that is too far from the other model's."""
+        if kind == "float":
+            fix = _FLOAT
+        else:
+            rounding = entry["sqnr_db"] > UNLIKE and not is_damaged(entry, kind)
+            fix = _ADVICE if rounding else _OTHER
+        from_float = not isinstance(self.reference.weight(module), StoredModule)
+        return fix + (_DECODED if from_float else "")
 
     def _limit(self, module: str, kind: str) -> float:
         """Of two quantized weights, the coarser one decides how near they can be."""
@@ -268,4 +277,6 @@ def _words(factors: Factors) -> str:
 
 
 _OTHER = "this is damage and no rounding: copy the checkpoint again, or convert the model again"
+_FLOAT = "floats are copied or multiplied, never rounded to codes: convert the model again"
+_DECODED = "; or, if it was made from a quantized model, compare with that one"
 _ADVICE = "keep this module float or in a finer scheme, or lower the limit if that is what you want"

@@ -12,7 +12,7 @@ from typing import Any
 from quantcli.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.errors import InputError, QuantError
 from quantcli.findings import Finding, failed, noted, of_error
-from quantcli.folder import INDEX
+from quantcli.folder import INDEX, PART
 from quantcli.journal import MANIFEST
 from quantcli.manifest import read_manifest
 
@@ -33,13 +33,15 @@ class Opened:
 def open_for_verification(path: Path) -> Opened:
     """Read headers, index, config and manifest of `path`.
 
-    Raises InputError where there is no checkpoint at all: no such directory, or no weights in it.
+    Raises InputError where there is no checkpoint at all: no such directory, no weights in it, or a
+    part of a conversion.
     """
     findings: list[Finding] = []
     try:
         checkpoint = scan_checkpoint(path)
     except InputError as error:
-        if not path.is_dir() or not any(path.glob("*.safetensors")):
+        none = not path.is_dir() or not any(path.glob("*.safetensors"))
+        if none or (path / PART).is_file():
             raise
         return Opened(None, None, (of_error(_check_of(error), error),))
     findings += _problems(checkpoint.problems)
