@@ -35,7 +35,7 @@ def recode(
     """
     numerics = item.numerics
     parts = item.origin.unpack(numerics, stored)
-    _finite(parts, item, first_row)
+    _sound(parts, item, first_row)
     if "input_offset" in parts:
         parts = _static(parts, item, target, first_row, bias)
     elif "input_scale" in parts:
@@ -54,16 +54,22 @@ def recode(
     return packed
 
 
-def _finite(parts: Parts, item: Repack, first_row: int) -> None:
+def _sound(parts: Parts, item: Repack, first_row: int) -> None:
+    """InputError for NaN and Inf, and for scales that are not positive."""
     for name in sorted(parts):
         tensor = parts[name]
         values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise InputError(
-                f"holds a {name} that is NaN or Inf",
-                where=_place(item, name, first_row),
-                fix="the checkpoint is damaged: copy it again, or convert the model again",
-            )
+            raise _damaged(f"holds a {name} that is NaN or Inf", _place(item, name, first_row))
+        if name.endswith("_scale") and values.is_floating_point() and bool((values <= 0).any()):
+            first = (values <= 0).nonzero()[0].tolist()
+            what = f"{name} is {float(values[tuple(first)]):g}: a scale is a positive number"
+            raise _damaged(what, _place(item, name, first_row, first[0] if first else 0))
+
+
+def _damaged(what: str, where: str) -> InputError:
+    fix = "the checkpoint is damaged: copy it again, or convert the model again"
+    return InputError(what, where=where, fix=fix)
 
 
 def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:

@@ -244,15 +244,19 @@ def test_bad_sources(box: Box) -> None:
     assert not out.exists()
 
 
-def test_damaged_scales_are_refused(box: Box) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(torch.nan, "NaN or Inf"), (-0.25, "weight_scale is -0.25"), (0.0, "weight_scale is 0")],
+)
+def test_damaged_scales_are_refused(box: Box, value: float, said: str) -> None:
     source = quantized(box, "w8a8_dynamic")
     name = "model.layers.0.mlp.down_proj.weight_scale"
     for file in source.glob("*.safetensors"):
         found = load_file(file)
         if name in found:
-            found[name][5] = torch.nan
+            found[name][5] = value
             save_file(found, file, metadata={"format": "pt"})
-    refused(pack(source, "compressed-tensors", box.root / "x"), "NaN or Inf", name)
+    refused(pack(source, "compressed-tensors", box.root / "x"), said, name)
 
 
 def test_plan_writes_nothing_and_is_what_is_written(box: Box) -> None:

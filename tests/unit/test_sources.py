@@ -409,6 +409,52 @@ def test_what_is_not_finite_is_found_in_its_part(tmp_path):
     assert torch.isnan(read_span(found.tensors["a.weight"], 128, 1)[0, :128]).all()
 
 
+@pytest.mark.parametrize("value", [-0.5, 0.0])
+def test_scales_that_are_not_positive_are_named(tmp_path, value):
+    tensors, _ = quantized.fp8_blocks("l.q_proj", 130, 200)
+    name = "l.q_proj.weight_scale_inv"
+    data = bytearray(tensors[name][2])
+    data[8:12] = struct.pack("<f", value)
+    tensors[name] = ("F32", (2, 2), bytes(data))
+    found = opened(tmp_path / "fp8", tensors, BLOCKS)
+    read_span(found.tensors["l.q_proj.weight"], 0, 128)
+    for first in (128, 129):
+        with pytest.raises(InputError, match=f"weight_scale_inv is {value:g}: a scale is") as caught:
+            read_span(found.tensors["l.q_proj.weight"], first, 1)
+        assert caught.value.where == f"`{name}`[1, 0] in model.safetensors"
+    settings = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    inputs = TOKENS | {"type": "float", "strategy": "group", "group_size": 128}
+    tensors = {name.replace("_inv", ""): stored for name, stored in tensors.items()}
+    found = opened(tmp_path / "block", tensors, compressed("float-quantized", settings, inputs))
+    with pytest.raises(InputError) as caught:
+        read_span(found.tensors["l.q_proj.weight"], 128, 2)
+    assert caught.value.where == "`l.q_proj.weight_scale`[1, 0] in model.safetensors"
+    tensors, _ = quantized.packed_int4("l.q_proj", 24, 96, 32, symmetric=True, wide=False)
+    dtype, shape, data = tensors["l.q_proj.weight_scale"]
+    size = len(data) // (shape[0] * shape[1])
+    place = size * (5 * shape[1] + 2)
+    scale = struct.pack("<f", value)[4 - size :]  # bfloat16 is the upper half of a float32
+    tensors["l.q_proj.weight_scale"] = (dtype, shape, data[:place] + scale + data[place + size :])
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    found = opened(tmp_path / "int4", tensors, compressed("pack-quantized", settings))
+    with pytest.raises(InputError) as caught:
+        read_span(found.tensors["l.q_proj.weight"], 4, 3)
+    assert caught.value.where == "`l.q_proj.weight_scale`[5, 2] in model.safetensors"
+
+
+def test_a_scale_of_zero_with_codes_of_zero_is_sound(tmp_path):
+    tensors, _ = quantized.fp8_blocks("a", 130, 200)
+    codes = np.frombuffer(tensors["a.weight"][2], "u1").reshape(130, 200).copy()
+    codes[128:, :128] = 0
+    data = bytearray(tensors["a.weight_scale_inv"][2])
+    data[8:12] = bytes(4)
+    tensors["a.weight"] = ("F8_E4M3", (130, 200), codes.tobytes())
+    tensors["a.weight_scale_inv"] = ("F32", (2, 2), bytes(data))
+    found = read_tensor(opened(tmp_path, tensors, BLOCKS).tensors["a.weight"])
+    assert not found[128:, :128].any()
+    assert found[128:, 128:].any()
+
+
 def test_codes_are_never_read_as_floats(tmp_path):
     from quantcli.tensors import read_bytes
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from quantcli.checkpoint import CONFIG, Checkpoint
 from quantcli.encoded import Encoded, Rows
 from quantcli.errors import InputError
@@ -109,6 +111,33 @@ def matrix(stored: StoredTensor) -> tuple[int, int]:
             fix="start from the float checkpoint",
         )
     return shape[0], shape[1]
+
+
+def check_scales(
+    scale: Tensor, stored: StoredTensor, first: int, each: int, decode: Callable[[Tensor], Tensor]
+) -> None:
+    """InputError for a scale below zero, and for one of zero with codes that are not: its weights are
+    lost. NaN is found in what is decoded.
+
+    scale:  float32, a row for rows `first`, `first` + 1, .. of the weight, or for `each` of them.
+    each:   how many rows of the weight one row of `stored` is for; 0: it is for all.
+    decode: the rows of the weight with other scales of the same shape.
+    """
+    bad = scale < 0
+    if not bool(bad.any()):
+        bad = scale == 0
+        if not bool(bad.any()) or not bool(decode(bad.float()).any()):
+            return
+    index = [int(place) for place in bad.nonzero()[0]]
+    value = float(scale[tuple(index)])
+    index[:1] = [(first + row) // each if each else row for row in index[:1]]
+    place = f"[{', '.join(map(str, index[: len(stored.spec.shape)]))}]" if stored.spec.shape else ""
+    suffix = stored.spec.name.rpartition(".")[2]
+    raise InputError(
+        f"{suffix} is {value:g}: a scale is a positive number",
+        where=f"`{stored.spec.name}`{place} in {stored.file.name}",
+        fix=f"the model is damaged: {AGAIN}",
+    )
 
 
 def encoded(

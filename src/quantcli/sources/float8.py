@@ -16,7 +16,7 @@ from quantcli.codes import fp8_values
 from quantcli.encoded import Encoded
 from quantcli.errors import InputError
 from quantcli.header import StoredTensor
-from quantcli.sources.base import AGAIN, SCALES, Source, encoded, matrix
+from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
 from quantcli.verify.blocks import Reader
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
@@ -117,6 +117,7 @@ class Float8Rows:
         scale = self._scale.rows(first, last - first).float()
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
+        check_scales(scale, self._scale.stored, start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
 
 
