@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, QuantError
 from quantcli.events import SILENT, Progress
 from quantcli.executors import thread_pool
 from quantcli.findings import Finding
 from quantcli.folder import PART
 from quantcli.formats import quantization
-from quantcli.journal import JOURNAL, MANIFEST, Journal, remove_folder
+from quantcli.journal import JOURNAL, MANIFEST, Journal, discard, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan, Work
 from quantcli.publish import check_destination, partial_folder, publish
@@ -72,11 +73,13 @@ def execute(
     force: bool = False,
     checksum: bool = True,
     part: Part | None = None,
+    final: bool = False,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Written[P]:
     """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
+    final: where values are refused, nothing but another source helps, so that nothing is left of it.
     Raises InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for
     a full or unwritable disk.
     """
@@ -90,10 +93,15 @@ def execute(
     if fresh:
         remove_folder(partial)
     journal = Journal(partial, run_head(plan, checksum=checksum))
+    useless = False
     try:
         run = ShardRun(plan, partial, journal, progress, checksum, block_elements)
-        with thread_pool(workers) as pool:
-            run.write(part.shards(plan) if part else plan.shards, pool, workers)
+        try:
+            with thread_pool(workers) as pool:
+                run.write(part.shards(plan) if part else plan.shards, pool, workers)
+        except InputError:
+            useless = final
+            raise
         files = run.files
         if part is None or part.carries:
             for name, content in plan.sidecars.items():
@@ -116,6 +124,9 @@ def execute(
         publish(partial, out, force=force)
     finally:
         journal.close()
+        if useless:
+            with suppress(QuantError):  # what is said is why the values were refused
+                discard(partial)
     return Written(out, files, run.reused, plan, notes)
 
 

@@ -88,13 +88,15 @@ def _target(name: str, options: Sequence[str]) -> Target:
         fields = sorted(known[name].model_fields)
         fix = "its options: " + ", ".join(fields) if fields else f"target `{name}` has no options"
         what = f"`{key}`: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        if first["type"] == "extra_forbidden":
+            what = f"unknown key `{key}`"
         raise InputError(what, where=f"--set {key}={values.get(key)}", fix=fix) from None
 
 
 def pack(job: PackJob, progress: Progress | None = None) -> Written[Repacking]:
     """Write a planned checkpoint. Interrupted, the same job continues where it stopped.
 
-    InputError for numbers that the target would round; nothing is published then.
+    InputError for numbers that the target would round; nothing is left then.
     """
     return execute(
         job.plan,
@@ -104,6 +106,7 @@ def pack(job: PackJob, progress: Progress | None = None) -> Written[Repacking]:
         fresh=job.fresh,
         force=job.force,
         checksum=job.checksum,
+        final=True,
     )
 
 

@@ -125,7 +125,7 @@ def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:
         if text != most:
             how = _difference(usual.whole, part.whole)
             raise InputError(
-                f"is of another conversion than {usual.path.name}: {how}",
+                f"this part is of another conversion than {usual.path.name}: {how}",
                 where=str(part.path),
                 fix="run this part again as the others were",
             )

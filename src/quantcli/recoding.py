@@ -22,6 +22,7 @@ from quantcli.tensorspec import torch_dtype
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.
 _SAME_STEP = 2.0**-20
+WORDS = {"BF16": "bfloat16", "F16": "float16"}
 _NEIGHBOURS = 8  # floats on either side of the nearest that are tried
 
 
@@ -82,7 +83,7 @@ def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int)
     rounded = (unlike.any(1) if unlike.dim() > 1 else unlike).nonzero()
     if len(rounded):
         row = int(rounded[0])
-        word = {"BF16": "bfloat16", "F16": "float16"}.get(kind, kind)
+        word = WORDS.get(kind, kind)
         values = scale[row].float().flatten()
         value = float(values[(held[row].float().flatten() != values).nonzero()[0]])
         raise InputError(

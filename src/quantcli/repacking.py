@@ -19,8 +19,9 @@ from quantcli.manifest import read_manifest
 from quantcli.numerics import Module
 from quantcli.plan import Copy, Item, Repack, Shard, Work
 from quantcli.planner import RECIPE_FILE, raise_first
+from quantcli.recoding import WORDS
 from quantcli.repack_items import repack_items
-from quantcli.targets.base import Output, Stored, Target, target_of
+from quantcli.targets.base import Output, ScalePart, Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule
 
 _VERIFY = "see `quantcli verify` for all that is wrong with it"
@@ -112,7 +113,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         sidecars=sidecars,
         copies={name: n for name, n in checkpoint.aux.items() if name not in sidecars},
         serving_dtype=stored.serving_dtype,
-        notes=(*checkpoint.notes, *target.advise(modules)),
+        notes=(*checkpoint.notes, *target.advise(modules), *_to_be_checked(items, target)),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,
@@ -128,7 +129,7 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
         raise InputError(
             "this is a float model: there are no codes to pack",
             where=str(checkpoint.path),
-            fix=f"`quantcli quantize` makes a {target.name} checkpoint of it",
+            fix=f"`quantcli quantize` makes {target.article} checkpoint of it",
         )
     origin = target_of(checkpoint)
     if origin is None:
@@ -138,7 +139,7 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
             fix="`quantcli quantize` can decode some formats, and rounds again",
         )
     if origin.name == target.name:
-        what = f"this is a {target.name} checkpoint already"
+        what = f"this is {target.article} checkpoint already"
         raise InputError(what, where=str(checkpoint.path), fix="use it as it is")
     return origin
 
@@ -147,7 +148,8 @@ def _must_be_sound(stored: Stored, checkpoint: Checkpoint) -> None:
     errors: list[Finding] = [f for f in stored.findings if f.severity == "error"]
     if errors:
         first = errors[0]
-        more = f" ({len(errors) - 1} more findings)" if len(errors) > 1 else ""
+        rest = len(errors) - 1
+        more = f" ({rest} more finding{'s' * (rest > 1)})" if rest else ""
         place = f"{first.where} in {checkpoint.path}" if first.where else str(checkpoint.path)
         raise InputError(f"{first.what}{more}", where=place, fix=_VERIFY)
 
@@ -211,6 +213,23 @@ def _shards(items: Iterator[Item], checkpoint: Checkpoint) -> tuple[Shard, ...]:
             seen.add(spec.name)
         shards.append(Shard(names[file], tensors, tuple(by_file[file])))
     return tuple(shards)
+
+
+def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
+    """What headers cannot tell: whether the values of scales are among those that `target` holds."""
+    scales: tuple[ScalePart, ...] = ("weight_scale", "input_scale")
+    narrow: dict[str, None] = {}
+    for numerics, serving, origin in {
+        (item.numerics, item.module.serving_dtype, item.origin)
+        for item in items
+        if isinstance(item, Repack)
+    }:
+        static = numerics.input is not None and not numerics.input.dynamic
+        for part in scales[: 1 + static]:
+            kind = target.held(numerics, part, serving)
+            if kind != "F32" and kind != origin.held(numerics, part, serving):
+                narrow[f"{part} must fit {WORDS[kind]} as it is, which is checked while writing"] = None
+    yield from sorted(narrow)
 
 
 def _lines(items: list[Item], target: Target) -> Iterator[Packed]:

@@ -67,6 +67,11 @@ class Target(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
 
+    @property
+    def article(self) -> str:
+        """Its name with an article, as messages have it."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
     @abstractmethod
     def label(self, numerics: Numerics) -> str:
         """The engine's own name for these numerics. InputError where it has none."""
