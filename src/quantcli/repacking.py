@@ -11,7 +11,6 @@ from typing import Any
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
-from quantcli.findings import Finding
 from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.journal import MANIFEST
@@ -21,10 +20,8 @@ from quantcli.plan import Copy, Item, Repack, Shard, Work
 from quantcli.planner import RECIPE_FILE, raise_first
 from quantcli.recoding import WORDS
 from quantcli.repack_items import repack_items
-from quantcli.targets.base import Output, ScalePart, Stored, Target, target_of
+from quantcli.targets.base import Output, ScalePart, Stored, Target, must_be_sound, target_of
 from quantcli.targets.layouts import StoredModule
-
-_VERIFY = "see `quantcli verify` for all that is wrong with it"
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     """
     origin = _origin(checkpoint, target)
     stored = origin.open_stored(checkpoint)
-    _must_be_sound(stored, checkpoint)
+    must_be_sound(stored)
     if not stored.modules:
         raise InputError(
             f"no module of this {origin.name} checkpoint is quantized",
@@ -142,16 +139,6 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
         what = f"this is {target.article} checkpoint already"
         raise InputError(what, where=str(checkpoint.path), fix="use it as it is")
     return origin
-
-
-def _must_be_sound(stored: Stored, checkpoint: Checkpoint) -> None:
-    errors: list[Finding] = [f for f in stored.findings if f.severity == "error"]
-    if errors:
-        first = errors[0]
-        rest = len(errors) - 1
-        more = f" ({rest} more finding{'s' * (rest > 1)})" if rest else ""
-        place = f"{first.where} in {checkpoint.path}" if first.where else str(checkpoint.path)
-        raise InputError(f"{first.what}{more}", where=place, fix=_VERIFY)
 
 
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale", ".kv_cache_offset")

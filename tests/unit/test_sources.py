@@ -409,6 +409,36 @@ def test_what_is_not_finite_is_found_in_its_part(tmp_path):
     assert torch.isnan(read_span(found.tensors["a.weight"], 128, 1)[0, :128]).all()
 
 
+@pytest.mark.parametrize("suffix", ["left_trans", "input_scale"])
+def test_siblings_that_one_engine_parameter_cannot_serve_are_refused(tmp_path, suffix):
+    def siblings(value):
+        tensors = {}
+        for name in ("l.self_attn.q_proj", "l.self_attn.k_proj", "l.self_attn.v_proj"):
+            if suffix == "left_trans":
+                tensors |= quantized.flatquant(name, 12, 8, 16)[0]
+                continue
+            codes, _ = quantized.int8_rows(name, 24, 40)
+            tensors[f"{name}.weight"] = codes[f"{name}.weight"]
+            tensors |= {
+                f"{name}.deq_scale": quantized.f32(np.full(24, 1e-3)),
+                f"{name}.quant_bias": tensor("I32", 24),
+                f"{name}.input_scale": quantized.bf16(np.full(1, 0.5, "f4"))[0],
+                f"{name}.input_offset": quantized.bf16(np.zeros(1, "f4"))[0],
+            }
+        if value is not None:
+            name = f"l.self_attn.k_proj.{suffix}"
+            dtype, shape, data = tensors[name]
+            tensors[name] = (dtype, shape, value + data[len(value) :])
+        return tensors
+
+    kind = "W4A4_FLATQUANT_DYNAMIC" if suffix == "left_trans" else "W8A8"
+    sound = described(tmp_path / "sound", siblings(None), kind)
+    assert len(sound.tensors) == 4
+    with pytest.raises(InputError, match=suffix) as caught:
+        described(tmp_path / "other", siblings(b"\x80\x3e"), kind)  # 0.25
+    assert "_proj" in f"{caught.value.what} {caught.value.where}"
+
+
 @pytest.mark.parametrize("value", [-0.5, 0.0])
 def test_scales_that_are_not_positive_are_named(tmp_path, value):
     tensors, _ = quantized.fp8_blocks("l.q_proj", 130, 200)

@@ -16,7 +16,7 @@ from quantcli.formats import Quantization, is_quantized, quantization
 from quantcli.header import StoredTensor
 from quantcli.sources import awq, float8, gptq, stored
 from quantcli.sources.base import AGAIN, Read, Source
-from quantcli.targets.base import target_of
+from quantcli.targets.base import Stored, must_be_sound, target_of
 
 # by `quant_method` in config.json
 _READERS: dict[str, Read] = {
@@ -31,6 +31,9 @@ _CACHE = re.compile(
     r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
     r"|[kvq]_proj\.output_scale)"
 )
+# What is wrong with numbers, whoever reads them; what only serving needs, such as a dtype to serve in,
+# a float model need not have.
+_OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
 _FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
 
 
@@ -38,11 +41,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with an `Encoded` float weight in place of what quantized modules are stored as.
 
     One that is float, or decoded already, as it is. What was found is in its notes. Raises InputError
-    for a format that is not known, and for tensors that are not what it makes of them.
+    for a format that is not known, for tensors that are not what it makes of them, and for what an
+    engine that knows it would refuse or misread.
     """
     if checkpoint.stored is not None or (found := quantization(checkpoint)) is None:
         return checkpoint
-    weights, findings = _read(checkpoint, found)
+    weights, known = _read(checkpoint, found)
+    findings = known.findings if known else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
     cache = []
@@ -58,6 +63,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
                 what = f"the module has codes, and `{weight.spec.name}` as well: which is its weight?"
                 raise InputError(what, where=f"`{name}` in {tensor.file.name}", fix=AGAIN)
             tensors[weight.spec.name] = weight
+    if known:
+        must_be_sound(known, _OF_TENSORS)
     notes = [*checkpoint.notes]
     for kind in decoded_kinds(weights):
         notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
@@ -68,16 +75,16 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, stored=checkpoint.tensors, notes=notes)
 
 
-def _read(checkpoint: Checkpoint, found: Quantization) -> tuple[Sequence[Encoded], Sequence[Finding]]:
-    """The modules, and what else was found wrong."""
+def _read(checkpoint: Checkpoint, found: Quantization) -> tuple[Sequence[Encoded], Stored | None]:
+    """The modules; where a target of ours read them, also what it took them from."""
     settings, where = _settings(checkpoint)
     method = settings.get("quant_method")
     if isinstance(method, str) and method.lower() in _READERS:
-        return list(_READERS[method.lower()](Source(checkpoint, settings, where))), ()
+        return list(_READERS[method.lower()](Source(checkpoint, settings, where))), None
     target = target_of(checkpoint)
     if target is not None:
         known = target.open_stored(checkpoint)
-        return list(stored.read(known, target.name)), known.findings
+        return list(stored.read(known, target.name)), known
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
         f"model is already quantized: {found.format}, {found.modules} modules; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.errors import InputError
 from quantcli.findings import Finding
 from quantcli.numerics import Module, Numerics, Parts
 from quantcli.registry import discover
@@ -143,3 +144,18 @@ def target_of(checkpoint: Checkpoint) -> Target | None:
     """The target whose format a checkpoint on disk is of, with its default options."""
     targets = (found() for found in discover(Target).values())
     return next((target for target in targets if target.recognises(checkpoint)), None)
+
+
+def must_be_sound(stored: Stored, checks: Collection[str] | None = None) -> None:
+    """InputError for the first thing for which an engine would refuse a checkpoint, or misread it.
+
+    checks: what to look at; None: at everything.
+    """
+    errors = [f for f in stored.findings if f.severity == "error" and (not checks or f.check in checks)]
+    if errors:
+        first, path = errors[0], stored.checkpoint.path
+        rest = len(errors) - 1
+        more = f" ({rest} more finding{'s' * (rest > 1)})" if rest else ""
+        where = f"{first.where} in {path}" if first.where else str(path)
+        fix = "see `quantcli verify` for all that is wrong with it"
+        raise InputError(f"{first.what}{more}", where=where, fix=fix)
