@@ -141,6 +141,8 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
     operands: dict[str, list[str]] = {}
     for name, scheme_class in discover(Scheme).items():
         scheme = scheme_class()
+        if scheme.numerics.transform:
+            continue  # stores other weights than those that are looked at here
         operand = scheme.numerics.weight
         label = f"{operand.dtype} per {operand.per}"
         operands.setdefault(label, []).append(name)

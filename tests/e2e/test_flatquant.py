@@ -105,7 +105,19 @@ def test_verification_at_every_depth(written: Bench) -> None:
     text = written.root / "text.txt"
     result = run_cli(
         *("verify", written.out, "--full", "--against", written.model, "--run", "--data", text),
-        *("--samples", 4, "--length", 16, "--tp", "1,2", "--max-kl", 1, "--json"),
+        *(
+            "--samples",
+            4,
+            "--length",
+            16,
+            "--tp",
+            "1,2",
+            "--max-kl",
+            1,
+            "--max-ppl-ratio",
+            1.5,
+            "--json",
+        ),
     )
     assert result.code == 0, result.out + result.err
     found = result.json

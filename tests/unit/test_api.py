@@ -45,6 +45,7 @@ def test_support_knows_every_cell():
     assert {scheme: label for (scheme, target), label in labels.items() if target == "ascend"} == {
         "fp8_dynamic": "W8A8FP8_DYNAMIC",
         "w4a4_dynamic": "W4A4_DYNAMIC",
+        "w4a4_flatquant": "W4A4_FLATQUANT_DYNAMIC",
         "w8a16": "W8A16",
         "w8a8_dynamic": "W8A8_DYNAMIC",
         "w8a8_mix": "W8A8_MIX",

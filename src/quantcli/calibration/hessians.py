@@ -19,6 +19,7 @@ from quantcli.schemes.gptq import Each, in_turn
 
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 HESSIANS_NBYTES = 2**30
+_ENOUGH = 4  # tokens a column: fewer would fit the weights to the noise of the samples
 _TILE = 512  # columns that one job adds up
 
 
@@ -58,8 +59,8 @@ class Hessian:
     def toward(self, damping: float) -> Tensor | None:
         """By which weights [n, k] are to be multiplied, float32 [k, k], so that on rounded inputs they
         make what they made of the others, in least squares: cross sum^-1, both damped. None where
-        inputs are not rounded, or that cannot be told. Float64 inside, 24 k^2 bytes."""
-        if self.cross is None:
+        inputs are not rounded, or tokens are too few to tell. Float64 inside, 24 k^2 bytes."""
+        if self.cross is None or self.tokens < _ENOUGH * len(self.sum):
             return None
         added = damping * float(self.sum.diagonal().double().mean())
         damped, cross = self.sum.double(), self.cross.double()

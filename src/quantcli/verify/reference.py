@@ -90,7 +90,8 @@ def codes(theirs: StoredTensor | StoredModule, ours: StoredTensor | StoredModule
         isinstance(theirs, StoredModule)
         and isinstance(ours, StoredModule)
         and theirs.layout.kind == ours.layout.kind
-        and theirs.layout.weight == ours.layout.weight
+        and theirs.layout.weight.suffix == ours.layout.weight.suffix
+        and theirs.codes.spec.dtype == ours.codes.spec.dtype
         and theirs.codes.spec.shape == ours.codes.spec.shape
     )
     if not alike:
