@@ -3,11 +3,14 @@ from the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from quantcli.checkpoint import CONFIG, Checkpoint
 from quantcli.findings import Finding, failed
+from quantcli.targets.base import Stored
+from quantcli.tensorspec import FLOATS
 
 _DRAFTS = (
     "num_nextn_predict_layers",
@@ -21,11 +24,21 @@ _WHOLE = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+# Attention whose heads have other widths than head_dim, or not all layers the same.
+_OTHER_HEADS = frozenset(
+    {
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+        "global_head_dim", "attention_head_dim", "attention_hidden_size", "attention_other_setting",
+    }
+)  # fmt: skip
+_GATED = ("qwen3_next", "qwen3_5")  # model types: a gate of each head's width beside its query
+_TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talker)([._]|$)")
 _FIX = "take config.json of the model that was converted"
 
 
-def check_sizes(checkpoint: Checkpoint, stacks: Sequence[int]) -> Iterator[Finding]:
+def check_sizes(stored: Stored, stacks: Sequence[int]) -> Iterator[Finding]:
     """Findings; stacks: how many layers each numbered list of modules has."""
+    checkpoint = stored.checkpoint
     config = checkpoint.text_config
     for key in _WHOLE:
         value = config.get(key)
@@ -37,12 +50,27 @@ def check_sizes(checkpoint: Checkpoint, stacks: Sequence[int]) -> Iterator[Findi
         what = f"config.json says {wanted} layers; there are {max(stacks)}"
         yield failed("sizes", what, str(checkpoint.path), _FIX)
     yield from _embedding(checkpoint, config)
-    yield from _width(checkpoint, "mlp.down_proj", 1, _whole(config, "intermediate_size"))
+    yield from _width(stored, "mlp.down_proj", 1, {_whole(config, "intermediate_size")})
+    if not any(config.get(key) is not None for key in _OTHER_HEADS):
+        yield from _heads(stored, config)
+
+
+def _heads(stored: Stored, config: dict[str, Any]) -> Iterator[Finding]:
+    """Queries, keys, values and what is made of them: so many heads of one width each."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head = _whole(config, "head_dim") or (hidden // heads if heads and hidden else None)
-    kv = _whole(config, "num_key_value_heads")
-    if kv and head:
-        yield from _width(checkpoint, "self_attn.k_proj", 0, kv * head)
+    if head is None:
+        return
+    if heads:
+        gated = str(config.get("model_type")).startswith(_GATED) or any(
+            "gate" in key and "attn" in key and value for key, value in config.items()
+        )
+        queries = {heads * head, 2 * heads * head} if gated else {heads * head}
+        yield from _width(stored, "self_attn.q_proj", 0, queries)
+        yield from _width(stored, "self_attn.o_proj", 1, {heads * head})
+    if kv := _whole(config, "num_key_value_heads"):
+        yield from _width(stored, "self_attn.k_proj", 0, {kv * head})
+        yield from _width(stored, "self_attn.v_proj", 0, {kv * head})
 
 
 def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
@@ -58,19 +86,28 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
             yield failed("sizes", what, CONFIG, _FIX)
 
 
-def _width(checkpoint: Checkpoint, suffix: str, side: int, wanted: int | None) -> Iterator[Finding]:
-    """A side that all modules of this name have in common, against what config.json makes it."""
-    shapes = {
-        stored.spec.shape
-        for name, stored in checkpoint.tensors.items()
-        if name.endswith(f".{suffix}.weight") and ".experts." not in name
-    }
-    sides = {shape[side] for shape in shapes if len(shape) == 2}
-    if wanted and len(shapes) == 1 and len(sides) == 1 and wanted not in sides:
-        packed = side == 0 and wanted == 2 * min(sides)  # two rows of codes in one
-        if not packed:
-            what = f"makes `{suffix}` {wanted} {('rows', 'columns')[side]}; it has {min(sides)}"
-            yield failed("sizes", what, CONFIG, _FIX)
+def _width(stored: Stored, suffix: str, side: int, wanted: Set[int | None]) -> Iterator[Finding]:
+    """A side that all modules of this name have in common, against what config.json makes it.
+
+    wanted: what it may be, the usual one being the smallest; None in it: anything.
+    """
+    if None in wanted:
+        return
+    shapes = set()
+    for name, tensor in stored.checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if module in stored.modules:
+            shape: tuple[int, ...] = stored.modules[module].shape
+        elif name.endswith(".weight") and tensor.spec.dtype in FLOATS:
+            shape = tensor.spec.shape
+        else:
+            continue
+        if module.endswith(f".{suffix}") and ".experts." not in name and not _TOWER.search(name):
+            shapes.add(shape)
+    if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[side] not in wanted:
+        usual = min(value for value in wanted if value)
+        what = f"makes `{suffix}` {usual} {('rows', 'columns')[side]}; it has {shape[side]}"
+        yield failed("sizes", what, CONFIG, _FIX)
 
 
 def _whole(config: dict[str, Any], key: str) -> int | None:

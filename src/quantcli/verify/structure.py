@@ -119,7 +119,7 @@ def _layers(stored: Stored) -> Iterator[Finding]:
         if absent:
             yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", _AGAIN)
         yield from _incomplete(stack, layers)
-    yield from check_sizes(checkpoint, [len(layers) for layers in stacks.values()])
+    yield from check_sizes(stored, [len(layers) for layers in stacks.values()])
     if tied_embeddings(checkpoint).startswith("no lm_head"):
         what = "there is no lm_head, though config.json says that it is not the embedding"
         yield failed("layers", what, str(checkpoint.path), _AGAIN)
