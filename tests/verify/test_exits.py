@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests import quantized
+from tests.builders import make_model
 from tests.e2e.conftest import run_cli
 from tests.verify.damage import CONFIG, DESCRIPTION, Copy, edit, flip, good_of, lose, raw, to_int8
 
@@ -56,7 +58,7 @@ def test_json(stock, tmp_path):
     ("path", "options", "words"),
     [
         ("nowhere", (), "no such model directory"),
-        ("source", (), "no quantized checkpoint of a format that this version verifies"),
+        ("source", (), "this is a float model: nothing in it is quantized"),
         ("copy", ("--run",), "--run compares two models"),
         ("copy", ("--tp", "0"), "tensor parallel sizes are whole numbers"),
         ("copy", ("--against", "nowhere/at/all"), "nowhere/at/all"),
@@ -70,3 +72,12 @@ def test_fix_your_input(stock, tmp_path, path, options, words):
     assert result.code == 2
     assert words in result.err
     assert "fix:" in result.err
+
+
+def test_a_format_that_is_not_known(tmp_path):
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    shards = {"model.safetensors": quantized.awq("a", 16, 64)[0]}
+    make_model(tmp_path, shards, config={"quantization_config": settings})
+    result = run_cli("verify", tmp_path)
+    assert result.code == 2
+    assert "no quantized checkpoint of a format that this version verifies: awq" in result.err

@@ -13,6 +13,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import InputError
 from quantcli.findings import Finding, failed, noted
 from quantcli.folder import INDEX
+from quantcli.formats import quantization
 from quantcli.inspection import tied_embeddings
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import own_names
@@ -63,10 +64,16 @@ def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
         report.count("manifest", len(opened.manifest["files"]))
     target = target_of(checkpoint)
     if target is None:
+        if (found := quantization(checkpoint)) is None:
+            raise InputError(
+                "this is a float model: nothing in it is quantized, so there is nothing to verify",
+                where=str(path),
+                fix="give a quantized checkpoint; `quantcli inspect` shows what a float model holds",
+            )
         raise InputError(
-            "no quantized checkpoint of a format that this version verifies",
-            where=str(path),
-            fix="give a checkpoint that `quantcli quantize` wrote, or one for vLLM-Ascend",
+            f"no quantized checkpoint of a format that this version verifies: {found.format}",
+            where=f"{path}, {found.evidence}",
+            fix="give a checkpoint that `quantcli quantize` wrote, or one for such an engine",
         )
     report.format = target.name
     stored = target.open_stored(checkpoint)
