@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from quantcli import __version__
-from quantcli.errors import Exit, QuantError
+from quantcli.errors import Exit, QuantError, human_bytes
 from quantcli.folder import STALE
 
 if TYPE_CHECKING:
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from quantcli.plan import Plan
 
 _WIDE = 200  # columns where the output is no terminal: nothing is to be cut in a log
-
-
-def human_bytes(nbytes: float) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def count(things: int | Sized, word: str) -> str:
@@ -185,8 +176,8 @@ def show_plan(out: Output, job: Job) -> None:
         sizes = human_bytes(rule.nbytes_before), human_bytes(rule.nbytes_after)
         rows.append([f"rules.{rule.number - 1}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
     for kept in plan.kept:
-        size = human_bytes(kept.nbytes)
-        rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", size, size])
+        sizes = human_bytes(kept.nbytes_before), human_bytes(kept.nbytes)
+        rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", *sizes])
     columns = ["weights", "engine's name", "count", "before", "after"]
     out.table(columns, rows, {"count", "before", "after"})
     out.line()
@@ -221,8 +212,7 @@ def show_plan(out: Output, job: Job) -> None:
 def _calibration_words(job: Job) -> str:
     session = job.session
     assert session is not None
-    found = {"ranges": session.plan.ranged, "codes": session.plan.rounded}
-    asked = [f"{what} of {count(n, 'module')}" for what, n in found.items() if n]
+    asked = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
     if session.plan.recipe.file.smooth is not None and not (asked and session.complete):
         asked.append("smoothing")
     what = " and ".join(asked)

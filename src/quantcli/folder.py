@@ -18,7 +18,7 @@ _UNPRINTABLE = "its name has control characters"
 # Files that describe the source's own quantization or shards: wrong beside new weights.
 _STALE = re.compile(
     r".*\.index\.json|.*quant_model_description.*\.json|hf_quant_config\.json"
-    r"|quanti?z?e?_config\.json|quantcli_((manifest|part)\.json|recipe\.yaml)"
+    r"|quanti?z?e?_config\.json|quantcli_((manifest|part)\.json|(source_)?recipe\.yaml)"
 )
 
 

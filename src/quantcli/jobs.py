@@ -64,7 +64,13 @@ def account(job: Job) -> dict[str, Any]:
             for line in plan.rules
         ],
         "kept": [
-            {"reason": k.reason, "tensors": k.tensors, "bytes": k.nbytes, "names": k.names}
+            {
+                "reason": k.reason,
+                "tensors": k.tensors,
+                "bytes_before": k.nbytes_before,
+                "bytes": k.nbytes,
+                "names": k.names,
+            }
             for k in plan.kept
         ],
         "quantized_params_pct": round(plan.quantized_params_pct, 4),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantcli.console import Output, count, human_bytes
+from quantcli.console import Output, count
+from quantcli.errors import human_bytes
 
 if TYPE_CHECKING:
     from quantcli.execute import Written

@@ -175,6 +175,7 @@ class Kept:
 
     reason: str
     tensors: int
+    nbytes_before: int  # as stored, codes with their scales
     nbytes: int
     names: tuple[str, ...]  # folded: model.layers.{0..35}.input_layernorm
 
@@ -264,16 +265,16 @@ class Plan(Work):
         return bool(self.measured) or self.recipe.file.smooth is not None
 
     @property
-    def rounded(self) -> int:
-        """Number of modules whose codes are chosen by data."""
-        items = (item for shard in self.shards for item in shard.items)
-        return sum("codes" in item.asked for item in items if isinstance(item, Quantize))
-
-    @property
-    def ranged(self) -> int:
-        """Number of modules of whose inputs something is measured."""
-        items = (item for shard in self.shards for item in shard.items if isinstance(item, Quantize))
-        return sum(bool(item.asked - item.scheme.row_stats) for item in items)
+    def asked(self) -> dict[str, int]:
+        """What data is needed for, in a word -> number of modules."""
+        counts = {"ranges": 0, "codes": 0, "transforms": 0}
+        for item in (item for shard in self.shards for item in shard.items):
+            if isinstance(item, Quantize):
+                learns = item.scheme.schedule is not None
+                counts["transforms"] += learns
+                counts["ranges"] += bool(item.asked - item.scheme.row_stats) and not learns
+                counts["codes"] += "codes" in item.asked and not learns
+        return counts
 
     @property
     def quantized_modules(self) -> int:

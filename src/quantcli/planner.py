@@ -17,11 +17,12 @@ from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import Output, Refusal
+from quantcli.targets.base import Output, Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensorspec import FLOATS, TensorSpec
+from quantcli.tensorspec import FLOATS
 
 RECIPE_FILE = "quantcli_recipe.yaml"
+SOURCE_RECIPE = "quantcli_source_recipe.yaml"  # of what was packed: for the other format
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -35,7 +36,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
-    assigned, instead = served(checkpoint, assign(recipe, checkpoint), target)
+    assigned = assign(recipe, checkpoint)
+    _must_be_stored(assigned, target)
+    assigned, instead = served(checkpoint, assigned, target)
     notes += instead
     if measured is not None:
         assigned, more = without_data(recipe, assigned, measured)
@@ -134,6 +137,21 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     return dtype, []
 
 
+def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:
+    """InputError for a rule whose scheme makes what `target` has no name for."""
+    for rule in {rule.key: rule for rule in assigned.values() if rule}.values():
+        if rule.scheme is not None:
+            numerics = rule.scheme.numerics
+            try:
+                target.label(numerics)
+            except InputError as error:
+                raise InputError(
+                    error.what,
+                    where=f"{rule.where}, scheme `{rule.scheme.name}`",
+                    fix=others_that_store(numerics),
+                ) from None
+
+
 def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) -> None:
     """InputError for the first of what a target refuses, if it refuses any."""
     if refusals:
@@ -198,7 +216,7 @@ def _rule_lines(
 
 
 def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]:
-    groups: dict[str, list[TensorSpec]] = defaultdict(list)
+    groups: dict[str, list[Copy]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
             (spec,) = item.outputs
@@ -213,10 +231,12 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
                 reason = "smoothed; else as it is"
             if isinstance(item.source, Encoded):
                 reason += ", decoded"
-            groups[reason].append(spec)
-    for reason, specs in sorted(groups.items()):
+            groups[reason].append(item)
+    for reason, copies in sorted(groups.items()):
+        specs = [spec for copy in copies for spec in copy.outputs]
         names = tuple(group.name for group in fold(specs))
-        yield Kept(reason, len(specs), sum(spec.nbytes for spec in specs), names)
+        before = sum(copy.source.nbytes for copy in copies)
+        yield Kept(reason, len(specs), before, sum(spec.nbytes for spec in specs), names)
 
 
 def check_expectations(plan: Plan) -> None:

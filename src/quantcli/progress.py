@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from quantcli.console import Output, count, human_bytes, make_console
+from quantcli.console import Output, count, make_console
+from quantcli.errors import human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

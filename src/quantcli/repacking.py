@@ -17,7 +17,7 @@ from quantcli.journal import MANIFEST
 from quantcli.manifest import read_manifest
 from quantcli.numerics import Module
 from quantcli.plan import Copy, Item, Repack, Shard, Work
-from quantcli.planner import RECIPE_FILE, raise_first
+from quantcli.planner import SOURCE_RECIPE, raise_first
 from quantcli.recoding import WORDS
 from quantcli.repack_items import repack_items
 from quantcli.targets.base import Output, ScalePart, Stored, Target, must_be_sound, target_of
@@ -99,7 +99,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     recipe = _recipe(checkpoint)
     sidecars = dict(target.sidecars(output))
     if recipe is not None:
-        sidecars[RECIPE_FILE] = recipe.encode()
+        sidecars[SOURCE_RECIPE] = recipe.encode()
     items = [item for shard in shards for item in shard.items]
     plain = sum(i.source.spec.numel for i in items if isinstance(i, Copy))
     coded = sum(math.prod(i.module.shape) for i in items if isinstance(i, Repack))

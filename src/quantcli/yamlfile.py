@@ -73,6 +73,11 @@ class Document:
         elif not isinstance(parent, dict) or step not in parent:
             above = f"`{'.'.join(map(str, place))}`"
             fix = f"{above} holds a single value: set the whole of it"
+            if place[-1:] == ["scheme"] and isinstance(parent, str):
+                key, _, value = flag.removeprefix("--set ").partition("=")
+                whole = key.removesuffix(f".{step}")
+                if whole != key:
+                    fix += f": --set '{whole}={{name: {parent}, {step}: {value}}}'"
             if isinstance(parent, dict):
                 fix = one_of(step, parent) if parent else f"{above} is empty"
             raise InputError(f"nothing called `{step}` to set", where=flag, fix=fix)

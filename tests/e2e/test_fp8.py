@@ -134,7 +134,9 @@ def test_scales_per_channel_are_refused(tmp_path, model):
     done = run_cli("quantize", path, "--model", model, "--out", tmp_path / "out", "--plan")
     assert done.code == 2
     assert "cannot store a scale per channel" in done.err
-    assert "use `target: compressed-tensors`" in done.err
+    assert "use `target: ascend` or `target: compressed-tensors`" in done.err
+    assert f"{path}:" in done.err
+    assert "scheme `fp8_dynamic`" in done.err
 
 
 @pytest.mark.parametrize("target", ["fp8", "compressed-tensors"])

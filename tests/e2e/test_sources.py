@@ -149,6 +149,8 @@ def test_a_plain_float_model(box: Box, kind: str, how: str) -> None:
         "quantize", box.recipe, "--model", source, "--out", box.root / "x", "--plan", "--json"
     )
     reasons = {kept["reason"] for kept in plan.json["plan"]["kept"]}
+    before = sum(kept["bytes_before"] for kept in plan.json["plan"]["kept"])
+    assert before == plan.json["plan"]["bytes_before"]
     assert {
         "bf16": "rules.0: bf16, decoded",
         "keep": "rules.0: keep, decoded",

@@ -245,3 +245,13 @@ def test_set_refused(load, assignment, what, fix):
     assert what in caught.value.what
     assert caught.value.where.startswith(f"--set {assignment}"[:50])
     assert fix is None or fix in caught.value.fix
+
+
+def test_set_refused_says_how_an_option_of_a_scheme_is_given(load):
+    document = load("rules:\n  - scheme: w4a4_flatquant\n")
+    with pytest.raises(InputError) as caught:
+        document.override("rules.0.scheme.epochs=1")
+    assignment = "rules.0.scheme={name: w4a4_flatquant, epochs: 1}"
+    assert f"--set '{assignment}'" in caught.value.fix
+    document.override(assignment)
+    assert document.data["rules"][0]["scheme"] == {"name": "w4a4_flatquant", "epochs": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -138,6 +139,17 @@ class Target(BaseModel, ABC):
     @abstractmethod
     def open_stored(self, checkpoint: Checkpoint) -> Stored:
         """A checkpoint of this format; damage is among its findings."""
+
+
+def others_that_store(numerics: Numerics) -> str:
+    """What to do where a target cannot store numerics: the targets that can, in words."""
+    able = []
+    for name, found in discover(Target).items():
+        with suppress(InputError):
+            found().label(numerics)
+            able.append(f"`target: {name}`")
+    see = "see `quantcli inspect --support` for what goes together"
+    return f"use {' or '.join(able)}, or {see}" if able else see
 
 
 def target_of(checkpoint: Checkpoint) -> Target | None:

@@ -64,7 +64,7 @@ def label_of(numerics: Numerics) -> str:
         what = "target `fp8` cannot store weights whose inputs stay float"
     else:
         what = f"target `fp8` cannot store {numerics}"
-    raise InputError(what, fix=f"use `target: compressed-tensors`, or {_SUPPORT}")
+    raise InputError(what, fix=_SUPPORT)
 
 
 @cache

@@ -12,7 +12,7 @@ import yaml
 from quantcli import __version__
 from quantcli.errors import InputError
 from quantcli.events import SILENT, Progress
-from quantcli.planner import RECIPE_FILE
+from quantcli.planner import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.recipefile import Verify
 from quantcli.verify.report import Report
 from quantcli.verify.structure import verify_structure
@@ -117,15 +117,16 @@ def _check(wanted: Wanted) -> None:
 
 def _limits(wanted: Wanted) -> dict[str, float | None]:
     """The command line's, else those of the recipe that lies in the checkpoint."""
-    found = _recipe_limits(wanted.path / RECIPE_FILE)
+    found = _recipe_limits(wanted.path)
     given = {key: getattr(wanted, key) for key in ("min_sqnr", "max_ppl_ratio", "max_kl")}
     return {key: getattr(found, key) if value is None else value for key, value in given.items()}
 
 
-def _recipe_limits(path: Path) -> Verify:
+def _recipe_limits(folder: Path) -> Verify:
     """The `verify` block of a recipe as it was applied; the defaults where there is none."""
+    own = folder / RECIPE_FILE
     try:
-        table = yaml.safe_load(path.read_bytes())
+        table = yaml.safe_load((own if own.exists() else folder / SOURCE_RECIPE).read_bytes())
         return Verify.model_validate((table or {}).get("verify") or {})
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return Verify()
