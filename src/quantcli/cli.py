@@ -73,8 +73,8 @@ def inspect(
     """Show what a checkpoint holds.
 
     Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits 1 when something is
-    suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights of a float
-    checkpoint too, and says which a recipe had better keep float.
+    suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights too,
+    decoded where the checkpoint is quantized, and says which a recipe had better keep float.
     """
     from quantcli import commands, console, outlier_table, progress, verifying
 

@@ -139,7 +139,9 @@ def show_inspection(out: Output, account: dict[str, Any]) -> None:
     classes = ", ".join(account["architectures"] or []) or "no architecture named"
     dtypes = ", ".join(f"{d} {human_bytes(t['bytes'])}" for d, t in account["dtypes"].items())
     out.line(f"model         {kind} ({classes})")
-    out.line(f"parameters    {account['parameters']:,} in {account['tensors']:,} tensors")
+    # packed codes, scales and zero points are elements of tensors, and no parameters
+    word = "parameters" if account["quantization"] is None else "elements"
+    out.line(f"{word:<14}{account['parameters']:,} in {account['tensors']:,} tensors")
     shards = count(account["shards"], "shard")
     out.line(f"weights       {human_bytes(account['bytes'])} in {shards}: {dtypes}")
     out.line(f"tied          {account['tied_embeddings']}")

@@ -72,7 +72,10 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
             block = level.get(key)
             if isinstance(block, dict):
                 method = _shown(block.get("quant_method", "unnamed"))
-                detail = block.get("weight_block_size") or block.get("format") or block.get("bits")
+                sides = block.get("weight_block_size")
+                if isinstance(sides, list) and [type(side) for side in sides] == [int, int]:
+                    return f"{method} (blocks of {_shown(sides[0])} x {_shown(sides[1])})"
+                detail = sides or block.get("format") or block.get("bits")
                 return f"{method} ({_shown(detail)})" if detail else method
     return "unnamed, " + ", ".join(sorted({spec.dtype for spec in found}))
 

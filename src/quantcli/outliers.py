@@ -70,7 +70,7 @@ def inspect_outliers(
     matrices, left_out = _choose(checkpoint)
     methods, operands = _methods(target, serving_dtype(checkpoint)[0])
     files = {file: list(group) for file, group in itertools.groupby(matrices, lambda m: m.file.name)}
-    progress.begin(sum(stored.spec.nbytes for stored in matrices), len(files))
+    progress.begin(sum(stored.nbytes for stored in matrices), len(files))
     stop = threading.Event()
     found = []
     with thread_pool(workers or default_workers()) as pool:
@@ -81,7 +81,7 @@ def inspect_outliers(
             }
             for file, group in files.items():
                 found += [future.result() for future in futures[file]]
-                progress.shard(file, sum(stored.spec.nbytes for stored in group), reused=False)
+                progress.shard(file, sum(stored.nbytes for stored in group), reused=False)
         except BaseException:
             stop.set()
             raise
@@ -249,9 +249,10 @@ def _measure(
                 break
             rows = reader.rows(start, step)
             if not sums.add(rows):
-                progress.advance((height - start) * matrix.spec.row_nbytes)
+                progress.advance(stored.nbytes - stored.nbytes * start // height)
                 return named | _not_finite(rows, start, shape, methods)
-            progress.advance(rows.nbytes)
+            stop_row = start + len(rows)
+            progress.advance(stored.nbytes * stop_row // height - stored.nbytes * start // height)
     return named | sums.account()
 
 

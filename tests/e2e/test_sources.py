@@ -299,3 +299,24 @@ def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | Non
     assert len(others) == 12
     assert words in found["fix"]
     assert "made from a quantized model, compare with that one" in found["fix"]
+
+
+def test_outliers_count_the_bytes_that_are_read(box: Box) -> None:
+    from quantcli.events import Progress
+    from quantcli.verifying import outliers
+
+    class Counted(Progress):
+        todo = done = 0
+
+        def begin(self, nbytes: int, shards: int) -> None:
+            self.todo = nbytes
+
+        def advance(self, nbytes: int) -> None:
+            self.done += nbytes
+
+    source, _ = make_source(box.root, "awq")
+    counted = Counted()
+    found = outliers(str(source), counted)
+    names = {module["module"] for module in found["modules"]}
+    stored = {n: t.nbytes for n, t in tensors_of(source).items() if n.rpartition(".")[0] in names}
+    assert counted.todo == counted.done == sum(stored.values())

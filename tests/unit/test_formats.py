@@ -55,7 +55,7 @@ def method(**block: Any) -> dict[str, Any]:
         pytest.param(
             {"a.weight": F8, "a.weight_scale_inv": F32, "b.weight": BF16},
             method(quant_method="fp8", weight_block_size=[128, 128]),
-            Quantization("fp8 ([128, 128])", 1, "`a.weight` F8_E4M3 [2, 2]"),
+            Quantization("fp8 (blocks of 128 x 128)", 1, "`a.weight` F8_E4M3 [2, 2]"),
             id="fp8-blocks",
         ),
         pytest.param(
