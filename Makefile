@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ENGINE := .venv-engine
+# each file of tests in one process: what they share is made once
+PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
@@ -30,9 +32,9 @@ demo: $(READY)  ## convert the bundled model and show the result
 	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
 test: check     ## all that CI runs: lint, types, tests
-	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest; else \
+	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest $(PARALLEL); else \
 		echo "no chromium here: tests marked browser are left out" && \
-		$(BIN)/python -m pytest -m "not browser"; fi
+		$(BIN)/python -m pytest $(PARALLEL) -m "not browser"; fi
 
 test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
 	@$(BIN)/python -m pytest tests/engine
