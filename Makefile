@@ -61,8 +61,8 @@ format: $(READY) ## format the code
 	@$(BIN)/ruff format --quiet src tests benchmarks docs
 	@$(BIN)/ruff check --fix --quiet src tests benchmarks docs
 
-bench: $(READY) ## run every benchmark (about half an hour, 10 GB of disk)
-	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity; do \
+bench: $(READY) ## run every benchmark (about an hour, 10 GB of disk)
+	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources; do \
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:          ## remove what make has made
