@@ -11,7 +11,7 @@ from quantcli.calibration.hessians import HESSIANS_NBYTES
 from quantcli.calibration.identity import quantized_items
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError, human_bytes
+from quantcli.errors import InputError
 from quantcli.plan import Plan
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
@@ -51,8 +51,7 @@ def states_budget(skeleton: Skeleton, workers: int, limit: int | None, rounding:
         return max(0, _free_memory() * 4 // 5 - largest - working)
     if limit < largest + working:
         raise InputError(
-            f"--max-memory {human_bytes(limit)}: one decoder layer and its work take "
-            f"{human_bytes(largest + working)}",
+            f"--max-memory {limit:,} bytes: one decoder layer and its work take {largest + working:,}",
             where="--max-memory",
             fix="give more, or fewer --workers",
         )
