@@ -63,7 +63,7 @@ KINDS = {
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=4, help="101 MB of bf16 each [default: 4]")
+    arguments.add_argument("--layers", type=int, default=8, help="101 MB of bf16 each [default: 8]")
     arguments.add_argument("--hidden", type=int, default=2048)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--workers", type=int, default=2)
