@@ -170,8 +170,3 @@ class Shared:
 def _digest(tensor: Tensor) -> bytes:
     cpu = tensor.detach().cpu()
     return hashlib.sha256(tensor_bytes(cpu)).digest() if cpu.numel() else b""
-
-
-def to_device(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A change for `Call.map`."""
-    return lambda tensor: tensor.to(device)
