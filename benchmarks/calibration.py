@@ -50,7 +50,7 @@ def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, work
     """Wall time of the replay of all layers, in this process."""
     from quantcli import commands
     from quantcli.calibration.session import Resources
-    from quantcli.events import Silent
+    from quantcli.core.events import Silent
 
     class Clock(Silent):
         began = ended = 0.0

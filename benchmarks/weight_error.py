@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
-from quantcli.registry import discover
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 
 _SCALE = ".weight_scale"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantcli.registry import discover
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from quantcli.cli import app
-from quantcli.errors import Exit, InputError, Interrupted, QuantError
+from quantcli.core.errors import Exit, InputError, Interrupted, QuantError
 
 _COMMANDS = {"inspect", "calibrate", "quantize", "pack", "verify"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.DONE)
     except OSError as error:  # where nothing on the way knew a better word
-        from quantcli.writer import machine_error
+        from quantcli.core.disk import machine_error
 
         problem = machine_error(error, Path(error.filename or "stdout"))
         try:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.header import StoredTensor
 from quantcli.measured import Factors
-from quantcli.numerics import NO_STATS, Parts, Stats
 from quantcli.plan import Copy, Quantize
 from quantcli.surveys import Surveys, not_finite
 from quantcli.targets.base import Target

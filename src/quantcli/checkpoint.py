@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.folder import INDEX, PART, PICKLES, list_files
 from quantcli.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.tensorspec import FLOATS, TensorSpec

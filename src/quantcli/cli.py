@@ -11,7 +11,7 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli_pack import pack
-from quantcli.errors import Exit, InputError
+from quantcli.core.errors import Exit, InputError
 from quantcli.options import (
     Checksum,
     Device,
@@ -287,7 +287,7 @@ def verify(
 def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
     from quantcli.calibration.devices import check_device
     from quantcli.calibration.session import Resources
-    from quantcli.executors import default_workers
+    from quantcli.core.threads import default_workers
     from quantcli.recipefile import parse_size
 
     try:

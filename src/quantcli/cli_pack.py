@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.options import Checksum, Force, Fresh, Json, PlanOnly, Quiet, Workers
 
 if TYPE_CHECKING:

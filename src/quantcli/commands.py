@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint import open_checkpoint, scan_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.hub import find_model
 from quantcli.inspection import inspect_checkpoint
 from quantcli.jobs import Job
@@ -19,7 +19,7 @@ from quantcli.jobs import Job
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources, Session
     from quantcli.checkpoint import Checkpoint
-    from quantcli.events import Progress
+    from quantcli.core.events import Progress
     from quantcli.execute import Written
     from quantcli.plan import Plan
     from quantcli.recipe import Recipe
@@ -32,8 +32,8 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
 
 def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
+    from quantcli.core.registry import discover
     from quantcli.items import dry_run
-    from quantcli.registry import discover
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
     from quantcli.tensorspec import TensorSpec
@@ -73,17 +73,12 @@ def prepare(
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
     `expect` block: see `check`. part: as in "2/3"; it goes to `out`.part-2-of-3.
     """
+    from quantcli.core.place import check_space, partial_folder
+    from quantcli.core.threads import default_workers
     from quantcli.execute import run_head
-    from quantcli.executors import default_workers
     from quantcli.journal import check_folder
     from quantcli.planner import make_plan
-    from quantcli.publish import (
-        check_destination,
-        check_space,
-        only_ours,
-        partial_folder,
-        replaced_folder,
-    )
+    from quantcli.publish import check_destination, only_ours, replaced_folder
     from quantcli.splitting import parse_part
     from quantcli.streaming import memory_estimate
 
@@ -198,7 +193,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Run a calibration, or go on with one; what it found, JSON-able. One that is done is not run."""
     from quantcli.calibration.session import Resources, run, summary
-    from quantcli.events import SILENT
+    from quantcli.core.events import SILENT
 
     if not session.complete:
         run(session, resources or Resources(), progress or SILENT, fresh=fresh)
@@ -219,7 +214,7 @@ def quantize(
 
     Interrupted, the same job continues where it stopped.
     """
-    from quantcli.events import SILENT
+    from quantcli.core.events import SILENT
     from quantcli.execute import execute
 
     check(job)

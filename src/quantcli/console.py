@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from quantcli import __version__
-from quantcli.errors import Exit, QuantError, human_bytes
+from quantcli.core.errors import Exit, QuantError, human_bytes
 from quantcli.folder import STALE
 
 if TYPE_CHECKING:

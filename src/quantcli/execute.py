@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from quantcli.errors import InputError, QuantError
-from quantcli.events import SILENT, Progress
-from quantcli.executors import thread_pool
-from quantcli.findings import Finding
+from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.findings import Finding
+from quantcli.core.place import partial_folder
+from quantcli.core.threads import thread_pool
 from quantcli.folder import PART
 from quantcli.formats import quantization
 from quantcli.journal import JOURNAL, MANIFEST, Journal, discard, remove_folder
 from quantcli.manifest import encode_manifest
 from quantcli.plan import Plan, Work
-from quantcli.publish import check_destination, partial_folder, publish
+from quantcli.publish import check_destination, publish
 from quantcli.splitting import Part, part_head
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
 from quantcli.targets.base import target_of
 from quantcli.verify.opening import open_for_verification
 from quantcli.verify.structure import verify_structure
-from quantcli.writer import disk_errors, file_entry, sync_folder, write_file
 
 _CHUNK = 2**20  # bytes
 _OF_SOURCE = {

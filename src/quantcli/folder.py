@@ -7,7 +7,7 @@ import re
 import stat
 from pathlib import Path
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 
 INDEX = "model.safetensors.index.json"
 PART = "quantcli_part.json"  # in place of a manifest, where a folder holds some of the shards

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.tensorspec import TensorSpec
 
 # Suffixes of tensors that only a quantized checkpoint has.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.tensorspec import DTYPES, TensorSpec
 
 MAX_HEADER = 100_000_000  # bytes, the reference library's limit

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from quantcli.errors import InputError, MachineError, closest
+from quantcli.core.errors import InputError, MachineError, closest
 from quantcli.folder import PICKLES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

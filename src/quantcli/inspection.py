@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError, closest
+from quantcli.core.errors import InputError, closest
 from quantcli.formats import quantization
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import TensorSpec

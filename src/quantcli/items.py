@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded
-from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Edit, Measured
 from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize

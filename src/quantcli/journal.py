@@ -6,8 +6,6 @@ and durable. A line that was cut off by a crash does not count.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.disk import disk_errors, lock
+from quantcli.core.errors import InputError
 from quantcli.folder import PART
-from quantcli.writer import disk_errors
 
 JOURNAL = ".quantcli_journal"
 MANIFEST = "quantcli_manifest.json"
@@ -153,22 +151,6 @@ def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path)
             where=str(folder),
             fix=_FRESH,
         )
-
-
-def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
-    """Lock an open file until it is closed; some network file systems have no locks.
-
-    MachineError where another process has the lock.
-    """
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise MachineError(
-            "another run is writing here", where=str(folder), fix="wait for it, or stop it"
-        ) from None
-    except OSError as error:
-        if error.errno not in {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}:
-            raise
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint import read_json_file
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.journal import MANIFEST
 
 _SEAL = "sha256"  # of the manifest without this key

@@ -6,12 +6,12 @@ from collections import defaultdict
 from dataclasses import replace
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError, closest
+from quantcli.core.errors import InputError, closest
+from quantcli.core.numerics import Module
+from quantcli.core.registry import discover
 from quantcli.inspection import fold
 from quantcli.measured import Measured
-from quantcli.numerics import Module
 from quantcli.recipe import Recipe, Rule
-from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.tensorspec import FLOATS, TensorSpec

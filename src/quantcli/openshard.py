@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantcli.core.disk import disk_errors
+from quantcli.core.errors import MachineError
 from quantcli.encoded import Encoded
-from quantcli.errors import MachineError
 from quantcli.header import StoredTensor
 from quantcli.plan import Copy, Item, Quantize, Repack, Shard
 from quantcli.tensors import read_into
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter, disk_errors
+from quantcli.writer import ShardWriter
 
 
 def _read_from(item: Item) -> Iterator[StoredTensor]:

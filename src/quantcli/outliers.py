@@ -15,14 +15,14 @@ from torch import Tensor
 
 from quantcli.advice import RANKED_BY, keep_advice, rank
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.events import SILENT, Progress
-from quantcli.executors import default_workers, thread_pool
+from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.registry import discover
+from quantcli.core.threads import default_workers, thread_pool
 from quantcli.header import StoredTensor
 from quantcli.inspection import fold
 from quantcli.matching import refuse_transposed
 from quantcli.planner import serving_dtype
-from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Target

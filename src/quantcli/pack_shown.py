@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantcli.console import Output, count
-from quantcli.errors import human_bytes
+from quantcli.core.errors import human_bytes
 
 if TYPE_CHECKING:
     from quantcli.execute import Written

@@ -11,14 +11,15 @@ import yaml
 from pydantic import ValidationError
 
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError, one_of
-from quantcli.events import SILENT, Progress
+from quantcli.core.errors import InputError, one_of
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import check_space, partial_folder
+from quantcli.core.registry import discover
+from quantcli.core.threads import default_workers
 from quantcli.execute import Written, execute, run_head
-from quantcli.executors import default_workers
 from quantcli.hub import find_model
 from quantcli.journal import check_folder
-from quantcli.publish import check_destination, check_space, partial_folder
-from quantcli.registry import discover
+from quantcli.publish import check_destination
 from quantcli.repacking import Repacking, plan_repacking
 from quantcli.streaming import memory_estimate
 from quantcli.targets.base import Target

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.folder import PART
 from quantcli.journal import JOURNAL, MANIFEST
 from quantcli.manifest import read_sealed

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
+from quantcli.core.numerics import Numerics
 from quantcli.encoded import Encoded
 from quantcli.header import StoredTensor, encode_header
 from quantcli.measured import Edit
-from quantcli.numerics import Numerics
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

@@ -6,14 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.core.errors import AnswerNo, InputError
+from quantcli.core.numerics import Module, Numerics
 from quantcli.encoded import Encoded
-from quantcli.errors import AnswerNo, InputError
 from quantcli.header import layout
 from quantcli.inspection import fold
 from quantcli.items import check_siblings, make_items
 from quantcli.matching import assign, served, without_data
 from quantcli.measured import Measured
-from quantcli.numerics import Module, Numerics
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded

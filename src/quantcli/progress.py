@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantcli.console import Output, count, make_console
-from quantcli.errors import human_bytes
+from quantcli.core.errors import human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

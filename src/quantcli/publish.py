@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from quantcli.checkpoint import read_json_file
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.disk import disk_errors, sync_folder
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.place import _OTHER, _check_writable, _in_words, partial_folder
 from quantcli.folder import PART
 from quantcli.journal import MANIFEST, discard
-from quantcli.writer import disk_errors, machine_error, sync_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_OTHER = "choose another --out"
-_ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize`"
-
-
-def partial_folder(out: Path) -> Path:
-    """Where a run writes before it is complete."""
-    return out.with_name(out.name + ".partial")
 
 
 def replaced_folder(out: Path) -> Path:
@@ -50,40 +40,6 @@ def check_destination(out: Path, model: Path, *, force: bool, what: str = "the m
     """
     with _in_words(out, _OTHER):
         _check(out, model, force, what)
-
-
-def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
-    """InputError where a calibration in `folder` would be in the way of the model, or of `out`."""
-    with _in_words(folder, _ANOTHER):
-        real = folder.resolve()
-        taken = {model: "the model directory"}
-        if out is not None:
-            taken[out.resolve()] = "the output directory"
-            taken[partial_folder(out).resolve()] = "what a run leaves until it is done"
-        for path, what in taken.items():
-            if real.is_relative_to(path) or path.is_relative_to(real):
-                what = f"calibration folder and {what} would be one in the other"
-                raise InputError(what, where=str(folder), fix=_ANOTHER)
-
-
-def check_writable(folder: Path) -> None:
-    """InputError or MachineError where nothing can be written to `folder`, which need not exist."""
-    with _in_words(folder, _ANOTHER):
-        _check_writable(folder if folder.is_dir() else folder.parent, _ANOTHER)
-        check_space(folder, 0)
-
-
-@contextmanager
-def _in_words(path: Path, fix: str) -> Iterator[None]:
-    """What the system says of a path, as one of our errors."""
-    try:
-        yield
-    except RuntimeError:  # how pathlib reports a loop
-        raise InputError("symbolic links run in a circle", where=str(path), fix=fix) from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InputError("file name is too long", where=str(path), fix=fix) from None
-        raise machine_error(error, path) from None
 
 
 def _check(out: Path, model: Path, force: bool, what: str) -> None:
@@ -113,39 +69,6 @@ def _check(out: Path, model: Path, force: bool, what: str) -> None:
         )
     partial_folder(out).exists()  # its name may be too long
     _check_writable(out.parent, _OTHER)
-
-
-def _check_writable(folder: Path, fix: str) -> None:
-    ancestor = _existing_ancestor(folder)
-    if not ancestor.is_dir():
-        raise InputError("not a directory", where=str(ancestor), fix=fix)
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise MachineError("no permission to write here", where=str(ancestor), fix=fix)
-
-
-def check_space(out: Path, nbytes: int) -> int:
-    """Free bytes where `out` goes. MachineError where less than `nbytes` are."""
-    partial = partial_folder(out)
-    ancestor = _existing_ancestor(partial)
-    with disk_errors(ancestor):
-        total, _, free = shutil.disk_usage(ancestor)
-        reusable = sum(f.lstat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
-    if total == 0:  # /proc, /sys
-        raise MachineError("this file system stores no files", where=str(ancestor), fix=_OTHER)
-    if free + reusable < nbytes:
-        raise MachineError(
-            f"disk is too full: needs {nbytes:,} bytes, {free:,} are free",
-            where=str(ancestor),
-            fix="free some space, or choose another --out",
-        )
-    return free
-
-
-def _existing_ancestor(path: Path) -> Path:
-    path = path.absolute()
-    while not os.path.lexists(path):
-        path = path.parent
-    return path
 
 
 def publish(partial: Path, out: Path, *, force: bool) -> None:

@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from quantcli.errors import InputError, one_of
+from quantcli.core.errors import InputError, one_of
+from quantcli.core.registry import discover
 from quantcli.recipefile import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
-from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.yamlfile import Document, Place, load_document

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantcli.errors import InputError
-from quantcli.numerics import Parts, multiplier
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Parts, multiplier
 from quantcli.plan import Repack
 from quantcli.schemes.int8_static import deq_grid, row_parts
 from quantcli.targets.base import Target

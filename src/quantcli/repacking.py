@@ -10,12 +10,12 @@ from typing import Any
 
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module
 from quantcli.formats import quantization
 from quantcli.header import layout
 from quantcli.journal import MANIFEST
 from quantcli.manifest import read_manifest
-from quantcli.numerics import Module
 from quantcli.plan import Copy, Item, Repack, Shard, Work
 from quantcli.planner import SOURCE_RECIPE, raise_first
 from quantcli.recoding import WORDS

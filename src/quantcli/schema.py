@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from quantcli.core.registry import discover
 from quantcli.recipe import WORDS
 from quantcli.recipefile import RecipeFile
-from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.plan import Shard, Work
 
 MOST = 100_000

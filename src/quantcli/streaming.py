@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from quantcli.blocks import Known, copy_block, quantize_block, read_known
+from quantcli.core.disk import file_entry
+from quantcli.core.events import Progress
 from quantcli.encoded import Encoded
-from quantcli.events import Progress
 from quantcli.header import StoredTensor
 from quantcli.journal import Journal
 from quantcli.openshard import OpenShard
@@ -26,7 +27,6 @@ from quantcli.surveys import Surveys
 from quantcli.tensors import tensor_bytes
 from quantcli.tensorspec import torch_dtype
 from quantcli.verify.blocks import ModuleReader
-from quantcli.writer import file_entry
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers

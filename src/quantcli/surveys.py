@@ -12,8 +12,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded
-from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.measured import Edit
 from quantcli.plan import Quantize

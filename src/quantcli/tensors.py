@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantcli.core.disk import disk_errors
+from quantcli.core.errors import MachineError
 from quantcli.encoded import Encoded
-from quantcli.errors import MachineError
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import disk_errors
 
 _CHUNK = 2**20  # bytes
 _BLOCK = 512 * 1024  # elements that are decoded together

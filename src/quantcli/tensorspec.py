@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from quantcli.errors import MachineError
+from quantcli.core.errors import MachineError
 
 if TYPE_CHECKING:
     import torch

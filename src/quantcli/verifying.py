@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.disk import check_file, write_file
+from quantcli.core.errors import InputError
 from quantcli.hub import find_model
-from quantcli.writer import check_file, write_file
 
 if TYPE_CHECKING:
-    from quantcli.events import Progress
+    from quantcli.core.events import Progress
 
 
 def verify(
@@ -39,8 +39,8 @@ def verify(
     junit, page: files to write the report to as well, whatever it says. Raises InputError for options
     that mean nothing, and where there is no checkpoint to verify.
     """
-    from quantcli.events import SILENT
-    from quantcli.executors import default_workers
+    from quantcli.core.events import SILENT
+    from quantcli.core.threads import default_workers
     from quantcli.verify.junit import junit as as_junit
     from quantcli.verify.verify import Wanted, document
     from quantcli.verify.verify import verify as work
@@ -89,9 +89,9 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
 
     page: an HTML file to draw it in as well.
     """
-    from quantcli.events import SILENT
+    from quantcli.core.events import SILENT
+    from quantcli.core.registry import discover
     from quantcli.outliers import inspect_outliers
-    from quantcli.registry import discover
     from quantcli.targets.base import Target
 
     if page is not None:

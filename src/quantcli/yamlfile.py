@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from quantcli.errors import InputError, MachineError, one_of
+from quantcli.core.errors import InputError, MachineError, one_of
 
 MAX_BYTES = 2**18
 _MAX_DEPTH = 20

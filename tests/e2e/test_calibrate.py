@@ -23,8 +23,8 @@ from quantcli.calibration import devices, replay, session, states
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.session import Resources
 from quantcli.calibration.wishes import Quantized, Wishes
-from quantcli.errors import InputError
-from quantcli.events import Silent
+from quantcli.core.errors import InputError
+from quantcli.core.events import Silent
 from quantcli.schemes.w8a8_static import W8A8Static
 from tests.e2e.calibrating import (
     FEW,

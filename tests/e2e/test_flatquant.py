@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli.numerics import decompose
+from quantcli.core.numerics import decompose
 from tests.e2e.calibrating import LENGTH, SAMPLES, Bench, Models, make_bench, write_tokenizer
 from tests.e2e.conftest import run_cli, snapshot
 

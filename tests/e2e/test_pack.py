@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli.numerics import multiplier
+from quantcli.core.numerics import multiplier
 from tests.e2e.calibrating import RECIPE, Bench, Models, make_bench
 from tests.e2e.conftest import Box, Faults, Killed, Result, run_cli, snapshot
 

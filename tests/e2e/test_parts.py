@@ -18,9 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantcli.calibration.store import digest_of
+from quantcli.core.disk import file_entry, sha256_of
 from quantcli.manifest import encode_manifest
 from quantcli.splitting import split
-from quantcli.writer import file_entry, sha256_of
 from tests.e2e.calibrating import RECIPE, Models, make_bench
 from tests.e2e.conftest import Box, Faults, Killed, Result, run_cli, snapshot
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from quantcli import commands
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Copy, Quantize
 from quantcli.tensorspec import torch_dtype

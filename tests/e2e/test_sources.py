@@ -302,7 +302,7 @@ def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | Non
 
 
 def test_outliers_count_the_bytes_that_are_read(box: Box) -> None:
-    from quantcli.events import Progress
+    from quantcli.core.events import Progress
     from quantcli.verifying import outliers
 
     class Counted(Progress):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from quantcli import streaming
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Quantize
 from quantcli.planner import make_plan

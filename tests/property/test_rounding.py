@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module
+from quantcli.core.registry import discover
 from quantcli.items import dry_run
-from quantcli.numerics import Module
-from quantcli.registry import discover
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

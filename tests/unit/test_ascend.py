@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from quantcli.numerics import Module
-from quantcli.registry import discover
+from quantcli.core.numerics import Module
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.ascend import Ascend
 from quantcli.targets.base import Output

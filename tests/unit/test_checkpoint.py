@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from quantcli.checkpoint import Checkpoint, open_checkpoint, read_json_file, scan_checkpoint
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 from tests.builders import INDEX, make_model, pack, tensor, write_safetensors
 
 ONE = {"a": tensor("U8", 2)}

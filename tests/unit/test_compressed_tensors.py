@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.errors import InputError
-from quantcli.numerics import Module, Numerics, Operand
-from quantcli.registry import discover
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module, Numerics, Operand
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Output
 from quantcli.targets.compressed_tensors import CompressedTensors

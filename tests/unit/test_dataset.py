@@ -27,7 +27,7 @@ from quantcli.calibration.dataset import (
     load_dataset,
     source_digest,
 )
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from tests.builders import make_model
 
 transformers = pytest.importorskip("transformers")

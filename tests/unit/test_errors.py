@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantcli.errors import AnswerNo, Exit, InputError, MachineError, QuantError, closest, one_of
+from quantcli.core.errors import AnswerNo, Exit, InputError, MachineError, QuantError, closest, one_of
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.errors import InputError
-from quantcli.numerics import decompose
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import decompose
 from quantcli.schemes import flatquant, kronecker
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.schemes import fp8
 from quantcli.schemes.fp8_block import Fp8Block
 from quantcli.schemes.fp8_static import Fp8Static

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from quantcli.errors import InputError
-from quantcli.numerics import Module
-from quantcli.registry import discover
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Output
 from quantcli.targets.fp8 import Fp8

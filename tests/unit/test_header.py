@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from quantcli.errors import Exit, InputError, MachineError
+from quantcli.core.errors import Exit, InputError, MachineError
 from quantcli.header import MAX_HEADER, encode_header, layout, parse_json, read_header
 from quantcli.tensorspec import TensorSpec
 from tests.builders import pack, tensor, write_safetensors

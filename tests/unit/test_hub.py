@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.hub import find_model
 from tests.builders import make_model
 

@@ -12,7 +12,7 @@ import pytest
 
 from quantcli.__main__ import main
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.inspection import Group, fold, inspect_checkpoint, tied_embeddings
 from quantcli.tensorspec import TensorSpec
 from tests.builders import INDEX, make_model, tensor

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.journal import JOURNAL, MANIFEST, DoneShard, Journal, check_folder, discard, remove_folder
 
 HEAD = {"plan": "p", "checksum": True, "source": {"a": [1, 2]}}

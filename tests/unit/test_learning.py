@@ -10,7 +10,7 @@ from quantcli.calibration.dataset import Batch
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.run import Run
 from quantcli.calibration.wishes import Quantized, Wishes
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
 from quantcli.tensors import read_tensor

@@ -14,8 +14,8 @@ import torch
 
 from quantcli.advice import MARGIN_DB, keep_advice, rank
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import InputError, MachineError
-from quantcli.events import Silent
+from quantcli.core.errors import InputError, MachineError
+from quantcli.core.events import Silent
 from quantcli.outliers import inspect_outliers
 from quantcli.targets.ascend import Ascend
 from tests.builders import Tensor, make_model, tensor

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from quantcli.errors import MachineError
+from quantcli.core.errors import MachineError
 from quantcli.verify import words
 from quantcli.verify.charts import overall
 from quantcli.verify.grid import lay_out

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from quantcli.checkpoint import open_checkpoint
-from quantcli.errors import AnswerNo, InputError
+from quantcli.core.errors import AnswerNo, InputError
+from quantcli.core.registry import discover
 from quantcli.planner import check_expectations, make_plan
 from quantcli.recipe import compare, load_recipe
 from quantcli.recipefile import (
@@ -22,7 +23,6 @@ from quantcli.recipefile import (
     Verify,
     parse_size,
 )
-from quantcli.registry import discover
 from quantcli.schema import recipe_schema
 from quantcli.targets.base import Target
 from tests.builders import make_model, tensor

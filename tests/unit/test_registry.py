@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from quantcli.registry import discover
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 

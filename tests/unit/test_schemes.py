@@ -6,8 +6,8 @@ import struct
 import pytest
 import torch
 
-from quantcli.errors import InputError
-from quantcli.registry import discover
+from quantcli.core.errors import InputError
+from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from tests.measured import constants, held_weight, quantize
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from quantcli.checkpoint import open_checkpoint
-from quantcli.codes import fp8_values
+from quantcli.core.codes import fp8_values
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded
-from quantcli.errors import InputError
 from quantcli.sources import columns
 from quantcli.sources.decode import decoded
 from quantcli.tensors import first_not_finite, read_rows, read_span, read_tensor

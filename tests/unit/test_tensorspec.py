@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from quantcli.errors import MachineError
+from quantcli.core.errors import MachineError
 from quantcli.tensorspec import (
     DTYPES,
     FLOAT_NAMES,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.yamlfile import MAX_BYTES, load_document
 
 

@@ -28,7 +28,7 @@ from quantcli.calibration.documents import (
     read_documents,
     sentence,
 )
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.header import parse_json
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from quantcli.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError
 
 
 def check_device(name: str) -> None:

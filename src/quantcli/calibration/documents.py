@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.folder import PICKLES
 
 HUB = "datasets:"

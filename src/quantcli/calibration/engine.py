@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrix
-from quantcli.numerics import Parts
+from quantcli.core.numerics import Parts
 
 
 class Arithmetic(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.taps import Matrix
-from quantcli.executors import thread_pool
+from quantcli.core.threads import thread_pool
 from quantcli.schemes.gptq import Each, in_turn
 
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -16,9 +16,9 @@ from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrix
 from quantcli.calibration.wishes import Wishes, unreached
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Stats
 from quantcli.measured import Factors
-from quantcli.numerics import Stats
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.learner import Learner, Scalable, Schedule
 

@@ -17,7 +17,7 @@ from quantcli.calibration.engine import Engine, Quantizer
 from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrices, Matrix, Tap
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.schemes.learner import Learner, Schedule
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros

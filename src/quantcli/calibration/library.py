@@ -15,7 +15,7 @@ from torch import nn
 from quantcli.calibration.dataset import quiet
 from quantcli.calibration.documents import sentence
 from quantcli.checkpoint import CONFIG, Checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:

@@ -11,7 +11,7 @@ from quantcli.calibration.hessians import HESSIANS_NBYTES
 from quantcli.calibration.identity import quantized_items
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.plan import Plan
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads

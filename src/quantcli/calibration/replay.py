@@ -21,7 +21,7 @@ from quantcli.calibration.calls import Call, Outline, Shared
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.outside import outside
 from quantcli.calibration.skeleton import Read, Skeleton
-from quantcli.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.tensors import read_tensor
 
 T = TypeVar("T")

@@ -30,10 +30,10 @@ from quantcli.calibration.shown import quantized
 from quantcli.calibration.taps import Matrix
 from quantcli.calibration.watch import Watch
 from quantcli.calibration.wishes import Wishes, not_finite
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.header import StoredTensor
 from quantcli.measured import Factors
-from quantcli.numerics import NO_STATS, Parts, Stats
 from quantcli.schemes import tiles
 from quantcli.schemes.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.integer import IntegerWeights

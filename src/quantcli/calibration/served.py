@@ -18,10 +18,10 @@ from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.states import States, StatesWriter
 from quantcli.calibration.taps import Matrices, Tap
 from quantcli.checkpoint import Checkpoint, open_checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Numerics, Parts
+from quantcli.core.registry import discover
 from quantcli.header import StoredTensor
-from quantcli.numerics import Numerics, Parts
-from quantcli.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.tensors import read_tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantcli.calibration.engine import Arithmetic, Quantizer
 from quantcli.calibration.wishes import Wishes
-from quantcli.numerics import NO_STATS, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Parts, Stats
 
 
 def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:

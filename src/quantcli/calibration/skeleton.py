@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.library import build_model, conversions
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import torch_dtype
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantcli.errors import QuantError
+from quantcli.core.errors import QuantError
 from quantcli.header import StoredTensor, layout, read_header
 from quantcli.tensors import read_tensor, tensor_bytes
 from quantcli.tensorspec import TensorSpec

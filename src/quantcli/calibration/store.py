@@ -23,13 +23,13 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint import read_json_file
-from quantcli.errors import InputError, QuantError
+from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
+from quantcli.core.errors import InputError, QuantError
 from quantcli.header import StoredTensor, layout, read_header
-from quantcli.journal import lock
 from quantcli.measured import Edit, Factors, Measured
 from quantcli.tensors import tensor_bytes
 from quantcli.tensorspec import TensorSpec, safetensors_dtype
-from quantcli.writer import ShardWriter, disk_errors, sha256_of, write_file
+from quantcli.writer import ShardWriter
 
 HEAD = "calibration.json"
 _VERSION = 1

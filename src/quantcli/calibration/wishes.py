@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.observers import Observer
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli.numerics import multiplier
+from quantcli.core.numerics import multiplier
 
 # The smallest scale, also of a module whose inputs were all zero: a normal number with a finite
 # reciprocal, small enough for any real input, and large enough that its product with a weight's scale

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Numerics, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes.learner import Learner, Scalable, Schedule
 from quantcli.schemes.observers import Observer
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantcli.errors import InputError
-from quantcli.numerics import Stats, decompose
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Stats, decompose
 from quantcli.schemes.int4 import LARGEST, LEAST, least_error
 from quantcli.schemes.kronecker import LARGEST_CONDITION
 from quantcli.schemes.learner import Learner, Scalable

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import fp8, rounding, tiles
 from quantcli.schemes.base import Scheme
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from quantcli.errors import InputError
-from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import fp8, rounding
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.observers import Distribution, MinMax, Observer, percentile

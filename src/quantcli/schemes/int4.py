@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding, tiles
 from quantcli.schemes.integer import IntegerWeights, chosen
 

@@ -22,8 +22,8 @@ import torch
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from quantcli.errors import InputError
-from quantcli.numerics import Numerics, Operand, Parts, Stats, multiplier
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes import affine, rounding
 from quantcli.schemes.integer import IntegerWeights
 from quantcli.schemes.observers import Distribution, MinMax, MovingAverage, Observer, percentile

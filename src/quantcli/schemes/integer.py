@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.numerics import Parts, Stats
+from quantcli.core.numerics import Parts, Stats
 from quantcli.schemes.base import Scheme
 
 _RANGES = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.core.errors import InputError
 
 # Half of a float32's digits are gone at 1e4; what is stored in bfloat16 is off by far more than that.
 LARGEST_CONDITION = 1e4

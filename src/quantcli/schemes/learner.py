@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from quantcli.numerics import Stats
+from quantcli.core.numerics import Stats
 
 # Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are
 # for channels that a float matrix reads, too: its weights would be rounded again.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli.numerics import Stats
+from quantcli.core.numerics import Stats
 from quantcli.schemes import rounding
 
 _PATTERNS = 2**16  # of a 16-bit number

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Parts
+from quantcli.core.numerics import Numerics, Parts
 from quantcli.schemes.int4 import Int4Groups
 
 

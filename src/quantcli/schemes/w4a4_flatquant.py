@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.errors import InputError
-from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
 from quantcli.schemes import flatquant, kronecker, rounding
 from quantcli.schemes.int4 import LARGEST, LEAST, Int4Weights
 from quantcli.schemes.integer import chosen

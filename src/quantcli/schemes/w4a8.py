@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Operand, Parts
+from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes import rounding
 from quantcli.schemes.int4 import Int4Groups
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import rounding
 from quantcli.schemes.integer import IntegerWeights, chosen
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.numerics import NO_STATS, Parts, Stats, multiplier
+from quantcli.core.numerics import NO_STATS, Parts, Stats, multiplier
 from quantcli.schemes import rounding
 from quantcli.schemes.int8_static import Int8Static, deq_grid, least_deq_scale, row_parts
 from quantcli.schemes.integer import chosen

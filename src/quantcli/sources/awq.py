@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantcli.codes import scale_groups, spread
+from quantcli.core.codes import scale_groups, spread
 from quantcli.encoded import Encoded
 from quantcli.header import StoredTensor
 from quantcli.sources.base import Source, encoded, matrix, must_be, needed

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded, Rows
-from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.tensorspec import FLOATS, TensorSpec
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.core.errors import InputError
+from quantcli.core.findings import Finding
 from quantcli.encoded import Encoded, decoded_kinds
-from quantcli.errors import InputError
-from quantcli.findings import Finding
 from quantcli.formats import Quantization, is_quantized, quantization
 from quantcli.header import StoredTensor
 from quantcli.sources import awq, float8, gptq, stored

@@ -12,9 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantcli.codes import fp8_values
+from quantcli.core.codes import fp8_values
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded
-from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
 from quantcli.verify.blocks import Reader

@@ -19,9 +19,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantcli.codes import scale_groups, spread, unpack_rows
+from quantcli.core.codes import scale_groups, spread, unpack_rows
+from quantcli.core.errors import InputError
 from quantcli.encoded import Encoded
-from quantcli.errors import InputError
 from quantcli.header import StoredTensor
 from quantcli.sources.base import AGAIN, Source, encoded, matrix, must_be, needed
 from quantcli.sources.columns import STRIP_BYTES, Columns

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.numerics import Module, Numerics, Parts, multiplier
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
 from quantcli.targets.ascend_names import (
     DESCRIPTION,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.codes import code_values
-from quantcli.numerics import decompose, multiplier
+from quantcli.core.codes import code_values
+from quantcli.core.numerics import decompose, multiplier
 from quantcli.targets.ascend_tags import deq_from_stored
 from quantcli.targets.layouts import SLICES, Blocks, Layout, Param, Sides
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
-from quantcli.findings import Finding, failed, noted
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.ascend_description import SUFFIXES, Description
 from quantcli.targets.ascend_layouts import LAYOUTS

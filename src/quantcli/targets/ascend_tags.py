@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcli.numerics import Numerics, Operand
+from quantcli.core.numerics import Numerics, Operand
 
 
 @dataclass(frozen=True)

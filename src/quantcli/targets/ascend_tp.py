@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from quantcli.findings import Finding
-from quantcli.numerics import Module, decompose
+from quantcli.core.findings import Finding
+from quantcli.core.numerics import Module, decompose
 from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.tp import cannot_split, check_heads, splits_inputs

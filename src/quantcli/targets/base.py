@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.findings import Finding
-from quantcli.numerics import Module, Numerics, Parts
-from quantcli.registry import discover
+from quantcli.core.errors import InputError
+from quantcli.core.findings import Finding
+from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.core.registry import discover
 from quantcli.targets.layouts import StoredModule
 from quantcli.tensorspec import TensorSpec
 

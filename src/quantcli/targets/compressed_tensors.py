@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.numerics import Module, Numerics, Parts
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
 from quantcli.targets.compressed_tensors_checks import check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from quantcli.numerics import Module
+from quantcli.core.numerics import Module
 from quantcli.targets.base import Refusal
 from quantcli.targets.blocks import check_blocks
 from quantcli.targets.compressed_tensors_kinds import Kind, group_size

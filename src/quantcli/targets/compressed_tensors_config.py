@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from quantcli.numerics import Numerics
+from quantcli.core.numerics import Numerics
 from quantcli.targets.base import Output
 from quantcli.targets.compressed_tensors_kinds import Kind, arguments
 from quantcli.targets.names import absent_head, is_head, is_linear

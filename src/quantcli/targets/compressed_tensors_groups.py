@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint import CONFIG
-from quantcli.findings import Finding, failed, noted
-from quantcli.numerics import Numerics, Operand
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.compressed_tensors_kinds import Kind, kind_of
 
 _LONGEST = 1000  # of a regular expression

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from quantcli.numerics import Numerics, Operand
+from quantcli.core.numerics import Numerics, Operand
 
 Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized"]
 

@@ -6,8 +6,8 @@ from functools import cache
 
 from torch import Tensor
 
-from quantcli.codes import code_values, scale_groups
-from quantcli.numerics import Numerics
+from quantcli.core.codes import code_values, scale_groups
+from quantcli.core.numerics import Numerics
 from quantcli.targets.compressed_tensors_kinds import Kind, group_size, static_inputs
 from quantcli.targets.compressed_tensors_packing import unpack_columns, unpack_rows
 from quantcli.targets.layouts import Blocks, Layout, Param, Sides, Values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli import codes
+from quantcli.core import codes
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:

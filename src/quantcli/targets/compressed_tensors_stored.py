@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint import CONFIG, Checkpoint
-from quantcli.findings import Finding, failed, noted
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.header import StoredTensor
 from quantcli.targets.compressed_tensors_checks import FLOAT
 from quantcli.targets.compressed_tensors_groups import Group, read_groups

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.findings import Finding, failed
+from quantcli.core.findings import Finding, failed
 from quantcli.header import StoredTensor
 from quantcli.targets.siblings import EXPERT
 

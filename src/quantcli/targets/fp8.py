@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.numerics import Module, Numerics, Parts
+from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
 from quantcli.targets.blocks import check_blocks

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint import CONFIG
-from quantcli.findings import Finding, failed, noted
-from quantcli.numerics import Numerics
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Numerics
 from quantcli.targets.base import Output
 from quantcli.targets.fp8_kinds import numerics_of
 from quantcli.targets.names import absent_head, is_linear

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from quantcli.codes import fp8_values
-from quantcli.errors import InputError
-from quantcli.numerics import Numerics, Operand
+from quantcli.core.codes import fp8_values
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.layouts import Blocks, Layout, Param
 
 Activations = Literal["static", "dynamic"]

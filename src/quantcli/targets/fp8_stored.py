@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.findings import Finding, failed, noted
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Module
 from quantcli.header import StoredTensor
-from quantcli.numerics import Module
 from quantcli.targets.blocks import check_blocks
 from quantcli.targets.experts import uneven_experts
 from quantcli.targets.fp8_config import read_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from quantcli.numerics import Module
+from quantcli.core.numerics import Module
 from quantcli.targets.base import Refusal
 from quantcli.tensorspec import TensorSpec
 

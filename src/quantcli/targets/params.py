@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from quantcli.checkpoint import CONFIG
-from quantcli.findings import Finding, failed
+from quantcli.core.findings import Finding, failed
 from quantcli.header import StoredTensor
 from quantcli.targets.layouts import SLICES, Param, StoredModule
 from quantcli.targets.sidecars import declared_dtype

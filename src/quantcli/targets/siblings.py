@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from quantcli.numerics import Module
+from quantcli.core.numerics import Module
 from quantcli.targets.base import Refusal
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from quantcli.findings import Finding, failed
+from quantcli.core.findings import Finding, failed
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.siblings import FUSED
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.events import Progress
-from quantcli.executors import thread_pool
-from quantcli.findings import Finding, failed
+from quantcli.core.events import Progress
+from quantcli.core.findings import Finding, failed
+from quantcli.core.threads import thread_pool
 from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule

@@ -10,12 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.core.disk import disk_errors
 from quantcli.encoded import Encoded, Rows
 from quantcli.header import StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.tensors import read_into, read_tensor
 from quantcli.tensorspec import torch_dtype
-from quantcli.writer import disk_errors
 
 
 class Reader:

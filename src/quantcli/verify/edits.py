@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantcli.findings import Finding, failed
+from quantcli.core.findings import Finding, failed
 from quantcli.verify.compare import Factors, Open, blocks, rows_of
 
 _NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of two and be taken for it

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli.events import Progress
-from quantcli.executors import thread_pool
-from quantcli.findings import Finding, failed, noted
+from quantcli.core.disk import blake3_of, sha256_of
+from quantcli.core.events import Progress
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.threads import thread_pool
 from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule, Values
@@ -20,7 +21,6 @@ from quantcli.tensors import read_tensor
 from quantcli.tensorspec import DTYPES, FLOATS
 from quantcli.verify.blocks import ModuleReader, Reader
 from quantcli.verify.structure import Structure
-from quantcli.writer import blake3_of, sha256_of
 
 _BLOCK = 2**21  # bytes that are looked at together
 _COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint import CONFIG, Checkpoint, scan_checkpoint
-from quantcli.errors import InputError, QuantError
-from quantcli.findings import Finding, failed, noted, of_error
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.folder import INDEX, PART
 from quantcli.journal import MANIFEST
 from quantcli.manifest import read_manifest

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quantcli.errors import MachineError
+from quantcli.core.errors import MachineError
 from quantcli.verify.words import literal
 
 Figure = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from quantcli.findings import Finding
+from quantcli.core.findings import Finding
 
 Depth = Literal["structure", "full", "against", "run"]
 

@@ -14,9 +14,9 @@ from quantcli.calibration.dataset import Batch, TextSource, load_dataset, model_
 from quantcli.calibration.served import Forward, Served, token_log_probs
 from quantcli.calibration.states import States
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.events import Progress
-from quantcli.findings import Finding, failed
+from quantcli.core.errors import InputError
+from quantcli.core.events import Progress
+from quantcli.core.findings import Finding, failed
 from quantcli.verify.reference import Reference
 from quantcli.verify.structure import Structure
 

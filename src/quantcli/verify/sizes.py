@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from quantcli.checkpoint import CONFIG, Checkpoint
-from quantcli.findings import Finding, failed
+from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import Stored
 from quantcli.tensorspec import FLOATS
 

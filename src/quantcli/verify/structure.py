@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import InputError
-from quantcli.findings import Finding, failed, noted
+from quantcli.core.errors import InputError
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.folder import INDEX
 from quantcli.formats import quantization
 from quantcli.inspection import tied_embeddings

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantcli import __version__
-from quantcli.errors import InputError
-from quantcli.events import SILENT, Progress
+from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
 from quantcli.planner import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.recipefile import Verify
 from quantcli.verify.report import Report

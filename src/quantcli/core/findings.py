@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quantcli.errors import QuantError
+from quantcli.core.errors import QuantError
 
 
 @dataclass(frozen=True)
