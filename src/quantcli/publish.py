@@ -9,7 +9,7 @@ from pathlib import Path
 from quantcli.checkpoint import read_json_file
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError, QuantError
-from quantcli.core.place import _OTHER, _check_writable, _in_words, partial_folder
+from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, partial_folder
 from quantcli.folder import PART
 from quantcli.journal import MANIFEST, discard
 
@@ -38,23 +38,23 @@ def check_destination(out: Path, model: Path, *, force: bool, what: str = "the m
 
     model: the directory that is read; `what` it is, in words.
     """
-    with _in_words(out, _OTHER):
+    with as_our_errors(out, OTHER_OUT):
         _check(out, model, force, what)
 
 
 def _check(out: Path, model: Path, force: bool, what: str) -> None:
     real = out.resolve()
     if real == model:
-        raise InputError(f"output directory is {what} directory", where=str(out), fix=_OTHER)
+        raise InputError(f"output directory is {what} directory", where=str(out), fix=OTHER_OUT)
     if real.is_relative_to(model):
-        raise InputError(f"output directory is inside {what} directory", where=str(out), fix=_OTHER)
+        raise InputError(f"output directory is inside {what} directory", where=str(out), fix=OTHER_OUT)
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 - Path's raises without a home
     protected = {model: what, Path.cwd(): "the current directory", home: "your home"}
     for path, word in protected.items():
         if path.is_relative_to(real):
-            raise InputError(f"output directory contains {word}", where=str(out), fix=_OTHER)
+            raise InputError(f"output directory contains {word}", where=str(out), fix=OTHER_OUT)
     if out.name == "..":
-        raise InputError("output directory needs a name of its own", where=str(out), fix=_OTHER)
+        raise InputError("output directory needs a name of its own", where=str(out), fix=OTHER_OUT)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("output exists and is not a directory", where=str(out), fix="remove it")
     if out.exists() and not force:
@@ -68,7 +68,7 @@ def _check(out: Path, model: Path, force: bool, what: str) -> None:
             fix="move it away",
         )
     partial_folder(out).exists()  # its name may be too long
-    _check_writable(out.parent, _OTHER)
+    check_ancestor(out.parent, OTHER_OUT)
 
 
 def publish(partial: Path, out: Path, *, force: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from quantcli.core.disk import disk_errors, machine_error
 from quantcli.core.errors import InputError, MachineError
 
-_OTHER = "choose another --out"
+OTHER_OUT = "choose another --out"
 
 _ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize`"
 
@@ -24,7 +24,7 @@ def partial_folder(out: Path) -> Path:
 
 def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
     """InputError where a calibration in `folder` would be in the way of the model, or of `out`."""
-    with _in_words(folder, _ANOTHER):
+    with as_our_errors(folder, _ANOTHER):
         real = folder.resolve()
         taken = {model: "the model directory"}
         if out is not None:
@@ -38,13 +38,13 @@ def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
 
 def check_writable(folder: Path) -> None:
     """InputError or MachineError where nothing can be written to `folder`, which need not exist."""
-    with _in_words(folder, _ANOTHER):
-        _check_writable(folder if folder.is_dir() else folder.parent, _ANOTHER)
+    with as_our_errors(folder, _ANOTHER):
+        check_ancestor(folder if folder.is_dir() else folder.parent, _ANOTHER)
         check_space(folder, 0)
 
 
 @contextmanager
-def _in_words(path: Path, fix: str) -> Iterator[None]:
+def as_our_errors(path: Path, fix: str) -> Iterator[None]:
     """What the system says of a path, as one of our errors."""
     try:
         yield
@@ -56,7 +56,7 @@ def _in_words(path: Path, fix: str) -> Iterator[None]:
         raise machine_error(error, path) from None
 
 
-def _check_writable(folder: Path, fix: str) -> None:
+def check_ancestor(folder: Path, fix: str) -> None:
     ancestor = _existing_ancestor(folder)
     if not ancestor.is_dir():
         raise InputError("not a directory", where=str(ancestor), fix=fix)
@@ -72,7 +72,7 @@ def check_space(out: Path, nbytes: int) -> int:
         total, _, free = shutil.disk_usage(ancestor)
         reusable = sum(f.lstat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
     if total == 0:  # /proc, /sys
-        raise MachineError("this file system stores no files", where=str(ancestor), fix=_OTHER)
+        raise MachineError("this file system stores no files", where=str(ancestor), fix=OTHER_OUT)
     if free + reusable < nbytes:
         raise MachineError(
             f"disk is too full: needs {nbytes:,} bytes, {free:,} are free",
