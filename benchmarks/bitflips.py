@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
+from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.errors import QuantError
-from quantcli.manifest import encode_manifest
 from quantcli.verify.verify import Wanted, verify
 
 MANIFEST = "quantcli_manifest.json"

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from quantcli.header import encode_header
-from quantcli.tensorspec import TensorSpec
+from quantcli.checkpoint.header import encode_header
+from quantcli.checkpoint.spec import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -21,7 +21,7 @@ from perplexity import ROOT, inject, windows
 from quantcli import commands
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.served import Forward, Served, log_probs
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 
 NEAREST = """\
 target: {target}

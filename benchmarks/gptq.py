@@ -30,8 +30,8 @@ from quantcli.calibration.replay import Replay
 from quantcli.calibration.served import Forward, Served, token_log_probs
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.taps import Matrices, Matrix, Tap
-from quantcli.checkpoint import open_checkpoint
-from quantcli.tensors import read_tensor
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.tensors import read_tensor
 
 CPU = torch.device("cpu")
 INT4 = {"name": "w4a16"}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from quantcli import commands
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.served import Served, log_probs
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from common import Line, Usage, finish, measure, parser, quantize, qwen3, workplace, write_model
-from quantcli.header import encode_header
-from quantcli.tensorspec import TensorSpec
+from quantcli.checkpoint.header import encode_header
+from quantcli.checkpoint.spec import TensorSpec
 
 RATIO = 2.5  # of CPU time, of FP8 blocks
 MEMORY = 96.0  # MiB

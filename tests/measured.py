@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quantcli.header import StoredTensor, read_header
+from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.measured import Measured
 from quantcli.schemes.base import Scheme
 

@@ -10,8 +10,8 @@ import torch
 from quantcli.calibration.dataset import Batch, quiet
 from quantcli.calibration.replay import Replay
 from quantcli.calibration.skeleton import Skeleton
-from quantcli.checkpoint import open_checkpoint
-from quantcli.tensors import read_tensor
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.tensors import read_tensor
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import read_span, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.plan import Copy, Quantize
 from quantcli.surveys import Surveys, not_finite
 from quantcli.targets.base import Target
-from quantcli.tensors import read_span, read_tensor, tensor_bytes
-from quantcli.tensorspec import torch_dtype
 
 
 @dataclass(frozen=True)

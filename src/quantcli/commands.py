@@ -10,15 +10,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint import open_checkpoint, scan_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
+from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.inspection import inspect_checkpoint
 from quantcli.core.errors import InputError
-from quantcli.hub import find_model
-from quantcli.inspection import inspect_checkpoint
 from quantcli.jobs import Job
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources, Session
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.core.events import Progress
     from quantcli.execute import Written
     from quantcli.plan import Plan
@@ -32,11 +32,11 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
 
 def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
+    from quantcli.checkpoint.spec import TensorSpec
     from quantcli.core.registry import discover
     from quantcli.items import dry_run
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
-    from quantcli.tensorspec import TensorSpec
 
     cells = []
     for scheme_name, scheme_class in discover(Scheme).items():

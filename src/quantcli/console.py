@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from quantcli import __version__
+from quantcli.checkpoint.files import STALE
 from quantcli.core.errors import Exit, QuantError, human_bytes
-from quantcli.folder import STALE
 
 if TYPE_CHECKING:
     from quantcli.execute import Written

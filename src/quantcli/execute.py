@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
+from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.findings import Finding
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
-from quantcli.folder import PART
-from quantcli.formats import quantization
-from quantcli.journal import JOURNAL, MANIFEST, Journal, discard, remove_folder
-from quantcli.manifest import encode_manifest
+from quantcli.journal import Journal, discard, remove_folder
 from quantcli.plan import Plan, Work
 from quantcli.publish import check_destination, publish
 from quantcli.splitting import Part, part_head

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.measured import Edit, Measured
 from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
 from quantcli.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
-from quantcli.tensorspec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 
 
 @dataclass(frozen=True)

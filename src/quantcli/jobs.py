@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.encoded import decoded_kinds
+from quantcli.checkpoint.encoded import decoded_kinds
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session

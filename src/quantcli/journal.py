@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
-from quantcli.folder import PART
 
-JOURNAL = ".quantcli_journal"
-MANIFEST = "quantcli_manifest.json"
 _FRESH = "run with --fresh to start over, or remove the directory"
 _HEAD = {"plan", "checksum", "source"}
 _DONE = {"shard", "nbytes", "sha256"}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.inspection import fold
+from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
-from quantcli.inspection import fold
 from quantcli.measured import Measured
 from quantcli.recipe import Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
-from quantcli.tensorspec import FLOATS, TensorSpec
 
 
 def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:

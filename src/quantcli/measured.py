@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantcli.header import StoredTensor
-from quantcli.tensors import read_tensor, tensor_bytes
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)

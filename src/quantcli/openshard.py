@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import read_into
+from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import MachineError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.plan import Copy, Item, Quantize, Repack, Shard
-from quantcli.tensors import read_into
-from quantcli.tensorspec import torch_dtype
-from quantcli.writer import ShardWriter
 
 
 def _read_from(item: Item) -> Iterator[StoredTensor]:

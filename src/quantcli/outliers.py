@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from quantcli.advice import RANKED_BY, keep_advice, rank
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.inspection import fold
+from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
 from quantcli.core.threads import default_workers, thread_pool
-from quantcli.header import StoredTensor
-from quantcli.inspection import fold
 from quantcli.matching import refuse_transposed
 from quantcli.planner import serving_dtype
 from quantcli.schemes.base import Scheme
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Target
-from quantcli.tensorspec import FLOATS, TensorSpec, torch_dtype
-from quantcli.verify.blocks import Reader
 
 BLOCK_ELEMENTS = 256 * 1024  # of a row block: its float64 copy, 2 MB, stays in the cache of a core
 _MOST_DB = 200.0  # SQNR where no weight changes; its opposite where a scale overflows

@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
 from quantcli.core.registry import discover
 from quantcli.core.threads import default_workers
 from quantcli.execute import Written, execute, run_head
-from quantcli.hub import find_model
 from quantcli.journal import check_folder
 from quantcli.publish import check_destination
 from quantcli.repacking import Repacking, plan_repacking

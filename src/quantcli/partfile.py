@@ -10,10 +10,9 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
+from quantcli.checkpoint.manifest import read_sealed
 from quantcli.core.errors import InputError
-from quantcli.folder import PART
-from quantcli.journal import JOURNAL, MANIFEST
-from quantcli.manifest import read_sealed
 from quantcli.splitting import MOST, Part
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}

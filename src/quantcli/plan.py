@@ -12,17 +12,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from quantcli import __version__
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor, encode_header
+from quantcli.checkpoint.spec import TensorSpec, torch_dtype
+from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.numerics import Numerics
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor, encode_header
 from quantcli.measured import Edit
 from quantcli.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.targets.layouts import StoredModule
-from quantcli.tensors import content_of, read_tensor, tensor_bytes
-from quantcli.tensorspec import TensorSpec, torch_dtype
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 

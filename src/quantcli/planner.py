@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.files import RECIPE_FILE
+from quantcli.checkpoint.header import layout
+from quantcli.checkpoint.inspection import fold
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.numerics import Module, Numerics
-from quantcli.encoded import Encoded
-from quantcli.header import layout
-from quantcli.inspection import fold
 from quantcli.items import check_siblings, make_items
 from quantcli.matching import assign, served, without_data
 from quantcli.measured import Measured
@@ -19,10 +21,6 @@ from quantcli.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Output, Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensorspec import FLOATS
-
-RECIPE_FILE = "quantcli_recipe.yaml"
-SOURCE_RECIPE = "quantcli_source_recipe.yaml"  # of what was packed: for the other format
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Parts, multiplier
 from quantcli.plan import Repack
 from quantcli.schemes.int8_static import deq_grid, row_parts
 from quantcli.targets.base import Target
-from quantcli.tensorspec import torch_dtype
 
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
-from quantcli.header import StoredTensor
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.plan import Copy, Item, Repack
 from quantcli.recoding import recode
 from quantcli.targets.base import Stored, Target
 from quantcli.targets.layouts import StoredModule
-from quantcli.tensorspec import TensorSpec, safetensors_dtype, torch_dtype
 
 
 def repack_items(

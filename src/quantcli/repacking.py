@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli import __version__
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
+from quantcli.checkpoint.header import layout
+from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
-from quantcli.formats import quantization
-from quantcli.header import layout
-from quantcli.journal import MANIFEST
-from quantcli.manifest import read_manifest
 from quantcli.plan import Copy, Item, Repack, Shard, Work
-from quantcli.planner import SOURCE_RECIPE, raise_first
+from quantcli.planner import raise_first
 from quantcli.recoding import WORDS
 from quantcli.repack_items import repack_items
 from quantcli.targets.base import Output, ScalePart, Stored, Target, must_be_sound, target_of

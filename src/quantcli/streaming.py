@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from quantcli.blocks import Known, copy_block, quantize_block, read_known
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.journal import Journal
 from quantcli.openshard import OpenShard
 from quantcli.plan import Item, Quantize, Repack, Shard, Work
 from quantcli.recoding import recode
 from quantcli.surveys import Surveys
-from quantcli.tensors import tensor_bytes
-from quantcli.tensorspec import torch_dtype
 from quantcli.verify.blocks import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core

@@ -12,13 +12,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import first_not_finite, read_span
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.measured import Edit
 from quantcli.plan import Quantize
 from quantcli.schemes import rounding
-from quantcli.tensors import first_not_finite, read_span
 
 _BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
 

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.hub import find_model
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
-from quantcli.hub import find_model
 
 if TYPE_CHECKING:
     from quantcli.core.events import Progress

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantcli.calibration.store import digest_of
+from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.disk import file_entry, sha256_of
-from quantcli.manifest import encode_manifest
 from quantcli.splitting import split
 from tests.e2e.calibrating import RECIPE, Models, make_bench
 from tests.e2e.conftest import Box, Faults, Killed, Result, run_cli, snapshot

@@ -10,7 +10,7 @@ import torch
 
 from quantcli import commands
 from quantcli.calibration.served import Served, log_probs
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"

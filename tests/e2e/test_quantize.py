@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from quantcli import commands
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Copy, Quantize
-from quantcli.tensorspec import torch_dtype
 from tests.families import FAMILIES, make_family, shapes
 
 ROOT = Path(__file__).parents[2]

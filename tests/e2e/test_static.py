@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli import streaming
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Quantize

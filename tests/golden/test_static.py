@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.execute import execute
 from quantcli.planner import make_plan
 from quantcli.recipe import load_recipe

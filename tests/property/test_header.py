@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from quantcli.checkpoint.header import encode_header, layout, read_header
+from quantcli.checkpoint.spec import DTYPES, TensorSpec
 from quantcli.core.errors import QuantError
-from quantcli.header import encode_header, layout, read_header
-from quantcli.tensorspec import DTYPES, TensorSpec
 from tests.builders import pack
 
 FEW = settings(

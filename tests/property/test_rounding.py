@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
+from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
@@ -15,8 +17,6 @@ from quantcli.items import dry_run
 from quantcli.schemes import rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
-from quantcli.tensors import tensor_bytes
-from quantcli.tensorspec import TensorSpec, safetensors_dtype, torch_dtype
 from tests.measured import constants
 
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.ascend import Ascend
 from quantcli.targets.base import Output
-from quantcli.tensorspec import TensorSpec
 
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
 W8A16 = discover(Scheme)["w8a16"]().numerics

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantcli.checkpoint import Checkpoint, open_checkpoint, read_json_file, scan_checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json_file, scan_checkpoint
 from quantcli.core.errors import InputError, MachineError
 from tests.builders import INDEX, make_model, pack, tensor, write_safetensors
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
@@ -16,7 +17,6 @@ from quantcli.targets.compressed_tensors import CompressedTensors
 from quantcli.targets.compressed_tensors_config import fold
 from quantcli.targets.compressed_tensors_layouts import layout_of
 from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_columns, unpack_rows
-from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
 TARGET = CompressedTensors()
 L = "model.layers.0"

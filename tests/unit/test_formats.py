@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from quantcli.checkpoint import open_checkpoint
-from quantcli.formats import Quantization, quantization
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.detect import Quantization, quantization
 from tests.builders import Tensor, make_model, tensor
 
 I8 = tensor("I8", 2, 2)

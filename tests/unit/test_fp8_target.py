@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
@@ -13,7 +14,6 @@ from quantcli.targets.base import Output
 from quantcli.targets.fp8 import Fp8
 from quantcli.targets.fp8_config import read_config
 from quantcli.targets.fp8_kinds import layout_of, numerics_of
-from quantcli.tensorspec import TensorSpec, safetensors_dtype
 from tests.measured import constants
 
 TARGET = Fp8()

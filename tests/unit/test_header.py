@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
+from quantcli.checkpoint.header import MAX_HEADER, encode_header, layout, parse_json, read_header
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import Exit, InputError, MachineError
-from quantcli.header import MAX_HEADER, encode_header, layout, parse_json, read_header
-from quantcli.tensorspec import TensorSpec
 from tests.builders import pack, tensor, write_safetensors
 
 HEADER, TENSOR, FILE = " (header)", ", tensor `a`", ""  # what `where` says after the path
@@ -537,7 +537,7 @@ def test_a_header_over_the_limit_is_not_read_though_the_file_is_long_enough(file
 
 
 def test_too_many_tensors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantcli.header.MAX_TENSORS", 2)
+    monkeypatch.setattr("quantcli.checkpoint.header.MAX_TENSORS", 2)
     file.write_bytes(spans(3, a=[0, 1], b=[1, 2], c=[2, 3]))
     with pytest.raises(InputError, match=r"^3 tensors; the limit is 2\n") as caught:
         read_header(file)

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError, MachineError, QuantError
-from quantcli.hub import find_model
 from tests.builders import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

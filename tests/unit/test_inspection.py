@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from quantcli.__main__ import main
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.inspection import Group, fold, inspect_checkpoint, tied_embeddings
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
-from quantcli.inspection import Group, fold, inspect_checkpoint, tied_embeddings
-from quantcli.tensorspec import TensorSpec
 from tests.builders import INDEX, make_model, tensor
 
 BF16 = tensor("BF16", 2, 2)

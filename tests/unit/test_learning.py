@@ -10,10 +10,10 @@ from quantcli.calibration.dataset import Batch
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.run import Run
 from quantcli.calibration.wishes import Quantized, Wishes
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
-from quantcli.tensors import read_tensor
 from tests.replaying import CPU, Memory, Replayed, make_batches
 from tests.tiny_models import make_tiny
 

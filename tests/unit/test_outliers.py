@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantcli.advice import MARGIN_DB, keep_advice, rank
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Silent
 from quantcli.outliers import inspect_outliers

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.registry import discover
 from quantcli.planner import check_expectations, make_plan

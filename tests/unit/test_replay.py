@@ -5,7 +5,7 @@ import torch
 
 from quantcli.calibration.calls import Outline
 from quantcli.calibration.skeleton import Segment, Skeleton
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from tests.replaying import CPU, Replayed, make_batches, ordinary_logits
 from tests.tiny_models import FAMILIES, make_multimodal, make_tiny

@@ -15,8 +15,8 @@ from quantcli.calibration.layout import LayerLayout
 from quantcli.calibration.run import Run
 from quantcli.calibration.taps import Matrices, Tap
 from quantcli.calibration.wishes import Quantized, Wishes
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
-from quantcli.tensors import read_tensor
 from tests.replaying import CPU, Memory, Replayed, make_batches
 from tests.tiny_models import FAMILIES, make_multimodal, make_tiny
 

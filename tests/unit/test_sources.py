@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.tensors import first_not_finite, read_rows, read_span, read_tensor
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded
 from quantcli.sources import columns
 from quantcli.sources.decode import decoded
-from quantcli.tensors import first_not_finite, read_rows, read_span, read_tensor
 from tests import quantized
 from tests.builders import make_model, tensor
 
@@ -486,7 +486,7 @@ def test_a_scale_of_zero_with_codes_of_zero_is_sound(tmp_path):
 
 
 def test_codes_are_never_read_as_floats(tmp_path):
-    from quantcli.tensors import read_bytes
+    from quantcli.checkpoint.tensors import read_bytes
 
     found = opened(tmp_path, quantized.fp8_blocks("a", 8, 8)[0], BLOCKS)
     with pytest.raises(AssertionError, match="codes are no weights"):

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from quantcli.core.errors import MachineError
-from quantcli.tensorspec import (
+from quantcli.checkpoint.spec import (
     DTYPES,
     FLOAT_NAMES,
     FLOATS,
@@ -15,6 +14,7 @@ from quantcli.tensorspec import (
     safetensors_dtype,
     torch_dtype,
 )
+from quantcli.core.errors import MachineError
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import threading
 import pytest
 from safetensors.numpy import load_file
 
+from quantcli.checkpoint.spec import TensorSpec
+from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import machine_error, write_file
 from quantcli.core.errors import MachineError
-from quantcli.tensorspec import TensorSpec
-from quantcli.writer import ShardWriter
 
 SPECS = (TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "I8", (4,)), TensorSpec("e", "I8", (0,)))
 

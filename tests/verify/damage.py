@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli.manifest import encode_manifest
+from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.verify.report import CHECKS, Report
 from quantcli.verify.verify import Wanted, verify
 from tests.verify.stock import TEXT, Good, Stock

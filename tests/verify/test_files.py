@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from quantcli.manifest import encode_manifest
+from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.verify.verify import Wanted, verify
 from tests.verify.damage import (
     CONFIG,

@@ -17,9 +17,9 @@ from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.states import States, StatesWriter, load_states
 from quantcli.calibration.store import Store
 from quantcli.calibration.wishes import Wishes
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
-from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
 PROBE_TOKENS = 32  # of one sample: enough to see which tensor goes where
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantcli.tensors import tensor_bytes
+from quantcli.checkpoint.tensors import tensor_bytes
 
 Answer = Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]
 # What a layer may return: hidden states alone (transformers 5), or first in a tuple (older code).

@@ -28,8 +28,8 @@ from quantcli.calibration.documents import (
     read_documents,
     sentence,
 )
+from quantcli.checkpoint.header import parse_json
 from quantcli.core.errors import InputError, MachineError
-from quantcli.header import parse_json
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",

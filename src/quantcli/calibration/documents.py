@@ -17,8 +17,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, QuantError
-from quantcli.folder import PICKLES
 
 HUB = "datasets:"
 MAX_BYTES = 2**26  # of text that is read; larger data is read in part, evenly

@@ -6,10 +6,10 @@ import hashlib
 from typing import Any
 
 from quantcli.calibration.store import digest_of
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.tensors import read_bytes
 from quantcli.plan import Plan, Quantize
 from quantcli.recipefile import Calibration
-from quantcli.tensors import read_bytes
 
 _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
 

@@ -32,13 +32,13 @@ from quantcli.calibration.store import pack_edits
 from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.calibration.watch import Watch
 from quantcli.calibration.wishes import not_finite, unreached
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
-from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.schemes.base import Scheme
 from quantcli.schemes.observers import Observer
-from quantcli.tensors import read_tensor
 
 
 def empty_report(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from quantcli.calibration.dataset import quiet
 from quantcli.calibration.documents import sentence
-from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.core.errors import InputError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from quantcli.calibration.hessians import HESSIANS_NBYTES
 from quantcli.calibration.identity import quantized_items
 from quantcli.calibration.skeleton import Skeleton
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.plan import Plan
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.skeleton import Read, Skeleton
-from quantcli.header import StoredTensor
-from quantcli.tensors import read_rows
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_rows
 
 
 class _Rows(TorchFunctionMode):

@@ -21,8 +21,8 @@ from quantcli.calibration.calls import Call, Outline, Shared
 from quantcli.calibration.dataset import Batch
 from quantcli.calibration.outside import outside
 from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, MachineError, QuantError
-from quantcli.tensors import read_tensor
 
 T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch

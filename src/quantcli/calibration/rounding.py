@@ -30,15 +30,15 @@ from quantcli.calibration.shown import quantized
 from quantcli.calibration.taps import Matrix
 from quantcli.calibration.watch import Watch
 from quantcli.calibration.wishes import Wishes, not_finite
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.header import StoredTensor
 from quantcli.measured import Factors
 from quantcli.schemes import tiles
 from quantcli.schemes.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.integer import IntegerWeights
-from quantcli.tensors import read_span
-from quantcli.tensorspec import torch_dtype
 
 _ROWS = 1024  # that one job rounds
 _UNREACHED = "no token reached it"

@@ -17,15 +17,15 @@ from quantcli.calibration.replay import Replay, Sink
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.states import States, StatesWriter
 from quantcli.calibration.taps import Matrices, Tap
-from quantcli.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Numerics, Parts
 from quantcli.core.registry import discover
-from quantcli.header import StoredTensor
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Stored, Target, target_of
-from quantcli.tensors import read_tensor
-from quantcli.tensorspec import TensorSpec, safetensors_dtype
 
 
 class Served:

@@ -37,13 +37,13 @@ from quantcli.calibration.store import (
     reports,
 )
 from quantcli.calibration.wishes import Quantized, Wishes, unreached
+from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.measured import Measured
 from quantcli.plan import Plan
 from quantcli.recipefile import Calibration
-from quantcli.tensorspec import FLOAT_NAMES, torch_dtype
 
 
 @dataclass(frozen=True)

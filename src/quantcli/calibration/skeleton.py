@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.calibration.library import build_model, conversions
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
-from quantcli.header import StoredTensor
-from quantcli.tensorspec import torch_dtype
 
 Read = Callable[[StoredTensor], Tensor]  # a stored tensor's values, edited as the caller likes
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor, layout, read_header
+from quantcli.checkpoint.spec import TensorSpec
+from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
+from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.errors import QuantError
-from quantcli.header import StoredTensor, layout, read_header
-from quantcli.tensors import read_tensor, tensor_bytes
-from quantcli.tensorspec import TensorSpec
-from quantcli.writer import ShardWriter
 
 
 def states_file(layer: int) -> str:

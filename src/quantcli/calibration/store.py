@@ -22,14 +22,14 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint import read_json_file
+from quantcli.checkpoint.checkpoint import read_json_file
+from quantcli.checkpoint.header import StoredTensor, layout, read_header
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.checkpoint.tensors import tensor_bytes
+from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError
-from quantcli.header import StoredTensor, layout, read_header
 from quantcli.measured import Edit, Factors, Measured
-from quantcli.tensors import tensor_bytes
-from quantcli.tensorspec import TensorSpec, safetensors_dtype
-from quantcli.writer import ShardWriter
 
 HEAD = "calibration.json"
 _VERSION = 1

@@ -57,6 +57,7 @@ def as_our_errors(path: Path, fix: str) -> Iterator[None]:
 
 
 def check_ancestor(folder: Path, fix: str) -> None:
+    """InputError or MachineError if nothing can be created below `folder`, which may not exist yet."""
     ancestor = _existing_ancestor(folder)
     if not ancestor.is_dir():
         raise InputError("not a directory", where=str(ancestor), fix=fix)

@@ -15,12 +15,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.codes import scale_groups, spread
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.sources.base import Source, encoded, matrix, must_be, needed
 from quantcli.sources.columns import STRIP_BYTES, Columns
-from quantcli.tensorspec import FLOATS
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

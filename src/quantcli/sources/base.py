@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.encoded import Encoded, Rows
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded, Rows
-from quantcli.header import StoredTensor
-from quantcli.tensorspec import FLOATS, TensorSpec
 
 AGAIN = "fetch the model again"
 Tensors = Mapping[str, StoredTensor]  # of one module, by suffix

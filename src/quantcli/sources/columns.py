@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
-from quantcli.header import StoredTensor
-from quantcli.tensors import read_into, tensor_bytes
-from quantcli.tensorspec import torch_dtype
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.detect import Quantization, is_quantized, quantization
+from quantcli.checkpoint.encoded import Encoded, decoded_kinds
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
-from quantcli.encoded import Encoded, decoded_kinds
-from quantcli.formats import Quantization, is_quantized, quantization
-from quantcli.header import StoredTensor
 from quantcli.sources import awq, float8, gptq, stored
 from quantcli.sources.base import AGAIN, Read, Source
 from quantcli.targets.base import Stored, must_be_sound, target_of

@@ -12,12 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.rows import Reader
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
-from quantcli.verify.blocks import Reader
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer

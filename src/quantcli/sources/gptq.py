@@ -19,14 +19,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.codes import scale_groups, spread, unpack_rows
 from quantcli.core.errors import InputError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
 from quantcli.sources.base import AGAIN, Source, encoded, matrix, must_be, needed
 from quantcli.sources.columns import STRIP_BYTES, Columns
-from quantcli.tensors import read_tensor
-from quantcli.tensorspec import FLOATS
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> what is to be added to stored zero points
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from quantcli.encoded import Encoded
+from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources.base import check_scales, encoded
 from quantcli.targets.ascend_tags import deq_from_stored
 from quantcli.targets.base import Stored

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
@@ -34,7 +35,6 @@ from quantcli.targets.siblings import (
     merged_name,
 )
 from quantcli.targets.tp import splits_inputs
-from quantcli.tensorspec import TensorSpec
 
 # npu_quant_matmul takes at most this many input features, and output features on one device.
 MAX_SIDE = 65535

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
-from quantcli.inspection import tied_embeddings
 from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
 from quantcli.targets.ascend_names import DESCRIPTION, FLOAT
 from quantcli.targets.names import absent_head

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.header import StoredTensor
 from quantcli.targets.ascend_description import SUFFIXES, Description
 from quantcli.targets.ascend_layouts import LAYOUTS
 from quantcli.targets.ascend_names import (
@@ -26,7 +27,6 @@ from quantcli.targets.layouts import StoredModule
 from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype, check_shared
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensorspec import FLOATS
 
 
 class AscendStored:

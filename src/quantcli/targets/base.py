@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.core.registry import discover
 from quantcli.targets.layouts import StoredModule
-from quantcli.tensorspec import TensorSpec
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
 

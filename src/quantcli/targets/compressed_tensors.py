@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
@@ -26,7 +27,6 @@ from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_rows
 from quantcli.targets.compressed_tensors_stored import CompressedTensorsStored
 from quantcli.targets.names import is_head
 from quantcli.targets.siblings import sibling_set
-from quantcli.tensorspec import TensorSpec
 
 # of the columns that share a scale: what the fast kernel for packed codes takes
 _MARLIN_GROUPS = (32, 64, 128)

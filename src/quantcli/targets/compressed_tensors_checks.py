@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.targets.base import Refusal
 from quantcli.targets.blocks import check_blocks
 from quantcli.targets.compressed_tensors_kinds import Kind, group_size
 from quantcli.targets.names import EMBEDDINGS, ROUTERS, stacked_experts
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups
-from quantcli.tensorspec import TensorSpec
 
 FLOAT = "float"
 _KEEP = "put a rule with `scheme: keep` for it before the others"

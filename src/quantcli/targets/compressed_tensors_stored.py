@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.header import StoredTensor
 from quantcli.targets.compressed_tensors_checks import FLOAT
 from quantcli.targets.compressed_tensors_groups import Group, read_groups
 from quantcli.targets.compressed_tensors_layouts import SUFFIXES, layout_of
@@ -21,7 +22,6 @@ from quantcli.targets.params import AGAIN, check_bias, check_param, check_servin
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, sibling_set
 from quantcli.targets.sidecars import declared_dtype, quantization_block
 from quantcli.targets.tp import check_tp
-from quantcli.tensors import read_tensor
 
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 

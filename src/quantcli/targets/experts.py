@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.findings import Finding, failed
-from quantcli.header import StoredTensor
 from quantcli.targets.siblings import EXPERT
 
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")

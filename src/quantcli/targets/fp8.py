@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
@@ -17,7 +18,6 @@ from quantcli.targets.fp8_kinds import LOADS_ON, label_of
 from quantcli.targets.fp8_stored import Fp8Stored
 from quantcli.targets.names import EMBEDDINGS, ROUTERS, is_head, stacked_experts
 from quantcli.targets.siblings import expert_sets, fused_groups, sibling_set
-from quantcli.tensorspec import TensorSpec
 
 _FLOAT = "float"
 _KEEP = "put a rule with `scheme: keep` for it before the others"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantcli.checkpoint import CONFIG
+from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets.base import Output

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Module
-from quantcli.header import StoredTensor
 from quantcli.targets.blocks import check_blocks
 from quantcli.targets.experts import uneven_experts
 from quantcli.targets.fp8_config import read_config
@@ -21,7 +22,6 @@ from quantcli.targets.params import AGAIN, check_bias, check_param, check_servin
 from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, sibling_set
 from quantcli.targets.sidecars import declared_dtype, quantization_block
 from quantcli.targets.tp import check_tp
-from quantcli.tensors import read_tensor
 
 FLOAT = "float"
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.numerics import Numerics
-from quantcli.header import StoredTensor
 
 SLICES = -1  # in a shape: 1, or 16 where a bias is of slices of k
 # n and k of the weight, and of Kronecker transforms the sides L and R

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.targets.base import Refusal
-from quantcli.tensorspec import TensorSpec
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 # Linears that engines build as float whatever a checkpoint says, by the last part of their names.

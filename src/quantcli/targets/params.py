@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from quantcli.checkpoint import CONFIG
+from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS, TensorSpec
+from quantcli.checkpoint.tensors import read_bytes
 from quantcli.core.findings import Finding, failed
-from quantcli.header import StoredTensor
 from quantcli.targets.layouts import SLICES, Param, StoredModule
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.tensors import read_bytes
-from quantcli.tensorspec import FLOATS, TensorSpec
 
 AGAIN = "convert the model again"
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS
-from quantcli.folder import INDEX
+from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
+from quantcli.checkpoint.files import INDEX
+from quantcli.checkpoint.spec import FLOAT_NAMES
 from quantcli.targets.base import Output
-from quantcli.tensorspec import FLOAT_NAMES
 
 
 def to_json(value: object) -> bytes:

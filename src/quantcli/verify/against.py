@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import FLOATS
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
 from quantcli.core.threads import thread_pool
-from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.siblings import merged_name, sibling_set
-from quantcli.tensors import read_tensor
-from quantcli.tensorspec import FLOATS
 from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
 from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
 from quantcli.verify.limits import LEAST_SQNR, UNLIKE, fault, is_damaged

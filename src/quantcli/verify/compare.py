@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantcli.header import StoredTensor
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.rows import Reader
 from quantcli.targets.layouts import StoredModule
-from quantcli.verify.blocks import ModuleReader, Reader
+from quantcli.verify.blocks import ModuleReader
 
 BLOCK_ELEMENTS = 128 * 1024  # float32 blocks of 512 KB: a dozen of them stay in the cache of a core
 _SAMPLED = 8  # every eighth block goes into the histogram and the channels' rms

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.spec import DTYPES, FLOATS
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
-from quantcli.header import StoredTensor
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule, Values
-from quantcli.tensors import read_tensor
-from quantcli.tensorspec import DTYPES, FLOATS
-from quantcli.verify.blocks import ModuleReader, Reader
+from quantcli.verify.blocks import ModuleReader
 from quantcli.verify.structure import Structure
 
 _BLOCK = 2**21  # bytes that are looked at together

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import CONFIG, Checkpoint, scan_checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
+from quantcli.checkpoint.files import INDEX, MANIFEST, PART
+from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
-from quantcli.folder import INDEX, PART
-from quantcli.journal import MANIFEST
-from quantcli.manifest import read_manifest
 
 
 @dataclass(frozen=True)

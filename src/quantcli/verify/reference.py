@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
+from quantcli.checkpoint.encoded import Encoded, decoded_kinds
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.rows import Reader
 from quantcli.core.disk import sha256_of
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.encoded import Encoded, decoded_kinds
-from quantcli.header import StoredTensor
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
-from quantcli.verify.blocks import ModuleReader, Reader
+from quantcli.verify.blocks import ModuleReader
 from quantcli.verify.compare import rows_of
 
 _BLOCK = 2**20  # bytes that are compared together

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantcli.calibration.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.calibration.served import Forward, Served, token_log_probs
 from quantcli.calibration.states import States
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed

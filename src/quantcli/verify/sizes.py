@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from quantcli.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import Stored
-from quantcli.tensorspec import FLOATS
 
 _DRAFTS = (
     "num_nextn_predict_layers",

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.files import INDEX
+from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.folder import INDEX
-from quantcli.formats import quantization
-from quantcli.inspection import tied_embeddings
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import own_names
 from quantcli.verify.opening import open_for_verification

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantcli import __version__
+from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
-from quantcli.planner import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.recipefile import Verify
 from quantcli.verify.report import Report
 from quantcli.verify.structure import verify_structure

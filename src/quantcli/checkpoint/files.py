@@ -97,3 +97,13 @@ def _contained(file: Path, root: Path) -> int:
             "not a regular file", where=str(file), fix="remove it from the model directory"
         )
     return status.st_size
+
+
+JOURNAL = ".quantcli_journal"
+
+MANIFEST = "quantcli_manifest.json"
+
+
+RECIPE_FILE = "quantcli_recipe.yaml"
+
+SOURCE_RECIPE = "quantcli_source_recipe.yaml"  # of what was packed: for the other format

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantcli.checkpoint.header import encode_header
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.disk import disk_errors, sync_folder
-from quantcli.header import encode_header
-from quantcli.tensorspec import TensorSpec
 
 
 class ShardWriter:

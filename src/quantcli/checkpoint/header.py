@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.spec import DTYPES, TensorSpec
 from quantcli.core.errors import InputError, MachineError
-from quantcli.tensorspec import DTYPES, TensorSpec
 
 MAX_HEADER = 100_000_000  # bytes, the reference library's limit
 MAX_TENSORS = 1_000_000

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import read_json_file
+from quantcli.checkpoint.checkpoint import read_json_file
+from quantcli.checkpoint.files import MANIFEST
 from quantcli.core.errors import InputError
-from quantcli.journal import MANIFEST
 
 _SEAL = "sha256"  # of the manifest without this key
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, closest
-from quantcli.folder import PICKLES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.files import INDEX, PART, PICKLES, list_files
+from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
+from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
-from quantcli.folder import INDEX, PART, PICKLES, list_files
-from quantcli.header import StoredTensor, name_fault, parse_json, read_header
-from quantcli.tensorspec import FLOATS, TensorSpec
 
 CONFIG = "config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level

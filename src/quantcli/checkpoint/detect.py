@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
-from quantcli.tensorspec import TensorSpec
 
 # Suffixes of tensors that only a quantized checkpoint has.
 _SUFFIXES = frozenset(

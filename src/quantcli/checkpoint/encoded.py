@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantcli.header import StoredTensor
+from quantcli.checkpoint.header import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

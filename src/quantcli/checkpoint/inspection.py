@@ -9,11 +9,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError, closest
-from quantcli.formats import quantization
-from quantcli.header import StoredTensor
-from quantcli.tensorspec import TensorSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _HOLE = "\0"  # stands for a number in a folded name; no tensor name holds it

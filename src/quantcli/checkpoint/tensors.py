@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import MachineError
-from quantcli.encoded import Encoded
-from quantcli.header import StoredTensor
-from quantcli.tensorspec import torch_dtype
 
 _CHUNK = 2**20  # bytes
 _BLOCK = 512 * 1024  # elements that are decoded together
