@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quantcli.schema import recipe_schema
+from quantcli.recipe.json_schema import recipe_schema
 
 DOCS = Path(__file__).parent
 COMMANDS = ["", "inspect", "calibrate", "quantize", "pack", "verify"]  # the README introduces each

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from quantcli.recipe import load_recipe
+from quantcli.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

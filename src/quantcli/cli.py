@@ -288,7 +288,7 @@ def _resources(device: str, workers: int | None, max_memory: str | None, *, trus
     from quantcli.calibration.devices import check_device
     from quantcli.calibration.session import Resources
     from quantcli.core.threads import default_workers
-    from quantcli.recipefile import parse_size
+    from quantcli.recipe.fields import parse_size
 
     try:
         limit = None if max_memory is None else parse_size(max_memory)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.execute import Written
     from quantcli.plan import Plan
-    from quantcli.recipe import Recipe
+    from quantcli.recipe.recipe import Recipe
 
 
 def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _load(
     recipe: Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
 ) -> tuple[Recipe, str, Checkpoint]:
     """The recipe, how the model was named, and the model."""
-    from quantcli.recipe import load_recipe
+    from quantcli.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     named = model or loaded.file.model

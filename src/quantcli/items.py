@@ -17,7 +17,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torc
 from quantcli.core.errors import InputError
 from quantcli.measured import Edit, Measured
 from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
-from quantcli.recipe import PLAIN, Rule
+from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 

@@ -12,7 +12,7 @@ from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.measured import Measured
-from quantcli.recipe import Recipe, Rule
+from quantcli.recipe.recipe import Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 

@@ -19,7 +19,7 @@ from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.numerics import Numerics
 from quantcli.measured import Edit
-from quantcli.recipe import Recipe
+from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.targets.layouts import StoredModule

@@ -17,7 +17,7 @@ from quantcli.items import check_siblings, make_items
 from quantcli.matching import assign, served, without_data
 from quantcli.measured import Measured
 from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
-from quantcli.recipe import Recipe, Rule, compare
+from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Output, Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype

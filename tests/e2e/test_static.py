@@ -12,7 +12,7 @@ from quantcli.core.errors import InputError
 from quantcli.execute import execute
 from quantcli.plan import Quantize
 from quantcli.planner import make_plan
-from quantcli.recipe import load_recipe
+from quantcli.recipe.recipe import load_recipe
 from tests.measured import held_weight, store
 
 A = "model.layers.0.self_attn"

@@ -12,8 +12,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.registry import discover
 from quantcli.planner import check_expectations, make_plan
-from quantcli.recipe import compare, load_recipe
-from quantcli.recipefile import (
+from quantcli.recipe.fields import (
     Calibration,
     Expect,
     RecipeFile,
@@ -23,7 +22,8 @@ from quantcli.recipefile import (
     Verify,
     parse_size,
 )
-from quantcli.schema import recipe_schema
+from quantcli.recipe.json_schema import recipe_schema
+from quantcli.recipe.recipe import compare, load_recipe
 from quantcli.targets.base import Target
 from tests.builders import make_model, tensor
 

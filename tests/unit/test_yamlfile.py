@@ -5,7 +5,7 @@ import time
 import pytest
 
 from quantcli.core.errors import InputError, MachineError
-from quantcli.yamlfile import MAX_BYTES, load_document
+from quantcli.recipe.document import MAX_BYTES, load_document
 
 
 @pytest.fixture

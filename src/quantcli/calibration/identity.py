@@ -9,7 +9,7 @@ from quantcli.calibration.store import digest_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.tensors import read_bytes
 from quantcli.plan import Plan, Quantize
-from quantcli.recipefile import Calibration
+from quantcli.recipe.fields import Calibration
 
 _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
 

@@ -43,7 +43,7 @@ from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.measured import Measured
 from quantcli.plan import Plan
-from quantcli.recipefile import Calibration
+from quantcli.recipe.fields import Calibration
 
 
 @dataclass(frozen=True)

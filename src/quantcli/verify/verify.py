@@ -13,7 +13,7 @@ from quantcli import __version__
 from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
-from quantcli.recipefile import Verify
+from quantcli.recipe.fields import Verify
 from quantcli.verify.report import Report
 from quantcli.verify.structure import verify_structure
 

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.registry import discover
-from quantcli.recipefile import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
+from quantcli.recipe.document import Document, Place, load_document
+from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
-from quantcli.yamlfile import Document, Place, load_document
 
 KEEP = "keep"  # stay as they are
 PLAIN = "bf16"  # become floats of the serving dtype, whatever they are

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from quantcli.core.registry import discover
-from quantcli.recipe import WORDS
-from quantcli.recipefile import RecipeFile
+from quantcli.recipe.fields import RecipeFile
+from quantcli.recipe.recipe import WORDS
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
