@@ -16,7 +16,7 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Parts, multiplier
 from quantcli.plan import Repack
-from quantcli.schemes.int8_static import deq_grid, row_parts
+from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
 from quantcli.targets.base import Target
 
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.

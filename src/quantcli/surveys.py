@@ -18,7 +18,7 @@ from quantcli.checkpoint.tensors import first_not_finite, read_span
 from quantcli.core.errors import InputError
 from quantcli.measured import Edit
 from quantcli.plan import Quantize
-from quantcli.schemes import rounding
+from quantcli.schemes.arithmetic import rounding
 
 _BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
 

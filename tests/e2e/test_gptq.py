@@ -16,7 +16,7 @@ from quantcli.calibration import hessians, rounding, session
 from quantcli.calibration.rounding import RoundingPass
 from quantcli.calibration.session import Resources
 from quantcli.core.events import Silent
-from quantcli.schemes import gptq
+from quantcli.schemes.arithmetic import gptq
 from tests.e2e.calibrating import LENGTH, SAMPLES, TOKENS, Bench, Models, change_tensors, make_bench
 from tests.e2e.conftest import run_cli, snapshot
 

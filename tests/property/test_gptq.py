@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantcli.schemes.gptq import Feedback, gptq
+from quantcli.schemes.arithmetic.gptq import Feedback, gptq
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.items import dry_run
-from quantcli.schemes import rounding
+from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from tests.measured import constants

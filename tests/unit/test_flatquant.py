@@ -6,7 +6,8 @@ import torch
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import decompose
-from quantcli.schemes import flatquant, kronecker
+from quantcli.schemes import flatquant
+from quantcli.schemes.arithmetic import kronecker
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

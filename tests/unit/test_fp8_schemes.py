@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantcli.core.errors import InputError
-from quantcli.schemes import fp8
+from quantcli.schemes.arithmetic import fp8
 from quantcli.schemes.fp8_block import Fp8Block
 from quantcli.schemes.fp8_static import Fp8Static
 from quantcli.schemes.fp8_tensor import Fp8Tensor

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantcli.calibration import hessians
 from quantcli.calibration.taps import Matrix
-from quantcli.schemes import gptq as module
-from quantcli.schemes.gptq import Feedback, factorize, gptq
+from quantcli.schemes.arithmetic import gptq as module
+from quantcli.schemes.arithmetic.gptq import Feedback, factorize, gptq
 
 CPU = torch.device("cpu")
 LEAST, LARGEST = -8.0, 7.0

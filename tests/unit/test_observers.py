@@ -8,16 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from quantcli.schemes import affine
-from quantcli.schemes.int8_static import Int8Static
-from quantcli.schemes.observers import (
+from quantcli.schemes.arithmetic import affine
+from quantcli.schemes.arithmetic.observers import (
     ChannelAmax,
     Distribution,
     MinMax,
     MovingAverage,
     percentile,
 )
-from quantcli.schemes.w8a8_static import W8A8Static
+from quantcli.schemes.w8a8_static import Int8Static, W8A8Static
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KINDS = ["minmax", "moving_average", "percentile", "mse"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantcli.calibration.taps import Matrix
 from quantcli.core.threads import thread_pool
-from quantcli.schemes.gptq import Each, in_turn
+from quantcli.schemes.arithmetic.gptq import Each, in_turn
 
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 HESSIANS_NBYTES = 2**30

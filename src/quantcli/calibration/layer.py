@@ -37,8 +37,8 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
 from quantcli.measured import Factors
+from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
-from quantcli.schemes.observers import Observer
 
 
 def empty_report(name: str) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from quantcli.calibration.wishes import Wishes, unreached
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.measured import Factors
-from quantcli.schemes.base import Scheme
-from quantcli.schemes.learner import Learner, Scalable, Schedule
+from quantcli.schemes.base import Learner, Scalable, Schedule, Scheme
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from quantcli.calibration.loaded import Layer
 from quantcli.calibration.skeleton import Segment
 from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.core.errors import InputError
-from quantcli.schemes.learner import Learner, Schedule
+from quantcli.schemes.base import Learner, Schedule
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends

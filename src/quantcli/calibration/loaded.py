@@ -16,7 +16,7 @@ from quantcli.calibration.states import States
 from quantcli.calibration.taps import Matrices, Matrix
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.measured import Factors
-from quantcli.schemes.observers import ChannelAmax
+from quantcli.schemes.arithmetic.observers import ChannelAmax
 
 
 @dataclass(frozen=True)

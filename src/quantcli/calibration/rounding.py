@@ -36,8 +36,8 @@ from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.measured import Factors
-from quantcli.schemes import tiles
-from quantcli.schemes.gptq import DAMPING, Each, Feedback, Rounded, gptq
+from quantcli.schemes.arithmetic import tiles
+from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.integer import IntegerWeights
 
 _ROWS = 1024  # that one job rounds

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from quantcli.core.errors import InputError
+from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
-from quantcli.schemes.observers import Observer
 
 
 @dataclass(frozen=True)

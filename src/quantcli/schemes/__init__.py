@@ -1,1 +1,3 @@
-"""How numbers are rounded: one file, one scheme."""
+"""How numbers are rounded: one file for each scheme, found by scanning this folder.
+
+A scheme knows tensors and `core.numerics`. It knows no file, no target and no model."""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats, decompose
-from quantcli.schemes.int4 import LARGEST, LEAST, least_error
-from quantcli.schemes.kronecker import LARGEST_CONDITION
-from quantcli.schemes.learner import Learner, Scalable
+from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
+from quantcli.schemes.base import Learner, Scalable
+from quantcli.schemes.integer import LARGEST, LEAST, least_error
 
 _OPEN = 4.0  # sigmoid(4) = 0.982: what the clip of inputs begins with
 _NARROWEST, _WIDEST = 0.2, 0.99  # clips of rows at the start

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes import fp8, rounding
+from quantcli.schemes.arithmetic import fp8, rounding
+from quantcli.schemes.arithmetic.observers import Distribution, MinMax, Observer, percentile
 from quantcli.schemes.base import Scheme
-from quantcli.schemes.observers import Distribution, MinMax, Observer, percentile
 
 _STEPS = 16  # scales tried per power of two
 _WIDER, _NARROWER = 1, 4  # powers of two tried on either side of the whole range

@@ -1,14 +1,19 @@
-"""Weights in integer codes: how they are rounded once their scales are known."""
+"""Weights in integer codes: how they are rounded, and how int4 finds its scales.
+
+Int4 codes are -8..7, stored in int8. With so few of them, clipping matters: a scale of amax / 7 clips
+nothing and spends most codes on few values; a smaller scale has less squared error.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from quantcli.core.numerics import Parts, Stats
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.schemes.arithmetic import rounding, tiles
 from quantcli.schemes.base import Scheme
 
 _RANGES = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0)}
@@ -70,3 +75,134 @@ def chosen(constants: Stats, nearest: Tensor) -> Tensor:
     """The codes of some rows: those that data has chosen, int8 as large as `nearest`, or these."""
     codes = constants.get("codes")
     return nearest if codes is None else codes.to(nearest.device)
+
+
+LARGEST, LEAST = 7.0, -8.0
+
+_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
+
+_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+
+_REFINEMENTS = 2
+
+
+class Int4Weights(IntegerWeights):
+    """The options that int4 schemes share."""
+
+    clip: Literal["mse", "none"] = Field(
+        "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
+    )
+
+    def codes(self, rows: Tensor, held: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1], exactly representable in `held`.
+
+        With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
+        is never larger than that. NaN and Inf show in the scale.
+        """
+        values = rows.float()
+        scale = rounding.scale_of(rounding.absmax(rows), LARGEST, held)
+        if self.clip == "mse":
+            scale = least_error(values, scale, held)
+        return _round(values, scale).to(torch.int8), scale
+
+
+class Int4Groups(Int4Weights):
+    """Int4 weights with a scale for each group of columns of a row, or for the whole row."""
+
+    group_size: Literal[32, 64, 128, "channel"] = Field(
+        128, description="columns of a row that share a scale; channel: all of them"
+    )
+
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> Self | None:
+        """With the group_size that they have."""
+        block = numerics.weight.block
+        try:
+            scheme = cls.model_validate({"group_size": block[1] if block else "channel"})
+        except ValidationError:  # groups that no option makes
+            return None
+        return scheme if scheme.numerics == numerics else None
+
+    @property
+    def weights(self) -> Operand:
+        """How weights are quantized."""
+        if self.group_size == "channel":
+            return Operand("int4", "channel")
+        return Operand("int4", "group", block=(1, self.group_size))
+
+    def quantize(
+        self,
+        rows: Tensor,
+        held: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
+        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
+        if self.group_size == "channel":
+            codes, scale = self.codes(rows, held)
+            return {"weight": chosen(constants, codes), "weight_scale": scale}
+        codes, scale = self.codes(tiles.cut(rows, self.group_size), held)
+        codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
+        return {"weight": chosen(constants, codes), "weight_scale": scale.squeeze(-1)}
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        """Codes times the scales of their groups: float32 [..., n, k]."""
+        codes = parts["weight"].float()
+        if self.group_size == "channel":
+            return codes * parts["weight_scale"]
+        block = (1, self.group_size)
+        return codes * tiles.spread(parts["weight_scale"], block, *codes.shape[-2:])
+
+
+def _round(values: Tensor, scale: Tensor) -> Tensor:
+    """round(values / scale), half to even, clipped to -8..7; float32."""
+    return (values / scale).round_().clamp_(LEAST, LARGEST)
+
+
+def _error(values: Tensor, scale: Tensor) -> Tensor:
+    """Squared error of each row [..., n, 1]; infinite where it is no number."""
+    error = _round(values, scale).mul_(scale).sub_(values)
+    total: Tensor = error.square_().sum(-1, keepdim=True)
+    return total.nan_to_num_(torch.inf)
+
+
+def least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
+    """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
+    then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
+    Each is tried as the number of `held` that it becomes.
+
+    Ties go to the wider scale, and `widest` is among them.
+    """
+    best, least = widest, _error(values, widest)
+    share = torch.ones_like(widest)
+    for step in _COARSE[1:]:
+        error = _error(values, rounding.nearest(widest * step, held))
+        better = error < least
+        least, share = torch.where(better, error, least), torch.where(better, step, share)
+    best = rounding.nearest(widest * share, held)
+    for step in _FINE:
+        scale = rounding.nearest(widest * (share + step), held)
+        error = _error(values, scale)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    for _ in range(_REFINEMENTS):
+        codes = _round(values, best)
+        square = codes.square().sum(-1, keepdim=True)
+        scale = (values * codes).sum(-1, keepdim=True) / square
+        scale = rounding.nearest(torch.where((square > 0) & (scale > 0), scale, best), held)
+        error = _error(values, scale)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    return best
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs as `npu_dynamic_quant` makes int4 of them: codes -7..7 as float32 [..., k], scale
+    float32 [..., 1].
+
+    mul = 7 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
+    """
+    values = x.float()
+    amax = values.abs().amax(-1, keepdim=True)
+    multiplier = torch.where(amax > 0, LARGEST / amax, 0.0)
+    return (values * multiplier).round_(), amax * (1 / LARGEST)

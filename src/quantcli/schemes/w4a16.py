@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Parts
-from quantcli.schemes.int4 import Int4Groups
+from quantcli.schemes.integer import Int4Groups
 
 
 class W4A16(Int4Groups):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes import rounding
-from quantcli.schemes.int4 import Int4Weights, quantize_tokens
-from quantcli.schemes.integer import chosen
+from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.integer import Int4Weights, chosen, quantize_tokens
 
 
 class W4A4Dynamic(Int4Weights):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
-from quantcli.schemes import flatquant, kronecker, rounding
-from quantcli.schemes.int4 import LARGEST, LEAST, Int4Weights
-from quantcli.schemes.integer import chosen
-from quantcli.schemes.learner import Learner, Scalable, Schedule
+from quantcli.schemes import flatquant
+from quantcli.schemes.arithmetic import kronecker, rounding
+from quantcli.schemes.base import Learner, Scalable, Schedule
+from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
 
 SHARED = ("left_trans", "right_trans", "clip_ratio")
 _PRESETS = {

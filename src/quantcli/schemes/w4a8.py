@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Operand, Parts
-from quantcli.schemes import rounding
-from quantcli.schemes.int4 import Int4Groups
+from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.integer import Int4Groups
 
 
 class W4A8(Int4Groups):

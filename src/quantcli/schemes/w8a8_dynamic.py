@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes import rounding
+from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.integer import IntegerWeights, chosen
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, multiplier
-from quantcli.schemes import rounding
-from quantcli.schemes.int8_static import WEIGHT, Int8Static, deq_grid, least_deq_scale, row_parts
+from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.arithmetic.static_int8 import deq_grid, least_deq_scale, row_parts
 from quantcli.schemes.integer import chosen
+from quantcli.schemes.w8a8_static import WEIGHT, Int8Static
 
 
 class W8A8Mix(Int8Static):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantcli.schemes import rounding
+from quantcli.schemes.arithmetic import rounding
 
 
 def cut(rows: Tensor, columns: int) -> Tensor:

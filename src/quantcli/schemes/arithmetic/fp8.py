@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.schemes import rounding, tiles
+from quantcli.schemes.arithmetic import rounding, tiles
 
 # Of inputs: what vLLM clamps dynamic scales to (`_FP8_MIN_SCALING_FACTOR`).
 _LEAST_INPUT = 1 / (rounding.FP8_E4M3_MAX * 512)

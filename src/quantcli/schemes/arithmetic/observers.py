@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import Stats
-from quantcli.schemes import rounding
+from quantcli.schemes.arithmetic import rounding
 
 _PATTERNS = 2**16  # of a 16-bit number
 _BLOCK = 2**18  # elements that are looked at together, so that what is made of them stays in the cache
