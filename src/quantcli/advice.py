@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from quantcli.targets.siblings import EXPERT, merged_name
+from quantcli.targets.vllm_family import EXPERT, merged_name
 
 RANKED_BY = "int8 per channel"  # fp8 has a scale in every code, and hardly sees outliers
 MARGIN_DB = 6.0  # an error of twice the size: one bit

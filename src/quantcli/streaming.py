@@ -26,7 +26,7 @@ from quantcli.openshard import OpenShard
 from quantcli.plan import Item, Quantize, Repack, Shard, Work
 from quantcli.recoding import recode
 from quantcli.surveys import Surveys
-from quantcli.verify.blocks import ModuleReader
+from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers

@@ -304,7 +304,7 @@ def test_quantize_does_not_publish_what_does_not_verify(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A target that forgets an entry of the description is a bug, and is seen before the rename."""
-    from quantcli.targets.ascend import Ascend
+    from quantcli.targets.ascend.target import Ascend
 
     whole = Ascend._description
 

@@ -9,7 +9,7 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from quantcli.targets.ascend import Ascend
+from quantcli.targets.ascend.target import Ascend
 from quantcli.targets.base import Output
 
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics

@@ -13,10 +13,14 @@ from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Output
-from quantcli.targets.compressed_tensors import CompressedTensors
-from quantcli.targets.compressed_tensors_config import fold
-from quantcli.targets.compressed_tensors_layouts import layout_of
-from quantcli.targets.compressed_tensors_packing import pack_rows, unpack_columns, unpack_rows
+from quantcli.targets.compressed_tensors.config import fold
+from quantcli.targets.compressed_tensors.layouts import (
+    layout_of,
+    pack_rows,
+    unpack_columns,
+    unpack_rows,
+)
+from quantcli.targets.compressed_tensors.target import CompressedTensors
 
 TARGET = CompressedTensors()
 L = "model.layers.0"

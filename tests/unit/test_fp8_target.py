@@ -11,9 +11,9 @@ from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Output
-from quantcli.targets.fp8 import Fp8
-from quantcli.targets.fp8_config import read_config
-from quantcli.targets.fp8_kinds import layout_of, numerics_of
+from quantcli.targets.fp8.config import read_config
+from quantcli.targets.fp8.kinds import layout_of, numerics_of
+from quantcli.targets.fp8.target import Fp8
 from tests.measured import constants
 
 TARGET = Fp8()

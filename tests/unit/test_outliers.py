@@ -17,7 +17,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Silent
 from quantcli.outliers import inspect_outliers
-from quantcli.targets.ascend import Ascend
+from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
 
 INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources.base import check_scales, encoded
-from quantcli.targets.ascend_tags import deq_from_stored
+from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import Stored
-from quantcli.verify.blocks import ModuleReader
+from quantcli.targets.module_rows import ModuleReader
 
 
 def read(stored: Stored, target: str) -> Iterator[Encoded]:

@@ -18,7 +18,7 @@ from quantcli.core.findings import Finding, failed
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.siblings import merged_name, sibling_set
+from quantcli.targets.vllm_family import merged_name, sibling_set
 from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
 from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
 from quantcli.verify.limits import LEAST_SQNR, UNLIKE, fault, is_damaged

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.rows import Reader
 from quantcli.targets.layouts import StoredModule
-from quantcli.verify.blocks import ModuleReader
+from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 128 * 1024  # float32 blocks of 512 KB: a dozen of them stay in the cache of a core
 _SAMPLED = 8  # every eighth block goes into the histogram and the channels' rms

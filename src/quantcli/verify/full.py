@@ -20,7 +20,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule, Values
-from quantcli.verify.blocks import ModuleReader
+from quantcli.targets.module_rows import ModuleReader
 from quantcli.verify.structure import Structure
 
 _BLOCK = 2**21  # bytes that are looked at together

@@ -19,7 +19,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
-from quantcli.verify.blocks import ModuleReader
+from quantcli.targets.module_rows import ModuleReader
 from quantcli.verify.compare import rows_of
 
 _BLOCK = 2**20  # bytes that are compared together

@@ -156,3 +156,6 @@ def arguments(operand: Operand) -> dict[str, Any]:
 def static_inputs(numerics: Numerics) -> bool:
     """Whether inputs are quantized with a stored scale."""
     return numerics.input is not None and not numerics.input.dynamic
+
+
+FLOAT = "float"

@@ -10,8 +10,8 @@ from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets.base import Output
-from quantcli.targets.fp8_kinds import numerics_of
-from quantcli.targets.names import absent_head, is_linear
+from quantcli.targets.fp8.kinds import numerics_of
+from quantcli.targets.vllm_family import absent_head, is_linear
 
 METHOD = "fp8"
 _KEYS = ("ignored_layers", "modules_to_not_convert")  # the first that is not empty counts

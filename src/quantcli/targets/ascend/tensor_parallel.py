@@ -9,7 +9,7 @@ from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, decompose
 from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.tp import cannot_split, check_heads, splits_inputs
+from quantcli.targets.tensor_parallel import cannot_split, check_heads, splits_inputs
 
 _MX_COLUMNS = 64  # of a row on one device: two blocks of 32 at a time
 _LARGEST_SIDE = 256  # of a Kronecker transform

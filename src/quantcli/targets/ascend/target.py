@@ -14,27 +14,22 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
-from quantcli.targets.ascend_names import (
-    DESCRIPTION,
-    FLOAT,
-    LISTED_EXPERTS,
-    float_only,
-    skip_rule,
-)
-from quantcli.targets.ascend_stored import AscendStored
-from quantcli.targets.ascend_tags import TAGS, TRANSFORM, Tag, deq_from_stored, deq_to_store
-from quantcli.targets.ascend_tp import unfit, unsplit
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
+from quantcli.targets.ascend.stored import AscendStored
+from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
+from quantcli.targets.ascend.types import TAGS, TRANSFORM, Tag, deq_from_stored, deq_to_store
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
-from quantcli.targets.names import absent_head, stacked_experts
-from quantcli.targets.siblings import (
+from quantcli.targets.tensor_parallel import splits_inputs
+from quantcli.targets.vllm_family import (
     EXPERT,
     MERGED,
+    absent_head,
     expert_sets,
     fused_groups,
     fused_widths,
     merged_name,
+    stacked_experts,
 )
-from quantcli.targets.tp import splits_inputs
 
 # npu_quant_matmul takes at most this many input features, and output features on one device.
 MAX_SIDE = 65535

@@ -12,16 +12,23 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Module
-from quantcli.targets.blocks import check_blocks
-from quantcli.targets.experts import uneven_experts
-from quantcli.targets.fp8_config import read_config
-from quantcli.targets.fp8_kinds import SUFFIXES, layout_of
+from quantcli.targets.fp8.config import read_config
+from quantcli.targets.fp8.kinds import SUFFIXES, layout_of
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.names import ROUTERS, is_head, is_linear
-from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype
-from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, sibling_set
 from quantcli.targets.sidecars import declared_dtype, quantization_block
-from quantcli.targets.tp import check_tp
+from quantcli.targets.stored_format import AGAIN, check_bias, check_param, check_serving_dtype
+from quantcli.targets.tensor_parallel import check_tp
+from quantcli.targets.vllm_family import (
+    EXPERT,
+    ROUTERS,
+    check_blocks,
+    expert_sets,
+    fused_groups,
+    is_head,
+    is_linear,
+    sibling_set,
+    uneven_experts,
+)
 
 FLOAT = "float"
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})

@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
-from quantcli.targets.compressed_tensors_groups import Group, Groups, usable
-from quantcli.targets.names import EMBEDDINGS, is_head
-from quantcli.targets.siblings import EXPERT, FUSED
+from quantcli.targets.compressed_tensors.config import Group, Groups, usable
+from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FUSED, is_head
 
 # What the engine calls the parameter that it makes of siblings: it looks that name up first.
 _FUSED_NAMES = {

@@ -11,17 +11,30 @@ from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.targets.compressed_tensors_checks import FLOAT
-from quantcli.targets.compressed_tensors_groups import Group, read_groups
-from quantcli.targets.compressed_tensors_layouts import SUFFIXES, layout_of
-from quantcli.targets.compressed_tensors_matching import Matcher
-from quantcli.targets.experts import uneven_experts
+from quantcli.targets.compressed_tensors.config import Group, read_groups
+from quantcli.targets.compressed_tensors.kinds import FLOAT
+from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
+from quantcli.targets.compressed_tensors.matching import Matcher
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.names import EMBEDDINGS, ROUTERS, is_head
-from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype, check_shared
-from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, sibling_set
 from quantcli.targets.sidecars import declared_dtype, quantization_block
-from quantcli.targets.tp import check_tp
+from quantcli.targets.stored_format import (
+    AGAIN,
+    check_bias,
+    check_param,
+    check_serving_dtype,
+    check_shared,
+)
+from quantcli.targets.tensor_parallel import check_tp
+from quantcli.targets.vllm_family import (
+    EMBEDDINGS,
+    EXPERT,
+    ROUTERS,
+    expert_sets,
+    fused_groups,
+    is_head,
+    sibling_set,
+    uneven_experts,
+)
 
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 

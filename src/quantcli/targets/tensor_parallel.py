@@ -7,7 +7,7 @@ from typing import Any
 
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.siblings import FUSED
+from quantcli.targets.vllm_family import FUSED
 
 # Last parts of the names of modules whose inputs are split; others' outputs are.
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "w2", "dense", "c_proj", "dense_4h_to_h"})

@@ -13,10 +13,9 @@ from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
-from quantcli.targets.ascend_layouts import LAYOUTS, MISNAMED
-from quantcli.targets.ascend_names import DESCRIPTION, FLOAT
-from quantcli.targets.names import absent_head
-from quantcli.targets.siblings import MERGED
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
+from quantcli.targets.ascend.types import LAYOUTS, MISNAMED
+from quantcli.targets.vllm_family import MERGED, absent_head
 
 SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")

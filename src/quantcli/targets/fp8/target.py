@@ -12,12 +12,19 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
 from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
-from quantcli.targets.blocks import check_blocks
-from quantcli.targets.fp8_config import METHOD, quantization_config
-from quantcli.targets.fp8_kinds import LOADS_ON, label_of
-from quantcli.targets.fp8_stored import Fp8Stored
-from quantcli.targets.names import EMBEDDINGS, ROUTERS, is_head, stacked_experts
-from quantcli.targets.siblings import expert_sets, fused_groups, sibling_set
+from quantcli.targets.fp8.config import METHOD, quantization_config
+from quantcli.targets.fp8.kinds import LOADS_ON, label_of
+from quantcli.targets.fp8.stored import Fp8Stored
+from quantcli.targets.vllm_family import (
+    EMBEDDINGS,
+    ROUTERS,
+    check_blocks,
+    expert_sets,
+    fused_groups,
+    is_head,
+    sibling_set,
+    stacked_experts,
+)
 
 _FLOAT = "float"
 _KEEP = "put a rule with `scheme: keep` for it before the others"

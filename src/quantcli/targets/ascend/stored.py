@@ -11,22 +11,20 @@ from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.targets.ascend_description import SUFFIXES, Description
-from quantcli.targets.ascend_layouts import LAYOUTS
-from quantcli.targets.ascend_names import (
-    DESCRIPTION,
-    FLOAT,
-    LISTED_EXPERTS,
-    float_only,
-    skip_rule,
-)
-from quantcli.targets.ascend_tags import TAGS
-from quantcli.targets.ascend_tp import check_tp
-from quantcli.targets.experts import uneven_experts
+from quantcli.targets.ascend.description import SUFFIXES, Description
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
+from quantcli.targets.ascend.tensor_parallel import check_tp
+from quantcli.targets.ascend.types import LAYOUTS, TAGS
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.params import AGAIN, check_bias, check_param, check_serving_dtype, check_shared
-from quantcli.targets.siblings import EXPERT, expert_sets, fused_groups, merged_name
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.stored_format import (
+    AGAIN,
+    check_bias,
+    check_param,
+    check_serving_dtype,
+    check_shared,
+)
+from quantcli.targets.vllm_family import EXPERT, expert_sets, fused_groups, merged_name, uneven_experts
 
 
 class AscendStored:

@@ -6,8 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
-from quantcli.targets.names import EMBEDDINGS, ROUTERS
-from quantcli.targets.siblings import EXPERT, FUSED
+from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FUSED, ROUTERS
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
