@@ -1,1 +1,3 @@
-"""Quantized checkpoints as sources: what their tensors are, and the float weights they stand for."""
+"""Quantized checkpoints of others, read as floats: one file for each storage format.
+
+A source decodes rows of tensors; it writes nothing."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
 from quantcli.checkpoint.detect import Quantization, is_quantized, quantization
@@ -14,9 +17,12 @@ from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
-from quantcli.sources import awq, float8, gptq, stored
-from quantcli.sources.base import AGAIN, Read, Source
+from quantcli.sources import awq, float8, gptq
+from quantcli.sources import decode as stored
+from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded
+from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import Stored, must_be_sound, target_of
+from quantcli.targets.module_rows import ModuleReader
 
 # by `quant_method` in config.json
 _READERS: dict[str, Read] = {
@@ -155,3 +161,35 @@ _BESIDE = frozenset(
         "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx",
     }
 )  # fmt: skip
+
+
+def read(stored: Stored, target: str) -> Iterator[Encoded]:
+    """Every module that is sound enough to be read. target: its name."""
+    for module in stored.modules.values():
+        mine = [p.suffix for p in module.layout.params if p.suffix in module.tensors]
+        parts = [module.tensors[suffix] for suffix in mine]
+        kind, opened = f"{target} {module.layout.label}", partial(SoundRows, module)
+        yield encoded(module.name, module.shape, parts, opened, kind)
+
+
+class SoundRows(ModuleReader):
+    """Rows of a module whose scales are looked at: InputError for one that is not positive."""
+
+    def stored(self, start: int, count: int) -> dict[str, Tensor]:
+        """As they are stored; see ModuleReader."""
+        found = super().stored(start, count)
+        layout = self.module.layout
+        for param in layout.params:
+            suffix = param.suffix
+            if suffix == "deq_scale":
+                scale = deq_from_stored(found[suffix])[0]
+            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in found:
+                scale = found[suffix].float()
+            else:
+                continue
+
+            def decode(other: Tensor, suffix: str = suffix) -> Tensor:
+                return layout.dequantize({**found, suffix: other})
+
+            check_scales(scale, self.module.tensors[suffix], start, param.rows, decode)
+        return found
