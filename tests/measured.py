@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantcli.checkpoint.header import StoredTensor, read_header
-from quantcli.measured import Measured
+from quantcli.planning.measured import Measured
 from quantcli.schemes.base import Scheme
 
 

@@ -14,8 +14,8 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.measured import Factors
-from quantcli.plan import Copy, Quantize
+from quantcli.planning.measured import Factors
+from quantcli.planning.plan import Copy, Quantize
 from quantcli.surveys import Surveys, not_finite
 from quantcli.targets.base import Target
 

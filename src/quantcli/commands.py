@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.core.events import Progress
     from quantcli.execute import Written
-    from quantcli.plan import Plan
+    from quantcli.planning.plan import Plan
     from quantcli.recipe.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def support() -> list[dict[str, Any]]:
     """Every scheme x target, found by quantizing and packing a weight without data."""
     from quantcli.checkpoint.spec import TensorSpec
     from quantcli.core.registry import discover
-    from quantcli.items import dry_run
+    from quantcli.planning.items import dry_run
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
 
@@ -77,9 +77,9 @@ def prepare(
     from quantcli.core.threads import default_workers
     from quantcli.execute import run_head
     from quantcli.journal import check_folder
-    from quantcli.planner import make_plan
+    from quantcli.planning.parts import parse_part
+    from quantcli.planning.planner import make_plan
     from quantcli.publish import check_destination, only_ours, replaced_folder
-    from quantcli.splitting import parse_part
     from quantcli.streaming import memory_estimate
 
     loaded, named, checkpoint = _load(recipe, model, overrides)
@@ -170,7 +170,7 @@ def prepare_calibration(
 ) -> Session:
     """Check all that can be checked before a calibration reads weights."""
     from quantcli.calibration.session import prepare_session
-    from quantcli.planner import make_plan
+    from quantcli.planning.planner import make_plan
 
     loaded, named, checkpoint = _load(recipe, model, overrides, "calibrate")
     made = make_plan(loaded, checkpoint)
@@ -202,7 +202,7 @@ def calibrate(
 
 def check(job: Job) -> None:
     """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
-    from quantcli.planner import check_expectations
+    from quantcli.planning.planner import check_expectations
 
     check_expectations(job.plan)
 
@@ -221,7 +221,7 @@ def quantize(
     plan = job.plan
     if job.session is not None and not job.session.complete:
         from quantcli.calibration.session import load
-        from quantcli.planner import check_expectations, make_plan
+        from quantcli.planning.planner import check_expectations, make_plan
 
         calibrate(job.session, resources, progress)
         plan = make_plan(plan.recipe, plan.checkpoint, load(job.session))

@@ -19,7 +19,7 @@ from quantcli.core.errors import Exit, QuantError, human_bytes
 if TYPE_CHECKING:
     from quantcli.execute import Written
     from quantcli.jobs import Job
-    from quantcli.plan import Plan
+    from quantcli.planning.plan import Plan
 
 _WIDE = 200  # columns where the output is no terminal: nothing is to be cut in a log
 

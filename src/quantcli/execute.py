@@ -18,9 +18,9 @@ from quantcli.core.findings import Finding
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
 from quantcli.journal import Journal, discard, remove_folder
-from quantcli.plan import Plan, Work
+from quantcli.planning.parts import Part, part_head
+from quantcli.planning.plan import Plan, Work
 from quantcli.publish import check_destination, publish
-from quantcli.splitting import Part, part_head
 from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
 from quantcli.targets.base import target_of
 from quantcli.verify.opening import open_for_verification

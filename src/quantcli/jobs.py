@@ -10,8 +10,8 @@ from quantcli.checkpoint.encoded import decoded_kinds
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
-    from quantcli.plan import Plan, Shard
-    from quantcli.splitting import Part
+    from quantcli.planning.parts import Part
+    from quantcli.planning.plan import Plan, Shard
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from quantcli.checkpoint.tensors import read_into
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import MachineError
-from quantcli.plan import Copy, Item, Quantize, Repack, Shard
+from quantcli.planning.plan import Copy, Item, Quantize, Repack, Shard
 
 
 def _read_from(item: Item) -> Iterator[StoredTensor]:

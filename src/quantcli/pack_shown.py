@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from quantcli.execute import Written
     from quantcli.merging import Merge, Merged
     from quantcli.packing import PackJob
-    from quantcli.repacking import Repacking
+    from quantcli.planning.repack import Repacking
 
 
 def show_merge(out: Output, job: Merge) -> None:

@@ -19,8 +19,8 @@ from quantcli.core.registry import discover
 from quantcli.core.threads import default_workers
 from quantcli.execute import Written, execute, run_head
 from quantcli.journal import check_folder
+from quantcli.planning.repack import Repacking, plan_repacking
 from quantcli.publish import check_destination
-from quantcli.repacking import Repacking, plan_repacking
 from quantcli.streaming import memory_estimate
 from quantcli.targets.base import Target
 

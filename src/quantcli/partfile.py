@@ -13,7 +13,7 @@ from typing import Any
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import read_sealed
 from quantcli.core.errors import InputError
-from quantcli.splitting import MOST, Part
+from quantcli.planning.parts import MOST, Part
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
 AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"

@@ -23,8 +23,8 @@ from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
 from quantcli.journal import Journal
 from quantcli.openshard import OpenShard
-from quantcli.plan import Item, Quantize, Repack, Shard, Work
-from quantcli.recoding import recode
+from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.planning.recode import recode
 from quantcli.surveys import Surveys
 from quantcli.targets.module_rows import ModuleReader
 

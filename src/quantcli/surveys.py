@@ -16,8 +16,8 @@ from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import first_not_finite, read_span
 from quantcli.core.errors import InputError
-from quantcli.measured import Edit
-from quantcli.plan import Quantize
+from quantcli.planning.measured import Edit
+from quantcli.planning.plan import Quantize
 from quantcli.schemes.arithmetic import rounding
 
 _BLOCK = 512 * 1024  # elements: what is made of them stays in the cache

@@ -91,7 +91,7 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
     """
     from quantcli.core.events import SILENT
     from quantcli.core.registry import discover
-    from quantcli.outliers import inspect_outliers
+    from quantcli.planning.outliers import inspect_outliers
     from quantcli.targets.base import Target
 
     if page is not None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from quantcli.calibration.store import digest_of
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.disk import file_entry, sha256_of
-from quantcli.splitting import split
+from quantcli.planning.parts import split
 from tests.e2e.calibrating import RECIPE, Models, make_bench
 from tests.e2e.conftest import Box, Faults, Killed, Result, run_cli, snapshot
 

@@ -16,7 +16,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.execute import execute
-from quantcli.plan import Copy, Quantize
+from quantcli.planning.plan import Copy, Quantize
 from tests.families import FAMILIES, make_family, shapes
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from quantcli import streaming
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.execute import execute
-from quantcli.plan import Quantize
-from quantcli.planner import make_plan
+from quantcli.planning.plan import Quantize
+from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
 from tests.measured import held_weight, store
 

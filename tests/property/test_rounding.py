@@ -13,7 +13,7 @@ from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
-from quantcli.items import dry_run
+from quantcli.planning.items import dry_run
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

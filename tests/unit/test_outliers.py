@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.advice import MARGIN_DB, keep_advice, rank
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Silent
-from quantcli.outliers import inspect_outliers
+from quantcli.planning.outliers import MARGIN_DB, inspect_outliers, keep_advice, rank
 from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.registry import discover
-from quantcli.planner import check_expectations, make_plan
+from quantcli.planning.planner import check_expectations, make_plan
 from quantcli.recipe.fields import (
     Calibration,
     Expect,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.layout import Producer
 from quantcli.calibration.skeleton import Segment
-from quantcli.measured import Factors
+from quantcli.planning.measured import Factors
 
 
 def norm_offset(norm: nn.Module) -> int | None:

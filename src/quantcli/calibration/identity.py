@@ -8,7 +8,7 @@ from typing import Any
 from quantcli.calibration.store import digest_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.tensors import read_bytes
-from quantcli.plan import Plan, Quantize
+from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
 _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
@@ -42,11 +42,6 @@ def asked(plan: Plan) -> dict[str, Any]:
     found["the modules that are measured, and how"] = digest_of(measured)
     found["the modules that are quantized"] = digest_of(others)
     return found
-
-
-def quantized_items(plan: Plan) -> list[Quantize]:
-    """Everything that the plan quantizes."""
-    return [item for shard in plan.shards for item in shard.items if isinstance(item, Quantize)]
 
 
 def content_digest(checkpoint: Checkpoint) -> str:

@@ -36,7 +36,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
-from quantcli.measured import Factors
+from quantcli.planning.measured import Factors
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 

@@ -18,7 +18,7 @@ from quantcli.calibration.taps import Matrix
 from quantcli.calibration.wishes import Wishes, unreached
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
-from quantcli.measured import Factors
+from quantcli.planning.measured import Factors
 from quantcli.schemes.base import Learner, Scalable, Schedule, Scheme
 
 

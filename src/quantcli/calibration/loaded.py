@@ -15,7 +15,7 @@ from quantcli.calibration.run import Run
 from quantcli.calibration.states import States
 from quantcli.calibration.taps import Matrices, Matrix
 from quantcli.calibration.watch import Watch, layer_watched, watched
-from quantcli.measured import Factors
+from quantcli.planning.measured import Factors
 from quantcli.schemes.arithmetic.observers import ChannelAmax
 
 

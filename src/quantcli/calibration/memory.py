@@ -8,11 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from quantcli.calibration.hessians import HESSIANS_NBYTES
-from quantcli.calibration.identity import quantized_items
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
-from quantcli.plan import Plan
+from quantcli.planning.plan import Plan, quantized_items
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
 _COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length

@@ -21,11 +21,7 @@ from quantcli.calibration.dataset import (
     source_digest,
 )
 from quantcli.calibration.devices import open_device
-from quantcli.calibration.identity import (
-    asked,
-    content_digest,
-    quantized_items,
-)
+from quantcli.calibration.identity import asked, content_digest
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.skeleton import Skeleton
 from quantcli.calibration.store import (
@@ -41,8 +37,8 @@ from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
-from quantcli.measured import Measured
-from quantcli.plan import Plan
+from quantcli.planning.measured import Measured
+from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
 

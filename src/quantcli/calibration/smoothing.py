@@ -17,7 +17,7 @@ from torch import Tensor
 from quantcli.calibration.layout import LayerLayout, Producer
 from quantcli.calibration.loaded import Layer
 from quantcli.calibration.taps import Matrix
-from quantcli.measured import Factors
+from quantcli.planning.measured import Factors
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13
 

@@ -29,7 +29,7 @@ from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError
-from quantcli.measured import Edit, Factors, Measured
+from quantcli.planning.measured import Edit, Factors, Measured
 
 HEAD = "calibration.json"
 _VERSION = 1

@@ -11,7 +11,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
-from quantcli.measured import Measured
+from quantcli.planning.measured import Measured
 from quantcli.recipe.recipe import Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

@@ -13,10 +13,10 @@ from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.numerics import Module, Numerics
-from quantcli.items import check_siblings, make_items
-from quantcli.matching import assign, served, without_data
-from quantcli.measured import Measured
-from quantcli.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
+from quantcli.planning.items import check_siblings, make_items
+from quantcli.planning.matching import assign, served, without_data
+from quantcli.planning.measured import Measured
+from quantcli.planning.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Output, Refusal, Target, others_that_store

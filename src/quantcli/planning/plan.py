@@ -18,7 +18,7 @@ from quantcli.checkpoint.header import StoredTensor, encode_header
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.numerics import Numerics
-from quantcli.measured import Edit
+from quantcli.planning.measured import Edit
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -297,3 +297,8 @@ class Plan(Work):
             "quantized_params_pct": round(self.quantized_params_pct, 4),
             "recipe": self.recipe.effective(),
         }
+
+
+def quantized_items(plan: Plan) -> list[Quantize]:
+    """Everything that the plan quantizes."""
+    return [item for shard in plan.shards for item in shard.items if isinstance(item, Quantize)]

@@ -15,8 +15,8 @@ from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
-from quantcli.measured import Edit, Measured
-from quantcli.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
+from quantcli.planning.measured import Edit, Measured
+from quantcli.planning.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target

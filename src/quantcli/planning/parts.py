@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.core.errors import InputError
-from quantcli.plan import Shard, Work
+from quantcli.planning.plan import Shard, Work
 
 MOST = 100_000
 

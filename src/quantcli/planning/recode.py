@@ -15,7 +15,7 @@ from torch import Tensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Parts, multiplier
-from quantcli.plan import Repack
+from quantcli.planning.plan import Repack
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
 from quantcli.targets.base import Target
 
