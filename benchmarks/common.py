@@ -84,7 +84,7 @@ def quantize_to(
 ) -> None:
     """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
     from quantcli import commands
-    from quantcli.execute import execute
+    from quantcli.convert.execute import execute
 
     job = commands.prepare(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}

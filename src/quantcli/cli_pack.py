@@ -111,7 +111,8 @@ def _merge(
     fresh: bool,
     force: bool,
 ) -> None:
-    from quantcli import merging, pack_shown, progress
+    from quantcli import pack_shown, progress
+    from quantcli.convert import merge as merging
 
     job = merging.prepare_merge(folders, out, workers=workers, fresh=fresh, force=force)
     if not output.as_json and (plan or not output.quiet):

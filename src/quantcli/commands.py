@@ -19,8 +19,8 @@ from quantcli.jobs import Job
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources, Session
     from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.convert.execute import Written
     from quantcli.core.events import Progress
-    from quantcli.execute import Written
     from quantcli.planning.plan import Plan
     from quantcli.recipe.recipe import Recipe
 
@@ -73,14 +73,14 @@ def prepare(
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
     `expect` block: see `check`. part: as in "2/3"; it goes to `out`.part-2-of-3.
     """
+    from quantcli.convert.execute import run_head
+    from quantcli.convert.journal import check_folder
+    from quantcli.convert.publish import check_destination, only_ours, replaced_folder
+    from quantcli.convert.shards import memory_estimate
     from quantcli.core.place import check_space, partial_folder
     from quantcli.core.threads import default_workers
-    from quantcli.execute import run_head
-    from quantcli.journal import check_folder
     from quantcli.planning.parts import parse_part
     from quantcli.planning.planner import make_plan
-    from quantcli.publish import check_destination, only_ours, replaced_folder
-    from quantcli.streaming import memory_estimate
 
     loaded, named, checkpoint = _load(recipe, model, overrides)
     made = make_plan(loaded, checkpoint)
@@ -214,8 +214,8 @@ def quantize(
 
     Interrupted, the same job continues where it stopped.
     """
+    from quantcli.convert.execute import execute
     from quantcli.core.events import SILENT
-    from quantcli.execute import execute
 
     check(job)
     plan = job.plan

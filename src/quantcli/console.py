@@ -17,7 +17,7 @@ from quantcli.checkpoint.files import STALE
 from quantcli.core.errors import Exit, QuantError, human_bytes
 
 if TYPE_CHECKING:
-    from quantcli.execute import Written
+    from quantcli.convert.execute import Written
     from quantcli.jobs import Job
     from quantcli.planning.plan import Plan
 

@@ -8,8 +8,8 @@ from quantcli.console import Output, count
 from quantcli.core.errors import human_bytes
 
 if TYPE_CHECKING:
-    from quantcli.execute import Written
-    from quantcli.merging import Merge, Merged
+    from quantcli.convert.execute import Written
+    from quantcli.convert.merge import Merge, Merged
     from quantcli.packing import PackJob
     from quantcli.planning.repack import Repacking
 

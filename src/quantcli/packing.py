@@ -12,16 +12,16 @@ from pydantic import ValidationError
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.hub import find_model
+from quantcli.convert.execute import Written, execute, run_head
+from quantcli.convert.journal import check_folder
+from quantcli.convert.publish import check_destination
+from quantcli.convert.shards import memory_estimate
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
 from quantcli.core.registry import discover
 from quantcli.core.threads import default_workers
-from quantcli.execute import Written, execute, run_head
-from quantcli.journal import check_folder
 from quantcli.planning.repack import Repacking, plan_repacking
-from quantcli.publish import check_destination
-from quantcli.streaming import memory_estimate
 from quantcli.targets.base import Target
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from quantcli import commands
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.spec import torch_dtype
+from quantcli.convert.execute import execute
 from quantcli.core.errors import InputError
-from quantcli.execute import execute
 from quantcli.planning.plan import Copy, Quantize
 from tests.families import FAMILIES, make_family, shapes
 

@@ -118,7 +118,7 @@ def test_as_the_float_model(box: Box, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_and_workers_change_nothing(box: Box, kind: str) -> None:
-    from quantcli.execute import execute
+    from quantcli.convert.execute import execute
 
     source, _ = make_source(box.root, kind)
     outs = []

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import streaming
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.convert import shards as streaming
+from quantcli.convert.execute import execute
 from quantcli.core.errors import InputError
-from quantcli.execute import execute
 from quantcli.planning.plan import Quantize
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.execute import execute
+from quantcli.convert.execute import execute
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
 from tests.measured import store

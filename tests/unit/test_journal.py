@@ -8,8 +8,8 @@ import os
 import pytest
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST
+from quantcli.convert.journal import DoneShard, Journal, check_folder, discard, remove_folder
 from quantcli.core.errors import InputError, MachineError
-from quantcli.journal import DoneShard, Journal, check_folder, discard, remove_folder
 
 HEAD = {"plan": "p", "checksum": True, "source": {"a": [1, 2]}}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from quantcli.convert.publish import check_destination, publish
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.place import check_space, partial_folder
-from quantcli.publish import check_destination, publish
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST, PART
+from quantcli.convert.journal import discard
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, partial_folder
-from quantcli.journal import discard
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

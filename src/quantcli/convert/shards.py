@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.blocks import Known, copy_block, quantize_block, read_known
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import tensor_bytes
-from quantcli.core.disk import file_entry
+from quantcli.checkpoint.tensors import read_into, tensor_bytes
+from quantcli.checkpoint.writer import ShardWriter
+from quantcli.convert.block import Known, Surveys, copy_block, quantize_block, read_known
+from quantcli.convert.journal import Journal
+from quantcli.core.disk import disk_errors, file_entry
+from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
-from quantcli.journal import Journal
-from quantcli.openshard import OpenShard
-from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.planning.plan import Copy, Item, Quantize, Repack, Shard, Work
 from quantcli.planning.recode import recode
-from quantcli.surveys import Surveys
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
@@ -257,3 +258,63 @@ def _share(stored: StoredTensor, rows: int) -> int:
 def _multiple(rows: int, of: int) -> int:
     """About so many rows, and at least one, as a multiple."""
     return max(of, rows // of * of)
+
+
+def _read_from(item: Item) -> Iterator[StoredTensor]:
+    """The source tensors that are read, block by block, for an item; those that are decoded, and
+    modules that are packed anew, open their own files."""
+    if not isinstance(item.source, Encoded) and not isinstance(item, Repack):
+        yield item.source
+    if not isinstance(item, Copy) and item.bias is not None:
+        yield item.bias
+
+
+class OpenShard:
+    """A shard being written and the source files that it is read from."""
+
+    def __init__(self, shard: Shard, folder: Path, jobs: int) -> None:
+        self.shard = shard
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._sources: dict[Path, int] = {}
+        self.writer = ShardWriter(folder, shard.file, shard.tensors)
+        try:
+            for path in {stored.file for item in shard.items for stored in _read_from(item)}:
+                with disk_errors(path):
+                    self._sources[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except MachineError:
+            self.abandon()
+            raise
+
+    def job_done(self) -> bool:
+        """Count a job; whether it was the last one."""
+        with self._lock:
+            self._jobs -= 1
+            return self._jobs == 0
+
+    def read(self, stored: StoredTensor, offset: int, block: memoryview) -> None:
+        """Fill `block` from byte `offset` of a tensor that an item is made from."""
+        read_into(self._sources[stored.file], stored, offset, block)
+
+    def bias(self, item: Quantize | Repack, start: int, count: int) -> Tensor | None:
+        """The bias of some rows [n] of an item, where it has one that matters."""
+        if item.bias is None:
+            return None
+        width = item.bias.spec.row_nbytes
+        raw = bytearray(count * width)
+        self.read(item.bias, start * width, memoryview(raw))
+        return torch.frombuffer(raw, dtype=torch_dtype(item.bias.spec.dtype))
+
+    def finish(self) -> None:
+        """The shard is whole: give it its name."""
+        self._close_sources()
+        self.writer.finish()
+
+    def abandon(self) -> None:
+        """Close everything; what was written stays under its temporary name."""
+        self._close_sources()
+        self.writer.abandon()
+
+    def _close_sources(self) -> None:
+        while self._sources:
+            os.close(self._sources.popitem()[1])

@@ -11,17 +11,17 @@ from typing import Any, Generic, TypeVar
 from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
+from quantcli.convert.journal import Journal, discard, remove_folder
+from quantcli.convert.publish import check_destination, publish
+from quantcli.convert.shards import BLOCK_ELEMENTS, ShardRun
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.findings import Finding
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
-from quantcli.journal import Journal, discard, remove_folder
 from quantcli.planning.parts import Part, part_head
 from quantcli.planning.plan import Plan, Work
-from quantcli.publish import check_destination, publish
-from quantcli.streaming import BLOCK_ELEMENTS, ShardRun
 from quantcli.targets.base import target_of
 from quantcli.verify.opening import open_for_verification
 from quantcli.verify.structure import verify_structure

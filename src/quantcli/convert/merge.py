@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import MANIFEST
+from quantcli.convert.execute import close_folder, copy_file, verified
+from quantcli.convert.journal import Journal, check_folder, remove_folder
+from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
+from quantcli.convert.publish import check_destination, publish
 from quantcli.core.disk import disk_errors, file_entry
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
 from quantcli.core.threads import default_workers
-from quantcli.execute import close_folder, copy_file, verified
-from quantcli.journal import Journal, check_folder, remove_folder
-from quantcli.partfile import AGAIN, PartFolder, check_set, read_part
-from quantcli.publish import check_destination, publish
 
 
 @dataclass(frozen=True)
