@@ -19,8 +19,8 @@ import torch
 
 from perplexity import ROOT, inject, windows
 from quantcli import commands
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.served import Forward, Served, log_probs
+from quantcli.calibration.replay.served import Forward, Served, log_probs
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 
 NEAREST = """\

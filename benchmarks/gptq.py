@@ -25,11 +25,11 @@ from torch import Tensor
 
 from common import ROOT, Line, finish, parser, workplace
 from quantcli import commands
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.replay import Replay
-from quantcli.calibration.served import Forward, Served, token_log_probs
-from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.replay import Replay
+from quantcli.calibration.replay.served import Forward, Served, token_log_probs
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
 

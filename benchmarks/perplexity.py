@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli import commands
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.served import Served, log_probs
+from quantcli.calibration.replay.served import Served, log_probs
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from quantcli.calibration.dataset import Batch, quiet
-from quantcli.calibration.replay import Replay
-from quantcli.calibration.skeleton import Skeleton
+from quantcli.calibration.replay.replay import Replay
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.text.dataset import Batch, quiet
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
 

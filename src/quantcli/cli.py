@@ -285,7 +285,7 @@ def verify(
 
 
 def _resources(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
-    from quantcli.calibration.devices import check_device
+    from quantcli.calibration.replay.devices import check_device
     from quantcli.calibration.session import Resources
     from quantcli.core.threads import default_workers
     from quantcli.recipe.fields import parse_size

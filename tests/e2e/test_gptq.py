@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from quantcli import commands
-from quantcli.calibration import hessians, rounding, session
-from quantcli.calibration.rounding import RoundingPass
+from quantcli.calibration import session
+from quantcli.calibration.methods import hessians, rounding
+from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.session import Resources
 from quantcli.core.events import Silent
 from quantcli.schemes.arithmetic import gptq

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantcli import commands
-from quantcli.calibration.served import Served, log_probs
+from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcli.calibration.served import Served
+from quantcli.calibration.replay.served import Served
 from tests.e2e.conftest import run_cli
 
 ROOT = Path(__file__).parents[2]

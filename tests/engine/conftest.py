@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantcli import commands
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.served import Served, log_probs
+from quantcli.calibration.replay.served import Served, log_probs
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from tests.engine.harness import PYTHON, ROOT, Answer, serve, windows
 from tests.tiny_models import make_tiny

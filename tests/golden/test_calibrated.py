@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantcli import commands
-from quantcli.calibration.dataset import TextSource, load_dataset
-from quantcli.calibration.engine import Engine
-from quantcli.calibration.served import Served
-from quantcli.calibration.taps import Matrices, Tap
+from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.served import Served
+from quantcli.calibration.replay.taps import Matrices, Tap
+from quantcli.calibration.text.dataset import TextSource, load_dataset
 from tests.replaying import CPU, Memory, Replayed
 
 DATA = Path(__file__).parent / "data"

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantcli.calibration import documents
-from quantcli.calibration.dataset import (
+from quantcli.calibration.text import documents
+from quantcli.calibration.text.dataset import (
     Dataset,
     TextSource,
     check_source,
@@ -164,7 +164,7 @@ def test_a_batch_holds_at_least_one_sample(tmp_path: Path) -> None:
 def test_pieces_of_a_long_text_are_cut_at_lines(
     tmp_path: Path, encode: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantcli.calibration.dataset.PIECE", 20)
+    monkeypatch.setattr("quantcli.calibration.text.dataset.PIECE", 20)
     text = "One line.\nTwo.\nA line that is longer than any piece is\nend"
     pieces = ["One line.\nTwo.\n", "A line that is longe", "r than any piece is\n", "end"]
     assert "".join(pieces) == text

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.calibration import hessians
-from quantcli.calibration.taps import Matrix
+from quantcli.calibration.methods import hessians
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.schemes.arithmetic import gptq as module
 from quantcli.schemes.arithmetic.gptq import Feedback, factorize, gptq
 

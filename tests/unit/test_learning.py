@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantcli.calibration.dataset import Batch
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.run import Run
-from quantcli.calibration.wishes import Quantized, Wishes
+from quantcli.calibration.loaded import Run
+from quantcli.calibration.policy import Quantized, Wishes
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant

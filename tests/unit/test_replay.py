@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quantcli.calibration.calls import Outline
-from quantcli.calibration.skeleton import Segment, Skeleton
+from quantcli.calibration.replay.calls import Outline
+from quantcli.calibration.replay.skeleton import Segment, Skeleton
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from tests.replaying import CPU, Replayed, make_batches, ordinary_logits

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantcli.calibration.dataset import Batch
+from quantcli.calibration.channels import LayerLayout, norm_offset, scale_norm
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.folding import norm_offset, scale_norm
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.layout import LayerLayout
-from quantcli.calibration.run import Run
-from quantcli.calibration.taps import Matrices, Tap
-from quantcli.calibration.wishes import Quantized, Wishes
+from quantcli.calibration.loaded import Run
+from quantcli.calibration.policy import Quantized, Wishes
+from quantcli.calibration.replay.taps import Matrices, Tap
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
 from tests.replaying import CPU, Memory, Replayed, make_batches

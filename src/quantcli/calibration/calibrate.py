@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.calibration.dataset import Batch
 from quantcli.calibration.layer import LayerRun, empty_report
-from quantcli.calibration.replay import Replay
-from quantcli.calibration.run import Run
-from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.states import States, StatesWriter, load_states
+from quantcli.calibration.loaded import Run
+from quantcli.calibration.policy import Wishes
+from quantcli.calibration.replay.replay import Replay
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.replay.states import States, StatesWriter, load_states
 from quantcli.calibration.store import Store
-from quantcli.calibration.wishes import Wishes
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress

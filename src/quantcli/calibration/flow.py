@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantcli.calibration.taps import (
+from quantcli.calibration.replay.taps import (
     Listener,
     Matrices,
     Matrix,

@@ -15,23 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantcli.calibration.engine import Engine
+from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.layout import LayerLayout
-from quantcli.calibration.learned import groups, learn
-from quantcli.calibration.learning import Course
-from quantcli.calibration.loaded import Layer
-from quantcli.calibration.replay import Sink
-from quantcli.calibration.rounding import RoundingPass
-from quantcli.calibration.run import Run
+from quantcli.calibration.loaded import Layer, Run
+from quantcli.calibration.methods.learning import Course, groups, learn
+from quantcli.calibration.methods.rounding import RoundingPass
+from quantcli.calibration.methods.smoothing import smooth
+from quantcli.calibration.policy import not_finite, unreached
+from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.replay import Sink
+from quantcli.calibration.replay.skeleton import Read
+from quantcli.calibration.replay.states import States
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.calibration.shown import quantized, running
-from quantcli.calibration.skeleton import Read
-from quantcli.calibration.smoothing import smooth
-from quantcli.calibration.states import States
 from quantcli.calibration.store import pack_edits
-from quantcli.calibration.taps import Matrices, Matrix, Tap
 from quantcli.calibration.watch import Watch
-from quantcli.calibration.wishes import not_finite, unreached
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError

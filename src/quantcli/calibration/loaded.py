@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.folding import fold, norm_offset, scale_norm
-from quantcli.calibration.layout import LayerLayout, Producer
-from quantcli.calibration.replay import Sink
-from quantcli.calibration.run import Run
-from quantcli.calibration.states import States
-from quantcli.calibration.taps import Matrices, Matrix
+from quantcli.calibration.channels import LayerLayout, Producer, fold, norm_offset, scale_norm
+from quantcli.calibration.policy import Wishes
+from quantcli.calibration.replay.replay import Replay, Sink
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.replay.states import States
+from quantcli.calibration.replay.taps import Matrices, Matrix
+from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.planning.measured import Factors
 from quantcli.schemes.arithmetic.observers import ChannelAmax
@@ -89,3 +90,20 @@ class Layer:
                 new = {str(stored[suffix]): Factors(value=tensor) for suffix, tensor in made.items()}
                 return new, real
         return {}, torch.ones_like(scale)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The replay's last batch is the probe. workers: threads for work outside of the replay.
+
+    held_targets: bytes of a layer's float outputs that may be held while it learns.
+    """
+
+    skeleton: Skeleton
+    replay: Replay
+    batches: list[Batch]
+    probe: Batch
+    wishes: Wishes
+    device: torch.device
+    workers: int = 1
+    held_targets: int = 0

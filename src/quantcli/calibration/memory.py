@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from quantcli.calibration.hessians import HESSIANS_NBYTES
-from quantcli.calibration.skeleton import Skeleton
+from quantcli.calibration.methods.hessians import HESSIANS_NBYTES
+from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Plan, quantized_items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,20 @@ import torch
 from quantcli import __version__
 from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
-from quantcli.calibration.dataset import (
+from quantcli.calibration.memory import BATCH_TOKENS
+from quantcli.calibration.policy import Quantized, Wishes, unreached
+from quantcli.calibration.replay.devices import open_device
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.store import (
+    Key,
+    Store,
+    check_free,
+    check_store,
+    digest_of,
+    load_measured,
+    reports,
+)
+from quantcli.calibration.text.dataset import (
     TextSource,
     check_length,
     check_source,
@@ -20,20 +34,9 @@ from quantcli.calibration.dataset import (
     model_limits,
     source_digest,
 )
-from quantcli.calibration.devices import open_device
-from quantcli.calibration.identity import asked, content_digest
-from quantcli.calibration.memory import BATCH_TOKENS
-from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.store import (
-    Key,
-    Store,
-    check_free,
-    check_store,
-    load_measured,
-    reports,
-)
-from quantcli.calibration.wishes import Quantized, Wishes, unreached
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
+from quantcli.checkpoint.tensors import read_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
@@ -262,3 +265,47 @@ def summary(session: Session) -> dict[str, Any]:
         "samples": session.source.samples,
         "length": session.source.length,
     }
+
+
+_SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
+
+
+def asked(plan: Plan) -> dict[str, Any]:
+    """All that decides what is measured, but for model and data; flat, to name what differs.
+
+    Schemes that need no data count only where their arithmetic is shown to later layers. What a scheme
+    is counts only there, and where codes are chosen against its scales.
+    """
+    file = plan.recipe.file
+    block = (file.calibration or Calibration()).model_dump(exclude={"data"})
+    found = {f"calibration.{key}": value for key, value in block.items()}
+    found["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
+    found["the serving dtype"] = plan.serving_dtype
+    if file.smooth is not None:
+        found |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
+    shown = block["inputs"] != "float"
+    learns = any(item.scheme.schedule for item in quantized_items(plan))
+    measured, others = dict[str, Any](), list[Any]()
+    for item in quantized_items(plan):
+        how = [item.scheme.model_dump(mode="json"), list(item.held)]
+        if item.module in plan.measured:
+            named = shown or item.asked & item.scheme.row_stats
+            measured[item.module] = [item.scheme.name if named else "", *how]
+        elif shown:
+            others.append([item.module, item.scheme.name, *how])
+        elif file.smooth is not None or learns:
+            others.append(item.module)  # a float module may read the channels that are scaled
+    found["the modules that are measured, and how"] = digest_of(measured)
+    found["the modules that are quantized"] = digest_of(others)
+    return found
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
+    digest = hashlib.sha256(checkpoint.fingerprint.encode())
+    tensors = list(checkpoint.on_disk.values())
+    step = -(-len(tensors) // _SAMPLED)
+    for stored in tensors[:: max(1, step)]:
+        size = min(_SAMPLED, stored.spec.nbytes)
+        digest.update(read_bytes(stored, (stored.spec.nbytes - size) // 2, size))
+    return digest.hexdigest()

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantcli.calibration.engine import Arithmetic, Quantizer
-from quantcli.calibration.wishes import Wishes
+from quantcli.calibration.policy import Wishes
+from quantcli.calibration.replay.engine import Arithmetic, Quantizer
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 
 

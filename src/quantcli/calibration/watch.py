@@ -10,9 +10,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from quantcli.calibration.dataset import Batch
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.taps import Listener, Matrices, Matrix, Tap
+from quantcli.calibration.replay.taps import Listener, Matrices, Matrix, Tap
+from quantcli.calibration.text.dataset import Batch
 
 
 class Looker(Protocol):

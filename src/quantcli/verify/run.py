@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.dataset import Batch, TextSource, load_dataset, model_limits
-from quantcli.calibration.served import Forward, Served, token_log_probs
-from quantcli.calibration.states import States
+from quantcli.calibration.replay.served import Forward, Served, token_log_probs
+from quantcli.calibration.replay.states import States
+from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress

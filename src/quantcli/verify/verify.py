@@ -18,7 +18,7 @@ from quantcli.verify.report import Report
 from quantcli.verify.structure import verify_structure
 
 if TYPE_CHECKING:
-    from quantcli.calibration.dataset import Batch
+    from quantcli.calibration.text.dataset import Batch
     from quantcli.verify.reference import Reference
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.library import build_model, conversions
+from quantcli.calibration.replay.library import build_model, conversions
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.engine import Engine
-from quantcli.calibration.replay import Replay, Sink
-from quantcli.calibration.skeleton import Skeleton
-from quantcli.calibration.states import States, StatesWriter
-from quantcli.calibration.taps import Matrices, Tap
+from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.replay import Replay, Sink
+from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.replay.states import States, StatesWriter
+from quantcli.calibration.replay.taps import Matrices, Tap
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantcli.calibration.skeleton import Segment
-from quantcli.calibration.taps import Matrix
+from quantcli.calibration.replay.skeleton import Segment
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.numerics import Parts
 
 

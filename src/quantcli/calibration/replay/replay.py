@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.calls import Call, Outline, Shared
-from quantcli.calibration.dataset import Batch
-from quantcli.calibration.outside import outside
-from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.calibration.replay.calls import Call, Outline, Shared
+from quantcli.calibration.replay.outside import outside
+from quantcli.calibration.replay.skeleton import Read, Skeleton
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, MachineError, QuantError
 

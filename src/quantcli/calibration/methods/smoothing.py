@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.calibration.layout import LayerLayout, Producer
+from quantcli.calibration.channels import LayerLayout, Producer
 from quantcli.calibration.loaded import Layer
-from quantcli.calibration.taps import Matrix
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.planning.measured import Factors
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13

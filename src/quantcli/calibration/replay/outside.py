@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantcli.calibration.skeleton import Read, Skeleton
+from quantcli.calibration.replay.skeleton import Read, Skeleton
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_rows
 

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.calibration.engine import Arithmetic, Engine
-from quantcli.calibration.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
-from quantcli.calibration.layout import LayerLayout, shape_of
-from quantcli.calibration.run import Run
+from quantcli.calibration.channels import LayerLayout, shape_of
+from quantcli.calibration.loaded import Run
+from quantcli.calibration.methods.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
+from quantcli.calibration.policy import Wishes, not_finite
+from quantcli.calibration.replay.engine import Arithmetic, Engine
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.shown import quantized
-from quantcli.calibration.taps import Matrix
 from quantcli.calibration.watch import Watch
-from quantcli.calibration.wishes import Wishes, not_finite
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span

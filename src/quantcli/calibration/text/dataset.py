@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.calibration.documents import (
+from quantcli.calibration.text.documents import (
     PIECE,
     Document,
     check_data,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantcli.calibration.dataset import quiet
-from quantcli.calibration.documents import sentence
+from quantcli.calibration.text.dataset import quiet
+from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.core.errors import InputError
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quantcli.calibration.taps import Matrix
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.threads import thread_pool
 from quantcli.schemes.arithmetic.gptq import Each, in_turn
 

@@ -1,0 +1,1 @@
+"""What is decided from a layer and its inputs: smoothing, learning, ranges, rounding."""

@@ -1,0 +1,1 @@
+"""Text for calibration: documents, windows of tokens, batches."""
