@@ -20,7 +20,7 @@ from pathlib import Path
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.errors import QuantError
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
 
 MANIFEST = "quantcli_manifest.json"
 

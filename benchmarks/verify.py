@@ -53,7 +53,7 @@ def main() -> None:
     options = arguments.parse_args()
     import torch
 
-    from quantcli.verify.verify import Wanted, verify
+    from quantcli.verification.depths import Wanted, verify
 
     torch.set_num_threads(1)
     lines = []
@@ -114,7 +114,7 @@ def main() -> None:
 
 def structure(folder: Path) -> Line:
     """10,000 tensors in 200 shards, of which no byte is read: the files have holes for weights."""
-    from quantcli.verify.structure import verify_structure
+    from quantcli.verification.structure import verify_structure
 
     model, out = folder / "wide", folder / "wide-out"
     specs = qwen3(480, hidden=64, vocab=64)

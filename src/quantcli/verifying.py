@@ -41,9 +41,9 @@ def verify(
     """
     from quantcli.core.events import SILENT
     from quantcli.core.threads import default_workers
-    from quantcli.verify.junit import junit as as_junit
-    from quantcli.verify.verify import Wanted, document
-    from quantcli.verify.verify import verify as work
+    from quantcli.verification.depths import Wanted, document
+    from quantcli.verification.depths import verify as work
+    from quantcli.verification.report.junit import junit as as_junit
 
     limits = {"min-sqnr": min_sqnr, "max-ppl-ratio": max_ppl_ratio, "max-kl": max_kl}
     for name, value in limits.items():
@@ -56,7 +56,7 @@ def verify(
                 what = "would become part of the checkpoint that is verified"
                 raise InputError(what, where=f"{option} {file}", fix="give a file beside it")
     if page is not None:
-        from quantcli.verify.page import require_plotly
+        from quantcli.verification.report.page import require_plotly
 
         require_plotly()
     wanted = Wanted(
@@ -78,7 +78,7 @@ def verify(
     if junit is not None:
         write_file(junit.resolve(), as_junit(found))
     if page is not None:
-        from quantcli.verify.page import page as as_page
+        from quantcli.verification.report.page import page as as_page
 
         write_file(page.resolve(), as_page(found).encode())
     return found
@@ -95,7 +95,7 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
     from quantcli.targets.base import Target
 
     if page is not None:
-        from quantcli.verify.page import require_plotly
+        from quantcli.verification.report.page import require_plotly
 
         require_plotly()
         check_file("--report", page)
@@ -103,7 +103,7 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
     checkpoint = open_checkpoint(find_model(model))
     found = inspect_outliers(checkpoint, target, progress=progress or SILENT)
     if page is not None:
-        from quantcli.verify.outlierpage import outliers_page
+        from quantcli.verification.report.outliers import outliers_page
 
         write_file(page.resolve(), outliers_page(str(checkpoint.path), found["modules"]).encode())
     return found

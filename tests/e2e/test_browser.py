@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from quantcli.verify.page import outliers_page, page
+from quantcli.verification.report.page import outliers_page, page
 from tests import reports
 
 pytestmark = pytest.mark.browser

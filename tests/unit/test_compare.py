@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.verify import compare as module
-from quantcli.verify.compare import Factors, compare
-from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verification import compare as module
+from quantcli.verification.compare import Factors, compare
+from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
 
 
 class Held:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from quantcli.verify.edits import Candidate, choose
+from quantcli.verification.edits import Candidate, choose
 
 
 @dataclass

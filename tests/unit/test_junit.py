@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantcli.verify.junit import junit
+from quantcli.verification.report.junit import junit
 from tests import reports
 
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from quantcli.core.errors import MachineError
-from quantcli.verify import words
-from quantcli.verify.charts import overall
-from quantcli.verify.grid import lay_out
-from quantcli.verify.page import outliers_page, page, require_plotly
+from quantcli.verification.report import words
+from quantcli.verification.report.charts import overall
+from quantcli.verification.report.heatmap import lay_out
+from quantcli.verification.report.page import outliers_page, page, require_plotly
 from tests import reports
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantcli.verify.sizes import check_sizes
+from quantcli.verification.sizes import check_sizes
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 PLAIN = {"q": (128, 64), "k": (64, 64), "v": (64, 64), "o": (64, 128)}

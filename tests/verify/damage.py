@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verify.report import CHECKS, Report
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.outcome import CHECKS, Report
 from tests.verify.stock import TEXT, Good, Stock
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
 from tests.e2e.calibrating import ROOT
 from tests.verify.damage import good_of
 

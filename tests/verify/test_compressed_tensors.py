@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
 from tests.verify.damage import (
     CONFIG,
     Copy,

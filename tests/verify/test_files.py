@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
 from tests.verify.damage import (
     CONFIG,
     DESCRIPTION,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantcli.verify.verify import Wanted, verify
+from quantcli.verification.depths import Wanted, verify
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
          "multimodal")  # fmt: skip

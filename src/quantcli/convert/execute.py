@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.journal import Journal, discard, remove_folder
@@ -17,23 +16,13 @@ from quantcli.convert.shards import BLOCK_ELEMENTS, ShardRun
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.findings import Finding
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
 from quantcli.planning.parts import Part, part_head
 from quantcli.planning.plan import Plan, Work
-from quantcli.targets.base import target_of
-from quantcli.verify.opening import open_for_verification
-from quantcli.verify.structure import verify_structure
+from quantcli.verification.structure import verified
 
 _CHUNK = 2**20  # bytes
-_OF_SOURCE = {
-    "layers",
-    "sizes",
-    "experts",
-    "files",
-    "tp",
-}  # checks that fail where the model was not whole
 
 
 P = TypeVar("P", bound=Work)
@@ -139,25 +128,6 @@ def close_folder(
     write_file(folder / listing, encode_manifest({**head, "files": dict(sorted(files.items()))}))
     with disk_errors(folder):
         sync_folder(folder)
-
-
-def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
-    """What is wrong with a checkpoint of ours that is to be published, told from its headers.
-
-    First what must not be, then, in words, where its source is at fault.
-    """
-    opened = open_for_verification(folder)
-    checkpoint = opened.checkpoint
-    if checkpoint and target_of(checkpoint) is None and quantization(checkpoint) is None:
-        # a plain float model, of no engine's own format
-        errors = [finding for finding in opened.findings if finding.severity == "error"]
-    else:
-        errors = verify_structure(folder).report.errors
-    return [finding for finding in errors if finding.check not in _OF_SOURCE], tuple(
-        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "")
-        for f in errors
-        if f.check in _OF_SOURCE
-    )
 
 
 def _remove_strangers(folder: Path, expected: set[str]) -> None:

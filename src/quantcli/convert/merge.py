@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.convert.execute import close_folder, copy_file, verified
+from quantcli.convert.execute import close_folder, copy_file
 from quantcli.convert.journal import Journal, check_folder, remove_folder
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
 from quantcli.convert.publish import check_destination, publish
@@ -19,6 +19,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
 from quantcli.core.threads import default_workers
+from quantcli.verification.structure import verified
 
 
 @dataclass(frozen=True)

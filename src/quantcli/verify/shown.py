@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from quantcli.console import Output, count
-from quantcli.verify import words
+from quantcli.verification.report import words
 
 _FINDINGS = 10  # that show; more where more checks have any, so that each has one
 _MODULES = 10

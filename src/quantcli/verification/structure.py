@@ -17,9 +17,9 @@ from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import own_names
-from quantcli.verify.opening import open_for_verification
-from quantcli.verify.report import Report
-from quantcli.verify.sizes import check_sizes
+from quantcli.verification.opening import open_for_verification
+from quantcli.verification.outcome import Report
+from quantcli.verification.sizes import check_sizes
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOKENIZERS = (
@@ -145,3 +145,31 @@ def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
             )
             what = f"lacks `{min(lacking)}`, which other layers have"
             yield failed("layers", what, f"`{stack}.{indices[0]}`", _AGAIN)
+
+
+_OF_SOURCE = {
+    "layers",
+    "sizes",
+    "experts",
+    "files",
+    "tp",
+}  # checks that fail where the model was not whole
+
+
+def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
+    """What is wrong with a checkpoint of ours that is to be published, told from its headers.
+
+    First what must not be, then, in words, where its source is at fault.
+    """
+    opened = open_for_verification(folder)
+    checkpoint = opened.checkpoint
+    if checkpoint and target_of(checkpoint) is None and quantization(checkpoint) is None:
+        # a plain float model, of no engine's own format
+        errors = [finding for finding in opened.findings if finding.severity == "error"]
+    else:
+        errors = verify_structure(folder).report.errors
+    return [finding for finding in errors if finding.check not in _OF_SOURCE], tuple(
+        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "")
+        for f in errors
+        if f.check in _OF_SOURCE
+    )

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantcli.verify import words
-from quantcli.verify.charts import histogram, layer_line, overall, perplexity_line
-from quantcli.verify.grid import Module, lay_out
-from quantcli.verify.heatmap import Quantity, heat_map, left_out, numbers, size
-from quantcli.verify.markup import Chart, Html, Page, facts, section, table, tag
-from quantcli.verify.outlierpage import outlier_section, outliers_page
-from quantcli.verify.plots import require_plotly
+from quantcli.verification.report import words
+from quantcli.verification.report.charts import (
+    histogram,
+    layer_line,
+    overall,
+    perplexity_line,
+    require_plotly,
+)
+from quantcli.verification.report.heatmap import (
+    Module,
+    Quantity,
+    heat_map,
+    lay_out,
+    left_out,
+    numbers,
+    size,
+)
+from quantcli.verification.report.markup import Chart, Html, Page, facts, section, table, tag
+from quantcli.verification.report.outliers import outlier_section, outliers_page
 
 __all__ = ["outliers_page", "page", "require_plotly"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
-from quantcli.verify import words
+from quantcli.verification.report import words
 
 _LIMITS = {"max_ppl_ratio": "perplexity", "max_kl": "kl"}  # the check that fails beyond each
 

@@ -17,8 +17,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
-from quantcli.verify.reference import Reference
-from quantcli.verify.structure import Structure
+from quantcli.verification.reference import Reference
+from quantcli.verification.structure import Structure
 
 _BATCH_TOKENS = 2048
 _OWN = 1  # batches on which a layer's own error is measured

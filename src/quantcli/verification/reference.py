@@ -20,7 +20,7 @@ from quantcli.sources.decode import decoded
 from quantcli.targets.base import Stored, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
-from quantcli.verify.compare import rows_of
+from quantcli.verification.compare import rows_of
 
 _BLOCK = 2**20  # bytes that are compared together
 

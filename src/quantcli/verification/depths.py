@@ -14,12 +14,12 @@ from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.recipe.fields import Verify
-from quantcli.verify.report import Report
-from quantcli.verify.structure import verify_structure
+from quantcli.verification.outcome import Report
+from quantcli.verification.structure import verify_structure
 
 if TYPE_CHECKING:
     from quantcli.calibration.text.dataset import Batch
-    from quantcli.verify.reference import Reference
+    from quantcli.verification.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
     if structure.stored is None:
         return report
     if wanted.full:
-        from quantcli.verify.full import verify_full
+        from quantcli.verification.full import verify_full
 
         verify_full(structure, wanted.workers, progress)
     if wanted.against is None:
         return report
-    from quantcli.verify.against import verify_against
-    from quantcli.verify.reference import open_reference
+    from quantcli.verification.against import verify_against
+    from quantcli.verification.reference import open_reference
 
     reference = open_reference(wanted.against)
     batches = _batches(wanted, reference, progress) if wanted.run else ()  # or what is wrong with it
     verify_against(structure, reference, report.limits["min_sqnr"], wanted.workers, progress)
     # what cannot be read cannot be run
     if wanted.run and not any(f.check in {"headers", "index", "parameters"} for f in report.errors):
-        from quantcli.verify.run import verify_run
+        from quantcli.verification.on_text import verify_run
 
         trust, limits = wanted.trust_remote_code, report.limits
         verify_run(structure, reference, batches, limits, wanted.workers, progress, trust=trust)
@@ -79,7 +79,7 @@ def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
 
 
 def _batches(wanted: Wanted, reference: Reference, progress: Progress) -> Sequence[Batch]:
-    from quantcli.verify.run import text_batches
+    from quantcli.verification.on_text import text_batches
 
     assert wanted.data is not None
     return text_batches(

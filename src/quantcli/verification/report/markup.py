@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from quantcli.verify.plots import Figure
-from quantcli.verify.words import literal
+from quantcli.verification.report.charts import Figure
+from quantcli.verification.report.words import literal
 
 _PRINTED = 40  # rows of a table that go onto paper, beside those that are out of their limits
 

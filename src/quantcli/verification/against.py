@@ -19,10 +19,10 @@ from quantcli.core.threads import thread_pool
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import merged_name, sibling_set
-from quantcli.verify.compare import Comparison, Factors, Open, compare, opener
-from quantcli.verify.edits import Candidate, Edited, candidates, check_layer, choose, fit
-from quantcli.verify.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
-from quantcli.verify.reference import (
+from quantcli.verification.compare import Comparison, Factors, Open, compare, opener
+from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verification.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
+from quantcli.verification.reference import (
     Reference,
     codes,
     compare_files,
@@ -30,7 +30,7 @@ from quantcli.verify.reference import (
     noted_kind,
     other_model,
 )
-from quantcli.verify.structure import Structure
+from quantcli.verification.structure import Structure
 
 _LAYER = re.compile(r"(.*?\.(?:layers|h|blocks|block)\.\d+)\..*")
 _LARGE = 1000  # modules: from here on, only the worst have their histograms in the report

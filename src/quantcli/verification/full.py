@@ -21,7 +21,7 @@ from quantcli.core.threads import thread_pool
 from quantcli.targets.base import Stored
 from quantcli.targets.layouts import StoredModule, Values
 from quantcli.targets.module_rows import ModuleReader
-from quantcli.verify.structure import Structure
+from quantcli.verification.structure import Structure
 
 _BLOCK = 2**21  # bytes that are looked at together
 _COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32

@@ -6,11 +6,18 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from quantcli.verify import words
-from quantcli.verify.grid import Module, lay_out
-from quantcli.verify.heatmap import Quantity, heat_map, left_out, numbers, size
-from quantcli.verify.markup import Chart, Html, Page, section, table, tag
-from quantcli.verify.plots import require_plotly
+from quantcli.verification.report import words
+from quantcli.verification.report.charts import require_plotly
+from quantcli.verification.report.heatmap import (
+    Module,
+    Quantity,
+    heat_map,
+    lay_out,
+    left_out,
+    numbers,
+    size,
+)
+from quantcli.verification.report.markup import Chart, Html, Page, section, table, tag
 
 _ROWS = 500
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.findings import Finding, failed
-from quantcli.verify.compare import Factors, Open, blocks, rows_of
+from quantcli.verification.compare import Factors, Open, blocks, rows_of
 
 _NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of two and be taken for it
 _NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and for how many of them

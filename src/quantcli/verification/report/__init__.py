@@ -1,0 +1,1 @@
+"""What a report looks like: a page, JUnit XML, words."""
