@@ -48,8 +48,8 @@ def peak(model: Path, out: Path, recipe: str, samples: int, length: int, *option
 
 def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, workers: int) -> float:
     """Wall time of the replay of all layers, in this process."""
-    from quantcli import commands
     from quantcli.calibration.session import Resources
+    from quantcli.commands import quantize as commands
     from quantcli.core.events import Silent
 
     class Clock(Silent):

@@ -83,7 +83,7 @@ def quantize_to(
     block_elements: int | None = None,
 ) -> None:
     """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
-    from quantcli import commands
+    from quantcli.commands import quantize as commands
     from quantcli.convert.execute import execute
 
     job = commands.prepare(recipe, model=str(model), out=out, overrides=overrides, workers=workers)

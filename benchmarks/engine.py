@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from quantcli import commands
+from quantcli.commands import quantize as commands
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from perplexity import ROOT, inject, windows
-from quantcli import commands
 from quantcli.calibration.replay.served import Forward, Served, log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
 
 NEAREST = """\
 target: {target}

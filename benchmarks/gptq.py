@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from common import ROOT, Line, finish, parser, workplace
-from quantcli import commands
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.served import Forward, Served, token_log_probs
 from quantcli.calibration.replay.skeleton import Skeleton
@@ -32,6 +31,7 @@ from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.commands import quantize as commands
 
 CPU = torch.device("cpu")
 INT4 = {"name": "w4a16"}

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import commands
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -76,7 +76,9 @@ def inspect(
     suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights too,
     decoded where the checkpoint is quantized, and says which a recipe had better keep float.
     """
-    from quantcli import commands, console, outlier_table, progress, verifying
+    from quantcli import console, outlier_table, progress
+    from quantcli.commands import quantize as commands
+    from quantcli.commands import verify as verifying
 
     out = console.Output(as_json=as_json)
     if support:
@@ -145,7 +147,9 @@ def quantize(
     Several machines: run it with --part 1/N to N/N, each where it likes, and put the parts together
     with `quantcli pack --merge`. Parts of a recipe that calibrates need one --calibration.
     """
-    from quantcli import commands, console, jobs, progress
+    from quantcli import console, progress
+    from quantcli.commands import job as jobs
+    from quantcli.commands import quantize as commands
 
     output = console.Output(as_json=as_json, quiet=quiet)
     job = commands.prepare(
@@ -208,7 +212,8 @@ def calibrate(
     `quantize` does this by itself when a recipe needs it; `--calibration DIR` uses the result. The
     same command again goes on after the last finished layer.
     """
-    from quantcli import commands, console, progress
+    from quantcli import console, progress
+    from quantcli.commands import quantize as commands
 
     output = console.Output(as_json=as_json, quiet=quiet)
     session = commands.prepare_calibration(
@@ -256,7 +261,8 @@ def verify(
 
     Without options only headers are read. --full, --against and --run go deeper, on top of that.
     """
-    from quantcli import console, progress, verifying
+    from quantcli import console, progress
+    from quantcli.commands import verify as verifying
     from quantcli.verify import shown
 
     output = console.Output(as_json=as_json, quiet=quiet)

@@ -74,7 +74,8 @@ def pack(
         raise InputError("no --target", fix=f"{_PACK}, or {_MERGE}")
     if len(given) > 1:
         raise InputError("one checkpoint at a time", where=given[1], fix=f"{_PACK}, or {_MERGE}")
-    from quantcli import pack_shown, packing, progress
+    from quantcli import pack_shown, progress
+    from quantcli.commands import pack as packing
 
     job = packing.prepare_pack(
         given[0],

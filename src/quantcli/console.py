@@ -17,8 +17,8 @@ from quantcli.checkpoint.files import STALE
 from quantcli.core.errors import Exit, QuantError, human_bytes
 
 if TYPE_CHECKING:
+    from quantcli.commands.job import Job
     from quantcli.convert.execute import Written
-    from quantcli.jobs import Job
     from quantcli.planning.plan import Plan
 
 _WIDE = 200  # columns where the output is no terminal: nothing is to be cut in a log

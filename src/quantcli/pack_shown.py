@@ -8,9 +8,9 @@ from quantcli.console import Output, count
 from quantcli.core.errors import human_bytes
 
 if TYPE_CHECKING:
+    from quantcli.commands.pack import PackJob
     from quantcli.convert.execute import Written
     from quantcli.convert.merge import Merge, Merged
-    from quantcli.packing import PackJob
     from quantcli.planning.repack import Repacking
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import commands
 from quantcli.calibration import session
 from quantcli.calibration.methods import hessians, rounding
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.session import Resources
+from quantcli.commands import quantize as commands
 from quantcli.core.events import Silent
 from quantcli.schemes.arithmetic import gptq
 from tests.e2e.calibrating import LENGTH, SAMPLES, TOKENS, Bench, Models, change_tensors, make_bench

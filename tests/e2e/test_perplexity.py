@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcli import commands
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import commands
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.spec import torch_dtype
+from quantcli.commands import quantize as commands
 from quantcli.convert.execute import execute
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize

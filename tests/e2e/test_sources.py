@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import commands
+from quantcli.commands import quantize as commands
 from tests import quantized
 from tests.builders import Tensor, make_model
 from tests.e2e.calibrating import RECIPE as STATIC
@@ -302,8 +302,8 @@ def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | Non
 
 
 def test_outliers_count_the_bytes_that_are_read(box: Box) -> None:
+    from quantcli.commands.inspect import outliers
     from quantcli.core.events import Progress
-    from quantcli.verifying import outliers
 
     class Counted(Progress):
         todo = done = 0

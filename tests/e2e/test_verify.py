@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import commands
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
 from quantcli.verification.on_text import text_batches
 from tests.e2e.conftest import Result, run_cli
 from tests.tiny_models import make_tiny

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcli import commands
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
 from tests.engine.harness import PYTHON, ROOT, Answer, serve, windows
 from tests.tiny_models import make_tiny
 

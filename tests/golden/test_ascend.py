@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import commands
+from quantcli.commands import quantize as commands
 
 DATA = Path(__file__).parent / "data"
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import commands
 from quantcli.calibration.replay.engine import Engine
 from quantcli.calibration.replay.served import Served
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import TextSource, load_dataset
+from quantcli.commands import quantize as commands
 from tests.replaying import CPU, Memory, Replayed
 
 DATA = Path(__file__).parent / "data"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quantcli import commands
+from quantcli.commands import quantize as commands
 from tests.e2e.calibrating import RECIPES, ROOT, Models, write_tokenizer
 from tests.e2e.conftest import make_llama
 from tests.families import make_family

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.hub import find_model
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
@@ -81,31 +80,6 @@ def verify(
         from quantcli.verification.report.page import page as as_page
 
         write_file(page.resolve(), as_page(found).encode())
-    return found
-
-
-def outliers(model: str, progress: Progress | None = None, page: Path | None = None) -> dict[str, Any]:
-    """Which of a float checkpoint's weights are hard to quantize: see `outliers.inspect_outliers`.
-
-    page: an HTML file to draw it in as well.
-    """
-    from quantcli.core.events import SILENT
-    from quantcli.core.registry import discover
-    from quantcli.planning.outliers import inspect_outliers
-    from quantcli.targets.base import Target
-
-    if page is not None:
-        from quantcli.verification.report.page import require_plotly
-
-        require_plotly()
-        check_file("--report", page)
-    target = discover(Target)["ascend"]()
-    checkpoint = open_checkpoint(find_model(model))
-    found = inspect_outliers(checkpoint, target, progress=progress or SILENT)
-    if page is not None:
-        from quantcli.verification.report.outliers import outliers_page
-
-        write_file(page.resolve(), outliers_page(str(checkpoint.path), found["modules"]).encode())
     return found
 
 

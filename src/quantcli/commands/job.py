@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
+from quantcli.checkpoint.hub import find_model
+from quantcli.core.errors import InputError
+
+if TYPE_CHECKING:
+    from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
@@ -111,3 +119,27 @@ def describe(session: Session) -> dict[str, Any]:
         "modules": list(session.plan.measured),
         "smooth": session.plan.recipe.file.smooth is not None,
     }
+
+
+def _load(
+    recipe: Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
+) -> tuple[Recipe, str, Checkpoint]:
+    """The recipe, how the model was named, and the model."""
+    from quantcli.recipe.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    named = model or loaded.file.model
+    if named is None:
+        raise InputError(
+            f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
+        )
+    return loaded, named, open_checkpoint(find_model(named))
+
+
+def _default_name(model: str, recipe: Path) -> str:
+    return f"{Path(os.path.abspath(model)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
+
+
+def _calibration_folder(out: Path) -> Path:
+    """Where the calibration of a checkpoint in `out` is kept, if nothing else is said."""
+    return out.with_name(out.name + ".calibration")

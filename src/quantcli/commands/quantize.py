@@ -5,54 +5,19 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
-from quantcli.checkpoint.hub import find_model
-from quantcli.checkpoint.inspection import inspect_checkpoint
+from quantcli.commands.calibrate import calibrate
+from quantcli.commands.job import Job, _calibration_folder, _default_name, _load
 from quantcli.core.errors import InputError
-from quantcli.jobs import Job
 
 if TYPE_CHECKING:
-    from quantcli.calibration.session import Resources, Session
-    from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.calibration.session import Resources
     from quantcli.convert.execute import Written
     from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
-    from quantcli.recipe.recipe import Recipe
-
-
-def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers alone. `tensors` is a glob of names to list."""
-    return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
-
-
-def support() -> list[dict[str, Any]]:
-    """Every scheme x target, found by quantizing and packing a weight without data."""
-    from quantcli.checkpoint.spec import TensorSpec
-    from quantcli.core.registry import discover
-    from quantcli.planning.items import dry_run
-    from quantcli.schemes.base import Scheme
-    from quantcli.targets.base import Target
-
-    cells = []
-    for scheme_name, scheme_class in discover(Scheme).items():
-        for target_name, target_class in discover(Target).items():
-            scheme, target = scheme_class(), target_class()
-            cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
-            try:
-                weight = TensorSpec("weight", "BF16", (256, 256))
-                specs = dry_run(scheme, target, weight, "BF16").specs
-                label = target.label(scheme.numerics)
-                cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
-                cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
-            except InputError as error:
-                cell |= {"supported": False, "why": error.what}
-            cells.append(cell)
-    return cells
 
 
 def prepare(
@@ -134,70 +99,6 @@ def _calibrate_command(
     for override in overrides:
         words += ["--set", override]
     return shlex.join([*words, "--out", str(folder)])
-
-
-def _load(
-    recipe: Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
-) -> tuple[Recipe, str, Checkpoint]:
-    """The recipe, how the model was named, and the model."""
-    from quantcli.recipe.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    named = model or loaded.file.model
-    if named is None:
-        raise InputError(
-            f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
-        )
-    return loaded, named, open_checkpoint(find_model(named))
-
-
-def _default_name(model: str, recipe: Path) -> str:
-    return f"{Path(os.path.abspath(model)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
-
-
-def _calibration_folder(out: Path) -> Path:
-    """Where the calibration of a checkpoint in `out` is kept, if nothing else is said."""
-    return out.with_name(out.name + ".calibration")
-
-
-def prepare_calibration(
-    recipe: Path,
-    *,
-    model: str | None = None,
-    out: Path | None = None,
-    overrides: tuple[str, ...] = (),
-    fresh: bool = False,
-) -> Session:
-    """Check all that can be checked before a calibration reads weights."""
-    from quantcli.calibration.session import prepare_session
-    from quantcli.planning.planner import make_plan
-
-    loaded, named, checkpoint = _load(recipe, model, overrides, "calibrate")
-    made = make_plan(loaded, checkpoint)
-    if not made.needs_calibration:
-        raise InputError(
-            "nothing in this recipe needs a calibration",
-            where=str(recipe),
-            fix="`quantcli quantize` converts with it as it is",
-        )
-    folder = out or _calibration_folder(Path(loaded.file.output or _default_name(named, recipe)))
-    return prepare_session(made, folder, fresh=fresh)
-
-
-def calibrate(
-    session: Session,
-    resources: Resources | None = None,
-    progress: Progress | None = None,
-    *,
-    fresh: bool = False,
-) -> dict[str, Any]:
-    """Run a calibration, or go on with one; what it found, JSON-able. One that is done is not run."""
-    from quantcli.calibration.session import Resources, run, summary
-    from quantcli.core.events import SILENT
-
-    if not session.complete:
-        run(session, resources or Resources(), progress or SILENT, fresh=fresh)
-    return summary(session)
 
 
 def check(job: Job) -> None:

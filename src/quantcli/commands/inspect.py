@@ -1,0 +1,70 @@
+"""`inspect` as a function: what a checkpoint holds, and which weights are hard to quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
+from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.inspection import inspect_checkpoint
+from quantcli.core.disk import check_file, write_file
+from quantcli.core.errors import InputError
+
+if TYPE_CHECKING:
+    from quantcli.core.events import Progress
+
+
+def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers alone. `tensors` is a glob of names to list."""
+    return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
+
+
+def support() -> list[dict[str, Any]]:
+    """Every scheme x target, found by quantizing and packing a weight without data."""
+    from quantcli.checkpoint.spec import TensorSpec
+    from quantcli.core.registry import discover
+    from quantcli.planning.items import dry_run
+    from quantcli.schemes.base import Scheme
+    from quantcli.targets.base import Target
+
+    cells = []
+    for scheme_name, scheme_class in discover(Scheme).items():
+        for target_name, target_class in discover(Target).items():
+            scheme, target = scheme_class(), target_class()
+            cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
+            try:
+                weight = TensorSpec("weight", "BF16", (256, 256))
+                specs = dry_run(scheme, target, weight, "BF16").specs
+                label = target.label(scheme.numerics)
+                cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
+                cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
+            except InputError as error:
+                cell |= {"supported": False, "why": error.what}
+            cells.append(cell)
+    return cells
+
+
+def outliers(model: str, progress: Progress | None = None, page: Path | None = None) -> dict[str, Any]:
+    """Which of a float checkpoint's weights are hard to quantize: see `outliers.inspect_outliers`.
+
+    page: an HTML file to draw it in as well.
+    """
+    from quantcli.core.events import SILENT
+    from quantcli.core.registry import discover
+    from quantcli.planning.outliers import inspect_outliers
+    from quantcli.targets.base import Target
+
+    if page is not None:
+        from quantcli.verification.report.page import require_plotly
+
+        require_plotly()
+        check_file("--report", page)
+    target = discover(Target)["ascend"]()
+    checkpoint = open_checkpoint(find_model(model))
+    found = inspect_outliers(checkpoint, target, progress=progress or SILENT)
+    if page is not None:
+        from quantcli.verification.report.outliers import outliers_page
+
+        write_file(page.resolve(), outliers_page(str(checkpoint.path), found["modules"]).encode())
+    return found
