@@ -12,14 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpoint": "checkpoint",
-    "open_checkpoint": "checkpoint",
-    "load_recipe": "recipe",
-    "make_plan": "planner",
-    "inspect": "commands",
-    "support": "commands",
-    "prepare": "commands",
-    "quantize": "commands",
+    "Checkpoint": "checkpoint.checkpoint",
+    "open_checkpoint": "checkpoint.checkpoint",
+    "load_recipe": "recipe.recipe",
+    "make_plan": "planning.planner",
+    "inspect": "commands.inspect",
+    "support": "commands.inspect",
+    "prepare": "commands.quantize",
+    "quantize": "commands.quantize",
 }
 __all__ = [*_HOME]
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from quantcli.cli import app
+from quantcli.cli.app import app
 from quantcli.core.errors import Exit, InputError, Interrupted, QuantError
 
 _COMMANDS = {"inspect", "calibrate", "quantize", "pack", "verify"}
@@ -46,13 +46,13 @@ def entry() -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a documented code."""
-    from quantcli import console
+    from quantcli.cli.output import Output
 
     argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # a plan is up to a million small lasting objects: looking through them again and again for
     # cycles takes a third of the time
     gc.set_threshold(200_000, 50, 100)
-    out = console.Output(as_json="--json" in argv)
+    out = Output(as_json="--json" in argv)
     _stop_on_signals()
     try:
         sys.exit(_run(argv))
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             out.error(problem)
             sys.stdout.flush()
         except OSError:  # it is standard output that takes no more: words still reach stderr
-            console.Output(as_json=False).error(problem)
+            Output(as_json=False).error(problem)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.FIX_MACHINE)
     except Exception as error:

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import progress
 from quantcli.calibration import session
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.policy import Quantized, Wishes
 from quantcli.calibration.replay import devices, replay, states
 from quantcli.calibration.session import Resources
+from quantcli.cli import progress
 from quantcli.commands import quantize as commands
 from quantcli.core.errors import InputError
 from quantcli.core.events import Silent

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantcli.console import Output
-from quantcli.verify.shown import show_verification
+from quantcli.cli.output import Output
+from quantcli.cli.verify import show_verification
 from tests import reports
 
 

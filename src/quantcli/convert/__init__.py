@@ -1,3 +1,3 @@
-"""Makes a plan happen: rows through schemes into shards, a journal to resume from, one rename at the end.
+"""Carries out a plan: rows through schemes into shards, with a journal to resume from.
 
 It computes nothing that the plan does not name."""

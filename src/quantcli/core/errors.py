@@ -76,15 +76,6 @@ class Interrupted(QuantError):
     exit_code = Exit.INTERRUPTED
 
 
-def human_bytes(nbytes: float) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """The names in `known` that look most like `name`, as `a`, `b`; empty where none does."""
     pool = list(known)

@@ -18,7 +18,6 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
-from quantcli.sources import decode as stored
 from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded
 from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import Stored, must_be_sound, target_of
@@ -90,7 +89,7 @@ def _read(checkpoint: Checkpoint, found: Quantization) -> tuple[Sequence[Encoded
     target = target_of(checkpoint)
     if target is not None:
         known = target.open_stored(checkpoint)
-        return list(stored.read(known, target.name)), known
+        return list(_read_own(known, target.name)), known
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
         f"model is already quantized: {found.format}, {found.modules} modules; "
@@ -163,7 +162,7 @@ _BESIDE = frozenset(
 )  # fmt: skip
 
 
-def read(stored: Stored, target: str) -> Iterator[Encoded]:
+def _read_own(stored: Stored, target: str) -> Iterator[Encoded]:
     """Every module that is sound enough to be read. target: its name."""
     for module in stored.modules.values():
         mine = [p.suffix for p in module.layout.params if p.suffix in module.tensors]

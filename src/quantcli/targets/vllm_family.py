@@ -1,4 +1,4 @@
-"""What engines of the vLLM family share: fused siblings, names, whole experts, blocks that fusion cuts."""
+"""What engines of the vLLM family share: fused siblings, names, experts, blocks that fusion cuts."""
 
 from __future__ import annotations
 

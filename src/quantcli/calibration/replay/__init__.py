@@ -1,1 +1,1 @@
-"""Runs decoder layers of any transformers model from disk, one at a time, in float or as an engine computes."""
+"""Runs the decoder layers of a transformers model from disk, one at a time."""

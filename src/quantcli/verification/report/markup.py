@@ -130,7 +130,7 @@ class Page:
 
 
 def _asset(name: str) -> str:
-    return resources.files("quantcli.verify").joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(script: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from quantcli.console import Output, count, make_console
-from quantcli.core.errors import human_bytes
+from quantcli.cli.output import Output, make_console
+from quantcli.core.text import count, human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

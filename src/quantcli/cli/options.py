@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from quantcli.core.errors import InputError
+
+if TYPE_CHECKING:
+    from quantcli.calibration.session import Resources
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress on stderr.")]
@@ -31,3 +36,19 @@ Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest."
 Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one page with charts, too.")
 ]
+
+
+def resources_of(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
+    """What --device, --workers, --max-memory and --trust-remote-code ask for."""
+    from quantcli.calibration.replay.devices import check_device
+    from quantcli.calibration.session import Resources
+    from quantcli.core.threads import default_workers
+    from quantcli.recipe.fields import parse_size
+
+    try:
+        limit = None if max_memory is None else parse_size(max_memory)
+    except ValueError as error:
+        where = f"--max-memory {max_memory}"
+        raise InputError(str(error), where=where, fix="such as --max-memory 8GB") from None
+    check_device(device)
+    return Resources(device, workers or default_workers(), limit, trust)

@@ -1,0 +1,4 @@
+"""What the user types and sees: options, commands, tables, progress.
+
+Nothing is computed here.
+"""

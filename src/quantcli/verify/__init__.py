@@ -1,1 +1,0 @@
-"""Prove that a quantized checkpoint is whole, loadable and faithful."""
