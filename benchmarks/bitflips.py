@@ -20,7 +20,7 @@ from pathlib import Path
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.errors import QuantError
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 
 MANIFEST = "quantcli_manifest.json"
 
@@ -63,7 +63,7 @@ def seen(folder: Path, flip: Flip, *, sealed: bool = False) -> bool:
         table["files"][flip.file.relative_to(folder).as_posix()] = entry
         manifest.write_bytes(encode_manifest(table))
     try:
-        return not verify(Wanted(folder, full=True)).ok
+        return not verify(VerifyOptions(folder, full=True)).ok
     except QuantError:
         return True
     finally:
@@ -91,7 +91,7 @@ def main() -> None:
             if not seen(out, flip):
                 missed.append(str(flip))
         seconds = time.process_time() - started
-        good = verify(Wanted(out, full=True)).ok
+        good = verify(VerifyOptions(out, full=True)).ok
         others = [f for f in flips(out, options.sealed, options.seed + 1) if f.file.name != MANIFEST]
         alone = sum(seen(out, flip, sealed=True) for flip in others)
     where = ", ".join(f"{count} in {suffix}" for suffix, count in sorted(hit.items()))

@@ -19,10 +19,10 @@ def constants(
     x: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """What the scheme makes of inputs x; without x, of an observer that saw nothing. And what a survey
-    finds in the whole weight, and a transform that was learned, where the scheme needs them."""
+    """Stats of inputs x, or of an observer that saw nothing if x is None. Also the amax of the
+    whole weight and a learned transform, if the scheme needs them."""
     found: dict[str, Any] = {}
-    if scheme.surveyed:
+    if scheme.needs_weight_amax:
         assert weight is not None
         found["weight_amax"] = weight.float().abs().amax().view(1)
     if scheme.schedule is not None:  # a transform that does nothing

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.calibration import session
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.policy import Quantized, Wishes
+from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay import devices, replay, states
 from quantcli.calibration.session import Resources
 from quantcli.cli import progress
@@ -610,14 +610,14 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
     scheme = W8A8Static(observer="minmax")
     bf16 = torch.bfloat16
     quantized = {name: Quantized(scheme, torch.float32, bf16, f"recipe.yaml:{name}") for name in seen}
-    wishes = Wishes(quantized, lambda _: None, lambda _: None, policy, inputs="float")
+    policy = Policy(quantized, lambda _: None, lambda _: None, policy, inputs="float")
     observers = {}
     for name, values in seen.items():
-        observers[name] = wishes.observer(name)
+        observers[name] = policy.observer(name)
         if values:
             observers[name].update(torch.tensor([values]).to(bf16), 0)
     run = LayerRun.__new__(LayerRun)
-    run.run, run.report = SimpleNamespace(wishes=wishes), {}
+    run.run, run.report = SimpleNamespace(policy=policy), {}
     settled = run._settle(observers)
     assert run.report["uncalibrated"] == [name for name, values in seen.items() if not values]
     return {name: (float(s["input_min"]), float(s["input_max"])) for name, s in settled.items()}

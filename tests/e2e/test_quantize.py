@@ -75,7 +75,7 @@ def test_plan_is_what_is_written(tmp_path, family, recipe):
         if isinstance(item, Copy):
             assert torch.equal(written[name], source[name])
         else:
-            parts = item.scheme.quantize(source[name], torch_dtype(item.held.weight_scale))
+            parts = item.scheme.quantize(source[name], torch_dtype(item.engine_dtypes.weight_scale))
             for part, tensor in parts.items():
                 assert torch.equal(written[f"{item.module}.{part}"].float(), tensor.float())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.served import Served
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import TextSource, load_dataset
@@ -106,7 +106,7 @@ def errors(model, folder, inputs):
         with run.skeleton.loaded(index, run.read, CPU) as layer:
             run.replay.run(index, layer, run.states, exact.__setitem__)
         with run.skeleton.loaded(index, served.read, CPU) as layer:
-            engine = Engine(name, layer, run.skeleton.segments(index), served.quantizer)
+            engine = EngineLinears(name, layer, run.skeleton.segments(index), served.quantizer)
             matrices = Matrices(name, layer)
             run.replay.run(
                 index,

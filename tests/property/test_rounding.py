@@ -159,7 +159,7 @@ def test_stacked_weights_are_rounded_like_single_ones(weight, held, name):
 def once(scheme):
     """Parts that a module has once and not by row."""
     shared = {"input_scale", "input_offset", "left_trans", "right_trans", "clip_ratio"}
-    return shared | ({"weight_scale"} if scheme.surveyed else set())
+    return shared | ({"weight_scale"} if scheme.needs_weight_amax else set())
 
 
 def fitting(scheme, weight):
@@ -193,8 +193,8 @@ def specs(packed):
 def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, pair, with_bias):
     name, target_name = pair
     scheme, target = discover(Scheme)[name](), discover(Target)[target_name]()
-    held = torch_dtype(target.held(scheme.numerics, "weight_scale", serving))
-    input_held = torch_dtype(target.held(scheme.numerics, "input_scale", serving))
+    held = torch_dtype(target.engine_dtype(scheme.numerics, "weight_scale", serving))
+    input_held = torch_dtype(target.engine_dtype(scheme.numerics, "input_scale", serving))
     if refused(target, scheme, weight):  # groups, or words of several codes, that do not divide a row
         weight = weight.repeat(1, 128)
         weight = weight[:, :64] if scheme.schedule else weight
@@ -214,7 +214,7 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, 
     planned = dry_run(scheme, target, source, serving, added)
     assert planned.specs == specs(packed) == specs(meta)
     assert planned.constants == (once(scheme) | {"input_zero_point", "weight_shape"}) & packed.keys()
-    assert (planned.held.weight_scale, planned.held.input_scale) == (
+    assert (planned.engine_dtypes.weight_scale, planned.engine_dtypes.input_scale) == (
         safetensors_dtype(held),
         safetensors_dtype(input_held),
     )

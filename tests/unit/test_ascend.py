@@ -10,7 +10,7 @@ from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.ascend.target import Ascend
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
 W8A16 = discover(Scheme)["w8a16"]().numerics
@@ -200,7 +200,7 @@ def test_static_modules_are_described_tensor_by_tensor():
 
 def described(tensors, modules=(), config=None, serving="BF16"):
     specs = {name: TensorSpec(name, "BF16", (4, 4)) for name in tensors}
-    output = Output(
+    output = PlannedCheckpoint(
         list(modules), specs, dict.fromkeys(tensors, "f"), config or {"dtype": "bfloat16"}, serving
     )
     files = {name: json.loads(content) for name, content in TARGET.sidecars(output).items()}

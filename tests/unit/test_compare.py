@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantcli.verification import compare as module
-from quantcli.verification.compare import Factors, compare
+from quantcli.verification.compare import FittedFactors, compare
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
 
 
@@ -151,10 +151,10 @@ def smoothed(rows=None, columns=None, without=(), producer=NORM):
     s, r = powers(8, 7, 1, 4), powers(8, 8, 1, 4)
     ones = torch.ones(8)
     edits = [
-        Edited(f"{A}.q_proj", Factors(ones, s), producer),
-        Edited(f"{A}.k_proj", Factors(ones, s), producer),
-        Edited(f"{A}.v_proj", Factors(1 / r, s), producer),
-        Edited(f"{A}.o_proj", Factors(ones, r), None),
+        Edited(f"{A}.q_proj", FittedFactors(ones, s), producer),
+        Edited(f"{A}.k_proj", FittedFactors(ones, s), producer),
+        Edited(f"{A}.v_proj", FittedFactors(1 / r, s), producer),
+        Edited(f"{A}.o_proj", FittedFactors(ones, r), None),
     ]
     return [edit for edit in edits if edit.module not in without]
 
@@ -191,7 +191,7 @@ def test_grouped_heads_repeat_rows():
     rows, columns = powers(4, 9, 1, 4), powers(4, 9, 1, 4).view(2, 1, 2).repeat(1, 3, 1).flatten()
     ones = torch.ones(12)
     edits = [
-        Edited(f"{A}.v_proj", Factors(1 / rows, ones), None),
-        Edited(f"{A}.o_proj", Factors(ones, columns), None),
+        Edited(f"{A}.v_proj", FittedFactors(1 / rows, ones), None),
+        Edited(f"{A}.o_proj", FittedFactors(ones, columns), None),
     ]
     assert said([], edits) == []

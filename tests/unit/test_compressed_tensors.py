@@ -12,7 +12,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.compressed_tensors.config import fold
 from quantcli.targets.compressed_tensors.layouts import (
     layout_of,
@@ -80,7 +80,7 @@ def made(found, weight):
         symmetric = found.numerics.input.symmetric
         stats["input_offset"] = torch.tensor([0.0 if symmetric else -37.0])
     constants = found.constants(stats, torch.float32)
-    if found.surveyed:
+    if found.needs_weight_amax:
         constants["weight_amax"] = weight.abs().max().float().view(1)
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[held]
     parts = found.quantize(weight, dtype, constants)
@@ -252,7 +252,7 @@ def configured(modules, tied=False):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in modules}
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
-    output = Output(modules, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
     return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
 
 

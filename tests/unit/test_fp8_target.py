@@ -10,7 +10,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.fp8.config import read_config
 from quantcli.targets.fp8.kinds import layout_of, numerics_of
 from quantcli.targets.fp8.target import Fp8
@@ -121,7 +121,7 @@ def configured(*modules, tied=False):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in built}
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
-    output = Output(built, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
     return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from quantcli.__main__ import main
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.inspection import Group, fold, inspect_checkpoint, tied_embeddings
+from quantcli.checkpoint.inspection import TensorGroup, fold, inspect_checkpoint, tied_embeddings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from tests.builders import INDEX, make_model, tensor
@@ -72,9 +72,9 @@ def test_fold_keeps_dtypes_and_shapes_apart_and_adds_bytes() -> None:
         TensorSpec("l.3.w.weight", "BF16", (3, 2)),
     ]
     assert fold(specs) == [
-        Group("l.{0..1}.w", 2, "BF16", (2, 3), 24),
-        Group("l.2.w", 1, "F32", (2, 3), 24),
-        Group("l.3.w", 1, "BF16", (3, 2), 12),
+        TensorGroup("l.{0..1}.w", 2, "BF16", (2, 3), 24),
+        TensorGroup("l.2.w", 1, "F32", (2, 3), 24),
+        TensorGroup("l.3.w", 1, "BF16", (3, 2), 12),
     ]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.loaded import Run
-from quantcli.calibration.policy import Quantized, Wishes
+from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
@@ -37,8 +37,8 @@ def make_run(folder, family, schemes, *, workers=2, padded=False, seed=0):
     names = {s.module for e in run.skeleton.segments(1).values() for p in e for s in p}
     wanted = {name: schemes.get(name.rpartition(".")[2]) for name in sorted(names)}
     quantized = {n: Quantized(s, F32, BF16, f"recipe.yaml:{n}") for n, s in wanted.items() if s}
-    wishes = Wishes(quantized, lambda _: None, merged, "error", "float", seed)
-    shared = Run(run.skeleton, run.replay, batches, PROBE, wishes, CPU, workers, 2**20)
+    policy = Policy(quantized, lambda _: None, merged, "error", "float", seed)
+    shared = CalibrationRun(run.skeleton, run.replay, batches, PROBE, policy, CPU, workers, 2**20)
     return run, LayerRun(shared, 1, Memory(run.states))
 
 
@@ -203,7 +203,7 @@ def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
     """Inputs of nothing but zeros say as little as none."""
     for policy in ("error", "dynamic"):
         run, layer = make_run(tmp_path / "m", "llama", dict.fromkeys(("gate_proj", "up_proj"), SCHEME))
-        layer.run = replace(layer.run, wishes=replace(layer.run.wishes, uncalibrated=policy))
+        layer.run = replace(layer.run, policy=replace(layer.run.policy, uncalibrated=policy))
         layer.__post_init__()
         path = "model.layers.1.post_attention_layernorm.weight"
         zero = {path: torch.zeros(64)}

@@ -215,8 +215,8 @@ def test_channels(dtype, k):
 # scale and offset
 
 
-def measured(x, held=torch.bfloat16, **options):
-    observer = W8A8Static(**options).observer(held)
+def measured(x, engine_dtype=torch.bfloat16, **options):
+    observer = W8A8Static(**options).observer(engine_dtype)
     observer.update(x, 0)
     return {key: float(tensor) for key, tensor in observer.stats().items()}
 

@@ -10,8 +10,8 @@ from torch import nn
 from quantcli.calibration.channels import LayerLayout, norm_offset, scale_norm
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.loaded import Run
-from quantcli.calibration.policy import Quantized, Wishes
+from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
@@ -46,10 +46,10 @@ def make(folder, family):
 
 
 def everything(skeleton, index, alpha=0.5):
-    """Wishes that quantize every matrix of a layer and smooth every group."""
+    """A policy that quantizes every matrix of a layer and smooths every group."""
     names = {s.module for e in skeleton.segments(index).values() for p in e for s in p}
     entry = Quantized(W8A8Dynamic(), torch.bfloat16, torch.bfloat16, "here")
-    return Wishes(dict.fromkeys(names, entry), lambda _: alpha, lambda _: None, "error", False)
+    return Policy(dict.fromkeys(names, entry), lambda _: alpha, lambda _: None, "error", False)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "multimodal"])
@@ -62,7 +62,7 @@ def test_the_function_stays(tmp_path, family):
         run.states[number][..., 5] *= 30
     states = Memory(run.states)
     layer_run = LayerRun(
-        Run(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, index), CPU),
+        CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, index), CPU),
         index,
         states,
     )
@@ -103,7 +103,7 @@ def test_powers_of_two_change_no_bit_of_a_bfloat16_model(tmp_path, family):
     path, batches = make_tiny(tmp_path / "m", family), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
     layer_run = LayerRun(
-        Run(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 1), CPU),
+        CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 1), CPU),
         1,
         Memory(run.states),
     )
@@ -237,7 +237,7 @@ def test_a_tap_hears_of_each_expert(tmp_path):
 def test_reports_are_json(tmp_path):
     path, batches = make_tiny(tmp_path / "m", "llama"), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
-    shared = Run(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 0), CPU)
+    shared = CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 0), CPU)
     layer_run = LayerRun(shared, 0, Memory(run.states))
     layer_run.measure(None)
     text = json.dumps(layer_run.report)

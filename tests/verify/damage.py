@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 from quantcli.verification.outcome import CHECKS, Report
 from tests.verify.stock import TEXT, Good, Stock
 
@@ -164,7 +164,7 @@ def examine(copy: Copy, depth: str, row: Row) -> Report:
     """Verification down to a depth."""
     level = DEPTHS.index(depth)
     return verify(
-        Wanted(
+        VerifyOptions(
             copy.path,
             full=level >= 1,
             against=copy.source if level >= 2 else None,

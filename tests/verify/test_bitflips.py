@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 from tests.e2e.calibrating import ROOT
 from tests.verify.damage import good_of
 
@@ -28,4 +28,4 @@ def test_every_flip_is_seen(stock, tmp_path, bitflips):
     flips = list(bitflips.flips(folder, 300, seed=1))
     assert {flip.file.name for flip in flips} == {path.name for path in folder.iterdir()}
     assert [str(flip) for flip in flips if not bitflips.seen(folder, flip)] == []
-    assert verify(Wanted(folder, full=True)).ok
+    assert verify(VerifyOptions(folder, full=True)).ok

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 from tests.verify.damage import (
     CONFIG,
     Copy,
@@ -35,7 +35,7 @@ SOUND = [
 
 
 def examine(path, source=None):
-    report = verify(Wanted(path, full=True, against=source))
+    report = verify(VerifyOptions(path, full=True, against=source))
     assert [f for f in report.findings if f.severity == "error"] == []
     assert report.format == "compressed-tensors"
     return report

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 from tests.verify.damage import (
     CONFIG,
     DESCRIPTION,
@@ -243,6 +243,6 @@ def test_caught(stock, tmp_path, row):
 def test_harmless_and_told(stock, tmp_path, damage, note):
     copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")
     damage(copy)
-    report = verify(Wanted(copy.path, full=True))
+    report = verify(VerifyOptions(copy.path, full=True))
     assert report.ok
     assert any(note in finding.what for finding in report.findings)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantcli.verification.depths import Wanted, verify
+from quantcli.verification.depths import VerifyOptions, verify
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
          "multimodal")  # fmt: skip
@@ -40,7 +40,7 @@ OLD_W4A8 = "no engine that is known loads this: W4A8_DYNAMIC is for experts alon
 
 def examine(good):
     """All that verification says of a checkpoint, at every depth but --run."""
-    report = verify(Wanted(good.path, full=True, against=good.source))
+    report = verify(VerifyOptions(good.path, full=True, against=good.source))
     assert report.depths == ["structure", "full", "against"]
     assert [f for f in report.findings if f.severity == "error"] == []
     assert report.modules

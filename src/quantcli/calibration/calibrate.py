@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.layer import LayerRun, empty_report
-from quantcli.calibration.loaded import Run
-from quantcli.calibration.policy import Wishes
+from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.replay.states import States, StatesWriter, load_states
@@ -31,7 +31,7 @@ class Calibrator:
         self,
         skeleton: Skeleton,
         batches: Sequence[Batch],
-        wishes: Wishes,
+        policy: Policy,
         store: Store,
         *,
         device: torch.device,
@@ -42,18 +42,18 @@ class Calibrator:
         """states_budget: bytes of hidden states to hold in memory; the rest is read from disk."""
         self._skeleton = skeleton
         self._batches = list(batches)
-        self._wishes = wishes
+        self._policy = policy
         self._store = store
         # of a layer's inputs, of its outputs, and of what they should be while it learns
-        learns = any(found.scheme.schedule for found in wishes.quantized.values())
+        learns = any(found.scheme.schedule for found in policy.quantized.values())
         self._budget = states_budget // (3 if learns else 2)
         self._progress = progress
         first = batches[0]
         length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
         probe = Batch(first.input_ids[:1, :length], None)
         self._replay = Replay(skeleton, [*self._batches, probe], device=device, workers=workers)
-        self._run = Run(
-            skeleton, self._replay, self._batches, probe, wishes, device, workers, self._budget
+        self._run = CalibrationRun(
+            skeleton, self._replay, self._batches, probe, policy, device, workers, self._budget
         )
         self._specs: list[TensorSpec] = []
 
@@ -73,10 +73,10 @@ class Calibrator:
 
     def _has_work(self, index: int) -> bool:
         modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
-        if any(map(self._wishes.needs_data, modules)):
+        if any(map(self._policy.needs_data, modules)):
             return True
-        quantized = [module for module in modules if module in self._wishes.quantized]
-        return bool(quantized) and self._wishes.alpha(quantized) is not None
+        quantized = [module for module in modules if module in self._policy.quantized]
+        return bool(quantized) and self._policy.alpha(quantized) is not None
 
     def _begin(self, done: int) -> tuple[int, States]:
         """Note the layers' calls; the layer to go on with, and its inputs."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.flow import Flow, Source
+from quantcli.calibration.flow import ChannelSource, Flow
 from quantcli.calibration.replay.skeleton import Segment
 from quantcli.calibration.replay.taps import Matrix
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 
 
 @dataclass(frozen=True)
-class Reader:
+class ChannelReader:
     """A matrix whose columns read some channels. channels: int64 [k], the channel of each column."""
 
     matrix: Matrix
@@ -29,7 +29,7 @@ class Reader:
 class Producer:
     """What makes channels that can be scaled: a norm (`norm`), or rows of a matrix (`matrix`)."""
 
-    readers: tuple[Reader, ...]
+    readers: tuple[ChannelReader, ...]
     used: Tensor  # bool [channels]: those that a reader reads
     norm: str | None = None  # a module
     matrix: Matrix | None = None
@@ -86,7 +86,7 @@ class LayerLayout:
                 if bool(used.any()) and not bool((used & source.escaped).any()):
                     yield Producer(readers, used, matrix=Matrix(name, expert))
 
-    def _readers(self, source: Source, expert: int | None) -> tuple[Reader, ...]:
+    def _readers(self, source: ChannelSource, expert: int | None) -> tuple[ChannelReader, ...]:
         """Every matrix that reads a source, and those like it that had no token (other experts)."""
         shapes = {shape_of(name): channels for name, channels in source.readers.items()}
         found = []
@@ -96,7 +96,7 @@ class LayerLayout:
                 continue
             for number in range(len(experts)):
                 if expert is None or len(experts) == 1 or number == expert:
-                    found.append(Reader(Matrix(parameter, number), channels))
+                    found.append(ChannelReader(Matrix(parameter, number), channels))
         return tuple(found)
 
 
@@ -158,7 +158,7 @@ def fold(
     producer: Producer,
     segments: Mapping[str, list[list[Segment]]],
     scale: Tensor,
-    edits: dict[str, Factors],
+    edits: dict[str, EditFactors],
 ) -> None:
     """Add to `edits`, by stored tensor: rows of the producer divided, columns of readers multiplied.
 
@@ -169,16 +169,16 @@ def fold(
             rows = 1 / scale[segment.start : segment.stop]
             if bool((rows != 1).any()):
                 for suffix in ("weight", "bias"):
-                    _add(edits, f"{segment.module}.{suffix}", Factors(rows=rows))
+                    _add(edits, f"{segment.module}.{suffix}", EditFactors(rows=rows))
     for reader in producer.readers:
         columns = scale[reader.channels]
         for segment in segments[reader.matrix.parameter][reader.matrix.expert]:
-            _add(edits, f"{segment.module}.weight", Factors(columns=columns))
+            _add(edits, f"{segment.module}.weight", EditFactors(columns=columns))
 
 
-def _add(edits: dict[str, Factors], name: str, new: Factors) -> None:
-    old = edits.get(name, Factors())
-    edits[name] = Factors(
+def _add(edits: dict[str, EditFactors], name: str, new: EditFactors) -> None:
+    old = edits.get(name, EditFactors())
+    edits[name] = EditFactors(
         rows=_times(old.rows, new.rows), columns=_times(old.columns, new.columns), value=old.value
     )
 

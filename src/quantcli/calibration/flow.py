@@ -48,7 +48,7 @@ _current: ContextVar[Flow | None] = ContextVar("flow", default=None)
 
 
 @dataclass
-class Source:
+class ChannelSource:
     """Channels that can be scaled where they are made: a norm's weight, or the rows of a matrix."""
 
     name: str  # a module of the layer with a norm's weight, or a matrix's parameter
@@ -60,7 +60,7 @@ class Source:
 @dataclass
 class _Shadow:
     elements: Tensor  # int64, of the tensor's shape
-    source: Source | None
+    source: ChannelSource | None
 
 
 class Flow(Tap):
@@ -69,8 +69,8 @@ class Flow(Tap):
     def __init__(self, matrices: Matrices, listener: Listener | None, tokens: int) -> None:
         """tokens: of the batch, with padding: batch * length."""
         super().__init__(matrices, listener)
-        self.norms: dict[str, Source] = {}
-        self.rows: dict[str, Source] = {}
+        self.norms: dict[str, ChannelSource] = {}
+        self.rows: dict[str, ChannelSource] = {}
         self.inputs: dict[str, tuple[Any, ...]] = {}  # parameter -> what was multiplied, to be compared
         self._tokens = tokens
         self._shadows: dict[int, tuple[weakref.ref[Tensor], _Shadow]] = {}
@@ -193,7 +193,9 @@ class Flow(Tap):
         source = self.rows.get(name)
         if source is None:
             fused = len(shape) == 3
-            source = self.rows[name] = Source(name, fused, torch.zeros(shape[-2], dtype=torch.bool))
+            source = self.rows[name] = ChannelSource(
+                name, fused, torch.zeros(shape[-2], dtype=torch.bool)
+            )
         tokens = self.rows_of(x)
         self._set(result, _Shadow(_elements(None if tokens is None else tokens + 1, result), source))
         return result
@@ -222,7 +224,7 @@ class Flow(Tap):
         k = out.shape[-1]
         source = self.norms.get(name)
         if source is None:
-            source = self.norms[name] = Source(name, False, torch.zeros(k, dtype=torch.bool))
+            source = self.norms[name] = ChannelSource(name, False, torch.zeros(k, dtype=torch.bool))
         whole = out.numel() == self._tokens * k
         self._set(
             out, _Shadow(_elements(torch.arange(1, self._tokens + 1) if whole else None, out), source)

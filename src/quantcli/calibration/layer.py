@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.flow import Flow, norms_followed
-from quantcli.calibration.loaded import Layer, Run
+from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.methods.learning import Course, groups, learn
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.methods.smoothing import smooth
 from quantcli.calibration.policy import not_finite, unreached
-from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Sink
 from quantcli.calibration.replay.skeleton import Read
 from quantcli.calibration.replay.states import States
@@ -34,7 +34,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 
@@ -49,14 +49,14 @@ def empty_report(name: str) -> dict[str, Any]:
 class LayerRun:
     """A layer, its inputs, and what is found; `report` is JSON-able."""
 
-    run: Run
+    run: CalibrationRun
     index: int
     states: States
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name, self._layer = self.run.skeleton.layers[self.index]
-        self._here = Layer(self.run, self.index, self.states)
+        self._here = LoadedLayer(self.run, self.index, self.states)
         self.report = empty_report(self.name)
 
     @property
@@ -74,7 +74,7 @@ class LayerRun:
         Raises InputError for NaN or Inf, for siblings with different inputs that the engine gives one
         scale, and for modules without tokens where the recipe says so.
         """
-        edits: dict[str, Factors] = {}
+        edits: dict[str, EditFactors] = {}
         learned: dict[str, Stats] = {}
 
         def load() -> AbstractContextManager[nn.Module]:
@@ -83,7 +83,7 @@ class LayerRun:
         with load():
             layout = self._look()
             self._check_siblings(layout)
-            found = groups(layout, self.run.wishes)
+            found = groups(layout, self.run.policy)
             self.report["smoothed"] = smooth(self._here, layout, edits)
             if not edits and not found:
                 stats = self._ranges(layout, learned, edits, sink)
@@ -116,15 +116,15 @@ class LayerRun:
         first: dict[str, tuple[str, Matrix]] = {}
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
-                merged = self.run.wishes.merged(module)
-                if merged is None or matrix not in leaders or not self.run.wishes.measures(module):
+                fused = self.run.policy.fused_name(module)
+                if fused is None or matrix not in leaders or not self.run.policy.measures(module):
                     continue
-                other, leader = first.setdefault(merged, (module, leaders[matrix]))
+                other, leader = first.setdefault(fused, (module, leaders[matrix]))
                 if leader != leaders[matrix]:
                     raise InputError(
                         f"the engine merges `{module}` and `{other}`, with one input scale or "
                         "transform for both, and they have different inputs",
-                        where=self.run.wishes.quantized[module].rule,
+                        where=self.run.policy.quantized[module].rule,
                         fix="give them a scheme with dynamic inputs, such as w8a8_dynamic",
                     )
 
@@ -134,7 +134,7 @@ class LayerRun:
         self,
         layout: LayerLayout,
         learned: dict[str, Stats],
-        edits: Mapping[str, Factors],
+        edits: Mapping[str, EditFactors],
         sink: Sink | None,
     ) -> dict[str, Stats]:
         """`learned`, and what every module's scheme asks for besides; `sink` takes outputs as later
@@ -144,15 +144,15 @@ class LayerRun:
         observers: dict[str, Observer] = {}
         for matrix, segments in layout.matrices():
             for segment in segments:
-                observer = self.run.wishes.observer(segment.module)
+                observer = self.run.policy.observer(segment.module)
                 if observer is not None:  # siblings with one scheme share one observer
-                    scheme = self.run.wishes.quantized[segment.module].scheme
+                    scheme = self.run.policy.quantized[segment.module].scheme
                     group = shared[leaders.get(matrix, matrix)]
                     observers[segment.module] = group.setdefault(scheme, observer)
-        inputs = self.run.wishes.inputs
+        inputs = self.run.policy.inputs
         engine = None
         if inputs == "running":
-            engine = Engine(self.name, self._layer, layout.segments, running(self.run.wishes))
+            engine = EngineLinears(self.name, self._layer, layout.segments, running(self.run.policy))
         watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
         as_quantized = inputs == "quantized" and sink is not None
         self._here.watch(watch, None if as_quantized else sink)
@@ -181,16 +181,16 @@ class LayerRun:
     ) -> None:
         """What the layer loses by the engine's arithmetic in the modules that have learned."""
         if learned:
-            wishes = self.run.wishes
-            only = replace(wishes, quantized={m: wishes.quantized[m] for m in learned})
+            policy = self.run.policy
+            only = replace(policy, quantized={m: policy.quantized[m] for m in learned})
             loss = Course(self._here, {}).served_loss(layout.segments, quantized(only, stats))
             self.report["learned"]["loss_served"] = loss
 
     def _run_quantized(
         self, layout: LayerLayout, stats: Mapping[str, Stats], sink: Sink | None
     ) -> None:
-        quantizer = quantized(self.run.wishes, stats)
-        engine = Engine(self.name, self._layer, layout.segments, quantizer)
+        quantizer = quantized(self.run.policy, stats)
+        engine = EngineLinears(self.name, self._layer, layout.segments, quantizer)
         matrices = Matrices(self.name, self._layer)
         self.run.replay.run(
             self.index,
@@ -203,7 +203,7 @@ class LayerRun:
 
     def _settle(self, observers: Mapping[str, Observer]) -> dict[str, Stats]:
         """Stats of every module; those that saw no token follow the recipe's policy."""
-        wishes = self.run.wishes
+        policy = self.run.policy
         for module, observer in observers.items():
             if not observer.finite:
                 raise not_finite(module, str(self.run.skeleton.checkpoint.path))
@@ -211,13 +211,13 @@ class LayerRun:
         settled = {module: chosen[o] for module, o in observers.items() if o in chosen}
         empty = sorted(observers.keys() - settled.keys())
         self.report["uncalibrated"] = empty
-        if empty and wishes.uncalibrated == "error":
-            raise unreached(empty, wishes.quantized[empty[0]].rule)
-        for module in empty if wishes.uncalibrated == "group" else ():
+        if empty and policy.uncalibrated == "error":
+            raise unreached(empty, policy.quantized[empty[0]].rule)
+        for module in empty if policy.uncalibrated == "group" else ():
             others = [observers[m] for m in settled if _alike(m) == _alike(module)]
-            merged = wishes.observer(module)
+            merged = policy.observer(module)
             if not others or merged is None:
-                raise unreached([module], wishes.quantized[module].rule)
+                raise unreached([module], policy.quantized[module].rule)
             for other in dict.fromkeys(others):
                 merged.absorb(other)
             settled[module] = merged.stats()
@@ -236,7 +236,7 @@ class _First:
         return self.states.get(0)[:1, : self.length]
 
 
-def _edited(edits: Mapping[str, Factors]) -> Read:
+def _edited(edits: Mapping[str, EditFactors]) -> Read:
     def read(stored: StoredTensor) -> Tensor:
         tensor = read_tensor(stored)
         factors = edits.get(stored.spec.name)

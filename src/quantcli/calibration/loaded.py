@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.calibration.channels import LayerLayout, Producer, fold, norm_offset, scale_norm
-from quantcli.calibration.policy import Wishes
+from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.replay import Replay, Sink
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.replay.states import States
 from quantcli.calibration.replay.taps import Matrices, Matrix
 from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic.observers import ChannelAmax
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoadedLayer:
     """The layer's module has its weights while `Skeleton.loaded` runs. states: its inputs."""
 
-    run: Run
+    run: CalibrationRun
     index: int
     states: States
 
@@ -67,7 +67,7 @@ class Layer:
         }
 
     def divide(
-        self, layout: LayerLayout, producer: Producer, scale: Tensor, edits: dict[str, Factors]
+        self, layout: LayerLayout, producer: Producer, scale: Tensor, edits: dict[str, EditFactors]
     ) -> Tensor:
         """Divide a producer's channels by scales [channels], and multiply what reads them; the scales
         as they came out, all 1 where it is a norm that cannot be scaled."""
@@ -81,19 +81,21 @@ class Layer:
 
     def _divided_norm(
         self, path: str, module: nn.Module, scale: Tensor
-    ) -> tuple[dict[str, Factors], Tensor]:
+    ) -> tuple[dict[str, EditFactors], Tensor]:
         offset = norm_offset(module)
         if offset is not None:
             made, real = scale_norm(module, offset, scale)
             stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in made}
             if None not in stored.values():
-                new = {str(stored[suffix]): Factors(value=tensor) for suffix, tensor in made.items()}
+                new = {
+                    str(stored[suffix]): EditFactors(value=tensor) for suffix, tensor in made.items()
+                }
                 return new, real
         return {}, torch.ones_like(scale)
 
 
 @dataclass(frozen=True)
-class Run:
+class CalibrationRun:
     """The replay's last batch is the probe. workers: threads for work outside of the replay.
 
     held_targets: bytes of a layer's float outputs that may be held while it learns.
@@ -103,7 +105,7 @@ class Run:
     replay: Replay
     batches: list[Batch]
     probe: Batch
-    wishes: Wishes
+    policy: Policy
     device: torch.device
     workers: int = 1
     held_targets: int = 0

@@ -23,13 +23,13 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Policy:
     """The recipe, for one model.
 
     quantized:        by module.
     alpha:            the strength of smoothing for a group of channels, by the quantized modules that
                       read it; None leaves it alone.
-    merged:           the parameter that the engine makes of a module and its siblings, if it does.
+    fused_name:       the parameter that the engine makes of a module and its siblings, if it does.
     uncalibrated:     error | dynamic | group: what becomes of a module that no token reaches.
     inputs:           float | quantized | running: what a layer is shown.
     seed:             of what is learned.
@@ -37,7 +37,7 @@ class Wishes:
 
     quantized: Mapping[str, Quantized]
     alpha: Callable[[Sequence[str]], float | None]
-    merged: Callable[[str], str | None]
+    fused_name: Callable[[str], str | None]
     uncalibrated: str
     inputs: str
     seed: int = 0

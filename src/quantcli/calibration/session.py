@@ -14,7 +14,7 @@ from quantcli import __version__
 from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
 from quantcli.calibration.memory import BATCH_TOKENS
-from quantcli.calibration.policy import Quantized, Wishes, unreached
+from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.store import (
@@ -176,8 +176,8 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         trust_remote_code=resources.trust_remote_code,
         say=progress.say,
     )
-    wishes = _wishes(plan)
-    _check_reached(skeleton, wishes)
+    policy = _policy(plan)
+    _check_reached(skeleton, policy)
     budget = memory.states_budget(
         skeleton, resources.workers, resources.max_memory, memory.rounding(plan)
     )
@@ -186,10 +186,10 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         Calibrator(
             skeleton,
             dataset.batches,
-            wishes,
+            policy,
             store,
             device=device,
-            workers=1 if wishes.inputs == "running" else resources.workers,
+            workers=1 if policy.inputs == "running" else resources.workers,
             states_budget=budget,
             progress=progress,
         ).run()
@@ -202,21 +202,21 @@ def _dtype(plan: Plan) -> str:
     return plan.serving_dtype if wanted == "auto" else FLOAT_NAMES[wanted]
 
 
-def _wishes(plan: Plan) -> Wishes:
+def _policy(plan: Plan) -> Policy:
     block = plan.recipe.file.calibration or Calibration()
     quantized = {
         item.module: Quantized(
             item.scheme,
-            torch_dtype(item.held.weight_scale),
-            torch_dtype(item.held.input_scale),
+            torch_dtype(item.engine_dtypes.weight_scale),
+            torch_dtype(item.engine_dtypes.input_scale),
             _where(plan, item.module),
         )
         for item in quantized_items(plan)
     }
-    return Wishes(
+    return Policy(
         quantized=quantized,
         alpha=plan.recipe.alpha,
-        merged=plan.recipe.target.merged,
+        fused_name=plan.recipe.target.fused_name,
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
         seed=block.seed,
@@ -229,7 +229,7 @@ def _where(plan: Plan, module: str) -> str:
     return rule.where
 
 
-def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
+def _check_reached(skeleton: Skeleton, policy: Policy) -> None:
     """Modules outside of the decoder stack are never shown a token."""
     inside = {
         segment.module
@@ -238,9 +238,9 @@ def _check_reached(skeleton: Skeleton, wishes: Wishes) -> None:
         for segments in experts
         for segment in segments
     }
-    outside = [m for m in wishes.quantized if m not in inside and wishes.needs_data(m)]
-    if outside and wishes.uncalibrated != "dynamic":
-        raise unreached(outside, wishes.quantized[outside[0]].rule)
+    outside = [m for m in policy.quantized if m not in inside and policy.needs_data(m)]
+    if outside and policy.uncalibrated != "dynamic":
+        raise unreached(outside, policy.quantized[outside[0]].rule)
 
 
 def _tool() -> str:
@@ -287,7 +287,7 @@ def asked(plan: Plan) -> dict[str, Any]:
     learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
     for item in quantized_items(plan):
-        how = [item.scheme.model_dump(mode="json"), list(item.held)]
+        how = [item.scheme.model_dump(mode="json"), list(item.engine_dtypes)]
         if item.module in plan.measured:
             named = shown or item.asked & item.scheme.row_stats
             measured[item.module] = [item.scheme.name if named else "", *how]

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantcli.calibration.policy import Wishes
+from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.engine import Arithmetic, Quantizer
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 
 
-def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:
+def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
     """The engine's arithmetic, with what was measured of each module's input."""
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
-        found = wishes.quantized.get(module)
+        found = policy.quantized.get(module)
         known = stats.get(module, NO_STATS)
-        if found is None or (not known and wishes.measures(module)):
+        if found is None or (not known and policy.measures(module)):
             return None  # float, or no token reaches it
         scheme = found.scheme
         mine = {name: tensor for name, tensor in known.items() if name in scheme.row_stats}
@@ -37,12 +37,12 @@ def quantized(wishes: Wishes, stats: Mapping[str, Stats]) -> Quantizer:
     return quantize
 
 
-def running(wishes: Wishes) -> Quantizer:
+def running(policy: Policy) -> Quantizer:
     """Simulated, with the ranges so far; the engine's arithmetic where a scheme needs no data."""
-    without_data = quantized(wishes, {})
+    without_data = quantized(policy, {})
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
-        if wishes.observer(module) is None:
+        if policy.observer(module) is None:
             return without_data(module, rows, bias)
         return RunningLinear(), {"weight": rows}
 

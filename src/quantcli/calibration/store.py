@@ -29,7 +29,7 @@ from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError
-from quantcli.planning.measured import Edit, Factors, Measured
+from quantcli.planning.measured import Edit, EditFactors, Measured
 
 HEAD = "calibration.json"
 _VERSION = 1
@@ -269,7 +269,7 @@ def _anew(folder: Path) -> str:
     return f"delete {folder} to make it anew"
 
 
-def pack_edits(edits: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+def pack_edits(edits: Mapping[str, EditFactors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     """The vectors of a layer's edits, each once however many tensors share it, and who has which."""
     vectors: dict[str, Tensor] = {}
     places: dict[bytes, str] = {}

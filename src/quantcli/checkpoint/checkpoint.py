@@ -32,7 +32,7 @@ _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 class Checkpoint:
     """A safetensors model directory. `tensors` is in file order, then in the order of the data.
 
-    stored: tensors as they are on disk, where `tensors` holds weights decoded from several of them.
+    undecoded: tensors as they are on disk, if `tensors` holds weights decoded from several of them.
     """
 
     path: Path
@@ -43,12 +43,12 @@ class Checkpoint:
     left_out: dict[str, str]  # files that are not carried along -> why
     problems: list[QuantError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    stored: dict[str, StoredTensor] | None = None
+    undecoded: dict[str, StoredTensor] | None = None
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:
         """Every tensor that a file holds."""
-        return self.tensors if self.stored is None else self.stored
+        return self.tensors if self.undecoded is None else self.undecoded
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _HOLE = "\0"  # stands for a number in a folded name; no tensor name holds it
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that differ only in the numbers in their names."""
 
     name: str  # model.layers.{0..35}.mlp.down_proj
@@ -125,7 +125,7 @@ def tied_embeddings(checkpoint: Checkpoint) -> str:
     return "no lm_head, though config.json says untied" if said is False else "yes"
 
 
-def fold(specs: list[TensorSpec]) -> list[Group]:
+def fold(specs: list[TensorSpec]) -> list[TensorGroup]:
     """Group tensors that differ only in layer or expert numbers, in order of their names."""
     families: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = defaultdict(list)
     for spec in specs:
@@ -137,11 +137,11 @@ def fold(specs: list[TensorSpec]) -> list[Group]:
         pieces = itertools.zip_longest(name.split(_HOLE), spans, fillvalue="")
         folded = "".join(itertools.chain.from_iterable(pieces))
         nbytes = sum(spec.nbytes for spec in members)
-        groups.append(Group(folded.removesuffix(".weight"), len(members), dtype, shape, nbytes))
+        groups.append(TensorGroup(folded.removesuffix(".weight"), len(members), dtype, shape, nbytes))
     return sorted(groups, key=_place)
 
 
-def _place(group: Group) -> tuple[str, ...]:
+def _place(group: TensorGroup) -> tuple[str, ...]:
     return tuple(re.split(r"\{[^}]*\}", group.name))
 
 

@@ -16,7 +16,7 @@ from quantcli.checkpoint.tensors import read_into
 from quantcli.core.disk import disk_errors
 
 
-class Reader:
+class RowReader:
     """Rows of one stored tensor; each call gives a view of the same memory."""
 
     def __init__(self, stored: StoredTensor) -> None:

@@ -40,7 +40,7 @@ def verify(
     """
     from quantcli.core.events import SILENT
     from quantcli.core.threads import default_workers
-    from quantcli.verification.depths import Wanted, document
+    from quantcli.verification.depths import VerifyOptions, document
     from quantcli.verification.depths import verify as work
     from quantcli.verification.report.junit import junit as as_junit
 
@@ -58,7 +58,7 @@ def verify(
         from quantcli.verification.report.page import require_plotly
 
         require_plotly()
-    wanted = Wanted(
+    wanted = VerifyOptions(
         checkpoint,
         full=full,
         against=None if against is None else find_model(against),

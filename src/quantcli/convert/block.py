@@ -17,47 +17,49 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.planning.measured import Edit, Factors
+from quantcli.planning.measured import Edit, EditFactors
 from quantcli.planning.plan import Copy, Quantize
 from quantcli.schemes.arithmetic import rounding
 from quantcli.targets.base import Target
 
 
 @dataclass(frozen=True)
-class Known:
+class Calibrated:
     """What calibration found for an item."""
 
     constants: Stats = field(default_factory=lambda: NO_STATS)
     row_stats: Mapping[str, StoredTensor] = field(default_factory=dict)
-    edit: Factors | None = None
-    bias_edit: Factors | None = None
+    edit: EditFactors | None = None
+    bias_edit: EditFactors | None = None
 
 
-_NOTHING = Known()
+_NOTHING = Calibrated()
 
 
-def read_known(item: Copy | Quantize, surveys: Surveys) -> Known:
+def read_calibrated(item: Copy | Quantize, weight_amax: WeightAmax) -> Calibrated:
     """Read what calibration found for an item, and what all its rows share.
 
     InputError for values that make no sense.
     """
     edit = item.edit.load() if item.edit else None
     if isinstance(item, Copy):
-        return Known(edit=edit) if edit else _NOTHING
-    if not (edit or item.stats or item.bias_edit or item.survey):
+        return Calibrated(edit=edit) if edit else _NOTHING
+    if not (edit or item.stats or item.bias_edit or item.amax_group):
         return _NOTHING
     constants = measured_constants(item) if item.stats else NO_STATS
-    if item.survey:
-        constants = {**constants, "weight_amax": surveys.largest(item)}
-    return Known(constants, item.row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
+    if item.amax_group:
+        constants = {**constants, "weight_amax": weight_amax.largest(item)}
+    return Calibrated(
+        constants, item.row_stats, edit, item.bias_edit.load() if item.bias_edit else None
+    )
 
 
-def copy_block(item: Copy, rows: Tensor, first_row: int, known: Known) -> memoryview:
+def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated) -> memoryview:
     """Rows of a tensor that stays float, as bytes: the same ones, edited, or in another dtype.
 
     InputError for what that dtype cannot hold.
     """
-    edited = rows if known.edit is None else known.edit.apply(rows, first_row)
+    edited = rows if calibrated.edit is None else calibrated.edit.apply(rows, first_row)
     made = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
     if item.dtype is not None and not bool(torch.isfinite(made).all()):
         name = item.source.spec.name
@@ -78,26 +80,26 @@ def quantize_block(
     rows: Tensor,
     first_row: int,
     bias: Tensor | None,
-    known: Known,
+    calibrated: Calibrated,
 ) -> dict[str, Tensor]:
     """Rows [n, k] of a weight, from `first_row` on, edited, quantized and packed: tensors by suffix.
 
     bias: of these rows [n]. InputError for NaN and Inf.
     """
     source, source_bias = rows, bias
-    if known.edit is not None:
-        rows = known.edit.apply(rows, first_row)
-    if known.bias_edit is not None and bias is not None:
-        bias = known.bias_edit.apply(bias, first_row)
-    constants = known.constants
-    if known.row_stats:
+    if calibrated.edit is not None:
+        rows = calibrated.edit.apply(rows, first_row)
+    if calibrated.bias_edit is not None and bias is not None:
+        bias = calibrated.bias_edit.apply(bias, first_row)
+    constants = calibrated.constants
+    if calibrated.row_stats:
         count = len(rows)
-        mine = {name: read_span(s, first_row, count) for name, s in known.row_stats.items()}
+        mine = {name: read_span(s, first_row, count) for name, s in calibrated.row_stats.items()}
         constants = {**constants, **mine}
-    parts = item.scheme.quantize(rows, torch_dtype(item.held.weight_scale), constants, bias)
+    parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
         raise _not_finite(source, source_bias, first_row, item)
-    parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.held.weight_scale))
+    parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.engine_dtypes.weight_scale))
     n, k = item.source.spec.shape
     return target.pack(item.scheme.numerics, parts, (n, k))
 
@@ -107,7 +109,7 @@ def measured_constants(item: Quantize) -> Parts:
     shared = item.stats.keys() - item.scheme.row_stats
     stats = {name: read_tensor(item.stats[name]) for name in shared}
     try:
-        return item.scheme.constants(stats, torch_dtype(item.held.input_scale))
+        return item.scheme.constants(stats, torch_dtype(item.engine_dtypes.input_scale))
     except InputError as error:
         file = next(iter(item.stats.values())).file
         raise InputError(error.what, where=f"`{item.module}` in {file}", fix=error.fix) from None
@@ -120,7 +122,7 @@ def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantiz
         error = not_finite("bias", bias, item.bias, first_row)
     if error is not None:
         return error
-    held = item.held.weight_scale
+    held = item.engine_dtypes.weight_scale
     return InputError(
         f"the scale of a row overflows {held}, in which the engine holds it",
         where=f"`{item.source.spec.name}`, rows from {first_row}, in {item.source.file.name}",
@@ -131,7 +133,7 @@ def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantiz
 _BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
 
 
-class Surveys:
+class WeightAmax:
     """What was found so far. Threads may share it."""
 
     def __init__(self) -> None:
@@ -144,12 +146,12 @@ class Surveys:
 
         InputError for NaN and Inf.
         """
-        key = item.survey[0][0].spec.name
+        key = item.amax_group[0][0].spec.name
         with self._lock:
             lock = self._locks[key]
         with lock:
             if key not in self._found:
-                largest = [_largest(stored, edit) for stored, edit in item.survey]
+                largest = [_largest(stored, edit) for stored, edit in item.amax_group]
                 self._found[key] = torch.stack(largest).amax().view(1)
             return self._found[key]
 

@@ -20,7 +20,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.block import Known, Surveys, copy_block, quantize_block, read_known
+from quantcli.convert.block import Calibrated, WeightAmax, copy_block, quantize_block, read_calibrated
 from quantcli.convert.journal import Journal
 from quantcli.core.disk import disk_errors, file_entry
 from quantcli.core.errors import MachineError
@@ -79,7 +79,7 @@ class ShardRun:
         self.block_elements = block_elements
         self.files: dict[str, dict[str, Any]] = {}
         self.reused = 0
-        self._surveys = Surveys()
+        self._surveys = WeightAmax()
         self._stop = threading.Event()
         self._local = threading.local()
 
@@ -142,7 +142,7 @@ class ShardRun:
             if open_shard.job_done():
                 self._finish(open_shard)
             return
-        known = read_known(item, self._surveys)
+        calibrated = read_calibrated(item, self._surveys)
         if isinstance(item, Quantize):
             step = _multiple(self.block_elements // spec.shape[1], item.row_multiple)
         else:
@@ -154,10 +154,10 @@ class ShardRun:
                 stop = min(start + step, job.stop)
                 rows = read(start, stop - start)
                 if isinstance(item, Quantize):
-                    self._quantize(open_shard, item, start, rows, known)
+                    self._quantize(open_shard, item, start, rows, calibrated)
                 else:
                     (out,) = item.outputs
-                    copied = copy_block(item, rows, start, known)
+                    copied = copy_block(item, rows, start, calibrated)
                     open_shard.writer.write(out.name, start * out.row_nbytes, copied)
                 self.progress.advance(_share(item.source, stop) - _share(item.source, start))
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
@@ -184,10 +184,10 @@ class ShardRun:
         yield read
 
     def _quantize(
-        self, open_shard: OpenShard, item: Quantize, start: int, rows: Tensor, known: Known
+        self, open_shard: OpenShard, item: Quantize, start: int, rows: Tensor, calibrated: Calibrated
     ) -> None:
         bias = open_shard.bias(item, start, len(rows))
-        packed = quantize_block(self.plan.target, item, rows, start, bias, known)
+        packed = quantize_block(self.plan.target, item, rows, start, bias, calibrated)
         self._emit(open_shard, item, start, packed)
 
     def _repack(self, open_shard: OpenShard, item: Repack, job: _Job) -> None:

@@ -16,7 +16,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.planning.measured import Edit, Measured
-from quantcli.planning.plan import NOTHING_MEASURED, Copy, Held, Item, Quantize
+from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Quantize
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -26,7 +26,7 @@ from quantcli.targets.base import Target
 class Outcome:
     """What a weight becomes: the outcome of a dry run."""
 
-    held: Held
+    engine_dtypes: EngineDtypes
     specs: tuple[TensorSpec, ...]  # named by suffix ("weight", "weight_scale")
     constants: frozenset[str]  # suffixes of those that do not depend on rows
     stats: frozenset[str]  # what must have been measured; empty for schemes that need no data
@@ -47,18 +47,18 @@ def dry_run(
     rows share a scale, runs the real kernels and needs no memory; the meta device would do as well, but
     in torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
     """
-    held = Held(
-        target.held(scheme.numerics, "weight_scale", serving_dtype),
-        target.held(scheme.numerics, "input_scale", serving_dtype),
+    engine_dtypes = EngineDtypes(
+        target.engine_dtype(scheme.numerics, "weight_scale", serving_dtype),
+        target.engine_dtype(scheme.numerics, "input_scale", serving_dtype),
     )
-    input_dtype = torch_dtype(held.input_scale)
+    input_dtype = torch_dtype(engine_dtypes.input_scale)
     n, k = spec.shape
     stats = scheme.blank(k, input_dtype)
     if stats and bias:
         _check_bias(bias, spec)
     shared = {name: tensor for name, tensor in stats.items() if name not in scheme.row_stats}
     constants = scheme.constants(shared, input_dtype)
-    if scheme.surveyed:
+    if scheme.needs_weight_amax:
         constants["weight_amax"] = torch.zeros(1)
 
     def packed(rows: int) -> dict[str, Tensor]:
@@ -69,11 +69,11 @@ def dry_run(
         }
         parts = scheme.quantize(
             torch.zeros((rows, k), dtype=torch_dtype(spec.dtype)),
-            torch_dtype(held.weight_scale),
+            torch_dtype(engine_dtypes.weight_scale),
             {**constants, **mine},
             torch.zeros(rows, dtype=torch_dtype(bias.dtype)) if stats and bias else None,
         )
-        parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(held.weight_scale))
+        parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
     of_none = packed(0)
@@ -86,7 +86,7 @@ def dry_run(
         rows = tensor.shape[0] if suffix in fixed else -(-n * share // multiple)
         shape = (rows, *tensor.shape[1:])
         specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return Outcome(held, tuple(specs), fixed, frozenset(stats), multiple)
+    return Outcome(engine_dtypes, tuple(specs), fixed, frozenset(stats), multiple)
 
 
 def make_items(
@@ -110,7 +110,7 @@ def make_items(
         if rule and rule.word == PLAIN
         for suffix in ("weight", "bias")
     }
-    surveys = _surveys(checkpoint, assigned, target, measured)
+    weight_amax = _surveys(checkpoint, assigned, target, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
@@ -130,19 +130,19 @@ def make_items(
             made[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = made[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
-        survey = surveys.get(target.merged(module) or module, ())
+        amax_group = weight_amax.get(target.fused_name(module) or module, ())
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         if not outcome.stats:
             yield Quantize(
                 stored,
                 module,
                 scheme,
-                outcome.held,
+                outcome.engine_dtypes,
                 outputs,
                 constants,
                 edit=measured.edits.get(name),
                 row_multiple=outcome.row_multiple,
-                survey=survey,
+                amax_group=amax_group,
             )
             continue
         known = measured.stats.get(module, NOTHING_MEASURED)
@@ -157,7 +157,7 @@ def make_items(
             stored,
             module,
             scheme,
-            outcome.held,
+            outcome.engine_dtypes,
             outputs,
             constants,
             bias,
@@ -165,7 +165,7 @@ def make_items(
             measured.edits.get(name),
             measured.edits.get(f"{module}.bias"),
             outcome.row_multiple,
-            survey,
+            amax_group,
         )
 
 
@@ -175,10 +175,10 @@ def _surveys(
     """The weights that share a scale, by the name under which the engine merges them."""
     found: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
     for module, rule in assigned.items():
-        if rule and rule.scheme and rule.scheme.surveyed:
+        if rule and rule.scheme and rule.scheme.needs_weight_amax:
             name = f"{module}.weight"
             entry = checkpoint.tensors[name], measured.edits.get(name)
-            found[target.merged(module) or module].append(entry)
+            found[target.fused_name(module) or module].append(entry)
     return {name: tuple(entries) for name, entries in found.items()}
 
 
@@ -195,7 +195,7 @@ def check_siblings(items: Iterable[Item], target: Target) -> None:
     """The engine keeps one of what is not per row for modules that it merges: it must be the same."""
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:
-        if isinstance(item, Quantize) and item.stats and (name := target.merged(item.module)):
+        if isinstance(item, Quantize) and item.stats and (name := target.fused_name(item.module)):
             content = item.measured()
             other, expected = first.setdefault(name, (item.module, content))
             if content != expected:

@@ -98,7 +98,7 @@ def served(
     merged: dict[tuple[str, tuple[int, str]], list[str]] = defaultdict(list)
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.unserved:
-            merged[target.merged(name) or name, rule.key].append(name)
+            merged[target.fused_name(name) or name, rule.key].append(name)
     for names in merged.values():
         rule = assigned[names[0]]
         assert rule is not None

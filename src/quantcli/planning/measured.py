@@ -27,13 +27,13 @@ class Edit:
     columns: StoredTensor | None = None
     value: StoredTensor | None = None
 
-    def load(self) -> Factors:
+    def load(self) -> EditFactors:
         """The factors, read from the calibration."""
 
         def read(stored: StoredTensor | None) -> Tensor | None:
             return None if stored is None else read_tensor(stored)
 
-        return Factors(read(self.rows), read(self.columns), read(self.value))
+        return EditFactors(read(self.rows), read(self.columns), read(self.value))
 
     def digest(self) -> bytes:
         """sha256 of what it does."""
@@ -50,7 +50,7 @@ def _content(stored: StoredTensor) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
+class EditFactors:
     """An edit with its numbers."""
 
     rows: Tensor | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.inspection import fold
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -30,7 +30,7 @@ from quantcli.planning.planner import serving_dtype
 from quantcli.schemes.base import Scheme
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Target
-from quantcli.targets.vllm_family import EXPERT, merged_name
+from quantcli.targets.vllm_family import EXPERT, fused_name
 
 BLOCK_ELEMENTS = 256 * 1024  # of a row block: its float64 copy, 2 MB, stays in the cache of a core
 _MOST_DB = 200.0  # SQNR where no weight changes; its opposite where a scale overflows
@@ -125,11 +125,11 @@ class _Method:
     """A scheme that quantizes weights without data, for the operand that it makes."""
 
     scheme: Scheme
-    held: torch.dtype  # of weight_scale in the engine
+    engine_dtype: torch.dtype  # of weight_scale in the engine
 
     def squared_error(self, rows: Tensor, exact: Tensor) -> float:
         """Sum of (dequantized - exact)^2. rows: [n, k] as stored; exact: the same in float64."""
-        error = self.scheme.dequantize(self.scheme.quantize(rows, self.held)).double()
+        error = self.scheme.dequantize(self.scheme.quantize(rows, self.engine_dtype)).double()
         error -= exact
         return float(torch.dot(error.view(-1), error.view(-1)))
 
@@ -151,7 +151,7 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         operands.setdefault(label, []).append(name)
         if label not in methods and _by_rows_alone(scheme):
             try:
-                held = target.held(scheme.numerics, "weight_scale", serving)
+                held = target.engine_dtype(scheme.numerics, "weight_scale", serving)
             except InputError:  # the target has no such weights
                 continue
             methods[label] = _Method(scheme, torch_dtype(held))
@@ -246,7 +246,7 @@ def _measure(
     matrix = replace(stored, spec=replace(stored.spec, shape=(height, width)))
     sums = _Sums(width, methods)
     step = max(1, block_elements // width)
-    with Reader(matrix) as reader:
+    with RowReader(matrix) as reader:
         for start in range(0, height, step):
             if stop.is_set():
                 break
@@ -261,7 +261,7 @@ def _measure(
 
 def _by_rows_alone(scheme: Scheme) -> bool:
     """Whether blocks of rows can be quantized without knowing more than them."""
-    return not (scheme.needs_data or scheme.surveyed or scheme.row_multiple > 1)
+    return not (scheme.needs_data or scheme.needs_weight_amax or scheme.row_multiple > 1)
 
 
 def _not_finite(
@@ -337,7 +337,7 @@ def _kind(module: str) -> str:
 def _unit(module: str) -> str:
     """What must have one scheme with a module, by a name for all of it."""
     expert = EXPERT.fullmatch(module)
-    return expert["experts"] if expert else merged_name(module) or module
+    return expert["experts"] if expert else fused_name(module) or module
 
 
 def _patterns(modules: list[str]) -> list[str]:

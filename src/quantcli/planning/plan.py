@@ -45,7 +45,7 @@ class Copy:
         return (TensorSpec(spec.name, self.dtype, spec.shape) if self.dtype else spec,)
 
 
-class Held(NamedTuple):
+class EngineDtypes(NamedTuple):
     """The dtypes in which the engine will hold a module's scales, as in "BF16"."""
 
     weight_scale: str
@@ -65,7 +65,7 @@ class Quantize:
     source: StoredTensor
     module: str
     scheme: Scheme
-    held: Held
+    engine_dtypes: EngineDtypes
     outputs: tuple[TensorSpec, ...]
     constants: frozenset[str] = frozenset()
     bias: StoredTensor | None = None
@@ -73,12 +73,14 @@ class Quantize:
     edit: Edit | None = None  # of the weight, before it is quantized
     bias_edit: Edit | None = None
     row_multiple: int = 1  # blocks of rows are cut at multiples of it
-    survey: tuple[tuple[StoredTensor, Edit | None], ...] = ()  # weights whose largest value is needed
+    amax_group: tuple[
+        tuple[StoredTensor, Edit | None], ...
+    ] = ()  # weights whose largest value is needed
 
     @property
     def asked(self) -> frozenset[str]:
         """Names of all that must be measured or chosen; empty for schemes that need no data."""
-        return _asked(self.scheme, self.source.spec.shape[-1], self.held.input_scale)
+        return _asked(self.scheme, self.source.spec.shape[-1], self.engine_dtypes.input_scale)
 
     @property
     def row_stats(self) -> dict[str, StoredTensor]:
@@ -230,7 +232,7 @@ class Work(ABC):
                 how = "copy"
                 if isinstance(item, Quantize):
                     bias = item.bias.spec.name if item.bias else ""
-                    how = f"{schemes[item.scheme]} {' '.join(item.held)} {bias}"
+                    how = f"{schemes[item.scheme]} {' '.join(item.engine_dtypes)} {bias}"
                 elif isinstance(item, Repack):
                     formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
                     how = f"pack {formats} {item.module.layout.label} {item.numerics}"

@@ -19,7 +19,7 @@ from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import Output, Refusal, Target, others_that_store
+from quantcli.targets.base import PlannedCheckpoint, Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
 
 
@@ -47,7 +47,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     check_siblings(items, target)
     need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
-    output = Output(
+    output = PlannedCheckpoint(
         modules=modules,
         tensors={spec.name: spec for shard in shards for spec in shard.tensors},
         files={spec.name: shard.file for shard in shards for spec in shard.tensors},

@@ -17,7 +17,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Parts, multiplier
 from quantcli.planning.plan import Repack
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
-from quantcli.targets.base import Target
+from quantcli.targets.base import ScalePart, Target
 
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.
@@ -76,8 +76,8 @@ def _damaged(what: str, where: str) -> InputError:
 def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:
     """A scale in the dtype in which the engine will hold it. InputError where it would be rounded."""
     scale = parts[name]
-    kind = target.held(item.numerics, "input_scale" if name == "input_scale" else "weight_scale",
-                       item.module.serving_dtype)  # fmt: skip
+    part: ScalePart = "input_scale" if name == "input_scale" else "weight_scale"
+    kind = target.engine_dtype(item.numerics, part, item.module.serving_dtype)
     held = scale.to(torch_dtype(kind))
     unlike = held.float() != scale.float()
     rounded = (unlike.any(1) if unlike.dim() > 1 else unlike).nonzero()
@@ -98,8 +98,8 @@ def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int)
 def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Tensor | None) -> Parts:
     """Static int8: the same codes, offset and steps, told as `target` does."""
     numerics, serving = item.numerics, item.module.serving_dtype
-    before = torch_dtype(item.origin.held(numerics, "input_scale", serving))
-    after = torch_dtype(target.held(numerics, "input_scale", serving))
+    before = torch_dtype(item.origin.engine_dtype(numerics, "input_scale", serving))
+    after = torch_dtype(target.engine_dtype(numerics, "input_scale", serving))
     if before == after:
         return parts
     scale, offset = parts["input_scale"].reshape(1), parts["input_offset"].reshape(1).float()

@@ -23,7 +23,14 @@ from quantcli.core.numerics import Module
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work
 from quantcli.planning.planner import raise_first
 from quantcli.planning.recode import WORDS, recode
-from quantcli.targets.base import Output, ScalePart, Stored, Target, must_be_sound, target_of
+from quantcli.targets.base import (
+    PlannedCheckpoint,
+    ScalePart,
+    StoredCheckpoint,
+    Target,
+    must_be_sound,
+    target_of,
+)
 from quantcli.targets.layouts import StoredModule
 
 
@@ -92,7 +99,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     modules = list(_modules(checkpoint, stored))
     raise_first(list(target.check(modules, specs)), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
-    output = Output(
+    output = PlannedCheckpoint(
         modules=modules,
         tensors={spec.name: spec for shard in shards for spec in shard.tensors},
         files={spec.name: shard.file for shard in shards for spec in shard.tensors},
@@ -173,7 +180,7 @@ def _must_have_label(module: StoredModule, origin: Target, target: Target) -> No
         ) from None
 
 
-def _modules(checkpoint: Checkpoint, stored: Stored) -> Iterator[Module]:
+def _modules(checkpoint: Checkpoint, stored: StoredCheckpoint) -> Iterator[Module]:
     """Every module with a weight, as a target sees it, in the order of the files."""
     codes = {module.codes.spec.name: module for module in stored.modules.values()}
     parts = {t.spec.name for module in stored.modules.values() for t in module.tensors.values()}
@@ -216,8 +223,8 @@ def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
     }:
         static = numerics.input is not None and not numerics.input.dynamic
         for part in scales[: 1 + static]:
-            kind = target.held(numerics, part, serving)
-            if kind != "F32" and kind != origin.held(numerics, part, serving):
+            kind = target.engine_dtype(numerics, part, serving)
+            if kind != "F32" and kind != origin.engine_dtype(numerics, part, serving):
                 narrow[f"{part} must fit {WORDS[kind]} as it is, which is checked while writing"] = None
     yield from sorted(narrow)
 
@@ -248,7 +255,7 @@ def _recipe(checkpoint: Checkpoint) -> str | None:
 
 
 def repack_items(
-    checkpoint: Checkpoint, stored: Stored, origin: Target, target: Target
+    checkpoint: Checkpoint, stored: StoredCheckpoint, origin: Target, target: Target
 ) -> Iterator[Item]:
     """One item per module and per other tensor, in the order of the files."""
     codes = {module.codes.spec.name: module for module in stored.modules.values()}

@@ -39,7 +39,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Matcher:
+class NameMatcher:
     """Patterns over module names, and where they stand."""
 
     patterns: tuple[str, ...]
@@ -56,7 +56,7 @@ class Matcher:
 
 
 @dataclass(frozen=True)
-class Rule(Matcher):
+class Rule(NameMatcher):
     """One rule: which modules, and the scheme that they get (None keeps them float).
 
     word: what stands in the place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
@@ -73,7 +73,7 @@ class Rule(Matcher):
 
 
 @dataclass(frozen=True)
-class SmoothPattern(Matcher):
+class SmoothPattern(NameMatcher):
     """The strength of smoothing of some groups; None leaves them alone."""
 
     alpha: float | None

@@ -25,7 +25,7 @@ class Scheme(BaseModel, ABC):
     name: ClassVar[str]
     # whether the scale spans rows: `quantize` then finds `weight_amax` float32 [1] among its constants,
     # max |w| of the whole weight and of those that the engine merges with it
-    surveyed: ClassVar[bool] = False
+    needs_weight_amax: ClassVar[bool] = False
     # stats with a row per row of the weight; `quantize` finds those of its rows among its constants
     row_stats: ClassVar[frozenset[str]] = frozenset()
 
@@ -67,19 +67,19 @@ class Scheme(BaseModel, ABC):
     def numerics(self) -> Numerics:
         """What the numbers are, for the target."""
 
-    def observer(self, held: torch.dtype) -> Observer | None:
+    def observer(self, engine_dtype: torch.dtype) -> Observer | None:
         """What measures this module's input during calibration; None for schemes that need no data.
 
-        held: the dtype in which the engine will hold `input_scale`.
+        engine_dtype: the dtype in which the engine will hold `input_scale`.
         """
         return None
 
-    def blank(self, k: int, held: torch.dtype) -> Stats:
+    def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """What there will be for a module with k inputs, with dtypes and shapes but no numbers of it.
 
         Stats by row have no rows. Empty for schemes that need no data.
         """
-        observer = self.observer(held)
+        observer = self.observer(engine_dtype)
         return observer.stats() if observer else NO_STATS
 
     @property
@@ -92,18 +92,18 @@ class Scheme(BaseModel, ABC):
         weights: Mapping[Hashable, Tensor],
         amax: Tensor,
         scalable: Scalable,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         generator: torch.Generator,
     ) -> Learner:
         """What learns for matrices that read the same input, where there is a `schedule`.
 
         weights: float [n, k] each, under any name. amax: max |x| of each input channel, float32 [k].
         scalable: whether channels of the input may be multiplied, as what makes them can be divided.
-        held: the dtype in which the engine holds what the module has once.
+        engine_dtype: the dtype in which the engine holds what the module has once.
         """
         raise AssertionError(f"{self.name} learns nothing")
 
-    def constants(self, stats: Stats, held: torch.dtype) -> Parts:
+    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """The parts that do not depend on rows, from what was measured: `input_scale` [1]."""
         return {}
 
@@ -111,20 +111,20 @@ class Scheme(BaseModel, ABC):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes and scales of whole rows.
 
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
-        held: the dtype in which the engine will hold `weight_scale`; codes are chosen against it.
+        engine_dtype: in which the engine will hold `weight_scale`; codes are chosen against it.
         constants: what `constants` returned for this module, and of these rows the `row_stats`.
         bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
 
         Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
-        representable in `held`), and what else the scheme has per row. A row with NaN or Inf gets a
-        scale that is not finite. Each `row_multiple` rows depend on themselves alone; the last ones of
+        representable in `engine_dtype`), and other parts per row. A row with NaN or Inf gets a scale
+        that is not finite. Each `row_multiple` rows depend on themselves alone; the last ones of
         a weight may be fewer. Also runs on blocks without rows.
         """
 

@@ -120,20 +120,20 @@ class KroneckerLearner(Learner):
         weights: Mapping[Hashable, Tensor],
         amax: Tensor,
         scalable: Scalable,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         generator: torch.Generator,
         *,
         lr: float,
         alpha: float,
         clips_rows: bool,
     ) -> None:
-        """weights: [n, k] each. amax: of each input channel [k]. held: the engine's dtype of L, R."""
+        """weights: [n, k] each. amax: of each input channel [k]. engine_dtype: of L and R."""
         first = next(iter(weights.values()))
         device, k = first.device, first.shape[1]
         self._weights = {key: weight.detach().float() for key, weight in weights.items()}
         left, right = decompose(k)
         self._left, self._right = (_Side(size, generator, device) for size in (left, right))
-        self._held = held
+        self._engine_dtype = engine_dtype
         self._lr = lr
         self._clip = torch.full((1,), _OPEN, device=device)
         self._rows = {
@@ -276,8 +276,8 @@ class KroneckerLearner(Learner):
         """left_trans, right_trans, clip_ratio; weight_clip [n, 1] if rows are clipped. On the CPU."""
         with torch.no_grad():
             found = {
-                "left_trans": self._left.both()[0].to(self._held),
-                "right_trans": self._right.both()[0].to(self._held),
+                "left_trans": self._left.both()[0].to(self._engine_dtype),
+                "right_trans": self._right.both()[0].to(self._engine_dtype),
                 "clip_ratio": self._clip.sigmoid(),
             }
             if self._clips_rows:

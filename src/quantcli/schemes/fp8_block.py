@@ -38,7 +38,7 @@ class Fp8Block(Scheme):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
@@ -53,7 +53,7 @@ class Fp8Block(Scheme):
         for i, j in itertools.product(range(tall), range(0, wide, _BLOCKS)):
             down, across = slice(i * _SIDE, (i + 1) * _SIDE), slice(j * _SIDE, (j + _BLOCKS) * _SIDE)
             part = rows[..., down, across]
-            scale = rounding.scale_of(tiles.absmax(part, _BLOCK), rounding.FP8_E4M3_MAX, held)
+            scale = rounding.scale_of(tiles.absmax(part, _BLOCK), rounding.FP8_E4M3_MAX, engine_dtype)
             each = tiles.spread(scale, (1, _SIDE), 1, part.shape[-1])
             codes[..., down, across] = rounding.to_fp8_e4m3(part, each)
             scales[..., i : i + 1, j : j + _BLOCKS] = scale

@@ -25,12 +25,12 @@ class Fp8Dynamic(Scheme):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
-        scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, held)
+        scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

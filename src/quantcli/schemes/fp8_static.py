@@ -28,7 +28,7 @@ class Fp8Static(Scheme):
 
     model_config = ConfigDict(serialize_by_alias=True)
     name: ClassVar[str] = "fp8_static"
-    surveyed: ClassVar[bool] = True
+    needs_weight_amax: ClassVar[bool] = True
 
     # `observer` in recipes; here that is the name of a method
     chosen_by: Literal["minmax", "percentile", "mse"] = Field(
@@ -56,18 +56,18 @@ class Fp8Static(Scheme):
         """Fp8 e4m3 per tensor x fp8 e4m3 per tensor."""
         return Numerics(Operand("fp8_e4m3", "tensor"), Operand("fp8_e4m3", "tensor"))
 
-    def observer(self, held: torch.dtype) -> Observer:
-        """Measures input_scale, exactly representable in `held`."""
-        return InputObserver(self, held)
+    def observer(self, engine_dtype: torch.dtype) -> Observer:
+        """Measures input_scale, exactly representable in `engine_dtype`."""
+        return InputObserver(self, engine_dtype)
 
-    def constants(self, stats: Stats, held: torch.dtype) -> Parts:
-        """input_scale [1] in dtype `held`. InputError for what no observer of this scheme gives."""
+    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
+        """input_scale [1] in `engine_dtype`. InputError for what no observer of this scheme gives."""
         measured = stats["input_scale"].float()
-        scale = measured.to(held)
+        scale = measured.to(engine_dtype)
         sound = bool(torch.isfinite(scale).all()) and float(scale) >= _SMALLEST
         if not sound or not torch.equal(scale.float(), measured):
             raise InputError(
-                f"input_scale {float(measured)} is no scale that {str(held)[6:]} holds",
+                f"input_scale {float(measured)} is no scale that {str(engine_dtype)[6:]} holds",
                 fix="calibrate again, for the dtype in which the model will be served",
             )
         return {"input_scale": scale}
@@ -75,12 +75,12 @@ class Fp8Static(Scheme):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [1] from `weight_amax`, input_scale."""
-        scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), held)
+        scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), engine_dtype)
         codes = rounding.to_fp8_e4m3(rows, scale)
         input_scale = constants["input_scale"].to(rows.device)
         return {"weight": codes, "weight_scale": scale, "input_scale": input_scale}
@@ -98,10 +98,10 @@ class Fp8Static(Scheme):
 class InputObserver(Observer):
     """Measures one module's inputs, and chooses the scale that represents them."""
 
-    def __init__(self, scheme: Fp8Static, held: torch.dtype) -> None:
+    def __init__(self, scheme: Fp8Static, engine_dtype: torch.dtype) -> None:
         super().__init__()
         self._scheme = scheme
-        self._held = held
+        self._engine_dtype = engine_dtype
         self._seen: MinMax | Distribution
         self._seen = MinMax() if scheme.chosen_by == "minmax" else Distribution()
 
@@ -126,37 +126,37 @@ class InputObserver(Observer):
 
     def _choose(self) -> Tensor:
         if isinstance(self._seen, MinMax):
-            return _of_amax(_largest(self._seen.range()), self._held)
+            return _of_amax(_largest(self._seen.range()), self._engine_dtype)
         values, counts = self._seen.values()
         if self._scheme.chosen_by == "mse":
-            return _least_error(values, counts, self._held)
+            return _least_error(values, counts, self._engine_dtype)
         amax = _largest(percentile(values, counts, self._scheme.percentile))
         if amax == 0:  # nearly all is 0: such a range would clip all the rest
             amax = _largest(percentile(values, counts, 100))
-        return _of_amax(amax, self._held)
+        return _of_amax(amax, self._engine_dtype)
 
 
 def _largest(ends: tuple[float, float]) -> float:
     return max(-ends[0], ends[1])
 
 
-def _of_amax(amax: float, held: torch.dtype) -> Tensor:
-    """The scale that clips nothing up to `amax`: float32 [1], representable in `held`."""
-    scale = rounding.scale_of(torch.tensor([amax]), rounding.FP8_E4M3_MAX, held)
+def _of_amax(amax: float, engine_dtype: torch.dtype) -> Tensor:
+    """The scale that clips nothing up to `amax`: float32 [1], representable in `engine_dtype`."""
+    scale = rounding.scale_of(torch.tensor([amax]), rounding.FP8_E4M3_MAX, engine_dtype)
     return scale.clamp_min(_SMALLEST)
 
 
-def _least_error(values: Tensor, counts: Tensor, held: torch.dtype) -> Tensor:
+def _least_error(values: Tensor, counts: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The scale with the least squared error over all values; ties go to the widest range.
 
     values: ascending float32 [v]; counts: int64 [v]. Steps of fp8 double at powers of two, so that a
     scale somewhat larger than amax / 448 may fit the values better, as may a smaller one, which clips.
     """
     if not len(values) or not bool(values.any()):
-        return _of_amax(0.0, held)
-    widest = _of_amax(float(values.abs().max()), held)
+        return _of_amax(0.0, engine_dtype)
+    widest = _of_amax(float(values.abs().max()), engine_dtype)
     shares = torch.arange(_WIDER * _STEPS, -_NARROWER * _STEPS - 1, -1) / _STEPS
-    scales = (widest * torch.exp2(shares)).to(held).float().clamp_min(_SMALLEST)
+    scales = (widest * torch.exp2(shares)).to(engine_dtype).float().clamp_min(_SMALLEST)
     losses = torch.zeros(len(scales), dtype=torch.float64)
     for start in range(0, len(values), _CHUNK):
         some = values[start : start + _CHUNK]

@@ -16,7 +16,7 @@ class Fp8Tensor(Scheme):
     """FP8 e4m3 weights, one scale for all that the engine merges; fp8 inputs, one scale per token."""
 
     name: ClassVar[str] = "fp8_tensor"
-    surveyed: ClassVar[bool] = True
+    needs_weight_amax: ClassVar[bool] = True
 
     @property
     def numerics(self) -> Numerics:
@@ -26,12 +26,12 @@ class Fp8Tensor(Scheme):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [1] from `weight_amax`."""
-        scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), held)
+        scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), engine_dtype)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

@@ -50,9 +50,9 @@ class IntegerWeights(Scheme):
         """The least and the largest code."""
         return _RANGES[self.numerics.weight.dtype]
 
-    def blank(self, k: int, held: torch.dtype) -> Stats:
+    def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """Also `codes`, int8 [0, k], where data chooses them."""
-        measured = super().blank(k, held)
+        measured = super().blank(k, engine_dtype)
         if self.weight_rounding == "nearest":
             return measured
         return {**measured, "codes": torch.empty((0, k), dtype=torch.int8)}
@@ -93,16 +93,16 @@ class Int4Weights(IntegerWeights):
         "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
     )
 
-    def codes(self, rows: Tensor, held: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1], exactly representable in `held`.
+    def codes(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, 1], exact in `engine_dtype`.
 
         With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
         is never larger than that. NaN and Inf show in the scale.
         """
         values = rows.float()
-        scale = rounding.scale_of(rounding.absmax(rows), LARGEST, held)
+        scale = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
         if self.clip == "mse":
-            scale = least_error(values, scale, held)
+            scale = least_error(values, scale, engine_dtype)
         return _round(values, scale).to(torch.int8), scale
 
 
@@ -133,15 +133,15 @@ class Int4Groups(Int4Weights):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
         if self.group_size == "channel":
-            codes, scale = self.codes(rows, held)
+            codes, scale = self.codes(rows, engine_dtype)
             return {"weight": chosen(constants, codes), "weight_scale": scale}
-        codes, scale = self.codes(tiles.cut(rows, self.group_size), held)
+        codes, scale = self.codes(tiles.cut(rows, self.group_size), engine_dtype)
         codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
         return {"weight": chosen(constants, codes), "weight_scale": scale.squeeze(-1)}
 
@@ -166,22 +166,22 @@ def _error(values: Tensor, scale: Tensor) -> Tensor:
     return total.nan_to_num_(torch.inf)
 
 
-def least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
+def least_error(values: Tensor, widest: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
     then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
-    Each is tried as the number of `held` that it becomes.
+    Each is tried as the number of `engine_dtype` that it becomes.
 
     Ties go to the wider scale, and `widest` is among them.
     """
     best, least = widest, _error(values, widest)
     share = torch.ones_like(widest)
     for step in _COARSE[1:]:
-        error = _error(values, rounding.nearest(widest * step, held))
+        error = _error(values, rounding.nearest(widest * step, engine_dtype))
         better = error < least
         least, share = torch.where(better, error, least), torch.where(better, step, share)
-    best = rounding.nearest(widest * share, held)
+    best = rounding.nearest(widest * share, engine_dtype)
     for step in _FINE:
-        scale = rounding.nearest(widest * (share + step), held)
+        scale = rounding.nearest(widest * (share + step), engine_dtype)
         error = _error(values, scale)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
@@ -189,7 +189,7 @@ def least_error(values: Tensor, widest: Tensor, held: torch.dtype) -> Tensor:
         codes = _round(values, best)
         square = codes.square().sum(-1, keepdim=True)
         scale = (values * codes).sum(-1, keepdim=True) / square
-        scale = rounding.nearest(torch.where((square > 0) & (scale > 0), scale, best), held)
+        scale = rounding.nearest(torch.where((square > 0) & (scale > 0), scale, best), engine_dtype)
         error = _error(values, scale)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)

@@ -26,11 +26,11 @@ class W4A4Dynamic(Int4Weights):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
-        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1], which `held` must be."""
+        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1]."""
         codes, scale = self.codes(rows, torch.float32)
         return {"weight": chosen(constants, codes), "weight_scale": scale}
 

@@ -92,7 +92,7 @@ class W4A4FlatQuant(Int4Weights):
         weights: Mapping[Hashable, Tensor],
         amax: Tensor,
         scalable: Scalable,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         generator: torch.Generator,
     ) -> Learner:
         """One transform for all of them."""
@@ -100,33 +100,33 @@ class W4A4FlatQuant(Int4Weights):
             weights,
             amax,
             scalable if self.scale_channels else "not at all",
-            held,
+            engine_dtype,
             generator,
             lr=self.lr or _PRESETS[self.preset][1],
             alpha=self.alpha,
             clips_rows=self.clip == "learned",
         )
 
-    def blank(self, k: int, held: torch.dtype) -> Stats:
-        """left_trans [l, l] and right_trans [r, r] in `held`, clip_ratio float32 [1]; by row, where
-        they are asked for, codes int8 [0, k] and weight_clip float32 [0, 1]."""
+    def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
+        """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row, if
+        the options ask for them, codes int8 [0, k] and weight_clip float32 [0, 1]."""
         left, right = decompose(k)
         stats = {
-            **super().blank(k, held),
-            "left_trans": torch.eye(left, dtype=held),
-            "right_trans": torch.eye(right, dtype=held),
+            **super().blank(k, engine_dtype),
+            "left_trans": torch.eye(left, dtype=engine_dtype),
+            "right_trans": torch.eye(right, dtype=engine_dtype),
             "clip_ratio": torch.ones(1),
         }
         if self.clip == "learned":
             stats["weight_clip"] = torch.ones(0, 1)
         return stats
 
-    def constants(self, stats: Stats, held: torch.dtype) -> Parts:
-        """The transforms in dtype `held`, their inverses in float64, clip_ratio float32 [1]."""
+    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
+        """The transforms in dtype `engine_dtype`, their inverses in float64, clip_ratio float32 [1]."""
         left, right, clip = (stats[name] for name in SHARED)
-        if left.dtype != held or right.dtype != held:
+        if left.dtype != engine_dtype or right.dtype != engine_dtype:
             raise InputError(
-                f"transforms are {left.dtype}, not {held}",
+                f"transforms are {left.dtype}, not {engine_dtype}",
                 fix="calibrate again, for the dtype in which the model will be served",
             )
         if not 0 < float(clip) <= 1:
@@ -142,7 +142,7 @@ class W4A4FlatQuant(Int4Weights):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
@@ -154,7 +154,7 @@ class W4A4FlatQuant(Int4Weights):
             scale = (amax / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
             codes = (transformed / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
         else:
-            codes, scale = self.codes(transformed, held)
+            codes, scale = self.codes(transformed, engine_dtype)
         shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 

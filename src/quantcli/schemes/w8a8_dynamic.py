@@ -25,12 +25,12 @@ class W8A8Dynamic(IntegerWeights):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2 to nearest."""
-        scale = rounding.int8_scale(rows, held)
+        scale = rounding.int8_scale(rows, engine_dtype)
         codes = chosen(constants, rounding.to_int8(rows, scale))
         return {"weight": codes, "weight_scale": scale}
 

@@ -30,20 +30,20 @@ class W8A8Mix(Int8Static):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
 
-        Codes follow weight_scale, which is representable in `held`; deq_scale is the nearest to
+        Codes follow weight_scale, which is representable in `engine_dtype`; deq_scale is the nearest to
         weight_scale / r that the hardware honours. |error| <= weight_scale / 2. NaN or Inf in the
         weight or the bias shows in weight_scale.
         """
         input_scale = constants["input_scale"]
         r = multiplier(input_scale).to(rows.device)
         least = least_deq_scale(r, bias) * r
-        scale = rounding.int8_scale(rows, held, least)
+        scale = rounding.int8_scale(rows, engine_dtype, least)
         deq = deq_grid(scale / r, input_scale.dtype, up=False)
         scale = torch.where(torch.isfinite(deq), scale, deq)  # so that an overflow shows
         codes = chosen(constants, rounding.to_int8(rows, scale))

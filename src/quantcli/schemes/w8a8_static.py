@@ -83,23 +83,23 @@ class Int8Static(IntegerWeights):
         """Int8 per channel x int8 per tensor."""
         return Numerics(WEIGHT, self.inputs)
 
-    def observer(self, held: torch.dtype) -> Observer:
-        """Measures input_scale, exactly representable in `held`, and input_offset."""
-        return InputObserver(self, held)
+    def observer(self, engine_dtype: torch.dtype) -> Observer:
+        """Measures input_scale, exactly representable in `engine_dtype`, and input_offset."""
+        return InputObserver(self, engine_dtype)
 
-    def constants(self, stats: Stats, held: torch.dtype) -> Parts:
-        """input_scale [1] in dtype `held`, input_offset float32 [1].
+    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
+        """input_scale [1] in dtype `engine_dtype`, input_offset float32 [1].
 
         The dtype tells `quantize` in what the model will be served. InputError for values that no
         observer of this scheme gives: codes would be made against another scale than the engine's.
         """
         measured, offset = stats["input_scale"].float(), stats["input_offset"].float()
-        scale = measured.to(held)
+        scale = measured.to(engine_dtype)
         ends = torch.cat([scale.float(), multiplier(scale)])
         sound = bool(((ends > 0) & torch.isfinite(ends)).all())
         if not sound or not torch.equal(scale.float(), measured):
             raise InputError(
-                f"input_scale {float(measured)} is no scale that {str(held)[6:]} holds",
+                f"input_scale {float(measured)} is no scale that {str(engine_dtype)[6:]} holds",
                 fix="calibrate again, for the dtype in which the model will be served",
             )
         if not -128 <= float(offset) <= 127 or float(offset) % 1:
@@ -132,10 +132,10 @@ class Int8Static(IntegerWeights):
 class InputObserver(Observer):
     """Measures one module's inputs, and chooses the scale and the offset that represent them."""
 
-    def __init__(self, scheme: Int8Static, held: torch.dtype) -> None:
+    def __init__(self, scheme: Int8Static, engine_dtype: torch.dtype) -> None:
         super().__init__()
         self._scheme = scheme
-        self._held = held
+        self._engine_dtype = engine_dtype
         self._seen: MinMax | Distribution
         if scheme.chosen_by == "minmax":
             self._seen = MinMax()
@@ -169,16 +169,16 @@ class InputObserver(Observer):
         return {**measured, **self._seen.stats()}
 
     def _choose(self) -> tuple[float, float]:
-        held, symmetric = self._held, self._scheme.symmetric
+        engine_dtype, symmetric = self._engine_dtype, self._scheme.symmetric
         if isinstance(self._seen, MinMax):
-            return affine.of_range(*self._seen.range(), held, symmetric=symmetric)
+            return affine.of_range(*self._seen.range(), engine_dtype, symmetric=symmetric)
         values, counts = self._seen.values()
         if self._scheme.chosen_by == "mse":
-            return affine.of_distribution(values, counts, held, symmetric=symmetric)
+            return affine.of_distribution(values, counts, engine_dtype, symmetric=symmetric)
         inner = percentile(values, counts, self._scheme.percentile)
         if inner == (0.0, 0.0):  # nearly all is 0: such a range would clip all the rest
             inner = percentile(values, counts, 100)
-        return affine.of_range(*inner, held, symmetric=symmetric)
+        return affine.of_range(*inner, engine_dtype, symmetric=symmetric)
 
 
 class W8A8Static(Int8Static):
@@ -189,14 +189,14 @@ class W8A8Static(Int8Static):
     def quantize(
         self,
         rows: Tensor,
-        held: torch.dtype,
+        engine_dtype: torch.dtype,
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
 
         The engine knows weights by deq_scale alone: that is chosen first, and weight_scale =
-        deq_scale * r is what it amounts to, in float32 whatever `held` is. No code is clipped;
+        deq_scale * r is what it amounts to, in float32 whatever `engine_dtype` is. No code is clipped;
         |error| <= weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
         weight_scale.
         """

@@ -20,7 +20,7 @@ from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
 from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded
 from quantcli.targets.ascend.types import deq_from_stored
-from quantcli.targets.base import Stored, must_be_sound, target_of
+from quantcli.targets.base import StoredCheckpoint, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
 
 # by `quant_method` in config.json
@@ -49,7 +49,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     for a format that is not known, for tensors that are not what it makes of them, and for what an
     engine that knows it would refuse or misread.
     """
-    if checkpoint.stored is not None or (found := quantization(checkpoint)) is None:
+    if checkpoint.undecoded is not None or (found := quantization(checkpoint)) is None:
         return checkpoint
     weights, known = _read(checkpoint, found)
     findings = known.findings if known else ()
@@ -77,10 +77,12 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         notes.append(
             f"dropped {len(cache)} scales of the cache of keys and values, such as `{cache[0]}`"
         )
-    return replace(checkpoint, tensors=tensors, stored=checkpoint.tensors, notes=notes)
+    return replace(checkpoint, tensors=tensors, undecoded=checkpoint.tensors, notes=notes)
 
 
-def _read(checkpoint: Checkpoint, found: Quantization) -> tuple[Sequence[Encoded], Stored | None]:
+def _read(
+    checkpoint: Checkpoint, found: Quantization
+) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
     """The modules; where a target of ours read them, also what it took them from."""
     settings, where = _settings(checkpoint)
     method = settings.get("quant_method")
@@ -162,7 +164,7 @@ _BESIDE = frozenset(
 )  # fmt: skip
 
 
-def _read_own(stored: Stored, target: str) -> Iterator[Encoded]:
+def _read_own(stored: StoredCheckpoint, target: str) -> Iterator[Encoded]:
     """Every module that is sound enough to be read. target: its name."""
     for module in stored.modules.values():
         mine = [p.suffix for p in module.layout.params if p.suffix in module.tensors]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
@@ -96,7 +96,7 @@ class Float8Rows:
 
     def __init__(self, codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> None:
         """scale: [ceil(n / rows), ceil(k / columns)] of a tile's."""
-        self._codes, self._scale = Reader(codes), Reader(scale)
+        self._codes, self._scale = RowReader(codes), RowReader(scale)
         self._tile = tile
 
     def __enter__(self) -> Self:

@@ -32,7 +32,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Output:
+class PlannedCheckpoint:
     """All that is known of a planned checkpoint, for the files that describe it."""
 
     modules: Sequence[Module]
@@ -42,7 +42,7 @@ class Output:
     serving_dtype: str  # "BF16" or "F16": what the engine computes in
 
 
-class Stored(Protocol):
+class StoredCheckpoint(Protocol):
     """A checkpoint on disk, by whoever made it, as an engine would take it.
 
     modules:  the quantized ones that are sound enough to be read.
@@ -83,11 +83,11 @@ class Target(BaseModel, ABC):
         """Engine versions and hardware that load modules with this label."""
 
     @abstractmethod
-    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+    def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """The dtype in which the engine will hold a scale: codes are chosen against it."""
 
     @abstractmethod
-    def merged(self, module: str) -> str | None:
+    def fused_name(self, module: str) -> str | None:
         """Name of the parameter that the engine makes of this module and its siblings.
 
         What is not per row, such as input_scale, it then has once for all of them. None where it merges
@@ -106,8 +106,8 @@ class Target(BaseModel, ABC):
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        parts: as the scheme made them, weight_scale in the dtype that `held` gives for it. shape: n and
-        k of the whole weight. Dimension 0 of a tensor returned is dimension 0 of the
+        parts: as the scheme made them, weight_scale in its `engine_dtype`. shape: n and k of the whole
+        weight. Dimension 0 of a tensor returned is dimension 0 of the
         weight, or a fixed share of it, such as one of 128 rows; or the tensor does not depend on rows,
         as `input_scale` [1], and is the same for every block of them.
         """
@@ -129,7 +129,7 @@ class Target(BaseModel, ABC):
         """What loads, but deserves a word in the plan."""
 
     @abstractmethod
-    def sidecars(self, output: Output) -> dict[str, bytes]:
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """The generated files by name, config.json and the index among them."""
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Target(BaseModel, ABC):
         """Whether a checkpoint on disk is, or means to be, of this format."""
 
     @abstractmethod
-    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+    def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of this format; damage is among its findings."""
 
 
@@ -158,7 +158,7 @@ def target_of(checkpoint: Checkpoint) -> Target | None:
     return next((target for target in targets if target.recognises(checkpoint)), None)
 
 
-def must_be_sound(stored: Stored, checks: Collection[str] | None = None) -> None:
+def must_be_sound(stored: StoredCheckpoint, checks: Collection[str] | None = None) -> None:
     """InputError for the first thing for which an engine would refuse a checkpoint, or misread it.
 
     checks: what to look at; None: at everything.

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.targets.layouts import StoredModule
@@ -24,7 +24,7 @@ class ModuleReader:
             if suffix in self._constants:  # as the engine holds them
                 dtype = torch_dtype(module.serving_dtype)
                 self._constants[suffix] = self._constants[suffix].to(dtype)
-        self._readers = {p.suffix: Reader(module.tensors[p.suffix]) for p in module.row_params}
+        self._readers = {p.suffix: RowReader(module.tensors[p.suffix]) for p in module.row_params}
         self._params = {p.suffix: p for p in module.row_params}
         self._multiple = math.lcm(*(p.rows for p in module.row_params if not p.spread))
 

@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.files import INDEX
 from quantcli.checkpoint.spec import FLOAT_NAMES
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 
 
 def to_json(value: object) -> bytes:
@@ -29,7 +29,7 @@ def flat_json(table: Mapping[str, object], indent: int = 2) -> str:
     return f"{{\n{space}{text[1:-1]}\n{space[2:]}}}"
 
 
-def config(output: Output, additions: dict[str, Any]) -> dict[str, bytes]:
+def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, bytes]:
     """config.json without the source's quantization, at both levels, and with the serving dtype.
 
     An engine that finds a stale quantization_config never reads the description beside it. Empty
@@ -79,7 +79,7 @@ def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
         table["torch_dtype"] = word
 
 
-def index(output: Output) -> dict[str, bytes]:
+def index(output: PlannedCheckpoint) -> dict[str, bytes]:
     """model.safetensors.index.json: the only index name that engines read."""
     total = sum(spec.nbytes for spec in output.tensors.values())
     weight_map = flat_json(dict(sorted(output.files.items())), indent=4)

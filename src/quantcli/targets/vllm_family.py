@@ -75,7 +75,7 @@ def sibling_set(module: str) -> str | None:
     return f"{parent}.{'+'.join(group)}" if group else None
 
 
-def merged_name(module: str) -> str | None:
+def fused_name(module: str) -> str | None:
     """The parameter into which a module is merged; None for experts, which have no shared tensors."""
     return None if EXPERT.fullmatch(module) else sibling_set(module)
 
@@ -84,7 +84,7 @@ def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
     """Rows of every merged parameter, by its name."""
     widths: dict[str, int] = defaultdict(int)
     for module in modules:
-        if module.numerics and (name := merged_name(module.name)):
+        if module.numerics and (name := fused_name(module.name)):
             widths[name] += module.shape[0]
     return widths
 

@@ -16,10 +16,10 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
 from quantcli.core.threads import thread_pool
-from quantcli.targets.base import Stored
+from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.vllm_family import merged_name, sibling_set
-from quantcli.verification.compare import Comparison, Factors, Open, compare, opener
+from quantcli.targets.vllm_family import fused_name, sibling_set
+from quantcli.verification.compare import Comparison, FittedFactors, Open, compare, opener
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
 from quantcli.verification.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
 from quantcli.verification.reference import (
@@ -83,7 +83,7 @@ class _Run:
     """What the jobs share."""
 
     def __init__(
-        self, stored: Stored, reference: Reference, min_sqnr: float | None, progress: Progress
+        self, stored: StoredCheckpoint, reference: Reference, min_sqnr: float | None, progress: Progress
     ) -> None:
         self.stored = stored
         self.reference = reference
@@ -151,7 +151,7 @@ class _Run:
             return  # what was done to a weight that is none of the model's cannot be told
         yield from _vectors(changed, edited)
         weights = [name for name in changed if name.endswith(".weight")]
-        yield from check_layer(weights, edited, {e.module: merged_name(e.module) for e in edited})
+        yield from check_layer(weights, edited, {e.module: fused_name(e.module) for e in edited})
 
     def _compare(
         self, group: list[str], kinds: Mapping[str, str], known: Sequence[Candidate]
@@ -266,7 +266,7 @@ def _shape(weight: StoredTensor | StoredModule) -> tuple[int, int]:
     return n, k
 
 
-def _words(factors: Factors) -> str:
+def _words(factors: FittedFactors) -> str:
     """What was multiplied, and by how much."""
     said = []
     for kind, values in (("rows", factors.rows), ("columns", factors.columns)):

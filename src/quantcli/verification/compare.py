@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
 
@@ -34,7 +34,7 @@ class FloatReader:
     """Rows of a float tensor."""
 
     def __init__(self, stored: StoredTensor) -> None:
-        self._reader = Reader(stored)
+        self._reader = RowReader(stored)
 
     def __enter__(self) -> FloatReader:
         self._reader.__enter__()
@@ -59,7 +59,7 @@ def opener(source: StoredTensor | StoredModule) -> Open:
 
 
 @dataclass(frozen=True)
-class Factors:
+class FittedFactors:
     """By what a weight was multiplied before it was quantized: rows [n], columns [k], float32."""
 
     rows: Tensor
@@ -153,7 +153,9 @@ def _decibels(signal: float, noise: float) -> float:
     return max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
 
 
-def compare(reference: Open, made: Open, n: int, k: int, factors: Factors | None = None) -> Comparison:
+def compare(
+    reference: Open, made: Open, n: int, k: int, factors: FittedFactors | None = None
+) -> Comparison:
     """Compare [n, k] weights block by block; `factors` are applied to the reference first.
 
     Memory: a few blocks of BLOCK_ELEMENTS. The histogram is of errors over the row's mean error.

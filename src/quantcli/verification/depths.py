@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VerifyOptions:
     """What to verify, and how deep.
 
     against:  the model to compare with. run: also on text, the first `samples` windows of `length`
@@ -46,7 +46,7 @@ class Wanted:
     trust_remote_code: bool = False
 
 
-def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
+def verify(wanted: VerifyOptions, progress: Progress = SILENT) -> Report:
     """Verify a checkpoint. Depths after a failed one still run where they can.
 
     Raises InputError where there is nothing to verify or to verify it with.
@@ -78,7 +78,7 @@ def verify(wanted: Wanted, progress: Progress = SILENT) -> Report:
     return report
 
 
-def _batches(wanted: Wanted, reference: Reference, progress: Progress) -> Sequence[Batch]:
+def _batches(wanted: VerifyOptions, reference: Reference, progress: Progress) -> Sequence[Batch]:
     from quantcli.verification.on_text import text_batches
 
     assert wanted.data is not None
@@ -97,7 +97,7 @@ def document(report: Report) -> dict[str, Any]:
     return report.document(f"quantcli {__version__}")
 
 
-def _check(wanted: Wanted) -> None:
+def _check(wanted: VerifyOptions) -> None:
     if wanted.run and wanted.against is None:
         raise InputError(
             "--run compares two models, and there is one", fix="give the float one: --against MODEL"
@@ -115,7 +115,7 @@ def _check(wanted: Wanted) -> None:
             raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
 
 
-def _limits(wanted: Wanted) -> dict[str, float | None]:
+def _limits(wanted: VerifyOptions) -> dict[str, float | None]:
     """The command line's, else those of the recipe that lies in the checkpoint."""
     found = _recipe_limits(wanted.path)
     given = {key: getattr(wanted, key) for key in ("min_sqnr", "max_ppl_ratio", "max_kl")}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.findings import Finding, failed
-from quantcli.verification.compare import Factors, Open, blocks, rows_of
+from quantcli.verification.compare import FittedFactors, Open, blocks, rows_of
 
 _NEAR_POWER = 0.12  # of an octave: how far an estimate may be from a power of two and be taken for it
 _NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and for how many of them
@@ -83,7 +83,7 @@ def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Cand
     return options[min(fair, key=rank)]
 
 
-def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> Factors:
+def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> FittedFactors:
     """Row factors, snapped to powers of two where they are near them, beside column factors: those
     given, else estimated from all rows."""
     chosen = _columns(partial(_read, pair, n, k), k) if columns is None else columns.columns
@@ -92,7 +92,7 @@ def fit(pair: Pair, n: int, k: int, columns: Candidate | None) -> Factors:
         w *= chosen
         ww = torch.linalg.vecdot(w, w)
         rows.append(torch.where(ww > 0, torch.linalg.vecdot(w, d) / ww, 1.0))
-    return Factors(_snap(torch.cat(rows)), chosen)
+    return FittedFactors(_snap(torch.cat(rows)), chosen)
 
 
 def _explained(w: Tensor, d: Tensor, columns: Tensor) -> tuple[float, float]:
@@ -157,7 +157,7 @@ class Edited:
     """What was found of one matrix of a layer."""
 
     module: str
-    factors: Factors
+    factors: FittedFactors
     producer: str | None
 
 
@@ -206,7 +206,7 @@ def check_layer(
             yield failed("edits", what, f"`{matrix.module}`", _AGAIN)
 
 
-def _read_by(factors: Factors) -> Tensor:
+def _read_by(factors: FittedFactors) -> Tensor:
     """By what a matrix's inputs were multiplied [k]: a factor of all rows alike may be one of all
     columns, which nothing in the numbers tells apart."""
     alike = bool((factors.columns == 1).all()) and _same(factors.rows, factors.rows[:1])

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
-from quantcli.targets.base import Stored
+from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import StoredModule, Values
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.structure import Structure
@@ -53,7 +53,9 @@ def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
         report.add([noted("hashes", "the manifest holds no hashes: it was written with --no-checksum")])
 
 
-def _hash(stored: Stored, name: str, entry: dict[str, Any], progress: Progress) -> list[Finding]:
+def _hash(
+    stored: StoredCheckpoint, name: str, entry: dict[str, Any], progress: Progress
+) -> list[Finding]:
     path = stored.checkpoint.path / name
     if entry.get("sha256") is None or not path.is_file():
         return []
@@ -65,7 +67,7 @@ def _hash(stored: Stored, name: str, entry: dict[str, Any], progress: Progress) 
     return [failed("hashes", "file has changed since it was written", name, _AGAIN)]
 
 
-def _rules(stored: Stored) -> dict[str, Values]:
+def _rules(stored: StoredCheckpoint) -> dict[str, Values]:
     return {
         module.tensors[param.suffix].spec.name: param.values
         for module in stored.modules.values()
@@ -88,7 +90,7 @@ def _scan(stored: StoredTensor, rule: Values | None, progress: Progress) -> list
     progress.advance(spec.nbytes)
     if fault is None or not spec.numel or spec.dtype not in DTYPES:
         return []
-    with Reader(stored) as reader:
+    with RowReader(stored) as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0] if spec.shape else 1, step):
             block = reader.rows(start, step)
@@ -213,7 +215,7 @@ def _code_sums(module: StoredModule) -> Tensor:
     """Sum over k of each row's codes, exact in float64 [n]."""
     spec = module.codes.spec
     sums = []
-    with Reader(module.codes) as reader:
+    with RowReader(module.codes) as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0], step):
             sums.append(reader.rows(start, step).sum(1, dtype=torch.int64))

@@ -13,11 +13,11 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import Reader
+from quantcli.checkpoint.rows import RowReader
 from quantcli.core.disk import sha256_of
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import Stored, Target, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.compare import rows_of
@@ -31,7 +31,7 @@ class Reference:
 
     checkpoint: Checkpoint
     target: Target | None
-    stored: Stored | None
+    stored: StoredCheckpoint | None
 
     def weight(self, module: str) -> StoredTensor | StoredModule | None:
         """What holds a module's weight."""
@@ -69,7 +69,7 @@ def difference(before: StoredTensor, after: StoredTensor) -> str | None:
     if a.dtype != b.dtype and "F32" not in {a.dtype, b.dtype}:
         return f"is {b}, in the other model {a}"
     step = max(1, _BLOCK // max(1, a.row_nbytes))
-    with Reader(before) as first, Reader(after) as second:
+    with RowReader(before) as first, RowReader(after) as second:
         for start in range(0, a.shape[0] if a.shape else 1, step):
             x, y = first.rows(start, step), second.rows(start, step)
             if isinstance(before, Encoded):
@@ -102,7 +102,12 @@ def codes(theirs: StoredTensor | StoredModule, ours: StoredTensor | StoredModule
     differ, ratios = 0, []
     first, second = theirs.codes, ours.codes
     step = rows_of(ours.shape[1])
-    with Reader(first) as a, Reader(second) as b, ModuleReader(theirs) as v, ModuleReader(ours) as w:
+    with (
+        RowReader(first) as a,
+        RowReader(second) as b,
+        ModuleReader(theirs) as v,
+        ModuleReader(ours) as w,
+    ):
         for start in range(0, first.spec.shape[0], step):
             x, y = a.rows(start, step), b.rows(start, step)
             differ += int((x.view(torch.uint8) != y.view(torch.uint8)).sum())

@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed
-from quantcli.targets.base import Stored
+from quantcli.targets.base import StoredCheckpoint
 
 _DRAFTS = (
     "num_nextn_predict_layers",
@@ -36,7 +36,7 @@ _TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talk
 _FIX = "take config.json of the model that was converted"
 
 
-def check_sizes(stored: Stored, stacks: Sequence[int]) -> Iterator[Finding]:
+def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Finding]:
     """Findings; stacks: how many layers each numbered list of modules has."""
     checkpoint = stored.checkpoint
     config = checkpoint.text_config
@@ -55,7 +55,7 @@ def check_sizes(stored: Stored, stacks: Sequence[int]) -> Iterator[Finding]:
         yield from _heads(stored, config)
 
 
-def _heads(stored: Stored, config: dict[str, Any]) -> Iterator[Finding]:
+def _heads(stored: StoredCheckpoint, config: dict[str, Any]) -> Iterator[Finding]:
     """Queries, keys, values and what is made of them: so many heads of one width each."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head = _whole(config, "head_dim") or (hidden // heads if heads and hidden else None)
@@ -86,7 +86,9 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
             yield failed("sizes", what, CONFIG, _FIX)
 
 
-def _width(stored: Stored, suffix: str, side: int, wanted: Set[int | None]) -> Iterator[Finding]:
+def _width(
+    stored: StoredCheckpoint, suffix: str, side: int, wanted: Set[int | None]
+) -> Iterator[Finding]:
     """A side that all modules of this name have in common, against what config.json makes it.
 
     wanted: what it may be, the usual one being the smallest; None in it: anything.

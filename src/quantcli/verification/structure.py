@@ -15,7 +15,7 @@ from quantcli.checkpoint.files import INDEX
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.targets.base import Stored, Target, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import own_names
 from quantcli.verification.opening import open_for_verification
 from quantcli.verification.outcome import Report
@@ -40,7 +40,7 @@ class Structure:
 
     report: Report
     target: Target | None
-    stored: Stored | None
+    stored: StoredCheckpoint | None
     manifest: dict[str, Any] | None
 
 
@@ -113,7 +113,7 @@ def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[
             yield noted("files", "weight file is not in the index: engines skip it", name)
 
 
-def _layers(stored: Stored) -> Iterator[Finding]:
+def _layers(stored: StoredCheckpoint) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
     checkpoint = stored.checkpoint
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout, Producer
-from quantcli.calibration.loaded import Layer
-from quantcli.calibration.policy import Wishes, unreached
-from quantcli.calibration.replay.engine import Engine, Quantizer
+from quantcli.calibration.loaded import LoadedLayer
+from quantcli.calibration.policy import Policy, unreached
+from quantcli.calibration.replay.engine import EngineLinears, Quantizer
 from quantcli.calibration.replay.skeleton import Segment
 from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 from quantcli.schemes.base import Learner, Scalable, Schedule, Scheme
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
@@ -34,7 +34,7 @@ _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
 class Course:
     """A loaded layer and its learners, by matrix."""
 
-    def __init__(self, layer: Layer, learners: Mapping[Matrix, Learner]) -> None:
+    def __init__(self, layer: LoadedLayer, learners: Mapping[Matrix, Learner]) -> None:
         self._layer = layer
         self._replay = layer.run.replay
         self._batches = layer.run.batches
@@ -127,7 +127,7 @@ class Course:
 
     def served_loss(self, segments: Mapping[str, list[list[Segment]]], quantizer: Quantizer) -> float:
         """By the engine's arithmetic."""
-        engine = Engine(self._layer.name, self._layer.module, segments, quantizer)
+        engine = EngineLinears(self._layer.name, self._layer.module, segments, quantizer)
         return self._loss(lambda: Tap(self._matrices, engine))
 
     def _loss(self, tap: Callable[[], Tap]) -> float:
@@ -174,7 +174,7 @@ class _Student:
 
 
 @dataclass(frozen=True)
-class Group:
+class LearningGroup:
     """Matrices that read the same input and have one scheme, which learns.
 
     producer: what makes their input, if its channels can be scaled.
@@ -193,7 +193,7 @@ class Group:
         return next(r.channels for r in self.producer.readers if r.matrix == self.matrices[0])
 
 
-def groups(layout: LayerLayout, wishes: Wishes) -> list[Group]:
+def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
     """Every group of a layer, in the order of the layer's matrices.
 
     InputError where some rows of one matrix, or some modules that the engine merges, learn alone.
@@ -203,7 +203,7 @@ def groups(layout: LayerLayout, wishes: Wishes) -> list[Group]:
     names: dict[Matrix, list[str]] = {}
     for matrix, segments in layout.matrices():
         modules = [s.module for s in segments]
-        schemes = {wishes.scheme(module) for module in modules}
+        schemes = {policy.scheme(module) for module in modules}
         learning = [scheme for scheme in schemes if scheme is not None and scheme.schedule is not None]
         if not learning:
             continue
@@ -211,13 +211,13 @@ def groups(layout: LayerLayout, wishes: Wishes) -> list[Group]:
             raise InputError(
                 f"`{matrix.parameter}` is made of {', '.join(f'`{m}`' for m in modules)}, and "
                 f"not all of them are {learning[0].name}",
-                where=wishes.quantized[next(m for m in modules if m in wishes.quantized)].rule,
+                where=policy.quantized[next(m for m in modules if m in policy.quantized)].rule,
                 fix="put them under one rule",
             )
         names[matrix] = modules
         found[leaders.get(matrix, matrix), learning[0]].append(matrix)
     return [
-        Group(
+        LearningGroup(
             scheme,
             tuple(matrices),
             tuple(module for matrix in matrices for module in names[matrix]),
@@ -240,9 +240,9 @@ def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
 
 
 def learners(
-    found: Iterable[Group],
+    found: Iterable[LearningGroup],
     layout: LayerLayout,
-    wishes: Wishes,
+    policy: Policy,
     weight: Callable[[Matrix], Tensor],
     amax: Mapping[Matrix, Tensor],
     generator: torch.Generator,
@@ -251,11 +251,11 @@ def learners(
     made: dict[Matrix, Learner] = {}
     for group in found:
         first = group.matrices[0]
-        held = wishes.quantized[group.modules[0]].held_input
+        held = policy.quantized[group.modules[0]].held_input
         learner = group.scheme.learner(
             {matrix: weight(matrix) for matrix in group.matrices},
             amax[first],
-            _scalable(group, layout, wishes),
+            _scalable(group, layout, policy),
             held,
             generator,
         )
@@ -263,17 +263,17 @@ def learners(
     return made
 
 
-def _scalable(group: Group, layout: LayerLayout, wishes: Wishes) -> Scalable:
+def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scalable:
     if group.producer is None:
         return "not at all"
     modules = layout.modules(reader.matrix for reader in group.producer.readers)
     if group.producer.matrix is not None:
         modules += layout.modules([group.producer.matrix])
-    rounded_again = any(module not in wishes.quantized for module in modules)
+    rounded_again = any(module not in policy.quantized for module in modules)
     return "by powers of two" if rounded_again else "freely"
 
 
-def schedule_of(found: Iterable[Group]) -> Schedule:
+def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
     """The one schedule of a layer. InputError where its groups have several."""
     schedules = {group.scheme.schedule: group for group in found}
     if len(schedules) > 1:
@@ -288,7 +288,7 @@ def schedule_of(found: Iterable[Group]) -> Schedule:
 
 
 def settle(
-    found: Iterable[Group],
+    found: Iterable[LearningGroup],
     made: Mapping[Matrix, Learner],
     segments: Mapping[str, list[list[Segment]]],
 ) -> dict[str, Stats]:
@@ -308,24 +308,24 @@ def settle(
 
 
 def learn(
-    layer: Layer, layout: LayerLayout, found: list[Group], edits: dict[str, Factors]
+    layer: LoadedLayer, layout: LayerLayout, found: list[LearningGroup], edits: dict[str, EditFactors]
 ) -> tuple[dict[str, Stats], dict[str, Any] | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
     Nothing is learned of modules that no token reaches. InputError for these where the recipe says so,
     and where learning goes astray, or does not go together.
     """
-    wishes = layer.run.wishes
-    generator = torch.Generator().manual_seed(wishes.seed * 2**20 + layer.index)
+    policy = layer.run.policy
+    generator = torch.Generator().manual_seed(policy.seed * 2**20 + layer.index)
     widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
     amax = layer.channel_amax(widths)
     empty = [m for g in found if not bool(amax[g.matrices[0]].any()) for m in g.modules]
-    if empty and wishes.uncalibrated != "dynamic":
-        raise unreached(empty, wishes.quantized[empty[0]].rule)
+    if empty and policy.uncalibrated != "dynamic":
+        raise unreached(empty, policy.quantized[empty[0]].rule)
     found = [group for group in found if group.modules[0] not in empty]
     if not found:
         return {}, None
-    made = learners(found, layout, wishes, layer.weight, amax, generator)
+    made = learners(found, layout, policy, layer.weight, amax, generator)
     course = Course(layer, made)
     before, after = course.learn(schedule_of(found), generator)
     for group in found:

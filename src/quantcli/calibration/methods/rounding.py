@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout, shape_of
-from quantcli.calibration.loaded import Run
+from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.methods.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
-from quantcli.calibration.policy import Wishes, not_finite
-from quantcli.calibration.replay.engine import Arithmetic, Engine
+from quantcli.calibration.policy import Policy, not_finite
+from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.shown import quantized
 from quantcli.calibration.watch import Watch
@@ -35,7 +35,7 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.integer import IntegerWeights
@@ -46,9 +46,9 @@ _SINGULAR = "its inputs are linearly dependent beyond damping"
 Show = Callable[[Watch, Sequence[int]], None]  # runs the loaded layer over some batches
 
 
-def wants_codes(wishes: Wishes, module: str) -> bool:
+def wants_codes(policy: Policy, module: str) -> bool:
     """Whether a module's codes are to be chosen here."""
-    found = wishes.quantized.get(module)
+    found = policy.quantized.get(module)
     scheme = None if found is None else found.scheme
     return isinstance(scheme, IntegerWeights) and scheme.weight_rounding == "gptq"
 
@@ -60,10 +60,10 @@ class RoundingPass:
     report: by module, the relative error of its output, and why it is rounded to nearest if it is.
     """
 
-    run: Run
+    run: CalibrationRun
     index: int
     layout: LayerLayout
-    edits: Mapping[str, Factors]
+    edits: Mapping[str, EditFactors]
     stats: dict[str, Stats]
     show: Show
 
@@ -90,9 +90,9 @@ class RoundingPass:
         wanted: dict[Matrix, list[str]] = defaultdict(list)
         for matrix, segments in self.layout.matrices():
             for module in dict.fromkeys(s.module for s in segments):
-                if wants_codes(self.run.wishes, module) and self._measured(module):
+                if wants_codes(self.run.policy, module) and self._measured(module):
                     wanted[leaders.get(matrix, matrix)].append(module)
-        if self.run.wishes.inputs == "float":
+        if self.run.policy.inputs == "float":
             if wanted:
                 yield wanted
             return
@@ -106,7 +106,7 @@ class RoundingPass:
 
     def _measured(self, module: str) -> bool:
         """Whether all else that a module needs is there; else it gets another scheme."""
-        return not self.run.wishes.measures(module) or module in self.stats
+        return not self.run.policy.measures(module) or module in self.stats
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
@@ -116,11 +116,11 @@ class RoundingPass:
 
     # -- inputs ----------------------------------------------------------------------------------
 
-    def _engine(self) -> Engine | None:
+    def _engine(self) -> EngineLinears | None:
         """The engine's arithmetic for all but what is still to be rounded here."""
-        if self.run.wishes.inputs == "float":
+        if self.run.policy.inputs == "float":
             return None
-        base = quantized(self.run.wishes, self.stats)
+        base = quantized(self.run.policy, self.stats)
 
         def quantizer(
             module: str, rows: Tensor, bias: Tensor | None
@@ -128,11 +128,11 @@ class RoundingPass:
             return None if module in self._left else base(module, rows, bias)
 
         name, layer = self.run.skeleton.layers[self.index]
-        return Engine(name, layer, self.layout.segments, quantizer)
+        return EngineLinears(name, layer, self.layout.segments, quantizer)
 
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
         """How the inputs of modules that share them are rounded, where that counts."""
-        found = self.run.wishes.quantized
+        found = self.run.policy.quantized
         scheme, held = found[modules[0]].scheme, found[modules[0]].held_input
         if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
             return None
@@ -150,7 +150,7 @@ class RoundingPass:
         self,
         group: Mapping[Matrix, Sequence[str]],
         leaders: Mapping[Matrix, int],
-        engine: Engine | None,
+        engine: EngineLinears | None,
         each: Each,
     ) -> dict[Matrix, Hessian]:
         """Show all batches, as many at a time as there are workers."""
@@ -177,7 +177,7 @@ class RoundingPass:
         last: tuple[Tensor, Feedback | None] | None = None
         toward = self._toward(hessian, each)
         for module in modules:
-            found = self.run.wishes.quantized[module]
+            found = self.run.policy.quantized[module]
             scheme = found.scheme
             assert isinstance(scheme, IntegerWeights)
             constants = scheme.constants(self.stats.get(module, NO_STATS), found.held_input)
@@ -243,7 +243,7 @@ class RoundingPass:
         device = hessian.device
         known = {name: tensor.to(device) for name, tensor in known.items()}
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
-        held = self.run.wishes.quantized[module].held_weight
+        held = self.run.policy.quantized[module].held_weight
         parts = scheme.quantize(rows, held, known, bias)
         step = parts["weight_scale"]
         if block := scheme.numerics.weight.block:  # a scale for every so many columns
@@ -265,7 +265,7 @@ class RoundingPass:
             found.append(rows)
         weight, bias = found
         assert weight is not None
-        if self.run.wishes.inputs != "float":
+        if self.run.policy.inputs != "float":
             self._check_order(module, weight, block)
         return weight, bias
 
@@ -289,6 +289,6 @@ class RoundingPass:
             raise InputError(
                 "its rows are not computed in the order in which they are stored, which this version "
                 "cannot round by data on quantized inputs",
-                where=f"`{module}` ({self.run.wishes.quantized[module].rule})",
+                where=f"`{module}` ({self.run.policy.quantized[module].rule})",
                 fix="set calibration.inputs to float, or weight_rounding to nearest",
             )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout, Producer
-from quantcli.calibration.loaded import Layer
+from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.replay.taps import Matrix
-from quantcli.planning.measured import Factors
+from quantcli.planning.measured import EditFactors
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13
 
@@ -48,15 +48,17 @@ def scales(
     return torch.where(sound, exponent, 0.0).exp2()
 
 
-def smooth(layer: Layer, layout: LayerLayout, edits: dict[str, Factors]) -> list[dict[str, Any]]:
+def smooth(
+    layer: LoadedLayer, layout: LayerLayout, edits: dict[str, EditFactors]
+) -> list[dict[str, Any]]:
     """Add the edits that smooth a loaded layer; what there is to report, one entry a producer."""
-    wishes = layer.run.wishes
+    policy = layer.run.policy
     report: list[dict[str, Any]] = []
     wanted: list[tuple[Producer, float]] = []
     for producer in layout.producers():
         modules = layout.modules(reader.matrix for reader in producer.readers)
-        quantized = [module for module in modules if module in wishes.quantized]
-        alpha = wishes.alpha(quantized) if quantized else None
+        quantized = [module for module in modules if module in policy.quantized]
+        alpha = policy.alpha(quantized) if quantized else None
         if alpha is not None:
             wanted.append((producer, alpha))
     if not wanted:

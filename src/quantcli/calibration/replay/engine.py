@@ -34,7 +34,7 @@ class _Piece:
     weight: Tensor
 
 
-class Engine:
+class EngineLinears:
     """A listener that computes what the engine would, for every quantized module of a loaded layer."""
 
     def __init__(

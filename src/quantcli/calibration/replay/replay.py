@@ -29,7 +29,7 @@ Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward
 Sink = Callable[[int, Tensor], None]  # takes the output of a batch
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where a batch's hidden states are read."""
 
     def get(self, batch: int) -> Tensor:
@@ -95,7 +95,7 @@ class Replay:
         self,
         index: int,
         layer: nn.Module,
-        states: Source,
+        states: BatchSource,
         sink: Sink | None = None,
         tap: Tap | None = None,
         only: Sequence[int] | None = None,
@@ -115,7 +115,7 @@ class Replay:
         self.each(work, range(len(self.batches)) if only is None else only)
 
     def forward(
-        self, index: int, layer: nn.Module, states: Source, number: int, tap: Tap | None = None
+        self, index: int, layer: nn.Module, states: BatchSource, number: int, tap: Tap | None = None
     ) -> Tensor:
         """A loaded layer over one batch, with or without gradients as the caller has it."""
         hidden = states.get(number).to(self.device)
@@ -171,7 +171,7 @@ class Replay:
             fix="if the model is sound, it needs more range: set calibration.dtype to float32",
         )
 
-    def endings(self, states: Source) -> Iterator[Tensor]:
+    def endings(self, states: BatchSource) -> Iterator[Tensor]:
         """What follows the stack: logits [batch, length, vocabulary] of every batch, in order."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.replay.engine import Engine
+from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Replay, Sink
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.replay.states import States, StatesWriter
@@ -25,13 +25,13 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Numerics, Parts
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Stored, Target, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, target_of
 
 
 class Served:
     """A quantized checkpoint, by whoever made it, as the engine takes it."""
 
-    def __init__(self, stored: Stored, target: Target) -> None:
+    def __init__(self, stored: StoredCheckpoint, target: Target) -> None:
         """InputError where it holds a type whose arithmetic this version does not have."""
         self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
@@ -73,7 +73,7 @@ class Served:
         return scheme, self._target.unpack(scheme.numerics, stored)
 
 
-def _unpacked(stored: Stored) -> Checkpoint:
+def _unpacked(stored: StoredCheckpoint) -> Checkpoint:
     """The checkpoint with a `.weight` also where codes have another name: `read` gives its values."""
     more = {
         name: StoredTensor(TensorSpec(name, "F32", found.shape), found.codes.file, found.codes.offset)
@@ -143,7 +143,7 @@ class Forward:
             engine = None
             if self._served is not None:
                 segments = self.skeleton.segments(index)
-                engine = Engine(name, layer, segments, self._served.quantizer)
+                engine = EngineLinears(name, layer, segments, self._served.quantizer)
 
             def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
                 tap = None if engine is None else lambda _: Tap(matrices, engine)

@@ -32,17 +32,19 @@ _CHUNK = 2**16  # values times candidates that are looked at together: temporari
 _Best = tuple[float, float, float, float, float]  # loss, -scale, offset, share of low, share of high
 
 
-def of_range(low: float, high: float, held: torch.dtype, *, symmetric: bool) -> tuple[float, float]:
+def of_range(
+    low: float, high: float, engine_dtype: torch.dtype, *, symmetric: bool
+) -> tuple[float, float]:
     """Scale and offset that represent [low, high], which includes 0, in 255 steps.
 
-    held: the dtype in which the engine holds the scale. Symmetric: 127 steps to either side, offset 0.
+    engine_dtype: in which the engine holds the scale. Symmetric: 127 steps to either side, offset 0.
     """
-    scale, offset = _fit(np.array([low]), np.array([high]), held, symmetric)
+    scale, offset = _fit(np.array([low]), np.array([high]), engine_dtype, symmetric)
     return float(scale[0]), float(offset[0])
 
 
 def of_distribution(
-    values: Tensor, counts: Tensor, held: torch.dtype, *, symmetric: bool
+    values: Tensor, counts: Tensor, engine_dtype: torch.dtype, *, symmetric: bool
 ) -> tuple[float, float]:
     """Scale and offset with the least squared error over all values; ties go to the wider range.
 
@@ -53,13 +55,13 @@ def of_distribution(
     low = min(0.0, float(values[0])) if len(values) else 0.0
     high = max(0.0, float(values[-1])) if len(values) else 0.0
     if low == high:
-        return of_range(low, high, held, symmetric=symmetric)
+        return of_range(low, high, engine_dtype, symmetric=symmetric)
     seen, weights = values.numpy(), counts.numpy().astype(np.float64)
-    best = _search(seen, weights, low, high, held, symmetric)
+    best = _search(seen, weights, low, high, engine_dtype, symmetric)
     while min(best[3:]) <= _NARROWEST:  # a few huge values: narrower still may be better
         low *= best[3] if best[3] <= _NARROWEST else 1
         high *= best[4] if best[4] <= _NARROWEST else 1
-        narrower = _search(seen, weights, low, high, held, symmetric)
+        narrower = _search(seen, weights, low, high, engine_dtype, symmetric)
         if narrower[0] >= best[0]:
             break
         best = narrower
@@ -71,7 +73,7 @@ def _search(
     weights: np.ndarray,
     low: float,
     high: float,
-    held: torch.dtype,
+    engine_dtype: torch.dtype,
     symmetric: bool,
 ) -> _Best:
     """The least loss over ranges from a quarter of [low, high] up to the whole."""
@@ -80,31 +82,33 @@ def _search(
     best: _Best = (math.inf, 0.0, 0.0, 1.0, 1.0)
     for step in (*_FINE, 0.0):
         below, above = _pairs(*axes, low, high, symmetric)
-        scale, offset = _fit(low * below, high * above, held, symmetric)
-        best = min(best, _least(seen, weights, scale, offset, held, below, above))
+        scale, offset = _fit(low * below, high * above, engine_dtype, symmetric)
+        best = min(best, _least(seen, weights, scale, offset, engine_dtype, below, above))
         below, above = (np.clip(centre + step * np.arange(-3, 4), _NARROWEST, 1) for centre in best[3:])
         axes = below, above
-    scale, offset = _neighbours(-best[1], best[2], held, symmetric)
-    polished = _least(seen, weights, scale, offset, held, np.ones_like(scale), np.ones_like(scale))
+    scale, offset = _neighbours(-best[1], best[2], engine_dtype, symmetric)
+    polished = _least(
+        seen, weights, scale, offset, engine_dtype, np.ones_like(scale), np.ones_like(scale)
+    )
     return min(best, (*polished[:3], *best[3:]))
 
 
 def _fit(
-    low: np.ndarray, high: np.ndarray, held: torch.dtype, symmetric: bool
+    low: np.ndarray, high: np.ndarray, engine_dtype: torch.dtype, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset of each range: float32 arrays, the scales representable in `held`."""
+    """Scale and offset of each range: float32 arrays, the scales representable in `engine_dtype`."""
     exact = np.maximum(-low, high) / 127 if symmetric else (high - low) / 255
-    exact = np.clip(exact, _SMALLEST[held], torch.finfo(held).max)
-    scale = _held(torch.from_numpy(exact), held).numpy()
+    exact = np.clip(exact, _SMALLEST[engine_dtype], torch.finfo(engine_dtype).max)
+    scale = _held(torch.from_numpy(exact), engine_dtype).numpy()
     offset = np.zeros_like(low) if symmetric else np.clip(np.rint(-128 - low / scale), -128, 127)
     return scale, offset.astype(np.float32)
 
 
-def _held(exact: Tensor, held: torch.dtype) -> Tensor:
+def _held(exact: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The nearest scale that is tried: float64 -> float32."""
-    nearest, step = exact.to(held), _STEP[held]
-    bits = (nearest.view(_BITS[held]) + step // 2) & -step
-    return bits.view(held).float()
+    nearest, step = exact.to(engine_dtype), _STEP[engine_dtype]
+    bits = (nearest.view(_BITS[engine_dtype]) + step // 2) & -step
+    return bits.view(engine_dtype).float()
 
 
 def _pairs(
@@ -118,13 +122,18 @@ def _pairs(
 
 
 def _neighbours(
-    scale: float, offset: float, held: torch.dtype, symmetric: bool
+    scale: float, offset: float, engine_dtype: torch.dtype, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scales next to `scale` in `held`, each with the offsets next to `offset`."""
-    integer = _BITS[held]
-    bits = torch.tensor([scale]).to(held).view(integer)
-    near = bits + _STEP[held] * torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
-    scales = near.view(held).float().clamp(_SMALLEST[held], torch.finfo(held).max).numpy()
+    """The scales next to `scale` in `engine_dtype`, each with the offsets next to `offset`."""
+    integer = _BITS[engine_dtype]
+    bits = torch.tensor([scale]).to(engine_dtype).view(integer)
+    near = bits + _STEP[engine_dtype] * torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
+    scales = (
+        near.view(engine_dtype)
+        .float()
+        .clamp(_SMALLEST[engine_dtype], torch.finfo(engine_dtype).max)
+        .numpy()
+    )
     offsets = np.zeros(1) if symmetric else np.clip(offset + np.arange(-1, 2), -128, 127)
     pairs = np.meshgrid(scales, offsets.astype(np.float32))
     return pairs[0].ravel(), pairs[1].ravel()
@@ -135,18 +144,22 @@ def _least(
     weights: np.ndarray,
     scale: np.ndarray,
     offset: np.ndarray,
-    held: torch.dtype,
+    engine_dtype: torch.dtype,
     below: np.ndarray,
     above: np.ndarray,
 ) -> _Best:
     """The best of some candidates."""
-    losses = squared_error(values, weights, scale, offset, held)
+    losses = squared_error(values, weights, scale, offset, engine_dtype)
     columns = (losses, -scale, offset, below, above)
     return min(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def squared_error(
-    values: np.ndarray, weights: np.ndarray, scale: np.ndarray, offset: np.ndarray, held: torch.dtype
+    values: np.ndarray,
+    weights: np.ndarray,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    engine_dtype: torch.dtype,
 ) -> np.ndarray:
     """sum over values of weight * (v - (xq - offset) / r)^2 for each candidate: float64 [c].
 
@@ -155,7 +168,7 @@ def squared_error(
     both are scaled back by 1 / r. Their errors are added, which favours scales for which they agree.
     Codes in float32 as the engine makes them, sums in float64.
     """
-    r = multiplier(torch.from_numpy(scale).to(held)).numpy()
+    r = multiplier(torch.from_numpy(scale).to(engine_dtype)).numpy()
     exact = values.astype(np.float64)
     losses = np.empty(len(scale))
     step = max(1, _CHUNK // len(values))

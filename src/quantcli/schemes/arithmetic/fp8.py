@@ -14,9 +14,9 @@ _LEAST_INPUT = 1 / (rounding.FP8_E4M3_MAX * 512)
 _LEAST_WEIGHT = 2.0**-15
 
 
-def tensor_scale(amax: Tensor, held: torch.dtype) -> Tensor:
+def tensor_scale(amax: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The scale of a whole weight from its largest value: float32 [1]; NaN and Inf come through."""
-    return rounding.scale_of(amax, rounding.FP8_E4M3_MAX, held).clamp_min(_LEAST_WEIGHT)
+    return rounding.scale_of(amax, rounding.FP8_E4M3_MAX, engine_dtype).clamp_min(_LEAST_WEIGHT)
 
 
 def static_codes(x: Tensor, scale: Tensor) -> Tensor:

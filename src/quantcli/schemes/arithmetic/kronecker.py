@@ -43,7 +43,7 @@ def served(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor, name: str) -> Tensor:
-    """Of a square matrix as it is held, in float64. InputError where it is as good as singular."""
+    """Inverse of a square matrix, float64. InputError if the matrix is numerically singular."""
     exact = matrix.double()
     condition = float(torch.linalg.cond(exact)) if bool(torch.isfinite(exact).all()) else float("inf")
     if not condition <= 2 * LARGEST_CONDITION:

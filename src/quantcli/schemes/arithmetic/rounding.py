@@ -40,42 +40,46 @@ def absmax(rows: Tensor, dim: int = -1) -> Tensor:
     return magnitude.view(rows.dtype).float()
 
 
-def round_up(value: Tensor, held: torch.dtype) -> Tensor:
-    """The smallest number of dtype `held` that is >= value, as float32. `value` is positive."""
-    if held == torch.float32:
+def round_up(value: Tensor, engine_dtype: torch.dtype) -> Tensor:
+    """The smallest number of dtype `engine_dtype` that is >= value, as float32. `value` is positive."""
+    if engine_dtype == torch.float32:
         return value
-    integer = _BITS[held]
-    nearest = value.to(held)
+    integer = _BITS[engine_dtype]
+    nearest = value.to(engine_dtype)
     below = (nearest.float() < value).to(integer)
-    return (nearest.view(integer) + below).view(held).float()
+    return (nearest.view(integer) + below).view(engine_dtype).float()
 
 
-def nearest(scale: Tensor, held: torch.dtype) -> Tensor:
-    """The nearest number of dtype `held` that may be a scale, as float32."""
-    return scale.to(held).float().clamp_min(_FLOOR[held])
+def nearest(scale: Tensor, engine_dtype: torch.dtype) -> Tensor:
+    """The nearest number of dtype `engine_dtype` that may be a scale, as float32."""
+    return scale.to(engine_dtype).float().clamp_min(_FLOOR[engine_dtype])
 
 
-def channel_scale(rows: Tensor, limit: float, held: torch.dtype, least: Tensor | None = None) -> Tensor:
-    """absmax / limit per row, rounded up to `held`: |rows| <= limit * scale.
+def channel_scale(
+    rows: Tensor, limit: float, engine_dtype: torch.dtype, least: Tensor | None = None
+) -> Tensor:
+    """absmax / limit per row, rounded up to `engine_dtype`: |rows| <= limit * scale.
 
     [..., n, k] -> float32 [..., n, 1]; never zero, also for a row of zeros. No scale is below `least`,
     which broadcasts against it; NaN and Inf in it show in the scale.
     """
-    return scale_of(absmax(rows), limit, held, least)
+    return scale_of(absmax(rows), limit, engine_dtype, least)
 
 
-def scale_of(amax: Tensor, limit: float, held: torch.dtype, least: Tensor | None = None) -> Tensor:
+def scale_of(
+    amax: Tensor, limit: float, engine_dtype: torch.dtype, least: Tensor | None = None
+) -> Tensor:
     """The same from what `absmax` found, of whatever shares a scale: float32 in the shape of `amax`."""
     scale = amax / limit
     if least is not None:
         scale = torch.maximum(scale, least)
-    return round_up(scale, held).clamp_min(_FLOOR[held])
+    return round_up(scale, engine_dtype).clamp_min(_FLOOR[engine_dtype])
 
 
-def int8_scale(rows: Tensor, held: torch.dtype, least: Tensor | None = None) -> Tensor:
+def int8_scale(rows: Tensor, engine_dtype: torch.dtype, least: Tensor | None = None) -> Tensor:
     """The scale of each row for `to_int8`, as `channel_scale` gives it: nothing is clipped."""
-    limit = INT8_BEST if held == torch.float32 else INT8_REACH
-    return channel_scale(rows, limit, held, least)
+    limit = INT8_BEST if engine_dtype == torch.float32 else INT8_REACH
+    return channel_scale(rows, limit, engine_dtype, least)
 
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ from quantcli.targets.stored_format import (
     check_serving_dtype,
     check_shared,
 )
-from quantcli.targets.vllm_family import EXPERT, expert_sets, fused_groups, merged_name, uneven_experts
+from quantcli.targets.vllm_family import EXPERT, expert_sets, fused_groups, fused_name, uneven_experts
 
 
-class AscendStored:
+class AscendCheckpoint:
     """What the description makes of the tensors. `labels` is by module, FLOAT ones too, without those
     of unknown types."""
 
@@ -133,8 +133,8 @@ class AscendStored:
         """One type for what the engine merges, and the same bytes of what it keeps once."""
         for refusal in fused_groups(self.labels):
             yield failed("siblings", refusal.what, f"`{refusal.module}`", AGAIN)
-        self.checked["siblings"] += sum(merged_name(name) is not None for name in self.modules)
-        yield from check_shared(self.modules.values(), merged_name)
+        self.checked["siblings"] += sum(fused_name(name) is not None for name in self.modules)
+        yield from check_shared(self.modules.values(), fused_name)
 
     def _experts(self) -> Iterator[Finding]:
         for refusal in expert_sets(self.labels):

@@ -15,10 +15,10 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets import sidecars
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
-from quantcli.targets.ascend.stored import AscendStored
+from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
 from quantcli.targets.ascend.types import TAGS, TRANSFORM, Tag, deq_from_stored, deq_to_store
-from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
+from quantcli.targets.base import PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint, Target
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import (
     EXPERT,
@@ -26,8 +26,8 @@ from quantcli.targets.vllm_family import (
     absent_head,
     expert_sets,
     fused_groups,
+    fused_name,
     fused_widths,
-    merged_name,
     stacked_experts,
 )
 
@@ -55,7 +55,7 @@ class Ascend(Target):
         """First engine version and hardware."""
         return next(tag.loads_on for tag in TAGS.values() if tag.label == label)
 
-    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+    def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Loaders round to the serving dtype: input_scale, and weight_scale of all int8 but W8A8.
 
         W8A8 knows weights by deq_scale alone, which is float32 by value, and fp8 keeps float32.
@@ -67,9 +67,9 @@ class Ascend(Target):
         """Float32 beside quant_bias, as the reference producer has it; the value is the same."""
         return "F32" if self._tag(numerics).static else None
 
-    def merged(self, module: str) -> str | None:
+    def fused_name(self, module: str) -> str | None:
         """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
-        return merged_name(module)
+        return fused_name(module)
 
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """weight [n, k], and by the engine's registered parameters:
@@ -144,7 +144,7 @@ class Ascend(Target):
             if module.numerics and module.name.rpartition(".")[2] == "lm_head":
                 yield "a quantized lm_head is accepted by the loader but has not been seen to run"
 
-    def sidecars(self, output: Output) -> dict[str, bytes]:
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """Description, config.json without quantization, index."""
         return {
             DESCRIPTION: (sidecars.flat_json(self._description(output)) + "\n").encode(),
@@ -158,9 +158,9 @@ class Ascend(Target):
         described = (checkpoint.path / DESCRIPTION).exists()
         return described or any(name.endswith(ours) for name in checkpoint.tensors)
 
-    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+    def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Its modules, and what the engine would stop at or misread."""
-        return AscendStored(checkpoint)
+        return AscendCheckpoint(checkpoint)
 
     def _tag(self, numerics: Numerics) -> Tag:
         if numerics not in TAGS:
@@ -209,7 +209,7 @@ class Ascend(Target):
                 module.name, f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", _KEEP
             )
 
-    def _description(self, output: Output) -> dict[str, object]:
+    def _description(self, output: PlannedCheckpoint) -> dict[str, object]:
         """One entry per tensor, by the checkpoint's own names, and those that only the engine asks."""
         labels = {name: tag.label for name, tag in self._tags(output.modules).items()}
         used = set(labels.values())

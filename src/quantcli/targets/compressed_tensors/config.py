@@ -11,7 +11,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics, Operand
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
 from quantcli.targets.vllm_family import absent_head, is_head, is_linear
 
@@ -23,7 +23,7 @@ _AGAIN = "convert the model again"
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """One of `config_groups`. kind is None where this version cannot tell what engines make of it."""
 
     name: str
@@ -33,10 +33,10 @@ class Group:
 
 
 @dataclass
-class Groups:
+class ConfigGroups:
     """All of them, and what is wrong with them."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[ConfigGroup] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -47,9 +47,9 @@ class Groups:
         return {target: group.name for group in self.groups for target in group.targets}
 
 
-def read_groups(block: Mapping[str, Any]) -> Groups:
+def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
     """What the engine takes from `quantization_config`. Never raises."""
-    found = Groups()
+    found = ConfigGroups()
     top = block.get("format")
     tables = block.get("config_groups")
     if not isinstance(tables, dict) or not tables:
@@ -87,9 +87,9 @@ def _beside(block: Mapping[str, Any]) -> Iterator[Finding]:
         yield _wrong("has a `transform_config`, which this version cannot verify")
 
 
-def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[Group, list[str]]:
+def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[ConfigGroup, list[str]]:
     targets = tuple(table["targets"])
-    unknown = Group(name, targets, None, None)
+    unknown = ConfigGroup(name, targets, None, None)
     own = table.get("format")
     form = top if own is None else own
     if form not in {*_PLAIN, "pack-quantized"}:
@@ -112,7 +112,7 @@ def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[Group, list[s
     kind = kind_of(numerics, form == "pack-quantized")
     if kind is None or (form not in {kind.format, "naive-quantized"}):
         return unknown, [f"is a combination that the engine has nothing for, in {form}"]
-    return Group(name, targets, numerics, kind), []
+    return ConfigGroup(name, targets, numerics, kind), []
 
 
 class _Unknown(Exception):
@@ -192,7 +192,7 @@ _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
 _HOLE = "\0"
 
 
-def quantization_config(output: Output, kinds: dict[Numerics, Kind]) -> dict[str, Any]:
+def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) -> dict[str, Any]:
     """The whole object. `kinds` has every numerics of the output."""
     groups: dict[Numerics, list[str]] = defaultdict(list)
     floats = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
-from quantcli.targets.compressed_tensors.config import Group, Groups, usable
+from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups, usable
 from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FUSED, is_head
 
 # What the engine calls the parameter that it makes of siblings: it looks that name up first.
@@ -48,16 +48,16 @@ class _Patterns:
         return self.all[min(places)] if places else None
 
 
-class Matcher:
+class GroupMatcher:
     """Modules by group. Fused siblings of experts are looked up one by one."""
 
-    def __init__(self, groups: Groups, modules: Collection[str]) -> None:
+    def __init__(self, groups: ConfigGroups, modules: Collection[str]) -> None:
         """modules: names of all that there are."""
         self._modules = modules
         self._targets = _Patterns(groups.patterns("targets"))
         self._ignore = _Patterns(groups.ignore)
         self._names = groups.patterns("targets")
-        self._groups: Mapping[str, Group] = {group.name: group for group in groups.groups}
+        self._groups: Mapping[str, ConfigGroup] = {group.name: group for group in groups.groups}
         self._class = [t for t in self._targets.all if not t.startswith("re:")]
         self.group = cache(self._group)
 
@@ -65,7 +65,7 @@ class Matcher:
         """Whether a module, or what the engine makes of it and its siblings, is in `ignore`."""
         return any(self._ignore.first(name) for name in (self._fused(module), module) if name)
 
-    def _group(self, module: str) -> Group | None:
+    def _group(self, module: str) -> ConfigGroup | None:
         """The group of a module that is not ignored; None: it is float."""
         fused, parts = self._fused(module), self._parts(module)
         if target := (self._targets.first(fused) if fused else None):
@@ -82,10 +82,10 @@ class Matcher:
         found = next(by_class, None)
         return self._of(found) if found is not None else None
 
-    def _of(self, target: str) -> Group:
+    def _of(self, target: str) -> ConfigGroup:
         return self._groups[self._names[target]]
 
-    def alone(self, module: str) -> Group | None:
+    def alone(self, module: str) -> ConfigGroup | None:
         """The group that the module's own name is in."""
         target = self._targets.first(module)
         return self._of(target) if target else None

@@ -11,10 +11,10 @@ from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.targets.compressed_tensors.config import Group, read_groups
+from quantcli.targets.compressed_tensors.config import ConfigGroup, read_groups
 from quantcli.targets.compressed_tensors.kinds import FLOAT
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
-from quantcli.targets.compressed_tensors.matching import Matcher
+from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.sidecars import declared_dtype, quantization_block
 from quantcli.targets.stored_format import (
@@ -39,7 +39,7 @@ from quantcli.targets.vllm_family import (
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
 
-class CompressedTensorsStored:
+class CompressedTensorsCheckpoint:
     """What `quantization_config` makes of the tensors. `labels` is by module, of float ones too."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -57,7 +57,7 @@ class CompressedTensorsStored:
         }
         groups = read_groups(quantization_block(checkpoint.config))
         self.findings: list[Finding] = groups.findings
-        self._matcher = Matcher(groups, self._names)
+        self._matcher = GroupMatcher(groups, self._names)
         self._ignore = groups.ignore
         for check in (self._parameters, self._siblings, self._experts, self._loader, self._config):
             self.findings += check()
@@ -113,7 +113,7 @@ class CompressedTensorsStored:
         return f"{why}, and yet {has}: the engine would take codes for weights"
 
     def _quantized(
-        self, module: str, group: Group, tensors: Mapping[str, StoredTensor]
+        self, module: str, group: ConfigGroup, tensors: Mapping[str, StoredTensor]
     ) -> Iterator[Finding]:
         assert group.numerics is not None
         assert group.kind is not None

@@ -13,7 +13,7 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
-from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
+from quantcli.targets.base import PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint, Target
 from quantcli.targets.compressed_tensors.config import quantization_config
 from quantcli.targets.compressed_tensors.kinds import (
     FLOAT,
@@ -24,7 +24,7 @@ from quantcli.targets.compressed_tensors.kinds import (
     static_inputs,
 )
 from quantcli.targets.compressed_tensors.layouts import pack_rows, unpack_rows
-from quantcli.targets.compressed_tensors.stored import CompressedTensorsStored
+from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
     EXPERT,
@@ -54,7 +54,7 @@ class CompressedTensors(Target):
         """Engines and hardware."""
         return loads_on(label)
 
-    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+    def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Float32, but for the weight_scale of int4 and of packed codes."""
         in_serving_dtype = part == "weight_scale" and self._kind(numerics).in_serving_dtype
         return serving_dtype if in_serving_dtype else "F32"
@@ -63,7 +63,7 @@ class CompressedTensors(Target):
         """As it is."""
         return None
 
-    def merged(self, module: str) -> str | None:
+    def fused_name(self, module: str) -> str | None:
         """q, k and v; gate and up, also of experts: input_scale, and the scale of whole weights."""
         return sibling_set(module)
 
@@ -80,7 +80,7 @@ class CompressedTensors(Target):
         weight_packed:    int32 [n, k * bits / 32] instead, see pack_rows; and
         weight_shape:     int64 [2], n and k.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
-                          [ceil(n / 128), ceil(k / 128)]; in the dtype that `held` gives.
+                          [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
         input_scale:      float32 [1] where inputs are static.
         input_zero_point: int8 [1] where they are asymmetric: x ~ (xq - zero_point) * input_scale.
         """
@@ -134,7 +134,7 @@ class CompressedTensors(Target):
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"
 
-    def sidecars(self, output: Output) -> dict[str, bytes]:
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """config.json with `quantization_config`, and the index."""
         used = {m.numerics for m in output.modules if m.numerics}
         kinds = {numerics: self._kind(numerics) for numerics in used}
@@ -145,9 +145,9 @@ class CompressedTensors(Target):
         """By what config.json calls it."""
         return sidecars.quantization_block(checkpoint.config).get("quant_method") == self.name
 
-    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+    def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Its modules, and what the engine would stop at or misread."""
-        return CompressedTensorsStored(checkpoint)
+        return CompressedTensorsCheckpoint(checkpoint)
 
     def _kind(self, numerics: Numerics) -> Kind:
         kind = kind_of(numerics)

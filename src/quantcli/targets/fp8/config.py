@@ -9,7 +9,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
-from quantcli.targets.base import Output
+from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.fp8.kinds import numerics_of
 from quantcli.targets.vllm_family import absent_head, is_linear
 
@@ -17,7 +17,7 @@ METHOD = "fp8"
 _KEYS = ("ignored_layers", "modules_to_not_convert")  # the first that is not empty counts
 
 
-def quantization_config(output: Output, numerics: Numerics) -> dict[str, Any]:
+def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[str, Any]:
     """The whole object. Engines compare whole names: each linear that stays float has its own."""
     floats = [m.name for m in output.modules if m.numerics is None and is_linear(m)]
     if head := absent_head(output.tensors):
@@ -35,7 +35,7 @@ def quantization_config(output: Output, numerics: Numerics) -> dict[str, Any]:
 
 
 @dataclass
-class Said:
+class Fp8Config:
     """What config.json says. numerics: None where that is not known, so that nothing can be read."""
 
     numerics: Numerics | None = None
@@ -43,9 +43,9 @@ class Said:
     findings: list[Finding] = field(default_factory=list)
 
 
-def read_config(block: Mapping[str, Any]) -> Said:
+def read_config(block: Mapping[str, Any]) -> Fp8Config:
     """The object as the engine reads it; what is wrong with it is among the findings."""
-    said = Said(findings=list(_faults(block)))
+    said = Fp8Config(findings=list(_faults(block)))
     if any(found.severity == "error" for found in said.findings):
         return said
     size = block.get("weight_block_size")

@@ -42,7 +42,7 @@ _FLOAT_ALWAYS = frozenset({*ROUTERS, "eh_proj", "weights_proj", "head"})
 _SMALLEST = 3e-5  # of a whole weight's scale; below, the engine's second rounding loses codes
 
 
-class Fp8Stored:
+class Fp8Checkpoint:
     """What `quantization_config` makes of the tensors. `labels` is by module, of float ones too."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

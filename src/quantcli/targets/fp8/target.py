@@ -11,10 +11,10 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import sidecars
-from quantcli.targets.base import Output, Refusal, ScalePart, Stored, Target
+from quantcli.targets.base import PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint, Target
 from quantcli.targets.fp8.config import METHOD, quantization_config
 from quantcli.targets.fp8.kinds import LOADS_ON, label_of
-from quantcli.targets.fp8.stored import Fp8Stored
+from quantcli.targets.fp8.stored import Fp8Checkpoint
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
     ROUTERS,
@@ -43,7 +43,7 @@ class Fp8(Target):
         """Engines and hardware."""
         return LOADS_ON[label]
 
-    def held(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+    def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Float32, all of them."""
         label_of(numerics)
         return "F32"
@@ -52,7 +52,7 @@ class Fp8(Target):
         """As it is."""
         return None
 
-    def merged(self, module: str) -> str | None:
+    def fused_name(self, module: str) -> str | None:
         """q, k and v; gate and up, also of experts: the engine takes one scale for all of them.
 
         It rounds their weights a second time where their scales differ.
@@ -120,7 +120,7 @@ class Fp8(Target):
         """Nothing loads that would deserve a word."""
         return iter(())
 
-    def sidecars(self, output: Output) -> dict[str, bytes]:
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """config.json with `quantization_config`, and the index."""
         used = {m.numerics for m in output.modules if m.numerics}
         block = {}
@@ -136,6 +136,6 @@ class Fp8(Target):
             return bool(method == METHOD)
         return any(name.endswith(".weight_scale_inv") for name in checkpoint.tensors)
 
-    def open_stored(self, checkpoint: Checkpoint) -> Stored:
+    def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Its modules, and what the engine would stop at or misread."""
-        return Fp8Stored(checkpoint)
+        return Fp8Checkpoint(checkpoint)
