@@ -278,7 +278,7 @@ def test_experts_that_stay_float_are_described_by_their_set_too(tmp_path):
 def test_planning_does_not_import_a_compiler():
     # binary operations on the meta device would: 70 MB and a second for every command
     code = (
-        "import sys; from quantcli import commands; inspecting.support();"
+        "import sys; from quantcli.commands.inspect import support; support();"
         "sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

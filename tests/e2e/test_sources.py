@@ -302,8 +302,8 @@ def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | Non
 
 
 def test_outliers_count_the_bytes_that_are_read(box: Box) -> None:
+    from quantcli.commands.inspect import outliers
     from quantcli.core.events import Progress
-    from quantcli.inspecting.inspect import outliers
 
     class Counted(Progress):
         todo = done = 0
