@@ -108,8 +108,8 @@ class W4A4FlatQuant(Int4Weights):
         )
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row, if
-        the options ask for them, codes int8 [0, k] and weight_clip float32 [0, 1]."""
+        """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row,
+        if the options ask for them, codes int8 [0, k] and weight_clip float32 [0, 1]."""
         left, right = decompose(k)
         stats = {
             **super().blank(k, engine_dtype),

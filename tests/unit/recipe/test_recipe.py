@@ -27,7 +27,7 @@ from quantcli.recipe.recipe import compare, load_recipe
 from quantcli.targets.base import Target
 from tests.builders import make_model, tensor
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 FULL = """\
 target: ascend
 model: here

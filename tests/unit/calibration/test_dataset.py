@@ -33,7 +33,7 @@ from tests.builders import make_model
 transformers = pytest.importorskip("transformers")
 logging = transformers.utils.logging
 AutoTokenizer = transformers.AutoTokenizer
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny-qwen3"
 TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WHERE = "recipe.yaml:7"
@@ -547,7 +547,7 @@ def test_a_tokenizer_that_needs_a_package(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_text_is_split_as_tokenizer_json_says(tmp_path: Path) -> None:
     """AutoTokenizer takes a class of its own for some model types, which splits text another way."""
-    model = Path(__file__).parents[1] / "golden" / "data" / "model_qwen2"
+    model = Path(__file__).parents[2] / "golden" / "data" / "model_qwen2"
     text = "In 1968 he retired ( 372 km ) .\n \n = = Early career = = \n \n" * 20
     data = lines_file(tmp_path, {"text": text})
     (batch,) = load(data, model, samples=1, length=64, pack=False).batches

@@ -75,6 +75,9 @@ def test_a_torch_without_the_dtype_is_the_machines_fault(monkeypatch: pytest.Mon
 
 
 def test_reading_headers_needs_no_torch() -> None:
-    code = "import sys, quantcli.checkpoint.inspection, quantcli.checkpoint.spec; print('torch' in sys.modules)"
+    code = (
+        "import sys, quantcli.checkpoint.inspection, quantcli.checkpoint.spec;"
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
