@@ -117,7 +117,7 @@ def test_siblings_must_be_measured_alike(words, fine):
     ],
 )
 def test_what_the_engine_merges(name, merged):
-    assert TARGET.merged(name) == merged
+    assert TARGET.fused_name(name) == merged
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_labels_and_what_the_engine_holds():
     assert [TARGET.label(n) for n in known] == [
         "W8A8_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A16", "W8A8", "W8A8", "W8A8_MIX", "W4A4_DYNAMIC",
     ]  # fmt: skip
-    held = [TARGET.held(n, "weight_scale", "F16") for n in known]
+    held = [TARGET.engine_dtype(n, "weight_scale", "F16") for n in known]
     assert held == ["F16", "F32", "F16", "F32", "F32", "F16", "F32"]
-    assert [TARGET.held(n, "input_scale", "F16") for n in (STATIC, MIX)] == ["F16", "F16"]
+    assert [TARGET.engine_dtype(n, "input_scale", "F16") for n in (STATIC, MIX)] == ["F16", "F16"]
     assert "A5" in TARGET.loads_on("W8A8FP8_DYNAMIC")
     assert "A2, A3" in TARGET.loads_on("W8A8")
     assert "0.13" in TARGET.loads_on("W8A8_MIX")

@@ -72,7 +72,7 @@ WANTED = {
 
 def made(found, weight):
     """The parts of a weight, its scale as the engine holds it, and what is packed of them."""
-    held = TARGET.held(found.numerics, "weight_scale", "BF16")
+    held = TARGET.engine_dtype(found.numerics, "weight_scale", "BF16")
     stats = dict(found.blank(weight.shape[1], torch.float32))
     if "input_scale" in stats:
         stats["input_scale"] = torch.tensor([0.037109375])
@@ -240,9 +240,9 @@ def test_what_may_be_odd():
 
 
 def test_what_the_engine_merges():
-    assert TARGET.merged(f"{L}.self_attn.k_proj") == f"{L}.self_attn.q_proj+k_proj+v_proj"
-    assert TARGET.merged(f"{L}.mlp.experts.3.w3") == f"{L}.mlp.experts.3.w1+w3"
-    assert TARGET.merged(f"{L}.mlp.down_proj") is None
+    assert TARGET.fused_name(f"{L}.self_attn.k_proj") == f"{L}.self_attn.q_proj+k_proj+v_proj"
+    assert TARGET.fused_name(f"{L}.mlp.experts.3.w3") == f"{L}.mlp.experts.3.w1+w3"
+    assert TARGET.fused_name(f"{L}.mlp.down_proj") is None
 
 
 # -- config.json -------------------------------------------------------------------------------------

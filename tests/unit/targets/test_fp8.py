@@ -67,7 +67,7 @@ def test_tensors_as_the_engine_registers_them(name):
 )
 def test_what_it_cannot_store(name, word):
     with pytest.raises(InputError, match="target `fp8`") as caught:
-        TARGET.held(scheme(name).numerics, "weight_scale", "BF16")
+        TARGET.engine_dtype(scheme(name).numerics, "weight_scale", "BF16")
     assert word in caught.value.what
 
 
