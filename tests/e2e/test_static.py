@@ -118,7 +118,7 @@ def test_items_know_what_they_are_made_from(setting, tmp_path):
     plan = make_plan(recipe, checkpoint, store(tmp_path / "s.safetensors", stats))
     items = {i.module: i for s in plan.shards for i in s.items if isinstance(i, Quantize)}
     q, v = items[f"{A}.q_proj"], items[f"{A}.v_proj"]
-    assert q.held == ("F32", "BF16")
+    assert q.engine_dtypes == ("F32", "BF16")
     assert q.bias == checkpoint.tensors[f"{A}.q_proj.bias"]
     assert v.bias is None
     assert q.constants == {f"{A}.q_proj.input_scale", f"{A}.q_proj.input_offset"}
