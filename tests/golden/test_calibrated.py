@@ -122,7 +122,7 @@ def far(out, reference):
 
     What comes behind has gone through the MLP's product of two factors, where one rounding may become a
     large value, and random weights let it grow. Other instruction sets were found to change a width by
-    up to 2.1 % and an offset by 3 codes; nudging one value in a hundred by a step of bfloat16, 10.4 %
+    up to 2.0 % and an offset by 3 codes; nudging one value in a hundred by a step of bfloat16, 10.4 %
     and 10 codes. So 15 % and 16 codes there, which tell only what is grossly wrong; finer mistakes show
     in the comparison with the reference's procedure.
     """
