@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engine check lint types docs format bench clean
+.PHONY: help setup demo test test-isa test-engine check lint types docs format bench clean
 
 help:           ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,16 @@ test: check     ## all that CI runs: lint, types, tests
 	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest $(PARALLEL); else \
 		echo "no chromium here: tests marked browser are left out" && \
 		$(BIN)/python -m pytest $(PARALLEL) -m "not browser"; fi
+
+# What float sums go into, with the instructions of older CPUs and without the newest ones. Neither can
+# add any that the CPU has not.
+ISA_TESTS := tests/golden tests/e2e/test_calibrate.py tests/e2e/test_static.py
+
+test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
+	@echo "with AVX2:" && \
+		ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
+	@echo "with AVX-512 alone:" && \
+		ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
 
 test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
 	@$(BIN)/python -m pytest tests/engine

@@ -28,7 +28,7 @@ def opened(tmp_path):
                 "--enable-logging=stderr", "--virtual-time-budget=10000", "--window-size=1400,2200",
                 "--dump-dom", file.as_uri(),
             ],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
         said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         return done.stdout, said, list(requests(log))

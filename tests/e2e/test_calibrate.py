@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -454,12 +453,17 @@ def test_fresh_starts_over(make: Callable[..., Bench]) -> None:
     assert snapshot(bench.store) == whole
 
 
-SLOW = """
-import os, sys, time
+# kills itself in the middle of the first write to the disk after the second layer's report
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+report = Path(sys.argv.pop(1))
 real = os.pwrite
-def pwrite(*args):
-    time.sleep(0.01)
-    return real(*args)
+def pwrite(file, data, place):
+    if report.exists():
+        real(file, data[: len(data) // 2], place)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(file, data, place)
 os.pwrite = pwrite
 from quantcli.__main__ import main
 main(sys.argv[1:])
@@ -470,23 +474,15 @@ def test_sigkill(make: Callable[..., Bench]) -> None:
     wanted = make()
     assert wanted.run().code == 0
     bench = wanted.at("killed")
-    command = [sys.executable, "-c", SLOW, *map(str, bench.args())]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        try:
-            limit = time.monotonic() + 60
-            while not (bench.store / "layer-00001.json").exists():
-                assert process.poll() is None
-                assert time.monotonic() < limit
-                time.sleep(0.005)
-        finally:
-            process.kill()
+    command = [sys.executable, "-c", KILLED, bench.store / "layer-00001.json", *bench.args()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not bench.out.exists()
-    assert not (bench.store / "layer-00003.json").exists()
+    reports = sorted(path.name for path in bench.store.glob("layer-*.json"))
+    assert reports == ["layer-00000.json", "layer-00001.json"]
     assert list(bench.store.glob("*states-*"))
     said = goes_on(bench, wanted)
-    assert "layer 2/4" not in said
-    assert "layer 4/4" in said
+    assert [f"layer {number}/4" in said for number in range(1, 5)] == [False, False, True, True]
 
 
 # what must not show in the bytes
@@ -949,31 +945,51 @@ def test_a_device_that_is_not_here(
     assert snapshot(bench.root) == before
 
 
-def test_two_ctrl_c_end_with_the_documented_code(make: Callable[..., Bench]) -> None:
-    """The second comes while the first is being seen to."""
+# waits for Ctrl-C after its first layer, and for a second one while the first is being seen to
+INTERRUPTED = """
+import signal, sys
+from quantcli.cli import output as console
+from quantcli.cli import progress
+said, twice = progress.ShardLines.layer, sys.argv.pop(1) == "2"
+def layer(*args):
+    said(*args)
+    while True:
+        signal.pause()
+def error(*args):
+    print("it is seen to", file=sys.stderr, flush=True)
+    while True:
+        signal.pause()
+progress.ShardLines.layer = layer
+if twice:
+    console.Output.error = error
+from quantcli.__main__ import entry
+entry()
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_the_process_with_the_documented_code(
+    make: Callable[..., Bench], times: int
+) -> None:
+    """A second one ends it at once, whatever the first is waiting for."""
     bench = make()
-    command = [
-        sys.executable,
-        "-m",
-        "quantcli",
-        "quantize",
-        str(bench.recipe),
-        "--model",
-        str(bench.model),
-    ]
-    with subprocess.Popen(
-        [*command, "--out", str(bench.out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        assert any(line.startswith("layer 1/") for line in process.stderr)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
+    command = [sys.executable, "-c", INTERRUPTED, str(times), *map(str, bench.args())]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert any(line.startswith("layer 1/") for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            if times == 2:
+                assert "it is seen to\n" in process.stderr
+                process.send_signal(signal.SIGINT)
+            said = process.communicate()[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
+    assert ("the same command again continues where it stopped" in said) == (times == 1)
     assert "Traceback" not in said
     assert "terminate" not in said
+    planned = bench.run("--plan", "--json").json["plan"]["calibration"]
+    assert planned["layers_done"] == 1
     assert bench.run().code == 0
