@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-isa test-engine check lint types docs format bench clean
+.PHONY: help setup demo test test-isa test-engine check lint types docs format house bench clean
 
 help:           ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ docs: $(READY)  ## regenerate docs/cli.md and docs/recipe.schema.json
 format: $(READY) ## format the code
 	@$(BIN)/ruff format --quiet src tests benchmarks docs
 	@$(BIN)/ruff check --fix --quiet src tests benchmarks docs
+
+house: $(READY) ## figures of the source tree against their bars
+	@$(BIN)/python benchmarks/house.py
 
 bench: $(READY) ## run every benchmark (about an hour, 10 GB of disk)
 	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources; do \
