@@ -31,7 +31,7 @@ CASES = [
 GOLDEN = ("w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic")  # fmt: skip
 # The only notes there may be, by the reason for them.
-NO_TOKENIZER = "there is no tokenizer, as there was none beside the source"
+NO_TOKENIZER = "there is no tokenizer, and the source had none"
 NO_MANIFEST = "there is no quantcli_manifest.json: sizes and hashes of files are not known"
 NO_HASHES = "the manifest holds no hashes: it was written with --no-checksum"
 FOREIGN_INDEX = "engines read no index of this name, only model.safetensors.index.json"

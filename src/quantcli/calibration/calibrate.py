@@ -79,7 +79,7 @@ class Calibrator:
         return bool(quantized) and self._policy.alpha(quantized) is not None
 
     def _begin(self, done: int) -> tuple[int, States]:
-        """Note the layers' calls; the layer to go on with, and its inputs."""
+        """Note the layers' calls; the layer to continue with, and its inputs."""
         specs: list[TensorSpec] = []
         writers: list[StatesWriter] = []
 
@@ -121,7 +121,7 @@ class Calibrator:
         return load_states(self._store.folder, done, specs, self._budget) if done else None
 
     def _layer(self, index: int, states: States, *, onward: bool) -> States:
-        """Measure a layer and save what was found; the inputs of the next one."""
+        """Measure a layer and save its statistics; returns the inputs of the next layer."""
         layer = LayerRun(self._run, index, states)
         following = states
         if onward:

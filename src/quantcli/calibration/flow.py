@@ -270,7 +270,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def norms_followed(name: str, layer: nn.Module) -> Iterator[None]:
-    """Within it, what the norms of a layer return is told to the flow of the thread."""
+    """While it is open, the outputs of a layer's norms are passed to the flow of the thread."""
 
     def hook(path: str) -> Any:
         def after(module: nn.Module, args: Any, out: Any) -> None:

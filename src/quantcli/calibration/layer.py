@@ -47,7 +47,7 @@ def empty_report(name: str) -> dict[str, Any]:
 
 @dataclass
 class LayerRun:
-    """A layer, its inputs, and what is found; `report` is JSON-able."""
+    """A layer, its inputs, and its statistics; `report` is JSON-able."""
 
     run: CalibrationRun
     index: int

@@ -85,7 +85,7 @@ def prepare_session(
     """Check what can be checked without reading weights. out: where the checkpoint will go.
 
     InputError where the recipe names no data or data that is not there, and where `folder` holds the
-    calibration of something else, or is no place for one.
+    calibration of something else, or is not a place for one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan)

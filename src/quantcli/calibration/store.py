@@ -35,7 +35,7 @@ HEAD = "calibration.json"
 _VERSION = 1
 _FILES = r"(layer-\d{5}\.(safetensors|json)|states-\d{5}\.safetensors|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
-_BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # what there is before anything is said in HEAD
+_BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def load_measured(folder: Path, layers: int) -> Measured:
             sealed = report.get("sha256") == _seal(path, report)
         if not sealed:
             raise InputError(
-                "is not what was measured: it, or the report beside it, has changed since",
+                "has changed since it was measured, or the report next to it has",
                 where=str(path),
                 fix=_anew(folder),
             )

@@ -1,6 +1,6 @@
 """What is on disk: a model directory, read strictly, headers only.
 
-Everything here came from strangers: names, indexes and links are checked before a path is built
+Nothing here is trusted: names, indexes and links are checked before a path is built
 from them, and no weight is read. Imports no torch.
 """
 
@@ -127,7 +127,7 @@ def scan_checkpoint(path: Path) -> Checkpoint:
 
 
 def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:
-    """What is no error, and yet worth a word."""
+    """Notes: not errors, but worth reading."""
     if config and "model_type" not in config:
         yield f"{CONFIG} names no model_type: engines may not know what this is"
     floats = all(stored.spec.dtype in FLOATS for stored in tensors.values())

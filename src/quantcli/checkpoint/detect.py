@@ -34,7 +34,7 @@ def quantization(checkpoint: Checkpoint) -> Quantization | None:
     """How the weights are quantized; None for a float checkpoint.
 
     The tensors decide; config.json and descriptions only give the name. A config that speaks of
-    quantization over float weights is stale, and is no quantization.
+    quantization over float weights is stale, and is not quantization.
     """
     found = [spec for spec in checkpoint.specs() if is_quantized(spec)]
     if not found:
@@ -81,7 +81,7 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value that strangers wrote, as short text without control characters."""
+    """An untrusted value as short text without control characters."""
     if isinstance(value, str) and value.isprintable():
         return value[:40]
     return reprlib.repr(value)

@@ -30,8 +30,8 @@ class Encoded(StoredTensor):
     parts:  every stored tensor that the module is made of, its codes first, then what decoding needs,
             then what only served the source's engine, such as input scales.
     open:   gives what decodes rows. One reader is one thread's.
-    kind:   the format, in words; all that decides how parts are read is in it.
-    held:   bytes that a reader keeps besides the rows that it gives.
+    kind:   the format as text; all that decides how parts are read is in it.
+    held:   bytes that a reader keeps in addition to the rows that it returns.
     """
 
     parts: tuple[StoredTensor, ...]

@@ -13,7 +13,7 @@ INDEX = "model.safetensors.index.json"
 PART = "quantcli_part.json"  # in place of a manifest, where a folder holds some of the shards
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
-STALE = "an index or a quantization file, true only beside the weights it was made for"
+STALE = "an index or a quantization file, true only for the weights it was made for"
 _UNPRINTABLE = "its name has control characters"
 # Files that describe the source's own quantization or shards: wrong beside new weights.
 _STALE = re.compile(

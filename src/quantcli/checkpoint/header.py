@@ -203,7 +203,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
         raise _Refused(f"{dtype} {shape} is larger than any memory", name)
     bits = math.prod(shape) * width
     if bits % 8:
-        raise _Refused(f"{dtype} {shape} takes {bits} bits, which is no whole byte", name)
+        raise _Refused(f"{dtype} {shape} takes {bits} bits, which is not a whole number of bytes", name)
     if bits // 8 != end - begin:
         raise _Refused(f"{dtype} {shape} does not take {end - begin} bytes", name)
     return begin, end, TensorSpec(name, dtype, tuple(shape))

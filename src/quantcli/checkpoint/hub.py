@@ -60,7 +60,7 @@ def find_model(model: str) -> Path:
             ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
         raise MachineError(
-            f"`{model}` is no directory here, and it cannot be fetched from the Hub",
+            f"`{model}` is not a directory here, and it cannot be fetched from the Hub",
             where=reason[:200],
             fix="check the network and the disk, or give a directory",
         ) from None

@@ -81,7 +81,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
 
 
 def _words(value: Any) -> list[str]:
-    """The names in a value of config.json that can be shown: strangers wrote it."""
+    """The names in a value of config.json that can be printed: the value is untrusted."""
     values = value if isinstance(value, list) else [value]
     return [word for word in values if isinstance(word, str) and word.isprintable()]
 

@@ -1,4 +1,4 @@
-"""The manifest of an output: what was made of what, and every file's size and hash, sealed."""
+"""The manifest of an output: source, recipe, and the size and hash of every file, sealed."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _opened(stored: StoredTensor) -> Iterator[int]:
 
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
     """Fill `block` from byte `offset` of a stored tensor in its open file."""
-    assert not isinstance(stored, Encoded), "codes are no weights"
+    assert not isinstance(stored, Encoded), "codes are not weights"
     done = 0
     with disk_errors(stored.file):
         while done < len(block):

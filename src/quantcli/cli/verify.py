@@ -51,7 +51,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
-    """Each check has its say before one of them has a second; what fixes several is said once."""
+    """Each check is shown once before any is shown twice; a fix for several errors is printed once."""
     shown = max(_FINDINGS, len({error["check"] for error in errors}))
     spread = words.spread(errors)
     told: set[str] = set()

@@ -44,7 +44,7 @@ def calibrate(
     *,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Run a calibration, or go on with one; what it found, JSON-able. One that is done is not run."""
+    """Run or continue a calibration; its summary, JSON-able. A complete one is not run again."""
     from quantcli.calibration.session import Resources, run, summary
     from quantcli.core.events import SILENT
 

@@ -141,5 +141,5 @@ def _default_name(model: str, recipe: Path) -> str:
 
 
 def _calibration_folder(out: Path) -> Path:
-    """Where the calibration of a checkpoint in `out` is kept, if nothing else is said."""
+    """The default folder for the calibration of a checkpoint in `out`."""
     return out.with_name(out.name + ".calibration")

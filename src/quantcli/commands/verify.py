@@ -47,13 +47,13 @@ def verify(
     limits = {"min-sqnr": min_sqnr, "max-ppl-ratio": max_ppl_ratio, "max-kl": max_kl}
     for name, value in limits.items():
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise InputError(f"{value} is no limit", where=f"--{name} {value}", fix="give a number")
+            raise InputError(f"{value} is not a limit", where=f"--{name} {value}", fix="give a number")
     for option, file in (("--junit", junit), ("--report", page)):
         if file is not None:
             check_file(option, file)
             if file.resolve().is_relative_to(checkpoint.resolve()):
                 what = "would become part of the checkpoint that is verified"
-                raise InputError(what, where=f"{option} {file}", fix="give a file beside it")
+                raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
     if page is not None:
         from quantcli.verification.report.page import require_plotly
 

@@ -130,7 +130,7 @@ def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantiz
     )
 
 
-_BLOCK = 512 * 1024  # elements: what is made of them stays in the cache
+_BLOCK = 512 * 1024  # elements: their float32 copies stay in the cache
 
 
 class WeightAmax:

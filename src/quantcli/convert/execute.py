@@ -45,7 +45,7 @@ class Written(Generic[P]):
 
 
 def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
-    """What must be the same for a later run to go on with this one's shards."""
+    """What must be the same for a later run to continue with this one's shards."""
     source = {}
     for shard in plan.checkpoint.shards:
         status = (plan.checkpoint.path / shard).stat()
@@ -115,7 +115,7 @@ def execute(
     finally:
         journal.close()
         if useless:
-            with suppress(QuantError):  # what is said is why the values were refused
+            with suppress(QuantError):  # the error that is reported is the refusal
                 discard(partial)
     return Written(out, files, run.reused, plan, notes)
 

@@ -45,7 +45,7 @@ class Merge:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What must be the same for a later run to go on with this one's files."""
+        """What must be the same for a later run to continue with this one's files."""
         whole = self.parts[0].whole
         of: dict[str, Any] = {"parts": whole["of"]}
         return {"plan": whole["manifest"]["plan"], "checksum": whole["checksum"], "source": of}

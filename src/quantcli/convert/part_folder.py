@@ -24,7 +24,7 @@ class PartFolder:
     """One part on disk, as it says itself.
 
     whole: what is the same for all parts of one conversion: `of`, `checksum`, `shards` (weight
-           file -> part), `carried` (files beside the weights), `manifest` (but for its files).
+           file -> part), `carried` (files next to the weights), `manifest` (but for its files).
     files: of this part, as the manifest will list them.
     """
 
@@ -54,7 +54,7 @@ def read_part(folder: Path) -> PartFolder:
             )
         if (folder / MANIFEST).exists():
             raise InputError("this is a whole checkpoint, and no part", where=str(folder), fix=fix)
-        raise InputError("this is no part of a conversion", where=str(folder), fix=fix)
+        raise InputError("this is not a part of a conversion", where=str(folder), fix=fix)
     table = read_sealed(path, "description of the part", AGAIN)
     try:
         return _parse(folder, table)
@@ -152,7 +152,7 @@ def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:
 
 
 def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
-    """How two conversions differ, in words."""
+    """How two conversions differ, as text."""
     if usual["of"] != odd["of"]:
         return f"it is one of {odd['of']} parts, that one of {usual['of']}"
     mine, theirs = usual["manifest"], odd["manifest"]
@@ -172,4 +172,4 @@ def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
     other = next((key for key in keys if mine.get(key) != theirs.get(key)), None)
     if other is not None:
         return f"{other} differs"
-    return "what was calibrated differs, or the files beside the model's weights"
+    return "the calibrations differ, or the files next to the model's weights"

@@ -36,7 +36,7 @@ def only_ours(folder: Path) -> bool:
 def check_destination(out: Path, model: Path, *, force: bool, what: str = "the model") -> None:
     """InputError or MachineError for an `out` that the run could not or must not write.
 
-    model: the directory that is read; `what` it is, in words.
+    model: the directory that is read; `what` names it in messages.
     """
     with as_our_errors(out, OTHER_OUT):
         _check(out, model, force, what)

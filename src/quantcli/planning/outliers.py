@@ -61,7 +61,7 @@ def inspect_outliers(
                        weight; 200 where nothing is lost, -200 where a scale overflows.
         not_finite     None, or {"value": "nan", "index": [row, column]} for the first NaN or Inf: then
                        all numbers above are None, in sqnr_db too.
-    left_out:  tensors that are no float matrices: {"why", "tensors" (how many), "names" (folded)}.
+    left_out:  tensors that are not float matrices: {"why", "tensors" (how many), "names" (folded)}.
     advice:    see `advice.keep_advice`.
 
     Reads every weight once. Memory is a block of `block_elements` per worker in its several forms, or

@@ -25,7 +25,7 @@ class Part:
 
     @property
     def carries(self) -> bool:
-        """Whether the files beside the weights are in this part; they are in one."""
+        """Whether this part carries the files next to the weights; one part does."""
         return self.number == 1
 
     def folder(self, out: Path) -> Path:

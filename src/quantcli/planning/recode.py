@@ -1,6 +1,6 @@
 """The numbers of a quantized module from one format to another: the same ones, or an error.
 
-Codes and scales are taken over by value. Only static int8 inputs are told differently: an engine that
+Codes and scales are taken over by value. Only static int8 inputs are stored differently: an engine that
 holds input_scale in 16 bits multiplies inputs with r = multiplier(input_scale), so its step is 1 / r,
 and knows weights by deq_scale = weight_scale / r; one that holds it in float32 divides by it.
 """
@@ -194,7 +194,7 @@ def _around(value: Tensor, most: int = _NEIGHBOURS) -> list[Tensor]:
 
 
 def _bias_is_there(parts: Parts, item: Repack, first_row: int, bias: Tensor | None) -> None:
-    """InputError where quant_bias says other than the bias that is stored in float beside it.
+    """InputError if quant_bias disagrees with the float bias that is stored next to it.
 
     It is rounded to a step of the sum, and producers round its two terms together or one by one.
     """
@@ -205,14 +205,14 @@ def _bias_is_there(parts: Parts, item: Repack, first_row: int, bias: Tensor | No
     total = -offset * parts["weight"].sum(-1, dtype=torch.int32).double()
     if bias is not None:
         total = total + bias.double() / deq
-    said = parts["quant_bias"].double()
+    stored = parts["quant_bias"].double()
     slack = 1 + total.abs() * 2.0**-20
-    wrong = ((said - total).abs() > slack).nonzero()
+    wrong = ((stored - total).abs() > slack).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        beside = "the bias beside it" if bias is not None else "no bias, and there is none beside it"
+        bias_text = "the stored bias gives" if bias is not None else "a module without a bias gives"
         raise InputError(
-            f"quant_bias is {int(said[row])}; by {beside} it would be {float(total[row]):.0f}",
+            f"quant_bias is {int(stored[row])}, but {bias_text} {float(total[row]):.0f}",
             where=_place(item, "quant_bias", first_row, row),
             fix="only the engine that it was made for can add it: keep the checkpoint as it is",
         )
@@ -226,7 +226,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _place(item: Repack, name: str, first_row: int, row: int = 0) -> str:
-    """Where a part stands on disk, in words; `row` of those from `first_row` of the weight on."""
+    """Where a part is stored, as text; `row` of those from `first_row` of the weight on."""
     names = {name, "deq_scale" if name == "weight_scale" else name, f"{name}_inv"}
     params = [p for p in item.module.layout.params if p.suffix in names & item.module.tensors.keys()]
     stored = item.module.tensors[params[0].suffix] if params else item.module.codes

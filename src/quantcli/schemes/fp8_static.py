@@ -67,7 +67,7 @@ class Fp8Static(Scheme):
         sound = bool(torch.isfinite(scale).all()) and float(scale) >= _SMALLEST
         if not sound or not torch.equal(scale.float(), measured):
             raise InputError(
-                f"input_scale {float(measured)} is no scale that {str(engine_dtype)[6:]} holds",
+                f"input_scale {float(measured)} is not a scale that {str(engine_dtype)[6:]} can hold",
                 fix="calibrate again, for the dtype in which the model will be served",
             )
         return {"input_scale": scale}

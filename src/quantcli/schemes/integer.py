@@ -160,7 +160,7 @@ def _round(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _error(values: Tensor, scale: Tensor) -> Tensor:
-    """Squared error of each row [..., n, 1]; infinite where it is no number."""
+    """Squared error of each row [..., n, 1]; infinite if it is NaN."""
     error = _round(values, scale).mul_(scale).sub_(values)
     total: Tensor = error.square_().sum(-1, keepdim=True)
     return total.nan_to_num_(torch.inf)

@@ -99,11 +99,11 @@ class Int8Static(IntegerWeights):
         sound = bool(((ends > 0) & torch.isfinite(ends)).all())
         if not sound or not torch.equal(scale.float(), measured):
             raise InputError(
-                f"input_scale {float(measured)} is no scale that {str(engine_dtype)[6:]} holds",
+                f"input_scale {float(measured)} is not a scale that {str(engine_dtype)[6:]} can hold",
                 fix="calibrate again, for the dtype in which the model will be served",
             )
         if not -128 <= float(offset) <= 127 or float(offset) % 1:
-            raise InputError(f"input_offset {float(offset)} is no int8", fix="calibrate again")
+            raise InputError(f"input_offset {float(offset)} is not an int8", fix="calibrate again")
         return {"input_scale": scale, "input_offset": offset}
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:

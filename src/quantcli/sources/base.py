@@ -26,7 +26,7 @@ Tensors = Mapping[str, StoredTensor]  # of one module, by suffix
 class Source:
     """A quantized checkpoint.
 
-    settings: what it says of its quantization; strangers wrote it. `where` is the file.
+    settings: its quantization config, which is untrusted. `where` is the file.
     """
 
     checkpoint: Checkpoint
@@ -102,7 +102,7 @@ def must_be(stored: StoredTensor, dtypes: Sequence[str], shape: tuple[int, ...],
 
 
 def matrix(stored: StoredTensor) -> tuple[int, int]:
-    """The sides of codes; InputError where they are no matrix, or an empty one."""
+    """The sides of codes; InputError if they are not a matrix, or an empty one."""
     shape = stored.spec.shape
     if len(shape) != 2 or not stored.spec.numel:
         raise InputError(

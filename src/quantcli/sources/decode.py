@@ -143,7 +143,7 @@ def _refuse_code(
     if errors := [finding for finding in findings if finding.severity == "error"]:
         raise InputError(errors[0].what, where=errors[0].where or where, fix=errors[0].fix or AGAIN)
     if not weights:
-        what = f"is {spec}: the settings say what this is, and yet nothing here is of that format"
+        what = f"is {spec}: config.json declares this format, but no tensor uses it"
         raise InputError(what, where=where, fix=_FLOAT)
     count, kind = len(weights), weights[0].kind
     example = weights[0].spec.name.removesuffix(".weight")
@@ -155,7 +155,7 @@ def _refuse_code(
     )
 
 
-# what stands beside codes, in any format
+# suffixes of tensors that accompany codes, in any format
 _BESIDE = frozenset(
     {
         "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",

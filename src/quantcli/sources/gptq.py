@@ -4,7 +4,7 @@ qweight: int32 [k * bits / 32, n], codes packed along k, the first in the lowest
 qzeros:  int32 [groups, n * bits / 32], packed along n. Version 1 stores the zero point less 1, modulo
          2^bits; `checkpoint_format: gptq_v2` stores it as it is.
 scales:  float [groups, n].
-g_idx:   int32 [k], the group of each column: with act-order, groups are no runs of columns. Absent or
+g_idx:   int32 [k], the group of each column: with act-order, groups are not contiguous columns. Absent or
          empty: column i is in group i // g.
 A weight is (q - zero) * scale.
 """
@@ -91,7 +91,7 @@ class GptqRows:
         self._bits, self._group, self._added = bits, group, added
         self._groups, self._n = scales.spec.shape
         self._k = codes.spec.shape[0] * 32 // bits
-        self._group_of: Tensor | None = None  # of each column, where groups are no runs
+        self._group_of: Tensor | None = None  # of each column, if groups are not contiguous
 
     def __enter__(self) -> Self:
         if self._index is not None:

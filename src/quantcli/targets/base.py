@@ -126,7 +126,7 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """What loads, but deserves a word in the plan."""
+        """Notes for the plan on modules that load."""
 
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
@@ -142,7 +142,7 @@ class Target(BaseModel, ABC):
 
 
 def others_that_store(numerics: Numerics) -> str:
-    """What to do where a target cannot store numerics: the targets that can, in words."""
+    """A fix for numerics that a target cannot store: the targets that can, as text."""
     able = []
     for name, found in discover(Target).items():
         with suppress(InputError):

@@ -63,8 +63,8 @@ class Layout:
     dequantize: parameters of some rows -> the float weight that the kernel multiplies with, float32
                 [rows, k], before any transform of inputs is undone.
     sides:      n and k of a stored weight's shape.
-    kind:       the codes' type, in words: int8, int4, fp8_e4m3, mxfp8.
-    note:       a word on where it loads, if that is not simple.
+    kind:       the codes' type as text: int8, int4, fp8_e4m3, mxfp8.
+    note:       where it loads, if that is not simple.
     """
 
     label: str

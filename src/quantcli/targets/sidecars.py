@@ -32,7 +32,7 @@ def flat_json(table: Mapping[str, object], indent: int = 2) -> str:
 def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, bytes]:
     """config.json without the source's quantization, at both levels, and with the serving dtype.
 
-    An engine that finds a stale quantization_config never reads the description beside it. Empty
+    An engine that finds a stale quantization_config never reads the description. Empty
     where nothing needs to change: the source's file is then copied byte for byte.
     """
     table = copy.deepcopy(dict(output.config))

@@ -50,7 +50,7 @@ def check_shared(
 ) -> Iterator[Finding]:
     """What the engine keeps once for modules that it merges has the same bytes in all of them.
 
-    merged: names what the engine makes of a module and its siblings. Unlike labels are told elsewhere.
+    merged: names what the engine makes of a module and its siblings. Unlike labels are reported elsewhere.
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:

@@ -186,9 +186,9 @@ def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[st
     later = group[group.index(last) + 1 :] if last in group else ()
     fix = "use a scheme without blocks for these modules"
     if n % rows and any(f"{parent}.{sibling}" in labels for sibling in later):
-        yield f"the engine fuses it with others, and its {n} rows are no multiple of {rows}", fix
+        yield f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}", fix
     elif last in {"gate_up_proj", "gate_up"} and n % (2 * rows):
-        yield f"it holds two projections of {n // 2} rows, which are no multiple of {rows}", fix
+        yield f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}", fix
     elif EXPERT.fullmatch(module.name) and (k % columns if last in _DOWN else n % rows):
         width = k if last in _DOWN else n
         yield f"inner widths of experts must be multiples of {rows}; this one is {width}", fix

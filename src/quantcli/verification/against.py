@@ -93,8 +93,8 @@ class _Run:
         self.mine = self.own.names()
         self.theirs = reference.names()
         self.modules: list[dict[str, Any]] = []
-        self.edited: dict[str, str] = {}  # by module, in words
-        self.unlike: set[str] = set()  # modules that are no roundings of the other model's
+        self.edited: dict[str, str] = {}  # by module, as text
+        self.unlike: set[str] = set()  # modules that are not roundings of the other model's
         self.tensors = {"equal": 0, "edited": 0, "quantized": 0}
 
     def accounted(self) -> Iterator[Finding]:
@@ -148,7 +148,7 @@ class _Run:
                 else:
                     edited.append(outcome)
         if self.unlike & matrices.keys():
-            return  # what was done to a weight that is none of the model's cannot be told
+            return  # edits of a weight that is not in the model are unknown
         yield from _vectors(changed, edited)
         weights = [name for name in changed if name.endswith(".weight")]
         yield from check_layer(weights, edited, {e.module: fused_name(e.module) for e in edited})
@@ -255,7 +255,7 @@ def _vectors(
             by = torch.where(old != 0, new.float() / old.float(), 1.0)
         scaled = before.float() * (torch.ones(1) if by is None else by)
         if not torch.allclose(after.float(), scaled, rtol=2.0**-6, atol=1e-30):
-            what = "has changed, and not as the weight beside it"
+            what = "has changed in another way than the weight of its module"
             yield failed("edits", what, f"`{name}`", _AGAIN)
 
 

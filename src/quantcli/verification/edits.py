@@ -2,7 +2,7 @@
 transform): by what, and whether the model's function survived it.
 
 A norm divided by s must have readers whose columns are multiplied by s; rows of a matrix divided by s,
-a reader beside it with columns multiplied by s. Nothing is known of architectures: candidates are what
+a reader next to it with columns multiplied by s. Nothing is known of architectures: candidates are what
 has changed in the same layer.
 """
 

@@ -155,7 +155,7 @@ _FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
     "positive": (_not_positive, "a scale is not a positive number"),
     "bits": (_bad_bits, "a deq_scale does not hold the bits of a positive float32"),
     "zero": (lambda block: _first(block != 0), "an offset of weights is not zero"),
-    "integer": (_bad_integer, "an offset of inputs is no int8"),
+    "integer": (_bad_integer, "an input_offset is not an int8"),
     "finite": (_not_finite, "a number is not finite"),
     "ratio": (
         lambda block: _first(~((block > 0) & (block <= 1))),

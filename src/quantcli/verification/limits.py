@@ -17,7 +17,7 @@ LEAST_ROW = {"int8": 3.0, "fp8_e4m3": 12.0, "mxfp8": 8.0, "int4": 0.5}
 # make up for others some times as much, a flipped sign 1 to 2. None for int4, whose best scale may cut
 # an outlier of a row down to an eighth.
 LARGEST = {"int8": 0.1, "fp8_e4m3": 0.25, "mxfp8": 0.25}
-UNLIKE = 3.0  # dB: below, it is no rounding
+UNLIKE = 3.0  # dB: a lower SQNR is not an error of rounding
 
 
 def is_damaged(entry: Mapping[str, Any], kind: str) -> bool:

@@ -14,7 +14,7 @@ Depth = Literal["structure", "full", "against", "run"]
 CHECKS: dict[str, tuple[Depth, str]] = {
     "headers": ("structure", "weight files have sound headers, and every byte belongs to a tensor"),
     "index": ("structure", "the index lists the tensors that are there, each in its file, none twice"),
-    "files": ("structure", "what an engine needs beside weights is there, and nothing in its way"),
+    "files": ("structure", "files that an engine needs are there, and none misleads it"),
     "config": ("structure", "config.json has no stale quantization and a dtype that can be served"),
     "sizes": ("structure", "config.json says what the tensors' shapes and the numbers of layers say"),
     "manifest": ("structure", "every file of the manifest is there with its size"),

@@ -156,7 +156,7 @@ def _config(ours: Any, theirs: Any, place: str = "") -> Iterator[Finding]:
 
 
 def other_model(ours: Checkpoint, theirs: Checkpoint) -> Finding | None:
-    """A finding where both cannot be of one model, so that nothing else need be said."""
+    """A finding where both cannot be of one model, so that nothing else need be compared."""
     unlike = _embeddings(ours) != _embeddings(theirs)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         mine, other = ours.text_config.get(key), theirs.text_config.get(key)

@@ -31,7 +31,7 @@ _OTHER_HEADS = frozenset(
         "global_head_dim", "attention_head_dim", "attention_hidden_size", "attention_other_setting",
     }
 )  # fmt: skip
-_GATED = ("qwen3_next", "qwen3_5")  # model types: a gate of each head's width beside its query
+_GATED = ("qwen3_next", "qwen3_5")  # model types: a gate of each head's width next to its query
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talker)([._]|$)")
 _FIX = "take config.json of the model that was converted"
 
@@ -56,7 +56,7 @@ def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Fin
 
 
 def _heads(stored: StoredCheckpoint, config: dict[str, Any]) -> Iterator[Finding]:
-    """Queries, keys, values and what is made of them: so many heads of one width each."""
+    """Queries, keys, values and attention's output: the number of heads times one width."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head = _whole(config, "head_dim") or (hidden // heads if heads and hidden else None)
     if head is None:

@@ -102,7 +102,7 @@ def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[
             yield failed("files", "file is empty", name, "copy it from the source")
     if not any(name in names for name in _TOKENIZERS) and not files.keys() & set(_TOKENIZERS):
         if manifest is not None:
-            yield noted("files", "there is no tokenizer, as there was none beside the source")
+            yield noted("files", "there is no tokenizer, and the source had none")
         else:
             fix = "copy it from the source"
             yield failed("files", "there is no tokenizer", str(checkpoint.path), fix)
@@ -159,7 +159,7 @@ _OF_SOURCE = {
 def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
     """What is wrong with a checkpoint of ours that is to be published, told from its headers.
 
-    First what must not be, then, in words, where its source is at fault.
+    First errors, then, as text, faults of its source.
     """
     opened = open_for_verification(folder)
     checkpoint = opened.checkpoint

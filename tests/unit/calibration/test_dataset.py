@@ -319,7 +319,7 @@ def test_a_chat_that_no_template_takes(tmp_path: Path, template: str | None, wha
 
 
 NO_KEY = "record has none of `text`, `inputs_pretokenized`, `messages`; it has "
-NO_CHAT = "`messages` is no list of messages with a `role`"
+NO_CHAT = "`messages` is not a list of messages with a `role`"
 
 
 @pytest.mark.parametrize(

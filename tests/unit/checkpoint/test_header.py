@@ -375,7 +375,7 @@ MALFORMED = [
     pytest.param(entry(shape=[0]), "F32 [0] does not take 8 bytes", TENSOR, id="bytes-for-no-values"),
     pytest.param(
         entry(dtype="F4", shape=[17]),
-        "F4 [17] takes 68 bits, which is no whole byte",
+        "F4 [17] takes 68 bits, which is not a whole number of bytes",
         TENSOR,
         id="four-bits-odd-count",
     ),

@@ -147,19 +147,19 @@ def http_error(kind: type[Exception]) -> Exception:
         (
             OSError(28, "No space left on device"),
             MachineError,
-            "`o/n` is no directory here, and it cannot be fetched from the Hub",
+            "`o/n` is not a directory here, and it cannot be fetched from the Hub",
             "[Errno 28] No space left on device",
         ),
         (
             ValueError("\nfirst line " + "x" * 300 + "\nsecond"),
             MachineError,
-            "`o/n` is no directory here, and it cannot be fetched from the Hub",
+            "`o/n` is not a directory here, and it cannot be fetched from the Hub",
             ("first line " + "x" * 300)[:200],
         ),
         (
             RuntimeError(),
             MachineError,
-            "`o/n` is no directory here, and it cannot be fetched from the Hub",
+            "`o/n` is not a directory here, and it cannot be fetched from the Hub",
             "RuntimeError",
         ),
     ],

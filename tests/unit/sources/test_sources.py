@@ -489,6 +489,6 @@ def test_codes_are_never_read_as_floats(tmp_path):
     from quantcli.checkpoint.tensors import read_bytes
 
     found = opened(tmp_path, quantized.fp8_blocks("a", 8, 8)[0], BLOCKS)
-    with pytest.raises(AssertionError, match="codes are no weights"):
+    with pytest.raises(AssertionError, match="codes are not weights"):
         read_bytes(found.tensors["a.weight"], 0, 4)
     assert dataclasses.replace(found.tensors["a.weight"]).nbytes == 68

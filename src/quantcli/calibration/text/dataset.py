@@ -116,7 +116,7 @@ def load_dataset(
 ) -> Dataset:
     """The samples of `source` through the tokenizer in `model`. Same input, same batches.
 
-    positions and vocab_size are the model's, where it has them. `say` is told what takes long or
+    positions and vocab_size are the model's, where it has them. `say` receives what takes long or
     leaves text out. Raises InputError or MachineError.
     """
     check_source(source, model)

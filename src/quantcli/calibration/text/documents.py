@@ -88,7 +88,7 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
         if stat.S_ISDIR(status.st_mode):
             raise InputError(f"{named} is a directory", where=where, fix="name a file in it")
         if not stat.S_ISREG(status.st_mode) or path.suffix.lower() in _NO_TEXT:
-            raise InputError(f"{named} is no text file", where=where, fix=_GIVE_TEXT)
+            raise InputError(f"{named} is not a text file", where=where, fix=_GIVE_TEXT)
         if not status.st_size:
             raise InputError(f"{named} is empty", where=where, fix=_GIVE_TEXT)
         with path.open("rb") as file:
@@ -176,10 +176,10 @@ def _document(record: Any, where: str) -> Document:
         raise InputError(f"record has none of {known}; it has {has}", where=where, fix=_RECORD)
     content = record[key]
     if key != "messages" and not isinstance(content, str):
-        raise InputError(f"`{key}` is no text", where=where, fix=_RECORD)
+        raise InputError(f"`{key}` is not text", where=where, fix=_RECORD)
     if key == "messages" and not (isinstance(content, list) and content and all(map(_said, content))):
         fix = 'such as {"messages": [{"role": "user", "content": "..."}]}'
-        raise InputError("`messages` is no list of messages with a `role`", where=where, fix=fix)
+        raise InputError("`messages` is not a list of messages with a `role`", where=where, fix=fix)
     return Document(content, where)
 
 
@@ -201,7 +201,7 @@ def _fetch(data: str, where: str, say: Callable[[str], None]) -> list[Document]:
     except (ValueError, LookupError, FileNotFoundError) as error:
         what = f"`{data}` cannot be loaded: {sentence(error)}"
         raise InputError(what, where=where, fix=f"check the name: {_NAMES}") from None
-    except Exception as error:  # what the package and its HTTP client raise is no list to rely on
+    except Exception as error:  # the errors of the package and its HTTP client are not documented
         what = f"`{data}` cannot be fetched: {sentence(error)}"
         fix = "check the network and the disk, or give a file"
         raise MachineError(what, where=where, fix=fix) from None

@@ -20,7 +20,7 @@ from quantcli.core.numerics import Stats
 from quantcli.schemes.arithmetic import rounding
 
 _PATTERNS = 2**16  # of a 16-bit number
-_BLOCK = 2**18  # elements that are looked at together, so that what is made of them stays in the cache
+_BLOCK = 2**18  # elements that are looked at together, so that copies of them stay in the cache
 
 
 class Observer(ABC):

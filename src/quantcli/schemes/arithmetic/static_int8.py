@@ -46,7 +46,7 @@ def least_deq_scale(r: Tensor, bias: Tensor | None) -> Tensor:
     """The smallest deq_scale that a row may have: float32 [..., n, 1], or [1] without a bias.
 
     |bias| / deq_scale fits quant_bias, and neither deq_scale nor deq_scale * r is below the smallest
-    normal number: for a row of zeros, and for one that is tiny beside its bias. Others never meet it.
+    normal number: for a row of zeros, and for one that is tiny compared with its bias. Others never meet it.
     NaN and Inf in a bias come through.
     """
     least = _TINY * (1 / r).clamp_min(1)
@@ -80,7 +80,7 @@ def _cut(bits: Tensor, left: int) -> Tensor:
 
 
 def row_parts(codes: Tensor, deq: Tensor, bias: Tensor | None, constants: Stats) -> Parts:
-    """What the static matmul needs beside the codes, and the constants.
+    """The parts that the static matmul needs in addition to the codes, and the constants.
 
     codes: int8 [..., n, k], at most 65535 columns; deq: float32 [..., n, 1]; bias: [..., n]. Returns
     deq_scale float32 [..., n], quant_bias int32 [..., n] (from an exact sum, in float64), input_scale,

@@ -1,4 +1,4 @@
-"""quant_model_description.json against the tensors beside it: each names the other, with types that
+"""quant_model_description.json against the checkpoint's tensors: each names the other, with types that
 the engine registers."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AGAIN = "convert the model again"
 
 
 class Description:
-    """What is said of each tensor.
+    """The entries for tensors and modules.
 
     entries: by the tensor's name, without what describes the checkpoint as a whole.
     labels:  types of modules by their names, FLOAT ones too; none that the engine does not have, but

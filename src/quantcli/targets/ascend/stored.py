@@ -84,7 +84,7 @@ class AscendCheckpoint:
             )
             yield noted("parameters", what, f"`{spec.name}`")
         for suffix in sorted(tensors.keys() & SUFFIXES):
-            what = f"`{module}` is FLOAT, and yet has {suffix}: the engine has no place for it"
+            what = f"`{module}` is FLOAT, but has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
 
     def _quantized(

@@ -1,4 +1,4 @@
-"""`quantization_config` as strangers wrote it: groups with numerics, and which module is in which."""
+"""`quantization_config` of any producer, untrusted: groups with numerics, and the group of a module."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
         found.findings += [_wrong(f"`{place}` {what}") for what in wrong]
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
-        found.findings.append(_wrong("`ignore` is no list of names"))
+        found.findings.append(_wrong("`ignore` is not a list of names"))
     elif ignore:
         found.ignore = list(ignore)
     found.findings += _beside(block)
@@ -170,7 +170,7 @@ def _bad_pattern(pattern: str) -> str | None:
     try:
         re.compile(pattern[3:])
     except (re.error, OverflowError, RecursionError) as error:
-        return f"{pattern!r:.60} is no regular expression: {error}"
+        return f"{pattern!r:.60} is not a regular expression: {error}"
     return None
 
 

@@ -110,7 +110,7 @@ class CompressedTensorsCheckpoint:
         odd = sorted(tensors.keys() & SUFFIXES)
         has = f"has {odd[0]}" if odd else f"is {tensors['weight'].spec.dtype}"
         why = "is in `ignore`" if ignored else "is in no group of quantization_config"
-        return f"{why}, and yet {has}: the engine would take codes for weights"
+        return f"{why}, but {has}: the engine would take codes for weights"
 
     def _quantized(
         self, module: str, group: ConfigGroup, tensors: Mapping[str, StoredTensor]

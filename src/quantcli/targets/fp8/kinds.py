@@ -16,7 +16,7 @@ Activations = Literal["static", "dynamic"]
 BLOCK = (128, 128)
 # Loaders copy scales by value into float32; of E8M0 no engine that reads this format is known.
 _FLOATS = ("F32", "BF16")
-# What a quantized module may have beside its weight; scales of the KV cache go elsewhere.
+# Other tensors that a quantized module may have; scales of the KV cache go elsewhere.
 SUFFIXES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
 _SUPPORT = "see `quantcli inspect --support` for what goes together"
 _HOPPER = "NVIDIA GPUs (Ada, Hopper and later)"

@@ -84,7 +84,7 @@ class Fp8Checkpoint:
                 self.labels[module] = FLOAT
                 if coded or odd:
                     has = f"is {weight.spec.dtype}" if coded else f"has {odd[0]}"
-                    what = f"is in modules_to_not_convert, and yet {has}"
+                    what = f"is in modules_to_not_convert, but {has}"
                     what += ": the engine would take codes for weights"
                     yield failed("loader", what, f"`{module}`", AGAIN)
             elif coded or odd:

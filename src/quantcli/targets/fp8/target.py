@@ -117,7 +117,7 @@ class Fp8(Target):
         yield from expert_sets(labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """Nothing loads that would deserve a word."""
+        """No notes."""
         return iter(())
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:

@@ -216,5 +216,5 @@ def plain_all(labels: Iterable[str]) -> list[str]:
 
 
 def plain(text: str, limit: int = _LONGEST) -> str:
-    """A stranger's text for plotly, which takes some HTML in texts, links among it, and TeX."""
+    """Untrusted text for plotly, which reads some HTML (also links) and TeX in texts."""
     return html.escape(literal(text, limit), quote=False).replace("$", "&#36;")

@@ -226,7 +226,7 @@ _MEMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 _OUTSIDE = "other"  # the column of modules that are in no layer
 
-_MOST_ROWS = 60  # more kinds than that are no decoder's: the worst are kept
+_MOST_ROWS = 60  # a decoder has fewer kinds than that; of more, the worst are kept
 
 _ORDER = ("q_a", "q_b", "kv_a", "kv_b", "q_proj", "k_proj", "v_proj", "qkv", "o_proj", "gate", "up",
           "down")  # fmt: skip

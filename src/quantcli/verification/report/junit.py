@@ -14,7 +14,7 @@ _LIMITS = {"max_ppl_ratio": "perplexity", "max_kl": "kl"}  # the check that fail
 def junit(report: dict[str, Any]) -> bytes:
     """One suite a depth; a case a check, a module that was compared, a layer and limit of the run.
 
-    The same report gives the same bytes: no times, no host. Names from strangers lose what XML cannot
+    The same report gives the same bytes: no times, no host. Untrusted names lose what XML cannot
     hold.
     """
     checks = report.get("checks") or []

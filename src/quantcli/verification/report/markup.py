@@ -23,7 +23,7 @@ class Html(str):
 
 
 class Chart(NamedTuple):
-    """A chart, what it shows in words, and the line below it."""
+    """A chart, its description as text, and the line below it."""
 
     figure: Figure
     alt: str
@@ -31,7 +31,7 @@ class Chart(NamedTuple):
 
 
 def esc(text: object) -> Html:
-    """Text as markup that shows it: names come from strangers."""
+    """Text as markup that shows it literally: names are untrusted."""
     return text if isinstance(text, Html) else Html(html.escape(literal(text)))
 
 

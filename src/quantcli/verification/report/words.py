@@ -1,4 +1,4 @@
-"""A report in words: names from strangers made harmless, numbers as people read them."""
+"""A report as text: untrusted names made harmless, numbers as people read them."""
 
 from __future__ import annotations
 
