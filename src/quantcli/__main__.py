@@ -22,14 +22,14 @@ def _stop_on_signals() -> None:
     """SIGINT and SIGTERM interrupt, and what is done is kept; a second one ends the process at once."""
     # SIGINT is ignored in what a script starts with `&`
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    wanted = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+    signals = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
 
     def stop(*_: object) -> None:
-        for number in wanted:
+        for number in signals:
             signal.signal(number, lambda *_: os._exit(Exit.INTERRUPTED))
         raise KeyboardInterrupt
 
-    for number in wanted:
+    for number in signals:
         signal.signal(number, stop)
 
 
@@ -92,12 +92,12 @@ def _run(argv: list[str]) -> int:
         fix = "the same command again" + (" continues where it stopped" if goes_on else "")
         raise Interrupted("interrupted", fix=fix) from None
     except _UsageError as error:
-        said = getattr(error, "format_message", error.__str__)().rstrip(".")
+        message = getattr(error, "format_message", error.__str__)().rstrip(".")
         command_name = argv[0] if argv[0] in _COMMANDS else ""
         fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
-        if command_name in {"calibrate", "quantize"} and "extra argument" in said:
+        if command_name in {"calibrate", "quantize"} and "extra argument" in message:
             fix = "the model is given as --model MODEL; " + fix
-        raise InputError(said[:1].lower() + said[1:], fix=fix) from None
+        raise InputError(message[:1].lower() + message[1:], fix=fix) from None
     return Exit.DONE
 
 

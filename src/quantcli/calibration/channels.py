@@ -117,17 +117,17 @@ def norm_offset(norm: nn.Module) -> int | None:
     if getattr(probe, "bias", None) is not None:
         probe.bias = nn.Parameter(torch.zeros(k), requires_grad=False)
 
-    def made(weight: Tensor) -> Tensor:
+    def divided_norm(weight: Tensor) -> Tensor:
         probe.weight = nn.Parameter(weight, requires_grad=False)
         with torch.no_grad():
             out: Tensor = probe(x)
         return out
 
-    at_zero, at_one = made(torch.zeros(k)), made(torch.ones(k))
+    at_zero, at_one = divided_norm(torch.zeros(k)), divided_norm(torch.ones(k))
     slope = at_one - at_zero
     for offset in (0, 1):
         if torch.allclose(at_zero, offset * slope, atol=1e-6) and torch.allclose(
-            made(drawn), (offset + drawn) * slope, atol=1e-5
+            divided_norm(drawn), (offset + drawn) * slope, atol=1e-5
         ):
             return offset
     return None
@@ -147,11 +147,11 @@ def scale_norm(norm: nn.Module, offset: int, scale: Tensor) -> tuple[dict[str, T
     sound = (before != 0) & (after != 0) & torch.isfinite(new)
     new = torch.where(sound, new, weight.detach().cpu())
     real = torch.where(sound, real, 1.0).float()
-    made = {"weight": new}
+    divided_norm = {"weight": new}
     bias = getattr(norm, "bias", None)
     if bias is not None:
-        made["bias"] = (bias.detach().cpu().double() / real.double()).to(bias.dtype)
-    return made, real
+        divided_norm["bias"] = (bias.detach().cpu().double() / real.double()).to(bias.dtype)
+    return divided_norm, real
 
 
 def fold(

@@ -207,8 +207,8 @@ class Flow(Tap):
         channels = (shadow.elements % _TOKEN).reshape(-1, x.shape[-1]).cpu()
         if not len(channels):
             return
-        known = shadow.source.readers.setdefault(name, channels[0])
-        if not bool((channels == known).all()):
+        first_channels = shadow.source.readers.setdefault(name, channels[0])
+        if not bool((channels == first_channels).all()):
             self._escape(x)
 
     def _note_cast(self, before: Tensor, after: Any) -> None:

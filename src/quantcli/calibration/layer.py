@@ -89,8 +89,8 @@ class LayerRun:
                 stats = self._ranges(layout, learned, edits, sink)
         if found:
             with load():
-                learned, told = learn(self._here, layout, found, edits)
-            self.report |= {"learned": told} if told else {}
+                learned, learning_report = learn(self._here, layout, found, edits)
+            self.report |= {"learned": learning_report} if learning_report else {}
         if edits or found:
             with load():
                 stats = self._ranges(layout, learned, edits, sink)
@@ -172,8 +172,12 @@ class LayerRun:
                     for name, tensor in stats.get(module, NO_STATS).items()
                     if tensor.shape == (1,)
                 }
-                told = rounding.report.get(module, {})
-                self.report["modules"][module] = {"tokens": watch.tokens[matrix], **numbers, **told}
+                module_report = rounding.report.get(module, {})
+                self.report["modules"][module] = {
+                    "tokens": watch.tokens[matrix],
+                    **numbers,
+                    **module_report,
+                }
         return stats
 
     def _measure_served(

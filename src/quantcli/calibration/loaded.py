@@ -73,8 +73,8 @@ class LoadedLayer:
         as they came out, all 1 where it is a norm that cannot be scaled."""
         if producer.norm is not None:
             module = self.module.get_submodule(producer.norm.removeprefix(f"{self.name}."))
-            made, scale = self._divided_norm(producer.norm, module, scale)
-            edits |= made
+            parts, scale = self._divided_norm(producer.norm, module, scale)
+            edits |= parts
         if bool((scale != 1).any()):
             fold(producer, layout.segments, scale, edits)
         return scale
@@ -84,11 +84,11 @@ class LoadedLayer:
     ) -> tuple[dict[str, EditFactors], Tensor]:
         offset = norm_offset(module)
         if offset is not None:
-            made, real = scale_norm(module, offset, scale)
-            stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in made}
+            parts, real = scale_norm(module, offset, scale)
+            stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in parts}
             if None not in stored.values():
                 new = {
-                    str(stored[suffix]): EditFactors(value=tensor) for suffix, tensor in made.items()
+                    str(stored[suffix]): EditFactors(value=tensor) for suffix, tensor in parts.items()
                 }
                 return new, real
         return {}, torch.ones_like(scale)

@@ -198,8 +198,8 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
 
 
 def _dtype(plan: Plan) -> str:
-    wanted = (plan.recipe.file.calibration or Calibration()).dtype
-    return plan.serving_dtype if wanted == "auto" else FLOAT_NAMES[wanted]
+    dtype = (plan.recipe.file.calibration or Calibration()).dtype
+    return plan.serving_dtype if dtype == "auto" else FLOAT_NAMES[dtype]
 
 
 def _policy(plan: Plan) -> Policy:
@@ -253,14 +253,14 @@ def summary(session: Session) -> dict[str, Any]:
     """What a finished calibration holds, JSON-able."""
     _, layers = check_store(session.folder, session.key)
     load_measured(session.folder, layers)  # no file is damaged
-    told = list(reports(session.folder, layers))
-    modules = {name: found for report in told for name, found in report["modules"].items()}
+    layer_reports = list(reports(session.folder, layers))
+    modules = {name: found for report in layer_reports for name, found in report["modules"].items()}
     return {
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
-        "smoothed": [group for report in told for group in report["smoothed"]],
-        "uncalibrated": sorted({name for report in told for name in report["uncalibrated"]}),
+        "smoothed": [group for report in layer_reports for group in report["smoothed"]],
+        "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
         "no_tokens": sorted(name for name, found in modules.items() if not found["tokens"]),
         "samples": session.source.samples,
         "length": session.source.length,
@@ -283,15 +283,15 @@ def asked(plan: Plan) -> dict[str, Any]:
     found["the serving dtype"] = plan.serving_dtype
     if file.smooth is not None:
         found |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
-    shown = block["inputs"] != "float"
+    quantized_inputs = block["inputs"] != "float"
     learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
     for item in quantized_items(plan):
         how = [item.scheme.model_dump(mode="json"), list(item.engine_dtypes)]
         if item.module in plan.measured:
-            named = shown or item.asked & item.scheme.row_stats
+            named = quantized_inputs or item.asked & item.scheme.row_stats
             measured[item.module] = [item.scheme.name if named else "", *how]
-        elif shown:
+        elif quantized_inputs:
             others.append([item.module, item.scheme.name, *how])
         elif file.smooth is not None or learns:
             others.append(item.module)  # a float module may read the channels that are scaled

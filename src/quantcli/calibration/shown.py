@@ -25,12 +25,12 @@ def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
         found = policy.quantized.get(module)
-        known = stats.get(module, NO_STATS)
-        if found is None or (not known and policy.measures(module)):
+        module_stats = stats.get(module, NO_STATS)
+        if found is None or (not module_stats and policy.measures(module)):
             return None  # float, or no token reaches it
         scheme = found.scheme
-        mine = {name: tensor for name, tensor in known.items() if name in scheme.row_stats}
-        constants = {**scheme.constants(known, found.held_input), **mine}
+        row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
+        constants = {**scheme.constants(module_stats, found.held_input), **row_stats}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
         return scheme, scheme.quantize(rows, found.held_weight, constants, bias)
 

@@ -135,8 +135,8 @@ def _report(index: int) -> str:
 
 def _seal(tensors: Path, report: Mapping[str, Any]) -> str:
     """sha256 of a layer's tensors and its report together: neither may change without the other."""
-    said = {key: value for key, value in report.items() if key != "sha256"}
-    return digest_of([sha256_of(tensors), said])
+    content = {key: value for key, value in report.items() if key != "sha256"}
+    return digest_of([sha256_of(tensors), content])
 
 
 def _done(folder: Path, layers: int) -> int:
@@ -182,12 +182,12 @@ def _difference(head: Mapping[str, Any], key: Key) -> str | None:
     """What a calibration is of, where that is not `key`."""
     if head.get("model") != key.model:
         return "another model"
-    said, wanted = head.get("recipe"), json.loads(json.dumps(key.recipe))
-    if said != wanted:
-        said = said if isinstance(said, dict) else {}
-        names = [*wanted, *sorted(said.keys() - wanted.keys())]
-        first = next(name for name in names if said.get(name) != wanted.get(name))
-        values = [table.get(first, "not there") for table in (said, wanted)]
+    stored, current = head.get("recipe"), json.loads(json.dumps(key.recipe))
+    if stored != current:
+        stored = stored if isinstance(stored, dict) else {}
+        names = [*current, *sorted(stored.keys() - current.keys())]
+        first = next(name for name in names if stored.get(name) != current.get(name))
+        values = [table.get(first, "not there") for table in (stored, current)]
         plain = all(isinstance(value, str | int | float) for value in values) and first[:4] != "the "
         more = f" was {values[0]}, is {values[1]}" if plain else " differ"
         return f"another recipe: {first}{more}"

@@ -155,8 +155,8 @@ def read_json_file(path: Path) -> dict[str, Any]:
     return table
 
 
-def _is_part(said: dict[str, Any], root: Path) -> InputError:
-    numbers = [said.get(key) for key in ("part", "of")]
+def _is_part(entry: dict[str, Any], root: Path) -> InputError:
+    numbers = [entry.get(key) for key in ("part", "of")]
     which = "part {} of {}".format(*numbers) if all(type(n) is int for n in numbers) else "a part"
     fix = "put the parts together first: quantcli pack --merge OUT.part-* --out OUT"
     return InputError(f"this is {which} of a conversion", where=str(root), fix=fix)
@@ -175,11 +175,11 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
     for tensor, shard in weight_map.items():
         if fault := name_fault(tensor):
             raise InputError(fault, where=where)
-        place, said = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
+        place, shard_text = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
         if not isinstance(shard, str):
-            raise InputError(f"{said} is not the name of a file", where=place)
+            raise InputError(f"{shard_text} is not the name of a file", where=place)
         if not shard.isprintable() or shard in {"", ".", ".."} or re.search(r"[/\\]", shard):
-            raise InputError(f"file name {said} is not one in the model directory", where=place)
+            raise InputError(f"file name {shard_text} is not one in the model directory", where=place)
         if shard.lower().endswith(PICKLES):
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
@@ -273,8 +273,8 @@ def _compare(
         if name not in tensors:
             problems.append(_disagrees(f"lists tensor `{name}`, which no shard holds"))
         elif tensors[name].file.name != shard:
-            held = tensors[name].file.name
-            problems.append(_disagrees(f"says `{name}` is in `{shard}`; it is in `{held}`"))
+            file = tensors[name].file.name
+            problems.append(_disagrees(f"says `{name}` is in `{shard}`; it is in `{file}`"))
     for name, stored in tensors.items():
         if name not in weight_map:
             problems.append(_disagrees(f"does not list `{name}`, which `{stored.file.name}` holds"))

@@ -65,22 +65,22 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
         stored = {k: v for k, v in table.items() if k in checkpoint.tensors}  # not what is only asked
         weights = (v for k, v in stored.items() if k.endswith(".weight") and isinstance(v, str))
         kinds = Counter(kind for kind in weights if kind != "FLOAT")
-        named = ", ".join(f"{_shown(kind)} {count}" for kind, count in kinds.most_common(9))
+        named = ", ".join(f"{_printable(kind)} {count}" for kind, count in kinds.most_common(9))
         return f"ascend ({named or 'no kinds named'})"
     for level in (checkpoint.config, checkpoint.text_config):
         for key in QUANTIZATION_KEYS:
             block = level.get(key)
             if isinstance(block, dict):
-                method = _shown(block.get("quant_method", "unnamed"))
+                method = _printable(block.get("quant_method", "unnamed"))
                 sides = block.get("weight_block_size")
                 if isinstance(sides, list) and [type(side) for side in sides] == [int, int]:
-                    return f"{method} (blocks of {_shown(sides[0])} x {_shown(sides[1])})"
+                    return f"{method} (blocks of {_printable(sides[0])} x {_printable(sides[1])})"
                 detail = sides or block.get("format") or block.get("bits")
-                return f"{method} ({_shown(detail)})" if detail else method
+                return f"{method} ({_printable(detail)})" if detail else method
     return "unnamed, " + ", ".join(sorted({spec.dtype for spec in found}))
 
 
-def _shown(value: Any) -> str:
+def _printable(value: Any) -> str:
     """An untrusted value as short text without control characters."""
     if isinstance(value, str) and value.isprintable():
         return value[:40]

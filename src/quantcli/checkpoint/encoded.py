@@ -31,13 +31,13 @@ class Encoded(StoredTensor):
             then what only served the source's engine, such as input scales.
     open:   gives what decodes rows. One reader is one thread's.
     kind:   the format as text; all that decides how parts are read is in it.
-    held:   bytes that a reader keeps in addition to the rows that it returns.
+    buffer_nbytes: bytes that a reader keeps in addition to the rows that it returns.
     """
 
     parts: tuple[StoredTensor, ...]
     open: Callable[[], AbstractContextManager[Rows]]
     kind: str
-    held: int = 0
+    buffer_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -40,7 +40,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
     for spec in specs:
         by_dtype[spec.dtype].append(spec)
     found = quantization(checkpoint)
-    account: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "path": str(checkpoint.path),
         "model_type": next(iter(_words(checkpoint.config.get("model_type"))), None),
         "architectures": _words(checkpoint.config.get("architectures")),
@@ -76,8 +76,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
         "notes": checkpoint.notes,
     }
     if tensors is not None:
-        account["matches"] = _matches(checkpoint, tensors)
-    return account
+        summary["matches"] = _matches(checkpoint, tensors)
+    return summary
 
 
 def _words(value: Any) -> list[str]:
@@ -117,12 +117,12 @@ def tied_embeddings(checkpoint: Checkpoint) -> str:
     stored = any(
         name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in checkpoint.tensors
     )
-    said = checkpoint.config.get("tie_word_embeddings")
-    if said is None:
-        said = checkpoint.text_config.get("tie_word_embeddings")
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if tied is None:
+        tied = checkpoint.text_config.get("tie_word_embeddings")
     if stored:
-        return "tied in config.json, yet lm_head is stored" if said else "no"
-    return "no lm_head, though config.json says untied" if said is False else "yes"
+        return "tied in config.json, yet lm_head is stored" if tied else "no"
+    return "no lm_head, though config.json says untied" if tied is False else "yes"
 
 
 def fold(specs: list[TensorSpec]) -> list[TensorGroup]:

@@ -95,7 +95,7 @@ def pack(
         show_pack(output, job)
     if plan:
         if as_json:
-            output.document({"ok": True, "plan": packing.account(job)})
+            output.document({"ok": True, "plan": packing.to_json(job)})
         return
     started = time.monotonic()
     with progress.watch(output) as watcher:
@@ -104,7 +104,7 @@ def pack(
     if as_json:
         result = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
         result |= {"shards_reused": written.shards_reused, "files": written.files}
-        output.document({**result, "plan": packing.account(job)})
+        output.document({**result, "plan": packing.to_json(job)})
 
 
 def _merge(
@@ -124,7 +124,7 @@ def _merge(
         show_merge(output, job)
     if plan:
         if output.as_json:
-            output.document({"ok": True, "plan": merging.account(job)})
+            output.document({"ok": True, "plan": merging.to_json(job)})
         return
     started = time.monotonic()
     with progress.watch(output) as watcher:
@@ -137,7 +137,7 @@ def _merge(
             "bytes": job.nbytes,
             "shards_reused": merged.reused,
         }
-        output.document({**result, "files": merged.files, "plan": merging.account(job)})
+        output.document({**result, "files": merged.files, "plan": merging.to_json(job)})
 
 
 def show_merge(out: Output, job: Merge) -> None:

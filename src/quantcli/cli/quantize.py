@@ -91,7 +91,7 @@ def quantize(
         show_plan(output, job)
     commands.check(job)
     if as_json and plan:
-        output.document({"ok": True, "plan": jobs.account(job)})
+        output.document({"ok": True, "plan": jobs.to_json(job)})
     if plan:
         return
     started = time.monotonic()
@@ -102,7 +102,7 @@ def quantize(
     if as_json:
         result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
         result |= {"shards_reused": written.shards_reused, "files": written.files}
-        output.document({**result, "plan": jobs.account(job)})
+        output.document({**result, "plan": jobs.to_json(job)})
 
 
 def show_plan(out: Output, job: Job) -> None:

@@ -52,18 +52,18 @@ def verdict(report: dict[str, Any]) -> str:
 
 def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
     """Each check is shown once before any is shown twice; a fix for several errors is printed once."""
-    shown = max(_FINDINGS, len({error["check"] for error in errors}))
+    limit = max(_FINDINGS, len({error["check"] for error in errors}))
     spread = words.spread(errors)
-    told: set[str] = set()
-    for error in spread[:shown]:
+    fixes: set[str] = set()
+    for error in spread[:limit]:
         out.line(f"FAILED       {error['check']}: {error['what']}")
         if error.get("where"):
             out.line(f"  --> {error['where']}")
         fix = error.get("fix")
-        if fix and fix not in told:
+        if fix and fix not in fixes:
             out.line(f"  fix: {fix}")
-            told.add(fix)
-    if rest := spread[shown:]:
+            fixes.add(fix)
+    if rest := spread[limit:]:
         out.line(f"FAILED       and {len(rest)} more ({words.tally(rest)}), with --json")
     if errors:
         out.line()
@@ -74,9 +74,9 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
     rows = []
     for module in worst[:limit]:
         facts = dict(words.module_facts(module))
-        shown = [facts.get(what, "") for what in ("type", "SQNR", "limit", "cosine", "worst rows")]
+        cells = [facts.get(what, "") for what in ("type", "SQNR", "limit", "cosine", "worst rows")]
         mark = "ok" if words.is_ok(module) else "FAILED"
-        rows.append([mark, words.literal(module["module"]), *shown])
+        rows.append([mark, words.literal(module["module"]), *cells])
     columns = ["", "worst modules", "type", "SQNR", "limit", "cosine", "worst rows"]
     out.table(columns, rows, {"SQNR", "limit", "cosine"})
     if rest := worst[limit:]:

@@ -26,15 +26,15 @@ def prepare_calibration(
     from quantcli.planning.planner import make_plan
 
     loaded, named, checkpoint = _load(recipe, model, overrides, "calibrate")
-    made = make_plan(loaded, checkpoint)
-    if not made.needs_calibration:
+    plan = make_plan(loaded, checkpoint)
+    if not plan.needs_calibration:
         raise InputError(
             "nothing in this recipe needs a calibration",
             where=str(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
     folder = out or _calibration_folder(Path(loaded.file.output or _default_name(named, recipe)))
-    return prepare_session(made, folder, fresh=fresh)
+    return prepare_session(plan, folder, fresh=fresh)
 
 
 def calibrate(

@@ -50,7 +50,7 @@ class Job:
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
 
 
-def account(job: Job) -> dict[str, Any]:
+def to_json(job: Job) -> dict[str, Any]:
     """A planned job as JSON-able data."""
     plan = job.plan
     return {

@@ -55,9 +55,9 @@ def prepare_pack(
 
     options: of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot hold.
     """
-    wanted = _target(target, options)
+    chosen = _target(target, options)
     opened = open_checkpoint(find_model(checkpoint))
-    plan = plan_repacking(opened, wanted)
+    plan = plan_repacking(opened, chosen)
     check_destination(out, opened.path, force=force, what="the checkpoint")
     head = None if fresh else run_head(plan, checksum=checksum)
     done = check_folder(partial_folder(out), head)
@@ -67,9 +67,9 @@ def prepare_pack(
 
 
 def _target(name: str, options: Sequence[str]) -> Target:
-    known = discover(Target)
-    if name not in known:
-        raise InputError(f"no target `{name}`", where=f"--target {name}", fix=one_of(name, known))
+    targets = discover(Target)
+    if name not in targets:
+        raise InputError(f"no target `{name}`", where=f"--target {name}", fix=one_of(name, targets))
     values: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition("=")
@@ -81,12 +81,12 @@ def _target(name: str, options: Sequence[str]) -> Target:
         except (yaml.YAMLError, ValueError, RecursionError):
             raise InputError("value is no YAML", where=f"--set {option}", fix="quote it") from None
     try:
-        made: Target = known[name].model_validate(values)
-        return made
+        chosen: Target = targets[name].model_validate(values)
+        return chosen
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        fields = sorted(known[name].model_fields)
+        fields = sorted(targets[name].model_fields)
         fix = "its options: " + ", ".join(fields) if fields else f"target `{name}` has no options"
         what = f"`{key}`: {first['msg'][:1].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":
@@ -111,7 +111,7 @@ def pack(job: PackJob, progress: Progress | None = None) -> Written[Repacking]:
     )
 
 
-def account(job: PackJob) -> dict[str, Any]:
+def to_json(job: PackJob) -> dict[str, Any]:
     """A planned job as JSON-able data."""
     plan = job.plan
     return {

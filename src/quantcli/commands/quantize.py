@@ -48,7 +48,7 @@ def prepare(
     from quantcli.planning.planner import make_plan
 
     loaded, named, checkpoint = _load(recipe, model, overrides)
-    made = make_plan(loaded, checkpoint)
+    plan = make_plan(loaded, checkpoint)
     if out is None:
         out = Path(loaded.file.output or _default_name(named, recipe))
     whole, share = out, None
@@ -58,13 +58,13 @@ def prepare(
         out = share.folder(whole)
     check_destination(out, checkpoint.path, force=force)
     session = None
-    if made.needs_calibration:
+    if plan.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
         folder = calibration or _calibration_folder(whole)
-        session = prepare_session(made, folder, out=out)
+        session = prepare_session(plan, folder, out=out)
         if session.complete:
-            made = make_plan(loaded, checkpoint, load(session))
+            plan = make_plan(loaded, checkpoint, load(session))
         elif share:
             raise InputError(
                 "all parts need one calibration, and this one is not done",
@@ -79,14 +79,14 @@ def prepare(
             fix="leave --calibration out",
         )
     unknown = fresh or (session is not None and not session.complete)
-    head = None if unknown else run_head(made, checksum=checksum)
+    head = None if unknown else run_head(plan, checksum=checksum)
     done = check_folder(partial_folder(out), head)
     count = workers or default_workers()
-    free = check_space(out, share.nbytes(made) if share else made.nbytes)
-    memory = memory_estimate(made, count)
+    free = check_space(out, share.nbytes(plan) if share else plan.nbytes)
+    memory = memory_estimate(plan, count)
     kept = out.is_dir() and not only_ours(out)
     replaced = f", which is kept as {replaced_folder(out)}" if kept else ", which is deleted then"
-    return Job(made, out, count, checksum, fresh, force, free, memory, done, replaced, session, share)
+    return Job(plan, out, count, checksum, fresh, force, free, memory, done, replaced, session, share)
 
 
 def _calibrate_command(

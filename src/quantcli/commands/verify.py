@@ -58,7 +58,7 @@ def verify(
         from quantcli.verification.report.page import require_plotly
 
         require_plotly()
-    wanted = VerifyOptions(
+    options = VerifyOptions(
         checkpoint,
         full=full,
         against=None if against is None else find_model(against),
@@ -73,7 +73,7 @@ def verify(
         workers=workers or default_workers(),
         trust_remote_code=trust_remote_code,
     )
-    found = document(work(wanted, progress or SILENT))
+    found = document(work(options, progress or SILENT))
     if junit is not None:
         write_file(junit.resolve(), as_junit(found))
     if page is not None:

@@ -60,8 +60,8 @@ def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated)
     InputError for what that dtype cannot hold.
     """
     edited = rows if calibrated.edit is None else calibrated.edit.apply(rows, first_row)
-    made = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
-    if item.dtype is not None and not bool(torch.isfinite(made).all()):
+    converted = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
+    if item.dtype is not None and not bool(torch.isfinite(converted).all()):
         name = item.source.spec.name
         found = not_finite(name.rpartition(".")[2], rows, item.source, first_row)
         if found is not None:
@@ -71,7 +71,7 @@ def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated)
             where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
             fix="serve in bfloat16 (`dtype` in config.json)",
         )
-    return tensor_bytes(made)
+    return tensor_bytes(converted)
 
 
 def quantize_block(
@@ -94,8 +94,8 @@ def quantize_block(
     constants = calibrated.constants
     if calibrated.row_stats:
         count = len(rows)
-        mine = {name: read_span(s, first_row, count) for name, s in calibrated.row_stats.items()}
-        constants = {**constants, **mine}
+        row_stats = {name: read_span(s, first_row, count) for name, s in calibrated.row_stats.items()}
+        constants = {**constants, **row_stats}
     parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
         raise _not_finite(source, source_bias, first_row, item)
@@ -122,9 +122,9 @@ def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantiz
         error = not_finite("bias", bias, item.bias, first_row)
     if error is not None:
         return error
-    held = item.engine_dtypes.weight_scale
+    engine_dtype = item.engine_dtypes.weight_scale
     return InputError(
-        f"the scale of a row overflows {held}, in which the engine holds it",
+        f"the scale of a row overflows {engine_dtype}, in which the engine holds it",
         where=f"`{item.source.spec.name}`, rows from {first_row}, in {item.source.file.name}",
         fix="serve in bfloat16 (`dtype` in config.json), or keep this module float",
     )

@@ -191,7 +191,7 @@ def _one_disk(parts: Sequence[PartFolder], out: Path) -> bool:
     return all((part.path / name).stat().st_dev == device for part in parts for name in part.files)
 
 
-def account(job: Merge) -> dict[str, Any]:
+def to_json(job: Merge) -> dict[str, Any]:
     """A merge as JSON-able data."""
     return {
         "parts": [

@@ -82,14 +82,14 @@ def _parse(folder: Path, table: dict[str, Any]) -> PartFolder:
         and isinstance(manifest["recipe"], str)
         and all(isinstance(manifest[key], dict) for key in ("tool", "source"))
     )
-    mine = {name for name, number in shards.items() if _int(number) == part.number}
+    expected = {name for name, number in shards.items() if _int(number) == part.number}
     if part.carries:
-        mine |= set(carried)
+        expected |= set(carried)
     names_sound = (
         all("/" not in name and name.endswith(".safetensors") for name in shards)
         and not set(carried) & shards.keys()
     )
-    if not sound or not names_sound or mine != files.keys():
+    if not sound or not names_sound or expected != files.keys():
         raise ValueError
     if not all(map(_inside, [*shards, *carried])):
         raise ValueError
@@ -155,21 +155,22 @@ def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
     """How two conversions differ, as text."""
     if usual["of"] != odd["of"]:
         return f"it is one of {odd['of']} parts, that one of {usual['of']}"
-    mine, theirs = usual["manifest"], odd["manifest"]
+    usual_manifest, odd_manifest = usual["manifest"], odd["manifest"]
     for key, word in (("tool", "version"), ("source", "fingerprint")):
-        if mine[key] != theirs[key]:
+        if usual_manifest[key] != odd_manifest[key]:
             what = {"tool": "the version of quantcli", "source": "the model"}[key]
-            return f"{what} differs ({theirs[key].get(word)!s:.12}, {mine[key].get(word)!s:.12})"
-    if mine["recipe"] != theirs["recipe"]:
-        lines = (table["recipe"].splitlines() for table in (theirs, mine))
+            odd_value, usual_value = odd_manifest[key].get(word), usual_manifest[key].get(word)
+            return f"{what} differs ({odd_value!s:.12}, {usual_value!s:.12})"
+    if usual_manifest["recipe"] != odd_manifest["recipe"]:
+        lines = (table["recipe"].splitlines() for table in (odd_manifest, usual_manifest))
         pairs = zip_longest(*lines, fillvalue="")
         first = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
-        said = " against ".join(f"`{line.strip():.60}`" for line in first)
-        return f"the recipe differs, first in {said}"
+        summary = " against ".join(f"`{line.strip():.60}`" for line in first)
+        return f"the recipe differs, first in {summary}"
     if usual["checksum"] != odd["checksum"]:
         return "one was written with --checksum, the other without"
-    keys = (key for key in sorted(mine.keys() | theirs.keys()) if key != "plan")
-    other = next((key for key in keys if mine.get(key) != theirs.get(key)), None)
+    keys = (key for key in sorted(usual_manifest.keys() | odd_manifest.keys()) if key != "plan")
+    other = next((key for key in keys if usual_manifest.get(key) != odd_manifest.get(key)), None)
     if other is not None:
         return f"{other} differs"
     return "the calibrations differ, or the files next to the model's weights"

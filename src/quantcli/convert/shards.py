@@ -53,10 +53,12 @@ def memory_estimate(plan: Work, workers: int) -> int:
         ),
         default=1,
     )
-    held = max((s.held for s in plan.checkpoint.tensors.values() if isinstance(s, Encoded)), default=0)
-    held += block * 14 + max(0, tallest - block) * 5
+    nbytes = max(
+        (s.buffer_nbytes for s in plan.checkpoint.tensors.values() if isinstance(s, Encoded)), default=0
+    )
+    nbytes += block * 14 + max(0, tallest - block) * 5
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * held + tensors * 1500 + _BASE
+    return workers * nbytes + tensors * 1500 + _BASE
 
 
 class ShardRun:
@@ -215,10 +217,10 @@ class ShardRun:
 
     def _buffer(self, nbytes: int) -> memoryview:
         """This thread's buffer, `nbytes` of it; it only ever grows."""
-        held: bytearray | None = getattr(self._local, "buffer", None)
-        if held is None or len(held) < nbytes:
-            held = self._local.buffer = bytearray(nbytes)
-        return memoryview(held)[:nbytes]
+        buffer: bytearray | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._local.buffer = bytearray(nbytes)
+        return memoryview(buffer)[:nbytes]
 
 
 def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:

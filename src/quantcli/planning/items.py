@@ -62,7 +62,7 @@ def dry_run(
         constants["weight_amax"] = torch.zeros(1)
 
     def packed(rows: int) -> dict[str, Tensor]:
-        mine = {
+        row_stats = {
             name: torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in stats.items()
             if name in scheme.row_stats
@@ -70,7 +70,7 @@ def dry_run(
         parts = scheme.quantize(
             torch.zeros((rows, k), dtype=torch_dtype(spec.dtype)),
             torch_dtype(engine_dtypes.weight_scale),
-            {**constants, **mine},
+            {**constants, **row_stats},
             torch.zeros(rows, dtype=torch_dtype(bias.dtype)) if stats and bias else None,
         )
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
@@ -98,7 +98,7 @@ def make_items(
 ) -> Iterator[Item]:
     """One item per source tensor, in the order of the source: each is consumed exactly once."""
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
-    made: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
+    outcomes: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
     biases = {
         f"{module}.bias": target.bias_dtype(rule.scheme.numerics)
         for module, rule in assigned.items()
@@ -126,9 +126,9 @@ def make_items(
         added = bias.spec if bias else None
         also = (added.dtype, added.shape) if added else ("", ())
         key = (rule.key, spec.dtype, spec.shape, *also)
-        if key not in made:
-            made[key] = dry_run(scheme, target, spec, serving_dtype, added)
-        outcome = made[key]
+        if key not in outcomes:
+            outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
+        outcome = outcomes[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
         amax_group = weight_amax.get(target.fused_name(module) or module, ())
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
@@ -145,14 +145,18 @@ def make_items(
                 amax_group=amax_group,
             )
             continue
-        known = measured.stats.get(module, NOTHING_MEASURED)
-        if known and (absent := outcome.stats - known.keys()):
+        module_stats = measured.stats.get(module, NOTHING_MEASURED)
+        if module_stats and (absent := outcome.stats - module_stats.keys()):
             raise InputError(
                 f"what was measured of this module's input lacks {', '.join(sorted(absent))}",
                 where=f"`{module}` ({rule.where})",
                 fix="calibrate again",
             )
-        stats = {suffix: known[suffix] for suffix in outcome.stats} if known else NOTHING_MEASURED
+        stats = (
+            {suffix: module_stats[suffix] for suffix in outcome.stats}
+            if module_stats
+            else NOTHING_MEASURED
+        )
         yield Quantize(
             stored,
             module,

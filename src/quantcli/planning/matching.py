@@ -50,14 +50,14 @@ def _check_smooth(recipe: Recipe, quantized: list[str]) -> None:
     """InputError for a smooth rule that matches no quantized module, or only what earlier ones take."""
     left = quantized
     for number, pattern in enumerate(recipe.smooth):
-        mine = [name for name in quantized if pattern.matches(name)]
+        matched = [name for name in quantized if pattern.matches(name)]
         if not pattern.optional and not any(pattern.matches(name) for name in left):
             what = f"`smooth.rules.{number}` matches no quantized module"
             fix = (
                 "patterns match whole names of modules that read what is smoothed, such as "
                 "*.down_proj; `optional: true` allows a rule that matches nothing"
             )
-            if mine:
+            if matched:
                 what = f"`smooth.rules.{number}` matches only modules that earlier ones take"
                 fix = "move it before them, or remove it"
             where = f"{pattern.where}   match: {', '.join(pattern.patterns)}"

@@ -151,10 +151,10 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         operands.setdefault(label, []).append(name)
         if label not in methods and _by_rows_alone(scheme):
             try:
-                held = target.engine_dtype(scheme.numerics, "weight_scale", serving)
+                engine_dtype = target.engine_dtype(scheme.numerics, "weight_scale", serving)
             except InputError:  # the target has no such weights
                 continue
-            methods[label] = _Method(scheme, torch_dtype(held))
+            methods[label] = _Method(scheme, torch_dtype(engine_dtype))
     return methods, {label: operands[label] for label in methods}
 
 
@@ -193,7 +193,7 @@ class _Sums:
             self._errors[label] += method.squared_error(rows, exact)
         return True
 
-    def account(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The numbers of one module."""
         signal = float(self._squares.sum())
         ratio, channel = self._largest_channel()
@@ -256,7 +256,7 @@ def _measure(
                 return named | _not_finite(rows, start, shape, methods)
             stop_row = start + len(rows)
             progress.advance(stored.nbytes * stop_row // height - stored.nbytes * start // height)
-    return named | sums.account()
+    return named | sums.to_json()
 
 
 def _by_rows_alone(scheme: Scheme) -> bool:

@@ -103,8 +103,8 @@ class Quantize:
 
 
 @lru_cache  # experts come in tens of thousands
-def _asked(scheme: Scheme, k: int, held: str) -> frozenset[str]:
-    return frozenset(scheme.blank(k, torch_dtype(held)))
+def _asked(scheme: Scheme, k: int, input_dtype: str) -> frozenset[str]:
+    return frozenset(scheme.blank(k, torch_dtype(input_dtype)))
 
 
 @dataclass(frozen=True)

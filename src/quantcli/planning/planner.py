@@ -100,17 +100,17 @@ def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured
 
 def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
     """Every module with a weight, as the target sees it."""
-    known: dict[tuple[int, str], tuple[Numerics, str]] = {}  # few are different, and slow to make
+    cache: dict[tuple[int, str], tuple[Numerics, str]] = {}  # few are different, and slow to make
     for name, rule in assigned.items():
         shape = checkpoint.tensors[f"{name}.weight"].spec.shape
         if rule is None or rule.scheme is None:
             yield Module(name, shape, None)
             continue
         scheme = rule.scheme
-        if rule.key not in known:
+        if rule.key not in cache:
             options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
-            known[rule.key] = scheme.numerics, options if scheme.needs_data else ""
-        yield Module(name, shape, *known[rule.key])
+            cache[rule.key] = scheme.numerics, options if scheme.needs_data else ""
+        yield Module(name, shape, *cache[rule.key])
 
 
 def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
@@ -200,15 +200,15 @@ def _rule_lines(
     instead = {rule.key: rule for rule in assigned.values() if rule and rule not in recipe.rules}
     for rule in sorted([*recipe.rules, *instead.values()], key=lambda rule: rule.number):
         if rule.scheme is not None:
-            mine = by_rule[rule.key]
+            rule_items = by_rule[rule.key]
             label = recipe.target.label(rule.scheme.numerics)
             yield RuleLine(
                 number=rule.number,
                 scheme=rule.scheme.name,
                 label=label,
-                modules=len(mine),
-                nbytes_before=sum(item.source.nbytes for item in mine),
-                nbytes_after=sum(spec.nbytes for item in mine for spec in item.outputs),
+                modules=len(rule_items),
+                nbytes_before=sum(item.source.nbytes for item in rule_items),
+                nbytes_after=sum(spec.nbytes for item in rule_items for spec in item.outputs),
                 loads_on=recipe.target.loads_on(label),
             )
 

@@ -40,13 +40,13 @@ def recode(
     if "input_offset" in parts:
         parts = _static(parts, item, target, first_row, bias)
     elif "input_scale" in parts:
-        parts["input_scale"] = _held(parts, "input_scale", item, target, 0)
-    parts["weight_scale"] = _held(parts, "weight_scale", item, target, first_row)
+        parts["input_scale"] = _cast(parts, "input_scale", item, target, 0)
+    parts["weight_scale"] = _cast(parts, "weight_scale", item, target, first_row)
     packed = target.pack(numerics, parts, item.module.shape)
     again = target.unpack(numerics, packed)
     for name, tensor in again.items():
-        wanted = parts.get(name)
-        if wanted is not None and not _equal(tensor, wanted):
+        expected = parts.get(name)
+        if expected is not None and not _equal(tensor, expected):
             raise InputError(
                 f"target `{target.name}` cannot hold this {name} as it is",
                 where=_place(item, name, first_row),
@@ -73,26 +73,26 @@ def _damaged(what: str, where: str) -> InputError:
     return InputError(what, where=where, fix=fix)
 
 
-def _held(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:
+def _cast(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:
     """A scale in the dtype in which the engine will hold it. InputError where it would be rounded."""
     scale = parts[name]
     part: ScalePart = "input_scale" if name == "input_scale" else "weight_scale"
     kind = target.engine_dtype(item.numerics, part, item.module.serving_dtype)
-    held = scale.to(torch_dtype(kind))
-    unlike = held.float() != scale.float()
+    cast = scale.to(torch_dtype(kind))
+    unlike = cast.float() != scale.float()
     rounded = (unlike.any(1) if unlike.dim() > 1 else unlike).nonzero()
     if len(rounded):
         row = int(rounded[0])
         word = WORDS.get(kind, kind)
         values = scale[row].float().flatten()
-        value = float(values[(held[row].float().flatten() != values).nonzero()[0]])
+        value = float(values[(cast[row].float().flatten() != values).nonzero()[0]])
         raise InputError(
             f"{name} {value!r} would be rounded: {target.name} holds it in {word}",
             where=_place(item, name, first_row, row),
             fix=f"quantize the float model with `target: {target.name}` instead: its codes will be "
             "chosen for that scale",
         )
-    return held
+    return cast
 
 
 def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Tensor | None) -> Parts:
@@ -115,12 +115,14 @@ def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Te
     return (
         {"weight": parts["weight"], "weight_scale": deq * r, **rest}
         if _equal(deq * r, parts["weight_scale"])
-        else _unheld(item, target, parts["weight_scale"], deq * r, first_row)
+        else _inexact(item, target, parts["weight_scale"], deq * r, first_row)
     )
 
 
-def _unheld(item: Repack, target: Target, scale: Tensor, held: Tensor, first_row: int) -> Parts:
-    row = int((scale != held).flatten().nonzero()[0])
+def _inexact(
+    item: Repack, target: Target, scale: Tensor, engine_scale: Tensor, first_row: int
+) -> Parts:
+    row = int((scale != engine_scale).flatten().nonzero()[0])
     raise InputError(
         f"weight_scale {float(scale[row])!r} would be rounded: {target.name} holds deq_scale, its "
         "quotient by what inputs are multiplied with",
@@ -148,15 +150,17 @@ def _divisor(r: Tensor, offset: Tensor, item: Repack) -> Tensor:
     )
 
 
-def _multiplied(scale: Tensor, held: torch.dtype, item: Repack, target: Target) -> Tensor:
+def _multiplied(scale: Tensor, engine_dtype: torch.dtype, item: Repack, target: Target) -> Tensor:
     """The number of 16 bits, nearest to `scale`, whose multiplier makes the same step: [1].
 
     Often two numbers have the same multiplier; this is the one with which division, as other kernels
     of that engine do it, is nearest to it. InputError where none makes the step.
     """
-    r = (1 / scale.double()).to(held)
+    r = (1 / scale.double()).to(engine_dtype)
     if bool(((r.double() * scale.double() - 1).abs() <= _SAME_STEP).all()):
-        candidates = [c for c in _around(scale.to(held)) if torch.equal(multiplier(c), r.float())]
+        candidates = [
+            c for c in _around(scale.to(engine_dtype)) if torch.equal(multiplier(c), r.float())
+        ]
         if candidates:
             return min(candidates, key=lambda c: abs(float(c) - float(scale)))
     raise InputError(

@@ -235,13 +235,13 @@ def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
     for item in items:
         if isinstance(item, Repack):
             kinds[item.module.layout.label, target.label(item.numerics)].append(item)
-    for (before, label), mine in kinds.items():
+    for (before, label), group_items in kinds.items():
         yield Packed(
             before,
             label,
-            len(mine),
-            sum(t.spec.nbytes for i in mine for s, t in i.module.tensors.items() if s != "bias"),
-            sum(spec.nbytes for item in mine for spec in item.outputs),
+            len(group_items),
+            sum(t.spec.nbytes for i in group_items for s, t in i.module.tensors.items() if s != "bias"),
+            sum(spec.nbytes for item in group_items for spec in item.outputs),
             target.loads_on(label),
         )
 
@@ -264,10 +264,10 @@ def repack_items(
         for module in stored.modules.values()
         for suffix, tensor in module.tensors.items()
     }
-    known: dict[Any, tuple[tuple[TensorSpec, ...], frozenset[str]]] = {}
+    cache: dict[Any, tuple[tuple[TensorSpec, ...], frozenset[str]]] = {}
     for name, tensor in checkpoint.tensors.items():
         if name in codes:
-            yield _repack(codes[name], tensor, origin, target, known)
+            yield _repack(codes[name], tensor, origin, target, cache)
         elif name not in owner:
             yield Copy(tensor)
         elif owner[name][1] == "bias":
@@ -278,7 +278,7 @@ def repack_items(
 
 
 def _repack(
-    module: StoredModule, codes: StoredTensor, origin: Target, target: Target, known: dict[Any, Any]
+    module: StoredModule, codes: StoredTensor, origin: Target, target: Target, cache: dict[Any, Any]
 ) -> Repack:
     """What a module becomes, found by packing blocks that hold nothing; alike modules once."""
     assert module.numerics is not None
@@ -291,9 +291,9 @@ def _repack(
     item = Repack(codes, module, origin, (), row_multiple=multiple, bias=bias)
     kinds = tuple((s, t.spec.dtype, t.spec.shape) for s, t in sorted(module.tensors.items()))
     key = (module.layout.label, module.numerics, kinds)
-    if key not in known:
-        known[key] = _dry_run(item, target)
-    specs, constants = known[key]
+    if key not in cache:
+        cache[key] = _dry_run(item, target)
+    specs, constants = cache[key]
     return replace(
         item,
         outputs=tuple(TensorSpec(f"{module.name}.{s.name}", s.dtype, s.shape) for s in specs),

@@ -171,13 +171,13 @@ class KroneckerLearner(Learner):
     def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> dict[Hashable, Tensor]:
         """The weights as they are rounded: L^-1 W R^-T, each row of W seen as [l, r]."""
         scale = None if self._channels is None else self._channels.exp()
-        made = {}
+        transformed = {}
         for key, weight in self._weights.items():
             grid = weight if scale is None else weight / scale
             grid = grid.reshape(-1, self._right.size) @ right_inverse.mT
             grid = left_inverse @ grid.view(-1, self._left.size, self._right.size)
-            made[key] = grid.reshape(weight.shape)
-        return made
+            transformed[key] = grid.reshape(weight.shape)
+        return transformed
 
     def _all(self) -> list[Tensor]:
         learned = [*self._left.parameters, *self._right.parameters, self._clip]
@@ -212,9 +212,9 @@ class KroneckerLearner(Learner):
         shared = [left, right, clip]
         if self._channels is not None:
             shared.append(self._channels.exp())
-        made = [*shared, *rounded]
-        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
-        self._graph = [tensor for tensor in made if tensor.requires_grad]
+        tensors = [*shared, *rounded]
+        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        self._graph = [tensor for tensor in tensors if tensor.requires_grad]
         self._leaf_of = dict(zip(self._weights, self._leaves[len(shared) :], strict=True))
         self._local = threading.local()
         return [leaf for leaf in self._leaves if leaf.requires_grad]

@@ -45,8 +45,8 @@ def read(source: Source) -> Iterator[Encoded]:
         columns = k if group == -1 else group
         groups = -(-k // columns)
         if scales.spec.shape != (groups, n):
-            said = f"groups of {group} give a weight of {n} x {k} [{groups}, {n}] scales"
-            raise source.contradicted(scales, said)
+            expected = f"groups of {group} give a weight of {n} x {k} [{groups}, {n}] scales"
+            raise source.contradicted(scales, expected)
         must_be(scales, sorted(FLOATS), (groups, n), "AWQ")
         must_be(zeros, ("I32",), (groups, words), f"AWQ of {n} x {k}")
         kind = "awq int4 per channel" if group == -1 else f"awq int4 in groups of {group}"
@@ -79,9 +79,9 @@ class AwqRows:
         """Rows [start, start + count) in float32."""
         stop = min(start + count, self._n)
         first, last = start // 8, -(-stop // 8)
-        mine = slice(start - 8 * first, stop - 8 * first)
-        values = _nibbles(self._codes.columns(first, last))[mine]
-        zeros = _nibbles(self._zeros.columns(first, last))[mine]
+        rows = slice(start - 8 * first, stop - 8 * first)
+        values = _nibbles(self._codes.columns(first, last))[rows]
+        zeros = _nibbles(self._zeros.columns(first, last))[rows]
         scales = self._scales.columns(start, stop).float()
         k = values.shape[1]
         if k % self._group:

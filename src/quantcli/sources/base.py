@@ -67,10 +67,10 @@ class Source:
         """The error for what the settings say."""
         return InputError(f"{self.where}: {what}", where=str(self.checkpoint.path), fix=fix or AGAIN)
 
-    def contradicted(self, stored: StoredTensor, said: str) -> InputError:
+    def contradicted(self, stored: StoredTensor, expected: str) -> InputError:
         """The error for a tensor that is not what the settings make of it."""
         return InputError(
-            f"{self.where} contradicts the tensors: {said}; `{stored.spec.name}` is {stored.spec}",
+            f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}",
             where=f"`{stored.spec.name}` in {stored.file.name}",
             fix=f"{AGAIN}, with the {self.where} that belongs to it",
         )
@@ -146,11 +146,11 @@ def encoded(
     parts: Sequence[StoredTensor],
     opened: Callable[[], AbstractContextManager[Rows]],
     kind: str,
-    held: int = 0,
+    buffer_nbytes: int = 0,
 ) -> Encoded:
     """The weight [n, k] of a module. parts: its codes first."""
     spec = TensorSpec(f"{module}.weight", "F32", shape)
-    return Encoded(spec, parts[0].file, parts[0].offset, tuple(parts), opened, kind, held)
+    return Encoded(spec, parts[0].file, parts[0].offset, tuple(parts), opened, kind, buffer_nbytes)
 
 
 SCALES = (*sorted(FLOATS), "F8_E8M0")  # dtypes of scales

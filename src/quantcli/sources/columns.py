@@ -22,7 +22,7 @@ class Columns:
     def __init__(self, stored: StoredTensor) -> None:
         self._stored = stored
         self._dtype = torch_dtype(stored.spec.dtype)
-        self._strip = torch.empty(0)
+        self._rows = torch.empty(0)
         self._first = self._last = 0  # columns in the strip
 
     def __enter__(self) -> Self:
@@ -37,16 +37,16 @@ class Columns:
         """Columns [start, stop) as rows: [stop - start, h], contiguous."""
         if not self._first <= start < stop <= self._last:
             self._load(start, stop)
-        return self._strip[:, start - self._first : stop - self._first].t().contiguous()
+        return self._rows[:, start - self._first : stop - self._first].t().contiguous()
 
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
         height, width = spec.shape
         fit = STRIP_BYTES // int(height * spec.itemsize)
         self._first, self._last = start, min(width, max(stop, start + fit))
-        self._strip = torch.empty(0)  # the old one goes first
-        self._strip = torch.empty((height, self._last - start), dtype=self._dtype)
-        block = tensor_bytes(self._strip)
+        self._rows = torch.empty(0)  # the old one goes first
+        self._rows = torch.empty((height, self._last - start), dtype=self._dtype)
+        block = tensor_bytes(self._rows)
         size = len(block) // height
         if size == spec.row_nbytes:
             read_into(self._fd, self._stored, 0, block)

@@ -51,8 +51,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.undecoded is not None or (found := quantization(checkpoint)) is None:
         return checkpoint
-    weights, known = _read(checkpoint, found)
-    findings = known.findings if known else ()
+    weights, own = _read(checkpoint, found)
+    findings = own.findings if own else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
     cache = []
@@ -68,8 +68,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
                 what = f"the module has codes, and `{weight.spec.name}` as well: which is its weight?"
                 raise InputError(what, where=f"`{name}` in {tensor.file.name}", fix=AGAIN)
             tensors[weight.spec.name] = weight
-    if known:
-        must_be_sound(known, _OF_TENSORS)
+    if own:
+        must_be_sound(own, _OF_TENSORS)
     notes = [*checkpoint.notes]
     for kind in decoded_kinds(weights):
         notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
@@ -90,8 +90,8 @@ def _read(
         return list(_READERS[method.lower()](Source(checkpoint, settings, where))), None
     target = target_of(checkpoint)
     if target is not None:
-        known = target.open_stored(checkpoint)
-        return list(_read_own(known, target.name)), known
+        own = target.open_stored(checkpoint)
+        return list(_read_own(own, target.name)), own
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
         f"model is already quantized: {found.format}, {found.modules} modules; "
@@ -134,8 +134,8 @@ def _refuse_code(
         return
     where = f"`{spec.name}` in {tensor.file.name}"
     for finding in findings:
-        said = f"{finding.what} {finding.where}"
-        if finding.severity == "error" and (f"`{module}`" in said or f"`{module}." in said):
+        message = f"{finding.what} {finding.where}"
+        if finding.severity == "error" and (f"`{module}`" in message or f"`{module}." in message):
             raise InputError(finding.what, where=finding.where or where, fix=finding.fix or AGAIN)
     if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in _BESIDE:
         what = f"`{spec.name}` belongs to no weight: the module has no codes"
@@ -167,8 +167,8 @@ _BESIDE = frozenset(
 def _read_own(stored: StoredCheckpoint, target: str) -> Iterator[Encoded]:
     """Every module that is sound enough to be read. target: its name."""
     for module in stored.modules.values():
-        mine = [p.suffix for p in module.layout.params if p.suffix in module.tensors]
-        parts = [module.tensors[suffix] for suffix in mine]
+        suffixes = [p.suffix for p in module.layout.params if p.suffix in module.tensors]
+        parts = [module.tensors[suffix] for suffix in suffixes]
         kind, opened = f"{target} {module.layout.label}", partial(SoundRows, module)
         yield encoded(module.name, module.shape, parts, opened, kind)
 

@@ -76,18 +76,18 @@ def _tiles(
             fix=AGAIN,
         )
     if block is not None:
-        wanted = -(-n // block[0]), -(-k // block[1])
-        if shape != wanted:
-            said = f"blocks of {block[0]} x {block[1]} give a weight of {n} x {k} "
-            raise source.contradicted(scale, f"{said}{list(wanted)} scales")
+        expected = -(-n // block[0]), -(-k // block[1])
+        if shape != expected:
+            reason = f"blocks of {block[0]} x {block[1]} give a weight of {n} x {k} "
+            raise source.contradicted(scale, f"{reason}{list(expected)} scales")
         return scale, block, f"fp8 blocks of {block[0]} x {block[1]}"
     if shape in {(), (1,), (1, 1)}:
         tile, kind, rows = (n, k), "fp8 per tensor", 1
     elif shape in {(n,), (n, 1)}:
         tile, kind, rows = (1, k), "fp8 per channel", n
     else:
-        said = f"no weight_block_size, so that a weight of {n} x {k} has 1 or {n} scales"
-        raise source.contradicted(scale, said)
+        reason = f"no weight_block_size, so that a weight of {n} x {k} has 1 or {n} scales"
+        raise source.contradicted(scale, reason)
     return replace(scale, spec=replace(scale.spec, shape=(rows, 1))), tile, kind
 
 

@@ -4,7 +4,7 @@ qweight: int32 [k * bits / 32, n], codes packed along k, the first in the lowest
 qzeros:  int32 [groups, n * bits / 32], packed along n. Version 1 stores the zero point less 1, modulo
          2^bits; `checkpoint_format: gptq_v2` stores it as it is.
 scales:  float [groups, n].
-g_idx:   int32 [k], the group of each column: with act-order, groups are not contiguous columns. Absent or
+g_idx:   int32 [k], the group of each column: with act-order, groups are not contiguous. Absent or
          empty: column i is in group i // g.
 A weight is (q - zero) * scale.
 """
@@ -38,9 +38,11 @@ def read(source: Source) -> Iterator[Encoded]:
         raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", _FLOAT)
     stored_as = source.word("checkpoint_format", "gptq")
     if stored_as not in _FORMATS or source.settings.get("is_marlin_format"):
-        said = stored_as if stored_as not in _FORMATS else "marlin"
-        known = " and ".join(f"`{name}`" for name in _FORMATS)
-        raise source.refused(f"GPTQ in the layout `{said:.40}`: this version decodes {known}", _FLOAT)
+        reason = stored_as if stored_as not in _FORMATS else "marlin"
+        formats = " and ".join(f"`{name}`" for name in _FORMATS)
+        raise source.refused(
+            f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", _FLOAT
+        )
     group = source.whole("group_size")
     if group != -1 and group < 1:
         raise source.refused(f"GPTQ in groups of {group}")
@@ -55,8 +57,10 @@ def read(source: Source) -> Iterator[Encoded]:
         columns = k if group == -1 else group
         groups = -(-k // columns)
         if scales.spec.shape != (groups, n):
-            said = f"{bits} bits in groups of {group} give a weight of {n} x {k} [{groups}, {n}] scales"
-            raise source.contradicted(scales, said)
+            reason = (
+                f"{bits} bits in groups of {group} give a weight of {n} x {k} [{groups}, {n}] scales"
+            )
+            raise source.contradicted(scales, reason)
         must_be(scales, sorted(FLOATS), (groups, n), "GPTQ")
         must_be(zeros, ("I32",), (groups, -(-n * bits // 32)), f"GPTQ of {n} x {k}")
         parts = [codes, scales, zeros]

@@ -47,12 +47,12 @@ class Param:
 
     def fits(self, shape: tuple[int, ...], n: int, k: int) -> bool:
         """Whether a stored shape is right for a weight of n x k."""
-        wanted = self.shape(n, k)
+        expected = self.shape(n, k)
         if self.scalar and not shape:
             return True
-        return len(wanted) == len(shape) and all(
+        return len(expected) == len(shape) and all(
             have in ((1, 16) if want == SLICES else (want,))
-            for want, have in zip(wanted, shape, strict=True)
+            for want, have in zip(expected, shape, strict=True)
         )
 
 

@@ -69,13 +69,13 @@ def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
     if declared_dtype(table) == serving_dtype:
         return
     word = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
-    said = False
+    written = False
     for level in (table, table.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             if isinstance(level, dict) and key in level:
                 level[key] = word
-                said = True
-    if not said:
+                written = True
+    if not written:
         table["torch_dtype"] = word
 
 

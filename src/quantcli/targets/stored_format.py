@@ -24,8 +24,8 @@ def check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> I
         what = f"is {spec.dtype}; {label} reads {' or '.join(param.dtypes)}, and would convert by value"
         yield failed("parameters", what, where, AGAIN)
     if not param.fits(spec.shape, n, k):
-        wanted = str(list(param.shape(n, k))).replace(str(SLICES), "1 or 16")
-        what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {wanted}"
+        expected = str(list(param.shape(n, k))).replace(str(SLICES), "1 or 16")
+        what = f"is {list(spec.shape)}; for a weight of {n} x {k} {label} has {expected}"
         yield failed("parameters", what, where, AGAIN)
 
 
@@ -40,8 +40,8 @@ def check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
     """What config.json says that the engine computes in."""
     dtype = declared_dtype(config)
     if config and dtype not in {"BF16", "F16"}:
-        said = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
-        what = f"says {said}; quantized models are served in bfloat16 or float16"
+        text = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
+        what = f"says {text}; quantized models are served in bfloat16 or float16"
         yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
 
 
@@ -50,7 +50,7 @@ def check_shared(
 ) -> Iterator[Finding]:
     """What the engine keeps once for modules that it merges has the same bytes in all of them.
 
-    merged: names what the engine makes of a module and its siblings. Unlike labels are reported elsewhere.
+    merged: fused name of a module, or None. Unlike labels are reported elsewhere.
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:

@@ -43,8 +43,8 @@ def check_tp(
     """Findings for `size` devices, from numerics and shapes; config is the language model's part of
     config.json. For formats that ask nothing else."""
     yield from check_heads(config, size)
-    known = {module.name: module for module in modules}
-    for module in known.values():
+    by_name = {module.name: module for module in modules}
+    for module in by_name.values():
         n, k = module.shape
         by_inputs = splits_inputs(module.name)
         if by_inputs and k % size:
@@ -52,7 +52,7 @@ def check_tp(
             continue
         parts = _parts(module.name, config, size)
         part = (n, k // size) if by_inputs else (n // parts, k)
-        for what in _limits(module, *part, split=parts > 1, fused=_earlier(module.name, known)):
+        for what in _limits(module, *part, split=parts > 1, fused=_earlier(module.name, by_name)):
             yield cannot_split(size, what, module.name)
 
 
@@ -66,12 +66,12 @@ def _parts(module: str, config: Mapping[str, Any], size: int) -> int:
     return size
 
 
-def _earlier(module: str, known: Mapping[str, StoredModule]) -> bool:
+def _earlier(module: str, by_name: Mapping[str, StoredModule]) -> bool:
     """Whether others follow it in the parameter that the engine makes of siblings."""
     parent, _, last = module.rpartition(".")
     group = next((group for group in FUSED if last in group), (last,))
     later = group[group.index(last) + 1 :]
-    return any(f"{parent}.{sibling}" in known for sibling in later)
+    return any(f"{parent}.{sibling}" in by_name for sibling in later)
 
 
 def _limits(module: StoredModule, n: int, k: int, *, split: bool, fused: bool) -> Iterator[str]:

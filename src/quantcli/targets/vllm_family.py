@@ -45,10 +45,10 @@ def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
                 continue  # seen from the first sibling
             siblings = {f"{parent}.{sibling}" for sibling in group} & labels.keys()
             if len({labels[sibling] for sibling in siblings}) > 1:
-                said = ", ".join(f"{s.rpartition('.')[2]} {labels[s]}" for s in sorted(siblings))
+                listing = ", ".join(f"{s.rpartition('.')[2]} {labels[s]}" for s in sorted(siblings))
                 yield Refusal(
                     name,
-                    f"the engine fuses these siblings, which must have one scheme: {said}",
+                    f"the engine fuses these siblings, which must have one scheme: {listing}",
                     "put them under one rule: match: [" + ", ".join(f'"*.{s}"' for s in group) + "]",
                 )
 
@@ -58,17 +58,17 @@ def expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
     first: dict[str, str] = {}
     for name, label in labels.items():
         if match := EXPERT.fullmatch(name):
-            known = first.setdefault(match["experts"], name)
-            if labels[known] != label:
+            name_of_first = first.setdefault(match["experts"], name)
+            if labels[name_of_first] != label:
                 yield Refusal(
                     name,
-                    f"experts of one layer must have one scheme: `{known}` has {labels[known]}, "
-                    f"this one {label}",
+                    f"experts of one layer must have one scheme: `{name_of_first}` has "
+                    f"{labels[name_of_first]}, this one {label}",
                     f'match them together, such as "{match["experts"]}.*"',
                 )
 
 
-def sibling_set(module: str) -> str | None:
+def fused_siblings(module: str) -> str | None:
     """A name for a module and its siblings, as in `layers.0.mlp.gate_proj+up_proj`, also of experts."""
     parent, _, last = module.rpartition(".")
     group = next((group for group in FUSED if last in group), None)
@@ -77,7 +77,7 @@ def sibling_set(module: str) -> str | None:
 
 def fused_name(module: str) -> str | None:
     """The parameter into which a module is merged; None for experts, which have no shared tensors."""
-    return None if EXPERT.fullmatch(module) else sibling_set(module)
+    return None if EXPERT.fullmatch(module) else fused_siblings(module)
 
 
 def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
@@ -146,10 +146,10 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, stored in checkpoint.tensors.items():
         if match := EXPERT.fullmatch(name):
             sets[match["experts"]][int(match["index"])][match["rest"]] = stored
-    wanted = next((v for key in _COUNTS if isinstance(v := checkpoint.text_config.get(key), int)), None)
+    count = next((v for key in _COUNTS if isinstance(v := checkpoint.text_config.get(key), int)), None)
     for experts, members in sets.items():
         full = max(members.values(), key=len)
-        for index in range(max(len(members), wanted or 0)):
+        for index in range(max(len(members), count or 0)):
             if index not in members:
                 yield failed("experts", f"expert {index} is missing", f"`{experts}`", _AGAIN)
                 break
@@ -163,8 +163,8 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
                 ):  # fmt: skip
                     what = f"is {stored.spec}, unlike other experts' {like and like.spec}"
                     yield failed("experts", what, f"`{stored.spec.name}`", _AGAIN)
-        if wanted is not None and len(members) > wanted:
-            what = f"there are {len(members)} experts; config.json says {wanted}"
+        if count is not None and len(members) > count:
+            what = f"there are {len(members)} experts; config.json says {count}"
             yield failed("experts", what, f"`{experts}`", _AGAIN)
 
 

@@ -18,7 +18,7 @@ from quantcli.core.findings import Finding, failed
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.vllm_family import fused_name, sibling_set
+from quantcli.targets.vllm_family import fused_name, fused_siblings
 from quantcli.verification.compare import Comparison, FittedFactors, Open, compare, opener
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
 from quantcli.verification.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
@@ -62,10 +62,10 @@ def verify_against(
     report.add(noted_kind(reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(run.mine & run.theirs):
+    for name in sorted(run.own_names & run.reference_names):
         match = _LAYER.fullmatch(name)
         layers[match[1] if match else name].append(name)
-    progress.begin(sum(map(reference.nbytes, run.theirs)), len(layers))
+    progress.begin(sum(map(reference.nbytes, run.reference_names)), len(layers))
     with thread_pool(workers) as pool:
         for job in [pool.submit(run.layer, names) for names in layers.values()]:
             report.add(job.result())
@@ -73,7 +73,7 @@ def verify_against(
         module |= {"histogram": None, "worst_rows": [], "outlier_channels": []}
     report.modules = run.modules
     report.tensors = dict(sorted(run.tensors.items()))
-    report.count("source", len(run.theirs))
+    report.count("source", len(run.reference_names))
     report.count("copies", sum(run.tensors[kind] for kind in ("equal", "edited")))
     report.count("edits", run.tensors["edited"])
     report.count("sqnr", len(run.modules))
@@ -90,8 +90,8 @@ class _Run:
         self.min_sqnr = min_sqnr
         self.progress = progress
         self.own = Reference(stored.checkpoint, None, stored)
-        self.mine = self.own.names()
-        self.theirs = reference.names()
+        self.own_names = self.own.names()
+        self.reference_names = reference.names()
         self.modules: list[dict[str, Any]] = []
         self.edited: dict[str, str] = {}  # by module, as text
         self.unlike: set[str] = set()  # modules that are not roundings of the other model's
@@ -99,9 +99,9 @@ class _Run:
 
     def accounted(self) -> Iterator[Finding]:
         """Every tensor of the other model is here, and the other way round."""
-        for name in sorted(self.theirs - self.mine):
+        for name in sorted(self.reference_names - self.own_names):
             yield failed("source", f"`{name}` of the other model is missing", None, _AGAIN)
-        for name in sorted(self.mine - self.theirs):
+        for name in sorted(self.own_names - self.reference_names):
             yield failed("source", f"`{name}` is not in the other model", None, _AGAIN)
 
     def layer(self, names: list[str]) -> list[Finding]:
@@ -119,9 +119,9 @@ class _Run:
                 self.tensors["quantized"] += 1
                 continue
             self.progress.advance(self.reference.nbytes(name))
-            theirs = self.reference.weight(module) if module != name else None
-            if isinstance(theirs, StoredModule):
-                matrices[module] = theirs.layout.kind
+            reference = self.reference.weight(module) if module != name else None
+            if isinstance(reference, StoredModule):
+                matrices[module] = reference.layout.kind
                 continue
             before = self.reference.checkpoint.tensors[name]
             after = self.stored.checkpoint.tensors[name]
@@ -139,10 +139,10 @@ class _Run:
                 self.tensors["edited"] += 1
             else:
                 yield failed("copies", found, f"`{name}`", _AGAIN)
-        known = candidates({n: v for n, v in changed.items() if n.endswith(".weight")})
+        edited_matrices = candidates({n: v for n, v in changed.items() if n.endswith(".weight")})
         edited: list[Edited] = []
         for group in _siblings(matrices):
-            for outcome in self._compare(group, matrices, known):
+            for outcome in self._compare(group, matrices, edited_matrices):
                 if isinstance(outcome, Finding):
                     yield outcome
                 else:
@@ -154,29 +154,29 @@ class _Run:
         yield from check_layer(weights, edited, {e.module: fused_name(e.module) for e in edited})
 
     def _compare(
-        self, group: list[str], kinds: Mapping[str, str], known: Sequence[Candidate]
+        self, group: list[str], kinds: Mapping[str, str], edited_matrices: Sequence[Candidate]
     ) -> Iterator[Finding | Edited]:
         """Matrices that read one tensor: what is wrong with them, and by what they were multiplied."""
         pairs: dict[str, tuple[Open, Open]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         for module in group:
-            theirs, ours = self.reference.weight(module), self.own.weight(module)
-            assert theirs is not None
+            reference, ours = self.reference.weight(module), self.own.weight(module)
+            assert reference is not None
             assert ours is not None
-            if _shape(theirs) != _shape(ours):
-                what = f"is {list(_shape(ours))}, in the other model {list(_shape(theirs))}"
+            if _shape(reference) != _shape(ours):
+                what = f"is {list(_shape(ours))}, in the other model {list(_shape(reference))}"
                 yield failed("source", what, f"`{module}`", _AGAIN)
                 continue
-            pairs[module], shapes[module] = (opener(theirs), opener(ours)), _shape(ours)
+            pairs[module], shapes[module] = (opener(reference), opener(ours)), _shape(ours)
         compared = {module: compare(*pair, *shapes[module]) for module, pair in pairs.items()}
         limits = {module: self._limit(module, kinds[module]) for module in pairs}
         poor = any(found.sqnr_db < limits[module] for module, found in compared.items())
         finite = all(found.finite for found in compared.values())
-        if pairs and finite and (known or poor):
+        if pairs and finite and (edited_matrices or poor):
             widths = {shapes[module][1] for module in pairs}
             columns = None
             if len(widths) == 1:
-                columns = choose(list(pairs.values()), widths.pop(), known)
+                columns = choose(list(pairs.values()), widths.pop(), edited_matrices)
             for module, pair in pairs.items():
                 factors = fit(pair, *shapes[module], columns)
                 if not factors.trivial:
@@ -211,23 +211,23 @@ class _Run:
         """Of two quantized weights, the coarser one decides how near they can be."""
         if self.min_sqnr is not None and kind != "float":
             return self.min_sqnr
-        theirs = self.reference.weight(module)
-        other = theirs.layout.kind if isinstance(theirs, StoredModule) else kind
+        reference = self.reference.weight(module)
+        other = reference.layout.kind if isinstance(reference, StoredModule) else kind
         return min(LEAST_SQNR[kind], LEAST_SQNR[other])
 
     def _entry(self, module: str, found: Comparison, limit: float, kind: str) -> dict[str, Any]:
         """One matrix as the report has it."""
-        theirs, ours = self.reference.weight(module), self.own.weight(module)
-        assert theirs is not None
+        reference, ours = self.reference.weight(module), self.own.weight(module)
+        assert reference is not None
         assert ours is not None
         self.progress.advance(self.reference.nbytes(f"{module}.weight"))
         entry = {
             "module": module,
             "label": ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",
-            **found.account(),
+            **found.to_json(),
             "limit_db": limit,
             "edited": self.edited.get(module),
-            **codes(theirs, ours),
+            **codes(reference, ours),
         }
         return {**entry, "ok": fault(entry, kind) is None}
 
@@ -236,7 +236,7 @@ def _siblings(modules: Iterable[str]) -> list[list[str]]:
     """Modules in groups that read one tensor, as far as their names tell: q, k, v; gate, up."""
     groups: dict[str, list[str]] = defaultdict(list)
     for module in modules:
-        groups[sibling_set(module) or module].append(module)
+        groups[fused_siblings(module) or module].append(module)
     return list(groups.values())
 
 
@@ -268,12 +268,12 @@ def _shape(weight: StoredTensor | StoredModule) -> tuple[int, int]:
 
 def _words(factors: FittedFactors) -> str:
     """What was multiplied, and by how much."""
-    said = []
+    texts = []
     for kind, values in (("rows", factors.rows), ("columns", factors.columns)):
         some = values[values != 1]
         if len(some):
-            said.append(f"{len(some)} {kind} x {float(some.min()):.4g}..{float(some.max()):.4g}")
-    return ", ".join(said)
+            texts.append(f"{len(some)} {kind} x {float(some.min()):.4g}..{float(some.max()):.4g}")
+    return ", ".join(texts)
 
 
 _OTHER = "this is damage and no rounding: copy the checkpoint again, or convert the model again"

@@ -105,7 +105,7 @@ class Comparison:
         length = math.sqrt(signal * self.energy)
         return min(1.0, product / length) if length else float(signal == self.energy)
 
-    def account(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As the report has it."""
         rows = [(_decibels(float(s), float(e)), i) for i, (s, e) in self._worst()]
         rms = self.channels.sqrt()
@@ -154,7 +154,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def compare(
-    reference: Open, made: Open, n: int, k: int, factors: FittedFactors | None = None
+    reference: Open, other: Open, n: int, k: int, factors: FittedFactors | None = None
 ) -> Comparison:
     """Compare [n, k] weights block by block; `factors` are applied to the reference first.
 
@@ -162,7 +162,7 @@ def compare(
     """
     found = Comparison(n, k, torch.zeros(n).double(), torch.zeros(n).double())
     found.channels = torch.zeros(k, dtype=torch.float64)
-    with reference() as before, made() as after:
+    with reference() as before, other() as after:
         for number, start in enumerate(blocks(n, k)):
             count = rows_of(k)
             w, d = before.weight(start, count), after.weight(start, count)

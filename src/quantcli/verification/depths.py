@@ -46,48 +46,48 @@ class VerifyOptions:
     trust_remote_code: bool = False
 
 
-def verify(wanted: VerifyOptions, progress: Progress = SILENT) -> Report:
+def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     """Verify a checkpoint. Depths after a failed one still run where they can.
 
     Raises InputError where there is nothing to verify or to verify it with.
     """
-    _check(wanted)
-    structure = verify_structure(wanted.path, wanted.tp)
+    _check(options)
+    structure = verify_structure(options.path, options.tp)
     report = structure.report
-    report.limits = _limits(wanted)
+    report.limits = _limits(options)
     if structure.stored is None:
         return report
-    if wanted.full:
+    if options.full:
         from quantcli.verification.full import verify_full
 
-        verify_full(structure, wanted.workers, progress)
-    if wanted.against is None:
+        verify_full(structure, options.workers, progress)
+    if options.against is None:
         return report
     from quantcli.verification.against import verify_against
     from quantcli.verification.reference import open_reference
 
-    reference = open_reference(wanted.against)
-    batches = _batches(wanted, reference, progress) if wanted.run else ()  # or what is wrong with it
-    verify_against(structure, reference, report.limits["min_sqnr"], wanted.workers, progress)
+    reference = open_reference(options.against)
+    batches = _batches(options, reference, progress) if options.run else ()  # or what is wrong with it
+    verify_against(structure, reference, report.limits["min_sqnr"], options.workers, progress)
     # what cannot be read cannot be run
-    if wanted.run and not any(f.check in {"headers", "index", "parameters"} for f in report.errors):
+    if options.run and not any(f.check in {"headers", "index", "parameters"} for f in report.errors):
         from quantcli.verification.on_text import verify_run
 
-        trust, limits = wanted.trust_remote_code, report.limits
-        verify_run(structure, reference, batches, limits, wanted.workers, progress, trust=trust)
+        trust, limits = options.trust_remote_code, report.limits
+        verify_run(structure, reference, batches, limits, options.workers, progress, trust=trust)
     return report
 
 
-def _batches(wanted: VerifyOptions, reference: Reference, progress: Progress) -> Sequence[Batch]:
+def _batches(options: VerifyOptions, reference: Reference, progress: Progress) -> Sequence[Batch]:
     from quantcli.verification.on_text import text_batches
 
-    assert wanted.data is not None
+    assert options.data is not None
     return text_batches(
-        wanted.data,
+        options.data,
         reference.checkpoint,
-        wanted.samples,
-        wanted.length,
-        trust=wanted.trust_remote_code,
+        options.samples,
+        options.length,
+        trust=options.trust_remote_code,
         progress=progress,
     )
 
@@ -97,28 +97,28 @@ def document(report: Report) -> dict[str, Any]:
     return report.document(f"quantcli {__version__}")
 
 
-def _check(wanted: VerifyOptions) -> None:
-    if wanted.run and wanted.against is None:
+def _check(options: VerifyOptions) -> None:
+    if options.run and options.against is None:
         raise InputError(
             "--run compares two models, and there is one", fix="give the float one: --against MODEL"
         )
-    if wanted.run and wanted.data is None:
+    if options.run and options.data is None:
         raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
     needs = {
-        "--data": (wanted.data, wanted.run, "--run"),
-        "--max-ppl-ratio": (wanted.max_ppl_ratio, wanted.run, "--run"),
-        "--max-kl": (wanted.max_kl, wanted.run, "--run"),
-        "--min-sqnr": (wanted.min_sqnr, wanted.against is not None, "--against MODEL"),
+        "--data": (options.data, options.run, "--run"),
+        "--max-ppl-ratio": (options.max_ppl_ratio, options.run, "--run"),
+        "--max-kl": (options.max_kl, options.run, "--run"),
+        "--min-sqnr": (options.min_sqnr, options.against is not None, "--against MODEL"),
     }
     for option, (value, there, other) in needs.items():
         if value is not None and not there:
             raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
 
 
-def _limits(wanted: VerifyOptions) -> dict[str, float | None]:
+def _limits(options: VerifyOptions) -> dict[str, float | None]:
     """The command line's, else those of the recipe that lies in the checkpoint."""
-    found = _recipe_limits(wanted.path)
-    given = {key: getattr(wanted, key) for key in ("min_sqnr", "max_ppl_ratio", "max_kl")}
+    found = _recipe_limits(options.path)
+    given = {key: getattr(options, key) for key in ("min_sqnr", "max_ppl_ratio", "max_kl")}
     return {key: getattr(found, key) if value is None else value for key, value in given.items()}
 
 

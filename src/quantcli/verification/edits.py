@@ -52,18 +52,18 @@ def candidates(changed: Mapping[str, tuple[Tensor, Tensor]]) -> list[Candidate]:
 Pair = tuple[Open, Open]  # a weight of the other model, and what has become of it
 
 
-def choose(siblings: Sequence[Pair], k: int, known: Sequence[Candidate]) -> Candidate | None:
+def choose(siblings: Sequence[Pair], k: int, known_edits: Sequence[Candidate]) -> Candidate | None:
     """The columns [k] that explain weights that read one tensor: none, or those of a candidate. None
     where an estimate explains them better.
 
     Told from the first rows. A factor that is the same for all columns could be one of rows as well:
     then what leaves the rows of some sibling as they were is taken, and a candidate before none.
     """
-    options = [Candidate("", torch.ones(k)), *(c for c in known if len(c.columns) == k)]
+    options = [Candidate("", torch.ones(k)), *(c for c in known_edits if len(c.columns) == k)]
     left, size = torch.zeros(len(options)), torch.full((len(options),), torch.inf)
     estimated = 0.0
-    for reference, made in siblings:
-        with reference() as before, made() as after:
+    for reference, quantized in siblings:
+        with reference() as before, quantized() as after:
             w, d = before.weight(0, rows_of(k)), after.weight(0, rows_of(k))
         estimated = max(estimated, _explained(w, d, _columns(partial(_one, w, d), k))[0])
         for place, option in enumerate(options):
@@ -182,9 +182,9 @@ def check_layer(
             continue
         parent = matrix.module.rpartition(".")[0]
         beside = [m for m in matrices if m.module.startswith(f"{parent}.") and m is not matrix]
-        mine = {m.module for m in beside if _answers(matrix.factors.rows, _read_by(m.factors))}
-        answering |= mine
-        if not mine:
+        answers = {m.module for m in beside if _answers(matrix.factors.rows, _read_by(m.factors))}
+        answering |= answers
+        if not answers:
             open_rows.append(matrix.module)
     explained |= answering
     for module in open_rows:
@@ -216,13 +216,13 @@ def _read_by(factors: FittedFactors) -> Tensor:
 def _answers(rows: Tensor, columns: Tensor) -> bool:
     """Whether columns undo rows: one to one, or each row's for several columns (grouped heads), or
     for a part of the rows (v of a stored q, k, v)."""
-    wanted = 1 / rows
-    if len(wanted) == len(columns):
+    expected = 1 / rows
+    if len(expected) == len(columns):
         # columns are estimated, from few steps of a code where they were made small
-        some = (wanted != 1) | (columns != 1)
-        octaves = (wanted / columns).log2().abs()[some]
+        some = (expected != 1) | (columns != 1)
+        octaves = (expected / columns).log2().abs()[some]
         return not len(octaves) or float((octaves < _NEARLY).float().mean()) > _MOST
-    some, others = wanted[wanted != 1].sort().values, columns[columns != 1].sort().values
+    some, others = expected[expected != 1].sort().values, columns[columns != 1].sort().values
     if not len(some) or not len(others) or len(others) % len(some):
         return False
     return _same(some.repeat_interleave(len(others) // len(some)), others)

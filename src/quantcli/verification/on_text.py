@@ -75,12 +75,12 @@ def verify_run(
     limits["max_ppl_ratio"] = limits["max_ppl_ratio"] or MAX_PPL_RATIO
     limits["max_kl"] = limits["max_kl"] or MAX_KL
     ours = Served(structure.stored, structure.target)
-    theirs: Checkpoint | Served = reference.checkpoint
+    other: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
-        theirs = Served(reference.stored, reference.target)
+        other = Served(reference.stored, reference.target)
     with TemporaryDirectory(prefix="quantcli-") as folder:
         models = []
-        for name, model in (("theirs", theirs), ("ours", ours)):
+        for name, model in (("theirs", other), ("ours", ours)):
             (Path(folder) / name).mkdir()
             models.append(
                 Forward(model, batches, Path(folder) / name, workers=workers, trust_remote_code=trust)
@@ -97,54 +97,58 @@ def verify_run(
             return
         outcome = _Outcome()
         logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
-        for expected, made, batch in logits:
-            if expected.shape != made.shape:
-                report.add([_other_model("vocabularies", expected.shape[-1], made.shape[-1])])
+        for expected, actual, batch in logits:
+            if expected.shape != actual.shape:
+                report.add([_other_model("vocabularies", expected.shape[-1], actual.shape[-1])])
                 return
-            outcome.add(expected, made, batch)
-    report.run = {**outcome.account(), "layers": layers}
+            outcome.add(expected, actual, batch)
+    report.run = {**outcome.to_json(), "layers": layers}
     report.add(_findings(outcome, layers, limits))
     report.count("layer outputs", len(layers))
     report.count("perplexity", outcome.tokens)
     report.count("kl", outcome.tokens)
 
 
-def _layers(theirs: Forward, ours: Forward, progress: Progress) -> Iterator[dict[str, object]]:
+def _layers(reference: Forward, ours: Forward, progress: Progress) -> Iterator[dict[str, object]]:
     """Each layer's SQNR: its own, on the other model's inputs, and with all that came before."""
-    names = [name for name, _ in theirs.skeleton.layers]
-    count = sum(math.prod(spec.shape[:2]) for spec in theirs.specs)
+    names = [name for name, _ in reference.skeleton.layers]
+    count = sum(math.prod(spec.shape[:2]) for spec in reference.specs)
     progress.begin_layers(len(names), 0, count)
     for index, name in enumerate(names):
         try:
-            own = ours.layer(index, theirs.states, range(min(_OWN, len(theirs.specs))))
+            own = ours.layer(index, reference.states, range(min(_OWN, len(reference.specs))))
         except InputError as error:
             raise _NotFinite(error.what) from None
-        theirs.layer(index)
+        reference.layer(index)
         yield {
             "layer": name,
-            "sqnr_db": round(_sqnr(theirs.states, own), 3),
-            "cumulative_db": round(_sqnr(theirs.states, ours.states, len(theirs.specs)), 3),
+            "sqnr_db": round(_sqnr(reference.states, own), 3),
+            "cumulative_db": round(_sqnr(reference.states, ours.states, len(reference.specs)), 3),
             "limit_db": LEAST_LAYER_SQNR,
-            "ok": _sqnr(theirs.states, own) >= LEAST_LAYER_SQNR,
+            "ok": _sqnr(reference.states, own) >= LEAST_LAYER_SQNR,
         }
         progress.layer(name, index)
 
 
-def _other_model(what: str, theirs: int, ours: int) -> Finding:
-    said = f"the models have different {what}, {theirs} and {ours}: they cannot be run side by side"
-    return failed("layer outputs", said, None, "give the model that the checkpoint was made from")
+def _other_model(what: str, expected: int, ours: int) -> Finding:
+    what_differs = (
+        f"the models have different {what}, {expected} and {ours}: they cannot be run side by side"
+    )
+    return failed(
+        "layer outputs", what_differs, None, "give the model that the checkpoint was made from"
+    )
 
 
 class _NotFinite(InputError):
     """The checkpoint's layers cannot be run any further; the other model's can."""
 
 
-def _sqnr(expected: States, made: States | dict[int, Tensor], count: int | None = None) -> float:
+def _sqnr(expected: States, actual: States | dict[int, Tensor], count: int | None = None) -> float:
     """dB over the batches of `made`."""
     signal = noise = 0.0
-    for number in made if isinstance(made, dict) else range(count or 0):
+    for number in actual if isinstance(actual, dict) else range(count or 0):
         x = expected.get(number).double()
-        y = made[number] if isinstance(made, dict) else made.get(number)
+        y = actual[number] if isinstance(actual, dict) else actual.get(number)
         signal += float(x.square().sum())
         noise += float((y.double() - x).square().sum())
     if not noise:
@@ -158,41 +162,41 @@ class _Outcome:
     def __init__(self) -> None:
         self.tokens = 0
         self._expected: list[Tensor] = []  # log-probabilities of the text, by window
-        self._made: list[Tensor] = []
+        self._actual: list[Tensor] = []
         self._kl: list[Tensor] = []
         self._agreed = 0
         self._predicted = 0
 
-    def add(self, expected: Tensor, made: Tensor, batch: Batch) -> None:
+    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
         """Logits [batch, length, vocabulary] of both models."""
         for row in range(len(expected)):  # the vocabulary is large
-            p, q = (logits[row].float().log_softmax(-1) for logits in (expected, made))
+            p, q = (logits[row].float().log_softmax(-1) for logits in (expected, actual))
             self._kl.append((p.exp() * (p - q)).sum(-1))
             self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             self._predicted += len(p)
         self._expected += token_log_probs(expected, batch)
-        self._made += token_log_probs(made, batch)
+        self._actual += token_log_probs(actual, batch)
         self.tokens += int(batch.input_ids.numel()) - len(batch.input_ids)
 
     @property
     def ratio(self) -> float:
         """Perplexity over the other model's."""
-        return _perplexity(self._made) / _perplexity(self._expected)
+        return _perplexity(self._actual) / _perplexity(self._expected)
 
     @property
     def kl(self) -> float:
         """Mean over all predictions, in nats."""
         return float(torch.cat(self._kl).double().mean().clamp_min(0))
 
-    def account(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """As the report has it."""
-        change = (torch.cat(self._made) - torch.cat(self._expected)).abs().mean()
-        windows = zip(self._expected, self._made, strict=True)
+        change = (torch.cat(self._actual) - torch.cat(self._expected)).abs().mean()
+        windows = zip(self._expected, self._actual, strict=True)
         return {
             "tokens": self.tokens,
             "ppl": {
                 "reference": round(_perplexity(self._expected), 4),
-                "checkpoint": round(_perplexity(self._made), 4),
+                "checkpoint": round(_perplexity(self._actual), 4),
                 "ratio": round(self.ratio, 6),
             },
             "kl": {"mean": round(self.kl, 6), "max": round(float(torch.cat(self._kl).max()), 6)},

@@ -46,8 +46,8 @@ class Reference:
 
     def nbytes(self, name: str) -> int:
         """Bytes of one of `names`: of its codes, where a module is quantized."""
-        held = self.weight(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        stored = held.codes if isinstance(held, StoredModule) else held
+        weight = self.weight(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        stored = weight.codes if isinstance(weight, StoredModule) else weight
         return (stored or self.checkpoint.tensors[name]).spec.nbytes
 
 
@@ -85,27 +85,27 @@ def difference(before: StoredTensor, after: StoredTensor) -> str | None:
     return None
 
 
-def codes(theirs: StoredTensor | StoredModule, ours: StoredTensor | StoredModule) -> dict[str, Any]:
+def codes(reference: StoredTensor | StoredModule, ours: StoredTensor | StoredModule) -> dict[str, Any]:
     """Codes that differ, and by how much scales do, where both are quantized in one way."""
     alike = (
-        isinstance(theirs, StoredModule)
+        isinstance(reference, StoredModule)
         and isinstance(ours, StoredModule)
-        and theirs.layout.kind == ours.layout.kind
-        and theirs.layout.weight.suffix == ours.layout.weight.suffix
-        and theirs.codes.spec.dtype == ours.codes.spec.dtype
-        and theirs.codes.spec.shape == ours.codes.spec.shape
+        and reference.layout.kind == ours.layout.kind
+        and reference.layout.weight.suffix == ours.layout.weight.suffix
+        and reference.codes.spec.dtype == ours.codes.spec.dtype
+        and reference.codes.spec.shape == ours.codes.spec.shape
     )
     if not alike:
         return {"codes_differ": None, "scale_ratio": None}
-    assert isinstance(theirs, StoredModule)
+    assert isinstance(reference, StoredModule)
     assert isinstance(ours, StoredModule)
     differ, ratios = 0, []
-    first, second = theirs.codes, ours.codes
+    first, second = reference.codes, ours.codes
     step = rows_of(ours.shape[1])
     with (
         RowReader(first) as a,
         RowReader(second) as b,
-        ModuleReader(theirs) as v,
+        ModuleReader(reference) as v,
         ModuleReader(ours) as w,
     ):
         for start in range(0, first.spec.shape[0], step):
@@ -124,15 +124,15 @@ def _scale(weight: Tensor, codes: Tensor) -> Tensor:
     return weight.abs().amax(1) / codes.float().abs().amax(1)
 
 
-def compare_files(ours: Checkpoint, theirs: Checkpoint) -> Iterator[Finding]:
+def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
     """Files that go along with a model: each of the other one is here, unchanged."""
-    for name in sorted(theirs.aux):
+    for name in sorted(reference.aux):
         if not (ours.path / name).is_file():
             fix = "copy it from the other model"
             yield failed("source", "file of the other model is missing", name, fix)
-        elif sha256_of(ours.path / name) != sha256_of(theirs.path / name):
+        elif sha256_of(ours.path / name) != sha256_of(reference.path / name):
             if name == CONFIG:
-                yield from _config(ours.config, theirs.config)
+                yield from _config(ours.config, reference.config)
             else:
                 yield failed("source", "file differs from the other model's", name, "copy it again")
 
@@ -141,29 +141,29 @@ def compare_files(ours: Checkpoint, theirs: Checkpoint) -> Iterator[Finding]:
 _MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
 
 
-def _config(ours: Any, theirs: Any, place: str = "") -> Iterator[Finding]:
+def _config(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
     """Keys of config.json that conversion does not touch, and that differ."""
-    for key in sorted({*ours, *theirs} - _MAY_CHANGE):
-        mine, other = ours.get(key), theirs.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            yield from _config(mine, other, f"{place}{key}.")
-        elif mine != other:
+    for key in sorted({*ours, *reference} - _MAY_CHANGE):
+        value, other = ours.get(key), reference.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _config(value, other, f"{place}{key}.")
+        elif value != other:
             what = (
-                f"`{place}{key}` is {mine!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
+                f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
             )
-            fix = "take the other model's value" if key in theirs else "remove it"
+            fix = "take the other model's value" if key in reference else "remove it"
             yield failed("source", what, CONFIG, fix)
 
 
-def other_model(ours: Checkpoint, theirs: Checkpoint) -> Finding | None:
+def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:
     """A finding where both cannot be of one model, so that nothing else need be compared."""
-    unlike = _embeddings(ours) != _embeddings(theirs)
+    unlike = _embeddings(ours) != _embeddings(reference)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        mine, other = ours.text_config.get(key), theirs.text_config.get(key)
-        if mine != other and (unlike or key == "model_type"):
-            what = f"these are different models: {key} is {mine!r:.40} here and {other!r:.40} there"
+        value, other = ours.text_config.get(key), reference.text_config.get(key)
+        if value != other and (unlike or key == "model_type"):
+            what = f"these are different models: {key} is {value!r:.40} here and {other!r:.40} there"
             fix = "give --against the model that the checkpoint was made from"
-            return failed("source", what, str(theirs.path), fix)
+            return failed("source", what, str(reference.path), fix)
     return None
 
 

@@ -44,10 +44,10 @@ def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Fin
         value = config.get(key)
         if key in config and value is not None and (type(value) is not int or value < 1):
             yield failed("sizes", f"`{key}` is {value!r:.40}, no number of things", CONFIG, _FIX)
-    wanted = _whole(config, "num_hidden_layers")
+    layers = _whole(config, "num_hidden_layers")
     drafts = sum(_whole(config, key) or 0 for key in _DRAFTS)
-    if wanted and stacks and not {wanted, wanted + drafts} & {*stacks}:
-        what = f"config.json says {wanted} layers; there are {max(stacks)}"
+    if layers and stacks and not {layers, layers + drafts} & {*stacks}:
+        what = f"config.json says {layers} layers; there are {max(stacks)}"
         yield failed("sizes", what, str(checkpoint.path), _FIX)
     yield from _embedding(checkpoint, config)
     yield from _width(stored, "mlp.down_proj", 1, {_whole(config, "intermediate_size")})
@@ -87,13 +87,13 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
 
 
 def _width(
-    stored: StoredCheckpoint, suffix: str, side: int, wanted: Set[int | None]
+    stored: StoredCheckpoint, suffix: str, side: int, expected: Set[int | None]
 ) -> Iterator[Finding]:
     """A side that all modules of this name have in common, against what config.json makes it.
 
     wanted: what it may be, the usual one being the smallest; None in it: anything.
     """
-    if None in wanted:
+    if None in expected:
         return
     shapes = set()
     for name, tensor in stored.checkpoint.tensors.items():
@@ -106,8 +106,8 @@ def _width(
             continue
         if module.endswith(f".{suffix}") and ".experts." not in name and not _TOWER.search(name):
             shapes.add(shape)
-    if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[side] not in wanted:
-        usual = min(value for value in wanted if value)
+    if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[side] not in expected:
+        usual = min(value for value in expected if value)
         what = f"makes `{suffix}` {usual} {('rows', 'columns')[side]}; it has {shape[side]}"
         yield failed("sizes", what, CONFIG, _FIX)
 

@@ -56,7 +56,7 @@ def test_figures(monkeypatch, elements):
     assert found.sqnr_db == pytest.approx(sqnr, abs=1e-3)
     cosine = (x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum())
     assert found.cosine == pytest.approx(cosine, abs=1e-7)
-    account = found.account()
+    account = found.to_json()
     assert account["max_rel_error"] == pytest.approx(np.abs(y - x).max() / np.abs(x).max(), rel=1e-4)
     rows = 10 * np.log10((x**2).sum(1) / noise)
     assert [worst["row"] for worst in account["worst_rows"]] == np.argsort(rows)[:5].tolist()
@@ -74,7 +74,7 @@ def test_histogram_is_flat_within_a_step():
     """Rounding errors are uniform: as many in each bin, none beyond sqrt(3) mean errors."""
     w = draw(64, 4096)
     counts = torch.tensor(
-        compare(opened(w), opened(rounded(w)), 64, 4096).account()["histogram"]["counts"]
+        compare(opened(w), opened(rounded(w)), 64, 4096).to_json()["histogram"]["counts"]
     )
     assert int(counts.sum()) >= module.BLOCK_ELEMENTS
     inside = counts[10:22]  # -1.5 to 1.5
@@ -87,7 +87,7 @@ def test_a_planted_row_and_channel_are_named():
     w[:, 7] *= 30
     d = rounded(w)
     d[11] *= -1
-    account = compare(opened(w), opened(d), 40, 64).account()
+    account = compare(opened(w), opened(d), 40, 64).to_json()
     assert account["worst_rows"][0] == {"row": 11, "sqnr_db": pytest.approx(-6.02, abs=0.1)}
     assert [o["channel"] for o in account["outlier_channels"]] == [7]
     assert 25 < account["outlier_channels"][0]["ratio"] < 36

@@ -248,19 +248,19 @@ def learners(
     generator: torch.Generator,
 ) -> dict[Matrix, Learner]:
     """A learner for each group, by matrix. amax: max |x| of each column of a group's first matrix."""
-    made: dict[Matrix, Learner] = {}
+    by_matrix: dict[Matrix, Learner] = {}
     for group in found:
         first = group.matrices[0]
-        held = policy.quantized[group.modules[0]].held_input
+        input_dtype = policy.quantized[group.modules[0]].held_input
         learner = group.scheme.learner(
             {matrix: weight(matrix) for matrix in group.matrices},
             amax[first],
             _scalable(group, layout, policy),
-            held,
+            input_dtype,
             generator,
         )
-        made |= dict.fromkeys(group.matrices, learner)
-    return made
+        by_matrix |= dict.fromkeys(group.matrices, learner)
+    return by_matrix
 
 
 def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scalable:
@@ -289,14 +289,14 @@ def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
 
 def settle(
     found: Iterable[LearningGroup],
-    made: Mapping[Matrix, Learner],
+    by_matrix: Mapping[Matrix, Learner],
     segments: Mapping[str, list[list[Segment]]],
 ) -> dict[str, Stats]:
     """What every module of the groups takes: its own rows of what is by row."""
     settled: dict[str, Stats] = {}
     for group in found:
         for matrix in group.matrices:
-            stats = made[matrix].stats(matrix)
+            stats = by_matrix[matrix].stats(matrix)
             for segment in segments[matrix.parameter][matrix.expert]:
                 settled[segment.module] = {
                     name: tensor[segment.start : segment.stop].clone()
@@ -325,11 +325,11 @@ def learn(
     found = [group for group in found if group.modules[0] not in empty]
     if not found:
         return {}, None
-    made = learners(found, layout, policy, layer.weight, amax, generator)
-    course = Course(layer, made)
+    by_matrix = learners(found, layout, policy, layer.weight, amax, generator)
+    course = Course(layer, by_matrix)
     before, after = course.learn(schedule_of(found), generator)
     for group in found:
-        learner = made[group.matrices[0]]
+        learner = by_matrix[group.matrices[0]]
         scale = learner.channel_scale
         if group.producer is not None and scale is not None:
             by_channel = torch.ones(len(group.producer.used))
@@ -340,6 +340,6 @@ def learn(
         "loss_before": before,
         "loss_after": after,
         "kept": "what was learned" if after < before else "the start",
-        "condition": max(learner.condition for learner in made.values()),
+        "condition": max(learner.condition for learner in by_matrix.values()),
     }
-    return settle(found, made, layout.segments), report
+    return settle(found, by_matrix, layout.segments), report

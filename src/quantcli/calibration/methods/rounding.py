@@ -87,20 +87,20 @@ class RoundingPass:
     def _groups(self) -> Iterator[dict[Matrix, list[str]]]:
         """Modules to round by the matrix that stands for their input; groups in data's order."""
         leaders = self.layout.leaders()
-        wanted: dict[Matrix, list[str]] = defaultdict(list)
+        modules_of: dict[Matrix, list[str]] = defaultdict(list)
         for matrix, segments in self.layout.matrices():
             for module in dict.fromkeys(s.module for s in segments):
                 if wants_codes(self.run.policy, module) and self._measured(module):
-                    wanted[leaders.get(matrix, matrix)].append(module)
+                    modules_of[leaders.get(matrix, matrix)].append(module)
         if self.run.policy.inputs == "float":
-            if wanted:
-                yield wanted
+            if modules_of:
+                yield modules_of
             return
         places: dict[str, int] = {}
         for leader in leaders.values():
             places.setdefault(shape_of(leader.parameter), len(places))
         found: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
-        for leader, modules in wanted.items():
+        for leader, modules in modules_of.items():
             found[places.get(shape_of(leader.parameter), len(places))][leader] = modules
         yield from (found[place] for place in sorted(found))
 
@@ -133,11 +133,11 @@ class RoundingPass:
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
         """How the inputs of modules that share them are rounded, where that counts."""
         found = self.run.policy.quantized
-        scheme, held = found[modules[0]].scheme, found[modules[0]].held_input
+        scheme, input_dtype = found[modules[0]].scheme, found[modules[0]].held_input
         if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
             return None
         assert isinstance(scheme, IntegerWeights)
-        constants = scheme.constants(self.stats[modules[0]], held)
+        constants = scheme.constants(self.stats[modules[0]], input_dtype)
 
         def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
             quantized = scheme.as_rounded(x, constants)
@@ -216,23 +216,23 @@ class RoundingPass:
         def work(start: int) -> None:
             block = slice(start, min(start + _ROWS, n))
             rows, bias = self._rows(module, block)
-            known = {name: self.stats[module][name][block] for name in own}
-            known = {**constants, **known}
-            made = self._block(module, scheme, known, rows, bias, hessian, feedback, toward)
-            codes[block] = made.codes.cpu()
-            errors[:, block] = torch.stack([made.error, made.nearest, made.signal]).cpu()
+            row_constants = {name: self.stats[module][name][block] for name in own}
+            row_constants = {**constants, **row_constants}
+            rounded = self._block(module, scheme, row_constants, rows, bias, hessian, feedback, toward)
+            codes[block] = rounded.codes.cpu()
+            errors[:, block] = torch.stack([rounded.error, rounded.nearest, rounded.signal]).cpu()
 
         each(work, range(0, n, _ROWS))
         self.stats[module] = {**self.stats.get(module, NO_STATS), "codes": codes}
         error, nearest, signal = (float(row.sum()) for row in errors)
-        told = {"output_error": error, "output_error_nearest": nearest} if signal else {}
-        self.report[module] = {key: math.sqrt(value / signal) for key, value in told.items()}
+        module_errors = {"output_error": error, "output_error_nearest": nearest} if signal else {}
+        self.report[module] = {key: math.sqrt(value / signal) for key, value in module_errors.items()}
 
     def _block(
         self,
         module: str,
         scheme: IntegerWeights,
-        known: Parts,
+        row_constants: Parts,
         rows: Tensor,
         bias: Tensor | None,
         hessian: Tensor,
@@ -241,17 +241,17 @@ class RoundingPass:
     ) -> Rounded:
         """Some rows, against the scales that `quantize` will find for the very same rows."""
         device = hessian.device
-        known = {name: tensor.to(device) for name, tensor in known.items()}
+        row_constants = {name: tensor.to(device) for name, tensor in row_constants.items()}
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
-        held = self.run.policy.quantized[module].held_weight
-        parts = scheme.quantize(rows, held, known, bias)
+        weight_dtype = self.run.policy.quantized[module].held_weight
+        parts = scheme.quantize(rows, weight_dtype, row_constants, bias)
         step = parts["weight_scale"]
         if block := scheme.numerics.weight.block:  # a scale for every so many columns
             step = tiles.spread(step, block, *rows.shape)
-        wanted = scheme.to_round(rows, known)
+        targets = scheme.to_round(rows, row_constants)
         if toward is not None:
-            wanted = wanted @ toward
-        return gptq(wanted, hessian, step, parts["weight"], *scheme.code_range, feedback)
+            targets = targets @ toward
+        return gptq(targets, hessian, step, parts["weight"], *scheme.code_range, feedback)
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""

@@ -54,19 +54,19 @@ def smooth(
     """Add the edits that smooth a loaded layer; what there is to report, one entry a producer."""
     policy = layer.run.policy
     report: list[dict[str, Any]] = []
-    wanted: list[tuple[Producer, float]] = []
+    candidates: list[tuple[Producer, float]] = []
     for producer in layout.producers():
         modules = layout.modules(reader.matrix for reader in producer.readers)
         quantized = [module for module in modules if module in policy.quantized]
         alpha = policy.alpha(quantized) if quantized else None
         if alpha is not None:
-            wanted.append((producer, alpha))
-    if not wanted:
+            candidates.append((producer, alpha))
+    if not candidates:
         return report
-    widths = {r.matrix: len(r.channels) for producer, _ in wanted for r in producer.readers}
+    widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}
     amax = layer.channel_amax(widths)
     weights = {matrix: layer.weight(matrix) for matrix in widths}
-    for producer, alpha in wanted:
+    for producer, alpha in candidates:
         scale = scales(producer, amax, weights, alpha)
         scale = layer.divide(layout, producer, scale, edits)
         if bool((scale == 1).all()):

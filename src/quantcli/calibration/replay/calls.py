@@ -149,12 +149,12 @@ class Shared:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The first tensor seen with the same content and layout."""
-        known = self._by_id.get(id(tensor))
-        if known is None:
+        shared = self._by_id.get(id(tensor))
+        if shared is None:
             key = (tensor.dtype, tensor.shape, tensor.stride(), _digest(tensor))
-            known = self._by_content.setdefault(key, tensor)
-            self._by_id[id(tensor)] = known
-        return known
+            shared = self._by_content.setdefault(key, tensor)
+            self._by_id[id(tensor)] = shared
+        return shared
 
     def forget(self) -> None:
         """The batch is over: other objects may get the ids of its tensors."""

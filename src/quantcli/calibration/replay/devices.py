@@ -32,8 +32,8 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        said = str(error).splitlines()[0]
+        message = str(error).splitlines()[0]
         raise MachineError(
-            f"no device `{name}` here: {said}", fix="--device cpu works anywhere"
+            f"no device `{name}` here: {message}", fix="--device cpu works anywhere"
         ) from None
     return device

@@ -59,21 +59,21 @@ class EngineLinears:
         self, segment: Segment, matrix: Tensor, bias: Tensor | None, quantizer: Quantizer
     ) -> _Piece:
         rows = slice(segment.start, segment.stop)
-        made = quantizer(segment.module, matrix[rows], None if bias is None else bias[rows])
-        if made is None:
+        piece = quantizer(segment.module, matrix[rows], None if bias is None else bias[rows])
+        if piece is None:
             return _Piece(rows, None, {}, matrix[rows])
-        return _Piece(rows, made[0], made[1], matrix[rows])
+        return _Piece(rows, piece[0], piece[1], matrix[rows])
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [..., k] -> [..., n] as the engine computes it; None where all is float."""
         pieces = self._pieces.get(matrix)
         if pieces is None:
             return None
-        made = []
+        outputs = []
         for piece in pieces:
             added = None if bias is None else bias[piece.rows]
             if piece.scheme is None:
-                made.append(F.linear(x, piece.weight, added))
+                outputs.append(F.linear(x, piece.weight, added))
             else:
-                made.append(piece.scheme.forward(x, piece.parts, added))
-        return made[0] if len(made) == 1 else torch.cat(made, -1)
+                outputs.append(piece.scheme.forward(x, piece.parts, added))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

@@ -117,12 +117,12 @@ def conversions(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | N
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, known = model.base_model_prefix, model.state_dict()
+    prefix, parameters = model.base_model_prefix, model.state_dict()
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
-            target, pattern = rename_source_key(name, [], [], prefix, known)
-        if target not in known:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if target not in parameters:
             yield name, None, None, None
         else:
             yield name, target, pattern, by_pattern[pattern] if pattern is not None else None

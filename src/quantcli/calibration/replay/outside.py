@@ -31,8 +31,8 @@ class _Rows(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             stored = self._tables.get(id(weight))
             if stored is not None:
-                wanted, places = ids.unique(return_inverse=True)
-                rows = read_rows(stored, wanted.tolist()).to(ids.device, self._dtype)
+                unique_ids, places = ids.unique(return_inverse=True)
+                rows = read_rows(stored, unique_ids.tolist()).to(ids.device, self._dtype)
                 return F.embedding(places, rows)
         return func(*args, **kwargs)
 
@@ -46,15 +46,15 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             if path.startswith(f"{skeleton.stack}."):
                 continue
             names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
-            wanted = [f"{path}.{name}".lstrip(".") for name in names]
-            wanted = [name for name in wanted if skeleton.outside(name) is not None]
-            if isinstance(module, nn.Embedding) and wanted:
-                group = skeleton.outside(wanted[0])
+            paths = [f"{path}.{name}".lstrip(".") for name in names]
+            paths = [name for name in paths if skeleton.outside(name) is not None]
+            if isinstance(module, nn.Embedding) and paths:
+                group = skeleton.outside(paths[0])
                 if group is not None and group.converter is None:
                     tables[id(module.weight)] = group.sources[0][1]
                     continue
-            if wanted:
-                hook = _load_at_first_call(module, wanted, skeleton, read, device, stack)
+            if paths:
+                hook = _load_at_first_call(module, paths, skeleton, read, device, stack)
                 stack.callback(hook.remove)
         with _Rows(tables, skeleton.dtype):
             yield
@@ -62,7 +62,7 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
 
 def _load_at_first_call(
     module: nn.Module,
-    wanted: list[str],
+    names: list[str],
     skeleton: Skeleton,
     read: Read,
     device: torch.device,
@@ -73,6 +73,6 @@ def _load_at_first_call(
     def load(_: nn.Module, __: Any) -> None:
         if not done:
             done.append(True)
-            stack.enter_context(skeleton.filled(wanted, read, device))
+            stack.enter_context(skeleton.filled(names, read, device))
 
     return module.register_forward_pre_hook(load)

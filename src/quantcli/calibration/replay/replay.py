@@ -150,14 +150,14 @@ class Replay:
 
     def _failed(self, layer: str, error: Exception) -> QuantError:
         """What stopped a layer: too little memory, or that it wants more than its own arguments."""
-        said = " ".join(str(error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+        message = " ".join(str(error).split())[:200]
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
             return MachineError(
-                f"memory does not suffice for `{layer}`: {said}",
+                f"memory does not suffice for `{layer}`: {message}",
                 fix="take fewer --workers or a shorter calibration.length",
             )
         return InputError(
-            f"`{layer}` cannot be run on its own: {type(error).__name__}: {said}",
+            f"`{layer}` cannot be run on its own: {type(error).__name__}: {message}",
             where=str(self.skeleton.checkpoint.path),
             fix="use schemes that need no data, such as w8a8_dynamic",
         )

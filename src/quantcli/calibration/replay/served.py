@@ -88,8 +88,8 @@ def _scheme(numerics: Numerics | None) -> Scheme | None:
     """The arithmetic of these numerics: of the first scheme that makes them."""
     if numerics is None:
         return None
-    made = (scheme.for_numerics(numerics) for scheme in discover(Scheme).values())
-    return next((scheme for scheme in made if scheme is not None), None)
+    candidates = (scheme.for_numerics(numerics) for scheme in discover(Scheme).values())
+    return next((scheme for scheme in candidates if scheme is not None), None)
 
 
 class Forward:

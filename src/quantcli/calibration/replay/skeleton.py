@@ -50,8 +50,8 @@ class Group:
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.sources:
             converter.add_tensor(self.target, stored.spec.name, pattern, lambda s=stored: read(s))
-        made = converter.convert(self.target, model=model, config=model.config)
-        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
+        converted = converter.convert(self.target, model=model, config=model.config)
+        return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
 
 
 class Skeleton:
@@ -72,23 +72,23 @@ class Skeleton:
         self.model = build_model(checkpoint, self.dtype, trust_remote_code=trust_remote_code)
         self.layers = _decoder_layers(self.model, checkpoint)
         self._groups, self.unused = self._map()
-        self._wanted = self._dtypes()
+        self._dtype_of = self._dtypes()
         self._segments: dict[int, dict[str, list[list[Segment]]]] = {}
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
         """Every stored tensor's group, by the index of its layer; -1 for what is outside the stack."""
         groups: dict[int, list[Group]] = defaultdict(list)
-        made: dict[str, Group] = {}
+        by_label: dict[str, Group] = {}
         unused = []
         for name, target, pattern, converter in conversions(self.model, self.checkpoint.tensors):
             if target is None:
                 unused.append(name)
                 continue
-            if target not in made:
-                made[target] = Group(target, converter)
-                groups[self._owner(target)].append(made[target])
-            made[target].sources.append((pattern or name, self.checkpoint.tensors[name]))
+            if target not in by_label:
+                by_label[target] = Group(target, converter)
+                groups[self._owner(target)].append(by_label[target])
+            by_label[target].sources.append((pattern or name, self.checkpoint.tensors[name]))
         return groups, unused
 
     def _owner(self, parameter: str) -> int:
@@ -108,7 +108,7 @@ class Skeleton:
 
     def _check(self) -> None:
         for index, (name, layer) in enumerate(self.layers):
-            have = {parameter for _, made in self._labels(index) for parameter in made}
+            have = {parameter for _, labels in self._labels(index) for parameter in labels}
             for local, _ in layer.named_parameters():
                 if f"{name}.{local}" not in have:
                     raise InputError(
@@ -141,9 +141,9 @@ class Skeleton:
 
     def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
         found: dict[str, list[list[Segment]]] = {}
-        for group, made in self._labels(index):
+        for group, parts in self._labels(index):
             modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
-            for parameter, labels in made.items():
+            for parameter, labels in parts.items():
                 fused = labels.dim() == 3 and group.converter is not None
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
@@ -197,14 +197,16 @@ class Skeleton:
         before: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for group in groups:
-                made = group.convert(read, self.model)
-                if parameters is not None and not made.keys() & set(parameters):
-                    made = dict(zip(parameters, made.values(), strict=True))  # tied: by another name
-                for name, tensor in made.items():
+                filled = group.convert(read, self.model)
+                if parameters is not None and not filled.keys() & set(parameters):
+                    filled = dict(
+                        zip(parameters, filled.values(), strict=True)
+                    )  # tied: by another name
+                for name, tensor in filled.items():
                     path, _, local = name.rpartition(".")
                     module = self.model.get_submodule(path)
                     before.append((module, local, getattr(module, local)))
-                    _put(module, local, tensor.to(device, self._wanted[name]))
+                    _put(module, local, tensor.to(device, self._dtype_of[name]))
             yield
         finally:
             for module, local, tensor in reversed(before):

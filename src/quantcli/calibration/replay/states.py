@@ -31,14 +31,14 @@ class States:
 
     def __init__(self, budget: int) -> None:
         self.stored: dict[int, StoredTensor] = {}
-        self._held: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
         self._left = budget
         self._lock = threading.Lock()
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch, on the CPU."""
-        held = self._held.get(batch)
-        return read_tensor(self.stored[batch]) if held is None else held
+        cached = self._cache.get(batch)
+        return read_tensor(self.stored[batch]) if cached is None else cached
 
     @property
     def files(self) -> set[Path]:
@@ -50,7 +50,7 @@ class States:
         with self._lock:
             if hidden.nbytes <= self._left:
                 self._left -= hidden.nbytes
-                self._held[batch] = hidden
+                self._cache[batch] = hidden
 
 
 class StatesWriter:

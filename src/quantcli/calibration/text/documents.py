@@ -171,19 +171,21 @@ def _document(record: Any, where: str) -> Document:
         raise InputError("record is no JSON object", where=where, fix=_RECORD)
     key = next((key for key in _KEYS if record.get(key) is not None), None)
     if key is None:
-        known = ", ".join(f"`{key}`" for key in _KEYS)
+        keys = ", ".join(f"`{key}`" for key in _KEYS)
         has = ", ".join(ascii(key)[:40] for key in list(record)[:5]) or "nothing"
-        raise InputError(f"record has none of {known}; it has {has}", where=where, fix=_RECORD)
+        raise InputError(f"record has none of {keys}; it has {has}", where=where, fix=_RECORD)
     content = record[key]
     if key != "messages" and not isinstance(content, str):
         raise InputError(f"`{key}` is not text", where=where, fix=_RECORD)
-    if key == "messages" and not (isinstance(content, list) and content and all(map(_said, content))):
+    if key == "messages" and not (
+        isinstance(content, list) and content and all(map(_content, content))
+    ):
         fix = 'such as {"messages": [{"role": "user", "content": "..."}]}'
         raise InputError("`messages` is not a list of messages with a `role`", where=where, fix=fix)
     return Document(content, where)
 
 
-def _said(message: Any) -> bool:
+def _content(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 

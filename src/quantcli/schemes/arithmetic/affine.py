@@ -99,12 +99,12 @@ def _fit(
     """Scale and offset of each range: float32 arrays, the scales representable in `engine_dtype`."""
     exact = np.maximum(-low, high) / 127 if symmetric else (high - low) / 255
     exact = np.clip(exact, _SMALLEST[engine_dtype], torch.finfo(engine_dtype).max)
-    scale = _held(torch.from_numpy(exact), engine_dtype).numpy()
+    scale = _cast(torch.from_numpy(exact), engine_dtype).numpy()
     offset = np.zeros_like(low) if symmetric else np.clip(np.rint(-128 - low / scale), -128, 127)
     return scale, offset.astype(np.float32)
 
 
-def _held(exact: Tensor, engine_dtype: torch.dtype) -> Tensor:
+def _cast(exact: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The nearest scale that is tried: float64 -> float32."""
     nearest, step = exact.to(engine_dtype), _STEP[engine_dtype]
     bits = (nearest.view(_BITS[engine_dtype]) + step // 2) & -step

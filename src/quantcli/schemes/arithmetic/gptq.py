@@ -95,10 +95,10 @@ class Feedback:
         codes = torch.empty((k, n), dtype=torch.int8, device=rows.device)
         for start in range(0, k, BLOCK):
             block = slice(start, min(start + BLOCK, k))
-            wanted = columns[block] + self.shares[:start, block].T @ lost[:start]
+            targets = columns[block] + self.shares[:start, block].T @ lost[:start]
             within = self.shares[block, block]
             for place, column in enumerate(range(start, block.stop)):
-                target = wanted[place]
+                target = targets[place]
                 if place:
                     target = torch.addmv(target, lost[start:column].T, within[:place, place])
                 code = (target / steps[column]).round_().clamp_(least, largest)
@@ -153,8 +153,8 @@ def _sharer(shares: Tensor, lower: Tensor) -> Callable[[int], None]:
 
     def share(row: int) -> None:
         rows = slice(row, min(row + _TILE, k))
-        mine = torch.arange(k - 1 - rows.start, k - 1 - rows.stop, -1, device=lower.device)
-        upper = lower[mine].flip(1) / lower.diagonal().flip(0)
+        columns = torch.arange(k - 1 - rows.start, k - 1 - rows.stop, -1, device=lower.device)
+        upper = lower[columns].flip(1) / lower.diagonal().flip(0)
         shares[rows] = upper.float().triu_(row + 1)
 
     return share
@@ -194,8 +194,8 @@ def gptq(
     if feedback is None:
         return Rounded(nearest, plain, plain, signal)
     codes = feedback.round(rows, step, least, largest)
-    made = error(codes)
-    better = made < plain
+    total = error(codes)
+    better = total < plain
     return Rounded(
-        torch.where(better[:, None], codes, nearest), torch.where(better, made, plain), plain, signal
+        torch.where(better[:, None], codes, nearest), torch.where(better, total, plain), plain, signal
     )

@@ -46,8 +46,8 @@ def least_deq_scale(r: Tensor, bias: Tensor | None) -> Tensor:
     """The smallest deq_scale that a row may have: float32 [..., n, 1], or [1] without a bias.
 
     |bias| / deq_scale fits quant_bias, and neither deq_scale nor deq_scale * r is below the smallest
-    normal number: for a row of zeros, and for one that is tiny compared with its bias. Others never meet it.
-    NaN and Inf in a bias come through.
+    normal number: for a row of zeros, and for one that is tiny compared with its bias. Other rows never
+    reach it. NaN and Inf in a bias come through.
     """
     least = _TINY * (1 / r).clamp_min(1)
     if bias is None:

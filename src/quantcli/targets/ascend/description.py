@@ -71,11 +71,11 @@ class Description:
             yield _unknown_type(value, keys)
         for key, value in self.entries.items():
             module, _, suffix = key.rpartition(".")
-            wanted = self.labels.get(module)
-            if suffix not in SUFFIXES or wanted is None or not isinstance(value, str):
+            label = self.labels.get(module)
+            if suffix not in SUFFIXES or label is None or not isinstance(value, str):
                 continue
-            if MISNAMED.get(value, value) != wanted:
-                what = f"gives `{key}` the type {value!r:.60}, its weight {wanted}"
+            if MISNAMED.get(value, value) != label:
+                what = f"gives `{key}` the type {value!r:.60}, its weight {label}"
                 yield failed("description", what, DESCRIPTION, _AGAIN)
 
     def _tensors(self) -> Iterator[Finding]:

@@ -121,10 +121,10 @@ class AscendCheckpoint:
             what = f"is {deq.spec.dtype}; an engine that serves in {word} reads {right}"
             yield failed("parameters", what, f"`{module}.deq_scale`", AGAIN)
         if sound:
-            mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
-            numerics = next((known for known, tag in TAGS.items() if tag.label == label), None)
+            parameters = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
+            numerics = next((candidate for candidate, tag in TAGS.items() if tag.label == label), None)
             self.modules[module] = StoredModule(
-                module, layout, mine, (n, k), self.serving_dtype, numerics
+                module, layout, parameters, (n, k), self.serving_dtype, numerics
             )
 
     # -- siblings, experts, loader -------------------------------------------------------------------

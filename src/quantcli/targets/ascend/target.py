@@ -172,14 +172,14 @@ class Ascend(Target):
 
     def _tags(self, modules: Sequence[Module]) -> dict[str, Tag]:
         """The tag of every quantized module. Hashing numerics is slow, and few are different."""
-        known: dict[int, Tag] = {}
+        tag_cache: dict[int, Tag] = {}
         tags = {}
         for module in modules:
             if module.numerics is not None:
                 key = id(module.numerics)
-                if key not in known:
-                    known[key] = self._tag(module.numerics)
-                tags[module.name] = known[key]
+                if key not in tag_cache:
+                    tag_cache[key] = self._tag(module.numerics)
+                tags[module.name] = tag_cache[key]
         return tags
 
     def refusals(self, module: Module) -> Iterator[Refusal]:

@@ -223,24 +223,24 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
     }
 
 
-def _targets(mine: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:
+def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:
     """`Linear` where nothing else is quantized; else names, as engines match those first."""
-    if len(mine) == len(quantized):
-        return ["Linear", *filter(is_head, mine)]
-    members = set(mine)
-    return fold(mine, [name for name in quantized if name not in members])
+    if len(modules) == len(quantized):
+        return ["Linear", *filter(is_head, modules)]
+    members = set(modules)
+    return fold(modules, [name for name in quantized if name not in members])
 
 
-def fold(mine: Sequence[str], others: Iterable[str]) -> list[str]:
+def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
     """Names as they are; of many, regular expressions that match all of them and none of `others`.
 
     Engines rename the beginnings of names (`model.language_model.` becomes `language_model.model.`) in
     exact names but not in regular expressions. So these begin at the first layer's number.
     """
-    if len(mine) <= MOST_NAMES:
-        return list(mine)
+    if len(modules) <= MOST_NAMES:
+        return list(modules)
     folded: list[str] = []
-    left = list(mine)
+    left = list(modules)
     rest = list(others)
     for number in (_NUMBER, _LAST_NUMBER):
         taken = {tail for name in rest for tail in _tails(number.sub(_HOLE, name))}

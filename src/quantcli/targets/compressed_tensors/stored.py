@@ -31,8 +31,8 @@ from quantcli.targets.vllm_family import (
     ROUTERS,
     expert_sets,
     fused_groups,
+    fused_siblings,
     is_head,
-    sibling_set,
     uneven_experts,
 )
 
@@ -132,13 +132,13 @@ class CompressedTensorsCheckpoint:
         n, k = layout.sides(codes.spec.shape)
         sound = True
         if "weight_shape" in {param.suffix for param in layout.params} & tensors.keys():
-            said = self._said_shape(tensors["weight_shape"])
+            shape = self._said_shape(tensors["weight_shape"])
             per = 32 // group.kind.bits
-            if said is not None and said[0] == n and 0 <= k - said[1] < per:
-                k = said[1]
+            if shape is not None and shape[0] == n and 0 <= k - shape[1] < per:
+                k = shape[1]
             else:
                 sound = False
-                what = f"says {list(said) if said else 'no shape'}; the codes are for {n} x {k}"
+                what = f"says {list(shape) if shape else 'no shape'}; the codes are for {n} x {k}"
                 yield failed("parameters", what, f"`{module}.weight_shape`", AGAIN)
         for param in layout.params:
             stored = tensors.get(param.suffix)
@@ -164,9 +164,9 @@ class CompressedTensorsCheckpoint:
             sound = False
             yield finding
         if sound:
-            mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
+            parameters = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
             self.modules[module] = StoredModule(
-                module, layout, mine, (n, k), self.serving_dtype, group.numerics
+                module, layout, parameters, (n, k), self.serving_dtype, group.numerics
             )
 
     def _said_shape(self, stored: StoredTensor) -> tuple[int, int] | None:
@@ -181,9 +181,9 @@ class CompressedTensorsCheckpoint:
         """One scheme for what the engine merges, and the same bytes of what it keeps once."""
         for refusal in fused_groups(self.labels):
             yield failed("siblings", refusal.what, f"`{refusal.module}`", AGAIN)
-        self.checked["siblings"] += sum(sibling_set(name) is not None for name in self.modules)
+        self.checked["siblings"] += sum(fused_siblings(name) is not None for name in self.modules)
         yield from check_shared(
-            self.modules.values(), lambda name: None if EXPERT.fullmatch(name) else sibling_set(name)
+            self.modules.values(), lambda name: None if EXPERT.fullmatch(name) else fused_siblings(name)
         )
         for name, module in self.modules.items():
             alone = self._matcher.alone(name)
@@ -219,7 +219,7 @@ class CompressedTensorsCheckpoint:
             name
             for name in self._ignore
             if not name.startswith("re:") and "." in name and name not in self._names
-            and not is_head(name) and not any(known.startswith(f"{name}.") for known in self._names)
+            and not is_head(name) and not any(other.startswith(f"{name}.") for other in self._names)
         ]  # fmt: skip
         if stale:
             more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""

@@ -32,8 +32,8 @@ from quantcli.targets.vllm_family import (
     check_blocks,
     expert_sets,
     fused_groups,
+    fused_siblings,
     is_head,
-    sibling_set,
     stacked_experts,
 )
 
@@ -65,7 +65,7 @@ class CompressedTensors(Target):
 
     def fused_name(self, module: str) -> str | None:
         """q, k and v; gate and up, also of experts: input_scale, and the scale of whole weights."""
-        return sibling_set(module)
+        return fused_siblings(module)
 
     def row_multiple(self, numerics: Numerics) -> int:
         """Rows that share a row of scales."""

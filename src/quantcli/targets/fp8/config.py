@@ -45,14 +45,14 @@ class Fp8Config:
 
 def read_config(block: Mapping[str, Any]) -> Fp8Config:
     """The object as the engine reads it; what is wrong with it is among the findings."""
-    said = Fp8Config(findings=list(_faults(block)))
-    if any(found.severity == "error" for found in said.findings):
-        return said
+    config = Fp8Config(findings=list(_faults(block)))
+    if any(found.severity == "error" for found in config.findings):
+        return config
     size = block.get("weight_block_size")
-    said.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
+    config.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
     names: list[str] = next((block[key] for key in _KEYS if block.get(key)), [])
-    said.ignored = frozenset(names)
-    return said
+    config.ignored = frozenset(names)
+    return config
 
 
 def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:

@@ -24,9 +24,9 @@ from quantcli.targets.vllm_family import (
     check_blocks,
     expert_sets,
     fused_groups,
+    fused_siblings,
     is_head,
     is_linear,
-    sibling_set,
     uneven_experts,
 )
 
@@ -55,11 +55,11 @@ class Fp8Checkpoint:
         for name, stored in checkpoint.tensors.items():
             module, _, suffix = name.rpartition(".")
             self._by_module[module][suffix] = stored
-        self._said = read_config(quantization_block(checkpoint.config))
-        self.findings: list[Finding] = [*self._said.findings]
+        self._config_block = read_config(quantization_block(checkpoint.config))
+        self.findings: list[Finding] = [*self._config_block.findings]
         self.checked["config"] += 1
         self.findings += check_serving_dtype(checkpoint.config)
-        if self._said.numerics is not None:
+        if self._config_block.numerics is not None:
             for check in (self._parameters, self._siblings, self._experts, self._loader):
                 self.findings += check()
 
@@ -96,8 +96,10 @@ class Fp8Checkpoint:
     def _ignored(self, module: str) -> bool:
         """By its whole name; experts all together, if one of the layer is named."""
         if expert := EXPERT.fullmatch(module):
-            return any("experts" in name and expert["experts"] in name for name in self._said.ignored)
-        return module in self._said.ignored
+            return any(
+                "experts" in name and expert["experts"] in name for name in self._config_block.ignored
+            )
+        return module in self._config_block.ignored
 
     def _unlisted(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         """A float linear that the engine builds as fp8, unless it knows better."""
@@ -112,8 +114,8 @@ class Fp8Checkpoint:
             yield noted("loader", what, f"`{module}`")
 
     def _quantized(self, module: str, tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
-        assert self._said.numerics is not None
-        layout = layout_of(self._said.numerics)
+        assert self._config_block.numerics is not None
+        layout = layout_of(self._config_block.numerics)
         spec = tensors["weight"].spec
         self.labels[module] = layout.label
         if spec.dtype in _FORMATS:
@@ -142,9 +144,9 @@ class Fp8Checkpoint:
             sound = False
             yield finding
         if sound:
-            mine = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
+            parameters = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
             self.modules[module] = StoredModule(
-                module, layout, mine, (n, k), self.serving_dtype, self._said.numerics
+                module, layout, parameters, (n, k), self.serving_dtype, self._config_block.numerics
             )
 
     def _missing(self, module: str, suffix: str, tensors: Mapping[str, StoredTensor]) -> Finding:
@@ -162,7 +164,7 @@ class Fp8Checkpoint:
         """All or none of what the engine merges, cut where blocks are, and scales of one size."""
         for refusal in fused_groups(self.labels):
             yield failed("siblings", refusal.what, f"`{refusal.module}`", AGAIN)
-        self.checked["siblings"] += sum(sibling_set(name) is not None for name in self.modules)
+        self.checked["siblings"] += sum(fused_siblings(name) is not None for name in self.modules)
         for name, module in self.modules.items():
             for what, _ in check_blocks(Module(name, module.shape, module.numerics), self.labels):
                 yield failed("siblings", what, f"`{name}`", AGAIN)
@@ -174,7 +176,7 @@ class Fp8Checkpoint:
         for name, module in self.modules.items():
             if stored := module.tensors.get("weight_scale"):
                 scale = float(read_tensor(stored).reshape(()))
-                groups[sibling_set(name) or name].append((name, scale))
+                groups[fused_siblings(name) or name].append((name, scale))
         unlike = [names for names in groups.values() if len({scale for _, scale in names}) > 1]
         small = [(name, s) for names in groups.values() for name, s in names if 0 < s < _SMALLEST]
         if unlike:

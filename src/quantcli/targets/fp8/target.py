@@ -21,8 +21,8 @@ from quantcli.targets.vllm_family import (
     check_blocks,
     expert_sets,
     fused_groups,
+    fused_siblings,
     is_head,
-    sibling_set,
     stacked_experts,
 )
 
@@ -57,7 +57,7 @@ class Fp8(Target):
 
         It rounds their weights a second time where their scales differ.
         """
-        return sibling_set(module)
+        return fused_siblings(module)
 
     def row_multiple(self, numerics: Numerics) -> int:
         """Rows that share a row of scales."""

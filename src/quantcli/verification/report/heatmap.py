@@ -182,8 +182,8 @@ def _hover(cell: Cell, facts: Callable[[Module], list[tuple[str, str]]]) -> str:
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
     steps = [m * 10**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 3)]
-    shown = [step for step in steps if low - 1e-9 <= math.log10(step) <= high + 1e-9]
-    return {"tickvals": [math.log10(s) for s in shown], "ticktext": [number(float(s)) for s in shown]}
+    ticks = [step for step in steps if low - 1e-9 <= math.log10(step) <= high + 1e-9]
+    return {"tickvals": [math.log10(s) for s in ticks], "ticktext": [number(float(s)) for s in ticks]}
 
 
 def size(grid: Grid) -> str:
@@ -214,8 +214,8 @@ def numbers(grid: Grid, quantity: Quantity) -> Html:
                 *(tag("span", t, class_="bad") if m else t for t, m in zip(texts, marks, strict=True)),
             ]
         )
-    shown = table(f"{quantity.name}, layers in columns", ["projection", *grid.columns], rows)
-    return tag("details", tag("summary", "the same in numbers"), shown)
+    grid_table = table(f"{quantity.name}, layers in columns", ["projection", *grid.columns], rows)
+    return tag("details", tag("summary", "the same in numbers"), grid_table)
 
 
 Module = dict[str, Any]

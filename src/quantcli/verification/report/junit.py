@@ -47,15 +47,15 @@ def _count(element: ElementTree.Element, of: ElementTree.Element) -> None:
     element.set("skipped", "0")
 
 
-def _case(name: str, failure: tuple[str, str] | None = None, said: str = "") -> ElementTree.Element:
+def _case(name: str, failure: tuple[str, str] | None = None, output: str = "") -> ElementTree.Element:
     """A test case; `failure` is its message and its details."""
     case = ElementTree.Element("testcase", name=words.literal(name))
     if failure is not None:
         message, details = failure
         element = ElementTree.SubElement(case, "failure", type="verify", message=words.literal(message))
         element.text = details
-    if said:
-        ElementTree.SubElement(case, "system-out").text = said
+    if output:
+        ElementTree.SubElement(case, "system-out").text = output
     return case
 
 
@@ -66,11 +66,11 @@ def _check(report: dict[str, Any], check: dict[str, Any]) -> ElementTree.Element
     failure = None
     if errors:
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
-        failure = (f"{errors[0]['what']}{more}", "\n".join(map(_told, errors)))
-    return _case(name, failure, "\n".join(f"note: {_told(note)}" for note in notes))
+        failure = (f"{errors[0]['what']}{more}", "\n".join(map(_text, errors)))
+    return _case(name, failure, "\n".join(f"note: {_text(note)}" for note in notes))
 
 
-def _told(finding: dict[str, Any]) -> str:
+def _text(finding: dict[str, Any]) -> str:
     text = words.literal(finding["what"])
     text += f"\n  --> {words.literal(finding['where'])}" if finding.get("where") else ""
     return text + (f"\n  fix: {words.literal(finding['fix'])}" if finding.get("fix") else "")
@@ -78,15 +78,15 @@ def _told(finding: dict[str, Any]) -> str:
 
 def _modules(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
     for module in report.get("modules") or []:
-        told = "\n".join(f"{what}: {value}" for what, value in words.module_facts(module))
-        failure = None if words.is_ok(module) else (_beyond(module), told)
-        yield _case(module["module"], failure, told if failure is None else "")
+        facts = "\n".join(f"{what}: {value}" for what, value in words.module_facts(module))
+        failure = None if words.is_ok(module) else (_beyond(module), facts)
+        yield _case(module["module"], failure, facts if failure is None else "")
 
 
 def _layers(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
     for layer in (report.get("run") or {}).get("layers") or []:
-        told = _beyond(layer)
-        yield _case(layer["layer"], None if words.is_ok(layer) else (told, told))
+        message = _beyond(layer)
+        yield _case(layer["layer"], None if words.is_ok(layer) else (message, message))
 
 
 def _beyond(thing: dict[str, Any]) -> str:

@@ -25,12 +25,12 @@ _ROWS = 500
 def outliers_page(model: str, outliers: Sequence[Module]) -> str:
     """The page of a float model's outlier channels, before anything is quantized."""
     require_plotly()
-    made = Page(f"outlier channels: {model}")
+    page = Page(f"outlier channels: {model}")
     head = tag("header", tag("h1", "Outlier channels"), tag("p", tag("code", model)))
-    return made.document(head, outlier_section(made, outliers))
+    return page.document(head, outlier_section(page, outliers))
 
 
-def outlier_section(made: Page, modules: Sequence[Module]) -> Html:
+def outlier_section(page: Page, modules: Sequence[Module]) -> Html:
     """Maps of what makes a model hard to quantize, then the modules, hardest first."""
     if not modules:
         return Html("")
@@ -46,7 +46,7 @@ def outlier_section(made: Page, modules: Sequence[Module]) -> Html:
         )
         content += [
             tag("h3", what, tag("code", worst["module"])),
-            made.chart(chart),
+            page.chart(chart),
             numbers(grid, quantity),
         ]
     ratio = _hardness(modules)[0]

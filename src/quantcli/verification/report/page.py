@@ -42,18 +42,18 @@ def page(report: dict[str, Any]) -> str:
     The same report gives the same bytes. Raises MachineError where plotly is not installed.
     """
     require_plotly()
-    made = Page(f"{'FAILED' if words.is_failed(report) else 'passed'}: {report['checkpoint']}")
+    html_page = Page(f"{'FAILED' if words.is_failed(report) else 'passed'}: {report['checkpoint']}")
     modules = sorted(report.get("modules") or [], key=words.badness)
-    return made.document(
+    return html_page.document(
         _banner(report),
         _findings("What is wrong", words.errors(report), "errors"),
-        _map(made, modules),
+        _map(html_page, modules),
         _facts(report),
-        _run(made, report),
+        _run(html_page, report),
         _findings("Notes", words.notes(report), "notes"),
-        _histograms(made, modules),
+        _histograms(html_page, modules),
         _modules(modules),
-        outlier_section(made, report.get("outliers") or []),
+        outlier_section(html_page, report.get("outliers") or []),
         _checks(report),
         tag("p", report.get("tool") or "", class_="muted"),
     )
@@ -116,12 +116,12 @@ def _findings(title: str, findings: list[dict[str, Any]], kind: str) -> Html:
     if not findings:
         return Html("")
     items = [_finding(finding) for finding in words.spread(findings)[:_MOST]]
-    shown = _OPEN if kind == "errors" else 3
-    content = [tag("ul", *items[:shown], class_=f"findings {kind}")]
-    if len(items) > shown:
-        more = f"{len(findings) - shown:,} more"
-        more += f", the first {_MOST - shown:,} of them" if len(findings) > _MOST else ""
-        rest = tag("ul", *items[shown:], class_=f"findings {kind}")
+    limit = _OPEN if kind == "errors" else 3
+    content = [tag("ul", *items[:limit], class_=f"findings {kind}")]
+    if len(items) > limit:
+        more = f"{len(findings) - limit:,} more"
+        more += f", the first {_MOST - limit:,} of them" if len(findings) > _MOST else ""
+        rest = tag("ul", *items[limit:], class_=f"findings {kind}")
         content.append(tag("details", tag("summary", more), rest, class_="findings"))
     return section(f"{title} ({len(findings):,})", *content)
 
@@ -134,7 +134,7 @@ def _finding(finding: dict[str, Any]) -> Html:
     return tag("li", *parts)
 
 
-def _map(made: Page, modules: Sequence[Module]) -> Html:
+def _map(page: Page, modules: Sequence[Module]) -> Html:
     if not modules:
         return Html("")
     grid = lay_out(modules, words.badness)
@@ -148,10 +148,10 @@ def _map(made: Page, modules: Sequence[Module]) -> Html:
         f"Heat map of {size(grid)}: {failed} modules are beyond their limits, see the table of modules."
     )
     chart = Chart(heat_map(grid, _SQNR, words.module_facts, floor), alt, caption + left_out(grid))
-    return section("Layers and projections", made.chart(chart), numbers(grid, _SQNR))
+    return section("Layers and projections", page.chart(chart), numbers(grid, _SQNR))
 
 
-def _run(made: Page, report: dict[str, Any]) -> Html:
+def _run(page: Page, report: dict[str, Any]) -> Html:
     run = report.get("run") or {}
     content = []
     if layers := run.get("layers"):
@@ -161,7 +161,7 @@ def _run(made: Page, report: dict[str, Any]) -> Html:
             "SQNR of what each layer puts out on the other model's inputs, which is its own error and "
             "has the limit; and of what it puts out after all the layers before it."
         )
-        content.append(made.chart(Chart(layer_line(layers), alt, caption)))
+        content.append(page.chart(Chart(layer_line(layers), alt, caption)))
         keys = ("sqnr_db", "limit_db", "cumulative_db")
         rows = [[x["layer"], *(words.decibels(x.get(key)) for key in keys)] for x in layers]
         columns = ("layer", "SQNR", "limit", "after all before it")
@@ -173,11 +173,11 @@ def _run(made: Page, report: dict[str, Any]) -> Html:
         caption = (
             "Perplexity of each window of text, and how much the checkpoint's is above the reference's."
         )
-        content.append(made.chart(Chart(perplexity_line(windows), alt, caption)))
+        content.append(page.chart(Chart(perplexity_line(windows), alt, caption)))
     return section("On text", *content)
 
 
-def _histograms(made: Page, modules: Sequence[Module]) -> Html:
+def _histograms(page: Page, modules: Sequence[Module]) -> Html:
     having = [m for m in modules if m.get("histogram") and any(m["histogram"]["counts"])]
     together = overall([m["histogram"] for m in having])
     if together is None:
@@ -198,28 +198,28 @@ def _histograms(made: Page, modules: Sequence[Module]) -> Html:
         "floats slopes; tails beyond that were clipped, edited, or are wrong.",
         class_="muted",
     )
-    return section("Errors", caption, tag("div", *map(made.chart, charts), class_="plots"))
+    return section("Errors", caption, tag("div", *map(page.chart, charts), class_="plots"))
 
 
 def _modules(modules: Sequence[Module]) -> Html:
     if not modules:
         return Html("")
     failed = sum(not words.is_ok(module) for module in modules)
-    shown = modules[: min(_MOST, failed + _ROWS)]
+    worst = modules[: min(_MOST, failed + _ROWS)]
     columns = ["module", "type", "shape", "SQNR", "limit", "cosine", "largest relative error",
                "worst rows", "outlier channels", "other"]  # fmt: skip
     taken = ("type", "shape", "SQNR", "limit", "cosine", "largest relative error", "worst rows",
              "outlier channels")  # fmt: skip
     rows = []
-    for module in shown:
-        known = dict(words.module_facts(module))
-        other = "; ".join(f"{what} {value}" for what, value in known.items() if what not in taken)
-        rows.append([module["module"], *(known.get(what, "") for what in taken), other])
+    for module in worst:
+        facts = dict(words.module_facts(module))
+        other = "; ".join(f"{what} {value}" for what, value in facts.items() if what not in taken)
+        rows.append([module["module"], *(facts.get(what, "") for what in taken), other])
     caption = f"Those beyond their limits first ({failed:,}), then those nearest to them."
-    if len(modules) > len(shown):
-        caption += f" {len(shown):,} of {len(modules):,}: the JSON report has them all."
+    if len(modules) > len(worst):
+        caption += f" {len(worst):,} of {len(modules):,}: the JSON report has them all."
     right = ("shape", "SQNR", "limit", "cosine", "largest relative error")
-    out = [not words.is_ok(module) for module in shown]
+    out = [not words.is_ok(module) for module in worst]
     return section("Modules, worst first", table(caption, columns, rows, right, out))
 
 

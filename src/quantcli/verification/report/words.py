@@ -18,8 +18,8 @@ _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
 def literal(text: object, limit: int = 2000) -> str:
     """One line of limited length, without control characters, bidirectional marks, lone surrogates."""
     whole = str(text)
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[:limit])
-    return shown + "…" if len(whole) > limit else shown
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[:limit])
+    return printable + "…" if len(whole) > limit else printable
 
 
 def decibels(value: float | None) -> str:
@@ -109,10 +109,10 @@ def some(numbers: list[int], limit: int = 12) -> str:
 
 def limits(report: dict[str, Any]) -> list[str]:
     """The limits that were set for the whole."""
-    known = {"min_sqnr": "SQNR at least {} dB", "max_ppl_ratio": "perplexity at most {} x",
+    texts = {"min_sqnr": "SQNR at least {} dB", "max_ppl_ratio": "perplexity at most {} x",
              "max_kl": "mean KL divergence at most {}"}  # fmt: skip
     values = report.get("limits") or {}
-    return [known.get(key, key + " {}").format(number(v)) for key, v in values.items() if v is not None]
+    return [texts.get(key, key + " {}").format(number(v)) for key, v in values.items() if v is not None]
 
 
 def not_reached(report: dict[str, Any]) -> list[str]:
