@@ -252,7 +252,7 @@ recipe_case(
     code=1,
 )
 recipe_case(
-    "expectation is no limit", RECIPE + "expect: {output_gib: much}\n", "expect.output_gib", ":5"
+    "expectation is not a limit", RECIPE + "expect: {output_gib: much}\n", "expect.output_gib", ":5"
 )
 recipe_case(
     "bad size", RECIPE + "max_shard: 5 boxes\n", "`max_shard`: expected a size", "recipe.yaml:5"

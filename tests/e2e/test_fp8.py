@@ -126,7 +126,7 @@ def test_blocks_that_siblings_would_share_are_refused(tmp_path):
     path = recipe(tmp_path, "fp8_block")
     done = run_cli("quantize", path, "--model", make_llama(tmp_path / "m"), "--out", tmp_path / "out")
     assert done.code == 2
-    assert "its 16 rows are no multiple of 128" in done.err
+    assert "its 16 rows are not a multiple of 128" in done.err
 
 
 def test_scales_per_channel_are_refused(tmp_path, model):

@@ -228,7 +228,7 @@ def test_parts_of_different_conversions(box: Box) -> None:
     refused(again(), "the model differs", str(second))
     config.write_text(config.read_text().replace("qwen2", "llama"))
     (box.model / "notes.txt").write_text("new")
-    refused(again(), "or the files beside the model's weights", str(second))
+    refused(again(), "or the files next to the model's weights", str(second))
     (box.model / "notes.txt").unlink()
     edit_sealed(second, lambda table: table["manifest"]["tool"].update(version="9.9"))
     refused(merge(box, [first, second, third]), str(second))

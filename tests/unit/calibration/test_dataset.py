@@ -333,9 +333,9 @@ NO_CHAT = "`messages` is not a list of messages with a `role`"
         ('{"content": "a", "\\u001b[2J": 1}', NO_KEY + r"'content', '\x1b[2J'"),
         ("{}", NO_KEY + "nothing"),
         ('{"text": null}', NO_KEY + "'text'"),
-        ('{"text": 5}', "`text` is no text"),
-        ('{"text": ["a"]}', "`text` is no text"),
-        ('{"inputs_pretokenized": [1, 2]}', "`inputs_pretokenized` is no text"),
+        ('{"text": 5}', "`text` is not text"),
+        ('{"text": ["a"]}', "`text` is not text"),
+        ('{"inputs_pretokenized": [1, 2]}', "`inputs_pretokenized` is not text"),
         ('{"messages": "a"}', NO_CHAT),
         ('{"messages": []}', NO_CHAT),
         ('{"messages": ["a"]}', NO_CHAT),
@@ -383,7 +383,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_files_that_hold_no_text_by_their_name(tmp_path: Path, name: str) -> None:
     data = source(text_file(tmp_path, "protocol 0", name))
     what, where, fix = refused(InputError, lambda: check_source(data, TINY))
-    assert (what, where) == (f"text `{tmp_path / name}` is no text file", WHERE)
+    assert (what, where) == (f"text `{tmp_path / name}` is not a text file", WHERE)
     assert fix.startswith("give plain UTF-8 text, or JSON lines")
 
 
@@ -395,8 +395,8 @@ def test_places_that_hold_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     for name, what in {
         ".": "text `.` is a directory",
-        "pipe": "text `pipe` is no text file",
-        "/dev/zero": "text `/dev/zero` is no text file",
+        "pipe": "text `pipe` is not a text file",
+        "/dev/zero": "text `/dev/zero` is not a text file",
         "text.txt": "text `text.txt` is empty",
         "no.txt": "text `no.txt` does not exist",
         "text.txt/x": "text `text.txt/x` does not exist",

@@ -193,7 +193,7 @@ def test_inputs_that_were_never_seen_or_zero_get_a_positive_scale(observer, x):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e-30, 0.0123])
 def test_scales_that_make_no_sense_are_refused(scale):
-    with pytest.raises(InputError, match="is no scale that bfloat16 holds"):
+    with pytest.raises(InputError, match="is not a scale that bfloat16 can hold"):
         Fp8Static().constants({"input_scale": torch.tensor([scale])}, torch.bfloat16)
 
 

@@ -144,12 +144,12 @@ def test_the_effective_scale_counts_and_not_the_stored_one():
 
 
 BAD_STATS = [
-    (0.0, 0.0, "no scale that bfloat16 holds"),
-    (-1.0, 0.0, "no scale that bfloat16 holds"),
-    (math.nan, 0.0, "no scale that bfloat16 holds"),
-    (math.inf, 0.0, "no scale that bfloat16 holds"),
-    (1e-40, 0.0, "no scale that bfloat16 holds"),
-    (0.0123, 0.0, "no scale that bfloat16 holds"),  # of another serving dtype
+    (0.0, 0.0, "not a scale that bfloat16 can hold"),
+    (-1.0, 0.0, "not a scale that bfloat16 can hold"),
+    (math.nan, 0.0, "not a scale that bfloat16 can hold"),
+    (math.inf, 0.0, "not a scale that bfloat16 can hold"),
+    (1e-40, 0.0, "not a scale that bfloat16 can hold"),
+    (0.0123, 0.0, "not a scale that bfloat16 can hold"),  # of another serving dtype
     (0.5, 128.0, "no int8"),
     (0.5, 0.5, "no int8"),
     (0.5, math.nan, "no int8"),

@@ -212,7 +212,7 @@ REFUSED = {
     "nibbles left over": ([(f"{L}.self_attn.o_proj", (256, 36), CHANNEL4)], "packs 8 columns"),
     "block cut by a sibling": (
         [(f"{L}.attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 64), ("v", 64))],
-        "its 64 rows are no multiple of 128",
+        "its 64 rows are not a multiple of 128",
     ),
     "merged halves": ([(f"{L}.mlp.gate_up_proj", (384, 256), BLOCK)], "two projections of 192"),
     "narrow experts": (

@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "block cut by a sibling": (
         [(f"{L}.attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 64), ("v", 64))],
-        "its 64 rows are no multiple of 128",
+        "its 64 rows are not a multiple of 128",
     ),
     "narrow experts": ([(f"{L}.mlp.experts.0.down_proj", (256, 96), BLOCK)], "this one is 96"),
 }
