@@ -13,7 +13,7 @@ from quantcli.targets.base import Target
 
 
 def recipe_schema() -> str:
-    """The schema as JSON text, always the same bytes."""
+    """The schema as JSON text; always the same bytes."""
     schema = RecipeFile.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "quantcli recipe"
@@ -23,13 +23,13 @@ def recipe_schema() -> str:
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
-def _choices(known: dict[str, Any], kind: str, words: list[str]) -> dict[str, Any]:
+def _choices(classes: dict[str, Any], kind: str, keywords: list[str]) -> dict[str, Any]:
     options = []
-    for name, cls in known.items():
+    for name, cls in classes.items():
         schema = cls.model_json_schema()
         schema.pop("title", None)
         schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
         schema["required"] = ["name", *schema.get("required", [])]
         options.append(schema)
     description = f"a {kind} by name, or a mapping with its name and options"
-    return {"description": description, "anyOf": [{"enum": [*words, *known]}, *options]}
+    return {"description": description, "anyOf": [{"enum": [*keywords, *classes]}, *options]}
