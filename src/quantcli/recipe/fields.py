@@ -70,7 +70,7 @@ class Calibration(_Block):
     data: str | None = Field(None, description="text file, jsonl, or datasets:ID")
     samples: Annotated[int, Field(gt=0, le=2**20)] = Field(128, description="number of samples")
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(512, description="tokens of each sample")
-    seed: int = Field(0, description="of the choice of samples")
+    seed: int = Field(0, description="seed of the choice of samples")
     pack: bool = Field(True, description="join documents; false: each record is one sample")
     inputs: Literal["float", "quantized", "running"] = Field(
         "float",
