@@ -33,7 +33,7 @@ class Output:
 
     def line(self, text: str = "") -> None:
         """Print a line of data."""
-        self._show(_literal(text))
+        self._show(literal(text))
 
     def _show(self, text: Text) -> None:
         """Print data. If its reader has gone (`| head`), stop printing but continue the work."""
@@ -46,7 +46,7 @@ class Output:
     def message(self, text: str) -> None:
         """Print a message for people, unless --quiet."""
         if not self.quiet:
-            self.messages.print(_literal(text), soft_wrap=True)
+            self.messages.print(literal(text), soft_wrap=True)
 
     def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
         """Print a table of data, two spaces between columns; those in `right` are right-aligned."""
@@ -58,7 +58,7 @@ class Output:
                 cell.rjust(width) if name in right else cell.ljust(width)
                 for name, cell, width in zip(columns, row, widths, strict=True)
             ]
-            line = _literal("  ".join(cells).rstrip())
+            line = literal("  ".join(cells).rstrip())
             line.stylize("bold" if number == 0 else "")
             self._show(line)
 
@@ -67,11 +67,11 @@ class Output:
         if self.as_json:
             problem = {"what": error.what, "where": error.where, "fix": error.fix}
             self.document({"ok": False, "error": problem, "exit_code": int(error.exit_code)})
-        text = Text("error: ", style="bold red").append_text(_literal(error.what))
+        text = Text("error: ", style="bold red").append_text(literal(error.what))
         self.messages.print(text, soft_wrap=True)
         for prefix, detail in (("  --> ", error.where), ("  fix: ", error.fix)):
             if detail:
-                self.messages.print(_literal(prefix + detail), soft_wrap=True)
+                self.messages.print(literal(prefix + detail), soft_wrap=True)
 
     def bug(self, error: BaseException) -> None:
         """Print an unforeseen error: the whole traceback, and a request to report it."""
@@ -92,6 +92,6 @@ def _console(stream: Any) -> Console:
     return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _literal(text: str) -> Text:
+def literal(text: str) -> Text:
     """Text without control characters: names are untrusted, and could contain escape codes."""
     return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from quantcli.cli.output import Output
+from quantcli.cli.output import Output, literal
 from quantcli.core.events import Progress
 from quantcli.core.text import count
 
@@ -82,13 +82,13 @@ class ProgressBar(Progress):
         """Start a bar over layers."""
         from rich.progress import TextColumn
 
-        self._start("running", layers, done, TextColumn("{task.fields[layer]}"))
+        self._start("running", layers, done, TextColumn("{task.fields[layer]}", markup=False))
 
     def layer(self, name: str, index: int, note: str = "") -> None:
         """Move the bar."""
         if self._bar:
             layer = f"{name} is done" + (f", {note}" if note else "")
-            self._bar.update(self._bar.task_ids[0], completed=index + 1, layer=layer)
+            self._bar.update(self._bar.task_ids[0], completed=index + 1, layer=literal(layer).plain)
 
     def say(self, text: str) -> None:
         """Print the message above the bar."""
