@@ -82,7 +82,8 @@ def multiplier(input_scale: torch.Tensor) -> torch.Tensor:
     """The factor of inputs in the engine: 1 / input_scale, rounded to the dtype of the scale.
 
     input_scale: [1] in the engine dtype. Returns float32 [1]. The step of quantized inputs is exactly
-    1 / multiplier, which in bfloat16 can differ from input_scale by up to 0.4 %.
+    1 / multiplier, which in bfloat16 can differ from input_scale by up to 0.4 %. Source: vllm-ascend
+    182b75ea84, quantization/methods/w8a8_static.py:122-141.
     """
     return (1 / input_scale.float()).to(input_scale.dtype).float()
 
@@ -92,7 +93,8 @@ def decompose(k: int) -> tuple[int, int]:
 
     L = a - b and R = a + b for the smallest a >= sqrt(k) with a^2 - k = b^2 (Fermat's factorization).
     The search ends for every k: a = (k + 1) / 2 is a solution for odd k, a = k / 4 + 1 for multiples
-    of 4. k = 2 mod 4 has no solution: (0, 0).
+    of 4. k = 2 mod 4 has no solution: (0, 0). Source: get_decompose_dim in vllm-ascend 182b75ea84,
+    quantization/methods/w4a4_flatquant.py:39-50.
     """
     if k % 4 == 2:
         return 0, 0

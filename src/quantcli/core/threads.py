@@ -1,4 +1,4 @@
-"""Threads: a pool with one thread per core."""
+"""Threads: the cores of this process, and a pool whose threads compute with torch."""
 
 from __future__ import annotations
 

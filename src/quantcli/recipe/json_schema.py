@@ -7,7 +7,7 @@ from typing import Any
 
 from quantcli.core.registry import discover
 from quantcli.recipe.fields import RecipeFile
-from quantcli.recipe.recipe import WORDS
+from quantcli.recipe.recipe import KEYWORDS
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -18,7 +18,7 @@ def recipe_schema() -> str:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "quantcli recipe"
     properties = schema["$defs"]["RuleFile"]["properties"]
-    properties["scheme"] = _choices(discover(Scheme), "scheme", list(WORDS))
+    properties["scheme"] = _choices(discover(Scheme), "scheme", list(KEYWORDS))
     schema["properties"]["target"] = _choices(discover(Target), "target", [])
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 

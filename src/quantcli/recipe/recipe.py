@@ -26,7 +26,7 @@ from quantcli.targets.base import Target
 # Keywords in place of a scheme.
 KEEP = "keep"  # the weights stay as they are
 PLAIN = "bf16"  # the weights become floats of the serving dtype
-WORDS = (KEEP, PLAIN)
+KEYWORDS = (KEEP, PLAIN)
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -60,17 +60,17 @@ class NameMatcher:
 class Rule(NameMatcher):
     """One rule: patterns of modules, and their scheme, or None if they stay float.
 
-    word: the keyword if the scheme is None: `keep`, or `bf16` for the serving dtype.
+    keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
     """
 
     number: int  # from 1
     scheme: Scheme | None
-    word: str = KEEP
+    keyword: str = KEEP
 
     @property
     def key(self) -> tuple[int, str]:
         """The identity of a rule; another one if its scheme was replaced because data was missing."""
-        return self.number, self.scheme.name if self.scheme else self.word
+        return self.number, self.scheme.name if self.scheme else self.keyword
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         place: Place = ("rules", number)
         patterns = _patterns(rule, place, document)
         scheme = None
-        word = rule.scheme if rule.scheme in WORDS else KEEP
-        if rule.scheme not in WORDS:
+        keyword = rule.scheme if rule.scheme in KEYWORDS else KEEP
+        if rule.scheme not in KEYWORDS:
             scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
-        rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(word)))
+        rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
     smooth = []
     for number, smooth_rule in enumerate(file.smooth.rules if file.smooth else ()):
         place = ("smooth", "rules", number)
@@ -209,10 +209,10 @@ def _resolve(
         odd = "".join(f"; it has `{key}`" for key in list(options)[:1])
         fix = f"such as {{name: {next(iter(classes))}}}"
         raise InputError(f"the {kind} needs a `name`{odd}", where=where, fix=fix)
-    if kind == "scheme" and name in WORDS:
+    if kind == "scheme" and name in KEYWORDS:
         raise InputError(f"`{name}` takes no options", where=where, fix=f"write `scheme: {name}`")
     if name not in classes:
-        names = [*classes, *WORDS] if kind == "scheme" else list(classes)
+        names = [*classes, *KEYWORDS] if kind == "scheme" else list(classes)
         raise InputError(f"unknown {kind} `{name}`", where=where, fix=one_of(name, names))
     try:
         return classes[name].model_validate(options)
