@@ -50,9 +50,9 @@ def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, work
     """Wall time of the replay of all layers, in this process."""
     from quantcli.calibration.session import Resources
     from quantcli.commands import quantize as commands
-    from quantcli.core.events import Silent
+    from quantcli.core.events import Progress
 
-    class Clock(Silent):
+    class Clock(Progress):
         began = ended = 0.0
 
         def begin_layers(self, layers: int, done: int, tokens: int) -> None:
@@ -63,7 +63,7 @@ def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, work
 
     sets = (f"calibration.samples={samples}", f"calibration.length={length}")
     path = RECIPES / f"{recipe}.yaml"
-    session = commands.prepare_calibration(path, model=str(model), out=out, overrides=sets)
+    session = commands.plan_calibration(path, model=str(model), out=out, overrides=sets)
     clock = Clock()
     commands.calibrate(session, Resources(workers=workers), clock)
     shutil.rmtree(out)

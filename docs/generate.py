@@ -1,6 +1,6 @@
 """Write docs/cli.md from the `--help` texts and docs/recipe.schema.json from the recipe's classes.
 
-`make docs` runs it; a test fails when a file here is stale.
+`make docs` runs this; a test fails if a file is out of date.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from quantcli.recipe.json_schema import recipe_schema
 
 DOCS = Path(__file__).parent
-COMMANDS = ["", "inspect", "calibrate", "quantize", "pack", "verify"]  # the README introduces each
+COMMANDS = ["", "inspect", "calibrate", "quantize", "pack", "verify"]  # in the order of the README
 
 
 def cli_reference() -> str:
@@ -19,22 +19,16 @@ def cli_reference() -> str:
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
     text = "# Command line\n\nGenerated from `--help` by `make docs`.\n"
     for command in COMMANDS:
-        words = [*command.split(), "--help"]
-        shown = subprocess.run(
-            [sys.executable, "-m", "quantcli", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        shown = "\n".join(line.rstrip() for line in shown.rstrip().splitlines())
-        shown = shown.replace("python -m quantcli", "quantcli")
-        text += f"\n## quantcli {command}".rstrip() + f"\n\n```text\n{shown}\n```\n"
+        arguments = [sys.executable, "-m", "quantcli", *command.split(), "--help"]
+        output = subprocess.check_output(arguments, env=environment, text=True)
+        lines = [line.rstrip() for line in output.rstrip().splitlines()]
+        screen = "\n".join(lines).replace("python -m quantcli", "quantcli")
+        text += f"\n## quantcli {command}".rstrip() + f"\n\n```text\n{screen}\n```\n"
     return text
 
 
 def generated() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """The content of every generated file."""
     return {DOCS / "cli.md": cli_reference(), DOCS / "recipe.schema.json": recipe_schema()}
 
 

@@ -1,7 +1,13 @@
 """quantcli: quantize Hugging Face checkpoints for serving engines, streaming and provable.
 
-The public API, loaded when it is first used, so that `import quantcli` costs nothing:
-load_recipe, Checkpoint, open_checkpoint, make_plan, and the functions of `quantcli.commands`.
+The public API. Each name is imported when it is first used, so that `import quantcli` is fast:
+
+- inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
+- prepare, quantize: check a conversion; run it
+- plan_calibration, calibrate: the same for a calibration on its own
+- prepare_pack, pack: the same for a checkpoint in another format
+- verify: check a quantized checkpoint
+- load_recipe, open_checkpoint, make_plan, Checkpoint: the steps of a plan
 """
 
 from __future__ import annotations
@@ -12,14 +18,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpoint": "checkpoint.checkpoint",
-    "open_checkpoint": "checkpoint.checkpoint",
-    "load_recipe": "recipe.recipe",
-    "make_plan": "planning.planner",
     "inspect": "commands.inspect",
     "support": "commands.inspect",
     "prepare": "commands.quantize",
     "quantize": "commands.quantize",
+    "plan_calibration": "commands.calibrate",
+    "calibrate": "commands.calibrate",
+    "prepare_pack": "commands.pack",
+    "pack": "commands.pack",
+    "verify": "commands.verify",
+    "load_recipe": "recipe.recipe",
+    "open_checkpoint": "checkpoint.checkpoint",
+    "make_plan": "planning.planner",
+    "Checkpoint": "checkpoint.checkpoint",
 }
 __all__ = [*_HOME]
 

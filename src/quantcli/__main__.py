@@ -1,4 +1,4 @@
-"""The tool as a process: signals, exit codes, and one message for whatever goes wrong."""
+"""The command line as a process: signals, exit codes, and one message for each error."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from quantcli.cli.app import app
-from quantcli.core.errors import Exit, InputError, Interrupted, QuantError
+from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
 
-_COMMANDS = {"inspect", "calibrate", "quantize", "pack", "verify"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
+_RESUMING = {"quantize", "calibrate", "pack"}
 
 
 def _stop_on_signals() -> None:
-    """SIGINT and SIGTERM interrupt, and what is done is kept; a second one ends the process at once."""
-    # SIGINT is ignored in what a script starts with `&`
+    """Make SIGINT and SIGTERM interrupt the run; a second one ends the process at once."""
+    # a script that starts a command with `&` makes it ignore SIGINT
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     signals = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
 
@@ -34,7 +34,7 @@ def _stop_on_signals() -> None:
 
 
 def entry() -> NoReturn:
-    """`main` as a process. Interrupted, it ends at once: native threads abort while Python ends."""
+    """Run `main`. After an interrupt, skip Python's shutdown: native threads would abort in it."""
     try:
         main()
     except SystemExit as end:
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     from quantcli.cli.output import Output
 
     argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # a plan is up to a million small lasting objects: looking through them again and again for
-    # cycles takes a third of the time
+    # A plan has up to a million small objects that stay. With the default threshold, the search for
+    # cycles among them takes a third of the time.
     gc.set_threshold(200_000, 50, 100)
     out = Output(as_json="--json" in argv)
     _stop_on_signals()
@@ -62,14 +62,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # quantcli inspect MODEL | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.DONE)
-    except OSError as error:  # where nothing on the way knew a better word
+    except OSError as error:  # one that nothing on the way turned into a better message
         from quantcli.core.disk import machine_error
 
         problem = machine_error(error, Path(error.filename or "stdout"))
         try:
             out.error(problem)
             sys.stdout.flush()
-        except OSError:  # it is standard output that takes no more: words still reach stderr
+        except OSError:  # standard output cannot be written: report the error on stderr
             Output(as_json=False).error(problem)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.FIX_MACHINE)
@@ -79,26 +79,38 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    """The command's exit code. Not through typer's own `main`, which prints errors its own way."""
-    command = typer.main.get_command(app)
+    """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
+    group: Any = typer.main.get_command(app)
     try:
-        with command.make_context("quantcli", argv) as context:
-            command.invoke(context)
+        with group.make_context("quantcli", [*argv]) as context:  # click empties its list
+            group.invoke(context)
         sys.stdout.flush()
     except typer.Exit as error:
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = argv[0] in {"quantize", "calibrate", "pack"}
-        fix = "the same command again" + (" continues where it stopped" if goes_on else "")
-        raise Interrupted("interrupted", fix=fix) from None
+        resumes = " continues where it stopped" if argv[0] in _RESUMING else ""
+        raise Interrupted("interrupted", fix=f"the same command again{resumes}") from None
     except _UsageError as error:
-        message = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command_name = argv[0] if argv[0] in _COMMANDS else ""
-        fix = "see `" + " ".join(f"quantcli {command_name} --help".split()) + "`"
-        if command_name in {"calibrate", "quantize"} and "extra argument" in message:
-            fix = "the model is given as --model MODEL; " + fix
-        raise InputError(message[:1].lower() + message[1:], fix=fix) from None
+        raise _usage_error(error, argv[0], group) from None
     return Exit.DONE
+
+
+def _usage_error(error: Any, name: str, group: Any) -> InputError:
+    """An error of click as ours, with the closest option or command to a misspelt one."""
+    path = f"quantcli {name}" if name in group.commands else "quantcli"
+    message, hint = getattr(error, "format_message", error.__str__)().rstrip("."), ""
+    if hasattr(error, "possibilities"):  # an unknown option
+        message = error.message
+        options = [o for param in group.commands.get(name, group).params for o in param.opts]
+        hint = closest(error.option_name, [o for o in (*options, "--help") if o.startswith("--")], 1)
+    elif message.startswith("No such command"):
+        message = f"there is no command `{name}`"
+        hint = closest(name, group.commands, 1)
+    fix = f"did you mean {hint}? " if hint else ""
+    if name in {"calibrate", "quantize"} and "extra argument" in message:
+        fix = "the model is given as --model MODEL; "
+    message = message.removeprefix("Got ")
+    return InputError(message[:1].lower() + message[1:], fix=f"{fix}see `{path} --help`")
 
 
 if __name__ == "__main__":

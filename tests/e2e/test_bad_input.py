@@ -212,7 +212,9 @@ recipe_case("misspelt rule key", RECIPE + "    option: 1\n", "`rules.0.option`",
 recipe_case("no rules", "target: ascend\n", "key `rules` is missing", "recipe.yaml:1", "`rules: ...`")
 recipe_case("no target", RULE, "key `target` is missing", "recipe.yaml:1", "`target: ...`")
 recipe_case("empty rules", "target: ascend\nrules: []\n", "`rules`: must not be empty", "recipe.yaml:2")
-recipe_case("key twice", "target: ascend\n" + RULE + "target: x\n", "`target` stands twice", ":5", ":1")
+recipe_case(
+    "key twice", "target: ascend\n" + RULE + "target: x\n", "`target` appears twice", ":5", ":1"
+)
 recipe_case("alias", "target: &a ascend\nmodel: *a\n" + RULE, "alias `*a`", "recipe.yaml:2", "quotes")
 recipe_case("glob without quotes", "rules:\n  - match: *.q_proj\n", "not valid YAML", ":2", "quotes")
 recipe_case("tag", "target: !!python/object/apply:os.system [id]\n" + RULE, "os.system` is not", ":1")
@@ -259,7 +261,7 @@ recipe_case(
 )
 
 
-@case("no recipe", "no such recipe", "missing.yaml", "path")
+@case("no recipe", "the recipe does not exist", "missing.yaml", "path")
 def _(box: Box) -> Arguments:
     return ["quantize", box.root / "missing.yaml", "--model", box.model, "--out", box.out]
 
@@ -276,17 +278,15 @@ def set_case(name: str, assignment: str, what: str, fix: str, code: int = 2):
     CASES[name] = Case(setup, what, f"--set {assignment}", fix, code)
 
 
-set_case("set nonsense", "nonsense", "expected key=value", "--set target=ascend")
-set_case("set nothing", "=1", "expected key=value", "--set target=ascend")
+set_case("set nonsense", "nonsense", "is not of the form KEY=VALUE", "--set target=ascend")
+set_case("set nothing", "=1", "is not of the form KEY=VALUE", "--set target=ascend")
 set_case("set no such key", "tarqet=ascend", "unknown key `tarqet`", "`target`")
-set_case("set no such list", "rulez.0.scheme=keep", "nothing called `rulez` to set", "`rules`")
-set_case("set no such item", "rules.9.scheme=keep", "no item `9` in this list", "0 to 0")
-set_case("set a word as item", "rules.first.scheme=keep", "no item `first` in this list", "0 to 0")
+set_case("set no such list", "rulez.0.scheme=keep", "no key `rulez` to set", "`rules`")
+set_case("set no such item", "rules.9.scheme=keep", "the list has no item `9`", "0 to 0")
+set_case("set a word as item", "rules.first.scheme=keep", "the list has no item `first`", "0 to 0")
 set_case("set no such scheme", "rules.0.scheme=w8a18", "unknown scheme `w8a18`", "`w8a16`")
 set_case("set no such target", "target=ascendd", "unknown target `ascendd`", "`ascend`")
-set_case(
-    "set below text", "rules.0.scheme.name.x=1", "nothing called `name` to set", "`rules.0.scheme`"
-)
+set_case("set below text", "rules.0.scheme.name.x=1", "no key `name` to set", "`rules.0.scheme`")
 set_case("set an alias", "target=[*a]", "not allowed", "quotes")
 set_case("set a tag", "target=!!python/name:os.system", "YAML tag", "remove")
 set_case(

@@ -25,7 +25,7 @@ from quantcli.calibration.session import Resources
 from quantcli.cli import progress
 from quantcli.commands import quantize as commands
 from quantcli.core.errors import InputError
-from quantcli.core.events import Silent
+from quantcli.core.events import Progress
 from quantcli.schemes.w8a8_static import W8A8Static
 from tests.e2e.calibrating import (
     FEW,
@@ -248,7 +248,7 @@ def test_quantized_inputs_are_what_later_layers_see(make: Callable[..., Bench]) 
 # stopped and gone on
 
 
-class Stops(Silent):
+class Stops(Progress):
     """Ctrl-C as soon as a layer is done."""
 
     def __init__(self, layer: int) -> None:
@@ -291,7 +291,7 @@ def test_stopped_after_any_layer(make: Callable[..., Bench], recipe: str) -> Non
         told = bench.run("--plan").out
         done = layer + 1
         if done < LAYERS:
-            assert f"goes on after {done} layer" in told
+            assert f"continues after {done} layer" in told
         said = goes_on(bench, wanted)
         assert f"layer {done}/" not in said
         assert (f"layer {done + 1}/4" in said) == (done < LAYERS)

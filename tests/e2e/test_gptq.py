@@ -16,7 +16,7 @@ from quantcli.calibration.methods import hessians, rounding
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.session import Resources
 from quantcli.commands import quantize as commands
-from quantcli.core.events import Silent
+from quantcli.core.events import Progress
 from quantcli.schemes.arithmetic import gptq
 from tests.e2e.calibrating import LENGTH, SAMPLES, TOKENS, Bench, Models, change_tensors, make_bench
 from tests.e2e.conftest import run_cli, snapshot
@@ -94,7 +94,7 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
     assert wanted.run().code == 0
     bench = wanted.at("again")
 
-    class Stops(Silent):
+    class Stops(Progress):
         def layer(self, name: str, index: int, note: str = "") -> None:
             if index == 1:
                 raise KeyboardInterrupt

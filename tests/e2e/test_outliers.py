@@ -94,7 +94,7 @@ def test_advice_is_a_rule_that_the_planner_takes(tmp_path: Path, box: Box) -> No
     assert yaml.safe_load(rule) == [{"match": [DOWN, *attention], "scheme": "keep"}]
     assert [line.split()[0] for line in done.out.splitlines()[1:3]] == [DOWN, Q]
     assert f"far below     {Q}: " in done.out
-    assert "advice        keep 4 modules float, with what must have their scheme" in done.out
+    assert "advice        keep 4 modules float, with modules that need the same scheme" in done.out
 
     box.edit_recipe(box.recipe.read_text().replace("rules:\n", f"rules:\n{rule}"))
     planned = run_cli("quantize", box.recipe, "--model", model, "--out", box.out, "--plan", "--json")
@@ -204,9 +204,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "fix"),
     [
-        (["--outliers"], "no model to inspect", "quantcli inspect MODEL"),
-        (["--outliers", "M", "--tensors", "*"], "--outliers takes no --tensors", "--outliers M"),
-        (["--outliers", "--support"], "--support takes no model and no other option but --json",
+        (["--outliers"], "argument MODEL is missing", "quantcli inspect MODEL"),
+        (["--outliers", "M", "--tensors", "*"], "--outliers does not take --tensors", "--outliers M"),
+        (["--outliers", "--support"], "--support takes neither a model nor an option other than --json",
          "quantcli inspect --support"),
     ],
 )  # fmt: skip

@@ -232,7 +232,7 @@ def test_bad_sources(box: Box) -> None:
     source = quantized(box, "w8a8_dynamic")
     refused(pack(source, "compressed-tensors", source), "is the checkpoint directory")
     refused(pack(source, "compressed-tensors", box.model), "output directory exists")
-    refused(run_cli("pack", source, "--out", out), "no --target")
+    refused(run_cli("pack", source, "--out", out), "option --target is missing")
     refused(run_cli("pack", source, source, "--target", "fp8", "--out", out), "one checkpoint")
     refused(
         pack(source, "compressed-tensors", out, "--set", "speed=3"),
@@ -240,7 +240,9 @@ def test_bad_sources(box: Box) -> None:
         "unknown key `speed`",
     )
     refused(pack(source, "compressed-tensors", out, "--set", "speed"), "KEY=VALUE")
-    refused(run_cli("pack", "--merge", source, "--target", "fp8", "--out", out), "takes no --target")
+    refused(
+        run_cli("pack", "--merge", source, "--target", "fp8", "--out", out), "does not take --target"
+    )
     description = source / "quant_model_description.json"
     table = json.loads(description.read_text())
     table["model.layers.0.mlp.up_proj.weight"] = "W4A4_FLATQUANT_DYNAMIC"

@@ -388,7 +388,7 @@ def test_bad_parts(box: Box, text: str) -> None:
 
 
 def test_pack_wants_folders_and_a_place(box: Box) -> None:
-    refused(run_cli("pack"), "nothing to pack", "fix: ")
+    refused(run_cli("pack"), "no checkpoint to pack", "fix: ")
     refused(run_cli("pack", "--merge", box.model), "--out")
     refused(run_cli("pack", "--merge", "--wrong"), "quantcli pack --help")
 

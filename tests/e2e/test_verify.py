@@ -222,11 +222,11 @@ def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
         (("--max-ppl-ratio", "3"), "--max-ppl-ratio has no effect without --run", "add --run"),
         (("--min-sqnr", "30"), "--min-sqnr has no effect without --against", "add --against MODEL"),
         (("--min-sqnr", "-5"), "-5.0 is not a limit", "number"),
-        (("--junit", "/dev/null"), "is no regular file", "new file"),
+        (("--junit", "/dev/null"), "`/dev/null` is not a regular file", "new file"),
         (("--tp", "1,x"), "tensor parallel sizes are whole numbers", "--tp 1,2,4"),
         (("--max-kl", "-1"), "-1.0 is not a limit", "number"),
         (("--min-sqnr", "nan"), "nan is not a limit", "number"),
-        (("--junit", "/no/such/folder/x.xml"), "no such directory", "make it first"),
+        (("--junit", "/no/such/folder/x.xml"), "`/no/such/folder` does not exist", "create"),
         (("--report", "."), "is a directory", "give a file"),
         (("--against", "/no/such/model"), "no such model directory", "path"),
         (

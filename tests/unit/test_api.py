@@ -1,5 +1,8 @@
 """The public API of the package."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,31 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "w8a8_dynamic.yaml"
 
 def test_every_public_name_is_there():
     assert set(quantcli.__all__) == {
-        "Checkpoint", "inspect", "load_recipe", "make_plan", "open_checkpoint", "prepare", "quantize",
-        "support",
+        "Checkpoint", "calibrate", "inspect", "load_recipe", "make_plan", "open_checkpoint", "pack",
+        "plan_calibration", "prepare", "prepare_pack", "quantize", "support", "verify",
     }  # fmt: skip
-    assert all(callable(getattr(quantcli, name)) for name in quantcli.__all__)
+    for name in quantcli.__all__:
+        assert callable(getattr(quantcli, name))
+        assert re.search(rf"\b{name}\b", quantcli.__doc__), f"the docstring does not list {name}"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         quantcli.nonsense  # noqa: B018
+
+
+def test_no_submodule_hides_a_function():
+    code = """
+import importlib, pkgutil, quantcli
+for module in pkgutil.walk_packages(quantcli.__path__, "quantcli."):
+    if module.name != "quantcli.__main__":
+        importlib.import_module(module.name)
+for name in quantcli.__all__:
+    assert callable(getattr(quantcli, name)), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_imports_nothing_heavy():
+    code = "import sys, quantcli; assert not {'torch', 'pydantic', 'numpy', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_conversion_in_python(tmp_path):

@@ -1,4 +1,3 @@
-"""What the user types and sees: options, commands, tables, progress.
+"""The command line: options, commands, tables, progress.
 
-Nothing is computed here.
-"""
+Nothing is computed here."""

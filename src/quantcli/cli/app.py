@@ -1,4 +1,4 @@
-"""The command line: the tool's own options and its commands."""
+"""The command line: options of the tool itself, and its commands."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ import typer
 from quantcli import __version__
 from quantcli.cli.calibrate import calibrate
 from quantcli.cli.inspect import inspect
+from quantcli.cli.output import Output
 from quantcli.cli.pack import pack
 from quantcli.cli.quantize import quantize
 from quantcli.cli.verify import verify
+from quantcli.core.errors import InputError
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Hugging Face safetensors checkpoints for serving engines.",
     epilog="Exit codes: 0 done, 1 the answer is no, 2 fix your input, 3 fix your machine, "
     "70 our bug, 130 interrupted.",
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"quantcli {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --version: print one JSON document.")
     ] = False,
 ) -> None:
     """Options of the tool itself."""
+    if version:
+        document = {"ok": True, "version": __version__}
+        Output(as_json=True).document(document) if as_json else typer.echo(f"quantcli {__version__}")
+        raise typer.Exit
+    if as_json:
+        raise InputError("--json needs a command before it", fix="quantcli COMMAND --json")
+    if context.invoked_subcommand is None:
+        raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 
 
 for _command in (inspect, calibrate, quantize, pack, verify):

@@ -1,16 +1,17 @@
-"""`quantcli inspect`: its options, and what it prints."""
+"""`quantcli inspect`: its options and its output."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from quantcli.checkpoint.files import STALE
-from quantcli.cli.options import Json, Report
+from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import Exit, InputError
-from quantcli.core.text import count, human_bytes
+from quantcli.core.text import count
 
 
 def inspect(
@@ -20,95 +21,94 @@ def inspect(
     ] = None,
     outliers: Annotated[
         bool,
-        typer.Option("--outliers", help="Read the weights: which are hard to quantize, worst first."),
+        typer.Option(
+            "--outliers", help="Read the weights and rank them by how hard they are to quantize."
+        ),
     ] = False,
-    report: Report = None,
-    support: Annotated[bool, typer.Option("--support", help="Show schemes x targets instead.")] = False,
-    as_json: Json = False,
+    report: options.Report = None,
+    support: Annotated[
+        bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
+    ] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Show what a checkpoint holds.
+    """Show the contents of a checkpoint.
 
-    Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits 1 when something is
-    suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights too,
-    decoded where the checkpoint is quantized, and says which a recipe had better keep float.
+    Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits with 1 if something is
+    suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights as well,
+    decoded if the checkpoint is quantized, and recommends which of them a recipe should keep float.
     """
-    from quantcli.cli import progress
+    from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
 
     out = Output(as_json=as_json)
     if support:
         if model is not None or tensors is not None or outliers or report:
             raise InputError(
-                "--support takes no model and no other option but --json",
+                "--support takes neither a model nor an option other than --json",
                 fix="quantcli inspect --support",
             )
         cells = commands.support()
         out.document(cells) if as_json else show_support(out, cells)
         return
     if model is None:
-        raise InputError("no model to inspect", fix="quantcli inspect MODEL")
+        raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
     if report is not None and not outliers:
         raise InputError("--report needs --outliers", where=f"--report {report}", fix="add --outliers")
     if outliers:
         if tensors is not None:
-            raise InputError(
-                "--outliers takes no --tensors", fix=f"quantcli inspect --outliers {model}"
-            )
-        with progress.watch(out) as watcher:
-            account = commands.outliers(model, watcher, report)
-        out.document(account) if as_json else show_outliers(out, account)
+            fix = f"quantcli inspect --outliers {model}"
+            raise InputError("--outliers does not take --tensors", fix=fix)
+        with watch(out) as progress:
+            ranking = commands.outliers(model, progress, report)
+        out.document(ranking) if as_json else show_outliers(out, ranking)
         return
-    account = commands.inspect(model, tensors)
-    out.document(account) if as_json else show_inspection(out, account)
-    if account["problems"]:
+    contents = commands.inspect(model, tensors)
+    out.document(contents) if as_json else show_inspection(out, contents)
+    if contents["problems"]:
         raise typer.Exit(Exit.ANSWER_NO)
 
 
-def show_inspection(out: Output, account: dict[str, Any]) -> None:
-    """Folded tensors, then what there is to say about the whole."""
-    if "matches" in account:
+def show_inspection(out: Output, contents: dict[str, Any]) -> None:
+    """Print the tensors, similar ones in one line, and then facts of the whole checkpoint."""
+    if "matches" in contents:
         rows = [
-            [m["name"], m["dtype"], str(m["shape"]), human_bytes(m["bytes"]), m["shard"]]
-            for m in account["matches"]
+            [m["name"], m["dtype"], str(m["shape"]), decimal(m["bytes"]), m["shard"]]
+            for m in contents["matches"]
         ]
         out.table(["tensor", "dtype", "shape", "size", "shard"], rows, {"size"})
         return
     rows = [
-        [
-            group["name"],
-            f"{group['count']} x {group['dtype']} {group['shape']}",
-            human_bytes(group["bytes"]),
-        ]
-        for group in account["groups"]
+        [g["name"], f"{g['count']} x {g['dtype']} {g['shape']}", decimal(g["bytes"])]
+        for g in contents["groups"]
     ]
     out.table(["module", "tensors", "size"], rows, {"size"})
     out.line()
-    kind = account["model_type"] or "unknown"
-    classes = ", ".join(account["architectures"] or []) or "no architecture named"
-    dtypes = ", ".join(f"{d} {human_bytes(t['bytes'])}" for d, t in account["dtypes"].items())
+    kind = contents["model_type"] or "unknown"
+    classes = ", ".join(contents["architectures"] or []) or "no architecture named"
+    dtypes = ", ".join(f"{d} {decimal(t['bytes'])}" for d, t in contents["dtypes"].items())
     out.line(f"model         {kind} ({classes})")
-    # packed codes, scales and zero points are elements of tensors, and no parameters
-    word = "parameters" if account["quantization"] is None else "elements"
-    out.line(f"{word:<14}{account['parameters']:,} in {account['tensors']:,} tensors")
-    shards = count(account["shards"], "shard")
-    out.line(f"weights       {human_bytes(account['bytes'])} in {shards}: {dtypes}")
-    out.line(f"tied          {account['tied_embeddings']}")
-    found = account["quantization"]
-    quantized = f"{found['format']}, {found['modules']} modules" if found else "none, a float model"
-    out.line(f"quantization  {quantized}")
-    for name, why in account["left_out"].items():
-        if not (found and why == STALE):  # beside quantized weights these files are in their place
+    # packed codes, scales and zero points are elements of tensors, but not parameters
+    unit = "parameters" if contents["quantization"] is None else "elements"
+    out.line(f"{unit:<14}{contents['parameters']:,} in {contents['tensors']:,} tensors")
+    shards = count(contents["shards"], "shard")
+    out.line(f"weights       {decimal(contents['bytes'])} in {shards}: {dtypes}")
+    out.line(f"tied          {contents['tied_embeddings']}")
+    quantization = contents["quantization"]
+    text = f"{quantization['format']}, {quantization['modules']} modules" if quantization else ""
+    out.line(f"quantization  {text or 'none, a float model'}")
+    for name, why in contents["left_out"].items():
+        if not (quantization and why == STALE):  # these files belong to quantized weights
             out.line(f"left out      {name}: {why}")
-    for note in account["notes"]:
+    for note in contents["notes"]:
         out.line(f"note          {note}")
-    for problem in account["problems"]:
+    for problem in contents["problems"]:
         where = f" ({problem['where']})" if problem["where"] else ""
         fix = f"; {problem['fix']}" if problem["fix"] else ""
         out.line(f"suspicious    {problem['what']}{where}{fix}")
 
 
 def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
-    """Schemes x targets."""
+    """Print which schemes each target can store, and where they load."""
     rows = [
         [cell["scheme"], cell["target"], cell["label"], cell["loads_on"]]
         if cell["supported"]
@@ -118,15 +118,14 @@ def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
     out.table(["scheme", "target", "engine's name", "loads on"], rows)
 
 
-_ROWS = 20
+_ROWS = 20  # modules in the table of outliers
+_NAMED = 5  # modules that the advice names
 
-_NAMED = 5
 
-
-def show_outliers(out: Output, account: dict[str, Any]) -> None:
-    """The worst modules of `outliers.inspect_outliers`, what the numbers are, a rule for a recipe."""
-    modules, ranked_by = account["modules"], account["ranked_by"]
-    operands = sorted(account["operands"], key=lambda operand: operand != ranked_by)
+def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
+    """Print the worst modules of `planning.outliers`, a legend, and a rule for a recipe."""
+    modules, ranked_by = ranking["modules"], ranking["ranked_by"]
+    operands = sorted(ranking["operands"], key=lambda operand: operand != ranked_by)
     columns = ["module", "shape", *operands, "amax/rms", "kurtosis", "channel", "of the median"]
     rows = [_row(module, operands) for module in modules[:_ROWS]]
     out.table(columns, rows, {*columns[2:]})
@@ -134,21 +133,22 @@ def show_outliers(out: Output, account: dict[str, Any]) -> None:
     if len(modules) > _ROWS:
         out.line(f"more          {count(len(modules) - _ROWS, 'module')}; --json lists all")
     out.line(
-        f"order         worst first by the SQNR of weights in {ranked_by}; 6 dB less is an error of "
-        "twice the size"
+        f"order         by the SQNR of weights in {ranked_by}, worst first; 6 dB less: twice the error"
     )
     for operand in operands:
-        out.line(f"schemes       {operand}: {', '.join(account['operands'][operand])}")
-    out.line("channel       the input channel (column) with the largest rms, over the median of all")
-    out.line("inputs        not seen here: outlier channels of activations do not show in weights")
-    for others in account["left_out"]:
+        out.line(f"schemes       {operand}: {', '.join(ranking['operands'][operand])}")
+    out.line(
+        "channel       input channel (column) with the largest rms, and its ratio to the median rms"
+    )
+    out.line("inputs        not measured: outlier channels of activations do not show in weights")
+    for others in ranking["left_out"]:
         number = count(others["tensors"], "tensor")
         out.line(f"left out      {number}, {others['why']}: {', '.join(others['names'])}")
     for module in modules:
         if bad := module["not_finite"]:
             place = f"`{module['module']}`{bad['index']}"
             out.line(f"damaged       {place} is {bad['value']}: fetch the model again")
-    _show_advice(out, account["advice"])
+    _show_advice(out, ranking["advice"])
 
 
 def _row(module: dict[str, Any], operands: list[str]) -> list[str]:
@@ -182,6 +182,8 @@ def _show_advice(out: Output, advice: dict[str, Any] | None) -> None:
     if len(far) > _NAMED:
         out.line(f"far below     {count(len(far) - _NAMED, 'more module')}")
     kept = count(advice["modules"], "module")
-    out.line(f"advice        keep {kept} float, with what must have their scheme; before other rules:")
+    out.line(
+        f"advice        keep {kept} float, with modules that need the same scheme; put this rule first:"
+    )
     for line in advice["yaml"].splitlines():
         out.line(line)

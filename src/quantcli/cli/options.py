@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -12,34 +12,44 @@ from quantcli.core.errors import InputError
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources
 
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
+Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no words and no progress on stderr.")]
-Device = Annotated[str, typer.Option(help="Where calibration computes: cpu, cuda or npu.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages and no progress.")]
+Device = Annotated[str, typer.Option(help="Device for calibration: cpu, cuda or npu.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory of a calibration beside the imports, such as 8GB: one decoder layer, the work on "
-        "it, and as many hidden states as fit [default: 80 % of what is free].",
+        help="Memory limit of a calibration, without library imports, such as 8GB. It holds one "
+        "decoder layer and its workspace; the rest caches hidden states "
+        "[default: 80 % of free memory].",
     ),
 ]
 Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that came with the model, where it is run."),
+    bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
 ]
-Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")]
-PlanOnly = Annotated[bool, typer.Option("--plan", help="Show the plan and stop; 0 if it would run.")]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan", help="Print the plan and stop; exit code 0: the run would be accepted."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming OUT.partial.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT, once its successor is whole.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace OUT once the new checkpoint is complete.")
+]
 Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest.")]
 Report = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Write one page with charts, too.")
+    Path | None, typer.Option(metavar="FILE.html", help="Also write one page with charts.")
 ]
 
 
 def resources_of(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
-    """What --device, --workers, --max-memory and --trust-remote-code ask for."""
+    """The resources for calibration: --device, --workers, --max-memory and --trust-remote-code."""
     from quantcli.calibration.replay.devices import check_device
     from quantcli.calibration.session import Resources
     from quantcli.core.threads import default_workers
@@ -48,7 +58,7 @@ def resources_of(device: str, workers: int | None, max_memory: str | None, *, tr
     try:
         limit = None if max_memory is None else parse_size(max_memory)
     except ValueError as error:
-        where = f"--max-memory {max_memory}"
-        raise InputError(str(error), where=where, fix="such as --max-memory 8GB") from None
+        what, where = f"`--max-memory`: {error}", f"--max-memory {max_memory}"
+        raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
     return Resources(device, workers or default_workers(), limit, trust)

@@ -1,4 +1,4 @@
-"""How far the work is: a bar on a terminal, else one line a shard or layer."""
+"""Progress of a run: a bar on a terminal, otherwise one line for each shard or layer."""
 
 from __future__ import annotations
 
@@ -9,134 +9,120 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from quantcli.cli.output import Output, make_console
-from quantcli.core.text import count, human_bytes
+from rich.filesize import decimal
+
+from quantcli.cli.output import Output, literal
+from quantcli.core.events import Progress
+from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
 
 
-class ShardLines:
-    """Progress where stderr is no terminal: one line a shard or layer, nothing else."""
+class ShardLines(Progress):
+    """Progress without a terminal: one line on stderr for each shard or layer."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
-        self._count = 0
-        self._done = 0
-        self._layers = 0
+        self._shards = self._done = self._layers = 0
         self._began = 0.0
         self._lock = threading.Lock()
 
     def begin(self, nbytes: int, shards: int) -> None:
-        """Remember how many shards there will be."""
-        self._count = self._done + shards
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing to show."""
+        """Print nothing; the lines that follow show the number of shards."""
+        self._shards = self._done + shards
 
     def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """One line."""
+        """Print `shard 2/7: FILE 5.0 GB`; `kept` in place of the numbers before `begin`."""
         with self._lock:
             self._done += 1
-            of = f"{self._done}/{self._count}" if self._count else "kept"
-            kept = " (from an earlier run)" if reused else ""
-            self._out.word(f"shard {of}: {file} {human_bytes(nbytes)}{kept}")
+            of = f"{self._done}/{self._shards}" if self._shards else "kept"
+            origin = " (from an earlier run)" if reused else ""
+            self._out.message(f"shard {of}: {file} {decimal(nbytes)}{origin}")
 
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """One line, and remember how many layers there are."""
+        """Print the number of layers and of tokens."""
         self._layers = layers
         self._began = time.monotonic()
-        kept = f", {count(done, 'layer')} done by an earlier run" if done else ""
-        self._out.word(f"running: {count(layers, 'layer')}, {tokens:,} tokens{kept}")
+        earlier = f", {count(done, 'layer')} done by an earlier run" if done else ""
+        self._out.message(f"running: {count(layers, 'layer')}, {tokens:,} tokens{earlier}")
 
     def layer(self, name: str, index: int, note: str = "") -> None:
-        """One line."""
+        """Print `layer 2/32: NAME 1.5 s, NOTE`."""
         more = f", {note}" if note else ""
         now = time.monotonic()
-        self._out.word(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s{more}")
+        self._out.message(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s{more}")
         self._began = now
 
     def say(self, text: str) -> None:
-        """One line."""
-        self._out.word(text)
+        """Print the message."""
+        self._out.message(text)
 
 
-class ProgressBar:
-    """Progress on a terminal: a bar in layers, then one in bytes."""
+class ProgressBar(Progress):
+    """Progress on a terminal: one bar at a time, over bytes or over layers."""
 
-    def __init__(self, bar: Bar, out: Output) -> None:
-        self._bar = bar
+    def __init__(self, out: Output) -> None:
         self._out = out
-        self._task = bar.add_task("", total=None, visible=False, amount="")
-        self._layers = bar.add_task("", total=None, visible=False, amount="")
-        self._pending = self._done = self._total = 0
-        self._shown = self._began = 0.0
-        self._lock = threading.Lock()
+        self._bar: Bar | None = None
 
     def begin(self, nbytes: int, shards: int) -> None:
-        """Set the length of the bar."""
-        self._total = nbytes
-        self._began = time.monotonic()
-        self._bar.update(self._layers, visible=False)
-        self._bar.update(self._task, total=nbytes, description=f"{shards} shards", visible=True)
+        """Start a bar over bytes."""
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        self._start(count(shards, "shard"), nbytes, 0, DownloadColumn(), TransferSpeedColumn())
 
     def advance(self, nbytes: int) -> None:
-        """Move on; ten times a second is enough for the eye."""
-        with self._lock:
-            self._pending += nbytes
-            now = time.monotonic()
-            if now - self._shown < 0.1:
-                return
-            step, self._pending, self._shown = self._pending, 0, now
-        self._advance(step)
-
-    def _advance(self, step: int) -> None:
-        self._done += step
-        seconds = max(time.monotonic() - self._began, 0.1)
-        speed = human_bytes(self._done / seconds)
-        amount = f"{human_bytes(self._done)} of {human_bytes(self._total)}, {speed}/s"
-        self._bar.update(self._task, completed=self._done, amount=amount)
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Nothing to show: the bar says it."""
-        with self._lock:
-            step, self._pending = self._pending, 0
-        self._advance(step)
+        """Move the bar."""
+        if self._bar:
+            self._bar.advance(self._bar.task_ids[0], nbytes)
 
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """Set the length of the bar, in layers."""
-        self._bar.update(
-            self._layers, total=layers, completed=done, description="running", visible=True
-        )
+        """Start a bar over layers."""
+        from rich.progress import TextColumn
+
+        self._start("running", layers, done, TextColumn("{task.fields[layer]}", markup=False))
 
     def layer(self, name: str, index: int, note: str = "") -> None:
-        """Move on."""
-        more = f", {note}" if note else ""
-        self._bar.update(self._layers, completed=index + 1, amount=f"{name} is done{more}")
+        """Move the bar."""
+        if self._bar:
+            layer = f"{name} is done" + (f", {note}" if note else "")
+            self._bar.update(self._bar.task_ids[0], completed=index + 1, layer=literal(layer).plain)
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
-        self._out.word(text)
+        """Print the message above the bar."""
+        self._out.message(text)
+
+    def stop(self) -> None:
+        """Stop the bar; it stays on the terminal."""
+        if self._bar:
+            self._bar.stop()
+
+    def _start(self, description: str, total: int, done: int, *columns: ProgressColumn) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.stop()
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *columns,
+            TimeRemainingColumn(),
+            console=self._out.messages,
+        )
+        self._bar.add_task(description, total=total, completed=done, layer="")
+        self._bar.start()
 
 
 @contextmanager
-def watch(out: Output) -> Iterator[ShardLines | ProgressBar]:
-    """A bar on a terminal, else one line a shard."""
+def watch(out: Output) -> Iterator[Progress]:
+    """Progress of the block: a bar on a terminal, otherwise lines, which --quiet leaves out."""
     if out.quiet or not sys.stderr.isatty():
         yield ShardLines(out)
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=make_console(sys.stderr)) as bar:
-        yield ProgressBar(bar, out)
+    bar = ProgressBar(out)
+    try:
+        yield bar
+    finally:
+        bar.stop()

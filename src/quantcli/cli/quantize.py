@@ -1,75 +1,60 @@
-"""`quantcli quantize`: its options, and what it prints."""
+"""`quantcli quantize`: its options and its output."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
-from quantcli.cli.options import (
-    Checksum,
-    Device,
-    Force,
-    Fresh,
-    Json,
-    MaxMemory,
-    Model,
-    PlanOnly,
-    Quiet,
-    Trust,
-    Workers,
-    resources_of,
-)
+from quantcli.cli import options
+from quantcli.cli.conversion import convert, show_job
 from quantcli.cli.output import Output
-from quantcli.core.text import count, human_bytes
+from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.commands.job import Job
     from quantcli.convert.execute import Written
+    from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
 
 def quantize(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    model: Model = None,
+    recipe: options.Recipe,
+    model: options.Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
-    ] = None,
-    plan: PlanOnly = False,
+    set_: options.Override = None,
+    plan: options.PlanOnly = False,
     part: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Write the I-th of N parts to OUT.part-I-of-N, for `quantcli pack --merge`.",
+            help="Write part I of N to OUT.part-I-of-N, for `quantcli pack --merge`.",
         ),
     ] = None,
-    workers: Workers = None,
-    fresh: Fresh = False,
-    force: Force = False,
-    checksum: Checksum = True,
+    workers: options.Workers = None,
+    fresh: options.Fresh = False,
+    force: options.Force = False,
+    checksum: options.Checksum = True,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Calibration to use or to make [default: OUT.calibration]."),
     ] = None,
-    device: Device = "cpu",
-    max_memory: MaxMemory = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
+    trust_remote_code: options.Trust = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Convert a checkpoint as a recipe says. The same command again resumes an interrupted run.
+    """Convert a checkpoint with a recipe. The same command again resumes an interrupted run.
 
-    Several machines: run it with --part 1/N to N/N, each where it likes, and put the parts together
-    with `quantcli pack --merge`. Parts of a recipe that calibrates need one --calibration.
+    On several machines: run parts 1/N to N/N with --part, in any order, and join them with
+    `quantcli pack --merge`. If the recipe calibrates, all parts need the same --calibration.
     """
-    from quantcli.cli import progress
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
 
@@ -86,34 +71,33 @@ def quantize(
         calibration=calibration,
         part=part,
     )
-    resources = resources_of(device, workers, max_memory, trust=trust_remote_code)
-    if not as_json and (plan or not quiet):
-        show_plan(output, job)
-    commands.check(job)
-    if as_json and plan:
-        output.document({"ok": True, "plan": jobs.to_json(job)})
-    if plan:
-        return
-    started = time.monotonic()
-    with progress.watch(output) as watcher:
-        written = commands.quantize(job, watcher, resources)
-    show_written(output, job, written, time.monotonic() - started)
-    job = replace(job, plan=written.plan)
-    if as_json:
-        result: dict[str, Any] = {"ok": True, "out": str(written.out), "bytes": written.nbytes}
-        result |= {"shards_reused": written.shards_reused, "files": written.files}
-        output.document({**result, "plan": jobs.to_json(job)})
+    resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
+
+    def run(progress: Progress) -> Written[Plan]:
+        written = commands.quantize(job, progress, resources)
+        notes = (*written.plan.notes, *written.notes)  # the plan's own are on the screen already
+        return replace(written, notes=tuple(note for note in notes if note not in job.plan.notes))
+
+    convert(
+        output,
+        plan,
+        show=lambda: show_plan(output, job),
+        check=lambda: commands.check(job),
+        run=run,
+        report=lambda written: jobs.to_json(replace(job, plan=written.plan) if written else job),
+        closing=_closing(job),
+    )
 
 
 def show_plan(out: Output, job: Job) -> None:
-    """The plan: what each rule does, what stays float and why, what it costs."""
+    """Print the plan: the effect of each rule, the weights that stay float and why, the cost."""
     plan = job.plan
     rows = []
     for rule in plan.rules:
-        sizes = human_bytes(rule.nbytes_before), human_bytes(rule.nbytes_after)
+        sizes = decimal(rule.nbytes_before), decimal(rule.nbytes_after)
         rows.append([f"rules.{rule.number - 1}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
     for kept in plan.kept:
-        sizes = human_bytes(kept.nbytes_before), human_bytes(kept.nbytes)
+        sizes = decimal(kept.nbytes_before), decimal(kept.nbytes)
         rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", *sizes])
     columns = ["weights", "engine's name", "count", "before", "after"]
     out.table(columns, rows, {"count", "before", "after"})
@@ -121,9 +105,9 @@ def show_plan(out: Output, job: Job) -> None:
     for kept in plan.kept:
         out.line(f"{kept.reason}: {', '.join(kept.names)}")
     out.line()
-    before, after = plan.checkpoint.nbytes, plan.weight_nbytes
+    before, after = decimal(plan.checkpoint.nbytes), decimal(plan.weight_nbytes)
     out.line(
-        f"weights      {human_bytes(before)} -> {human_bytes(after)} in {count(plan.shards, 'shard')}; "
+        f"weights      {before} -> {after} in {count(plan.shards, 'shard')}; "
         f"{plan.quantized_params_pct:.1f} % of {plan.params:,} parameters quantized"
     )
     for loads_on in dict.fromkeys(f"{r.label}: {r.loads_on}" for r in plan.rules if r.modules):
@@ -131,57 +115,38 @@ def show_plan(out: Output, job: Job) -> None:
     out.line(f"serving in   {'bfloat16' if plan.serving_dtype == 'BF16' else 'float16'}")
     if job.part is not None:
         files = ", ".join(shard.file for shard in job.shards) or "none"
-        beside = f", and {count(plan.sidecars.keys() | plan.copies.keys(), 'file')} beside the weights"
-        out.line(f"{job.part!s:<13}{files}{beside if job.part.carries else ''}")
-    out.line(f"disk         needs {human_bytes(job.nbytes)}, {human_bytes(job.disk_free)} free")
-    out.line(f"memory       about {human_bytes(job.memory)} with {count(job.workers, 'worker')}")
-    out.line(f"output       {job.out}")
-    if job.session is not None:
-        out.line(f"calibration  {_calibration_words(job)}")
+        others = f", and {count(plan.sidecars.keys() | plan.copies.keys(), 'file')} without weights"
+        out.line(f"{job.part!s:<13}{files}{others if job.part.carries else ''}")
+    facts = [] if job.session is None else [f"calibration  {_calibration_text(job)}"]
     if job.out.exists():
-        out.line(f"replaces     {job.out}{job.replaced}")
-    if job.shards_done:
-        out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
-    for note in plan.notes:
-        out.line(f"note         {note}")
+        facts.append(f"replaces     {job.out}{job.replaced}")
+    show_job(out, job, job.nbytes, *facts)
 
 
-def _calibration_words(job: Job) -> str:
+def _calibration_text(job: Job) -> str:
     session = job.session
     assert session is not None
-    asked = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
-    if session.plan.recipe.file.smooth is not None and not (asked and session.complete):
-        asked.append("smoothing")
-    what = " and ".join(asked)
+    results = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
+    if session.plan.recipe.file.smooth is not None and not (results and session.complete):
+        results.append("smoothing")
+    what = " and ".join(results)
     if session.complete:
         smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
         return f"{session.folder}, {what}{smoothed}"
-    done = f", goes on after {count(session.layers_done, 'layer')}" if session.layers_done else ""
+    done = session.layers_done
+    resumes = f", continues after {count(done, 'layer')}" if done else ""
     source = session.source
-    memory = human_bytes(job.memory + session.memory_nbytes(job.workers))
+    memory = decimal(job.memory + session.memory_nbytes(job.workers))
     return (
         f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
-        f"{source.data}, kept in {session.folder}{done}; about {memory} of "
-        f"memory, and up to {human_bytes(session.states_nbytes)} of hidden states on disk"
+        f"{source.data}, kept in {session.folder}{resumes}; about {memory} of "
+        f"memory, and up to {decimal(session.states_nbytes)} of hidden states on disk"
     )
 
 
-def show_written(out: Output, job: Job, written: Written[Plan], seconds: float) -> None:
-    """What only calibration could tell, and the closing line."""
-    for note in (*written.plan.notes, *written.notes):
-        if note not in job.plan.notes:
-            out.word(f"note: {note}")
+def _closing(job: Job) -> tuple[str, str]:
     if job.part is not None:
-        out.word(
-            f"done: {written.out}, {human_bytes(written.nbytes)}, {job.part}, {seconds:.1f} s; all "
-            "parts make the checkpoint with `quantcli pack --merge`"
-        )
-        return
+        return f", {job.part}", "; join all parts with `quantcli pack --merge`"
     before = job.plan.checkpoint.nbytes
     ratio = job.plan.weight_nbytes / before if before else 1.0
-    kept = written.shards_reused
-    reused = f", {count(kept, 'shard')} from an earlier run" if kept else ""
-    out.word(
-        f"done: {written.out}, {human_bytes(written.nbytes)}, weights {100 * ratio:.1f} % of "
-        f"the source, {seconds:.1f} s{reused}"
-    )
+    return f", weights {100 * ratio:.1f} % of the source", ""

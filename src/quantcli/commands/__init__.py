@@ -1,3 +1,3 @@
 """The five commands as Python functions: options in, data out.
 
-They print nothing. What the user types and sees is in `cli`."""
+They print nothing. The command line is in `cli`."""

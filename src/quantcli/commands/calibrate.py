@@ -1,4 +1,4 @@
-"""`calibrate` as functions: check first, then run or go on."""
+"""`calibrate` as functions: check first, then run or resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
 
 
-def prepare_calibration(
+def plan_calibration(
     recipe: Path,
     *,
     model: str | None = None,
@@ -21,11 +21,16 @@ def prepare_calibration(
     overrides: tuple[str, ...] = (),
     fresh: bool = False,
 ) -> Session:
-    """Check all that can be checked before a calibration reads weights."""
+    """Check everything that can be checked before a calibration reads weights.
+
+    out: the folder of the calibration; by default it is named after the recipe's output.
+    overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
+    Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.
+    """
     from quantcli.calibration.session import prepare_session
     from quantcli.planning.planner import make_plan
 
-    loaded, named, checkpoint = _load(recipe, model, overrides, "calibrate")
+    loaded, model_name, checkpoint = _load(recipe, model, overrides, "calibrate")
     plan = make_plan(loaded, checkpoint)
     if not plan.needs_calibration:
         raise InputError(
@@ -33,7 +38,7 @@ def prepare_calibration(
             where=str(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    folder = out or _calibration_folder(Path(loaded.file.output or _default_name(named, recipe)))
+    folder = out or _calibration_folder(Path(loaded.file.output or _default_name(model_name, recipe)))
     return prepare_session(plan, folder, fresh=fresh)
 
 
@@ -44,7 +49,7 @@ def calibrate(
     *,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Run or continue a calibration; its summary, JSON-able. A complete one is not run again."""
+    """Run or resume a calibration, unless it is complete. Returns its report as JSON-able data."""
     from quantcli.calibration.session import Resources, run, summary
     from quantcli.core.events import SILENT
 

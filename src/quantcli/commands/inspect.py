@@ -1,4 +1,4 @@
-"""`inspect` as a function: what a checkpoint holds, and which weights are hard to quantize."""
+"""`inspect` as functions: the contents of a checkpoint, its outliers, supported combinations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 
 def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers alone. `tensors` is a glob of names to list."""
+    """The contents of a checkpoint, from its headers alone, as JSON-able data.
+
+    tensors: a glob; the tensors that match are listed one by one.
+    """
     return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
 
 
 def support() -> list[dict[str, Any]]:
-    """Every scheme x target, found by quantizing and packing a weight without data."""
+    """Every pair of scheme and target, tried by quantizing and packing a weight without data.
+
+    Each entry has `scheme`, `target` and `supported`, and either `label`, `loads_on` and the `tensors`
+    of a weight [256, 256], or `why` it is not supported.
+    """
     from quantcli.checkpoint.spec import TensorSpec
     from quantcli.core.registry import discover
     from quantcli.planning.items import dry_run
@@ -46,9 +53,9 @@ def support() -> list[dict[str, Any]]:
 
 
 def outliers(model: str, progress: Progress | None = None, page: Path | None = None) -> dict[str, Any]:
-    """Which of a float checkpoint's weights are hard to quantize: see `outliers.inspect_outliers`.
+    """The weights of a checkpoint, hardest to quantize first: see `planning.outliers`.
 
-    page: an HTML file to draw it in as well.
+    page: an HTML file for the same result with charts. InputError if it cannot be written.
     """
     from quantcli.core.events import SILENT
     from quantcli.core.registry import discover
@@ -62,9 +69,9 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
         check_file("--report", page)
     target = discover(Target)["ascend"]()
     checkpoint = open_checkpoint(find_model(model))
-    found = inspect_outliers(checkpoint, target, progress=progress or SILENT)
+    ranking = inspect_outliers(checkpoint, target, progress=progress or SILENT)
     if page is not None:
         from quantcli.verification.report.outliers import outliers_page
 
-        write_file(page.resolve(), outliers_page(str(checkpoint.path), found["modules"]).encode())
-    return found
+        write_file(page.resolve(), outliers_page(str(checkpoint.path), ranking["modules"]).encode())
+    return ranking

@@ -53,11 +53,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished directory. `reused` counts weight files that an interrupted run had put there."""
+    """A finished directory. `shards_reused` counts shards of an interrupted run."""
 
     out: Path
     files: dict[str, dict[str, Any]]
-    reused: int
+    shards_reused: int
     notes: tuple[str, ...]
 
 

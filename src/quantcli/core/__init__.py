@@ -1,3 +1,3 @@
-"""What every other package may use: errors, findings, numerics, threads, files on disk.
+"""Shared by all packages: errors, findings, numerics, threads, files on disk.
 
-Nothing here knows a checkpoint, a recipe, a scheme or a target."""
+Nothing here knows checkpoints, recipes, schemes or targets."""

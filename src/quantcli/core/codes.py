@@ -1,48 +1,54 @@
-"""Codes of 8 and 4 bits as numbers: exact, and fast on a CPU."""
+"""Values of 8-bit and 4-bit codes as float32: exact, and fast on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_EXPONENTS = 2.0**8  # between the exponents of float16 and e4m3
+_EXPONENTS = 2.0**8  # float16 has an exponent bias of 15, e4m3 one of 7
 
 
 def fp8_values(codes: Tensor, scale: Tensor | None = None, columns: int = 0) -> Tensor:
-    """float8_e4m3fn, or uint8 with its bits, in any shape -> the numbers, float32.
+    """The values of e4m3 codes, float32, in the shape of `codes`.
 
-    scale: of codes [r, k], for each group of `columns`: then the numbers times it, see scale_groups.
+    codes: float8_e4m3fn, or uint8 with the same bits, in any shape.
+    scale: for codes [r, k], a scale for each group of `columns` columns; the values are multiplied
+           with it, see `scale_groups`.
 
-    The bits of an e4m3 number, moved up beside those of float16, are 2^-8 times the number, also
-    where it is subnormal: a fifth of the time that torch's own conversion takes. NaN stays NaN.
+    The bits of an e4m3 number, shifted to where float16 has them, are a float16 number 2^-8 times as
+    large, also if it is subnormal. This takes a fifth of the time of torch's own conversion. NaN
+    stays NaN.
     """
     bits = codes.view(torch.uint8)
-    # NaN is the largest code of either sign; there is no infinity
+    # NaN is the largest code of either sign; e4m3 has no infinity
     if bits.numel() and (int(bits.amax()) == 0xFF or int(bits.view(torch.int8).amax()) == 0x7F):
         values = bits.view(torch.float8_e4m3fn).float()
         return values if scale is None else scale_groups(values, scale, columns)
-    wide = bits.view(torch.int8).to(torch.int16)  # the sign is extended into the upper byte
+    wide = bits.view(torch.int8).to(torch.int16)  # extends the sign into the upper byte
     wide *= 128
     wide &= ~0x4000
     values = wide.view(torch.float16).float()
     if scale is None:
         return values.mul_(_EXPONENTS)
-    # a power of two: the same numbers, unless a scale is beyond 2^120
+    # exact, since 2^8 is a power of two, unless a scale is beyond 2^120
     return scale_groups(values, scale * _EXPONENTS, columns)
 
 
 def code_values(codes: Tensor) -> Tensor:
-    """Codes of any dtype, one an element, as float32."""
+    """The values of codes of any dtype, one per element, as float32."""
     return fp8_values(codes) if codes.dtype == torch.float8_e4m3fn else codes.float()
 
 
 def spread(values: Tensor, columns: int, k: int) -> Tensor:
-    """[..., ceil(k / columns)] -> [..., k]: what each group of columns has, for each column."""
+    """Values of column groups [..., ceil(k / columns)], repeated for each column: [..., k]."""
     return values.repeat_interleave(columns, -1)[..., :k]
 
 
 def scale_groups(values: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """values float32 [r, k] times scale [r, ceil(k / columns)], in place: groups begin at column 0."""
+    """Multiply values, float32 [r, k], in place with scale [r, ceil(k / columns)].
+
+    Groups of `columns` columns begin at column 0.
+    """
     k = values.shape[1]
     if k % columns:
         values *= spread(scale, columns, k)
@@ -52,9 +58,9 @@ def scale_groups(values: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
-    """int32 [r, w], little endian, first code in the lowest bits -> uint8 [r, w * 32 / bits].
+    """Codes that are packed along rows: int32 [r, w] -> uint8 [r, w * 32 / bits].
 
-    bits: 4 or 8.
+    The first code is in the lowest bits. bits: 4 or 8. Needs a little-endian CPU.
     """
     octets = packed.reshape(-1).view(torch.uint8).view(len(packed), 4 * packed.shape[1])
     if bits == 8:

@@ -1,4 +1,4 @@
-"""Files on disk: durable and whole or not there at all, hashed; system errors as ours."""
+"""Files on disk: written durably and as a whole, hashed; system errors as MachineError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HASH_BYTES = 2**20
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A small file, durable and whole or not there at all."""
+    """Write a small file durably. After a crash it is complete, or as it was before."""
     temporary = path.with_name(f".{path.name}.writing")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,15 +31,17 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check_file(option: str, file: Path) -> None:
-    """InputError, before the work, where its outcome could not be written to `file`."""
+    """InputError if `file`, the value of `option`, could not be written. Called before the work."""
+    where = f"{option} {file}"
     with disk_errors(file):
         if file.is_dir():
-            raise InputError("is a directory", where=f"{option} {file}", fix="give a file")
+            raise InputError(f"`{file}` is a directory", where=where, fix="give a file")
         if file.exists() and not file.is_file():
             fix = "give the name of a new file, or of one to replace"
-            raise InputError("is no regular file", where=f"{option} {file}", fix=fix)
+            raise InputError(f"`{file}` is not a regular file", where=where, fix=fix)
         if not file.parent.is_dir():
-            raise InputError("no such directory", where=f"{option} {file}", fix="make it first")
+            fix = "create the directory first"
+            raise InputError(f"directory `{file.parent}` does not exist", where=where, fix=fix)
 
 
 def sha256_of(path: Path) -> str:
@@ -53,10 +55,10 @@ def blake3_of(path: Path) -> str:
 
 
 def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
-    """A file as the manifest lists it; with hashes, from one reading of it, where they are wanted.
+    """A file as the manifest lists it: {"bytes": n}, and its hashes, from one reading, if `checksum`.
 
-    Two hashes: sha256 is what hubs and release notes go by; blake3 is as safe and ten times as fast on
-    processors without instructions for sha256, so that verifying needs no patience.
+    Two hashes: hubs and release notes use sha256; blake3 is as safe, and ten times as fast on
+    processors without sha256 instructions, which makes `verify --full` fast.
     """
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if checksum:
@@ -84,7 +86,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into a MachineError that names the path."""
+    """Raise an OSError of the block as a MachineError that names the path."""
     try:
         yield
     except OSError as error:
@@ -92,7 +94,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def machine_error(error: OSError, path: Path) -> MachineError:
-    """What the operating system said, with the path and a way out."""
+    """An error of the operating system, with the path and a fix."""
     again = "run the same command again: it continues where it stopped"
     fixes = {
         errno.ENOSPC: f"free some space and {again}",
@@ -103,14 +105,14 @@ def machine_error(error: OSError, path: Path) -> MachineError:
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
     }
     reason = error.strerror or str(error)
-    fix = fixes.get(error.errno or 0, f"see to that and {again}")
+    fix = fixes.get(error.errno or 0, f"remove the cause and {again}")
     return MachineError(reason[:1].lower() + reason[1:], where=str(path), fix=fix)
 
 
 def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
-    """Lock an open file until it is closed; some network file systems have no locks.
+    """Lock an open file until it is closed. MachineError if another process has the lock.
 
-    MachineError where another process has the lock.
+    Some network file systems have no locks; the file stays unlocked there.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -1,12 +1,12 @@
-"""What goes wrong, said once: what, where, how to fix it.
+"""Errors: what is wrong, where, and how to fix it.
 
     QuantError                 anything this tool refuses or cannot do
-    |-- AnswerNo        1      ran fine, and the answer is no
+    |-- AnswerNo        1      the command ran, and the answer is no
     |-- InputError      2      the recipe, the model or the command line must change
     |-- MachineError    3      the machine must change: disk, permissions, memory, device
     `-- Interrupted   130      Ctrl-C or SIGTERM
 
-Any other exception that reaches the command line is our bug and exits with 70.
+Any other exception that reaches the command line is a bug in this tool; the command exits with 70.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Exit(IntEnum):
 
 
 class QuantError(Exception):
-    """One problem in one message.
+    """One problem as one message.
 
-    what:  the problem, lower case, without a full stop.
+    what:  the problem; it names the thing that is wrong, in lower case, without a full stop.
     where: the place: `file:line`, a tensor with its index, a path.
-    fix:   what the user can do about it.
+    fix:   what the user can do.
     """
 
     exit_code: Exit = Exit.FIX_INPUT
@@ -53,15 +53,13 @@ class QuantError(Exception):
 
 
 class AnswerNo(QuantError):
-    """The command worked and the answer is no (exit 1)."""
+    """The command ran, and the answer is no (exit 1)."""
 
     exit_code = Exit.ANSWER_NO
 
 
 class InputError(QuantError):
     """The user's input must change (exit 2)."""
-
-    exit_code = Exit.FIX_INPUT
 
 
 class MachineError(QuantError):
@@ -76,15 +74,14 @@ class Interrupted(QuantError):
     exit_code = Exit.INTERRUPTED
 
 
-def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """The names in `known` that look most like `name`, as `a`, `b`; empty where none does."""
-    pool = list(known)
-    matches = difflib.get_close_matches(name, pool, n=limit, cutoff=0.5)
+def closest(name: str, candidates: Iterable[str], limit: int = 3) -> str:
+    """Up to `limit` candidates that look most like `name`, as "`a`, `b`"; empty if none does."""
+    matches = difflib.get_close_matches(name, list(candidates), n=limit, cutoff=0.5)
     return ", ".join(f"`{match}`" for match in matches)
 
 
-def one_of(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the closest of `known`, or all of them."""
-    pool = sorted(known)
-    near = closest(name, pool)
-    return f"did you mean {near}?" if near else "known: " + ", ".join(f"`{k}`" for k in pool)
+def one_of(name: str, choices: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the closest choices, or all of them if none is close."""
+    names = sorted(choices)
+    near = closest(name, names)
+    return f"did you mean {near}?" if near else "known: " + ", ".join(f"`{n}`" for n in names)

@@ -1,52 +1,28 @@
-"""What a run tells of itself while it works."""
+"""Progress of a run: the events that it reports while it works."""
 
 from __future__ import annotations
 
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Who wants to know how far the work is."""
+class Progress:
+    """Receives the events of a run, and ignores each one that a subclass does not override."""
 
     def begin(self, nbytes: int, shards: int) -> None:
-        """The work ahead: bytes of source weights, shards to write."""
+        """Work begins: bytes of source weights to read, number of shards to write."""
 
     def advance(self, nbytes: int) -> None:
-        """Bytes of source weights done since the last call. Called from any thread."""
+        """Bytes of source weights that were read since the last call. Called from any thread."""
 
     def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """A shard is whole; `reused` if an earlier run had finished it."""
+        """A shard is complete; `reused` if an earlier run wrote it."""
 
     def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """Calibration begins: decoder layers in all, those that are done already, tokens of data."""
+        """Layers begin to run: their number, how many an earlier run did, tokens of data."""
 
     def layer(self, name: str, index: int, note: str = "") -> None:
-        """A layer is calibrated; `index` from 0. note: what is to be said of it."""
+        """A layer is done; `index` counts from 0, `note` is a remark on its result."""
 
     def say(self, text: str) -> None:
-        """A sentence for people."""
+        """A message for people."""
 
 
-class Silent:
-    """Progress for nobody."""
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing."""
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Nothing."""
-
-    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """Nothing."""
-
-    def layer(self, name: str, index: int, note: str = "") -> None:
-        """Nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-
-SILENT = Silent()
+SILENT = Progress()

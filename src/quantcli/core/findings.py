@@ -1,4 +1,4 @@
-"""One thing that verification found: wrong, or worth a word."""
+"""Findings: what verification reports, as an error or as a note."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantcli.core.errors import QuantError
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or worth a word, in the terms of QuantError."""
+    """One error or note of a check; `what`, `where` and `fix` as in QuantError."""
 
     check: str
     severity: Literal["error", "note"]
@@ -20,17 +20,17 @@ class Finding:
 
 
 def failed(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
-    """A finding that makes the answer no."""
+    """An error: verification fails."""
     return Finding(check, "error", what, where, fix)
 
 
 def noted(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
-    """A finding that changes no answer."""
+    """A note: it does not change the verdict."""
     return Finding(check, "note", what, where, fix)
 
 
 def of_error(check: str, error: QuantError) -> Finding:
-    """A finding from an error of ours."""
+    """An exception as a finding. The fix is a new copy, unless the error's own is about Git LFS."""
     lfs = error.fix if error.fix and "lfs" in error.fix else None
     fix = lfs or "copy the checkpoint again, or convert the model again"
     return failed(check, error.what, error.where, fix)

@@ -1,4 +1,4 @@
-"""The words that schemes and targets share: what the numbers are, not who made them."""
+"""The vocabulary that schemes and targets share: how a linear is quantized, without its origin."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-# "weight", "weight_scale": the tensors that a scheme makes of one weight.
+# Tensors that a scheme makes of one weight, by name: "weight", "weight_scale".
 Parts: TypeAlias = "dict[str, torch.Tensor]"
-# "input_scale", "input_offset", "left_trans": what was measured or learned for one module.
+# Tensors that calibration keeps for one module, by name: "input_scale", "input_offset", "left_trans".
 Stats: TypeAlias = "Mapping[str, torch.Tensor]"
 NO_STATS: Stats = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """How one side of a matmul is quantized, in the field's usual words.
+    """How one side of a matrix multiplication is quantized.
 
-    dtype:     what the codes are.
-    per:       what shares a scale: a channel is an output row of a weight, a token a row of inputs,
-               a tensor all of a weight or all that goes into one module, a group some columns of a
-               row, a block some rows and columns.
-    symmetric: no zero point.
-    dynamic:   the scale is computed while serving.
-    block:     rows and columns that share a scale, as (1, group_size) or (128, 128).
+    dtype:     of the codes.
+    per:       the values that share a scale: a channel is an output row of a weight, a token a row of
+               inputs, a tensor a whole weight or all inputs of a module, a group some columns of a row,
+               a block some rows and columns.
+    symmetric: without a zero point.
+    dynamic:   the engine computes the scale while it serves.
+    block:     the rows and columns that share a scale, such as (1, group_size) or (128, 128).
     """
 
     dtype: Literal["int4", "int8", "fp8_e4m3"]
@@ -45,10 +45,11 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What a quantized linear computes with. `input` is None where inputs stay float.
+    """How both sides of a quantized linear are quantized. `input` is None if inputs stay float.
 
-    prefill:   how the engine quantizes inputs outside of decoding, where that is different.
-    transform: what the engine does to inputs before it quantizes them, and was undone in the weight.
+    prefill:   how the engine quantizes inputs during prefill, if that differs from decoding.
+    transform: a transform that the engine applies to inputs before it quantizes them; the weight
+               contains its inverse.
     """
 
     weight: Operand
@@ -65,9 +66,10 @@ class Numerics:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module with a `.weight`, as a target sees it. `numerics` is None where it stays float.
+    """A module with a `.weight`, as a target sees it. `numerics` is None if it stays float.
 
-    measured: how its input is measured, in words; modules that share what is made of it must agree.
+    measured: a description of how its input is measured. Siblings that share the result, such as one
+              input_scale, must have the same.
     """
 
     name: str  # without ".weight"
@@ -77,21 +79,22 @@ class Module:
 
 
 def multiplier(input_scale: torch.Tensor) -> torch.Tensor:
-    """What the engine multiplies inputs with: 1 / input_scale, rounded to the dtype of the scale.
+    """The factor of inputs in the engine: 1 / input_scale, rounded to the dtype of the scale.
 
-    input_scale: [1] in the dtype in which the engine holds it. Returns float32 [1]. Inputs are thus
-    quantized with a step of exactly 1 / multiplier, which bfloat16 makes up to 0.4 % another than
-    input_scale.
+    input_scale: [1] in the engine dtype. Returns float32 [1]. The step of quantized inputs is exactly
+    1 / multiplier, which in bfloat16 can differ from input_scale by up to 0.4 %. Source: vllm-ascend
+    182b75ea84, quantization/methods/w8a8_static.py:122-141.
     """
     return (1 / input_scale.float()).to(input_scale.dtype).float()
 
 
 def decompose(k: int) -> tuple[int, int]:
-    """(L, R), the sides of Kronecker transforms for k = L R inputs, as the engine finds them: a - b and
-    a + b for the smallest a >= sqrt k with a^2 - k = b^2.
+    """The sides (L, R) of Kronecker transforms for k = L R inputs, as the engine computes them.
 
-    Ends for every k: from a = (k + 1) / 2 on an odd k, k / 4 + 1 on a multiple of 4, is an answer.
-    (0, 0) for k = 2 mod 4, which has none.
+    L = a - b and R = a + b for the smallest a >= sqrt(k) with a^2 - k = b^2 (Fermat's factorization).
+    The search ends for every k: a = (k + 1) / 2 is a solution for odd k, a = k / 4 + 1 for multiples
+    of 4. k = 2 mod 4 has no solution: (0, 0). Source: get_decompose_dim in vllm-ascend 182b75ea84,
+    quantization/methods/w4a4_flatquant.py:39-50.
     """
     if k % 4 == 2:
         return 0, 0

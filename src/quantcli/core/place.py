@@ -1,4 +1,4 @@
-"""Where output may go: folders that can be written, and that are not in the way of others."""
+"""Places of output: folders that can be written and that do not overlap with other folders."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_calibration(folder: Path, model: Path, out: Path | None) -> None:
-    """InputError where a calibration in `folder` would be in the way of the model, or of `out`."""
+    """InputError if a calibration in `folder` would overlap with the model or with `out`."""
     with as_our_errors(folder, _ANOTHER):
         real = folder.resolve()
-        taken = {model: "the model directory"}
+        others = {model: "the model directory"}
         if out is not None:
-            taken[out.resolve()] = "the output directory"
-            taken[partial_folder(out).resolve()] = "what a run leaves until it is done"
-        for path, what in taken.items():
+            others[out.resolve()] = "the output directory"
+            others[partial_folder(out).resolve()] = "the folder of an unfinished run"
+        for path, name in others.items():
             if real.is_relative_to(path) or path.is_relative_to(real):
-                what = f"calibration folder and {what} would be one in the other"
+                what = f"the calibration folder and {name} must not contain each other"
                 raise InputError(what, where=str(folder), fix=_ANOTHER)
 
 
 def check_writable(folder: Path) -> None:
-    """InputError or MachineError where nothing can be written to `folder`, which need not exist."""
+    """InputError or MachineError if `folder`, which need not exist, cannot be written."""
     with as_our_errors(folder, _ANOTHER):
         check_ancestor(folder if folder.is_dir() else folder.parent, _ANOTHER)
         check_space(folder, 0)
@@ -45,11 +45,12 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def as_our_errors(path: Path, fix: str) -> Iterator[None]:
-    """What the system says of a path, as one of our errors."""
+    """Raise a system error about a path in the block as an InputError or MachineError."""
     try:
         yield
     except RuntimeError:  # how pathlib reports a loop
-        raise InputError("symbolic links run in a circle", where=str(path), fix=fix) from None
+        what = "symbolic links of the path form a circle"
+        raise InputError(what, where=str(path), fix=fix) from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError("file name is too long", where=str(path), fix=fix) from None
@@ -57,16 +58,16 @@ def as_our_errors(path: Path, fix: str) -> Iterator[None]:
 
 
 def check_ancestor(folder: Path, fix: str) -> None:
-    """InputError or MachineError if nothing can be created below `folder`, which may not exist yet."""
+    """InputError or MachineError if `folder`, which need not exist, cannot be created or written to."""
     ancestor = _existing_ancestor(folder)
     if not ancestor.is_dir():
-        raise InputError("not a directory", where=str(ancestor), fix=fix)
+        raise InputError(f"`{ancestor.name}` is not a directory", where=str(ancestor), fix=fix)
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise MachineError("no permission to write here", where=str(ancestor), fix=fix)
 
 
 def check_space(out: Path, nbytes: int) -> int:
-    """Free bytes where `out` goes. MachineError where less than `nbytes` are."""
+    """The free bytes of the file system of `out`. MachineError if they are fewer than `nbytes`."""
     partial = partial_folder(out)
     ancestor = _existing_ancestor(partial)
     with disk_errors(ancestor):

@@ -1,4 +1,4 @@
-"""Classes by name, found by scanning a folder: a new file in `schemes/` is enough."""
+"""Schemes and targets by name, found by scanning their folders: adding a file registers its class."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 @cache
 def discover(base: type[T]) -> dict[str, type[T]]:
-    """Every class that derives from `base` and has a `name`, by name.
+    """The classes that derive from `base` and have a `name` of their own, by name.
 
-    Modules next to base's own are searched, and in folders there the module named like the base: for
-    Target, `targets/NAME/target.py`.
+    Imports the modules next to that of `base`, and from each folder there the module that is named
+    like `base`: for Target, `targets/NAME/target.py`.
     """
     package = importlib.import_module(base.__module__.rpartition(".")[0])
     for module in pkgutil.iter_modules(package.__path__):
@@ -26,13 +26,13 @@ def discover(base: type[T]) -> dict[str, type[T]]:
             importlib.import_module(path)
         elif importlib.util.find_spec(inner := f"{path}.{base.__name__.lower()}"):
             importlib.import_module(inner)
-    found: dict[str, type[T]] = {}
+    classes: dict[str, type[T]] = {}
     for cls in _descendants(base):
         name = cls.__dict__.get("name")
         if isinstance(name, str):
-            assert name not in found, f"two classes are named {name}: {found[name]}, {cls}"
-            found[name] = cls
-    return dict(sorted(found.items()))
+            assert name not in classes, f"two classes are named {name}: {classes[name]}, {cls}"
+            classes[name] = cls
+    return dict(sorted(classes.items()))
 
 
 def _descendants(base: type[T]) -> Iterator[type[T]]:

@@ -1,4 +1,4 @@
-"""Where jobs run: threads of this process, one a core."""
+"""Threads: the cores of this process, and a pool whose threads compute with torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def default_workers() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -22,9 +22,9 @@ def default_workers() -> int:
 def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of `workers` threads in which every torch operation stays on its own thread.
 
-    Torch releases the GIL while it computes, so the threads are the parallelism; its own threads on
-    top would fight over the cores. What has not begun when the block is left by an exception is
-    dropped; what has begun is waited for.
+    Torch releases the GIL while it computes, so that these threads use all cores; torch's own threads
+    would compete with them. When the block ends, by an exception as well, jobs that have not begun are
+    dropped, and running ones are awaited.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,10 +38,12 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next row block. By default it hands temporaries of some
-    megabytes back to the kernel, which clears them again page by page: up to half of the CPU time.
+    """Tell glibc to keep freed memory for the next row block.
+
+    By default it returns buffers of a few megabytes to the kernel, which clears the pages when they
+    are allocated again: up to half of the CPU time.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
-        adjust(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+        adjust(_M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum of glibc
         adjust(_M_TRIM_THRESHOLD, 64 * 2**20)

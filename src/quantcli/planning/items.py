@@ -107,7 +107,7 @@ def make_items(
     plain = {
         f"{module}.{suffix}"
         for module, rule in assigned.items()
-        if rule and rule.word == PLAIN
+        if rule and rule.keyword == PLAIN
         for suffix in ("weight", "bias")
     }
     weight_amax = _surveys(checkpoint, assigned, target, measured)

@@ -221,7 +221,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
             module, _, suffix = spec.name.rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
             if rule is not None and rule.scheme is None:
-                reason = f"rules.{rule.number - 1}: {rule.word}"
+                reason = f"rules.{rule.number - 1}: {rule.keyword}"
             else:
                 matrix = suffix == "weight" and len(spec.shape) == 2
                 reason = "no rule matches" if matrix else "not a matrix"

@@ -1,3 +1,3 @@
-"""What the user asks for: the YAML recipe, read strictly and checked against its schema.
+"""The recipe: a YAML file, read strictly and checked against its schema.
 
-It resolves names of schemes and targets; it looks at no checkpoint."""
+Names of schemes and targets are resolved here; checkpoints are not read."""

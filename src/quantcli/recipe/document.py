@@ -1,4 +1,4 @@
-"""YAML with line numbers, read as hostile input: no aliases, no duplicate keys, no tags, no code."""
+"""YAML with line numbers, read as untrusted input: aliases, duplicate keys and tags are refused."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ Place = tuple[str | int, ...]
 
 @dataclass
 class Document:
-    """The plain data of a YAML file, and where each piece of it stands."""
+    """The plain data of a YAML file, and the place of each value."""
 
     path: Path
     data: dict[str, Any]
-    places: dict[Place, str]  # keys and indexes from the top -> "file:line" or "--set key=value"
+    places: dict[Place, str]  # keys and indexes from the top -> "file:line" or "--set KEY=VALUE"
 
     def where(self, place: Place) -> str:
-        """The closest known place at or above `place`."""
+        """The file and line of `place`, or of the closest block above it that has one."""
         while place and place not in self.places:
             place = place[:-1]
         return self.places.get(place, str(self.path))
 
     def override(self, assignment: str) -> None:
-        """Apply one `--set key=value`, such as `rules.0.scheme=keep`; the value is YAML."""
+        """Apply one `--set KEY=VALUE`, such as `rules.0.scheme=keep`; the value is YAML."""
         flag = f"--set {assignment}"
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise InputError("expected key=value", where=flag, fix="for example --set target=ascend")
-        # Globs and limits mean something else to YAML, and the shell has taken their quotes away.
+            what = f"`{assignment}` is not of the form KEY=VALUE"
+            raise InputError(what, where=flag, fix="write for example --set target=ascend")
+        # Globs and limits have a meaning in YAML, and the shell has removed their quotes.
         value = text if text.startswith(("*", ">")) else _load(text, flag, {})
         parent: Any = self.data
         place: list[str | int] = []
         *path, last = key.split(".")
         for step in path:
             if parent is self.data and len(path) == 1 and parent.get(step) is None:
-                parent[step] = {}  # a whole block, such as `expect`, may come from the command line
+                parent[step] = {}  # the command line may add a whole block, such as `expect`
                 self.places[(step,)] = flag
             parent = parent[self._step(parent, step, place, flag)]
         if isinstance(parent, dict):
@@ -67,12 +68,12 @@ class Document:
         key: str | int = step
         if isinstance(parent, list):
             if step not in map(str, range(len(parent))):
-                known = f"0 to {len(parent) - 1}" if parent else "none, the list is empty"
-                raise InputError(f"no item `{step}` in this list", where=flag, fix=f"items: {known}")
+                items = f"0 to {len(parent) - 1}" if parent else "none, the list is empty"
+                raise InputError(f"the list has no item `{step}`", where=flag, fix=f"items: {items}")
             key = int(step)
         elif not isinstance(parent, dict) or step not in parent:
             above = f"`{'.'.join(map(str, place))}`"
-            fix = f"{above} holds a single value: set the whole of it"
+            fix = f"{above} has a single value: set it as a whole"
             if place[-1:] == ["scheme"] and isinstance(parent, str):
                 key, _, value = flag.removeprefix("--set ").partition("=")
                 whole = key.removesuffix(f".{step}")
@@ -80,7 +81,7 @@ class Document:
                     fix += f": --set '{whole}={{name: {parent}, {step}: {value}}}'"
             if isinstance(parent, dict):
                 fix = one_of(step, parent) if parent else f"{above} is empty"
-            raise InputError(f"nothing called `{step}` to set", where=flag, fix=fix)
+            raise InputError(f"there is no key `{step}` to set", where=flag, fix=fix)
         place.append(key)
         return key
 
@@ -91,24 +92,24 @@ def load_document(path: Path) -> Document:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise InputError("no such recipe", where=str(path), fix="check the path") from None
+        raise InputError("the recipe does not exist", where=str(path), fix="check the path") from None
     except IsADirectoryError:
-        what = "recipe is a directory, not a YAML file"
+        what = "the recipe is a directory, not a YAML file"
         raise InputError(what, where=str(path), fix="name a file in it") from None
     except OSError as error:
-        what = f"cannot read recipe: {error.strerror}"
+        what = f"cannot read the recipe: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
     if len(raw) > MAX_BYTES:
-        raise InputError(f"recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
+        raise InputError(f"the recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"recipe is not UTF-8 (byte {error.start})"
+        what = f"the recipe is not UTF-8 (byte {error.start})"
         raise InputError(what, where=str(path), fix=_TEXT) from None
     places: dict[Place, str] = {}
     data = _load(text, str(path), places)
     if not isinstance(data, dict):
-        what = "recipe is empty" if data is None else "recipe is not a mapping"
+        what = "the recipe is empty" if data is None else "the recipe is not a mapping"
         raise InputError(what, where=f"{path}:1", fix="it needs the keys `target` and `rules`")
     return Document(path, data, places)
 
@@ -122,16 +123,16 @@ def _load(text: str, source: str, places: dict[Place, str]) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         fix = _QUOTE if "alias" in (error.context or "") else None
-        what = f"not valid YAML: {error.problem}"
+        what = f"the text is not valid YAML: {error.problem}"
         raise InputError(what, where=f"{source}{line}", fix=fix) from None
     except ReaderError as error:
         line = f":{1 + text.count(chr(10), 0, error.position)}"
-        what = f"not valid YAML: character {chr(error.character)!r} is not allowed"
+        what = f"the text is not valid YAML: character {chr(error.character)!r} is not allowed"
         raise InputError(what, where=f"{source}{line}") from None
 
 
 def _refuse_bombs(text: str, source: str) -> None:
-    """Aliases and depth, event by event: what follows a bomb is not even scanned."""
+    """Refuse aliases and deep nesting, event by event, so that the text after them is never scanned."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
@@ -156,22 +157,22 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str])
         for key_node, value_node in node.value:
             line = f"{source}:{key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
-                raise InputError("key must be a word", where=line)
+                raise InputError("a key must be plain text", where=line)
             key = str(key_node.value)
             if not key.isprintable():
-                raise InputError(f"key {key[:80]!r} holds characters that do not print", where=line)
+                raise InputError(f"key {key[:80]!r} has unprintable characters", where=line)
             if key in table:
                 first = places[(*place, key)]
-                raise InputError(f"key `{key}` stands twice", where=line, fix=f"see {first}")
+                raise InputError(f"key `{key}` appears twice", where=line, fix=f"see {first}")
             places[(*place, key)] = line
             table[key] = _plain(value_node, source, (*place, key), places)
         return table
-    if node.tag == _TIMESTAMP:  # recipes know no times: it is text that looks like one
+    if node.tag == _TIMESTAMP:  # recipes have no times: this is text that looks like one
         return str(node.value)
     try:
         value = yaml.SafeLoader("").construct_object(node)
     except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
         raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
     if isinstance(value, str) and not value.isprintable():
-        raise InputError(f"text {value[:80]!r} holds characters that do not print", where=where)
+        raise InputError(f"text {value[:80]!r} has unprintable characters", where=where)
     return value

@@ -7,29 +7,29 @@ from typing import Any
 
 from quantcli.core.registry import discover
 from quantcli.recipe.fields import RecipeFile
-from quantcli.recipe.recipe import WORDS
+from quantcli.recipe.recipe import KEYWORDS
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
 
 def recipe_schema() -> str:
-    """The schema as JSON text, always the same bytes."""
+    """The schema as JSON text; always the same bytes."""
     schema = RecipeFile.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "quantcli recipe"
     properties = schema["$defs"]["RuleFile"]["properties"]
-    properties["scheme"] = _choices(discover(Scheme), "scheme", list(WORDS))
+    properties["scheme"] = _choices(discover(Scheme), "scheme", list(KEYWORDS))
     schema["properties"]["target"] = _choices(discover(Target), "target", [])
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
-def _choices(known: dict[str, Any], kind: str, words: list[str]) -> dict[str, Any]:
+def _choices(classes: dict[str, Any], kind: str, keywords: list[str]) -> dict[str, Any]:
     options = []
-    for name, cls in known.items():
+    for name, cls in classes.items():
         schema = cls.model_json_schema()
         schema.pop("title", None)
         schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
         schema["required"] = ["name", *schema.get("required", [])]
         options.append(schema)
     description = f"a {kind} by name, or a mapping with its name and options"
-    return {"description": description, "anyOf": [{"enum": [*words, *known]}, *options]}
+    return {"description": description, "anyOf": [{"enum": [*keywords, *classes]}, *options]}

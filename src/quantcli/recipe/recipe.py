@@ -1,4 +1,4 @@
-"""What the user asks for: a YAML recipe, checked as far as it can be without the model."""
+"""A recipe, checked as far as possible without the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,10 @@ from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Sm
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
-KEEP = "keep"  # stay as they are
-PLAIN = "bf16"  # become floats of the serving dtype, whatever they are
-WORDS = (KEEP, PLAIN)  # in the place of a scheme
+# Keywords in place of a scheme.
+KEEP = "keep"  # the weights stay as they are
+PLAIN = "bf16"  # the weights become floats of the serving dtype
+KEYWORDS = (KEEP, PLAIN)
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -40,7 +41,7 @@ T = TypeVar("T", bound=BaseModel)
 
 @dataclass(frozen=True)
 class NameMatcher:
-    """Patterns over module names, and where they stand."""
+    """Patterns over module names, and their place in the recipe."""
 
     patterns: tuple[str, ...]
     optional: bool
@@ -57,31 +58,31 @@ class NameMatcher:
 
 @dataclass(frozen=True)
 class Rule(NameMatcher):
-    """One rule: which modules, and the scheme that they get (None keeps them float).
+    """One rule: patterns of modules, and their scheme, or None if they stay float.
 
-    word: what stands in the place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
+    keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
     """
 
     number: int  # from 1
     scheme: Scheme | None
-    word: str = KEEP
+    keyword: str = KEEP
 
     @property
     def key(self) -> tuple[int, str]:
-        """Tells rules apart, and a rule from one whose scheme was replaced for want of data."""
-        return self.number, self.scheme.name if self.scheme else self.word
+        """The identity of a rule; another one if its scheme was replaced because data was missing."""
+        return self.number, self.scheme.name if self.scheme else self.keyword
 
 
 @dataclass(frozen=True)
 class SmoothPattern(NameMatcher):
-    """The strength of smoothing of some groups; None leaves them alone."""
+    """The strength of smoothing for matching groups; None does not smooth them."""
 
     alpha: float | None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: names resolved, options parsed, places kept for later messages."""
+    """A checked recipe: names are resolved, options parsed, places kept for later messages."""
 
     file: RecipeFile
     target: Target
@@ -98,26 +99,24 @@ class Recipe:
         return next((rule for rule in self.rules if rule.matches(module)), None)
 
     def alpha(self, modules: Sequence[str]) -> float | None:
-        """How strongly to smooth channels that these modules read; None: not at all."""
+        """The strength of smoothing for channels that these modules read; None: no smoothing."""
         if self.file.smooth is None:
             return None
-        found = (p for p in self.smooth if any(p.matches(module) for module in modules))
-        first = next(found, None)
+        first = next((p for p in self.smooth if any(map(p.matches, modules))), None)
         return self.file.smooth.alpha if first is None else first.alpha
 
     def data_path(self) -> str:
-        """`calibration.data`: beside the recipe where the file names it, here where --set does."""
+        """`calibration.data`, relative to the recipe if the file names it, to here if --set does."""
         block = self.file.calibration
         assert block is not None
         assert block.data is not None
         from_file = not self.where("calibration", "data").startswith("--set")
         if block.data.startswith("datasets:") or not from_file:
             return block.data
-        beside = self.document.path.parent / Path(block.data).expanduser()
-        return os.path.normpath(beside)
+        return os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
 
     def effective(self) -> str:
-        """The recipe as it was applied, as YAML, without paths of this machine."""
+        """The applied recipe as YAML, without paths of this machine."""
         table = self.file.model_dump(mode="json", exclude_none=True, exclude={"model", "output"})
         table["expect"] = {k: v for k, v in table["expect"].items() if v is not None}
         data = table.get("calibration", {}).get("data", "")
@@ -125,18 +124,15 @@ class Recipe:
             table["calibration"]["data"] = Path(data).name
         if not table["expect"]:
             del table["expect"]
-        for rule, written in zip(self.rules, table["rules"], strict=True):
+        for rule, entry in zip(self.rules, table["rules"], strict=True):
             if rule.scheme is not None:
-                written["scheme"] = {
-                    "name": rule.scheme.name,
-                    **rule.scheme.model_dump(mode="json"),
-                }
+                entry["scheme"] = {"name": rule.scheme.name, **rule.scheme.model_dump(mode="json")}
         table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
 
 
 def translate(pattern: str) -> str:
-    """A glob or `re:REGEX` as a regular expression, to be matched against whole names."""
+    """A glob or `re:REGEX` as a regular expression for whole names."""
     if pattern.startswith("re:"):
         return pattern.removeprefix("re:")
     return fnmatch.translate(pattern)
@@ -150,9 +146,9 @@ def compare(limit: str, value: float) -> bool:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read and check a recipe. `overrides` are `key=value` strings that win over the file.
+    """Read and check a recipe. `overrides` are `KEY=VALUE` strings that win over the file.
 
-    Raises InputError with file:line and, for a misspelt name, the closest known ones.
+    Raises InputError with file:line; for a misspelt name its fix has the closest names.
     """
     document = load_document(path)
     for assignment in overrides:
@@ -165,43 +161,43 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     rules = []
     for number, rule in enumerate(file.rules):
         place: Place = ("rules", number)
-        for index, pattern in enumerate(rule.match):
-            _check_pattern(pattern, document.where((*place, "match", index)))
+        patterns = _patterns(rule, place, document)
         scheme = None
-        word = rule.scheme if rule.scheme in WORDS else KEEP
-        if rule.scheme not in WORDS:
+        keyword = rule.scheme if rule.scheme in KEYWORDS else KEEP
+        if rule.scheme not in KEYWORDS:
             scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
-        rules.append(Rule(tuple(rule.match), rule.optional, where, number + 1, scheme, str(word)))
-    return Recipe(file, target, tuple(rules), tuple(_smooth_patterns(file, document)), document)
+        rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
+    smooth = []
+    for number, smooth_rule in enumerate(file.smooth.rules if file.smooth else ()):
+        place = ("smooth", "rules", number)
+        patterns, where = _patterns(smooth_rule, place, document), document.where(place)
+        smooth.append(SmoothPattern(patterns, smooth_rule.optional, where, smooth_rule.alpha))
+    return Recipe(file, target, tuple(rules), tuple(smooth), document)
 
 
-def _smooth_patterns(file: RecipeFile, document: Document) -> Iterator[SmoothPattern]:
-    for number, rule in enumerate(file.smooth.rules if file.smooth else ()):
-        place: Place = ("smooth", "rules", number)
-        for index, pattern in enumerate(rule.match):
-            _check_pattern(pattern, document.where((*place, "match", index)))
-        alpha = None if rule.skip else rule.alpha
-        yield SmoothPattern(tuple(rule.match), rule.optional, document.where(place), alpha)
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    if not pattern or pattern == "re:":
-        raise InputError("pattern is empty", where=where)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # re only warns where a set looks like a mistake
-            re.compile(translate(pattern))
-    except (re.error, RecursionError, OverflowError, Warning) as error:
-        what = f"`{pattern}` is not a regular expression: {error}"
-        raise InputError(what, where=where, fix="leave out `re:` for a glob, such as *_proj") from None
+def _patterns(rule: RuleFile | SmoothRule, place: Place, document: Document) -> tuple[str, ...]:
+    """The patterns of a rule. InputError for one that is not a glob or a regular expression."""
+    for index, pattern in enumerate(rule.match):
+        where = document.where((*place, "match", index))
+        if not pattern or pattern == "re:":
+            raise InputError("the pattern is empty", where=where)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
+                re.compile(translate(pattern))
+        except (re.error, RecursionError, OverflowError, Warning) as error:
+            what = f"`{pattern}` is not a regular expression: {error}"
+            fix = "leave out `re:` for a glob, such as *_proj"
+            raise InputError(what, where=where, fix=fix) from None
+    return tuple(rule.match)
 
 
 def _resolve(
     value: str | dict[str, Any],
-    known: dict[str, type[T]],
+    classes: dict[str, type[T]],
     kind: Literal["scheme", "target"],
     document: Document,
     place: Place,
@@ -211,23 +207,23 @@ def _resolve(
     where = document.where((*place, "name"))
     if not isinstance(name, str):
         odd = "".join(f"; it has `{key}`" for key in list(options)[:1])
-        fix = f"such as {{name: {next(iter(known))}}}"
-        raise InputError(f"{kind} needs a `name`{odd}", where=where, fix=fix)
-    if kind == "scheme" and name in WORDS:
+        fix = f"such as {{name: {next(iter(classes))}}}"
+        raise InputError(f"the {kind} needs a `name`{odd}", where=where, fix=fix)
+    if kind == "scheme" and name in KEYWORDS:
         raise InputError(f"`{name}` takes no options", where=where, fix=f"write `scheme: {name}`")
-    if name not in known:
-        names = [*known, *WORDS] if kind == "scheme" else list(known)
+    if name not in classes:
+        names = [*classes, *KEYWORDS] if kind == "scheme" else list(classes)
         raise InputError(f"unknown {kind} `{name}`", where=where, fix=one_of(name, names))
     try:
-        return known[name].model_validate(options)
+        return classes[name].model_validate(options)
     except ValidationError as error:
-        raise _explain(error, document, known[name], place) from None
+        raise _explain(error, document, classes[name], place) from None
 
 
 def _explain(
     error: ValidationError, document: Document, model: type[BaseModel], place: Place
 ) -> InputError:
-    """The first pydantic complaint in our own words."""
+    """The first error of pydantic as an InputError."""
     errors = error.errors(include_url=False, include_input=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     loc, kind = first["loc"], first["type"]
@@ -236,17 +232,17 @@ def _explain(
     where = document.where((*place, *loc))
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        known = _fields(model, loc[:-1])
-        fix = one_of(str(loc[-1]), known) if known else "it takes no options"
+        keys = _fields(model, loc[:-1])
+        fix = one_of(str(loc[-1]), keys) if keys else "it takes no options"
         return InputError(f"unknown key `{key}`", where=where, fix=fix)
     if kind == "missing":
         return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
-    message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
+    message = _MESSAGES.get(kind) or first["msg"].removeprefix("Value error, ")
     what = f"`{key}`: {message[:1].lower()}{message[1:]}"
-    return InputError(what, where=where, fix="docs/recipe.md says what each key takes")
+    return InputError(what, where=where, fix="docs/recipe.md describes each key")
 
 
-_WORDS = {  # pydantic's complaints as a reader of YAML would put them
+_MESSAGES = {  # pydantic's error types -> messages in terms of YAML
     "model_type": "expected a mapping", "dict_type": "expected a mapping",
     "list_type": "expected a list", "too_short": "must not be empty",
     "string_type": "expected text", "bool_type": "expected true or false",
@@ -255,7 +251,7 @@ _WORDS = {  # pydantic's complaints as a reader of YAML would put them
 
 
 def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are known at `loc` below `model`."""
+    """The keys of the block at `loc` below `model`."""
     for step in loc:
         if isinstance(step, int):
             continue

@@ -245,7 +245,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_cli_shows_folded_modules(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, str(model))
     assert (code, err) == (0, "")
-    assert "model.layers.{0..1}.down_proj  2 x BF16 [2, 2]  16 B" in out
+    assert "model.layers.{0..1}.down_proj  2 x BF16 [2, 2]  16 bytes" in out
     assert "model         tiny (TinyForCausalLM)" in out
     assert "elements      24 in 4 tensors" in out  # codes and scales are no parameters
     assert "left out      extra.gguf: the same weights in another format" in out

@@ -14,7 +14,7 @@ import torch
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError, MachineError
-from quantcli.core.events import Silent
+from quantcli.core.events import Progress
 from quantcli.planning.outliers import MARGIN_DB, inspect_outliers, keep_advice, rank
 from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
@@ -300,7 +300,7 @@ def test_quantized_and_transposed_models_are_refused(tmp_path: Path) -> None:
         statistics_of(tmp_path / "t", {"a.weight": tensor("F32", 4, 4)}, {"model_type": "gpt2"})
 
 
-class Heard(Silent):
+class Heard(Progress):
     """Progress that remembers; its lock is that of any watcher, as workers call it."""
 
     def __init__(self) -> None:

@@ -76,9 +76,9 @@ def test_byte_order_mark_and_windows_lines(load):
         ("# only a comment", "recipe is empty", 1),
         ("- a", "recipe is not a mapping", 1),
         ("word", "recipe is not a mapping", 1),
-        ("a: 1\nb: 2\na: 3", "key `a` stands twice", 3),
-        ("a:\n  b: {c: 1,\n c: 2}", "key `c` stands twice", 3),
-        ("a: 1\n'a': 2", "key `a` stands twice", 2),
+        ("a: 1\nb: 2\na: 3", "key `a` appears twice", 3),
+        ("a:\n  b: {c: 1,\n c: 2}", "key `c` appears twice", 3),
+        ("a: 1\n'a': 2", "key `a` appears twice", 2),
         ("a: &x 1\nb: *x", "YAML alias `*x` is not allowed", 2),
         ("a: *_proj", "YAML alias `*_proj` is not allowed", 1),
         ("a: *.q_proj", "not valid YAML", 1),
@@ -89,17 +89,17 @@ def test_byte_order_mark_and_windows_lines(load):
         ("a: !!binary aGk=", "2002:binary` is not allowed", 1),
         ("a: !!omap [b: 1]", "2002:omap` is not allowed", 1),
         ("a: =", "2002:value` is not allowed", 1),
-        ("? [a]\n: 1", "key must be a word", 1),
+        ("? [a]\n: 1", "a key must be plain text", 1),
         ("a: !!int word", "cannot read the value `word`", 1),
         ('a: !!int ""', "cannot read the value ``", 1),
         ("a: !!bool word", "cannot read the value `word`", 1),
         ("a: !!float " + "1:" * 999 + "1.5", "cannot read the value `1:1:", 1),
         ("a: " + "1" * 5000, "cannot read the value `111", 1),
-        ('a: "\\ud800"', "characters that do not print", 1),
-        ('a: "x\\0"', "characters that do not print", 1),
-        ('a: "\\e[31m"', "characters that do not print", 1),
-        ('"\\e[31m": 1', "characters that do not print", 1),
-        ("a: |\n  two\n  lines", "characters that do not print", 1),
+        ('a: "\\ud800"', "unprintable characters", 1),
+        ('a: "x\\0"', "unprintable characters", 1),
+        ('a: "\\e[31m"', "unprintable characters", 1),
+        ('"\\e[31m": 1', "unprintable characters", 1),
+        ("a: |\n  two\n  lines", "unprintable characters", 1),
         ("a: 1\nb: \x01", "character '\\x01' is not allowed", 2),
         ("a: 1\n---\nb: 2", "not valid YAML", 2),
         ("a:\n\t- b", "not valid YAML", 2),
@@ -154,7 +154,7 @@ def test_nesting_bombs_are_quick(load, opening):
 
 def test_not_a_text_file(tmp_path):
     path = tmp_path / "r.yaml"
-    with pytest.raises(InputError, match="no such recipe"):
+    with pytest.raises(InputError, match="the recipe does not exist"):
         load_document(path)
     with pytest.raises(InputError, match="is a directory"):
         load_document(tmp_path)
@@ -170,7 +170,7 @@ def test_not_a_text_file(tmp_path):
 
 
 def test_unreadable(tmp_path):
-    with pytest.raises(MachineError, match="cannot read recipe") as caught:
+    with pytest.raises(MachineError, match="cannot read the recipe") as caught:
         load_document(tmp_path / ("x" * 300))
     assert caught.value.fix
 
@@ -232,22 +232,22 @@ def test_set_opens_a_block_that_is_empty_or_absent(load):
 @pytest.mark.parametrize(
     ("assignment", "what", "fix"),
     [
-        ("nonsense", "expected key=value", "--set target=ascend"),
-        ("", "expected key=value", "--set target=ascend"),
-        ("=x", "expected key=value", "--set target=ascend"),
-        ("rules.2.scheme=x", "no item `2` in this list", "0 to 1"),
-        ("rules.-1.scheme=x", "no item `-1` in this list", "0 to 1"),
-        ("rules.²=x", "no item `²` in this list", "0 to 1"),
-        ("rules." + "9" * 5000 + "=x", "no item", "0 to 1"),
-        ("rules.x=1", "no item `x` in this list", "0 to 1"),
-        ("rulez.0.scheme=x", "nothing called `rulez` to set", "`rules`"),
-        ("rules.0.schema.name=x", "nothing called `schema` to set", "`scheme`"),
-        ("target.name=x", "nothing called `name` to set", "`target` holds a single value"),
-        ("target.a.b=x", "nothing called `a` to set", "`target` holds a single value"),
-        ("a.b.c=x", "nothing called `a` to set", None),
+        ("nonsense", "is not of the form KEY=VALUE", "--set target=ascend"),
+        ("", "is not of the form KEY=VALUE", "--set target=ascend"),
+        ("=x", "is not of the form KEY=VALUE", "--set target=ascend"),
+        ("rules.2.scheme=x", "the list has no item `2`", "0 to 1"),
+        ("rules.-1.scheme=x", "the list has no item `-1`", "0 to 1"),
+        ("rules.²=x", "the list has no item `²`", "0 to 1"),
+        ("rules." + "9" * 5000 + "=x", "the list has no item", "0 to 1"),
+        ("rules.x=1", "the list has no item `x`", "0 to 1"),
+        ("rulez.0.scheme=x", "no key `rulez` to set", "`rules`"),
+        ("rules.0.schema.name=x", "no key `schema` to set", "`scheme`"),
+        ("target.name=x", "no key `name` to set", "`target` has a single value"),
+        ("target.a.b=x", "no key `a` to set", "`target` has a single value"),
+        ("a.b.c=x", "no key `a` to set", None),
         ("target=!!python/name:os.system", "YAML tag", "remove"),
         ("target=[", "not valid YAML", None),
-        ("target={a: 1, a: 2}", "stands twice", None),
+        ("target={a: 1, a: 2}", "appears twice", None),
     ],
 )
 def test_set_refused(load, assignment, what, fix):

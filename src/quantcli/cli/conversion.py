@@ -1,0 +1,78 @@
+"""The steps that `quantize`, `pack` and `pack --merge` share: print the plan, run it, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from rich.filesize import decimal
+
+from quantcli.cli.output import Output
+from quantcli.core.events import Progress
+from quantcli.core.text import count
+
+if TYPE_CHECKING:
+    from quantcli.commands.job import Job
+    from quantcli.commands.pack import PackJob
+    from quantcli.convert.execute import Written
+    from quantcli.convert.merge import Merged
+
+Result: TypeAlias = "Written[Any] | Merged"
+R = TypeVar("R", bound=Result)
+
+
+def convert(
+    out: Output,
+    plan_only: bool,
+    *,
+    show: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
+    run: Callable[[Progress], R],
+    report: Callable[[R | None], dict[str, Any]],
+    closing: tuple[str, str],
+) -> None:
+    """Print the plan of a job, run it with progress, and print its outcome.
+
+    plan_only: print the plan and stop.
+    show:      prints the plan for people.
+    check:     raises AnswerNo if the plan misses a limit; called after the plan is shown.
+    report:    the plan as JSON-able data: before the run of None, after it of the result.
+    closing:   text for the closing line, after the size and at its end.
+    """
+    from quantcli.cli.progress import watch
+
+    if not out.as_json and (plan_only or not out.quiet):
+        show()
+    check()
+    if plan_only:
+        if out.as_json:
+            out.document({"ok": True, "plan": report(None)})
+        return
+    began = time.monotonic()
+    with watch(out) as progress:
+        result = run(progress)
+    for note in result.notes:
+        out.message(f"note: {note}")
+    nbytes = sum(entry["bytes"] for entry in result.files.values())
+    seconds, reused = time.monotonic() - began, result.shards_reused
+    earlier = f", {count(reused, 'shard')} from an earlier run" if reused else ""
+    out.message(
+        f"done: {result.out}, {decimal(nbytes)}{closing[0]}, {seconds:.1f} s{earlier}{closing[1]}"
+    )
+    if out.as_json:
+        document = {"ok": True, "out": str(result.out), "bytes": nbytes, "shards_reused": reused}
+        out.document({**document, "files": result.files, "plan": report(result)})
+
+
+def show_job(out: Output, job: Job | PackJob, nbytes: int, *facts: str) -> None:
+    """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
+    out.line(f"disk         needs {decimal(nbytes)}, {decimal(job.disk_free)} free")
+    out.line(f"memory       about {decimal(job.memory)} with {count(job.workers, 'worker')}")
+    out.line(f"output       {job.out}")
+    for fact in facts:
+        out.line(fact)
+    if job.shards_done:
+        out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
+    for note in job.plan.notes:
+        out.line(f"note         {note}")
