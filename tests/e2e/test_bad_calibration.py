@@ -494,7 +494,7 @@ def _(bench: Bench) -> Arguments:
 
 @case(
     "calibration in out.partial",
-    "what a run leaves until",
+    "the folder of an unfinished run",
     "out.partial",
     "another folder",
     only="quantize",
