@@ -86,7 +86,7 @@ def quantize_to(
     from quantcli.commands import quantize as commands
     from quantcli.convert.execute import execute
 
-    job = commands.prepare(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
+    job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
     execute(job.plan, out, workers=workers, **blocks)
 

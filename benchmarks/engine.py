@@ -78,7 +78,7 @@ def convert(name: str, model: Path, folder: Path, data: Path, samples: int, leng
     elif "calibration:" in path.read_text():
         overrides = (f"calibration.data={data.resolve()}",)
     out = folder / path.stem
-    commands.quantize(commands.prepare(path, model=str(model), out=out, overrides=overrides))
+    commands.quantize(commands.plan(path, model=str(model), out=out, overrides=overrides))
     return out
 
 

@@ -36,7 +36,7 @@ rules:
 def convert(recipe: Path, model: Path, out: Path, sets: list[str]) -> float:
     """Convert a model; CPU seconds."""
     began = time.process_time()
-    commands.quantize(commands.prepare(recipe, model=str(model), out=out, overrides=tuple(sets)))
+    commands.quantize(commands.plan(recipe, model=str(model), out=out, overrides=tuple(sets)))
     return time.process_time() - began
 
 

@@ -95,7 +95,7 @@ def convert(out: Path, model: Path, scheme: dict[str, object], calibration: dict
     rules = [{"match": "*_proj", "scheme": scheme}]
     made = {"target": "compressed-tensors", "rules": rules, "calibration": calibration}
     recipe.write_text(json.dumps(made))
-    commands.quantize(commands.prepare(recipe, model=str(model), out=out))
+    commands.quantize(commands.plan(recipe, model=str(model), out=out))
 
 
 # -- errors ------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def main() -> None:
                 sets.append(f"calibration.data={given.data}")
             path = Path(name) if name.endswith(".yaml") else ROOT / f"recipes/{name}.yaml"
             out = Path(folder) / path.stem
-            job = commands.prepare(path, model=str(model), out=out, overrides=tuple(sets))
+            job = commands.plan(path, model=str(model), out=out, overrides=tuple(sets))
             commands.quantize(job)
             served = Served.open(out)
             scores = torch.cat(log_probs(served, batches, dtype=given.dtype, workers=2))

@@ -37,7 +37,7 @@ def constants(
     return found | scheme.constants(observer.stats(), serving)
 
 
-def held_weight(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
+def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
     """The dtype in which engines hold `weight_scale`."""
     in_float32 = scheme.name.startswith("fp8_") or scheme.name in {
         "w8a8_static",
@@ -56,7 +56,7 @@ def quantize(
 ) -> dict[str, torch.Tensor]:
     """A whole weight, with constants from x, as the engine will hold it."""
     found = constants(scheme, serving, x, weight)
-    return scheme.quantize(weight, held_weight(scheme, serving), found, bias)
+    return scheme.quantize(weight, weight_dtype(scheme, serving), found, bias)
 
 
 def store(file: Path, stats: dict[str, dict[str, torch.Tensor]]) -> Measured:

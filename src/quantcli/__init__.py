@@ -3,9 +3,9 @@
 The public API. Each name is imported when it is first used, so that `import quantcli` is fast:
 
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
-- prepare, quantize: check a conversion; run it
+- plan, quantize: check a conversion; run it
 - plan_calibration, calibrate: the same for a calibration on its own
-- prepare_pack, pack: the same for a checkpoint in another format
+- plan_pack, pack: the same for a checkpoint in another format
 - verify: check a quantized checkpoint
 - load_recipe, open_checkpoint, make_plan, Checkpoint: the steps of a plan
 """
@@ -20,11 +20,11 @@ __version__ = "0.1.0"
 _HOME = {
     "inspect": "commands.inspect",
     "support": "commands.inspect",
-    "prepare": "commands.quantize",
+    "plan": "commands.quantize",
     "quantize": "commands.quantize",
     "plan_calibration": "commands.calibrate",
     "calibrate": "commands.calibrate",
-    "prepare_pack": "commands.pack",
+    "plan_pack": "commands.pack",
     "pack": "commands.pack",
     "verify": "commands.verify",
     "load_recipe": "recipe.recipe",

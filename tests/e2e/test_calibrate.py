@@ -260,7 +260,7 @@ class Stops(Progress):
 
 
 def job(bench: Bench) -> commands.Job:
-    return commands.prepare(bench.recipe, model=str(bench.model), out=bench.out)
+    return commands.plan(bench.recipe, model=str(bench.model), out=bench.out)
 
 
 def stopped(bench: Bench, watcher: Any = None) -> None:

@@ -99,7 +99,7 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
             if index == 1:
                 raise KeyboardInterrupt
 
-    job = commands.prepare(bench.recipe, model=str(bench.model), out=bench.out)
+    job = commands.plan(bench.recipe, model=str(bench.model), out=bench.out)
     with pytest.raises(KeyboardInterrupt):
         commands.quantize(job, Stops(), Resources(workers=2))
     result = bench.run("--workers", 2)

@@ -46,7 +46,7 @@ def outliers(benchmark, tmp_path_factory):
 def against_float(recipe, model, text, base, out):
     """Perplexity over float, and the mean change of a token's log-probability."""
     path = ROOT / "recipes" / f"{recipe}.yaml"
-    job = commands.prepare(path, model=str(model), out=out, overrides=FEWER)
+    job = commands.plan(path, model=str(model), out=out, overrides=FEWER)
     commands.quantize(job)
     scores = torch.cat(log_probs(Served.open(out), text, workers=2))
     return math.exp(base.mean() - scores.mean()), float((scores - base).abs().mean())

@@ -24,7 +24,7 @@ RECIPES = ("w8a8_dynamic", "fp8_dynamic", "w8a16")
 
 
 def convert(recipe, model, out, *sets, **options):
-    job = commands.prepare(
+    job = commands.plan(
         ROOT / "recipes" / f"{recipe}.yaml", model=str(model), out=out, overrides=sets, **options
     )
     commands.quantize(job)
@@ -90,7 +90,7 @@ def test_what_families_keep_and_quantize(tmp_path):
     names = {}
     for family in FAMILIES:
         model = make_family(tmp_path / family, family)
-        job = commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "o")
+        job = commands.plan(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "o")
         names[family] = {
             item.module.split("layers.")[-1]
             for shard in job.plan.shards
@@ -115,7 +115,7 @@ def test_same_bytes_for_any_workers_block_path_and_run(tmp_path):
         [(1, 2**19), (2, 2**19), (8, 2**19), (2, 100), (3, 1000)]
     ):
         out = tmp_path / f"{number}" / ("deep/" * number) / "out"
-        job = commands.prepare(
+        job = commands.plan(
             ROOT / "recipes/w8a8_dynamic.yaml",
             model=str(model),
             out=out,
@@ -197,7 +197,7 @@ def test_without_checksum_the_weights_are_the_same(tmp_path):
 def test_the_effective_recipe_makes_the_same_plan(tmp_path):
     model = make_family(tmp_path / "model", "llama")
     job = convert("w8a8_dynamic", model, tmp_path / "out", "rules.1.scheme=fp8_dynamic")
-    again = commands.prepare(
+    again = commands.plan(
         tmp_path / "out" / "quantcli_recipe.yaml", model=str(model), out=tmp_path / "again"
     )
     assert again.plan.digest == job.plan.digest
@@ -212,7 +212,7 @@ def test_mixed_schemes_are_described_per_module(tmp_path):
         "  - {match: '*.mlp.*', scheme: w8a8_dynamic}\n"
         "  - {match: 're:.*self_attn\\.[qkvo]_proj', scheme: w8a16}\n"
     )
-    job = commands.prepare(recipe, model=str(model), out=tmp_path / "out")
+    job = commands.plan(recipe, model=str(model), out=tmp_path / "out")
     commands.quantize(job)
     table = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     kinds = {k: v for k, v in table.items() if k.endswith("_proj.weight")}
@@ -234,13 +234,13 @@ def test_plan_reads_no_weights(tmp_path):
     with file.open("r+b") as handle:  # a sparse file of the right size, with no data at all
         handle.truncate(header)
         handle.truncate(size)
-    job = commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
+    job = commands.plan(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
     assert job.plan.quantized_modules == 14
     assert not (tmp_path / "out.partial").exists()
 
 
 def notes(recipe, model, out, *sets):
-    return commands.prepare(recipe, model=str(model), out=out, overrides=sets).plan.notes
+    return commands.plan(recipe, model=str(model), out=out, overrides=sets).plan.notes
 
 
 def test_what_deserves_a_word_is_said(tmp_path):
@@ -264,7 +264,7 @@ def test_transposed_weights_are_refused(tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(InputError, match="stored transposed"):
-        commands.prepare(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
+        commands.plan(ROOT / "recipes/w8a8_dynamic.yaml", model=str(model), out=tmp_path / "out")
 
 
 def test_experts_that_stay_float_are_described_by_their_set_too(tmp_path):

@@ -123,7 +123,7 @@ def test_blocks_and_workers_change_nothing(box: Box, kind: str) -> None:
     source, _ = make_source(box.root, kind)
     outs = []
     for workers, elements in ((1, 2**19), (3, 48)):
-        job = commands.prepare(box.recipe, model=str(source), out=box.root / f"{workers}")
+        job = commands.plan(box.recipe, model=str(source), out=box.root / f"{workers}")
         execute(job.plan, job.out, workers=workers, block_elements=elements)
         outs.append((job.out / "model-00001-of-00001.safetensors").read_bytes())
     assert outs[0] == outs[1]

@@ -13,7 +13,7 @@ from quantcli.core.errors import InputError
 from quantcli.planning.plan import Quantize
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
-from tests.measured import held_weight, store
+from tests.measured import store, weight_dtype
 
 A = "model.layers.0.self_attn"
 PROJECTIONS = [f"{A}.{name}_proj" for name in "qkvo"]
@@ -94,7 +94,7 @@ def test_what_is_written(tmp_path, monkeypatch, name, dtype, symmetric):
     written = load_file(tmp_path / "0" / "model-00001-of-00001.safetensors")
     for module in PROJECTIONS:
         found = scheme.constants(stats[module], dtype)
-        held = held_weight(scheme, dtype)
+        held = weight_dtype(scheme, dtype)
         weight, bias = source[f"{module}.weight"], source.get(f"{module}.bias")
         parts = scheme.quantize(weight, held, found, bias)
         expected = target.pack(scheme.numerics, parts, tuple(parts["weight"].shape))

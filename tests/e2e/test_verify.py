@@ -32,9 +32,7 @@ DOWN = "model.layers.3.mlp.down_proj"
 
 
 def convert(recipe: str, out: Path, *sets: str) -> Path:
-    job = commands.prepare(
-        ROOT / "recipes" / f"{recipe}.yaml", model=str(MODEL), out=out, overrides=sets
-    )
+    job = commands.plan(ROOT / "recipes" / f"{recipe}.yaml", model=str(MODEL), out=out, overrides=sets)
     commands.quantize(job)
     return out
 

@@ -54,7 +54,7 @@ def convert(folder: Path, model: Path, target: str, rules: list[dict[str, object
     if "static" in json.dumps(rules):
         made["calibration"] = CALIBRATION
     recipe.write_text(json.dumps(made))
-    commands.quantize(commands.prepare(recipe, model=str(model), out=folder))
+    commands.quantize(commands.plan(recipe, model=str(model), out=folder))
     return folder
 
 

@@ -42,7 +42,7 @@ def main(model: str, recipe: str, out: str) -> None:
 
     from quantcli.commands import quantize as commands
 
-    commands.quantize(commands.prepare(Path(recipe), model=model, out=Path(out)))
+    commands.quantize(commands.plan(Path(recipe), model=model, out=Path(out)))
     cap = os.environ["ONEDNN_MAX_CPU_ISA"]
     print(json.dumps({"cap": cap, "capability": torch.backends.cpu.get_cpu_capability()}))
 

@@ -32,7 +32,7 @@ def trio(request, tmp_path_factory):
     """Source, reference and ours, each as (folder, tensors)."""
     recipe, model, reference = request.param
     out = tmp_path_factory.mktemp("golden") / "out"
-    job = commands.prepare(RECIPES / f"{recipe}.yaml", model=str(DATA / model), out=out)
+    job = commands.plan(RECIPES / f"{recipe}.yaml", model=str(DATA / model), out=out)
     commands.quantize(job)
     return tuple((folder, tensors(folder)) for folder in (DATA / model, DATA / reference, out))
 

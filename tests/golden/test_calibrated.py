@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
     @cache
     def make(observer, inputs):
         out = folder / f"{observer}-{inputs}"
-        commands.quantize(commands.prepare(recipe(observer, inputs), model=str(DATA / model), out=out))
+        commands.quantize(commands.plan(recipe(observer, inputs), model=str(DATA / model), out=out))
         return out
 
     @cache

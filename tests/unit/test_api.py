@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "w8a8_dynamic.yaml"
 def test_every_public_name_is_there():
     assert set(quantcli.__all__) == {
         "Checkpoint", "calibrate", "inspect", "load_recipe", "make_plan", "open_checkpoint", "pack",
-        "plan_calibration", "prepare", "prepare_pack", "quantize", "support", "verify",
+        "plan", "plan_calibration", "plan_pack", "quantize", "support", "verify",
     }  # fmt: skip
     for name in quantcli.__all__:
         assert callable(getattr(quantcli, name))
@@ -45,7 +45,7 @@ def test_the_package_imports_nothing_heavy():
 def test_a_conversion_in_python(tmp_path):
     model = make_family(tmp_path / "model", "llama")
     plan = quantcli.make_plan(quantcli.load_recipe(RECIPE), quantcli.open_checkpoint(model))
-    job = quantcli.prepare(RECIPE, model=str(model), out=tmp_path / "out")
+    job = quantcli.plan(RECIPE, model=str(model), out=tmp_path / "out")
     assert job.plan.digest == plan.digest
     written = quantcli.quantize(job)
     assert (

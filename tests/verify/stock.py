@@ -95,7 +95,7 @@ class Stock:
                 path.write_text(f"target: {target}\n{lines}")
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)
-            job = commands.prepare(
+            job = commands.plan(
                 path, model=str(model), out=out, overrides=options, workers=1, checksum=checksum
             )
             commands.quantize(job)

@@ -17,8 +17,8 @@ class Quantized:
     """A module that the plan quantizes, and the dtypes in which the engine holds its scales."""
 
     scheme: Scheme
-    held_weight: torch.dtype
-    held_input: torch.dtype
+    weight_dtype: torch.dtype
+    input_dtype: torch.dtype
     rule: str  # file:line
 
 
@@ -58,12 +58,12 @@ class Policy:
         if quantized is None:
             return False
         learns = quantized.scheme.schedule is not None
-        return learns or quantized.scheme.observer(quantized.held_input) is not None
+        return learns or quantized.scheme.observer(quantized.input_dtype) is not None
 
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""
         quantized = self.quantized.get(module)
-        return None if quantized is None else quantized.scheme.observer(quantized.held_input)
+        return None if quantized is None else quantized.scheme.observer(quantized.input_dtype)
 
 
 def not_finite(module: str, where: str) -> InputError:

@@ -30,9 +30,9 @@ def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
             return None  # float, or no token reaches it
         scheme = found.scheme
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
-        constants = {**scheme.constants(module_stats, found.held_input), **row_stats}
+        constants = {**scheme.constants(module_stats, found.input_dtype), **row_stats}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-        return scheme, scheme.quantize(rows, found.held_weight, constants, bias)
+        return scheme, scheme.quantize(rows, found.weight_dtype, constants, bias)
 
     return quantize
 

@@ -68,7 +68,7 @@ def pack(
         from quantcli.convert import merge as merging
 
         parts = [Path(folder) for folder in folders]
-        merge_job = merging.prepare_merge(parts, out, workers=workers, fresh=fresh, force=force)
+        merge_job = merging.plan_merge(parts, out, workers=workers, fresh=fresh, force=force)
         convert(
             output,
             plan,
@@ -85,7 +85,7 @@ def pack(
         raise InputError(what, where=folders[1], fix=f"{_PACK}, or {_MERGE}")
     from quantcli.commands import pack as packing
 
-    job = packing.prepare_pack(
+    job = packing.plan_pack(
         folders[0],
         target,
         out,

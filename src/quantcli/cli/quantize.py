@@ -59,7 +59,7 @@ def quantize(
     from quantcli.commands import quantize as commands
 
     output = Output(as_json=as_json, quiet=quiet)
-    job = commands.prepare(
+    job = commands.plan(
         recipe,
         model=model,
         out=out,

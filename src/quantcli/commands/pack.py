@@ -40,7 +40,7 @@ class PackJob:
     shards_done: int  # whole shards that an interrupted run left
 
 
-def prepare_pack(
+def plan_pack(
     checkpoint: str,
     target: str,
     out: Path,

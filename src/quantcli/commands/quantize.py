@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quantcli.planning.plan import Plan
 
 
-def prepare(
+def plan(
     recipe: Path,
     *,
     model: str | None = None,

@@ -61,7 +61,7 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def prepare_merge(
+def plan_merge(
     folders: Sequence[Path],
     out: Path,
     *,

@@ -9,7 +9,7 @@ import torch
 from quantcli.core.errors import InputError
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from tests.measured import constants, held_weight, quantize
+from tests.measured import constants, quantize, weight_dtype
 
 STATIC = ["w8a8_mix", "w8a8_static"]
 
@@ -320,7 +320,7 @@ def test_stacked_weights_compute_like_single_ones(name):
     scheme, weight, x, bias, parts = make_static(name, torch.bfloat16)
     found = constants(scheme, torch.bfloat16, x)
     weights, biases = torch.stack([weight, -weight / 2]), torch.stack([bias, bias * 3])
-    held = held_weight(scheme, torch.bfloat16)
+    held = weight_dtype(scheme, torch.bfloat16)
     stacked = scheme.quantize(weights, held, found, biases)
     for method in ("forward", "forward_prefill")[: 1 + (name == "w8a8_mix")]:
         y = getattr(scheme, method)(torch.stack([x, x]), stacked, biases)

@@ -251,7 +251,7 @@ def learners(
     by_matrix: dict[Matrix, Learner] = {}
     for group in found:
         first = group.matrices[0]
-        input_dtype = policy.quantized[group.modules[0]].held_input
+        input_dtype = policy.quantized[group.modules[0]].input_dtype
         learner = group.scheme.learner(
             {matrix: weight(matrix) for matrix in group.matrices},
             amax[first],

@@ -133,7 +133,7 @@ class RoundingPass:
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
         """How the inputs of modules that share them are rounded, where that counts."""
         found = self.run.policy.quantized
-        scheme, input_dtype = found[modules[0]].scheme, found[modules[0]].held_input
+        scheme, input_dtype = found[modules[0]].scheme, found[modules[0]].input_dtype
         if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
             return None
         assert isinstance(scheme, IntegerWeights)
@@ -180,7 +180,7 @@ class RoundingPass:
             found = self.run.policy.quantized[module]
             scheme = found.scheme
             assert isinstance(scheme, IntegerWeights)
-            constants = scheme.constants(self.stats.get(module, NO_STATS), found.held_input)
+            constants = scheme.constants(self.stats.get(module, NO_STATS), found.input_dtype)
             read = hessian.sum
             if hessian.rounded is None:
                 read = scheme.as_read(scheme.as_read(read, constants).T, constants).T
@@ -215,10 +215,9 @@ class RoundingPass:
 
         def work(start: int) -> None:
             block = slice(start, min(start + _ROWS, n))
-            rows, bias = self._rows(module, block)
-            row_constants = {name: self.stats[module][name][block] for name in own}
-            row_constants = {**constants, **row_constants}
-            rounded = self._block(module, scheme, row_constants, rows, bias, hessian, feedback, toward)
+            row_stats = {name: self.stats[module][name][block] for name in own}
+            row_constants = {**constants, **row_stats}
+            rounded = self._block(module, scheme, block, row_constants, hessian, feedback, toward)
             codes[block] = rounded.codes.cpu()
             errors[:, block] = torch.stack([rounded.error, rounded.nearest, rounded.signal]).cpu()
 
@@ -232,22 +231,22 @@ class RoundingPass:
         self,
         module: str,
         scheme: IntegerWeights,
+        block: slice,
         row_constants: Parts,
-        rows: Tensor,
-        bias: Tensor | None,
         hessian: Tensor,
         feedback: Feedback | None,
         toward: Tensor | None,
     ) -> Rounded:
-        """Some rows, against the scales that `quantize` will find for the very same rows."""
+        """Rows of a block, rounded against the scales that `quantize` will find for them."""
         device = hessian.device
+        rows, bias = self._rows(module, block)
         row_constants = {name: tensor.to(device) for name, tensor in row_constants.items()}
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
-        weight_dtype = self.run.policy.quantized[module].held_weight
+        weight_dtype = self.run.policy.quantized[module].weight_dtype
         parts = scheme.quantize(rows, weight_dtype, row_constants, bias)
         step = parts["weight_scale"]
-        if block := scheme.numerics.weight.block:  # a scale for every so many columns
-            step = tiles.spread(step, block, *rows.shape)
+        if tile := scheme.numerics.weight.block:  # one scale for some columns
+            step = tiles.spread(step, tile, *rows.shape)
         targets = scheme.to_round(rows, row_constants)
         if toward is not None:
             targets = targets @ toward
