@@ -71,8 +71,8 @@ format: $(READY) ## format the code
 	@$(BIN)/ruff format --quiet src tests benchmarks docs
 	@$(BIN)/ruff check --fix --quiet src tests benchmarks docs
 
-house: $(READY) ## figures of the source tree against their bars
-	@$(BIN)/python benchmarks/house.py
+house:          ## figures of the source tree against their bars
+	@$(PYTHON) benchmarks/house.py
 
 bench: $(READY) ## run every benchmark (about an hour, 10 GB of disk)
 	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources; do \
