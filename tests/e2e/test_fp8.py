@@ -288,7 +288,7 @@ CONFIGS = {
     "another format": ({"fmt": "e5m2"}, "fmt is 'e5m2'"),
     "blocks of nothing": ({"weight_block_size": [0, 128]}, "weight_block_size is [0, 128]"),
     "one scale a weight": ({"weight_block_size": None}, "under `weight_scale_inv`"),
-    "codes are called float": ({"modules_to_not_convert": [DOWN]}, "yet is F8_E4M3"),
+    "codes are called float": ({"modules_to_not_convert": [DOWN]}, "but is F8_E4M3"),
     "half of what is fused": ({"ignored_layers": [f"{L}.mlp.up_proj"]}, "fuses these siblings"),
     "names are no list": ({"modules_to_not_convert": DOWN}, "not a list of names"),
 }

@@ -245,7 +245,7 @@ def test_parts_that_are_no_set(box: Box) -> None:
     refused(merge(box, [first, third]), "of 3 parts 1 is missing: 2", "--part 2/3")
     refused(merge(box, [third]), "of 3 parts 2 are missing: 1, 2")
     refused(merge(box, [first, second, box.root / "nowhere"]), "no such folder")
-    refused(merge(box, [first, second, box.model]), "no part of a conversion")
+    refused(merge(box, [first, second, box.model]), "this is not a part of a conversion")
     refused(merge(box, [first, second, box.recipe]), "no such folder")
     assert not box.out.exists()
     assert not box.partial.exists()
@@ -437,4 +437,4 @@ def test_parts_share_one_calibration(tmp_path: Path) -> None:
     assert changed
     given = ("--part", "2/2", "--calibration", other, "--force")
     assert bench.run(*sharded, *given).code == 0
-    refused(merge(bench, folders, "--force"), str(folders[1]), "what was calibrated differs")
+    refused(merge(bench, folders, "--force"), str(folders[1]), "the calibrations differ")

@@ -186,7 +186,7 @@ def test_stats_that_make_no_sense_stop_the_run(setting, tmp_path):
     recipe, checkpoint, stats = setting
     stats[f"{A}.o_proj"]["input_scale"] = torch.zeros(1)
     plan = make_plan(recipe, checkpoint, store(tmp_path / "s.safetensors", stats))
-    with pytest.raises(InputError, match=r"input_scale 0\.0 is no scale") as caught:
+    with pytest.raises(InputError, match=r"input_scale 0\.0 is not a scale") as caught:
         execute(plan, tmp_path / "out", workers=2)
     assert f"{A}.o_proj" in caught.value.where
     assert "s.safetensors" in caught.value.where

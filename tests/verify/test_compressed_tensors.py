@@ -212,7 +212,7 @@ HARM = [
     row("a transform", "ct dynamic", beside(transform_config={"R1": {}}), "config",
         "transform_config"),
     row("a costly expression", "ct dynamic", also_ignored("re:(a+)+$"), "config", "too costly"),
-    row("no expression", "ct dynamic", also_ignored("re:("), "config", "no regular expression"),
+    row("no expression", "ct dynamic", also_ignored("re:("), "config", "is not a regular expression"),
     row("float32 to be served", "ct dynamic", lambda copy: change_dtype(copy), "config", "float32"),
     # numbers
     row("a scale of zero", "ct dynamic", put(f"{Q}.weight_scale", (3, 0), 0.0), "values",

@@ -150,9 +150,9 @@ BAD_STATS = [
     (math.inf, 0.0, "not a scale that bfloat16 can hold"),
     (1e-40, 0.0, "not a scale that bfloat16 can hold"),
     (0.0123, 0.0, "not a scale that bfloat16 can hold"),  # of another serving dtype
-    (0.5, 128.0, "no int8"),
-    (0.5, 0.5, "no int8"),
-    (0.5, math.nan, "no int8"),
+    (0.5, 128.0, "is not an int8"),
+    (0.5, 0.5, "is not an int8"),
+    (0.5, math.nan, "is not an int8"),
 ]
 
 

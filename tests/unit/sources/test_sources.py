@@ -373,7 +373,7 @@ FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
         (GPTQ_TENSORS | {"a.g_idx": tensor("I32", 3)}, GPTQ, "is I32 [3]; GPTQ of 16 x 64 has"),
         (GPTQ_TENSORS | {"a.qweight": tensor("U8", 8, 16)}, GPTQ, "is U8 [8, 16]; GPTQ has I32"),
         (GPTQ_TENSORS | {"b.weight": FP8_CODES}, GPTQ, "formats are mixed"),
-        (GPTQ_TENSORS, BLOCKS, "nothing here is of that format"),
+        (GPTQ_TENSORS, BLOCKS, "but no tensor uses it"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, tensors, settings, said):
