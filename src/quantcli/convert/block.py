@@ -134,7 +134,10 @@ _BLOCK = 512 * 1024  # elements: their float32 copies stay in the cache
 
 
 class WeightAmax:
-    """What was found so far. Threads may share it."""
+    """The largest |w| of weights that share one scale, from a first pass over them.
+
+    Each group of weights is read once a run, by the first worker that needs it. Threads may share it.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, Tensor] = {}

@@ -46,15 +46,15 @@ def check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_shared(
-    modules: Iterable[StoredModule], merged: Callable[[str], str | None]
+    modules: Iterable[StoredModule], fused_name: Callable[[str], str | None]
 ) -> Iterator[Finding]:
-    """What the engine keeps once for modules that it merges has the same bytes in all of them.
+    """Findings for siblings whose shared parameters differ: the engine keeps one for all of them.
 
-    merged: fused name of a module, or None. Unlike labels are reported elsewhere.
+    fused_name: fused name of a module, or None. Unlike labels are reported elsewhere.
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:
-        if name := merged(module.name):
+        if name := fused_name(module.name):
             groups[name, module.layout.label].append(module)
     for siblings in groups.values():
         for param in siblings[0].constants:

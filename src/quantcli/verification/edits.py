@@ -162,12 +162,11 @@ class Edited:
 
 
 def check_layer(
-    changed: Sequence[str], matrices: Sequence[Edited], merged: Mapping[str, str | None]
+    changed: Sequence[str], matrices: Sequence[Edited], fused_names: Mapping[str, str | None]
 ) -> Iterator[Finding]:
     """Findings for one layer: what is divided must be multiplied, and siblings alike.
 
-    changed: vectors that were edited. merged: by module, the parameter that the engine makes of it
-    and its siblings.
+    changed: vectors that were edited. fused_names: fused name of a module and its siblings, or None.
     """
     used = {matrix.producer for matrix in matrices if matrix.producer}
     readers = [m for m in matrices if bool((m.factors.columns != 1).any())]
@@ -197,7 +196,7 @@ def check_layer(
             yield failed("edits", what, f"`{reader.module}`", _AGAIN)
     first: dict[str, Edited] = {}
     for matrix in matrices:
-        parameter = merged.get(matrix.module)
+        parameter = fused_names.get(matrix.module)
         if parameter is None:
             continue
         leader = first.setdefault(parameter, matrix)

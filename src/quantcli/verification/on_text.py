@@ -144,7 +144,7 @@ class _NotFinite(InputError):
 
 
 def _sqnr(expected: States, actual: States | dict[int, Tensor], count: int | None = None) -> float:
-    """dB over the batches of `made`."""
+    """SQNR in dB of `actual` against `expected`, over the batches of `actual`."""
     signal = noise = 0.0
     for number in actual if isinstance(actual, dict) else range(count or 0):
         x = expected.get(number).double()

@@ -91,7 +91,7 @@ def _width(
 ) -> Iterator[Finding]:
     """A side that all modules of this name have in common, against what config.json makes it.
 
-    wanted: what it may be, the usual one being the smallest; None in it: anything.
+    expected: the sides that are allowed, the usual one the smallest; None in it allows any.
     """
     if None in expected:
         return

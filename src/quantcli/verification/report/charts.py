@@ -1,4 +1,8 @@
-"""The other charts of a page: layer outputs, perplexity, histograms of errors."""
+"""The other charts of a page: layer outputs, perplexity, histograms of errors.
+
+Charts are plain data for plotly, which checks them; page.js draws them. Colours are names of page.css,
+so that a chart follows the page into dark mode and onto paper.
+"""
 
 from __future__ import annotations
 
