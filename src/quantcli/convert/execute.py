@@ -25,16 +25,35 @@ from quantcli.verification.structure import verified
 _CHUNK = 2**20  # bytes
 
 
-P = TypeVar("P", bound=Work)
+P = TypeVar("P")
+W = TypeVar("W", bound=Work)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is carried out; none of it changes a byte of the weights.
+
+    workers:        threads that convert.
+    fresh:          start again, without what an interrupted run left.
+    force:          replace an output that exists.
+    checksum:       hash every file for the manifest.
+    block_elements: elements of a row block.
+    """
+
+    workers: int
+    fresh: bool = False
+    force: bool = False
+    checksum: bool = True
+    block_elements: int = BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Written(Generic[P]):
-    """A finished directory."""
+    """A finished directory. plan: what was carried out; None for parts that were joined."""
 
     out: Path
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
-    shards_reused: int
+    shards_reused: int  # of an interrupted run
     plan: P
     notes: tuple[str, ...]  # what the source lacks
 
@@ -54,18 +73,14 @@ def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
 
 
 def execute(
-    plan: P,
+    plan: W,
     out: Path,
+    options: RunOptions,
     *,
-    workers: int,
     progress: Progress = SILENT,
-    fresh: bool = False,
-    force: bool = False,
-    checksum: bool = True,
     part: Part | None = None,
     final: bool = False,
-    block_elements: int = BLOCK_ELEMENTS,
-) -> Written[P]:
+) -> Written[W]:
     """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
@@ -79,16 +94,16 @@ def execute(
             where=f"`{plan.needs_data[0]}`",
             fix="run `quantcli calibrate` with this recipe and model first",
         )
-    partial = partial_folder(out)
-    if fresh:
+    partial, checksum = partial_folder(out), options.checksum
+    if options.fresh:
         remove_folder(partial)
     journal = Journal(partial, run_head(plan, checksum=checksum))
     useless = False
     try:
-        run = ShardRun(plan, partial, journal, progress, checksum, block_elements)
+        run = ShardRun(plan, partial, journal, progress, checksum, options.block_elements)
         try:
-            with thread_pool(workers) as pool:
-                run.write(part.shards(plan) if part else plan.shards, pool, workers)
+            with thread_pool(options.workers) as pool:
+                run.write(part.shards(plan) if part else plan.shards, pool, options.workers)
         except InputError:
             useless = final
             raise
@@ -109,9 +124,9 @@ def execute(
         else:
             close_folder(partial, PART, part_head(plan, part, head, checksum=checksum), files)
         # Again: somebody may have made OUT meanwhile, and without the journal nothing could be reused.
-        check_destination(out, plan.checkpoint.path, force=force)
+        check_destination(out, plan.checkpoint.path, force=options.force)
         journal.remove()
-        publish(partial, out, force=force)
+        publish(partial, out, force=options.force)
     finally:
         journal.close()
         if useless:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.convert.execute import close_folder, copy_file
+from quantcli.convert.execute import Written, close_folder, copy_file
 from quantcli.convert.journal import Journal, check_folder, remove_folder
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
 from quantcli.convert.publish import check_destination, publish
@@ -51,16 +51,6 @@ class Merge:
         return {"plan": whole["manifest"]["plan"], "checksum": whole["checksum"], "source": of}
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A finished directory. `shards_reused` counts shards of an interrupted run."""
-
-    out: Path
-    files: dict[str, dict[str, Any]]
-    shards_reused: int
-    notes: tuple[str, ...]
-
-
 def plan_merge(
     folders: Sequence[Path],
     out: Path,
@@ -95,7 +85,7 @@ def plan_merge(
     return merge
 
 
-def merge(job: Merge, progress: Progress = SILENT) -> Merged:
+def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
     """Put the parts together at `job.out`, which appears whole or not at all. The parts stay.
 
     Every file is read, and its hash compared, where hashes were made. InputError for a damaged one.
@@ -128,7 +118,7 @@ def merge(job: Merge, progress: Progress = SILENT) -> Merged:
         publish(partial, job.out, force=job.force)
     finally:
         journal.close()
-    return Merged(job.out, dict(sorted(job.files.items())), reused, notes)
+    return Written(job.out, dict(sorted(job.files.items())), reused, None, notes)
 
 
 class _Gather:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,17 +75,25 @@ def dry_run(
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
-    of_none = packed(0)
-    fixed = frozenset(suffix for suffix, tensor in of_none.items() if tensor.shape[0])
     multiple = math.lcm(scheme.row_multiple, target.row_multiple(scheme.numerics))
-    of_some = packed(multiple) if multiple > 1 else {}
+    return Outcome(engine_dtypes, *output_specs(packed, n, multiple), frozenset(stats), multiple)
+
+
+def output_specs(
+    packed: Callable[[int], Mapping[str, Tensor]], n: int, multiple: int
+) -> tuple[tuple[TensorSpec, ...], frozenset[str]]:
+    """What a weight of n rows is packed into: tensors by suffix, and which do not depend on rows.
+
+    packed: makes them of so many rows, whose values do not matter: of none, and of `multiple` rows.
+    """
+    of_none, of_some = packed(0), packed(multiple)
+    constants = frozenset(suffix for suffix, tensor in of_none.items() if len(tensor))
     specs = []
     for suffix, tensor in of_none.items():
-        share = len(of_some[suffix]) if multiple > 1 else 1
-        rows = tensor.shape[0] if suffix in fixed else -(-n * share // multiple)
+        rows = len(tensor) if suffix in constants else -(-n * len(of_some[suffix]) // multiple)
         shape = (rows, *tensor.shape[1:])
         specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return Outcome(engine_dtypes, tuple(specs), fixed, frozenset(stats), multiple)
+    return tuple(specs), constants
 
 
 def make_items(
@@ -131,20 +139,9 @@ def make_items(
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
         amax_group = weight_amax.get(target.fused_name(module) or module, ())
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
-        if not outcome.stats:
-            yield Quantize(
-                stored,
-                module,
-                scheme,
-                outcome.engine_dtypes,
-                outputs,
-                constants,
-                edit=measured.edits.get(name),
-                row_multiple=outcome.row_multiple,
-                amax_group=amax_group,
-            )
-            continue
-        module_stats = measured.stats.get(module, NOTHING_MEASURED)
+        module_stats = NOTHING_MEASURED
+        if outcome.stats:
+            module_stats = measured.stats.get(module, NOTHING_MEASURED)
         if module_stats and (absent := outcome.stats - module_stats.keys()):
             raise InputError(
                 f"what was measured of this module's input lacks {', '.join(sorted(absent))}",
@@ -163,10 +160,10 @@ def make_items(
             outcome.engine_dtypes,
             outputs,
             constants,
-            bias,
+            bias if outcome.stats else None,
             stats,
             measured.edits.get(name),
-            measured.edits.get(f"{module}.bias"),
+            measured.edits.get(f"{module}.bias") if outcome.stats else None,
             outcome.row_multiple,
             amax_group,
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -13,14 +12,15 @@ from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.header import StoredTensor, encode_header
+from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
-from quantcli.core.numerics import Numerics
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module, Numerics
 from quantcli.planning.measured import Edit
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Target
+from quantcli.targets.base import PlannedCheckpoint, Target
 from quantcli.targets.layouts import StoredModule
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
@@ -157,6 +157,33 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)
 
 
+def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
+    """The weight files, each from its name and items. InputError for a tensor that is there twice."""
+    names: set[str] = set()
+    shards = []
+    for file, items in files:
+        shard = Shard(file, layout(spec for item in items for spec in item.outputs), tuple(items))
+        for spec in shard.tensors:
+            if spec.name in names:
+                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
+            names.add(spec.name)
+        shards.append(shard)
+    return tuple(shards)
+
+
+def as_planned(
+    checkpoint: Checkpoint, modules: Sequence[Module], shards: Sequence[Shard], serving_dtype: str
+) -> PlannedCheckpoint:
+    """The output as a target sees it when it makes its sidecars."""
+    return PlannedCheckpoint(
+        modules=modules,
+        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
+        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
+        config=checkpoint.config,
+        serving_dtype=serving_dtype,
+    )
+
+
 @dataclass(frozen=True)
 class RuleLine:
     """What one rule does, for the plan's table. Sizes in bytes of weights."""
@@ -182,22 +209,40 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Work(ABC):
+class Work:
     """A whole checkpoint to be written, but for its numbers."""
 
     checkpoint: Checkpoint
     target: Target
     shards: tuple[Shard, ...]
     sidecars: dict[str, bytes]  # generated files
-    copies: dict[str, int]  # files of the source that go along unchanged -> bytes
     serving_dtype: str
+    recipe_text: str | None  # of the numbers, overrides included; None: not known
     notes: tuple[str, ...]
     params: int
     quantized_params: int
 
-    @abstractmethod
+    @cached_property
+    def copies(self) -> dict[str, int]:
+        """Files of the source that go along unchanged -> bytes."""
+        return {name: n for name, n in self.checkpoint.aux.items() if name not in self.sidecars}
+
     def manifest(self) -> dict[str, Any]:
-        """What is made of what, with what, for the manifest: no times, no paths of this machine."""
+        """The manifest but for its files: no times, no paths of this machine."""
+        return {
+            "manifest_version": 1,
+            "tool": {"name": "quantcli", "version": __version__},
+            "plan": self.digest,
+            "source": {
+                "fingerprint": self.checkpoint.fingerprint,
+                "tensors": len(self.checkpoint.on_disk),
+                "bytes": self.checkpoint.nbytes,
+            },
+            "target": self.target.name,
+            "serving_dtype": self.serving_dtype,
+            "quantized_params_pct": round(self.quantized_params_pct, 4),
+            "recipe": self.recipe_text,
+        }
 
     @cached_property
     def nbytes(self) -> int:
@@ -280,23 +325,6 @@ class Plan(Work):
     def quantized_modules(self) -> int:
         """Number of quantized modules."""
         return sum(line.modules for line in self.rules if line.scheme != "keep")
-
-    def manifest(self) -> dict[str, Any]:
-        """What is made of what, with what."""
-        return {
-            "manifest_version": 1,
-            "tool": {"name": "quantcli", "version": __version__},
-            "plan": self.digest,
-            "source": {
-                "fingerprint": self.checkpoint.fingerprint,
-                "tensors": len(self.checkpoint.on_disk),
-                "bytes": self.checkpoint.nbytes,
-            },
-            "target": self.target.name,
-            "serving_dtype": self.serving_dtype,
-            "quantized_params_pct": round(self.quantized_params_pct, 4),
-            "recipe": self.recipe.effective(),
-        }
 
 
 def quantized_items(plan: Plan) -> list[Quantize]:

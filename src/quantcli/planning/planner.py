@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import RECIPE_FILE
-from quantcli.checkpoint.header import layout
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo, InputError
@@ -15,10 +14,20 @@ from quantcli.core.numerics import Module, Numerics
 from quantcli.planning.items import check_siblings, make_items
 from quantcli.planning.matching import assign, served, without_data
 from quantcli.planning.measured import Measured
-from quantcli.planning.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
+from quantcli.planning.plan import (
+    Copy,
+    Item,
+    Kept,
+    Plan,
+    Quantize,
+    RuleLine,
+    Shard,
+    as_planned,
+    make_shards,
+)
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import PlannedCheckpoint, Refusal, Target, others_that_store
+from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
 
 
@@ -46,23 +55,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     check_siblings(items, target)
     need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
-    output = PlannedCheckpoint(
-        modules=modules,
-        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
-        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
-        config=checkpoint.config,
-        serving_dtype=serving,
-    )
+    output = as_planned(checkpoint, modules, shards, serving)
     sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
-    copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
-    unused = {}
-    if not need and recipe.file.smooth is None:
-        unused["calibration"] = "no scheme of this recipe measures data"
-    notes += [
-        f"the recipe's `{block}` block has no effect: {why}"
-        for block, why in unused.items()
-        if getattr(recipe.file, block) is not None
-    ]
+    if not need and recipe.file.smooth is None and recipe.file.calibration is not None:
+        why = "no scheme of this recipe measures data"
+        notes.append(f"the recipe's `calibration` block has no effect: {why}")
     if not any(module.numerics for module in modules):
         notes.append("nothing is quantized: every weight stays float")
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
@@ -72,8 +69,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         recipe=recipe,
         shards=shards,
         sidecars=sidecars,
-        copies=copies,
         serving_dtype=serving,
+        recipe_text=recipe.effective(),
         rules=tuple(_rule_lines(recipe, items, assigned)),
         kept=tuple(_kept(items, assigned)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
@@ -167,7 +164,6 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
     """Fill files in source order up to `max_shard` bytes; what one weight becomes stays together."""
     bins: list[list[Item]] = [[]]
     filled = 0
-    names: set[str] = set()
     for item in items:
         nbytes = sum(spec.nbytes for spec in item.outputs)
         if bins[-1] and filled + nbytes > max_shard:
@@ -175,16 +171,8 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
             filled = 0
         bins[-1].append(item)
         filled += nbytes
-        for spec in item.outputs:
-            if spec.name in names:
-                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
-            names.add(spec.name)
-    return tuple(
-        Shard(
-            f"model-{number:05d}-of-{len(bins):05d}.safetensors",
-            layout(spec for item in bin_ for spec in item.outputs),
-            tuple(bin_),
-        )
+    return make_shards(
+        (f"model-{number:05d}-of-{len(bins):05d}.safetensors", bin_)
         for number, bin_ in enumerate(bins, start=1)
     )
 

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
-from quantcli.checkpoint.header import StoredTensor, layout
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
+from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
-from quantcli.planning.plan import Copy, Item, Repack, Shard, Work
+from quantcli.planning.items import output_specs
+from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
 from quantcli.planning.planner import raise_first
 from quantcli.planning.recode import WORDS, recode
 from quantcli.targets.base import (
-    PlannedCheckpoint,
     ScalePart,
     StoredCheckpoint,
     Target,
@@ -48,34 +47,18 @@ class Packed:
 
 @dataclass(frozen=True)
 class Repacking(Work):
-    """The same numbers in another format.
-
-    recipe: of which the source was made, where it says so.
-    """
+    """The same numbers in another format."""
 
     origin: Target
     lines: tuple[Packed, ...]
     floats: int  # tensors that are copied
-    recipe: str | None
 
     def manifest(self) -> dict[str, Any]:
-        """What is made of what; `state` says that no number was rounded."""
-        return {
-            "manifest_version": 1,
-            "tool": {"name": "quantcli", "version": __version__},
-            "plan": self.digest,
-            "state": "lossless",
-            "source": {
-                "fingerprint": self.checkpoint.fingerprint,
-                "tensors": len(self.checkpoint.tensors),
-                "bytes": self.checkpoint.nbytes,
-                "target": self.origin.name,
-            },
-            "target": self.target.name,
-            "serving_dtype": self.serving_dtype,
-            "quantized_params_pct": round(self.quantized_params_pct, 4),
-            "recipe": self.recipe,
-        }
+        """The manifest but for its files; `state` says that no number was rounded."""
+        head = super().manifest()
+        first = {key: head.pop(key) for key in ("manifest_version", "tool", "plan")}
+        source = {**head.pop("source"), "target": self.origin.name}
+        return {**first, "state": "lossless", "source": source, **head}
 
 
 def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
@@ -99,15 +82,8 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     modules = list(_modules(checkpoint, stored))
     raise_first(list(target.check(modules, specs)), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
-    output = PlannedCheckpoint(
-        modules=modules,
-        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
-        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
-        config=checkpoint.config,
-        serving_dtype=stored.serving_dtype,
-    )
     recipe = _recipe(checkpoint)
-    sidecars = dict(target.sidecars(output))
+    sidecars = dict(target.sidecars(as_planned(checkpoint, modules, shards, stored.serving_dtype)))
     if recipe is not None:
         sidecars[SOURCE_RECIPE] = recipe.encode()
     items = [item for shard in shards for item in shard.items]
@@ -118,15 +94,14 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         target=target,
         shards=shards,
         sidecars=sidecars,
-        copies={name: n for name, n in checkpoint.aux.items() if name not in sidecars},
         serving_dtype=stored.serving_dtype,
+        recipe_text=recipe,
         notes=(*checkpoint.notes, *target.advise(modules), *_to_be_checked(items, target)),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,
         lines=tuple(_lines(items, target)),
         floats=sum(isinstance(item, Copy) for item in items),
-        recipe=recipe,
     )
 
 
@@ -200,16 +175,7 @@ def _shards(items: Iterator[Item], checkpoint: Checkpoint) -> tuple[Shard, ...]:
     names = dict(zip(files, files, strict=True))
     if len(files) < len(checkpoint.shards):  # one held nothing but scales of modules in others
         names = {f: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files, 1)}
-    seen: set[str] = set()
-    shards = []
-    for file in files:
-        tensors = layout(spec for item in by_file[file] for spec in item.outputs)
-        for spec in tensors:
-            if spec.name in seen:
-                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
-            seen.add(spec.name)
-        shards.append(Shard(names[file], tensors, tuple(by_file[file])))
-    return tuple(shards)
+    return make_shards((names[file], by_file[file]) for file in files)
 
 
 def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
@@ -320,14 +286,4 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 
-    n = item.module.shape[0]
-    none, some = packed(0), packed(item.row_multiple)
-    specs, constants = [], set()
-    for suffix, tensor in none.items():
-        if len(tensor):
-            constants.add(suffix)
-            shape = tuple(tensor.shape)
-        else:
-            shape = (-(-n * len(some[suffix]) // item.row_multiple), *tensor.shape[1:])
-        specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return tuple(specs), frozenset(constants)
+    return output_specs(packed, item.module.shape[0], item.row_multiple)
