@@ -1,4 +1,4 @@
-"""What each tensor of the source becomes, found by quantizing blocks that have no rows."""
+"""The items of a plan, one for each tensor of the source, from quantizing blocks that have no rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from quantcli.targets.base import Target
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a weight becomes: the outcome of a dry run."""
+    """The outcome of a dry run: the tensors that a weight is quantized into."""
 
     engine_dtypes: EngineDtypes
     specs: tuple[TensorSpec, ...]  # named by suffix ("weight", "weight_scale")
     constants: frozenset[str]  # suffixes of those that do not depend on rows
-    stats: frozenset[str]  # what must have been measured; empty for schemes that need no data
+    stats: frozenset[str]  # statistics that the scheme needs; empty for schemes that need no data
     row_multiple: int
 
 
@@ -39,12 +39,12 @@ def dry_run(
     serving_dtype: str,
     bias: TensorSpec | None = None,
 ) -> Outcome:
-    """What a weight becomes, by quantizing and packing it without data: a block of no rows.
+    """Quantize and pack a weight without data, as a block of no rows, and return what it becomes.
 
-    Inputs count as measured by an observer that saw nothing. Raises InputError where the target cannot
-    store these numerics, and for a bias that cannot be one. A block of no rows, or of a few zeros where
-    rows share a scale, runs the real kernels and needs no memory; the meta device would do as well, but
-    in torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
+    Statistics are those of an observer that saw no input. InputError if the target cannot store these
+    numerics, and for a bias of another dtype or length. A block of no rows, or of a few zeros if rows
+    share a scale, runs the real kernels and needs no memory. The meta device would do as well, but in
+    torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
     """
     engine_dtypes = EngineDtypes(
         target.engine_dtype(scheme.numerics, "weight_scale", serving_dtype),
@@ -82,9 +82,9 @@ def dry_run(
 def output_specs(
     packed: Callable[[int], Mapping[str, Tensor]], n: int, multiple: int
 ) -> tuple[tuple[TensorSpec, ...], frozenset[str]]:
-    """What a weight of n rows is packed into: tensors by suffix, and which do not depend on rows.
+    """The tensors of a packed weight of n rows, named by suffix, and the suffixes that no row changes.
 
-    packed: makes them of so many rows, whose values do not matter: of none, and of `multiple` rows.
+    packed: packs a weight of a given number of rows, of any values. It is called with 0 and `multiple`.
     """
     of_none, of_some = packed(0), packed(multiple)
     constants = frozenset(suffix for suffix, tensor in of_none.items() if len(tensor))
@@ -117,7 +117,7 @@ def make_items(
         if rule and rule.keyword == PLAIN
         for suffix in ("weight", "bias")
     }
-    weight_amax = _surveys(checkpoint, assigned, target, measured)
+    amax_groups = _amax_groups(checkpoint, assigned, target, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
@@ -137,14 +137,14 @@ def make_items(
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
-        amax_group = weight_amax.get(target.fused_name(module) or module, ())
+        amax_group = amax_groups.get(target.fused_name(module) or module, ())
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         module_stats = NOTHING_MEASURED
         if outcome.stats:
             module_stats = measured.stats.get(module, NOTHING_MEASURED)
         if module_stats and (absent := outcome.stats - module_stats.keys()):
             raise InputError(
-                f"what was measured of this module's input lacks {', '.join(sorted(absent))}",
+                f"the statistics of this module's input lack {', '.join(sorted(absent))}",
                 where=f"`{module}` ({rule.where})",
                 fix="calibrate again",
             )
@@ -169,17 +169,17 @@ def make_items(
         )
 
 
-def _surveys(
+def _amax_groups(
     checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, measured: Measured
 ) -> dict[str, tuple[tuple[StoredTensor, Edit | None], ...]]:
-    """The weights that share a scale, by the name under which the engine merges them."""
-    found: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
+    """The weights that share a scale, by their fused name."""
+    groups: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
     for module, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.needs_weight_amax:
             name = f"{module}.weight"
             entry = checkpoint.tensors[name], measured.edits.get(name)
-            found[target.fused_name(module) or module].append(entry)
-    return {name: tuple(entries) for name, entries in found.items()}
+            groups[target.fused_name(module) or module].append(entry)
+    return {name: tuple(entries) for name, entries in groups.items()}
 
 
 def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
@@ -192,7 +192,7 @@ def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
 
 
 def check_siblings(items: Iterable[Item], target: Target) -> None:
-    """The engine keeps one of what is not per row for modules that it merges: it must be the same."""
+    """InputError if siblings, of which the engine keeps one input range, were measured differently."""
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:
         if isinstance(item, Quantize) and item.stats and (name := target.fused_name(item.module)):
@@ -200,8 +200,8 @@ def check_siblings(items: Iterable[Item], target: Target) -> None:
             other, expected = first.setdefault(name, (item.module, content))
             if content != expected:
                 raise InputError(
-                    f"the engine merges this module with `{other}`, and their inputs were measured "
-                    "as different",
+                    f"the engine fuses this module with `{other}`, and their statistics of one input "
+                    "differ",
                     where=f"`{item.module}`",
-                    fix="calibrate again; if that is what they are, use a scheme that needs no data",
+                    fix="calibrate again; if they still differ, use a scheme that needs no data",
                 )

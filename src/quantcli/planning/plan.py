@@ -30,7 +30,7 @@ NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 class Copy:
     """A tensor that goes over byte for byte, or with an edit that keeps the model's function.
 
-    dtype: the float dtype to store it in, where that is to be another than its own.
+    dtype: the float dtype to store it in; None for its own.
     """
 
     source: StoredTensor
@@ -53,12 +53,12 @@ class EngineDtypes(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantize:
-    """A weight [n, k] and the tensors that are made of it.
+    """A weight [n, k] and the tensors that it is quantized into.
 
-    outputs: each with n rows, or one for several, but for those whose names are in `constants`.
-    bias: the module's own, [n]; only where codes depend on it. It is copied as well.
-    stats: what was measured of the module's input, by name; empty where the scheme needs no data, and
-        in a plan that cannot be executed yet.
+    outputs: each with n rows or a row for several, except those whose names are in `constants`.
+    bias: the module's own, [n], if codes depend on it. It is copied as well.
+    stats: statistics of the module's input, by name; empty if the scheme needs no data, and in a plan
+        that cannot be executed yet.
     """
 
     source: StoredTensor
@@ -78,7 +78,7 @@ class Quantize:
 
     @property
     def asked(self) -> frozenset[str]:
-        """Names of all that must be measured or chosen; empty for schemes that need no data."""
+        """Names of the statistics and codes that calibration must give; empty for data-free schemes."""
         return _asked(self.scheme, self.source.spec.shape[-1], self.engine_dtypes.input_scale)
 
     @property
@@ -91,7 +91,7 @@ class Quantize:
         return start * out.shape[0] // self.source.spec.shape[0]
 
     def measured(self) -> bytes:
-        """All that the module has once of what was measured, with names and values, from disk."""
+        """Names and values of the statistics that do not depend on rows, from disk."""
         content = b""
         for name, stored in sorted(self.stats.items()):
             if name in self.scheme.row_stats:
@@ -110,9 +110,9 @@ def _asked(scheme: Scheme, k: int, input_dtype: str) -> frozenset[str]:
 class Repack:
     """A quantized module [n, k] in one format, and the tensors that hold the same numbers in another.
 
-    source:  its codes; what else is read of it is in `module`.
-    origin:  the format that it is in.
-    outputs, constants, row_multiple: as of `Quantize`.
+    source:  its codes; the other tensors are in `module`.
+    origin:  the format of the source.
+    outputs, constants, row_multiple: see `Quantize`.
     bias:    the module's own, [n].
     """
 
@@ -126,7 +126,7 @@ class Repack:
 
     @property
     def numerics(self) -> Numerics:
-        """What the engine computes with, before and after."""
+        """The numerics, which are the same before and after."""
         assert self.module.numerics is not None
         return self.module.numerics
 
@@ -140,7 +140,7 @@ Item = Copy | Quantize | Repack
 
 @dataclass(frozen=True)
 class Shard:
-    """One weight file: its tensors in the order of their data, and what they are made from."""
+    """One weight file: its tensors in the order of their data, and the items that make them."""
 
     file: str
     tensors: tuple[TensorSpec, ...]
@@ -186,7 +186,7 @@ def as_planned(
 
 @dataclass(frozen=True)
 class RuleLine:
-    """What one rule does, for the plan's table. Sizes in bytes of weights."""
+    """The effect of one rule, for the plan's table. Sizes in bytes of weights."""
 
     number: int
     scheme: str
@@ -210,7 +210,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Work:
-    """A whole checkpoint to be written, but for its numbers."""
+    """A whole checkpoint to be written: everything is fixed except its numbers."""
 
     checkpoint: Checkpoint
     target: Target
@@ -228,7 +228,7 @@ class Work:
         return {name: n for name, n in self.checkpoint.aux.items() if name not in self.sidecars}
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest but for its files: no times, no paths of this machine."""
+        """The manifest without its files: no times, no paths of this machine."""
         return {
             "manifest_version": 1,
             "tool": {"name": "quantcli", "version": __version__},
@@ -262,7 +262,7 @@ class Work:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over all that fixes the output: tool version, source headers, items, stats, files."""
+        """sha256 over all that fixes the output: version, source headers, items, statistics, files."""
         digest = hashlib.sha256(f"{__version__}\n{self.checkpoint.fingerprint}\n".encode())
         schemes = {
             item.scheme: repr((item.scheme.name, item.scheme.model_dump()))
@@ -295,13 +295,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan(Work):
-    """What a recipe makes of a model."""
+    """The conversion of a model by a recipe."""
 
     recipe: Recipe
     rules: tuple[RuleLine, ...]
     kept: tuple[Kept, ...]
     measured: tuple[str, ...]  # modules whose schemes measure inputs
-    needs_data: tuple[str, ...]  # those of them that are still to be measured; then nothing can run
+    needs_data: tuple[str, ...]  # those that are not measured yet; the plan cannot run if there are any
     smoothed: int  # groups of channels
 
     @property
@@ -311,7 +311,7 @@ class Plan(Work):
 
     @property
     def asked(self) -> dict[str, int]:
-        """What data is needed for, in a word -> number of modules."""
+        """Number of modules for each use of calibration data: ranges, codes, transforms."""
         counts = {"ranges": 0, "codes": 0, "transforms": 0}
         for item in (item for shard in self.shards for item in shard.items):
             if isinstance(item, Quantize):

@@ -32,10 +32,10 @@ from quantcli.targets.sidecars import declared_dtype
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
-    """Plan the conversion from headers, and from what calibration has measured.
+    """Plan the conversion from headers and from the results of calibration.
 
-    Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. Raises
-    InputError for whatever the engine could not load or the recipe does not mean.
+    Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. InputError
+    for output that the engine could not load, and for a recipe that does not fit the model.
     """
     checkpoint = decoded(checkpoint)
     serving, notes = serving_dtype(checkpoint)
@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
 
 
 def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:
-    """A word on quantized modules without tokens: whether the samples are any good shows there."""
+    """A note on quantized modules that no token reached: it shows whether the samples are any good."""
     quantized = [rule for rule in recipe.rules if rule.scheme]
     names = [name for name in measured.no_tokens if assigned.get(name) in quantized]
     if names:
@@ -110,7 +110,7 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
 
 
 def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
-    """The dtype that the engine will compute in, and what there is to say about it.
+    """The dtype that the engine will compute in, and notes about it.
 
     Engines take it from config.json. Float32 is not served on the accelerators that this is for, so
     float32 models are served as bfloat16, which has the same range, and config.json says so.
@@ -132,7 +132,7 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
 
 
 def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:
-    """InputError for a rule whose scheme makes what `target` has no name for."""
+    """InputError for a rule whose numerics `target` has no label for."""
     for rule in {rule.key: rule for rule in assigned.values() if rule}.values():
         if rule.scheme is not None:
             numerics = rule.scheme.numerics
@@ -147,7 +147,7 @@ def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None
 
 
 def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) -> None:
-    """InputError for the first of what a target refuses, if it refuses any."""
+    """InputError for the first refusal of a target, if there is one."""
     if refusals:
         first = refusals[0]
         rule = assigned.get(first.module)
@@ -161,7 +161,7 @@ def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) ->
 
 
 def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
-    """Fill files in source order up to `max_shard` bytes; what one weight becomes stays together."""
+    """Fill files in source order up to `max_shard` bytes; the tensors of one item stay together."""
     bins: list[list[Item]] = [[]]
     filled = 0
     for item in items:
@@ -225,7 +225,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
 
 
 def check_expectations(plan: Plan) -> None:
-    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
+    """AnswerNo if the plan misses a limit of the recipe's `expect` block."""
     values = {
         "quantized_params_pct": plan.quantized_params_pct,
         "quantized_modules": plan.quantized_modules,

@@ -54,7 +54,7 @@ class Repacking(Work):
     floats: int  # tensors that are copied
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest but for its files; `state` says that no number was rounded."""
+        """The manifest without its files; `state` says that no number was rounded."""
         head = super().manifest()
         first = {key: head.pop(key) for key in ("manifest_version", "tool", "plan")}
         source = {**head.pop("source"), "target": self.origin.name}
@@ -106,8 +106,8 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
 
 
 def _origin(checkpoint: Checkpoint, target: Target) -> Target:
-    found = quantization(checkpoint)
-    if found is None:
+    quantized = quantization(checkpoint)
+    if quantized is None:
         raise InputError(
             "this is a float model: there are no codes to pack",
             where=str(checkpoint.path),
@@ -116,8 +116,8 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
     origin = target_of(checkpoint)
     if origin is None:
         raise InputError(
-            f"no format that can be packed: {found.format}",
-            where=f"{checkpoint.path}, {found.evidence}",
+            f"no format that can be packed: {quantized.format}",
+            where=f"{checkpoint.path}, {quantized.evidence}",
             fix="`quantcli quantize` can decode some formats, and rounds again",
         )
     if origin.name == target.name:
@@ -140,10 +140,10 @@ def _no_cache_scales(tensors: Iterable[str]) -> None:
 
 
 def _must_have_label(module: StoredModule, origin: Target, target: Target) -> None:
-    """InputError where `target` has no name for what a module computes."""
+    """InputError if `target` has no label for the numerics of a module."""
     if module.numerics is None or module.numerics.transform is not None:
         raise InputError(
-            f"{module.layout.label} is of {origin.name} alone: no other format has what it computes",
+            f"{module.layout.label} exists in {origin.name} alone: no other format has these numerics",
             where=f"`{module.name}`",
             fix="quantize the float model with a scheme that both have: `quantcli inspect --support`",
         )
@@ -179,7 +179,7 @@ def _shards(items: Iterator[Item], checkpoint: Checkpoint) -> tuple[Shard, ...]:
 
 
 def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
-    """What headers cannot tell: whether the values of scales are among those that `target` holds."""
+    """Notes on scales whose values headers do not show: `target` must hold each as it is."""
     scales: tuple[ScalePart, ...] = ("weight_scale", "input_scale")
     narrow: dict[str, None] = {}
     for numerics, serving, origin in {
@@ -196,7 +196,7 @@ def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
 
 
 def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
-    """What becomes of the modules, by the names that both formats have for their kinds."""
+    """The modules by kind, with the labels of both formats."""
     kinds: dict[tuple[str, str], list[Repack]] = defaultdict(list)
     for item in items:
         if isinstance(item, Repack):
@@ -213,7 +213,7 @@ def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
 
 
 def _recipe(checkpoint: Checkpoint) -> str | None:
-    """The recipe of which a checkpoint of ours was made."""
+    """The recipe of the source, if quantcli made it."""
     if not (checkpoint.path / MANIFEST).is_file():
         return None
     recipe = read_manifest(checkpoint.path).get("recipe")
@@ -246,7 +246,7 @@ def repack_items(
 def _repack(
     module: StoredModule, codes: StoredTensor, origin: Target, target: Target, cache: dict[Any, Any]
 ) -> Repack:
-    """What a module becomes, found by packing blocks that hold nothing; alike modules once."""
+    """The item of a module, from packing blocks that hold nothing; modules of one kind once."""
     assert module.numerics is not None
     multiple = math.lcm(
         origin.row_multiple(module.numerics),
@@ -271,7 +271,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
     """The tensors by suffix, and which of them do not depend on rows."""
 
     def packed(rows: int) -> dict[str, Tensor]:
-        """Of codes that are all 0, and scales that are all 1."""
+        """Pack codes that are all 0 with scales that are all 1."""
         module, stored = item.module, {}
         for param in (*module.row_params, *module.constants):
             spec = module.tensors[param.suffix].spec
