@@ -177,7 +177,7 @@ def test_siblings_under_rules_that_measure_differently_are_refused(setting, tmp_
 def test_incomplete_stats_are_refused(setting, tmp_path):
     recipe, checkpoint, stats = setting
     del stats[f"{A}.q_proj"]["input_offset"]
-    with pytest.raises(InputError, match="lacks input_offset") as caught:
+    with pytest.raises(InputError, match="lack input_offset") as caught:
         make_plan(recipe, checkpoint, store(tmp_path / "s.safetensors", stats))
     assert "q_proj" in caught.value.where
 

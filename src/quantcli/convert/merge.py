@@ -59,7 +59,7 @@ def plan_merge(
     fresh: bool = False,
     force: bool = False,
 ) -> Merge:
-    """Check what headers and sizes show: one plan, each part once, each file with its size.
+    """Check what headers and sizes show: one plan, each part once, sizes of files.
 
     InputError for parts that make no whole.
     """
