@@ -88,7 +88,7 @@ def plan_merge(
 def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
     """Put the parts together at `job.out`, which appears whole or not at all. The parts stay.
 
-    Every file is read, and its hash is compared if the parts have hashes. InputError for a damaged file.
+    Every file is read, and hashes are compared if the parts have them. InputError for a damaged file.
     """
     partial = partial_folder(job.out)
     if job.fresh:
