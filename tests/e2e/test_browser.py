@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from quantcli.verification.report.page import outliers_page, page
+from quantcli.verification.report.outliers import outliers_page
+from quantcli.verification.report.page import page
 from tests import reports
 
 pytestmark = pytest.mark.browser
