@@ -7,6 +7,7 @@ import logging.config
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,15 @@ def test_packages_say_what_lives_there():
         assert lines, package
         if package.parent.parent == SOURCE:
             assert len(lines) >= 3, f"{package}: what lives there, and what may not"
+
+
+def test_a_wheel_has_every_file_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["quantcli"]
+    packed = {path for pattern in patterns for path in SOURCE.glob(pattern)}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert files == packed | {path for path in files if path.suffix == ".py"}
+    assert SOURCE / "verification" / "report" / "base.html.jinja" in packed
 
 
 def test_only_the_cli_prints():

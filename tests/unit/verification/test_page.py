@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
 from quantcli.cli.inspect import show_outliers
 from quantcli.cli.output import Output
+from quantcli.commands.inspect import outliers as inspect_outliers
 from quantcli.core.errors import MachineError
 from quantcli.planning.outliers import keep_advice
 from quantcli.verification.report import words
@@ -16,6 +18,8 @@ from quantcli.verification.report.heatmap import lay_out
 from quantcli.verification.report.outliers import outliers_page
 from quantcli.verification.report.page import page, require_plotly
 from tests import reports
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 
 
 def figures(text):
@@ -220,6 +224,15 @@ def test_the_advice_is_that_of_the_terminal(far, capsys):
         words_ = line.removeprefix("advice").split()
         assert " ".join(words_).casefold() in advice.replace(" :", ":").replace(" ;", ";").casefold()
     assert (ranking["advice"]["yaml"] in shown.pre) if far else not shown.pre
+
+
+def test_inspect_writes_the_page(tmp_path):
+    ranking = inspect_outliers(str(TINY), page=tmp_path / "page.html")
+    shown = reports.Elements((tmp_path / "page.html").read_text())
+    assert f"Outlier channels {TINY} Advice None: no module is far below" in shown.text
+    worst = max(ranking["modules"], key=lambda module: module["kurtosis"])
+    of = f"the worst is {words.number(worst['kurtosis'])} in {worst['module']}"
+    assert f"excess kurtosis, 0 for a normal distribution: {of}" in shown.text
 
 
 def test_a_ranking_without_modules_has_a_page():

@@ -19,7 +19,6 @@ Figure = dict[str, Any]
 
 BAD, TEXT, MUTED = "var(--bad)", "var(--text)", "var(--muted)"
 ONE, TWO = "var(--one)", "var(--two)"
-_LONGEST = 60  # characters of a label
 
 
 def layer_line(layers: Sequence[dict[str, Any]]) -> Figure:
@@ -34,12 +33,12 @@ def layer_line(layers: Sequence[dict[str, Any]]) -> Figure:
         f"{'' if is_ok(layer) else '<br><b>failed</b>'}"
         for layer in layers
     ]
-    traces = [line("the layer by itself", own, ONE, hover)]
-    if any(value is not None for value in after):
-        traces.append(line("after all layers before it", after, TWO, hover))
-    if any(limit is not None for limit in limits):
-        dashed = {"color": MUTED, "width": 1, "dash": "dash", "shape": "hv"}
-        traces.append(line("limit", limits, MUTED, mode="lines", line=dashed))
+    dashed = {"color": MUTED, "width": 1, "dash": "dash", "shape": "hv"}
+    traces = [
+        line("the layer by itself", own, ONE, hover),
+        line("after all layers before it", after, TWO, hover),
+        line("limit", limits, MUTED, mode="lines", line=dashed),
+    ]
     bad = [place for place, layer in enumerate(layers) if not is_ok(layer)]
     if bad:
         # a layer without a finite SQNR is marked as low as the lowest
@@ -64,10 +63,9 @@ def perplexity_line(windows: Sequence[dict[str, float]]) -> Figure:
         f"<br>change {'-' if c is None else f'{c:+.2f} %'}"
         for place, ((a, b), c) in enumerate(zip(pairs, change, strict=True))
     ]
-    dotted = {"color": TWO, "dash": "dot"}
     traces = [
         line("reference", [a for a, _ in pairs], ONE, hover),
-        line("checkpoint", [b for _, b in pairs], TWO, hover, line=dotted),
+        line("checkpoint", [b for _, b in pairs], TWO, hover, line={"color": TWO, "dash": "dot"}),
         {"type": "bar", "name": "change in %", "y": change, "yaxis": "y2", "hovertext": hover,
          "marker": {"color": MUTED}, "showlegend": False},
     ]  # fmt: skip
@@ -149,6 +147,6 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def plain(text: str, limit: int = _LONGEST) -> str:
-    """Untrusted text for plotly, which reads some HTML (also links) and TeX in texts."""
+def plain(text: str, limit: int = 60) -> str:
+    """Untrusted text, cut after `limit` characters, for plotly, which reads some HTML and TeX."""
     return html.escape(literal(text, limit), quote=False).replace("$", "&#36;")

@@ -29,7 +29,6 @@ _OUTSIDE = "other"  # the column of modules that are in no layer
 _MOST_ROWS = 60  # a decoder has fewer kinds than that; of more, the worst are kept
 _ORDER = ("q_a", "q_b", "kv_a", "kv_b", "q_proj", "k_proj", "v_proj", "qkv", "o_proj", "gate", "up",
           "down")  # fmt: skip
-
 _SPAN = 20.0  # dB that the colours cover at least: small differences must not look like large ones
 _HARD = 2.0  # logarithm of the ratio that is coloured as bad, if none is larger
 _ROOM = 16  # columns in which a number with decimals and a cross fit
@@ -68,11 +67,6 @@ class Grid:
     columns: list[str]
     cells: dict[tuple[int, int], Cell]
     rows_left_out: int
-
-    @property
-    def bad(self) -> list[tuple[int, int]]:
-        """Places of cells in which something failed."""
-        return sorted(place for place, cell in self.cells.items() if cell.failed)
 
     def table(self, of: Callable[[Cell], Any], empty: Any) -> list[list[Any]]:
         """`of` each cell by row and column; `empty` if there is none."""
@@ -135,7 +129,7 @@ def heat_map(
     floor: a value that is bad even if no module has it: the lowest limit.
     """
     low, high = _range(grid, quantity, floor)
-    bad = grid.bad
+    bad = sorted(place for place, cell in grid.cells.items() if cell.failed)
     bad_rows, bad_columns = ({place[i] for place in bad} for i in (0, 1))
     colors = _log_ticks(low, high) if quantity.ratio else {}
     heat = {

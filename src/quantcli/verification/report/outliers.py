@@ -14,7 +14,7 @@ from quantcli.verification.report.document import render, require_plotly
 from quantcli.verification.report.heatmap import Grid, Module, Quantity, heat_map, lay_out
 
 _ROWS = 500  # of the table of modules
-_RATIOS = (
+_RATIOS = (  # key, name, long name
     ("channel_ratio", "channel ratio", "rms of the largest channel over the median channel's"),
     ("amax_over_rms", "max / rms", "largest weight over the rms of all"),
     ("kurtosis", "kurtosis", "excess kurtosis, 0 for a normal distribution"),
@@ -72,7 +72,7 @@ def _hardness(quantity: Quantity, module: Module) -> tuple[float, str]:
 
 
 def _facts(module: Module) -> list[tuple[str, str]]:
-    """All that is known of a module, but its name: what, value."""
+    """All facts of a module but its name: (what, value)."""
     return [
         ("shape", words.shape(module.get("shape"))),
         ("channel ratio", words.number(module.get("channel_ratio"))),

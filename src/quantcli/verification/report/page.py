@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from operator import methodcaller
 from typing import Any
 
 from quantcli.verification.report import words
@@ -15,9 +15,7 @@ __all__ = ["page", "require_plotly"]
 _ROWS = 200  # of the table of modules, next to those that failed
 _MOST = 2000  # rows of that table at most: a browser must open the page
 _HISTOGRAMS = 7  # of single modules
-_SQNR = Quantity(
-    "SQNR, dB", "SQNR of the weights", operator.methodcaller("get", "sqnr_db"), words.decibels
-)
+_SQNR = Quantity("SQNR, dB", "SQNR of the weights", methodcaller("get", "sqnr_db"), words.decibels)
 # of the table of modules, and the classes of their cells; all other facts share one more column
 _COLUMNS = {"type": "", "shape": "right", "SQNR": "right", "limit": "right", "cosine": "right",
             "largest relative error": "right", "worst rows": "", "outlier channels": ""}  # fmt: skip
