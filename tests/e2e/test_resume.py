@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quantcli.convert.shards import ShardRun
 from tests.e2e.conftest import Box, Faults, Killed, Result, make_llama, run_cli, snapshot
 
 SHARDED = ("--workers", 1, "--set", "max_shard=1200")
@@ -194,6 +196,31 @@ def test_source_that_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.code == 3
     assert "model.safetensors" in result.err
     assert not box.out.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_source_that_is_overwritten_while_it_is_read(
+    box: Box, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    write = ShardRun.write
+
+    def write_and_overwrite(self: ShardRun, *args: Any) -> None:
+        write(self, *args)
+        path = box.model / file
+        content = bytearray(path.read_bytes())
+        content[-1] ^= file.endswith(".safetensors")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(ShardRun, "write", write_and_overwrite)
+    result = box.run()
+    assert result.code == 2
+    assert "error: the model changed while it was read" in result.err
+    assert f"--> {box.model / file}" in result.err
+    assert "--fresh" in result.err
+    assert not box.out.exists()
+    monkeypatch.undo()
+    again = box.run("--fresh")
+    assert again.code == 0, again.err
 
 
 def test_no_space_is_told_before_the_first_byte(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.files import INDEX, PART, PICKLES, list_files
+from rich.filesize import decimal
+
+from quantcli.checkpoint.files import INDEX, OTHER_WEIGHTS, PART, PICKLES, list_files
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
@@ -25,6 +27,15 @@ from quantcli.core.errors import InputError, MachineError, QuantError
 CONFIG = "config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
+# Files of weights that are not the model's: adapters, other states of training, other layouts.
+_ADAPTER = re.compile(r"adapter(_model)?[^/]*\.(safetensors|bin)")
+_ADAPTER_CONFIG = "adapter_config.json"
+_NOT_THE_MODEL = re.compile(
+    r"(consolidated|adapter|optimizer|scheduler|ema|value_head)[^/]*\.safetensors"
+)
+_STAGES = "modules.json"  # of sentence-transformers
+BELOW = "weights in a folder below the model"
+_BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 
@@ -44,6 +55,7 @@ class Checkpoint:
     problems: list[QuantError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     undecoded: dict[str, StoredTensor] | None = None
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # file -> bytes, mtime in ns
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:
@@ -91,6 +103,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def must_be_unchanged(checkpoint: Checkpoint) -> None:
+    """InputError if a file of the checkpoint has changed since it was opened.
+
+    Sizes and times of all files are compared, and the headers and config.json are read again.
+    """
+    for name, stamp in checkpoint.stamps.items():
+        file = checkpoint.path / name
+        try:
+            changed = _stamp(file) != stamp
+        except OSError:
+            changed = True
+        if changed:
+            raise _changed(file)
+    if scan_checkpoint(checkpoint.path).fingerprint != checkpoint.fingerprint:
+        raise _changed(checkpoint.path)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        "the model changed while it was read",
+        where=str(path),
+        fix="let nobody write to the model, and run again with --fresh",
+    )
+
+
 def scan_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`; its faults are listed in `problems`.
 
@@ -112,10 +154,12 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     problems: list[QuantError] = []
     notes: list[str] = []
     files, left_out = list_files(root)
+    stamps = {name: _stamp(root / name) for name in files}
     if PART in files:
         raise _is_part(read_json_file(root / PART), root)
     index = _read_index(root, files)
     shards = _choose_shards(root, files, index, problems, left_out)
+    left_out.update(_weights_below(root, files))
     tensors = _read_tensors(root, shards, problems)
     if index is not None:
         _compare(index, tensors, shards, problems, notes)
@@ -123,7 +167,10 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     notes += _odd(config, tensors)
     gone = {*shards, *left_out, INDEX}  # the index is made anew
     aux = {name: size for name, size in files.items() if name not in gone}
-    return Checkpoint(root, tensors, tuple(shards), config, aux, left_out, problems, notes)
+    stamps = {name: stamp for name, stamp in stamps.items() if name in aux or name in shards}
+    return Checkpoint(
+        root, tensors, tuple(shards), config, aux, left_out, problems, notes, None, stamps
+    )
 
 
 def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:
@@ -144,15 +191,19 @@ def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[s
 
 def read_json_file(path: Path) -> dict[str, Any]:
     """A JSON object that came with a model: size-limited, duplicate keys refused."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
-        table = parse_json(path.read_bytes(), str(path), "fetch the file again")
-    except OSError as error:
-        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
+    table = _parse_file(path)
     if not isinstance(table, dict):
         raise InputError(f"{path.name} must hold a JSON object", where=str(path))
     return table
+
+
+def _parse_file(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
+        return parse_json(path.read_bytes(), str(path), "fetch the file again")
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
 
 
 def _is_part(entry: dict[str, Any], root: Path) -> InputError:
@@ -200,8 +251,11 @@ def _choose_shards(
     problems: list[QuantError],
     left_out: dict[str, str],
 ) -> list[str]:
-    """The weight files: those of the index, else every top-level .safetensors file."""
+    """The weight files: those of the index; else `model.safetensors` alone, as transformers reads it;
+    else every .safetensors file that does not belong to something else, as vLLM reads them."""
     present = sorted(name for name in files if "/" not in name and name.endswith(".safetensors"))
+    if any(_ADAPTER.match(name) for name in files) and _ADAPTER_CONFIG in files:
+        left_out[_ADAPTER_CONFIG] = "of an adapter, whose weights are left out"
     if index is not None:
         listed = dict.fromkeys(sorted(set(index["weight_map"].values())))
         for shard in listed:
@@ -222,17 +276,49 @@ def _choose_shards(
         raise InputError(
             "no .safetensors file here", where=str(root), fix="MODEL is the folder with config.json"
         )
-    shards = [name for name in present if not name.startswith("consolidated")] or present
+    if all(map(_ADAPTER.match, present)):
+        raise InputError(
+            "these are the weights of an adapter, not of a model",
+            where=f"{root}, {present[0]}",
+            fix="merge the adapter into its model first",
+        )
+    whole = [name for name in present if name == "model.safetensors"]
+    others = [name for name in present if not _NOT_THE_MODEL.match(name)]
+    shards = whole or others or present
     for name in present:
         if name not in shards:
-            left_out[name] = "the same weights in another layout"
+            left_out[name] = _why_no_shard(name, shards)
     # Without an index the names are all that tells how many shards there should be.
-    numbered = filter(None, map(_NUMBERED.fullmatch, shards))
-    for stem, width, total in dict.fromkeys((m["stem"], len(m["part"]), m["total"]) for m in numbered):
+    matches = filter(None, map(_NUMBERED.fullmatch, shards))
+    for stem, width, total in dict.fromkeys((m["stem"], len(m["part"]), m["total"]) for m in matches):
         names = (f"{stem}-{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1))
         absent = itertools.islice((name for name in names if name not in files), 10)
         problems += [_missing(root, name, "the other shards' names call for it") for name in absent]
     return shards
+
+
+def _why_no_shard(name: str, shards: list[str]) -> str:
+    if name.startswith("consolidated"):
+        return "the same weights in another layout"
+    if _ADAPTER.match(name):
+        return "weights of an adapter"
+    return f"the model is in {shards[0]}" if len(shards) == 1 else "not among the model's shards"
+
+
+def _weights_below(root: Path, files: dict[str, int]) -> dict[str, str]:
+    """Weights in folders below the model's, which no engine loads as the model, and their indexes.
+
+    Folders that modules.json names are parts of a pipeline of sentence embeddings, and stay.
+    """
+    stages = _parse_file(root / _STAGES) if _STAGES in files else []
+    entries = stages if isinstance(stages, list) else []
+    kept = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    left_out = {}
+    for name, nbytes in files.items():
+        folder = name.rpartition("/")[0]
+        if folder and folder not in kept and name.lower().endswith(_BELOW):
+            left_out[name] = f"{BELOW}, {decimal(nbytes)}"
+    return left_out
 
 
 def _missing(root: Path, shard: str, why: str) -> InputError:

@@ -12,7 +12,7 @@ from quantcli.core.errors import InputError, MachineError
 INDEX = "model.safetensors.index.json"
 PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
+OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
 STALE = "an index or a quantization file, true only for the weights it was made for"
 _UNPRINTABLE = "its name has control characters"
 # Files that describe the source's own quantization or shards: wrong beside new weights.
@@ -61,7 +61,7 @@ def _why_not(name: str) -> str | None:
         return "may hold pickled code, which is never read or passed on"
     if "/" in name:
         return None
-    if base.lower().endswith(_OTHER_WEIGHTS):
+    if base.lower().endswith(OTHER_WEIGHTS):
         return "the same weights in another format"
     if base != INDEX and _STALE.fullmatch(base):
         return STALE

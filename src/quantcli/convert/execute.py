@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from quantcli.checkpoint.checkpoint import must_be_unchanged
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.journal import Journal, discard, remove_folder
@@ -65,10 +66,7 @@ class Written(Generic[P]):
 
 def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
     """The head of the journal: a later run continues with these shards only if it has the same."""
-    source = {}
-    for shard in plan.checkpoint.shards:
-        status = (plan.checkpoint.path / shard).stat()
-        source[shard] = [status.st_size, status.st_mtime_ns]
+    source = {shard: list(plan.checkpoint.stamps[shard]) for shard in plan.checkpoint.shards}
     return {"plan": plan.digest, "checksum": checksum, "source": source}
 
 
@@ -115,6 +113,7 @@ def execute(
             for name in plan.copies:
                 source = plan.checkpoint.path / name
                 files[name] = copy_file(source, partial / name, checksum=checksum)
+        must_be_unchanged(plan.checkpoint)
         head = plan.manifest()
         notes: tuple[str, ...] = ()
         if part is None:

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json_file, scan_checkpoint
+from quantcli.checkpoint.checkpoint import (
+    Checkpoint,
+    must_be_unchanged,
+    open_checkpoint,
+    read_json_file,
+    scan_checkpoint,
+)
 from quantcli.core.errors import InputError, MachineError
 from tests.builders import INDEX, make_model, pack, tensor, write_safetensors
 
@@ -536,13 +542,112 @@ def test_left_out(model: Path, file: str, shown: str | None, reason: str) -> Non
 
 @pytest.mark.parametrize(
     "file",
-    ["sub/model.safetensors", "sub/x.h5", "sub/quant_config.json", "tokenizer.json", "größe.txt"],
+    ["sub/quant_config.json", "tokenizer.json", "größe.txt", "1_Pooling/config.json"],
 )
 def test_carried_along(model: Path, file: str) -> None:
     make_model(model, files={file: "abc"})
     checkpoint = open_checkpoint(model)
     assert checkpoint.aux == {"config.json": 2, file: 3}
     assert checkpoint.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("adapter_model.safetensors", "weights of an adapter"),
+        ("optimizer.safetensors", "the model is in model.safetensors"),
+        ("value_head.safetensors", "the model is in model.safetensors"),
+        ("model.fp16.safetensors", "the model is in model.safetensors"),
+        ("ema.safetensors", "the model is in model.safetensors"),
+        ("mtp-00001-of-00002.safetensors", "the model is in model.safetensors"),
+        ("original/model.safetensors", "weights in a folder below the model, {}"),
+        ("onnx/model.onnx", "weights in a folder below the model, {}"),
+        ("onnx/fp16/model.onnx_data", "weights in a folder below the model, {}"),
+        ("x/model.safetensors.index.json", "weights in a folder below the model, {}"),
+    ],
+)
+def test_model_safetensors_alone_is_the_model(model: Path, file: str, reason: str) -> None:
+    make_model(model)
+    (model / file).parent.mkdir(exist_ok=True, parents=True)
+    write_safetensors(model / file, ONE)
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.shards == ("model.safetensors",)
+    size = f"{(model / file).stat().st_size} bytes"
+    assert checkpoint.left_out == {file: reason.format(size)}
+    assert list(checkpoint.aux) == ["config.json"]
+
+
+def test_without_it_all_shards_but_those_of_something_else_are_the_model(model: Path) -> None:
+    mtp = {"mtp.safetensors": {"c": tensor("U8", 1)}}
+    make_model(model, {**PAIR, **mtp})
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "ema-1.safetensors"):
+        write_safetensors(model / name, ONE)
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.shards == (FIRST, SECOND, "mtp.safetensors")
+    assert sorted(checkpoint.left_out) == [
+        "adapter_model.safetensors", "ema-1.safetensors", "optimizer.safetensors"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_the_config_of_an_adapter_goes_with_its_weights(model: Path, weights: str) -> None:
+    """With adapter_config.json in its folder, transformers loads another model's weights."""
+    make_model(model, files={"adapter_config.json": "{}"})
+    write_safetensors(model / weights, ONE)
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.left_out["adapter_config.json"] == "of an adapter, whose weights are left out"
+    assert weights in checkpoint.left_out
+    assert list(checkpoint.aux) == ["config.json"]
+
+
+def test_an_adapter_alone_is_not_a_model(model: Path) -> None:
+    make_model(model, {"adapter_model.safetensors": ONE}, files={"adapter_config.json": "{}"})
+    with pytest.raises(InputError, match="weights of an adapter, not of a model"):
+        open_checkpoint(model)
+
+
+def test_stages_of_sentence_embeddings_stay(model: Path) -> None:
+    stages = [{"idx": 0, "path": ""}, {"idx": 2, "path": "2_Dense"}, {"path": ["odd"]}, 7]
+    make_model(model, files={"modules.json": json.dumps(stages), "2_Dense/config.json": "{}"})
+    for folder in ("2_Dense", "3_Dense"):
+        (model / folder).mkdir(exist_ok=True)
+        write_safetensors(model / folder / "model.safetensors", ONE)
+    checkpoint = open_checkpoint(model)
+    assert "2_Dense/model.safetensors" in checkpoint.aux
+    assert list(checkpoint.left_out) == ["3_Dense/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["rewritten", "touched", "removed"])
+def test_a_change_after_opening_is_found(model: Path, name: str, how: str) -> None:
+    make_model(model, files={"tokenizer.json": "{}", "x.gguf": "left out"})
+    checkpoint = open_checkpoint(model)
+    must_be_unchanged(checkpoint)
+    (model / "x.gguf").unlink()
+    must_be_unchanged(checkpoint)
+    content, status = (model / name).read_bytes(), (model / name).stat()
+    if how == "removed":
+        (model / name).unlink()
+    elif how == "rewritten":
+        (model / name).write_bytes(content + b" ")
+        os.utime(model / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        os.utime(model / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(InputError, match="the model changed while it was read") as caught:
+        must_be_unchanged(checkpoint)
+    assert caught.value.where == str(model / name)
+
+
+def test_a_change_of_headers_that_keeps_size_and_time_is_found(model: Path) -> None:
+    make_model(model, {"model.safetensors": {"a": tensor("U8", 2)}})
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.fingerprint
+    file = model / "model.safetensors"
+    status = file.stat()
+    file.write_bytes(file.read_bytes().replace(b'"a"', b'"b"'))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(InputError, match="the model changed while it was read"):
+        must_be_unchanged(checkpoint)
 
 
 def test_a_link_to_a_folder_within_is_left_out(model: Path) -> None:
