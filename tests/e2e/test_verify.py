@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
+from quantcli.core.events import SILENT
 from quantcli.verification.on_text import text_batches
+from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.tiny_models import make_tiny
 
@@ -81,7 +83,10 @@ def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
     assert done.code == 0, done.out
     found = done.json["run"]
     model = open_checkpoint(MODEL)
-    batches = text_batches(str(TEXT), model, 4, 128, trust=False, progress=_Silence())
+    options = VerifyOptions(
+        dynamic, against=str(MODEL), run=True, data=str(TEXT), samples=4, length=128
+    )
+    batches = text_batches(options, model, SILENT)
     base = torch.cat(log_probs(model, batches)).double()
     made = torch.cat(log_probs(Served.open(dynamic), batches)).double()
     assert found["tokens"] == base.numel() == 4 * 127
@@ -95,11 +100,6 @@ def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
     assert [layer["ok"] for layer in found["layers"]] == [True] * 6
     assert all(30 < layer["sqnr_db"] < 50 for layer in found["layers"])
     assert len(found["windows"]) == 4
-
-
-class _Silence:
-    def say(self, text: str) -> None:
-        """Nothing."""
 
 
 def test_against_itself_nothing_differs(dynamic: Path) -> None:
