@@ -172,7 +172,8 @@ ROWS = [
     row("a norm of one layer is missing", "dynamic", drop(NORM), "layers", "input_layernorm"),
     row("no head, though untied", "dynamic", drop("lm_head.weight", described=True), "layers",
         "lm_head is missing"),
-    row("no head, and not described", "dynamic", drop("lm_head.weight"), "layers", "lm_head is missing"),
+    row("no head, and not described", "dynamic", drop("lm_head.weight"), "layers",
+        "lm_head is missing"),
     # config.json against shapes
     row("other hidden_size", "dynamic", edit(CONFIG, hidden_size=512), "sizes", "hidden_size` is 512",
         most=2),

@@ -31,8 +31,8 @@ from quantcli.verification.reference import (
     Reference,
     compare_codes,
     compare_files,
+    compare_names,
     difference,
-    noted_kind,
     other_model,
 )
 from quantcli.verification.structure import Structure, layer_of
@@ -56,29 +56,22 @@ def verify_against(
         report.add([different])
         report.count("source", 1)
         return
-    both = _Both(
-        reference, Reference(stored.checkpoint, None, stored), report.limits.min_sqnr, progress
-    )
-    names, reference_names = both.ours.names(), reference.names()
-    for name in sorted(reference_names - names):
-        report.add([failed("source", f"`{name}` of the other model is missing", None, CONVERT)])
-    for name in sorted(names - reference_names):
-        report.add([failed("source", f"`{name}` is not in the other model", None, CONVERT)])
-    report.add(noted_kind(reference))
+    ours = Reference(stored.checkpoint, None, stored)
+    report.add(compare_names(ours, reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(names & reference_names):
+    reference_names = reference.names()
+    for name in sorted(ours.names() & reference_names):
         layers[layer_of(name) or name].append(name)
     progress.begin(sum(map(reference.nbytes, reference_names)), len(layers))
     counts = report.tensors = TensorCounts()
     with thread_pool(workers) as pool:
-        for job in [pool.submit(_compare_layer, both, names) for names in layers.values()]:
-            result = job.result()
-            report.add(result.findings)
-            report.modules += result.modules
-            counts.equal += result.tensors.equal
-            counts.edited += result.tensors.edited
-            counts.quantized += result.tensors.quantized
+        args = ours, reference, report.limits.min_sqnr, progress
+        for job in [pool.submit(_Layer(*args).compare, names) for names in layers.values()]:
+            findings, modules, tensors = job.result()
+            report.add(findings)
+            report.modules += modules
+            counts.add(tensors)
     for module in sorted(report.modules, key=lambda module: module.margin_db)[_LARGE:]:
         module.histogram, module.worst_rows, module.outlier_channels = None, [], []
     report.count("source", len(reference_names))
@@ -87,44 +80,31 @@ def verify_against(
     report.count("sqnr", len(report.modules))
 
 
-@dataclass(frozen=True)
-class _Both:
-    """The two checkpoints; the same for all layers."""
+@dataclass
+class _Layer:
+    """One layer of both models while it is compared.
 
-    reference: Reference
+    kinds:   matrix -> type of its codes, or `float` if it was edited.
+    vectors: edited ones by name, before and after.
+    unlike:  some matrix is not a rounding of the other model's.
+    """
+
     ours: Reference
+    reference: Reference
     min_sqnr: float | None
     progress: Progress
-
-
-@dataclass
-class _Result:
-    """The comparison of one layer."""
-
-    findings: list[Finding] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    edited: list[Edited] = field(default_factory=list)
+    unlike: bool = False
     modules: list[ModuleReport] = field(default_factory=list)
-    tensors: TensorCounts = field(default_factory=TensorCounts)
+    counts: TensorCounts = field(default_factory=TensorCounts)
 
+    def compare(self, names: Sequence[str]) -> tuple[list[Finding], list[ModuleReport], TensorCounts]:
+        """The comparison of all tensors of the layer."""
+        return list(self._findings(names)), self.modules, self.counts
 
-def _compare_layer(both: _Both, names: Sequence[str]) -> _Result:
-    """Compare the tensors of one layer."""
-    layer = _Layer(both)
-    layer.result.findings += layer.findings(names)
-    return layer.result
-
-
-class _Layer:
-    """One layer of both models while it is compared."""
-
-    def __init__(self, both: _Both) -> None:
-        self.both = both
-        self.result = _Result()
-        self.kinds: dict[str, str] = {}  # matrix -> type of its codes, or `float` if it was edited
-        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}  # edited ones: before and after, by name
-        self.edited: list[Edited] = []  # matrices
-        self.unlike = False  # some matrix is not a rounding of the other model's
-
-    def findings(self, names: Iterable[str]) -> Iterator[Finding]:
+    def _findings(self, names: Iterable[str]) -> Iterator[Finding]:
         """Compare all tensors: first those that are copied, then matrices, then edits of both."""
         for name in names:
             yield from self._sort(name)
@@ -140,16 +120,16 @@ class _Layer:
 
     def _sort(self, name: str) -> Iterator[Finding]:
         """Compare a tensor that is copied or edited; list a matrix, which is compared later."""
-        reference, counts = self.both.reference, self.result.tensors
+        reference, counts = self.reference, self.counts
         module = name.removesuffix(".weight")
-        if (ours := self.both.ours.quantized(name)) is not None:
+        if (ours := self.ours.quantized(name)) is not None:
             self.kinds[module] = ours.layout.kind
             counts.quantized += 1
             return
         if (other := reference.quantized(name)) is not None:
             self.kinds[module] = other.layout.kind
             return
-        before, after = reference.checkpoint.tensors[name], self.both.ours.checkpoint.tensors[name]
+        before, after = reference.checkpoint.tensors[name], self.ours.checkpoint.tensors[name]
         what = difference(before, after)
         floats = not {before.spec.dtype, after.spec.dtype} - FLOATS
         editable = floats and before.spec.shape == after.spec.shape and layer_of(name) is not None
@@ -164,13 +144,13 @@ class _Layer:
             counts.edited += 1
         else:
             yield failed("copies", what, f"`{name}`", CONVERT)
-        self.both.progress.advance(reference.nbytes(name))
+        self.progress.advance(reference.nbytes(name))
 
     def _compare(self, group: Sequence[str], norms: Sequence[Candidate]) -> Iterator[Finding]:
         """Compare matrices that read one tensor."""
-        both, pairs = self.both, {}
+        pairs: dict[str, Pair] = {}
         for module in group:
-            reference, ours = both.reference.weight(module), both.ours.weight(module)
+            reference, ours = self.reference.weight(module), self.ours.weight(module)
             if shape_of(reference) != shape_of(ours):
                 what = f"is {list(shape_of(ours))}, in the other model {list(shape_of(reference))}"
                 yield failed("source", what, f"`{module}`", CONVERT)
@@ -198,9 +178,9 @@ class _Layer:
     def _limit(self, module: str) -> float:
         """dB that a matrix must reach: of two quantized weights, the coarser one decides."""
         kind = self.kinds[module]
-        if self.both.min_sqnr is not None and kind != "float":
-            return self.both.min_sqnr
-        reference = self.both.reference.weight(module)
+        if self.min_sqnr is not None and kind != "float":
+            return self.min_sqnr
+        reference = self.reference.weight(module)
         other = reference.layout.kind if isinstance(reference, StoredModule) else kind
         return min(BOUNDS[kind].sqnr_db, BOUNDS[other].sqnr_db)
 
@@ -208,7 +188,7 @@ class _Layer:
         self, module: str, comparison: Comparison, limit: float, factors: FittedFactors | None
     ) -> Iterator[Finding]:
         """Report one matrix, and its fault if it has one."""
-        reference, ours = self.both.reference.weight(module), self.both.ours.weight(module)
+        reference, ours = self.reference.weight(module), self.ours.weight(module)
         kind = self.kinds[module]
         codes_differ, scale_ratio = compare_codes(reference, ours)
         report = ModuleReport(
@@ -226,9 +206,9 @@ class _Layer:
             codes_differ=codes_differ,
             scale_ratio=scale_ratio,
         )
-        self.both.progress.advance(self.both.reference.nbytes(f"{module}.weight"))
+        self.progress.advance(self.reference.nbytes(f"{module}.weight"))
         if kind != "float":
-            self.result.modules.append(report)
+            self.modules.append(report)
         if what := BOUNDS[kind].fault(report):
             report.ok = False
             row = f", worst row {report.worst_rows[0].row}" if report.worst_rows else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.replay.served import Forward, Served, token_log_probs
-from quantcli.calibration.replay.states import States
 from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
@@ -37,7 +36,6 @@ MAX_KL = 0.1  # nats per token, on average
 LEAST_LAYER_SQNR = 8.0  # dB of a layer's own output on the same inputs
 _FULL = "verify with --full, which names numbers that are not finite"
 _FINER = "see which layers are worst, and keep their modules in a finer scheme"
-_SOURCE = "give the model that the checkpoint was made from"
 
 
 def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progress) -> Sequence[Batch]:
@@ -99,11 +97,8 @@ def verify_run(
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
             return
-        try:
-            layers = list(_layers(models[0], models[1], progress))
-        except _NotFinite as error:
-            report.count("layer outputs", counts[0])
-            report.add([failed("layer outputs", error.what, report.checkpoint, _FULL)])
+        layers = _layers(report, models[0], models[1], progress)
+        if layers is None:
             return
         sums = _Sums()
         logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
@@ -119,46 +114,47 @@ def verify_run(
     report.count("kl", sums.tokens)
 
 
-def _layers(reference: Forward, ours: Forward, progress: Progress) -> Iterator[LayerReport]:
-    """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far."""
+def _layers(
+    report: Report, reference: Forward, ours: Forward, progress: Progress
+) -> list[LayerReport] | None:
+    """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far.
+
+    None if the checkpoint cannot be run to its end, which is reported then.
+    """
+    batches = range(len(reference.specs))
     names = [name for name, _ in reference.skeleton.layers]
     tokens = sum(math.prod(spec.shape[:2]) for spec in reference.specs)
     progress.begin_layers(len(names), 0, tokens)
+    layers = []
     for index, name in enumerate(names):
         try:
-            own = ours.layer(index, reference.states, range(min(_OWN, len(reference.specs))))
-        except InputError as error:
-            raise _NotFinite(error.what) from None
+            own = ours.layer(index, reference.states, batches[:_OWN])
+        except InputError as error:  # NaN or Inf
+            report.count("layer outputs", len(names))
+            report.add([failed("layer outputs", error.what, report.checkpoint, _FULL)])
+            return None
         reference.layer(index)
-        sqnr = _sqnr(reference.states, own)
-        cumulative = _sqnr(reference.states, ours.states, len(reference.specs))
-        yield LayerReport(
-            layer=name,
-            sqnr_db=round(sqnr, 3),
-            cumulative_db=round(cumulative, 3),
-            limit_db=LEAST_LAYER_SQNR,
-            ok=sqnr >= LEAST_LAYER_SQNR,
-        )
+        expected, actual = reference.states, ours.states
+        sqnr = _sqnr((expected.get(batch), own[batch]) for batch in own)
+        cumulative = _sqnr((expected.get(batch), actual.get(batch)) for batch in batches)
+        ok = sqnr >= LEAST_LAYER_SQNR
+        layers.append(LayerReport(name, round(sqnr, 3), round(cumulative, 3), LEAST_LAYER_SQNR, ok))
         progress.layer(name, index)
+    return layers
 
 
 def _other_model(what: str, expected: int, ours: int) -> Finding:
     text = f"the models have different {what}, {expected} and {ours}: they cannot be run side by side"
-    return failed("layer outputs", text, None, _SOURCE)
+    return failed("layer outputs", text, None, "give the model that the checkpoint was made from")
 
 
-class _NotFinite(InputError):
-    """The checkpoint's layers cannot be run any further; the other model's can."""
-
-
-def _sqnr(expected: States, actual: States | dict[int, Tensor], count: int | None = None) -> float:
-    """SQNR in dB of `actual` against `expected`, over the batches of `actual`."""
+def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """SQNR in dB of the second tensors of some pairs against the first ones."""
     signal = noise = 0.0
-    for number in actual if isinstance(actual, dict) else range(count or 0):
-        x = expected.get(number).double()
-        y = actual[number] if isinstance(actual, dict) else actual.get(number)
+    for expected, actual in pairs:
+        x = expected.double()
         signal += float(x.square().sum())
-        noise += float((y.double() - x).square().sum())
+        noise += float((actual.double() - x).square().sum())
     if not noise:
         return 200.0
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0

@@ -108,6 +108,12 @@ class TensorCounts:
     equal: int = 0
     quantized: int = 0
 
+    def add(self, other: TensorCounts) -> None:
+        """Add the counts of some more tensors."""
+        self.edited += other.edited
+        self.equal += other.equal
+        self.quantized += other.quantized
+
 
 @dataclass(frozen=True)
 class LayerReport:

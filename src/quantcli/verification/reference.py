@@ -21,6 +21,7 @@ from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.compare import Weight, rows_of
+from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
 
@@ -125,6 +126,21 @@ def _scale(weight: Tensor, codes: Tensor) -> Tensor:
     return weight.abs().amax(1) / codes.float().abs().amax(1)
 
 
+def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
+    """Findings for tensors that one of the models lacks; a note if the other one is quantized."""
+    names, reference_names = ours.names(), reference.names()
+    for name in sorted(reference_names - names):
+        yield failed("source", f"`{name}` of the other model is missing", None, CONVERT)
+    for name in sorted(names - reference_names):
+        yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+    kinds = decoded_kinds(reference.checkpoint.tensors.values())
+    if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
+        what = (
+            f"the other model is quantized, too ({count} modules): differences between both are shown"
+        )
+        yield noted("source", what, str(reference.checkpoint.path))
+
+
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
     """Findings for files of the other model that are missing here, or differ."""
     for name in sorted(reference.aux):
@@ -172,14 +188,3 @@ def _embeddings(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
     tensors = checkpoint.tensors
     names = sorted(name for name in tensors if name.endswith("embed_tokens.weight"))
     return [tensors[name].spec.shape for name in names]
-
-
-def noted_kind(reference: Reference) -> Iterator[Finding]:
-    """A note if the other model is quantized as well."""
-    kinds = decoded_kinds(reference.checkpoint.tensors.values())
-    count = len(reference.modules) or sum(kind["modules"] for kind in kinds)
-    if count:
-        what = (
-            f"the other model is quantized, too ({count} modules): differences between both are shown"
-        )
-        yield noted("source", what, str(reference.checkpoint.path))

@@ -1,26 +1,27 @@
-"""A checkpoint checked by its headers and small files alone."""
+"""A checkpoint checked by its headers and small files alone; damage that stops reading is a finding."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.checkpoint.detect import quantization
-from quantcli.checkpoint.files import INDEX
+from quantcli.checkpoint.files import INDEX, MANIFEST, PART
 from quantcli.checkpoint.inspection import tied_embeddings
-from quantcli.core.errors import InputError
-from quantcli.core.findings import Finding, failed, noted
+from quantcli.checkpoint.manifest import read_manifest
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import own_names
-from quantcli.verification.opening import open_for_verification
-from quantcli.verification.outcome import CONVERT, Report
+from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import check_sizes
 
+_PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
@@ -30,67 +31,166 @@ _TOKENIZERS = (
 _OF_SOURCE = {"layers", "sizes", "experts", "files", "tp"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Structure:
-    """The report so far, and the opened checkpoint for deeper checks.
+    """A checkpoint as far as it could be opened, and the report so far.
 
-    target:   its format; None, like `stored`, if no header could be read.
-    stored:   the checkpoint as the engine would take it.
-    manifest: None if there is no sound one.
+    checkpoint: None if no header could be read. manifest: None if there is no sound one.
+    whole:      no weight file is missing.
+    target:     the format, once it is known; `stored` is the checkpoint as its engine would take it.
     """
 
     report: Report
-    target: Target | None
-    stored: StoredCheckpoint | None
-    manifest: dict[str, Any] | None
+    checkpoint: Checkpoint | None = None
+    manifest: dict[str, Any] | None = None
+    whole: bool = False
+    target: Target | None = None
+    stored: StoredCheckpoint | None = None
 
 
 def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     """Check `path` by its headers.
 
     tp: tensor parallel sizes to serve it with. Reads no weights: headers, JSON files, and tensors that
-    a module has once. Raises InputError if there is no checkpoint, or its format is not known.
+    a module has once. Raises InputError if there is no checkpoint (no such directory, no weights in it,
+    or a part of a conversion), or if its format is not known.
     """
-    opened = open_for_verification(path)
+    structure = _open(path)
+    _check(structure, tp)
+    return structure
+
+
+def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
+    """Errors of a checkpoint of ours before it is published, from its headers; then, as text, faults
+    that it has from its source."""
+    structure = _open(folder)
+    checkpoint = structure.checkpoint
+    # else it is a plain float model, not in the format of an engine
+    if checkpoint is None or target_of(checkpoint) or quantization(checkpoint) is not None:
+        _check(structure, (1,))
+    errors = structure.report.errors
+    faults = [finding for finding in errors if finding.check in _OF_SOURCE]
+    return [finding for finding in errors if finding not in faults], tuple(
+        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in faults
+    )
+
+
+def _open(path: Path) -> Structure:
+    """Read headers, index, config and manifest. InputError if there is no checkpoint."""
     report = Report(str(path), depths=["structure"])
-    report.add(opened.findings)
-    checkpoint = opened.checkpoint
-    if checkpoint is None:
+    try:
+        checkpoint = scan_checkpoint(path)
+    except InputError as error:
+        none = not path.is_dir() or not any(path.glob("*.safetensors"))
+        if none or (path / PART).is_file():
+            raise
+        report.add([of_error(_check_of(error), error)])
         report.count("headers", 1)
-        return Structure(report, None, None, None)
+        return Structure(report)
     report.count("headers", len(checkpoint.shards))
     report.count("index", len(checkpoint.tensors))
-    if opened.manifest is not None:
-        report.count("manifest", len(opened.manifest["files"]))
+    report.add(_problems(checkpoint.problems))
+    report.add(noted("files", note) for note in checkpoint.notes if "stale" not in note)
+    manifest = None
+    if (checkpoint.path / MANIFEST).is_file():
+        try:
+            manifest = read_manifest(checkpoint.path)
+            report.add(_manifest(checkpoint, manifest["files"]))
+            report.count("manifest", len(manifest["files"]))
+        except InputError as error:
+            report.add([of_error("manifest", error)])
+    else:
+        what = f"there is no {MANIFEST}: sizes and hashes of files are not known"
+        report.add([noted("manifest", what)])
+    forgotten = list(_forgotten(checkpoint))
+    report.add(forgotten)
+    missing = any(problem.what.startswith("shard ") for problem in checkpoint.problems)
+    return Structure(report, checkpoint, manifest, not missing and not forgotten)
+
+
+def _check(structure: Structure, tp: Sequence[int]) -> None:
+    """Check a checkpoint that could be structure. InputError if its format is not known."""
+    report, checkpoint = structure.report, structure.checkpoint
+    if checkpoint is None:
+        return
     target = target_of(checkpoint)
     if target is None:
         if (other := quantization(checkpoint)) is None:
             raise InputError(
                 "this is a float model: nothing in it is quantized, so there is nothing to verify",
-                where=str(path),
+                where=report.checkpoint,
                 fix="give a quantized checkpoint; `quantcli inspect` shows what a float model holds",
             )
         raise InputError(
             f"no quantized checkpoint of a format that this version verifies: {other.format}",
-            where=f"{path}, {other.evidence}",
+            where=f"{report.checkpoint}, {other.evidence}",
             fix="give a checkpoint that `quantcli quantize` wrote, or one for such an engine",
         )
     report.format = target.name
     stored = target.open_stored(checkpoint)
+    structure.target, structure.stored = target, stored
     # if a weight file is missing, most other checks fail for that reason alone
-    report.add(f for f in stored.findings if opened.whole or f.check == "config")
+    report.add(f for f in stored.findings if structure.whole or f.check == "config")
     for check, things in stored.checked.items():
         report.count(check, things)
-    report.add(_files(checkpoint, opened.manifest))
+    report.add(_files(checkpoint, structure.manifest))
     report.count("files", len(checkpoint.aux))
-    if opened.whole:
+    if structure.whole:
         report.add(_layers(stored))
         report.count("layers", 1)
         report.count("sizes", 1)
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
-    return Structure(report, target, stored, opened.manifest)
+
+
+def _forgotten(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weight files that belong to the others by their names, but that the index does not list."""
+    sets = {_PART.sub("", shard) for shard in checkpoint.shards if _PART.search(shard)}
+    for name in sorted(checkpoint.left_out):
+        if _PART.search(name) and _PART.sub("", name) in sets:
+            what = f"does not list `{name}`, though its name makes it one of the others"
+            yield failed("index", what, INDEX, COPY)
+
+
+def _problems(problems: Iterable[QuantError]) -> Iterator[Finding]:
+    """A finding for each problem, but one for all of a kind in the index: they have one cause."""
+    kinds: dict[str, list[QuantError]] = defaultdict(list)
+    for problem in problems:
+        shape = re.sub(r"`[^`]*`", "", problem.what)
+        kinds[shape if problem.where == INDEX else problem.what].append(problem)
+    for first, *more in kinds.values():
+        finding = of_error(_check_of(first), first)
+        more_text = f"; {len(more)} more like it" if more else ""
+        yield replace(finding, what=finding.what + more_text)
+
+
+def _check_of(error: QuantError) -> str:
+    if CONFIG in error.what or (error.where or "").endswith(CONFIG):
+        return "config"
+    index = "index" in error.what or INDEX in (error.where or "") or "shard" in error.what
+    return "index" if index else "headers"
+
+
+def _manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+    """Findings for listed files that are missing or have another size, and for files not listed."""
+    for name, entry in files.items():
+        path = checkpoint.path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            what = f"names a file outside of the checkpoint: {name!r:.80}"
+            yield failed("manifest", what, MANIFEST, COPY)
+        elif not path.is_file():
+            yield failed("manifest", f"file `{name}` is missing", MANIFEST, COPY)
+        elif (size := path.stat().st_size) != entry.get("bytes"):
+            what = f"file has {size} bytes; the manifest says {entry.get('bytes')}"
+            yield failed("manifest", what, name, COPY)
+    present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out, INDEX}
+    for name in sorted(present - files.keys() - {MANIFEST}):
+        if name in checkpoint.shards:
+            what = "weight file is not in the manifest: its content cannot be checked"
+            yield failed("manifest", what, name, COPY)
+        elif (checkpoint.path / name).is_file():
+            yield noted("manifest", "file is not in the manifest: it was added later", where=name)
 
 
 def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[Finding]:
@@ -149,19 +249,3 @@ def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
             _, lacking = min((len(kind - modules), sorted(kind - modules)) for kind in larger)
             what = f"lacks `{lacking[0]}`, which other layers have"
             yield failed("layers", what, f"`{stack}.{indices[0]}`", CONVERT)
-
-
-def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
-    """Errors of a checkpoint of ours before it is published, from its headers; then, as text, faults
-    that it has from its source."""
-    opened = open_for_verification(folder)
-    checkpoint = opened.checkpoint
-    if checkpoint and target_of(checkpoint) is None and quantization(checkpoint) is None:
-        # a plain float model, not in the format of an engine
-        errors = [finding for finding in opened.findings if finding.severity == "error"]
-    else:
-        errors = verify_structure(folder).report.errors
-    faults = [finding for finding in errors if finding.check in _OF_SOURCE]
-    return [finding for finding in errors if finding not in faults], tuple(
-        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in faults
-    )
