@@ -210,6 +210,25 @@ def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
     assert ("source", "file differs from the other model's") in said
 
 
+def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MODEL, tmp_path / "source"))
+    table = "model.layers.5.position_table"  # two dimensions, but not a module
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    file = source / index["weight_map"][f"{DOWN}.weight"]
+    tensors = load_file(file) | {table: torch.ones(4, 4), f"{DOWN}.weight": torch.ones(7)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    index["weight_map"][table] = file.name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    change(copy, lambda tensors: tensors.update({table: torch.zeros(4, 4)}))
+    description = json.loads((copy / "quant_model_description.json").read_text())
+    (copy / "quant_model_description.json").write_text(json.dumps(description | {table: "FLOAT"}))
+    done = verify(copy, "--against", source, "--json")
+    assert done.code == 1, done.err
+    errors = {f["where"]: (f["check"], f["what"]) for f in done.json["findings"] if f["fix"]}
+    assert errors[f"`{table}`"] == ("copies", "differs from the other model, first at [0, 0]")
+    assert errors[f"`{DOWN}`"] == ("source", "is [256, 768], in the other model [7]")
+
+
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [

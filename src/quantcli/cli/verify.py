@@ -1,4 +1,4 @@
-"""A report of verification on a terminal: what is wrong first, the verdict last."""
+"""`quantcli verify`, and its report on a terminal: errors first, the verdict last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
 
-_FINDINGS = 10  # that show; more where more checks have any, so that each has one
+_FINDINGS = 10  # findings to show; more if more checks have errors: one of each
 _MODULES = 10
 
 
@@ -38,7 +38,7 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One line: passed or not, what was checked, and where to look."""
+    """One line: passed or not, the depths that ran, and the layers to look at."""
     depths = ", ".join(report.get("depths") or [])
     notes = count(words.notes(report), "note")
     if not words.is_failed(report):
@@ -114,7 +114,7 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
     VerifyOptions, page=options.Report, workers=options.Workers, trust_remote_code=options.Trust
 )
 def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options.Json = False) -> None:
-    """Prove that a quantized checkpoint is complete, loadable and faithful; exit 1 if it is not.
+    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
 
     Without options only headers are read. --full, --against and --run go deeper, on top of that.
     """

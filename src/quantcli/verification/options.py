@@ -32,10 +32,10 @@ class VerifyOptions:
     samples: int = _option("Windows of text for --run.", 32, min=1)
     length: int = _option("Tokens of each window.", 256, min=2)
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
-    min_sqnr: float | None = _option("dB that each weight must reach.")
-    max_ppl_ratio: float | None = _option("Perplexity over MODEL's.")
-    max_kl: float | None = _option("Mean KL divergence, nats a token.")
-    junit: Path | None = _option("Write the outcome as JUnit XML, too.", metavar="FILE")  # noqa: RUF009
+    min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
+    max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
+    max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
+    junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
     page: Path | None = None  # HTML
     workers: int | None = None  # None: one for each core
     trust_remote_code: bool = False
