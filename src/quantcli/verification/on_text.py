@@ -79,10 +79,8 @@ def verify_run(
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
-    defaults = {"max_ppl_ratio": MAX_PPL_RATIO, "max_kl": MAX_KL}
-    report.limits = report.limits.model_copy(
-        update={key: value for key, value in defaults.items() if getattr(report.limits, key) is None}
-    )
+    ratio, kl = report.limits.max_ppl_ratio or MAX_PPL_RATIO, report.limits.max_kl or MAX_KL
+    report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
     ours = Served(structure.stored, structure.target)
     other: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
