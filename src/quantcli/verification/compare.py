@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -12,8 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.outcome import ChannelReport, Histogram, ModuleReport, RowReport
@@ -28,7 +27,6 @@ _NEGLIGIBLE = 2.0**-40  # of the energy of a row: below float32's own rounding
 _OUTLIER = 4.0  # times the median channel
 
 Weight: TypeAlias = StoredTensor | StoredModule
-Rows: TypeAlias = Callable[[int, int], Tensor]  # (start, count) -> float32 [count, k], fewer at the end
 Open: TypeAlias = Callable[[], AbstractContextManager[Rows]]
 
 
@@ -78,15 +76,9 @@ BOUNDS = {
 }
 
 
-@contextmanager
-def open_weight(weight: Weight) -> Iterator[Rows]:
-    """Open a float tensor or a quantized module to read its rows in float32."""
-    if isinstance(weight, StoredModule):
-        with ModuleReader(weight) as module:
-            yield module.weight
-    else:
-        with RowReader(weight) as rows:  # a copy, as its buffer is used again
-            yield lambda start, count: rows.rows(start, count).to(torch.float32, copy=True)
+def opener(weight: Weight) -> Open:
+    """The function that opens a float tensor or a quantized module to read its rows."""
+    return partial(ModuleReader, weight) if isinstance(weight, StoredModule) else weight.open
 
 
 @dataclass(frozen=True)
@@ -102,19 +94,20 @@ class Pair:
     def of(cls, reference: Weight, ours: Weight) -> Pair:
         """Two stored weights of one shape."""
         n, k = shape_of(ours)
-        return cls(partial(open_weight, reference), partial(open_weight, ours), n, k)
+        return cls(opener(reference), opener(ours), n, k)
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The first row block of both."""
         with self.reference() as before, self.ours() as after:
-            return before(0, rows_of(self.k)), after(0, rows_of(self.k))
+            count = rows_of(self.k)
+            return before.weight(0, count).float(), after.weight(0, count).float()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Row blocks of both: float32 [rows, k]."""
         count = rows_of(self.k)
         with self.reference() as before, self.ours() as after:
             for start in range(0, self.n, count):
-                yield before(start, count), after(start, count)
+                yield before.weight(start, count).float(), after.weight(start, count).float()
 
 
 def rows_of(k: int) -> int:
