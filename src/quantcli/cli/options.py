@@ -17,7 +17,6 @@ from quantcli.core.errors import InputError
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources
 
-Command: TypeAlias = Callable[..., None]
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
 Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
 Override = Annotated[
@@ -69,6 +68,9 @@ def resources_of(device: str, workers: int | None, max_memory: str | None, *, tr
         raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
     return Resources(device, workers or default_workers(), limit, trust)
+
+
+Command: TypeAlias = Callable[..., None]
 
 
 def fields_of(options: type[Any], **shared: Any) -> Callable[[Command], Command]:
