@@ -6,7 +6,8 @@ import struct
 import pytest
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
     DESCRIPTION,

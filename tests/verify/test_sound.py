@@ -2,7 +2,8 @@
 
 import pytest
 
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
          "multimodal")  # fmt: skip
@@ -40,7 +41,7 @@ OLD_W4A8 = "no engine that is known loads this: W4A8_DYNAMIC is for experts alon
 
 def examine(good):
     """All that verification says of a checkpoint, at every depth but --run."""
-    report = verify(VerifyOptions(good.path, full=True, against=good.source))
+    report = verify(VerifyOptions(good.path, full=True, against=str(good.source)))
     assert report.depths == ["structure", "full", "against"]
     assert [f for f in report.findings if f.severity == "error"] == []
     assert report.modules

@@ -171,8 +171,9 @@ ROWS = [
         "layers", "self_attn.o_proj", f"`{LAYER}`"),
     row("a norm of one layer is missing", "dynamic", drop(NORM), "layers", "input_layernorm"),
     row("no head, though untied", "dynamic", drop("lm_head.weight", described=True), "layers",
-        "no lm_head"),
-    row("no head, and not described", "dynamic", drop("lm_head.weight"), "layers", "no lm_head"),
+        "lm_head is missing"),
+    row("no head, and not described", "dynamic", drop("lm_head.weight"), "layers",
+        "lm_head is missing"),
     # config.json against shapes
     row("other hidden_size", "dynamic", edit(CONFIG, hidden_size=512), "sizes", "hidden_size` is 512",
         most=2),
@@ -190,7 +191,7 @@ ROWS = [
     row("fewer layers than there are", "dynamic", edit(CONFIG, num_hidden_layers=2), "sizes",
         "config.json says 2 layers; there are 4"),
     row("layers in words", "dynamic", edit(CONFIG, num_hidden_layers="six"), "sizes",
-        "num_hidden_layers` is 'six', no number"),
+        "num_hidden_layers` is 'six', not a positive"),
     row("a list of model types", "moe", edit(CONFIG, model_type=["x"]), "loader", "does not describe",
         most=9),
     # tensor parallelism
