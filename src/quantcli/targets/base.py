@@ -1,4 +1,4 @@
-"""What a target is."""
+"""The contract of a target: how an engine stores numerics, and what it refuses."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from quantcli.core.registry import discover
 from quantcli.targets.layouts import StoredModule
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
+# Fixes that several formats suggest.
+AGAIN = "convert the model again"
+KEEP = "put a rule with `scheme: keep` for it before the others"
+SUPPORT = "see `quantcli inspect --support` for what goes together"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PlannedCheckpoint:
-    """All that is known of a planned checkpoint, for the files that describe it."""
+    """A planned checkpoint, as the files that describe it need it."""
 
     modules: Sequence[Module]
     tensors: Mapping[str, TensorSpec]  # every tensor that will be written
@@ -43,10 +47,11 @@ class PlannedCheckpoint:
 
 
 class StoredCheckpoint(Protocol):
-    """A checkpoint on disk, by whoever made it, as an engine would take it.
+    """A checkpoint on disk, of any producer, as an engine would load it.
 
-    modules:  the quantized ones that are sound enough to be read.
-    findings: what the engine would refuse, or take and misread; `checked` is how much was looked at.
+    modules:  the quantized modules that are sound enough to be read, by name.
+    findings: errors that the engine would stop at or misread, and notes.
+    checked:  the number of things that each check looked at, by the check's name.
     """
 
     checkpoint: Checkpoint
@@ -56,7 +61,10 @@ class StoredCheckpoint(Protocol):
     checked: dict[str, int]
 
     def check_tp(self, size: int) -> Iterator[Finding]:
-        """Whether every module can be split over `size` devices."""
+        """Findings for modules that cannot be split over `size` devices."""
+
+    def check_arithmetic(self, module: StoredModule) -> Iterator[Finding]:
+        """Findings for numbers of a module that do not follow from its others; reads its tensors."""
 
 
 class Target(BaseModel, ABC):
@@ -94,13 +102,13 @@ class Target(BaseModel, ABC):
         nothing.
         """
 
-    @abstractmethod
     def bias_dtype(self, numerics: Numerics) -> str | None:
         """The dtype in which to store the bias of such a module; None: as it is."""
+        return None
 
     def row_multiple(self, numerics: Numerics) -> int:
-        """Rows that are stored together: `pack` is given multiples of it, but at a weight's end."""
-        return 1
+        """Rows that share a row of scales: `pack` gets multiples of it, except at a weight's end."""
+        return numerics.weight.block[0] if numerics.weight.block else 1
 
     @abstractmethod
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -124,9 +132,9 @@ class Target(BaseModel, ABC):
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """Everything the engine would refuse or silently misread. `tensors` are the source's."""
 
-    @abstractmethod
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes for the plan on modules that load."""
+        yield from ()
 
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
@@ -144,17 +152,21 @@ class Target(BaseModel, ABC):
 def others_that_store(numerics: Numerics) -> str:
     """A fix for numerics that a target cannot store: the targets that can, as text."""
     able = []
-    for name, found in discover(Target).items():
+    for name, cls in discover(Target).items():
         with suppress(InputError):
-            found().label(numerics)
+            cls().label(numerics)
             able.append(f"`target: {name}`")
-    see = "see `quantcli inspect --support` for what goes together"
-    return f"use {' or '.join(able)}, or {see}" if able else see
+    return f"use {' or '.join(able)}, or {SUPPORT}" if able else SUPPORT
+
+
+def cannot_store(target: str, numerics: Numerics) -> InputError:
+    """The error for numerics that the engine of a target has no label for."""
+    return InputError(f"target `{target}` cannot store {numerics}", fix=SUPPORT)
 
 
 def target_of(checkpoint: Checkpoint) -> Target | None:
     """The target whose format a checkpoint on disk is of, with its default options."""
-    targets = (found() for found in discover(Target).values())
+    targets = (cls() for cls in discover(Target).values())
     return next((target for target in targets if target.recognises(checkpoint)), None)
 
 

@@ -1,4 +1,4 @@
-"""`quantization_config` of any producer, untrusted: groups with numerics, and the group of a module."""
+"""`quantization_config` of compressed-tensors: written, and read from any producer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics, Operand
-from quantcli.targets.base import PlannedCheckpoint
+from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
-from quantcli.targets.vllm_family import absent_head, is_head, is_linear
+from quantcli.targets.vllm_family import float_linears, is_head
 
 _LONGEST = 1000  # of a regular expression
-# Repeating what repeats: `(a+)+` takes for ever on names that nearly match.
+# A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
 _EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
 _PLAIN = frozenset({"int-quantized", "float-quantized", "naive-quantized"})
-_AGAIN = "convert the model again"
 
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One of `config_groups`. kind is None where this version cannot tell what engines make of it."""
+    """One of `config_groups`. kind is None if this version does not know how engines load it."""
 
     name: str
     targets: tuple[str, ...]
@@ -34,52 +33,50 @@ class ConfigGroup:
 
 @dataclass
 class ConfigGroups:
-    """All of them, and what is wrong with them."""
+    """All groups, with the findings of their faults."""
 
     groups: list[ConfigGroup] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
-    def patterns(self, kind: str) -> dict[str, str]:
-        """Targets, or what is ignored, each with the name of its group or nothing."""
-        if kind == "ignore":
-            return dict.fromkeys(self.ignore, "")
+    def patterns(self) -> dict[str, str]:
+        """The targets of all groups, each with the name of its group."""
         return {target: group.name for group in self.groups for target in group.targets}
 
 
 def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
-    """What the engine takes from `quantization_config`. Never raises."""
-    found = ConfigGroups()
+    """The groups of an untrusted `quantization_config`. Never raises: faults are findings."""
+    config = ConfigGroups()
     top = block.get("format")
     tables = block.get("config_groups")
     if not isinstance(tables, dict) or not tables:
-        found.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
+        config.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
         tables = {}
     for name, table in tables.items():
         place = f"config_groups.{name}"
         if not isinstance(table, dict) or not _strings(table.get("targets")):
-            found.findings.append(_wrong(f"`{place}` has no list of `targets`"))
+            config.findings.append(_wrong(f"`{place}` has no list of `targets`"))
             continue
         if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
-            found.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
+            config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
         group, wrong = _group(name, table, top)
-        found.groups.append(group)
-        found.findings += [_wrong(f"`{place}` {what}") for what in wrong]
+        config.groups.append(group)
+        config.findings += [_wrong(f"`{place}` {what}") for what in wrong]
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
-        found.findings.append(_wrong("`ignore` is not a list of names"))
+        config.findings.append(_wrong("`ignore` is not a list of names"))
     elif ignore:
-        found.ignore = list(ignore)
-    found.findings += _beside(block)
-    found.findings += [
-        _wrong(what) for p in (*found.patterns("targets"), *found.ignore) if (what := _bad_pattern(p))
+        config.ignore = list(ignore)
+    config.findings += _other_keys(block)
+    config.findings += [
+        _wrong(what) for p in (*config.patterns(), *config.ignore) if (what := _bad_pattern(p))
     ]
-    return found
+    return config
 
 
-def _beside(block: Mapping[str, Any]) -> Iterator[Finding]:
-    """What else stands in it."""
+def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings of keys other than groups, `format` and `ignore`."""
     sparse = block.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("targets"):
         yield _wrong("has a `sparsity_config` with targets, which engines refuse")
@@ -111,16 +108,19 @@ def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[ConfigGroup, 
         return unknown, [str(error)]
     kind = kind_of(numerics, form == "pack-quantized")
     if kind is None or (form not in {kind.format, "naive-quantized"}):
-        return unknown, [f"is a combination that the engine has nothing for, in {form}"]
+        return unknown, [f"is a combination that the engine has no scheme for, in {form}"]
     return ConfigGroup(name, targets, numerics, kind), []
 
 
 class _Unknown(Exception):
-    """Numbers that this version has no words for."""
+    """Raised for numbers that an `Operand` cannot describe; the text says why."""
 
 
 def _operand(table: Any) -> Operand:
-    """QuantizationArgs, as compressed-tensors reads them: what is left out follows from the rest."""
+    """QuantizationArgs as compressed-tensors reads them: keys left out follow from the others.
+
+    TODO-SOURCE-ARGS
+    """
     if not isinstance(table, dict):
         raise _Unknown(f"describes numbers with {table!r:.40}")
     bits, kind, group = table.get("num_bits", 8), table.get("type", "int"), table.get("group_size")
@@ -163,6 +163,7 @@ def _strings(value: Any) -> bool:
 
 
 def _bad_pattern(pattern: str) -> str | None:
+    """The reason why names cannot be matched with a pattern; None if they can."""
     if not pattern.startswith("re:"):
         return None
     if len(pattern) > _LONGEST or _EXPENSIVE.search(pattern):
@@ -180,29 +181,22 @@ def usable(pattern: str) -> bool:
 
 
 def _wrong(what: str) -> Finding:
-    return failed("config", f"quantization_config {what}", CONFIG, _AGAIN)
+    return failed("config", f"quantization_config {what}", CONFIG, AGAIN)
 
 
-MOST_NAMES = 512  # that one list has: more are folded into regular expressions
-
+MOST_NAMES = 512  # in one list; more are folded into regular expressions
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
-
-_HOLE = "\0"
+_HOLE = "\0"  # stands for a number
 
 
 def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) -> dict[str, Any]:
     """The whole object. `kinds` has every numerics of the output."""
     groups: dict[Numerics, list[str]] = defaultdict(list)
-    floats = []
     for module in output.modules:
         if module.numerics is not None:
             groups[module.numerics].append(module.name)
-        elif is_linear(module):
-            floats.append(module.name)
-    if head := absent_head(output.tensors):
-        floats.append(head.removesuffix(".weight"))
+    floats = float_linears(output)
     formats = {kinds[numerics].format for numerics in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -224,7 +218,7 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
 
 
 def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:
-    """`Linear` where nothing else is quantized; else names, as engines match those first."""
+    """`Linear` if no other group is quantized; otherwise names, as engines match those first."""
     if len(modules) == len(quantized):
         return ["Linear", *filter(is_head, modules)]
     members = set(modules)
@@ -232,7 +226,7 @@ def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[
 
 
 def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Names as they are; of many, regular expressions that match all of them and none of `others`.
+    """The names; for many, regular expressions that match all of them and none of `others`.
 
     Engines rename the beginnings of names (`model.language_model.` becomes `language_model.model.`) in
     exact names but not in regular expressions. So these begin at the first layer's number.
@@ -252,14 +246,14 @@ def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
 
 
 def _tail(number: re.Pattern[str], name: str) -> str:
-    """A name from the part before its first number on, with holes for numbers."""
+    """The end of a name, from the part before its first number on, with holes for numbers."""
     match = _NUMBER.search(name)
     start = 0 if match is None else name.rfind(".", 0, match.start() - 1) + 1
     return number.sub(_HOLE, name)[start:] if start else number.sub(_HOLE, name)
 
 
 def _tails(folded: str) -> Iterator[str]:
-    """A name and all that remains of it without its first parts."""
+    """A name, and its ends without the first parts."""
     parts = folded.split(".")
     for start in range(len(parts)):
         yield ".".join(parts[start:])
