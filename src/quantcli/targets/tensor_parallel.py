@@ -12,9 +12,11 @@ from quantcli.targets.vllm_family import has_later_sibling, last_part
 # A module, n and k on one device, and the devices that share it -> reasons why it cannot be split.
 Limits: TypeAlias = Callable[[StoredModule, Sides, int], Iterator[str]]
 # Last parts of the names of modules whose inputs are split; of others the outputs are.
-# TODO-SOURCE-TP
+# Source: RowParallelLinear in vllm 0.32.0, model_executor/models: llama.py, opt.py, falcon.py,
+# mixtral.py.
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "w2", "dense", "c_proj", "dense_4h_to_h"})
-# Modules that every device has whole.
+# Modules that every device has whole. Source: vllm 0.32.0,
+# model_executor/models/deepseek_v2.py:1052-1065.
 _REPLICATED = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
 
 

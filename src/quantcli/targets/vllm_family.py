@@ -20,7 +20,10 @@ from quantcli.targets import sidecars
 from quantcli.targets.base import AGAIN, PlannedCheckpoint, Refusal, Target
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
-# TODO-SOURCE-FUSED
+# Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
+# bailing_moe_mtp.py:203, qwen3_5.py:307, lfm2.py:398, bert.py:371, molmo2.py:707, exaone.py:381;
+# vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363 and
+# models/minimax_m3/minimax_m3.py:214.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -36,6 +39,7 @@ FUSED = (
     ("c_fc_0", "c_fc_1"),
 )
 # Names under which some checkpoints store siblings that are already fused.
+# Source: vllm 0.32.0, model_executor/models/phi3.py:11.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
 
@@ -117,6 +121,8 @@ def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 # Linears that engines build as float whatever a checkpoint says, by the last part of their names.
+# Source: vllm 0.32.0, model_executor/models: mixtral.py:111, llama4.py:101, qwen2_moe.py:148 give them
+# no quant_config. qwen3_moe.py:170 would quantize its router; here a router always stays float.
 ROUTERS = {
     "gate": "the engine builds routers as float",
     "router": "the engine builds routers as float",
@@ -167,6 +173,8 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
     return [*names, head.removesuffix(".weight")] if head else names
 
 
+# Keys of config.json for the number of experts.
+# Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -205,6 +213,7 @@ def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[st
     """Refusals and fixes for a module with block scales: each part of a fused parameter begins a block.
 
     labels: of all modules, by name.
+    Source: vllm 0.32.0, model_executor/layers/quantization/utils/fp8_utils.py:1296-1373.
     """
     if module.numerics is None or module.numerics.weight.per != "block":
         return

@@ -11,7 +11,7 @@ from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, ROUTERS, sibling_na
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
 # Model types whose experts the engine finds by itself; for others it looks up the name of the set.
-# TODO-SOURCE-LISTED
+# Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363, entries with `experts`.
 LISTED_EXPERTS = frozenset(
     {
         "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
@@ -23,7 +23,8 @@ LISTED_EXPERTS = frozenset(
 )  # fmt: skip
 
 # Linears that the engine builds without a look at the description, by the last part of their names.
-# TODO-SOURCE-ALWAYS
+# Sources: as for ROUTERS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj); vllm 0.32.0,
+# model_executor/models/deepseek_mtp.py:87 (eh_proj), deepseek_v2.py:712 (wk, weights_proj).
 _ALWAYS_FLOAT = {
     **ROUTERS,
     "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
@@ -46,7 +47,7 @@ def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
     """Refusals of modules that the loader takes for float: a float weight's name begins with theirs.
 
     Fused siblings are looked up by their full names instead; experts by the name of their set.
-    TODO-SOURCE-SKIP
+    Source: is_layer_skipped_ascend in vllm-ascend 182b75ea84, quantization/modelslim_config.py:776-808.
     """
     floats = sorted(f"{name}.weight" for name, label in labels.items() if label == FLOAT)
     seen: set[str] = set()

@@ -37,7 +37,7 @@ from quantcli.targets.vllm_family import (
 )
 
 # npu_quant_matmul takes at most this many input features, and output features on one device.
-# TODO-SOURCE-MAXSIDE
+# Source: op-plugin 517f2e7d, docs/zh/custom_APIs/torch_npu/torch_npu-npu_quant_matmul.md.
 MAX_SIDE = 65535
 
 

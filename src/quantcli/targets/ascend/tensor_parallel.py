@@ -9,10 +9,17 @@ from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.tensor_parallel import splits_inputs
 
-_MX_COLUMNS = 64  # of a row on one device: two blocks of 32 at a time
-_LARGEST_SIDE = 256  # of a Kronecker transform
-_STEP = 8  # of its right side
-_SLICES = 16  # of k, in the scale_bias of W4A8
+# Columns of a row on one device, two blocks of 32. Source: vllm-ascend 182b75ea84,
+# quantization/methods/w8a8_mxfp8.py:153-160, quantization/method_adapters.py:113-118.
+_MX_COLUMNS = 64
+# Sides of a Kronecker transform. Source: ops-nn e5c3fa93,
+# quant/flat_quant/op_host/flat_quant_tiling.cpp:369.
+_LARGEST_SIDE = 256
+# The right side is a multiple of it. Source: op-plugin 517f2e7d,
+# op_plugin/ops/opapi/KroneckerQuantKernelNpuOpApi.cpp:39-41.
+_STEP = 8
+# Slices of k in a scale_bias. Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:130-131.
+_SLICES = 16
 
 
 def unfit(module: str, k: int, tp: int | None) -> str | None:

@@ -94,7 +94,8 @@ def kronecker(blocks: Blocks) -> Tensor:
     return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
 
 
-# TODO-SOURCE-LAYOUTS
+# Source: vllm-ascend 182b75ea84, quantization/methods/*.py, one class for each type; loaders:
+# quantization/method_adapters.py:47-118. W4A8_DYNAMIC: methods/w4a8.py:36-421.
 LAYOUTS = {
     layout.label: layout
     for layout in (
@@ -149,7 +150,7 @@ LAYOUTS = {
     )
 }
 # Types of other producers, and the engine's name for each.
-# TODO-SOURCE-MISNAMED
+# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
 MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
 
 
@@ -180,7 +181,8 @@ _W8A8 = Tag(
 )
 _W8A8_MIX = Tag("W8A8_MIX", f"vLLM-Ascend 0.13 and later on {_A2_A3}", static=True)
 # In the order in which `model_quant_type` prefers them.
-# TODO-SOURCE-TAGS
+# Sources: register_scheme in vllm-ascend, quantization/methods/*.py, of tags up to 0.22.1rc1; the
+# order: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
 TAGS: dict[Numerics, Tag] = {
     Numerics(_INT4, _INT4_TOKEN, transform="kronecker"): Tag(
         "W4A4_FLATQUANT_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}", scale_in_float32=True
@@ -209,7 +211,8 @@ TRANSFORM = ("left_trans", "right_trans", "clip_ratio")
 def deq_to_store(deq: Tensor, serving: torch.dtype) -> Tensor:
     """deq_scale as the engine registers it: float32, or int64 if it serves in float16.
 
-    The low half of the int64 holds the bits of the float32, the high half zeros. TODO-SOURCE-DEQ
+    The low half of the int64 holds the bits of the float32, the high half zeros.
+    Source: vllm-ascend 182b75ea84, quantization/methods/w8a8_static.py:58-141.
     """
     if serving != torch.float16:
         return deq

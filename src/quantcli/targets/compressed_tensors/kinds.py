@@ -38,7 +38,8 @@ _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
-# TODO-SOURCE-CTLOADS
+# Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
+# 182b75ea84, quantization/compressed_tensors_config.py.
 _LOADS_ON = (
     ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
     ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
@@ -61,7 +62,9 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
     """The kind in which these numerics are stored; None if the engine has no scheme for them.
 
     packed: whether a checkpoint has packed codes; None: as this tool writes it. Numerics that the
-            engine loads in both ways have two kinds. TODO-SOURCE-KINDS
+            engine loads in both ways have two kinds.
+    Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/, for linears
+    compressed_tensors.py:513-946, for experts compressed_tensors_moe/compressed_tensors_moe.py:60-201.
     """
     weight, x = numerics.weight, numerics.input
     if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":

@@ -10,7 +10,7 @@ from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups
 from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, is_head, last_part, sibling_names
 
 # The engine's names for fused siblings: it looks these up first.
-# TODO-SOURCE-FUSEDNAMES
+# Source: as for FUSED, the keys of packed_modules_mapping.
 _FUSED_NAMES: dict[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
@@ -19,7 +19,8 @@ _FUSED_NAMES: dict[tuple[str, ...], str] = {
     ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
 }
 # Classes of the engine's linears; a target that is part of such a name is for them.
-# TODO-SOURCE-CLASSES
+# Sources: vllm 0.32.0, model_executor/layers/linear.py; the order of look-ups in find_matched_target of
+# model_executor/layers/quantization/compressed_tensors/utils.py.
 _LINEARS: tuple[str, ...] = (
     "columnparallellinear",
     "rowparallellinear",

@@ -34,7 +34,7 @@ from quantcli.targets.vllm_family import (
 )
 
 # Values of group_size for which vLLM has the fast kernel for packed codes.
-# TODO-SOURCE-MARLIN
+# Source: vllm 0.32.0, model_executor/layers/quantization/utils/marlin_utils.py:37.
 _MARLIN_GROUPS = (32, 64, 128)
 
 

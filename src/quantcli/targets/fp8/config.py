@@ -15,10 +15,9 @@ from quantcli.targets.layouts import static_inputs
 from quantcli.targets.vllm_family import float_linears
 
 METHOD = "fp8"
-_KEYS = (
-    "ignored_layers",
-    "modules_to_not_convert",
-)  # the first that is not empty counts
+# Lists of float modules; the first that is not empty counts.
+# Source: vllm 0.32.0, model_executor/layers/quantization/fp8.py:158-170.
+_KEYS = ("ignored_layers", "modules_to_not_convert")
 
 
 def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[str, Any]:
