@@ -59,6 +59,11 @@ class Param:
         )
 
 
+def plain(shape: tuple[int, ...]) -> Sides:
+    """The sides of a weight with one code in each stored element."""
+    return shape[0], shape[1]
+
+
 @dataclass(frozen=True)
 class Layout:
     """One label of an engine: its parameters, and the weight that they stand for.
@@ -76,7 +81,7 @@ class Layout:
     kind: str
     params: tuple[Param, ...]
     dequantize: Callable[[Blocks], Tensor]
-    sides: Callable[[tuple[int, ...]], Sides]
+    sides: Callable[[tuple[int, ...]], Sides] = plain
     experts: bool = False
     note: str | None = None
 
@@ -116,11 +121,6 @@ class StoredModule:
     def codes(self) -> StoredTensor:
         """The tensor with the codes of the weight."""
         return self.tensors[self.layout.weight.suffix]
-
-
-def plain(shape: tuple[int, ...]) -> Sides:
-    """The sides of a weight with one code in each stored element."""
-    return shape[0], shape[1]
 
 
 def module_scale(suffix: str, dtypes: tuple[str, ...] = FLOAT_PARAM, *, shared: bool = False) -> Param:

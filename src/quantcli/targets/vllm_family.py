@@ -256,15 +256,21 @@ class VllmTarget(Target):
         """Stacked experts, modules one by one, fused siblings, experts."""
         yield from stacked_experts(tensors)
         labels = self.labels(modules)
-        yield from self.check_modules([module for module in modules if module.numerics], labels)
+        for module in modules:
+            if module.numerics is not None:
+                for what, fix in self.faults(module, labels):
+                    yield Refusal(module.name, what, fix)
         yield from fused_groups(
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )
         yield from expert_sets(labels)
 
     @abstractmethod
-    def check_modules(self, modules: Sequence[Module], labels: Mapping[str, str]) -> Iterator[Refusal]:
-        """Refusals of quantized modules; `labels` are of all modules, by name."""
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Reasons why the engine would not load one quantized module, each with a fix.
+
+        labels: of all modules, by name.
+        """
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """A note on a quantized head."""

@@ -13,12 +13,12 @@ from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
-from quantcli.targets.ascend.types import LAYOUTS, MISNAMED
+from quantcli.targets.ascend.types import MISNAMED, TYPES
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head
 
-SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
+SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
 
 
@@ -63,9 +63,9 @@ class Description:
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
             elif key.endswith(".weight"):
-                if value != FLOAT and value not in LAYOUTS:
+                if value != FLOAT and value not in TYPES:
                     odd[value].append(key)
-                if value == FLOAT or MISNAMED.get(value, value) in LAYOUTS:
+                if value == FLOAT or MISNAMED.get(value, value) in TYPES:
                     self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
         for value, keys in odd.items():
             yield _unknown_type(value, keys)
@@ -117,7 +117,7 @@ class Description:
 
 def _unknown_type(value: str, keys: list[str]) -> Finding:
     near = MISNAMED.get(value)
-    hint = f"the engine's name for it is {near}" if near else closest(value, LAYOUTS)
+    hint = f"the engine's name for it is {near}" if near else closest(value, TYPES)
     fix = f"{hint}: {AGAIN}" if near else (f"did you mean {hint}?" if hint else AGAIN)
     what = f"type {value!r:.60} of {some(keys)} is not one that the engine registers"
     return failed("description", what, DESCRIPTION, fix)

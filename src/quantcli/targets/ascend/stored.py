@@ -12,7 +12,7 @@ from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.tensor_parallel import limits
-from quantcli.targets.ascend.types import LAYOUTS, TAGS
+from quantcli.targets.ascend.types import TYPES, WRITTEN
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
@@ -46,7 +46,7 @@ class AscendCheckpoint(StoredFormat):
                     yield orphan(module, odd[0])
             elif label == FLOAT:
                 yield from self._float(module)
-            elif label in LAYOUTS:
+            elif label in TYPES:
                 yield from self._quantized(module, label)
 
     def _float(self, module: str) -> Iterator[Finding]:
@@ -67,8 +67,8 @@ class AscendCheckpoint(StoredFormat):
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
-        layout, tensors = LAYOUTS[label], self.by_module[module]
-        numerics = next((numerics for numerics, tag in TAGS.items() if tag.label == label), None)
+        layout, tensors = TYPES[label], self.by_module[module]
+        numerics = next((numerics for numerics, t in WRITTEN.items() if t.label == label), None)
         yield from self.check_layout(module, layout, numerics)
         if len(tensors["weight"].spec.shape) != 2:
             return

@@ -15,7 +15,14 @@ from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
-from quantcli.targets.ascend.types import TAGS, TRANSFORM, Tag, deq_from_stored, deq_to_store
+from quantcli.targets.ascend.types import (
+    TRANSFORM,
+    TYPES,
+    WRITTEN,
+    QuantType,
+    deq_from_stored,
+    deq_to_store,
+)
 from quantcli.targets.base import (
     KEEP,
     PlannedCheckpoint,
@@ -55,23 +62,23 @@ class Ascend(VllmTarget):
 
     def label(self, numerics: Numerics) -> str:
         """The quantization type in the description, such as W8A8_DYNAMIC."""
-        return self._tag(numerics).label
+        return self._type(numerics).label
 
     def loads_on(self, label: str) -> str:
         """First engine version and hardware."""
-        return next(tag.loads_on for tag in TAGS.values() if tag.label == label)
+        return TYPES[label].loads_on
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Loaders round input_scale to the serving dtype, and weight_scale of int8 types except W8A8.
 
         W8A8 has deq_scale alone, which is float32 by value; fp8 and int4 keep float32.
         """
-        in_float32 = part == "weight_scale" and self._tag(numerics).scale_in_float32
+        in_float32 = part == "weight_scale" and self._type(numerics).scale_in_float32
         return "F32" if in_float32 else serving_dtype
 
     def bias_dtype(self, numerics: Numerics) -> str | None:
         """Float32 next to quant_bias, as the reference producer stores it; the value is the same."""
-        return "F32" if self._tag(numerics).static else None
+        return "F32" if self._type(numerics).static else None
 
     def fused_name(self, module: str) -> str | None:
         """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
@@ -85,12 +92,12 @@ class Ascend(VllmTarget):
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
         """
-        tag = self._tag(numerics)
+        quant_type = self._type(numerics)
         stored = {"weight": parts["weight"]}
-        if tag.stores_scale:
+        if quant_type.stores_scale:
             scale = parts["weight_scale"].float()
             stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-        if tag.static:
+        if quant_type.static:
             serving = parts["input_scale"].dtype
             stored["input_scale"] = parts["input_scale"].float()
             stored["input_offset"] = parts["input_offset"]
@@ -102,14 +109,14 @@ class Ascend(VllmTarget):
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """Codes and scales as stored; the weight_scale of W8A8 is computed from its deq_scale."""
-        tag = self._tag(numerics)
+        quant_type = self._type(numerics)
         parts = {"weight": stored["weight"]}
-        if tag.stores_scale:
+        if quant_type.stores_scale:
             parts["weight_scale"] = stored["weight_scale"]
-        if tag.static:
+        if quant_type.static:
             deq, serving = deq_from_stored(stored["deq_scale"])
             input_scale = stored["input_scale"].to(serving)
-            if not tag.stores_scale:
+            if not quant_type.stores_scale:
                 parts["weight_scale"] = deq.unsqueeze(-1) * multiplier(input_scale)
             parts |= {"deq_scale": deq, "quant_bias": stored["quant_bias"]}
             parts |= {"input_scale": input_scale, "input_offset": stored["input_offset"]}
@@ -119,43 +126,32 @@ class Ascend(VllmTarget):
 
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals by the module's name, its sizes, and the split of its inputs over devices."""
-        if module.numerics is None:
-            return
-        tag = self._tag(module.numerics)
+        if module.numerics is not None:
+            for what, fix in self.faults(module, {}):
+                yield Refusal(module.name, what, fix)
+
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """By the module's name, its sizes, and the split of transformed inputs over devices."""
+        assert module.numerics is not None
+        label, (n, k) = self.label(module.numerics), module.shape
         if reason := float_only(module.name):
-            yield Refusal(module.name, reason, KEEP)
-        if EXPERT.fullmatch(module.name) and not tag.experts:
-            yield Refusal(
-                module.name,
-                f"the engine has no {tag.label} for experts",
-                "use w8a8_dynamic for them",
-            )
-        n, k = module.shape
-        if tag.label.startswith("W4A4") and k % 8:
-            yield Refusal(
-                module.name,
-                f"{tag.label} takes inputs in multiples of 8; there are {k}",
-                "use w8a8_dynamic for it",
-            )
+            yield reason, KEEP
+        if EXPERT.fullmatch(module.name) and not TYPES[label].experts:
+            yield f"the engine has no {label} for experts", "use w8a8_dynamic for them"
+        if label.startswith("W4A4") and k % 8:
+            yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
-            yield Refusal(module.name, f"{tag.label}: {reason}", "use w8a8_dynamic for it")
+            yield f"{label}: {reason}", "use w8a8_dynamic for it"
         if max(n, k) > MAX_SIDE:
-            yield Refusal(
-                module.name, f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
-            )
+            yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """As for all engines of the family, and the loader's skip rule."""
+        """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
         yield from super().check(modules, tensors)
-        yield from skip_rule(self.labels(modules))
-
-    def check_modules(self, modules: Sequence[Module], labels: Mapping[str, str]) -> Iterator[Refusal]:
-        """Names and sizes; the split over `tp` devices."""
         for module in modules:
-            yield from self.refusals(module)
-        if self.tp is not None:
-            for module in modules:
+            if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
+        yield from skip_rule(self.labels(modules))
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
@@ -186,10 +182,10 @@ class Ascend(VllmTarget):
         """A checkpoint of any producer, as vLLM-Ascend would load it."""
         return AscendCheckpoint(checkpoint)
 
-    def _tag(self, numerics: Numerics) -> Tag:
-        if numerics not in TAGS:
+    def _type(self, numerics: Numerics) -> QuantType:
+        if numerics not in WRITTEN:
             raise cannot_store(self.name, numerics)
-        return TAGS[numerics]
+        return WRITTEN[numerics]
 
     def _description(self, output: PlannedCheckpoint) -> dict[str, object]:
         """One entry for each tensor, by its name on disk, and entries that only the engine looks up."""
@@ -197,7 +193,7 @@ class Ascend(VllmTarget):
         used = set(labels.values())
         table: dict[str, object] = {
             "version": "1.0.0",
-            "model_quant_type": next((t.label for t in TAGS.values() if t.label in used), FLOAT),
+            "model_quant_type": next((t.label for t in WRITTEN.values() if t.label in used), FLOAT),
             "metadata": {},
             "group_size": 0,
             "optional": {},

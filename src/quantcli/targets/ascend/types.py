@@ -5,14 +5,16 @@ Types that this tool does not write are here, too, for checkpoints of other prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.core.codes import code_values
 from quantcli.core.numerics import Numerics, Operand, decompose, multiplier
-from quantcli.targets.layouts import FLOAT_PARAM, SLICES, Blocks, Layout, Param, Sides, Values, plain
+from quantcli.targets.layouts import FLOAT_PARAM, SLICES, Blocks, Layout, Param, Sides, Values
 
 
 def _scale(required: bool = True) -> Param:
@@ -94,116 +96,87 @@ def kronecker(blocks: Blocks) -> Tensor:
     return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
 
 
-# Source: vllm-ascend 182b75ea84, quantization/methods/*.py, one class for each type; loaders:
-# quantization/method_adapters.py:47-118. W4A8_DYNAMIC: methods/w4a8.py:36-421.
-LAYOUTS = {
-    layout.label: layout
-    for layout in (
-        Layout("W8A8", "int8", (_weight("I8"), *_STATIC, _scale(False), _offset()), _by_deq, plain),
-        Layout("W8A8_MIX", "int8", (_weight("I8"), *_STATIC, _scale(), _offset()), per_row, plain),
-        Layout(
-            "W8A8_DYNAMIC", "int8", (_weight("I8"), _scale(), _offset()), per_row, plain, experts=True
-        ),
-        Layout("W8A16", "int8", (_weight("I8"), _scale(), _offset(required=True)), per_row, plain),
-        Layout(
-            "W8A8FP8_DYNAMIC",
-            "fp8_e4m3",
-            (_weight("F8_E4M3", "fp8"), _scale(), _offset()),
-            per_row,
-            plain,
-            experts=True,
-        ),
-        Layout(
-            "W8A8_MXFP8",
-            "mxfp8",
-            (
-                _weight("F8_E4M3", "fp8"),
-                Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent"),
-            ),
-            _mx,
-            plain,
-            experts=True,
-        ),
-        Layout(
-            "W4A8_DYNAMIC",
-            "int4",
-            (
-                Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2),
-                _scale(),
-                _offset(),
-                Param("scale_bias", FLOAT_PARAM, lambda n, k: (n, SLICES), "finite"),
-            ),
-            _w4a8,
-            _pairs,
-            experts=True,
-            note="no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and "
-            "in other modules it needed groups before",
-        ),
-        Layout("W4A4_DYNAMIC", "int4", (_weight("I8", "int4"), _scale(), _offset()), per_row, plain),
-        Layout(
-            "W4A4_FLATQUANT_DYNAMIC",
-            "int4",
-            (_weight("I8", "int4"), _scale(), _offset(), *_FLATQUANT),
-            kronecker,
-            plain,
-        ),
+@dataclass(frozen=True)
+class QuantType(Layout):
+    """A quantization type of the engine.
+
+    loads_on:         engine versions and hardware, for types that this tool writes.
+    scale_in_float32: the engine keeps weight_scale in float32; otherwise its loader rounds it to the
+                      serving dtype.
+    """
+
+    loads_on: str = ""
+    scale_in_float32: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are quantized with a stored scale."""
+        return any(param.suffix == "deq_scale" for param in self.params)
+
+    @property
+    def stores_scale(self) -> bool:
+        """Whether the engine computes with weight_scale."""
+        return any(param.suffix == "weight_scale" and param.required for param in self.params)
+
+
+def _type(
+    label: str, kind: str, *params: Param, dequantize: Callable[[Blocks], Tensor] = per_row, **more: Any
+) -> QuantType:
+    return QuantType(label, kind, params, dequantize, **more)
+
+
+def _a2_a3(version: str) -> str:
+    return f"vLLM-Ascend {version} and later on Atlas A2, A3 (910B, 910C)"
+
+
+_I8, _I4, _F8 = _weight("I8"), _weight("I8", "int4"), _weight("F8_E4M3", "fp8")
+_I4_PAIRS = Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2)
+_SCALES = (_scale(), _offset())
+_EXPONENTS = Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent")
+_SCALE_BIAS = Param("scale_bias", FLOAT_PARAM, lambda n, k: (n, SLICES), "finite")
+_OLD_W4A8 = (
+    "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and in other "
+    "modules it needed groups before"
+)
+# All types by label. Source: vllm-ascend 182b75ea84, quantization/methods/*.py, one class for each type,
+# and its older tags for the first version; loaders: quantization/method_adapters.py:47-118.
+TYPES = {
+    t.label: t
+    for t in (
+        _type("W8A8", "int8", _I8, *_STATIC, _scale(required=False), _offset(), dequantize=_by_deq,
+              loads_on=_a2_a3("0.11"), scale_in_float32=True),
+        _type("W8A8_MIX", "int8", _I8, *_STATIC, *_SCALES, loads_on=_a2_a3("0.13")),
+        _type("W8A8_DYNAMIC", "int8", _I8, *_SCALES, experts=True, loads_on=_a2_a3("0.11") + ", 310P"),
+        _type("W8A16", "int8", _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
+        _type("W8A8FP8_DYNAMIC", "fp8_e4m3", _F8, *_SCALES, experts=True, scale_in_float32=True,
+              loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
+        _type("W8A8_MXFP8", "mxfp8", _F8, _EXPONENTS, dequantize=_mx, experts=True),
+        _type("W4A8_DYNAMIC", "int4", _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
+              sides=_pairs, experts=True, note=_OLD_W4A8),
+        _type("W4A4_DYNAMIC", "int4", _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
+        _type("W4A4_FLATQUANT_DYNAMIC", "int4", _I4, *_SCALES, *_FLATQUANT, dequantize=kronecker,
+              loads_on=_a2_a3("0.11"), scale_in_float32=True),
     )
+}  # fmt: skip
+_INT8 = Operand("int8", "channel")
+_INT8_TOKEN = Operand("int8", "token", dynamic=True)
+_INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
+_INT4_BOTH = (Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
+_FP8_BOTH = (Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
+# The types that are written, in the order in which `model_quant_type` prefers them.
+# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
+WRITTEN: dict[Numerics, QuantType] = {
+    Numerics(*_INT4_BOTH, transform="kronecker"): TYPES["W4A4_FLATQUANT_DYNAMIC"],
+    Numerics(*_INT4_BOTH): TYPES["W4A4_DYNAMIC"],
+    **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
+    Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
+    Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
+    Numerics(_INT8, None): TYPES["W8A16"],
+    **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }
 # Types of other producers, and the engine's name for each.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
 MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A quantization type as the engine registers it, for numerics that this tool writes."""
-
-    label: str
-    loads_on: str
-    experts: bool = False  # registered for mixtures of experts, too
-    scale_in_float32: bool = False  # otherwise the loader rounds weight_scale to the serving dtype
-    stores_scale: bool = True  # weight_scale and weight_offset are registered and used
-    static: bool = False  # inputs are quantized with a stored scale
-
-
-_INT8 = Operand("int8", "channel")
-_INT4 = Operand("int4", "channel")
-_INT8_TOKEN = Operand("int8", "token", dynamic=True)
-_INT4_TOKEN = Operand("int4", "token", dynamic=True)
-_INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
-_A2_A3 = "Atlas A2, A3 (910B, 910C)"
-_W8A8 = Tag(
-    "W8A8",
-    f"vLLM-Ascend 0.11 and later on {_A2_A3}",
-    scale_in_float32=True,
-    stores_scale=False,
-    static=True,
-)
-_W8A8_MIX = Tag("W8A8_MIX", f"vLLM-Ascend 0.13 and later on {_A2_A3}", static=True)
-# In the order in which `model_quant_type` prefers them.
-# Sources: register_scheme in vllm-ascend, quantization/methods/*.py, of tags up to 0.22.1rc1; the
-# order: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
-TAGS: dict[Numerics, Tag] = {
-    Numerics(_INT4, _INT4_TOKEN, transform="kronecker"): Tag(
-        "W4A4_FLATQUANT_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}", scale_in_float32=True
-    ),
-    Numerics(_INT4, _INT4_TOKEN): Tag(
-        "W4A4_DYNAMIC", f"vLLM-Ascend 0.18 and later on {_A2_A3}", scale_in_float32=True
-    ),
-    **{Numerics(_INT8, inputs, _INT8_TOKEN): _W8A8_MIX for inputs in _INT8_TENSORS},
-    Numerics(_INT8, _INT8_TOKEN): Tag(
-        "W8A8_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}, 310P", experts=True
-    ),
-    Numerics(Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True)): Tag(
-        "W8A8FP8_DYNAMIC",
-        "vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)",
-        experts=True,
-        scale_in_float32=True,
-    ),
-    Numerics(_INT8, None): Tag("W8A16", f"vLLM-Ascend 0.13 and later on {_A2_A3}"),
-    **{Numerics(_INT8, inputs): _W8A8 for inputs in _INT8_TENSORS},
-}
-
 # Stored tensors of modules with transformed inputs, one each.
 TRANSFORM = ("left_trans", "right_trans", "clip_ratio")
 

@@ -13,7 +13,6 @@ from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
     PlannedCheckpoint,
-    Refusal,
     ScalePart,
     StoredCheckpoint,
     cannot_store,
@@ -102,12 +101,25 @@ class CompressedTensors(VllmTarget):
                 parts["input_offset"] = offset.float().reshape(1)
         return parts
 
-    def check_modules(self, modules: Sequence[Module], labels: Mapping[str, str]) -> Iterator[Refusal]:
-        """Names, and widths that blocks, groups and packed codes do not divide."""
-        for module in modules:
-            assert module.numerics is not None
-            for what, fix in _check_module(module, self._kind(module.numerics), labels):
-                yield Refusal(module.name, what, fix)
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """By the module's name, and by widths that blocks, groups and packed codes do not divide."""
+        assert module.numerics is not None
+        kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
+        if last in EMBEDDINGS:
+            yield "the engine has no quantized embedding of this kind", KEEP
+        if last in ROUTERS:
+            yield ROUTERS[last], KEEP
+        if EXPERT.fullmatch(module.name) and not kind.experts:
+            yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
+        if kind.packed and k % (32 // kind.bits):
+            yield (
+                f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
+                "use an 8-bit scheme for it",
+            )
+        group = group_size(module.numerics.weight)
+        if group and k % group:
+            yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
+        yield from check_blocks(module, labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
@@ -136,24 +148,3 @@ class CompressedTensors(VllmTarget):
         if kind is None or not numerics.weight.symmetric or kind.label.endswith("per tensor"):
             raise cannot_store(self.name, numerics)
         return kind
-
-
-def _check_module(module: Module, kind: Kind, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Refusals and fixes for one quantized module."""
-    assert module.numerics is not None
-    last, k = last_part(module.name), module.shape[1]
-    if last in EMBEDDINGS:
-        yield "the engine has no quantized embedding of this kind", KEEP
-    if last in ROUTERS:
-        yield ROUTERS[last], KEEP
-    if EXPERT.fullmatch(module.name) and not kind.experts:
-        yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
-    if kind.packed and k % (32 // kind.bits):
-        yield (
-            f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
-            "use an 8-bit scheme for it",
-        )
-    group = group_size(module.numerics.weight)
-    if group and k % group:
-        yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
-    yield from check_blocks(module, labels)

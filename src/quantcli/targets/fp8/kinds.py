@@ -17,7 +17,6 @@ from quantcli.targets.layouts import (
     Param,
     block_scale,
     module_scale,
-    plain,
     static_inputs,
 )
 
@@ -91,7 +90,7 @@ def layout_of(numerics: Numerics) -> Layout:
             return fp8_values(blocks["weight"], blocks["weight_scale_inv"].float(), columns)
 
         label = f"fp8 block {rows}x{columns}"
-        return Layout(label, "fp8_e4m3", (weight, scale), by_block, plain, experts=True)
+        return Layout(label, "fp8_e4m3", (weight, scale), by_block, experts=True)
     # the engine takes the largest scale of fused siblings
     params = [weight, module_scale("weight_scale", _FLOATS)]
     if static_inputs(numerics):
@@ -101,4 +100,4 @@ def layout_of(numerics: Numerics) -> Layout:
         return fp8_values(blocks["weight"]) * blocks["weight_scale"].float().reshape(())
 
     label = WRITTEN[numerics]
-    return Layout(label, "fp8_e4m3", tuple(params), by_scale, plain, experts=True)
+    return Layout(label, "fp8_e4m3", tuple(params), by_scale, experts=True)

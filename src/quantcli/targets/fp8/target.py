@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import KEEP, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
@@ -73,27 +74,31 @@ class Fp8(VllmTarget):
             scales["input_scale"] = stored["input_scale"].float().reshape(1)
         return {"weight": stored["weight"], **scales}
 
-    def check_modules(self, modules: Sequence[Module], labels: Mapping[str, str]) -> Iterator[Refusal]:
-        """One scheme for the model, names, blocks that siblings would share."""
-        for module in modules:
-            first = modules[0]
-            if labels[module.name] != labels[first.name]:
+    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+        """One scheme for the model; and as for all engines of the family."""
+        labels = [(module.name, label_of(module.numerics)) for module in modules if module.numerics]
+        for name, label in labels:
+            first_name, first_label = labels[0]
+            if label != first_label:
                 what = (
-                    f"it would be {labels[module.name]}, and `{first.name}` is {labels[first.name]}: "
-                    "this format has one scheme for the whole model"
+                    f"it would be {label}, and `{first_name}` is {first_label}: this format has one "
+                    "scheme for the whole model"
                 )
-                yield Refusal(module.name, what, "use `target: compressed-tensors`, which can mix")
-            last = last_part(module.name)
-            if last in EMBEDDINGS or is_head(module.name):
-                yield Refusal(module.name, "the engine has no fp8 embedding or head", KEEP)
-            if last in ROUTERS:
-                yield Refusal(module.name, ROUTERS[last], KEEP)
-            for what, fix in check_blocks(module, labels):
-                yield Refusal(module.name, what, fix)
+                yield Refusal(name, what, "use `target: compressed-tensors`, which can mix")
+        yield from super().check(modules, tensors)
+
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """By the module's name, and by blocks that siblings would share."""
+        last = last_part(module.name)
+        if last in EMBEDDINGS or is_head(module.name):
+            yield "the engine has no fp8 embedding or head", KEEP
+        if last in ROUTERS:
+            yield ROUTERS[last], KEEP
+        yield from check_blocks(module, labels)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The scheme, and the names of float linears."""
-        (numerics,) = used  # `check_modules` refuses a second scheme
+        (numerics,) = used  # `check` refuses a second one
         return quantization_config(output, numerics)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
