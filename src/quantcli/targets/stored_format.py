@@ -233,27 +233,22 @@ def _check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
-    """Findings for shared parameters that differ between siblings of one label."""
+    """Findings for shared parameters that differ between siblings of one label.
+
+    The majority is taken for right.
+    """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:
         if name := fused_name(module.name):
             groups[name, module.layout.label].append(module)
     for siblings in groups.values():
-        for param in siblings[0].constants:
-            if param.shared and all(param in module.constants for module in siblings):
-                yield from _differing(param, siblings)
-
-
-def _differing(param: Param, siblings: list[StoredModule]) -> Iterator[Finding]:
-    """Findings for the modules that differ from the majority."""
-    kinds: dict[bytes, list[StoredModule]] = defaultdict(list)
-    for module in siblings:
-        stored = module.tensors[param.suffix]
-        kinds[read_bytes(stored, 0, stored.spec.nbytes)].append(module)
-    most, *others = sorted(kinds.values(), key=len, reverse=True)
-    for module in (module for kind in others for module in kind):
-        what = (
-            f"differs from that of `{most[0].name}`: the engine keeps one for both, whichever it "
-            "reads last"
-        )
-        yield failed("siblings", what, f"`{module.name}.{param.suffix}`", AGAIN)
+        for suffix in (param.suffix for param in siblings[0].constants if param.shared):
+            names_by_bytes: dict[bytes, list[str]] = defaultdict(list)
+            for module in siblings:
+                stored = module.tensors[suffix]
+                names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
+            (first, *_), *others = sorted(names_by_bytes.values(), key=len, reverse=True)
+            for name in (name for names in others for name in names):
+                what = f"differs from that of `{first}`: the engine keeps one for both, "
+                what += "whichever it reads last"
+                yield failed("siblings", what, f"`{name}.{suffix}`", AGAIN)

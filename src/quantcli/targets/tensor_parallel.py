@@ -25,17 +25,7 @@ def splits_inputs(module: str) -> bool:
     return last_part(module) in _ROW_PARALLEL
 
 
-def check_heads(config: Mapping[str, Any], size: int) -> Iterator[Finding]:
-    """Findings for `size` devices; config is the language model's part of config.json."""
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if isinstance(heads, int) and heads % size:
-        yield cannot_split(size, f"{heads} attention heads cannot be split over {size} devices", None)
-    if isinstance(kv_heads, int) and kv_heads and kv_heads % size and size % kv_heads:
-        what = f"{kv_heads} key/value heads cannot be split over {size} devices"
-        yield cannot_split(size, what, None)
-
-
-def cannot_split(size: int, what: str, module: str | None) -> Finding:
+def _cannot_split(size: int, what: str, module: str | None) -> Finding:
     """A finding for `size` devices."""
     fix = f"serve with another tensor parallel size than {size}"
     fix += ", or keep such modules in another scheme" if module else ""
@@ -46,17 +36,22 @@ def check_tp(
     config: Mapping[str, Any], modules: Iterable[StoredModule], size: int, limits: Limits
 ) -> Iterator[Finding]:
     """Findings for `size` devices; config is the language model's part of config.json."""
-    yield from check_heads(config, size)
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and heads % size:
+        yield _cannot_split(size, f"{heads} attention heads cannot be split over {size} devices", None)
+    if isinstance(kv_heads, int) and kv_heads and kv_heads % size and size % kv_heads:
+        what = f"{kv_heads} key/value heads cannot be split over {size} devices"
+        yield _cannot_split(size, what, None)
     for module in modules:
         n, k = module.shape
         by_inputs = splits_inputs(module.name)
         if by_inputs and k % size:
-            yield cannot_split(size, f"{k} inputs cannot be split over {size} devices", module.name)
+            yield _cannot_split(size, f"{k} inputs cannot be split over {size} devices", module.name)
             continue
         devices = _devices(module.name, config, size)
         sides = (n, k // size) if by_inputs else (n // devices, k)
         for what in limits(module, sides, devices):
-            yield cannot_split(size, what, module.name)
+            yield _cannot_split(size, what, module.name)
 
 
 def _devices(module: str, config: Mapping[str, Any], size: int) -> int:

@@ -109,15 +109,6 @@ def fused_name(module: str) -> str | None:
     return None if EXPERT.fullmatch(module) else fused_siblings(module)
 
 
-def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
-    """Rows of every fused parameter, by its name."""
-    widths: dict[str, int] = defaultdict(int)
-    for module in modules:
-        if module.numerics and (name := fused_name(module.name)):
-            widths[name] += module.shape[0]
-    return widths
-
-
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 # Linears that engines build as float whatever a checkpoint says, by the last part of their names.

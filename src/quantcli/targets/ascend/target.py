@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -39,7 +40,6 @@ from quantcli.targets.vllm_family import (
     VllmTarget,
     absent_head,
     fused_name,
-    fused_widths,
     last_part,
 )
 
@@ -155,9 +155,12 @@ class Ascend(VllmTarget):
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
-        wide = {name: n for name, n in fused_widths(modules).items() if n > MAX_SIDE}
-        if wide:
-            name, n = max(wide.items(), key=lambda item: item[1])
+        rows: dict[str, int] = defaultdict(int)
+        for module in modules:
+            if module.numerics and (fused := self.fused_name(module.name)):
+                rows[fused] += module.shape[0]
+        name, n = max(rows.items(), key=lambda item: item[1], default=("", 0))
+        if n > MAX_SIDE:
             yield (
                 f"`{name}` has {n} rows once the engine has fused it; the matmul takes {MAX_SIDE}: "
                 f"serve with tensor parallel size {-(-n // MAX_SIDE)} or more"

@@ -138,7 +138,7 @@ _OLD_W4A8 = (
     "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and in other "
     "modules it needed groups before"
 )
-# All types by label. Source: vllm-ascend 182b75ea84, quantization/methods/*.py, one class for each type,
+# All types by label. Source: vllm-ascend 182b75ea84, quantization/methods/*.py, a class for each type,
 # and its older tags for the first version; loaders: quantization/method_adapters.py:47-118.
 TYPES = {
     t.label: t

@@ -18,7 +18,7 @@ from quantcli.targets.vllm_family import float_linears, is_head
 _LONGEST = 1000  # of a regular expression
 # A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
 _EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
-_PLAIN = frozenset({"int-quantized", "float-quantized", "naive-quantized"})
+_PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,12 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
         if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
             config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
-        group, wrong = _group(name, table, top)
-        config.groups.append(group)
-        config.findings += [_wrong(f"`{place}` {what}") for what in wrong]
+        numerics = kind = None
+        try:
+            numerics, kind = _group(table, top)
+        except _Unknown as reason:
+            config.findings.append(_wrong(f"`{place}` {reason}"))
+        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind))
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
         config.findings.append(_wrong("`ignore` is not a list of names"))
@@ -84,36 +87,30 @@ def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
         yield _wrong("has a `transform_config`, which this version cannot verify")
 
 
-def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[ConfigGroup, list[str]]:
-    targets = tuple(table["targets"])
-    unknown = ConfigGroup(name, targets, None, None)
-    own = table.get("format")
-    form = top if own is None else own
-    if form not in {*_PLAIN, "pack-quantized"}:
-        return unknown, [f"has the format {form!r:.40}, which this version does not know"]
+class _Unknown(Exception):
+    """Raised for a group that this version cannot read; the text says why."""
+
+
+def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
+    """The numerics of a group and their kind; top: the `format` of all groups. Raises _Unknown."""
+    form = top if table.get("format") is None else table["format"]
+    if form not in ("pack-quantized", *_PLAIN):
+        raise _Unknown(f"has the format {form!r:.40}, which this version does not know")
     weights, inputs = table.get("weights"), table.get("input_activations")
     if not isinstance(weights, dict):
-        return unknown, ["says nothing of `weights`"]
+        raise _Unknown("says nothing of `weights`")
     if table.get("output_activations"):
-        return unknown, ["quantizes outputs, which this version cannot verify"]
+        raise _Unknown("quantizes outputs, which this version cannot verify")
     actorder = weights.get("actorder")
     if actorder is True or str(actorder).lower() in {"group", "dynamic"}:
-        return unknown, [
+        raise _Unknown(
             f"orders columns by activations (actorder {actorder!r:.20}), which engines refuse"
-        ]
-    try:
-        x = None if inputs is None else _operand(inputs)
-        numerics = Numerics(_operand(weights), x)
-    except _Unknown as error:
-        return unknown, [str(error)]
+        )
+    numerics = Numerics(_operand(weights), None if inputs is None else _operand(inputs))
     kind = kind_of(numerics, form == "pack-quantized")
-    if kind is None or (form not in {kind.format, "naive-quantized"}):
-        return unknown, [f"is a combination that the engine has no scheme for, in {form}"]
-    return ConfigGroup(name, targets, numerics, kind), []
-
-
-class _Unknown(Exception):
-    """Raised for numbers that an `Operand` cannot describe; the text says why."""
+    if kind is None or form not in {kind.format, "naive-quantized"}:
+        raise _Unknown(f"is a combination that the engine has no scheme for, in {form}")
+    return numerics, kind
 
 
 def _operand(table: Any) -> Operand:
@@ -131,7 +128,7 @@ def _operand(table: Any) -> Operand:
         raise _Unknown(
             f"has {kind!r:.20} numbers of {bits!r:.20} bits, which this version does not know"
         )
-    if table.get("scale_dtype") not in {None, "torch.float32", "torch.bfloat16", "torch.float16"}:
+    if table.get("scale_dtype") not in (None, "torch.float32", "torch.bfloat16", "torch.float16"):
         raise _Unknown(f"has scales of {table['scale_dtype']!r:.40}, which this version does not know")
     if group is not None and (type(group) is not int or group < -1 or group == 0):
         raise _Unknown(f"has a group_size of {group!r:.20}")
@@ -150,7 +147,7 @@ def _operand(table: Any) -> Operand:
         ):
             raise _Unknown(f"has blocks of {sides!r:.40}")
         block = (sides[0], sides[1])
-    elif per not in {"tensor", "channel", "token"}:
+    elif per not in ("tensor", "channel", "token"):
         raise _Unknown(f"has the strategy {per!r:.40}, which this version does not know")
     symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
     if type(symmetric) is not bool or type(dynamic) is not bool:
