@@ -1,4 +1,4 @@
-"""The contract of a target: how an engine stores numerics, and what it refuses."""
+"""The contract of a target: the storage of numerics, and the refusals of its engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUPPORT = "see `quantcli inspect --support` for what goes together"
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an engine would not load, or would misread, one module."""
+    """A reason why an engine would not load one module, or would misread it."""
 
     module: str
     what: str
@@ -43,7 +43,7 @@ class PlannedCheckpoint:
     tensors: Mapping[str, TensorSpec]  # every tensor that will be written
     files: Mapping[str, str]  # tensor -> weight file
     config: Mapping[str, Any]  # config.json of the source
-    serving_dtype: str  # "BF16" or "F16": what the engine computes in
+    serving_dtype: str  # "BF16" or "F16": the dtype in which the engine computes
 
 
 class StoredCheckpoint(Protocol):
@@ -70,8 +70,8 @@ class StoredCheckpoint(Protocol):
 class Target(BaseModel, ABC):
     """One checkpoint format. The fields of a subclass are its options in a recipe.
 
-    A target never asks which scheme made the numbers, only what the numbers are. It runs on the meta
-    device while planning: what it refuses there is refused before a weight is read.
+    A target sees numbers as numerics and never asks which scheme made them. The planner runs it on
+    blocks of no rows: its refusals come before a weight is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -79,12 +79,12 @@ class Target(BaseModel, ABC):
 
     @property
     def article(self) -> str:
-        """Its name with an article, as messages have it."""
+        """The target's name with an article, for messages."""
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
     @abstractmethod
     def label(self, numerics: Numerics) -> str:
-        """The engine's own name for these numerics. InputError where it has none."""
+        """The engine's own name for these numerics. InputError if it has none."""
 
     @abstractmethod
     def loads_on(self, label: str) -> str:
@@ -92,14 +92,13 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
-        """The dtype in which the engine will hold a scale: codes are chosen against it."""
+        """The dtype in which the engine keeps a scale: codes are chosen against the scale in it."""
 
     @abstractmethod
     def fused_name(self, module: str) -> str | None:
-        """Name of the parameter that the engine makes of this module and its siblings.
+        """Name of the parameter into which the engine fuses this module and its siblings, or None.
 
-        What is not per row, such as input_scale, it then has once for all of them. None where it merges
-        nothing.
+        Siblings share every parameter that is not per row, such as input_scale.
         """
 
     def bias_dtype(self, numerics: Numerics) -> str | None:
@@ -114,10 +113,10 @@ class Target(BaseModel, ABC):
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        parts: as the scheme made them, weight_scale in its `engine_dtype`. shape: n and k of the whole
-        weight. Dimension 0 of a tensor returned is dimension 0 of the
-        weight, or a fixed share of it, such as one of 128 rows; or the tensor does not depend on rows,
-        as `input_scale` [1], and is the same for every block of them.
+        parts: of the scheme, with weight_scale in its `engine_dtype`. shape: n and k of the whole weight.
+        Dimension 0 of a tensor returned is dimension 0 of the weight, or a fixed share of it, such as one
+        row for 128; or the tensor does not depend on rows, as `input_scale` [1], and is the same for
+        every block of them.
         """
 
     @abstractmethod
@@ -125,12 +124,15 @@ class Target(BaseModel, ABC):
         """The inverse of `pack`."""
 
     def refusals(self, module: Module) -> Iterator[Refusal]:
-        """Why the engine would not take one quantized module, whatever the others are."""
+        """Refusals of one quantized module that do not depend on others.
+
+        The planner asks for them before it chooses schemes: a scheme may name another one to use instead.
+        """
         yield from ()
 
     @abstractmethod
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Everything the engine would refuse or silently misread. `tensors` are the source's."""
+        """All refusals of a planned checkpoint. `tensors` are those of the source."""
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes for the plan on modules that load."""
@@ -138,7 +140,7 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
-        """The generated files by name, config.json and the index among them."""
+        """The generated files by name, such as config.json and the index."""
 
     @abstractmethod
     def recognises(self, checkpoint: Checkpoint) -> bool:
@@ -146,17 +148,17 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
-        """A checkpoint of this format; damage is among its findings."""
+        """A checkpoint of this format, untrusted; damage is among its findings."""
 
 
 def others_that_store(numerics: Numerics) -> str:
     """A fix for numerics that a target cannot store: the targets that can, as text."""
-    able = []
+    choices = []
     for name, cls in discover(Target).items():
         with suppress(InputError):
             cls().label(numerics)
-            able.append(f"`target: {name}`")
-    return f"use {' or '.join(able)}, or {SUPPORT}" if able else SUPPORT
+            choices.append(f"`target: {name}`")
+    return f"use {' or '.join(choices)}, or {SUPPORT}" if choices else SUPPORT
 
 
 def cannot_store(target: str, numerics: Numerics) -> InputError:
@@ -171,9 +173,9 @@ def target_of(checkpoint: Checkpoint) -> Target | None:
 
 
 def must_be_sound(stored: StoredCheckpoint, checks: Collection[str] | None = None) -> None:
-    """InputError for the first thing for which an engine would refuse a checkpoint, or misread it.
+    """Raises InputError for the first error among the findings of a checkpoint.
 
-    checks: what to look at; None: at everything.
+    checks: the names of checks that count; None: all.
     """
     errors = [f for f in stored.findings if f.severity == "error" and (not checks or f.check in checks)]
     if errors:

@@ -54,8 +54,8 @@ class Param:
         if self.scalar and not shape:
             return True
         return len(expected) == len(shape) and all(
-            have in ((1, 16) if want == SLICES else (want,))
-            for want, have in zip(expected, shape, strict=True)
+            size in ((1, 16) if expected_size == SLICES else (expected_size,))
+            for expected_size, size in zip(expected, shape, strict=True)
         )
 
 

@@ -177,21 +177,19 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
             sets[match["experts"]][int(match["index"])][match["rest"]] = stored
     count = next((v for key in _COUNTS if isinstance(v := checkpoint.text_config.get(key), int)), None)
     for experts, members in sets.items():
-        full = max(members.values(), key=len)
+        reference = max(members.values(), key=len)
         for index in range(max(len(members), count or 0)):
             if index not in members:
                 yield failed("experts", f"expert {index} is missing", f"`{experts}`", AGAIN)
                 break
-            if absent := sorted(full.keys() - members[index].keys()):
-                what = f"lacks {absent[0]}, which other experts have"
+            if missing := sorted(reference.keys() - members[index].keys()):
+                what = f"lacks {missing[0]}, which other experts have"
                 yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
             for rest, stored in members[index].items():
-                like = full.get(rest)
-                if like is None or (like.spec.dtype, like.spec.shape) != (
-                    stored.spec.dtype, stored.spec.shape
-                ):  # fmt: skip
-                    what = f"is {stored.spec}, unlike other experts' {like and like.spec}"
-                    yield failed("experts", what, f"`{stored.spec.name}`", AGAIN)
+                spec, other = stored.spec, reference[rest].spec if rest in reference else None
+                if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
+                    what = f"is {spec}, unlike other experts' {other}"
+                    yield failed("experts", what, f"`{spec.name}`", AGAIN)
         if count is not None and len(members) > count:
             what = f"there are {len(members)} experts; config.json says {count}"
             yield failed("experts", what, f"`{experts}`", AGAIN)

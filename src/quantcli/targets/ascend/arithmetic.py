@@ -52,9 +52,9 @@ def _deq_scale(module: StoredModule) -> Iterator[Finding]:
     parts = {s: read_tensor(module.tensors[s]) for s in ("input_scale", "weight_scale")}
     deq = deq_from_stored(read_tensor(module.tensors["deq_scale"]))[0].double()
     expected = parts["weight_scale"].double().squeeze(1) * parts["input_scale"].double()
-    off = (deq / expected - 1).abs()
-    if bool((off > _DEQ).any()):
-        row = int(off.argmax())
+    error = (deq / expected - 1).abs()
+    if bool((error > _DEQ).any()):
+        row = int(error.argmax())
         yield _wrong(
             module,
             f"deq_scale of row {row} is {deq[row]:.6g}; weight_scale and input_scale make it "
@@ -73,10 +73,10 @@ def _quant_bias(module: StoredModule) -> Iterator[Finding]:
     expected = -parts["input_offset"].double() * _code_sums(module)
     if "bias" in parts:
         expected = expected + parts["bias"].double() / deq_from_stored(parts["deq_scale"])[0].double()
-    off = (parts["quant_bias"].double() - expected).abs()
-    allowed = _COUNTS + expected.abs() * 2.0**-7 * ("bias" in parts)
-    if bool((off > allowed).any()) or not bool(torch.isfinite(off).all()):
-        row = int(torch.where(torch.isfinite(off), off - allowed, math.inf).argmax())
+    error = (parts["quant_bias"].double() - expected).abs()
+    tolerance = _COUNTS + expected.abs() * 2.0**-7 * ("bias" in parts)
+    if bool((error > tolerance).any()) or not bool(torch.isfinite(error).all()):
+        row = int(torch.where(torch.isfinite(error), error - tolerance, math.inf).argmax())
         yield _wrong(
             module,
             f"quant_bias of row {row} is {int(parts['quant_bias'][row])}; codes, input_offset and bias "
@@ -98,9 +98,9 @@ def _code_sums(module: StoredModule) -> Tensor:
 def _scale_bias(module: StoredModule) -> Iterator[Finding]:
     """scale_bias = 8 * sum of codes * weight_scale, over all of k or over each of its slices."""
     scale = read_tensor(module.tensors["weight_scale"]).double()
-    stored = read_tensor(module.tensors["scale_bias"]).double()
+    scale_bias = read_tensor(module.tensors["scale_bias"]).double()
     n, k = module.shape
-    slices = stored.shape[1]
+    slices = scale_bias.shape[1]
     if k % slices:
         yield _wrong(module, f"its scale_bias has {slices} slices, which do not divide {k} inputs")
         return
@@ -111,12 +111,14 @@ def _scale_bias(module: StoredModule) -> Iterator[Finding]:
             block = reader.weight(start, step)
             sums.append(block.view(len(block), slices, -1).sum(2, dtype=torch.float64))
     expected = 8 * torch.cat(sums)
-    off = (stored - expected).abs() - 8 * scale * (k // slices) * 2.0**-8 - stored.abs() * 2.0**-6
-    if bool((off > 0).any()):
-        row, part = divmod(int(off.argmax()), slices)
+    error = (
+        (scale_bias - expected).abs() - 8 * scale * (k // slices) * 2.0**-8 - scale_bias.abs() * 2.0**-6
+    )
+    if bool((error > 0).any()):
+        row, part = divmod(int(error.argmax()), slices)
         of_slice = f" in slice {part}" if slices > 1 else ""
         yield _wrong(
             module,
-            f"scale_bias of row {row} is {stored[row, part]:.6g}{of_slice}; codes make it "
+            f"scale_bias of row {row} is {scale_bias[row, part]:.6g}{of_slice}; codes make it "
             f"{expected[row, part]:.6g}",
         )

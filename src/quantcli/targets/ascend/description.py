@@ -58,16 +58,16 @@ class Description:
 
     def _types(self) -> Iterator[Finding]:
         """Findings of types that do not exist, and of tensors whose type is not their module's."""
-        odd: dict[str, list[str]] = defaultdict(list)
+        unknown: dict[str, list[str]] = defaultdict(list)
         for key, value in self.entries.items():
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
             elif key.endswith(".weight"):
                 if value != FLOAT and value not in TYPES:
-                    odd[value].append(key)
+                    unknown[value].append(key)
                 if value == FLOAT or MISNAMED.get(value, value) in TYPES:
                     self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
-        for value, keys in odd.items():
+        for value, keys in unknown.items():
             yield _unknown_type(value, keys)
         for key, value in self.entries.items():
             module, _, suffix = key.rpartition(".")
@@ -81,17 +81,17 @@ class Description:
     def _tensors(self) -> Iterator[Finding]:
         """Findings of entries without a tensor, and of tensors without an entry."""
         tensors = self.checkpoint.tensors
-        if gone := sorted(
+        if names := sorted(
             key for key in self.entries.keys() - tensors.keys() if not self._only_asked(key)
         ):
             files = sorted(name for name in self.checkpoint.left_out if name.endswith(".safetensors"))
             hint = f"{files[0]} is not in the index, and may hold them: " if files else ""
-            what = f"describes {some(gone)}, which no weight file holds"
+            what = f"describes {some(names)}, which no weight file holds"
             yield failed("description", what, DESCRIPTION, f"{hint}{AGAIN}")
-        if bare := [name for name in tensors if name not in self.entries]:
-            asked = [name for name in bare if name.endswith(".weight")]
-            fix = f"the engine stops at `{asked[0]}`: {AGAIN}" if asked else AGAIN
-            yield failed("description", f"does not describe {some(bare)}", DESCRIPTION, fix)
+        if undescribed := [name for name in tensors if name not in self.entries]:
+            weights = [name for name in undescribed if name.endswith(".weight")]
+            fix = f"the engine stops at `{weights[0]}`: {AGAIN}" if weights else AGAIN
+            yield failed("description", f"does not describe {some(undescribed)}", DESCRIPTION, fix)
         head = absent_head({name: stored.spec for name, stored in tensors.items()})
         untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then the tensor is lost
         if head and head not in self.entries and not untied:
@@ -116,8 +116,8 @@ class Description:
 
 
 def _unknown_type(value: str, keys: list[str]) -> Finding:
-    near = MISNAMED.get(value)
-    hint = f"the engine's name for it is {near}" if near else closest(value, TYPES)
-    fix = f"{hint}: {AGAIN}" if near else (f"did you mean {hint}?" if hint else AGAIN)
+    engine_name = MISNAMED.get(value)
+    hint = f"the engine's name for it is {engine_name}" if engine_name else closest(value, TYPES)
+    fix = f"{hint}: {AGAIN}" if engine_name else (f"did you mean {hint}?" if hint else AGAIN)
     what = f"type {value!r:.60} of {some(keys)} is not one that the engine registers"
     return failed("description", what, DESCRIPTION, fix)

@@ -42,8 +42,8 @@ class AscendCheckpoint(StoredFormat):
         for module, tensors in self.by_module.items():
             label = self.labels.get(module)
             if "weight" not in tensors:
-                if odd := sorted(tensors.keys() & SUFFIXES):
-                    yield orphan(module, odd[0])
+                if suffixes := sorted(tensors.keys() & SUFFIXES):
+                    yield orphan(module, suffixes[0])
             elif label == FLOAT:
                 yield from self._float(module)
             elif label in TYPES:

@@ -231,15 +231,15 @@ def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
     if len(modules) <= MOST_NAMES:
         return list(modules)
     folded: list[str] = []
-    left = list(modules)
-    rest = list(others)
+    names = list(modules)
+    other_names = list(others)
     for number in (_NUMBER, _LAST_NUMBER):
-        taken = {tail for name in rest for tail in _tails(number.sub(_HOLE, name))}
-        families = {name: _tail(number, name) for name in left}
-        good = {tail for tail in families.values() if _HOLE in tail and tail not in taken}
-        folded += [_expression(tail) for tail in dict.fromkeys(families.values()) if tail in good]
-        left = [name for name in left if families[name] not in good]
-    return [*folded, *left]
+        tails = {tail for name in other_names for tail in _tails(number.sub(_HOLE, name))}
+        families = {name: _tail(number, name) for name in names}
+        unique = {tail for tail in families.values() if _HOLE in tail and tail not in tails}
+        folded += [_expression(tail) for tail in dict.fromkeys(families.values()) if tail in unique]
+        names = [name for name in names if families[name] not in unique]
+    return [*folded, *names]
 
 
 def _tail(number: re.Pattern[str], name: str) -> str:

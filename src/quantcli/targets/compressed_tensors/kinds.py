@@ -92,11 +92,11 @@ def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
 
 
 def _weight_only(weight: Operand) -> Kind | None:
-    cut = _cut(weight)
-    if cut is None:
+    share = _share(weight)
+    if share is None:
         return None
     bits = int(weight.dtype[3:])
-    label = f"{weight.dtype} {cut} W{bits}A16" + _offset(weight)
+    label = f"{weight.dtype} {share} W{bits}A16" + _offset(weight)
     return Kind(label, "pack-quantized", bits, True, experts=True)
 
 
@@ -105,23 +105,23 @@ def _integers(weight: Operand, x: Operand, packed: bool) -> Kind | None:
         return None
     if x.dynamic != (x.per == "token"):
         return None
-    cut = _cut(weight)
+    share = _share(weight)
     if weight.dtype == "int8" and weight.per in {"channel", "tensor"} and not packed:
         label = f"int8 W8A8 {'dynamic' if x.dynamic else 'static'}" + _offset(x)
         label += " per tensor" if weight.per == "tensor" else ""
         return Kind(label, "int-quantized", 8, experts=x.dynamic and weight.per == "channel")
-    if cut is None or not x.dynamic:
+    if share is None or not x.dynamic:
         return None
     bits = int(weight.dtype[3:])
     if packed and x.symmetric:
-        return Kind(f"{weight.dtype} {cut} W{bits}A8 packed", "pack-quantized", bits, True)
+        return Kind(f"{weight.dtype} {share} W{bits}A8 packed", "pack-quantized", bits, True)
     if weight.dtype == "int4" and not packed:
-        return Kind(f"int4 {cut} W4A8" + _offset(x), "int-quantized", 4, True, experts=True)
+        return Kind(f"int4 {share} W4A8" + _offset(x), "int-quantized", 4, True, experts=True)
     return None
 
 
-def _cut(weight: Operand) -> str | None:
-    """What shares a scale within a row, "channel" or such as "g128"; None for tensors and blocks."""
+def _share(weight: Operand) -> str | None:
+    """The part of a row that shares a scale: "channel", or such as "g128"; None for tensors, blocks."""
     group = group_size(weight)
     if weight.per == "channel":
         return "channel"

@@ -105,21 +105,21 @@ class CompressedTensorsCheckpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on names in `ignore` that no module has; the serving dtype."""
-        stale = [
+        absent_names = [
             name
             for name in self._ignore
             if not name.startswith("re:") and "." in name and name not in self._names
             and not is_head(name) and not any(other.startswith(f"{name}.") for other in self._names)
         ]  # fmt: skip
-        if stale:
-            yield noted("config", f"`ignore` names {some(stale)}, which no file holds", CONFIG)
+        if absent_names:
+            yield noted("config", f"`ignore` names {some(absent_names)}, which no file holds", CONFIG)
         yield from super().check_config()
 
 
 def _codes_as_float(tensors: Mapping[str, StoredTensor], ignored: bool) -> str:
     """The message on a module with codes that the engine builds as float."""
-    odd = sorted(tensors.keys() & SUFFIXES)
-    has = f"has {odd[0]}" if odd else f"is {tensors['weight'].spec.dtype}"
+    suffixes = sorted(tensors.keys() & SUFFIXES)
+    has = f"has {suffixes[0]}" if suffixes else f"is {tensors['weight'].spec.dtype}"
     reason = "is in `ignore`" if ignored else "is in no group of quantization_config"
     return f"{reason}, but {has}: the engine would take codes for weights"
 

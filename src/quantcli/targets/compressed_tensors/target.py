@@ -63,8 +63,8 @@ class CompressedTensors(VllmTarget):
         weight_shape:     int64 [2], n and k.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
                           [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
-        input_scale:      float32 [1] where inputs are static.
-        input_zero_point: int8 [1] where they are asymmetric: x ~ (xq - zero_point) * input_scale.
+        input_scale:      float32 [1] if inputs are static.
+        input_zero_point: int8 [1] if they are asymmetric: x ~ (xq - zero_point) * input_scale.
         """
         kind = self._kind(numerics)
         scale = parts["weight_scale"]
@@ -123,10 +123,10 @@ class CompressedTensors(VllmTarget):
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
-        odd = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
-        if odd := odd.difference(_MARLIN_GROUPS):
+        group_sizes = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
+        if group_sizes := group_sizes.difference(_MARLIN_GROUPS):
             yield (
-                f"groups of {', '.join(map(str, sorted(odd)))} load, but the fast kernel takes only "
+                f"groups of {', '.join(map(str, sorted(group_sizes)))} load, but the fast kernel takes only "
                 f"{', '.join(map(str, _MARLIN_GROUPS))} or whole rows"
             )
         yield from super().advise(modules)

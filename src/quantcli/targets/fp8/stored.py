@@ -53,21 +53,21 @@ class Fp8Checkpoint(StoredFormat):
     def check_parameters(self) -> Iterator[Finding]:
         """Float modules are named in config.json; the others have what the engine registers."""
         for module, tensors in sorted(self.by_module.items()):
-            weight, odd = tensors.get("weight"), sorted(tensors.keys() & SUFFIXES)
+            weight, scales = tensors.get("weight"), sorted(tensors.keys() & SUFFIXES)
             if weight is None:
-                if odd:
-                    yield orphan(module, odd[0])
+                if scales:
+                    yield orphan(module, scales[0])
                 continue
             self.checked["parameters"] += 1
-            coded = weight.spec.dtype in _FP8
+            has_codes = weight.spec.dtype in _FP8
             if self._ignored(module):
                 self.labels[module] = self.float_label
-                if coded or odd:
-                    has = f"is {weight.spec.dtype}" if coded else f"has {odd[0]}"
+                if has_codes or scales:
+                    has = f"is {weight.spec.dtype}" if has_codes else f"has {scales[0]}"
                     what = f"is in modules_to_not_convert, but {has}"
                     what += ": the engine would take codes for weights"
                     yield failed("loader", what, f"`{module}`", AGAIN)
-            elif coded or odd:
+            elif has_codes or scales:
                 yield from self._quantized(module, weight)
             elif is_linear(module, weight.spec.shape):
                 self.labels[module] = self.float_label
