@@ -113,8 +113,8 @@ class Target(BaseModel, ABC):
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        parts: of the scheme, with weight_scale in its `engine_dtype`. shape: n and k of the whole weight.
-        Dimension 0 of a tensor returned is dimension 0 of the weight, or a fixed share of it, such as one
+        parts: of the scheme, weight_scale in its `engine_dtype`. shape: n and k of the whole weight.
+        Dimension 0 of a tensor returned is dimension 0 of the weight, or a fixed share of it, such as 1
         row for 128; or the tensor does not depend on rows, as `input_scale` [1], and is the same for
         every block of them.
         """
@@ -126,7 +126,7 @@ class Target(BaseModel, ABC):
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals of one quantized module that do not depend on others.
 
-        The planner asks for them before it chooses schemes: a scheme may name another one to use instead.
+        The planner asks for them before it settles on schemes: a scheme may name one to use instead.
         """
         yield from ()
 

@@ -111,11 +111,10 @@ def _scale_bias(module: StoredModule) -> Iterator[Finding]:
             block = reader.weight(start, step)
             sums.append(block.view(len(block), slices, -1).sum(2, dtype=torch.float64))
     expected = 8 * torch.cat(sums)
-    error = (
-        (scale_bias - expected).abs() - 8 * scale * (k // slices) * 2.0**-8 - scale_bias.abs() * 2.0**-6
-    )
-    if bool((error > 0).any()):
-        row, part = divmod(int(error.argmax()), slices)
+    tolerance = 8 * scale * (k // slices) * 2.0**-8 + scale_bias.abs() * 2.0**-6
+    excess = (scale_bias - expected).abs() - tolerance
+    if bool((excess > 0).any()):
+        row, part = divmod(int(excess.argmax()), slices)
         of_slice = f" in slice {part}" if slices > 1 else ""
         yield _wrong(
             module,

@@ -123,10 +123,10 @@ class CompressedTensors(VllmTarget):
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
-        group_sizes = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
-        if group_sizes := group_sizes.difference(_MARLIN_GROUPS):
+        sizes = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
+        if slow := sorted(sizes.difference(_MARLIN_GROUPS)):
             yield (
-                f"groups of {', '.join(map(str, sorted(group_sizes)))} load, but the fast kernel takes only "
+                f"groups of {', '.join(map(str, slow))} load, but the fast kernel takes only "
                 f"{', '.join(map(str, _MARLIN_GROUPS))} or whole rows"
             )
         yield from super().advise(modules)
