@@ -23,7 +23,9 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 CONFIG = "config.json"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level
+# Keys of config.json, at any level. Source: vllm 0.32.0,
+# model_executor/model_loader/weight_utils.py:235-242.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
