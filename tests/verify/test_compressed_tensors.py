@@ -204,7 +204,7 @@ HARM = [
     row("an unknown format", "ct dynamic", group(format="marlin-24"), "config", "marlin-24"),
     row("inputs with packed weights", "ct w4a16",
         group(input_activations={"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}),
-        "config", "nothing for"),
+        "config", "no scheme for"),
     row("numbers that are none", "ct dynamic", group(weights_num_bits="8"), "config", "bits"),
     row("targets that are none", "ct dynamic", group(targets=7), "config", "targets",
         also=("loader",), most=2),

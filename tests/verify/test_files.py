@@ -184,7 +184,7 @@ ROWS = [
     row("described, and nowhere", "dynamic", describe(**{"model.layers.9.x.weight": "FLOAT"}),
         "description", "model.layers.9.x.weight", "no weight file holds"),
     row("a number for a type", "dynamic", describe(**{f"{Q}.weight": 8}), "description",
-        "is 8, no type"),
+        "is 8, not a type"),
     row("null for a type", "dynamic", describe(**{f"{Q}.weight": "null"}), "description", "'null'",
         f"{Q}.weight"),
     row("tied head not described", "tied", describe(**{"lm_head.weight": None}), "description",

@@ -36,7 +36,7 @@ NO_TOKENIZER = "there is no tokenizer, and the source had none"
 NO_MANIFEST = "there is no quantcli_manifest.json: sizes and hashes of files are not known"
 NO_HASHES = "the manifest holds no hashes: it was written with --no-checksum"
 FOREIGN_INDEX = "engines read no index of this name, only model.safetensors.index.json"
-OLD_W4A8 = "no engine that is known loads this: W4A8_DYNAMIC is for experts alone from"
+OLD_W4A8 = "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone"
 
 
 def examine(good):

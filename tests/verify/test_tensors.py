@@ -69,7 +69,7 @@ ROWS = [
     row("deq_scale [n, 1]", "static", change(f"{OUT}.deq_scale", shaped(-1, 1)), "parameters",
         f"{OUT}.deq_scale"),
     row("codes in three dimensions", "dynamic", change(f"{Q}.weight", shaped(64, 8, 8)), "parameters",
-        f"{Q}.weight", "no matrix"),
+        f"{Q}.weight", "not a matrix"),
     row("codes transposed", "dynamic", change(f"{DOWN}.weight", lambda t: t.T), "parameters",
         f"{DOWN}.weight_scale", "for a weight of 96 x 64", most=2),
     row("int4 codes not packed", "w4a8", change(f"{Q}.weight", lambda t: t.repeat(2, 1)), "parameters",

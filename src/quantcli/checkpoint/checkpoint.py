@@ -25,7 +25,9 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 CONFIG = "config.json"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level
+# Keys of config.json, at any level. Source: vllm 0.32.0,
+# model_executor/model_loader/weight_utils.py:235-242.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 # Files of weights that are not the model's: adapters, other states of training, other layouts.
 _ADAPTER = re.compile(r"adapter(_model)?[^/]*\.(safetensors|bin)")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from quantcli.core.errors import InputError, MachineError
 
+# The only index that engines read. Source: vllm 0.32.0,
+# model_executor/model_loader/weight_utils.py:476.
 INDEX = "model.safetensors.index.json"
 PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
