@@ -17,7 +17,7 @@ from quantcli.calibration.replay.taps import Matrices, Matrix
 from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.arithmetic.observers import ChannelAmax
+from quantcli.schemes.arithmetic.observers import ChannelAmax, Observer
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LoadedLayer:
 
     def channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
         """max |x| of each column of some matrices, of that many; zeros where nothing was seen."""
-        observers = {matrix: ChannelAmax() for matrix in widths}
+        observers = {matrix: Observer(ChannelAmax()) for matrix in widths}
         self.watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
         return {
             m: o.stats()["channel_amax"] if o.tokens else torch.zeros(widths[m])

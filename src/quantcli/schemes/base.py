@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo
 from torch import Tensor
 
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes.arithmetic.observers import Observer
 
@@ -135,6 +136,25 @@ class Scheme(BaseModel, ABC):
     @abstractmethod
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """The linear as the engine computes it: x [..., k] -> [..., n], in the dtype of x."""
+
+
+def has_effect(cls: type[Scheme], value: float, info: ValidationInfo) -> float:
+    """A validator for options that one way to choose a range reads: ValueError if it is another way."""
+    option = str(info.field_name)
+    reader = {"percentile": "percentile", "momentum": "moving_average"}[option]
+    if value != cls.model_fields[option].default and info.data.get("chosen_by", reader) != reader:
+        raise ValueError(f"has no effect without `observer: {reader}`")
+    return value
+
+
+def check_input_scale(measured: Tensor, scale: Tensor, *, sound: bool) -> None:
+    """InputError for a measured scale [1] that is not sound, or not the same as `scale`: codes would be
+    made against another scale than the engine's. scale: in the engine dtype."""
+    if not sound or not torch.equal(scale.float(), measured.float()):
+        raise InputError(
+            f"input_scale {float(measured)} is not a scale that {str(scale.dtype)[6:]} can hold",
+            fix="calibrate again, for the dtype in which the model will be served",
+        )
 
 
 # Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are
