@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.arithmetic import fp8, rounding
 from quantcli.schemes.base import Scheme
 
 
@@ -35,7 +35,7 @@ class Fp8Dynamic(Scheme):
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """y = (sum_k xq wq) * weight_scale * token_scale in float32, cast to x.dtype, then + bias."""
-        codes, token_scale = rounding.quantize_tokens_fp8(x)
+        codes, token_scale = fp8.npu_token_codes(x)
         total = codes @ parts["weight"].float().mT
         y = (total * parts["weight_scale"].squeeze(-1) * token_scale).to(x.dtype)
         return y if bias is None else (y + bias).to(x.dtype)

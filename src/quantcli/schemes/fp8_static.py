@@ -84,9 +84,7 @@ class Fp8Static(Scheme):
         codes = fp8.static_codes(x, parts["input_scale"])
         y = codes @ parts["weight"].float().mT
         y = y * (parts["input_scale"].float() * parts["weight_scale"])
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
+        return rounding.add_bias(y, bias, x.dtype)
 
 
 def _of_amax(amax: float, engine_dtype: torch.dtype) -> Tensor:

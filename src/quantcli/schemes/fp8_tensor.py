@@ -38,6 +38,4 @@ class Fp8Tensor(Scheme):
         """y = (sum_k xq wq) * weight_scale * token_scale + bias in float32, rounded once to x.dtype."""
         codes, token_scale = fp8.token_codes(x)
         y = codes @ parts["weight"].float().mT * parts["weight_scale"] * token_scale
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
+        return rounding.add_bias(y, bias, x.dtype)

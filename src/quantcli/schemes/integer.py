@@ -16,7 +16,11 @@ from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding, tiles
 from quantcli.schemes.base import Scheme
 
-_RANGES = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0)}
+LARGEST, LEAST = 7.0, -8.0  # int4 codes
+_RANGES = {"int4": (LEAST, LARGEST), "int8": (-128.0, 127.0)}
+_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
+_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_REFINEMENTS = 2
 
 
 class IntegerWeights(Scheme):
@@ -57,6 +61,26 @@ class IntegerWeights(Scheme):
             return measured
         return {**measured, "codes": torch.empty((0, k), dtype=torch.int8)}
 
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] rounded to nearest, and their scales, float32, exact in `engine_dtype`.
+
+        Here int8 with a scale per row, float32 [..., n, 1]: |error| <= scale / 2. NaN and Inf show in
+        the scale.
+        """
+        scale = rounding.int8_scale(rows, engine_dtype)
+        return rounding.to_int8(rows, scale), scale
+
+    def quantize(
+        self,
+        rows: Tensor,
+        engine_dtype: torch.dtype,
+        constants: Stats = NO_STATS,
+        bias: Tensor | None = None,
+    ) -> Parts:
+        """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
+        codes, scale = self.nearest(rows, engine_dtype)
+        return {"weight": chosen(constants, codes), "weight_scale": scale}
+
     def to_round(self, rows: Tensor, constants: Parts) -> Tensor:
         """The float32 weight [n, k] of which codes times scales are to be near."""
         return rows.float()
@@ -77,15 +101,6 @@ def chosen(constants: Stats, nearest: Tensor) -> Tensor:
     return nearest if codes is None else codes.to(nearest.device)
 
 
-LARGEST, LEAST = 7.0, -8.0
-
-_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
-
-_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
-
-_REFINEMENTS = 2
-
-
 class Int4Weights(IntegerWeights):
     """The options that int4 schemes share."""
 
@@ -93,7 +108,7 @@ class Int4Weights(IntegerWeights):
         "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
     )
 
-    def codes(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, 1], exact in `engine_dtype`.
 
         With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
@@ -130,20 +145,12 @@ class Int4Groups(Int4Weights):
             return Operand("int4", "channel")
         return Operand("int4", "group", block=(1, self.group_size))
 
-    def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
-    ) -> Parts:
-        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, ceil(k / group_size)]."""
         if self.group_size == "channel":
-            codes, scale = self.codes(rows, engine_dtype)
-            return {"weight": chosen(constants, codes), "weight_scale": scale}
-        codes, scale = self.codes(tiles.cut(rows, self.group_size), engine_dtype)
-        codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
-        return {"weight": chosen(constants, codes), "weight_scale": scale.squeeze(-1)}
+            return super().nearest(rows, engine_dtype)
+        codes, scale = super().nearest(tiles.cut(rows, self.group_size), engine_dtype)
+        return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""
@@ -194,15 +201,3 @@ def least_error(values: Tensor, widest: Tensor, engine_dtype: torch.dtype) -> Te
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best
-
-
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs as `npu_dynamic_quant` makes int4 of them: codes -7..7 as float32 [..., k], scale
-    float32 [..., 1].
-
-    mul = 7 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
-    """
-    values = x.float()
-    amax = values.abs().amax(-1, keepdim=True)
-    multiplier = torch.where(amax > 0, LARGEST / amax, 0.0)
-    return (values * multiplier).round_(), amax * (1 / LARGEST)

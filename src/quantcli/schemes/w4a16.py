@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Parts
+from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.integer import Int4Groups
 
 
@@ -22,8 +23,4 @@ class W4A16(Int4Groups):
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""
-        weight = self.dequantize(parts).to(x.dtype).float()
-        y = x.float() @ weight.mT
-        if bias is not None:
-            y = y + bias.float()
-        return y.to(x.dtype)
+        return rounding.linear_float_inputs(x, self.dequantize(parts), bias)

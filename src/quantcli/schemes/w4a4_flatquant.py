@@ -154,7 +154,7 @@ class W4A4FlatQuant(Int4Weights):
             scale = (amax / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
             codes = (transformed / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
         else:
-            codes, scale = self.codes(transformed, engine_dtype)
+            codes, scale = self.nearest(transformed, engine_dtype)
         shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 

@@ -31,9 +31,7 @@ class W4A8(Int4Groups):
         """
         codes, zero, r = _token_codes(x)
         y = (codes - zero) @ self.dequantize(parts).mT / r
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
+        return rounding.add_bias(y, bias, x.dtype)
 
 
 def _token_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

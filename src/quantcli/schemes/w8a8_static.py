@@ -115,8 +115,7 @@ class Int8Static(IntegerWeights):
         if "quant_bias" not in parts:
             total = ((codes - parts["input_offset"]).double() @ weight).float()
             scale = rounding.per_output(parts["weight_scale"].squeeze(-1)) * parts["input_scale"]
-            y = total * scale
-            return (y if bias is None else y + rounding.per_output(bias.float())).to(x.dtype)
+            return rounding.add_bias(total * scale, bias, x.dtype)
         total = codes.double() @ weight
         total += rounding.per_output(parts["quant_bias"].double())
         deq = parts["deq_scale"]

@@ -35,6 +35,14 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return _codes(values * (1 / scale)), scale
 
 
+def npu_token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `npu_dynamic_quant` makes them: multiplied by 448 / amax, no smallest scale."""
+    values = x.float()
+    amax = values.abs().amax(-1, keepdim=True)
+    multiplier = torch.where(amax > 0, rounding.FP8_E4M3_MAX / amax, 0.0)
+    return _codes(values * multiplier), amax * (1 / rounding.FP8_E4M3_MAX)
+
+
 def group_codes(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """x [..., k] -> codes as float32 [..., k], scales float32 [..., ceil(k / columns)].
 

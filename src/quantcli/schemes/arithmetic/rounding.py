@@ -84,7 +84,7 @@ def int8_scale(rows: Tensor, engine_dtype: torch.dtype, least: Tensor | None = N
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
     """round(rows / scale), half to even, in float32. |rows| <= INT8_REACH * scale: nothing to clip."""
-    return _float32(rows).div_(scale).round_().to(torch.int8)
+    return rows.to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
 
 
 def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
@@ -92,35 +92,27 @@ def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
 
     The division may pass 448 by one ulp; everything below 464 rounds back to 448.
     """
-    return _float32(rows).div_(scale).to(torch.float8_e4m3fn)
+    return rows.to(torch.float32, copy=True).div_(scale).to(torch.float8_e4m3fn)
 
 
-def _float32(rows: Tensor) -> Tensor:
-    """A float32 copy to work on in place; a float32 source is copied too."""
-    return rows.to(torch.float32, copy=True)
-
-
-def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """Inputs as `npu_dynamic_quant` makes them: codes as float32 [..., k], scale float32 [..., 1].
 
-    mul = 127 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
+    limit: the largest code, 127 for int8, 7 for int4. limit / amax once in float32, then a multiply; a
+    token of zeros has codes and scale 0.
     """
-    values, multiplier, scale = _token_scale(x, INT8_MAX)
-    return (values * multiplier).round_(), scale
-
-
-def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for float8_e4m3fn inputs: codes as float32 [..., k], scale float32 [..., 1]."""
-    values, multiplier, scale = _token_scale(x, FP8_E4M3_MAX)
-    codes = (values * multiplier).clamp_(-FP8_E4M3_MAX, FP8_E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.float(), scale
-
-
-def _token_scale(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     values = x.float()
     amax = values.abs().amax(-1, keepdim=True)
     multiplier = torch.where(amax > 0, limit / amax, 0.0)
-    return values, multiplier, amax * (1 / limit)
+    return (values * multiplier).round_(), amax * (1 / limit)
+
+
+def linear_float_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., k] -> [..., n] with a dequantized weight [..., n, k], in the dtype of x.
+
+    The weight is rounded to the dtype of x; sums are float32, rounded once with the bias.
+    """
+    return add_bias(x.float() @ weight.to(x.dtype).float().mT, bias, x.dtype)
 
 
 def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,12 +122,14 @@ def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     `npu_quant_matmul`: y = (f32(sum_k xq wq) * scale) * token_scale + bias, rounded once; the sum is
     exact in float64.
     """
-    codes, token_scale = quantize_tokens_int8(x)
+    codes, token_scale = quantize_tokens(x, INT8_MAX)
     total = (codes.double() @ weight.double().mT).float()
-    y = total * per_output(scale.squeeze(-1)) * token_scale
-    if bias is not None:
-        y = y + per_output(bias.float())
-    return y.to(x.dtype)
+    return add_bias(total * per_output(scale.squeeze(-1)) * token_scale, bias, x.dtype)
+
+
+def add_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y + bias in float32, rounded once to `dtype`. y: float32 [..., n]; bias: [n] or [..., n]."""
+    return (y if bias is None else y + per_output(bias.float())).to(dtype)
 
 
 def per_output(values: Tensor) -> Tensor:
