@@ -88,20 +88,8 @@ class Scheme(BaseModel, ABC):
         """How long to learn; None for schemes that learn nothing."""
         return None
 
-    def learner(
-        self,
-        weights: Mapping[Hashable, Tensor],
-        amax: Tensor,
-        scalable: Scalable,
-        engine_dtype: torch.dtype,
-        generator: torch.Generator,
-    ) -> Learner:
-        """What learns for matrices that read the same input, where there is a `schedule`.
-
-        weights: float [n, k] each, under any name. amax: max |x| of each input channel, float32 [k].
-        scalable: whether channels of the input may be multiplied, as what makes them can be divided.
-        engine_dtype: the dtype in which the engine holds what the module has once.
-        """
+    def learner(self, task: LearningTask) -> Learner:
+        """The learner for matrices that read the same input, if there is a `schedule`."""
         raise AssertionError(f"{self.name} learns nothing")
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
@@ -168,6 +156,24 @@ class Schedule:
 
     epochs: int
     batch: int
+
+
+@dataclass(frozen=True)
+class LearningTask:
+    """Matrices that read the same input, and all that a learner begins with.
+
+    weights:      float [n, k] each, under any name.
+    amax:         max |x| of each input channel, float32 [k].
+    scalable:     whether channels of the input may be multiplied.
+    engine_dtype: in which the engine holds what the module has once.
+    generator:    of the first, random transform.
+    """
+
+    weights: Mapping[Hashable, Tensor]
+    amax: Tensor
+    scalable: Scalable
+    engine_dtype: torch.dtype
+    generator: torch.Generator
 
 
 class Learner(ABC):

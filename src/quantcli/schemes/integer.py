@@ -62,7 +62,7 @@ class IntegerWeights(Scheme):
         return {**measured, "codes": torch.empty((0, k), dtype=torch.int8)}
 
     def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Codes int8 [..., n, k] rounded to nearest, and their scales, float32, exact in `engine_dtype`.
+        """Codes int8 [..., n, k] rounded to nearest; their scales, float32, exact in `engine_dtype`.
 
         Here int8 with a scale per row, float32 [..., n, 1]: |error| <= scale / 2. NaN and Inf show in
         the scale.

@@ -32,8 +32,8 @@ class W4A4Dynamic(Int4Weights):
 
         The kernel puts out float16 whatever the model is served in; the sum is exact in float64.
         """
-        codes, token_scale = rounding.quantize_tokens(x, LARGEST)
-        total = (codes.double() @ parts["weight"].double().mT).float()
+        scaled, token_scale = rounding.scale_tokens(x, LARGEST)
+        total = (scaled.round_().double() @ parts["weight"].double().mT).float()
         y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
         y = y.to(torch.float16).to(x.dtype)
         return y if bias is None else y + rounding.per_output(bias.to(x.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
-from quantcli.schemes.base import Learner, Scalable, Schedule
+from quantcli.schemes.base import Learner, LearningTask, Schedule
 from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
 
 SHARED = ("left_trans", "right_trans", "clip_ratio")
@@ -87,25 +87,12 @@ class W4A4FlatQuant(Int4Weights):
         preset = _PRESETS[self.preset][0]
         return Schedule(self.epochs or preset.epochs, self.batch or preset.batch)
 
-    def learner(
-        self,
-        weights: Mapping[Hashable, Tensor],
-        amax: Tensor,
-        scalable: Scalable,
-        engine_dtype: torch.dtype,
-        generator: torch.Generator,
-    ) -> Learner:
-        """One transform for all of them."""
-        return flatquant.KroneckerLearner(
-            weights,
-            amax,
-            scalable if self.scale_channels else "not at all",
-            engine_dtype,
-            generator,
-            lr=self.lr or _PRESETS[self.preset][1],
-            alpha=self.alpha,
-            clips_rows=self.clip == "learned",
-        )
+    def learner(self, task: LearningTask) -> Learner:
+        """One transform for all matrices."""
+        if not self.scale_channels:
+            task = replace(task, scalable="not at all")
+        lr = self.lr or _PRESETS[self.preset][1]
+        return flatquant.KroneckerLearner(task, lr, self.alpha, clips_rows=self.clip == "learned")
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row,

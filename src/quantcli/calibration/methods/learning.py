@@ -25,7 +25,7 @@ from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.base import Learner, Scalable, Schedule, Scheme
+from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
@@ -250,16 +250,14 @@ def learners(
     """A learner for each group, by matrix. amax: max |x| of each column of a group's first matrix."""
     by_matrix: dict[Matrix, Learner] = {}
     for group in found:
-        first = group.matrices[0]
-        input_dtype = policy.quantized[group.modules[0]].input_dtype
-        learner = group.scheme.learner(
+        task = LearningTask(
             {matrix: weight(matrix) for matrix in group.matrices},
-            amax[first],
+            amax[group.matrices[0]],
             _scalable(group, layout, policy),
-            input_dtype,
+            policy.quantized[group.modules[0]].input_dtype,
             generator,
         )
-        by_matrix |= dict.fromkeys(group.matrices, learner)
+        by_matrix |= dict.fromkeys(group.matrices, group.scheme.learner(task))
     return by_matrix
 
 

@@ -36,11 +36,9 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def npu_token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `npu_dynamic_quant` makes them: multiplied by 448 / amax, no smallest scale."""
-    values = x.float()
-    amax = values.abs().amax(-1, keepdim=True)
-    multiplier = torch.where(amax > 0, rounding.FP8_E4M3_MAX / amax, 0.0)
-    return _codes(values * multiplier), amax * (1 / rounding.FP8_E4M3_MAX)
+    """The same as `npu_dynamic_quant` makes them: no smallest scale, and multiplied by 448 / amax."""
+    scaled, scale = rounding.scale_tokens(x, rounding.FP8_E4M3_MAX)
+    return _codes(scaled), scale
 
 
 def group_codes(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:

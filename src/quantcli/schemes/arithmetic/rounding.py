@@ -25,7 +25,8 @@ _FLOOR = {
     torch.bfloat16: torch.finfo(torch.bfloat16).tiny,
     torch.float16: 2.0**-24,
 }
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+# the integer in which a float is stored
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _MAGNITUDE = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 
 
@@ -35,7 +36,7 @@ def absmax(rows: Tensor, dim: int = -1) -> Tensor:
     Through the bits: without its sign, a float orders like the integer it is stored as, and NaN and
     Inf come out on top, so a row that holds one shows it here.
     """
-    integer = _BITS[rows.dtype]
+    integer = BITS[rows.dtype]
     magnitude = (rows.view(integer) & _MAGNITUDE[integer]).amax(dim, keepdim=True)
     return magnitude.view(rows.dtype).float()
 
@@ -44,7 +45,7 @@ def round_up(value: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The smallest number of dtype `engine_dtype` that is >= value, as float32. `value` is positive."""
     if engine_dtype == torch.float32:
         return value
-    integer = _BITS[engine_dtype]
+    integer = BITS[engine_dtype]
     nearest = value.to(engine_dtype)
     below = (nearest.float() < value).to(integer)
     return (nearest.view(integer) + below).view(engine_dtype).float()
@@ -95,16 +96,16 @@ def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
     return rows.to(torch.float32, copy=True).div_(scale).to(torch.float8_e4m3fn)
 
 
-def quantize_tokens(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Inputs as `npu_dynamic_quant` makes them: codes as float32 [..., k], scale float32 [..., 1].
+def scale_tokens(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Inputs as `npu_dynamic_quant` scales them, not rounded yet: float32 [..., k], within `limit`, the
+    largest code; and the scale of each token, float32 [..., 1].
 
-    limit: the largest code, 127 for int8, 7 for int4. limit / amax once in float32, then a multiply; a
-    token of zeros has codes and scale 0.
+    limit / amax once in float32, then a multiply; a token of zeros has values and scale 0.
     """
     values = x.float()
     amax = values.abs().amax(-1, keepdim=True)
     multiplier = torch.where(amax > 0, limit / amax, 0.0)
-    return (values * multiplier).round_(), amax * (1 / limit)
+    return values * multiplier, amax * (1 / limit)
 
 
 def linear_float_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,8 +123,8 @@ def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     `npu_quant_matmul`: y = (f32(sum_k xq wq) * scale) * token_scale + bias, rounded once; the sum is
     exact in float64.
     """
-    codes, token_scale = quantize_tokens(x, INT8_MAX)
-    total = (codes.double() @ weight.double().mT).float()
+    scaled, token_scale = scale_tokens(x, INT8_MAX)
+    total = (scaled.round_().double() @ weight.double().mT).float()
     return add_bias(total * per_output(scale.squeeze(-1)) * token_scale, bias, x.dtype)
 
 
