@@ -71,7 +71,7 @@ def of_distribution(
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for the scale and offset of values, ascending float32 [v], each with a weight, float64."""
+    """A search for scale and offset. values: ascending float32 [v]; weights: float64 [v]."""
 
     values: np.ndarray
     weights: np.ndarray
@@ -97,7 +97,7 @@ class _Search:
     def _pairs(
         self, below: np.ndarray, above: np.ndarray, low: float, high: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of both ends to try together; of an end that is 0, and of symmetric ranges, only one."""
+        """Shares of both ends to try together; only one if an end is 0, or the range symmetric."""
         if self.symmetric:
             return below, below
         shares = np.meshgrid(below if low else np.ones(1), above if high else np.ones(1))
