@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor, tensor_bytes
@@ -187,7 +186,7 @@ def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) ->
         return None
     index, value = bad[0].tolist(), float(rows[tuple(bad[0])])
     index[:1] = [first_row + row for row in index[:1]]
-    for part in stored.parts if isinstance(stored, Encoded) else ():
+    for part in stored.parts if stored.kind else ():
         if (found := first_not_finite(part)) is not None:
             index, value = found
             stored, kind = part, part.spec.name.rpartition(".")[2]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
@@ -116,7 +115,7 @@ def make_items(
         rule = assigned.get(module) if module != name else None
         if rule is None or rule.scheme is None:
             dtype = biases.get(name)
-            if isinstance(stored, Encoded) or (name in plain and stored.spec.dtype in FLOATS):
+            if stored.kind or (name in plain and stored.spec.dtype in FLOATS):
                 dtype = serving_dtype
             same = dtype == stored.spec.dtype
             yield Copy(stored, measured.edits.get(name), None if same else dtype)

@@ -19,7 +19,6 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.inspection import fold
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -246,11 +245,11 @@ def _measure(
     matrix = replace(stored, spec=replace(stored.spec, shape=(height, width)))
     sums = _Sums(width, methods)
     step = max(1, block_elements // width)
-    with RowReader(matrix) as reader:
+    with matrix.open() as reader:
         for start in range(0, height, step):
             if stop.is_set():
                 break
-            rows = reader.rows(start, step)
+            rows = reader.weight(start, step)
             if not sums.add(rows):
                 progress.advance(stored.nbytes - stored.nbytes * start // height)
                 return named | _not_finite(rows, start, shape, methods)

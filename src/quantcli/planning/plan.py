@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor, encode_header
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
@@ -236,8 +235,7 @@ class Work(ABC):
                 elif isinstance(item, Repack):
                     formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
                     how = f"pack {formats} {item.module.layout.label} {item.numerics}"
-                kind = item.source.kind if isinstance(item.source, Encoded) else ""
-                digest.update(f"{item.source.spec.name}\0{how}{kind}\n".encode())
+                digest.update(f"{item.source.spec.name}\0{how}{item.source.kind}\n".encode())
                 if isinstance(item, Quantize) and item.stats:
                     digest.update(item.measured())
                     for name, stored in sorted(item.row_stats.items()):

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.header import layout
 from quantcli.checkpoint.inspection import fold
@@ -122,7 +121,7 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     declared = declared_dtype(checkpoint.config)
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        if tensor.spec.dtype in FLOATS and not isinstance(tensor, Encoded):
+        if tensor.spec.dtype in FLOATS and not tensor.kind:
             sizes[tensor.spec.dtype] += tensor.nbytes
     stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
     dtype = declared or stored
@@ -227,7 +226,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
                 reason = "smoothed; else as it is"
-            if isinstance(item.source, Encoded):
+            if item.source.kind:
                 reason += ", decoded"
             groups[reason].append(item)
     for reason, copies in sorted(groups.items()):

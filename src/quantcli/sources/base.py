@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
-from quantcli.checkpoint.encoded import Encoded, Rows
-from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.encoded import Encoded
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError
 
@@ -150,7 +150,7 @@ def encoded(
 ) -> Encoded:
     """The weight [n, k] of a module. parts: its codes first."""
     spec = TensorSpec(f"{module}.weight", "F32", shape)
-    return Encoded(spec, parts[0].file, parts[0].offset, tuple(parts), opened, kind, buffer_nbytes)
+    return Encoded(spec, parts[0].file, parts[0].offset, tuple(parts), kind, opened, buffer_nbytes)
 
 
 SCALES = (*sorted(FLOATS), "F8_E8M0")  # dtypes of scales

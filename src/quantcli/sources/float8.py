@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
@@ -96,13 +95,12 @@ class Float8Rows:
 
     def __init__(self, codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> None:
         """scale: [ceil(n / rows), ceil(k / columns)] of a tile's."""
-        self._codes, self._scale = RowReader(codes), RowReader(scale)
+        self._sources = codes, scale
         self._tile = tile
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(self._codes)
-            stack.enter_context(self._scale)
+            self._codes, self._scale = (stack.enter_context(source.open()) for source in self._sources)
             self._stack = stack.pop_all()
         return self
 
@@ -112,12 +110,12 @@ class Float8Rows:
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count) in float32."""
         rows, columns = self._tile
-        codes = self._codes.rows(start, count)
+        codes = self._codes.weight(start, count)
         first, last = start // rows, -(-(start + len(codes)) // rows)
-        scale = self._scale.rows(first, last - first).float()
+        scale = self._scale.weight(first, last - first).float()
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
-        check_scales(scale, self._scale.stored, start, rows, lambda s: fp8_values(codes, s, columns))
+        check_scales(scale, self._sources[1], start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.targets.layouts import StoredModule
@@ -24,18 +24,18 @@ class ModuleReader:
             if suffix in self._constants:  # as the engine holds them
                 dtype = torch_dtype(module.serving_dtype)
                 self._constants[suffix] = self._constants[suffix].to(dtype)
-        self._readers = {p.suffix: RowReader(module.tensors[p.suffix]) for p in module.row_params}
         self._params = {p.suffix: p for p in module.row_params}
         self._multiple = math.lcm(*(p.rows for p in module.row_params if not p.spread))
 
     def __enter__(self) -> Self:
-        for reader in self._readers.values():
-            reader.__enter__()
+        with ExitStack() as stack:
+            tensors = self.module.tensors
+            self._readers = {s: stack.enter_context(tensors[s].open()) for s in self._params}
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *args: object) -> None:
-        for reader in self._readers.values():
-            reader.__exit__(*args)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def rows(self, start: int, count: int) -> dict[str, Tensor]:
         """Tensors by suffix, as they are stored: what stands for rows [start, start + count)."""
@@ -43,7 +43,7 @@ class ModuleReader:
         found = {}
         for suffix, reader in self._readers.items():
             each = self._params[suffix].rows
-            found[suffix] = reader.rows(start // each, -(-stop // each) - start // each)
+            found[suffix] = reader.weight(start // each, -(-stop // each) - start // each)
         return self._constants | found
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
 
@@ -23,39 +22,14 @@ _REACH = 4.0  # the histogram's ends, in mean errors
 WORST = 5  # rows, and channels, that are named
 
 
-class Weights(Protocol):
-    """A weight that is read by rows, whatever it is stored as."""
-
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count) in float32."""
-
-
-class FloatReader:
-    """Rows of a float tensor."""
-
-    def __init__(self, stored: StoredTensor) -> None:
-        self._reader = RowReader(stored)
-
-    def __enter__(self) -> FloatReader:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._reader.__exit__(*args)
-
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows in float32; a copy, as the buffer is used again."""
-        return self._reader.rows(start, count).to(torch.float32, copy=True)
-
-
-Open = Callable[[], AbstractContextManager[Weights]]
+Open = Callable[[], AbstractContextManager[Rows]]
 
 
 def opener(source: StoredTensor | StoredModule) -> Open:
     """What opens a float tensor or a quantized module for reading by rows."""
     if isinstance(source, StoredModule):
         return lambda: ModuleReader(source)
-    return lambda: FloatReader(source)
+    return source.open
 
 
 @dataclass(frozen=True)
@@ -165,7 +139,7 @@ def compare(
     with reference() as before, other() as after:
         for number, start in enumerate(blocks(n, k)):
             count = rows_of(k)
-            w, d = before.weight(start, count), after.weight(start, count)
+            w, d = before.weight(start, count).float(), after.weight(start, count).float()
             if factors is not None:
                 w *= factors.rows[start : start + count].unsqueeze(1)
                 w *= factors.columns

@@ -64,7 +64,7 @@ def choose(siblings: Sequence[Pair], k: int, known_edits: Sequence[Candidate]) -
     estimated = 0.0
     for reference, quantized in siblings:
         with reference() as before, quantized() as after:
-            w, d = before.weight(0, rows_of(k)), after.weight(0, rows_of(k))
+            w, d = before.weight(0, rows_of(k)).float(), after.weight(0, rows_of(k)).float()
         estimated = max(estimated, _explained(w, d, _columns(partial(_one, w, d), k))[0])
         for place, option in enumerate(options):
             rest, octaves = _explained(w, d, option.columns)
@@ -139,7 +139,8 @@ def _one(w: Tensor, d: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _read(pair: Pair, n: int, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     with pair[0]() as before, pair[1]() as after:
         for start in blocks(n, k):
-            yield before.weight(start, rows_of(k)), after.weight(start, rows_of(k))
+            w, d = before.weight(start, rows_of(k)), after.weight(start, rows_of(k))
+            yield w.float(), d.float()
 
 
 def _snap(factors: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import blake3_of, sha256_of
@@ -90,10 +89,10 @@ def _scan(stored: StoredTensor, rule: Values | None, progress: Progress) -> list
     progress.advance(spec.nbytes)
     if fault is None or not spec.numel or spec.dtype not in DTYPES:
         return []
-    with RowReader(stored) as reader:
+    with stored.open() as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0] if spec.shape else 1, step):
-            block = reader.rows(start, step)
+            block = reader.weight(start, step)
             place = fault(block)
             if place is not None:
                 index = np.unravel_index(place, block.shape) if block.dim() else ()
@@ -215,10 +214,10 @@ def _code_sums(module: StoredModule) -> Tensor:
     """Sum over k of each row's codes, exact in float64 [n]."""
     spec = module.codes.spec
     sums = []
-    with RowReader(module.codes) as reader:
+    with module.codes.open() as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0], step):
-            sums.append(reader.rows(start, step).sum(1, dtype=torch.int64))
+            sums.append(reader.weight(start, step).sum(1, dtype=torch.int64))
     return torch.cat(sums).double()
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
-from quantcli.checkpoint.encoded import Encoded, decoded_kinds
+from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.core.disk import sha256_of
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
@@ -69,10 +68,10 @@ def difference(before: StoredTensor, after: StoredTensor) -> str | None:
     if a.dtype != b.dtype and "F32" not in {a.dtype, b.dtype}:
         return f"is {b}, in the other model {a}"
     step = max(1, _BLOCK // max(1, a.row_nbytes))
-    with RowReader(before) as first, RowReader(after) as second:
+    with before.open() as first, after.open() as second:
         for start in range(0, a.shape[0] if a.shape else 1, step):
-            x, y = first.rows(start, step), second.rows(start, step)
-            if isinstance(before, Encoded):
+            x, y = first.weight(start, step), second.weight(start, step)
+            if before.kind:
                 x = x.to(y.dtype)
             if x.dtype != y.dtype:
                 x, y = x.float(), y.float()
@@ -103,13 +102,13 @@ def codes(reference: StoredTensor | StoredModule, ours: StoredTensor | StoredMod
     first, second = reference.codes, ours.codes
     step = rows_of(ours.shape[1])
     with (
-        RowReader(first) as a,
-        RowReader(second) as b,
+        first.open() as a,
+        second.open() as b,
         ModuleReader(reference) as v,
         ModuleReader(ours) as w,
     ):
         for start in range(0, first.spec.shape[0], step):
-            x, y = a.rows(start, step), b.rows(start, step)
+            x, y = a.weight(start, step), b.weight(start, step)
             differ += int((x.view(torch.uint8) != y.view(torch.uint8)).sum())
             if first.spec.shape[0] == ours.shape[0]:  # a row of codes for a row of weights
                 ratios.append(_scale(w.weight(start, step), y) / _scale(v.weight(start, step), x))
