@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
@@ -49,7 +48,7 @@ def read(source: Source) -> Iterator[Encoded]:
             raise InputError(what, where=f"`{weight.spec.name}` in {weight.file.name}", fix=AGAIN)
         scale, tile, kind = _tiles(source, scales[0], (n, k), block)
         parts = [weight, scale, *(tensors[suffix] for suffix in _OF_INPUTS if suffix in tensors)]
-        yield encoded(module, (n, k), parts, partial(Float8Rows, weight, scale, tile), kind)
+        yield encoded(module, (n, k), parts, partial(open_rows, weight, scale, tile), kind)
 
 
 def _block(source: Source) -> tuple[int, int] | None:
@@ -90,32 +89,34 @@ def _tiles(
     return replace(scale, spec=replace(scale.spec, shape=(rows, 1))), tile, kind
 
 
+@contextmanager
+def open_rows(codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> Iterator[Float8Rows]:
+    """Rows of a weight, as long as its files are open.
+
+    scale: [ceil(n / rows), ceil(k / columns)] of a tile's.
+    """
+    with codes.open() as code_rows, scale.open() as scale_rows:
+        yield Float8Rows(code_rows, scale_rows, scale, tile)
+
+
+@dataclass(frozen=True)
 class Float8Rows:
     """Rows of FP8 codes [n, k] times the scale of their tile."""
 
-    def __init__(self, codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> None:
-        """scale: [ceil(n / rows), ceil(k / columns)] of a tile's."""
-        self._sources = codes, scale
-        self._tile = tile
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self._codes, self._scale = (stack.enter_context(source.open()) for source in self._sources)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    codes: Rows
+    scales: Rows
+    stored_scale: StoredTensor
+    tile: tuple[int, int]
 
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count) in float32."""
-        rows, columns = self._tile
-        codes = self._codes.weight(start, count)
+        rows, columns = self.tile
+        codes = self.codes.weight(start, count)
         first, last = start // rows, -(-(start + len(codes)) // rows)
-        scale = self._scale.weight(first, last - first).float()
+        scale = self.scales.weight(first, last - first).float()
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
-        check_scales(scale, self._sources[1], start, rows, lambda s: fp8_values(codes, s, columns))
+        check_scales(scale, self.stored_scale, start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
 
 
