@@ -613,7 +613,7 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
         if values:
             observers[name].update(torch.tensor([values]).to(bf16), 0)
     run = LayerRun.__new__(LayerRun)
-    run.run, run.report = SimpleNamespace(policy=policy), {}
+    run.layer, run.report = SimpleNamespace(run=SimpleNamespace(policy=policy)), {}
     settled = run._settle(observers)
     assert run.report["uncalibrated"] == [name for name, values in seen.items() if not values]
     return {name: (float(s["input_min"]), float(s["input_max"])) for name, s in settled.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.calibration.flow import ChannelSource, Flow
-from quantcli.calibration.replay.skeleton import Segment
+from quantcli.calibration.replay.skeleton import Segment, Segments
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.planning.measured import EditFactors
 
@@ -47,7 +47,7 @@ class Producer:
 class LayerLayout:
     """What one forward of a layer has shown."""
 
-    def __init__(self, segments: Mapping[str, list[list[Segment]]], flow: Flow) -> None:
+    def __init__(self, segments: Segments, flow: Flow) -> None:
         self.segments = segments
         self._flow = flow
 
@@ -156,7 +156,7 @@ def scale_norm(norm: nn.Module, offset: int, scale: Tensor) -> tuple[dict[str, T
 
 def fold(
     producer: Producer,
-    segments: Mapping[str, list[list[Segment]]],
+    segments: Segments,
     scale: Tensor,
     edits: dict[str, EditFactors],
 ) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.flow import Flow, norms_followed
@@ -22,16 +21,12 @@ from quantcli.calibration.methods.learning import Course, groups, learn
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.methods.smoothing import smooth
 from quantcli.calibration.policy import not_finite, unreached
-from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Sink
-from quantcli.calibration.replay.skeleton import Read
 from quantcli.calibration.replay.states import States
-from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.taps import Matrix, Tap
 from quantcli.calibration.shown import quantized, running
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Watch
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
 from quantcli.planning.measured import EditFactors
@@ -49,15 +44,16 @@ def empty_report(name: str) -> dict[str, Any]:
 class LayerRun:
     """A layer, its inputs, and its statistics; `report` is JSON-able."""
 
-    run: CalibrationRun
-    index: int
-    states: States
+    layer: LoadedLayer
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name, self._layer = self.run.skeleton.layers[self.index]
-        self._here = LoadedLayer(self.run, self.index, self.states)
-        self.report = empty_report(self.name)
+        self.report = empty_report(self.layer.name)
+
+    @property
+    def run(self) -> CalibrationRun:
+        """The calibration that the layer is part of."""
+        return self.layer.run
 
     @property
     def note(self) -> str:
@@ -76,23 +72,19 @@ class LayerRun:
         """
         edits: dict[str, EditFactors] = {}
         learned: dict[str, Stats] = {}
-
-        def load() -> AbstractContextManager[nn.Module]:
-            return self.run.skeleton.loaded(self.index, _edited(edits), self.run.device)
-
-        with load():
+        with self.layer.loaded({}):
             layout = self._look()
             self._check_siblings(layout)
             found = groups(layout, self.run.policy)
-            self.report["smoothed"] = smooth(self._here, layout, edits)
+            self.report["smoothed"] = smooth(self.layer, layout, edits)
             if not edits and not found:
                 stats = self._ranges(layout, learned, edits, sink)
         if found:
-            with load():
-                learned, learning_report = learn(self._here, layout, found, edits)
+            with self.layer.loaded(edits):
+                learned, learning_report = learn(self.layer, layout, found, edits)
             self.report |= {"learned": learning_report} if learning_report else {}
         if edits or found:
-            with load():
+            with self.layer.loaded(edits):
                 stats = self._ranges(layout, learned, edits, sink)
         stored = self.run.skeleton.checkpoint.tensors
         edits = {name: factors for name, factors in edits.items() if name in stored}
@@ -102,14 +94,14 @@ class LayerRun:
 
     def _look(self) -> LayerLayout:
         """Run a few tokens and see where tensors go."""
-        flow = Flow(Matrices(self.name, self._layer), None, self.run.probe.input_ids.numel())
-        first = _First(self.states, self.run.probe.input_ids.shape[1])
-        probe = [len(self.run.batches)]
-        with norms_followed(self.name, self._layer):
+        layer, ids = self.layer, self.run.probe.input_ids
+        flow = Flow(layer.matrices(), None, ids.numel())
+        first, probe = _First(layer.states, ids.shape[1]), [len(self.run.batches)]
+        with norms_followed(layer.name, layer.module):
             self.run.replay.run(
-                self.index, self._layer, first, tap=lambda _: flow, only=probe, check=False
+                layer.index, layer.module, first, tap=lambda _: flow, only=probe, check=False
             )
-        return LayerLayout(self.run.skeleton.segments(self.index), flow)
+        return LayerLayout(layer.segments, flow)
 
     def _check_siblings(self, layout: LayerLayout) -> None:
         leaders = layout.leaders()
@@ -152,19 +144,16 @@ class LayerRun:
         inputs = self.run.policy.inputs
         engine = None
         if inputs == "running":
-            engine = EngineLinears(self.name, self._layer, layout.segments, running(self.run.policy))
+            engine = self.layer.engine(running(self.run.policy))
         watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
         as_quantized = inputs == "quantized" and sink is not None
-        self._here.watch(watch, None if as_quantized else sink)
+        self.layer.watch(watch, None if as_quantized else sink)
         stats = learned | self._settle(observers)
-        here = self._here
-        rounding = RoundingPass(
-            self.run, self.index, layout, edits, stats, lambda seen, only: here.watch(seen, None, only)
-        )
+        rounding = RoundingPass(self.layer, layout, edits, stats)
         rounding.round()
-        self._measure_served(layout, learned, stats)
+        self._measure_served(learned, stats)
         if as_quantized:
-            self._run_quantized(layout, stats, sink)
+            self._run_quantized(stats, sink)
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
                 numbers = {
@@ -180,30 +169,18 @@ class LayerRun:
                 }
         return stats
 
-    def _measure_served(
-        self, layout: LayerLayout, learned: Mapping[str, Stats], stats: Mapping[str, Stats]
-    ) -> None:
-        """What the layer loses by the engine's arithmetic in the modules that have learned."""
+    def _measure_served(self, learned: Mapping[str, Stats], stats: Mapping[str, Stats]) -> None:
+        """Report what the layer loses by the engine's arithmetic in the modules that have learned."""
         if learned:
             policy = self.run.policy
             only = replace(policy, quantized={m: policy.quantized[m] for m in learned})
-            loss = Course(self._here, {}).served_loss(layout.segments, quantized(only, stats))
+            loss = Course(self.layer, {}).served_loss(quantized(only, stats))
             self.report["learned"]["loss_served"] = loss
 
-    def _run_quantized(
-        self, layout: LayerLayout, stats: Mapping[str, Stats], sink: Sink | None
-    ) -> None:
-        quantizer = quantized(self.run.policy, stats)
-        engine = EngineLinears(self.name, self._layer, layout.segments, quantizer)
-        matrices = Matrices(self.name, self._layer)
-        self.run.replay.run(
-            self.index,
-            self._layer,
-            self.states,
-            sink,
-            tap=lambda _: Tap(matrices, engine),
-            only=range(len(self.run.batches)),
-        )
+    def _run_quantized(self, stats: Mapping[str, Stats], sink: Sink | None) -> None:
+        engine = self.layer.engine(quantized(self.run.policy, stats))
+        matrices = self.layer.matrices()
+        self.layer.forward(sink, lambda _: Tap(matrices, engine))
 
     def _settle(self, observers: Mapping[str, Observer]) -> dict[str, Stats]:
         """Stats of every module; those that saw no token follow the recipe's policy."""
@@ -238,15 +215,6 @@ class _First:
     def get(self, batch: int) -> Tensor:
         """Hidden states [1, length, ...]."""
         return self.states.get(0)[:1, : self.length]
-
-
-def _edited(edits: Mapping[str, EditFactors]) -> Read:
-    def read(stored: StoredTensor) -> Tensor:
-        tensor = read_tensor(stored)
-        factors = edits.get(stored.spec.name)
-        return tensor if factors is None else factors.apply(tensor).to(tensor.dtype)
-
-    return read
 
 
 def _alike(module: str) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ import torch
 from quantcli import __version__
 from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
+from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
+from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.store import (
     Key,
@@ -27,6 +29,7 @@ from quantcli.calibration.store import (
     reports,
 )
 from quantcli.calibration.text.dataset import (
+    Batch,
     TextSource,
     check_length,
     check_source,
@@ -43,6 +46,8 @@ from quantcli.core.place import check_calibration, check_writable
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
+
+PROBE_TOKENS = 32  # of one sample: enough to see which tensor goes where
 
 
 @dataclass(frozen=True)
@@ -178,23 +183,26 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     )
     policy = _policy(plan)
     _check_reached(skeleton, policy)
-    budget = memory.states_budget(
+    states_budget = memory.states_budget(
         skeleton, resources.workers, resources.max_memory, memory.rounding(plan)
     )
+    workers = 1 if policy.inputs == "running" else resources.workers
+    batches = [*dataset.batches, _probe(dataset.batches[0])]
+    replay = Replay(skeleton, batches, device=device, workers=workers)
+    # of a layer's inputs, of its outputs, and of what they should be while it learns
+    learns = any(quantized.scheme.schedule for quantized in policy.quantized.values())
+    calibration = CalibrationRun(replay, policy, workers, states_budget // (3 if learns else 2))
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
     try:
-        Calibrator(
-            skeleton,
-            dataset.batches,
-            policy,
-            store,
-            device=device,
-            workers=1 if policy.inputs == "running" else resources.workers,
-            states_budget=budget,
-            progress=progress,
-        ).run()
+        Calibrator(calibration, store, progress).run()
     finally:
         store.close()
+
+
+def _probe(first: Batch) -> Batch:
+    """Some tokens of the first sample."""
+    length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
+    return Batch(first.input_ids[:1, :length], None)
 
 
 def _dtype(plan: Plan) -> str:

@@ -81,7 +81,7 @@ def watched(watch: Watch, matrices: Matrices, number: int, batch: Batch) -> Iter
 
 
 @contextmanager
-def layer_watched(name: str, layer: nn.Module, batches: list[Batch]) -> Iterator[None]:
+def layer_watched(name: str, layer: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
     """Around all batches: norms are followed where some batch has padding."""
     if any(batch.mask is not None for batch in batches):
         with norms_followed(name, layer):

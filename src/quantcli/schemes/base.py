@@ -117,6 +117,29 @@ class Scheme(BaseModel, ABC):
         a weight may be fewer. Also runs on blocks without rows.
         """
 
+    @property
+    def rounded_by_data(self) -> bool:
+        """Whether calibration chooses the codes: the stat `codes`, int8 [n, k], for each weight."""
+        return False
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The least and the largest code, if calibration chooses codes."""
+        raise AssertionError(f"{self.name} is not rounded by data")
+
+    def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
+        """The weight that codes times scales are to be near: float32 [n, k]."""
+        return rows.float()
+
+    def as_read(self, x: Tensor, constants: Stats) -> Tensor:
+        """Inputs [..., k] as the codes meet them, but not quantized; linear in x, in float32."""
+        return x.float()
+
+    def as_rounded(self, x: Tensor, constants: Stats) -> Tensor | None:
+        """`as_read`, and quantized as the engine does it. None if that does not matter, as with inputs
+        of 8 bits and more, which lose little."""
+        return None
+
     def dequantize(self, parts: Parts) -> Tensor:
         """The weight as the kernel sees it, float32 [..., n, k]: codes times scale."""
         return parts["weight"].float() * parts["weight_scale"]

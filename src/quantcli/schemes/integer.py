@@ -39,9 +39,14 @@ class IntegerWeights(Scheme):
     )
 
     @property
+    def rounded_by_data(self) -> bool:
+        """If an option says so."""
+        return self.weight_rounding == "gptq"
+
+    @property
     def needs_data(self) -> bool:
         """Also for codes that are chosen by data."""
-        return self.weight_rounding == "gptq" or super().needs_data
+        return self.rounded_by_data or super().needs_data
 
     @property
     def without_data(self) -> Scheme | str | None:
@@ -57,9 +62,8 @@ class IntegerWeights(Scheme):
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """Also `codes`, int8 [0, k], where data chooses them."""
         measured = super().blank(k, engine_dtype)
-        if self.weight_rounding == "nearest":
-            return measured
-        return {**measured, "codes": torch.empty((0, k), dtype=torch.int8)}
+        codes = {"codes": torch.empty((0, k), dtype=torch.int8)}
+        return {**measured, **codes} if self.rounded_by_data else measured
 
     def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] rounded to nearest; their scales, float32, exact in `engine_dtype`.
@@ -80,19 +84,6 @@ class IntegerWeights(Scheme):
         """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
         codes, scale = self.nearest(rows, engine_dtype)
         return {"weight": chosen(constants, codes), "weight_scale": scale}
-
-    def to_round(self, rows: Tensor, constants: Parts) -> Tensor:
-        """The float32 weight [n, k] of which codes times scales are to be near."""
-        return rows.float()
-
-    def as_read(self, x: Tensor, constants: Parts) -> Tensor:
-        """Inputs [..., k] as the codes meet them, but not quantized; linear in x, in float32."""
-        return x.float()
-
-    def as_rounded(self, x: Tensor, constants: Parts) -> Tensor | None:
-        """`as_read`, and quantized as the engine does it; None where that counts for nothing, as with 8
-        bits and more: inputs lose little then."""
-        return None
 
 
 def chosen(constants: Stats, nearest: Tensor) -> Tensor:

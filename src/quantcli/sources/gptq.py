@@ -42,7 +42,8 @@ def read(source: Source) -> Iterator[Encoded]:
         )
     group = source.whole("group_size")
     for module in grouped_modules(source, "GPTQ", bits, group, packed_along_k=True):
-        (n, k), parts = module.shape, module.parts
+        n, k = module.shape
+        parts: tuple[StoredTensor, ...] = module.parts
         index = module.tensors.get("g_idx")
         if index is not None:
             parts = (*parts, index)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
@@ -38,8 +38,8 @@ def make_run(folder, family, schemes, *, workers=2, padded=False, seed=0):
     wanted = {name: schemes.get(name.rpartition(".")[2]) for name in sorted(names)}
     quantized = {n: Quantized(s, F32, BF16, f"recipe.yaml:{n}") for n, s in wanted.items() if s}
     policy = Policy(quantized, lambda _: None, merged, "error", "float", seed)
-    shared = CalibrationRun(run.skeleton, run.replay, batches, PROBE, policy, CPU, workers, 2**20)
-    return run, LayerRun(shared, 1, Memory(run.states))
+    shared = CalibrationRun(run.replay, policy, workers, 2**20)
+    return run, LayerRun(LoadedLayer(shared, 1, Memory(run.states)))
 
 
 ALL = dict.fromkeys(
@@ -112,7 +112,7 @@ def test_channel_scales_change_no_function(learned, tmp_path):
     before, after = Memory(), Memory()
     for reader, out in ((read_tensor, before), (read, after)):
         with run.skeleton.loaded(1, reader, CPU) as module:
-            run.replay.run(1, module, again.states, out.__setitem__)
+            run.replay.run(1, module, again.layer.states, out.__setitem__)
     for number in before:
         difference = (before[number] - after[number]).abs().max() / before[number].abs().max()
         assert difference < 1e-5
@@ -206,7 +206,8 @@ def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
     """Inputs of nothing but zeros say as little as none."""
     for policy in ("error", "dynamic"):
         run, layer = make_run(tmp_path / "m", "llama", dict.fromkeys(("gate_proj", "up_proj"), SCHEME))
-        layer.run = replace(layer.run, policy=replace(layer.run.policy, uncalibrated=policy))
+        changed = replace(layer.run, policy=replace(layer.run.policy, uncalibrated=policy))
+        layer.layer = replace(layer.layer, run=changed)
         layer.__post_init__()
         path = "model.layers.1.post_attention_layernorm.weight"
         zero = {path: torch.zeros(64)}

@@ -19,9 +19,9 @@ from torch import Tensor
 from quantcli.calibration.channels import LayerLayout, Producer
 from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.policy import Policy, unreached
-from quantcli.calibration.replay.engine import EngineLinears, Quantizer
-from quantcli.calibration.replay.skeleton import Segment
-from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.engine import Quantizer
+from quantcli.calibration.replay.skeleton import Segments
+from quantcli.calibration.replay.taps import Matrix, Tap
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
@@ -38,11 +38,11 @@ class Course:
         self._layer = layer
         self._replay = layer.run.replay
         self._batches = layer.run.batches
-        self._matrices = Matrices(layer.name, layer.module)
+        self._matrices = layer.matrices()
         self._learners = learners
         self._each = list(dict.fromkeys(learners.values()))
         self._targets: dict[int, Tensor] = {}
-        self._left = layer.run.held_targets  # bytes; what is not held is computed again
+        self._left = layer.run.budget  # bytes; what is not held is computed again
 
     def learn(self, schedule: Schedule, generator: torch.Generator) -> tuple[float, float]:
         """Learn; the loss before and after. What was learned is what had the lower one.
@@ -125,9 +125,9 @@ class Course:
             learner.begin()
         return self._loss(lambda: Tap(self._matrices, _Student(self._learners)))
 
-    def served_loss(self, segments: Mapping[str, list[list[Segment]]], quantizer: Quantizer) -> float:
+    def served_loss(self, quantizer: Quantizer) -> float:
         """By the engine's arithmetic."""
-        engine = EngineLinears(self._layer.name, self._layer.module, segments, quantizer)
+        engine = self._layer.engine(quantizer)
         return self._loss(lambda: Tap(self._matrices, engine))
 
     def _loss(self, tap: Callable[[], Tap]) -> float:
@@ -239,22 +239,21 @@ def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
     return None
 
 
-def learners(
-    found: Iterable[LearningGroup],
+def _learners(
+    layer: LoadedLayer,
     layout: LayerLayout,
-    policy: Policy,
-    weight: Callable[[Matrix], Tensor],
+    groups: Iterable[LearningGroup],
     amax: Mapping[Matrix, Tensor],
     generator: torch.Generator,
 ) -> dict[Matrix, Learner]:
     """A learner for each group, by matrix. amax: max |x| of each column of a group's first matrix."""
     by_matrix: dict[Matrix, Learner] = {}
-    for group in found:
+    for group in groups:
         task = LearningTask(
-            {matrix: weight(matrix) for matrix in group.matrices},
+            {matrix: layer.weight(matrix) for matrix in group.matrices},
             amax[group.matrices[0]],
-            _scalable(group, layout, policy),
-            policy.quantized[group.modules[0]].input_dtype,
+            _scalable(group, layout, layer.run.policy),
+            layer.run.policy.quantized[group.modules[0]].input_dtype,
             generator,
         )
         by_matrix |= dict.fromkeys(group.matrices, group.scheme.learner(task))
@@ -288,7 +287,7 @@ def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
 def settle(
     found: Iterable[LearningGroup],
     by_matrix: Mapping[Matrix, Learner],
-    segments: Mapping[str, list[list[Segment]]],
+    segments: Segments,
 ) -> dict[str, Stats]:
     """What every module of the groups takes: its own rows of what is by row."""
     settled: dict[str, Stats] = {}
@@ -323,7 +322,7 @@ def learn(
     found = [group for group in found if group.modules[0] not in empty]
     if not found:
         return {}, None
-    by_matrix = learners(found, layout, policy, layer.weight, amax, generator)
+    by_matrix = _learners(layer, layout, found, amax, generator)
     course = Course(layer, by_matrix)
     before, after = course.learn(schedule_of(found), generator)
     for group in found:
@@ -332,7 +331,7 @@ def learn(
         if group.producer is not None and scale is not None:
             by_channel = torch.ones(len(group.producer.used))
             by_channel[group.columns] = 1 / scale
-            layer.divide(layout, group.producer, by_channel, edits)
+            layer.divide(group.producer, by_channel, edits)
     report = {
         "modules": sorted(module for group in found for module in group.modules),
         "loss_before": before,

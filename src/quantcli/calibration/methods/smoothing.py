@@ -68,7 +68,7 @@ def smooth(
     weights = {matrix: layer.weight(matrix) for matrix in widths}
     for producer, alpha in candidates:
         scale = scales(producer, amax, weights, alpha)
-        scale = layer.divide(layout, producer, scale, edits)
+        scale = layer.divide(producer, scale, edits)
         if bool((scale == 1).all()):
             continue
         report.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantcli.calibration.replay.skeleton import Segment
+from quantcli.calibration.replay.skeleton import Segment, Segments
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.numerics import Parts
 
@@ -41,7 +41,7 @@ class EngineLinears:
         self,
         name: str,
         layer: nn.Module,
-        segments: Mapping[str, list[list[Segment]]],
+        segments: Segments,
         quantizer: Quantizer,
     ) -> None:
         self._pieces: dict[Matrix, list[_Piece]] = {}

@@ -151,15 +151,12 @@ class Forward:
 
             if other is not None:
                 run(other, aside.__setitem__, only)
-            writer = self._writer(index + 1)
-            try:
+            with self._writer(index + 1) as writer:
                 run(self.states, writer.put)
-            except BaseException:
-                writer.abandon()
-                raise
+                outputs = writer.finish()
         for old in self.states.files:
             old.unlink()
-        self.states = writer.finish()
+        self.states = outputs
         return aside
 
     def logits(self) -> Iterator[Tensor]:

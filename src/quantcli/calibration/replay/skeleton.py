@@ -35,6 +35,10 @@ class Segment:
     module: str  # of the checkpoint, without ".weight"
 
 
+# by parameter: for each expert its segments, in order
+Segments = Mapping[str, list[list[Segment]]]
+
+
 @dataclass
 class Group:
     """Stored tensors that one conversion of the library turns into one or more parameters."""
