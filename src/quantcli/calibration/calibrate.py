@@ -117,8 +117,8 @@ class Calibrator:
 def _not_rounded(report: Mapping[str, Any]) -> Iterator[str]:
     """A line for each reason for which weights are rounded to nearest, though data was to choose."""
     reasons: dict[str, list[str]] = {}
-    for module, found in sorted(report["modules"].items()):
-        if why := found.get("rounded_to_nearest"):
+    for module, module_report in sorted(report["modules"].items()):
+        if why := module_report.get("rounded_to_nearest"):
             reasons.setdefault(why, []).append(module)
     for why, modules in sorted(reasons.items()):
         more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""

@@ -64,12 +64,12 @@ class LayerLayout:
     def leaders(self) -> dict[Matrix, Matrix]:
         """For every matrix that was used: the first that was given the very same input."""
         first: dict[tuple[object, int], Matrix] = {}
-        found: dict[Matrix, Matrix] = {}
+        leaders: dict[Matrix, Matrix] = {}
         for parameter, key in self._flow.inputs.items():
             for expert in range(len(self.segments.get(parameter, []))):
                 matrix = Matrix(parameter, expert)
-                found[matrix] = first.setdefault((key, expert), matrix)
-        return found
+                leaders[matrix] = first.setdefault((key, expert), matrix)
+        return leaders
 
     def producers(self) -> Iterator[Producer]:
         """What can be scaled without changing the layer's function, norms first."""
@@ -89,15 +89,15 @@ class LayerLayout:
     def _readers(self, source: ChannelSource, expert: int | None) -> tuple[ChannelReader, ...]:
         """Every matrix that reads a source, and those like it that had no token (other experts)."""
         shapes = {shape_of(name): channels for name, channels in source.readers.items()}
-        found = []
+        readers = []
         for parameter, experts in self.segments.items():
             channels = shapes.get(shape_of(parameter))
             if channels is None:
                 continue
             for number in range(len(experts)):
                 if expert is None or len(experts) == 1 or number == expert:
-                    found.append(ChannelReader(Matrix(parameter, number), channels))
-        return tuple(found)
+                    readers.append(ChannelReader(Matrix(parameter, number), channels))
+        return tuple(readers)
 
 
 def shape_of(parameter: str) -> str:

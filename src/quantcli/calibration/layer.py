@@ -17,7 +17,7 @@ from torch import Tensor
 from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
-from quantcli.calibration.methods.learning import Course, groups, learn
+from quantcli.calibration.methods.learning import Course, learn, learning_groups
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.methods.smoothing import smooth
 from quantcli.calibration.policy import not_finite, unreached
@@ -75,22 +75,25 @@ class LayerRun:
         with self.layer.loaded({}):
             layout = self._look()
             self._check_siblings(layout)
-            found = groups(layout, self.run.policy)
+            groups = learning_groups(layout, self.run.policy)
             self.report["smoothed"] = smooth(self.layer, layout, edits)
-            if not edits and not found:
+            if not edits and not groups:
                 stats = self._ranges(layout, learned, edits, sink)
-        if found:
+        if groups:
             with self.layer.loaded(edits):
-                learned, learning_report = learn(self.layer, layout, found, edits)
+                learned, learning_report = learn(self.layer, layout, groups, edits)
             self.report |= {"learned": learning_report} if learning_report else {}
-        if edits or found:
+        if edits or groups:
             with self.layer.loaded(edits):
                 stats = self._ranges(layout, learned, edits, sink)
         stored = self.run.skeleton.checkpoint.tensors
         edits = {name: factors for name, factors in edits.items() if name in stored}
         vectors, self.report["edits"] = pack_edits(edits)
-        named = {f"stats.{m}.{key}": t for m, found in stats.items() for key, t in found.items()}
-        return named | vectors
+        return vectors | {
+            f"stats.{module}.{name}": tensor
+            for module, module_stats in stats.items()
+            for name, tensor in module_stats.items()
+        }
 
     def _look(self) -> LayerLayout:
         """Run a few tokens and see where tensors go."""
@@ -188,21 +191,23 @@ class LayerRun:
         for module, observer in observers.items():
             if not observer.finite:
                 raise not_finite(module, str(self.run.skeleton.checkpoint.path))
-        chosen = {o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens}  # once if shared
-        settled = {module: chosen[o] for module, o in observers.items() if o in chosen}
-        empty = sorted(observers.keys() - settled.keys())
+        stats_of = {
+            o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens
+        }  # once if shared
+        stats = {module: stats_of[o] for module, o in observers.items() if o in stats_of}
+        empty = sorted(observers.keys() - stats.keys())
         self.report["uncalibrated"] = empty
         if empty and policy.uncalibrated == "error":
             raise unreached(empty, policy.quantized[empty[0]].rule)
         for module in empty if policy.uncalibrated == "group" else ():
-            others = [observers[m] for m in settled if _alike(m) == _alike(module)]
-            merged = policy.observer(module)
-            if not others or merged is None:
+            others = [observers[m] for m in stats if _alike(m) == _alike(module)]
+            union = policy.observer(module)
+            if not others or union is None:
                 raise unreached([module], policy.quantized[module].rule)
             for other in dict.fromkeys(others):
-                merged.absorb(other)
-            settled[module] = merged.stats()
-        return settled
+                union.absorb(other)
+            stats[module] = union.stats()
+        return stats
 
 
 @dataclass(frozen=True)

@@ -137,13 +137,15 @@ def _check_rounding(plan: Plan) -> None:
     if block.inputs != "running":
         return
     items = quantized_items(plan)
-    found = {f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked}
-    found |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
-    for what in found:
+    reasons = {
+        f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked
+    }
+    reasons |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
+    for reason in reasons:
         raise InputError(
-            f"{what}, which does not go together with `inputs: running`",
+            f"{reason}, which does not go together with `inputs: running`",
             where=plan.recipe.where("calibration", "inputs"),
-            fix=f"set calibration.inputs to quantized or float, or change {found[what]}",
+            fix=f"set calibration.inputs to quantized or float, or change {reasons[reason]}",
         )
 
 
@@ -262,14 +264,20 @@ def summary(session: Session) -> dict[str, Any]:
     _, layers = check_store(session.folder, session.key)
     load_measured(session.folder, layers)  # no file is damaged
     layer_reports = list(reports(session.folder, layers))
-    modules = {name: found for report in layer_reports for name, found in report["modules"].items()}
+    modules = {
+        name: module_report
+        for report in layer_reports
+        for name, module_report in report["modules"].items()
+    }
     return {
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
         "smoothed": [group for report in layer_reports for group in report["smoothed"]],
         "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
-        "no_tokens": sorted(name for name, found in modules.items() if not found["tokens"]),
+        "no_tokens": sorted(
+            name for name, module_report in modules.items() if not module_report["tokens"]
+        ),
         "samples": session.source.samples,
         "length": session.source.length,
     }
@@ -286,11 +294,11 @@ def asked(plan: Plan) -> dict[str, Any]:
     """
     file = plan.recipe.file
     block = (file.calibration or Calibration()).model_dump(exclude={"data"})
-    found = {f"calibration.{key}": value for key, value in block.items()}
-    found["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
-    found["the serving dtype"] = plan.serving_dtype
+    identity = {f"calibration.{key}": value for key, value in block.items()}
+    identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
+    identity["the serving dtype"] = plan.serving_dtype
     if file.smooth is not None:
-        found |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
+        identity |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
     quantized_inputs = block["inputs"] != "float"
     learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
@@ -303,9 +311,9 @@ def asked(plan: Plan) -> dict[str, Any]:
             others.append([item.module, item.scheme.name, *how])
         elif file.smooth is not None or learns:
             others.append(item.module)  # a float module may read the channels that are scaled
-    found["the modules that are measured, and how"] = digest_of(measured)
-    found["the modules that are quantized"] = digest_of(others)
-    return found
+    identity["the modules that are measured, and how"] = digest_of(measured)
+    identity["the modules that are quantized"] = digest_of(others)
+    return identity
 
 
 def content_digest(checkpoint: Checkpoint) -> str:

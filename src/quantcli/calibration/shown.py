@@ -24,15 +24,15 @@ def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
     """The engine's arithmetic, with what was measured of each module's input."""
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
-        found = policy.quantized.get(module)
+        module_policy = policy.quantized.get(module)
         module_stats = stats.get(module, NO_STATS)
-        if found is None or (not module_stats and policy.measures(module)):
+        if module_policy is None or (not module_stats and policy.measures(module)):
             return None  # float, or no token reaches it
-        scheme = found.scheme
+        scheme = module_policy.scheme
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
-        constants = {**scheme.constants(module_stats, found.input_dtype), **row_stats}
+        constants = {**scheme.constants(module_stats, module_policy.input_dtype), **row_stats}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-        return scheme, scheme.quantize(rows, found.weight_dtype, constants, bias)
+        return scheme, scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
 
     return quantize
 

@@ -228,7 +228,9 @@ def load_measured(folder: Path, layers: int) -> Measured:
         for name, kinds in report["edits"].items():
             edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
         smoothed += len(report["smoothed"])
-        no_tokens += (name for name, found in report["modules"].items() if not found["tokens"])
+        no_tokens += (
+            name for name, module_report in report["modules"].items() if not module_report["tokens"]
+        )
     return Measured(stats, edits, smoothed, tuple(sorted(no_tokens)))
 
 

@@ -36,11 +36,11 @@ class Source:
     @cached_property
     def modules(self) -> dict[str, dict[str, StoredTensor]]:
         """Tensors by module and suffix, in the order of the files."""
-        found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stored in self.checkpoint.tensors.items():
             module, _, suffix = name.rpartition(".")
-            found[module][suffix] = stored
-        return dict(found)
+            modules[module][suffix] = stored
+        return dict(modules)
 
     def whole(self, *keys: str, default: int | None = None) -> int:
         """The whole number under the first of `keys` that is there."""

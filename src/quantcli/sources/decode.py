@@ -45,13 +45,13 @@ _FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with an `Encoded` float weight in place of what quantized modules are stored as.
 
-    One that is float, or decoded already, as it is. What was found is in its notes. Raises InputError
+    One that is float, or decoded already, as it is. What was source_format is in its notes. Raises InputError
     for a format that is not known, for tensors that are not what it makes of them, and for what an
     engine that knows it would refuse or misread.
     """
-    if checkpoint.undecoded is not None or (found := quantization(checkpoint)) is None:
+    if checkpoint.undecoded is not None or (source_format := quantization(checkpoint)) is None:
         return checkpoint
-    weights, own = _read(checkpoint, found)
+    weights, own = _read(checkpoint, source_format)
     findings = own.findings if own else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
@@ -81,7 +81,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read(
-    checkpoint: Checkpoint, found: Quantization
+    checkpoint: Checkpoint, source_format: Quantization
 ) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
     """The modules; where a target of ours read them, also what it took them from."""
     settings, where = _settings(checkpoint)
@@ -94,9 +94,9 @@ def _read(
         return list(_read_own(own, target.name)), own
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
-        f"model is already quantized: {found.format}, {found.modules} modules; "
+        f"model is already quantized: {source_format.format}, {source_format.modules} modules; "
         f"this version decodes {', '.join(names)}",
-        where=f"{checkpoint.path}, {found.evidence}",
+        where=f"{checkpoint.path}, {source_format.evidence}",
         fix=_FLOAT,
     )
 
@@ -178,19 +178,19 @@ class SoundRows(ModuleReader):
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
         """As they are stored; see ModuleReader."""
-        found = super().stored(start, count)
+        tensors = super().stored(start, count)
         layout = self.module.layout
         for param in layout.params:
             suffix = param.suffix
             if suffix == "deq_scale":
-                scale = deq_from_stored(found[suffix])[0]
-            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in found:
-                scale = found[suffix].float()
+                scale = deq_from_stored(tensors[suffix])[0]
+            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in tensors:
+                scale = tensors[suffix].float()
             else:
                 continue
 
             def decode(other: Tensor, suffix: str = suffix) -> Tensor:
-                return layout.dequantize({**found, suffix: other})
+                return layout.dequantize({**tensors, suffix: other})
 
             check_scales(scale, self.module.tensors[suffix], start, param.rows, decode)
-        return found
+        return tensors

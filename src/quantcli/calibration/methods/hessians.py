@@ -69,8 +69,8 @@ class Hessian:
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info):
             return None
-        found: Tensor = torch.cholesky_solve(cross.T, factor).T.float().contiguous()
-        return found if bool(torch.isfinite(found).all()) else None
+        correction: Tensor = torch.cholesky_solve(cross.T, factor).T.float().contiguous()
+        return correction if bool(torch.isfinite(correction).all()) else None
 
     @property
     def finite(self) -> bool:

@@ -83,8 +83,8 @@ class Course:
         return steps
 
     def _step(self, numbers: list[int]) -> None:
-        begun = [learner.begin() for learner in self._each]
-        leaves = [leaf for some in begun for leaf in some]
+        leaves_of = [learner.begin() for learner in self._each]
+        leaves = [leaf for some in leaves_of for leaf in some]
 
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
@@ -94,8 +94,8 @@ class Course:
                 )
             return error.detach(), *gradients
 
-        found = self._replay.each(work, numbers)
-        error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*found, strict=True))
+        results = self._replay.each(work, numbers)
+        error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*results, strict=True))
         # of the logarithm of the error: hard batches do not drown easy ones
         summed = [gradient / error.clamp_min(_TINY) for gradient in summed]
         size = sum(gradient.square().sum() for gradient in summed)
@@ -106,7 +106,7 @@ class Course:
                 fix="take a smaller `lr`, or set calibration.dtype to float32",
             )
         start = 0
-        for learner, some in zip(self._each, begun, strict=True):
+        for learner, some in zip(self._each, leaves_of, strict=True):
             try:
                 learner.end(summed[start : start + len(some)])
             except InputError as error:
@@ -136,14 +136,14 @@ class Course:
                 error, size = self._error(number, tap())
             return error.double(), size.double()
 
-        found = self._replay.each(work, range(len(self._batches)))
-        errors, sizes = (torch.stack(values).sum() for values in zip(*found, strict=True))
+        results = self._replay.each(work, range(len(self._batches)))
+        errors, sizes = (torch.stack(values).sum() for values in zip(*results, strict=True))
         return float(errors / sizes) if float(sizes) else 0.0
 
     def _error(self, number: int, tap: Tap) -> tuple[Tensor, Tensor]:
         """Squared error of a batch's outputs, and their sum of squares; padding counts for nothing."""
-        target, at = self._target(number), self._layer
-        out = self._replay.forward(at.index, at.module, at.states, number, lambda _: tap)
+        target, layer = self._target(number), self._layer
+        out = self._replay.forward(layer.index, layer.module, layer.states, number, lambda _: tap)
         error = out.float() - target
         mask = self._batches[number].mask
         if mask is not None:
@@ -152,14 +152,14 @@ class Course:
         return error.square().sum(), target.square().sum()
 
     def _target(self, number: int) -> Tensor:
-        found, at = self._targets.get(number), self._layer
-        if found is None:
+        target, layer = self._targets.get(number), self._layer
+        if target is None:
             with torch.no_grad():
-                found = self._replay.forward(at.index, at.module, at.states, number).float()
-            if found.nbytes <= self._left:
-                self._left -= found.nbytes
-                self._targets[number] = found
-        return found
+                target = self._replay.forward(layer.index, layer.module, layer.states, number).float()
+            if target.nbytes <= self._left:
+                self._left -= target.nbytes
+                self._targets[number] = target
+        return target
 
 
 class _Student:
@@ -193,13 +193,13 @@ class LearningGroup:
         return next(r.channels for r in self.producer.readers if r.matrix == self.matrices[0])
 
 
-def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
+def learning_groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
     """Every group of a layer, in the order of the layer's matrices.
 
     InputError where some rows of one matrix, or some modules that the engine merges, learn alone.
     """
     leaders = layout.leaders()
-    found: dict[tuple[Matrix, Scheme], list[Matrix]] = defaultdict(list)
+    matrices_of: dict[tuple[Matrix, Scheme], list[Matrix]] = defaultdict(list)
     names: dict[Matrix, list[str]] = {}
     for matrix, segments in layout.matrices():
         modules = [s.module for s in segments]
@@ -215,7 +215,7 @@ def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
                 fix="put them under one rule",
             )
         names[matrix] = modules
-        found[leaders.get(matrix, matrix), learning[0]].append(matrix)
+        matrices_of[leaders.get(matrix, matrix), learning[0]].append(matrix)
     return [
         LearningGroup(
             scheme,
@@ -223,7 +223,7 @@ def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
             tuple(module for matrix in matrices for module in names[matrix]),
             _producer(layout, matrices),
         )
-        for (_, scheme), matrices in found.items()
+        for (_, scheme), matrices in matrices_of.items()
     ]
 
 
@@ -270,9 +270,9 @@ def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scal
     return "by powers of two" if rounded_again else "freely"
 
 
-def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
+def schedule_of(groups: Iterable[LearningGroup]) -> Schedule:
     """The one schedule of a layer. InputError where its groups have several."""
-    schedules = {group.scheme.schedule: group for group in found}
+    schedules = {group.scheme.schedule: group for group in groups}
     if len(schedules) > 1:
         names = [f"`{group.modules[0]}`" for group in schedules.values()]
         raise InputError(
@@ -285,27 +285,27 @@ def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
 
 
 def settle(
-    found: Iterable[LearningGroup],
+    groups: Iterable[LearningGroup],
     by_matrix: Mapping[Matrix, Learner],
     segments: Segments,
 ) -> dict[str, Stats]:
     """What every module of the groups takes: its own rows of what is by row."""
-    settled: dict[str, Stats] = {}
-    for group in found:
+    stats_of: dict[str, Stats] = {}
+    for group in groups:
         for matrix in group.matrices:
             stats = by_matrix[matrix].stats(matrix)
             for segment in segments[matrix.parameter][matrix.expert]:
-                settled[segment.module] = {
+                stats_of[segment.module] = {
                     name: tensor[segment.start : segment.stop].clone()
                     if name in group.scheme.row_stats
                     else tensor
                     for name, tensor in stats.items()
                 }
-    return settled
+    return stats_of
 
 
 def learn(
-    layer: LoadedLayer, layout: LayerLayout, found: list[LearningGroup], edits: dict[str, EditFactors]
+    layer: LoadedLayer, layout: LayerLayout, groups: list[LearningGroup], edits: dict[str, EditFactors]
 ) -> tuple[dict[str, Stats], dict[str, Any] | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
@@ -314,18 +314,18 @@ def learn(
     """
     policy = layer.run.policy
     generator = torch.Generator().manual_seed(policy.seed * 2**20 + layer.index)
-    widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
+    widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in groups}
     amax = layer.channel_amax(widths)
-    empty = [m for g in found if not bool(amax[g.matrices[0]].any()) for m in g.modules]
+    empty = [m for g in groups if not bool(amax[g.matrices[0]].any()) for m in g.modules]
     if empty and policy.uncalibrated != "dynamic":
         raise unreached(empty, policy.quantized[empty[0]].rule)
-    found = [group for group in found if group.modules[0] not in empty]
-    if not found:
+    groups = [group for group in groups if group.modules[0] not in empty]
+    if not groups:
         return {}, None
-    by_matrix = _learners(layer, layout, found, amax, generator)
+    by_matrix = _learners(layer, layout, groups, amax, generator)
     course = Course(layer, by_matrix)
-    before, after = course.learn(schedule_of(found), generator)
-    for group in found:
+    before, after = course.learn(schedule_of(groups), generator)
+    for group in groups:
         learner = by_matrix[group.matrices[0]]
         scale = learner.channel_scale
         if group.producer is not None and scale is not None:
@@ -333,10 +333,10 @@ def learn(
             by_channel[group.columns] = 1 / scale
             layer.divide(group.producer, by_channel, edits)
     report = {
-        "modules": sorted(module for group in found for module in group.modules),
+        "modules": sorted(module for group in groups for module in group.modules),
         "loss_before": before,
         "loss_after": after,
         "kept": "what was learned" if after < before else "the start",
         "condition": max(learner.condition for learner in by_matrix.values()),
     }
-    return settle(found, by_matrix, layout.segments), report
+    return settle(groups, by_matrix, layout.segments), report

@@ -100,10 +100,10 @@ class RoundingPass:
         places: dict[str, int] = {}
         for leader in leaders.values():
             places.setdefault(shape_of(leader.parameter), len(places))
-        found: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
+        by_place: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
         for leader, modules in modules_of.items():
-            found[places.get(shape_of(leader.parameter), len(places))][leader] = modules
-        yield from (found[place] for place in sorted(found))
+            by_place[places.get(shape_of(leader.parameter), len(places))][leader] = modules
+        yield from (by_place[place] for place in sorted(by_place))
 
     def _wants_codes(self, module: str) -> bool:
         """Whether its codes are chosen here; not if a range is missing: it gets another scheme then."""
@@ -137,9 +137,9 @@ class RoundingPass:
 
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
         """How the inputs of modules that share them are rounded, where that counts."""
-        found = self.run.policy.quantized
-        scheme, input_dtype = found[modules[0]].scheme, found[modules[0]].input_dtype
-        if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
+        module_policy = self.run.policy.quantized
+        scheme, input_dtype = module_policy[modules[0]].scheme, module_policy[modules[0]].input_dtype
+        if scheme.schedule is None or any(module_policy[module].scheme != scheme for module in modules):
             return None
         constants = scheme.constants(self.stats[modules[0]], input_dtype)
 
@@ -197,9 +197,11 @@ class RoundingPass:
                 self.report[module]["rounded_to_nearest"] = why
 
     def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
-        found: list[Tensor | None] = []
-        each(lambda _: found.append(hessian.toward(DAMPING)), range(1))  # on one thread, as all here
-        return found[0] if hessian.tokens else None
+        corrections: list[Tensor | None] = []
+        each(
+            lambda _: corrections.append(hessian.toward(DAMPING)), range(1)
+        )  # on one thread, as all here
+        return corrections[0] if hessian.tokens else None
 
     def _round(self, module: str, constants: Parts, objective: _Objective, each: Each) -> None:
         stored = self._stored(module)
@@ -242,14 +244,14 @@ class RoundingPass:
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""
         count = block.stop - block.start
-        tensors = self.run.skeleton.checkpoint.tensors
-        found = []
+        stored = self.run.skeleton.checkpoint.tensors
+        tensors = []
         for name in (f"{module}.weight", f"{module}.bias"):
-            rows = read_span(tensors[name], block.start, count) if name in tensors else None
+            rows = read_span(stored[name], block.start, count) if name in stored else None
             if rows is not None and (factors := self.edits.get(name)) is not None:
                 rows = factors.apply(rows, block.start)
-            found.append(rows)
-        weight, bias = found
+            tensors.append(rows)
+        weight, bias = tensors
         assert weight is not None
         if self.run.policy.inputs != "float":
             self._check_order(module, weight, block)

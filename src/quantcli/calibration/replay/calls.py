@@ -67,22 +67,24 @@ class Outline:
         self._form: Callable[[Tensor], Any] | None = None
 
     def note(self, forward: Callable[[], Any]) -> tuple[Tensor, list[Call]] | None:
-        """What the first layer is given, and the call of every layer in order, while `forward` runs.
+        """What the first layer is inputs, and the call of every layer in order, while `forward` runs.
 
         None where the model does not pass hidden states from layer to layer in their order.
         """
         for form in _FORMS if self._form is None else (self._form,):
             calls: list[Call] = []
-            given: list[Tensor] = []
+            inputs: list[Tensor] = []
             last: list[Tensor] = []
 
-            def answer(index: int, args: Any, kwargs: Any, noted: Any = (calls, given, last)) -> Tensor:
-                calls, given, last = noted
+            def answer(
+                index: int, args: Any, kwargs: Any, noted: Any = (calls, inputs, last)
+            ) -> Tensor:
+                calls, inputs, last = noted
                 if index != len(calls):
                     raise _OtherForm
                 place = _find(args, kwargs, last)
                 hidden: Tensor = args[place] if isinstance(place, int) else kwargs[place]
-                given.append(hidden)
+                inputs.append(hidden)
                 calls.append(_without(args, kwargs, place))
                 if index == len(self._layers) - 1:
                     raise _Enough
@@ -97,7 +99,7 @@ class Outline:
                 continue
             except _Enough:
                 self._form = form
-                return given[0], calls
+                return inputs[0], calls
         return None
 
     @contextmanager

@@ -66,18 +66,22 @@ class Served:
         return self._parts(module) if module in self._modules else None
 
     def _parts(self, module: str) -> tuple[Scheme, Parts]:
-        found = self._modules[module]
-        scheme = _scheme(found.numerics)
+        stored_module = self._modules[module]
+        scheme = _scheme(stored_module.numerics)
         assert scheme is not None  # told when it was opened
-        stored = {s: read_tensor(t) for s, t in found.tensors.items() if s != "bias"}
-        return scheme, self._target.unpack(scheme.numerics, stored)
+        tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
+        return scheme, self._target.unpack(scheme.numerics, tensors)
 
 
 def _unpacked(stored: StoredCheckpoint) -> Checkpoint:
     """The checkpoint with a `.weight` also where codes have another name: `read` gives its values."""
     more = {
-        name: StoredTensor(TensorSpec(name, "F32", found.shape), found.codes.file, found.codes.offset)
-        for module, found in stored.modules.items()
+        name: StoredTensor(
+            TensorSpec(name, "F32", stored_module.shape),
+            stored_module.codes.file,
+            stored_module.codes.offset,
+        )
+        for module, stored_module in stored.modules.items()
         if (name := f"{module}.weight") not in stored.checkpoint.tensors
     }
     return replace(stored.checkpoint, tensors={**stored.checkpoint.tensors, **more})

@@ -144,7 +144,7 @@ class Skeleton:
         return self._segments[index]
 
     def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
-        found: dict[str, list[list[Segment]]] = {}
+        segments: dict[str, list[list[Segment]]] = {}
         for group, parts in self._labels(index):
             modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
             for parameter, labels in parts.items():
@@ -152,8 +152,8 @@ class Skeleton:
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
                 rows = labels.reshape(-1, labels.shape[-2])
-                found[parameter] = [_runs(expert, modules) for expert in rows]
-        return found
+                segments[parameter] = [_runs(expert, modules) for expert in rows]
+        return segments
 
     def source(self, parameter: str) -> str | None:
         """The stored tensor that a parameter is, but for its name; None if it is made of more."""
@@ -222,12 +222,12 @@ class Skeleton:
 
     @cached_property
     def _outside(self) -> dict[str, Group]:
-        found = {group.target: group for group in self._groups[-1]}
+        groups = {group.target: group for group in self._groups[-1]}
         for names in _tied(self.model):  # an lm_head without a tensor of its own
-            stored = next((found[name] for name in names if name in found), None)
+            stored = next((groups[name] for name in names if name in groups), None)
             if stored is not None:
-                found.update({name: stored for name in names if name not in found})
-        return found
+                groups.update({name: stored for name in names if name not in groups})
+        return groups
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -104,9 +104,9 @@ class Feedback:
                 code = (target / steps[column]).round_().clamp_(least, largest)
                 codes[column] = code
                 lost[column] = torch.addcmul(columns[column], code, steps[column], value=-1)
-        found = torch.empty((n, k), dtype=torch.int8, device=rows.device)
-        found[:, self.order] = codes.T
-        return found
+        in_order = torch.empty((n, k), dtype=torch.int8, device=rows.device)
+        in_order[:, self.order] = codes.T
+        return in_order
 
 
 def factorize(matrix: Tensor, each: Each = in_turn) -> bool:
@@ -117,11 +117,11 @@ def factorize(matrix: Tensor, each: Each = in_turn) -> bool:
     k = len(matrix)
     for start in range(0, k, _TILE):
         stop = min(start + _TILE, k)
-        done = matrix[start:stop, :start]
+        left = matrix[start:stop, :start]
 
-        def subtract(row: int, start: int = start, stop: int = stop, done: Tensor = done) -> None:
+        def subtract(row: int, start: int = start, stop: int = stop, left: Tensor = left) -> None:
             rows = slice(row, min(row + _TILE, k))
-            matrix[rows, start:stop] -= matrix[rows, :start] @ done.T
+            matrix[rows, start:stop] -= matrix[rows, :start] @ left.T
 
         if start:
             each(subtract, range(start, k, _TILE))
