@@ -1,4 +1,4 @@
-"""Calibrate: replay the model over the samples, one layer at a time, and keep what each layer shows."""
+"""Calibrate: replay the model over the samples, layer by layer, and save statistics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Calibrator:
         self._specs: list[TensorSpec] = []
 
     def run(self) -> None:
-        """All layers that are not done yet. The same files whatever was done before."""
+        """Measure all layers that are not done yet. The files are the same after any interruption."""
         total = len(self._skeleton.layers)
         done = self.store.done
         self.progress.begin_layers(
@@ -115,7 +115,7 @@ class Calibrator:
 
 
 def _not_rounded(report: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each reason for which weights are rounded to nearest, though data was to choose."""
+    """A line for each reason why weights are rounded to nearest instead of by data."""
     reasons: dict[str, list[str]] = {}
     for module, module_report in sorted(report["modules"].items()):
         if why := module_report.get("rounded_to_nearest"):

@@ -1,4 +1,4 @@
-"""A layer as the checkpoint knows it: which modules share an input, and what can be smoothed."""
+"""A layer in the names of the checkpoint: modules that share an input, channels that can be scaled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ChannelReader:
 
 @dataclass(frozen=True)
 class Producer:
-    """What makes channels that can be scaled: a norm (`norm`), or rows of a matrix (`matrix`)."""
+    """The source of channels that can be scaled: a norm (`norm`), or rows of a matrix (`matrix`)."""
 
     readers: tuple[ChannelReader, ...]
     used: Tensor  # bool [channels]: those that a reader reads
@@ -36,7 +36,7 @@ class Producer:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in reports."""
         if self.norm is not None:
             return self.norm
         assert self.matrix is not None
@@ -45,7 +45,7 @@ class Producer:
 
 
 class LayerLayout:
-    """What one forward of a layer has shown."""
+    """Data flow in a layer, as one forward has shown it."""
 
     def __init__(self, segments: Segments, flow: Flow) -> None:
         self.segments = segments
@@ -62,7 +62,7 @@ class LayerLayout:
         return [s.module for m in matrices for s in self.segments[m.parameter][m.expert]]
 
     def leaders(self) -> dict[Matrix, Matrix]:
-        """For every matrix that was used: the first that was given the very same input."""
+        """For every matrix that was used: the first one with the same input."""
         first: dict[tuple[object, int], Matrix] = {}
         leaders: dict[Matrix, Matrix] = {}
         for parameter, key in self._flow.inputs.items():
@@ -72,7 +72,7 @@ class LayerLayout:
         return leaders
 
     def producers(self) -> Iterator[Producer]:
-        """What can be scaled without changing the layer's function, norms first."""
+        """Sources of channels that can be scaled without changing the layer's function, norms first."""
         for name, source in self._flow.norms.items():
             if not bool(source.escaped.any()) and source.readers:
                 readers = self._readers(source, None)
@@ -108,7 +108,7 @@ def shape_of(parameter: str) -> str:
 def norm_offset(norm: nn.Module) -> int | None:
     """The c of a norm that multiplies by (c + weight): 0, or 1 as in Gemma. None if it does not.
 
-    Found by trying: a copy of the norm with other weights, on random inputs.
+    Tried on a copy of the norm with other weights and random inputs.
     """
     probe: Any = copy.deepcopy(norm).float().cpu()
     k = len(probe.weight)
@@ -136,8 +136,8 @@ def norm_offset(norm: nn.Module) -> int | None:
 def scale_norm(norm: nn.Module, offset: int, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """New `weight` and `bias` of a norm whose channels are divided by `scale`, in its own dtype.
 
-    Also returns the scales as they came out, float32: where c + weight had to be rounded, readers are
-    multiplied by what the norm was really divided by.
+    Also returns the actual scales, float32: if c + weight had to be rounded, readers are multiplied by
+    the quotient of the weights before and after.
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     before = weight.detach().cpu().double() + offset

@@ -1,8 +1,8 @@
 """One decoder layer's part of a calibration.
 
-The layer is run some times: a few tokens to see what reads what; all samples for the channels to be
-smoothed; all samples for ranges; all samples to choose codes by (see `rounding`); and, where later
-layers are to see quantized inputs, all samples with the engine's arithmetic.
+The layer is run several times: on a few tokens, to see which matrix reads which channels; on all
+samples for smoothing, for ranges, and for the choice of codes (see `rounding`); and, if later layers are given
+quantized inputs, on all samples with the engine's arithmetic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from quantcli.schemes.base import Scheme
 
 
 def empty_report(name: str) -> dict[str, Any]:
-    """The report of a layer of which nothing is asked."""
+    """The report of a layer that has no statistics."""
     report: dict[str, Any] = {"layer": name, "modules": {}, "smoothed": [], "edits": {}}
     return report | {"uncalibrated": []}
 
@@ -57,7 +57,7 @@ class LayerRun:
 
     @property
     def note(self) -> str:
-        """What there is to say of it while others are under way."""
+        """A remark for the progress display."""
         learned = self.report.get("learned")
         if learned is None:
             return ""
@@ -68,7 +68,7 @@ class LayerRun:
         """Statistics and edits by their names in the store; `sink` takes the layer's outputs.
 
         Raises InputError for NaN or Inf, for siblings with different inputs that the engine gives one
-        scale, and for modules without tokens where the recipe says so.
+        scale, and for modules without tokens if the recipe says so.
         """
         edits: dict[str, EditFactors] = {}
         learned: dict[str, Stats] = {}
@@ -96,7 +96,7 @@ class LayerRun:
         }
 
     def _look(self) -> LayerLayout:
-        """Run a few tokens and see where tensors go."""
+        """Run a few tokens and follow their tensors."""
         layer, ids = self.layer, self.run.probe.input_ids
         flow = Flow(layer.matrices(), None, ids.numel())
         first, probe = _First(layer.states, ids.shape[1]), [len(self.run.batches)]
@@ -132,8 +132,8 @@ class LayerRun:
         edits: Mapping[str, EditFactors],
         sink: Sink | None,
     ) -> dict[str, Stats]:
-        """`learned`, and what every module's scheme asks for besides; `sink` takes outputs as later
-        layers are to see them."""
+        """`learned`, and all other stats that the modules' schemes need. `sink` takes the outputs that
+        later layers are given."""
         leaders = layout.leaders()
         shared: dict[Matrix, dict[Scheme, Observer]] = defaultdict(dict)
         observers: dict[str, Observer] = {}
@@ -173,7 +173,7 @@ class LayerRun:
         return stats
 
     def _measure_served(self, learned: Mapping[str, Stats], stats: Mapping[str, Stats]) -> None:
-        """Report what the layer loses by the engine's arithmetic in the modules that have learned."""
+        """Report the loss with the engine's arithmetic in the modules that have learned."""
         if learned:
             policy = self.run.policy
             only = replace(policy, quantized={m: policy.quantized[m] for m in learned})

@@ -118,7 +118,7 @@ class LoadedLayer:
         return weight[matrix.expert] if weight.dim() == 3 else weight
 
     def channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
-        """max |x| of each column of some matrices, of that many; zeros where nothing was seen."""
+        """max |x| of each column of some matrices, by their number of columns; zeros without tokens."""
         observers = {matrix: Observer(ChannelAmax()) for matrix in widths}
         self.watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
         return {
@@ -127,8 +127,8 @@ class LoadedLayer:
         }
 
     def divide(self, producer: Producer, scale: Tensor, edits: dict[str, EditFactors]) -> Tensor:
-        """Divide a producer's channels by scales [channels], and multiply what reads them; the scales
-        as they came out, all 1 if it is a norm that cannot be scaled."""
+        """Divide a producer's channels by scales [channels], and multiply the columns that read them.
+        Returns the actual scales: all 1 for a norm that cannot be scaled."""
         if producer.norm is not None:
             module = self.module.get_submodule(producer.norm.removeprefix(f"{self.name}."))
             parts, scale = self._divided_norm(producer.norm, module, scale)

@@ -1,4 +1,4 @@
-"""From a plan to a calibration: what it is of, where its text comes from, and the run itself."""
+"""From a plan to a calibration: its identity, its text, and the run itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PROBE_TOKENS = 32  # of one sample: enough to see which tensor goes where
 
 @dataclass(frozen=True)
 class Resources:
-    """What a calibration may use. max_memory: bytes above the imports; None: most that is free."""
+    """Limits of a calibration. max_memory: bytes above the imports; None: most that is free."""
 
     device: str = "cpu"
     workers: int = 1
@@ -87,10 +87,10 @@ class Session:
 def prepare_session(
     plan: Plan, folder: Path, *, out: Path | None = None, fresh: bool = False
 ) -> Session:
-    """Check what can be checked without reading weights. out: where the checkpoint will go.
+    """Run all checks that need no weights. out: the folder of the checkpoint to be written.
 
-    InputError where the recipe names no data or data that is not there, and where `folder` holds the
-    calibration of something else, or is not a place for one.
+    InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
+    calibration, or cannot hold one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan)
@@ -132,7 +132,7 @@ def _source(plan: Plan) -> TextSource:
 
 
 def _check_rounding(plan: Plan) -> None:
-    """InputError where codes are to be chosen on inputs that depend on the order of the samples."""
+    """InputError if codes would be chosen on inputs that depend on the order of the samples."""
     block = plan.recipe.file.calibration or Calibration()
     if block.inputs != "running":
         return
@@ -150,7 +150,7 @@ def _check_rounding(plan: Plan) -> None:
 
 
 def _batch_tokens(plan: Plan, block: Calibration) -> int:
-    """Tokens of a batch. Where something is learned, half a step's, so that two threads share it."""
+    """Tokens of a batch. If a scheme learns: half a step's, so that two threads share it."""
     schedules = [item.scheme.schedule for item in quantized_items(plan)]
     smallest = min((s.batch for s in schedules if s is not None), default=None)
     return BATCH_TOKENS if smallest is None else min(BATCH_TOKENS, -(-smallest // 2) * block.length)
@@ -169,7 +169,7 @@ def load(session: Session) -> Measured:
 
 
 def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
-    """Calibrate, going on after the last finished layer of an interrupted run."""
+    """Calibrate. An interrupted run is continued after its last finished layer."""
     plan = session.plan
     device = open_device(resources.device)
     # before the tokenizer, which reads config.json as well and would be blamed for it
@@ -191,7 +191,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
-    # of a layer's inputs, of its outputs, and of what they should be while it learns
+    # hidden states that are held: a layer's inputs, its outputs, and its float outputs while it learns
     learns = any(quantized.scheme.schedule for quantized in policy.quantized.values())
     calibration = CalibrationRun(replay, policy, workers, states_budget // (3 if learns else 2))
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
@@ -260,7 +260,7 @@ def _tool() -> str:
 
 
 def summary(session: Session) -> dict[str, Any]:
-    """What a finished calibration holds, JSON-able."""
+    """The reports of a finished calibration as one, JSON-able."""
     _, layers = check_store(session.folder, session.key)
     load_measured(session.folder, layers)  # no file is damaged
     layer_reports = list(reports(session.folder, layers))
@@ -287,10 +287,10 @@ _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes
 
 
 def asked(plan: Plan) -> dict[str, Any]:
-    """All that decides what is measured, but for model and data; flat, to name what differs.
+    """All that decides the statistics, without model and data; flat, so that a difference has a name.
 
-    Schemes that need no data count only where their arithmetic is shown to later layers. What a scheme
-    is counts only there, and where codes are chosen against its scales.
+    Schemes that need no data count only if later layers are given their outputs. The name of a scheme
+    counts only then, and if codes are chosen against its scales.
     """
     file = plan.recipe.file
     block = (file.calibration or Calibration()).model_dump(exclude={"data"})

@@ -1,4 +1,4 @@
-"""What a scheme is, and what a scheme gives that learns while a layer runs."""
+"""The interfaces of a scheme, and of a learner for schemes that learn while a layer runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Scheme(BaseModel, ABC):
 
     @classmethod
     def for_numerics(cls, numerics: Numerics) -> Self | None:
-        """This scheme with the options that make these numerics; None where it has none such."""
+        """This scheme with the options that make these numerics; None if there are none."""
         scheme = cls()
         return scheme if scheme.numerics == numerics else None
 
@@ -43,40 +43,40 @@ class Scheme(BaseModel, ABC):
 
     @property
     def without_data(self) -> Scheme | str | None:
-        """The scheme, or its name, that a module takes instead where no token reached it, if the recipe
-        so wants."""
+        """Fallback scheme, or its name, for a module that no calibration token reached, if the recipe
+        allows fallbacks."""
         return None
 
     @property
     def unserved(self) -> str | None:
-        """The scheme that a module takes instead where the engine does not have this one for it; None:
-        that is an error."""
+        """Name of the fallback scheme for a module that the engine cannot serve with this one; None: that
+        is an error."""
         return None
 
     @property
     def needs_data(self) -> bool:
-        """Whether something must be measured or learned before weights can be quantized."""
+        """Whether calibration must come before weights can be quantized."""
         return self.observer(torch.bfloat16) is not None
 
     @property
     def ordered(self) -> bool:
-        """Whether what is measured depends on the order of the samples, so that each is a batch."""
+        """Whether statistics depend on the order of the samples, so that each is a batch."""
         return False
 
     @property
     @abstractmethod
     def numerics(self) -> Numerics:
-        """What the numbers are, for the target."""
+        """How weights and inputs are quantized, for the target."""
 
     def observer(self, engine_dtype: torch.dtype) -> Observer | None:
-        """What measures this module's input during calibration; None for schemes that need no data.
+        """An observer of a module's input during calibration; None for schemes that need no data.
 
         engine_dtype: the dtype in which the engine will hold `input_scale`.
         """
         return None
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """What there will be for a module with k inputs, with dtypes and shapes but no numbers of it.
+        """Stats of a module with k inputs as calibration will give them: names, dtypes and shapes.
 
         Stats by row have no rows. Empty for schemes that need no data.
         """
@@ -85,7 +85,7 @@ class Scheme(BaseModel, ABC):
 
     @property
     def schedule(self) -> Schedule | None:
-        """How long to learn; None for schemes that learn nothing."""
+        """The length of learning; None for schemes that learn nothing."""
         return None
 
     def learner(self, task: LearningTask) -> Learner:
@@ -93,7 +93,7 @@ class Scheme(BaseModel, ABC):
         raise AssertionError(f"{self.name} learns nothing")
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """The parts that do not depend on rows, from what was measured: `input_scale` [1]."""
+        """The parts that do not depend on rows, made of its stats, such as `input_scale` [1]."""
         return {}
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Scheme(BaseModel, ABC):
 
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
         engine_dtype: in which the engine will hold `weight_scale`; codes are chosen against it.
-        constants: what `constants` returned for this module, and of these rows the `row_stats`.
+        constants: the result of `constants` for this module, and the `row_stats` of these rows.
         bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
 
         Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
@@ -168,14 +168,14 @@ def check_input_scale(measured: Tensor, scale: Tensor, *, sound: bool) -> None:
         )
 
 
-# Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are
-# for channels that a float matrix reads, too: its weights would be rounded again.
+# Whether channels of an input may be multiplied, as their source can be divided. Powers of two are for
+# channels that a float matrix reads, too: its weights would be rounded again.
 Scalable: TypeAlias = Literal["freely", "by powers of two", "not at all"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long something is learned. batch: samples a step."""
+    """The length of learning. batch: samples a step."""
 
     epochs: int
     batch: int
@@ -183,12 +183,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class LearningTask:
-    """Matrices that read the same input, and all that a learner begins with.
+    """Matrices that read the same input, and the start values of a learner.
 
     weights:      float [n, k] each, under any name.
     amax:         max |x| of each input channel, float32 [k].
     scalable:     whether channels of the input may be multiplied.
-    engine_dtype: in which the engine holds what the module has once.
+    engine_dtype: in which the engine holds the parts that do not depend on rows.
     generator:    of the first, random transform.
     """
 
@@ -200,10 +200,10 @@ class LearningTask:
 
 
 class Learner(ABC):
-    """What is learned for some matrices that read the same input, while their layer runs.
+    """Learns for some matrices that read the same input, while their layer runs.
 
     A step: `begin`, then any number of forwards that call `linear` on any thread, then `end` with the
-    sum of their gradients with respect to what `begin` returned.
+    sum of their gradients with respect to the tensors of `begin`.
     """
 
     @abstractmethod
@@ -212,7 +212,7 @@ class Learner(ABC):
 
     @abstractmethod
     def begin(self) -> list[Tensor]:
-        """Make what this step computes with."""
+        """Make the tensors that this step computes with."""
 
     @abstractmethod
     def linear(self, key: Hashable, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -220,26 +220,26 @@ class Learner(ABC):
 
     @abstractmethod
     def end(self, gradients: list[Tensor]) -> None:
-        """Take the gradients back to the parameters. InputError where learning has gone astray."""
+        """Take the gradients back to the parameters. InputError if learning diverges."""
 
     @property
     @abstractmethod
     def channel_scale(self) -> Tensor | None:
-        """By which the input's channels are to be multiplied before all else: float32 [k], CPU."""
+        """The factors of the input's channels, applied first: float32 [k], CPU; None: they stay."""
 
     @property
     @abstractmethod
     def condition(self) -> float:
-        """How far the transform is from a rotation; 1 is one."""
+        """The condition number of the transform: 1 for a rotation."""
 
     @abstractmethod
     def state(self) -> list[Tensor]:
-        """A copy of all that is learned."""
+        """A copy of all parameters."""
 
     @abstractmethod
     def restore(self, state: list[Tensor]) -> None:
-        """Go back to a copy."""
+        """Take the parameters of a copy."""
 
     @abstractmethod
     def stats(self, key: Hashable) -> Stats:
-        """What was learned for a matrix, as the scheme's `constants` and `quantize` take it."""
+        """Stats of a matrix, as the scheme's `constants` and `quantize` take them."""

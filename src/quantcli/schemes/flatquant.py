@@ -2,7 +2,7 @@
 
 Both factors are M = U diag(d) V^T with U and V orthogonal (Cayley) and d > 0 (softplus), so that they
 stay invertible and M^-1 = V diag(1 / d) U^T is exact. Rounding is passed straight through; scales are
-functions of what is rounded, and gradients flow through them.
+functions of the values that are rounded, and gradients flow through them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
 from quantcli.schemes.base import Learner, LearningTask
 from quantcli.schemes.integer import LARGEST, LEAST, least_error
 
-_OPEN = 4.0  # sigmoid(4) = 0.982: what the clip of inputs begins with
+_OPEN = 4.0  # sigmoid(4) = 0.982: the first clip of inputs
 _NARROWEST, _WIDEST = 0.2, 0.99  # clips of rows at the start
 _TINY = torch.finfo(torch.float32).tiny
 _CLIPS_FASTER = 10.0
@@ -151,7 +151,7 @@ class KroneckerLearner(Learner):
         return scale
 
     def _start_clips(self) -> None:
-        """Rows are clipped at first where the squared error of their weights is least."""
+        """The first clips of rows: those with the least squared error of their weights."""
         for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
             widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
             share = least_error(rows, widest, torch.float32) / widest
@@ -177,7 +177,7 @@ class KroneckerLearner(Learner):
         return learned
 
     def parameters(self) -> list[dict[str, Any]]:
-        """For the optimizer: clips learn ten times as fast."""
+        """Groups for the optimizer: clips learn ten times as fast."""
         clips = [self._clip, *self._rows.values()] if self._clips_rows else [self._clip]
         others = [p for p in self._all() if not any(p is clip for clip in clips)]
         return [
@@ -238,7 +238,7 @@ class KroneckerLearner(Learner):
                 fix="take a smaller `lr`, fewer `epochs` or more calibration samples",
             )
 
-    # -- what was learned ------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------
 
     @property
     def condition(self) -> float:
@@ -247,15 +247,15 @@ class KroneckerLearner(Learner):
 
     @property
     def channel_scale(self) -> Tensor | None:
-        """By which inputs are multiplied, float32 [k] on the CPU."""
+        """The factors of inputs, float32 [k] on the CPU."""
         return None if self._channels is None else self._channels.detach().exp().cpu()
 
     def state(self) -> list[Tensor]:
-        """A copy of all that is learned."""
+        """A copy of all parameters."""
         return [parameter.detach().clone() for parameter in self._all()]
 
     def restore(self, state: list[Tensor]) -> None:
-        """Go back to a copy."""
+        """Take the parameters of a copy."""
         with torch.no_grad():
             for parameter, value in zip(self._all(), state, strict=True):
                 parameter.copy_(value)

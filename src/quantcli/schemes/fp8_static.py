@@ -60,7 +60,7 @@ class Fp8Static(Scheme):
         return input_observer(self.chosen_by, of_range, of_distribution, percent=self.percentile)
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """input_scale [1] in `engine_dtype`. InputError for what no observer of this scheme gives."""
+        """input_scale [1] in `engine_dtype`. InputError for a value that no observer gives."""
         scale = stats["input_scale"].to(engine_dtype)
         sound = bool(torch.isfinite(scale).all()) and float(scale) >= _SMALLEST
         check_input_scale(stats["input_scale"], scale, sound=sound)

@@ -45,12 +45,12 @@ class IntegerWeights(Scheme):
 
     @property
     def needs_data(self) -> bool:
-        """Also for codes that are chosen by data."""
+        """Also if codes are chosen by data."""
         return self.rounded_by_data or super().needs_data
 
     @property
     def without_data(self) -> Scheme | str | None:
-        """The same, rounded to nearest, where nothing else needs data."""
+        """The same scheme, rounded to nearest, if nothing else needs data."""
         nearest = self.model_copy(update={"weight_rounding": "nearest"})
         return nearest if self.needs_data and not nearest.needs_data else super().without_data
 
@@ -60,7 +60,7 @@ class IntegerWeights(Scheme):
         return _RANGES[self.numerics.weight.dtype]
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """Also `codes`, int8 [0, k], where data chooses them."""
+        """Also `codes`, int8 [0, k], if data chooses them."""
         measured = super().blank(k, engine_dtype)
         codes = {"codes": torch.empty((0, k), dtype=torch.int8)}
         return {**measured, **codes} if self.rounded_by_data else measured
@@ -87,7 +87,7 @@ class IntegerWeights(Scheme):
 
 
 def chosen(constants: Stats, nearest: Tensor) -> Tensor:
-    """The codes of some rows: those that data has chosen, int8 as large as `nearest`, or these."""
+    """The codes of some rows: the stat `codes`, int8 in the shape of `nearest`, or else `nearest`."""
     codes = constants.get("codes")
     return nearest if codes is None else codes.to(nearest.device)
 

@@ -1,5 +1,5 @@
 """Int4 weights per channel, int4 inputs per token, no data needed: for models that were rotated so that
-they have no outliers, and as what better 4-bit schemes are compared with."""
+they have no outliers, and as the baseline of better 4-bit schemes."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class W4A4FlatQuant(Int4Weights):
 
     @property
     def schedule(self) -> Schedule:
-        """The preset, but for what is given."""
+        """The preset, with the options that the recipe sets."""
         preset = _PRESETS[self.preset][0]
         return Schedule(self.epochs or preset.epochs, self.batch or preset.batch)
 

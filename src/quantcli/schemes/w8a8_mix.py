@@ -34,7 +34,7 @@ class W8A8Mix(Int8Static):
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         Codes follow weight_scale, which is representable in `engine_dtype`; deq_scale is the nearest to
         weight_scale / r that the hardware honours. |error| <= weight_scale / 2. NaN or Inf in the

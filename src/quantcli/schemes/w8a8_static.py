@@ -26,7 +26,7 @@ WEIGHT = Operand("int8", "channel")
 
 
 class Int8Static(IntegerWeights):
-    """Options and arithmetic of static int8 inputs. A subclass says what else is stored."""
+    """Options and arithmetic of static int8 inputs. A subclass adds the parts that are stored."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -91,7 +91,7 @@ class Int8Static(IntegerWeights):
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """input_scale [1] in dtype `engine_dtype`, input_offset float32 [1].
 
-        The dtype tells `quantize` in what the model will be served. InputError for values that no
+        `quantize` reads the serving dtype from it. InputError for values that no
         observer of this scheme gives: codes would be made against another scale than the engine's.
         """
         scale, offset = stats["input_scale"].to(engine_dtype), stats["input_offset"].float()
@@ -143,10 +143,10 @@ class W8A8Static(Int8Static):
         constants: Stats = NO_STATS,
         bias: Tensor | None = None,
     ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         The engine knows weights by deq_scale alone: that is chosen first, and weight_scale =
-        deq_scale * r is what it amounts to, in float32 whatever `engine_dtype` is. No code is clipped;
+        deq_scale * r follows from it, in float32 whatever `engine_dtype` is. No code is clipped;
         |error| <= weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
         weight_scale.
         """

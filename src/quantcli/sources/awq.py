@@ -22,7 +22,7 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def read(source: Source) -> Iterator[Encoded]:
-    """Every AWQ module. InputError for what does not fit."""
+    """Every AWQ module. InputError for settings or tensors that do not fit."""
     if (bits := source.whole("bits", "w_bit")) != 4:
         raise source.refused(f"AWQ of {bits} bits: this version decodes 4", FLOAT)
     if (version := source.word("version", "gemm")) != "gemm":

@@ -1,4 +1,4 @@
-"""What readers of a format start from, and the words in which they refuse."""
+"""The input of readers of a format, and their checks and messages."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Source:
         return value.lower()
 
     def refused(self, what: str, fix: str | None = None) -> InputError:
-        """The error for what the settings say."""
+        """The error for settings that cannot be read."""
         return InputError(f"{self.where}: {what}", where=str(self.checkpoint.path), fix=fix or AGAIN)
 
     def contradicted(self, stored: StoredTensor, expected: str) -> InputError:
-        """The error for a tensor that is not what the settings make of it."""
+        """The error for a tensor that does not fit the settings."""
         return InputError(
             f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}",
             where=f"`{stored.spec.name}` in {stored.file.name}",
@@ -91,7 +91,7 @@ def needed(module: str, tensors: Tensors, suffix: str, codes: StoredTensor) -> S
 
 
 def must_be(stored: StoredTensor, dtypes: Sequence[str], shape: tuple[int, ...], why: str) -> None:
-    """InputError for another dtype or shape. why: for what the shape is right."""
+    """InputError for another dtype or shape. why: the subject that has these, for the message."""
     spec = stored.spec
     if spec.dtype not in dtypes or spec.shape != shape:
         raise InputError(
@@ -117,7 +117,7 @@ def check_scales(
     scale: Tensor, stored: StoredTensor, first: int, each: int, decode: Callable[[Tensor], Tensor]
 ) -> None:
     """InputError for a scale below zero, and for one of zero with codes that are not: its weights are
-    lost. NaN is found in what is decoded.
+    lost. NaN shows in the decoded values.
 
     scale:  float32, a row for rows `first`, `first` + 1, .. of the weight, or for `each` of them.
     each:   how many rows of the weight one row of `stored` is for; 0: it is for all.

@@ -36,18 +36,18 @@ _CACHE = re.compile(
     r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
     r"|[kvq]_proj\.output_scale)"
 )
-# What is wrong with numbers, whoever reads them; what only serving needs, such as a dtype to serve in,
-# a float model need not have.
+# Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
+# to serve in.
 _OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
 _FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with an `Encoded` float weight in place of what quantized modules are stored as.
+    """The checkpoint with an `Encoded` float weight in place of the tensors of a quantized module.
 
-    One that is float, or decoded already, as it is. What was source_format is in its notes. Raises InputError
-    for a format that is not known, for tensors that are not what it makes of them, and for what an
-    engine that knows it would refuse or misread.
+    One that is float, or decoded already, as it is. Its notes name the format. Raises InputError for an
+    unknown format, for tensors that do not fit it, and for a checkpoint that an engine would refuse or
+    misread.
     """
     if checkpoint.undecoded is not None or (source_format := quantization(checkpoint)) is None:
         return checkpoint
@@ -83,7 +83,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 def _read(
     checkpoint: Checkpoint, source_format: Quantization
 ) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
-    """The modules; where a target of ours read them, also what it took them from."""
+    """The modules, and the stored checkpoint of the target that read them, if one did."""
     settings, where = _settings(checkpoint)
     method = settings.get("quant_method")
     if isinstance(method, str) and method.lower() in _READERS:
@@ -102,7 +102,7 @@ def _read(
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
-    """What the checkpoint says of its quantization, and the file that says so; empty for nothing."""
+    """The checkpoint's quantization config, and its file; empty if there is none."""
     for level in (checkpoint.config, checkpoint.text_config):
         for key in QUANTIZATION_KEYS:
             block = level.get(key)

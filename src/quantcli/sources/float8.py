@@ -23,7 +23,7 @@ _OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale
 
 
 def read(source: Source) -> Iterator[Encoded]:
-    """Every FP8 module of what config.json calls `fp8`. InputError for what does not fit."""
+    """Every FP8 module, if config.json says `fp8`. InputError for tensors that do not fit."""
     block = _block(source)
     if source.word("fmt", "e4m3") != "e4m3":
         raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
@@ -64,7 +64,7 @@ def _block(source: Source) -> tuple[int, int] | None:
 def _tiles(
     source: Source, scale: StoredTensor, sides: tuple[int, int], block: tuple[int, int] | None
 ) -> tuple[StoredTensor, tuple[int, int], str]:
-    """The scale as a matrix, one value a tile; rows and columns of a tile; what that is called."""
+    """The scale as a matrix, one value a tile; rows and columns of a tile; the format as text."""
     n, k = sides
     shape = scale.spec.shape
     if scale.spec.dtype not in SCALES:

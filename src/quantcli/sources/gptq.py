@@ -25,11 +25,11 @@ from quantcli.sources.base import AGAIN, Source, encoded, must_be
 from quantcli.sources.columns import STRIP_BYTES, Columns
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 
-_FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> what is to be added to stored zero points
+_FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> added to stored zero points
 
 
 def read(source: Source) -> Iterator[Encoded]:
-    """Every GPTQ module. InputError for what does not fit."""
+    """Every GPTQ module. InputError for settings or tensors that do not fit."""
     bits = source.whole("bits")
     if bits not in {4, 8}:
         raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)

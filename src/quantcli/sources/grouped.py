@@ -38,7 +38,7 @@ class GroupedModule:
 def grouped_modules(
     source: Source, method: str, bits: int, group: int, *, packed_along_k: bool
 ) -> Iterator[GroupedModule]:
-    """Every module with a `qweight`. InputError for what does not fit.
+    """Every module with a `qweight`. InputError for tensors that do not fit.
 
     method: its name. group: columns; -1: all. packed_along_k: whether the codes in an int32 of qweight
     are of neighbouring inputs; else of neighbouring outputs.

@@ -1,4 +1,4 @@
-"""What a layer's schemes learn: its quantized outputs are brought near to its float ones.
+"""Learning in a layer: its quantized outputs are brought near to its float ones.
 
 Teacher and student are the same layer on the same inputs. A step's gradients are those of single
 batches, each computed by one thread and summed in their order: workers change nothing.
@@ -42,10 +42,10 @@ class Course:
         self._learners = learners
         self._each = list(dict.fromkeys(learners.values()))
         self._targets: dict[int, Tensor] = {}
-        self._left = layer.run.budget  # bytes; what is not held is computed again
+        self._left = layer.run.budget  # bytes; other targets are computed again
 
     def learn(self, schedule: Schedule, generator: torch.Generator) -> tuple[float, float]:
-        """Learn; the loss before and after. What was learned is what had the lower one.
+        """Learn; the loss before and after. The learners keep the state with the lower one.
 
         Loss: squared error of the layer's outputs over their sum of squares, on all batches.
         """
@@ -120,13 +120,13 @@ class Course:
         return [matrix for matrix, its in self._learners.items() if its is learner]
 
     def loss(self) -> float:
-        """As the learners have it now."""
+        """With the present state of the learners."""
         for learner in self._each:
             learner.begin()
         return self._loss(lambda: Tap(self._matrices, _Student(self._learners)))
 
     def served_loss(self, quantizer: Quantizer) -> float:
-        """By the engine's arithmetic."""
+        """With the engine's arithmetic."""
         engine = self._layer.engine(quantizer)
         return self._loss(lambda: Tap(self._matrices, engine))
 
@@ -163,7 +163,7 @@ class Course:
 
 
 class _Student:
-    """A listener that computes with what the learners have."""
+    """A listener that computes with the learners."""
 
     def __init__(self, learners: Mapping[Matrix, Learner]) -> None:
         self._learners = learners
@@ -177,7 +177,7 @@ class _Student:
 class LearningGroup:
     """Matrices that read the same input and have one scheme, which learns.
 
-    producer: what makes their input, if its channels can be scaled.
+    producer: the source of their input, if its channels can be scaled.
     """
 
     scheme: Scheme
@@ -196,7 +196,7 @@ class LearningGroup:
 def learning_groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
     """Every group of a layer, in the order of the layer's matrices.
 
-    InputError where some rows of one matrix, or some modules that the engine merges, learn alone.
+    InputError if only some rows of one matrix learn.
     """
     leaders = layout.leaders()
     matrices_of: dict[tuple[Matrix, Scheme], list[Matrix]] = defaultdict(list)
@@ -228,7 +228,7 @@ def learning_groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
 
 
 def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
-    """What makes the group's input, each channel for one column; other matrices may read it, too."""
+    """The source of the group's input, each channel for one column; other matrices may read it, too."""
     for producer in layout.producers():
         read = {reader.matrix: reader.channels for reader in producer.readers}
         if all(matrix in read for matrix in matrices):
@@ -271,7 +271,7 @@ def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scal
 
 
 def schedule_of(groups: Iterable[LearningGroup]) -> Schedule:
-    """The one schedule of a layer. InputError where its groups have several."""
+    """The one schedule of a layer. InputError if its groups have several."""
     schedules = {group.scheme.schedule: group for group in groups}
     if len(schedules) > 1:
         names = [f"`{group.modules[0]}`" for group in schedules.values()]
@@ -289,7 +289,7 @@ def settle(
     by_matrix: Mapping[Matrix, Learner],
     segments: Segments,
 ) -> dict[str, Stats]:
-    """What every module of the groups takes: its own rows of what is by row."""
+    """Stats of every module of the groups; of those by row, its own rows."""
     stats_of: dict[str, Stats] = {}
     for group in groups:
         for matrix in group.matrices:
@@ -309,8 +309,8 @@ def learn(
 ) -> tuple[dict[str, Stats], dict[str, Any] | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
-    Nothing is learned of modules that no token reaches. InputError for these where the recipe says so,
-    and where learning goes astray, or does not go together.
+    Nothing is learned of modules that no token reaches. InputError for these if the recipe says so,
+    for groups with different schedules, and if learning diverges.
     """
     policy = layer.run.policy
     generator = torch.Generator().manual_seed(policy.seed * 2**20 + layer.index)

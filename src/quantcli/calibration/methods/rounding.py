@@ -1,11 +1,11 @@
-"""Choose the codes of a layer's weights by what their inputs are, where the recipe wants that.
+"""Choose the codes of a layer's weights by their inputs, if the recipe says so.
 
-Where layers are shown quantized inputs, weights are rounded in the order of data flow (q, k, v, then o,
-then gate and up, then down), each on inputs that those before it make once they are rounded, by the
-engine's arithmetic. Where they are shown float ones, the order does not matter and one pass does.
+If layers are given quantized inputs, weights are rounded in the order of data flow (q, k, v, then o,
+then gate and up, then down), each on the outputs of the rounded ones before it, with the engine's
+arithmetic. If they are given float inputs, the order does not matter, and one pass is enough.
 
-Where a scheme says how inputs are rounded (`as_rounded`), their errors count, too: codes are to make of
-the rounded inputs what the weight made of the others.
+If a scheme also rounds inputs (`as_rounded`), their errors count, too: outputs of codes and rounded
+inputs are brought near to those of the weight and inputs before rounding.
 
 Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
 bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
@@ -73,7 +73,7 @@ class RoundingPass:
         self._left: set[str] = set()  # not rounded yet
 
     def round(self) -> None:
-        """All modules that want it. InputError for NaN and Inf."""
+        """Round all modules that are rounded by data. InputError for NaN and Inf."""
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
         with jobs(self.run.workers, self.run.device) as each:
@@ -106,7 +106,7 @@ class RoundingPass:
         yield from (by_place[place] for place in sorted(by_place))
 
     def _wants_codes(self, module: str) -> bool:
-        """Whether its codes are chosen here; not if a range is missing: it gets another scheme then."""
+        """Whether a module's codes are chosen here. If its range is missing, it gets another scheme."""
         scheme = self.run.policy.scheme(module)
         measured = not self.run.policy.measures(module) or module in self.stats
         return scheme is not None and scheme.rounded_by_data and measured
@@ -123,7 +123,7 @@ class RoundingPass:
     # -- inputs ----------------------------------------------------------------------------------
 
     def _engine(self) -> EngineLinears | None:
-        """The engine's arithmetic for all but what is still to be rounded here."""
+        """The engine's arithmetic for all modules but those that are still to be rounded here."""
         if self.run.policy.inputs == "float":
             return None
         base = quantized(self.run.policy, self.stats)
@@ -136,7 +136,7 @@ class RoundingPass:
         return self.layer.engine(quantizer)
 
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
-        """How the inputs of modules that share them are rounded, where that counts."""
+        """The rounding of the input that some modules share; None if its errors do not count."""
         module_policy = self.run.policy.quantized
         scheme, input_dtype = module_policy[modules[0]].scheme, module_policy[modules[0]].input_dtype
         if scheme.schedule is None or any(module_policy[module].scheme != scheme for module in modules):

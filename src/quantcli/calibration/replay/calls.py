@@ -56,7 +56,7 @@ class _Enough(BaseException):  # no `except Exception` of a model's code may cat
 
 
 class _OtherForm(BaseException):
-    """A layer was not given what the one before returned."""
+    """The input of a layer is not the output of the one before."""
 
 
 class Outline:
@@ -129,7 +129,7 @@ class Outline:
 
 
 def _find(args: tuple[Any, ...], kwargs: dict[str, Any], last: list[Tensor]) -> int | str:
-    """Where the hidden states are: what the layer before returned; the first layer's are the first."""
+    """The place of the hidden states: the output of the layer before, or the first float tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         if isinstance(value, Tensor) and (value is last[0] if last else value.is_floating_point()):

@@ -16,7 +16,7 @@ from quantcli.core.numerics import Parts
 
 
 class Arithmetic(Protocol):
-    """A scheme, or what else computes a linear of its parts."""
+    """A scheme, or anything else that computes a linear of its parts."""
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """x [..., k] -> [..., n]."""
@@ -65,7 +65,7 @@ class EngineLinears:
         return _Piece(rows, piece[0], piece[1], matrix[rows])
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x [..., k] -> [..., n] as the engine computes it; None where all is float."""
+        """x [..., k] -> [..., n] as the engine computes it; None if all of it is float."""
         pieces = self._pieces.get(matrix)
         if pieces is None:
             return None

@@ -44,7 +44,7 @@ class Group:
     """Stored tensors that one conversion of the library turns into one or more parameters."""
 
     target: str  # the first parameter's name
-    converter: Any  # the library's WeightConverter; None where a tensor is only renamed
+    converter: Any  # the library's WeightConverter; None if a tensor is only renamed
     sources: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern, tensor)
 
     def convert(self, read: Read, model: Any) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool) -> None:
         """dtype: safetensors name of the dtype to compute in.
 
-        Raises InputError where transformers cannot build the model, no decoder stack is found, or a
+        Raises InputError if transformers cannot build the model, no decoder stack is found, or a
         parameter of a decoder layer has no stored tensor.
         """
         self.checkpoint = checkpoint
@@ -81,7 +81,7 @@ class Skeleton:
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
-        """Every stored tensor's group, by the index of its layer; -1 for what is outside the stack."""
+        """Every stored tensor's group, by the index of its layer; -1 for those outside of the stack."""
         groups: dict[int, list[Group]] = defaultdict(list)
         by_label: dict[str, Group] = {}
         unused = []
@@ -107,7 +107,7 @@ class Skeleton:
         return self.layers[0][0].rpartition(".")[0]
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """What dtype each parameter and buffer is to have: as from_pretrained would make it."""
+        """The dtype of each parameter and buffer, as from_pretrained would make it."""
         return {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
 
     def _check(self) -> None:
@@ -135,9 +135,9 @@ class Skeleton:
             yield group, group.convert(column, self.model)
 
     def segments(self, index: int) -> dict[str, list[list[Segment]]]:
-        """Whose rows are whose, for every matrix parameter of a layer by its name.
+        """The stored weights in the rows of every matrix parameter of a layer, by its name.
 
-        One list of segments for a matrix [n, k]; one per expert where experts are fused [e, n, k].
+        One list of segments for a matrix [n, k]; one per expert if experts are fused [e, n, k].
         """
         if index not in self._segments:
             self._segments[index] = self._find_segments(index)

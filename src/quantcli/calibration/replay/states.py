@@ -1,6 +1,6 @@
 """Hidden states between two decoder layers: a tensor a batch, in memory as far as allowed, and on disk.
 
-The file is what an interrupted run goes on from, and what is read where memory does not suffice.
+An interrupted run continues from the file, and it is read if memory does not suffice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class States:
 
     @property
     def files(self) -> set[Path]:
-        """Where they are on disk."""
+        """The files that hold them."""
         return {stored.file for stored in self.stored.values()}
 
     def hold(self, batch: int, hidden: Tensor) -> None:
@@ -91,7 +91,7 @@ def _stored(path: Path) -> dict[int, StoredTensor]:
 
 
 def load_states(folder: Path, layer: int, shapes: Sequence[TensorSpec], budget: int) -> States | None:
-    """The states that an earlier run left; None where there are none of these shapes."""
+    """The states that an earlier run left; None if there are none of these shapes."""
     path = folder / states_file(layer)
     try:
         stored = _stored(path)

@@ -27,7 +27,7 @@ class Matrix:
 
 
 class Listener(Protocol):
-    """What wants to know of a layer's matrix multiplications."""
+    """Anything that sees, or replaces, a layer's matrix multiplications."""
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [..., k] is about to be multiplied; a result [..., n] to take instead, or None."""
@@ -63,7 +63,7 @@ def linear_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 
 def grouped_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[int]]:
-    """x [tokens, k] sorted by expert, weight [e, k, n], and where each expert's tokens end."""
+    """x [tokens, k] sorted by expert, weight [e, k, n], and the end of each expert's tokens."""
     offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
     assert isinstance(offsets, Tensor)
     return args[0], args[1], [int(end) for end in offsets.tolist()]

@@ -24,7 +24,7 @@ _BLOCK = 2**18  # elements that are looked at together, so that copies of them s
 
 
 class Summary(ABC):
-    """What is kept of a module's inputs. `add` and `added` are called by one thread at a time."""
+    """A summary of a module's inputs. `add` and `added` are called by one thread at a time."""
 
     @abstractmethod
     def of(self, x: Tensor) -> Any:

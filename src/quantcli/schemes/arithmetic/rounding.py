@@ -70,7 +70,7 @@ def channel_scale(
 def scale_of(
     amax: Tensor, limit: float, engine_dtype: torch.dtype, least: Tensor | None = None
 ) -> Tensor:
-    """The same from what `absmax` found, of whatever shares a scale: float32 in the shape of `amax`."""
+    """The same from the largest |w| of values that share a scale: float32 in the shape of `amax`."""
     scale = amax / limit
     if least is not None:
         scale = torch.maximum(scale, least)
