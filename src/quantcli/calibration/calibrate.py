@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from quantcli.calibration.layer import LayerRun, empty_report
+from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.replay.states import States, StatesWriter, load_states
+from quantcli.calibration.report import LayerReport
 from quantcli.calibration.store import Store
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
@@ -45,7 +45,7 @@ class Calibrator:
             for index in range(start, last + 1):
                 states = self._layer(index, states, onward=index < last)
         for index in range(max(done, last + 1), total):
-            self.store.save(index, {}, empty_report(self._skeleton.layers[index][0]))
+            self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
         self.store.drop_states()
 
     def _has_work(self, index: int) -> bool:
@@ -114,11 +114,11 @@ class Calibrator:
         return following
 
 
-def _not_rounded(report: Mapping[str, Any]) -> Iterator[str]:
+def _not_rounded(report: LayerReport) -> Iterator[str]:
     """A line for each reason why weights are rounded to nearest instead of by data."""
     reasons: dict[str, list[str]] = {}
-    for module, module_report in sorted(report["modules"].items()):
-        if why := module_report.get("rounded_to_nearest"):
+    for module, module_report in sorted(report.modules.items()):
+        if why := module_report.rounded_to_nearest:
             reasons.setdefault(why, []).append(module)
     for why, modules in sorted(reasons.items()):
         more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""

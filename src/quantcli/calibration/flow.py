@@ -2,9 +2,9 @@
 
 While a layer runs, every tensor of interest has a shadow of its shape that holds, instead of values,
 the number of the channel that each element came from, and the token. Functions that move elements
-(views, transposes, look-ups) move the shadow in the same way. Any other use of a channel is an escape: scaling
-the channel could change its result. So a group that is reported is right, whatever the architecture,
-and one that the rules do not cover is left alone.
+(views, transposes, look-ups) move the shadow in the same way. Any other use of a channel is an escape:
+scaling the channel could change its result. So a group that is reported is right, whatever the
+architecture, and one that the rules do not cover is left alone.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """One decoder layer's part of a calibration.
 
 The layer is run several times: on a few tokens, to see which matrix reads which channels; on all
-samples for smoothing, for ranges, and for the choice of codes (see `rounding`); and, if later layers are given
-quantized inputs, on all samples with the engine's arithmetic.
+samples for smoothing, for ranges, and for the choice of codes (see `rounding`); and, if later layers
+are given quantized inputs, on all samples with the engine's arithmetic.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from quantcli.calibration.policy import not_finite, unreached
 from quantcli.calibration.replay.replay import Sink
 from quantcli.calibration.replay.states import States
 from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.report import LayerReport, ModuleReport
 from quantcli.calibration.shown import quantized, running
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Watch
@@ -34,21 +34,14 @@ from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 
 
-def empty_report(name: str) -> dict[str, Any]:
-    """The report of a layer that has no statistics."""
-    report: dict[str, Any] = {"layer": name, "modules": {}, "smoothed": [], "edits": {}}
-    return report | {"uncalibrated": []}
-
-
 @dataclass
 class LayerRun:
-    """A layer, its inputs, and its statistics; `report` is JSON-able."""
+    """A layer, its inputs, and its statistics."""
 
     layer: LoadedLayer
-    report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.report = empty_report(self.layer.name)
+        self.report = LayerReport(self.layer.name)
 
     @property
     def run(self) -> CalibrationRun:
@@ -58,11 +51,11 @@ class LayerRun:
     @property
     def note(self) -> str:
         """A remark for the progress display."""
-        learned = self.report.get("learned")
+        learned = self.report.learned
         if learned is None:
             return ""
-        text = f"loss {learned['loss_before']:.2e} -> {learned['loss_after']:.2e}"
-        return text if learned["kept"] != "the start" else f"{text}: no better, kept as it was"
+        text = f"loss {learned.loss_before:.2e} -> {learned.loss_after:.2e}"
+        return text if learned.kept != "the start" else f"{text}: no better, kept as it was"
 
     def measure(self, sink: Sink | None) -> dict[str, Tensor]:
         """Statistics and edits by their names in the store; `sink` takes the layer's outputs.
@@ -76,19 +69,18 @@ class LayerRun:
             layout = self._look()
             self._check_siblings(layout)
             groups = learning_groups(layout, self.run.policy)
-            self.report["smoothed"] = smooth(self.layer, layout, edits)
+            self.report.smoothed = smooth(self.layer, layout, edits)
             if not edits and not groups:
                 stats = self._ranges(layout, learned, edits, sink)
         if groups:
             with self.layer.loaded(edits):
-                learned, learning_report = learn(self.layer, layout, groups, edits)
-            self.report |= {"learned": learning_report} if learning_report else {}
+                learned, self.report.learned = learn(self.layer, layout, groups, edits)
         if edits or groups:
             with self.layer.loaded(edits):
                 stats = self._ranges(layout, learned, edits, sink)
         stored = self.run.skeleton.checkpoint.tensors
         edits = {name: factors for name, factors in edits.items() if name in stored}
-        vectors, self.report["edits"] = pack_edits(edits)
+        vectors, self.report.edits = pack_edits(edits)
         return vectors | {
             f"stats.{module}.{name}": tensor
             for module, module_stats in stats.items()
@@ -152,24 +144,15 @@ class LayerRun:
         as_quantized = inputs == "quantized" and sink is not None
         self.layer.watch(watch, None if as_quantized else sink)
         stats = learned | self._settle(observers)
-        rounding = RoundingPass(self.layer, layout, edits, stats)
-        rounding.round()
+        for matrix, segments in layout.matrices():
+            for module in (s.module for s in segments):
+                tensors = stats.get(module, NO_STATS).items()
+                numbers = {name: float(tensor) for name, tensor in tensors if tensor.shape == (1,)}
+                self.report.modules[module] = ModuleReport(watch.tokens[matrix], numbers)
+        RoundingPass(self.layer, layout, edits, stats, self.report.modules).round()
         self._measure_served(learned, stats)
         if as_quantized:
             self._run_quantized(stats, sink)
-        for matrix, segments in layout.matrices():
-            for module in (s.module for s in segments):
-                numbers = {
-                    name: float(tensor)
-                    for name, tensor in stats.get(module, NO_STATS).items()
-                    if tensor.shape == (1,)
-                }
-                module_report = rounding.report.get(module, {})
-                self.report["modules"][module] = {
-                    "tokens": watch.tokens[matrix],
-                    **numbers,
-                    **module_report,
-                }
         return stats
 
     def _measure_served(self, learned: Mapping[str, Stats], stats: Mapping[str, Stats]) -> None:
@@ -177,8 +160,9 @@ class LayerRun:
         if learned:
             policy = self.run.policy
             only = replace(policy, quantized={m: policy.quantized[m] for m in learned})
+            assert self.report.learned is not None
             loss = Course(self.layer, {}).served_loss(quantized(only, stats))
-            self.report["learned"]["loss_served"] = loss
+            self.report.learned.loss_served = loss
 
     def _run_quantized(self, stats: Mapping[str, Stats], sink: Sink | None) -> None:
         engine = self.layer.engine(quantized(self.run.policy, stats))
@@ -196,7 +180,7 @@ class LayerRun:
         }  # once if shared
         stats = {module: stats_of[o] for module, o in observers.items() if o in stats_of}
         empty = sorted(observers.keys() - stats.keys())
-        self.report["uncalibrated"] = empty
+        self.report.uncalibrated = empty
         if empty and policy.uncalibrated == "error":
             raise unreached(empty, policy.quantized[empty[0]].rule)
         for module in empty if policy.uncalibrated == "group" else ():

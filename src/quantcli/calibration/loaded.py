@@ -56,7 +56,7 @@ class CalibrationRun:
 
     @property
     def probe(self) -> Batch:
-        """The first tokens of the first sample, to see which tensor goes where."""
+        """The first tokens of the first sample."""
         return self.replay.batches[-1]
 
 

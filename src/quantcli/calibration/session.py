@@ -47,7 +47,7 @@ from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
-PROBE_TOKENS = 32  # of one sample: enough to see which tensor goes where
+PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
 
 
 @dataclass(frozen=True)

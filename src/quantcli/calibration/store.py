@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli.calibration.report import LayerReport
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -96,7 +97,7 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
-    def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+    def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
         specs = [
             TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
@@ -111,7 +112,8 @@ class Store:
         except BaseException:
             writer.abandon()
             raise
-        signed = {**report, "sha256": _seal(self.folder / layer_file(index), report)}
+        document = report.document()
+        signed = {**document, "sha256": _seal(self.folder / layer_file(index), document)}
         text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(self.folder / _report(index), text.encode())
 

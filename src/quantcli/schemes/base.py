@@ -49,8 +49,8 @@ class Scheme(BaseModel, ABC):
 
     @property
     def unserved(self) -> str | None:
-        """Name of the fallback scheme for a module that the engine cannot serve with this one; None: that
-        is an error."""
+        """Name of the fallback scheme for a module that the engine cannot serve with this one; None:
+        that is an error."""
         return None
 
     @property
@@ -109,7 +109,7 @@ class Scheme(BaseModel, ABC):
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
         engine_dtype: in which the engine will hold `weight_scale`; codes are chosen against it.
         constants: the result of `constants` for this module, and the `row_stats` of these rows.
-        bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
+        bias: [n], the module's bias for these rows; matters if the engine adds it to the codes' sum.
 
         Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
         representable in `engine_dtype`), and other parts per row. A row with NaN or Inf gets a scale

@@ -68,7 +68,7 @@ def test_the_function_stays(tmp_path, family):
     with run.skeleton.loaded(index, read_tensor, CPU) as layer:
         run.replay.run(index, layer, states, before.__setitem__)
     tensors = layer_run.measure(None)
-    report = layer_run.report
+    report = layer_run.report.document()
     kinds = {group["producer"].partition("[")[0].rpartition(".")[2] for group in report["smoothed"]}
     assert kinds == EXPECTED[family]
 
@@ -104,7 +104,7 @@ def test_powers_of_two_change_no_bit_of_a_bfloat16_model(tmp_path, family):
         LoadedLayer(CalibrationRun(run.replay, everything(run.skeleton, 1)), 1, Memory(run.states))
     )
     tensors = layer_run.measure(None)
-    for edit in layer_run.report["edits"].values():
+    for edit in layer_run.report.edits.values():
         for kind in ("rows", "columns"):
             if kind in edit:
                 vector = tensors[f"vector.{edit[kind]}"]
@@ -236,5 +236,5 @@ def test_reports_are_json(tmp_path):
     shared = CalibrationRun(run.replay, everything(run.skeleton, 0))
     layer_run = LayerRun(LoadedLayer(shared, 0, Memory(run.states)))
     layer_run.measure(None)
-    text = json.dumps(layer_run.report)
+    text = json.dumps(layer_run.report.document())
     assert '"tokens": 79' in text

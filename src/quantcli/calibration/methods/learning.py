@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from quantcli.calibration.policy import Policy, unreached
 from quantcli.calibration.replay.engine import Quantizer
 from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.report import LearningReport
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
@@ -306,7 +306,7 @@ def settle(
 
 def learn(
     layer: LoadedLayer, layout: LayerLayout, groups: list[LearningGroup], edits: dict[str, EditFactors]
-) -> tuple[dict[str, Stats], dict[str, Any] | None]:
+) -> tuple[dict[str, Stats], LearningReport | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
     Nothing is learned of modules that no token reaches. InputError for these if the recipe says so,
@@ -332,11 +332,11 @@ def learn(
             by_channel = torch.ones(len(group.producer.used))
             by_channel[group.columns] = 1 / scale
             layer.divide(group.producer, by_channel, edits)
-    report = {
-        "modules": sorted(module for group in groups for module in group.modules),
-        "loss_before": before,
-        "loss_after": after,
-        "kept": "what was learned" if after < before else "the start",
-        "condition": max(learner.condition for learner in by_matrix.values()),
-    }
+    report = LearningReport(
+        modules=sorted(module for group in groups for module in group.modules),
+        loss_before=before,
+        loss_after=after,
+        condition=max(learner.condition for learner in by_matrix.values()),
+        kept="what was learned" if after < before else "the start",
+    )
     return settle(groups, by_matrix, layout.segments), report

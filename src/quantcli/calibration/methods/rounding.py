@@ -17,7 +17,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from quantcli.calibration.methods.hessians import Hessian, Inputs, Rounding, add
 from quantcli.calibration.policy import not_finite
 from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.calibration.report import ModuleReport
 from quantcli.calibration.shown import quantized
 from quantcli.calibration.watch import Watch
 from quantcli.checkpoint.header import StoredTensor
@@ -59,17 +59,17 @@ class _Objective:
 class RoundingPass:
     """A loaded layer. edits: of its stored tensors. stats: of its modules, which get their codes.
 
-    report: by module, the relative error of its output, and why it is rounded to nearest if it is.
+    reports: of its modules, which get the errors of their outputs.
     """
 
     layer: LoadedLayer
     layout: LayerLayout
     edits: Mapping[str, EditFactors]
     stats: dict[str, Stats]
+    reports: Mapping[str, ModuleReport]
 
     def __post_init__(self) -> None:
         self.run = self.layer.run
-        self.report: dict[str, dict[str, Any]] = {}
         self._left: set[str] = set()  # not rounded yet
 
     def round(self) -> None:
@@ -194,7 +194,7 @@ class RoundingPass:
             self._round(module, constants, objective, each)
             if objective.feedback is None:
                 why = _SINGULAR if hessian.tokens else _UNREACHED
-                self.report[module]["rounded_to_nearest"] = why
+                self.reports[module].rounded_to_nearest = why
 
     def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
         corrections: list[Tensor | None] = []
@@ -221,8 +221,9 @@ class RoundingPass:
         each(work, range(0, n, _ROWS))
         self.stats[module] = {**self.stats.get(module, NO_STATS), "codes": codes}
         error, nearest, signal = (float(row.sum()) for row in errors)
-        module_errors = {"output_error": error, "output_error_nearest": nearest} if signal else {}
-        self.report[module] = {key: math.sqrt(value / signal) for key, value in module_errors.items()}
+        if signal:
+            relative = {"output_error": error / signal, "output_error_nearest": nearest / signal}
+            self.reports[module].numbers |= {key: math.sqrt(value) for key, value in relative.items()}
 
     def _block(self, module: str, block: slice, row_constants: Parts, objective: _Objective) -> Rounded:
         """Rows of a block, rounded against the scales that `quantize` will find for them."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from quantcli.calibration.channels import LayerLayout, Producer
 from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.calibration.report import SmoothedGroup
 from quantcli.planning.measured import EditFactors
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13
@@ -50,10 +50,10 @@ def scales(
 
 def smooth(
     layer: LoadedLayer, layout: LayerLayout, edits: dict[str, EditFactors]
-) -> list[dict[str, Any]]:
+) -> list[SmoothedGroup]:
     """Add the edits that smooth a loaded layer; a report, one entry a producer."""
     policy = layer.run.policy
-    report: list[dict[str, Any]] = []
+    report: list[SmoothedGroup] = []
     candidates: list[tuple[Producer, float]] = []
     for producer in layout.producers():
         modules = layout.modules(reader.matrix for reader in producer.readers)
@@ -72,12 +72,12 @@ def smooth(
         if bool((scale == 1).all()):
             continue
         report.append(
-            {
-                "producer": producer.name,
-                "alpha": alpha,
-                "least": float(scale.min()),
-                "most": float(scale.max()),
-                "readers": sorted({r.matrix.parameter for r in producer.readers}),
-            }
+            SmoothedGroup(
+                producer.name,
+                alpha,
+                least=float(scale.min()),
+                most=float(scale.max()),
+                readers=sorted({r.matrix.parameter for r in producer.readers}),
+            )
         )
     return report

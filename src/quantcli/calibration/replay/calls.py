@@ -19,7 +19,7 @@ _FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lamb
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one layer; `place` is where its hidden states go, positional or by name."""
+    """The arguments of one layer; `place` is that of its hidden states, positional or by name."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -67,9 +67,9 @@ class Outline:
         self._form: Callable[[Tensor], Any] | None = None
 
     def note(self, forward: Callable[[], Any]) -> tuple[Tensor, list[Call]] | None:
-        """What the first layer is inputs, and the call of every layer in order, while `forward` runs.
+        """The input of the first layer, and the call of every layer in order, while `forward` runs.
 
-        None where the model does not pass hidden states from layer to layer in their order.
+        None if the model does not pass hidden states from layer to layer in their order.
         """
         for form in _FORMS if self._form is None else (self._form,):
             calls: list[Call] = []

@@ -59,7 +59,7 @@ class Group:
 
 
 class Skeleton:
-    """The modules of a model, their parameters on the meta device, and where each comes from.
+    """The modules of a model, their parameters on the meta device, and their sources.
 
     layers: the decoder stack, (name, module) in order.
     unused: stored tensors that the model has no parameter for, such as draft layers.
