@@ -111,8 +111,7 @@ def prepare_session(
 
 
 def _source(plan: Plan) -> TextSource:
-    recipe = plan.recipe
-    block = recipe.file.calibration or Calibration()
+    recipe, block = plan.recipe, _block(plan)
     if block.data is None:
         why = "smoothing" if not plan.measured else f"`{plan.measured[0]}`"
         raise InputError(
@@ -127,14 +126,13 @@ def _source(plan: Plan) -> TextSource:
         length=block.length,
         seed=block.seed,
         pack=block.pack,
-        batch_tokens=1 if _one_by_one(plan, block) else _batch_tokens(plan, block),
+        batch_tokens=_batch_tokens(plan, block),
     )
 
 
 def _check_rounding(plan: Plan) -> None:
     """InputError if codes would be chosen on inputs that depend on the order of the samples."""
-    block = plan.recipe.file.calibration or Calibration()
-    if block.inputs != "running":
+    if _block(plan).inputs != "running":
         return
     items = quantized_items(plan)
     reasons = {
@@ -150,16 +148,18 @@ def _check_rounding(plan: Plan) -> None:
 
 
 def _batch_tokens(plan: Plan, block: Calibration) -> int:
-    """Tokens of a batch. If a scheme learns: half a step's, so that two threads share it."""
-    schedules = [item.scheme.schedule for item in quantized_items(plan)]
-    smallest = min((s.batch for s in schedules if s is not None), default=None)
-    return BATCH_TOKENS if smallest is None else min(BATCH_TOKENS, -(-smallest // 2) * block.length)
+    """Tokens of a batch. 1, for a single sample, if samples are records, which then need no padding, or
+    averages are over samples. If a scheme learns: half a step's, so that two threads share it."""
+    schemes = [item.scheme for item in quantized_items(plan)]
+    if not block.pack or block.inputs == "running" or any(scheme.ordered for scheme in schemes):
+        return 1
+    steps = (scheme.schedule.batch for scheme in schemes if scheme.schedule is not None)
+    return min([BATCH_TOKENS, *(-(-step // 2) * block.length for step in steps)])
 
 
-def _one_by_one(plan: Plan, block: Calibration) -> bool:
-    """Whether each sample is a batch: records alone need no padding, and averages are over samples."""
-    ordered = (item.scheme.ordered for item in quantized_items(plan))
-    return not block.pack or block.inputs == "running" or any(ordered)
+def _block(plan: Plan) -> Calibration:
+    """The recipe's `calibration`, or its defaults."""
+    return plan.recipe.file.calibration or Calibration()
 
 
 def load(session: Session) -> Measured:
@@ -208,12 +208,12 @@ def _probe(first: Batch) -> Batch:
 
 
 def _dtype(plan: Plan) -> str:
-    dtype = (plan.recipe.file.calibration or Calibration()).dtype
+    dtype = _block(plan).dtype
     return plan.serving_dtype if dtype == "auto" else FLOAT_NAMES[dtype]
 
 
 def _policy(plan: Plan) -> Policy:
-    block = plan.recipe.file.calibration or Calibration()
+    block = _block(plan)
     quantized = {
         item.module: Quantized(
             item.scheme,
@@ -293,7 +293,7 @@ def asked(plan: Plan) -> dict[str, Any]:
     counts only then, and if codes are chosen against its scales.
     """
     file = plan.recipe.file
-    block = (file.calibration or Calibration()).model_dump(exclude={"data"})
+    block = _block(plan).model_dump(exclude={"data"})
     identity = {f"calibration.{key}": value for key, value in block.items()}
     identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
     identity["the serving dtype"] = plan.serving_dtype

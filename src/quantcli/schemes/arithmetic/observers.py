@@ -27,12 +27,11 @@ class Summary(ABC):
     """A summary of a module's inputs. `add` and `added` are called by one thread at a time."""
 
     @abstractmethod
-    def of(self, x: Tensor) -> Any:
-        """A small summary of inputs [tokens, k], on the CPU. Threads may call it at the same time."""
+    def of(self, x: Tensor) -> Any | None:
+        """A small summary of inputs [tokens, k], on the CPU; None if there is NaN or Inf among them.
 
-    @abstractmethod
-    def is_finite(self, summary: Any, /) -> bool:
-        """Whether the inputs had neither NaN nor Inf."""
+        Threads may call it at the same time.
+        """
 
     @abstractmethod
     def add(self, summary: Any, /, batch: int) -> None:
@@ -68,10 +67,10 @@ class Observer:
         summary = self._summary.of(x)
         with self._lock:
             self.tokens += len(x)
-            if self._summary.is_finite(summary):
-                self._summary.add(summary, batch)
-            else:
+            if summary is None:
                 self.finite = False
+            else:
+                self._summary.add(summary, batch)
 
     def absorb(self, other: Observer) -> None:
         """Count the inputs that another observer of the same kind has seen as seen here, too."""
@@ -121,14 +120,10 @@ class MinMax(Summary):
     def __init__(self) -> None:
         self._low = self._high = 0.0
 
-    def of(self, x: Tensor) -> tuple[float, float]:
+    def of(self, x: Tensor) -> tuple[float, float] | None:
         """Lowest and highest value."""
-        low, high = x.aminmax()  # NaN comes through
-        return float(low), float(high)
-
-    def is_finite(self, ends: tuple[float, float]) -> bool:
-        """Whether both are."""
-        return all(map(math.isfinite, ends))
+        low, high = map(float, x.aminmax())  # NaN comes through
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
     def add(self, ends: tuple[float, float], batch: int) -> None:
         """Widen the range."""
@@ -185,24 +180,20 @@ class Distribution(Summary):
         self._counts = np.zeros(_PATTERNS, dtype=np.int64)  # by bit pattern
         self._dtype: torch.dtype | None = None
 
-    def of(self, x: Tensor) -> tuple[np.ndarray, torch.dtype]:
+    def of(self, x: Tensor) -> tuple[np.ndarray, torch.dtype] | None:
         """How often each bit pattern occurs, int64 [65536], and the dtype that the bits are of."""
         dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
         if x.device.type != "cpu":
             patterns = x.to(dtype).contiguous().view(torch.int16).flatten().int() & (_PATTERNS - 1)
-            return torch.bincount(patterns, minlength=_PATTERNS).cpu().numpy(), dtype
-        counts = np.zeros(_PATTERNS, dtype=np.int64)
-        for rows in _blocks(x):
-            numbers = rows.to(dtype).contiguous().view(torch.int16).numpy()
-            counts += np.bincount(numbers.view(np.uint16).ravel(), minlength=_PATTERNS)
-        return counts, dtype
-
-    def is_finite(self, counted: tuple[np.ndarray, torch.dtype]) -> bool:
-        """Whether no pattern of Inf or NaN occurs."""
-        counts, dtype = counted
-        infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+            counts = torch.bincount(patterns, minlength=_PATTERNS).cpu().numpy()
+        else:
+            counts = np.zeros(_PATTERNS, dtype=np.int64)
+            for rows in _blocks(x):
+                numbers = rows.to(dtype).contiguous().view(torch.int16).numpy()
+                counts += np.bincount(numbers.view(np.uint16).ravel(), minlength=_PATTERNS)
         # Without its sign, a float orders like the integer it is stored as; NaN stands above Inf.
-        return not counts.reshape(2, -1)[:, infinity:].any()
+        infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+        return None if counts.reshape(2, -1)[:, infinity:].any() else (counts, dtype)
 
     def add(self, counted: tuple[np.ndarray, torch.dtype], batch: int) -> None:
         """Add the counts."""
@@ -247,14 +238,11 @@ class ChannelAmax(Summary):
     def __init__(self) -> None:
         self._amax = torch.zeros(1)
 
-    def of(self, x: Tensor) -> Tensor:
+    def of(self, x: Tensor) -> Tensor | None:
         """Float32 [k]."""
         blocks = _blocks(x) if x.device.type == "cpu" else [x]
-        return torch.cat([rounding.absmax(rows, dim=0) for rows in blocks]).amax(0).cpu()
-
-    def is_finite(self, amax: Tensor) -> bool:
-        """Whether all of it is."""
-        return bool(torch.isfinite(amax).all())
+        amax = torch.cat([rounding.absmax(rows, dim=0) for rows in blocks]).amax(0).cpu()
+        return amax if bool(torch.isfinite(amax).all()) else None
 
     def add(self, amax: Tensor, batch: int) -> None:
         """Take the larger ones."""
