@@ -205,7 +205,7 @@ ROWS = [
         "38 more", also={"layers", "sizes"}, most=3),
     # manifest
     row("digit of the manifest", "dynamic", raw(MANIFEST, replaced(b'"bytes": 1', b'"bytes": 2')),
-        "manifest", "not what was written", **OPEN),
+        "manifest", "changed since it was written", **OPEN),
     row("manifest is no JSON", "dynamic", raw(MANIFEST, lambda data: data[:50]), "manifest",
         "not valid JSON", **OPEN),
     row("manifest leads out of the folder", "dynamic", manifest(moved), "manifest", "outside", **OPEN),

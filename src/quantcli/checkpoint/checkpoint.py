@@ -1,4 +1,4 @@
-"""What is on disk: a model directory, read strictly, headers only.
+"""A model directory on disk, read strictly, headers only.
 
 Nothing here is trusted: names, indexes and links are checked before a path is built
 from them, and no weight is read. Imports no torch.
@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the first thing that is wrong with it as an InputError."""
+    """The checkpoint at `path`. InputError for its first fault."""
     checkpoint = scan_checkpoint(path)
     if checkpoint.problems:
         raise checkpoint.problems[0]
@@ -92,9 +92,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def scan_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path` with all that is suspicious listed in `problems`.
+    """The checkpoint at `path`; its faults are listed in `problems`.
 
-    Raises InputError only where nothing can be shown: no directory, no weights, a damaged header.
+    Raises InputError only if nothing can be shown: no directory, no weights, a damaged header.
     """
     try:
         status = path.stat()

@@ -20,7 +20,7 @@ _BLOCK = 512 * 1024  # elements that are read together
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
     data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return data
 
@@ -78,7 +78,7 @@ def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:
 
 
 def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
-    """Index and value of the first NaN or Inf of a stored tensor; None where there is none."""
+    """Index and value of the first NaN or Inf of a stored tensor; None if all are finite."""
     spec = stored.spec
     if not torch_dtype(spec.dtype).is_floating_point or not spec.numel:
         return None

@@ -31,8 +31,9 @@ JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 def memory_estimate(plan: Work, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. Where
-    rows share a scale, blocks have at least so many; of those, only some columns are ever float32.
+    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. If
+    rows share a scale, a block has at least all of them; only some of their columns are float32 at a
+    time.
     """
     widest = max(
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
@@ -77,8 +78,8 @@ class ShardRun:
         self._stop = threading.Event()
 
     def write(self, shards: Iterable[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write each of these shards that is not there yet. A few are under way at a time, so that no
-        worker waits for the last job of a shard.
+        """Write each of these shards that is not there yet. A few are under way at a time: no worker
+        waits for the last job of a shard.
         """
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
@@ -113,7 +114,7 @@ class ShardRun:
         self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
-        """Whether an earlier run finished this shard and it is still what it was."""
+        """Whether an earlier run finished this shard and it has not changed since."""
         done = self.journal.done.get(shard.file)
         path = self.folder / shard.file
         if done is None or not path.is_file():
@@ -173,7 +174,7 @@ class ShardRun:
     def _emit(
         self, open_shard: OpenShard, item: Quantize | Repack, start: int, packed: dict[str, Tensor]
     ) -> None:
-        """Write what some rows of a module became, from row `start` on."""
+        """Write the tensors of some rows of a module, from row `start` on."""
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
             if out.name not in item.constants:
                 place = item.first_row(out, start) * out.row_nbytes
@@ -191,7 +192,7 @@ def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Rows of one item: what a worker takes at a time."""
+    """Rows of one item, for one worker."""
 
     item: Item
     start: int
@@ -217,7 +218,7 @@ def _share(stored: StoredTensor, rows: int) -> int:
 
 
 def _multiple(rows: int, of: int) -> int:
-    """About so many rows, and at least one, as a multiple."""
+    """The largest multiple of `of` that is at most `rows`; at least `of`."""
     return max(of, rows // of * of)
 
 
