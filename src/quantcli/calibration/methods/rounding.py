@@ -57,9 +57,9 @@ class _Objective:
 
 @dataclass
 class RoundingPass:
-    """A loaded layer. edits: of its stored tensors. stats: of its modules, which get their codes.
+    """A loaded layer. edits: of its stored tensors. stats: of its modules; codes are added.
 
-    reports: of its modules, which get the errors of their outputs.
+    reports: of its modules; the errors of their outputs are added.
     """
 
     layer: LoadedLayer
@@ -137,10 +137,10 @@ class RoundingPass:
 
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
         """The rounding of the input that some modules share; None if its errors do not count."""
-        module_policy = self.run.policy.quantized
-        scheme, input_dtype = module_policy[modules[0]].scheme, module_policy[modules[0]].input_dtype
-        if scheme.schedule is None or any(module_policy[module].scheme != scheme for module in modules):
+        scheme = self._scheme(modules[0])
+        if scheme.schedule is None or any(self._scheme(module) != scheme for module in modules):
             return None
+        input_dtype = self.run.policy.quantized[modules[0]].input_dtype
         constants = scheme.constants(self.stats[modules[0]], input_dtype)
 
         def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,9 +198,8 @@ class RoundingPass:
 
     def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
         corrections: list[Tensor | None] = []
-        each(
-            lambda _: corrections.append(hessian.toward(DAMPING)), range(1)
-        )  # on one thread, as all here
+        # on one thread, as all here
+        each(lambda _: corrections.append(hessian.toward(DAMPING)), range(1))
         return corrections[0] if hessian.tokens else None
 
     def _round(self, module: str, constants: Parts, objective: _Objective, each: Each) -> None:
