@@ -39,7 +39,7 @@ class Watch:
         with self._lock:
             self.tokens.update(tokens)
 
-    def see(self, matrix: Matrix, x: Tensor, batch: int) -> None:
+    def show(self, matrix: Matrix, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding."""
         for looker in self._lookers.get(matrix, ()):
             looker.update(x, batch)
@@ -62,7 +62,7 @@ class _BatchWatch:
             if tokens is not None:
                 rows = rows[self._mask.flatten()[tokens.cpu()].to(rows.device)]
         self.tokens[matrix] += len(rows)
-        self._watch.see(matrix, rows, self._number)
+        self._watch.show(matrix, rows, self._number)
         engine = self._watch.engine
         return None if engine is None else engine.linear(matrix, x, bias)
 

@@ -69,11 +69,15 @@ class Source:
 
     def contradicted(self, stored: StoredTensor, expected: str) -> InputError:
         """The error for a tensor that does not fit the settings."""
-        return InputError(
-            f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}",
-            where=f"`{stored.spec.name}` in {stored.file.name}",
-            fix=f"{AGAIN}, with the {self.where} that belongs to it",
+        what = (
+            f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}"
         )
+        return wrong(stored, what, f"{AGAIN}, with the {self.where} that belongs to it")
+
+
+def wrong(stored: StoredTensor, what: str, fix: str = AGAIN) -> InputError:
+    """The error for a stored tensor."""
+    return InputError(what, where=f"`{stored.spec.name}` in {stored.file.name}", fix=fix)
 
 
 Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
@@ -82,11 +86,8 @@ Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
 def needed(module: str, tensors: Tensors, suffix: str, codes: StoredTensor) -> StoredTensor:
     """The module's tensor with this suffix."""
     if suffix not in tensors:
-        raise InputError(
-            f"`{module}.{suffix}` is missing: without it the codes in `{codes.spec.name}` mean nothing",
-            where=f"`{codes.spec.name}` in {codes.file.name}",
-            fix=AGAIN,
-        )
+        reason = f"without it the codes in `{codes.spec.name}` mean nothing"
+        raise wrong(codes, f"`{module}.{suffix}` is missing: {reason}")
     return tensors[suffix]
 
 
@@ -94,22 +95,15 @@ def must_be(stored: StoredTensor, dtypes: Sequence[str], shape: tuple[int, ...],
     """InputError for another dtype or shape. why: the subject that has these, for the message."""
     spec = stored.spec
     if spec.dtype not in dtypes or spec.shape != shape:
-        raise InputError(
-            f"is {spec}; {why} has {' or '.join(dtypes)} {list(shape)}",
-            where=f"`{spec.name}` in {stored.file.name}",
-            fix=AGAIN,
-        )
+        raise wrong(stored, f"is {spec}; {why} has {' or '.join(dtypes)} {list(shape)}")
 
 
 def matrix(stored: StoredTensor) -> tuple[int, int]:
     """The sides of codes; InputError if they are not a matrix, or an empty one."""
     shape = stored.spec.shape
     if len(shape) != 2 or not stored.spec.numel:
-        raise InputError(
-            f"codes are {stored.spec}; this version decodes matrices, experts one by one",
-            where=f"`{stored.spec.name}` in {stored.file.name}",
-            fix="start from the float checkpoint",
-        )
+        what = f"codes are {stored.spec}; this version decodes matrices, experts one by one"
+        raise wrong(stored, what, "start from the float checkpoint")
     return shape[0], shape[1]
 
 

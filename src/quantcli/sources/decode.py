@@ -18,7 +18,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
-from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded
+from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded, wrong
 from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import StoredCheckpoint, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
@@ -66,7 +66,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         elif name == weight.parts[0].spec.name:
             if weight.spec.name != name and weight.spec.name in checkpoint.tensors:
                 what = f"the module has codes, and `{weight.spec.name}` as well: which is its weight?"
-                raise InputError(what, where=f"`{name}` in {tensor.file.name}", fix=AGAIN)
+                raise wrong(tensor, what)
             tensors[weight.spec.name] = weight
     if own:
         must_be_sound(own, _OF_TENSORS)
@@ -132,27 +132,26 @@ def _refuse_code(
     module, _, suffix = spec.name.rpartition(".")
     if not is_quantized(spec) and suffix not in _BESIDE:
         return
-    where = f"`{spec.name}` in {tensor.file.name}"
-    for finding in findings:
+    errors = [finding for finding in findings if finding.severity == "error"]
+    for finding in errors:
         message = f"{finding.what} {finding.where}"
-        if finding.severity == "error" and (f"`{module}`" in message or f"`{module}." in message):
-            raise InputError(finding.what, where=finding.where or where, fix=finding.fix or AGAIN)
+        if f"`{module}`" in message or f"`{module}." in message:
+            raise _error_of(finding, tensor)
     if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in _BESIDE:
-        what = f"`{spec.name}` belongs to no weight: the module has no codes"
-        raise InputError(what, where=where, fix=AGAIN)
-    if errors := [finding for finding in findings if finding.severity == "error"]:
-        raise InputError(errors[0].what, where=errors[0].where or where, fix=errors[0].fix or AGAIN)
+        raise wrong(tensor, f"`{spec.name}` belongs to no weight: the module has no codes")
+    if errors:
+        raise _error_of(errors[0], tensor)
     if not weights:
         what = f"is {spec}: config.json declares this format, but no tensor uses it"
-        raise InputError(what, where=where, fix=_FLOAT)
-    count, kind = len(weights), weights[0].kind
-    example = weights[0].spec.name.removesuffix(".weight")
-    raise InputError(
-        f"formats are mixed: {count} modules such as `{example}` are {kind}, and `{module}` with its "
-        f"{suffix} {spec} is not",
-        where=where,
-        fix=_FLOAT,
-    )
+        raise wrong(tensor, what, _FLOAT)
+    example = f"{len(weights)} modules such as `{weights[0].spec.name.removesuffix('.weight')}`"
+    other = f"`{module}` with its {suffix} {spec} is not"
+    raise wrong(tensor, f"formats are mixed: {example} are {weights[0].kind}, and {other}", _FLOAT)
+
+
+def _error_of(finding: Finding, tensor: StoredTensor) -> InputError:
+    where = finding.where or f"`{tensor.spec.name}` in {tensor.file.name}"
+    return InputError(finding.what, where=where, fix=finding.fix or AGAIN)
 
 
 # suffixes of tensors that accompany codes, in any format

@@ -14,8 +14,7 @@ from torch import Tensor
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values
-from quantcli.core.errors import InputError
-from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
+from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer
@@ -33,19 +32,13 @@ def read(source: Source) -> Iterator[Encoded]:
             continue
         if weight.spec.dtype != "F8_E4M3":
             kind = _OTHER_FP8.get(weight.spec.dtype, weight.spec.dtype)
-            raise InputError(
-                f"codes are fp8 {kind}: only e4m3 is decoded",
-                where=f"`{weight.spec.name}` in {weight.file.name}",
-                fix=_FLOAT,
-            )
+            raise wrong(weight, f"codes are fp8 {kind}: only e4m3 is decoded", _FLOAT)
         n, k = matrix(weight)
         scales = [tensors[suffix] for suffix in _WEIGHT_SCALES if suffix in tensors]
         if len(scales) != 1:
             first, second = (f"`{module}.{suffix}`" for suffix in _WEIGHT_SCALES)
-            what = f"there is neither {first} nor {second}"
-            if scales:
-                what = f"there are both {first} and {second}"
-            raise InputError(what, where=f"`{weight.spec.name}` in {weight.file.name}", fix=AGAIN)
+            both = f"there are both {first} and {second}"
+            raise wrong(weight, both if scales else f"there is neither {first} nor {second}")
         scale, tile, kind = _tiles(source, scales[0], (n, k), block)
         parts = [weight, scale, *(tensors[suffix] for suffix in _OF_INPUTS if suffix in tensors)]
         yield encoded(module, (n, k), parts, partial(open_rows, weight, scale, tile), kind)
@@ -68,11 +61,7 @@ def _tiles(
     n, k = sides
     shape = scale.spec.shape
     if scale.spec.dtype not in SCALES:
-        raise InputError(
-            f"scale is {scale.spec}; it must be float",
-            where=f"`{scale.spec.name}` in {scale.file.name}",
-            fix=AGAIN,
-        )
+        raise wrong(scale, f"scale is {scale.spec}; it must be float")
     if block is not None:
         expected = -(-n // block[0]), -(-k // block[1])
         if shape != expected:
