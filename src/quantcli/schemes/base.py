@@ -15,6 +15,9 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes.arithmetic.observers import Observer
 
+# float [n], or [..., n] of stacked weights; None if a module has none
+Bias: TypeAlias = Tensor | None
+
 
 class Scheme(BaseModel, ABC):
     """How numbers are rounded. The fields of a subclass are its options in a recipe.
@@ -98,11 +101,7 @@ class Scheme(BaseModel, ABC):
 
     @abstractmethod
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes and scales of whole rows.
 
@@ -145,7 +144,7 @@ class Scheme(BaseModel, ABC):
         return parts["weight"].float() * parts["weight_scale"]
 
     @abstractmethod
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The linear as the engine computes it: x [..., k] -> [..., n], in the dtype of x."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp8, rounding
 from quantcli.schemes.arithmetic.observers import Observer, input_observer
-from quantcli.schemes.base import Scheme, check_input_scale, has_effect
+from quantcli.schemes.base import Bias, Scheme, check_input_scale, has_effect
 
 _STEPS = 16  # scales tried per power of two
 _WIDER, _NARROWER = 1, 4  # powers of two tried on either side of the whole range
@@ -67,11 +67,7 @@ class Fp8Static(Scheme):
         return {"input_scale": scale}
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [1] from `weight_amax`, input_scale."""
         scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), engine_dtype)
@@ -79,7 +75,7 @@ class Fp8Static(Scheme):
         input_scale = constants["input_scale"].to(rows.device)
         return {"weight": codes, "weight_scale": scale, "input_scale": input_scale}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * (input_scale * weight_scale) + bias in float32, rounded to x.dtype."""
         codes = fp8.static_codes(x, parts["input_scale"])
         y = codes @ parts["weight"].float().mT

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding, tiles
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Bias, Scheme
 
 LARGEST, LEAST = 7.0, -8.0  # int4 codes
 _RANGES = {"int4": (LEAST, LARGEST), "int8": (-128.0, 127.0)}
@@ -75,11 +75,7 @@ class IntegerWeights(Scheme):
         return rounding.to_int8(rows, scale), scale
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
         codes, scale = self.nearest(rows, engine_dtype)

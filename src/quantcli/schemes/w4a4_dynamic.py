@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import LARGEST, Int4Weights
 
 
@@ -27,7 +28,7 @@ class W4A4Dynamic(Int4Weights):
         """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1] whatever `engine_dtype` is."""
         return super().nearest(rows, torch.float32)
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f16((f32(sum_k xq wq) * weight_scale) * token_scale), cast to x.dtype, then + bias.
 
         The kernel puts out float16 whatever the model is served in; the sum is exact in float64.

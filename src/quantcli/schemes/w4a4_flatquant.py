@@ -13,7 +13,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
-from quantcli.schemes.base import Learner, LearningTask, Schedule
+from quantcli.schemes.base import Bias, Learner, LearningTask, Schedule
 from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
 
 SHARED = ("left_trans", "right_trans", "clip_ratio")
@@ -127,11 +127,7 @@ class W4A4FlatQuant(Int4Weights):
         }
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k] in -8..7 and weight_scale float32 [..., n, 1] of the transformed rows,
         and left_trans, right_trans, clip_ratio as `constants` has them."""
@@ -165,7 +161,7 @@ class W4A4FlatQuant(Int4Weights):
         """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
         return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The kernel `npu_kronecker_quant`, then an int4 product, with all their roundings.
 
         t = f16(L^T (X R)), m = max |t| of a token, token_scale = m clip_ratio / 7 and

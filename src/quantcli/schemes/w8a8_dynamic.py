@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import IntegerWeights
 
 
@@ -21,6 +22,6 @@ class W8A8Dynamic(IntegerWeights):
         """Int8 per channel x int8 per token, dynamic."""
         return Numerics(Operand("int8", "channel"), Operand("int8", "token", dynamic=True))
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (f32(sum_k xq wq) * weight_scale) * token_scale + bias, rounded once to x.dtype."""
         return rounding.linear_int8_tokens(x, parts["weight"], parts["weight_scale"], bias)

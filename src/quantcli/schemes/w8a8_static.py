@@ -19,7 +19,7 @@ from quantcli.schemes.arithmetic.static_int8 import (
     row_parts,
     to_codes,
 )
-from quantcli.schemes.base import check_input_scale, has_effect
+from quantcli.schemes.base import Bias, check_input_scale, has_effect
 from quantcli.schemes.integer import IntegerWeights, chosen
 
 WEIGHT = Operand("int8", "channel")
@@ -102,7 +102,7 @@ class Int8Static(IntegerWeights):
             raise InputError(f"input_offset {float(offset)} is not an int8", fix="calibrate again")
         return {"input_scale": scale, "input_offset": offset}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f32(sum_k xq wq + quant_bias) * deq_scale, rounded once to x.dtype; the sum is exact.
 
         x: [..., k]. `bias` is ignored, as it is by the engine: it is in quant_bias. Parts without
@@ -137,11 +137,7 @@ class W8A8Static(Int8Static):
     name: ClassVar[str] = "w8a8_static"
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
