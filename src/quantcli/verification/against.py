@@ -35,7 +35,7 @@ from quantcli.verification.reference import (
     difference,
     other_model,
 )
-from quantcli.verification.structure import Structure, layer_of
+from quantcli.verification.structure import Structure, faults_of_model, layer_of
 
 _LARGE = 1000  # modules: in a larger model, only the worst keep their histograms in the report
 
@@ -56,6 +56,7 @@ def verify_against(
         report.add([different])
         report.count("source", 1)
         return
+    report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
     ours = Reference(stored.checkpoint, None, stored)
     report.add(compare_names(ours, reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
-from quantcli.checkpoint.inspection import tied_embeddings
+from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
@@ -93,8 +93,7 @@ class Description:
             fix = f"the engine stops at `{weights[0]}`: {AGAIN}" if weights else AGAIN
             yield failed("description", f"does not describe {some(undescribed)}", DESCRIPTION, fix)
         head = absent_head({name: stored.spec for name, stored in tensors.items()})
-        untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then the tensor is lost
-        if head and head not in self.entries and not untied:
+        if head and head not in self.entries and lm_head(self.checkpoint) == "tied":
             fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
             yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
 
