@@ -27,6 +27,7 @@ from quantcli.targets.base import (
     ScalePart,
     StoredCheckpoint,
     Target,
+    must_be_readable,
     must_be_sound,
     target_of,
 )
@@ -68,6 +69,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     """
     origin = _origin(checkpoint, target)
     stored = origin.open_stored(checkpoint)
+    must_be_readable(stored)
     must_be_sound(stored)
     if not stored.modules:
         raise InputError(

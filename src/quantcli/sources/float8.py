@@ -15,6 +15,7 @@ from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values
 from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
+from quantcli.targets.fp8.config import E4M3
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer
@@ -24,7 +25,7 @@ _OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale
 def read(source: Source) -> Iterator[Encoded]:
     """Every FP8 module, if config.json says `fp8`. InputError for tensors that do not fit."""
     block = _block(source)
-    if source.word("fmt", "e4m3") != "e4m3":
+    if source.word("fmt", "e4m3") not in E4M3:
         raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
     for module, tensors in source.modules.items():
         weight = tensors.get("weight")

@@ -10,15 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
+from quantcli.checkpoint.checkpoint import (
+    CONFIG,
+    QUANTIZATION_KEYS,
+    Checkpoint,
+    open_checkpoint,
+    read_json_file,
+)
+from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.encoded import decoded_kinds
+from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.disk import sha256_of
+from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import StoredCheckpoint, Target, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, must_be_sound, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
+from quantcli.targets.stored_format import some
 from quantcli.verification.compare import Weight, rows_of
 from quantcli.verification.outcome import CONVERT
 
@@ -38,6 +48,11 @@ class Reference:
         """The quantized modules by name."""
         return {} if self.stored is None else self.stored.modules
 
+    @property
+    def unchecked(self) -> Mapping[str, str]:
+        """The formats of quantized modules that this version cannot read, by name."""
+        return {} if self.stored is None else self.stored.unchecked
+
     def quantized(self, name: str) -> StoredModule | None:
         """The quantized module of the tensor MODULE.weight; None for any other tensor."""
         return self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -48,10 +63,12 @@ class Reference:
 
     def names(self) -> set[str]:
         """Tensors with a meaning of their own: not the scales and other parts of modules."""
-        return own_names(self.checkpoint.tensors, self.modules)
+        return own_names(self.checkpoint.tensors, self.modules, self.unchecked)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one of `names`: of its codes, if the module is quantized."""
+        if name.removesuffix(".weight") in self.unchecked:
+            return 0
         module = self.quantized(name)
         return (module.codes if module else self.checkpoint.tensors[name]).spec.nbytes
 
@@ -62,7 +79,11 @@ def open_reference(path: Path) -> Reference:
     target = target_of(checkpoint)
     if target is None:
         return Reference(decoded(checkpoint))
-    return Reference(checkpoint, target, target.open_stored(checkpoint))
+    stored = target.open_stored(checkpoint)
+    must_be_sound(
+        stored, {"parameters"}
+    )  # codes of a module that is not read would be taken for weights
+    return Reference(checkpoint, target, stored)
 
 
 def difference(before: StoredTensor, after: StoredTensor) -> str | None:
@@ -128,10 +149,17 @@ def _scale(weight: Tensor, codes: Tensor) -> Tensor:
 def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
     """Findings for tensors that one of the models lacks; a note if the other one is quantized."""
     names, reference_names = ours.names(), reference.names()
-    for name in sorted(reference_names - names):
+    for name in sorted(name for name in reference_names - names if not of_cache(name)):
         yield failed("source", f"`{name}` of the other model is missing", None, CONVERT)
+    cache = []
     for name in sorted(names - reference_names):
-        yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+        if of_cache(name):
+            cache.append(name)
+        else:
+            yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+    if cache:
+        what = f"the cache of keys and values is quantized: nothing is compared with {some(cache)}"
+        yield noted("source", what)
     kinds = decoded_kinds(reference.checkpoint.tensors.values())
     if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
         what = (
@@ -141,34 +169,80 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
 
 
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
-    """Findings for files of the other model that are missing here, or differ."""
+    """Findings for files of the other model that are missing here, or differ.
+
+    This tool copies them byte for byte, and writes a manifest. Other producers load and save the model:
+    they leave files out, write the rest in another order, and add the defaults of their version.
+    """
+    copied = (ours.path / MANIFEST).is_file()
     for name in sorted(reference.aux):
-        if not (ours.path / name).is_file():
-            fix = "copy it from the other model"
-            yield failed("source", "file of the other model is missing", name, fix)
-        elif sha256_of(ours.path / name) != sha256_of(reference.path / name):
+        own, other = ours.path / name, reference.path / name
+        if not own.is_file():
+            what, fix = "file of the other model is missing", "copy it from the other model"
+            yield failed("source", what, name, fix) if copied else noted("source", what, name)
+        elif sha256_of(own) != sha256_of(other):
             if name == CONFIG:
-                yield from _config(ours.config, reference.config)
-            else:
+                same = len({"rope_parameters" in model.text_config for model in (ours, reference)}) == 1
+                first, second = (m.config if same else _one_rope(m.config) for m in (ours, reference))
+                yield from _config(first, second, copied)
+            elif copied or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
 
 
+# keys of JSON files, at any level, that tell of the program that saved them
+_OF_PRODUCER = {"transformers_version", "_name_or_path"}
 # keys of config.json, at any level, that conversion sets or removes
 _MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # what `rope_parameters` replaces
 
 
-def _config(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
-    """Findings for keys of config.json that differ, though conversion does not touch them."""
-    for key in sorted({*ours, *reference} - _MAY_CHANGE):
+def _same_settings(own: Path, other: Path) -> bool:
+    """Whether two JSON files say the same, whatever their order, and the program that saved them."""
+    try:
+        tables = [read_json_file(path) for path in (own, other)]
+    except InputError:
+        return False
+    first, second = ({k: v for k, v in t.items() if k not in _OF_PRODUCER} for t in tables)
+    return first == second
+
+
+def _one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with one object for rotary embeddings, at each level.
+
+    Source: transformers 5.23, modeling_rope_utils.py, standardize_rope_params: `rope_parameters` holds
+    what older versions have under three keys.
+    """
+    table = {k: _one_rope(v) if isinstance(v, dict) else v for k, v in config.items()}
+    new, old = table.get("rope_parameters"), table.get("rope_scaling")
+    rope = {**(old if isinstance(old, dict) else {}), **(new if isinstance(new, dict) else {})}
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        return table
+    rope |= {key: table[key] for key in _ROPE if key != "rope_scaling" and table.get(key) is not None}
+    if not rope:
+        return table
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    return {k: v for k, v in table.items() if k not in _ROPE} | {"rope_parameters": rope}
+
+
+def _config(ours: Any, reference: Any, copied: bool, place: str = "") -> Iterator[Finding]:
+    """Findings for keys of config.json that differ, though conversion does not touch them.
+
+    copied: conversion adds no keys either.
+    """
+    for key in sorted({*ours, *reference} - _MAY_CHANGE - (set() if copied else _OF_PRODUCER)):
         value, other = ours.get(key), reference.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
-            yield from _config(value, other, f"{place}{key}.")
+            yield from _config(value, other, copied, f"{place}{key}.")
         elif value != other:
             what = (
                 f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
             )
-            fix = "take the other model's value" if key in reference else "remove it"
-            yield failed("source", what, CONFIG, fix)
+            if key in reference or copied:
+                fix = "take the other model's value" if key in reference else "remove it"
+                yield failed("source", what, CONFIG, fix)
+            else:
+                yield noted("source", what, CONFIG)
 
 
 def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:

@@ -33,9 +33,16 @@ class Model(Protocol):
     """A checkpoint, and its quantized modules by name."""
 
     @property
-    def checkpoint(self) -> Checkpoint: ...
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint."""
+
     @property
-    def modules(self) -> Mapping[str, StoredModule]: ...
+    def modules(self) -> Mapping[str, StoredModule]:
+        """The quantized modules by name."""
+
+    @property
+    def unchecked(self) -> Mapping[str, str]:
+        """The formats of quantized modules that this version cannot read, by name."""
 
 
 def check_sizes(stored: Model, stacks: Sequence[int]) -> Iterator[Finding]:
@@ -100,6 +107,8 @@ def _width(stored: Model, suffix: str, side: int, expected: Set[int | None]) -> 
     shapes = set()
     for name, tensor in stored.checkpoint.tensors.items():
         module = name.removesuffix(".weight")
+        if module in stored.unchecked:
+            continue
         if module in stored.modules:
             shape: tuple[int, ...] = stored.modules[module].shape
         elif name.endswith(".weight") and tensor.spec.dtype in FLOATS:

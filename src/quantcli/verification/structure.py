@@ -236,7 +236,9 @@ def _layers(stored: Model) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
     checkpoint = stored.checkpoint
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in own_names(checkpoint.tensors, stored.modules):  # layers may differ in type
+    for name in own_names(
+        checkpoint.tensors, stored.modules, stored.unchecked
+    ):  # layers may differ in type
         if match := _LAYER.fullmatch(name):
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
             stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))

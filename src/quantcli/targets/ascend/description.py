@@ -13,7 +13,7 @@ from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
-from quantcli.targets.ascend.types import MISNAMED, TYPES
+from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head
@@ -28,13 +28,16 @@ class Description:
     entries: values by the names of tensors, without those for the checkpoint as a whole.
     labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
              whose type the engine does not have.
+    cache:   the type of the cache of keys and values; None if it stays float.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.findings: list[Finding] = []
+        table = self._read()
+        self.cache = table.get("kv_cache_type")
         self.entries: dict[str, Any] = {
-            key: value for key, value in self._read().items() if not _METADATA.fullmatch(key)
+            key: value for key, value in table.items() if not _METADATA.fullmatch(key)
         }
         self.labels: dict[str, str] = {}
         if self.entries:
@@ -63,9 +66,9 @@ class Description:
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
             elif key.endswith(".weight"):
-                if value != FLOAT and value not in TYPES:
+                if value not in {FLOAT, *TYPES, *UNCHECKED}:
                     unknown[value].append(key)
-                if value == FLOAT or MISNAMED.get(value, value) in TYPES:
+                if MISNAMED.get(value, value) in {FLOAT, *TYPES, *UNCHECKED}:
                     self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
         for value, keys in unknown.items():
             yield _unknown_type(value, keys)
