@@ -82,8 +82,8 @@ def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | No
 def _layout_of(source: Source, module: GroupedModule, bits: int, declared: str) -> str:
     """The layout that the zero points of a symmetric module fit; with a note if it is not the declared.
 
-    InputError if they fit none. With `sym: true` each zero point is 2^(bits - 1), and version 1 stores it
-    less 1: decoded as the other version, every weight would be wrong by one step.
+    InputError if they fit none. With `sym: true` each zero point is 2^(bits - 1), and version 1 stores
+    it less 1: decoded as the other version, every weight would be wrong by one step.
     """
     stored = module.parts[2]
     words = read_tensor(stored)
