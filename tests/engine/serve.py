@@ -49,13 +49,13 @@ def pin() -> None:
     # of vLLM's three libraries this leaves the one with AVX-512 and no AMX instruction in it
     torch.cpu._is_avx512_bf16_supported = lambda: False
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # that of the products of bfloat16 and int8
-    # torch asks the CPU itself, and gives fp8 products to oneDNN where AMX is listed. With AMX oneDNN
-    # has but a reference for them, which takes minutes here; without it, nothing
+    # torch asks the CPU itself, and gives fp8 products to oneDNN where AMX is listed. oneDNN has kernels
+    # for them if AMX also multiplies float16, else a reference that takes minutes here, or nothing
     torch.backends.mkldnn.set_flags(False)
 
 
 def forget_imports() -> None:
-    """Let Python's garbage collector pass over all that was imported, a million objects.
+    """Let Python's garbage collector pass over all that was imported, 600 000 objects.
 
     vLLM has it look through everything several times for each model, which takes longer than serving
     one; and makes it look again at what is frozen here, so neither of both may do anything.
