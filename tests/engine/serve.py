@@ -49,8 +49,8 @@ def pin() -> None:
     # of vLLM's three libraries this leaves the one with AVX-512 and no AMX instruction in it
     torch.cpu._is_avx512_bf16_supported = lambda: False
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # that of the products of bfloat16 and int8
-    # torch asks the CPU itself, and gives fp8 products to oneDNN if AMX is listed. oneDNN has kernels for
-    # them if AMX also multiplies float16, else a reference that takes minutes here, or nothing
+    # torch asks the CPU itself, and gives fp8 products to oneDNN if AMX is listed. oneDNN has kernels
+    # for them if AMX also multiplies float16, else a reference that takes minutes here, or nothing
     torch.backends.mkldnn.set_flags(False)
 
 
