@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## convert the bundled model and show the result
 	@rm -rf $(DEMO) && mkdir -p $(dir $(DEMO))
-	@echo '$$ quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)'
-	@$(BIN)/quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)
+	@echo '$$ quantcli quantize w8a8_dynamic --model examples/tiny-qwen3 --out $(DEMO)'
+	@$(BIN)/quantcli quantize w8a8_dynamic --model examples/tiny-qwen3 --out $(DEMO)
 	@echo '$$ quantcli inspect $(DEMO)'
 	@$(BIN)/quantcli inspect $(DEMO)
 	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'

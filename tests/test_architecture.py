@@ -24,7 +24,7 @@ SOURCE = ROOT / "src" / "quantcli"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
-# what `--help` and `inspect` must not wait for
+# what `--help`, `inspect` and `recipes` must not wait for
 HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "pydantic"}
 MODULES = [m.name for m in pkgutil.walk_packages(quantcli.__path__, "quantcli.")]
 # runs a command; its last line is what was loaded, and what quantcli's own modules imported
@@ -122,7 +122,7 @@ def test_the_figures_see_long_modules(tmp_path, text, missed):
     assert bool(house.long_modules(tmp_path)) == missed
 
 
-@pytest.mark.parametrize("command", ["--help", "inspect"])
+@pytest.mark.parametrize("command", ["--help", "inspect", "recipes"])
 def test_light_commands_import_nothing_heavy(tmp_path, command):
     words = [command]
     if command == "inspect":

@@ -266,9 +266,9 @@ def _(box: Box) -> Arguments:
     return ["quantize", box.root / "missing.yaml", "--model", box.model, "--out", box.out]
 
 
-@case("directory as recipe", "recipe is a directory", "model", "file")
+@case("directory as recipe", "recipe is a directory", "file")
 def _(box: Box) -> Arguments:
-    return ["quantize", box.model, "--model", box.model, "--out", box.out]
+    return ["quantize", box.root, "--model", box.model, "--out", box.out]
 
 
 def set_case(name: str, assignment: str, what: str, fix: str, code: int = 2):

@@ -91,11 +91,6 @@ def load_document(path: Path) -> Document:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError("the recipe does not exist", where=str(path), fix="check the path") from None
-    except IsADirectoryError:
-        what = "the recipe is a directory, not a YAML file"
-        raise InputError(what, where=str(path), fix="name a file in it") from None
     except OSError as error:
         what = f"cannot read the recipe: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
