@@ -1,7 +1,8 @@
-"""The files of a model directory: which there are, and which are not carried along. Reads none."""
+"""The files of a model directory: which there are, and which are not carried along."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
@@ -59,6 +60,18 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             if reason := _why_not(relative):
                 left_out[relative] = reason
     return files, left_out
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file begins with the UTF-8 byte order mark; no if it cannot be read.
+
+    We read such JSON; transformers and engines do not.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(3) == codecs.BOM_UTF8
+    except OSError:
+        return False
 
 
 def _why_not(name: str) -> str | None:

@@ -54,7 +54,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         config=checkpoint.config,
         serving_dtype=serving,
     )
-    sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
+    own = {RECIPE_FILE: recipe.effective().encode()}
+    sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
     copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
     unused = {}
     if not need and recipe.file.smooth is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
-from quantcli.checkpoint.files import INDEX, MANIFEST, PART
+from quantcli.checkpoint.files import INDEX, MANIFEST, PART, has_byte_order_mark
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
@@ -44,6 +44,10 @@ def open_for_verification(path: Path) -> Opened:
             raise
         return Opened(None, None, (of_error(_check_of(error), error),))
     findings += _problems(checkpoint.problems)
+    for name, check in _ENGINE_READS.items():
+        if has_byte_order_mark(checkpoint.path / name):
+            what, fix = "begins with a byte order mark, at which engines stop", "save it without"
+            findings.append(failed(check, what, name, fix))
     findings += [noted("files", note) for note in checkpoint.notes if "stale" not in note]
     manifest = None
     if (checkpoint.path / MANIFEST).is_file():
@@ -116,5 +120,6 @@ def _manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Find
             yield noted("manifest", "file is not in the manifest: it came later", where=name)
 
 
+_ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _AGAIN = "copy the checkpoint again, or convert it again"
