@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-isa test-engine check lint types docs format house bench clean
+.PHONY: help setup demo test test-wheel test-isa test-engine check lint types docs format house bench clean
 
 help:           ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
 		ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
 	@echo "with AVX-512 alone:" && \
 		ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
+
+test-wheel: $(READY) ## build the wheel, install it elsewhere, convert with it
+	@$(BIN)/python -m pytest tests/wheel
 
 test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
 	@$(BIN)/python -m pytest tests/engine
