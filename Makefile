@@ -31,7 +31,7 @@ demo: $(READY)  ## convert the bundled model and show the result
 	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'
 	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
-test: check     ## all that CI runs: lint, types, tests
+test: check     ## lint, types, tests
 	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest $(PARALLEL); else \
 		echo "no chromium here: tests marked browser are left out" && \
 		$(BIN)/python -m pytest $(PARALLEL) -m "not browser"; fi

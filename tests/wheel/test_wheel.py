@@ -47,14 +47,20 @@ def pip(*words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools would take over what an earlier build left in `build`."""
-    copy, dist = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of its own: setuptools would take over what an earlier build left in `build`."""
+    copy = tmp_path_factory.mktemp("copy")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.egg-info", "*.pyc"))
     for name in FILES:
         (copy / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dist = tmp_path_factory.mktemp("dist")
     pip("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", dist, copy)
     (built,) = dist.iterdir()
     return built
@@ -107,9 +113,10 @@ def declared(installed: Path) -> dict[str, metadata.Distribution]:
     return found
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    there = Installed(tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("elsewhere"))
+def install(wheel: Path, root: Path) -> Installed:
+    """A new environment with the wheel and what it declares."""
+    there = Installed(root / "environment", root / "elsewhere")
+    there.work.mkdir()
     venv.create(there.folder, symlinks=True)
     python = there.folder / "bin" / "python"
     pip("--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
@@ -120,6 +127,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
             if not (there.site / top).exists():
                 (there.site / top).symlink_to(distribution.locate_file(top))
     return there
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(wheel, tmp_path_factory.mktemp("installed"))
 
 
 def test_the_wheel_holds_the_package_and_what_it_carries(wheel: Path) -> None:
@@ -191,3 +203,17 @@ def test_a_misspelt_recipe(installed: Installed) -> None:
     assert re.match(
         r"error: there is no recipe `w8a8_dynmic`\n  fix: did you mean `w8a8_dynamic`", refused.stderr
     )
+
+
+def test_an_editable_install_reads_the_recipes_of_the_checkout(copy: Path, tmp_path: Path) -> None:
+    build = "import sys; from setuptools import build_meta as m; m.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=copy, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    editable = install(wheel, tmp_path)
+    where = editable.run("python", "-c", "import quantcli; print(quantcli.__file__)").stdout.strip()
+    assert Path(where) == copy / "src" / "quantcli" / "__init__.py"
+    (copy / "recipes" / "own.yaml").write_text("# Mine.\ntarget: fp8\nrules: []\n")
+    try:
+        assert editable.quantcli("recipes", "show", "own").startswith("# Mine.\n")
+    finally:
+        (copy / "recipes" / "own.yaml").unlink()

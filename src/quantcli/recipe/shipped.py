@@ -39,7 +39,9 @@ def shipped_recipes() -> dict[str, Path]:
     An installed package has the folder next to this module, see setup.py; a checkout, and so an
     editable install, has it at the top.
     """
-    folder = next(f for f in (_HERE / "recipes", _HERE.parents[2] / "recipes") if f.is_dir())
+    folder = _HERE / "recipes"
+    if not folder.is_dir():
+        folder = _HERE.parents[2] / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
