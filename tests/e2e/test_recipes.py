@@ -148,6 +148,12 @@ def test_what_is_not_a_recipe(
     assert error["where"] == (recipe if what.startswith("the recipe") else None)
 
 
+def test_a_recipe_that_no_system_can_open(box: Box) -> None:
+    refused = run_cli("quantize", "x" * 300, "--model", box.model)
+    assert refused.code == 3
+    assert refused.err.startswith("error: cannot read the recipe: File name too long\n")
+
+
 def test_calibrate_takes_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = make_llama(tmp_path / "model")

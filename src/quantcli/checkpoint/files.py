@@ -63,15 +63,17 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def has_byte_order_mark(path: Path) -> bool:
-    """Whether a file begins with the UTF-8 byte order mark; no if it cannot be read.
+    """Whether a file begins with the UTF-8 byte order mark; no if there is none that we may read.
 
-    We read such JSON; transformers and engines do not.
+    We read such JSON; transformers and engines do not. Raises MachineError if the disk fails.
     """
     try:
         with path.open("rb") as file:
             return file.read(3) == codecs.BOM_UTF8
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         return False
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
 
 
 def _why_not(name: str) -> str | None:

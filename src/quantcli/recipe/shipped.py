@@ -67,29 +67,33 @@ def find_recipe(recipe: str | Path, command: str = "quantize") -> Path:
 
     command: for the message if it is a model. Raises InputError if it is neither.
     """
-    name, path, recipes = str(recipe), Path(recipe), shipped_recipes()
+    path, recipes = Path(recipe), shipped_recipes()
     try:
-        folder = stat.S_ISDIR(path.stat().st_mode)
-        if not folder:
+        if not stat.S_ISDIR(path.stat().st_mode):
             return path
     except (FileNotFoundError, NotADirectoryError):
-        folder = False
+        pass
     except OSError:
         return path  # whoever opens it says why that fails
-    if name in recipes:
-        return recipes[name]
-    a_file = path.suffix.lower() in {".yaml", ".yml"} or path.stem in recipes
-    on_hub = not folder and not a_file and HUB_ID.fullmatch(name) and not path.parent.is_dir()
-    if on_hub or (folder and ((path / "config.json").is_file() or any(path.glob("*.safetensors")))):
+    if str(recipe) in recipes:
+        return recipes[str(recipe)]
+    raise _not_a_recipe(str(recipe), path, command)
+
+
+def _not_a_recipe(name: str, path: Path, command: str) -> InputError:
+    """What `name` is in place of a recipe: a model, another folder, or a misspelt name or path."""
+    recipes = shipped_recipes()
+    is_path = path.suffix.lower() in {".yaml", ".yml"} or path.stem in recipes
+    on_hub = not is_path and not path.parent.is_dir() and HUB_ID.fullmatch(name)
+    if on_hub or (path / "config.json").is_file() or any(path.glob("*.safetensors")):
         what = "looks like a model of the Hub" if on_hub else "is a model"
         example = shlex.join(["quantcli", command, _START[command], "--model", name])
-        raise InputError(f"`{name}` {what}, not a recipe", fix=f"{example}; {_LISTED}")
-    if folder:
+        return InputError(f"`{name}` {what}, not a recipe", fix=f"{example}; {_LISTED}")
+    if path.is_dir():
         what = "the recipe is a directory, not a YAML file"
-        raise InputError(what, where=name, fix=f"name a file in it; {_LISTED}")
-    # of the exact name, `recipes/NAME.yaml` or `NAME.yaml`, or of what resembles it
+        return InputError(what, where=name, fix=f"name a file in it; {_LISTED}")
     near = f"`{path.stem}`" if path.stem in recipes else closest(path.stem, recipes)
     fix = f"did you mean {near}? {_LISTED}" if near else f"check the path; {_LISTED}"
-    if len(path.parts) == 1 and not a_file:
-        raise InputError(f"there is no recipe `{name}`", fix=fix)
-    raise InputError("the recipe does not exist", where=name, fix=fix)
+    if len(path.parts) == 1 and not is_path:
+        return InputError(f"there is no recipe `{name}`", fix=fix)
+    return InputError("the recipe does not exist", where=name, fix=fix)
