@@ -20,7 +20,8 @@ from pathlib import Path
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.errors import QuantError
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 
 MANIFEST = "quantcli_manifest.json"
 

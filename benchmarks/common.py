@@ -84,11 +84,11 @@ def quantize_to(
 ) -> None:
     """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
     from quantcli.commands import quantize as commands
-    from quantcli.convert.execute import execute
+    from quantcli.convert.execute import RunOptions, execute
 
     job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
-    execute(job.plan, out, workers=workers, **blocks)
+    execute(job.plan, out, RunOptions(workers, **blocks))
 
 
 def warm_up(words: Sequence[str]) -> None:

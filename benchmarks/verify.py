@@ -53,7 +53,8 @@ def main() -> None:
     options = arguments.parse_args()
     import torch
 
-    from quantcli.verification.depths import VerifyOptions, verify
+    from quantcli.verification.depths import verify
+    from quantcli.verification.options import VerifyOptions
 
     torch.set_num_threads(1)
     lines = []
@@ -69,11 +70,12 @@ def main() -> None:
             return model, out, sum(f.stat().st_size for f in out.glob("*.safetensors"))
 
         empty, small, large = (prepared(layers) for layers in (0, *options.layers))
-        verify(VerifyOptions(empty[1], full=True, against=empty[0]))  # everything is imported
+        verify(VerifyOptions(empty[1], full=True, against=str(empty[0])))  # everything is imported
         bare = forked(lambda: None).peak
 
         def check(made: tuple[Path, Path, int], *, full: bool, against: bool) -> Usage:
-            wanted = VerifyOptions(made[1], full=full, against=made[0] if against else None, workers=2)
+            model = str(made[0]) if against else None
+            wanted = VerifyOptions(made[1], full=full, against=model, workers=2)
 
             def work() -> None:
                 report = verify(wanted)

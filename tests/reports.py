@@ -3,6 +3,8 @@
 import html.parser
 import random
 
+from quantcli.planning.outliers import keep_advice
+
 KINDS = {
     "self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (256, 1024), "self_attn.v_proj": (256, 1024),
     "self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
@@ -13,7 +15,7 @@ EDGES = [(i - 16) / 4 for i in range(33)]
 CHECKS = [
     ("headers", "structure", "every weight file has a sound header"),
     ("index", "structure", "the index lists the tensors that are there"),
-    ("files", "structure", "what an engine needs beside weights is there"),
+    ("files", "structure", "what an engine needs next to weights is there"),
     ("values", "full", "no NaN or Inf, scales positive, codes in range"),
     ("sqnr", "against", "each weight is as near to the other model's as its type allows"),
     ("layer outputs", "run", "each layer puts out what the other model's does"),
@@ -135,28 +137,31 @@ def hostile():
     return made
 
 
-def outliers(layers=28):
-    """What `inspect --outliers` tells of a model with one channel that is too large."""
+def outliers(layers=28, stack="model.layers"):
+    """The ranking of `inspect --outliers` for a model with one channel that is too large."""
     rng = random.Random(3)
-    found = []
+    modules = []
     for layer in range(layers):
         for kind, shape in KINDS.items():
             ratio = 260.0 if (layer, kind) == (5, "mlp.down_proj") else rng.uniform(1.5, 9.0)
             sqnr = {"int8 per channel": 42.0 - ratio / 10, "fp8 per channel": 31.0 - ratio / 100}
-            found.append(
-                {"module": f"model.layers.{layer}.{kind}", "shape": list(shape),
-                 "amax_over_rms": 4 + ratio, "kurtosis": 3.0 + ratio / 2, "channel_ratio": ratio,
-                 "channel": 77, "sqnr_db": sqnr}
+            modules.append(
+                {"module": f"{stack}.{layer}.{kind}", "shape": list(shape), "amax_over_rms": 4 + ratio,
+                 "kurtosis": ratio / 2, "channel_ratio": ratio, "channel": 77, "sqnr_db": sqnr,
+                 "not_finite": None}
             )  # fmt: skip
-    return found
+    operands = {"int8 per channel": ["w8a8_dynamic"], "fp8 per channel": ["fp8_dynamic"]}
+    return {"path": "/models/x", "ranked_by": "int8 per channel", "operands": operands,
+            "modules": modules, "left_out": [], "advice": keep_advice(modules)}  # fmt: skip
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page with their attributes, and its text outside of scripts."""
+    """The elements of a page with their attributes, its text outside of scripts, and `pre` as it is."""
 
     def __init__(self, text):
         super().__init__()
         self.elements, self.text, self.scripts, self._inside = [], [], [], ""
+        self.pre = ""
         self.feed(text)
         self.text = " ".join(" ".join(self.text).split())
 
@@ -172,6 +177,7 @@ class Elements(html.parser.HTMLParser):
             self.scripts.append(data)
         elif self._inside != "style":
             self.text.append(data)
+            self.pre += data if self._inside == "pre" else ""
 
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]

@@ -7,6 +7,7 @@ import logging.config
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import quantcli
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
-from tests.builders import make_model
-from tests.e2e.conftest import CONFIG
+from tests.builders import make_model, tensor
+from tests.e2e.conftest import CONFIG, RECIPE
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quantcli"
@@ -25,7 +26,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
 # what `--help`, `inspect` and `recipes` must not wait for
-HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "pydantic"}
+HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "markupsafe",
+         "pydantic"}  # fmt: skip
+DRAWING = {"jinja2", "markupsafe", "plotly"}  # what only a page needs
 MODULES = [m.name for m in pkgutil.walk_packages(quantcli.__path__, "quantcli.")]
 # runs a command; its last line is what was loaded, and what quantcli's own modules imported
 WATCHED = """
@@ -122,22 +125,47 @@ def test_the_figures_see_long_modules(tmp_path, text, missed):
     assert bool(house.long_modules(tmp_path)) == missed
 
 
-@pytest.mark.parametrize("command", ["--help", "inspect", "recipes"])
-def test_light_commands_import_nothing_heavy(tmp_path, command):
-    words = [command]
-    if command == "inspect":
-        make_model(tmp_path / "model", config=CONFIG)
-        words.append(str(tmp_path / "model"))
-    run = [sys.executable, "-c", WATCHED, *words]
+def watched(*words):
+    """What was loaded when a command ran, and what quantcli's own modules imported."""
+    run = [sys.executable, "-c", WATCHED, *map(str, words)]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded, ours = json.loads(done.stdout.splitlines()[-1])
     assert "quantcli" in loaded
     assert "quantcli" in ours
-    assert sorted(HEAVY & set(ours)) == []
+    return set(loaded), set(ours)
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect", "recipes"])
+def test_light_commands_import_nothing_heavy(tmp_path, command):
+    words = [command]
+    if command == "inspect":
+        words.append(make_model(tmp_path / "model", config=CONFIG))
+    loaded, ours = watched(*words)
+    assert sorted(HEAVY & ours) == []
     # typer itself loads pydantic for what a command takes
     by_typer = set() if command == "--help" else {"pydantic"}
-    assert sorted(HEAVY & set(loaded) - by_typer) == []
+    assert sorted(HEAVY & loaded - by_typer) == []
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    model = make_model(
+        folder / "model",
+        {"m.safetensors": {"model.layers.0.self_attn.q_proj.weight": tensor("BF16", 32, 32)}},
+        config=CONFIG,
+    )
+    quantcli.quantize(quantcli.plan(folder / "recipe.yaml", model=str(model), out=folder / "out"))
+    return folder / "out"
+
+
+def test_only_a_page_imports_what_draws_it(quantized, tmp_path):
+    _, ours = watched("verify", quantized)
+    assert sorted(DRAWING & ours) == []
+    _, ours = watched("verify", quantized, "--report", tmp_path / "page.html")
+    assert sorted(DRAWING & ours) == sorted(DRAWING)
 
 
 def test_what_quantcli_offers_is_no_module():
@@ -161,6 +189,15 @@ def test_packages_say_what_lives_there():
         assert lines, package
         if package.parent.parent == SOURCE:
             assert len(lines) >= 3, f"{package}: what lives there, and what may not"
+
+
+def test_a_wheel_has_every_file_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["quantcli"]
+    packed = {path for pattern in patterns for path in SOURCE.glob(pattern)}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert files == packed | {path for path in files if path.suffix == ".py"}
+    assert SOURCE / "verification" / "report" / "base.html.jinja" in packed
 
 
 def test_only_the_cli_prints():

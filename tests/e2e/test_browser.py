@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from quantcli.verification.report.page import outliers_page, page
+from quantcli.verification.report.outliers import outliers_page
+from quantcli.verification.report.page import page
 from tests import reports
 
 pytestmark = pytest.mark.browser
@@ -96,11 +97,16 @@ def test_a_page_without_charts(dom):
 def test_strangers_run_nothing_and_are_shown_as_they_are(dom):
     report = reports.hostile()
     report["modules"][2]["module"] = "model.layers.0.&lt;i&gt;%{x}$y$"
+    report["modules"][3]["module"] = 'model.layers.0."><img src=x>'
+    report["modules"][4]["module"] = "model.layers.0.</script><i>x</i>"
     found = dom(page(report))
     elements = reports.Elements(found)
     assert len(elements.all("script")) == 3
     assert not {"img", "a", "i"} & {tag for tag, _ in elements.elements}
-    assert ">&amp;lt;i&amp;gt;%{x}$y$</text>" in found  # as it is, on the axis
+    # as they are, on the axis
+    assert ">&amp;lt;i&amp;gt;%{x}$y$</text>" in found
+    assert '>"&gt;&lt;img src=x&gt;</text>' in found
+    assert ">&lt;/script&gt;&lt;i&gt;x&lt;/i&gt;</text>" in found
 
 
 def test_outliers(dom):

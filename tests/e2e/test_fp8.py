@@ -314,7 +314,7 @@ def test_a_lost_config_is_told(foreign, tmp_path):
     (copy / "config.json").write_text(json.dumps(words))
     found = run_cli("verify", copy, "--json")
     assert found.code == 1
-    assert "has no quantization_config beside fp8 weights" in found.json["findings"][0]["what"]
+    assert "has no quantization_config for its fp8 weights" in found.json["findings"][0]["what"]
 
 
 def test_scales_that_make_the_engine_round_again_are_noted(tmp_path, model):

@@ -292,7 +292,7 @@ def test_damaged_parts(box: Box) -> None:
     config.write_bytes(text)
     listing = second / "quantcli_part.json"
     listing.write_text(listing.read_text().replace('"part": 2', '"part": 1'))
-    refused(merge(box, [first, second]), "not what was written")
+    refused(merge(box, [first, second]), "changed since it was written")
     edit_sealed(second, lambda table: table.update(part=2))
     result = merge(box, [first, second])  # what an earlier, refused merge left is no obstacle
     assert result.code == 0, result.err

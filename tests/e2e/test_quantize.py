@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.commands import quantize as commands
-from quantcli.convert.execute import execute
+from quantcli.convert.execute import RunOptions, execute
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize
 from tests.families import FAMILIES, make_family, shapes
@@ -121,7 +121,7 @@ def test_same_bytes_for_any_workers_block_path_and_run(tmp_path):
             out=out,
             overrides=("max_shard=30000",),
         )
-        execute(job.plan, out, workers=workers, block_elements=block)
+        execute(job.plan, out, RunOptions(workers, block_elements=block))
         seen.add(json.dumps(hashes(out)))
     assert len(seen) == 1
 

@@ -118,13 +118,13 @@ def test_as_the_float_model(box: Box, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_and_workers_change_nothing(box: Box, kind: str) -> None:
-    from quantcli.convert.execute import execute
+    from quantcli.convert.execute import RunOptions, execute
 
     source, _ = make_source(box.root, kind)
     outs = []
     for workers, elements in ((1, 2**19), (3, 48)):
         job = commands.plan(box.recipe, model=str(source), out=box.root / f"{workers}")
-        execute(job.plan, job.out, workers=workers, block_elements=elements)
+        execute(job.plan, job.out, RunOptions(workers, block_elements=elements))
         outs.append((job.out / "model-00001-of-00001.safetensors").read_bytes())
     assert outs[0] == outs[1]
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
+from quantcli.core.events import SILENT
 from quantcli.verification.on_text import text_batches
+from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.tiny_models import make_tiny
 
@@ -81,7 +83,10 @@ def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
     assert done.code == 0, done.out
     found = done.json["run"]
     model = open_checkpoint(MODEL)
-    batches = text_batches(str(TEXT), model, 4, 128, trust=False, progress=_Silence())
+    options = VerifyOptions(
+        dynamic, against=str(MODEL), run=True, data=str(TEXT), samples=4, length=128
+    )
+    batches = text_batches(options, model, SILENT)
     base = torch.cat(log_probs(model, batches)).double()
     made = torch.cat(log_probs(Served.open(dynamic), batches)).double()
     assert found["tokens"] == base.numel() == 4 * 127
@@ -95,11 +100,6 @@ def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
     assert [layer["ok"] for layer in found["layers"]] == [True] * 6
     assert all(30 < layer["sqnr_db"] < 50 for layer in found["layers"])
     assert len(found["windows"]) == 4
-
-
-class _Silence:
-    def say(self, text: str) -> None:
-        """Nothing."""
 
 
 def test_against_itself_nothing_differs(dynamic: Path) -> None:
@@ -208,6 +208,25 @@ def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
     missing = "`model.layers.5.extra.weight` of the other model is missing"
     assert ("source", missing) in said
     assert ("source", "file differs from the other model's") in said
+
+
+def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MODEL, tmp_path / "source"))
+    table = "model.layers.5.position_table"  # two dimensions, but not a module
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    file = source / index["weight_map"][f"{DOWN}.weight"]
+    tensors = load_file(file) | {table: torch.ones(4, 4), f"{DOWN}.weight": torch.ones(7)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    index["weight_map"][table] = file.name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    change(copy, lambda tensors: tensors.update({table: torch.zeros(4, 4)}))
+    description = json.loads((copy / "quant_model_description.json").read_text())
+    (copy / "quant_model_description.json").write_text(json.dumps(description | {table: "FLOAT"}))
+    done = verify(copy, "--against", source, "--json")
+    assert done.code == 1, done.err
+    errors = {f["where"]: (f["check"], f["what"]) for f in done.json["findings"] if f["fix"]}
+    assert errors[f"`{table}`"] == ("copies", "differs from the other model, first at [0, 0]")
+    assert errors[f"`{DOWN}`"] == ("source", "is [256, 768], in the other model [7]")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import CHECKS, Report
 from tests.verify.stock import TEXT, Good, Stock
 
@@ -167,12 +168,12 @@ def examine(copy: Copy, depth: str, row: Row) -> Report:
         VerifyOptions(
             copy.path,
             full=level >= 1,
-            against=copy.source if level >= 2 else None,
+            against=str(copy.source) if level >= 2 else None,
             run=level == 3,
             data=str(TEXT) if level == 3 else None,
             samples=4,
             length=16,
-            tp=row.tp,
+            tp=",".join(map(str, row.tp)),
             **row.limits,
         )
     )

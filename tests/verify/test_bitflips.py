@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from tests.e2e.calibrating import ROOT
 from tests.verify.damage import good_of
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
     Copy,
@@ -35,7 +36,7 @@ SOUND = [
 
 
 def examine(path, source=None):
-    report = verify(VerifyOptions(path, full=True, against=source))
+    report = verify(VerifyOptions(path, full=True, against=source and str(source)))
     assert [f for f in report.findings if f.severity == "error"] == []
     assert report.format == "compressed-tensors"
     return report
@@ -84,7 +85,7 @@ def test_what_llm_compressor_writes_is_sound(stock, tmp_path, good):
     copy.seal()
     report = examine(copy.path, copy.source)
     assert [f.what for f in report.findings] == []
-    assert all(module["label"] != "FLOAT" for module in report.modules)
+    assert all(module.label != "FLOAT" for module in report.modules)
 
 
 # -- harm ---------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ HARM = [
     row("an unknown format", "ct dynamic", group(format="marlin-24"), "config", "marlin-24"),
     row("inputs with packed weights", "ct w4a16",
         group(input_activations={"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}),
-        "config", "nothing for"),
+        "config", "no scheme for"),
     row("numbers that are none", "ct dynamic", group(weights_num_bits="8"), "config", "bits"),
     row("targets that are none", "ct dynamic", group(targets=7), "config", "targets",
         also=("loader",), most=2),

@@ -104,7 +104,7 @@ def shifted(copy):
 AGAINST = [
     # codes and scales
     row("scales of k and v swapped", "dynamic", swap(K, V, "weight_scale"), "edits", f"`{K}`",
-        "rows that were multiplied", most=2),
+        "its rows were multiplied", most=2),
     row("codes of k and v swapped", "dynamic", swap(K, V, "weight"), "sqnr", f"`{K}`", most=2),
     row("k and v swapped", "dynamic", swap(K, V, *CODES), "sqnr", f"`{V}`", most=2),
     row("gate and up swapped", "fp8", swap(GATE, UP, *CODES), "sqnr", f"`{UP}`", most=2),
@@ -134,7 +134,7 @@ AGAINST = [
     row("scale of one row doubled", "dynamic", put(f"{Q}.weight_scale", (9, 0), 0.01), "sqnr", f"`{Q}`",
         "row 9", also={"edits"}, most=2),
     row("all scales doubled", "dynamic", change(f"{OUT}.weight_scale", doubled), "edits", f"`{OUT}`",
-        "rows that were multiplied"),
+        "its rows were multiplied"),
     row("scales 1 % off, for a release's limit", "dynamic",
         change(f"{OUT}.weight_scale", lambda t: t * 1.015), "sqnr", f"`{OUT}`", "limit 38",
         limits={"min_sqnr": 38.0}),
@@ -164,7 +164,7 @@ AGAINST = [
     row("norm as it was before smoothing", "smooth", lambda copy: restored(copy, NORM), "edits",
         "nothing that they read is divided", Q, most=9),
     row("norm divided twice", "smooth", change(NORM, lambda t: t / 2), "edits",
-        "no reader whose columns make up for it", Q, most=9),
+        "the columns of no reader compensate", Q, most=9),
     row("one reader as before smoothing", "smooth", lambda copy: unsmoothed(copy, K), "edits",
         "its sibling", f"{LAYER}.self_attn", most=9),
     row("o_proj's columns doubled", "smooth",

@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
     DESCRIPTION,
@@ -190,7 +191,7 @@ ROWS = [
     row("described, and nowhere", "dynamic", describe(**{"model.layers.9.x.weight": "FLOAT"}),
         "description", "model.layers.9.x.weight", "no weight file holds"),
     row("a number for a type", "dynamic", describe(**{f"{Q}.weight": 8}), "description",
-        "is 8, no type"),
+        "is 8, not a type"),
     row("null for a type", "dynamic", describe(**{f"{Q}.weight": "null"}), "description", "'null'",
         f"{Q}.weight"),
     row("tied head not described", "tied", describe(**{"lm_head.weight": None}), "description",
@@ -212,7 +213,7 @@ ROWS = [
         "38 more", also={"layers", "sizes"}, most=3),
     # manifest
     row("digit of the manifest", "dynamic", raw(MANIFEST, replaced(b'"bytes": 1', b'"bytes": 2')),
-        "manifest", "not what was written", **OPEN),
+        "manifest", "changed since it was written", **OPEN),
     row("manifest is no JSON", "dynamic", raw(MANIFEST, lambda data: data[:50]), "manifest",
         "not valid JSON", **OPEN),
     row("manifest leads out of the folder", "dynamic", manifest(moved), "manifest", "outside", **OPEN),

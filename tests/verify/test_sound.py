@@ -2,7 +2,8 @@
 
 import pytest
 
-from quantcli.verification.depths import VerifyOptions, verify
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
          "multimodal")  # fmt: skip
@@ -35,12 +36,12 @@ NO_TOKENIZER = "there is no tokenizer, and the source had none"
 NO_MANIFEST = "there is no quantcli_manifest.json: sizes and hashes of files are not known"
 NO_HASHES = "the manifest holds no hashes: it was written with --no-checksum"
 FOREIGN_INDEX = "engines read no index of this name, only model.safetensors.index.json"
-OLD_W4A8 = "no engine that is known loads this: W4A8_DYNAMIC is for experts alone from"
+OLD_W4A8 = "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone"
 
 
 def examine(good):
     """All that verification says of a checkpoint, at every depth but --run."""
-    report = verify(VerifyOptions(good.path, full=True, against=good.source))
+    report = verify(VerifyOptions(good.path, full=True, against=str(good.source)))
     assert report.depths == ["structure", "full", "against"]
     assert [f for f in report.findings if f.severity == "error"] == []
     assert report.modules

@@ -1,3 +1,3 @@
-"""What is on disk, read strictly: files, headers, tensors, configuration; and a writer of shards.
+"""The checkpoint on disk, read strictly: files, headers, tensors, configuration; a writer of shards.
 
 It reads rows of stored tensors. How quantized numbers become floats is in `sources`."""

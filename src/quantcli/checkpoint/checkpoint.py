@@ -1,4 +1,4 @@
-"""What is on disk: a model directory, read strictly, headers only.
+"""A model directory on disk, read strictly, headers only.
 
 Nothing here is trusted: names, indexes and links are checked before a path is built
 from them, and no weight is read. Imports no torch.
@@ -24,7 +24,9 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 CONFIG = "config.json"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json, at any level
+# Keys of config.json, at any level. Source: vllm 0.32.0,
+# model_executor/model_loader/weight_utils.py:235-242.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
@@ -91,7 +93,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the first thing that is wrong with it as an InputError."""
+    """The checkpoint at `path`. InputError for its first fault."""
     checkpoint = scan_checkpoint(path)
     if checkpoint.problems:
         raise checkpoint.problems[0]
@@ -99,9 +101,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def scan_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path` with all that is suspicious listed in `problems`.
+    """The checkpoint at `path`; its faults are listed in `problems`.
 
-    Raises InputError only where nothing can be shown: no directory, no weights, a damaged header.
+    Raises InputError only if nothing can be shown: no directory, no weights, a damaged header.
     """
     try:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""What a checkpoint is quantized with already, told from its headers and files. No torch here."""
+"""The quantization that a checkpoint has already, read from its headers and files. No torch here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNU
 
 @dataclass(frozen=True)
 class Quantization:
-    """A format by its usual name, how many modules are in it, and where it was found out."""
+    """A format by its usual name, the number of its modules, and a tensor as the evidence."""
 
     format: str
     modules: int
@@ -36,11 +36,11 @@ def quantization(checkpoint: Checkpoint) -> Quantization | None:
     The tensors decide; config.json and descriptions only give the name. A config that speaks of
     quantization over float weights is stale, and is not quantization.
     """
-    found = [spec for spec in checkpoint.specs() if is_quantized(spec)]
-    if not found:
+    specs = [spec for spec in checkpoint.specs() if is_quantized(spec)]
+    if not specs:
         return None
-    modules = {_module(spec.name) for spec in found}
-    return Quantization(_name(checkpoint, found), len(modules), f"`{found[0].name}` {found[0]}")
+    modules = {_module(spec.name) for spec in specs}
+    return Quantization(_name(checkpoint, specs), len(modules), f"`{specs[0].name}` {specs[0]}")
 
 
 def is_quantized(spec: TensorSpec) -> bool:
@@ -56,13 +56,15 @@ def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0].removesuffix(".weight")
 
 
-def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
+def _name(checkpoint: Checkpoint, specs: list[TensorSpec]) -> str:
     if "quant_model_description.json" in checkpoint.left_out:
         try:
             table = read_json_file(checkpoint.path / "quant_model_description.json")
         except InputError:
             return "ascend (unreadable description)"
-        stored = {k: v for k, v in table.items() if k in checkpoint.tensors}  # not what is only asked
+        stored = {
+            k: v for k, v in table.items() if k in checkpoint.tensors
+        }  # without entries of absent tensors
         weights = (v for k, v in stored.items() if k.endswith(".weight") and isinstance(v, str))
         kinds = Counter(kind for kind in weights if kind != "FLOAT")
         named = ", ".join(f"{_printable(kind)} {count}" for kind, count in kinds.most_common(9))
@@ -77,7 +79,7 @@ def _name(checkpoint: Checkpoint, found: list[TensorSpec]) -> str:
                     return f"{method} (blocks of {_printable(sides[0])} x {_printable(sides[1])})"
                 detail = sides or block.get("format") or block.get("bits")
                 return f"{method} ({_printable(detail)})" if detail else method
-    return "unnamed, " + ", ".join(sorted({spec.dtype for spec in found}))
+    return "unnamed, " + ", ".join(sorted({spec.dtype for spec in specs}))
 
 
 def _printable(value: Any) -> str:

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
-from quantcli.checkpoint.header import StoredTensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class Rows(Protocol):
-    """A weight that is read by rows, whatever it is stored as."""
-
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count), as many as there are: float32 [rows, k], the caller's own."""
+from quantcli.checkpoint.header import Rows, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +19,14 @@ class Encoded(StoredTensor):
             nobody may read as if they were float.
     parts:  every stored tensor that the module is made of, its codes first, then what decoding needs,
             then what only served the source's engine, such as input scales.
-    open:   gives what decodes rows. One reader is one thread's.
     kind:   the format as text; all that decides how parts are read is in it.
-    buffer_nbytes: bytes that a reader keeps in addition to the rows that it returns.
+    decoder: gives a reader of decoded rows; see `open`.
     """
 
-    parts: tuple[StoredTensor, ...]
-    open: Callable[[], AbstractContextManager[Rows]]
-    kind: str
+    # `field()` keeps the properties of the base class from being taken for defaults
+    parts: tuple[StoredTensor, ...] = field()
+    kind: str = field()
+    decoder: Callable[[], AbstractContextManager[Rows]]
     buffer_nbytes: int = 0
 
     @property
@@ -44,19 +34,23 @@ class Encoded(StoredTensor):
         """Bytes on disk, of all parts."""
         return sum(part.spec.nbytes for part in self.parts)
 
+    def open(self) -> AbstractContextManager[Rows]:
+        """A reader of its rows, decoded to float32. One reader is one thread's."""
+        return self.decoder()
+
 
 def decoded_kinds(tensors: Iterable[StoredTensor]) -> list[dict[str, Any]]:
-    """What is decoded, by kind: modules, bytes on disk, and a module for an example. JSON-able."""
-    kinds: dict[str, list[Encoded]] = defaultdict(list)
+    """The kinds of encoded tensors: modules, bytes on disk, and a module as an example. JSON-able."""
+    kinds: dict[str, list[StoredTensor]] = defaultdict(list)
     for stored in tensors:
-        if isinstance(stored, Encoded):
+        if stored.kind:
             kinds[stored.kind].append(stored)
     return [
         {
             "format": kind,
-            "modules": len(found),
-            "bytes": sum(stored.nbytes for stored in found),
-            "first": found[0].spec.name.removesuffix(".weight"),
+            "modules": len(encoded),
+            "bytes": sum(stored.nbytes for stored in encoded),
+            "first": encoded[0].spec.name.removesuffix(".weight"),
         }
-        for kind, found in sorted(kinds.items())
+        for kind, encoded in sorted(kinds.items())
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from quantcli.core.errors import InputError, MachineError
 
+# The only index that engines read. Source: vllm 0.32.0,
+# model_executor/model_loader/weight_utils.py:476.
 INDEX = "model.safetensors.index.json"
-PART = "quantcli_part.json"  # in place of a manifest, where a folder holds some of the shards
+PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
 STALE = "an index or a quantization file, true only for the weights it was made for"

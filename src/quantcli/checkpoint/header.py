@@ -14,12 +14,16 @@ import re
 import reprlib
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.checkpoint.spec import DTYPES, TensorSpec
 from quantcli.core.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes, the reference library's limit
 MAX_TENSORS = 1_000_000
@@ -44,6 +48,35 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes that it takes on disk."""
         return self.spec.nbytes
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it is made of: itself, unless it is encoded."""
+        return (self,)
+
+    @property
+    def kind(self) -> str:
+        """The format of an encoded tensor as text; empty for any other."""
+        return ""
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes that a reader keeps in addition to the rows that it returns."""
+        return 0
+
+    def open(self) -> AbstractContextManager[Rows]:
+        """A reader of its rows. One reader is one thread's."""
+        from quantcli.checkpoint.rows import RowReader  # needs torch, which headers do not
+
+        return RowReader(self)
+
+
+class Rows(Protocol):
+    """A tensor that is read by rows, however it is stored."""
+
+    def weight(self, start: int, count: int) -> Tensor:
+        """Rows [start, start + count), as many as there are: [rows, ...] in the dtype of the tensor's
+        spec. The next call may overwrite them, and the caller may too."""
 
 
 class _Refused(Exception):

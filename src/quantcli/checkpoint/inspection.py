@@ -1,4 +1,4 @@
-"""What a checkpoint holds, folded so that a person can read it. Imports no torch."""
+"""The contents of a checkpoint, folded for people to read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class TensorGroup:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> dict[str, Any]:
-    """A JSON-able account of a checkpoint; with `tensors`, a glob, also each tensor it matches.
+    """The contents of a checkpoint as JSON-able data; with `tensors`, a glob, also each match.
 
-    InputError where the glob matches nothing.
+    InputError if the glob matches nothing.
     """
     specs = list(checkpoint.specs())
     by_dtype: dict[str, list[TensorSpec]] = defaultdict(list)
     for spec in specs:
         by_dtype[spec.dtype].append(spec)
-    found = quantization(checkpoint)
+    quantized = quantization(checkpoint)
     summary: dict[str, Any] = {
         "path": str(checkpoint.path),
         "model_type": next(iter(_words(checkpoint.config.get("model_type"))), None),
@@ -58,8 +58,12 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
         },
         "tied_embeddings": tied_embeddings(checkpoint),
         "quantization": None
-        if found is None
-        else {"format": found.format, "modules": found.modules, "evidence": found.evidence},
+        if quantized is None
+        else {
+            "format": quantized.format,
+            "modules": quantized.modules,
+            "evidence": quantized.evidence,
+        },
         "groups": [
             {
                 "name": group.name,

@@ -21,7 +21,7 @@ def encode_manifest(table: dict[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`. InputError where it is none, or was changed since it was sealed."""
+    """The manifest in `folder`. InputError if it was changed since it was sealed."""
     path = folder / MANIFEST
     table = read_sealed(path, "manifest", "copy the checkpoint again")
     files = table.get("files")
@@ -31,10 +31,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, what: str, fix: str) -> dict[str, Any]:
-    """What `encode_manifest` made. InputError where it is something else."""
+    """The table that `encode_manifest` wrote. InputError if the file was changed since."""
     table = read_json_file(path)
     if encode_manifest(table) != path.read_bytes():
-        raise InputError(f"{what} is not what was written", where=str(path), fix=fix)
+        raise InputError(f"{what} was changed since it was written", where=str(path), fix=fix)
     return table
 
 

@@ -74,13 +74,13 @@ def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; MachineError where this torch has none."""
     import torch
 
-    found = getattr(torch, DTYPES[dtype][1], None)
-    if found is None:
+    kind = getattr(torch, DTYPES[dtype][1], None)
+    if kind is None:
         raise MachineError(
             f"torch {torch.__version__} cannot hold {dtype}", fix="install a newer torch"
         )
-    assert isinstance(found, torch.dtype)
-    return found
+    assert isinstance(kind, torch.dtype)
+    return kind
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:

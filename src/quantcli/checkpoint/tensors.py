@@ -10,35 +10,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import MachineError
 
 _CHUNK = 2**20  # bytes
-_BLOCK = 512 * 1024  # elements that are decoded together
+_BLOCK = 512 * 1024  # elements that are read together
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
     data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return data
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """A whole stored tensor, in its own dtype and shape. MachineError where it cannot be read."""
+    """A whole stored tensor, in the dtype and shape of its spec. MachineError if it cannot be read."""
     spec = stored.spec
-    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-    if isinstance(stored, Encoded):
-        step = max(1, _BLOCK // spec.shape[1])
-        with stored.open() as reader:
-            for start in range(0, spec.shape[0], step):
-                tensor[start : start + step] = reader.weight(start, step)
-    elif spec.nbytes:
-        with _opened(stored) as fd:
-            read_into(fd, stored, 0, tensor_bytes(tensor))
-    return tensor
+    return read_span(stored, 0, spec.shape[0] if spec.shape else 1).view(spec.shape)
 
 
 def read_bytes(stored: StoredTensor, offset: int, nbytes: int) -> bytes:
@@ -62,49 +52,44 @@ def content_of(stored: StoredTensor) -> str:
 
 
 def read_span(stored: StoredTensor, start: int, count: int) -> Tensor:
-    """Rows [start, start + count) of a stored tensor."""
+    """Rows [start, start + count) of a stored tensor, as many as there are: [rows, ...].
+
+    A scalar is one row.
+    """
     spec = stored.spec
-    if isinstance(stored, Encoded):
-        with stored.open() as reader:
-            return reader.weight(start, count)
+    count = min(count, (spec.shape[0] if spec.shape else 1) - start)
     tensor = torch.empty((count, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
     if tensor.numel():
-        with _opened(stored) as fd:
-            read_into(fd, stored, start * spec.row_nbytes, tensor_bytes(tensor))
+        step = max(1, _BLOCK * count // tensor.numel())
+        with stored.open() as reader:
+            for first in range(0, count, step):
+                block = tensor[first : first + step]
+                block.copy_(reader.weight(start + first, len(block)))
     return tensor
 
 
 def read_rows(stored: StoredTensor, rows: list[int]) -> Tensor:
     """Some rows of a stored tensor, in the given order: [len(rows), ...]."""
-    spec = stored.spec
-    tensor = torch.empty((len(rows), *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
-    if isinstance(stored, Encoded):
-        with stored.open() as reader:
-            for place, row in enumerate(rows):
-                tensor[place] = reader.weight(row, 1)[0]
-        return tensor
-    with _opened(stored) as fd:
+    tensor = torch.empty((len(rows), *stored.spec.shape[1:]), dtype=torch_dtype(stored.spec.dtype))
+    with stored.open() as reader:
         for place, row in enumerate(rows):
-            read_into(fd, stored, row * spec.row_nbytes, tensor_bytes(tensor[place]))
+            tensor[place] = reader.weight(row, 1)[0]
     return tensor
 
 
 def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
-    """Index and value of the first NaN or Inf of a stored tensor; None where there is none."""
+    """Index and value of the first NaN or Inf of a stored tensor; None if all are finite."""
     spec = stored.spec
     if not torch_dtype(spec.dtype).is_floating_point or not spec.numel:
         return None
     height = spec.shape[0] if spec.shape else 1
     step = max(1, _BLOCK * height // spec.numel)
     for start in range(0, height, step):
-        block = (
-            read_span(stored, start, min(step, height - start)) if spec.shape else read_tensor(stored)
-        )
-        values = block.float()
+        values = read_span(stored, start, min(step, height - start)).view(-1, *spec.shape[1:]).float()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            index, value = bad[0].tolist(), float(values[tuple(bad[0])])
-            return [start + row for row in index[:1]] + index[1:], value
+            row, *rest = bad[0].tolist()
+            return [start + row, *rest] if spec.shape else [], float(values[tuple(bad[0])])
     return None
 
 
@@ -120,7 +105,7 @@ def _opened(stored: StoredTensor) -> Iterator[int]:
 
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
     """Fill `block` from byte `offset` of a stored tensor in its open file."""
-    assert not isinstance(stored, Encoded), "codes are not weights"
+    assert not stored.kind, "codes are not weights"
     done = 0
     with disk_errors(stored.file):
         while done < len(block):

@@ -46,7 +46,7 @@ def calibrate(
     began = time.monotonic()
     with watch(output) as progress:
         report = commands.calibrate(session, resources, progress, fresh=fresh)
-    output.document({"ok": True, **report}) if as_json else show_calibration(output, report)
+    output.result({"ok": True, **report}, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}")
 

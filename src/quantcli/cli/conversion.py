@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.filesize import decimal
 
@@ -14,12 +14,9 @@ from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.commands.job import Job
-    from quantcli.commands.pack import PackJob
     from quantcli.convert.execute import Written
-    from quantcli.convert.merge import Merged
 
-Result: TypeAlias = "Written[Any] | Merged"
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound="Written[Any]")
 
 
 def convert(
@@ -65,13 +62,19 @@ def convert(
         out.document({**document, "files": result.files, "plan": report(result)})
 
 
-def show_job(out: Output, job: Job | PackJob, nbytes: int, *facts: str) -> None:
+def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
-    out.line(f"disk         needs {decimal(nbytes)}, {decimal(job.disk_free)} free")
-    out.line(f"memory       about {decimal(job.memory)} with {count(job.workers, 'worker')}")
+    out.line(f"disk         needs {decimal(job.nbytes)}, {decimal(job.disk_free)} free")
+    out.line(f"memory       about {decimal(job.memory)} with {count(job.options.workers, 'worker')}")
     out.line(f"output       {job.out}")
     for fact in facts:
         out.line(fact)
+    if job.out.exists():
+        from quantcli.convert.publish import only_ours, replaced_folder
+
+        kept = job.out.is_dir() and not only_ours(job.out)
+        fate = f"kept as {replaced_folder(job.out)}" if kept else "deleted then"
+        out.line(f"replaces     {job.out}, which is {fate}")
     if job.shards_done:
         out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in job.plan.notes:

@@ -25,7 +25,7 @@ def inspect(
             "--outliers", help="Read the weights and rank them by how hard they are to quantize."
         ),
     ] = False,
-    report: options.Report = None,
+    page: options.Report = None,
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
@@ -42,28 +42,27 @@ def inspect(
 
     out = Output(as_json=as_json)
     if support:
-        if model is not None or tensors is not None or outliers or report:
+        if model is not None or tensors is not None or outliers or page:
             raise InputError(
                 "--support takes neither a model nor an option other than --json",
                 fix="quantcli inspect --support",
             )
-        cells = commands.support()
-        out.document(cells) if as_json else show_support(out, cells)
+        out.result(commands.support(), show_support)
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
-    if report is not None and not outliers:
-        raise InputError("--report needs --outliers", where=f"--report {report}", fix="add --outliers")
+    if page is not None and not outliers:
+        raise InputError("--report needs --outliers", where=f"--report {page}", fix="add --outliers")
     if outliers:
         if tensors is not None:
             fix = f"quantcli inspect --outliers {model}"
             raise InputError("--outliers does not take --tensors", fix=fix)
         with watch(out) as progress:
-            ranking = commands.outliers(model, progress, report)
-        out.document(ranking) if as_json else show_outliers(out, ranking)
+            ranking = commands.outliers(model, progress, page)
+        out.result(ranking, show_outliers)
         return
     contents = commands.inspect(model, tensors)
-    out.document(contents) if as_json else show_inspection(out, contents)
+    out.result(contents, show_inspection)
     if contents["problems"]:
         raise typer.Exit(Exit.ANSWER_NO)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
@@ -46,7 +51,8 @@ Force = Annotated[
 ]
 Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest.")]
 Report = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Also write one page with charts.")
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Also write one page with charts."),
 ]
 
 
@@ -64,3 +70,38 @@ def resources_of(device: str, workers: int | None, max_memory: str | None, *, tr
         raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
     return Resources(device, workers or default_workers(), limit, trust)
+
+
+Command: TypeAlias = Callable[..., None]
+
+
+def fields_of(options: type[Any], **shared: Any) -> Callable[[Command], Command]:
+    """Give a command the fields of a dataclass as its options; it takes them as its first parameter.
+
+    Metadata of a field are arguments of typer.Option, or of typer.Argument if it has no default.
+    shared: annotations for fields without metadata, from above.
+    """
+    types = get_type_hints(options)
+
+    def parameter(field: Any) -> Parameter:
+        name, default = field.name, field.default
+        if default is MISSING:
+            default = typer.Argument(**field.metadata)
+        elif name not in shared:
+            flag = [f"--{name.replace('_', '-')}"]  # without it, a bool would be --full/--no-full
+            default = typer.Option(default, *flag, **field.metadata)
+        annotation = shared.get(name, types[name])
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def parsed(**values: Any) -> None:
+            chosen = options(**{field.name: values.pop(field.name) for field in fields(options)})
+            command(chosen, **values)
+
+        _, *others = inspect.signature(command, eval_str=True).parameters.values()
+        own = [other.replace(kind=Parameter.KEYWORD_ONLY) for other in others]
+        parsed.__signature__ = Signature([*map(parameter, fields(options)), *own])  # type: ignore[attr-defined]
+        return parsed
+
+    return decorate

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Set
-from typing import Any
+from collections.abc import Callable, Set
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +15,7 @@ from rich.text import Text
 from quantcli import __version__
 from quantcli.core.errors import Exit, QuantError
 
+R = TypeVar("R")
 _WIDE = 200  # columns if the output is not a terminal, so that a log has whole lines
 
 
@@ -30,6 +31,10 @@ class Output:
     def document(self, value: Any) -> None:
         """Print the one JSON document of a `--json` run."""
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def result(self, data: R, show: Callable[[Output, R], None]) -> None:
+        """Print the result of a command: as JSON, or with `show`."""
+        self.document(data) if self.as_json else show(self, data)
 
     def line(self, text: str = "") -> None:
         """Print a line of data."""

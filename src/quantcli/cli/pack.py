@@ -15,8 +15,9 @@ from quantcli.core.errors import InputError
 from quantcli.core.text import count
 
 if TYPE_CHECKING:
-    from quantcli.commands.pack import PackJob
+    from quantcli.commands.job import Job
     from quantcli.convert.merge import Merge
+    from quantcli.planning.repack import Repacking
 
 _MERGE = "quantcli pack --merge OUT.part-* --out OUT"
 _PACK = "quantcli pack CHECKPOINT --target TARGET --out OUT"
@@ -123,7 +124,7 @@ def show_merge(out: Output, job: Merge) -> None:
     out.line(f"output       {job.out}, {decimal(job.nbytes)}")
 
 
-def show_pack(out: Output, job: PackJob) -> None:
+def show_pack(out: Output, job: Job[Repacking]) -> None:
     """Print the plan: the modules before and after, the cost."""
     plan = job.plan
     rows = []
@@ -138,4 +139,4 @@ def show_pack(out: Output, job: PackJob) -> None:
     out.line(f"copied       {count(plan.floats, 'tensor')}, byte for byte")
     for loads_on in dict.fromkeys(f"{line.label}: {line.loads_on}" for line in plan.lines):
         out.line(f"loads on     {loads_on}")
-    show_job(out, job, plan.nbytes)
+    show_job(out, job)

@@ -89,7 +89,7 @@ def quantize(
     )
 
 
-def show_plan(out: Output, job: Job) -> None:
+def show_plan(out: Output, job: Job[Plan]) -> None:
     """Print the plan: the effect of each rule, the weights that stay float and why, the cost."""
     plan = job.plan
     rows = []
@@ -118,12 +118,10 @@ def show_plan(out: Output, job: Job) -> None:
         others = f", and {count(plan.sidecars.keys() | plan.copies.keys(), 'file')} without weights"
         out.line(f"{job.part!s:<13}{files}{others if job.part.carries else ''}")
     facts = [] if job.session is None else [f"calibration  {_calibration_text(job)}"]
-    if job.out.exists():
-        facts.append(f"replaces     {job.out}{job.replaced}")
-    show_job(out, job, job.nbytes, *facts)
+    show_job(out, job, *facts)
 
 
-def _calibration_text(job: Job) -> str:
+def _calibration_text(job: Job[Plan]) -> str:
     session = job.session
     assert session is not None
     results = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
@@ -136,7 +134,7 @@ def _calibration_text(job: Job) -> str:
     done = session.layers_done
     resumes = f", continues after {count(done, 'layer')}" if done else ""
     source = session.source
-    memory = decimal(job.memory + session.memory_nbytes(job.workers))
+    memory = decimal(job.memory + session.memory_nbytes(job.options.workers))
     return (
         f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
         f"{source.data}, kept in {session.folder}{resumes}; about {memory} of "
@@ -144,7 +142,7 @@ def _calibration_text(job: Job) -> str:
     )
 
 
-def _closing(job: Job) -> tuple[str, str]:
+def _closing(job: Job[Plan]) -> tuple[str, str]:
     if job.part is not None:
         return f", {job.part}", "; join all parts with `quantcli pack --merge`"
     before = job.plan.checkpoint.nbytes

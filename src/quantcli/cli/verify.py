@@ -1,20 +1,20 @@
-"""A report of verification on a terminal: what is wrong first, the verdict last."""
+"""`quantcli verify`, and its report on a terminal: errors first, the verdict last."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from quantcli.cli.options import Json, Quiet, Report, Trust, Workers
+from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import Exit
 from quantcli.core.text import count
+from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
 
-_FINDINGS = 10  # that show; more where more checks have any, so that each has one
+_FINDINGS = 10  # findings to show; more if more checks have errors: one of each
 _MODULES = 10
 
 
@@ -38,7 +38,7 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One line: passed or not, what was checked, and where to look."""
+    """One line: passed or not, the depths that ran, and the layers to look at."""
     depths = ", ".join(report.get("depths") or [])
     notes = count(words.notes(report), "note")
     if not words.is_failed(report):
@@ -110,61 +110,20 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
         out.line(f"{depth:<13}{', '.join([*failed, *fine])}")
 
 
-def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint, whoever wrote it.")],
-    full: Annotated[bool, typer.Option("--full", help="Read every byte: hashes, NaN, ranges.")] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Compare with the float model, or another quantized one."),
-    ] = None,
-    run: Annotated[
-        bool, typer.Option("--run", help="Run both on --data, as the engine computes; needs --against.")
-    ] = False,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Text for --run.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of text for --run.")] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 256,
-    tp: Annotated[
-        str, typer.Option(metavar="SIZES", help="Tensor parallel sizes to serve with, as in 1,2,4,8.")
-    ] = "1",
-    min_sqnr: Annotated[float | None, typer.Option(help="dB that each weight must reach.")] = None,
-    max_ppl_ratio: Annotated[float | None, typer.Option(help="Perplexity over MODEL's.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Mean KL divergence, nats a token.")] = None,
-    junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the outcome as JUnit XML, too.")
-    ] = None,
-    report: Report = None,
-    workers: Workers = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 where it is not.
+@options.fields_of(
+    VerifyOptions, page=options.Report, workers=options.Workers, trust_remote_code=options.Trust
+)
+def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options.Json = False) -> None:
+    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
 
     Without options only headers are read. --full, --against and --run go deeper, on top of that.
     """
-    from quantcli.cli import progress
+    from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands
 
     output = Output(as_json=as_json, quiet=quiet)
-    with progress.watch(output) as watcher:
-        found = commands.verify(
-            checkpoint,
-            full=full,
-            against=against,
-            run=run,
-            data=data,
-            samples=samples,
-            length=length,
-            tp=tp,
-            min_sqnr=min_sqnr,
-            max_ppl_ratio=max_ppl_ratio,
-            max_kl=max_kl,
-            junit=junit,
-            page=report,
-            workers=workers,
-            trust_remote_code=trust_remote_code,
-            progress=watcher,
-        )
-    output.document(found) if as_json else show_verification(output, found)
-    if not found["ok"]:
+    with watch(output) as progress:
+        report = commands.run(chosen, progress)
+    output.result(report, show_verification)
+    if not report["ok"]:
         raise typer.Exit(Exit.ANSWER_NO)

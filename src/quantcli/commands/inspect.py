@@ -73,5 +73,5 @@ def outliers(model: str, progress: Progress | None = None, page: Path | None = N
     if page is not None:
         from quantcli.verification.report.outliers import outliers_page
 
-        write_file(page.resolve(), outliers_page(str(checkpoint.path), ranking["modules"]).encode())
+        write_file(page.resolve(), outliers_page(str(checkpoint.path), ranking).encode())
     return ranking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
@@ -13,30 +13,28 @@ from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
+    from quantcli.calibration.session import Session
     from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.convert.execute import RunOptions, Written
+    from quantcli.core.events import Progress
+    from quantcli.planning.parts import Part
+    from quantcli.planning.plan import Plan, Shard, Work
     from quantcli.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from quantcli.calibration.session import Session
-    from quantcli.planning.parts import Part
-    from quantcli.planning.plan import Plan, Shard
+W = TypeVar("W", bound="Work")
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[W]):
     """A conversion that was planned and would be accepted: the plan, its place and its cost."""
 
-    plan: Plan
+    plan: W
     out: Path
-    workers: int
-    checksum: bool
-    fresh: bool
-    force: bool
+    options: RunOptions
     disk_free: int  # bytes
     memory: int  # bytes above a bare torch import, estimated
     shards_done: int  # whole shards that an interrupted run left
-    replaced: str  # what happens to an OUT that exists, for people
-    session: Session | None = None  # the calibration, where the recipe needs one
+    session: Session | None = None  # the calibration, if the recipe needs one
     part: Part | None = None  # of the shards that this machine writes; None: all
 
     @property
@@ -50,15 +48,61 @@ class Job:
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
 
 
-def to_json(job: Job) -> dict[str, Any]:
+def make_job(
+    plan: W, out: Path, options: RunOptions, session: Session | None = None, part: Part | None = None
+) -> Job[W]:
+    """The job of a plan whose `out` was accepted. MachineError if the disk is too small for it, and
+    InputError if an unfinished run of something else is in its place."""
+    from quantcli.convert.execute import run_head
+    from quantcli.convert.journal import check_folder
+    from quantcli.convert.shards import memory_estimate
+    from quantcli.core.place import check_space, partial_folder
+
+    unknown = options.fresh or (session is not None and not session.complete)
+    head = None if unknown else run_head(plan, checksum=options.checksum)
+    done = check_folder(partial_folder(out), head)
+    free = check_space(out, part.nbytes(plan) if part else plan.nbytes)
+    memory = memory_estimate(plan, options.workers)
+    return Job(plan, out, options, free, memory, done, session, part)
+
+
+def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> Written[W]:
+    """Carry out a job. Interrupted, the same job continues where it stopped."""
+    from quantcli.convert.execute import execute
+    from quantcli.core.events import SILENT
+
+    return execute(
+        job.plan, job.out, job.options, progress=progress or SILENT, part=job.part, final=final
+    )
+
+
+def job_json(job: Job[Any]) -> dict[str, Any]:
+    """What every planned job has, as JSON-able data."""
+    plan = job.plan
+    return {
+        "out": str(job.out),
+        "target": plan.target.name,
+        "serving_dtype": plan.serving_dtype,
+        "digest": plan.digest,
+        "bytes_before": plan.checkpoint.nbytes,
+        "bytes_after": plan.weight_nbytes,
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
+        "files": sorted([*plan.sidecars, *plan.copies]),
+        "disk_needed": job.nbytes,
+        "disk_free": job.disk_free,
+        "memory_needed": job.memory,
+        "workers": job.options.workers,
+        "shards_done": job.shards_done,
+        "notes": list(plan.notes),
+    }
+
+
+def to_json(job: Job[Plan]) -> dict[str, Any]:
     """A planned job as JSON-able data."""
     plan = job.plan
     return {
         "model": str(plan.checkpoint.path),
-        "out": str(job.out),
-        "target": plan.recipe.target.name,
-        "serving_dtype": plan.serving_dtype,
-        "digest": plan.digest,
+        **job_json(job),
         "rules": [
             {
                 "rule": f"rules.{line.number - 1}",
@@ -83,17 +127,7 @@ def to_json(job: Job) -> dict[str, Any]:
         ],
         "quantized_params_pct": round(plan.quantized_params_pct, 4),
         "quantized_modules": plan.quantized_modules,
-        "bytes_before": plan.checkpoint.nbytes,
-        "bytes_after": plan.weight_nbytes,
-        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
-        "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": job.nbytes,
-        "disk_free": job.disk_free,
-        "memory_needed": job.memory,
-        "workers": job.workers,
-        "shards_done": job.shards_done,
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
-        "notes": list(plan.notes),
         "calibration": None if job.session is None else describe(job.session),
         "part": None
         if job.part is None

@@ -6,11 +6,12 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.commands.calibrate import calibrate
-from quantcli.commands.job import Job, _calibration_folder, _default_name, _load
+from quantcli.commands.job import Job, _calibration_folder, _default_name, _load, make_job, run_job
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,18 +33,15 @@ def plan(
     force: bool = False,
     calibration: Path | None = None,
     part: str | None = None,
-) -> Job:
+) -> Job[Plan]:
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
     `expect` block: see `check`. recipe: a file, or the name of a shipped one. part: as in "2/3"; it
     goes to `out`.part-2-of-3.
     """
-    from quantcli.convert.execute import run_head
-    from quantcli.convert.journal import check_folder
-    from quantcli.convert.publish import check_destination, only_ours, replaced_folder
-    from quantcli.convert.shards import memory_estimate
-    from quantcli.core.place import check_space, partial_folder
+    from quantcli.convert.execute import RunOptions
+    from quantcli.convert.publish import check_destination
     from quantcli.core.threads import default_workers
     from quantcli.planning.parts import parse_part
     from quantcli.planning.planner import make_plan
@@ -79,15 +77,8 @@ def plan(
             where=f"--calibration {calibration}",
             fix="leave --calibration out",
         )
-    unknown = fresh or (session is not None and not session.complete)
-    head = None if unknown else run_head(plan, checksum=checksum)
-    done = check_folder(partial_folder(out), head)
-    count = workers or default_workers()
-    free = check_space(out, share.nbytes(plan) if share else plan.nbytes)
-    memory = memory_estimate(plan, count)
-    kept = out.is_dir() and not only_ours(out)
-    replaced = f", which is kept as {replaced_folder(out)}" if kept else ", which is deleted then"
-    return Job(plan, out, count, checksum, fresh, force, free, memory, done, replaced, session, share)
+    options = RunOptions(workers or default_workers(), fresh, force, checksum)
+    return make_job(plan, out, options, session, share)
 
 
 def _calibrate_command(
@@ -102,7 +93,7 @@ def _calibrate_command(
     return shlex.join([*words, "--out", str(folder)])
 
 
-def check(job: Job) -> None:
+def check(job: Job[Plan]) -> None:
     """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
     from quantcli.planning.planner import check_expectations
 
@@ -110,15 +101,12 @@ def check(job: Job) -> None:
 
 
 def quantize(
-    job: Job, progress: Progress | None = None, resources: Resources | None = None
+    job: Job[Plan], progress: Progress | None = None, resources: Resources | None = None
 ) -> Written[Plan]:
     """Run a planned conversion, calibrating first where the recipe needs that.
 
     Interrupted, the same job continues where it stopped.
     """
-    from quantcli.convert.execute import execute
-    from quantcli.core.events import SILENT
-
     check(job)
     plan = job.plan
     if job.session is not None and not job.session.complete:
@@ -128,13 +116,4 @@ def quantize(
         calibrate(job.session, resources, progress)
         plan = make_plan(plan.recipe, plan.checkpoint, load(job.session))
         check_expectations(plan)
-    return execute(
-        plan,
-        job.out,
-        workers=job.workers,
-        progress=progress or SILENT,
-        fresh=job.fresh,
-        force=job.force,
-        checksum=job.checksum,
-        part=job.part,
-    )
+    return run_job(replace(job, plan=plan), progress)

@@ -1,4 +1,4 @@
-"""One block of rows: from source values to what is written, and what is wrong with it."""
+"""One row block: from source values to bytes, or an error that names an element."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor, tensor_bytes
@@ -25,7 +24,7 @@ from quantcli.targets.base import Target
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration found for an item."""
+    """The results of calibration for an item."""
 
     constants: Stats = field(default_factory=lambda: NO_STATS)
     row_stats: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -37,7 +36,7 @@ _NOTHING = Calibrated()
 
 
 def read_calibrated(item: Copy | Quantize, weight_amax: WeightAmax) -> Calibrated:
-    """Read what calibration found for an item, and what all its rows share.
+    """Read the results of calibration for an item, and the constants of its scheme.
 
     InputError for values that make no sense.
     """
@@ -63,9 +62,9 @@ def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated)
     converted = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
     if item.dtype is not None and not bool(torch.isfinite(converted).all()):
         name = item.source.spec.name
-        found = not_finite(name.rpartition(".")[2], rows, item.source, first_row)
-        if found is not None:
-            raise found
+        error = not_finite(name.rpartition(".")[2], rows, item.source, first_row)
+        if error is not None:
+            raise error
         raise InputError(
             f"a value overflows {item.dtype}, in which the model is served",
             where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
@@ -105,7 +104,7 @@ def quantize_block(
 
 
 def measured_constants(item: Quantize) -> Parts:
-    """What the scheme makes of a module's measured input. InputError for values that make no sense."""
+    """The scheme's constants from a module's statistics. InputError for values that make no sense."""
     shared = item.stats.keys() - item.scheme.row_stats
     stats = {name: read_tensor(item.stats[name]) for name in shared}
     try:
@@ -140,7 +139,7 @@ class WeightAmax:
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
+        self._amax: dict[str, Tensor] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
 
@@ -153,43 +152,43 @@ class WeightAmax:
         with self._lock:
             lock = self._locks[key]
         with lock:
-            if key not in self._found:
+            if key not in self._amax:
                 largest = [_largest(stored, edit) for stored, edit in item.amax_group]
-                self._found[key] = torch.stack(largest).amax().view(1)
-            return self._found[key]
+                self._amax[key] = torch.stack(largest).amax().view(1)
+            return self._amax[key]
 
 
 def _largest(stored: StoredTensor, edit: Edit | None) -> Tensor:
     n, k = stored.spec.shape
     factors = edit.load() if edit else None
     step = max(1, _BLOCK // k)
-    found = torch.zeros(())
+    amax = torch.zeros(())
     for start in range(0, n, step):
         rows = read_span(stored, start, min(step, n - start))
         edited = rows if factors is None else factors.apply(rows, start)
-        found = torch.maximum(found, rounding.absmax(edited).amax())
-        if not bool(torch.isfinite(found)):
+        amax = torch.maximum(amax, rounding.absmax(edited).amax())
+        if not bool(torch.isfinite(amax)):
             raise not_finite("weight", rows, stored, start) or InputError(
                 "smoothing makes this weight overflow",
                 where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
                 fix="leave it out of `smooth`, or keep this module float",
             )
-    return found
+    return amax
 
 
 def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) -> InputError | None:
-    """The error for the first NaN or Inf among rows of a stored tensor; None where there is none.
+    """The error for the first NaN or Inf among rows of a stored tensor; None if all are finite.
 
-    Where the rows were decoded, it names what they were decoded from.
+    If the rows were decoded, it names the stored tensor that they were decoded from.
     """
     bad = (~torch.isfinite(rows)).nonzero()
     if not len(bad):
         return None
     index, value = bad[0].tolist(), float(rows[tuple(bad[0])])
     index[:1] = [first_row + row for row in index[:1]]
-    for part in stored.parts if isinstance(stored, Encoded) else ():
-        if (found := first_not_finite(part)) is not None:
-            index, value = found
+    for part in stored.parts if stored.kind else ():
+        if (first := first_not_finite(part)) is not None:
+            index, value = first
             stored, kind = part, part.spec.name.rpartition(".")[2]
             break
     place = f"[{', '.join(map(str, index))}]" if index else ""

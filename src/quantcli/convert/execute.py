@@ -1,4 +1,4 @@
-"""Make it happen: Plan -> directory; atomic, resumable, the same bytes each time."""
+"""Carry out a plan: a directory that is atomic, resumable, and has the same bytes each time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,37 @@ from quantcli.verification.structure import verified
 _CHUNK = 2**20  # bytes
 
 
-P = TypeVar("P", bound=Work)
+P = TypeVar("P")
+W = TypeVar("W", bound=Work)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is carried out; none of it changes a byte of the weights.
+
+    workers:        threads that convert.
+    fresh:          start again, without what an interrupted run left.
+    force:          replace an output that exists.
+    checksum:       hash every file for the manifest.
+    block_elements: elements of a row block.
+    """
+
+    workers: int
+    fresh: bool = False
+    force: bool = False
+    checksum: bool = True
+    block_elements: int = BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Written(Generic[P]):
-    """A finished directory."""
+    """A finished directory. plan: what was carried out; None for parts that were joined."""
 
     out: Path
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
-    shards_reused: int
+    shards_reused: int  # of an interrupted run
     plan: P
-    notes: tuple[str, ...]  # what the source lacks
+    notes: tuple[str, ...]  # of verification: faults that the source has too
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +64,7 @@ class Written(Generic[P]):
 
 
 def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
-    """What must be the same for a later run to continue with this one's shards."""
+    """The head of the journal: a later run continues with these shards only if it has the same."""
     source = {}
     for shard in plan.checkpoint.shards:
         status = (plan.checkpoint.path / shard).stat()
@@ -54,24 +73,20 @@ def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
 
 
 def execute(
-    plan: P,
+    plan: W,
     out: Path,
+    options: RunOptions,
     *,
-    workers: int,
     progress: Progress = SILENT,
-    fresh: bool = False,
-    force: bool = False,
-    checksum: bool = True,
     part: Part | None = None,
     final: bool = False,
-    block_elements: int = BLOCK_ELEMENTS,
-) -> Written[P]:
+) -> Written[W]:
     """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
     An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
-    final: where values are refused, nothing but another source helps, so that nothing is left of it.
-    Raises InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for
-    a full or unwritable disk.
+    final: delete `out`.partial if a value is refused: no other run could continue with it.
+    InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for a full
+    or unwritable disk.
     """
     if isinstance(plan, Plan) and plan.needs_data:
         raise InputError(
@@ -79,16 +94,16 @@ def execute(
             where=f"`{plan.needs_data[0]}`",
             fix="run `quantcli calibrate` with this recipe and model first",
         )
-    partial = partial_folder(out)
-    if fresh:
+    partial, checksum = partial_folder(out), options.checksum
+    if options.fresh:
         remove_folder(partial)
     journal = Journal(partial, run_head(plan, checksum=checksum))
     useless = False
     try:
-        run = ShardRun(plan, partial, journal, progress, checksum, block_elements)
+        run = ShardRun(plan, partial, journal, progress, checksum, options.block_elements)
         try:
-            with thread_pool(workers) as pool:
-                run.write(part.shards(plan) if part else plan.shards, pool, workers)
+            with thread_pool(options.workers) as pool:
+                run.write(part.shards(plan) if part else plan.shards, pool, options.workers)
         except InputError:
             useless = final
             raise
@@ -108,10 +123,10 @@ def execute(
             assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {partial}"
         else:
             close_folder(partial, PART, part_head(plan, part, head, checksum=checksum), files)
-        # Again: somebody may have made OUT meanwhile, and without the journal nothing could be reused.
-        check_destination(out, plan.checkpoint.path, force=force)
+        # again: OUT may exist by now, and without the journal no later run could reuse the shards
+        check_destination(out, plan.checkpoint.path, force=options.force)
         journal.remove()
-        publish(partial, out, force=force)
+        publish(partial, out, force=options.force)
     finally:
         journal.close()
         if useless:
@@ -123,7 +138,7 @@ def execute(
 def close_folder(
     folder: Path, listing: str, head: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
-    """Remove what does not belong into a folder, and write what says what it holds; all durable."""
+    """Remove strange files from a folder and write its listing; all of it is durable on the disk."""
     _remove_strangers(folder, {*files, JOURNAL})
     write_file(folder / listing, encode_manifest({**head, "files": dict(sorted(files.items()))}))
     with disk_errors(folder):
@@ -131,7 +146,7 @@ def close_folder(
 
 
 def _remove_strangers(folder: Path, expected: set[str]) -> None:
-    """Delete what an earlier run left in OUT.partial and this plan does not name."""
+    """Delete files in OUT.partial that an earlier run left and this plan does not name."""
     with disk_errors(folder):
         for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
             name = path.relative_to(folder).as_posix()
@@ -143,7 +158,7 @@ def _remove_strangers(folder: Path, expected: set[str]) -> None:
 
 
 def copy_file(source: Path, destination: Path, *, checksum: bool) -> dict[str, Any]:
-    """Copy a file's bytes, with the permissions of any new file; what the manifest says of it."""
+    """Copy a file's bytes, with the permissions of a new file. Returns its entry of the manifest."""
     temporary = destination.with_name(f".{destination.name}.writing")
     with disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)

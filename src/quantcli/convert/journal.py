@@ -1,4 +1,4 @@
-"""What an interrupted run leaves behind so that the same command can go on.
+"""The journal of a run: with it the same command continues after an interruption.
 
 A text file in OUT.partial, one JSON object a line: first the plan, then every shard that is whole
 and durable. A line that was cut off by a crash does not count.
@@ -37,7 +37,7 @@ class Journal:
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
         """Open or begin the journal of a run that is described by `head`.
 
-        Raises InputError where the folder holds another plan's work, MachineError where another
+        Raises InputError if the folder holds another plan's work, MachineError if another
         process is at work in it.
         """
         self._mutex = threading.Lock()
@@ -84,10 +84,10 @@ class Journal:
 
 
 def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
-    """How many shards are done in `folder`; InputError unless it is absent, empty, or ours.
+    """Number of shards that are done in `folder`; InputError unless it is absent, empty, or a run's.
 
-    Without a `head` any work of ours will do: it is to be removed. MachineError where another process
-    is at work in the folder.
+    Without a `head` any run's work is accepted: it will be removed. MachineError if another process is
+    at work in the folder.
     """
     if not os.path.lexists(folder):
         return 0
@@ -107,7 +107,7 @@ def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
 def remove_folder(folder: Path) -> None:
     """Delete OUT.partial with all that is in it.
 
-    InputError where no run of ours made it, MachineError where another process is at work in it.
+    InputError if no run of quantcli made it, MachineError if another process is at work in it.
     """
     if os.path.lexists(folder):
         _check_ours(folder)
@@ -115,7 +115,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, under the lock of its journal, which goes last: the rest stays known as ours."""
+    """Delete a folder under the lock of its journal, which goes last: it marks the folder."""
     with disk_errors(folder), (folder / JOURNAL).open("a") as file:
         lock(file.fileno(), folder)
         for entry in folder.iterdir():
@@ -128,12 +128,12 @@ def discard(folder: Path) -> None:
 
 def _check_ours(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
-        raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
+        raise InputError("path exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir()}
     if names and not names & {JOURNAL, MANIFEST, PART}:
         raise InputError(
-            "is not the work of an interrupted run: it has no journal",
+            "folder is not the work of an interrupted run: it has no journal",
             where=str(folder),
             fix="move it away",
         )
@@ -145,7 +145,7 @@ def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path)
         source = "set of parts" if "parts" in head["source"] else "model"
         words = {"source": source, "plan": "recipe or version", "checksum": "option --checksum"}
         raise InputError(
-            f"holds the unfinished work of another run: the {words[changed]} has changed since",
+            f"folder holds the unfinished work of another run: the {words[changed]} has changed since",
             where=str(folder),
             fix=_FRESH,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.convert.execute import close_folder, copy_file
+from quantcli.convert.execute import Written, close_folder, copy_file
 from quantcli.convert.journal import Journal, check_folder, remove_folder
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
 from quantcli.convert.publish import check_destination, publish
@@ -24,7 +24,7 @@ from quantcli.verification.structure import verified
 
 @dataclass(frozen=True)
 class Merge:
-    """Parts that make a whole, and where it is to go."""
+    """Parts that make a whole, and the place of the result."""
 
     parts: list[PartFolder]
     out: Path
@@ -45,20 +45,10 @@ class Merge:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What must be the same for a later run to continue with this one's files."""
+        """The head of the journal: a later run continues with these files only if it has the same."""
         whole = self.parts[0].whole
         of: dict[str, Any] = {"parts": whole["of"]}
         return {"plan": whole["manifest"]["plan"], "checksum": whole["checksum"], "source": of}
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A finished directory. `shards_reused` counts shards of an interrupted run."""
-
-    out: Path
-    files: dict[str, dict[str, Any]]
-    shards_reused: int
-    notes: tuple[str, ...]
 
 
 def plan_merge(
@@ -69,7 +59,7 @@ def plan_merge(
     fresh: bool = False,
     force: bool = False,
 ) -> Merge:
-    """Check all that headers and sizes tell: one plan, each part once, each file with its size.
+    """Check what headers and sizes show: one plan, each part once, sizes of files.
 
     InputError for parts that make no whole.
     """
@@ -95,10 +85,10 @@ def plan_merge(
     return merge
 
 
-def merge(job: Merge, progress: Progress = SILENT) -> Merged:
+def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
     """Put the parts together at `job.out`, which appears whole or not at all. The parts stay.
 
-    Every file is read, and its hash compared, where hashes were made. InputError for a damaged one.
+    Every file is read, and hashes are compared if the parts have them. InputError for a damaged file.
     """
     partial = partial_folder(job.out)
     if job.fresh:
@@ -128,7 +118,7 @@ def merge(job: Merge, progress: Progress = SILENT) -> Merged:
         publish(partial, job.out, force=job.force)
     finally:
         journal.close()
-    return Merged(job.out, dict(sorted(job.files.items())), reused, notes)
+    return Written(job.out, dict(sorted(job.files.items())), reused, None, notes)
 
 
 class _Gather:
@@ -142,8 +132,8 @@ class _Gather:
         self.shards = job.parts[0].whole["shards"]
 
     def gather(self, part: PartFolder, name: str) -> bool:
-        """Link or copy one file of a part, and compare its hash; whether it is a weight file that an
-        earlier run had put there."""
+        """Link or copy one file of a part, and compare its hash. True for a weight file that an earlier
+        run had put there."""
         source, destination, entry = part.path / name, self.folder / name, part.files[name]
         done = self.journal.done.get(name)
         reused = (
@@ -152,7 +142,7 @@ class _Gather:
             and file_entry(destination, checksum=part.checksum) == entry
         )
         if not reused:
-            # what is small is copied: who edits config.json later must not change the part as well
+            # small files are copied: a later edit of config.json must not change the part as well
             linked = name in self.shards and self._link(source, destination)
             if not linked:
                 copy_file(source, destination, checksum=False)
@@ -170,7 +160,7 @@ class _Gather:
         return reused
 
     def _link(self, source: Path, destination: Path) -> bool:
-        """Give a file a second name; False where the file system cannot."""
+        """Give a file a second name. False if the file system cannot."""
         if not self.job.linked:
             return False
         with disk_errors(destination):

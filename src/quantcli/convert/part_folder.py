@@ -1,4 +1,4 @@
-"""Folders that hold parts of one conversion: what each says of itself, and if they make a whole."""
+"""Folders that hold parts of one conversion: their descriptions, and whether they make a whole."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ AGAIN = "copy the part again, or run its `quantcli quantize --part` again with -
 
 @dataclass(frozen=True)
 class PartFolder:
-    """One part on disk, as it says itself.
+    """One part on disk, as its description says.
 
-    whole: what is the same for all parts of one conversion: `of`, `checksum`, `shards` (weight
-           file -> part), `carried` (files next to the weights), `manifest` (but for its files).
-    files: of this part, as the manifest will list them.
+    whole: the same for all parts of one conversion: `of`, `checksum`, `shards` (weight file -> part),
+           `carried` (files next to the weights), `manifest` (without its files).
+    files: files of this part, as the manifest will list them.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class PartFolder:
 
 
 def read_part(folder: Path) -> PartFolder:
-    """The part in `folder`. InputError where there is none, or it is not what was written."""
+    """The part in `folder`. InputError if there is none, or if it was changed since it was written."""
     path = folder / PART
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder), fix="check the path")
@@ -53,7 +53,7 @@ def read_part(folder: Path) -> PartFolder:
                 fix="run its `quantcli quantize --part` again: it goes on where it stopped",
             )
         if (folder / MANIFEST).exists():
-            raise InputError("this is a whole checkpoint, and no part", where=str(folder), fix=fix)
+            raise InputError("this is a whole checkpoint, not a part", where=str(folder), fix=fix)
         raise InputError("this is not a part of a conversion", where=str(folder), fix=fix)
     table = read_sealed(path, "description of the part", AGAIN)
     try:
@@ -67,7 +67,7 @@ def read_part(folder: Path) -> PartFolder:
 
 
 def _parse(folder: Path, table: dict[str, Any]) -> PartFolder:
-    """An error that `read_part` puts into words where anything is of the wrong type."""
+    """The part of a description. Any error here means a wrong type; `read_part` reports it."""
     part = Part(_int(table["part"]), _int(table["of"]))
     shards, carried, manifest, files = (
         table[key] for key in ("shards", "carried", "manifest", "files")
@@ -109,14 +109,14 @@ def _int(value: Any) -> int:
 
 
 def _inside(name: str) -> bool:
-    """Whether a file of this name stays in the folder that it is put into, and is not one of ours."""
+    """Whether a file of this name stays inside its folder, and is not a file that quantcli writes."""
     path = PurePosixPath(name)
     plain = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
     return plain and name.isprintable() and name not in {MANIFEST, PART, JOURNAL, "."}
 
 
 def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:
-    """The parts in order. InputError unless they are of one conversion, and each is there once."""
+    """The parts in order. InputError unless they belong to one conversion and each is given once."""
     texts = [json.dumps(part.whole, sort_keys=True) for part in parts]
     most = Counter(texts).most_common(1)[0][0]
     usual = parts[texts.index(most)]
@@ -152,7 +152,7 @@ def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:
 
 
 def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
-    """How two conversions differ, as text."""
+    """The difference of two conversions, as text."""
     if usual["of"] != odd["of"]:
         return f"it is one of {odd['of']} parts, that one of {usual['of']}"
     usual_manifest, odd_manifest = usual["manifest"], odd["manifest"]

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import read_into, tensor_bytes
+from quantcli.checkpoint.tensors import read_span, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.block import Calibrated, WeightAmax, copy_block, quantize_block, read_calibrated
+from quantcli.convert.block import WeightAmax, copy_block, quantize_block, read_calibrated
 from quantcli.convert.journal import Journal
-from quantcli.core.disk import disk_errors, file_entry
-from quantcli.core.errors import MachineError
+from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
-from quantcli.planning.plan import Copy, Item, Quantize, Repack, Shard, Work
+from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
 from quantcli.planning.recode import recode
 from quantcli.targets.module_rows import ModuleReader
 
@@ -37,8 +31,9 @@ JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 def memory_estimate(plan: Work, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. Where
-    rows share a scale, blocks have at least so many; of those, only some columns are ever float32.
+    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. If
+    rows share a scale, a block has at least all of them; only some of their columns are float32 at a
+    time.
     """
     widest = max(
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
@@ -53,9 +48,7 @@ def memory_estimate(plan: Work, workers: int) -> int:
         ),
         default=1,
     )
-    nbytes = max(
-        (s.buffer_nbytes for s in plan.checkpoint.tensors.values() if isinstance(s, Encoded)), default=0
-    )
+    nbytes = max((stored.buffer_nbytes for stored in plan.checkpoint.tensors.values()), default=0)
     nbytes += block * 14 + max(0, tallest - block) * 5
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
     return workers * nbytes + tensors * 1500 + _BASE
@@ -83,11 +76,10 @@ class ShardRun:
         self.reused = 0
         self._surveys = WeightAmax()
         self._stop = threading.Event()
-        self._local = threading.local()
 
     def write(self, shards: Iterable[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write each of these shards that is not there yet. A few are under way at a time, so that no
-        worker waits for the last job of a shard.
+        """Write each of these shards that is not there yet. A few are under way at a time: no worker
+        waits for the last job of a shard.
         """
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
@@ -110,19 +102,19 @@ class ShardRun:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             for open_shard, _ in under_way:
-                open_shard.abandon()
+                open_shard.writer.abandon()
             raise
 
     def _finish(self, open_shard: OpenShard) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
-        open_shard.finish()
+        writer.finish()
         entry = file_entry(writer.path, checksum=self.checksum)
         self.journal.record(file, writer.nbytes, entry.get("sha256"))
         self.files[file] = entry
         self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
-        """Whether an earlier run finished this shard and it is still what it was."""
+        """Whether an earlier run finished this shard and it has not changed since."""
         done = self.journal.done.get(shard.file)
         path = self.folder / shard.file
         if done is None or not path.is_file():
@@ -149,14 +141,16 @@ class ShardRun:
             step = _multiple(self.block_elements // spec.shape[1], item.row_multiple)
         else:
             step = max(1, int(2 * self.block_elements * spec.itemsize) // spec.row_nbytes)
-        with self._source(open_shard, item.source) as read:
+        with item.source.open() as reader:
             for start in range(job.start, job.stop, step):
                 if self._stop.is_set():
                     return
                 stop = min(start + step, job.stop)
-                rows = read(start, stop - start)
+                rows = reader.weight(start, stop - start)
                 if isinstance(item, Quantize):
-                    self._quantize(open_shard, item, start, rows, calibrated)
+                    bias = _bias(item, start, len(rows))
+                    packed = quantize_block(self.plan.target, item, rows, start, bias, calibrated)
+                    self._emit(open_shard, item, start, packed)
                 else:
                     (out,) = item.outputs
                     copied = copy_block(item, rows, start, calibrated)
@@ -165,33 +159,6 @@ class ShardRun:
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
 
-    @contextmanager
-    def _source(
-        self, open_shard: OpenShard, stored: StoredTensor
-    ) -> Iterator[Callable[[int, int], Tensor]]:
-        """Gives rows [start, start + count) of a tensor, each time in the same memory of this thread
-        where they are not decoded."""
-        if isinstance(stored, Encoded):
-            with stored.open() as reader:
-                yield reader.weight
-            return
-        spec = stored.spec
-        dtype, width = torch_dtype(spec.dtype), spec.row_nbytes
-
-        def read(start: int, count: int) -> Tensor:
-            block = self._buffer(count * width)
-            open_shard.read(stored, start * width, block)
-            return torch.frombuffer(block, dtype=dtype).view(count, *spec.shape[1:])
-
-        yield read
-
-    def _quantize(
-        self, open_shard: OpenShard, item: Quantize, start: int, rows: Tensor, calibrated: Calibrated
-    ) -> None:
-        bias = open_shard.bias(item, start, len(rows))
-        packed = quantize_block(self.plan.target, item, rows, start, bias, calibrated)
-        self._emit(open_shard, item, start, packed)
-
     def _repack(self, open_shard: OpenShard, item: Repack, job: _Job) -> None:
         step = _multiple(self.block_elements // item.module.shape[1], item.row_multiple)
         with ModuleReader(item.module) as reader:
@@ -199,7 +166,7 @@ class ShardRun:
                 if self._stop.is_set():
                     return
                 stop = min(start + step, job.stop)
-                bias = open_shard.bias(item, start, stop - start)
+                bias = _bias(item, start, stop - start)
                 stored = reader.rows(start, stop - start)
                 self._emit(open_shard, item, start, recode(item, self.plan.target, stored, start, bias))
                 self.progress.advance(_share(item.source, stop) - _share(item.source, start))
@@ -207,20 +174,13 @@ class ShardRun:
     def _emit(
         self, open_shard: OpenShard, item: Quantize | Repack, start: int, packed: dict[str, Tensor]
     ) -> None:
-        """Write what some rows of a module became, from row `start` on."""
+        """Write the tensors of some rows of a module, from row `start` on."""
         for out, tensor in zip(item.outputs, packed.values(), strict=True):
             if out.name not in item.constants:
                 place = item.first_row(out, start) * out.row_nbytes
                 open_shard.writer.write(out.name, place, tensor_bytes(tensor))
             elif start == 0:
                 open_shard.writer.write(out.name, 0, tensor_bytes(tensor))
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        """This thread's buffer, `nbytes` of it; it only ever grows."""
-        buffer: bytearray | None = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = self._local.buffer = bytearray(nbytes)
-        return memoryview(buffer)[:nbytes]
 
 
 def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
@@ -232,7 +192,7 @@ def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Rows of one item: what a worker takes at a time."""
+    """Rows of one item, for one worker."""
 
     item: Item
     start: int
@@ -258,65 +218,26 @@ def _share(stored: StoredTensor, rows: int) -> int:
 
 
 def _multiple(rows: int, of: int) -> int:
-    """About so many rows, and at least one, as a multiple."""
+    """The largest multiple of `of` that is at most `rows`; at least `of`."""
     return max(of, rows // of * of)
 
 
-def _read_from(item: Item) -> Iterator[StoredTensor]:
-    """The source tensors that are read, block by block, for an item; those that are decoded, and
-    modules that are packed anew, open their own files."""
-    if not isinstance(item.source, Encoded) and not isinstance(item, Repack):
-        yield item.source
-    if not isinstance(item, Copy) and item.bias is not None:
-        yield item.bias
+def _bias(item: Quantize | Repack, start: int, count: int) -> Tensor | None:
+    """The bias of some rows [n] of an item, if it has one that matters."""
+    return None if item.bias is None else read_span(item.bias, start, count)
 
 
 class OpenShard:
-    """A shard being written and the source files that it is read from."""
+    """A shard being written, and how many of its jobs are left."""
 
     def __init__(self, shard: Shard, folder: Path, jobs: int) -> None:
         self.shard = shard
+        self.writer = ShardWriter(folder, shard.file, shard.tensors)
         self._jobs = jobs
         self._lock = threading.Lock()
-        self._sources: dict[Path, int] = {}
-        self.writer = ShardWriter(folder, shard.file, shard.tensors)
-        try:
-            for path in {stored.file for item in shard.items for stored in _read_from(item)}:
-                with disk_errors(path):
-                    self._sources[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except MachineError:
-            self.abandon()
-            raise
 
     def job_done(self) -> bool:
         """Count a job; whether it was the last one."""
         with self._lock:
             self._jobs -= 1
             return self._jobs == 0
-
-    def read(self, stored: StoredTensor, offset: int, block: memoryview) -> None:
-        """Fill `block` from byte `offset` of a tensor that an item is made from."""
-        read_into(self._sources[stored.file], stored, offset, block)
-
-    def bias(self, item: Quantize | Repack, start: int, count: int) -> Tensor | None:
-        """The bias of some rows [n] of an item, where it has one that matters."""
-        if item.bias is None:
-            return None
-        width = item.bias.spec.row_nbytes
-        raw = bytearray(count * width)
-        self.read(item.bias, start * width, memoryview(raw))
-        return torch.frombuffer(raw, dtype=torch_dtype(item.bias.spec.dtype))
-
-    def finish(self) -> None:
-        """The shard is whole: give it its name."""
-        self._close_sources()
-        self.writer.finish()
-
-    def abandon(self) -> None:
-        """Close everything; what was written stays under its temporary name."""
-        self._close_sources()
-        self.writer.abandon()
-
-    def _close_sources(self) -> None:
-        while self._sources:
-            os.close(self._sources.popitem()[1])

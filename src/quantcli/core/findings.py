@@ -7,6 +7,9 @@ from typing import Literal
 
 from quantcli.core.errors import QuantError
 
+# The fix for files that are not what was written.
+COPY_AGAIN = "copy the checkpoint again, or convert the model again"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -32,5 +35,4 @@ def noted(check: str, what: str, where: str | None = None, fix: str | None = Non
 def of_error(check: str, error: QuantError) -> Finding:
     """An exception as a finding. The fix is a new copy, unless the error's own is about Git LFS."""
     lfs = error.fix if error.fix and "lfs" in error.fix else None
-    fix = lfs or "copy the checkpoint again, or convert the model again"
-    return failed(check, error.what, error.where, fix)
+    return failed(check, error.what, error.where, lfs or COPY_AGAIN)

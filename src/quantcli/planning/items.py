@@ -1,17 +1,16 @@
-"""What each tensor of the source becomes, found by quantizing blocks that have no rows."""
+"""The items of a plan, one for each tensor of the source, from quantizing blocks that have no rows."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
@@ -24,12 +23,12 @@ from quantcli.targets.base import Target
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a weight becomes: the outcome of a dry run."""
+    """The outcome of a dry run: the tensors that a weight is quantized into."""
 
     engine_dtypes: EngineDtypes
     specs: tuple[TensorSpec, ...]  # named by suffix ("weight", "weight_scale")
     constants: frozenset[str]  # suffixes of those that do not depend on rows
-    stats: frozenset[str]  # what must have been measured; empty for schemes that need no data
+    stats: frozenset[str]  # statistics that the scheme needs; empty for schemes that need no data
     row_multiple: int
 
 
@@ -40,12 +39,12 @@ def dry_run(
     serving_dtype: str,
     bias: TensorSpec | None = None,
 ) -> Outcome:
-    """What a weight becomes, by quantizing and packing it without data: a block of no rows.
+    """Quantize and pack a weight without data, as a block of no rows, and return what it becomes.
 
-    Inputs count as measured by an observer that saw nothing. Raises InputError where the target cannot
-    store these numerics, and for a bias that cannot be one. A block of no rows, or of a few zeros where
-    rows share a scale, runs the real kernels and needs no memory; the meta device would do as well, but
-    in torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
+    Statistics are those of an observer that saw no input. InputError if the target cannot store these
+    numerics, and for a bias of another dtype or length. A block of no rows, or of a few zeros if rows
+    share a scale, runs the real kernels and needs no memory. The meta device would do as well, but in
+    torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
     """
     engine_dtypes = EngineDtypes(
         target.engine_dtype(scheme.numerics, "weight_scale", serving_dtype),
@@ -76,17 +75,25 @@ def dry_run(
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
-    of_none = packed(0)
-    fixed = frozenset(suffix for suffix, tensor in of_none.items() if tensor.shape[0])
     multiple = math.lcm(scheme.row_multiple, target.row_multiple(scheme.numerics))
-    of_some = packed(multiple) if multiple > 1 else {}
+    return Outcome(engine_dtypes, *output_specs(packed, n, multiple), frozenset(stats), multiple)
+
+
+def output_specs(
+    packed: Callable[[int], Mapping[str, Tensor]], n: int, multiple: int
+) -> tuple[tuple[TensorSpec, ...], frozenset[str]]:
+    """The tensors of a packed weight of n rows, named by suffix, and the suffixes that no row changes.
+
+    packed: packs a weight of a given number of rows, of any values. It is called with 0 and `multiple`.
+    """
+    of_none, of_some = packed(0), packed(multiple)
+    constants = frozenset(suffix for suffix, tensor in of_none.items() if len(tensor))
     specs = []
     for suffix, tensor in of_none.items():
-        share = len(of_some[suffix]) if multiple > 1 else 1
-        rows = tensor.shape[0] if suffix in fixed else -(-n * share // multiple)
+        rows = len(tensor) if suffix in constants else -(-n * len(of_some[suffix]) // multiple)
         shape = (rows, *tensor.shape[1:])
         specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return Outcome(engine_dtypes, tuple(specs), fixed, frozenset(stats), multiple)
+    return tuple(specs), constants
 
 
 def make_items(
@@ -110,13 +117,13 @@ def make_items(
         if rule and rule.keyword == PLAIN
         for suffix in ("weight", "bias")
     }
-    weight_amax = _surveys(checkpoint, assigned, target, measured)
+    amax_groups = _amax_groups(checkpoint, assigned, target, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
         if rule is None or rule.scheme is None:
             dtype = biases.get(name)
-            if isinstance(stored, Encoded) or (name in plain and stored.spec.dtype in FLOATS):
+            if stored.kind or (name in plain and stored.spec.dtype in FLOATS):
                 dtype = serving_dtype
             same = dtype == stored.spec.dtype
             yield Copy(stored, measured.edits.get(name), None if same else dtype)
@@ -130,25 +137,14 @@ def make_items(
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
-        amax_group = weight_amax.get(target.fused_name(module) or module, ())
+        amax_group = amax_groups.get(target.fused_name(module) or module, ())
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
-        if not outcome.stats:
-            yield Quantize(
-                stored,
-                module,
-                scheme,
-                outcome.engine_dtypes,
-                outputs,
-                constants,
-                edit=measured.edits.get(name),
-                row_multiple=outcome.row_multiple,
-                amax_group=amax_group,
-            )
-            continue
-        module_stats = measured.stats.get(module, NOTHING_MEASURED)
+        module_stats = NOTHING_MEASURED
+        if outcome.stats:
+            module_stats = measured.stats.get(module, NOTHING_MEASURED)
         if module_stats and (absent := outcome.stats - module_stats.keys()):
             raise InputError(
-                f"what was measured of this module's input lacks {', '.join(sorted(absent))}",
+                f"the statistics of this module's input lack {', '.join(sorted(absent))}",
                 where=f"`{module}` ({rule.where})",
                 fix="calibrate again",
             )
@@ -164,26 +160,26 @@ def make_items(
             outcome.engine_dtypes,
             outputs,
             constants,
-            bias,
+            bias if outcome.stats else None,
             stats,
             measured.edits.get(name),
-            measured.edits.get(f"{module}.bias"),
+            measured.edits.get(f"{module}.bias") if outcome.stats else None,
             outcome.row_multiple,
             amax_group,
         )
 
 
-def _surveys(
+def _amax_groups(
     checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, measured: Measured
 ) -> dict[str, tuple[tuple[StoredTensor, Edit | None], ...]]:
-    """The weights that share a scale, by the name under which the engine merges them."""
-    found: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
+    """The weights that share a scale, by their fused name."""
+    groups: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
     for module, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.needs_weight_amax:
             name = f"{module}.weight"
             entry = checkpoint.tensors[name], measured.edits.get(name)
-            found[target.fused_name(module) or module].append(entry)
-    return {name: tuple(entries) for name, entries in found.items()}
+            groups[target.fused_name(module) or module].append(entry)
+    return {name: tuple(entries) for name, entries in groups.items()}
 
 
 def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
@@ -196,7 +192,7 @@ def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
 
 
 def check_siblings(items: Iterable[Item], target: Target) -> None:
-    """The engine keeps one of what is not per row for modules that it merges: it must be the same."""
+    """InputError if siblings, of which the engine keeps one input range, were measured differently."""
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:
         if isinstance(item, Quantize) and item.stats and (name := target.fused_name(item.module)):
@@ -204,8 +200,8 @@ def check_siblings(items: Iterable[Item], target: Target) -> None:
             other, expected = first.setdefault(name, (item.module, content))
             if content != expected:
                 raise InputError(
-                    f"the engine merges this module with `{other}`, and their inputs were measured "
-                    "as different",
+                    f"the engine fuses this module with `{other}`, and their statistics of one input "
+                    "differ",
                     where=f"`{item.module}`",
-                    fix="calibrate again; if that is what they are, use a scheme that needs no data",
+                    fix="calibrate again; if they still differ, use a scheme that needs no data",
                 )

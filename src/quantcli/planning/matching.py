@@ -125,7 +125,8 @@ def _spec(checkpoint: Checkpoint, module: str) -> TensorSpec:
 
 
 # Families of transformers' Conv1D, which stores its weights [in, out]: a scale per row would be one
-# per input, and where the matrix is square nothing but the family tells.
+# per input, and for a square matrix only the family tells. Source: transformers 5.23.0,
+# pytorch_utils.py:95 and models/*/modeling_*.py.
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 

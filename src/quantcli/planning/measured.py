@@ -1,4 +1,4 @@
-"""What calibration found, as the planner takes it: statistics, and edits that change no function."""
+"""The results of calibration for the planner: statistics, and edits that keep the model's function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What happens to one stored tensor before it is quantized or copied; all in float32 files.
+    """The change of one stored tensor before it is quantized or copied; all in float32 files.
 
     rows:    factor of each row (of each element of a vector) [n].
     columns: factor of each column [k].
@@ -36,7 +36,7 @@ class Edit:
         return EditFactors(read(self.rows), read(self.columns), read(self.value))
 
     def digest(self) -> bytes:
-        """sha256 of what it does."""
+        """sha256 of its factors and values."""
         digest = hashlib.sha256()
         for kind in ("rows", "columns", "value"):
             stored = getattr(self, kind)
@@ -58,7 +58,7 @@ class EditFactors:
     value: Tensor | None = None
 
     def apply(self, block: Tensor, start: int = 0) -> Tensor:
-        """Rows [start, start + len(block)), edited: float32, but for a whole new value."""
+        """Rows [start, start + len(block)), edited: float32, or the dtype of a whole new value."""
         stop = start + len(block)
         if self.value is not None:
             return self.value[start:stop]
@@ -75,7 +75,7 @@ class EditFactors:
 class Measured:
     """A whole calibration.
 
-    stats:     by module, what its scheme measured: names -> tensors on disk.
+    stats:     by module: names of statistics -> tensors on disk.
     edits:     by stored tensor.
     smoothed:  how many groups of channels were smoothed.
     no_tokens: modules inside of the decoder stack that no token reached.

@@ -1,4 +1,4 @@
-"""What makes float weights hard to quantize, module by module, streamed by blocks of rows."""
+"""Outliers of float weights, which make them hard to quantize, streamed by blocks of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.inspection import fold
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -33,7 +32,7 @@ from quantcli.targets.base import Target
 from quantcli.targets.vllm_family import EXPERT, fused_name
 
 BLOCK_ELEMENTS = 256 * 1024  # of a row block: its float64 copy, 2 MB, stays in the cache of a core
-_MOST_DB = 200.0  # SQNR where no weight changes; its opposite where a scale overflows
+_MOST_DB = 200.0  # SQNR if no weight changes; -200 if a scale overflows
 
 
 def inspect_outliers(
@@ -58,7 +57,7 @@ def inspect_outliers(
                        are not all 0; None where all are.
         channel        which column that is, from 0.
         sqnr_db        by operand: 10 log10(sum w^2 / sum (v - w)^2) with v the dequantized
-                       weight; 200 where nothing is lost, -200 where a scale overflows.
+                       weight; 200 if nothing is lost, -200 if a scale overflows.
         not_finite     None, or {"value": "nan", "index": [row, column]} for the first NaN or Inf: then
                        all numbers above are None, in sqnr_db too.
     left_out:  tensors that are not float matrices: {"why", "tensors" (how many), "names" (folded)}.
@@ -175,7 +174,7 @@ class _Sums:
         self._amax = 0.0
 
     def add(self, rows: Tensor) -> bool:
-        """Count rows [n, k], as stored; False, and nothing is counted, where one is NaN or Inf."""
+        """Count rows [n, k], as stored. False, and nothing is counted, if a value is NaN or Inf."""
         exact = rows.double()
         shift = self._shift if self._count else float(exact.mean())
         d = (exact - shift).view(-1)
@@ -246,11 +245,11 @@ def _measure(
     matrix = replace(stored, spec=replace(stored.spec, shape=(height, width)))
     sums = _Sums(width, methods)
     step = max(1, block_elements // width)
-    with RowReader(matrix) as reader:
+    with matrix.open() as reader:
         for start in range(0, height, step):
             if stop.is_set():
                 break
-            rows = reader.rows(start, step)
+            rows = reader.weight(start, step)
             if not sums.add(rows):
                 progress.advance(stored.nbytes - stored.nbytes * start // height)
                 return named | _not_finite(rows, start, shape, methods)
@@ -335,7 +334,7 @@ def _kind(module: str) -> str:
 
 
 def _unit(module: str) -> str:
-    """What must have one scheme with a module, by a name for all of it."""
+    """The name for all modules that must have one scheme with this module."""
     expert = EXPERT.fullmatch(module)
     return expert["experts"] if expert else fused_name(module) or module
 

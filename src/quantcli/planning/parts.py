@@ -33,7 +33,7 @@ class Part:
         return out.with_name(f"{out.name}.part-{self.number}-of-{self.of}")
 
     def shards(self, plan: Work) -> tuple[Shard, ...]:
-        """This part's shards, in the plan's order; none where there are fewer shards than parts."""
+        """This part's shards, in the plan's order; none if there are fewer shards than parts."""
         parts = split(plan, self.of)
         return tuple(shard for shard in plan.shards if parts[shard.file] == self.number)
 
@@ -51,7 +51,7 @@ def parse_part(text: str) -> Part:
     number, of = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= of <= MOST:
         raise InputError(
-            "is not one of several parts",
+            "option is not a part of several parts",
             where=f"--part {text}",
             fix="such as --part 2/3 for the second of three",
         )
@@ -70,9 +70,9 @@ def split(plan: Work, of: int) -> dict[str, int]:
 
 
 def part_head(plan: Work, part: Part, manifest: dict[str, Any], *, checksum: bool) -> dict[str, Any]:
-    """What a part says of itself and of the whole, so that parts can be put together without the model.
+    """The description of a part and of the whole: with it, parts are joined without the model.
 
-    manifest: what the whole checkpoint's will say, but for its files.
+    manifest: the whole checkpoint's manifest without its files.
     """
     return {
         "part_version": 1,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -13,15 +12,15 @@ from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
-from quantcli.checkpoint.header import StoredTensor, encode_header
+from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
-from quantcli.core.numerics import Numerics
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import Module, Numerics
 from quantcli.planning.measured import Edit
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Target
+from quantcli.targets.base import PlannedCheckpoint, Target
 from quantcli.targets.layouts import StoredModule
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
@@ -31,7 +30,7 @@ NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 class Copy:
     """A tensor that goes over byte for byte, or with an edit that keeps the model's function.
 
-    dtype: the float dtype to store it in, where that is to be another than its own.
+    dtype: the float dtype to store it in; None for its own.
     """
 
     source: StoredTensor
@@ -54,12 +53,12 @@ class EngineDtypes(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantize:
-    """A weight [n, k] and the tensors that are made of it.
+    """A weight [n, k] and the tensors that it is quantized into.
 
-    outputs: each with n rows, or one for several, but for those whose names are in `constants`.
-    bias: the module's own, [n]; only where codes depend on it. It is copied as well.
-    stats: what was measured of the module's input, by name; empty where the scheme needs no data, and
-        in a plan that cannot be executed yet.
+    outputs: each with n rows or a row for several, except those whose names are in `constants`.
+    bias: the module's own, [n], if codes depend on it. It is copied as well.
+    stats: statistics of the module's input, by name; empty if the scheme needs no data, and in a plan
+        that cannot be executed yet.
     """
 
     source: StoredTensor
@@ -79,7 +78,7 @@ class Quantize:
 
     @property
     def asked(self) -> frozenset[str]:
-        """Names of all that must be measured or chosen; empty for schemes that need no data."""
+        """Names of the statistics and codes that calibration must give; empty for data-free schemes."""
         return _asked(self.scheme, self.source.spec.shape[-1], self.engine_dtypes.input_scale)
 
     @property
@@ -92,7 +91,7 @@ class Quantize:
         return start * out.shape[0] // self.source.spec.shape[0]
 
     def measured(self) -> bytes:
-        """All that the module has once of what was measured, with names and values, from disk."""
+        """Names and values of the statistics that do not depend on rows, from disk."""
         content = b""
         for name, stored in sorted(self.stats.items()):
             if name in self.scheme.row_stats:
@@ -111,9 +110,9 @@ def _asked(scheme: Scheme, k: int, input_dtype: str) -> frozenset[str]:
 class Repack:
     """A quantized module [n, k] in one format, and the tensors that hold the same numbers in another.
 
-    source:  its codes; what else is read of it is in `module`.
-    origin:  the format that it is in.
-    outputs, constants, row_multiple: as of `Quantize`.
+    source:  its codes; the other tensors are in `module`.
+    origin:  the format of the source.
+    outputs, constants, row_multiple: see `Quantize`.
     bias:    the module's own, [n].
     """
 
@@ -127,7 +126,7 @@ class Repack:
 
     @property
     def numerics(self) -> Numerics:
-        """What the engine computes with, before and after."""
+        """The numerics, which are the same before and after."""
         assert self.module.numerics is not None
         return self.module.numerics
 
@@ -141,7 +140,7 @@ Item = Copy | Quantize | Repack
 
 @dataclass(frozen=True)
 class Shard:
-    """One weight file: its tensors in the order of their data, and what they are made from."""
+    """One weight file: its tensors in the order of their data, and the items that make them."""
 
     file: str
     tensors: tuple[TensorSpec, ...]
@@ -158,9 +157,36 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)
 
 
+def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
+    """The weight files, each from its name and items. InputError for a tensor that is there twice."""
+    names: set[str] = set()
+    shards = []
+    for file, items in files:
+        shard = Shard(file, layout(spec for item in items for spec in item.outputs), tuple(items))
+        for spec in shard.tensors:
+            if spec.name in names:
+                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
+            names.add(spec.name)
+        shards.append(shard)
+    return tuple(shards)
+
+
+def as_planned(
+    checkpoint: Checkpoint, modules: Sequence[Module], shards: Sequence[Shard], serving_dtype: str
+) -> PlannedCheckpoint:
+    """The output as a target sees it when it makes its sidecars."""
+    return PlannedCheckpoint(
+        modules=modules,
+        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
+        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
+        config=checkpoint.config,
+        serving_dtype=serving_dtype,
+    )
+
+
 @dataclass(frozen=True)
 class RuleLine:
-    """What one rule does, for the plan's table. Sizes in bytes of weights."""
+    """The effect of one rule, for the plan's table. Sizes in bytes of weights."""
 
     number: int
     scheme: str
@@ -183,22 +209,40 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Work(ABC):
-    """A whole checkpoint to be written, but for its numbers."""
+class Work:
+    """A whole checkpoint to be written: everything is fixed except its numbers."""
 
     checkpoint: Checkpoint
     target: Target
     shards: tuple[Shard, ...]
     sidecars: dict[str, bytes]  # generated files
-    copies: dict[str, int]  # files of the source that go along unchanged -> bytes
     serving_dtype: str
+    recipe_text: str | None  # of the numbers, overrides included; None: not known
     notes: tuple[str, ...]
     params: int
     quantized_params: int
 
-    @abstractmethod
+    @cached_property
+    def copies(self) -> dict[str, int]:
+        """Files of the source that go along unchanged -> bytes."""
+        return {name: n for name, n in self.checkpoint.aux.items() if name not in self.sidecars}
+
     def manifest(self) -> dict[str, Any]:
-        """What is made of what, with what, for the manifest: no times, no paths of this machine."""
+        """The manifest without its files: no times, no paths of this machine."""
+        return {
+            "manifest_version": 1,
+            "tool": {"name": "quantcli", "version": __version__},
+            "plan": self.digest,
+            "source": {
+                "fingerprint": self.checkpoint.fingerprint,
+                "tensors": len(self.checkpoint.on_disk),
+                "bytes": self.checkpoint.nbytes,
+            },
+            "target": self.target.name,
+            "serving_dtype": self.serving_dtype,
+            "quantized_params_pct": round(self.quantized_params_pct, 4),
+            "recipe": self.recipe_text,
+        }
 
     @cached_property
     def nbytes(self) -> int:
@@ -218,7 +262,7 @@ class Work(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over all that fixes the output: tool version, source headers, items, stats, files."""
+        """sha256 over all that fixes the output: version, source headers, items, statistics, files."""
         digest = hashlib.sha256(f"{__version__}\n{self.checkpoint.fingerprint}\n".encode())
         schemes = {
             item.scheme: repr((item.scheme.name, item.scheme.model_dump()))
@@ -236,8 +280,7 @@ class Work(ABC):
                 elif isinstance(item, Repack):
                     formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
                     how = f"pack {formats} {item.module.layout.label} {item.numerics}"
-                kind = item.source.kind if isinstance(item.source, Encoded) else ""
-                digest.update(f"{item.source.spec.name}\0{how}{kind}\n".encode())
+                digest.update(f"{item.source.spec.name}\0{how}{item.source.kind}\n".encode())
                 if isinstance(item, Quantize) and item.stats:
                     digest.update(item.measured())
                     for name, stored in sorted(item.row_stats.items()):
@@ -252,13 +295,13 @@ class Work(ABC):
 
 @dataclass(frozen=True)
 class Plan(Work):
-    """What a recipe makes of a model."""
+    """The conversion of a model by a recipe."""
 
     recipe: Recipe
     rules: tuple[RuleLine, ...]
     kept: tuple[Kept, ...]
     measured: tuple[str, ...]  # modules whose schemes measure inputs
-    needs_data: tuple[str, ...]  # those of them that are still to be measured; then nothing can run
+    needs_data: tuple[str, ...]  # those that are not measured yet; the plan cannot run if there are any
     smoothed: int  # groups of channels
 
     @property
@@ -268,7 +311,7 @@ class Plan(Work):
 
     @property
     def asked(self) -> dict[str, int]:
-        """What data is needed for, in a word -> number of modules."""
+        """Number of modules for each use of calibration data: ranges, codes, transforms."""
         counts = {"ranges": 0, "codes": 0, "transforms": 0}
         for item in (item for shard in self.shards for item in shard.items):
             if isinstance(item, Quantize):
@@ -282,23 +325,6 @@ class Plan(Work):
     def quantized_modules(self) -> int:
         """Number of quantized modules."""
         return sum(line.modules for line in self.rules if line.scheme != "keep")
-
-    def manifest(self) -> dict[str, Any]:
-        """What is made of what, with what."""
-        return {
-            "manifest_version": 1,
-            "tool": {"name": "quantcli", "version": __version__},
-            "plan": self.digest,
-            "source": {
-                "fingerprint": self.checkpoint.fingerprint,
-                "tensors": len(self.checkpoint.on_disk),
-                "bytes": self.checkpoint.nbytes,
-            },
-            "target": self.target.name,
-            "serving_dtype": self.serving_dtype,
-            "quantized_params_pct": round(self.quantized_params_pct, 4),
-            "recipe": self.recipe.effective(),
-        }
 
 
 def quantized_items(plan: Plan) -> list[Quantize]:

@@ -6,9 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.files import RECIPE_FILE
-from quantcli.checkpoint.header import layout
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo, InputError
@@ -16,18 +14,28 @@ from quantcli.core.numerics import Module, Numerics
 from quantcli.planning.items import check_siblings, make_items
 from quantcli.planning.matching import assign, served, without_data
 from quantcli.planning.measured import Measured
-from quantcli.planning.plan import Copy, Item, Kept, Plan, Quantize, RuleLine, Shard
+from quantcli.planning.plan import (
+    Copy,
+    Item,
+    Kept,
+    Plan,
+    Quantize,
+    RuleLine,
+    Shard,
+    as_planned,
+    make_shards,
+)
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
-from quantcli.targets.base import PlannedCheckpoint, Refusal, Target, others_that_store
+from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
-    """Plan the conversion from headers, and from what calibration has measured.
+    """Plan the conversion from headers and from the results of calibration.
 
-    Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. Raises
-    InputError for whatever the engine could not load or the recipe does not mean.
+    Without `measured`, modules whose schemes need it are listed in the plan's `needs_data`. InputError
+    for output that the engine could not load, and for a recipe that does not fit the model.
     """
     checkpoint = decoded(checkpoint)
     serving, notes = serving_dtype(checkpoint)
@@ -47,24 +55,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     check_siblings(items, target)
     need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
-    output = PlannedCheckpoint(
-        modules=modules,
-        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
-        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
-        config=checkpoint.config,
-        serving_dtype=serving,
-    )
+    output = as_planned(checkpoint, modules, shards, serving)
     own = {RECIPE_FILE: recipe.effective().encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
-    copies = {name: n for name, n in checkpoint.aux.items() if name not in sidecars}
-    unused = {}
-    if not need and recipe.file.smooth is None:
-        unused["calibration"] = "no scheme of this recipe measures data"
-    notes += [
-        f"the recipe's `{block}` block has no effect: {why}"
-        for block, why in unused.items()
-        if getattr(recipe.file, block) is not None
-    ]
+    if not need and recipe.file.smooth is None and recipe.file.calibration is not None:
+        why = "no scheme of this recipe measures data"
+        notes.append(f"the recipe's `calibration` block has no effect: {why}")
     if not any(module.numerics for module in modules):
         notes.append("nothing is quantized: every weight stays float")
     notes += [f"dropped `{name}`: {why}" for name, why in checkpoint.left_out.items()]
@@ -74,8 +70,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         recipe=recipe,
         shards=shards,
         sidecars=sidecars,
-        copies=copies,
         serving_dtype=serving,
+        recipe_text=recipe.effective(),
         rules=tuple(_rule_lines(recipe, items, assigned)),
         kept=tuple(_kept(items, assigned)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
@@ -90,7 +86,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
 
 
 def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:
-    """A word on quantized modules without tokens: whether the samples are any good shows there."""
+    """A note on quantized modules that no token reached: it shows whether the samples are any good."""
     quantized = [rule for rule in recipe.rules if rule.scheme]
     names = [name for name in measured.no_tokens if assigned.get(name) in quantized]
     if names:
@@ -115,7 +111,7 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
 
 
 def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
-    """The dtype that the engine will compute in, and what there is to say about it.
+    """The dtype that the engine will compute in, and notes about it.
 
     Engines take it from config.json. Float32 is not served on the accelerators that this is for, so
     float32 models are served as bfloat16, which has the same range, and config.json says so.
@@ -123,7 +119,7 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     declared = declared_dtype(checkpoint.config)
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        if tensor.spec.dtype in FLOATS and not isinstance(tensor, Encoded):
+        if tensor.spec.dtype in FLOATS and not tensor.kind:
             sizes[tensor.spec.dtype] += tensor.nbytes
     stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
     dtype = declared or stored
@@ -137,7 +133,7 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
 
 
 def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:
-    """InputError for a rule whose scheme makes what `target` has no name for."""
+    """InputError for a rule whose numerics `target` has no label for."""
     for rule in {rule.key: rule for rule in assigned.values() if rule}.values():
         if rule.scheme is not None:
             numerics = rule.scheme.numerics
@@ -152,7 +148,7 @@ def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None
 
 
 def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) -> None:
-    """InputError for the first of what a target refuses, if it refuses any."""
+    """InputError for the first refusal of a target, if there is one."""
     if refusals:
         first = refusals[0]
         rule = assigned.get(first.module)
@@ -166,10 +162,9 @@ def raise_first(refusals: list[Refusal], assigned: Mapping[str, Rule | None]) ->
 
 
 def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
-    """Fill files in source order up to `max_shard` bytes; what one weight becomes stays together."""
+    """Fill files in source order up to `max_shard` bytes; the tensors of one item stay together."""
     bins: list[list[Item]] = [[]]
     filled = 0
-    names: set[str] = set()
     for item in items:
         nbytes = sum(spec.nbytes for spec in item.outputs)
         if bins[-1] and filled + nbytes > max_shard:
@@ -177,16 +172,8 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
             filled = 0
         bins[-1].append(item)
         filled += nbytes
-        for spec in item.outputs:
-            if spec.name in names:
-                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
-            names.add(spec.name)
-    return tuple(
-        Shard(
-            f"model-{number:05d}-of-{len(bins):05d}.safetensors",
-            layout(spec for item in bin_ for spec in item.outputs),
-            tuple(bin_),
-        )
+    return make_shards(
+        (f"model-{number:05d}-of-{len(bins):05d}.safetensors", bin_)
         for number, bin_ in enumerate(bins, start=1)
     )
 
@@ -228,7 +215,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
                 reason = "smoothed; else as it is"
-            if isinstance(item.source, Encoded):
+            if item.source.kind:
                 reason += ", decoded"
             groups[reason].append(item)
     for reason, copies in sorted(groups.items()):
@@ -239,7 +226,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
 
 
 def check_expectations(plan: Plan) -> None:
-    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
+    """AnswerNo if the plan misses a limit of the recipe's `expect` block."""
     values = {
         "quantized_params_pct": plan.quantized_params_pct,
         "quantized_modules": plan.quantized_modules,

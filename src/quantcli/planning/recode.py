@@ -31,8 +31,8 @@ def recode(
 ) -> dict[str, Tensor]:
     """Stored tensors of some rows of a module, by suffix -> those of `target`.
 
-    bias: of these rows [n]. InputError for numbers that it cannot hold, naming tensor and row. What is
-    returned was unpacked again and found to be equal.
+    bias: of these rows [n]. InputError with tensor and row for a number that `target` cannot hold.
+    The result was unpacked again and is equal.
     """
     numerics = item.numerics
     parts = item.origin.unpack(numerics, stored)
@@ -74,7 +74,7 @@ def _damaged(what: str, where: str) -> InputError:
 
 
 def _cast(parts: Parts, name: str, item: Repack, target: Target, first_row: int) -> Tensor:
-    """A scale in the dtype in which the engine will hold it. InputError where it would be rounded."""
+    """A scale in the dtype in which the engine will hold it. InputError if it would be rounded."""
     scale = parts[name]
     part: ScalePart = "input_scale" if name == "input_scale" else "weight_scale"
     kind = target.engine_dtype(item.numerics, part, item.module.serving_dtype)
@@ -96,7 +96,7 @@ def _cast(parts: Parts, name: str, item: Repack, target: Target, first_row: int)
 
 
 def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Tensor | None) -> Parts:
-    """Static int8: the same codes, offset and steps, told as `target` does."""
+    """Static int8: the same codes, offset and steps in the parts that `target` stores."""
     numerics, serving = item.numerics, item.module.serving_dtype
     before = torch_dtype(item.origin.engine_dtype(numerics, "input_scale", serving))
     after = torch_dtype(target.engine_dtype(numerics, "input_scale", serving))
@@ -108,8 +108,8 @@ def _static(parts: Parts, item: Repack, target: Target, first_row: int, bias: Te
         _bias_is_there(parts, item, first_row, bias)
         shared["input_scale"] = _divisor(multiplier(scale.to(before)), offset, item)
         return {"weight": parts["weight"], "weight_scale": parts["weight_scale"], **shared}
-    shared["input_scale"] = found = _multiplied(scale, after, item, target)
-    r = multiplier(found)
+    shared["input_scale"] = _multiplied(scale, after, item, target)
+    r = multiplier(shared["input_scale"])
     deq = _quotient(parts["weight_scale"], r, after)
     rest = row_parts(parts["weight"], deq, bias, shared)
     return (
@@ -154,7 +154,7 @@ def _multiplied(scale: Tensor, engine_dtype: torch.dtype, item: Repack, target: 
     """The number of 16 bits, nearest to `scale`, whose multiplier makes the same step: [1].
 
     Often two numbers have the same multiplier; this is the one with which division, as other kernels
-    of that engine do it, is nearest to it. InputError where none makes the step.
+    of that engine do it, is nearest to it. InputError if none makes the step.
     """
     r = (1 / scale.double()).to(engine_dtype)
     if bool(((r.double() * scale.double() - 1).abs() <= _SAME_STEP).all()):
@@ -172,9 +172,9 @@ def _multiplied(scale: Tensor, engine_dtype: torch.dtype, item: Repack, target: 
 
 
 def _quotient(weight_scale: Tensor, r: Tensor, serving: torch.dtype) -> Tensor:
-    """deq_scale [n, 1] with deq_scale * r = weight_scale in float32, where there is one.
+    """deq_scale [n, 1] with deq_scale * r = weight_scale in float32, if there is one.
 
-    Of several the one with most zeros at its end.
+    Of several numbers the one with most zeros at its end.
     """
     nearest = deq_grid((weight_scale.double() / r.double()).float(), serving, up=False)
     best, zeros = nearest, torch.full_like(nearest, -1.0)

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
-from quantcli.checkpoint.header import StoredTensor, layout
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
+from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
-from quantcli.planning.plan import Copy, Item, Repack, Shard, Work
+from quantcli.planning.items import output_specs
+from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
 from quantcli.planning.planner import raise_first
 from quantcli.planning.recode import WORDS, recode
 from quantcli.targets.base import (
-    PlannedCheckpoint,
     ScalePart,
     StoredCheckpoint,
     Target,
@@ -48,34 +47,18 @@ class Packed:
 
 @dataclass(frozen=True)
 class Repacking(Work):
-    """The same numbers in another format.
-
-    recipe: of which the source was made, where it says so.
-    """
+    """The same numbers in another format."""
 
     origin: Target
     lines: tuple[Packed, ...]
     floats: int  # tensors that are copied
-    recipe: str | None
 
     def manifest(self) -> dict[str, Any]:
-        """What is made of what; `state` says that no number was rounded."""
-        return {
-            "manifest_version": 1,
-            "tool": {"name": "quantcli", "version": __version__},
-            "plan": self.digest,
-            "state": "lossless",
-            "source": {
-                "fingerprint": self.checkpoint.fingerprint,
-                "tensors": len(self.checkpoint.tensors),
-                "bytes": self.checkpoint.nbytes,
-                "target": self.origin.name,
-            },
-            "target": self.target.name,
-            "serving_dtype": self.serving_dtype,
-            "quantized_params_pct": round(self.quantized_params_pct, 4),
-            "recipe": self.recipe,
-        }
+        """The manifest without its files; `state` says that no number was rounded."""
+        head = super().manifest()
+        first = {key: head.pop(key) for key in ("manifest_version", "tool", "plan")}
+        source = {**head.pop("source"), "target": self.origin.name}
+        return {**first, "state": "lossless", "source": source, **head}
 
 
 def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
@@ -99,15 +82,8 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     modules = list(_modules(checkpoint, stored))
     raise_first(list(target.check(modules, specs)), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
-    output = PlannedCheckpoint(
-        modules=modules,
-        tensors={spec.name: spec for shard in shards for spec in shard.tensors},
-        files={spec.name: shard.file for shard in shards for spec in shard.tensors},
-        config=checkpoint.config,
-        serving_dtype=stored.serving_dtype,
-    )
     recipe = _recipe(checkpoint)
-    sidecars = dict(target.sidecars(output))
+    sidecars = dict(target.sidecars(as_planned(checkpoint, modules, shards, stored.serving_dtype)))
     if recipe is not None:
         sidecars[SOURCE_RECIPE] = recipe.encode()
     items = [item for shard in shards for item in shard.items]
@@ -118,21 +94,20 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         target=target,
         shards=shards,
         sidecars=sidecars,
-        copies={name: n for name, n in checkpoint.aux.items() if name not in sidecars},
         serving_dtype=stored.serving_dtype,
+        recipe_text=recipe,
         notes=(*checkpoint.notes, *target.advise(modules), *_to_be_checked(items, target)),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,
         lines=tuple(_lines(items, target)),
         floats=sum(isinstance(item, Copy) for item in items),
-        recipe=recipe,
     )
 
 
 def _origin(checkpoint: Checkpoint, target: Target) -> Target:
-    found = quantization(checkpoint)
-    if found is None:
+    quantized = quantization(checkpoint)
+    if quantized is None:
         raise InputError(
             "this is a float model: there are no codes to pack",
             where=str(checkpoint.path),
@@ -141,8 +116,8 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
     origin = target_of(checkpoint)
     if origin is None:
         raise InputError(
-            f"no format that can be packed: {found.format}",
-            where=f"{checkpoint.path}, {found.evidence}",
+            f"no format that can be packed: {quantized.format}",
+            where=f"{checkpoint.path}, {quantized.evidence}",
             fix="`quantcli quantize` can decode some formats, and rounds again",
         )
     if origin.name == target.name:
@@ -165,10 +140,10 @@ def _no_cache_scales(tensors: Iterable[str]) -> None:
 
 
 def _must_have_label(module: StoredModule, origin: Target, target: Target) -> None:
-    """InputError where `target` has no name for what a module computes."""
+    """InputError if `target` has no label for the numerics of a module."""
     if module.numerics is None or module.numerics.transform is not None:
         raise InputError(
-            f"{module.layout.label} is of {origin.name} alone: no other format has what it computes",
+            f"{module.layout.label} exists in {origin.name} alone: no other format has these numerics",
             where=f"`{module.name}`",
             fix="quantize the float model with a scheme that both have: `quantcli inspect --support`",
         )
@@ -200,20 +175,11 @@ def _shards(items: Iterator[Item], checkpoint: Checkpoint) -> tuple[Shard, ...]:
     names = dict(zip(files, files, strict=True))
     if len(files) < len(checkpoint.shards):  # one held nothing but scales of modules in others
         names = {f: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files, 1)}
-    seen: set[str] = set()
-    shards = []
-    for file in files:
-        tensors = layout(spec for item in by_file[file] for spec in item.outputs)
-        for spec in tensors:
-            if spec.name in seen:
-                raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")
-            seen.add(spec.name)
-        shards.append(Shard(names[file], tensors, tuple(by_file[file])))
-    return tuple(shards)
+    return make_shards((names[file], by_file[file]) for file in files)
 
 
 def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
-    """What headers cannot tell: whether the values of scales are among those that `target` holds."""
+    """Notes on scales whose values headers do not show: `target` must hold each as it is."""
     scales: tuple[ScalePart, ...] = ("weight_scale", "input_scale")
     narrow: dict[str, None] = {}
     for numerics, serving, origin in {
@@ -230,7 +196,7 @@ def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
 
 
 def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
-    """What becomes of the modules, by the names that both formats have for their kinds."""
+    """The modules by kind, with the labels of both formats."""
     kinds: dict[tuple[str, str], list[Repack]] = defaultdict(list)
     for item in items:
         if isinstance(item, Repack):
@@ -247,7 +213,7 @@ def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
 
 
 def _recipe(checkpoint: Checkpoint) -> str | None:
-    """The recipe of which a checkpoint of ours was made."""
+    """The recipe of the source, if quantcli made it."""
     if not (checkpoint.path / MANIFEST).is_file():
         return None
     recipe = read_manifest(checkpoint.path).get("recipe")
@@ -280,7 +246,7 @@ def repack_items(
 def _repack(
     module: StoredModule, codes: StoredTensor, origin: Target, target: Target, cache: dict[Any, Any]
 ) -> Repack:
-    """What a module becomes, found by packing blocks that hold nothing; alike modules once."""
+    """The item of a module, from packing blocks that hold nothing; modules of one kind once."""
     assert module.numerics is not None
     multiple = math.lcm(
         origin.row_multiple(module.numerics),
@@ -305,7 +271,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
     """The tensors by suffix, and which of them do not depend on rows."""
 
     def packed(rows: int) -> dict[str, Tensor]:
-        """Of codes that are all 0, and scales that are all 1."""
+        """Pack codes that are all 0 with scales that are all 1."""
         module, stored = item.module, {}
         for param in (*module.row_params, *module.constants):
             spec = module.tensors[param.suffix].spec
@@ -320,14 +286,4 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 
-    n = item.module.shape[0]
-    none, some = packed(0), packed(item.row_multiple)
-    specs, constants = [], set()
-    for suffix, tensor in none.items():
-        if len(tensor):
-            constants.add(suffix)
-            shape = tuple(tensor.shape)
-        else:
-            shape = (-(-n * len(some[suffix]) // item.row_multiple), *tensor.shape[1:])
-        specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return tuple(specs), frozenset(constants)
+    return output_specs(packed, item.module.shape[0], item.row_multiple)

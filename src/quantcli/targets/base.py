@@ -1,4 +1,4 @@
-"""What a target is."""
+"""The contract of a target: the storage of numerics, and the refusals of its engine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from quantcli.core.registry import discover
 from quantcli.targets.layouts import StoredModule
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
+# Fixes that several formats suggest.
+AGAIN = "convert the model again"
+KEEP = "put a rule with `scheme: keep` for it before the others"
+SUPPORT = "see `quantcli inspect --support` for what goes together"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an engine would not load, or would misread, one module."""
+    """A reason why an engine would not load one module, or would misread it."""
 
     module: str
     what: str
@@ -33,20 +37,21 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PlannedCheckpoint:
-    """All that is known of a planned checkpoint, for the files that describe it."""
+    """A planned checkpoint, as the files that describe it need it."""
 
     modules: Sequence[Module]
     tensors: Mapping[str, TensorSpec]  # every tensor that will be written
     files: Mapping[str, str]  # tensor -> weight file
     config: Mapping[str, Any]  # config.json of the source
-    serving_dtype: str  # "BF16" or "F16": what the engine computes in
+    serving_dtype: str  # "BF16" or "F16": the dtype in which the engine computes
 
 
 class StoredCheckpoint(Protocol):
-    """A checkpoint on disk, by whoever made it, as an engine would take it.
+    """A checkpoint on disk, of any producer, as an engine would load it.
 
-    modules:  the quantized ones that are sound enough to be read.
-    findings: what the engine would refuse, or take and misread; `checked` is how much was looked at.
+    modules:  the quantized modules that are sound enough to be read, by name.
+    findings: errors that the engine would stop at or misread, and notes.
+    checked:  the number of things that each check looked at, by the check's name.
     """
 
     checkpoint: Checkpoint
@@ -56,14 +61,17 @@ class StoredCheckpoint(Protocol):
     checked: dict[str, int]
 
     def check_tp(self, size: int) -> Iterator[Finding]:
-        """Whether every module can be split over `size` devices."""
+        """Findings for modules that cannot be split over `size` devices."""
+
+    def check_arithmetic(self, module: StoredModule) -> Iterator[Finding]:
+        """Findings for numbers of a module that do not follow from its others; reads its tensors."""
 
 
 class Target(BaseModel, ABC):
     """One checkpoint format. The fields of a subclass are its options in a recipe.
 
-    A target never asks which scheme made the numbers, only what the numbers are. It runs on the meta
-    device while planning: what it refuses there is refused before a weight is read.
+    A target sees numbers as numerics and never asks which scheme made them. The planner runs it on
+    blocks of no rows: its refusals come before a weight is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -71,12 +79,12 @@ class Target(BaseModel, ABC):
 
     @property
     def article(self) -> str:
-        """Its name with an article, as messages have it."""
+        """The target's name with an article, for messages."""
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
     @abstractmethod
     def label(self, numerics: Numerics) -> str:
-        """The engine's own name for these numerics. InputError where it has none."""
+        """The engine's own name for these numerics. InputError if it has none."""
 
     @abstractmethod
     def loads_on(self, label: str) -> str:
@@ -84,32 +92,31 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
-        """The dtype in which the engine will hold a scale: codes are chosen against it."""
+        """The dtype in which the engine keeps a scale: codes are chosen against the scale in it."""
 
     @abstractmethod
     def fused_name(self, module: str) -> str | None:
-        """Name of the parameter that the engine makes of this module and its siblings.
+        """Name of the parameter into which the engine fuses this module and its siblings, or None.
 
-        What is not per row, such as input_scale, it then has once for all of them. None where it merges
-        nothing.
+        Siblings share every parameter that is not per row, such as input_scale.
         """
 
-    @abstractmethod
     def bias_dtype(self, numerics: Numerics) -> str | None:
         """The dtype in which to store the bias of such a module; None: as it is."""
+        return None
 
     def row_multiple(self, numerics: Numerics) -> int:
-        """Rows that are stored together: `pack` is given multiples of it, but at a weight's end."""
-        return 1
+        """Rows that share a row of scales: `pack` gets multiples of it, except at a weight's end."""
+        return numerics.weight.block[0] if numerics.weight.block else 1
 
     @abstractmethod
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
-        parts: as the scheme made them, weight_scale in its `engine_dtype`. shape: n and k of the whole
-        weight. Dimension 0 of a tensor returned is dimension 0 of the
-        weight, or a fixed share of it, such as one of 128 rows; or the tensor does not depend on rows,
-        as `input_scale` [1], and is the same for every block of them.
+        parts: of the scheme, weight_scale in its `engine_dtype`. shape: n and k of the whole weight.
+        Dimension 0 of a tensor returned is dimension 0 of the weight, or a fixed share of it, such as 1
+        row for 128; or the tensor does not depend on rows, as `input_scale` [1], and is the same for
+        every block of them.
         """
 
     @abstractmethod
@@ -117,20 +124,23 @@ class Target(BaseModel, ABC):
         """The inverse of `pack`."""
 
     def refusals(self, module: Module) -> Iterator[Refusal]:
-        """Why the engine would not take one quantized module, whatever the others are."""
+        """Refusals of one quantized module that do not depend on others.
+
+        The planner asks for them before it settles on schemes: a scheme may name one to use instead.
+        """
         yield from ()
 
     @abstractmethod
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Everything the engine would refuse or silently misread. `tensors` are the source's."""
+        """All refusals of a planned checkpoint. `tensors` are those of the source."""
 
-    @abstractmethod
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes for the plan on modules that load."""
+        yield from ()
 
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
-        """The generated files by name, config.json and the index among them."""
+        """The generated files by name, such as config.json and the index."""
 
     @abstractmethod
     def recognises(self, checkpoint: Checkpoint) -> bool:
@@ -138,30 +148,34 @@ class Target(BaseModel, ABC):
 
     @abstractmethod
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
-        """A checkpoint of this format; damage is among its findings."""
+        """A checkpoint of this format, untrusted; damage is among its findings."""
 
 
 def others_that_store(numerics: Numerics) -> str:
     """A fix for numerics that a target cannot store: the targets that can, as text."""
-    able = []
-    for name, found in discover(Target).items():
+    choices = []
+    for name, cls in discover(Target).items():
         with suppress(InputError):
-            found().label(numerics)
-            able.append(f"`target: {name}`")
-    see = "see `quantcli inspect --support` for what goes together"
-    return f"use {' or '.join(able)}, or {see}" if able else see
+            cls().label(numerics)
+            choices.append(f"`target: {name}`")
+    return f"use {' or '.join(choices)}, or {SUPPORT}" if choices else SUPPORT
+
+
+def cannot_store(target: str, numerics: Numerics) -> InputError:
+    """The error for numerics that the engine of a target has no label for."""
+    return InputError(f"target `{target}` cannot store {numerics}", fix=SUPPORT)
 
 
 def target_of(checkpoint: Checkpoint) -> Target | None:
     """The target whose format a checkpoint on disk is of, with its default options."""
-    targets = (found() for found in discover(Target).values())
+    targets = (cls() for cls in discover(Target).values())
     return next((target for target in targets if target.recognises(checkpoint)), None)
 
 
 def must_be_sound(stored: StoredCheckpoint, checks: Collection[str] | None = None) -> None:
-    """InputError for the first thing for which an engine would refuse a checkpoint, or misread it.
+    """Raises InputError for the first error among the findings of a checkpoint.
 
-    checks: what to look at; None: at everything.
+    checks: the names of checks that count; None: all.
     """
     errors = [f for f in stored.findings if f.severity == "error" and (not checks or f.check in checks)]
     if errors:

@@ -1,4 +1,4 @@
-"""What an engine registers for a quantized module, and how stored numbers stand for weights."""
+"""The parameters that an engine registers for a quantized module, and the weights they stand for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.numerics import Numerics
 
-SLICES = -1  # in a shape: 1, or 16 where a bias is of slices of k
-# n and k of the weight, and of Kronecker transforms the sides L and R
-Sides: TypeAlias = tuple[int, int]
-# what the numbers of a tensor must be: see verify.full
+SLICES = -1  # in a shape: 1, or 16 for a bias of slices of k
+Sides: TypeAlias = tuple[int, int]  # n and k of the weight
+# dtypes of a parameter that loaders copy by value: a wider float is rounded
+FLOAT_PARAM = ("F32", "BF16", "F16")
+# rules for the numbers of a tensor: see verification/full.py
 Values: TypeAlias = Literal[
     "codes", "int4", "fp8", "exponent", "positive", "bits", "zero", "integer", "finite", "ratio"
 ]
@@ -25,14 +26,15 @@ Blocks: TypeAlias = Mapping[str, Tensor]  # by suffix
 class Param:
     """One parameter of a module, by its suffix.
 
-    dtypes:   safetensors dtypes that the loader takes over by value unharmed, the registered one first.
+    dtypes:   safetensors dtypes that the loader copies by value without harm, the registered one first.
     shape:    of the parameter, from n and k.
-    values:   what its numbers must be.
-    rows:     of the weight, that one of its rows stands for; 0: the module has it once.
-    required: the engine's memory is uninitialised where the file has none.
+    values:   the rule for its numbers.
+    rows:     rows of the weight that share one of its rows; 0: the module has it once.
+    required: the engine's memory stays uninitialised if no file holds it.
     shared:   the engine keeps one for all fused siblings.
-    spread:   where one row is for many, `dequantize` takes it once for each of them.
+    spread:   `dequantize` takes a row that many rows share once for each of them.
     scalar:   one number, which may also be stored without a dimension.
+    serving:  the engine casts it to the serving dtype before it computes with it.
     """
 
     suffix: str
@@ -44,6 +46,7 @@ class Param:
     shared: bool = False
     spread: bool = False
     scalar: bool = False
+    serving: bool = False
 
     def fits(self, shape: tuple[int, ...], n: int, k: int) -> bool:
         """Whether a stored shape is right for a weight of n x k."""
@@ -51,28 +54,34 @@ class Param:
         if self.scalar and not shape:
             return True
         return len(expected) == len(shape) and all(
-            have in ((1, 16) if want == SLICES else (want,))
-            for want, have in zip(expected, shape, strict=True)
+            size in ((1, 16) if expected_size == SLICES else (expected_size,))
+            for expected_size, size in zip(expected, shape, strict=True)
         )
+
+
+def plain(shape: tuple[int, ...]) -> Sides:
+    """The sides of a weight with one code in each stored element."""
+    return shape[0], shape[1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One label of an engine: its parameters, and what they stand for.
+    """One label of an engine: its parameters, and the weight that they stand for.
 
+    kind:       the type of codes as text: int8, int4, fp8_e4m3, mxfp8.
+    params:     the codes first.
     dequantize: parameters of some rows -> the float weight that the kernel multiplies with, float32
                 [rows, k], before any transform of inputs is undone.
-    sides:      n and k of a stored weight's shape.
-    kind:       the codes' type as text: int8, int4, fp8_e4m3, mxfp8.
-    note:       where it loads, if that is not simple.
+    sides:      the shape of stored codes -> n and k of the weight.
+    experts:    the engine has it for experts of a mixture, too.
+    note:       a note on engines that load it.
     """
 
     label: str
     kind: str
     params: tuple[Param, ...]
     dequantize: Callable[[Blocks], Tensor]
-    sides: Callable[[tuple[int, ...]], Sides]
-    linear: bool = True
+    sides: Callable[[tuple[int, ...]], Sides] = plain
     experts: bool = False
     note: str | None = None
 
@@ -86,9 +95,9 @@ class Layout:
 class StoredModule:
     """A quantized module as it is on disk.
 
-    tensors:  by suffix; all that begin with the module's name.
+    tensors:  the registered ones, by suffix.
     shape:    n, k.
-    numerics: what is computed with it; None where that is not known.
+    numerics: as the engine computes; None if this tool has no name for them.
     """
 
     name: str
@@ -114,8 +123,24 @@ class StoredModule:
         return self.tensors[self.layout.weight.suffix]
 
 
+def module_scale(suffix: str, dtypes: tuple[str, ...] = FLOAT_PARAM, *, shared: bool = False) -> Param:
+    """A scale [1] of a whole module."""
+    return Param(suffix, dtypes, lambda n, k: (1,), "positive", 0, shared=shared, scalar=True)
+
+
+def block_scale(suffix: str, dtypes: tuple[str, ...], rows: int, columns: int) -> Param:
+    """One scale for each rows x columns of the weight: [ceil(n / rows), ceil(k / columns)]."""
+    shape = lambda n, k: (-(-n // rows), -(-k // columns))  # noqa: E731
+    return Param(suffix, dtypes, shape, "positive", rows, spread=True)
+
+
+def static_inputs(numerics: Numerics) -> bool:
+    """Whether inputs are quantized with a stored scale."""
+    return numerics.input is not None and not numerics.input.dynamic
+
+
 def own_names(tensors: Collection[str], modules: Mapping[str, StoredModule]) -> set[str]:
-    """Tensors with a meaning of their own: a quantized module counts as its `.weight` and `.bias`."""
+    """Names of tensors, in which a quantized module counts as its `.weight` and `.bias` alone."""
     parts = {
         stored.spec.name
         for module in modules.values()

@@ -1,67 +1,66 @@
-"""Stored tensors read by rows, without ever holding one whole."""
+"""Rows of a stored module, read without holding a whole tensor."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.targets.layouts import StoredModule
 
 
 class ModuleReader:
-    """Rows of a quantized module as codes and as the float weight they stand for."""
+    """Rows of a quantized module, as stored and as the float weight that they stand for."""
 
     def __init__(self, module: StoredModule) -> None:
         self.module = module
         self._constants = {p.suffix: read_tensor(module.tensors[p.suffix]) for p in module.constants}
-        for suffix in ("left_trans", "right_trans"):
-            if suffix in self._constants:  # as the engine holds them
-                dtype = torch_dtype(module.serving_dtype)
-                self._constants[suffix] = self._constants[suffix].to(dtype)
-        self._readers = {p.suffix: RowReader(module.tensors[p.suffix]) for p in module.row_params}
+        for param in module.constants:
+            if param.serving:
+                serving = self._constants[param.suffix].to(torch_dtype(module.serving_dtype))
+                self._constants[param.suffix] = serving
         self._params = {p.suffix: p for p in module.row_params}
         self._multiple = math.lcm(*(p.rows for p in module.row_params if not p.spread))
 
     def __enter__(self) -> Self:
-        for reader in self._readers.values():
-            reader.__enter__()
+        with ExitStack() as stack:
+            tensors = self.module.tensors
+            self._readers = {s: stack.enter_context(tensors[s].open()) for s in self._params}
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *args: object) -> None:
-        for reader in self._readers.values():
-            reader.__exit__(*args)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def rows(self, start: int, count: int) -> dict[str, Tensor]:
-        """Tensors by suffix, as they are stored: what stands for rows [start, start + count)."""
+        """Stored tensors by suffix, for rows [start, start + count) of the weight."""
         stop = min(start + count, self.module.shape[0])
-        found = {}
+        blocks = {}
         for suffix, reader in self._readers.items():
             each = self._params[suffix].rows
-            found[suffix] = reader.rows(start // each, -(-stop // each) - start // each)
-        return self._constants | found
+            blocks[suffix] = reader.weight(start // each, -(-stop // each) - start // each)
+        return self._constants | blocks
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
-        """Tensors by suffix: rows [start, start + count) of those that have them.
+        """Tensors by suffix: rows [start, start + count) of those that have rows.
 
-        start is a multiple of 8, as zero points stand in eights of rows, and codes of some in pairs;
-        `weight` takes any.
+        start: a multiple of 8, as one int32 holds zero points of eight rows; `weight` takes any.
         """
         count = min(count, self.module.shape[0] - start)
-        found = self.rows(start, count)
+        blocks = self.rows(start, count)
         for suffix, param in self._params.items():
             if param.spread:
                 each = torch.arange(start, start + count) // param.rows - start // param.rows
-                found[suffix] = found[suffix][each]
-        return found
+                blocks[suffix] = blocks[suffix][each]
+        return blocks
 
     def weight(self, start: int, count: int) -> Tensor:
-        """The weight that the kernel's product amounts to: float32 [rows, k], as many as there are."""
+        """Rows of the weight that the kernel multiplies with, float32 [rows, k]; fewer at the end."""
         stop = min(start + count, self.module.shape[0])
         first = start - start % self._multiple
         rows = self.module.layout.dequantize(self.stored(first, stop + -stop % self._multiple - first))

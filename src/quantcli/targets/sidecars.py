@@ -14,13 +14,14 @@ from quantcli.targets.base import PlannedCheckpoint
 
 
 def to_json(value: object) -> bytes:
-    """JSON as Hugging Face writes it: two spaces, a final newline, always the same bytes."""
+    """JSON in the style of Hugging Face: two spaces, a final newline, always the same bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def flat_json(table: Mapping[str, object], indent: int = 2) -> str:
-    """A JSON object with one entry a line. Ten times as fast as `indent=`, which is pure Python:
-    a mixture of experts has 150,000 entries.
+    """A JSON object with one entry on each line.
+
+    Ten times as fast as `indent=`, which is pure Python: a mixture of experts has 150,000 entries.
     """
     if not table:
         return "{}"
@@ -32,8 +33,8 @@ def flat_json(table: Mapping[str, object], indent: int = 2) -> str:
 def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, bytes]:
     """config.json without the source's quantization, at both levels, and with the serving dtype.
 
-    An engine that finds a stale quantization_config never reads the description. Empty
-    where nothing needs to change: the source's file is then copied byte for byte.
+    An engine that reads a stale quantization_config never opens the description of the Ascend format.
+    Empty if nothing needs to change: the source's file is then copied byte for byte.
     """
     table = copy.deepcopy(dict(output.config))
     for level in [table, *(value for value in table.values() if isinstance(value, dict))]:
@@ -45,7 +46,7 @@ def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, by
 
 
 def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object that engines read, from where they look for it; empty where there is none."""
+    """The object in config.json that engines read, at either level; empty if there is none."""
     for level in (config, config.get("text_config")):
         for key in QUANTIZATION_KEYS:
             block = level.get(key) if isinstance(level, dict) else None
@@ -55,7 +56,7 @@ def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def declared_dtype(config: Any) -> str | None:
-    """The dtype that config.json gives the language model ("BF16"), as engines look for it."""
+    """The dtype of the language model in config.json, such as "BF16", by the keys that engines read."""
     for level in (config, config.get("text_config")):
         if isinstance(level, dict):
             value = level.get("dtype") or level.get("torch_dtype")
@@ -65,18 +66,18 @@ def declared_dtype(config: Any) -> str | None:
 
 
 def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
-    """Make config.json say the serving dtype where it says float32 or nothing."""
+    """Replace a dtype in config.json that is not the serving dtype, or add it."""
     if declared_dtype(table) == serving_dtype:
         return
-    word = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
-    written = False
+    dtype_name = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
+    replaced = False
     for level in (table, table.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             if isinstance(level, dict) and key in level:
-                level[key] = word
-                written = True
-    if not written:
-        table["torch_dtype"] = word
+                level[key] = dtype_name
+                replaced = True
+    if not replaced:
+        table["torch_dtype"] = dtype_name
 
 
 def index(output: PlannedCheckpoint) -> dict[str, bytes]:

@@ -1,24 +1,211 @@
-"""Stored parameters against what an engine registers, whatever the format."""
+"""A checkpoint on disk as an engine of the vLLM family would load it, whatever its format."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
-from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.checkpoint.tensors import read_bytes
-from quantcli.core.findings import Finding, failed
-from quantcli.targets.layouts import SLICES, Param, StoredModule
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Numerics
+from quantcli.targets import tensor_parallel
+from quantcli.targets.base import AGAIN, Refusal
+from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_family import (
+    EXPERT,
+    ROUTERS,
+    expert_sets,
+    fused_groups,
+    fused_name,
+    fused_siblings,
+    last_part,
+    uneven_experts,
+)
 
-AGAIN = "convert the model again"
+
+class StoredFormat(ABC):
+    """The modules of a checkpoint and the findings of its checks; see `StoredCheckpoint`.
+
+    A format derives from it: `read` takes in its config or description, `check_parameters` gives every
+    module a label and calls `check_layout` for the quantized ones. The constructor runs all checks.
+
+    labels:       labels of modules by name, also of float ones; none for a module of unknown label.
+    by_module:    stored tensors by module and suffix, in the order of the files.
+    readable:     `read` sets it to False if the config is too damaged to tell modules' labels.
+    float_label:  the label of a module that stays float.
+    unregistered: the engine's treatment of a tensor that it does not register.
+    """
+
+    float_label: ClassVar[str] = "float"
+    unregistered: ClassVar[str] = "the engine stops at it, or leaves it out"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.serving_dtype = declared_dtype(checkpoint.config) or "BF16"
+        self.checked: dict[str, int] = defaultdict(int)
+        self.modules: dict[str, StoredModule] = {}
+        self.labels: dict[str, str] = {}
+        self.by_module: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for name, stored in checkpoint.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            self.by_module[module][suffix] = stored
+        self.readable = True
+        self.findings: list[Finding] = list(self.read())
+        if self.readable:
+            for check in (self.check_parameters, self._siblings, self._experts, self._loader):
+                self.findings += check()
+        self.checked["config"] += 1
+        self.findings += self.check_config()
+
+    # -- what a format gives -------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self) -> Iterable[Finding]:
+        """Take in the config or the description; findings of its faults."""
+
+    @abstractmethod
+    def check_parameters(self) -> Iterator[Finding]:
+        """Labels for all modules; findings of names, dtypes and shapes of their tensors."""
+
+    def check_siblings(self) -> Iterator[Finding]:
+        """Findings of siblings, other than different labels and shared parameters."""
+        yield from ()
+
+    def check_loader(self) -> Iterator[Finding]:
+        """Findings of the way in which the engine looks modules up by name."""
+        yield from ()
+
+    def check_config(self) -> Iterator[Finding]:
+        """Findings of config.json that do not concern single modules."""
+        return _check_serving_dtype(self.checkpoint.config)
+
+    def check_arithmetic(self, module: StoredModule) -> Iterator[Finding]:
+        """Findings for numbers of a module that do not follow from its others; here none do."""
+        yield from ()
+
+    def fused_name(self, module: str) -> str | None:
+        """As `Target.fused_name`."""
+        return fused_siblings(module)
+
+    def float_only(self, module: str) -> str | None:
+        """The reason why the engine always builds this module as float; None if it does not."""
+        return ROUTERS.get(last_part(module))
+
+    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
+        """Of suffixes that a layout does not register, those to report."""
+        return suffixes
+
+    def missing(self, module: str, suffix: str) -> Finding:
+        """The finding for a required parameter that no file holds."""
+        what = f"{self.labels[module]} needs `{module}.{suffix}`, which no file holds"
+        fix = f"the engine would compute with uninitialised memory: {AGAIN}"
+        return failed("parameters", what, fix=fix)
+
+    def limits(self, module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
+        """Reasons why a module cannot be split; sides: n and k on one of the devices that share it."""
+        return tensor_parallel.limits(module, sides, devices, self.modules)
+
+    # -- what all formats share ----------------------------------------------------------------------
+
+    def check_tp(self, size: int) -> Iterator[Finding]:
+        """Findings for `size` devices: attention heads, widths, and the limits of the format."""
+        config = self.checkpoint.text_config
+        return tensor_parallel.check_tp(config, self.modules.values(), size, self.limits)
+
+    def check_layout(
+        self,
+        module: str,
+        layout: Layout,
+        numerics: Numerics | None,
+        sides: Sides | None = None,
+        faults: Iterable[Finding] = (),
+    ) -> Iterator[Finding]:
+        """Findings for a quantized module's tensors; one without faults goes to `modules`.
+
+        sides:  n and k, if they do not follow from the shape of the codes.
+        faults: errors that the format has seen in the module.
+        """
+        tensors = self.by_module[module]
+        codes = tensors[layout.weight.suffix].spec
+        if len(codes.shape) != 2:
+            yield failed("parameters", f"is {codes}, not a matrix", f"`{codes.name}`", AGAIN)
+            return
+        n, k = sides or layout.sides(codes.shape)
+        errors = list(faults)
+        for param in layout.params:
+            if param.suffix in tensors:
+                errors += _check_param(param, tensors[param.suffix].spec, layout.label, n, k)
+            elif param.required:
+                errors.append(self.missing(module, param.suffix))
+        errors += _check_bias(tensors.get("bias"), n)
+        yield from errors
+        registered = {param.suffix for param in layout.params} | {"bias"}
+        for suffix in sorted(self.unregistered_suffixes(tensors.keys() - registered)):
+            what = f"{layout.label} has no {suffix}: {self.unregistered}"
+            yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
+        if not errors:
+            stored = {suffix: tensors[suffix] for suffix in tensors.keys() & registered}
+            self.modules[module] = StoredModule(
+                module, layout, stored, (n, k), self.serving_dtype, numerics
+            )
+
+    def _siblings(self) -> Iterator[Finding]:
+        """Siblings have one label, and the same bytes of each parameter that the engine keeps once."""
+        yield from as_findings("siblings", fused_groups(self.labels))
+        self.checked["siblings"] += sum(self.fused_name(name) is not None for name in self.modules)
+        yield from _check_shared(self.modules.values())
+        yield from self.check_siblings()
+
+    def _experts(self) -> Iterator[Finding]:
+        """The experts of a layer are complete and alike."""
+        yield from as_findings("experts", expert_sets(self.labels))
+        self.checked["experts"] += sum(bool(EXPERT.fullmatch(name)) for name in self.modules)
+        yield from uneven_experts(self.checkpoint)
+
+    def _loader(self) -> Iterator[Finding]:
+        """The engine finds every label, and has the quantized modules quantized."""
+        self.checked["loader"] += len(self.labels)
+        yield from self.check_loader()
+        with_note = set()
+        for name, module in self.modules.items():
+            layout = module.layout
+            if reason := self.float_only(name):
+                yield failed("loader", f"is {layout.label}: {reason}", f"`{name}`", AGAIN)
+            if EXPERT.fullmatch(name):
+                if not layout.experts:
+                    what = f"the engine has no {layout.label} for experts"
+                    yield failed("loader", what, f"`{name}`", AGAIN)
+            elif layout.note and layout.label not in with_note:
+                with_note.add(layout.label)
+                yield noted("loader", layout.note, f"`{name}`")
 
 
-def check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
-    """Its dtype and shape, for a weight of n x k."""
+def as_findings(check: str, refusals: Iterable[Refusal]) -> Iterator[Finding]:
+    """Refusals of modules as errors of a check."""
+    for refusal in refusals:
+        yield failed(check, refusal.what, f"`{refusal.module}`", AGAIN)
+
+
+def orphan(module: str, suffix: str) -> Finding:
+    """The finding for a parameter of a module that has no codes."""
+    what = f"`{module}.{suffix}` belongs to no weight: `{module}.weight` is missing"
+    return failed("parameters", what, fix=AGAIN)
+
+
+def some(names: Collection[str]) -> str:
+    """The first name, and the number of others."""
+    first = next(iter(names))
+    return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
+    """Findings of a parameter's dtype and shape, for a weight of n x k."""
     where = f"`{spec.name}`"
     if spec.dtype not in param.dtypes:
         what = f"is {spec.dtype}; {label} reads {' or '.join(param.dtypes)}, and would convert by value"
@@ -29,15 +216,15 @@ def check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> I
         yield failed("parameters", what, where, AGAIN)
 
 
-def check_bias(bias: StoredTensor | None, n: int) -> Iterator[Finding]:
-    """That it can be added to n outputs."""
+def _check_bias(bias: StoredTensor | None, n: int) -> Iterator[Finding]:
+    """A finding for a bias that cannot be added to n outputs."""
     if bias is not None and (bias.spec.dtype not in FLOATS or bias.spec.shape != (n,)):
         what = f"is {bias.spec}, not {n} floats"
         yield failed("parameters", what, f"`{bias.spec.name}`", AGAIN)
 
 
-def check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What config.json says that the engine computes in."""
+def _check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A finding for a dtype in config.json in which no engine serves quantized models."""
     dtype = declared_dtype(config)
     if config and dtype not in {"BF16", "F16"}:
         text = {"F32": "float32", None: "no dtype that is known"}.get(dtype, str(dtype))
@@ -45,33 +232,23 @@ def check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield failed("config", what, CONFIG, "set torch_dtype to bfloat16")
 
 
-def check_shared(
-    modules: Iterable[StoredModule], fused_name: Callable[[str], str | None]
-) -> Iterator[Finding]:
-    """Findings for siblings whose shared parameters differ: the engine keeps one for all of them.
+def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
+    """Findings for shared parameters that differ between siblings of one label.
 
-    fused_name: fused name of a module, or None. Unlike labels are reported elsewhere.
+    The majority is taken for right.
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:
         if name := fused_name(module.name):
             groups[name, module.layout.label].append(module)
     for siblings in groups.values():
-        for param in siblings[0].constants:
-            if param.shared and all(param in module.constants for module in siblings):
-                yield from _differing(param, siblings)
-
-
-def _differing(param: Param, siblings: list[StoredModule]) -> Iterator[Finding]:
-    """Who differs from the most."""
-    kinds: dict[bytes, list[StoredModule]] = defaultdict(list)
-    for module in siblings:
-        stored = module.tensors[param.suffix]
-        kinds[read_bytes(stored, 0, stored.spec.nbytes)].append(module)
-    most, *others = sorted(kinds.values(), key=len, reverse=True)
-    for module in (module for kind in others for module in kind):
-        what = (
-            f"differs from that of `{most[0].name}`: the engine keeps one for both, whichever it "
-            "reads last"
-        )
-        yield failed("siblings", what, f"`{module.name}.{param.suffix}`", AGAIN)
+        for suffix in (param.suffix for param in siblings[0].constants if param.shared):
+            names_by_bytes: dict[bytes, list[str]] = defaultdict(list)
+            for module in siblings:
+                stored = module.tensors[suffix]
+                names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
+            (first, *_), *others = sorted(names_by_bytes.values(), key=len, reverse=True)
+            for name in (name for names in others for name in names):
+                what = f"differs from that of `{first}`: the engine keeps one for both, "
+                what += "whichever it reads last"
+                yield failed("siblings", what, f"`{name}.{suffix}`", AGAIN)

@@ -1,19 +1,29 @@
-"""What engines of the vLLM family share: fused siblings, names, experts, blocks that fusion cuts."""
+"""Rules of engines of the vLLM family: fused siblings, names, experts; targets that follow them.
+
+Each table names the source in which its facts are read: a project, its version, a file.
+"""
 
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
-from quantcli.core.numerics import Module
-from quantcli.targets.base import Refusal
+from quantcli.core.numerics import Module, Numerics
+from quantcli.targets import sidecars
+from quantcli.targets.base import AGAIN, PlannedCheckpoint, Refusal, Target
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
+# Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
+# bailing_moe_mtp.py:203, qwen3_5.py:307, lfm2.py:398, bert.py:371, molmo2.py:707, exaone.py:381;
+# vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363 and
+# models/minimax_m3/minimax_m3.py:214.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -28,13 +38,33 @@ FUSED = (
     ("query", "key", "value"),
     ("c_fc_0", "c_fc_1"),
 )
-# Names under which some checkpoints store siblings already merged.
+# Names under which some checkpoints store siblings that are already fused.
+# Source: vllm 0.32.0, model_executor/models/phi3.py:11.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
+def last_part(module: str) -> str:
+    """The last part of a module's name, such as `q_proj`."""
+    return module.rpartition(".")[2]
+
+
+def sibling_names(module: str) -> tuple[str, ...]:
+    """Last parts of the names that the engine fuses with this one, in order, itself among them."""
+    last = last_part(module)
+    return next((group for group in FUSED if last in group), ())
+
+
+def has_later_sibling(module: str, modules: Collection[str]) -> bool:
+    """Whether rows of a sibling follow those of this module in the parameter that the engine fuses."""
+    parent, _, last = module.rpartition(".")
+    group = sibling_names(module)
+    later = group[group.index(last) + 1 :] if group else ()
+    return any(f"{parent}.{sibling}" in modules for sibling in later)
+
+
 def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """Siblings that the engine merges must agree; it raises on some and takes the last of others."""
+    """Siblings with different labels: the engine raises on some, and takes the last label of others."""
     for group in FUSED:
         first = group[0]
         for name in labels:
@@ -54,7 +84,7 @@ def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
 
 
 def expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """The engine asks expert 0 and gives all experts of the layer its scheme."""
+    """Experts with different labels: the engine gives all experts of a layer the scheme of expert 0."""
     first: dict[str, str] = {}
     for name, label in labels.items():
         if match := EXPERT.fullmatch(name):
@@ -70,28 +100,20 @@ def expert_sets(labels: Mapping[str, str]) -> Iterator[Refusal]:
 
 def fused_siblings(module: str) -> str | None:
     """A name for a module and its siblings, as in `layers.0.mlp.gate_proj+up_proj`, also of experts."""
-    parent, _, last = module.rpartition(".")
-    group = next((group for group in FUSED if last in group), None)
-    return f"{parent}.{'+'.join(group)}" if group else None
+    group = sibling_names(module)
+    return f"{module.rpartition('.')[0]}.{'+'.join(group)}" if group else None
 
 
 def fused_name(module: str) -> str | None:
-    """The parameter into which a module is merged; None for experts, which have no shared tensors."""
+    """The parameter into which a module is fused; None for experts, which have no shared tensors."""
     return None if EXPERT.fullmatch(module) else fused_siblings(module)
-
-
-def fused_widths(modules: Sequence[Module]) -> dict[str, int]:
-    """Rows of every merged parameter, by its name."""
-    widths: dict[str, int] = defaultdict(int)
-    for module in modules:
-        if module.numerics and (name := fused_name(module.name)):
-            widths[name] += module.shape[0]
-    return widths
 
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})
 
 # Linears that engines build as float whatever a checkpoint says, by the last part of their names.
+# Source: vllm 0.32.0, model_executor/models: mixtral.py:111, llama4.py:101, qwen2_moe.py:148 give them
+# no quant_config. qwen3_moe.py:170 would quantize its router; here a router always stays float.
 ROUTERS = {
     "gate": "the engine builds routers as float",
     "router": "the engine builds routers as float",
@@ -112,7 +134,7 @@ def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
 
 
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-    """Experts that are stored as one tensor, which no target of this version writes."""
+    """A refusal of experts that are stored as one tensor, which no target of this version writes."""
     for name, spec in tensors.items():
         if len(spec.shape) >= 3 and "experts" in name.split("."):
             yield Refusal(
@@ -124,20 +146,27 @@ def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
             return
 
 
-def is_linear(module: Module) -> bool:
-    """Whether engines build it as a linear, as far as its name and shape tell."""
-    last = module.name.rpartition(".")[2]
-    return len(module.shape) == 2 and last not in EMBEDDINGS and not last.endswith(("embedding", "wpe"))
+def is_linear(module: str, shape: tuple[int, ...]) -> bool:
+    """Whether engines build a linear for a module, judged by its name and the shape of its weight."""
+    last = last_part(module)
+    return len(shape) == 2 and last not in EMBEDDINGS and not last.endswith(("embedding", "wpe"))
 
 
-def is_head(name: str) -> bool:
-    """An lm_head, which engines do not take for a Linear: it must be named."""
-    return name.rpartition(".")[2] == "lm_head"
+def is_head(module: str) -> bool:
+    """Whether a module is an lm_head. For engines it is not a Linear: a config must name it."""
+    return last_part(module) == "lm_head"
 
 
+def float_linears(output: PlannedCheckpoint) -> list[str]:
+    """Names of the linears that stay float, and of a tied lm_head, which the engine looks up."""
+    names = [m.name for m in output.modules if m.numerics is None and is_linear(m.name, m.shape)]
+    head = absent_head(output.tensors)
+    return [*names, head.removesuffix(".weight")] if head else names
+
+
+# Keys of config.json for the number of experts.
+# Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-
-_AGAIN = "convert the model again"
 
 
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -148,47 +177,102 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
             sets[match["experts"]][int(match["index"])][match["rest"]] = stored
     count = next((v for key in _COUNTS if isinstance(v := checkpoint.text_config.get(key), int)), None)
     for experts, members in sets.items():
-        full = max(members.values(), key=len)
+        reference = max(members.values(), key=len)
         for index in range(max(len(members), count or 0)):
             if index not in members:
-                yield failed("experts", f"expert {index} is missing", f"`{experts}`", _AGAIN)
+                yield failed("experts", f"expert {index} is missing", f"`{experts}`", AGAIN)
                 break
-            if absent := sorted(full.keys() - members[index].keys()):
-                what = f"lacks {absent[0]}, which other experts have"
-                yield failed("experts", what, f"`{experts}.{index}`", _AGAIN)
+            if missing := sorted(reference.keys() - members[index].keys()):
+                what = f"lacks {missing[0]}, which other experts have"
+                yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
             for rest, stored in members[index].items():
-                like = full.get(rest)
-                if like is None or (like.spec.dtype, like.spec.shape) != (
-                    stored.spec.dtype, stored.spec.shape
-                ):  # fmt: skip
-                    what = f"is {stored.spec}, unlike other experts' {like and like.spec}"
-                    yield failed("experts", what, f"`{stored.spec.name}`", _AGAIN)
+                spec, other = stored.spec, reference[rest].spec if rest in reference else None
+                if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
+                    what = f"is {spec}, unlike other experts' {other}"
+                    yield failed("experts", what, f"`{spec.name}`", AGAIN)
         if count is not None and len(members) > count:
             what = f"there are {len(members)} experts; config.json says {count}"
-            yield failed("experts", what, f"`{experts}`", _AGAIN)
+            yield failed("experts", what, f"`{experts}`", AGAIN)
 
 
 _DOWN = frozenset({"down_proj", "w2"})
 
 
 def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What an engine refuses, and what to do: parts of a merged parameter must begin with a block.
+    """Refusals and fixes for a module with block scales: each part of a fused parameter begins a block.
 
-    labels: of all modules, by name. Nothing for a module whose scales are not of blocks.
+    labels: of all modules, by name.
+    Source: vllm 0.32.0, model_executor/layers/quantization/utils/fp8_utils.py:1296-1373.
     """
     if module.numerics is None or module.numerics.weight.per != "block":
         return
     assert module.numerics.weight.block is not None
     rows, columns = module.numerics.weight.block
     n, k = module.shape
-    parent, _, last = module.name.rpartition(".")
-    group = next((group for group in FUSED if last in group), ())
-    later = group[group.index(last) + 1 :] if last in group else ()
+    last = last_part(module.name)
     fix = "use a scheme without blocks for these modules"
-    if n % rows and any(f"{parent}.{sibling}" in labels for sibling in later):
+    if n % rows and has_later_sibling(module.name, labels):
         yield f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}", fix
     elif last in {"gate_up_proj", "gate_up"} and n % (2 * rows):
         yield f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}", fix
     elif EXPERT.fullmatch(module.name) and (k % columns if last in _DOWN else n % rows):
         width = k if last in _DOWN else n
         yield f"inner widths of experts must be multiples of {rows}; this one is {width}", fix
+
+
+class VllmTarget(Target):
+    """A target for an engine of the vLLM family: the checks and sidecars that formats share.
+
+    float_label: stands for modules that stay float among the labels.
+    """
+
+    float_label: ClassVar[str] = "float"
+
+    def labels(self, modules: Sequence[Module]) -> dict[str, str]:
+        """The label of every module, by name."""
+        by_id = {id(None): self.float_label}  # numerics hash slowly: each object is looked up once
+        for module in modules:
+            if id(module.numerics) not in by_id:
+                assert module.numerics is not None
+                by_id[id(module.numerics)] = self.label(module.numerics)
+        return {module.name: by_id[id(module.numerics)] for module in modules}
+
+    def fused_name(self, module: str) -> str | None:
+        """q, k and v; gate and up, also of experts."""
+        return fused_siblings(module)
+
+    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+        """Stacked experts, modules one by one, fused siblings, experts."""
+        yield from stacked_experts(tensors)
+        labels = self.labels(modules)
+        for module in modules:
+            if module.numerics is not None:
+                for what, fix in self.faults(module, labels):
+                    yield Refusal(module.name, what, fix)
+        yield from fused_groups(
+            {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
+        )
+        yield from expert_sets(labels)
+
+    @abstractmethod
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Reasons why the engine would not load one quantized module, each with a fix.
+
+        labels: of all modules, by name.
+        """
+
+    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+        """A note on a quantized head."""
+        if any(module.numerics and is_head(module.name) for module in modules):
+            yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
+        """config.json, with a `quantization_config` if the format has one, and the index."""
+        used = {module.numerics for module in output.modules if module.numerics}
+        block = self.config_block(output, used) if used else {}
+        additions = {"quantization_config": block} if block else {}
+        return {**sidecars.config(output, additions), **sidecars.index(output)}
+
+    def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
+        """The object in config.json for a checkpoint with these numerics; empty for none."""
+        return {}

@@ -1,3 +1,3 @@
-"""Proves that a checkpoint is whole, loads and is faithful: structure, bytes, numbers, text.
+"""Proves that a checkpoint is whole, loadable and faithful: structure, bytes, numbers, text.
 
 Each check knows formats only through their target."""

@@ -1,53 +1,52 @@
-"""A checkpoint against the one it was made from, or against another quantized one, tensor by tensor."""
+"""A checkpoint against its source, or against another quantized checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
 from quantcli.core.threads import thread_pool
-from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import fused_name, fused_siblings
-from quantcli.verification.compare import Comparison, FittedFactors, Open, compare, opener
+from quantcli.verification.compare import (
+    BOUNDS,
+    UNLIKE,
+    Comparison,
+    FittedFactors,
+    Pair,
+    compare,
+    shape_of,
+)
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
-from quantcli.verification.limits import LEAST_SQNR, UNLIKE, fault, is_damaged
+from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
 from quantcli.verification.reference import (
     Reference,
-    codes,
+    compare_codes,
     compare_files,
+    compare_names,
     difference,
-    noted_kind,
     other_model,
 )
-from quantcli.verification.structure import Structure
+from quantcli.verification.structure import Structure, layer_of
 
-_LAYER = re.compile(r"(.*?\.(?:layers|h|blocks|block)\.\d+)\..*")
-_LARGE = 1000  # modules: from here on, only the worst have their histograms in the report
-_AGAIN = "convert the model again"
+_LARGE = 1000  # modules: in a larger model, only the worst keep their histograms in the report
 
 
 def verify_against(
-    structure: Structure,
-    reference: Reference,
-    min_sqnr: float | None,
-    workers: int,
-    progress: Progress,
+    structure: Structure, reference: Reference, workers: int, progress: Progress
 ) -> None:
     """Compare every tensor; findings and modules go to the report.
 
-    min_sqnr: dB that every quantized weight must reach; None: what its kind must, see LEAST_SQNR.
-    Memory: a few blocks of rows a worker.
+    Each quantized weight must reach the limit `min_sqnr` of the report, or the bound of its codes if
+    that is None. Memory: a few row blocks for each worker.
     """
     stored, report = structure.stored, structure.report
     assert stored is not None
@@ -57,183 +56,170 @@ def verify_against(
         report.add([different])
         report.count("source", 1)
         return
-    run = _Run(stored, reference, min_sqnr, progress)
-    report.add(run.accounted())
-    report.add(noted_kind(reference))
+    ours = Reference(stored.checkpoint, None, stored)
+    report.add(compare_names(ours, reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(run.own_names & run.reference_names):
-        match = _LAYER.fullmatch(name)
-        layers[match[1] if match else name].append(name)
-    progress.begin(sum(map(reference.nbytes, run.reference_names)), len(layers))
+    reference_names = reference.names()
+    for name in sorted(ours.names() & reference_names):
+        layers[layer_of(name) or name].append(name)
+    progress.begin(sum(map(reference.nbytes, reference_names)), len(layers))
+    counts = report.tensors = TensorCounts()
     with thread_pool(workers) as pool:
-        for job in [pool.submit(run.layer, names) for names in layers.values()]:
-            report.add(job.result())
-    for module in sorted(run.modules, key=lambda m: m["sqnr_db"] - m["limit_db"])[_LARGE:]:
-        module |= {"histogram": None, "worst_rows": [], "outlier_channels": []}
-    report.modules = run.modules
-    report.tensors = dict(sorted(run.tensors.items()))
-    report.count("source", len(run.reference_names))
-    report.count("copies", sum(run.tensors[kind] for kind in ("equal", "edited")))
-    report.count("edits", run.tensors["edited"])
-    report.count("sqnr", len(run.modules))
+        args = ours, reference, report.limits.min_sqnr, progress
+        for job in [pool.submit(_Layer(*args).compare, names) for names in layers.values()]:
+            findings, modules, tensors = job.result()
+            report.add(findings)
+            report.modules += modules
+            counts.add(tensors)
+    for module in sorted(report.modules, key=lambda module: module.margin_db)[_LARGE:]:
+        module.histogram, module.worst_rows, module.outlier_channels = None, [], []
+    report.count("source", len(reference_names))
+    report.count("copies", counts.equal + counts.edited)
+    report.count("edits", counts.edited)
+    report.count("sqnr", len(report.modules))
 
 
-class _Run:
-    """What the jobs share."""
+@dataclass
+class _Layer:
+    """One layer of both models while it is compared.
 
-    def __init__(
-        self, stored: StoredCheckpoint, reference: Reference, min_sqnr: float | None, progress: Progress
-    ) -> None:
-        self.stored = stored
-        self.reference = reference
-        self.min_sqnr = min_sqnr
-        self.progress = progress
-        self.own = Reference(stored.checkpoint, None, stored)
-        self.own_names = self.own.names()
-        self.reference_names = reference.names()
-        self.modules: list[dict[str, Any]] = []
-        self.edited: dict[str, str] = {}  # by module, as text
-        self.unlike: set[str] = set()  # modules that are not roundings of the other model's
-        self.tensors = {"equal": 0, "edited": 0, "quantized": 0}
+    kinds:   matrix -> type of its codes, or `float` if it was edited.
+    vectors: edited ones by name, before and after.
+    unlike:  some matrix is not a rounding of the other model's.
+    """
 
-    def accounted(self) -> Iterator[Finding]:
-        """Every tensor of the other model is here, and the other way round."""
-        for name in sorted(self.reference_names - self.own_names):
-            yield failed("source", f"`{name}` of the other model is missing", None, _AGAIN)
-        for name in sorted(self.own_names - self.reference_names):
-            yield failed("source", f"`{name}` is not in the other model", None, _AGAIN)
+    ours: Reference
+    reference: Reference
+    min_sqnr: float | None
+    progress: Progress
+    kinds: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    edited: list[Edited] = field(default_factory=list)
+    unlike: bool = False
+    modules: list[ModuleReport] = field(default_factory=list)
+    counts: TensorCounts = field(default_factory=TensorCounts)
 
-    def layer(self, names: list[str]) -> list[Finding]:
-        """Compare the tensors of one layer."""
-        return list(self._layer(names))
+    def compare(self, names: Sequence[str]) -> tuple[list[Finding], list[ModuleReport], TensorCounts]:
+        """The comparison of all tensors of the layer."""
+        return list(self._findings(names)), self.modules, self.counts
 
-    def _layer(self, names: list[str]) -> Iterator[Finding]:
-        changed: dict[str, tuple[Tensor, Tensor]] = {}
-        matrices: dict[str, str] = {}  # module -> kind of its codes
+    def _findings(self, names: Iterable[str]) -> Iterator[Finding]:
+        """Compare all tensors: first those that are copied, then matrices, then edits of both."""
         for name in names:
-            module = name.removesuffix(".weight")
-            ours = self.stored.modules.get(module) if module != name else None
-            if ours is not None:
-                matrices[module] = ours.layout.kind
-                self.tensors["quantized"] += 1
-                continue
-            self.progress.advance(self.reference.nbytes(name))
-            reference = self.reference.weight(module) if module != name else None
-            if isinstance(reference, StoredModule):
-                matrices[module] = reference.layout.kind
-                continue
-            before = self.reference.checkpoint.tensors[name]
-            after = self.stored.checkpoint.tensors[name]
-            if (found := difference(before, after)) is None:
-                self.tensors["equal"] += 1
-            elif (
-                before.spec.shape != after.spec.shape or {before.spec.dtype, after.spec.dtype} - FLOATS
-            ):
-                yield failed("copies", found, f"`{name}`", _AGAIN)
-            elif len(before.spec.shape) == 2 and _LAYER.fullmatch(name):
-                matrices[module] = "float"
-                self.tensors["edited"] += 1
-            elif len(before.spec.shape) == 1 and _LAYER.fullmatch(name):
-                changed[name] = read_tensor(before), read_tensor(after)
-                self.tensors["edited"] += 1
-            else:
-                yield failed("copies", found, f"`{name}`", _AGAIN)
-        edited_matrices = candidates({n: v for n, v in changed.items() if n.endswith(".weight")})
-        edited: list[Edited] = []
-        for group in _siblings(matrices):
-            for outcome in self._compare(group, matrices, edited_matrices):
-                if isinstance(outcome, Finding):
-                    yield outcome
-                else:
-                    edited.append(outcome)
-        if self.unlike & matrices.keys():
+            yield from self._sort(name)
+        norms = {name: pair for name, pair in self.vectors.items() if name.endswith(".weight")}
+        options = candidates(norms)
+        for group in _siblings(self.kinds):
+            yield from self._compare(group, options)
+        if self.unlike:
             return  # edits of a weight that is not in the model are unknown
-        yield from _vectors(changed, edited)
-        weights = [name for name in changed if name.endswith(".weight")]
-        yield from check_layer(weights, edited, {e.module: fused_name(e.module) for e in edited})
+        yield from _vectors(self.vectors, self.edited)
+        fused_names = {matrix.module: fused_name(matrix.module) for matrix in self.edited}
+        yield from check_layer(list(norms), self.edited, fused_names)
 
-    def _compare(
-        self, group: list[str], kinds: Mapping[str, str], edited_matrices: Sequence[Candidate]
-    ) -> Iterator[Finding | Edited]:
-        """Matrices that read one tensor: what is wrong with them, and by what they were multiplied."""
-        pairs: dict[str, tuple[Open, Open]] = {}
-        shapes: dict[str, tuple[int, int]] = {}
-        for module in group:
-            reference, ours = self.reference.weight(module), self.own.weight(module)
-            assert reference is not None
-            assert ours is not None
-            if _shape(reference) != _shape(ours):
-                what = f"is {list(_shape(ours))}, in the other model {list(_shape(reference))}"
-                yield failed("source", what, f"`{module}`", _AGAIN)
-                continue
-            pairs[module], shapes[module] = (opener(reference), opener(ours)), _shape(ours)
-        compared = {module: compare(*pair, *shapes[module]) for module, pair in pairs.items()}
-        limits = {module: self._limit(module, kinds[module]) for module in pairs}
-        poor = any(found.sqnr_db < limits[module] for module, found in compared.items())
-        finite = all(found.finite for found in compared.values())
-        if pairs and finite and (edited_matrices or poor):
-            widths = {shapes[module][1] for module in pairs}
-            columns = None
-            if len(widths) == 1:
-                columns = choose(list(pairs.values()), widths.pop(), edited_matrices)
-            for module, pair in pairs.items():
-                factors = fit(pair, *shapes[module], columns)
-                if not factors.trivial:
-                    better = compare(*pair, *shapes[module], factors)
-                    if better.sqnr_db > compared[module].sqnr_db:
-                        compared[module] = better
-                        edited = Edited(module, factors, columns.producer if columns else None)
-                        yield edited
-                        self.edited[module] = _words(factors)
-        self.unlike |= {name for name, found in compared.items() if found.sqnr_db < UNLIKE}
-        for module, found in compared.items():
-            entry = self._entry(module, found, limits[module], kinds[module])
-            if kinds[module] != "float":
-                self.modules.append(entry)
-            if not entry["ok"]:
-                worst = entry["worst_rows"][:1]
-                row = f", worst row {worst[0]['row']}" if worst else ""
-                fix = self._fix(module, kinds[module], entry)
-                yield failed("sqnr", fault(entry, kinds[module]) or "", f"`{module}`{row}", fix)
-
-    def _fix(self, module: str, kind: str, entry: Mapping[str, Any]) -> str:
-        """What to do about a matrix that is too far from the other model's."""
-        if kind == "float":
-            fix = _FLOAT
+    def _sort(self, name: str) -> Iterator[Finding]:
+        """Compare a tensor that is copied or edited; list a matrix, which is compared later."""
+        reference, counts = self.reference, self.counts
+        module = name.removesuffix(".weight")
+        if (ours := self.ours.quantized(name)) is not None:
+            self.kinds[module] = ours.layout.kind
+            counts.quantized += 1
+            return
+        if (other := reference.quantized(name)) is not None:
+            self.kinds[module] = other.layout.kind
+            return
+        before, after = reference.checkpoint.tensors[name], self.ours.checkpoint.tensors[name]
+        what = difference(before, after)
+        floats = not {before.spec.dtype, after.spec.dtype} - FLOATS
+        editable = floats and before.spec.shape == after.spec.shape and layer_of(name) is not None
+        if what is None:
+            counts.equal += 1
+        elif editable and len(before.spec.shape) == 2 and name.endswith(".weight"):
+            self.kinds[module] = "float"
+            counts.edited += 1
+            return
+        elif editable and len(before.spec.shape) == 1:
+            self.vectors[name] = read_tensor(before), read_tensor(after)
+            counts.edited += 1
         else:
-            rounding = entry["sqnr_db"] > UNLIKE and not is_damaged(entry, kind)
-            fix = _ADVICE if rounding else _OTHER
-        from_float = not isinstance(self.reference.weight(module), StoredModule)
-        return fix + (_DECODED if from_float else "")
+            yield failed("copies", what, f"`{name}`", CONVERT)
+        self.progress.advance(reference.nbytes(name))
 
-    def _limit(self, module: str, kind: str) -> float:
-        """Of two quantized weights, the coarser one decides how near they can be."""
+    def _compare(self, group: Sequence[str], norms: Sequence[Candidate]) -> Iterator[Finding]:
+        """Compare matrices that read one tensor."""
+        pairs: dict[str, Pair] = {}
+        for module in group:
+            reference, ours = self.reference.weight(module), self.ours.weight(module)
+            if shape_of(reference) != shape_of(ours):
+                what = f"is {list(shape_of(ours))}, in the other model {list(shape_of(reference))}"
+                yield failed("source", what, f"`{module}`", CONVERT)
+                continue
+            pairs[module] = Pair.of(reference, ours)
+        comparisons = {module: compare(pair) for module, pair in pairs.items()}
+        limits = {module: self._limit(module) for module in pairs}
+        factors: dict[str, FittedFactors] = {}
+        poor = any(comparisons[module].sqnr_db < limits[module] for module in pairs)
+        if (norms or poor) and pairs and all(c.finite for c in comparisons.values()):
+            alike = len({pair.k for pair in pairs.values()}) == 1
+            columns = choose(list(pairs.values()), norms) if alike else None
+            for module, pair in pairs.items():
+                fitted = fit(pair, columns)
+                if not fitted.trivial:
+                    better = compare(pair, fitted)
+                    if better.sqnr_db > comparisons[module].sqnr_db:
+                        comparisons[module], factors[module] = better, fitted
+                        producer = columns.producer if columns else None
+                        self.edited.append(Edited(module, fitted, producer))
+        for module, comparison in comparisons.items():
+            self.unlike |= comparison.sqnr_db < UNLIKE
+            yield from self._report(module, comparison, limits[module], factors.get(module))
+
+    def _limit(self, module: str) -> float:
+        """dB that a matrix must reach: of two quantized weights, the coarser one decides."""
+        kind = self.kinds[module]
         if self.min_sqnr is not None and kind != "float":
             return self.min_sqnr
         reference = self.reference.weight(module)
         other = reference.layout.kind if isinstance(reference, StoredModule) else kind
-        return min(LEAST_SQNR[kind], LEAST_SQNR[other])
+        return min(BOUNDS[kind].sqnr_db, BOUNDS[other].sqnr_db)
 
-    def _entry(self, module: str, found: Comparison, limit: float, kind: str) -> dict[str, Any]:
-        """One matrix as the report has it."""
-        reference, ours = self.reference.weight(module), self.own.weight(module)
-        assert reference is not None
-        assert ours is not None
+    def _report(
+        self, module: str, comparison: Comparison, limit: float, factors: FittedFactors | None
+    ) -> Iterator[Finding]:
+        """Report one matrix, and its fault if it has one."""
+        reference, ours = self.reference.weight(module), self.ours.weight(module)
+        kind = self.kinds[module]
+        codes_differ, scale_ratio = compare_codes(reference, ours)
+        report = ModuleReport(
+            module=module,
+            label=ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",
+            shape=list(shape_of(ours)),
+            sqnr_db=round(comparison.sqnr_db, 3),
+            cosine=round(comparison.cosine, 8),
+            max_rel_error=round(comparison.max_rel_error, 8),
+            worst_rows=comparison.worst_rows,
+            outlier_channels=comparison.outlier_channels,
+            histogram=comparison.histogram,
+            limit_db=limit,
+            edited=_text_of(factors) if factors else None,
+            codes_differ=codes_differ,
+            scale_ratio=scale_ratio,
+        )
         self.progress.advance(self.reference.nbytes(f"{module}.weight"))
-        entry = {
-            "module": module,
-            "label": ours.layout.label if isinstance(ours, StoredModule) else "FLOAT",
-            **found.to_json(),
-            "limit_db": limit,
-            "edited": self.edited.get(module),
-            **codes(reference, ours),
-        }
-        return {**entry, "ok": fault(entry, kind) is None}
+        if kind != "float":
+            self.modules.append(report)
+        if what := BOUNDS[kind].fault(report):
+            report.ok = False
+            row = f", worst row {report.worst_rows[0].row}" if report.worst_rows else ""
+            rounding = report.sqnr_db > UNLIKE and not BOUNDS[kind].damage(report)
+            fix = _FLOAT if kind == "float" else _FINER if rounding else _DAMAGE
+            fix += "" if isinstance(reference, StoredModule) else _DECODED
+            yield failed("sqnr", what, f"`{module}`{row}", fix)
 
 
 def _siblings(modules: Iterable[str]) -> list[list[str]]:
-    """Modules in groups that read one tensor, as far as their names tell: q, k, v; gate, up."""
+    """Modules in groups that read one tensor, as far as their names show it: q, k, v; gate, up."""
     groups: dict[str, list[str]] = defaultdict(list)
     for module in modules:
         groups[fused_siblings(module) or module].append(module)
@@ -241,42 +227,34 @@ def _siblings(modules: Iterable[str]) -> list[list[str]]:
 
 
 def _vectors(
-    changed: Mapping[str, tuple[Tensor, Tensor]], edited: Sequence[Edited]
+    vectors: Mapping[str, tuple[Tensor, Tensor]], edited: Sequence[Edited]
 ) -> Iterator[Finding]:
-    """Biases follow what was done to their module: rows of a matrix, channels of a norm."""
+    """Findings for biases that were not multiplied like their module: rows of a matrix, or a norm."""
     rows = {matrix.module: matrix.factors.rows for matrix in edited}
-    for name, (before, after) in changed.items():
+    for name, (before, after) in vectors.items():
         if name.endswith(".weight"):
             continue
         module = name.rpartition(".")[0]
-        by = rows.get(module)
-        if by is None and f"{module}.weight" in changed:
-            old, new = changed[f"{module}.weight"]
-            by = torch.where(old != 0, new.float() / old.float(), 1.0)
-        scaled = before.float() * (torch.ones(1) if by is None else by)
-        if not torch.allclose(after.float(), scaled, rtol=2.0**-6, atol=1e-30):
-            what = "has changed in another way than the weight of its module"
-            yield failed("edits", what, f"`{name}`", _AGAIN)
+        factors = rows.get(module, torch.ones(1))
+        if module not in rows and f"{module}.weight" in vectors:
+            old, new = vectors[f"{module}.weight"]
+            factors = torch.where(old != 0, new.float() / old.float(), 1.0)
+        if not torch.allclose(after.float(), before.float() * factors, rtol=2.0**-6, atol=1e-30):
+            what = "changed in another way than the weight of its module"
+            yield failed("edits", what, f"`{name}`", CONVERT)
 
 
-def _shape(weight: StoredTensor | StoredModule) -> tuple[int, int]:
-    if isinstance(weight, StoredModule):
-        return weight.shape
-    n, k = weight.spec.shape
-    return n, k
-
-
-def _words(factors: FittedFactors) -> str:
-    """What was multiplied, and by how much."""
+def _text_of(factors: FittedFactors) -> str:
+    """The rows and columns that were multiplied, and the range of their factors."""
     texts = []
-    for kind, values in (("rows", factors.rows), ("columns", factors.columns)):
+    for axis, values in (("rows", factors.rows), ("columns", factors.columns)):
         some = values[values != 1]
         if len(some):
-            texts.append(f"{len(some)} {kind} x {float(some.min()):.4g}..{float(some.max()):.4g}")
+            texts.append(f"{len(some)} {axis} x {float(some.min()):.4g}..{float(some.max()):.4g}")
     return ", ".join(texts)
 
 
-_OTHER = "this is damage and no rounding: copy the checkpoint again, or convert the model again"
+_DAMAGE = "this is damage, not rounding: copy the checkpoint again, or convert the model again"
 _FLOAT = "floats are copied or multiplied, never rounded to codes: convert the model again"
+_FINER = "keep this module float or in a finer scheme, or lower the limit if that is what you want"
 _DECODED = "; or, if it was made from a quantized model, compare with that one"
-_ADVICE = "keep this module float or in a finer scheme, or lower the limit if that is what you want"

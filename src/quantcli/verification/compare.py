@@ -1,4 +1,4 @@
-"""How near each quantized weight is to the one it was made from, streamed by blocks of rows."""
+"""How near each quantized weight is to its original, streamed by row blocks; bounds for it."""
 
 from __future__ import annotations
 
@@ -6,93 +6,153 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
+from quantcli.verification.outcome import ChannelReport, Histogram, ModuleReport, RowReport
 
 BLOCK_ELEMENTS = 128 * 1024  # float32 blocks of 512 KB: a dozen of them stay in the cache of a core
+UNLIKE = 3.0  # dB: a lower SQNR is not an error of rounding
 _SAMPLED = 8  # every eighth block goes into the histogram and the channels' rms
 _BINS = 32
 _REACH = 4.0  # the histogram's ends, in mean errors
-WORST = 5  # rows, and channels, that are named
+_WORST = 5  # rows, and channels, that are named
+_NEGLIGIBLE = 2.0**-40  # of the energy of a row: below float32's own rounding
+_OUTLIER = 4.0  # times the median channel
+
+Weight: TypeAlias = StoredTensor | StoredModule
+Open: TypeAlias = Callable[[], AbstractContextManager[Rows]]
 
 
-class Weights(Protocol):
-    """A weight that is read by rows, whatever it is stored as."""
+@dataclass(frozen=True)
+class Bounds:
+    """The least that a sound conversion of any weight keeps, whatever the model.
 
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count) in float32."""
+    sqnr_db: SQNR of the whole weight; normal numbers have 40 with int8, 31 with fp8, 14 with int4.
+    row_db:  SQNR of the worst row. Rounding to nearest leaves no row with more error than signal, and
+             eight bits leave one outlier among 16,000 numbers of half a step about 7; zeroed, swapped
+             and negated rows have 0, -3 and -6.
+    largest: error of one number over the largest of its weight: rounding leaves 0.004, 0.04 and 0.09,
+             numbers that compensate for others a few times as much, a flipped sign 1 to 2. Unlimited
+             for int4, whose best scale may clip an outlier of a row to an eighth.
+    """
+
+    sqnr_db: float
+    row_db: float = -math.inf
+    largest: float = math.inf
+
+    def damage(self, report: ModuleReport) -> str | None:
+        """The row or number that is off by more than rounding; None if there is none."""
+        row_db = report.worst_rows[0].sqnr_db if report.worst_rows else math.inf
+        if row_db < self.row_db:
+            return f"SQNR of a row is {row_db:.2f} dB, the limit {self.row_db:.2f} dB"
+        if report.max_rel_error > self.largest:
+            return (
+                f"a weight is off by {report.max_rel_error:.2f} of the largest one, the limit is "
+                f"{self.largest:.2f}"
+            )
+        return None
+
+    def fault(self, report: ModuleReport) -> str | None:
+        """The fault of a weight as a whole, of one row, or of one number; None if it is sound."""
+        if report.margin_db < 0:
+            return f"SQNR is {report.sqnr_db:.2f} dB, the limit {report.limit_db:.2f} dB"
+        return self.damage(report)
 
 
-class FloatReader:
-    """Rows of a float tensor."""
-
-    def __init__(self, stored: StoredTensor) -> None:
-        self._reader = RowReader(stored)
-
-    def __enter__(self) -> FloatReader:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._reader.__exit__(*args)
-
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows in float32; a copy, as the buffer is used again."""
-        return self._reader.rows(start, count).to(torch.float32, copy=True)
+# by the type of the codes
+BOUNDS = {
+    "int8": Bounds(20.0, 3.0, 0.1),
+    "fp8_e4m3": Bounds(25.0, 12.0, 0.25),
+    "mxfp8": Bounds(22.0, 8.0, 0.25),
+    "int4": Bounds(6.0, 0.5),
+    "float": Bounds(60.0),
+}
 
 
-Open = Callable[[], AbstractContextManager[Weights]]
+def opener(weight: Weight) -> Open:
+    """The function that opens a float tensor or a quantized module to read its rows."""
+    return partial(ModuleReader, weight) if isinstance(weight, StoredModule) else weight.open
 
 
-def opener(source: StoredTensor | StoredModule) -> Open:
-    """What opens a float tensor or a quantized module for reading by rows."""
-    if isinstance(source, StoredModule):
-        return lambda: ModuleReader(source)
-    return lambda: FloatReader(source)
+@dataclass(frozen=True)
+class Pair:
+    """A weight [n, k] of the other model, and the same weight of the checkpoint."""
+
+    reference: Open
+    ours: Open
+    n: int
+    k: int
+
+    @classmethod
+    def of(cls, reference: Weight, ours: Weight) -> Pair:
+        """Two stored weights of one shape."""
+        n, k = shape_of(ours)
+        return cls(opener(reference), opener(ours), n, k)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The first row block of both."""
+        with self.reference() as before, self.ours() as after:
+            count = rows_of(self.k)
+            return before.weight(0, count).float(), after.weight(0, count).float()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Row blocks of both: float32 [rows, k]."""
+        count = rows_of(self.k)
+        with self.reference() as before, self.ours() as after:
+            for start in range(0, self.n, count):
+                yield before.weight(start, count).float(), after.weight(start, count).float()
+
+
+def rows_of(k: int) -> int:
+    """Rows of a block: a multiple of 8, see ModuleReader."""
+    return max(8, BLOCK_ELEMENTS // max(1, k) // 8 * 8)
+
+
+def shape_of(weight: Weight) -> tuple[int, ...]:
+    """The shape of a stored weight: [n, k] if it is quantized."""
+    return weight.shape if isinstance(weight, StoredModule) else weight.spec.shape
 
 
 @dataclass(frozen=True)
 class FittedFactors:
-    """By what a weight was multiplied before it was quantized: rows [n], columns [k], float32."""
+    """Factors of a weight before it was quantized: rows [n], columns [k], float32."""
 
     rows: Tensor
     columns: Tensor
 
     @property
     def trivial(self) -> bool:
-        """Whether nothing was."""
+        """Whether all factors are 1."""
         return bool((self.rows == 1).all()) and bool((self.columns == 1).all())
 
 
 @dataclass
 class Comparison:
-    """Sums over a weight w and what it has become, d: float64."""
+    """Sums over a weight w of the other model and the same weight d of the checkpoint, in float64."""
 
-    n: int
-    k: int
     signal: Tensor  # sum of w^2 of each row
     noise: Tensor  # sum of (d - w)^2 of each row
+    channels: Tensor  # sum of w^2 of each column, over some rows
     energy: float = 0.0  # sum of d^2
     largest: float = 0.0  # max |d - w|
     amax: float = 0.0  # max |w|
-    histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
-    channels: Tensor = field(default_factory=lambda: torch.zeros(0))  # sum of w^2 of some rows
+    counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10 of signal over noise; 200 where there is no noise."""
+        """10 log10 of signal over noise; 200 without noise."""
         return _decibels(float(self.signal.sum()), float(self.noise.sum()))
 
     @property
     def finite(self) -> bool:
-        """Whether all that was summed up is."""
+        """Whether all sums are finite."""
         return math.isfinite(self.energy) and bool(torch.isfinite(self.noise).all())
 
     @property
@@ -105,44 +165,40 @@ class Comparison:
         length = math.sqrt(signal * self.energy)
         return min(1.0, product / length) if length else float(signal == self.energy)
 
-    def to_json(self) -> dict[str, Any]:
-        """As the report has it."""
-        rows = [(_decibels(float(s), float(e)), i) for i, (s, e) in self._worst()]
-        rms = self.channels.sqrt()
-        median = float(rms[rms > 0].median()) if bool((rms > 0).any()) else 0.0
-        ratios = rms / median if median else rms
-        top = ratios.topk(min(WORST, len(ratios)))
-        outliers = [
-            {"channel": int(channel), "ratio": round(float(ratio), 3)}
-            for ratio, channel in zip(*top, strict=True)
-            if float(ratio) >= _OUTLIER
-        ]
-        edges = torch.linspace(-_REACH, _REACH, _BINS + 1).tolist()
-        return {
-            "shape": [self.n, self.k],
-            "sqnr_db": round(self.sqnr_db, 3),
-            "cosine": round(self.cosine, 8),
-            "max_rel_error": round(self._relative(), 8),
-            "worst_rows": [{"row": i, "sqnr_db": round(db, 3)} for db, i in sorted(rows)[:WORST]],
-            "outlier_channels": outliers,
-            "histogram": {"edges": edges, "counts": self.histogram.tolist()},
-        }
-
-    def _relative(self) -> float:
-        """max |d - w| over max |w|; JSON knows no infinity."""
+    @property
+    def max_rel_error(self) -> float:
+        """max |d - w| over max |w|; JSON has no infinity."""
         ratio = self.largest / self.amax if self.amax else 0.0
         return ratio if math.isfinite(ratio) else 1e30
 
-    def _worst(self) -> Iterator[tuple[int, tuple[float, float]]]:
+    @property
+    def worst_rows(self) -> list[RowReport]:
+        """The rows with the lowest SQNR, worst first."""
         ratio = torch.where(self.signal > 0, self.noise / self.signal, self.noise * math.inf)
         ratio = ratio.nan_to_num(0.0, posinf=math.inf)
-        ratio[self.noise <= _NOTHING * self.signal.mean()] = 0  # rows of next to nothing
-        for i in ratio.topk(min(WORST, self.n)).indices.tolist():
-            yield i, (float(self.signal[i]), float(self.noise[i]))
+        ratio[self.noise <= _NEGLIGIBLE * self.signal.mean()] = 0
+        rows = ratio.topk(min(_WORST, len(ratio))).indices.tolist()
+        scores = sorted((_decibels(float(self.signal[i]), float(self.noise[i])), i) for i in rows)
+        return [RowReport(row, round(sqnr, 3)) for sqnr, row in scores]
 
+    @property
+    def outlier_channels(self) -> list[ChannelReport]:
+        """The columns with the largest rms, if they are far above the median column."""
+        rms = self.channels.sqrt()
+        median = float(rms[rms > 0].median()) if bool((rms > 0).any()) else 0.0
+        ratios = rms / median if median else rms
+        top = zip(*ratios.topk(min(_WORST, len(ratios))), strict=True)
+        return [
+            ChannelReport(int(channel), round(float(ratio), 3))
+            for ratio, channel in top
+            if float(ratio) >= _OUTLIER
+        ]
 
-_NOTHING = 2.0**-40  # of the energy of a row: below float32's own rounding
-_OUTLIER = 4.0  # times the median channel
+    @property
+    def histogram(self) -> Histogram:
+        """Errors in some rows, over the row's mean error."""
+        edges = torch.linspace(-_REACH, _REACH, _BINS + 1).tolist()
+        return Histogram(edges, self.counts.tolist())
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -153,45 +209,32 @@ def _decibels(signal: float, noise: float) -> float:
     return max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
 
 
-def compare(
-    reference: Open, other: Open, n: int, k: int, factors: FittedFactors | None = None
-) -> Comparison:
-    """Compare [n, k] weights block by block; `factors` are applied to the reference first.
+def compare(pair: Pair, factors: FittedFactors | None = None) -> Comparison:
+    """Compare two weights block by block; `factors` are applied to the reference first.
 
-    Memory: a few blocks of BLOCK_ELEMENTS. The histogram is of errors over the row's mean error.
+    Memory: a few blocks of BLOCK_ELEMENTS.
     """
-    found = Comparison(n, k, torch.zeros(n).double(), torch.zeros(n).double())
-    found.channels = torch.zeros(k, dtype=torch.float64)
-    with reference() as before, other() as after:
-        for number, start in enumerate(blocks(n, k)):
-            count = rows_of(k)
-            w, d = before.weight(start, count), after.weight(start, count)
-            if factors is not None:
-                w *= factors.rows[start : start + count].unsqueeze(1)
-                w *= factors.columns
-            stop = start + len(w)
-            d_energy = torch.linalg.vecdot(d, d)
-            found.energy += float(d_energy.double().sum())
-            d -= w
-            noise = torch.linalg.vecdot(d, d)
-            found.signal[start:stop] = torch.linalg.vecdot(w, w).double()
-            found.noise[start:stop] = noise.double()
-            low, high = d.aminmax()
-            found.largest = max(found.largest, -float(low), float(high))
-            low, high = w.aminmax()
-            found.amax = max(found.amax, -float(low), float(high))
-            if number % _SAMPLED == 0:
-                found.channels += torch.linalg.vecdot(w, w, dim=0).double()
-                d /= (noise / k).sqrt_().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-                found.histogram += torch.histc(d, _BINS, -_REACH, _REACH).long()
-    return found
-
-
-def rows_of(k: int) -> int:
-    """Rows of a block: a multiple of 8, see ModuleReader."""
-    return max(8, BLOCK_ELEMENTS // max(1, k) // 8 * 8)
-
-
-def blocks(n: int, k: int) -> range:
-    """Where blocks begin."""
-    return range(0, n, rows_of(k))
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    sums = Comparison(signal=zeros(pair.n), noise=zeros(pair.n), channels=zeros(pair.k))
+    start = 0
+    for number, (w, d) in enumerate(pair):
+        stop = start + len(w)
+        if factors is not None:
+            w *= factors.rows[start:stop].unsqueeze(1)
+            w *= factors.columns
+        d_energy = torch.linalg.vecdot(d, d)
+        sums.energy += float(d_energy.double().sum())
+        d -= w
+        noise = torch.linalg.vecdot(d, d)
+        sums.signal[start:stop] = torch.linalg.vecdot(w, w).double()
+        sums.noise[start:stop] = noise.double()
+        low, high = d.aminmax()
+        sums.largest = max(sums.largest, -float(low), float(high))
+        low, high = w.aminmax()
+        sums.amax = max(sums.amax, -float(low), float(high))
+        if number % _SAMPLED == 0:
+            sums.channels += torch.linalg.vecdot(w, w, dim=0).double()
+            d /= (noise / pair.k).sqrt_().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+            sums.counts += torch.histc(d, _BINS, -_REACH, _REACH).long()
+        start = stop
+    return sums

@@ -1,9 +1,8 @@
-"""Every byte read: hashes against the manifest, and numbers that no sound checkpoint holds."""
+"""Checks that read every byte: hashes of the manifest, rules for numbers, the format's arithmetic."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,20 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import DTYPES, FLOATS
-from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
-from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.findings import COPY_AGAIN, Finding, failed, noted
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import StoredCheckpoint
-from quantcli.targets.layouts import StoredModule, Values
-from quantcli.targets.module_rows import ModuleReader
+from quantcli.targets.layouts import Values
 from quantcli.verification.structure import Structure
 
-_BLOCK = 2**21  # bytes that are looked at together
-_COUNTS = 64  # by which quant_bias may be off: the reference producer sums in float32
-_DEQ = 2.0**-5  # relative: three scales are rounded to bfloat16, each to 2^-8, one of them twice
-_CONDITION = 2.0**12  # of a transform: beyond it bfloat16 inputs keep no bit
-_AGAIN = "copy the checkpoint again, or convert the model again"
+_BLOCK = 2**21  # bytes of a tensor that are checked at a time
 
 
 def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
-    """Hash every file and look at every number; findings go to the report."""
+    """Hash every file and check every number; findings go to the report. Uses `workers` threads."""
     stored, report = structure.stored, structure.report
     assert stored is not None
     report.depths.append("full")
@@ -43,7 +35,8 @@ def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
         jobs = [pool.submit(_hash, stored, name, entry, progress) for name, entry in files.items()]
         rules = _rules(stored)
         jobs += [pool.submit(_scan, s, rules.get(s.spec.name), progress) for s in tensors]
-        jobs += [pool.submit(_arithmetic, module) for module in stored.modules.values()]
+        modules = stored.modules.values()
+        jobs += [pool.submit(lambda m: list(stored.check_arithmetic(m)), module) for module in modules]
         for job in jobs:
             report.add(job.result())
     report.count("hashes", sum(entry.get("sha256") is not None for entry in files.values()))
@@ -64,7 +57,7 @@ def _hash(
     progress.advance(path.stat().st_size)
     if same:
         return []
-    return [failed("hashes", "file has changed since it was written", name, _AGAIN)]
+    return [failed("hashes", "file has changed since it was written", name, COPY_AGAIN)]
 
 
 def _rules(stored: StoredCheckpoint) -> dict[str, Values]:
@@ -90,16 +83,16 @@ def _scan(stored: StoredTensor, rule: Values | None, progress: Progress) -> list
     progress.advance(spec.nbytes)
     if fault is None or not spec.numel or spec.dtype not in DTYPES:
         return []
-    with RowReader(stored) as reader:
+    with stored.open() as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
         for start in range(0, spec.shape[0] if spec.shape else 1, step):
-            block = reader.rows(start, step)
+            block = reader.weight(start, step)
             place = fault(block)
             if place is not None:
                 index = np.unravel_index(place, block.shape) if block.dim() else ()
                 first, *rest = [int(i) for i in index] or [0]
                 where = f"`{spec.name}`[{', '.join(map(str, (start + first, *rest)))}]"
-                return [failed("values", f"{what}: {_show(block, place)}", where, _AGAIN)]
+                return [failed("values", f"{what}: {_show(block, place)}", where, COPY_AGAIN)]
     return []
 
 
@@ -153,119 +146,12 @@ _FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
     "fp8": (_nan_code, "a code is NaN"),
     "exponent": (lambda block: _first(block == 255), "an E8M0 scale is NaN"),
     "positive": (_not_positive, "a scale is not a positive number"),
-    "bits": (_bad_bits, "a deq_scale does not hold the bits of a positive float32"),
-    "zero": (lambda block: _first(block != 0), "an offset of weights is not zero"),
-    "integer": (_bad_integer, "an input_offset is not an int8"),
+    "bits": (_bad_bits, "an integer does not hold the bits of a positive float32"),
+    "zero": (lambda block: _first(block != 0), "an offset is not zero"),
+    "integer": (_bad_integer, "an offset is not an int8"),
     "finite": (_not_finite, "a number is not finite"),
     "ratio": (
         lambda block: _first(~((block > 0) & (block <= 1))),
         "a clip ratio is not in (0, 1], such as one stored before its sigmoid",
     ),
 }
-
-
-# -- numbers that follow from others -----------------------------------------------------------------
-
-
-def _arithmetic(module: StoredModule) -> list[Finding]:
-    return list(_follows(module))
-
-
-def _follows(module: StoredModule) -> Iterator[Finding]:
-    names = module.tensors
-    where = f"`{module.name}`"
-    if "left_trans" in names:
-        for suffix in ("left_trans", "right_trans"):
-            matrix = read_tensor(names[suffix]).double()
-            if not bool(torch.isfinite(matrix).all()):
-                continue  # told by its values
-            condition = float(torch.linalg.cond(matrix))
-            if not condition < _CONDITION:
-                what = f"its {suffix} cannot be inverted: condition {condition:.3g}"
-                yield failed("arithmetic", what, where, _AGAIN)
-    if "quant_bias" in names:
-        yield from _quant_bias(module)
-    if "deq_scale" in names and "weight_scale" in names:
-        yield from _deq_scale(module)
-    if "scale_bias" in names:
-        yield from _scale_bias(module)
-
-
-def _deq_scale(module: StoredModule) -> Iterator[Finding]:
-    """deq_scale = weight_scale * input_scale, where both scales of weights are stored."""
-    parts = {s: read_tensor(module.tensors[s]) for s in ("input_scale", "weight_scale")}
-    deq = _as_float(read_tensor(module.tensors["deq_scale"])).double()
-    expected = parts["weight_scale"].double().squeeze(1) * parts["input_scale"].double()
-    off = (deq / expected - 1).abs()
-    if bool((off > _DEQ).any()):
-        row = int(off.argmax())
-        what = (
-            f"deq_scale of row {row} is {deq[row]:.6g}; weight_scale and input_scale make it "
-            f"{expected[row]:.6g}"
-        )
-        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
-
-
-def _as_float(deq: Tensor) -> Tensor:
-    """Float32 numbers of which int64 ones hold the bits."""
-    return deq.to(torch.int32).view(torch.float32) if deq.dtype == torch.int64 else deq
-
-
-def _code_sums(module: StoredModule) -> Tensor:
-    """Sum over k of each row's codes, exact in float64 [n]."""
-    spec = module.codes.spec
-    sums = []
-    with RowReader(module.codes) as reader:
-        step = max(1, _BLOCK // max(1, spec.row_nbytes))
-        for start in range(0, spec.shape[0], step):
-            sums.append(reader.rows(start, step).sum(1, dtype=torch.int64))
-    return torch.cat(sums).double()
-
-
-def _quant_bias(module: StoredModule) -> Iterator[Finding]:
-    """quant_bias = rint(bias / deq_scale - input_offset * sum of codes)."""
-    parts = {s: read_tensor(t) for s, t in module.tensors.items() if s != "weight"}
-    if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
-        return  # told by its values
-    deq = _as_float(parts["deq_scale"])
-    expected = -parts["input_offset"].double() * _code_sums(module)
-    if "bias" in parts:
-        expected = expected + parts["bias"].double() / deq.double()
-    off = (parts["quant_bias"].double() - expected).abs()
-    allowed = _COUNTS + expected.abs() * 2.0**-7 * ("bias" in parts)
-    if bool((off > allowed).any()) or not bool(torch.isfinite(off).all()):
-        row = int(torch.where(torch.isfinite(off), off - allowed, math.inf).argmax())
-        yield failed(
-            "arithmetic",
-            f"quant_bias of row {row} is {int(parts['quant_bias'][row])}; codes, input_offset and bias "
-            f"make it {float(expected[row]):.0f}",
-            f"`{module.name}`",
-            _AGAIN,
-        )
-
-
-def _scale_bias(module: StoredModule) -> Iterator[Finding]:
-    """scale_bias = 8 * sum of codes * weight_scale, over all of k or over each of its slices."""
-    scale = read_tensor(module.tensors["weight_scale"]).double()
-    stored = read_tensor(module.tensors["scale_bias"]).double()
-    n, k = module.shape
-    slices = stored.shape[1]
-    if k % slices:
-        what = f"its scale_bias has {slices} slices, which do not divide {k} inputs"
-        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)
-        return
-    step = max(8, _BLOCK // (4 * k) // 8 * 8)
-    sums = []
-    with ModuleReader(module) as reader:
-        for start in range(0, n, step):
-            block = reader.weight(start, step)
-            parts = block.view(len(block), slices, -1)
-            sums.append(parts.sum(2, dtype=torch.float64))
-    expected = 8 * torch.cat(sums)
-    off = (stored - expected).abs() - 8 * scale * (k // slices) * 2.0**-8 - stored.abs() * 2.0**-6
-    if bool((off > 0).any()):
-        row, part = divmod(int(off.argmax()), slices)
-        what = f"scale_bias of row {row} is {stored[row, part]:.6g}"
-        what += f" in slice {part}" if slices > 1 else ""
-        what += f"; codes make it {expected[row, part]:.6g}"
-        yield failed("arithmetic", what, f"`{module.name}`", _AGAIN)

@@ -1,9 +1,9 @@
-"""Both models run on text, layer by layer from disk, and what they put out compared."""
+"""Both models run on text, layer by layer from disk, and their outputs compared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,32 +11,40 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.replay.served import Forward, Served, token_log_probs
-from quantcli.calibration.replay.states import States
 from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
+from quantcli.verification.options import VerifyOptions
+from quantcli.verification.outcome import (
+    Divergence,
+    LayerReport,
+    Perplexity,
+    PerplexityRatio,
+    Report,
+    RunReport,
+)
 from quantcli.verification.reference import Reference
 from quantcli.verification.structure import Structure
 
 _BATCH_TOKENS = 2048
 _OWN = 1  # batches on which a layer's own error is measured
-# Bounds that a sound int8 or fp8 conversion keeps, where the user and the recipe give none.
+# Bounds that a sound int8 or fp8 conversion keeps, for limits that neither user nor recipe set.
 MAX_PPL_RATIO = 1.05
-MAX_KL = 0.1  # nats a token, on average
+MAX_KL = 0.1  # nats per token, on average
 LEAST_LAYER_SQNR = 8.0  # dB of a layer's own output on the same inputs
+_FULL = "verify with --full, which names numbers that are not finite"
+_FINER = "see which layers are worst, and keep their modules in a finer scheme"
 
 
-def text_batches(
-    data: str, checkpoint: Checkpoint, samples: int, length: int, *, trust: bool, progress: Progress
-) -> Sequence[Batch]:
-    """The first `samples` windows of `length` tokens of a text. InputError where there are fewer."""
+def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progress) -> Sequence[Batch]:
+    """The windows of text to run. InputError if the text gives fewer than `options.samples`."""
     source = TextSource(
-        data=data,
-        where=f"--data {data}",
-        samples=samples,
-        length=length,
+        data=str(options.data),
+        where=f"--data {options.data}",
+        samples=options.samples,
+        length=options.length,
         seed=None,
         pack=True,
         batch_tokens=_BATCH_TOKENS,
@@ -48,7 +56,7 @@ def text_batches(
         checkpoint.path,
         positions=positions,
         vocab_size=vocabulary,
-        trust_remote_code=trust,
+        trust_remote_code=options.trust_remote_code,
         say=progress.say,
     ).batches
 
@@ -57,111 +65,105 @@ def verify_run(
     structure: Structure,
     reference: Reference,
     batches: Sequence[Batch],
-    limits: dict[str, float | None],
     workers: int,
     progress: Progress,
     *,
     trust: bool = False,
 ) -> None:
-    """Run both models; findings and figures go to the report.
+    """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
-    limits: max_ppl_ratio and max_kl; None becomes the default. Everything around the quantized
-    modules is computed in float32. Memory: one layer of each model; hidden states are on disk.
+    Everything around the quantized modules is computed in float32. Memory: one layer of each model;
+    hidden states are on disk.
     """
     report = structure.report
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
-    limits["max_ppl_ratio"] = limits["max_ppl_ratio"] or MAX_PPL_RATIO
-    limits["max_kl"] = limits["max_kl"] or MAX_KL
+    ratio, kl = report.limits.max_ppl_ratio or MAX_PPL_RATIO, report.limits.max_kl or MAX_KL
+    report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
     ours = Served(structure.stored, structure.target)
     other: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
         other = Served(reference.stored, reference.target)
     with TemporaryDirectory(prefix="quantcli-") as folder:
         models = []
-        for name, model in (("theirs", other), ("ours", ours)):
-            (Path(folder) / name).mkdir()
-            models.append(
-                Forward(model, batches, Path(folder) / name, workers=workers, trust_remote_code=trust)
-            )
+        for number, model in enumerate((other, ours)):
+            states = Path(folder) / str(number)
+            states.mkdir()
+            models.append(Forward(model, batches, states, workers=workers, trust_remote_code=trust))
         counts = [len(model.skeleton.layers) for model in models]
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
             return
-        try:
-            layers = list(_layers(models[0], models[1], progress))
-        except _NotFinite as error:
-            report.count("layer outputs", len(models[0].skeleton.layers))
-            report.add([failed("layer outputs", error.what, str(structure.report.checkpoint), _NAN)])
+        layers = _layers(report, models[0], models[1], progress)
+        if layers is None:
             return
-        outcome = _Outcome()
+        sums = _Sums()
         logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
         for expected, actual, batch in logits:
             if expected.shape != actual.shape:
                 report.add([_other_model("vocabularies", expected.shape[-1], actual.shape[-1])])
                 return
-            outcome.add(expected, actual, batch)
-    report.run = {**outcome.to_json(), "layers": layers}
-    report.add(_findings(outcome, layers, limits))
+            sums.add(expected, actual, batch)
+    report.run = sums.report(layers)
+    report.add(_findings(sums, report))
     report.count("layer outputs", len(layers))
-    report.count("perplexity", outcome.tokens)
-    report.count("kl", outcome.tokens)
+    report.count("perplexity", sums.tokens)
+    report.count("kl", sums.tokens)
 
 
-def _layers(reference: Forward, ours: Forward, progress: Progress) -> Iterator[dict[str, object]]:
-    """Each layer's SQNR: its own, on the other model's inputs, and with all that came before."""
+def _layers(
+    report: Report, reference: Forward, ours: Forward, progress: Progress
+) -> list[LayerReport] | None:
+    """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far.
+
+    None if the checkpoint cannot be run to its end, which is reported then.
+    """
+    batches = range(len(reference.specs))
     names = [name for name, _ in reference.skeleton.layers]
-    count = sum(math.prod(spec.shape[:2]) for spec in reference.specs)
-    progress.begin_layers(len(names), 0, count)
+    tokens = sum(math.prod(spec.shape[:2]) for spec in reference.specs)
+    progress.begin_layers(len(names), 0, tokens)
+    layers = []
     for index, name in enumerate(names):
         try:
-            own = ours.layer(index, reference.states, range(min(_OWN, len(reference.specs))))
-        except InputError as error:
-            raise _NotFinite(error.what) from None
+            own = ours.layer(index, reference.states, batches[:_OWN])
+        except InputError as error:  # NaN or Inf
+            report.count("layer outputs", len(names))
+            report.add([failed("layer outputs", error.what, report.checkpoint, _FULL)])
+            return None
         reference.layer(index)
-        yield {
-            "layer": name,
-            "sqnr_db": round(_sqnr(reference.states, own), 3),
-            "cumulative_db": round(_sqnr(reference.states, ours.states, len(reference.specs)), 3),
-            "limit_db": LEAST_LAYER_SQNR,
-            "ok": _sqnr(reference.states, own) >= LEAST_LAYER_SQNR,
-        }
+        expected, actual = reference.states, ours.states
+        sqnr = _sqnr((expected.get(batch), own[batch]) for batch in own)
+        cumulative = _sqnr((expected.get(batch), actual.get(batch)) for batch in batches)
+        ok = sqnr >= LEAST_LAYER_SQNR
+        layers.append(LayerReport(name, round(sqnr, 3), round(cumulative, 3), LEAST_LAYER_SQNR, ok))
         progress.layer(name, index)
+    return layers
 
 
 def _other_model(what: str, expected: int, ours: int) -> Finding:
-    what_differs = (
-        f"the models have different {what}, {expected} and {ours}: they cannot be run side by side"
-    )
-    return failed(
-        "layer outputs", what_differs, None, "give the model that the checkpoint was made from"
-    )
+    text = f"the models have different {what}, {expected} and {ours}: they cannot be run side by side"
+    return failed("layer outputs", text, None, "give the model that the checkpoint was made from")
 
 
-class _NotFinite(InputError):
-    """The checkpoint's layers cannot be run any further; the other model's can."""
-
-
-def _sqnr(expected: States, actual: States | dict[int, Tensor], count: int | None = None) -> float:
-    """SQNR in dB of `actual` against `expected`, over the batches of `actual`."""
+def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """SQNR in dB of the second tensors of some pairs against the first ones."""
     signal = noise = 0.0
-    for number in actual if isinstance(actual, dict) else range(count or 0):
-        x = expected.get(number).double()
-        y = actual[number] if isinstance(actual, dict) else actual.get(number)
+    for expected, actual in pairs:
+        x = expected.double()
         signal += float(x.square().sum())
-        noise += float((y.double() - x).square().sum())
+        noise += float((actual.double() - x).square().sum())
     if not noise:
         return 200.0
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
 
 
-class _Outcome:
+class _Sums:
     """Sums over tokens, one batch at a time."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._expected: list[Tensor] = []  # log-probabilities of the text, by window
+        self._expected: list[Tensor] = []  # log-probabilities of the text: one tensor for each window
         self._actual: list[Tensor] = []
         self._kl: list[Tensor] = []
         self._agreed = 0
@@ -188,50 +190,41 @@ class _Outcome:
         """Mean over all predictions, in nats."""
         return float(torch.cat(self._kl).double().mean().clamp_min(0))
 
-    def to_json(self) -> dict[str, object]:
-        """As the report has it."""
+    def report(self, layers: list[LayerReport]) -> RunReport:
+        """All figures, rounded."""
         change = (torch.cat(self._actual) - torch.cat(self._expected)).abs().mean()
         windows = zip(self._expected, self._actual, strict=True)
-        return {
-            "tokens": self.tokens,
-            "ppl": {
-                "reference": round(_perplexity(self._expected), 4),
-                "checkpoint": round(_perplexity(self._actual), 4),
-                "ratio": round(self.ratio, 6),
-            },
-            "kl": {"mean": round(self.kl, 6), "max": round(float(torch.cat(self._kl).max()), 6)},
-            "top1_agreement": round(self._agreed / self._predicted, 6),
-            "mean_abs_logprob_change": round(float(change), 6),
-            "windows": [
-                {"reference": round(_perplexity([a]), 4), "checkpoint": round(_perplexity([b]), 4)}
-                for a, b in windows
-            ],
-        }
+        return RunReport(
+            tokens=self.tokens,
+            ppl=PerplexityRatio(*_rounded(self._expected, self._actual), round(self.ratio, 6)),
+            kl=Divergence(round(self.kl, 6), round(float(torch.cat(self._kl).max()), 6)),
+            top1_agreement=round(self._agreed / self._predicted, 6),
+            mean_abs_logprob_change=round(float(change), 6),
+            windows=[Perplexity(*_rounded([expected], [actual])) for expected, actual in windows],
+            layers=layers,
+        )
+
+
+def _rounded(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, float]:
+    return round(_perplexity(expected), 4), round(_perplexity(actual), 4)
 
 
 def _perplexity(scores: list[Tensor]) -> float:
     mean = float(torch.cat(scores).double().mean())
-    return math.exp(min(-mean, 700.0))  # JSON knows no infinity
+    return math.exp(min(-mean, 700.0))  # JSON has no infinity
 
 
-def _findings(
-    outcome: _Outcome, layers: Sequence[dict[str, object]], limits: dict[str, float | None]
-) -> Iterator[Finding]:
-    for layer in layers:
-        if not layer["ok"]:
-            what = f"puts out {layer['sqnr_db']} dB on the other model's inputs, at least "
+def _findings(sums: _Sums, report: Report) -> Iterator[Finding]:
+    assert report.run is not None
+    for layer in report.run.layers:
+        if not layer.ok:
+            what = f"puts out {layer.sqnr_db} dB on the other model's inputs, at least "
             what += f"{LEAST_LAYER_SQNR:g} dB are expected"
-            yield failed("layer outputs", what, f"`{layer['layer']}`", _LOOK)
-    ratio, kl = limits["max_ppl_ratio"], limits["max_kl"]
-    assert ratio is not None
-    assert kl is not None
-    if not outcome.ratio <= ratio:
-        what = f"perplexity is {outcome.ratio:.4f} times the other model's, the limit is {ratio:g}"
-        yield failed("perplexity", what, None, _LOOK)
-    if not outcome.kl <= kl:
-        what = f"mean KL divergence is {outcome.kl:.4f} nats a token, the limit is {kl:g}"
-        yield failed("kl", what, None, _LOOK)
-
-
-_NAN = "verify with --full, which names numbers that are not finite"
-_LOOK = "see which layers are worst, and keep their modules in a finer scheme"
+            yield failed("layer outputs", what, f"`{layer.layer}`", _FINER)
+    ratio, kl = report.limits.max_ppl_ratio, report.limits.max_kl
+    if ratio is not None and not sums.ratio <= ratio:
+        what = f"perplexity is {sums.ratio:.4f} times the other model's, the limit is {ratio:g}"
+        yield failed("perplexity", what, None, _FINER)
+    if kl is not None and not sums.kl <= kl:
+        what = f"mean KL divergence is {sums.kl:.4f} nats per token, the limit is {kl:g}"
+        yield failed("kl", what, None, _FINER)

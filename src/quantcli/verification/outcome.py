@@ -1,22 +1,27 @@
-"""The checks of verification by name, and the report that their findings make."""
+"""The checks of verification by name, and the report that they fill."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from quantcli import __version__
 from quantcli.core.findings import Finding
+from quantcli.recipe.fields import Verify
 
 Depth = Literal["structure", "full", "against", "run"]
+CONVERT = "convert the model again"
+COPY = "copy the checkpoint again, or convert the model again"
 
-# Every check by its name: at which depth it runs, and what holds where it passes.
+# Every check by its name: its depth, and the statement that it proves.
 CHECKS: dict[str, tuple[Depth, str]] = {
     "headers": ("structure", "weight files have sound headers, and every byte belongs to a tensor"),
     "index": ("structure", "the index lists the tensors that are there, each in its file, none twice"),
     "files": ("structure", "files that an engine needs are there, and none misleads it"),
     "config": ("structure", "config.json has no stale quantization and a dtype that can be served"),
-    "sizes": ("structure", "config.json says what the tensors' shapes and the numbers of layers say"),
+    "sizes": ("structure", "config.json agrees with the shapes of tensors and the numbers of layers"),
     "manifest": ("structure", "every file of the manifest is there with its size"),
     "description": ("structure", "description and tensors name each other, with types that exist"),
     "parameters": ("structure", "each module has the tensors that the engine registers, right in dtype "
@@ -24,83 +29,201 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "siblings": ("structure", "modules that the engine merges have one type, and equal shared tensors"),
     "experts": ("structure", "the experts of a layer are whole and alike"),
     "loader": ("structure", "the engine's loader finds each module's type and takes none for float"),
-    "layers": ("structure", "as many layers as config.json says, none with less than its like"),
-    "tp": ("structure", "modules can be split over the tensor parallel sizes that were asked for"),
+    "layers": ("structure", "as many layers as config.json says, none with fewer modules than others"),
+    "tp": ("structure", "modules can be split over the given tensor parallel sizes"),
     "hashes": ("full", "every file has the hash of the manifest"),
     "values": ("full", "no NaN or Inf, scales positive, codes in range"),
-    "arithmetic": ("full", "numbers that follow from others do"),
+    "arithmetic": ("full", "derived numbers agree with those that they are derived from"),
     "source": ("against", "every tensor and file of the other model is accounted for"),
     "copies": ("against", "tensors that stay are the same, byte for byte, or edited for a reason"),
-    "edits": ("against", "what is divided in one place is multiplied in another"),
+    "edits": ("against", "a division in one place is compensated by a multiplication in another"),
     "sqnr": ("against", "each weight is as near to the other model's as its type allows"),
-    "layer outputs": ("run", "each layer puts out what the other model's does"),
+    "layer outputs": ("run", "the outputs of each layer are near to those of the other model"),
     "perplexity": ("run", "perplexity on the text has not grown beyond the limit"),
     "kl": ("run", "predictions have not moved beyond the limit"),
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class RowReport:
+    """A row of a weight with a low SQNR."""
+
+    row: int
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """An input channel with a large rms, as a ratio to the median channel's."""
+
+    channel: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Errors of a weight, over the mean error of their row: the ends of the bins, and their counts."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass
+class ModuleReport:
+    """A weight compared with the other model's.
+
+    sqnr_db, limit_db: SQNR of the whole weight, and the least that it may have.
+    max_rel_error:     largest error over the largest weight.
+    edited:            rows and columns that were multiplied, as text.
+    codes_differ:      number of codes; None unless both are quantized in one way.
+    scale_ratio:       smallest and largest ratio of a row's scale to the other model's.
+    """
+
+    module: str
+    label: str
+    shape: list[int]
+    sqnr_db: float
+    cosine: float
+    max_rel_error: float
+    worst_rows: list[RowReport]
+    outlier_channels: list[ChannelReport]
+    histogram: Histogram | None
+    limit_db: float
+    edited: str | None
+    codes_differ: int | None
+    scale_ratio: list[float] | None
+    ok: bool = True
+
+    @property
+    def margin_db(self) -> float:
+        """SQNR above the limit; negative if the module failed by it."""
+        return self.sqnr_db - self.limit_db
+
+
+@dataclass
+class TensorCounts:
+    """How many tensors of the other model are the same, edited, or quantized here."""
+
+    edited: int = 0
+    equal: int = 0
+    quantized: int = 0
+
+    def add(self, other: TensorCounts) -> None:
+        """Add the counts of some more tensors."""
+        self.edited += other.edited
+        self.equal += other.equal
+        self.quantized += other.quantized
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A layer's outputs compared with the other model's: SQNR on the same inputs, and on its own."""
+
+    layer: str
+    sqnr_db: float
+    cumulative_db: float
+    limit_db: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of the other model, and of the checkpoint."""
+
+    reference: float
+    checkpoint: float
+
+
+@dataclass(frozen=True)
+class PerplexityRatio(Perplexity):
+    """Both perplexities, and the checkpoint's over the other model's."""
+
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergence of predictions, nats per token."""
+
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Both models on text; windows are the pieces of it that ran."""
+
+    tokens: int
+    ppl: PerplexityRatio
+    kl: Divergence
+    top1_agreement: float
+    mean_abs_logprob_change: float
+    windows: list[Perplexity]
+    layers: list[LayerReport]
+
+
 @dataclass
 class Report:
-    """The outcome of a verification. Fields as in the JSON document, see `document`."""
+    """The outcome of a verification. `to_json` gives its fields as they are documented for --json."""
 
     checkpoint: str
     format: str = "unknown"
     against: str | None = None
     depths: list[Depth] = field(default_factory=list)
-    limits: dict[str, float | None] = field(default_factory=dict)
-    _found: dict[Finding, None] = field(default_factory=dict)  # in their order
-    checked: dict[str, int] = field(default_factory=dict)  # by check: how many things
-    modules: list[dict[str, Any]] = field(default_factory=list)
-    tensors: dict[str, int] | None = None
-    run: dict[str, Any] | None = None
+    limits: Verify = field(default_factory=Verify)
+    _findings: dict[Finding, None] = field(default_factory=dict)  # a set in order
+    checked: dict[str, int] = field(default_factory=dict)  # check -> number of things
+    modules: list[ModuleReport] = field(default_factory=list)
+    tensors: TensorCounts | None = None
+    run: RunReport | None = None
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Take findings in, each once."""
-        self._found |= dict.fromkeys(findings)
+        """Add findings, each once."""
+        self._findings |= dict.fromkeys(findings)
 
     def count(self, check: str, things: int) -> None:
-        """`things` more were checked."""
+        """Add to the number of things that a check looked at."""
         self.checked[check] = self.checked.get(check, 0) + things
 
     @property
     def findings(self) -> list[Finding]:
-        """All of them, in the order in which they were found."""
-        return list(self._found)
+        """All findings in the order of their discovery."""
+        return list(self._findings)
 
     @property
     def errors(self) -> list[Finding]:
-        """What makes the answer no."""
+        """The findings for which verification fails."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no error."""
         return not self.errors
 
-    def document(self, tool: str) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data: errors first, modules worst first."""
-        errors = [finding.check for finding in self.errors]
+        failures = Counter(finding.check for finding in self.errors)
         return {
             "ok": self.ok,
             "checkpoint": self.checkpoint,
             "format": self.format,
             "against": self.against,
-            "tool": tool,
+            "tool": f"quantcli {__version__}",
             "depths": list(self.depths),
-            "limits": self.limits,
+            "limits": self.limits.model_dump(),
             "checks": [
                 {
                     "name": name,
                     "depth": depth,
                     "about": about,
                     "checked": self.checked.get(name, 0),
-                    "failed": errors.count(name),
+                    "failed": failures[name],
                 }
                 for name, (depth, about) in CHECKS.items()
-                if name in self.checked or name in errors
+                if name in self.checked or name in failures
             ],
             "findings": [asdict(f) for f in sorted(self.findings, key=lambda f: f.severity)],
-            "modules": sorted(self.modules, key=lambda m: (m["sqnr_db"] - m["limit_db"], m["module"])),
-            "tensors": self.tensors,
-            "run": self.run,
+            "modules": [asdict(m) for m in sorted(self.modules, key=lambda m: (m.margin_db, m.module))],
+            "tensors": self.tensors and asdict(self.tensors),
+            "run": self.run and asdict(self.run),
         }

@@ -1,8 +1,8 @@
-"""The model that a checkpoint is compared with, and how single tensors and files of both differ."""
+"""The model that a checkpoint is compared with, and differences of single tensors and files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,68 +11,73 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
-from quantcli.checkpoint.encoded import Encoded, decoded_kinds
+from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.core.disk import sha256_of
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
-from quantcli.verification.compare import rows_of
+from quantcli.verification.compare import Weight, rows_of
+from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint, float or quantized: then with its format, and as the engine would take it."""
+    """A checkpoint; `target` and `stored` are its format and its modules if it is quantized."""
 
     checkpoint: Checkpoint
-    target: Target | None
-    stored: StoredCheckpoint | None
+    target: Target | None = None
+    stored: StoredCheckpoint | None = None
 
-    def weight(self, module: str) -> StoredTensor | StoredModule | None:
-        """What holds a module's weight."""
-        if self.stored is not None and module in self.stored.modules:
-            return self.stored.modules[module]
-        return self.checkpoint.tensors.get(f"{module}.weight")
+    @property
+    def modules(self) -> Mapping[str, StoredModule]:
+        """The quantized modules by name."""
+        return {} if self.stored is None else self.stored.modules
+
+    def quantized(self, name: str) -> StoredModule | None:
+        """The quantized module of the tensor MODULE.weight; None for any other tensor."""
+        return self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+
+    def weight(self, module: str) -> Weight:
+        """The weight of a module. KeyError if there is none."""
+        return self.modules.get(module) or self.checkpoint.tensors[f"{module}.weight"]
 
     def names(self) -> set[str]:
-        """Tensors with a meaning of their own: all but what else quantized modules are made of."""
-        modules = self.stored.modules if self.stored is not None else {}
-        return own_names(self.checkpoint.tensors, modules)
+        """Tensors with a meaning of their own: not the scales and other parts of modules."""
+        return own_names(self.checkpoint.tensors, self.modules)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of one of `names`: of its codes, where a module is quantized."""
-        weight = self.weight(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        stored = weight.codes if isinstance(weight, StoredModule) else weight
-        return (stored or self.checkpoint.tensors[name]).spec.nbytes
+        """Bytes of one of `names`: of its codes, if the module is quantized."""
+        module = self.quantized(name)
+        return (module.codes if module else self.checkpoint.tensors[name]).spec.nbytes
 
 
 def open_reference(path: Path) -> Reference:
-    """The model to compare with. InputError where it is damaged."""
+    """The model to compare with. InputError if it is damaged."""
     checkpoint = open_checkpoint(path)
     target = target_of(checkpoint)
     if target is None:
-        return Reference(decoded(checkpoint), None, None)
-    return Reference(checkpoint, target, None if target is None else target.open_stored(checkpoint))
+        return Reference(decoded(checkpoint))
+    return Reference(checkpoint, target, target.open_stored(checkpoint))
 
 
 def difference(before: StoredTensor, after: StoredTensor) -> str | None:
-    """How two stored tensors differ; None where their values are the same, byte for byte, or as
-    float32 where one was widened."""
+    """The first difference of two stored tensors; None if their values are the same.
+
+    They are compared byte for byte, or as float32 if one of them was widened to it.
+    """
     a, b = before.spec, after.spec
-    if a.shape != b.shape:
-        return f"is {b}, in the other model {a}"
-    if a.dtype != b.dtype and "F32" not in {a.dtype, b.dtype}:
+    if a.shape != b.shape or (a.dtype != b.dtype and "F32" not in {a.dtype, b.dtype}):
         return f"is {b}, in the other model {a}"
     step = max(1, _BLOCK // max(1, a.row_nbytes))
-    with RowReader(before) as first, RowReader(after) as second:
+    with before.open() as first, after.open() as second:
         for start in range(0, a.shape[0] if a.shape else 1, step):
-            x, y = first.rows(start, step), second.rows(start, step)
-            if isinstance(before, Encoded):
+            x, y = first.weight(start, step), second.weight(start, step)
+            if before.kind:
                 x = x.to(y.dtype)
             if x.dtype != y.dtype:
                 x, y = x.float(), y.float()
@@ -85,47 +90,58 @@ def difference(before: StoredTensor, after: StoredTensor) -> str | None:
     return None
 
 
-def codes(reference: StoredTensor | StoredModule, ours: StoredTensor | StoredModule) -> dict[str, Any]:
-    """Codes that differ, and by how much scales do, where both are quantized in one way."""
-    alike = (
-        isinstance(reference, StoredModule)
-        and isinstance(ours, StoredModule)
-        and reference.layout.kind == ours.layout.kind
-        and reference.layout.weight.suffix == ours.layout.weight.suffix
-        and reference.codes.spec.dtype == ours.codes.spec.dtype
-        and reference.codes.spec.shape == ours.codes.spec.shape
-    )
-    if not alike:
-        return {"codes_differ": None, "scale_ratio": None}
-    assert isinstance(reference, StoredModule)
-    assert isinstance(ours, StoredModule)
-    differ, ratios = 0, []
+def compare_codes(reference: Weight, ours: Weight) -> tuple[int | None, list[float] | None]:
+    """The number of codes that differ, and the smallest and largest ratio of scales.
+
+    None for both unless both weights are quantized in one way; None for the ratio if there is none.
+    """
+    if not (isinstance(reference, StoredModule) and isinstance(ours, StoredModule)):
+        return None, None
     first, second = reference.codes, ours.codes
+    layouts = [(m.layout.kind, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
+               for m in (reference, ours)]  # fmt: skip
+    if layouts[0] != layouts[1]:
+        return None, None
+    differ, ratios = 0, []
     step = rows_of(ours.shape[1])
     with (
-        RowReader(first) as a,
-        RowReader(second) as b,
+        first.open() as a,
+        second.open() as b,
         ModuleReader(reference) as v,
         ModuleReader(ours) as w,
     ):
         for start in range(0, first.spec.shape[0], step):
-            x, y = a.rows(start, step), b.rows(start, step)
+            x, y = a.weight(start, step), b.weight(start, step)
             differ += int((x.view(torch.uint8) != y.view(torch.uint8)).sum())
-            if first.spec.shape[0] == ours.shape[0]:  # a row of codes for a row of weights
+            if first.spec.shape[0] == ours.shape[0]:  # one row of codes for each row of the weight
                 ratios.append(_scale(w.weight(start, step), y) / _scale(v.weight(start, step), x))
     ratio = torch.cat(ratios) if ratios else torch.zeros(0)
     ratio = ratio[torch.isfinite(ratio)]
-    ends = [round(float(ratio.min()), 6), round(float(ratio.max()), 6)] if len(ratio) else None
-    return {"codes_differ": differ, "scale_ratio": ends}
+    return differ, [round(float(end), 6) for end in ratio.aminmax()] if len(ratio) else None
 
 
 def _scale(weight: Tensor, codes: Tensor) -> Tensor:
-    """What a row's largest code stands for, over that code: [rows]."""
+    """The largest weight of each row over its largest code: [rows]."""
     return weight.abs().amax(1) / codes.float().abs().amax(1)
 
 
+def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
+    """Findings for tensors that one of the models lacks; a note if the other one is quantized."""
+    names, reference_names = ours.names(), reference.names()
+    for name in sorted(reference_names - names):
+        yield failed("source", f"`{name}` of the other model is missing", None, CONVERT)
+    for name in sorted(names - reference_names):
+        yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+    kinds = decoded_kinds(reference.checkpoint.tensors.values())
+    if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
+        what = (
+            f"the other model is quantized, too ({count} modules): differences between both are shown"
+        )
+        yield noted("source", what, str(reference.checkpoint.path))
+
+
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
-    """Files that go along with a model: each of the other one is here, unchanged."""
+    """Findings for files of the other model that are missing here, or differ."""
     for name in sorted(reference.aux):
         if not (ours.path / name).is_file():
             fix = "copy it from the other model"
@@ -137,12 +153,12 @@ def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
                 yield failed("source", "file differs from the other model's", name, "copy it again")
 
 
-# of config.json, at any level: what conversion sets, and removes
+# keys of config.json, at any level, that conversion sets or removes
 _MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
 
 
 def _config(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
-    """Keys of config.json that conversion does not touch, and that differ."""
+    """Findings for keys of config.json that differ, though conversion does not touch them."""
     for key in sorted({*ours, *reference} - _MAY_CHANGE):
         value, other = ours.get(key), reference.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
@@ -156,7 +172,7 @@ def _config(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
 
 
 def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:
-    """A finding where both cannot be of one model, so that nothing else need be compared."""
+    """A finding if both cannot be of one model, so that nothing else need be compared."""
     unlike = _embeddings(ours) != _embeddings(reference)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         value, other = ours.text_config.get(key), reference.text_config.get(key)
@@ -171,16 +187,3 @@ def _embeddings(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
     tensors = checkpoint.tensors
     names = sorted(name for name in tensors if name.endswith("embed_tokens.weight"))
     return [tensors[name].spec.shape for name in names]
-
-
-def noted_kind(reference: Reference) -> Iterator[Finding]:
-    """A word where the other model is quantized itself."""
-    encoded = decoded_kinds(reference.checkpoint.tensors.values())
-    count = sum(kind["modules"] for kind in encoded)
-    if reference.stored is not None:
-        count = len(reference.stored.modules)
-    if count:
-        what = (
-            f"the other model is quantized, too ({count} modules): differences between both are shown"
-        )
-        yield noted("source", what, str(reference.checkpoint.path))

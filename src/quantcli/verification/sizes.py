@@ -1,4 +1,4 @@
-"""config.json against the shapes of tensors: an engine makes its parameters from the one and fills them
+"""config.json against the shapes of tensors: an engine allocates parameters by the one, and fills them
 from the other."""
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import StoredCheckpoint
 
-_DRAFTS = (
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "mtp_num_hidden_layers",
-)  # stored behind the rest
+# layers of drafts, stored after the others
+_DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _WHOLE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+    "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 # Attention whose heads have other widths than head_dim, or not all layers the same.
 _OTHER_HEADS = frozenset(
     {
@@ -37,13 +30,14 @@ _FIX = "take config.json of the model that was converted"
 
 
 def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Finding]:
-    """Findings; stacks: how many layers each numbered list of modules has."""
+    """Findings for sizes in config.json. stacks: number of layers of each numbered list of modules."""
     checkpoint = stored.checkpoint
     config = checkpoint.text_config
     for key in _WHOLE:
         value = config.get(key)
         if key in config and value is not None and (type(value) is not int or value < 1):
-            yield failed("sizes", f"`{key}` is {value!r:.40}, no number of things", CONFIG, _FIX)
+            what = f"`{key}` is {value!r:.40}, not a positive whole number"
+            yield failed("sizes", what, CONFIG, _FIX)
     layers = _whole(config, "num_hidden_layers")
     drafts = sum(_whole(config, key) or 0 for key in _DRAFTS)
     if layers and stacks and not {layers, layers + drafts} & {*stacks}:
@@ -56,7 +50,7 @@ def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Fin
 
 
 def _heads(stored: StoredCheckpoint, config: dict[str, Any]) -> Iterator[Finding]:
-    """Queries, keys, values and attention's output: the number of heads times one width."""
+    """The projections of attention: the number of heads times one width."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head = _whole(config, "head_dim") or (hidden // heads if heads and hidden else None)
     if head is None:
@@ -74,7 +68,7 @@ def _heads(stored: StoredCheckpoint, config: dict[str, Any]) -> Iterator[Finding
 
 
 def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
-    """[vocab_size, hidden_size]; left alone in models whose embeddings have a width of their own."""
+    """[vocab_size, hidden_size]; not checked if config.json gives embeddings a width of their own."""
     names = [name for name in checkpoint.tensors if name.endswith(".embed_tokens.weight")]
     if len(names) != 1 or "word_embed_proj_dim" in config or "embedding_size" in config:
         return
@@ -89,9 +83,10 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
 def _width(
     stored: StoredCheckpoint, suffix: str, side: int, expected: Set[int | None]
 ) -> Iterator[Finding]:
-    """A side that all modules of this name have in common, against what config.json makes it.
+    """One side (0 rows, 1 columns) of all modules whose names end in `suffix`, against config.json.
 
-    expected: the sides that are allowed, the usual one the smallest; None in it allows any.
+    Checked if they have it in common. expected: the allowed sizes, the usual one the smallest; None in
+    it allows any.
     """
     if None in expected:
         return

@@ -1,100 +1,205 @@
-"""What is wrong with a checkpoint, told from headers and small files alone."""
+"""A checkpoint checked by its headers and small files alone; damage that stops reading is a finding."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.checkpoint.detect import quantization
-from quantcli.checkpoint.files import INDEX
+from quantcli.checkpoint.files import INDEX, MANIFEST, PART, has_byte_order_mark
 from quantcli.checkpoint.inspection import tied_embeddings
-from quantcli.core.errors import InputError
-from quantcli.core.findings import Finding, failed, noted
+from quantcli.checkpoint.manifest import read_manifest
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import own_names
-from quantcli.verification.opening import open_for_verification
-from quantcli.verification.outcome import Report
+from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import check_sizes
 
+_PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
+_ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
 )  # fmt: skip
-_AGAIN = "convert the model again"
+# checks that fail if the source itself was incomplete
+_OF_SOURCE = {"layers", "sizes", "experts", "files", "tp"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Structure:
-    """What was found from headers, and what deeper checks start from.
+    """A checkpoint as far as it could be opened, and the report so far.
 
-    target:   its format.
-    stored:   the checkpoint as the engine would take it; None, both, where no header could be read.
-    manifest: None where there is none that is sound.
+    checkpoint: None if no header could be read. manifest: None if there is no sound one.
+    whole:      no weight file is missing.
+    target:     the format, once it is known; `stored` is the checkpoint as its engine would take it.
     """
 
     report: Report
-    target: Target | None
-    stored: StoredCheckpoint | None
-    manifest: dict[str, Any] | None
+    checkpoint: Checkpoint | None = None
+    manifest: dict[str, Any] | None = None
+    whole: bool = False
+    target: Target | None = None
+    stored: StoredCheckpoint | None = None
 
 
 def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
     """Check `path` by its headers.
 
-    tp: tensor parallel sizes that it is to be served with. Reads no weights: headers, JSON files, and
-    tensors that a module has once. Raises InputError where there is no checkpoint, or it is in no
-    format that is known.
+    tp: tensor parallel sizes to serve it with. Reads no weights: headers, JSON files, and tensors that
+    a module has once. Raises InputError if there is no checkpoint (no such directory, no weights in it,
+    or a part of a conversion), or if its format is not known.
     """
-    opened = open_for_verification(path)
+    structure = _open(path)
+    _check(structure, tp)
+    return structure
+
+
+def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
+    """Errors of a checkpoint of ours before it is published, from its headers; then, as text, faults
+    that it has from its source."""
+    structure = _open(folder)
+    checkpoint = structure.checkpoint
+    # else it is a plain float model, not in the format of an engine
+    if checkpoint is None or target_of(checkpoint) or quantization(checkpoint) is not None:
+        _check(structure, (1,))
+    errors = structure.report.errors
+    faults = [finding for finding in errors if finding.check in _OF_SOURCE]
+    return [finding for finding in errors if finding not in faults], tuple(
+        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "") for f in faults
+    )
+
+
+def _open(path: Path) -> Structure:
+    """Read headers, index, config and manifest. InputError if there is no checkpoint."""
     report = Report(str(path), depths=["structure"])
-    report.add(opened.findings)
-    checkpoint = opened.checkpoint
-    if checkpoint is None:
+    try:
+        checkpoint = scan_checkpoint(path)
+    except InputError as error:
+        none = not path.is_dir() or not any(path.glob("*.safetensors"))
+        if none or (path / PART).is_file():
+            raise
+        report.add([of_error(_check_of(error), error)])
         report.count("headers", 1)
-        return Structure(report, None, None, None)
+        return Structure(report)
     report.count("headers", len(checkpoint.shards))
     report.count("index", len(checkpoint.tensors))
-    if opened.manifest is not None:
-        report.count("manifest", len(opened.manifest["files"]))
+    report.add(_problems(checkpoint.problems))
+    for name, check in _ENGINE_READS.items():
+        if has_byte_order_mark(checkpoint.path / name):
+            what, fix = "begins with a byte order mark, at which engines stop", "save it without"
+            report.add([failed(check, what, name, fix)])
+    report.add(noted("files", note) for note in checkpoint.notes if "stale" not in note)
+    manifest = None
+    if (checkpoint.path / MANIFEST).is_file():
+        try:
+            manifest = read_manifest(checkpoint.path)
+            report.add(_manifest(checkpoint, manifest["files"]))
+            report.count("manifest", len(manifest["files"]))
+        except InputError as error:
+            report.add([of_error("manifest", error)])
+    else:
+        what = f"there is no {MANIFEST}: sizes and hashes of files are not known"
+        report.add([noted("manifest", what)])
+    forgotten = list(_forgotten(checkpoint))
+    report.add(forgotten)
+    missing = any(problem.what.startswith("shard ") for problem in checkpoint.problems)
+    return Structure(report, checkpoint, manifest, not missing and not forgotten)
+
+
+def _check(structure: Structure, tp: Sequence[int]) -> None:
+    """Check a checkpoint that could be structure. InputError if its format is not known."""
+    report, checkpoint = structure.report, structure.checkpoint
+    if checkpoint is None:
+        return
     target = target_of(checkpoint)
     if target is None:
-        if (found := quantization(checkpoint)) is None:
+        if (other := quantization(checkpoint)) is None:
             raise InputError(
                 "this is a float model: nothing in it is quantized, so there is nothing to verify",
-                where=str(path),
+                where=report.checkpoint,
                 fix="give a quantized checkpoint; `quantcli inspect` shows what a float model holds",
             )
         raise InputError(
-            f"no quantized checkpoint of a format that this version verifies: {found.format}",
-            where=f"{path}, {found.evidence}",
+            f"no quantized checkpoint of a format that this version verifies: {other.format}",
+            where=f"{report.checkpoint}, {other.evidence}",
             fix="give a checkpoint that `quantcli quantize` wrote, or one for such an engine",
         )
     report.format = target.name
     stored = target.open_stored(checkpoint)
-    # while a weight file is missing, so is half of everything
-    report.add(f for f in stored.findings if opened.whole or f.check == "config")
+    structure.target, structure.stored = target, stored
+    # if a weight file is missing, most other checks fail for that reason alone
+    report.add(f for f in stored.findings if structure.whole or f.check == "config")
     for check, things in stored.checked.items():
         report.count(check, things)
-    report.add(_files(checkpoint, opened.manifest))
+    report.add(_files(checkpoint, structure.manifest))
     report.count("files", len(checkpoint.aux))
-    if opened.whole:
+    if structure.whole:
         report.add(_layers(stored))
         report.count("layers", 1)
         report.count("sizes", 1)
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
-    return Structure(report, target, stored, opened.manifest)
+
+
+def _forgotten(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weight files that belong to the others by their names, but that the index does not list."""
+    sets = {_PART.sub("", shard) for shard in checkpoint.shards if _PART.search(shard)}
+    for name in sorted(checkpoint.left_out):
+        if _PART.search(name) and _PART.sub("", name) in sets:
+            what = f"does not list `{name}`, though its name makes it one of the others"
+            yield failed("index", what, INDEX, COPY)
+
+
+def _problems(problems: Iterable[QuantError]) -> Iterator[Finding]:
+    """A finding for each problem, but one for all of a kind in the index: they have one cause."""
+    kinds: dict[str, list[QuantError]] = defaultdict(list)
+    for problem in problems:
+        shape = re.sub(r"`[^`]*`", "", problem.what)
+        kinds[shape if problem.where == INDEX else problem.what].append(problem)
+    for first, *more in kinds.values():
+        finding = of_error(_check_of(first), first)
+        more_text = f"; {len(more)} more like it" if more else ""
+        yield replace(finding, what=finding.what + more_text)
+
+
+def _check_of(error: QuantError) -> str:
+    if CONFIG in error.what or (error.where or "").endswith(CONFIG):
+        return "config"
+    index = "index" in error.what or INDEX in (error.where or "") or "shard" in error.what
+    return "index" if index else "headers"
+
+
+def _manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+    """Findings for listed files that are missing or have another size, and for files not listed."""
+    for name, entry in files.items():
+        path = checkpoint.path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            what = f"names a file outside of the checkpoint: {name!r:.80}"
+            yield failed("manifest", what, MANIFEST, COPY)
+        elif not path.is_file():
+            yield failed("manifest", f"file `{name}` is missing", MANIFEST, COPY)
+        elif (size := path.stat().st_size) != entry.get("bytes"):
+            what = f"file has {size} bytes; the manifest says {entry.get('bytes')}"
+            yield failed("manifest", what, name, COPY)
+    present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out, INDEX}
+    for name in sorted(present - files.keys() - {MANIFEST}):
+        if name in checkpoint.shards:
+            what = "weight file is not in the manifest: its content cannot be checked"
+            yield failed("manifest", what, name, COPY)
+        elif (checkpoint.path / name).is_file():
+            yield noted("manifest", "file is not in the manifest: it was added later", where=name)
 
 
 def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[Finding]:
-    """Tokenizer and leftovers. A manifest tells whether a file was lost; it says so elsewhere."""
+    """Tokenizer and leftovers. The check of the manifest reports files that are missing."""
     names = {*checkpoint.aux, *checkpoint.left_out}
     files = {} if manifest is None else manifest["files"]
     for name in _TOKENIZERS:
@@ -113,63 +218,39 @@ def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[
             yield noted("files", "weight file is not in the index: engines skip it", name)
 
 
+def layer_of(name: str) -> str | None:
+    """The decoder layer of a tensor, such as model.layers.0; None outside of layers."""
+    match = _LAYER.fullmatch(name)
+    return f"{match['stack']}.{match['index']}" if match else None
+
+
 def _layers(stored: StoredCheckpoint) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
     checkpoint = stored.checkpoint
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in own_names(checkpoint.tensors, stored.modules):  # layers need not be of one type
+    for name in own_names(checkpoint.tensors, stored.modules):  # layers may differ in type
         if match := _LAYER.fullmatch(name):
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
             stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))
     for stack, layers in stacks.items():
         absent = sorted(set(range(max(layers) + 1)) - layers.keys())
         if absent:
-            yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", _AGAIN)
+            yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", CONVERT)
         yield from _incomplete(stack, layers)
     yield from check_sizes(stored, [len(layers) for layers in stacks.values()])
     if tied_embeddings(checkpoint).startswith("no lm_head"):
-        what = "there is no lm_head, though config.json says that it is not the embedding"
-        yield failed("layers", what, str(checkpoint.path), _AGAIN)
+        what = "lm_head is missing, though config.json says that embeddings are not tied"
+        yield failed("layers", what, str(checkpoint.path), CONVERT)
 
 
 def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
-    """A layer that lacks modules of its like: nothing else is as it is, and several have all it has."""
+    """A layer that lacks modules: no other is like it, and several have all its modules and more."""
     kinds: dict[frozenset[str], list[int]] = defaultdict(list)
     for index, names in layers.items():
         kinds[frozenset(names)].append(index)
     for modules, indices in kinds.items():
         larger = [kind for kind, members in kinds.items() if modules < kind and len(members) > 1]
         if len(indices) == 1 and larger:
-            lacking = min(
-                (kind - modules for kind in larger), key=lambda kind: (len(kind), sorted(kind))
-            )
-            what = f"lacks `{min(lacking)}`, which other layers have"
-            yield failed("layers", what, f"`{stack}.{indices[0]}`", _AGAIN)
-
-
-_OF_SOURCE = {
-    "layers",
-    "sizes",
-    "experts",
-    "files",
-    "tp",
-}  # checks that fail where the model was not whole
-
-
-def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
-    """What is wrong with a checkpoint of ours that is to be published, told from its headers.
-
-    First errors, then, as text, faults of its source.
-    """
-    opened = open_for_verification(folder)
-    checkpoint = opened.checkpoint
-    if checkpoint and target_of(checkpoint) is None and quantization(checkpoint) is None:
-        # a plain float model, of no engine's own format
-        errors = [finding for finding in opened.findings if finding.severity == "error"]
-    else:
-        errors = verify_structure(folder).report.errors
-    return [finding for finding in errors if finding.check not in _OF_SOURCE], tuple(
-        f"the model, {f.check}: {f.what}" + (f" ({f.where})" if f.where else "")
-        for f in errors
-        if f.check in _OF_SOURCE
-    )
+            _, lacking = min((len(kind - modules), sorted(kind - modules)) for kind in larger)
+            what = f"lacks `{lacking[0]}`, which other layers have"
+            yield failed("layers", what, f"`{stack}.{indices[0]}`", CONVERT)

@@ -351,7 +351,7 @@ FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
         (fp8(), {"quant_method": "bitsandbytes"}, "already quantized: bitsandbytes, 1 modules"),
         (fp8(), {"quant_method": "gguf"}, "this version decodes ascend, awq, compressed-tensors"),
         (fp8(), {"quant_method": ["fp8"]}, "already quantized"),
-        (fp8(), None, "has no quantization_config beside fp8 weights"),
+        (fp8(), None, "has no quantization_config for its fp8 weights"),
         (fp8(), "fp8", "`quantization_config` is 'fp8', not an object"),
         (without(AWQ_TENSORS, "scales"), AWQ, "`a.scales` is missing"),
         (without(AWQ_TENSORS, "qzeros"), AWQ, "`a.qzeros` is missing"),

@@ -13,7 +13,7 @@ from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint
-from quantcli.targets.compressed_tensors.config import fold
+from quantcli.targets.compressed_tensors.config import fold, read_groups
 from quantcli.targets.compressed_tensors.layouts import (
     layout_of,
     pack_rows,
@@ -327,6 +327,29 @@ def test_folding_keeps_names_that_nothing_tells_apart():
     tower = [f"model.visual.layers.{i}.mlp.up_proj" for i in range(3)]
     assert len(fold(mine, [])) == 1
     assert sorted(fold(mine, tower)) == sorted(mine)
+
+
+# -- configs of other producers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"format": ["int-quantized"]}, "has the format ['int-quantized']"),
+        ({"weights": {"scale_dtype": [], "strategy": "channel"}}, "has scales of []"),
+        ({"weights": {"strategy": ["channel"]}}, "has the strategy ['channel']"),
+        ({"weights": {"type": {}}}, "has {} numbers of 8 bits"),
+        ({"weights": {"actorder": True}}, "orders columns by activations (actorder True)"),
+        ({"output_activations": {"num_bits": 8}}, "quantizes outputs"),
+    ],
+)
+def test_a_group_of_wrong_types_is_a_finding(changes, what):
+    """Values of any JSON type may stand for names; the group keeps its place without numerics."""
+    table = {"targets": ["Linear"], "format": "int-quantized", "weights": {}} | changes
+    config = read_groups({"config_groups": {"g": table}})
+    assert [finding.severity for finding in config.findings] == ["error"]
+    assert f"`config_groups.g` {what}" in config.findings[0].what
+    assert [(group.numerics, group.kind) for group in config.groups] == [(None, None)]
 
 
 # -- scale and zero point as the engine finds them again ----------------------------------------------

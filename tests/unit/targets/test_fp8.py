@@ -61,8 +61,8 @@ def test_tensors_as_the_engine_registers_them(name):
     ("name", "word"),
     [
         ("fp8_dynamic", "a scale per channel: under `quant_method: fp8` engines read one for a weight"),
-        ("w8a8_dynamic", "fp8 alone, and no int8 weights"),
-        ("w4a16", "fp8 alone, and no int4 weights"),
+        ("w8a8_dynamic", "fp8 alone, not int8 weights"),
+        ("w4a16", "fp8 alone, not int4 weights"),
     ],
 )
 def test_what_it_cannot_store(name, word):

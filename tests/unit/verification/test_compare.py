@@ -1,36 +1,34 @@
-"""Weights against what they have become: figures against plain formulas, factors that were planted."""
+"""Weights against their originals: figures against plain formulas, factors that were planted."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from quantcli.verification import compare as module
-from quantcli.verification.compare import FittedFactors, compare
+from quantcli.verification.compare import BOUNDS, FittedFactors, Pair, compare
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verification.outcome import ModuleReport, RowReport
 
 
-class Held:
-    """A weight in memory, read by rows; counts how many rows were asked for at once."""
+class Rows:
+    """A weight in memory, read by rows; `most` is the largest number of rows in one call."""
 
     def __init__(self, tensor):
         self.tensor = tensor
         self.most = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
     def weight(self, start, count):
         self.most = max(self.most, count)
         return self.tensor[start : start + count].clone()
 
 
-def opened(tensor):
-    return lambda: Held(tensor)
+def pair_of(reference, ours):
+    """Two weights in memory."""
+
+    return Pair(lambda: nullcontext(Rows(reference)), lambda: nullcontext(Rows(ours)), *ours.shape)
 
 
 def draw(n, k, seed=0):
@@ -48,7 +46,7 @@ def test_figures(monkeypatch, elements):
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
     w = draw(37, 48)
     d = rounded(w)
-    found = compare(opened(w), opened(d), 37, 48)
+    found = compare(pair_of(w, d))
     x, y = w.double().numpy(), d.double().numpy()
     noise = ((y - x) ** 2).sum(1)
     sqnr = 10 * math.log10((x**2).sum() / noise.sum())
@@ -56,26 +54,25 @@ def test_figures(monkeypatch, elements):
     assert found.sqnr_db == pytest.approx(sqnr, abs=1e-3)
     cosine = (x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum())
     assert found.cosine == pytest.approx(cosine, abs=1e-7)
-    account = found.to_json()
-    assert account["max_rel_error"] == pytest.approx(np.abs(y - x).max() / np.abs(x).max(), rel=1e-4)
+    assert found.max_rel_error == pytest.approx(np.abs(y - x).max() / np.abs(x).max(), rel=1e-4)
     rows = 10 * np.log10((x**2).sum(1) / noise)
-    assert [worst["row"] for worst in account["worst_rows"]] == np.argsort(rows)[:5].tolist()
-    assert account["worst_rows"][0]["sqnr_db"] == pytest.approx(rows.min(), abs=1e-3)
+    assert [worst.row for worst in found.worst_rows] == np.argsort(rows)[:5].tolist()
+    assert found.worst_rows[0].sqnr_db == pytest.approx(rows.min(), abs=1e-3)
 
 
 def test_memory_is_a_block():
     w = draw(4096, 64)
-    held = Held(w)
-    compare(lambda: held, opened(w), 4096, 64)
-    assert held.most * 64 <= module.BLOCK_ELEMENTS < w.numel()
+    rows = Rows(w)
+    compare(Pair(lambda: nullcontext(rows), lambda: nullcontext(rows), 4096, 64))
+    assert rows.most * 64 <= module.BLOCK_ELEMENTS < w.numel()
 
 
 def test_histogram_is_flat_within_a_step():
     """Rounding errors are uniform: as many in each bin, none beyond sqrt(3) mean errors."""
     w = draw(64, 4096)
-    counts = torch.tensor(
-        compare(opened(w), opened(rounded(w)), 64, 4096).to_json()["histogram"]["counts"]
-    )
+    histogram = compare(pair_of(w, rounded(w))).histogram
+    assert (len(histogram.edges), histogram.edges[0], histogram.edges[-1]) == (33, -4, 4)
+    counts = torch.tensor(histogram.counts)
     assert int(counts.sum()) >= module.BLOCK_ELEMENTS
     inside = counts[10:22]  # -1.5 to 1.5
     assert float(inside.max() / inside.min()) < 1.2
@@ -87,19 +84,44 @@ def test_a_planted_row_and_channel_are_named():
     w[:, 7] *= 30
     d = rounded(w)
     d[11] *= -1
-    account = compare(opened(w), opened(d), 40, 64).to_json()
-    assert account["worst_rows"][0] == {"row": 11, "sqnr_db": pytest.approx(-6.02, abs=0.1)}
-    assert [o["channel"] for o in account["outlier_channels"]] == [7]
-    assert 25 < account["outlier_channels"][0]["ratio"] < 36
+    found = compare(pair_of(w, d))
+    assert found.worst_rows[0] == RowReport(11, pytest.approx(-6.02, abs=0.1))
+    assert [outlier.channel for outlier in found.outlier_channels] == [7]
+    assert 25 < found.outlier_channels[0].ratio < 36
 
 
 def test_nothing_lost_and_everything_lost():
-    w = draw(4, 8)
-    assert compare(opened(w), opened(w), 4, 8).sqnr_db == 200
-    assert compare(opened(w), opened(torch.full_like(w, math.nan)), 4, 8).sqnr_db == -200
-    zeros = torch.zeros(4, 8)
-    assert compare(opened(zeros), opened(zeros), 4, 8).sqnr_db == 200
-    assert compare(opened(zeros), opened(w), 4, 8).sqnr_db == -200
+    w, zeros = draw(4, 8), torch.zeros(4, 8)
+    assert compare(pair_of(w, w)).sqnr_db == 200
+    assert compare(pair_of(w, torch.full_like(w, math.nan))).sqnr_db == -200
+    assert compare(pair_of(zeros, zeros)).sqnr_db == 200
+    assert compare(pair_of(zeros, w)).sqnr_db == -200
+
+
+def report(sqnr_db=40.0, row_db=10.0, largest=0.01, limit_db=20.0):
+    return ModuleReport(
+        module="m", label="W8A8", shape=[4, 8], sqnr_db=sqnr_db, cosine=1.0, max_rel_error=largest,
+        worst_rows=[RowReport(3, row_db)], outlier_channels=[], histogram=None, limit_db=limit_db,
+        edited=None, codes_differ=None, scale_ratio=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fault"),
+    [
+        ("int8", {}, None),
+        ("int8", {"sqnr_db": 19.99}, "SQNR is 19.99 dB, the limit 20.00 dB"),
+        ("int8", {"limit_db": 40.5}, "SQNR is 40.00 dB, the limit 40.50 dB"),
+        ("int8", {"row_db": 2.9}, "SQNR of a row is 2.90 dB, the limit 3.00 dB"),
+        ("fp8_e4m3", {}, "SQNR of a row is 10.00 dB, the limit 12.00 dB"),
+        ("int8", {"largest": 0.2}, "a weight is off by 0.20 of the largest one, the limit is 0.10"),
+        ("mxfp8", {"largest": 0.2}, None),
+        ("int4", {"largest": 2.0}, None),
+        ("float", {"row_db": -9.0, "largest": 2.0}, None),
+    ],
+)
+def test_faults_by_the_kind_of_codes(kind, change, fault):
+    assert BOUNDS[kind].fault(report(**change)) == fault
 
 
 def powers(count, seed, low=-3, high=4):
@@ -111,26 +133,25 @@ def powers(count, seed, low=-3, high=4):
 def test_planted_factors_are_found():
     w, rows, columns = draw(96, 64), powers(96, 1), powers(64, 2)
     known = [Candidate("other", powers(64, 3)), Candidate("norm", columns)]
-    pair = opened(w), opened(rounded(w * rows.unsqueeze(1) * columns))
-    chosen = choose([pair], 64, known)
+    pair = pair_of(w, rounded(w * rows.unsqueeze(1) * columns))
+    chosen = choose([pair], known)
     assert chosen is known[1]
-    factors = fit(pair, 96, 64, chosen)
+    factors = fit(pair, chosen)
     assert torch.equal(factors.rows, rows)
-    assert compare(*pair, 96, 64, factors).sqnr_db > 36
+    assert compare(pair, factors).sqnr_db > 36
     # without a candidate they are estimated
-    assert choose([pair], 64, known[:1]) is None
-    guessed = fit(pair, 96, 64, None)
+    assert choose([pair], known[:1]) is None
+    guessed = fit(pair, None)
     assert torch.equal(guessed.columns * guessed.rows[0], columns * rows[0])
-    assert compare(*pair, 96, 64, guessed).sqnr_db > 36
+    assert compare(pair, guessed).sqnr_db > 36
 
 
 def test_columns_of_one_factor_belong_to_the_candidate():
     """Columns x 2 with rows / 8 for one sibling: rows / 4 would explain that one as well."""
     gate, up, s = draw(32, 64, 4), draw(32, 64, 5), torch.full((64,), 2.0)
-    siblings = [(opened(gate), opened(rounded(gate * 2))), (opened(up), opened(rounded(up * 2 / 8)))]
-    assert choose(siblings, 64, [Candidate("norm", s)]).producer == "norm"
-    alone = [(opened(gate), opened(rounded(gate)))]
-    assert choose(alone, 64, [Candidate("norm", s)]).producer == ""
+    siblings = [pair_of(gate, rounded(gate * 2)), pair_of(up, rounded(up * 2 / 8))]
+    assert choose(siblings, [Candidate("norm", s)]).producer == "norm"
+    assert choose([pair_of(gate, rounded(gate))], [Candidate("norm", s)]).producer == ""
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -173,9 +194,9 @@ def test_edits_that_cancel_out_pass():
 @pytest.mark.parametrize(
     ("changed", "without", "what", "where"),
     [
-        ([NORM], [f"{A}.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj")], "has changed", NORM),
-        ([NORM], [f"{A}.o_proj"], "has rows that were multiplied", f"{A}.v_proj"),
-        ([NORM], [f"{A}.v_proj"], "has columns that were multiplied", f"{A}.o_proj"),
+        ([NORM], [f"{A}.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj")], "changed", NORM),
+        ([NORM], [f"{A}.o_proj"], "its rows were multiplied", f"{A}.v_proj"),
+        ([NORM], [f"{A}.v_proj"], "its columns were multiplied", f"{A}.o_proj"),
     ],
 )
 def test_edits_that_do_not(changed, without, what, where):
@@ -184,7 +205,7 @@ def test_edits_that_do_not(changed, without, what, where):
 
 def test_columns_without_a_producer():
     found = said([], smoothed(producer=None))
-    assert ("has columns that were multiplied", f"`{A}.q_proj`") in found
+    assert ("its columns were multiplied", f"`{A}.q_proj`") in found
 
 
 def test_grouped_heads_repeat_rows():

@@ -3,15 +3,23 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
+from quantcli.cli.inspect import show_outliers
+from quantcli.cli.output import Output
+from quantcli.commands.inspect import outliers as inspect_outliers
 from quantcli.core.errors import MachineError
+from quantcli.planning.outliers import keep_advice
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import overall
+from quantcli.verification.report.document import render
 from quantcli.verification.report.heatmap import lay_out
-from quantcli.verification.report.page import outliers_page, page, require_plotly
+from quantcli.verification.report.outliers import outliers_page
+from quantcli.verification.report.page import page, require_plotly
 from tests import reports
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 
 
 def figures(text):
@@ -166,13 +174,21 @@ def test_charts_have_words():
     assert len(shown.all("caption")) == len(shown.all("table"))
 
 
-def test_overall_counts_are_the_sum():
-    a = {"edges": [-1.0, 0.0, 1.0], "counts": [3, 5]}
-    assert overall([a, a]) == ([6.0, 10.0], [-1.0, 0.0, 1.0])
-    counts, edges = overall([a, {"edges": [-2.0, 0.0, 2.0], "counts": [4, 4]}])
-    assert sum(counts) == pytest.approx(16)
-    assert (edges[0], edges[-1]) == (-2.0, 2.0)
-    assert overall([{"edges": [0.0, 1.0], "counts": [0]}]) is None
+def test_the_first_histogram_is_of_all_modules():
+    report = reports.report(2)
+    report["modules"][0]["histogram"] = None
+    measured = [m["histogram"] for m in report["modules"] if m["histogram"]]
+    total = sum(map(sum, (h["counts"] for h in measured)))
+    charts = figures(page(report))
+    first, single = charts["errors"], charts["errors-1"]
+    assert first["layout"]["title"]["text"] == "the worst 14 modules"
+    share = sum(h["counts"][16] for h in measured) / total
+    assert first["data"][0]["y"][16] == pytest.approx(share)
+    assert f" of {total:,} values" in first["data"][0]["hovertext"][16]
+    assert first["data"][0]["x"] == single["data"][0]["x"]
+    assert first["data"][0]["x"][0] == -3.875
+    report["modules"] = [m | {"histogram": None} for m in report["modules"]]
+    assert "Histogram" not in page(report)
 
 
 def test_outliers_have_a_map_for_each_quantity():
@@ -181,10 +197,96 @@ def test_outliers_have_a_map_for_each_quantity():
     assert len(figures(text)) == 5
     assert "the worst is 260 in model.layers.5.mlp.down_proj" in shown.text
     assert shown.text.index("model.layers.5.mlp.down_proj 1024 x 3072 260") > 0
-    assert (
-        "Outliers in the weights"
-        in reports.Elements(page({**reports.report(2), "outliers": reports.outliers(2)})).text
-    )
+    assert "Largest channel ratio first. module shape channel ratio channel max / rms" in shown.text
+
+
+def test_kurtosis_is_named_after_what_is_measured():
+    text = reports.Elements(outliers_page("m", reports.outliers(6))).text
+    assert "excess kurtosis, 0 for a normal distribution: the worst is 130 in" in text
+    assert "3 for a normal" not in text
+
+
+@pytest.mark.parametrize("far", [0, 1, 7])
+def test_the_advice_is_that_of_the_terminal(far, capsys):
+    ranking = reports.outliers(28)
+    for place, module in enumerate(ranking["modules"]):
+        bad = place % 28 == 8 and place < 28 * far
+        module["sqnr_db"]["int8 per channel"] = 20.25 + place / 28 if bad else 40.0
+    ranking["advice"] = keep_advice(ranking["modules"])
+    assert (len(ranking["advice"]["far_below"]) if far else ranking["advice"]) == (far or None)
+    show_outliers(Output(as_json=False), ranking)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(("far below", "advice")))
+    shown = reports.Elements(outliers_page("m", ranking))
+    advice, _, rest = shown.text.partition("Advice ")[2].partition(" Outliers in the weights")
+    assert rest
+    for line in lines[start:]:
+        words_ = line.removeprefix("advice").split()
+        assert " ".join(words_).casefold() in advice.replace(" :", ":").replace(" ;", ";").casefold()
+    assert (ranking["advice"]["yaml"] in shown.pre) if far else not shown.pre
+
+
+def test_inspect_writes_the_page(tmp_path):
+    ranking = inspect_outliers(str(TINY), page=tmp_path / "page.html")
+    shown = reports.Elements((tmp_path / "page.html").read_text())
+    assert f"Outlier channels {TINY} Advice None: no module is far below" in shown.text
+    worst = max(ranking["modules"], key=lambda module: module["kurtosis"])
+    of = f"the worst is {words.number(worst['kurtosis'])} in {worst['module']}"
+    assert f"excess kurtosis, 0 for a normal distribution: {of}" in shown.text
+
+
+def test_a_ranking_without_modules_has_a_page():
+    shown = reports.Elements(outliers_page("m", {**reports.outliers(0), "modules": []}))
+    assert "Outliers in the weights" not in shown.text
+    assert "None: no module is far below the median of its kind." in shown.text
+
+
+@pytest.mark.parametrize("name", ["</script><img src=x>", '"><img src=x onerror=a>', "{{ 7 * 7 }}'<b>"])
+def test_names_of_tensors_are_shown_as_they_are(name):
+    """In the text of HTML, in attributes, and in the JSON that page.js reads."""
+    report = reports.report(1)
+    report["modules"][0]["module"] = report["run"]["layers"][0]["layer"] = name
+    report["modules"][0]["limit_db"], report["modules"][0]["ok"] = 90.0, False
+    text = page(report)
+    shown = reports.Elements(text)
+    assert len(shown.all("script")) == 3
+    assert not {"img", "b"} & {tag for tag, _ in shown.elements}
+    assert name in shown.text
+    charts = [a["aria-label"] for a in shown.all("div") if a.get("class") == "plot"]
+    assert f"Histogram of the errors of {name}." in charts
+    plotted = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert f"<b>{plotted}</b>" in heat(text)["layout"]["yaxis"]["ticktext"]
+    assert figures(text)["layers"]["data"][0]["hovertext"][0].startswith(f"<b>{plotted}</b><br>")
+
+    ranking = reports.outliers(6, stack=f"model.{name}.layers")
+    shown = reports.Elements(outliers_page(name, ranking))
+    assert len(shown.all("script")) == 3
+    assert not {"img", "b"} & {tag for tag, _ in shown.elements}
+    assert f"Outlier channels {name} Advice" in shown.text
+    assert ranking["advice"]["yaml"] in shown.pre
+    assert f"model.{name}.layers.5.mlp.down_proj" in shown.text
+
+
+def test_rows_have_a_cell_for_each_column():
+    for text in (page(reports.report(3, bad=["layers.1"])), outliers_page("m", reports.outliers(3))):
+        tags = [tag for tag, _ in reports.Elements(text).elements]
+        head = 0
+        for row in " ".join(tags).split("tr")[1:]:
+            cells = row.split()
+            head = cells.count("th") or head
+            assert cells.count("td") in (0, head)
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    import jinja2
+
+    with pytest.raises(jinja2.UndefinedError, match="'model' is undefined"):
+        render("outliers.html.jinja", {}, ranking=reports.outliers(1), maps={}, columns={}, rows=[])
+
+
+def test_a_chart_that_plotly_does_not_know_is_an_error():
+    with pytest.raises(ValueError, match="colour"):
+        render("page.html.jinja", {"a": {"data": [{"type": "bar", "colour": "red"}], "layout": {}}})
 
 
 def test_without_the_library_it_says_how_to_get_it(monkeypatch):

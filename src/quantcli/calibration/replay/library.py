@@ -1,4 +1,4 @@
-"""All that is asked of transformers: a model from its config, and how stored tensors become parameters.
+"""All uses of transformers: a model from its config, and how stored tensors become parameters.
 
 Nothing that came with a model runs here unless `trust_remote_code` says so.
 """
@@ -23,7 +23,7 @@ from quantcli.core.errors import InputError
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
     """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
 
-    Raises InputError where transformers does not know it, or its config does not fit.
+    Raises InputError if transformers does not know it, or its config does not fit.
     """
     import transformers
 
@@ -120,8 +120,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def conversions(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
-    """For every stored name: the parameter it goes into (None where there is none), and the pattern
-    and converter of the library where it takes more than another name."""
+    """For every stored name: its parameter (None if there is none), and the pattern and converter of
+    the library if more than the name changes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

@@ -1,1 +1,1 @@
-"""The format of vLLM-Ascend: quant_model_description.json beside safetensors."""
+"""The format of vLLM-Ascend: quant_model_description.json next to safetensors."""

@@ -1,11 +1,10 @@
-"""quant_model_description.json against the checkpoint's tensors: each names the other, with types that
-the engine registers."""
+"""quant_model_description.json: every tensor must have an entry, with a type of the engine."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,20 +13,21 @@ from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
-from quantcli.targets.ascend.types import LAYOUTS, MISNAMED
+from quantcli.targets.ascend.types import MISNAMED, TYPES
+from quantcli.targets.base import AGAIN
+from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head
 
-SUFFIXES = {param.suffix for layout in LAYOUTS.values() for param in layout.params} - {"weight"}
+SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
-_AGAIN = "convert the model again"
 
 
 class Description:
-    """The entries for tensors and modules.
+    """The description of a checkpoint, from any producer.
 
-    entries: by the tensor's name, without what describes the checkpoint as a whole.
-    labels:  types of modules by their names, FLOAT ones too; none that the engine does not have, but
-             what another producer calls something else is under the engine's name.
+    entries: values by the names of tensors, without those for the checkpoint as a whole.
+    labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
+             whose type the engine does not have.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -44,7 +44,7 @@ class Description:
     def _read(self) -> dict[str, Any]:
         path = self.checkpoint.path / DESCRIPTION
         if not path.is_file():
-            fix = f"{_AGAIN}: without it the engine takes all weights for float"
+            fix = f"{AGAIN}: without it the engine takes all weights for float"
             self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
             return {}
         try:
@@ -53,21 +53,21 @@ class Description:
             self.findings.append(of_error("description", error))
             return {}
         if not any("." in key for key in table):
-            self.findings.append(failed("description", "describes no tensor", DESCRIPTION, _AGAIN))
+            self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table
 
     def _types(self) -> Iterator[Finding]:
-        """Every type exists; what belongs to a module has the module's."""
-        odd: dict[str, list[str]] = defaultdict(list)
+        """Findings of types that do not exist, and of tensors whose type is not their module's."""
+        unknown: dict[str, list[str]] = defaultdict(list)
         for key, value in self.entries.items():
             if not isinstance(value, str):
-                yield failed("description", f"`{key}` is {value!r:.60}, no type", DESCRIPTION, _AGAIN)
+                yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
             elif key.endswith(".weight"):
-                if value != FLOAT and value not in LAYOUTS:
-                    odd[value].append(key)
-                if value == FLOAT or MISNAMED.get(value, value) in LAYOUTS:
+                if value != FLOAT and value not in TYPES:
+                    unknown[value].append(key)
+                if value == FLOAT or MISNAMED.get(value, value) in TYPES:
                     self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
-        for value, keys in odd.items():
+        for value, keys in unknown.items():
             yield _unknown_type(value, keys)
         for key, value in self.entries.items():
             module, _, suffix = key.rpartition(".")
@@ -76,36 +76,36 @@ class Description:
                 continue
             if MISNAMED.get(value, value) != label:
                 what = f"gives `{key}` the type {value!r:.60}, its weight {label}"
-                yield failed("description", what, DESCRIPTION, _AGAIN)
+                yield failed("description", what, DESCRIPTION, AGAIN)
 
     def _tensors(self) -> Iterator[Finding]:
-        """Each entry has its tensor, each tensor its entry."""
+        """Findings of entries without a tensor, and of tensors without an entry."""
         tensors = self.checkpoint.tensors
-        if gone := sorted(
+        if names := sorted(
             key for key in self.entries.keys() - tensors.keys() if not self._only_asked(key)
         ):
             files = sorted(name for name in self.checkpoint.left_out if name.endswith(".safetensors"))
             hint = f"{files[0]} is not in the index, and may hold them: " if files else ""
-            what = f"describes {_some(gone)}, which no weight file holds"
-            yield failed("description", what, DESCRIPTION, f"{hint}{_AGAIN}")
-        if bare := [name for name in tensors if name not in self.entries]:
-            asked = [name for name in bare if name.endswith(".weight")]
-            fix = f"the engine stops at `{asked[0]}`: {_AGAIN}" if asked else _AGAIN
-            yield failed("description", f"does not describe {_some(bare)}", DESCRIPTION, fix)
+            what = f"describes {some(names)}, which no weight file holds"
+            yield failed("description", what, DESCRIPTION, f"{hint}{AGAIN}")
+        if undescribed := [name for name in tensors if name not in self.entries]:
+            weights = [name for name in undescribed if name.endswith(".weight")]
+            fix = f"the engine stops at `{weights[0]}`: {AGAIN}" if weights else AGAIN
+            yield failed("description", f"does not describe {some(undescribed)}", DESCRIPTION, fix)
         head = absent_head({name: stored.spec for name, stored in tensors.items()})
-        untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then it is lost
+        untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then the tensor is lost
         if head and head not in self.entries and not untied:
             fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
             yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
 
     @cached_property
     def _with_experts(self) -> set[str]:
-        """Modules that have experts with numbers."""
+        """Names of modules that have numbered experts."""
         names = self.checkpoint.tensors
         return {name.partition(".experts.")[0] for name in names if ".experts." in name}
 
     def _only_asked(self, key: str) -> bool:
-        """Whether an entry stands for what the engine looks up and no file holds."""
+        """Whether an entry is for a name that the engine looks up although no file holds a tensor."""
         parent, _, last = key.removesuffix(".weight").rpartition(".")
         if last == "lm_head" or key == "lm_head.weight":
             return True
@@ -115,15 +115,9 @@ class Description:
         return last == "experts" and key.removesuffix(".experts.weight") in self._with_experts
 
 
-def _some(names: Collection[str]) -> str:
-    """One name, and how many there are."""
-    first = next(iter(names))
-    return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _unknown_type(value: str, keys: list[str]) -> Finding:
-    near = MISNAMED.get(value)
-    hint = f"the engine's name for it is {near}" if near else closest(value, LAYOUTS)
-    fix = f"{hint}: {_AGAIN}" if near else (f"did you mean {hint}?" if hint else _AGAIN)
-    what = f"type {value!r:.60} of {_some(keys)} is none that the engine registers"
+    engine_name = MISNAMED.get(value)
+    hint = f"the engine's name for it is {engine_name}" if engine_name else closest(value, TYPES)
+    fix = f"{hint}: {AGAIN}" if engine_name else (f"did you mean {hint}?" if hint else AGAIN)
+    what = f"type {value!r:.60} of {some(keys)} is not one that the engine registers"
     return failed("description", what, DESCRIPTION, fix)

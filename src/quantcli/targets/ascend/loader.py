@@ -1,4 +1,4 @@
-"""Names as vLLM-Ascend goes by them: which modules it never quantizes, what it looks up and how."""
+"""Rules of vLLM-Ascend for names: modules that it never quantizes, and names that it looks up."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
-from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FUSED, ROUTERS
+from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, ROUTERS, sibling_names
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
 # Model types whose experts the engine finds by itself; for others it looks up the name of the set.
+# Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363, entries with `experts`.
 LISTED_EXPERTS = frozenset(
     {
         "bailing_hybrid", "deepseek_mtp", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
@@ -21,7 +22,9 @@ LISTED_EXPERTS = frozenset(
     }
 )  # fmt: skip
 
-# Linears that the engine builds without asking the description, by the last part of their names.
+# Linears that the engine builds without a look at the description, by the last part of their names.
+# Sources: as for ROUTERS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj); vllm 0.32.0,
+# model_executor/models/deepseek_mtp.py:87 (eh_proj), deepseek_v2.py:712 (wk, weights_proj).
 _ALWAYS_FLOAT = {
     **ROUTERS,
     "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
@@ -31,7 +34,7 @@ _ALWAYS_FLOAT = {
 
 
 def float_only(module: str) -> str | None:
-    """Why the engine has this module in float whatever the description says; None where it has not."""
+    """The reason why the engine always builds this module as float; None if it does not."""
     parent, _, last = module.rpartition(".")
     if last in EMBEDDINGS:
         return "the engine has no quantized embedding"
@@ -41,17 +44,17 @@ def float_only(module: str) -> str | None:
 
 
 def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
-    """The loader takes a module for float if any float weight's name begins with the module's.
+    """Refusals of modules that the loader takes for float: a float weight's name begins with theirs.
 
     Fused siblings are looked up by their full names instead; experts by the name of their set.
+    Source: is_layer_skipped_ascend in vllm-ascend 182b75ea84, quantization/modelslim_config.py:776-808.
     """
     floats = sorted(f"{name}.weight" for name, label in labels.items() if label == FLOAT)
-    packed = {sibling for group in FUSED for sibling in group}
     seen: set[str] = set()
     for name, label in labels.items():
         expert = EXPERT.fullmatch(name)
         prefix = expert["experts"] if expert else name
-        if label == FLOAT or prefix in seen or (not expert and name.rpartition(".")[2] in packed):
+        if label == FLOAT or prefix in seen or (not expert and sibling_names(name)):
             continue
         seen.add(prefix)
         position = bisect_left(floats, prefix)

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, decompose
 from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.tensor_parallel import cannot_split, check_heads, splits_inputs
+from quantcli.targets.tensor_parallel import splits_inputs
 
-_MX_COLUMNS = 64  # of a row on one device: two blocks of 32 at a time
-_LARGEST_SIDE = 256  # of a Kronecker transform
-_STEP = 8  # of its right side
-_SLICES = 16  # of k, in the scale_bias of W4A8
+# Columns of a row on one device, two blocks of 32. Source: vllm-ascend 182b75ea84,
+# quantization/methods/w8a8_mxfp8.py:153-160, quantization/method_adapters.py:113-118.
+_MX_COLUMNS = 64
+# Sides of a Kronecker transform. Source: ops-nn e5c3fa93,
+# quant/flat_quant/op_host/flat_quant_tiling.cpp:369.
+_LARGEST_SIDE = 256
+# The right side is a multiple of it. Source: op-plugin 517f2e7d,
+# op_plugin/ops/opapi/KroneckerQuantKernelNpuOpApi.cpp:39-41.
+_STEP = 8
+# Slices of k in a scale_bias. Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:130-131.
+_SLICES = 16
 
 
 def unfit(module: str, k: int, tp: int | None) -> str | None:
-    """Why the kernel cannot transform a module's k inputs; None where it can.
+    """The reason why the kernel cannot transform a module's k inputs; None if it can.
 
     tp: the tensor parallel size to serve with; None: any.
     """
     if splits_inputs(module) and tp != 1:
         return (
-            "its inputs are split over devices, for which one transform of all of them does not do; "
+            "its inputs are split over devices, and its transform mixes all of them; "
             "`target: {name: ascend, tp: 1}` allows it on one device"
         )
     left, right = decompose(k)
     if not left:
-        return f"{k} inputs have no decomposition as the engine makes them"
+        return f"{k} inputs have no decomposition into two sides by the engine's rule"
     if right % _STEP or max(left, right) > _LARGEST_SIDE:
         return (
             f"{k} inputs decompose into {left} x {right}, and the kernel takes sides up to "
@@ -39,34 +44,16 @@ def unfit(module: str, k: int, tp: int | None) -> str | None:
 
 
 def unsplit(module: Module, size: int) -> Iterator[Refusal]:
-    """Whether a quantized module can be split over `size` devices."""
-    if module.numerics is not None:
-        rows = splits_inputs(module.name)
-        sides = module.shape[1] if rows else module.shape[0]
-        if sides % size:
-            what = f"its {sides} {'inputs' if rows else 'outputs'} do not split over {size} devices"
-            yield Refusal(module.name, what, f"set the target's `tp` to a divisor of {sides}")
+    """A refusal of a quantized module that cannot be split over `size` devices."""
+    by_inputs = splits_inputs(module.name)
+    width = module.shape[1] if by_inputs else module.shape[0]
+    if width % size:
+        what = f"its {width} {'inputs' if by_inputs else 'outputs'} do not split over {size} devices"
+        yield Refusal(module.name, what, f"set the target's `tp` to a divisor of {width}")
 
 
-def check_tp(
-    config: Mapping[str, Any], modules: Iterable[StoredModule], size: int
-) -> Iterator[Finding]:
-    """Findings for `size` devices; config is the language model's part of config.json."""
-    yield from check_heads(config, size)
-    for module in modules:
-        rows = splits_inputs(module.name)
-        columns = module.shape[1]
-        if rows and columns % size:
-            yield cannot_split(
-                size, f"{columns} inputs cannot be split over {size} devices", module.name
-            )
-            continue
-        for what in _limits(module, columns // size if rows else columns, size if rows else 1):
-            yield cannot_split(size, what, module.name)
-
-
-def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
-    """What the module's type does not allow; k: inputs on one device, of `parts`."""
+def limits(module: StoredModule, k: int, devices: int) -> Iterator[str]:
+    """Reasons why the engine cannot split a module; k: inputs on one of the `devices` that share it."""
     label = module.layout.label
     if label.startswith("W4A4") and k % 8:
         yield f"{label} needs inputs in multiples of 8 on each device; there are {k}"
@@ -78,10 +65,12 @@ def _limits(module: StoredModule, k: int, parts: int) -> Iterator[str]:
                 f"{label} is stored with transforms of {stored[0]} and {stored[1]}; for {k} inputs on "
                 f"each device the engine expects {left} and {right}"
             )
-        elif why := unfit("", k, 1):
-            yield why
-    if label.startswith("W8A8_MX") and parts > 1 and k % _MX_COLUMNS:
+        elif reason := unfit("", k, 1):
+            yield reason
+    if devices == 1 or not splits_inputs(module.name):
+        return
+    if label.startswith("W8A8_MX") and k % _MX_COLUMNS:
         yield f"{label} needs inputs in multiples of {_MX_COLUMNS} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")
-    if bias is not None and parts > 1 and bias.spec.shape[1] > 1 and _SLICES % parts:
-        yield f"its scale_bias has {_SLICES} slices, which do not split over {parts} devices"
+    if bias is not None and bias.spec.shape[1] > 1 and _SLICES % devices:
+        yield f"its scale_bias has {_SLICES} slices, which do not split over {devices} devices"

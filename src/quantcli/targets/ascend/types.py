@@ -1,48 +1,57 @@
 """The tensors that vLLM-Ascend registers for each of its quantization types, and their meaning.
 
-Also types that this tool does not write: a checkpoint of another producer can be checked, too.
+Types that this tool does not write are here, too, for checkpoints of other producers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.core.codes import code_values
 from quantcli.core.numerics import Numerics, Operand, decompose, multiplier
-from quantcli.targets.layouts import SLICES, Blocks, Layout, Param, Sides
-
-# Loaders copy by value: a wider float is rounded, an integral float becomes the integer.
-_FLOATS = ("F32", "BF16", "F16")
+from quantcli.targets.layouts import FLOAT_PARAM, SLICES, Blocks, Layout, Param, Sides, Values
 
 
 def _scale(required: bool = True) -> Param:
-    return Param("weight_scale", _FLOATS, lambda n, k: (n, 1), "positive", required=required)
+    return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, 1), "positive", required=required)
 
 
-def _offset() -> Param:
-    return Param("weight_offset", _FLOATS, lambda n, k: (n, 1), "zero", required=False)
+def _offset(required: bool = False) -> Param:
+    return Param("weight_offset", FLOAT_PARAM, lambda n, k: (n, 1), "zero", required=required)
 
 
-def _weight(dtype: str, values: str = "codes") -> Param:
-    return Param("weight", (dtype,), lambda n, k: (n, k), values)  # type: ignore[arg-type]
+def _weight(dtype: str, values: Values = "codes") -> Param:
+    return Param("weight", (dtype,), lambda n, k: (n, k), values)
 
 
-def _static() -> tuple[Param, ...]:
-    one = lambda n, k: (1,)  # noqa: E731
-    return (
-        Param("input_scale", _FLOATS, one, "positive", 0, shared=True),
-        Param("input_offset", ("I8", *_FLOATS), one, "integer", 0, shared=True),
-        Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
-        Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits"),
-    )
+def _once(suffix: str, values: Values, *more_dtypes: str) -> Param:
+    """A number [1] of a whole module, one for all fused siblings."""
+    dtypes = (*more_dtypes, *FLOAT_PARAM)
+    return Param(suffix, dtypes, lambda n, k: (1,), values, 0, shared=True)
 
 
-def plain(shape: tuple[int, ...]) -> Sides:
-    """One code a stored element."""
-    return shape[0], shape[1]
+def _transform(suffix: str, side: int) -> Param:
+    """A Kronecker transform of side 0 (left) or 1 (right), square."""
+    shape = lambda n, k: (decompose(k)[side],) * 2  # noqa: E731
+    return Param(suffix, FLOAT_PARAM, shape, "finite", 0, shared=True, serving=True)
+
+
+_STATIC = (
+    _once("input_scale", "positive"),
+    _once("input_offset", "integer", "I8"),  # loaders copy by value: an integral float becomes int8
+    Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
+    Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits"),
+)
+_FLATQUANT = (
+    _transform("left_trans", 0),
+    _transform("right_trans", 1),
+    _once("clip_ratio", "ratio"),
+)
 
 
 def _pairs(shape: tuple[int, ...]) -> Sides:
@@ -55,7 +64,7 @@ def per_row(blocks: Blocks) -> Tensor:
 
 
 def _by_deq(blocks: Blocks) -> Tensor:
-    """W8A8 has no weight_scale: deq_scale * r, as inputs are multiplied with r."""
+    """W8A8 has no weight_scale: it is deq_scale * r, as the engine multiplies inputs with r."""
     deq, serving = deq_from_stored(blocks["deq_scale"])
     return blocks["weight"].float() * (deq * multiplier(blocks["input_scale"].to(serving))).unsqueeze(
         -1
@@ -63,7 +72,7 @@ def _by_deq(blocks: Blocks) -> Tensor:
 
 
 def nibbles(packed: Tensor) -> Tensor:
-    """int8 [n / 2, k] -> int8 [n, k]: even rows stand in the low nibbles."""
+    """int8 [n / 2, k] -> int8 [n, k]: even rows are in the low nibbles."""
     low, high = packed << 4 >> 4, packed >> 4
     return torch.stack([low, high], 1).view(-1, packed.shape[1])
 
@@ -81,160 +90,102 @@ def _mx(blocks: Blocks) -> Tensor:
 
 
 def kronecker(blocks: Blocks) -> Tensor:
-    """W = L W' R^T for each row as a matrix [L, R]: inputs come as L^T X R."""
+    """W = L W' R^T for each row as a matrix [L, R]: the engine transforms inputs to L^T X R."""
     rows = per_row(blocks)
     left, right = blocks["left_trans"].float(), blocks["right_trans"].float()
     return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
 
 
-_FLATQUANT = (
-    Param("left_trans", _FLOATS, lambda n, k: (decompose(k)[0],) * 2, "finite", 0, shared=True),
-    Param("right_trans", _FLOATS, lambda n, k: (decompose(k)[1],) * 2, "finite", 0, shared=True),
-    Param("clip_ratio", _FLOATS, lambda n, k: (1,), "ratio", 0, shared=True),
-)
-_SCALE_BIAS = Param("scale_bias", _FLOATS, lambda n, k: (n, SLICES), "finite")
-
-LAYOUTS = {
-    layout.label: layout
-    for layout in (
-        Layout(
-            "W8A8",
-            "int8",
-            (_weight("I8"), *_static(), _scale(False), _offset()),
-            _by_deq,
-            plain,
-        ),
-        Layout("W8A8_MIX", "int8", (_weight("I8"), *_static(), _scale(), _offset()), per_row, plain),
-        Layout(
-            "W8A8_DYNAMIC", "int8", (_weight("I8"), _scale(), _offset()), per_row, plain, experts=True
-        ),
-        Layout(
-            "W8A16",
-            "int8",
-            (
-                _weight("I8"),
-                _scale(),
-                Param("weight_offset", _FLOATS, lambda n, k: (n, 1), "zero"),
-            ),
-            per_row,
-            plain,
-        ),
-        Layout(
-            "W8A8FP8_DYNAMIC",
-            "fp8_e4m3",
-            (_weight("F8_E4M3", "fp8"), _scale(), _offset()),
-            per_row,
-            plain,
-            experts=True,
-        ),
-        Layout(
-            "W8A8_MXFP8",
-            "mxfp8",
-            (
-                _weight("F8_E4M3", "fp8"),
-                Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent"),
-            ),
-            _mx,
-            plain,
-            experts=True,
-        ),
-        Layout(
-            "W4A8_DYNAMIC",
-            "int4",
-            (
-                Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2),
-                _scale(),
-                _offset(),
-                _SCALE_BIAS,
-            ),
-            _w4a8,
-            _pairs,
-            experts=True,
-            note="no engine that is known loads this: W4A8_DYNAMIC is for experts alone from "
-            "2026-08 on, and needed groups in other modules before",
-        ),
-        Layout("W4A4_DYNAMIC", "int4", (_weight("I8", "int4"), _scale(), _offset()), per_row, plain),
-        Layout(
-            "W4A4_FLATQUANT_DYNAMIC",
-            "int4",
-            (_weight("I8", "int4"), _scale(), _offset(), *_FLATQUANT),
-            kronecker,
-            plain,
-        ),
-    )
-}
-# What another producer writes, and what the engine has instead.
-MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
-
-
 @dataclass(frozen=True)
-class Tag:
-    """A scheme as the engine registers it."""
+class QuantType(Layout):
+    """A quantization type of the engine.
 
-    label: str
-    loads_on: str
-    experts: bool = False  # registered for mixtures of experts too
-    scale_in_float32: bool = False  # else the loader rounds weight_scale to the serving dtype
-    stores_scale: bool = True  # weight_scale and weight_offset are registered and used
-    static: bool = False  # inputs are quantized with a stored scale
+    loads_on:         engine versions and hardware, for types that this tool writes.
+    scale_in_float32: the engine keeps weight_scale in float32; otherwise its loader rounds it to the
+                      serving dtype.
+    """
+
+    loads_on: str = ""
+    scale_in_float32: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are quantized with a stored scale."""
+        return any(param.suffix == "deq_scale" for param in self.params)
+
+    @property
+    def stores_scale(self) -> bool:
+        """Whether the engine computes with weight_scale."""
+        return any(param.suffix == "weight_scale" and param.required for param in self.params)
 
 
-_INT8 = Operand("int8", "channel")
+def _type(
+    label: str, kind: str, *params: Param, dequantize: Callable[[Blocks], Tensor] = per_row, **more: Any
+) -> QuantType:
+    return QuantType(label, kind, params, dequantize, **more)
 
-_INT4 = Operand("int4", "channel")
 
-_FP8 = Operand("fp8_e4m3", "channel")
+def _a2_a3(version: str) -> str:
+    return f"vLLM-Ascend {version} and later on Atlas A2, A3 (910B, 910C)"
 
-_TOKEN = Operand("int8", "token", dynamic=True)
 
-_A2_A3 = "Atlas A2, A3 (910B, 910C)"
-
-_W8A8 = Tag(
-    "W8A8",
-    f"vLLM-Ascend 0.11 and later on {_A2_A3}",
-    scale_in_float32=True,
-    stores_scale=False,
-    static=True,
+_I8, _I4, _F8 = _weight("I8"), _weight("I8", "int4"), _weight("F8_E4M3", "fp8")
+_I4_PAIRS = Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2)
+_SCALES = (_scale(), _offset())
+_EXPONENTS = Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent")
+_SCALE_BIAS = Param("scale_bias", FLOAT_PARAM, lambda n, k: (n, SLICES), "finite")
+_OLD_W4A8 = (
+    "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and in other "
+    "modules it needed groups before"
 )
-
-_W8A8_MIX = Tag("W8A8_MIX", f"vLLM-Ascend 0.13 and later on {_A2_A3}", static=True)
-
-# In the order in which `model_quant_type` prefers them.
-TAGS: dict[Numerics, Tag] = {
-    Numerics(_INT4, Operand("int4", "token", dynamic=True), transform="kronecker"): Tag(
-        "W4A4_FLATQUANT_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}", scale_in_float32=True
-    ),
-    Numerics(_INT4, Operand("int4", "token", dynamic=True)): Tag(
-        "W4A4_DYNAMIC", f"vLLM-Ascend 0.18 and later on {_A2_A3}", scale_in_float32=True
-    ),
-    **{
-        Numerics(_INT8, Operand("int8", "tensor", symmetric=symmetric), _TOKEN): _W8A8_MIX
-        for symmetric in (False, True)
-    },
-    Numerics(_INT8, _TOKEN): Tag(
-        "W8A8_DYNAMIC", f"vLLM-Ascend 0.11 and later on {_A2_A3}, 310P", experts=True
-    ),
-    Numerics(_FP8, Operand("fp8_e4m3", "token", dynamic=True)): Tag(
-        "W8A8FP8_DYNAMIC",
-        "vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)",
-        experts=True,
-        scale_in_float32=True,
-    ),
-    Numerics(_INT8, None): Tag("W8A16", f"vLLM-Ascend 0.13 and later on {_A2_A3}"),
-    **{
-        Numerics(_INT8, Operand("int8", "tensor", symmetric=symmetric)): _W8A8
-        for symmetric in (False, True)
-    },
+# All types by label. Source: vllm-ascend 182b75ea84, quantization/methods/*.py, a class for each type,
+# and its older tags for the first version; loaders: quantization/method_adapters.py:47-118.
+TYPES = {
+    t.label: t
+    for t in (
+        _type("W8A8", "int8", _I8, *_STATIC, _scale(required=False), _offset(), dequantize=_by_deq,
+              loads_on=_a2_a3("0.11"), scale_in_float32=True),
+        _type("W8A8_MIX", "int8", _I8, *_STATIC, *_SCALES, loads_on=_a2_a3("0.13")),
+        _type("W8A8_DYNAMIC", "int8", _I8, *_SCALES, experts=True, loads_on=_a2_a3("0.11") + ", 310P"),
+        _type("W8A16", "int8", _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
+        _type("W8A8FP8_DYNAMIC", "fp8_e4m3", _F8, *_SCALES, experts=True, scale_in_float32=True,
+              loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
+        _type("W8A8_MXFP8", "mxfp8", _F8, _EXPONENTS, dequantize=_mx, experts=True),
+        _type("W4A8_DYNAMIC", "int4", _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
+              sides=_pairs, experts=True, note=_OLD_W4A8),
+        _type("W4A4_DYNAMIC", "int4", _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
+        _type("W4A4_FLATQUANT_DYNAMIC", "int4", _I4, *_SCALES, *_FLATQUANT, dequantize=kronecker,
+              loads_on=_a2_a3("0.11"), scale_in_float32=True),
+    )
+}  # fmt: skip
+_INT8 = Operand("int8", "channel")
+_INT8_TOKEN = Operand("int8", "token", dynamic=True)
+_INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
+_INT4_BOTH = (Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
+_FP8_BOTH = (Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
+# The types that are written, in the order in which `model_quant_type` prefers them.
+# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
+WRITTEN: dict[Numerics, QuantType] = {
+    Numerics(*_INT4_BOTH, transform="kronecker"): TYPES["W4A4_FLATQUANT_DYNAMIC"],
+    Numerics(*_INT4_BOTH): TYPES["W4A4_DYNAMIC"],
+    **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
+    Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
+    Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
+    Numerics(_INT8, None): TYPES["W8A16"],
+    **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }
-
-# What modules with transformed inputs have beside their codes, once each.
+# Types of other producers, and the engine's name for each.
+# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
+MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
+# Stored tensors of modules with transformed inputs, one each.
 TRANSFORM = ("left_trans", "right_trans", "clip_ratio")
 
 
 def deq_to_store(deq: Tensor, serving: torch.dtype) -> Tensor:
-    """deq_scale as the engine's parameter has it: float32, or int64 where it serves in float16.
+    """deq_scale as the engine registers it: float32, or int64 if it serves in float16.
 
-    The int64 holds the bits of the float32 in its low half, and zeros.
+    The low half of the int64 holds the bits of the float32, the high half zeros.
+    Source: vllm-ascend 182b75ea84, quantization/methods/w8a8_static.py:58-141.
     """
     if serving != torch.float16:
         return deq
@@ -242,7 +193,7 @@ def deq_to_store(deq: Tensor, serving: torch.dtype) -> Tensor:
 
 
 def deq_from_stored(stored: Tensor) -> tuple[Tensor, torch.dtype]:
-    """deq_scale in float32 and the serving dtype that its storage tells of."""
+    """deq_scale in float32, and the serving dtype that follows from its stored dtype."""
     if stored.dtype == torch.int64:
         return stored.to(torch.int32).view(torch.float32), torch.float16
     return stored, torch.bfloat16

@@ -1,4 +1,4 @@
-"""`quantization_config` of any producer, untrusted: groups with numerics, and the group of a module."""
+"""`quantization_config` of compressed-tensors: written, and read from any producer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics, Operand
-from quantcli.targets.base import PlannedCheckpoint
+from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
-from quantcli.targets.vllm_family import absent_head, is_head, is_linear
+from quantcli.targets.vllm_family import float_linears, is_head
 
 _LONGEST = 1000  # of a regular expression
-# Repeating what repeats: `(a+)+` takes for ever on names that nearly match.
+# A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
 _EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
-_PLAIN = frozenset({"int-quantized", "float-quantized", "naive-quantized"})
-_AGAIN = "convert the model again"
+_PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One of `config_groups`. kind is None where this version cannot tell what engines make of it."""
+    """One of `config_groups`. kind is None if this version does not know how engines load it."""
 
     name: str
     targets: tuple[str, ...]
@@ -34,52 +33,53 @@ class ConfigGroup:
 
 @dataclass
 class ConfigGroups:
-    """All of them, and what is wrong with them."""
+    """All groups, with the findings of their faults."""
 
     groups: list[ConfigGroup] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
-    def patterns(self, kind: str) -> dict[str, str]:
-        """Targets, or what is ignored, each with the name of its group or nothing."""
-        if kind == "ignore":
-            return dict.fromkeys(self.ignore, "")
+    def patterns(self) -> dict[str, str]:
+        """The targets of all groups, each with the name of its group."""
         return {target: group.name for group in self.groups for target in group.targets}
 
 
 def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
-    """What the engine takes from `quantization_config`. Never raises."""
-    found = ConfigGroups()
+    """The groups of an untrusted `quantization_config`. Never raises: faults are findings."""
+    config = ConfigGroups()
     top = block.get("format")
     tables = block.get("config_groups")
     if not isinstance(tables, dict) or not tables:
-        found.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
+        config.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
         tables = {}
     for name, table in tables.items():
         place = f"config_groups.{name}"
         if not isinstance(table, dict) or not _strings(table.get("targets")):
-            found.findings.append(_wrong(f"`{place}` has no list of `targets`"))
+            config.findings.append(_wrong(f"`{place}` has no list of `targets`"))
             continue
         if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
-            found.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
+            config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
-        group, wrong = _group(name, table, top)
-        found.groups.append(group)
-        found.findings += [_wrong(f"`{place}` {what}") for what in wrong]
+        numerics = kind = None
+        try:
+            numerics, kind = _group(table, top)
+        except _Unknown as reason:
+            config.findings.append(_wrong(f"`{place}` {reason}"))
+        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind))
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
-        found.findings.append(_wrong("`ignore` is not a list of names"))
+        config.findings.append(_wrong("`ignore` is not a list of names"))
     elif ignore:
-        found.ignore = list(ignore)
-    found.findings += _beside(block)
-    found.findings += [
-        _wrong(what) for p in (*found.patterns("targets"), *found.ignore) if (what := _bad_pattern(p))
+        config.ignore = list(ignore)
+    config.findings += _other_keys(block)
+    config.findings += [
+        _wrong(what) for p in (*config.patterns(), *config.ignore) if (what := _bad_pattern(p))
     ]
-    return found
+    return config
 
 
-def _beside(block: Mapping[str, Any]) -> Iterator[Finding]:
-    """What else stands in it."""
+def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings of keys other than groups, `format` and `ignore`."""
     sparse = block.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("targets"):
         yield _wrong("has a `sparsity_config` with targets, which engines refuse")
@@ -87,40 +87,37 @@ def _beside(block: Mapping[str, Any]) -> Iterator[Finding]:
         yield _wrong("has a `transform_config`, which this version cannot verify")
 
 
-def _group(name: str, table: Mapping[str, Any], top: Any) -> tuple[ConfigGroup, list[str]]:
-    targets = tuple(table["targets"])
-    unknown = ConfigGroup(name, targets, None, None)
-    own = table.get("format")
-    form = top if own is None else own
-    if form not in {*_PLAIN, "pack-quantized"}:
-        return unknown, [f"has the format {form!r:.40}, which this version does not know"]
+class _Unknown(Exception):
+    """Raised for a group that this version cannot read; the text says why."""
+
+
+def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
+    """The numerics of a group and their kind; top: the `format` of all groups. Raises _Unknown."""
+    form = top if table.get("format") is None else table["format"]
+    if form not in ("pack-quantized", *_PLAIN):
+        raise _Unknown(f"has the format {form!r:.40}, which this version does not know")
     weights, inputs = table.get("weights"), table.get("input_activations")
     if not isinstance(weights, dict):
-        return unknown, ["says nothing of `weights`"]
+        raise _Unknown("says nothing of `weights`")
     if table.get("output_activations"):
-        return unknown, ["quantizes outputs, which this version cannot verify"]
+        raise _Unknown("quantizes outputs, which this version cannot verify")
     actorder = weights.get("actorder")
     if actorder is True or str(actorder).lower() in {"group", "dynamic"}:
-        return unknown, [
+        raise _Unknown(
             f"orders columns by activations (actorder {actorder!r:.20}), which engines refuse"
-        ]
-    try:
-        x = None if inputs is None else _operand(inputs)
-        numerics = Numerics(_operand(weights), x)
-    except _Unknown as error:
-        return unknown, [str(error)]
+        )
+    numerics = Numerics(_operand(weights), None if inputs is None else _operand(inputs))
     kind = kind_of(numerics, form == "pack-quantized")
-    if kind is None or (form not in {kind.format, "naive-quantized"}):
-        return unknown, [f"is a combination that the engine has nothing for, in {form}"]
-    return ConfigGroup(name, targets, numerics, kind), []
-
-
-class _Unknown(Exception):
-    """Numbers that this version has no words for."""
+    if kind is None or form not in {kind.format, "naive-quantized"}:
+        raise _Unknown(f"is a combination that the engine has no scheme for, in {form}")
+    return numerics, kind
 
 
 def _operand(table: Any) -> Operand:
-    """QuantizationArgs, as compressed-tensors reads them: what is left out follows from the rest."""
+    """QuantizationArgs as compressed-tensors reads them: keys left out follow from the others.
+
+    Source: compressed-tensors 0.17.0, quantization/quant_args.py:169-345.
+    """
     if not isinstance(table, dict):
         raise _Unknown(f"describes numbers with {table!r:.40}")
     bits, kind, group = table.get("num_bits", 8), table.get("type", "int"), table.get("group_size")
@@ -131,7 +128,7 @@ def _operand(table: Any) -> Operand:
         raise _Unknown(
             f"has {kind!r:.20} numbers of {bits!r:.20} bits, which this version does not know"
         )
-    if table.get("scale_dtype") not in {None, "torch.float32", "torch.bfloat16", "torch.float16"}:
+    if table.get("scale_dtype") not in (None, "torch.float32", "torch.bfloat16", "torch.float16"):
         raise _Unknown(f"has scales of {table['scale_dtype']!r:.40}, which this version does not know")
     if group is not None and (type(group) is not int or group < -1 or group == 0):
         raise _Unknown(f"has a group_size of {group!r:.20}")
@@ -150,7 +147,7 @@ def _operand(table: Any) -> Operand:
         ):
             raise _Unknown(f"has blocks of {sides!r:.40}")
         block = (sides[0], sides[1])
-    elif per not in {"tensor", "channel", "token"}:
+    elif per not in ("tensor", "channel", "token"):
         raise _Unknown(f"has the strategy {per!r:.40}, which this version does not know")
     symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
     if type(symmetric) is not bool or type(dynamic) is not bool:
@@ -163,6 +160,7 @@ def _strings(value: Any) -> bool:
 
 
 def _bad_pattern(pattern: str) -> str | None:
+    """The reason why names cannot be matched with a pattern; None if they can."""
     if not pattern.startswith("re:"):
         return None
     if len(pattern) > _LONGEST or _EXPENSIVE.search(pattern):
@@ -180,29 +178,22 @@ def usable(pattern: str) -> bool:
 
 
 def _wrong(what: str) -> Finding:
-    return failed("config", f"quantization_config {what}", CONFIG, _AGAIN)
+    return failed("config", f"quantization_config {what}", CONFIG, AGAIN)
 
 
-MOST_NAMES = 512  # that one list has: more are folded into regular expressions
-
+MOST_NAMES = 512  # in one list; more are folded into regular expressions
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
-
-_HOLE = "\0"
+_HOLE = "\0"  # stands for a number
 
 
 def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) -> dict[str, Any]:
     """The whole object. `kinds` has every numerics of the output."""
     groups: dict[Numerics, list[str]] = defaultdict(list)
-    floats = []
     for module in output.modules:
         if module.numerics is not None:
             groups[module.numerics].append(module.name)
-        elif is_linear(module):
-            floats.append(module.name)
-    if head := absent_head(output.tensors):
-        floats.append(head.removesuffix(".weight"))
+    floats = float_linears(output)
     formats = {kinds[numerics].format for numerics in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -224,7 +215,7 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
 
 
 def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:
-    """`Linear` where nothing else is quantized; else names, as engines match those first."""
+    """`Linear` if no other group is quantized; otherwise names, as engines match those first."""
     if len(modules) == len(quantized):
         return ["Linear", *filter(is_head, modules)]
     members = set(modules)
@@ -232,7 +223,7 @@ def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[
 
 
 def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Names as they are; of many, regular expressions that match all of them and none of `others`.
+    """The names; for many, regular expressions that match all of them and none of `others`.
 
     Engines rename the beginnings of names (`model.language_model.` becomes `language_model.model.`) in
     exact names but not in regular expressions. So these begin at the first layer's number.
@@ -240,26 +231,26 @@ def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
     if len(modules) <= MOST_NAMES:
         return list(modules)
     folded: list[str] = []
-    left = list(modules)
-    rest = list(others)
+    names = list(modules)
+    other_names = list(others)
     for number in (_NUMBER, _LAST_NUMBER):
-        taken = {tail for name in rest for tail in _tails(number.sub(_HOLE, name))}
-        families = {name: _tail(number, name) for name in left}
-        good = {tail for tail in families.values() if _HOLE in tail and tail not in taken}
-        folded += [_expression(tail) for tail in dict.fromkeys(families.values()) if tail in good]
-        left = [name for name in left if families[name] not in good]
-    return [*folded, *left]
+        tails = {tail for name in other_names for tail in _tails(number.sub(_HOLE, name))}
+        families = {name: _tail(number, name) for name in names}
+        unique = {tail for tail in families.values() if _HOLE in tail and tail not in tails}
+        folded += [_expression(tail) for tail in dict.fromkeys(families.values()) if tail in unique]
+        names = [name for name in names if families[name] not in unique]
+    return [*folded, *names]
 
 
 def _tail(number: re.Pattern[str], name: str) -> str:
-    """A name from the part before its first number on, with holes for numbers."""
+    """The end of a name, from the part before its first number on, with holes for numbers."""
     match = _NUMBER.search(name)
     start = 0 if match is None else name.rfind(".", 0, match.start() - 1) + 1
     return number.sub(_HOLE, name)[start:] if start else number.sub(_HOLE, name)
 
 
 def _tails(folded: str) -> Iterator[str]:
-    """A name and all that remains of it without its first parts."""
+    """A name, and its ends without the first parts."""
     parts = folded.split(".")
     for start in range(len(parts)):
         yield ".".join(parts[start:])

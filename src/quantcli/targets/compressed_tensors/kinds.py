@@ -1,4 +1,4 @@
-"""What vLLM takes in compressed-tensors: which numerics, under which formats, stored how."""
+"""Numerics that vLLM loads from compressed-tensors checkpoints, and how each is stored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Kind:
     """One way to store a module.
 
     label:     unique among numerics.
-    format:    as the engine's `format`: codes packed into int32, or one an element.
+    format:    the engine's `format`: codes packed into int32, or one in each element.
     bits:      of a code of weights.
-    in_serving_dtype: the engine registers weight_scale in the serving dtype, else in float32.
-    experts:   mixtures of experts have it too.
+    in_serving_dtype: the engine registers weight_scale in the serving dtype, otherwise in float32.
+    experts:   the engine has it for mixtures of experts, too.
     """
 
     label: str
@@ -29,7 +29,7 @@ class Kind:
 
     @property
     def packed(self) -> bool:
-        """Whether codes stand in int32, 32 / bits of them."""
+        """Whether each int32 holds 32 / bits codes."""
         return self.format == "pack-quantized"
 
 
@@ -37,7 +37,10 @@ _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
 _NVIDIA = "NVIDIA GPUs"
-_LOADS_ON = (  # by what a label holds; the first that fits
+# By a part of the label; the first that fits.
+# Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
+# 182b75ea84, quantization/compressed_tensors_config.py.
+_LOADS_ON = (
     ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
     ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
     ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
@@ -56,9 +59,12 @@ _LOADS_ON = (  # by what a label holds; the first that fits
 
 
 def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
-    """How these numerics are stored; None where the engine has nothing for them.
+    """The kind in which these numerics are stored; None if the engine has no scheme for them.
 
-    packed: as the checkpoint has it; None: as this tool writes it. Where both exist they are two kinds.
+    packed: whether a checkpoint has packed codes; None: as this tool writes it. Numerics that the
+            engine loads in both ways have two kinds.
+    Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/, for linears
+    compressed_tensors.py:513-946, for experts compressed_tensors_moe/compressed_tensors_moe.py:60-201.
     """
     weight, x = numerics.weight, numerics.input
     if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":
@@ -86,11 +92,11 @@ def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
 
 
 def _weight_only(weight: Operand) -> Kind | None:
-    cut = _cut(weight)
-    if cut is None:
+    share = _share(weight)
+    if share is None:
         return None
     bits = int(weight.dtype[3:])
-    label = f"{weight.dtype} {cut} W{bits}A16" + _offset(weight)
+    label = f"{weight.dtype} {share} W{bits}A16" + _offset(weight)
     return Kind(label, "pack-quantized", bits, True, experts=True)
 
 
@@ -99,23 +105,23 @@ def _integers(weight: Operand, x: Operand, packed: bool) -> Kind | None:
         return None
     if x.dynamic != (x.per == "token"):
         return None
-    cut = _cut(weight)
+    share = _share(weight)
     if weight.dtype == "int8" and weight.per in {"channel", "tensor"} and not packed:
         label = f"int8 W8A8 {'dynamic' if x.dynamic else 'static'}" + _offset(x)
         label += " per tensor" if weight.per == "tensor" else ""
         return Kind(label, "int-quantized", 8, experts=x.dynamic and weight.per == "channel")
-    if cut is None or not x.dynamic:
+    if share is None or not x.dynamic:
         return None
     bits = int(weight.dtype[3:])
     if packed and x.symmetric:
-        return Kind(f"{weight.dtype} {cut} W{bits}A8 packed", "pack-quantized", bits, True)
+        return Kind(f"{weight.dtype} {share} W{bits}A8 packed", "pack-quantized", bits, True)
     if weight.dtype == "int4" and not packed:
-        return Kind(f"int4 {cut} W4A8" + _offset(x), "int-quantized", 4, True, experts=True)
+        return Kind(f"int4 {share} W4A8" + _offset(x), "int-quantized", 4, True, experts=True)
     return None
 
 
-def _cut(weight: Operand) -> str | None:
-    """What shares a scale, of what rows are cut into; None where rows are not."""
+def _share(weight: Operand) -> str | None:
+    """The part of a row that shares a scale: "channel", or such as "g128"; None for tensors, blocks."""
     group = group_size(weight)
     if weight.per == "channel":
         return "channel"
@@ -127,17 +133,17 @@ def _offset(operand: Operand) -> str:
 
 
 def group_size(operand: Operand) -> int | None:
-    """Columns that share a scale; None where a whole row does."""
+    """Columns of a row that share a scale; None if the operand has no groups."""
     return operand.block[1] if operand.per == "group" and operand.block else None
 
 
 def loads_on(label: str) -> str:
     """Engines and hardware for a label."""
-    return next(where for word, where in _LOADS_ON if word in label)
+    return next(engines for part, engines in _LOADS_ON if part in label)
 
 
 def arguments(operand: Operand) -> dict[str, Any]:
-    """An operand as config.json has it: QuantizationArgs of compressed-tensors."""
+    """An operand as QuantizationArgs of compressed-tensors, for config.json."""
     bits, kind = (8, "float") if operand.dtype == "fp8_e4m3" else (int(operand.dtype[3:]), "int")
     table: dict[str, Any] = {
         "num_bits": bits,
@@ -151,11 +157,3 @@ def arguments(operand: Operand) -> dict[str, Any]:
     if operand.per == "block" and operand.block:
         table["block_structure"] = list(operand.block)
     return table
-
-
-def static_inputs(numerics: Numerics) -> bool:
-    """Whether inputs are quantized with a stored scale."""
-    return numerics.input is not None and not numerics.input.dynamic
-
-
-FLOAT = "float"

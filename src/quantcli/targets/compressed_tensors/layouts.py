@@ -10,12 +10,20 @@ from torch import Tensor
 from quantcli.core import codes
 from quantcli.core.codes import code_values, scale_groups
 from quantcli.core.numerics import Numerics
-from quantcli.targets.compressed_tensors.kinds import Kind, group_size, static_inputs
-from quantcli.targets.layouts import Blocks, Layout, Param, Sides, Values
+from quantcli.targets.compressed_tensors.kinds import Kind, group_size
+from quantcli.targets.layouts import (
+    FLOAT_PARAM,
+    Blocks,
+    Layout,
+    Param,
+    Sides,
+    Values,
+    block_scale,
+    module_scale,
+    static_inputs,
+)
 
-# Loaders copy by value, into float32 or the serving dtype.
-_FLOATS = ("F32", "BF16", "F16")
-# What another producer may store beside: the engine has no place for it.
+# Suffixes of parameters of quantized modules, in any scheme of any producer.
 SUFFIXES = frozenset(
     {
         "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale",
@@ -33,10 +41,10 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
         params.append(Param("weight_shape", ("I64", "I32"), lambda n, k: (2,), "codes", 0))
     if not weight.symmetric:
         params.append(_zero_point(numerics, kind))
-    one = lambda n, k: (1,)  # noqa: E731
     if static_inputs(numerics):
-        params.append(Param("input_scale", _FLOATS, one, "positive", 0, shared=True, scalar=True))
+        params.append(module_scale("input_scale", shared=True))
         if numerics.input and not numerics.input.symmetric:
+            one = lambda n, k: (1,)  # noqa: E731
             params.append(Param("input_zero_point", ("I8",), one, "codes", 0, shared=True, scalar=True))
 
     def dequantize(blocks: Blocks) -> Tensor:
@@ -47,7 +55,7 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
         return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
 
     def sides(shape: tuple[int, ...]) -> Sides:
-        """Of packed codes, columns may be fewer: then weight_shape says so."""
+        """n and k; packed codes may have fewer columns, which only weight_shape records."""
         return shape[0], shape[1] * (32 // kind.bits if kind.packed else 1)
 
     return Layout(kind.label, weight.dtype, tuple(params), dequantize, sides, experts=kind.experts)
@@ -65,23 +73,14 @@ def _codes(numerics: Numerics, kind: Kind) -> Param:
 def _weight_scale(numerics: Numerics) -> Param:
     weight = numerics.weight
     if weight.per == "tensor":
-        one = lambda n, k: (1,)  # noqa: E731
-        return Param("weight_scale", _FLOATS, one, "positive", 0, scalar=True)
+        return module_scale("weight_scale")
     if weight.per == "block" and weight.block:
-        rows, columns = weight.block
-        return Param(
-            "weight_scale",
-            _FLOATS,
-            lambda n, k: (-(-n // rows), -(-k // columns)),
-            "positive",
-            rows,
-            spread=True,
-        )
-    return Param("weight_scale", _FLOATS, lambda n, k: (n, _groups(numerics, k)), "positive")
+        return block_scale("weight_scale", FLOAT_PARAM, *weight.block)
+    return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, _groups(numerics, k)), "positive")
 
 
 def _zero_point(numerics: Numerics, kind: Kind) -> Param:
-    """Codes for zero, packed like weights but along rows."""
+    """Zero points, packed like weights but along rows."""
     each = 32 // kind.bits
     shape = lambda n, k: (-(-n // each), _groups(numerics, k))  # noqa: E731
     return Param("weight_zero_point", ("I32",), shape, "codes", each)
@@ -94,7 +93,7 @@ def _groups(numerics: Numerics, k: int) -> int:
 
 
 def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
-    """Codes less their zero points: float32 [rows, k]."""
+    """Codes minus their zero points: float32 [rows, k]."""
     if not kind.packed:
         return code_values(blocks["weight"])
     k = int(blocks["weight_shape"][1])

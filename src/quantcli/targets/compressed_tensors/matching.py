@@ -1,4 +1,4 @@
-"""Which group a module is in, as vLLM looks it up: by its name, by its siblings', by its class."""
+"""The config group of a module, as vLLM looks it up: by its name, its siblings' names, its class."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
 from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups, usable
-from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FUSED, is_head
+from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, is_head, last_part, sibling_names
 
-# What the engine calls the parameter that it makes of siblings: it looks that name up first.
-_FUSED_NAMES = {
+# The engine's names for fused siblings: it looks these up first.
+# Source: as for FUSED, the keys of packed_modules_mapping.
+_FUSED_NAMES: dict[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
     ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
     ("in_proj_b", "in_proj_a"): "in_proj_ba",
     ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
 }
-# Classes of the engine's modules; a target that is part of such a name is for them.
+# Classes of the engine's linears; a target that is part of such a name is for them.
+# Sources: vllm 0.32.0, model_executor/layers/linear.py; the order of look-ups in find_matched_target of
+# model_executor/layers/quantization/compressed_tensors/utils.py.
 _LINEARS: tuple[str, ...] = (
     "columnparallellinear",
     "rowparallellinear",
@@ -28,7 +31,7 @@ _LINEARS: tuple[str, ...] = (
 
 
 class _Patterns:
-    """Names and regular expressions, the first of which counts."""
+    """Names and regular expressions in order; the first that matches counts."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self.exact: dict[str, int] = {}
@@ -41,32 +44,34 @@ class _Patterns:
                 self.expressions.append((place, re.compile(pattern[3:])))
 
     def first(self, name: str) -> str | None:
-        """The first pattern that a name is, or begins with a match of."""
-        places = [place for place, found in self.expressions if found.match(name)]
+        """The first pattern that equals a name, or that its beginning matches."""
+        places = [place for place, expression in self.expressions if expression.match(name)]
         if name in self.exact:
             places.append(self.exact[name])
         return self.all[min(places)] if places else None
 
 
 class GroupMatcher:
-    """Modules by group. Fused siblings of experts are looked up one by one."""
+    """Looks up the groups of modules. Fused siblings of experts are looked up one by one.
+
+    modules: names of all modules in the checkpoint.
+    """
 
     def __init__(self, groups: ConfigGroups, modules: Collection[str]) -> None:
-        """modules: names of all that there are."""
         self._modules = modules
-        self._targets = _Patterns(groups.patterns("targets"))
+        self._targets = _Patterns(groups.patterns())
         self._ignore = _Patterns(groups.ignore)
-        self._names = groups.patterns("targets")
+        self._names = groups.patterns()
         self._groups: Mapping[str, ConfigGroup] = {group.name: group for group in groups.groups}
         self._class = [t for t in self._targets.all if not t.startswith("re:")]
         self.group = cache(self._group)
 
     def ignored(self, module: str) -> bool:
-        """Whether a module, or what the engine makes of it and its siblings, is in `ignore`."""
+        """Whether `ignore` has a module's name or its fused name."""
         return any(self._ignore.first(name) for name in (self._fused(module), module) if name)
 
     def _group(self, module: str) -> ConfigGroup | None:
-        """The group of a module that is not ignored; None: it is float."""
+        """The group of a module that is not ignored; None if it has none and stays float."""
         fused, parts = self._fused(module), self._parts(module)
         if target := (self._targets.first(fused) if fused else None):
             return self._of(target)
@@ -76,32 +81,31 @@ class GroupMatcher:
         kinds = _LINEARS
         if is_head(module):
             kinds = ("parallellmhead",)
-        elif module.rpartition(".")[2] in EMBEDDINGS:
+        elif last_part(module) in EMBEDDINGS:
             kinds = ("vocabparallelembedding",)
         by_class = (t for t in self._class if any(t.lower() in kind for kind in kinds))
-        found = next(by_class, None)
-        return self._of(found) if found is not None else None
+        target = next(by_class, None)
+        return self._of(target) if target is not None else None
 
     def _of(self, target: str) -> ConfigGroup:
         return self._groups[self._names[target]]
 
     def alone(self, module: str) -> ConfigGroup | None:
-        """The group that the module's own name is in."""
+        """The group of the module's own name, whatever its siblings are in."""
         target = self._targets.first(module)
         return self._of(target) if target else None
 
     def _parts(self, module: str) -> list[str]:
-        """Names of the unfused modules that must all match."""
-        parent, _, last = module.rpartition(".")
-        group = next((group for group in FUSED if last in group), None)
-        if group not in _FUSED_NAMES or EXPERT.fullmatch(module):
+        """Names of the siblings that must all match, or of the module alone."""
+        if self._fused(module) is None:
             return [module]
-        parts = [f"{parent}.{part}" if parent else part for part in group]
+        prefix = module.removesuffix(last_part(module))
+        parts = [prefix + part for part in sibling_names(module)]
         return [part for part in parts if part in self._modules or part == module]
 
     def _fused(self, module: str) -> str | None:
-        parent, _, last = module.rpartition(".")
-        group = next((group for group in FUSED if last in group), None)
-        if group not in _FUSED_NAMES or EXPERT.fullmatch(module):
+        """The engine's name for the module and its siblings; None if it looks the module up alone."""
+        name = _FUSED_NAMES.get(sibling_names(module))
+        if name is None or EXPERT.fullmatch(module):
             return None
-        return f"{parent}.{_FUSED_NAMES[group]}" if parent else _FUSED_NAMES[group]
+        return module.removesuffix(last_part(module)) + name

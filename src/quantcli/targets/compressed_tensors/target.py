@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts
-from quantcli.targets import sidecars
-from quantcli.targets.base import PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint, Target
-from quantcli.targets.compressed_tensors.config import quantization_config
-from quantcli.targets.compressed_tensors.kinds import (
-    FLOAT,
-    Kind,
-    group_size,
-    kind_of,
-    loads_on,
-    static_inputs,
+from quantcli.targets.base import (
+    KEEP,
+    PlannedCheckpoint,
+    ScalePart,
+    StoredCheckpoint,
+    cannot_store,
 )
+from quantcli.targets.compressed_tensors.config import quantization_config
+from quantcli.targets.compressed_tensors.kinds import Kind, group_size, kind_of, loads_on
 from quantcli.targets.compressed_tensors.layouts import pack_rows, unpack_rows
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
+from quantcli.targets.layouts import static_inputs
+from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
     EXPERT,
     ROUTERS,
+    VllmTarget,
     check_blocks,
-    expert_sets,
-    fused_groups,
-    fused_siblings,
-    is_head,
-    stacked_experts,
+    last_part,
 )
 
-# of the columns that share a scale: what the fast kernel for packed codes takes
+# Values of group_size for which vLLM has the fast kernel for packed codes.
+# Source: vllm 0.32.0, model_executor/layers/quantization/utils/marlin_utils.py:37.
 _MARLIN_GROUPS = (32, 64, 128)
 
 
-class CompressedTensors(Target):
-    """Each scheme a group of `quantization_config`, every other linear in its `ignore`."""
+class CompressedTensors(VllmTarget):
+    """`quantization_config` has a group for each scheme, and an `ignore` list of the float linears."""
 
     name: ClassVar[str] = "compressed-tensors"
 
@@ -55,34 +51,20 @@ class CompressedTensors(Target):
         return loads_on(label)
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
-        """Float32, but for the weight_scale of int4 and of packed codes."""
+        """Float32, except the weight_scale of int4 and of packed codes."""
         in_serving_dtype = part == "weight_scale" and self._kind(numerics).in_serving_dtype
         return serving_dtype if in_serving_dtype else "F32"
-
-    def bias_dtype(self, numerics: Numerics) -> str | None:
-        """As it is."""
-        return None
-
-    def fused_name(self, module: str) -> str | None:
-        """q, k and v; gate and up, also of experts: input_scale, and the scale of whole weights."""
-        return fused_siblings(module)
-
-    def row_multiple(self, numerics: Numerics) -> int:
-        """Rows that share a row of scales."""
-        return (
-            numerics.weight.block[0] if numerics.weight.per == "block" and numerics.weight.block else 1
-        )
 
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """By suffix, with n and k of the weight:
 
-        weight:           int8 or float8_e4m3fn [n, k]; int4 codes are -8..7, one a byte.
+        weight:           int8 or float8_e4m3fn [n, k]; int4 codes are -8..7, one in each byte.
         weight_packed:    int32 [n, k * bits / 32] instead, see pack_rows; and
         weight_shape:     int64 [2], n and k.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
                           [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
-        input_scale:      float32 [1] where inputs are static.
-        input_zero_point: int8 [1] where they are asymmetric: x ~ (xq - zero_point) * input_scale.
+        input_scale:      float32 [1] if inputs are static.
+        input_zero_point: int8 [1] if they are asymmetric: x ~ (xq - zero_point) * input_scale.
         """
         kind = self._kind(numerics)
         scale = parts["weight_scale"]
@@ -119,82 +101,50 @@ class CompressedTensors(Target):
                 parts["input_offset"] = offset.float().reshape(1)
         return parts
 
-    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Fused groups, experts, and what cannot be cut into blocks, groups and words."""
-        return check(modules, tensors, {m.name: self._kind(m.numerics) for m in modules if m.numerics})
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """By the module's name, and by widths that blocks, groups and packed codes do not divide."""
+        assert module.numerics is not None
+        kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
+        if last in EMBEDDINGS:
+            yield "the engine has no quantized embedding of this kind", KEEP
+        if last in ROUTERS:
+            yield ROUTERS[last], KEEP
+        if EXPERT.fullmatch(module.name) and not kind.experts:
+            yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
+        if kind.packed and k % (32 // kind.bits):
+            yield (
+                f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
+                "use an 8-bit scheme for it",
+            )
+        group = group_size(module.numerics.weight)
+        if group and k % group:
+            yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
+        yield from check_blocks(module, labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """What only slower kernels take, and what has not been seen to run."""
-        odd = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
-        if odd := odd.difference(_MARLIN_GROUPS):
+        """Notes on groups that only slower kernels take, and on a quantized head."""
+        sizes = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
+        if slow := sorted(sizes.difference(_MARLIN_GROUPS)):
             yield (
-                f"groups of {', '.join(map(str, sorted(odd)))} load, but the fast kernel takes only "
+                f"groups of {', '.join(map(str, slow))} load, but the fast kernel takes only "
                 f"{', '.join(map(str, _MARLIN_GROUPS))} or whole rows"
             )
-        if any(module.numerics and is_head(module.name) for module in modules):
-            yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+        yield from super().advise(modules)
 
-    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
-        """config.json with `quantization_config`, and the index."""
-        used = {m.numerics for m in output.modules if m.numerics}
-        kinds = {numerics: self._kind(numerics) for numerics in used}
-        block = {"quantization_config": quantization_config(output, kinds)} if used else {}
-        return {**sidecars.config(output, block), **sidecars.index(output)}
+    def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
+        """A group for each of the numerics."""
+        return quantization_config(output, {numerics: self._kind(numerics) for numerics in used})
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        """By what config.json calls it."""
-        return sidecars.quantization_block(checkpoint.config).get("quant_method") == self.name
+        """By `quant_method` in config.json."""
+        return quantization_block(checkpoint.config).get("quant_method") == self.name
 
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
-        """Its modules, and what the engine would stop at or misread."""
+        """A checkpoint of any producer, as vLLM would load it."""
         return CompressedTensorsCheckpoint(checkpoint)
 
     def _kind(self, numerics: Numerics) -> Kind:
         kind = kind_of(numerics)
         if kind is None or not numerics.weight.symmetric or kind.label.endswith("per tensor"):
-            raise InputError(
-                f"target `{self.name}` cannot store {numerics}",
-                fix="see `quantcli inspect --support` for what goes together",
-            )
+            raise cannot_store(self.name, numerics)
         return kind
-
-
-_KEEP = "put a rule with `scheme: keep` for it before the others"
-
-
-def check(
-    modules: Sequence[Module], tensors: Mapping[str, TensorSpec], kinds: Mapping[str, Kind]
-) -> Iterator[Refusal]:
-    """kinds: of every quantized module, by name."""
-    yield from stacked_experts(tensors)
-    labels = {m.name: kinds[m.name].label if m.name in kinds else FLOAT for m in modules}
-    for module in modules:
-        if module.name in kinds:
-            for what, fix in _check_module(module, kinds[module.name], labels):
-                yield Refusal(module.name, what, fix)
-    yield from fused_groups(
-        {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
-    )
-    yield from expert_sets(labels)
-
-
-def _check_module(module: Module, kind: Kind, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    assert module.numerics is not None
-    last = module.name.rpartition(".")[2]
-    _, k = module.shape
-    if last in EMBEDDINGS:
-        yield "the engine has no quantized embedding of this kind", _KEEP
-    if last in ROUTERS:
-        yield ROUTERS[last], _KEEP
-    expert = EXPERT.fullmatch(module.name) is not None
-    if expert and not kind.experts:
-        yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
-    if kind.packed and k % (32 // kind.bits):
-        yield (
-            f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
-            "use an 8-bit scheme for it",
-        )
-    group = group_size(module.numerics.weight)
-    if group and k % group:
-        yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
-    yield from check_blocks(module, labels)

@@ -1,4 +1,4 @@
-"""`quantization_config` of `quant_method: fp8`: written, and read from whoever wrote it."""
+"""`quantization_config` of `quant_method: fp8`: written, and read from any producer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.fp8.kinds import numerics_of
-from quantcli.targets.vllm_family import absent_head, is_linear
+from quantcli.targets.layouts import static_inputs
+from quantcli.targets.vllm_family import float_linears
 
 METHOD = "fp8"
-_KEYS = ("ignored_layers", "modules_to_not_convert")  # the first that is not empty counts
+# Lists of float modules; the first that is not empty counts.
+# Source: vllm 0.32.0, model_executor/layers/quantization/fp8.py:158-170.
+_KEYS = ("ignored_layers", "modules_to_not_convert")
 
 
 def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[str, Any]:
     """The whole object. Engines compare whole names: each linear that stays float has its own."""
-    floats = [m.name for m in output.modules if m.numerics is None and is_linear(m)]
-    if head := absent_head(output.tensors):
-        floats.append(head.removesuffix(".weight"))
-    static = numerics.input is not None and not numerics.input.dynamic
     table: dict[str, Any] = {
         "quant_method": METHOD,
-        "activation_scheme": "static" if static else "dynamic",
+        "activation_scheme": "static" if static_inputs(numerics) else "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": floats,
+        "modules_to_not_convert": float_linears(output),
     }
     if numerics.weight.block:
         table["weight_block_size"] = list(numerics.weight.block)
@@ -36,7 +35,10 @@ def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[s
 
 @dataclass
 class Fp8Config:
-    """What config.json says. numerics: None where that is not known, so that nothing can be read."""
+    """`quantization_config`, read. numerics: None if it is too damaged to tell them.
+
+    ignored: full names of float modules.
+    """
 
     numerics: Numerics | None = None
     ignored: frozenset[str] = frozenset()
@@ -44,9 +46,9 @@ class Fp8Config:
 
 
 def read_config(block: Mapping[str, Any]) -> Fp8Config:
-    """The object as the engine reads it; what is wrong with it is among the findings."""
+    """The object as the engine reads it, untrusted. Never raises: faults are findings."""
     config = Fp8Config(findings=list(_faults(block)))
-    if any(found.severity == "error" for found in config.findings):
+    if any(finding.severity == "error" for finding in config.findings):
         return config
     size = block.get("weight_block_size")
     config.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
@@ -57,7 +59,7 @@ def read_config(block: Mapping[str, Any]) -> Fp8Config:
 
 def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
     if block.get("quant_method") != METHOD:
-        what = "has no quantization_config beside fp8 weights: the engine would take codes for weights"
+        what = "has no quantization_config for its fp8 weights: the engine would take codes for weights"
         yield failed("config", what, CONFIG, f'add it, with "quant_method": "{METHOD}"')
         return
     inputs, size = block.get("activation_scheme"), block.get("weight_block_size")

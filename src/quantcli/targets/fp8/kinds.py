@@ -1,4 +1,4 @@
-"""What vLLM takes under `quant_method: fp8`: which numerics, and what it registers for a module."""
+"""Numerics that vLLM loads under `quant_method: fp8`, and the parameters that it registers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from torch import Tensor
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Numerics, Operand
-from quantcli.targets.layouts import Blocks, Layout, Param
+from quantcli.targets.base import SUPPORT, cannot_store
+from quantcli.targets.layouts import (
+    Blocks,
+    Layout,
+    Param,
+    block_scale,
+    module_scale,
+    static_inputs,
+)
 
 Activations = Literal["static", "dynamic"]
 BLOCK = (128, 128)
-# Loaders copy scales by value into float32; of E8M0 no engine that reads this format is known.
+# Registered parameters and their dtypes: vllm 0.32.0,
+# model_executor/layers/quantization/fp8.py:312-345. Loaders copy scales by value into float32; no known
+# engine reads E8M0 scales in this format.
 _FLOATS = ("F32", "BF16")
-# Other tensors that a quantized module may have; scales of the KV cache go elsewhere.
+# Scales of a quantized module; a cache of keys and values has other scales, which are not checked.
 SUFFIXES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
-_SUPPORT = "see `quantcli inspect --support` for what goes together"
 _HOPPER = "NVIDIA GPUs (Ada, Hopper and later)"
 LOADS_ON = {
     "fp8 tensor dynamic": f"vLLM 0.32 and later, SGLang; {_HOPPER}, AMD (MI300 and later)",
@@ -30,9 +39,9 @@ LOADS_ON = {
 
 
 def numerics_of(activations: Activations, block: tuple[int, int] | None) -> Numerics:
-    """What the engine computes with, from what config.json says. Blocks are of rows and columns."""
+    """The numerics of the engine, from the keys of config.json. block: rows and columns."""
     if block is not None:
-        # inputs share a scale by the rows of a block, as the engine has it; known blocks are square
+        # the engine takes the size of input groups from the rows of a block; known blocks are square
         inputs = Operand("fp8_e4m3", "group", dynamic=True, block=(1, block[0]))
         return Numerics(Operand("fp8_e4m3", "block", block=block), inputs)
     static = Operand("fp8_e4m3", "tensor")
@@ -40,7 +49,7 @@ def numerics_of(activations: Activations, block: tuple[int, int] | None) -> Nume
     return Numerics(static, static if activations == "static" else dynamic)
 
 
-# What is written; of other blocks only what others wrote is read.
+# Labels of the numerics that are written. Other blocks are only read.
 WRITTEN = {
     numerics_of("dynamic", None): "fp8 tensor dynamic",
     numerics_of("static", None): "fp8 tensor static",
@@ -49,12 +58,12 @@ WRITTEN = {
 
 
 def label_of(numerics: Numerics) -> str:
-    """The name of numerics that are written. InputError for others, with the reason."""
+    """The label of numerics that are written. InputError for others, with the reason."""
     if numerics in WRITTEN:
         return WRITTEN[numerics]
     weight, inputs = numerics.weight, numerics.input
     if weight.dtype != "fp8_e4m3":
-        what = f"target `fp8` stores fp8 alone, and no {weight.dtype} weights"
+        what = f"target `fp8` stores fp8 alone, not {weight.dtype} weights"
     elif weight.per in {"channel", "group"}:
         what = (
             f"target `fp8` cannot store a scale per {weight.per}: under `quant_method: fp8` engines "
@@ -63,47 +72,32 @@ def label_of(numerics: Numerics) -> str:
     elif inputs is None:
         what = "target `fp8` cannot store weights whose inputs stay float"
     else:
-        what = f"target `fp8` cannot store {numerics}"
-    raise InputError(what, fix=_SUPPORT)
+        raise cannot_store("fp8", numerics)
+    raise InputError(what, fix=SUPPORT)
 
 
 @cache
 def layout_of(numerics: Numerics) -> Layout:
-    """The parameters of modules with these numerics, and what they stand for."""
+    """The parameters of modules with these numerics, and their meaning."""
     weight = Param("weight", ("F8_E4M3",), lambda n, k: (n, k), "fp8")
     if numerics.weight.per == "block":
         assert numerics.weight.block is not None
-        tall, columns = numerics.weight.block
-        # it multiplies, whatever its name says
-        scale = Param(
-            "weight_scale_inv",
-            _FLOATS,
-            lambda n, k: (-(-n // tall), -(-k // columns)),
-            "positive",
-            tall,
-            spread=True,
-        )
+        rows, columns = numerics.weight.block
+        # in spite of its name, codes are multiplied with it
+        scale = block_scale("weight_scale_inv", _FLOATS, rows, columns)
 
         def by_block(blocks: Blocks) -> Tensor:
             return fp8_values(blocks["weight"], blocks["weight_scale_inv"].float(), columns)
 
-        label = f"fp8 block {tall}x{columns}"
-        return Layout(label, "fp8_e4m3", (weight, scale), by_block, _sides, experts=True)
-    params = [weight, _once("weight_scale")]
-    if numerics.input and not numerics.input.dynamic:
-        params.append(_once("input_scale"))
+        label = f"fp8 block {rows}x{columns}"
+        return Layout(label, "fp8_e4m3", (weight, scale), by_block, experts=True)
+    # the engine takes the largest scale of fused siblings
+    params = [weight, module_scale("weight_scale", _FLOATS)]
+    if static_inputs(numerics):
+        params.append(module_scale("input_scale", _FLOATS))
 
     def by_scale(blocks: Blocks) -> Tensor:
         return fp8_values(blocks["weight"]) * blocks["weight_scale"].float().reshape(())
 
     label = WRITTEN[numerics]
-    return Layout(label, "fp8_e4m3", tuple(params), by_scale, _sides, experts=True)
-
-
-def _once(suffix: str) -> Param:
-    """A scale of a whole module. The engine takes the largest of those that it merges."""
-    return Param(suffix, _FLOATS, lambda n, k: (1,), "positive", 0, scalar=True)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], shape[1]
+    return Layout(label, "fp8_e4m3", tuple(params), by_scale, experts=True)

@@ -1,1 +1,1 @@
-"""What a report looks like: a page, JUnit XML, words."""
+"""The forms of a report: a page, JUnit XML, words."""

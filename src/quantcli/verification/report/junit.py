@@ -12,10 +12,10 @@ _LIMITS = {"max_ppl_ratio": "perplexity", "max_kl": "kl"}  # the check that fail
 
 
 def junit(report: dict[str, Any]) -> bytes:
-    """One suite a depth; a case a check, a module that was compared, a layer and limit of the run.
+    """One suite for each depth; one case for each check, compared module, layer and limit of the run.
 
-    The same report gives the same bytes: no times, no host. Untrusted names lose what XML cannot
-    hold.
+    The same report gives the same bytes: no times, no host. Characters of untrusted names that XML
+    cannot hold are escaped as Python escapes them.
     """
     checks = report.get("checks") or []
     # a finding of a check that is not listed is a failure all the same

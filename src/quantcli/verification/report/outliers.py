@@ -1,85 +1,70 @@
-"""The page of a float model's outlier channels: what will be hard to quantize, and where."""
+"""The page of a model's outlier channels: what will be hard to quantize, and where."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from operator import methodcaller
+from typing import Any
 
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import require_plotly
-from quantcli.verification.report.heatmap import (
-    Module,
-    Quantity,
-    heat_map,
-    lay_out,
-    left_out,
-    numbers,
-    size,
+from quantcli.verification.report.charts import Figure
+from quantcli.verification.report.document import render, require_plotly
+from quantcli.verification.report.heatmap import Grid, Module, Quantity, heat_map, lay_out
+
+_ROWS = 500  # of the table of modules
+_RATIOS = (  # key, name, long name
+    ("channel_ratio", "channel ratio", "rms of the largest channel over the median channel's"),
+    ("amax_over_rms", "max / rms", "largest weight over the rms of all"),
+    ("kurtosis", "kurtosis", "excess kurtosis, 0 for a normal distribution"),
 )
-from quantcli.verification.report.markup import Chart, Html, Page, section, table, tag
-
-_ROWS = 500
 
 
-def outliers_page(model: str, outliers: Sequence[Module]) -> str:
-    """The page of a float model's outlier channels, before anything is quantized."""
+def outliers_page(model: str, ranking: dict[str, Any]) -> str:
+    """The page of a `planning.outliers` ranking: advice, a map of each quantity, modules hardest first.
+
+    model: the checkpoint's name as the page shows it. Raises MachineError if plotly is not installed.
+    """
     require_plotly()
-    page = Page(f"outlier channels: {model}")
-    head = tag("header", tag("h1", "Outlier channels"), tag("p", tag("code", model)))
-    return page.document(head, outlier_section(page, outliers))
-
-
-def outlier_section(page: Page, modules: Sequence[Module]) -> Html:
-    """Maps of what makes a model hard to quantize, then the modules, hardest first."""
-    if not modules:
-        return Html("")
-    content = []
-    for quantity in _hardness(modules):
-        grid = lay_out(modules, functools.partial(_hardest, quantity))
-        worst = min(
-            (cell.worst for cell in grid.cells.values()), key=functools.partial(_hardest, quantity)
-        )
-        what = f"{quantity.about}: the worst is {quantity.show(quantity.value(worst))} in "
-        chart = Chart(
-            heat_map(grid, quantity, _facts, None), f"Heat map of {size(grid)}.", left_out(grid)
-        )
-        content += [
-            tag("h3", what, tag("code", worst["module"])),
-            page.chart(chart),
-            numbers(grid, quantity),
-        ]
-    ratio = _hardness(modules)[0]
-    hardest = sorted(modules, key=functools.partial(_hardest, ratio))
-    columns = ["module", *dict(_facts(hardest[0]))]
-    rows = [[m["module"], *dict(_facts(m)).values()] for m in hardest[:_ROWS]]
-    more = f" The first {_ROWS} of {len(modules):,}." if len(modules) > _ROWS else ""
-    content.append(table(f"Largest channel ratio first.{more}", columns, rows, columns[2:]))
-    return section("Outliers in the weights", *content)
-
-
-def _hardness(modules: Sequence[Module]) -> list[Quantity]:
-    schemes = dict.fromkeys(scheme for m in modules for scheme in m.get("sqnr_db") or {})
-    ratios = (
-        ("channel_ratio", "channel ratio", "rms of the largest channel over the median channel's"),
-        ("amax_over_rms", "max / rms", "largest weight over the rms of all"),
-        ("kurtosis", "kurtosis", "kurtosis, 3 for a normal distribution"),
+    modules = ranking["modules"]
+    quantities = _quantities(modules)
+    listed = sorted(modules, key=functools.partial(_hardness, quantities[0]))[:_ROWS]
+    names = [what for module in listed[:1] for what, _ in _facts(module)]
+    maps: dict[str, tuple[Quantity, Grid, Module]] = {}
+    figures: dict[str, Figure] = {}
+    for place, quantity in enumerate(quantities if modules else (), 1):
+        hardest = functools.partial(_hardness, quantity)
+        grid = lay_out(modules, hardest)
+        figures[f"map-{place}"] = heat_map(grid, quantity, _facts)
+        maps[f"map-{place}"] = quantity, grid, min(modules, key=hardest)
+    return render(
+        "outliers.html.jinja",
+        figures,
+        model=model,
+        ranking=ranking,
+        maps=maps,
+        columns={"module": "name"} | {what: "" if what == "shape" else "right" for what in names},
+        rows=[[module["module"], *dict(_facts(module)).values()] for module in listed],
     )
+
+
+def _quantities(modules: Sequence[Module]) -> list[Quantity]:
+    """The numbers that are mapped: the ratios, and the SQNR of weights in each operand."""
+    operands = dict.fromkeys(name for module in modules for name in module.get("sqnr_db") or {})
     return [
-        *(Quantity(name, about, _get(key), words.number, ratio=True) for key, name, about in ratios),
-        *(Quantity("SQNR, dB", f"SQNR as {s}", _sqnr(s), words.decibels) for s in schemes),
-    ]
+        *(Quantity(name, about, methodcaller("get", key), words.number, ratio=True)
+          for key, name, about in _RATIOS),
+        *(Quantity("SQNR, dB", f"SQNR as {name}", _sqnr(name), words.decibels) for name in operands),
+    ]  # fmt: skip
 
 
-def _get(key: str) -> Callable[[Module], float | None]:
-    return lambda module: module.get(key)
+def _sqnr(operand: str) -> Callable[[Module], float | None]:
+    return lambda module: (module.get("sqnr_db") or {}).get(operand)
 
 
-def _sqnr(scheme: str) -> Callable[[Module], float | None]:
-    return lambda module: (module.get("sqnr_db") or {}).get(scheme)
-
-
-def _hardest(quantity: Quantity, module: Module) -> tuple[float, str]:
+def _hardness(quantity: Quantity, module: Module) -> tuple[float, str]:
+    """Sorts modules: the hardest to quantize first."""
     value = quantity.value(module)
     if value is None:
         return math.inf, module["module"]
@@ -87,6 +72,7 @@ def _hardest(quantity: Quantity, module: Module) -> tuple[float, str]:
 
 
 def _facts(module: Module) -> list[tuple[str, str]]:
+    """All facts of a module but its name: (what, value)."""
     return [
         ("shape", words.shape(module.get("shape"))),
         ("channel ratio", words.number(module.get("channel_ratio"))),

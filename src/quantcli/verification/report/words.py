@@ -23,12 +23,12 @@ def literal(text: object, limit: int = 2000) -> str:
 
 
 def decibels(value: float | None) -> str:
-    """41.2 dB; `exact` where there is no error at all."""
+    """`value` as 41.2 dB; `exact` if there is no error, `-` if nothing was measured."""
     if value is None:
         return "-"
     if math.isnan(value):
         return "NaN"
-    return "exact" if value >= 200 else f"{value:.1f} dB"  # as far as it is counted
+    return "exact" if value >= 200 else f"{value:.1f} dB"  # SQNR is counted up to 200 dB
 
 
 def number(value: float | None) -> str:
@@ -44,7 +44,7 @@ def shape(sizes: list[int] | None) -> str:
 
 
 def rank(value: float | None) -> float:
-    """`value` as a number that sorts: NaN before everything, what was not measured after it."""
+    """`value` as a number that sorts: NaN first, None, which was not measured, last."""
     if value is None:
         return math.inf
     return -math.inf if math.isnan(value) else value
@@ -57,7 +57,7 @@ def badness(module: dict[str, Any]) -> tuple[bool, float, str]:
 
 
 def is_ok(thing: dict[str, Any]) -> bool:
-    """Whether a module or layer is within its limit; one without an answer is."""
+    """Whether a module or layer is within its limit; also if it has no `ok`."""
     return thing.get("ok") is not False
 
 
@@ -77,7 +77,7 @@ def notes(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def spread(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of different checks in turn, so that many of one do not hide the one of another."""
+    """Findings of different checks in turn: many of one check do not hide the only one of another."""
     turns: dict[str, int] = {}
     keyed = []
     for place, finding in enumerate(findings):
@@ -108,7 +108,7 @@ def some(numbers: list[int], limit: int = 12) -> str:
 
 
 def limits(report: dict[str, Any]) -> list[str]:
-    """The limits that were set for the whole."""
+    """The limits that were set for the whole checkpoint, as text."""
     texts = {"min_sqnr": "SQNR at least {} dB", "max_ppl_ratio": "perplexity at most {} x",
              "max_kl": "mean KL divergence at most {}"}  # fmt: skip
     values = report.get("limits") or {}
@@ -116,12 +116,12 @@ def limits(report: dict[str, Any]) -> list[str]:
 
 
 def not_reached(report: dict[str, Any]) -> list[str]:
-    """What the depths that did not run would have told."""
+    """What was not checked, by the depths that did not run."""
     return [words for depth, words in NOT_REACHED.items() if depth not in report.get("depths", ())]
 
 
 def module_facts(module: dict[str, Any]) -> list[tuple[str, str]]:
-    """All that is known of a module, but its name and histogram: what, value."""
+    """All facts of a module but its name and histogram: (what, value)."""
     facts = [
         ("type", literal(module.get("label") or "-")),
         ("shape", shape(module.get("shape"))),
@@ -156,7 +156,7 @@ def outlier_channels(module: dict[str, Any], limit: int = 3) -> str:
 
 
 def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What running text has shown: what, value."""
+    """Results of running text through the checkpoint: (what, value)."""
     run = report.get("run") or {}
     ppl, kl = run.get("ppl") or {}, run.get("kl") or {}
     limits_ = report.get("limits") or {}

@@ -1,0 +1,73 @@
+"""The options of a verification: name, type, default and help of each, once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantcli.core.errors import InputError
+
+
+def _option(help_: str, default: Any = None, **more: Any) -> Any:
+    """A field with its default; its metadata are for the command line: `help`, `metavar`, `min`."""
+    return field(default=default, metadata={"help": help_, **more})
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The checkpoint to verify, how deep, and the limits. InputError for options without a meaning.
+
+    A limit of None is that of the checkpoint's recipe, or the default.
+    """
+
+    checkpoint: Path = field(metadata={"help": "Quantized checkpoint, whoever wrote it."})
+    full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
+    against: str | None = _option(
+        "Compare with the float model, or another quantized one.", metavar="MODEL"
+    )
+    run: bool = _option("Run both on --data, as the engine computes; needs --against.", False)
+    data: str | None = _option("Text for --run.", metavar="FILE")
+    samples: int = _option("Windows of text for --run.", 32, min=1)
+    length: int = _option("Tokens of each window.", 256, min=2)
+    tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
+    min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
+    max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
+    max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
+    junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
+    page: Path | None = None  # HTML
+    workers: int | None = None  # None: one for each core
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {
+            "--min-sqnr": self.min_sqnr,
+            "--max-ppl-ratio": self.max_ppl_ratio,
+            "--max-kl": self.max_kl,
+        }
+        for option, limit in limits.items():
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise InputError(
+                    f"{limit} is not a limit", where=f"{option} {limit}", fix="give a number"
+                )
+        _ = self.tp_sizes
+        if self.run and self.against is None:
+            what = "--run compares two models, and there is one"
+            raise InputError(what, fix="give the float one: --against MODEL")
+        if self.run and self.data is None:
+            raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
+        for option, value in {"--data": self.data, **limits}.items():
+            with_run = option != "--min-sqnr"
+            other = "--run" if with_run else "--against MODEL"
+            if value is not None and not (self.run if with_run else self.against is not None):
+                raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
+
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        """The numbers in `tp`, each once."""
+        parts = self.tp.split(",")
+        if not all(part.strip().isdecimal() and 0 < int(part) <= 1024 for part in parts):
+            what = "tensor parallel sizes are whole numbers"
+            raise InputError(what, where=f"--tp {self.tp}", fix="--tp 1,2,4")
+        return tuple(dict.fromkeys(int(part) for part in parts))
