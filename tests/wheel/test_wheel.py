@@ -137,10 +137,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 def test_the_wheel_holds_the_package_and_what_it_carries(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "src" / "quantcli"
-    expected = {f"quantcli/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    expected |= {f"quantcli/{path.relative_to(package)}" for path in package.rglob("page.*")}
+    files = (path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    expected = {f"quantcli/{path.relative_to(package)}" for path in files}
     expected |= {f"quantcli/recipe/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
-    expected |= {"quantcli/py.typed", "quantcli/recipe/examples/calibration.txt"}
+    expected.add("quantcli/recipe/examples/calibration.txt")
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
