@@ -49,8 +49,10 @@ test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
 test-wheel: $(READY) ## build the wheel, install it elsewhere, convert with it
 	@$(BIN)/python -m pytest tests/wheel
 
+# The tests pin vLLM to AVX-512 with VNNI: every CPU that has it answers alike (tests/engine/serve.py).
+# -rs says why those of AMX were left out.
 test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
-	@$(BIN)/python -m pytest tests/engine
+	@$(BIN)/python -m pytest $(PARALLEL) -rs tests/engine
 
 $(ENGINE)/ready: constraints-engine.txt
 	@echo "setting up $(ENGINE) with vLLM (a few minutes and 2.5 GB the first time)"
