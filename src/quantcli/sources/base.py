@@ -6,7 +6,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,11 +28,13 @@ class Source:
     """A quantized checkpoint.
 
     settings: its quantization config, which is untrusted. `where` is the file.
+    notes:    filled by the reader of the format.
     """
 
     checkpoint: Checkpoint
     settings: Mapping[str, Any]
     where: str = CONFIG
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def modules(self) -> dict[str, dict[str, StoredTensor]]:

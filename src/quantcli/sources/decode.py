@@ -45,7 +45,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.undecoded is not None or (source_format := quantization(checkpoint)) is None:
         return checkpoint
-    weights, own = _read(checkpoint, source_format)
+    notes = [*checkpoint.notes]
+    weights, own = _read(checkpoint, source_format, notes)
     findings = own.findings if own else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
@@ -64,7 +65,6 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
             tensors[weight.spec.name] = weight
     if own:
         must_be_sound(own, _OF_TENSORS)
-    notes = [*checkpoint.notes]
     for kind in decoded_kinds(weights):
         notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
     if cache:
@@ -75,13 +75,14 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read(
-    checkpoint: Checkpoint, source_format: Quantization
+    checkpoint: Checkpoint, source_format: Quantization, notes: list[str]
 ) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
     """The modules, and the stored checkpoint of the target that read them, if one did."""
     settings, where = _settings(checkpoint)
     method = settings.get("quant_method")
     if isinstance(method, str) and method.lower() in _READERS:
-        return list(_READERS[method.lower()](Source(checkpoint, settings, where))), None
+        source = Source(checkpoint, settings, where, notes)
+        return list(_READERS[method.lower()](source)), None
     target = target_of(checkpoint)
     if target is not None:
         own = target.open_stored(replace(checkpoint, tensors=_with_columns(checkpoint.tensors)))

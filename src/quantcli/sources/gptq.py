@@ -11,6 +11,7 @@ g_idx:   int32 [k], the group of each column: with act-order, groups are not con
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.codes import unpack_rows
 from quantcli.core.errors import InputError
-from quantcli.sources.base import AGAIN, Source, encoded, must_be
+from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
 from quantcli.sources.columns import STRIP_BYTES, Columns
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 
@@ -41,8 +42,12 @@ def read(source: Source) -> Iterator[Encoded]:
             f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
         )
     group = source.whole("group_size")
+    middle = 2 ** (bits - 1) if source.settings.get("sym") is True else None
+    checked = middle is None
     for module in grouped_modules(source, "GPTQ", bits, group, packed_along_k=True):
         n, k = module.shape
+        if not checked:
+            stored_as, checked = _layout_of(source, module, bits, stored_as), True
         parts: tuple[StoredTensor, ...] = module.parts
         index = module.tensors.get("g_idx")
         if index is not None:
@@ -52,7 +57,7 @@ def read(source: Source) -> Iterator[Encoded]:
             else:
                 index = None
         kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
-        unpack = partial(_unpack, bits, _FORMATS[stored_as])
+        unpack = _Unpack(module, bits, _FORMATS[stored_as], middle)
         opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
         yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
 
@@ -74,13 +79,52 @@ def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | No
     return None if torch.equal(index, runs) else index
 
 
-def _unpack(
-    bits: int, added: int, codes: Columns, zeros: Columns, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """added: to stored zero points."""
-    values = unpack_rows(codes.columns(start, stop), bits).float()
-    each = 32 // bits
-    first, last = start // each, -(-stop // each)
-    packed = zeros.columns(first, last).t()  # [groups, words]
-    points = unpack_rows(packed, bits).int()[:, start - first * each : stop - first * each]
-    return values, points.add_(added).bitwise_and_(2**bits - 1).t().float()
+def _layout_of(source: Source, module: GroupedModule, bits: int, declared: str) -> str:
+    """The layout that the zero points of a symmetric module fit; with a note if it is not the declared.
+
+    InputError if they fit none. With `sym: true` each zero point is 2^(bits - 1), and version 1 stores
+    it less 1: decoded as the other version, every weight would be wrong by one step.
+    """
+    stored = module.parts[2]
+    words = read_tensor(stored)
+    points = unpack_rows(words, bits).int()[:, : module.shape[0]]
+    for layout in sorted(_FORMATS, key=lambda layout: layout != declared):
+        if bool((points + _FORMATS[layout] == 2 ** (bits - 1)).all()):
+            if layout != declared:
+                source.notes.append(
+                    f"zero points are read as {layout}: {source.where} declares {declared} with "
+                    f"`sym: true`, and `{stored.spec.name}` holds {int(points[0, 0])}"
+                )
+            return layout
+    odd = (points + _FORMATS[declared] != 2 ** (bits - 1)).nonzero()[0].tolist()
+    value = int(points[tuple(odd)])
+    raise source.contradicted(stored, f"`sym: true` has one zero point, and [{odd[0]}] holds {value}")
+
+
+@dataclass(frozen=True)
+class _Unpack:
+    """Unpacks rows of a module; see `Unpack`.
+
+    added:  to stored zero points.
+    middle: what each zero point must be then; None if they are not symmetric.
+    """
+
+    module: GroupedModule
+    bits: int
+    added: int
+    middle: int | None
+
+    def __call__(self, codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Codes and zero points of rows [start, stop)."""
+        bits, middle = self.bits, self.middle
+        values = unpack_rows(codes.columns(start, stop), bits).float()
+        each = 32 // bits
+        first, last = start // each, -(-stop // each)
+        packed = zeros.columns(first, last).t()  # [groups, words]
+        points = unpack_rows(packed, bits).int()[:, start - first * each : stop - first * each]
+        points.add_(self.added).bitwise_and_(2**bits - 1)
+        if middle is not None and bool((points != middle).any()):
+            group, row = (points != middle).nonzero()[0].tolist()
+            what = f"zero point of row {start + row} is {int(points[group, row])}"
+            raise wrong(self.module.parts[2], f"{what}; with `sym: true` each is {middle}")
+        return values, points.t().float()

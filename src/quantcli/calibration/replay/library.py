@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,9 +29,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
     where = str(checkpoint.path / CONFIG)
     try:
-        with quiet(), _parameters_on_meta(), torch.no_grad():
+        with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
             config = transformers.AutoConfig.from_pretrained(
-                str(checkpoint.path), trust_remote_code=trust_remote_code, local_files_only=True
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
             )
             named = (getattr(config, "architectures", None) or [""])[0]
             native = getattr(transformers, str(named), None)
@@ -46,6 +48,21 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     return built
+
+
+@contextmanager
+def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Where transformers reads config.json and code from: a copy if that has a byte order mark."""
+    plain = checkpoint.plain_config()
+    if not plain:
+        yield checkpoint.path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for code in checkpoint.path.glob("*.py"):
+            (folder / code.name).symlink_to(code)
+        (folder / CONFIG).write_bytes(plain[CONFIG])
+        yield folder
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
