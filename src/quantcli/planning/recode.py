@@ -18,6 +18,7 @@ from quantcli.core.numerics import Parts, multiplier
 from quantcli.planning.plan import Repack
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
 from quantcli.targets.base import ScalePart, Target
+from quantcli.targets.layouts import stray_signs
 
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.
@@ -56,14 +57,18 @@ def recode(
 
 
 def _sound(parts: Parts, item: Repack, first_row: int) -> None:
-    """InputError for NaN and Inf, and for scales that are not positive."""
+    """InputError for NaN and Inf, and for scales that are not positive; see `stray_signs`."""
     for name in sorted(parts):
         tensor = parts[name]
         values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise _damaged(f"holds a {name} that is NaN or Inf", _place(item, name, first_row))
-        if name.endswith("_scale") and values.is_floating_point() and bool((values <= 0).any()):
-            first = (values <= 0).nonzero()[0].tolist()
+        if not name.endswith("_scale") or not values.is_floating_point():
+            continue
+        rules = {param.suffix: param.values for param in item.module.layout.params}
+        bad = (values == 0) | (stray_signs(values) if rules.get(name) == "signed" else values < 0)
+        if bool(bad.any()):
+            first = bad.nonzero()[0].tolist()
             what = f"{name} is {float(values[tuple(first)]):g}: a scale is a positive number"
             raise _damaged(what, _place(item, name, first_row, first[0] if first else 0))
 

@@ -28,6 +28,7 @@ SUFFIXES = frozenset(
     {
         "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale",
         "input_zero_point", "weight_g_idx", "weight_scale_inv", "weight_global_scale",
+        "input_global_scale",
     }
 )  # fmt: skip
 
