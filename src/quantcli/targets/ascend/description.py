@@ -37,7 +37,9 @@ class Description:
         table = self._read()
         self.cache = table.get("kv_cache_type")
         self.entries: dict[str, Any] = {
-            key: value for key, value in table.items() if not _METADATA.fullmatch(key)
+            key: value
+            for key, value in table.items()
+            if key in checkpoint.tensors or not _METADATA.fullmatch(key)
         }
         self.labels: dict[str, str] = {}
         if self.entries:

@@ -122,7 +122,7 @@ def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
 # Weights with scales of eight bits that the engine loads, by type, bits, strategy and group size. It
 # does not look at `format` for them. Source: vllm 0.32.0,
 # model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:420-510.
-_SMALL_SCALES = {
+_SMALL_SCALES: dict[tuple[object, ...], str] = {
     ("float", 4, "tensor_group", 16): "nvfp4",
     ("float", 4, "group", 32): "mxfp4",
     ("float", 8, "group", 32): "mxfp8",
