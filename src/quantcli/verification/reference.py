@@ -212,7 +212,8 @@ def _one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     Source: transformers 5.23, modeling_rope_utils.py, standardize_rope_params: `rope_parameters` holds
     what older versions have under three keys.
     """
-    table = {k: _one_rope(v) if isinstance(v, dict) else v for k, v in config.items()}
+    own = {*_ROPE, "rope_parameters"}
+    table = {k: _one_rope(v) if isinstance(v, dict) and k not in own else v for k, v in config.items()}
     new, old = table.get("rope_parameters"), table.get("rope_scaling")
     rope = {**(old if isinstance(old, dict) else {}), **(new if isinstance(new, dict) else {})}
     if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
