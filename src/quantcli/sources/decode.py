@@ -28,8 +28,11 @@ _READERS: dict[str, Read] = {
     "fbgemm_fp8": float8.read,
     "fp8": float8.read,
     "gptq": gptq.read,
+    "modelopt": float8.read_modelopt,
+    "mxfp8": float8.read,
 }
 _OWN_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # of older producers
+_MODELOPT = "hf_quant_config.json"
 # Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
 # to serve in.
 _OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
@@ -84,6 +87,8 @@ def _read(
         source = Source(checkpoint, settings, where, notes)
         return list(_READERS[method.lower()](source)), None
     target = target_of(checkpoint)
+    if not settings and (target is None or target.name == "fp8") and float8.unnamed(checkpoint):
+        return list(float8.read(Source(checkpoint, settings, where))), None
     if target is not None:
         own = target.open_stored(replace(checkpoint, tensors=_with_columns(checkpoint.tensors)))
         must_be_readable(own)
@@ -125,6 +130,12 @@ def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     for name, method in _OWN_FILES.items():
         if name in checkpoint.left_out and (checkpoint.path / name).is_file():
             return {"quant_method": method, **read_json_file(checkpoint.path / name)}, name
+    if (checkpoint.path / _MODELOPT).is_file():
+        table = read_json_file(checkpoint.path / _MODELOPT).get("quantization")
+        if not isinstance(table, dict):
+            what = f"`quantization` is {reprlib.repr(table)}, not an object"
+            raise InputError(what, where=str(checkpoint.path / _MODELOPT), fix=AGAIN)
+        return {**table, "quant_method": "modelopt"}, _MODELOPT
     return {}, CONFIG
 
 
@@ -166,7 +177,7 @@ def _error_of(finding: Finding, tensor: StoredTensor) -> InputError:
 _BESIDE = frozenset(
     {
         "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",
-        "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx",
+        "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx", "scale_weight", "scale_input",
     }
 )  # fmt: skip
 

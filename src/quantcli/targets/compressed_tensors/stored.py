@@ -18,6 +18,11 @@ from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.stored_format import StoredFormat, some
 from quantcli.targets.vllm_family import is_head, is_linear
 
+# Model types whose routers the engine gives a quant_config.
+# Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
+_QUANTIZED_ROUTERS = frozenset(
+    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "lfm2_moe", "k2_horizon"}
+)
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
 
@@ -37,6 +42,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
     def check_parameters(self) -> Iterator[Finding]:
         """Quantized modules are in a group, and have what the engine registers for it."""
         without_group: dict[str, list[str]] = defaultdict(list)
+        routers: list[str] = []
         for module in sorted(self._names):
             tensors = self.by_module[module]
             weight = tensors.get("weight")
@@ -56,11 +62,16 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 self.labels[module] = self.unchecked[module] = group.unchecked
             elif group.kind is None or group.numerics is None:
                 continue  # `read` reports the group
-            elif not quantized and is_head(module) and self._matcher.alone(module) is None:
+            elif not quantized and (
+                self.float_only(module) or (is_head(module) and self._matcher.alone(module) is None)
+            ):
                 self.labels[module] = self.float_label
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group)
+        if routers:
+            what = f"`ignore` lacks {some(routers)}, float routers that the engine would quantize"
+            yield failed("loader", what, CONFIG, "add their names to `ignore`")
         for what, names in without_group.items():
             more = f"; {len(names) - 1} more like it" if len(names) > 1 else ""
             yield failed("loader", what + more, f"`{names[0]}`", AGAIN)
