@@ -323,7 +323,7 @@ def test_a_reference_that_cannot_be_read_is_refused(tmp_path):
     """Its codes would be taken for weights."""
     path = quantized(tmp_path / "q", fp8, FP8)
     broken = quantized(tmp_path / "broken", lambda w: {"weight": fp8(w)["weight"]}, FP8)
-    with pytest.raises(InputError, match="weight_scale`, which no file holds"):
+    with pytest.raises(InputError, match="there is neither `model.layers.0"):
         examine(path, broken)
 
 
@@ -375,6 +375,20 @@ def test_scales_without_a_second_dimension_are_decoded(tmp_path, encode, block):
     parts = encode(weights()[K])
     expected = parts["weight"].float() * parts["weight_scale"]
     assert torch.equal(weight(open_checkpoint(path), K), expected)
+    assert len(examine(quantized(tmp_path / "right", encode, block), path).modules) == len(MODULES)
+
+
+def test_float_routers_that_ignore_lacks(tmp_path):
+    router = {"model.layers.0.mlp.gate.weight": torch.ones(4, 64).bfloat16()}
+    path = quantized(tmp_path / "q", int8, INT8, tensors=others() | router)
+    assert errors(examine(path)) == []
+    assert "model.layers.0.mlp.gate.weight" in decoded(open_checkpoint(path)).tensors
+    edit(path, "config.json", model_type="qwen3_moe")
+    what = (
+        "loader: `ignore` lacks `model.layers.0.mlp.gate`, float routers that the engine would quantize"
+    )
+    assert errors(examine(path)) == [f"{what} | config.json"]
+    assert "model.layers.0.mlp.gate.weight" in decoded(open_checkpoint(path)).tensors
 
 
 SMALL = {

@@ -1,4 +1,4 @@
-"""FP8 weights with a scale per tensor, per row or per block: DeepSeek and its like, `fbgemm_fp8`, ModelOpt.
+"""FP8 weights with a scale per tensor, row or block: DeepSeek and its like, `fbgemm_fp8`, ModelOpt.
 
 A scale of uint8 is an exponent (E8M0): 2^(scale - 127).
 """
@@ -70,14 +70,15 @@ def read_modelopt(source: Source) -> Iterator[Encoded]:
 
 
 def unnamed(checkpoint: Checkpoint) -> bool:
-    """Whether there are e4m3 codes with a scale under a known name: their headers say how they decode."""
-    names = checkpoint.tensors.keys()
-    return any(
-        stored.spec.dtype == "F8_E4M3"
-        and name.endswith(".weight")
-        and any(f"{name.removesuffix('weight')}{suffix}" in names for suffix in _WEIGHT_SCALES)
-        for name, stored in checkpoint.tensors.items()
-    )
+    """Whether every e4m3 weight has one scale, or one for each row: their headers tell all of it."""
+    found = []
+    for name, stored in checkpoint.tensors.items():
+        if stored.spec.dtype == "F8_E4M3" and name.endswith(".weight"):
+            names = (f"{name.removesuffix('weight')}{suffix}" for suffix in _WEIGHT_SCALES)
+            scales = [checkpoint.tensors[scale] for scale in names if scale in checkpoint.tensors]
+            rows = stored.spec.shape[:1]
+            found.append(any(s.spec.shape in {(), (1,), (1, 1), rows, (*rows, 1)} for s in scales))
+    return bool(found) and all(found)
 
 
 def _block(source: Source) -> tuple[int, int] | None:

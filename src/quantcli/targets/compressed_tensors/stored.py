@@ -62,9 +62,11 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 self.labels[module] = self.unchecked[module] = group.unchecked
             elif group.kind is None or group.numerics is None:
                 continue  # `read` reports the group
-            elif not quantized and (
-                self.float_only(module) or (is_head(module) and self._matcher.alone(module) is None)
-            ):
+            elif not quantized and self.float_only(module):
+                self.labels[module] = self.float_label
+                if str(self.checkpoint.text_config.get("model_type")) in _QUANTIZED_ROUTERS:
+                    routers.append(module)
+            elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
             else:
                 self.labels[module] = group.kind.label
