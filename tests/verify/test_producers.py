@@ -15,6 +15,7 @@ from quantcli.sources.decode import decoded
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from tests.verify import producers
+from tests.verify.damage import Copy
 from tests.verify.producers import (
     FP8,
     FP8_ROWS,
@@ -31,6 +32,7 @@ from tests.verify.producers import (
     signed_int8,
     weights,
 )
+from tests.verify.stock import TEXT
 
 NO_MANIFEST = "there is no quantcli_manifest.json: sizes and hashes of files are not known"
 ROUNDED_AGAIN = "rounds codes again to the larger scale"
@@ -323,8 +325,21 @@ def test_a_reference_that_cannot_be_read_is_refused(tmp_path):
     """Its codes would be taken for weights."""
     path = quantized(tmp_path / "q", fp8, FP8)
     broken = quantized(tmp_path / "broken", lambda w: {"weight": fp8(w)["weight"]}, FP8)
-    with pytest.raises(InputError, match="there is neither `model.layers.0"):
+    with pytest.raises(InputError, match="there is neither"):
         examine(path, broken)
+
+
+def test_codes_of_unknown_type_are_not_run_as_weights(stock, tmp_path):
+    good = stock.good("llama", "ct_dynamic")
+    copy = Copy(good, tmp_path / "copy")
+    options = {"run": True, "data": str(TEXT), "samples": 4, "length": 16}
+    assert examine(copy.path, good.source, **options).run is not None
+    with copy.json("config.json") as config:
+        config["quantization_config"]["config_groups"]["group_0"]["format"] = "marlin-24"
+    copy.seal()
+    report = examine(copy.path, good.source, **options)
+    assert report.run is None
+    assert {e.check for e in report.errors} == {"config", "source", "copies"}
 
 
 # -- compressed-tensors -----------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import yaml
 
 from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
 from quantcli.recipe.fields import Verify
+from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
 from quantcli.verification.structure import verify_structure
@@ -45,10 +47,21 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
         batches = text_batches(options, reference.checkpoint, progress)
     verify_against(structure, reference, workers, progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
-    if options.run and not unreadable:
+    if options.run and not unreadable and not _unread(structure.stored):
         trust = options.trust_remote_code
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
+
+
+def _unread(stored: StoredCheckpoint) -> bool:
+    """Whether codes would be taken for weights, as a damaged config or description hides their type."""
+    read = {*stored.modules, *stored.unchecked}
+    return any(
+        name.endswith(".weight")
+        and tensor.spec.dtype not in FLOATS | {"F64"}
+        and name.removesuffix(".weight") not in read
+        for name, tensor in stored.checkpoint.tensors.items()
+    )
 
 
 def _limits(options: VerifyOptions) -> Verify:
