@@ -104,14 +104,14 @@ def _read(
 
 def _with_columns(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Scales [n] of the n rows of a weight as [n, 1]: the same numbers, as engines read them."""
-    found = dict(tensors)
+    columns = dict(tensors)
     for name, stored in tensors.items():
         module, _, suffix = name.rpartition(".")
         codes = tensors.get(f"{module}.weight") or tensors.get(f"{module}.weight_packed")
         rows = codes.spec.shape[:1] if codes and suffix == "weight_scale" else None
         if stored.spec.shape == rows and rows != (1,):
-            found[name] = replace(stored, spec=replace(stored.spec, shape=(*rows, 1)))
-    return found
+            columns[name] = replace(stored, spec=replace(stored.spec, shape=(*rows, 1)))
+    return columns
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:

@@ -63,22 +63,22 @@ def read_modelopt(source: Source) -> Iterator[Encoded]:
     """Every FP8 module of ModelOpt. InputError for its other formats."""
     algorithm = source.word("quant_algo", "")
     if algorithm not in _MODELOPT:
-        known = ", ".join(name.upper() for name in _MODELOPT)
-        what = f"`quant_algo` is {algorithm.upper()!r:.40}: this version decodes {known}"
+        formats = ", ".join(name.upper() for name in _MODELOPT)
+        what = f"`quant_algo` is {algorithm.upper()!r:.40}: this version decodes {formats}"
         raise source.refused(what, _FLOAT)
     yield from read(replace(source, settings={"weight_block_size": _MODELOPT[algorithm]}))
 
 
 def unnamed(checkpoint: Checkpoint) -> bool:
     """Whether every e4m3 weight has one scale, or one for each row: their headers tell all of it."""
-    found = []
+    plain = []
     for name, stored in checkpoint.tensors.items():
         if stored.spec.dtype == "F8_E4M3" and name.endswith(".weight"):
             names = (f"{name.removesuffix('weight')}{suffix}" for suffix in _WEIGHT_SCALES)
             scales = [checkpoint.tensors[scale] for scale in names if scale in checkpoint.tensors]
             rows = stored.spec.shape[:1]
-            found.append(any(s.spec.shape in {(), (1,), (1, 1), rows, (*rows, 1)} for s in scales))
-    return bool(found) and all(found)
+            plain.append(any(s.spec.shape in {(), (1,), (1, 1), rows, (*rows, 1)} for s in scales))
+    return bool(plain) and all(plain)
 
 
 def _block(source: Source) -> tuple[int, int] | None:

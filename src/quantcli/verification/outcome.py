@@ -183,10 +183,10 @@ class Report:
 
     def excuse(self, of_source: Iterable[Finding]) -> None:
         """Make notes of errors that the other model has, too. of_source: its findings."""
-        known = {(finding.check, finding.what, finding.where) for finding in of_source}
+        of_both = {(finding.check, finding.what, finding.where) for finding in of_source}
         findings = [
             noted(f.check, f"{f.what}; the other model is like that", f.where)
-            if f.severity == "error" and (f.check, f.what, f.where) in known
+            if f.severity == "error" and (f.check, f.what, f.where) in of_both
             else f
             for f in self._findings
         ]
