@@ -49,9 +49,8 @@ def verify_against(
     Each quantized weight must reach the limit `min_sqnr`, or the bound of its codes if there is none.
     Memory: a few row blocks for each worker.
     """
-    stored, report, target = structure.stored, structure.report, structure.target
+    stored, report = structure.stored, structure.report
     assert stored is not None
-    assert target is not None
     report.depths.append("against")
     report.against = str(reference.checkpoint.path)
     if (different := other_model(stored.checkpoint, reference.checkpoint)) is not None:
@@ -60,7 +59,7 @@ def verify_against(
         return
     ours = Reference(stored.checkpoint, None, stored)
     report.add(compare_names(ours, reference))
-    report.add(compare_files(stored.checkpoint, reference.checkpoint, target.name))
+    report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
     reference_names = reference.names()
     for name in sorted(ours.names() & reference_names):

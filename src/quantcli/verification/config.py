@@ -29,12 +29,13 @@ def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -
     the format's own checks.
     """
     config = stored.checkpoint.config
+    declared = declared_dtype(config)
     serving = None if manifest is None else manifest.get("serving_dtype")
-    expected = serving if serving in _SERVED else declared_dtype(config)
+    expected = serving if serving in _SERVED else declared
     for place, level in _text_levels(config):
         for key in _DTYPE_KEYS:
             dtype = named_dtype(level.get(key))
-            if dtype is None or dtype == expected:
+            if dtype in {None, expected} or dtype == declared not in _SERVED:
                 continue
             what = f"`{place}{key}` is {level[key]!r:.40}; "
             if serving in _SERVED:
@@ -43,7 +44,7 @@ def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -
             else:
                 what += f"another key says {expected}: engines differ in the one that they read"
                 yield noted("config", what, CONFIG)
-    yield from _rounded(stored, declared_dtype(config))
+    yield from _rounded(stored, declared)
 
 
 def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]:

@@ -19,7 +19,8 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
 )  # fmt: skip
-_WRITTEN = frozenset({CONFIG, INDEX, MANIFEST, RECIPE_FILE, SOURCE_RECIPE})
+# Files without weights that quantcli writes next to copies of the source's.
+WRITTEN = frozenset({CONFIG, INDEX, DESCRIPTION, MANIFEST, RECIPE_FILE, SOURCE_RECIPE})
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _TEMPLATE = re.compile(r"chat_template.*|.*\.(jinja|jinja2|j2)")
 _TOKENIZER = re.compile(
@@ -31,11 +32,6 @@ _UNREAD = re.compile(
     r"|.*\.(md|rst|txt|pdf|png|jpe?g|gif|svg|webp|csv|log|ya?ml)"
     r"|.*\.(sig|asc|minisig|sigstore|sigstore\.json|intoto\.jsonl|pem|sha256|sha512|md5)"
 )
-
-
-def written_by(target: str) -> frozenset[str]:
-    """Names of the files without weights that quantcli writes for a target, next to copies."""
-    return _WRITTEN | {DESCRIPTION} if target == "ascend" else _WRITTEN
 
 
 def use_of(name: str) -> str | None:

@@ -21,7 +21,7 @@ from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.compare import Weight, rows_of
 from quantcli.verification.config import compare_config
-from quantcli.verification.kinds import use_of, written_by
+from quantcli.verification.kinds import WRITTEN, use_of
 from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
@@ -142,10 +142,10 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
         yield noted("source", what, str(reference.checkpoint.path))
 
 
-def compare_files(ours: Checkpoint, reference: Checkpoint, target: str) -> Iterator[Finding]:
+def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
     """Findings for files of the other model that are missing here, or differ, and for added ones.
 
-    An added file is an error if something may read it, else a note. target: the format's name.
+    An added file is an error if something may read it, else a note.
     """
     for name in sorted(reference.aux):
         if not (ours.path / name).is_file():
@@ -158,7 +158,7 @@ def compare_files(ours: Checkpoint, reference: Checkpoint, target: str) -> Itera
             else:
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
-    for name in sorted(present - {*reference.aux, *ours.shards, *written_by(target)}):
+    for name in sorted(present - {*reference.aux, *ours.shards, *WRITTEN}):
         yield _added(name, ours.path / name, reference.path / name)
 
 
