@@ -104,7 +104,9 @@ class Copy:
                 "sha256": hashlib.sha256((self.path / name).read_bytes()).hexdigest(),
             }
             for name in sorted(
-                path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()
+                path.relative_to(self.path).as_posix()
+                for path in self.path.rglob("*")
+                if path.is_file()
             )
             if name != MANIFEST
         }

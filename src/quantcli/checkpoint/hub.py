@@ -9,7 +9,7 @@ from pathlib import Path
 from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, closest
 
-_HUB_ID = re.compile(
+HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
 
@@ -23,7 +23,7 @@ def find_model(model: str) -> Path:
     """
     try:
         path = Path(model).expanduser()
-        hub_id = _HUB_ID.fullmatch(model)
+        hub_id = HUB_ID.fullmatch(model)
         if hub_id is None or path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user

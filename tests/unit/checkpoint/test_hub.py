@@ -92,7 +92,21 @@ def test_a_hub_id_with_a_revision(fetched: list[tuple[str, list[str]]], revision
 
 
 @pytest.mark.parametrize(
-    "model", ["name", "./org/name", "org/name@", "org/name@-x", "name@main", "../org/name", "/org/name", "a/b/c", "", "org/", "-x/y", "a/\0"]
+    "model",
+    [
+        "name",
+        "./org/name",
+        "org/name@",
+        "org/name@-x",
+        "name@main",
+        "../org/name",
+        "/org/name",
+        "a/b/c",
+        "",
+        "org/",
+        "-x/y",
+        "a/\0",
+    ],
 )
 def test_what_is_no_hub_id_is_a_path(fetched: list[tuple[str, list[str]]], model: str) -> None:
     assert find_model(model) == Path(model)

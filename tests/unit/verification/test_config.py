@@ -125,7 +125,9 @@ def test_dtypes_against_the_manifest(key, level):
     config = {"text_config": inner} if level else inner
     first, *_ = check_dtypes(stored(config), {"serving_dtype": "BF16"})
     assert (first.check, first.severity) == ("config", "error")
-    assert first.what == f"`{level}{key}` is 'float16'; the manifest says that the model is served in BF16"
+    assert (
+        first.what == f"`{level}{key}` is 'float16'; the manifest says that the model is served in BF16"
+    )
     assert list(check_dtypes(stored(config, "F16"), {"serving_dtype": "F16"})) == []
 
 
