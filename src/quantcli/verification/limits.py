@@ -61,7 +61,7 @@ def given_limits(options: VerifyOptions) -> dict[str, float]:
     """The limits of the command line, else those of --recipe. InputError if it sets none."""
     limits: dict[str, float] = {}
     if options.recipe is not None:
-        block = load_recipe(Path(options.recipe)).file.verify
+        block = load_recipe(options.recipe).file.verify
         limits = {} if block is None else block.model_dump(exclude_none=True)
         if not limits:
             what = "the recipe sets no limit: it has no `verify` block, or an empty one"

@@ -94,17 +94,8 @@ def test_a_hub_id_with_a_revision(fetched: list[tuple[str, list[str]]], revision
 @pytest.mark.parametrize(
     "model",
     [
-        "name",
-        "./org/name",
-        "org/name@",
-        "org/name@-x",
-        "name@main",
-        "../org/name",
-        "/org/name",
-        "a/b/c",
+        *"name ./org/name org/name@ org/name@-x name@main ../org/name /org/name a/b/c org/ -x/y".split(),
         "",
-        "org/",
-        "-x/y",
         "a/\0",
     ],
 )

@@ -144,7 +144,8 @@ def test_dtypes_without_a_manifest_are_notes():
     ("config", "places"),
     [
         ({"tie_word_embeddings": True}, [""]),
-        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, ["text_config."]),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}},
+         ["text_config."]),
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
          ["", "text_config."]),
         ({"text_config": {"tie_word_embeddings": False}}, []),

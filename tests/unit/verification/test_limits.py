@@ -29,12 +29,12 @@ def test_a_checkpoint_tightens_and_the_user_decides(given, own, least, most):
 
 def test_the_hint_names_a_limit_that_did_not_count():
     limits = Limits({}, {"min_sqnr": 10.0})
-    hint = limits.hint("min_sqnr", lambda limit: 15 >= limit)
+    hint = limits.hint("min_sqnr", lambda limit: limit <= 15)
     assert hint == (
         "; the checkpoint's own `min_sqnr` is 10, looser than the default, and does not count: "
         "your own recipe may loosen the limit, with --recipe FILE"
     )
-    assert limits.hint("min_sqnr", lambda limit: 5 >= limit) == ""
+    assert limits.hint("min_sqnr", lambda limit: limit <= 5) == ""
     assert limits.hint("max_kl", lambda limit: True) == ""
     assert Limits({"min_sqnr": 30.0}, limits.own).hint("min_sqnr", lambda limit: True) == ""
 
@@ -107,6 +107,6 @@ def test_a_recipe_that_sets_no_limit(tmp_path, block):
 def test_a_recipe_of_limits_that_are_none(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(RECIPE + "verify: {min_sqnr: -.inf}\n")
-    with pytest.raises(InputError, match="`verify.min_sqnr`: expected a finite number") as caught:
+    with pytest.raises(InputError, match=r"`verify.min_sqnr`: expected a finite number") as caught:
         given_limits(VerifyOptions("out", against="m", recipe=str(file)))
     assert caught.value.where == f"{file}:3"
