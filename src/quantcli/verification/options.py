@@ -28,14 +28,14 @@ class VerifyOptions:
     )
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
-        "Compare with the float model, or another quantized one.", metavar="MODEL"
+        "Compare with the float model, or another quantized one: directory or Hub id.", metavar="MODEL"
     )
     run: bool = _option("Run both on --data, as the engine computes; needs --against.", False)
     data: str | None = _option("Text for --run.", metavar="FILE")
     samples: int = _option("Windows of text for --run.", 32, min=1)
     length: int = _option("Tokens of each window.", 256, min=2)
-    recipe: str | None = _option("Recipe whose `verify` block sets the limits.", metavar="FILE")
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
+    recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
     max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
     max_kl: float | None = _option("Largest mean KL divergence, nats per token.")

@@ -93,13 +93,17 @@ def test_a_hub_id_with_a_revision(fetched: list[tuple[str, list[str]]], revision
 
 @pytest.mark.parametrize(
     "model",
-    [
-        *"name ./org/name org/name@ org/name@-x name@main ../org/name /org/name a/b/c org/ -x/y".split(),
-        "",
-        "a/\0",
-    ],
+    ["name", "./org/name", "../org/name", "/org/name", "a/b/c", "", "org/", "-x/y", "a/\0", "name@x"],
 )
 def test_what_is_no_hub_id_is_a_path(fetched: list[tuple[str, list[str]]], model: str) -> None:
+    assert find_model(model) == Path(model)
+    assert fetched == []
+
+
+@pytest.mark.parametrize("model", ["org/name@", "org/name@-x", "org/name@a b", "org@x/name"])
+def test_what_is_no_revision_is_part_of_a_path(
+    fetched: list[tuple[str, list[str]]], model: str
+) -> None:
     assert find_model(model) == Path(model)
     assert fetched == []
 
