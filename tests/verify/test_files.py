@@ -285,11 +285,12 @@ def test_caught(stock, tmp_path, row):
          "is BF16, like 10 other tensors; the model is served in F16, to which it is rounded"),
         (each(edit(CONFIG, torch_dtype="float32"), lose(MANIFEST)),
          "`torch_dtype` is 'float32'; another key says BF16"),
+        (each(describe(kv_cache_type="C8"), Copy.seal), "has `kv_cache_type`: what the engine rounds"),
         (each(edit(CONFIG, tie_word_embeddings=True), Copy.seal),
          "`tie_word_embeddings` is true, and `lm_head.weight` is stored"),
     ],
-    ids=["stray weight file", "pickle", "later file", "attributes", "signature", "cache",
-         "no manifest", "dtype", "torch_dtype", "tied head"],
+    ids=["stray weight file", "pickle", "later file", "attributes", "signature", "downloads",
+         "no manifest", "dtype", "torch_dtype", "cache", "tied head"],
 )  # fmt: skip
 def test_harmless_and_told(stock, tmp_path, damage, note):
     copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")

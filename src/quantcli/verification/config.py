@@ -30,15 +30,15 @@ def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -
     """
     config = stored.checkpoint.config
     declared = declared_dtype(config)
-    serving = None if manifest is None else manifest.get("serving_dtype")
-    expected = serving if serving in _SERVED else declared
+    serving = next((d for d in _SERVED if manifest and manifest.get("serving_dtype") == d), None)
+    expected = serving or declared
     for place, level in _text_levels(config):
         for key in _DTYPE_KEYS:
             dtype = named_dtype(level.get(key))
             if dtype in {None, expected} or dtype == declared not in _SERVED:
                 continue
             what = f"`{place}{key}` is {level[key]!r:.40}; "
-            if serving in _SERVED:
+            if serving:
                 what += f"the manifest says that the model is served in {serving}"
                 yield failed("config", what, CONFIG, f"set it to {_name(serving)}")
             else:
@@ -76,14 +76,20 @@ def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield noted("config", what, CONFIG)
 
 
-def compare_config(
-    ours: Checkpoint, reference: Checkpoint, *, sealed: bool = False
-) -> Iterator[Finding]:
-    """Findings for each key that is not the other model's, but for what a conversion sets.
+def compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool = False) -> list[Finding]:
+    """Findings for each key that is not the other model's, but for those that a conversion sets.
 
-    That is the quantization that engines read, and the dtype where the other model's is not served.
+    They are the quantization that engines read, and the dtype if the other model's is not served.
     sealed: the checkpoint has a manifest: quantcli serves float32 models in bfloat16.
     """
+    try:
+        return list(_compare_config(ours, reference, sealed=sealed))
+    except RecursionError:
+        what = f"{CONFIG} is nested too deeply to be compared"
+        return [failed("source", what, str(ours.path), "take the other model's file")]
+
+
+def _compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool) -> Iterator[Finding]:
     yield from _differences(ours.config, reference.config)
     yield from _added_quantization(ours.config, reference.config)
     serving = _serving(reference, sealed=sealed)
@@ -97,18 +103,18 @@ def _dtypes(
     place: str, level: Mapping[str, Any], other: Mapping[str, Any], serving: Collection[str] | None
 ) -> Iterator[Finding]:
     """Findings for the dtypes of one level; serving: those that the language model may have."""
-    dtypes = {other[key] for key in _DTYPE_KEYS if isinstance(other.get(key), str)}
+    values = [other[key] for key in _DTYPE_KEYS if isinstance(other.get(key), str)]
+    dtypes = {value.removeprefix("torch.") for value in values}
     for key in _DTYPE_KEYS:
         if key not in level:
             continue
         value = level[key]
-        text = value.removeprefix("torch.") if isinstance(value, str) else value
         if serving is not None and named_dtype(value) is not None:
             same = named_dtype(value) in serving
+        elif isinstance(value, str):
+            same = value.removeprefix("torch.") in dtypes
         else:
-            same = text in {dtype.removeprefix("torch.") for dtype in dtypes} or _same(
-                value, other.get(key, _ABSENT)
-            )
+            same = _same(value, other.get(key, _ABSENT))
         if not same:
             right = " or ".join(map(_name, sorted(serving))) if serving else _text(dtypes)
             what = f"`{place}{key}` is {value!r:.40} in {CONFIG}; by the other model it is {right}"

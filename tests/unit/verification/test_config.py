@@ -12,7 +12,7 @@ BLOCK = {"quant_method": "compressed-tensors"}
 
 
 def model(config, tensors=()):
-    return SimpleNamespace(config=config, tensors=dict(tensors))
+    return SimpleNamespace(config=config, tensors=dict(tensors), path="OUT")
 
 
 def differences(ours, reference, *, sealed=True):
@@ -107,6 +107,22 @@ def test_the_changes_of_a_conversion(ours, reference):
 )  # fmt: skip
 def test_dtypes_and_quantization_that_no_conversion_sets(ours, reference, what):
     assert differences(ours, reference) == [what]
+
+
+@pytest.mark.parametrize("value", [7, None, [], {}, ["bfloat16"], {"text": "bfloat16"}])
+def test_a_dtype_that_is_not_text(value):
+    (what,) = differences({"dtype": value}, {"dtype": "bfloat16"})
+    assert what.startswith(f"`dtype` is {value!r} in config.json; by the other model it is bfloat16")
+    assert differences({"dtype": value}, {"dtype": value}) == []
+    assert list(check_dtypes(stored({"dtype": value}), {"serving_dtype": ["BF16"]})) == []
+
+
+def test_nesting_without_end():
+    deep, other = 1, 2
+    for _ in range(2000):
+        deep, other = [deep], [other]
+    (what,) = differences({"a": deep}, {"a": other})
+    assert what == "config.json is nested too deeply to be compared"
 
 
 def test_a_float32_model_of_another_producer_may_be_served_in_float16():
