@@ -153,6 +153,7 @@ def _(box: Box) -> Arguments:
 
 @case("same tensor in two files", "two", "model-2.safetensors")
 def _(box: Box) -> Arguments:
+    (box.model / "model.safetensors").rename(box.model / "model-1.safetensors")
     write_safetensors(
         box.model / "model-2.safetensors", {"model.embed_tokens.weight": tensor("BF16", 4, 2)}
     )
