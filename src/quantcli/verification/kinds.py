@@ -24,7 +24,7 @@ WRITTEN = frozenset({CONFIG, INDEX, DESCRIPTION, MANIFEST, RECIPE_FILE, SOURCE_R
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _TEMPLATE = re.compile(r"chat_template.*|.*\.(jinja|jinja2|j2)")
 _TOKENIZER = re.compile(
-    r"tokenizer.*|special_tokens_map.*|added_tokens.*|(vocab|merges).*|.*\.(model|tiktoken|bpe)"
+    r"tokenizer.*|special_tokens_map.*|added_tokens.*|(vocab|merges|dict).*|.*\.(model|tiktoken|bpe)"
 )
 # People read these, or tools that move folders: what an upload to the Hub adds, and signatures.
 _UNREAD = re.compile(

@@ -12,7 +12,7 @@ from quantcli.verification.kinds import use_of
         (["pytorch_model.bin", "training_args.bin", "a/b.pt", "x.pkl"], "pickle"),
         (["model.safetensors", "onnx/model.onnx", "x.gguf", "x.safetensors.index.json"], "weights"),
         (["chat_template.jinja", "chat_template.json", "t/tools.jinja"], "template"),
-        (["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "merges.txt",
+        (["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "merges.txt", "dict.txt",
           "added_tokens.json", "special_tokens_map.json", "tekken.json", "qwen.tiktoken"], "tokenizer"),
         (["generation_config.json", "preprocessor_config.json", "1_Pooling/config.json"], "settings"),
         (["weights.xyz", "LICENSE.exe.zip"], "a library may look for it"),
