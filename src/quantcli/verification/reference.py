@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import (
-    CONFIG,
-    QUANTIZATION_KEYS,
-    Checkpoint,
-    open_checkpoint,
-    read_json_file,
-)
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json_file
 from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.files import MANIFEST
@@ -30,6 +23,8 @@ from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.targets.stored_format import some
 from quantcli.verification.compare import Weight, rows_of
+from quantcli.verification.config import OF_PRODUCER, compare_config
+from quantcli.verification.kinds import WRITTEN, use_of
 from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
@@ -172,31 +167,27 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
 
 
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
-    """Findings for files of the other model that are missing here, or differ.
+    """Findings for files of the other model that are missing here, or differ, and for added ones.
 
-    This tool copies them byte for byte, and writes a manifest. Other producers load and save the model:
-    they leave files out, write the rest in another order, and add the defaults of their version.
+    An added file is an error if something may read it, else a note. This tool copies files byte for
+    byte, and writes a manifest; other producers load and save the model, and leave out files that
+    nothing reads.
     """
-    copied = (ours.path / MANIFEST).is_file()
+    sealed = (ours.path / MANIFEST).is_file()
     for name in sorted(reference.aux):
         own, other = ours.path / name, reference.path / name
         if not own.is_file():
             what, fix = "file of the other model is missing", "copy it from the other model"
-            yield failed("source", what, name, fix) if copied else noted("source", what, name)
+            read = sealed or use_of(name) is not None
+            yield failed("source", what, name, fix) if read else noted("source", what, name)
         elif sha256_of(own) != sha256_of(other):
             if name == CONFIG:
-                same = len({"rope_parameters" in model.text_config for model in (ours, reference)}) == 1
-                first, second = (m.config if same else _one_rope(m.config) for m in (ours, reference))
-                yield from _config(first, second, copied)
-            elif copied or not _same_settings(own, other):
+                yield from compare_config(ours, reference, sealed=sealed)
+            elif sealed or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
-
-
-# keys of JSON files, at any level, that tell of the program that saved them
-_OF_PRODUCER = {"transformers_version", "_name_or_path"}
-# keys of config.json, at any level, that conversion sets or removes
-_MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
-_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # what `rope_parameters` replaces
+    present = {*ours.aux, *ours.left_out}
+    for name in sorted(present - {*reference.aux, *ours.shards, *WRITTEN}):
+        yield _added(name, ours.path / name, reference.path / name)
 
 
 def _same_settings(own: Path, other: Path) -> bool:
@@ -205,48 +196,20 @@ def _same_settings(own: Path, other: Path) -> bool:
         tables = [read_json_file(path) for path in (own, other)]
     except InputError:
         return False
-    first, second = ({k: v for k, v in t.items() if k not in _OF_PRODUCER} for t in tables)
+    first, second = ({k: v for k, v in t.items() if k not in OF_PRODUCER} for t in tables)
     return first == second
 
 
-def _one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with one object for rotary embeddings, at each level.
-
-    Source: transformers 5.23, modeling_rope_utils.py, standardize_rope_params: `rope_parameters` holds
-    what older versions have under three keys.
-    """
-    own = {*_ROPE, "rope_parameters"}
-    table = {k: _one_rope(v) if isinstance(v, dict) and k not in own else v for k, v in config.items()}
-    new, old = table.get("rope_parameters"), table.get("rope_scaling")
-    rope = {**(old if isinstance(old, dict) else {}), **(new if isinstance(new, dict) else {})}
-    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
-        return table
-    rope |= {key: table[key] for key in _ROPE if key != "rope_scaling" and table.get(key) is not None}
-    if not rope:
-        return table
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind or "default")
-    return {k: v for k, v in table.items() if k not in _ROPE} | {"rope_parameters": rope}
-
-
-def _config(ours: Any, reference: Any, copied: bool, place: str = "") -> Iterator[Finding]:
-    """Findings for keys of config.json that differ, though conversion does not touch them.
-
-    copied: conversion adds no keys either.
-    """
-    for key in sorted({*ours, *reference} - _MAY_CHANGE - (set() if copied else _OF_PRODUCER)):
-        value, other = ours.get(key), reference.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _config(value, other, copied, f"{place}{key}.")
-        elif value != other:
-            what = (
-                f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
-            )
-            if key in reference or copied:
-                fix = "take the other model's value" if key in reference else "remove it"
-                yield failed("source", what, CONFIG, fix)
-            else:
-                yield noted("source", what, CONFIG)
+def _added(name: str, file: Path, other: Path) -> Finding:
+    """The finding for a file that no conversion puts into a checkpoint; other: in the other model."""
+    if file.is_file() and other.is_file() and sha256_of(file) == sha256_of(other):
+        what = "file is the other model's, and belongs to its own weights: conversions leave it out"
+        return noted("source", what, name)
+    what = f"{'folder' if name.endswith('/') else 'file'} is not in the other model"
+    if (use := use_of(name)) is None:
+        return noted("source", f"{what}; engines do not read it", name)
+    fix = "remove it, or give --against the model that it belongs to"
+    return failed("source", f"{what}: {use}", name, fix)
 
 
 def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:
