@@ -467,6 +467,17 @@ def test_settings_that_were_changed(tmp_path, file, change, said):
     assert said in found[0]
 
 
+def test_an_index_under_the_name_of_another_producer(tmp_path, source):
+    path = quantized(tmp_path / "q", int8, INT8)
+    names = load_file(path / "model.safetensors")
+    index = path / "quant_model_weights.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    (note,) = sound(path, source)
+    assert note.startswith("engines read no index of this name")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "other.safetensors")}))
+    assert "it holds weights" in errors(examine(path, source))[0]
+
+
 def test_what_is_excused_is_what_both_have(tmp_path, source):
     """The same check with another text is not excused."""
     report = examine(quantized(tmp_path / "q", int8, INT8, tensors=without(1)), source)
