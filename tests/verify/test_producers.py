@@ -14,6 +14,7 @@ from quantcli.core.errors import InputError
 from quantcli.sources.decode import decoded
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
+from tests.e2e.conftest import run_cli
 from tests.verify import producers
 from tests.verify.damage import Copy
 from tests.verify.producers import (
@@ -353,6 +354,20 @@ def test_negative_scales_multiply_like_any_other(tmp_path, source):
     assert sound(path, source) == []
     expected = parts["weight"].float() * parts["weight_scale"]
     assert torch.equal(weight(open_checkpoint(path), K), expected)
+
+
+def test_negative_scales_are_not_packed(tmp_path):
+    path = quantized(tmp_path / "q", signed_int8, INT8)
+    done = run_cli("pack", path, "--target", "ascend", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "negative scales are not packed" in done.err
+
+
+def test_a_type_that_cannot_be_read_is_not_packed(tmp_path):
+    path = described(tmp_path / "q", mxfp4, "W4A4_MXFP4_FLATQUANT")
+    done = run_cli("pack", path, "--target", "compressed-tensors", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "this version cannot decode type W4A4_MXFP4_FLATQUANT" in done.err
 
 
 @pytest.mark.parametrize(("encode", "block"), [(int8, INT8), (fp8_rows, FP8_ROWS)], ids=["int8", "fp8"])

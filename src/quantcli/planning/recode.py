@@ -57,18 +57,22 @@ def recode(
 
 
 def _sound(parts: Parts, item: Repack, first_row: int) -> None:
-    """InputError for NaN and Inf, and for scales that are not positive; see `stray_signs`."""
+    """InputError for NaN and Inf, and for scales that are not positive."""
     for name in sorted(parts):
         tensor = parts[name]
         values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise _damaged(f"holds a {name} that is NaN or Inf", _place(item, name, first_row))
-        if not name.endswith("_scale") or not values.is_floating_point():
-            continue
-        rules = {param.suffix: param.values for param in item.module.layout.params}
-        bad = (values == 0) | (stray_signs(values) if rules.get(name) == "signed" else values < 0)
-        if bool(bad.any()):
-            first = bad.nonzero()[0].tolist()
+        if name.endswith("_scale") and values.is_floating_point() and bool((values <= 0).any()):
+            first = (values <= 0).nonzero()[0].tolist()
+            rules = {param.suffix: param.values for param in item.module.layout.params}
+            if rules.get(name) == "signed" and not bool(((values == 0) | stray_signs(values)).any()):
+                raise InputError(
+                    f"{name} is {float(values[tuple(first)]):g}: negative scales are not packed, as no "
+                    "other format is known to take them",
+                    where=_place(item, name, first_row, first[0] if first else 0),
+                    fix="quantize it instead: `quantcli quantize` decodes it",
+                )
             what = f"{name} is {float(values[tuple(first)]):g}: a scale is a positive number"
             raise _damaged(what, _place(item, name, first_row, first[0] if first else 0))
 
