@@ -12,6 +12,7 @@ from quantcli.core.numerics import Numerics
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.fp8.kinds import numerics_of
 from quantcli.targets.layouts import static_inputs
+from quantcli.targets.spellings import skip_list
 from quantcli.targets.vllm_family import float_linears
 
 METHOD = "fp8"
@@ -22,11 +23,12 @@ _KEYS = ("ignored_layers", "modules_to_not_convert")
 
 def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[str, Any]:
     """The whole object. Engines compare whole names: each linear that stays float has its own."""
+    quantized = [module.name for module in output.modules if module.numerics]
     table: dict[str, Any] = {
         "quant_method": METHOD,
         "activation_scheme": "static" if static_inputs(numerics) else "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": float_linears(output),
+        "modules_to_not_convert": skip_list(float_linears(output), quantized),
     }
     if numerics.weight.block:
         table["weight_block_size"] = list(numerics.weight.block)

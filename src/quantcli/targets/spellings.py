@@ -1,0 +1,90 @@
+"""Names of modules in the spellings of engines.
+
+A configuration names modules as the checkpoint does. vLLM and SGLang rename such names with the same
+table that renames tensors; transformers compares those of compressed-tensors with its own modules, and
+renames those of fp8. So a name counts for all of them only next to its other spellings.
+
+Sources: vllm 0.32.0, `hf_to_vllm_mapper` of the classes in model_executor/models, applied to a
+configuration by model_executor/models/interfaces.py:1258; transformers 5.23.0, conversion_mapping.py,
+quantizers/quantizer_finegrained_fp8.py:100-122, quantizers/quantizers_utils.py:26-37;
+compressed-tensors 0.20.0, utils/match.py.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+# A text model within a model of several parts; transformers before 4.52 wrote the second.
+# Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
+# mappers have the first two; the third is the text model loaded alone, and the text of Qwen2-VL.
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_TEXT = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.\d+\.))(?P<rest>.+)"
+)
+_HEAD = re.compile(r"(?:model\.)?(?:language_model\.)?lm_head")
+_PLAIN = re.compile(r"model\.layers\.\d+\..+|lm_head")
+# Modules that engines build under another name than that of the tensor. Engines rename tensors by it
+# and a dot, which is not in the name of a module: such names are not renamed in a configuration.
+# Sources: vllm 0.32.0, model_executor/models/whisper.py:816, phi4mm.py:1049, telechat2.py:116,
+# ernie45_vl.py:1377-1381, molmo.py:1282-1284; transformers 5.23.0, conversion_mapping.py:649-700
+# (deepseek_v4).
+_RENAMED = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(layers\.\d+)\.(fc[12])$", r"\1.mlp.\2"),
+        (r"\.base_layer$", ""),
+        (r"\.self_attention\.dense$", ".self_attention.o_proj"),
+        (r"\b(spatial|temporal)_linear\.([02])$", r"\1_linear\g<2>"),
+        (r"\bimage_projector\.w1$", "image_projector.gate_proj"),
+        (r"\bimage_projector\.w3$", "image_projector.up_proj"),
+        (r"\bimage_projector\.w2$", "image_projector.down_proj"),
+    )
+)
+# Parts in the middle of names that transformers 5 leaves out.
+# Source: transformers 5.23.0, conversion_mapping.py, CLIPVisionModel and its aliases.
+_LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
+
+
+def is_decoder(modules: Iterable[str]) -> bool:
+    """Whether all names are those of a decoder alone, which every engine spells alike."""
+    return all(map(_PLAIN.fullmatch, modules))
+
+
+def spellings(module: str) -> tuple[str, ...]:
+    """The names under which engines may look a module up, its own first."""
+    found = [module]
+    for pattern, new in _RENAMED:
+        if pattern.search(module):
+            found.append(pattern.sub(new, module))
+    if _LEFT_OUT.search(module):
+        found.append(_LEFT_OUT.sub("", module))
+    for name in tuple(found):
+        if match := _TEXT.fullmatch(name):
+            found += [prefix + match["rest"] for prefix in _TEXT_PREFIXES]
+        elif _HEAD.fullmatch(name):
+            found += ["lm_head", "language_model.lm_head"]
+        elif name.startswith("model."):
+            found.append(name.removeprefix("model."))
+        else:
+            found.append(f"model.{name}")
+    return tuple(dict.fromkeys(found))
+
+
+def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
+    """Names of float modules for engines that compare whole names, and for transformers.
+
+    transformers also takes an entry for the end of a name, even within a part of it: a spelling that
+    ends the name of a quantized module is left out.
+    """
+    if is_decoder([*floats, *quantized]):
+        return list(floats)
+    taken = sorted({name[::-1] for module in quantized for name in spellings(module)})
+
+    def ends_one(name: str) -> bool:
+        place = bisect_left(taken, name[::-1])
+        return place < len(taken) and taken[place].startswith(name[::-1])
+
+    others = (name for module in floats for name in spellings(module)[1:] if not ends_one(name))
+    return list(dict.fromkeys([*floats, *others]))
