@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 # A text model within a model of several parts; transformers before 4.52 wrote the second.
 # Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
@@ -88,3 +88,22 @@ def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
 
     others = (name for module in floats for name in spellings(module)[1:] if not ends_one(name))
     return list(dict.fromkeys([*floats, *others]))
+
+
+def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Listed names of several parts that no module has, nor any module within them, in any spelling.
+
+    A head is left out: if it is tied, no file holds it.
+    """
+    names = {name for module in modules for name in spellings(module)}
+    known = {name[:place] for name in names for place in _ends_of_parts(name)}
+    return [
+        name
+        for name in dict.fromkeys(listed)
+        if "." in name and name not in known and not _HEAD.fullmatch(name)
+    ]
+
+
+def _ends_of_parts(name: str) -> Iterator[int]:
+    yield from (place for place, character in enumerate(name) if character == ".")
+    yield len(name)

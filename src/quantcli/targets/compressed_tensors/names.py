@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import batched
 
 from quantcli.targets.spellings import is_decoder, spellings
 
@@ -33,22 +32,25 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
 
 def _with_any_beginning(floats: Sequence[str], quantized: Sequence[str]) -> Iterator[str]:
     """Expressions for the ends of names: with any number, or only with those that are float."""
+    alike = {_NUMBER.sub(_HOLE, module): module for module in quantized}.values()  # one of a kind
+    folded = {_NUMBER.sub(_HOLE, name) for module in alike for name in spellings(module)}
+    tails = {tail for name in folded for tail in _tails(name)}
     names = dict.fromkeys(name for module in floats for name in spellings(module))
-    others = {name for module in quantized for name in spellings(module)}
-    tails = {tail for name in others for tail in _tails(_NUMBER.sub(_HOLE, name))}
     ends = {name: _shortest(_NUMBER.sub(_HOLE, name), tails) for name in names}
     yield from map(_expression, dict.fromkeys(end for end in ends.values() if end))
     rest = [name for name, end in ends.items() if not end]
-    tails = {tail for name in others for tail in _tails(name)} if rest else set()
+    if rest:
+        spelled = (name for module in quantized for name in spellings(module))
+        tails = {tail for name in spelled for tail in _tails(name)}
     numbers: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # a set in order
     for name in rest:
-        if end := _shortest(name, tails):
-            match = _NUMBER.search(end)
-            assert match is not None
+        end = _shortest(name, tails)
+        if end and (match := _NUMBER.search(end)):
             numbers[end[: match.start()], end[match.end() :]][match[0]] = None
-    for (before, after), values in numbers.items():
-        for some in batched(values, _MOST_NUMBERS):
-            one_of = "|".join(some)
+    for (before, after), found in numbers.items():
+        values = list(found)
+        for start in range(0, len(values), _MOST_NUMBERS):
+            one_of = "|".join(values[start : start + _MOST_NUMBERS])
             yield rf"re:(?:.*\.)?{re.escape(before)}(?:{one_of}){re.escape(after)}$"
 
 

@@ -15,8 +15,9 @@ from quantcli.targets.compressed_tensors.kinds import group_size
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
+from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
-from quantcli.targets.vllm_family import is_head, is_linear
+from quantcli.targets.vllm_family import absent_head, is_head, is_linear
 
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
@@ -56,12 +57,21 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 continue  # `read` reports the group
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
+                yield from self._float_head(module)
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group)
+        if head := absent_head({name: t.spec for name, t in self.checkpoint.tensors.items()}):
+            yield from self._float_head(head.removesuffix(".weight"))
         for what, names in without_group.items():
             more = f"; {len(names) - 1} more like it" if len(names) > 1 else ""
             yield failed("loader", what + more, f"`{names[0]}`", AGAIN)
+
+    def _float_head(self, module: str) -> Iterator[Finding]:
+        """The finding for an lm_head that only vLLM takes for float."""
+        if self._matcher.as_linear(module):
+            what = "is float and not in `ignore`: transformers would take it for quantized"
+            yield failed("loader", what, f"`{module}`", "add its name to `ignore`")
 
     def _quantized(self, module: str, group: ConfigGroup) -> Iterator[Finding]:
         assert group.numerics is not None
@@ -105,14 +115,9 @@ class CompressedTensorsCheckpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on names in `ignore` that no module has; the serving dtype."""
-        absent_names = [
-            name
-            for name in self._ignore
-            if not name.startswith("re:") and "." in name and name not in self._names
-            and not is_head(name) and not any(other.startswith(f"{name}.") for other in self._names)
-        ]  # fmt: skip
-        if absent_names:
-            yield noted("config", f"`ignore` names {some(absent_names)}, which no file holds", CONFIG)
+        listed = (name for name in self._ignore if not name.startswith("re:"))
+        if absent := of_no_module(listed, self._names):
+            yield noted("config", f"`ignore` names {some(absent)}, which no file holds", CONFIG)
         yield from super().check_config()
 
 
