@@ -96,7 +96,7 @@ def test_no_false_alarm_for_any_family(tmp_path, family):
     tied = {"lm_head"} if family == "qwen2_tied" else set()
     listed = {name for name in kept if not name.endswith("embed_tokens")} | tied
     if family == "vlm":  # names that engines move: test_transformers.py has all of them
-        listed |= {"language_model.lm_head", "visual.blocks.0.mlp.gate_proj"}
+        listed |= {"language_model.lm_head", "model.visual", "visual"}
     assert set(config(out)["modules_to_not_convert"]) == listed
 
 

@@ -24,12 +24,14 @@ _TEXT = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.\d+\.))(?P<rest>.+)"
 )
 _HEAD = re.compile(r"(?:model\.)?(?:language_model\.)?lm_head")
+# Parts at the beginning of names that engines move, add and leave out.
+MOVED = frozenset({"model", "language_model"})
+_NO_PARTS = frozenset({"layers", "blocks", "h"})  # stacks, of which a part may be quantized
 _PLAIN = re.compile(r"model\.layers\.\d+\..+|lm_head")
 # Modules that engines build under another name than that of the tensor. Engines rename tensors by it
 # and a dot, which is not in the name of a module: such names are not renamed in a configuration.
 # Sources: vllm 0.32.0, model_executor/models/whisper.py:816, phi4mm.py:1049, telechat2.py:116,
-# ernie45_vl.py:1377-1381, molmo.py:1282-1284; transformers 5.23.0, conversion_mapping.py:649-700
-# (deepseek_v4).
+# ernie45_vl.py:1377-1381, molmo.py:1282-1284.
 _RENAMED = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
@@ -40,6 +42,25 @@ _RENAMED = tuple(
         (r"\bimage_projector\.w1$", "image_projector.gate_proj"),
         (r"\bimage_projector\.w3$", "image_projector.up_proj"),
         (r"\bimage_projector\.w2$", "image_projector.down_proj"),
+        (r"^head$", "lm_head"),
+    )
+)
+# Names of DeepSeek-V4, each part of which transformers 5 renames.
+# Source: transformers 5.23.0, conversion_mapping.py:649-700.
+_DEEPSEEK_V4 = re.compile(r"layers\.\d+\.(?:ffn\.|attn\.(?:w|compressor\.|indexer\.))")
+_PARTS_OF_DEEPSEEK_V4 = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\.attn\.", ".self_attn."),
+        (r"\.ffn\.", ".mlp."),
+        (r"\.indexer\.compressor\.", ".compressor.indexer."),
+        (r"\.indexer\.weights_proj$", ".compressor.indexer.scorer.weights_proj"),
+        (r"\.indexer\.wq_b$", ".compressor.indexer.q_b_proj"),
+        (r"\.w(q_a|q_b|kv|o_a|o_b)$", r".\1_proj"),
+        (r"\.wgate$", ".gate_proj"),
+        (r"\.shared_experts\.w1$", ".shared_experts.gate_proj"),
+        (r"\.shared_experts\.w2$", ".shared_experts.down_proj"),
+        (r"\.shared_experts\.w3$", ".shared_experts.up_proj"),
     )
 )
 # Parts in the middle of names that transformers 5 leaves out.
@@ -49,17 +70,25 @@ _LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
 
 def is_decoder(modules: Iterable[str]) -> bool:
     """Whether all names are those of a decoder alone, which every engine spells alike."""
-    return all(map(_PLAIN.fullmatch, modules))
+    return all(_PLAIN.fullmatch(name) and not _renamed(name) for name in modules)
+
+
+def _renamed(module: str) -> list[str]:
+    """Other names of a module in engines that build it under another one."""
+    found = [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
+    if _DEEPSEEK_V4.search(module):
+        name = module
+        for pattern, new in _PARTS_OF_DEEPSEEK_V4:
+            name = pattern.sub(new, name)
+        found.append(name)
+    if _LEFT_OUT.search(module):
+        found.append(_LEFT_OUT.sub("", module))
+    return found
 
 
 def spellings(module: str) -> tuple[str, ...]:
     """The names under which engines may look a module up, its own first."""
-    found = [module]
-    for pattern, new in _RENAMED:
-        if pattern.search(module):
-            found.append(pattern.sub(new, module))
-    if _LEFT_OUT.search(module):
-        found.append(_LEFT_OUT.sub("", module))
+    found = [module, *_renamed(module)]
     for name in tuple(found):
         if match := _TEXT.fullmatch(name):
             found += [prefix + match["rest"] for prefix in _TEXT_PREFIXES]
@@ -72,11 +101,28 @@ def spellings(module: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def float_parts(floats: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Parts of a model that hold nothing quantized, such as `vision_tower` and `visual`.
+
+    Whatever names an engine gives to modules within them, they are float.
+    """
+    taken = {part for module in quantized for part in module.split(".")}
+    firsts = dict.fromkeys(_moved_off(module) for module in floats)
+    return [part for part, within in firsts if within and part not in taken | _NO_PARTS]
+
+
+def _moved_off(module: str) -> tuple[str, bool]:
+    """The first part of a name after those that engines move, and whether others follow it."""
+    parts = module.split(".")
+    first = next((i for i, part in enumerate(parts) if part not in MOVED), len(parts) - 1)
+    return parts[first], first + 1 < len(parts)
+
+
 def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """Names of float modules for engines that compare whole names, and for transformers.
 
-    transformers also takes an entry for the end of a name, even within a part of it: a spelling that
-    ends the name of a quantized module is left out.
+    transformers takes an entry for all within it, and for the end of a name, even within a part of the
+    name: a spelling that ends the name of a quantized module is left out.
     """
     if is_decoder([*floats, *quantized]):
         return list(floats)
@@ -86,8 +132,13 @@ def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
         place = bisect_left(taken, name[::-1])
         return place < len(taken) and taken[place].startswith(name[::-1])
 
-    others = (name for module in floats for name in spellings(module)[1:] if not ends_one(name))
-    return list(dict.fromkeys([*floats, *others]))
+    parts = float_parts(floats, quantized)
+    names = list(floats)
+    for module in floats:
+        names += _renamed(module) if _moved_off(module)[0] in parts else spellings(module)
+    names += [prefix + part for part in parts for prefix in ("model.", "")]
+    own = set(floats)
+    return [name for name in dict.fromkeys(names) if name in own or not ends_one(name)]
 
 
 def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:

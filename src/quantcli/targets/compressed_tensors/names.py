@@ -6,15 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from quantcli.targets.spellings import is_decoder, spellings
+from quantcli.targets.spellings import MOVED, float_parts, is_decoder, spellings
 
 MOST_NAMES = 512  # in one list; more are folded into regular expressions
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
 _HOLE = "\0"  # stands for a number
 _MOST_NUMBERS = 100  # in one expression
-# Parts at the beginning of names that engines move, add and leave out.
-_MOVED = frozenset({"model", "language_model"})
 
 
 def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
@@ -27,7 +25,9 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     names = fold(floats, quantized)
     if is_decoder([*floats, *quantized]):
         return names
-    return list(dict.fromkeys([*names, *_with_any_beginning(floats, quantized)]))
+    parts = [rf"re:(?:.*\.)?{re.escape(part)}\..+" for part in float_parts(floats, quantized)]
+    rest = [name for name in floats if not any(re.match(part[3:], name) for part in parts)]
+    return list(dict.fromkeys([*names, *parts, *_with_any_beginning(rest, quantized)]))
 
 
 def _with_any_beginning(floats: Sequence[str], quantized: Sequence[str]) -> Iterator[str]:
@@ -62,7 +62,7 @@ def _shortest(name: str, tails: Collection[str]) -> str | None:
     parts = name.split(".")
     numbers = (i for i, part in enumerate(parts[1:-1]) if part == _HOLE or part.isdecimal())
     if (first := next(numbers, None)) is None:
-        first = next((i for i, part in enumerate(parts) if part not in _MOVED), 0)
+        first = next((i for i, part in enumerate(parts) if part not in MOVED), 0)
     ends = (".".join(parts[start:]) for start in range(first, -1, -1))
     return next((end for end in ends if end not in tails), None)
 
