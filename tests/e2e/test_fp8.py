@@ -291,6 +291,7 @@ CONFIGS = {
     "blocks of nothing": ({"weight_block_size": [0, 128]}, "weight_block_size is [0, 128]"),
     "one scale a weight": ({"weight_block_size": None}, "under `weight_scale_inv`"),
     "codes are called float": ({"modules_to_not_convert": [DOWN]}, "but is F8_E4M3"),
+    "a float head": ({"modules_to_not_convert": []}, "transformers would take it for fp8"),
     "half of what is fused": ({"ignored_layers": [f"{L}.mlp.up_proj"]}, "fuses these siblings"),
     "names are no list": ({"modules_to_not_convert": DOWN}, "not a list of names"),
 }
@@ -307,6 +308,19 @@ def test_configs_that_the_engine_would_misread(foreign, tmp_path, case):
     assert found.code == 1
     errors = [f["what"] for f in found.json["findings"] if f["severity"] == "error"]
     assert any(word in what for what in errors), errors
+
+
+def test_listed_names_that_no_module_has_are_noted(foreign, tmp_path):
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    words = json.loads((copy / "config.json").read_text())
+    listed = ["model.lm_head", "lm_head", "visual.merger", "model.layers", f"{L}.mlp.no_proj"]
+    words["quantization_config"]["modules_to_not_convert"] = listed
+    (copy / "config.json").write_text(json.dumps(words))
+    found = run_cli("verify", copy, "--json")
+    assert found.code == 0, found.out
+    notes = [f["what"] for f in found.json["findings"] if f["check"] == "config"]
+    what = f"modules_to_not_convert names `{L}.mlp.no_proj` and 1 more, which no file holds"
+    assert notes == [what]
 
 
 def test_a_lost_config_is_told(foreign, tmp_path):

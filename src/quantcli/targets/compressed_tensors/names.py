@@ -23,6 +23,9 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     beginning of a name.
     """
     names = fold(floats, quantized)
+    # engines look up each of the experts
+    stacks = (_NUMBER.sub(_HOLE, name) for name in floats if name.endswith(".experts"))
+    names += [_expression(stack).removesuffix("$") + r"\..+" for stack in dict.fromkeys(stacks)]
     if is_decoder([*floats, *quantized]):
         return names
     parts = [rf"re:(?:.*\.)?{re.escape(part)}\..+" for part in float_parts(floats, quantized)]

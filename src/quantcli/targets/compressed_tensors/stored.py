@@ -47,6 +47,8 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 weight is not None and weight.spec.dtype in _CODES
             )
             self.checked["parameters"] += 1
+            if is_head(module) and not quantized:
+                yield from self._float_head(module)
             if not quantized and not (weight is not None and is_linear(module, weight.spec.shape)):
                 continue  # norms, embeddings, convolutions
             if group is None:
@@ -57,7 +59,6 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 continue  # `read` reports the group
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
-                yield from self._float_head(module)
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group)
