@@ -24,7 +24,7 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """
     names = fold(floats, quantized)
     # engines look up each of the experts
-    stacks = (_NUMBER.sub(_HOLE, name) for name in floats if name.endswith(".experts"))
+    stacks = (_tail(_NUMBER, name) for name in floats if name.endswith(".experts"))
     names += [_expression(stack).removesuffix("$") + r"\..+" for stack in dict.fromkeys(stacks)]
     if is_decoder([*floats, *quantized]):
         return names
