@@ -26,7 +26,7 @@ _TEXT = re.compile(
 _HEAD = re.compile(r"(?:model\.)?(?:language_model\.)?lm_head")
 # Parts at the beginning of names that engines move, add and leave out.
 MOVED = frozenset({"model", "language_model"})
-_NO_PARTS = frozenset({"layers", "blocks", "h"})  # stacks, of which a part may be quantized
+_NO_TOWERS = frozenset({"layers", "blocks", "h"})  # of the text model
 _PLAIN = re.compile(r"model\.layers\.\d+\..+|lm_head")
 # Modules that engines build under another name than that of the tensor. Engines rename tensors by it
 # and a dot, which is not in the name of a module: such names are not renamed in a configuration.
@@ -66,6 +66,10 @@ _PARTS_OF_DEEPSEEK_V4 = tuple(
 # Parts in the middle of names that transformers 5 leaves out.
 # Source: transformers 5.23.0, conversion_mapping.py, CLIPVisionModel and its aliases.
 _LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
+_MAY_BE_RENAMED = re.compile(
+    r"\.(?:vision_model|text_model|ffn|attn)\.|"
+    r"(?:\.(?:fc[12]|base_layer|dense|w[123])|_linear\.[02]|^head)$"
+)
 
 
 def is_decoder(modules: Iterable[str]) -> bool:
@@ -75,6 +79,8 @@ def is_decoder(modules: Iterable[str]) -> bool:
 
 def _renamed(module: str) -> list[str]:
     """Other names of a module in engines that build it under another one."""
+    if not _MAY_BE_RENAMED.search(module):  # most are not: there may be very many experts
+        return []
     found = [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
     if _DEEPSEEK_V4.search(module):
         name = module
@@ -101,14 +107,14 @@ def spellings(module: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def float_parts(floats: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Parts of a model that hold nothing quantized, such as `vision_tower` and `visual`.
+def float_towers(floats: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Towers that hold nothing quantized, such as `vision_tower` and `visual`.
 
     Whatever names an engine gives to modules within them, they are float.
     """
     taken = {part for module in quantized for part in module.split(".")}
     firsts = dict.fromkeys(_moved_off(module) for module in floats)
-    return [part for part, within in firsts if within and part not in taken | _NO_PARTS]
+    return [tower for tower, within in firsts if within and tower not in taken | _NO_TOWERS]
 
 
 def _moved_off(module: str) -> tuple[str, bool]:
@@ -132,11 +138,11 @@ def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
         place = bisect_left(taken, name[::-1])
         return place < len(taken) and taken[place].startswith(name[::-1])
 
-    parts = float_parts(floats, quantized)
+    towers = float_towers(floats, quantized)
     names = list(floats)
     for module in floats:
-        names += _renamed(module) if _moved_off(module)[0] in parts else spellings(module)
-    names += [prefix + part for part in parts for prefix in ("model.", "")]
+        names += _renamed(module) if _moved_off(module)[0] in towers else spellings(module)
+    names += [prefix + tower for tower in towers for prefix in ("model.", "")]
     own = set(floats)
     return [name for name in dict.fromkeys(names) if name in own or not ends_one(name)]
 
@@ -146,13 +152,17 @@ def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:
 
     A head is left out: if it is tied, no file holds it.
     """
-    names = {name for module in modules for name in spellings(module)}
+    names = list(modules)
     known = {name[:place] for name in names for place in _ends_of_parts(name)}
-    return [
+    absent = [
         name
         for name in dict.fromkeys(listed)
-        if "." in name and name not in known and not _HEAD.fullmatch(name)
+        if "." in name and not _HEAD.fullmatch(name) and known.isdisjoint(spellings(name))
     ]
+    if absent:  # it may be the spelling of a name that has others
+        known = {other for name in names for other in spellings(name)}
+        known = {name[:place] for name in known for place in _ends_of_parts(name)}
+    return [name for name in absent if name not in known]
 
 
 def _ends_of_parts(name: str) -> Iterator[int]:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from quantcli.targets.compressed_tensors.names import ignored
-from quantcli.targets.spellings import float_parts, of_no_module, skip_list, spellings
+from quantcli.targets.spellings import float_towers, of_no_module, skip_list, spellings
 
 OLD, NEW = "language_model.model.layers", "model.language_model.layers"
 
@@ -139,10 +139,10 @@ def test_names_that_nothing_tells_apart_stay_as_they_are():
 
 
 def test_parts_with_something_quantized_are_not_skipped_as_a_whole():
-    assert float_parts(
+    assert float_towers(
         ["visual.blocks.0.a", "audio.a", "lm_head", "layers.0.a"], ["visual.merger.b"]
     ) == ["audio"]
-    assert float_parts(["encoder.layers.0.a"], ["vision_tower.encoder.layers.0.b"]) == []
+    assert float_towers(["encoder.layers.0.a"], ["vision_tower.encoder.layers.0.b"]) == []
 
 
 def test_many_numbers_are_in_several_expressions():

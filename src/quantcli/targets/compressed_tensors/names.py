@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from quantcli.targets.spellings import MOVED, float_parts, is_decoder, spellings
+from quantcli.targets.spellings import MOVED, float_towers, is_decoder, spellings
 
 MOST_NAMES = 512  # in one list; more are folded into regular expressions
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
@@ -19,7 +19,7 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """Entries that match all float modules and no quantized one, in every engine.
 
     vLLM and SGLang rename exact names with tensors, and compare expressions with their own names;
-    transformers renames neither. So a model of several parts has both, and its expressions take any
+    transformers renames neither. So a model with towers has both, and its expressions take any
     beginning of a name.
     """
     names = fold(floats, quantized)
@@ -28,23 +28,25 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     names += [_expression(stack).removesuffix("$") + r"\..+" for stack in dict.fromkeys(stacks)]
     if is_decoder([*floats, *quantized]):
         return names
-    parts = [rf"re:(?:.*\.)?{re.escape(part)}\..+" for part in float_parts(floats, quantized)]
-    rest = [name for name in floats if not any(re.match(part[3:], name) for part in parts)]
-    return list(dict.fromkeys([*names, *parts, *_with_any_beginning(rest, quantized)]))
+    towers = [rf"re:(?:.*\.)?{re.escape(name)}\..+" for name in float_towers(floats, quantized)]
+    rest = [name for name in floats if not any(re.match(tower[3:], name) for tower in towers)]
+    return list(dict.fromkeys([*names, *towers, *_with_any_beginning(rest, quantized)]))
 
 
 def _with_any_beginning(floats: Sequence[str], quantized: Sequence[str]) -> Iterator[str]:
     """Expressions for the ends of names: with any number, or only with those that are float."""
-    alike = {_NUMBER.sub(_HOLE, module): module for module in quantized}.values()  # one of a kind
-    folded = {_NUMBER.sub(_HOLE, name) for module in alike for name in spellings(module)}
+    kinds = {_NUMBER.sub(_HOLE, module): module for module in quantized}.values()  # one of each
+    folded = {_NUMBER.sub(_HOLE, name) for module in kinds for name in spellings(module)}
     tails = {tail for name in folded for tail in _tails(name)}
     names = dict.fromkeys(name for module in floats for name in spellings(module))
     ends = {name: _shortest(_NUMBER.sub(_HOLE, name), tails) for name in names}
     yield from map(_expression, dict.fromkeys(end for end in ends.values() if end))
     rest = [name for name, end in ends.items() if not end]
     if rest:
+        lasts = {name.rpartition(".")[2] for name in rest}
         spelled = (name for module in quantized for name in spellings(module))
-        tails = {tail for name in spelled for tail in _tails(name)}
+        alike = (name for name in spelled if name.rpartition(".")[2] in lasts)
+        tails = {tail for name in alike for tail in _tails(name)}
     numbers: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # a set in order
     for name in rest:
         end = _shortest(name, tails)
