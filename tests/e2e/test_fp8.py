@@ -310,6 +310,35 @@ def test_configs_that_the_engine_would_misread(foreign, tmp_path, case):
     assert any(word in what for what in errors), errors
 
 
+def test_a_tied_head_that_is_not_listed(foreign, tmp_path):
+    """If there is no list, transformers leaves the head alone; a model without a head needs none."""
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    words = json.loads((copy / "config.json").read_text()) | {"tie_word_embeddings": True}
+    block = words["quantization_config"]
+    for names, classes, code in (
+        (["visual"], ["LlamaForCausalLM"], 1),
+        (["visual"], ["LlamaModel"], 0),
+        (["visual"], "LlamaForCausalLM", 0),
+        (["lm_head"], ["LlamaForCausalLM"], 0),
+        (None, ["LlamaForCausalLM"], 0),
+    ):
+        changes = {
+            "architectures": classes,
+            "quantization_config": block | {"modules_to_not_convert": names},
+        }
+        (copy / "config.json").write_text(json.dumps(words | changes))
+        found = run_cli("verify", copy, "--json")
+        assert found.code == code, found.out
+        errors = [f["where"] for f in found.json["findings"] if f["severity"] == "error"]
+        assert errors == ["`lm_head`"] * code
+    edit(copy, put("lm_head.weight", lambda table: table["model.embed_tokens.weight"].clone()))
+    (copy / "config.json").write_text(json.dumps(words | {"quantization_config": block | {
+        "modules_to_not_convert": ["visual"]}}))  # fmt: skip
+    errors = [f for f in run_cli("verify", copy, "--json").json["findings"] if f["severity"] == "error"]
+    assert [f["where"] for f in errors] == ["`lm_head`"]
+    assert "transformers would take it for fp8" in errors[0]["what"]
+
+
 def test_listed_names_that_no_module_has_are_noted(foreign, tmp_path):
     copy = shutil.copytree(foreign, tmp_path / "copy")
     words = json.loads((copy / "config.json").read_text())

@@ -153,16 +153,16 @@ def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:
     A head is left out: if it is tied, no file holds it.
     """
     names = list(modules)
-    known = {name[:place] for name in names for place in _ends_of_parts(name)}
+    prefixes = {name[:place] for name in names for place in _ends_of_parts(name)}
     absent = [
         name
         for name in dict.fromkeys(listed)
-        if "." in name and not _HEAD.fullmatch(name) and known.isdisjoint(spellings(name))
+        if "." in name and not _HEAD.fullmatch(name) and prefixes.isdisjoint(spellings(name))
     ]
     if absent:  # it may be the spelling of a name that has others
-        known = {other for name in names for other in spellings(name)}
-        known = {name[:place] for name in known for place in _ends_of_parts(name)}
-    return [name for name in absent if name not in known]
+        prefixes = {other for name in names for other in spellings(name)}
+        prefixes = {name[:place] for name in prefixes for place in _ends_of_parts(name)}
+    return [name for name in absent if name not in prefixes]
 
 
 def _ends_of_parts(name: str) -> Iterator[int]:

@@ -154,6 +154,16 @@ _STACKED = re.compile(
 _FLAT = re.compile(r".*\.experts\.mlp\.(w1|v1|w2)")
 
 
+def tied_head(checkpoint: Checkpoint) -> str | None:
+    """Name of the lm_head, without `.weight`, of a model that generates and stores none."""
+    names = checkpoint.config.get("architectures")
+    classes = names if isinstance(names, list) else []
+    if not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
+        return None
+    head = absent_head({name: stored.spec for name, stored in checkpoint.tensors.items()})
+    return head.removesuffix(".weight") if head else None
+
+
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target of this version writes.
 

@@ -17,7 +17,7 @@ from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
-from quantcli.targets.vllm_family import absent_head, is_head, is_linear
+from quantcli.targets.vllm_family import is_head, is_linear, tied_head
 
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
@@ -62,8 +62,8 @@ class CompressedTensorsCheckpoint(StoredFormat):
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group)
-        if head := absent_head({name: t.spec for name, t in self.checkpoint.tensors.items()}):
-            yield from self._float_head(head.removesuffix(".weight"))
+        if head := tied_head(self.checkpoint):
+            yield from self._float_head(head)
         for what, names in without_group.items():
             more = f"; {len(names) - 1} more like it" if len(names) > 1 else ""
             yield failed("loader", what + more, f"`{names[0]}`", AGAIN)

@@ -20,12 +20,12 @@ from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
     ROUTERS,
-    absent_head,
     check_blocks,
     fused_siblings,
     is_head,
     is_linear,
     last_part,
+    tied_head,
 )
 
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -78,8 +78,8 @@ class Fp8Checkpoint(StoredFormat):
             elif is_linear(module, weight.spec.shape):
                 self.labels[module] = self.float_label
                 yield from self._unlisted(module, weight)
-        if head := absent_head({name: t.spec for name, t in self.checkpoint.tensors.items()}):
-            yield from self._float_head(head.removesuffix(".weight"))
+        if head := tied_head(self.checkpoint):
+            yield from self._float_head(head)
 
     def _ignored(self, module: str) -> bool:
         """Whether config.json has a module's full name, in any spelling; for an expert, the name of any
