@@ -339,6 +339,23 @@ def test_a_tied_head_that_is_not_listed(foreign, tmp_path):
     assert "transformers would take it for fp8" in errors[0]["what"]
 
 
+@pytest.mark.parametrize(
+    ("names", "severity"), [(["lm_head"], "error"), (["visual", "lm_head"], "note")]
+)
+def test_a_float_layer_of_a_tower(foreign, tmp_path, names, severity):
+    """No entry covers it; or one that only transformers takes for all within the tower."""
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    name = "model.visual.blocks.0.attn.qkv"
+    edit(copy, put(f"{name}.weight", lambda _: torch.ones(8, 8, dtype=torch.bfloat16)))
+    words = json.loads((copy / "config.json").read_text())
+    words["quantization_config"]["modules_to_not_convert"] = names
+    (copy / "config.json").write_text(json.dumps(words))
+    found = run_cli("verify", copy, "--json").json["findings"]
+    (found,) = [f for f in found if f["where"] == f"`{name}`"]
+    assert (found["check"], found["severity"]) == ("loader", severity)
+    assert "is BF16 and not in modules_to_not_convert" in found["what"]
+
+
 def test_listed_names_that_no_module_has_are_noted(foreign, tmp_path):
     copy = shutil.copytree(foreign, tmp_path / "copy")
     words = json.loads((copy / "config.json").read_text())

@@ -96,7 +96,8 @@ class Fp8Checkpoint(StoredFormat):
         if last_part(module) in _FLOAT_ALWAYS:
             return
         what = f"is {weight.spec.dtype} and not in modules_to_not_convert"
-        if _STACKED.search(module):
+        in_tower = _STACKED.search(module) and not self._skipped_by_transformers(module)
+        if ".layers." in module or in_tower:
             what += ": the engine would cast it to fp8, with a scale of uninitialised memory"
             yield failed("loader", what, f"`{module}`", "add its name to modules_to_not_convert")
         else:
@@ -105,13 +106,17 @@ class Fp8Checkpoint(StoredFormat):
 
     def _float_head(self, module: str) -> Iterator[Finding]:
         """The finding for an lm_head that only vLLM takes for float."""
-        if self._skipped is not None and not any(
-            name.endswith(entry) or name.startswith(f"{entry}.")
-            for name in spellings(module)
-            for entry in self._skipped
-        ):
+        if self._skipped is not None and not self._skipped_by_transformers(module):
             what = "is float and not in modules_to_not_convert: transformers would take it for fp8"
             yield failed("loader", what, f"`{module}`", "add its name to modules_to_not_convert")
+
+    def _skipped_by_transformers(self, module: str) -> bool:
+        """Whether an entry is a beginning or an end of a module's name, in any spelling."""
+        return any(
+            name.endswith(entry) or name.startswith(f"{entry}.")
+            for name in spellings(module)
+            for entry in self._skipped or ()
+        )
 
     def _quantized(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         assert self._numerics is not None
