@@ -264,3 +264,13 @@ def test_names_in_ignore_that_no_module_has_are_noted(stock, tmp_path):
 @pytest.mark.parametrize(**table(HARM))
 def test_caught(stock, tmp_path, row):
     assert_caught(stock, row, tmp_path)
+
+
+def test_a_rounded_cache_is_a_note(stock, tmp_path):
+    copy = Copy(good_of(stock, "ct dynamic"), tmp_path / "copy")
+    beside(kv_cache_scheme={"num_bits": 8})(copy)
+    copy.seal()
+    report = verify(VerifyOptions(copy.path, against=str(copy.source)))
+    assert report.ok
+    (note,) = report.findings
+    assert note.what.startswith("has a `kv_cache_scheme`")
