@@ -16,7 +16,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
-# A text model within a model of several parts; transformers before 4.52 wrote the second.
+# A text model next to towers; transformers before 4.52 wrote the second.
 # Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
 # mappers have the first two; the third is the text model loaded alone, and the text of Qwen2-VL.
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
