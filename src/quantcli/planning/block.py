@@ -93,10 +93,12 @@ def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
 class Computed:
     """Stored tensors of some rows of an item.
 
-    outputs: each with its place among the item's, and the row from which on it holds these numbers.
+    outputs: each with its spec, and its row from which on it holds these numbers.
+    start:   the first of these rows of the item's source.
     nbytes:  of the source, on disk.
     """
 
+    start: int
     outputs: list[tuple[TensorSpec, int, Tensor]]
     nbytes: int
 
@@ -134,7 +136,7 @@ def compute(
                 for spec, tensor in zip(item.outputs, packed.values(), strict=True)
                 if start == 0 or spec.name not in item.constants
             ]
-            yield Computed(outputs, _share(item.source, stop) - _share(item.source, start))
+            yield Computed(start, outputs, _share(item.source, stop) - _share(item.source, start))
 
 
 def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -> Iterator[Computed]:
@@ -144,9 +146,8 @@ def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -
         for start in range(job.start, job.stop, step):
             stop = min(start + step, job.stop)
             copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
-            yield Computed(
-                [(out, start, copied)], _share(item.source, stop) - _share(item.source, start)
-            )
+            nbytes = _share(item.source, stop) - _share(item.source, start)
+            yield Computed(start, [(out, start, copied)], nbytes)
 
 
 def _share(stored: StoredTensor, rows: int) -> int:
