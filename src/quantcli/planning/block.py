@@ -44,6 +44,10 @@ class Calibrated:
     edit: EditFactors | None = None
     bias_edit: EditFactors | None = None
 
+    def edited(self, rows: Tensor, first_row: int) -> Tensor:
+        """Rows of the item's source, from `first_row` on, with its edit if it has one."""
+        return rows if self.edit is None else self.edit.apply(rows, first_row)
+
 
 _NOTHING = Calibrated()
 
@@ -166,7 +170,7 @@ def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated)
 
     InputError for what that dtype cannot hold.
     """
-    edited = rows if calibrated.edit is None else calibrated.edit.apply(rows, first_row)
+    edited = calibrated.edited(rows, first_row)
     converted = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
     if item.dtype is not None and not bool(torch.isfinite(converted).all()):
         name = item.source.spec.name
@@ -194,8 +198,7 @@ def quantize_block(
     bias: of these rows [n]. InputError for NaN and Inf.
     """
     source, source_bias = rows, bias
-    if calibrated.edit is not None:
-        rows = calibrated.edit.apply(rows, first_row)
+    rows = calibrated.edited(rows, first_row)
     if calibrated.bias_edit is not None and bias is not None:
         bias = calibrated.bias_edit.apply(bias, first_row)
     constants = calibrated.constants

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from quantcli.planning.planner import make_plan
 from quantcli.planning.recode import recode
 from quantcli.planning.repack import plan_repacking
 from quantcli.recipe.recipe import Recipe, load_recipe
+from quantcli.schemes.integer import OTHER_SCALES, Int4Weights, least_elsewhere
 from quantcli.targets.base import StoredCheckpoint, Target
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
@@ -181,22 +182,62 @@ class Recomputation:
         tensors, item = self.stored.checkpoint.tensors, job.item
         compared = {spec.name for spec in self._compared(item)}
         found: dict[str, _Difference] = {}
-        for rows in compute(job, self.plan.target, self._calibrated(item)):
+        calibrated = self._calibrated(item)
+        for rows in compute(job, self.plan.target, calibrated):
             outputs = rows.outputs
             if self.target is not None and isinstance(item, Quantize):
                 outputs = list(self._packed(item, rows.start, outputs))
             elif self.target is not None:
                 (spec,) = self._specs(item)
                 outputs = [(spec, row, t.to(torch_dtype(spec.dtype))) for _, row, t in outputs]
-            for spec, first_row, made in outputs:
-                if spec.name in compared:
-                    here = read_span(tensors[spec.name], first_row, len(made))
-                    difference = _difference(spec, first_row, here, made)
-                    if difference is not None:
-                        first = found.get(spec.name)
-                        found[spec.name] = first.with_more(difference) if first else difference
+            here = {s.name: read_span(tensors[s.name], row, len(made)) for s, row, made in outputs}
+            unlike = [
+                difference
+                for spec, first_row, made in outputs
+                if spec.name in compared
+                and (difference := _difference(spec, first_row, here[spec.name], made))
+            ]
+            if unlike and not self._added_otherwise(item, rows.start, here, outputs, calibrated):
+                for difference in unlike:
+                    first = found.get(difference.name)
+                    found[difference.name] = first.with_more(difference) if first else difference
             progress.advance(rows.nbytes)
         return list(found.values())
+
+    def _added_otherwise(
+        self,
+        item: Item,
+        start: int,
+        here: Mapping[str, Tensor],
+        outputs: list[tuple[TensorSpec, int, Tensor]],
+        calibrated: Calibrated,
+    ) -> bool:
+        """Whether a CPU that adds floats in another order may have made these rows instead.
+
+        Only scales of int4 with `clip: mse` depend on such sums; their codes follow from the scales.
+        """
+        if not isinstance(item, Quantize) or not isinstance(item.scheme, Int4Weights):
+            return False
+        if item.scheme.clip != "mse" or self.target is not None:
+            return False
+        scheme, prefix = item.scheme, len(item.module) + 1
+        parts = self.plan.target.unpack(scheme.numerics, {n[prefix:]: t for n, t in here.items()})
+        made = self.plan.target.unpack(
+            scheme.numerics, {spec.name[prefix:]: tensor for spec, _, tensor in outputs}
+        )
+        rows = read_span(item.source, start, len(parts["weight"]))
+        values = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
+        width = values.shape[1] // parts["weight_scale"].shape[1]
+        values, scale = values.view(-1, width), parts["weight_scale"].float().view(-1, 1)
+        codes = parts["weight"].reshape(values.shape)
+        follow = made["weight"] if "codes" in calibrated.row_stats else scheme.rounded(values, scale)
+        if not torch.equal(codes, follow.reshape(values.shape)):
+            return False
+        dtype = torch_dtype(item.engine_dtypes.weight_scale)
+        expected = made["weight_scale"].float().view(-1, 1)
+        near = torch.isclose(scale, expected, rtol=OTHER_SCALES, atol=0) & (dtype == torch.float32)
+        unlike = (~near & (scale != expected)).flatten().nonzero().flatten()
+        return all(least_elsewhere(values[row], scale[row], dtype) for row in unlike.tolist())
 
     def _calibrated(self, item: Item) -> Calibrated:
         """The results of calibration for an item: those that were given, else the stored ones."""
@@ -337,7 +378,10 @@ def _prepare(structure: Structure, model: Path, calibration: Path | None) -> Rec
     same = isinstance(source, dict) and source.get("fingerprint") == checkpoint.fingerprint
     packed = manifest.get("state") == "lossless"
     if packed and same:
-        return Recomputation(plan_repacking(checkpoint, target), stored, None, True)
+        try:
+            return Recomputation(plan_repacking(checkpoint, target), stored, None, True)
+        except InputError as error:
+            raise _CannotBe(f"MODEL cannot be packed as the manifest says: {error.what}") from None
     if not packed and not same:
         raise _CannotBe("the manifest names another source than MODEL, by its headers")
     recipe = _recipe(structure, SOURCE_RECIPE if packed else RECIPE_FILE)
@@ -387,7 +431,7 @@ def _recipe(structure: Structure, file: str) -> Recipe:
     try:
         recipe = load_recipe(path)
     except InputError as error:
-        raise _CannotBe(f"the manifest's recipe cannot be read: {error}") from None
+        raise _CannotBe(f"the manifest's recipe cannot be read: {error.what}") from None
     for rule in (*recipe.rules, *recipe.smooth):
         for pattern in rule.patterns:
             if _may_be_slow(pattern):
