@@ -414,7 +414,7 @@ def test_packed_and_measured_without_the_calibration(packed):
     good, out = packed("static", "compressed-tensors")
     report = examine(out.path, good.source)
     assert report.ok
-    assert "since it was packed" in report.not_checked[0]
+    assert "packing changes how ranges" in report.not_checked[0]
 
 
 # -- what cannot be recomputed ------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def test_another_version_is_noted(copy):
     report = examine(copy.path, copy.source)
     assert report.ok
     (note,) = report.findings
-    assert note.what.startswith("made by quantcli 0.0.1; this is ")
+    assert note.what.startswith("quantcli 0.0.1 made the checkpoint; ")
 
 
 def test_damage_is_not_recomputed(copy):

@@ -162,7 +162,7 @@ def load(session: Session) -> Measured:
     return load_measured(session.folder, layers)
 
 
-def measured_for(plan: Plan, folder: Path) -> Measured:
+def load_for(plan: Plan, folder: Path) -> Measured:
     """The finished calibration in `folder`, if it is of this plan; its text may be any.
 
     InputError for one that is not finished, damaged, or of something else.
