@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-isa test-engine check lint types docs format house bench clean
+.PHONY: help setup demo test test-wheel test-isa test-engine check lint types docs format house bench clean
 
 help:           ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,14 +24,14 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## convert the bundled model and show the result
 	@rm -rf $(DEMO) && mkdir -p $(dir $(DEMO))
-	@echo '$$ quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)'
-	@$(BIN)/quantcli quantize recipes/w8a8_dynamic.yaml --model examples/tiny-qwen3 --out $(DEMO)
+	@echo '$$ quantcli quantize w8a8_dynamic --model examples/tiny-qwen3 --out $(DEMO)'
+	@$(BIN)/quantcli quantize w8a8_dynamic --model examples/tiny-qwen3 --out $(DEMO)
 	@echo '$$ quantcli inspect $(DEMO)'
 	@$(BIN)/quantcli inspect $(DEMO)
 	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'
 	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
-test: check     ## all that CI runs: lint, types, tests
+test: check     ## lint, types, tests
 	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest $(PARALLEL); else \
 		echo "no chromium here: tests marked browser are left out" && \
 		$(BIN)/python -m pytest $(PARALLEL) -m "not browser"; fi
@@ -46,8 +46,13 @@ test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
 	@echo "with AVX-512 alone:" && \
 		ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
 
+test-wheel: $(READY) ## build the wheel, install it elsewhere, convert with it
+	@$(BIN)/python -m pytest tests/wheel
+
+# The tests pin vLLM to AVX-512 with VNNI: every CPU that has it answers alike (tests/engine/serve.py).
+# -rs says why those of AMX were left out.
 test-engine: $(READY) $(ENGINE)/ready ## convert, and serve with vLLM on this CPU
-	@$(BIN)/python -m pytest tests/engine
+	@$(BIN)/python -m pytest $(PARALLEL) -rs tests/engine
 
 $(ENGINE)/ready: constraints-engine.txt
 	@echo "setting up $(ENGINE) with vLLM (a few minutes and 2.5 GB the first time)"

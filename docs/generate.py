@@ -11,7 +11,15 @@ from pathlib import Path
 from quantcli.recipe.json_schema import recipe_schema
 
 DOCS = Path(__file__).parent
-COMMANDS = ["", "inspect", "calibrate", "quantize", "pack", "verify"]  # in the order of the README
+COMMANDS = [
+    "",
+    "inspect",
+    "calibrate",
+    "quantize",
+    "pack",
+    "verify",
+    "recipes",
+]  # in the order of the README
 
 
 def cli_reference() -> str:

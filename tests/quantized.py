@@ -107,6 +107,7 @@ def gptq(
     bits: int = 4,
     act_order: bool = False,
     v2: bool = False,
+    symmetric: bool = False,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """The layout of AutoGPTQ, or of its second version, and the weight."""
@@ -115,6 +116,8 @@ def gptq(
     codes = random.integers(0, 2**bits, (n, k))
     zeros = random.integers(0, 2**bits, (n, groups))
     zeros[0, 0] = 0  # less 1 it wraps around
+    if symmetric:
+        zeros[:] = 2 ** (bits - 1)
     scales = random.uniform(1e-3, 1e-2, (n, groups)).astype("f2")
     index = np.arange(k) // group
     if act_order:

@@ -25,7 +25,7 @@ SOURCE = ROOT / "src" / "quantcli"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
-# what `--help` and `inspect` must not wait for
+# what `--help`, `inspect` and `recipes` must not wait for
 HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "markupsafe",
          "pydantic"}  # fmt: skip
 DRAWING = {"jinja2", "markupsafe", "plotly"}  # what only a page needs
@@ -136,7 +136,7 @@ def watched(*words):
     return set(loaded), set(ours)
 
 
-@pytest.mark.parametrize("command", ["--help", "inspect"])
+@pytest.mark.parametrize("command", ["--help", "inspect", "recipes"])
 def test_light_commands_import_nothing_heavy(tmp_path, command):
     words = [command]
     if command == "inspect":

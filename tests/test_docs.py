@@ -37,6 +37,6 @@ def test_shipped_recipes_load_and_fit_the_schema(recipe):
 def test_readme_names_every_recipe_and_command():
     readme = (ROOT / "README.md").read_text()
     for recipe in RECIPES:
-        assert f"recipes/{recipe.name}" in readme
+        assert f"| `{recipe.stem}` |" in readme
     for command in generator().COMMANDS:
         assert f"quantcli {command}".strip() in readme

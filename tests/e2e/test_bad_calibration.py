@@ -628,6 +628,15 @@ def _(bench: Bench) -> Arguments:
     return ["--max-memory", "nonsense"]
 
 
+@case(
+    "memory without its unit",
+    "`--max-memory`: a size of 8 bytes is below the smallest, 1KB: write the unit, such as 8GB",
+    "--max-memory 8",
+)
+def _(bench: Bench) -> Arguments:
+    return ["--max-memory", "8"]
+
+
 @case("no memory", "expected a size such as", "--max-memory 0", "8GB")
 def _(bench: Bench) -> Arguments:
     return ["--max-memory", "0"]

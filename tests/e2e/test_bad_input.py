@@ -153,6 +153,7 @@ def _(box: Box) -> Arguments:
 
 @case("same tensor in two files", "two", "model-2.safetensors")
 def _(box: Box) -> Arguments:
+    (box.model / "model.safetensors").rename(box.model / "model-1.safetensors")
     write_safetensors(
         box.model / "model-2.safetensors", {"model.embed_tokens.weight": tensor("BF16", 4, 2)}
     )
@@ -257,6 +258,9 @@ recipe_case(
     "expectation is not a limit", RECIPE + "expect: {output_gib: much}\n", "expect.output_gib", ":5"
 )
 recipe_case(
+    "size without its unit", RECIPE + "max_shard: 5\n", "write the unit, such as 5GB", "recipe.yaml:5"
+)
+recipe_case(
     "bad size", RECIPE + "max_shard: 5 boxes\n", "`max_shard`: expected a size", "recipe.yaml:5"
 )
 
@@ -266,9 +270,10 @@ def _(box: Box) -> Arguments:
     return ["quantize", box.root / "missing.yaml", "--model", box.model, "--out", box.out]
 
 
-@case("directory as recipe", "recipe is a directory", "model", "file")
+@case("directory as recipe", "recipe is a directory", "folder", "file")
 def _(box: Box) -> Arguments:
-    return ["quantize", box.model, "--model", box.model, "--out", box.out]
+    (box.root / "folder").mkdir()
+    return ["quantize", box.root / "folder", "--model", box.model, "--out", box.out]
 
 
 def set_case(name: str, assignment: str, what: str, fix: str, code: int = 2):
@@ -289,6 +294,12 @@ set_case("set no such target", "target=ascendd", "unknown target `ascendd`", "`a
 set_case("set below text", "rules.0.scheme.name.x=1", "no key `name` to set", "`rules.0.scheme`")
 set_case("set an alias", "target=[*a]", "not allowed", "quotes")
 set_case("set a tag", "target=!!python/name:os.system", "YAML tag", "remove")
+set_case(
+    "set a size without its unit",
+    "max_shard=5",
+    "`max_shard`: a size of 5 bytes is below the smallest, 1KB: write the unit, such as 5GB",
+    "docs/recipe.md",
+)
 set_case(
     "set an expectation",
     "expect.quantized_params_pct=>= 90",

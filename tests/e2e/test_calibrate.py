@@ -21,6 +21,7 @@ from quantcli.calibration import session
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay import devices, replay, states
+from quantcli.calibration.report import LayerReport
 from quantcli.calibration.session import Resources
 from quantcli.cli import progress
 from quantcli.commands import quantize as commands
@@ -613,9 +614,9 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
         if values:
             observers[name].update(torch.tensor([values]).to(bf16), 0)
     run = LayerRun.__new__(LayerRun)
-    run.run, run.report = SimpleNamespace(policy=policy), {}
+    run.layer, run.report = SimpleNamespace(run=SimpleNamespace(policy=policy)), LayerReport("")
     settled = run._settle(observers)
-    assert run.report["uncalibrated"] == [name for name, values in seen.items() if not values]
+    assert run.report.uncalibrated == [name for name, values in seen.items() if not values]
     return {name: (float(s["input_min"]), float(s["input_max"])) for name, s in settled.items()}
 
 

@@ -7,7 +7,7 @@ import pytest
 from quantcli import __version__
 from tests.e2e.conftest import run_cli
 
-COMMANDS = ["inspect", "calibrate", "quantize", "pack", "verify"]
+COMMANDS = ["inspect", "calibrate", "quantize", "pack", "verify", "recipes"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

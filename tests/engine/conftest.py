@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
-from tests.engine.harness import PYTHON, ROOT, Answer, serve, windows
+from tests.engine.harness import CPU, PYTHON, ROOT, Answer, flags, serve, windows
 from tests.tiny_models import make_tiny
 
 MODEL = ROOT / "examples/tiny-qwen3"
@@ -39,7 +41,8 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
 EXPERTS = [{"match": "*.experts.*", "scheme": "keep"}]
 GROUPS = {"name": "w4a16", "group_size": 32}
 # of tiny random models of other architectures; vLLM's CPU build has no kernels for other experts
-FAMILIES: dict[str, dict[str, list[dict[str, object]]]] = {
+Formats = dict[str, list[dict[str, object]]]
+FAMILIES: dict[str, Formats] = {
     family: {"int8-dynamic": [{"match": ALL, "scheme": "w8a8_dynamic"}],
              "fp8-dynamic": [*keep, {"match": ALL, "scheme": "fp8_dynamic"}],
              "w4a16": [*keep, {"match": ALL, "scheme": GROUPS}]}
@@ -66,14 +69,42 @@ def ours(folder: Path, ids: list[list[int]]) -> torch.Tensor:
     return torch.cat(log_probs(Served.open(folder) if quantized else checkpoint, batches))
 
 
+Tensors = dict[str, torch.Tensor]
+
+
+def damage(folder: Path, source: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            save_file(change(load_file(file)), folder / file.name, metadata={"format": "pt"})
+        elif "index" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+DAMAGED = "model.layers.3.mlp.down_proj.weight_scale"
+DAMAGES: dict[str, Callable[[Tensors], Tensors]] = {
+    "doubled": lambda tensors: {k: v * 2 if k == DAMAGED else v for k, v in tensors.items()},
+    "lost": lambda tensors: {k: v for k, v in tensors.items() if k != DAMAGED},
+}
+
+
+def text(count: int = 16) -> list[list[int]]:
+    """Windows that the bundled model answers for: token ids, 256 each."""
+    return windows(MODEL, ROOT / "examples/evaluation.txt", count, 256)
+
+
 class Trained:
-    """The bundled model in all formats: folders, the text, and what vLLM answers."""
+    """The bundled model in all formats, and damaged: folders, the text, and what vLLM answers."""
 
     def __init__(self, root: Path) -> None:
-        self.ids = windows(MODEL, ROOT / "examples/evaluation.txt", 16, 256)
+        self.ids = text()
         self.folders = {"float": MODEL}
         for name, (target, rules) in CONVERTED.items():
             self.folders[name] = convert(root / name, MODEL, target, rules)
+        for name, change in DAMAGES.items():
+            self.folders[name] = damage(root / name, self.folders["int8-dynamic"], change)
         prompts = [window[:24] for window in self.ids[:4]]
         self.answers = serve(self.folders, self.ids, prompts=prompts)
 
@@ -87,31 +118,35 @@ class Trained:
 class Families:
     """Tiny random models of other architectures, float and converted, on random tokens."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, families: Mapping[str, Formats] = FAMILIES, cpu: CPU = "pinned"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(3, 128, (8, 64), generator=generator).tolist()
         self.folders = {}
-        for family, formats in FAMILIES.items():
+        for family, formats in families.items():
             model = make_tiny(root / family, family, hidden_size=128, head_dim=32)
             self.folders[family] = model
             for name, rules in formats.items():
                 folder = root / f"{family}-{name}"
                 self.folders[folder.name] = convert(folder, model, CT, rules)
-        self.answers = serve(self.folders, self.ids)
-
-
-def _environment() -> None:
-    if not PYTHON.exists():
-        pytest.fail(f"{PYTHON} is not there: `make test-engine` sets it up")
+        self.answers = serve(self.folders, self.ids, cpu=cpu)
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    _environment()
+def environment() -> None:
+    """What all tests here need, or none of them can say anything."""
+    if not PYTHON.exists():
+        pytest.fail(f"{PYTHON} is not there: `make test-engine` sets it up")
+    if "avx512_vnni" not in flags():
+        pytest.fail("this CPU has no AVX-512 with VNNI, with which these tests let vLLM compute")
+
+
+@pytest.fixture(scope="session")
+def trained(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    _environment()
+def families(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Families:
     return Families(tmp_path_factory.mktemp("families"))

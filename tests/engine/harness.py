@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parents[2]
 SERVE = Path(__file__).with_name("serve.py")
+PROBE = Path(__file__).with_name("probe_amx.py")
 PYTHON = ROOT / ".venv-engine/bin/python"
+CPU = Literal["pinned", "listed", "own"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Answer:
     log_probs: of each token of each window but the first; best: the likeliest token at each place.
     continued, again: greedy continuations of the prompts, twice; texts: the first as text.
     kernels: how many modules each kernel computes. stand_ins: what vLLM's CPU build lacks and
-    stand_ins.py had to compute; empty where vLLM served it alone. seconds: to load and to answer.
+    stand_ins.py had to compute; empty where vLLM served it alone. libraries: vLLM's own that were
+    loaded. seconds: to load and to answer.
     """
 
     log_probs: tuple[tuple[float, ...], ...]
@@ -35,6 +39,7 @@ class Answer:
     texts: tuple[str, ...]
     kernels: Mapping[str, int]
     stand_ins: tuple[str, ...]
+    libraries: tuple[str, ...]
     seconds: float
 
     @property
@@ -97,33 +102,59 @@ def serve(
     *,
     prompts: Sequence[Sequence[int]] = ((1, 2, 3),),
     tokens: int = 16,
+    cpu: CPU = "pinned",
     log: Path | None = None,
 ) -> dict[str, Answer | Refused]:
     """Serve each checkpoint with vLLM. RuntimeError with the engine's words if that itself breaks down.
 
-    windows, prompts: token ids. log: where the engine's words go.
+    windows, prompts: token ids. cpu: "pinned" to the instructions that make every CPU answer alike,
+    also one made to list AMX ("listed"), or its "own": serve.py says more. log: where the engine's
+    words go.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answers = Path(folder) / "request.json", Path(folder) / "answers.json"
         log = log or Path(folder) / "log"
         room = 16 * -(-(max(map(len, [*windows, *prompts])) + tokens) // 16)
         asked = {"checkpoints": {name: str(path.resolve()) for name, path in checkpoints.items()},
-                 "windows": windows, "prompts": prompts, "tokens": tokens, "length": room}  # fmt: skip
+                 "windows": windows, "prompts": prompts, "tokens": tokens, "length": room,
+                 "cpu": cpu}  # fmt: skip
         request.write_text(json.dumps(asked))
-        # nothing of this environment: not its packages, not its settings for tests
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
         with log.open("w") as words:
             command = [PYTHON, SERVE, request, answers]
-            done = subprocess.run(command, env=kept, cwd=folder, stdout=words, stderr=words)
+            done = subprocess.run(command, env=_kept(), cwd=folder, stdout=words, stderr=words)
         if done.returncode or not answers.exists():
             raise RuntimeError(f"vLLM exited with {done.returncode}:\n{log.read_text()[-4000:]}")
         found: dict[str, Any] = json.loads(answers.read_text())
     return {name: _answer(one) for name, one in found.items()}
 
 
+def flags() -> set[str]:
+    """What this CPU can do, in Linux's words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def no_amx() -> str | None:
+    """Why vLLM cannot use AMX here; None if it can."""
+    if not {"amx_tile", "amx_int8", "amx_bf16"} <= flags():
+        return "this CPU has no AMX"
+    done = subprocess.run([PYTHON, PROBE], env=_kept(), capture_output=True, text=True)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"this CPU lists AMX, but a process that uses it dies of {name}"
+    if done.returncode:
+        return f"this CPU lists AMX, but: {done.stderr.strip().splitlines()[-1]}"
+    return None
+
+
+def _kept() -> dict[str, str]:
+    """The environment without this one's packages and its settings for tests."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
+
+
 def _answer(found: dict[str, Any]) -> Answer | Refused:
     if "error" in found:
         return Refused(found["error"])
-    for key in ("log_probs", "best", "continued", "again", "texts", "stand_ins"):
+    for key in ("log_probs", "best", "continued", "again", "texts", "stand_ins", "libraries"):
         found[key] = tuple(tuple(v) if isinstance(v, list) else v for v in found[key])
     return Answer(**found)

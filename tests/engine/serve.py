@@ -4,11 +4,13 @@
 
 Runs in the engine's own environment, which has no quantcli: it imports nothing of this project.
 REQUEST: {"checkpoints": {name: folder}, "windows": [[token, ...], ...], "prompts": [[token, ...], ...],
-"tokens": how many to generate for a prompt}. ANSWERS, by name: {"log_probs": of each token of each
-window but the first, "best": the engine's likeliest token there, "continued": the prompts' tokens to
-come, "again": the same a second time, "texts": the first of both as text where there is a tokenizer,
-"kernels": what computes the linears, "stand_ins": which of stand_ins.py were needed, "seconds"} or
-{"error": words}.
+"tokens": how many to generate for a prompt, "length": most tokens of a window, or of a prompt and what
+is generated, "cpu": "pinned" (see pin), "listed" (pinned, on a CPU that lists AMX: see listed.py) or
+"own" (what vLLM chooses here)}. ANSWERS, by name: {"log_probs": of each token of each window but the
+first, "best": the engine's likeliest token there, "continued": the prompts' tokens to come, "again":
+the same a second time, "texts": the first of both as text where there is a tokenizer, "kernels": what
+computes the linears, "stand_ins": which of stand_ins.py were needed, "libraries": vLLM's own that are
+loaded, "seconds"} or {"error": words}.
 """
 
 import gc
@@ -21,7 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    # the models are tiny: on a busy machine threads wait for each other longer than they compute
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines at a time must not take the same core
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: nothing is left behind, errors arrive here
     "VLLM_CPU_INT4_W4A8": "0",  # with AMX, int4 weights would else be given int8 inputs
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -29,6 +33,46 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than all of the serving
 }
+CACHE = 2**28  # bytes for keys and values: eight windows need less, and vLLM fills all of it with zeros
+
+
+def pin() -> None:
+    """Make every CPU answer alike: AVX-512 with VNNI, and nothing newer. Before vLLM is imported.
+
+    Without VNNI oneDNN halves int8 weights, so that sums fit 16 bits. With AMX vLLM computes some
+    formats in another way (docs/engines.md); and where the CPU lists AMX but the system does not grant
+    it, the first such instruction ends the process.
+    """
+    import torch
+
+    torch.cpu._is_amx_tile_supported = lambda: False
+    # of vLLM's three libraries this leaves the one with AVX-512 and no AMX instruction in it
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # that of the products of bfloat16 and int8
+    # torch asks the CPU itself, and gives fp8 products to oneDNN if AMX is listed. oneDNN has kernels
+    # for them if AMX also multiplies float16, else a reference that takes minutes here, or nothing
+    torch.backends.mkldnn.set_flags(False)
+
+
+def forget_imports() -> None:
+    """Let Python's garbage collector pass over all that was imported, 600 000 objects.
+
+    vLLM has it look through everything several times for each model, which takes longer than serving
+    one; and makes it look again at what is frozen here, so neither of both may do anything.
+    """
+    from vllm import LLM  # noqa: F401
+    from vllm.v1.engine import core
+
+    core.freeze_gc_heap = lambda: None
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
+
+
+def libraries() -> list:
+    """The names of vLLM's own compiled libraries that this process has loaded."""
+    files = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    return sorted(file.name.split(".")[0] for file in files if file.match("vllm/_C*.so"))
 
 
 def kernels(llm) -> dict:
@@ -62,6 +106,7 @@ def answer(folder: str, request: dict) -> dict:
         enforce_eager=True,
         max_model_len=request["length"],
         max_num_seqs=8,
+        kv_cache_memory_bytes=CACHE,
         enable_prefix_caching=False,
         # without it vLLM leaves a quantized parameter that no tensor fills as the memory was
         model_loader_extra_config={"enable_weights_track": True},
@@ -85,6 +130,7 @@ def answer(folder: str, request: dict) -> dict:
         "texts": [one.text for one in first],
         "kernels": kernels(llm),
         "stand_ins": sorted(stand_ins.used),
+        "libraries": libraries(),
         "seconds": time.perf_counter() - started,
     }
 
@@ -94,12 +140,19 @@ def _tokens(prompts: list[list[int]]) -> list[dict]:
 
 
 def main() -> None:
-    """Serve one checkpoint after the other: importing vLLM takes most of the time."""
+    """Serve one checkpoint after the other: importing vLLM takes longer than serving a few."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    if request["cpu"] == "listed":
+        import listed
+
+        listed.list_amx()
+    if request["cpu"] != "own":
+        pin()
     import stand_ins
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     stand_ins.install()
-    request = json.loads(Path(sys.argv[1]).read_text())
+    forget_imports()
     answers = {}
     for name, folder in request["checkpoints"].items():
         try:

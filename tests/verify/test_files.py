@@ -1,5 +1,6 @@
 """Harm to files, found from headers and small files alone."""
 
+import codecs
 import json
 import struct
 
@@ -120,7 +121,13 @@ def first_shard(written):
 
 
 OPEN = {"sealed": False}
+MARKED = (codecs.BOM_UTF8 + b"%b").__mod__
 ROWS = [
+    # a byte order mark, at which engines stop
+    *(
+        row(f"{name} is marked", "dynamic", raw(name, MARKED), check, "byte order mark", name)
+        for name, check in ((CONFIG, "config"), (INDEX, "index"), (DESCRIPTION, "description"))
+    ),
     # weight files
     row("truncated", "dynamic", raw(1, lambda data: data[:-100]), "headers", "truncated", "00002-of"),
     row("truncated to nothing", "dynamic", raw(1, lambda _: b""), "headers", "0 bytes", "00002-of"),

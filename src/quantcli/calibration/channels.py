@@ -1,10 +1,10 @@
-"""A layer as the checkpoint knows it: which modules share an input, and what can be smoothed."""
+"""A layer in the names of the checkpoint: modules that share an input, channels that can be scaled."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.calibration.flow import ChannelSource, Flow
-from quantcli.calibration.replay.skeleton import Segment
+from quantcli.calibration.replay.skeleton import Segment, Segments
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.planning.measured import EditFactors
 
@@ -27,7 +27,7 @@ class ChannelReader:
 
 @dataclass(frozen=True)
 class Producer:
-    """What makes channels that can be scaled: a norm (`norm`), or rows of a matrix (`matrix`)."""
+    """The source of channels that can be scaled: a norm (`norm`), or rows of a matrix (`matrix`)."""
 
     readers: tuple[ChannelReader, ...]
     used: Tensor  # bool [channels]: those that a reader reads
@@ -36,7 +36,7 @@ class Producer:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in reports."""
         if self.norm is not None:
             return self.norm
         assert self.matrix is not None
@@ -45,9 +45,9 @@ class Producer:
 
 
 class LayerLayout:
-    """What one forward of a layer has shown."""
+    """Data flow in a layer, as one forward has shown it."""
 
-    def __init__(self, segments: Mapping[str, list[list[Segment]]], flow: Flow) -> None:
+    def __init__(self, segments: Segments, flow: Flow) -> None:
         self.segments = segments
         self._flow = flow
 
@@ -62,17 +62,17 @@ class LayerLayout:
         return [s.module for m in matrices for s in self.segments[m.parameter][m.expert]]
 
     def leaders(self) -> dict[Matrix, Matrix]:
-        """For every matrix that was used: the first that was given the very same input."""
+        """For every matrix that was used: the first one with the same input."""
         first: dict[tuple[object, int], Matrix] = {}
-        found: dict[Matrix, Matrix] = {}
+        leaders: dict[Matrix, Matrix] = {}
         for parameter, key in self._flow.inputs.items():
             for expert in range(len(self.segments.get(parameter, []))):
                 matrix = Matrix(parameter, expert)
-                found[matrix] = first.setdefault((key, expert), matrix)
-        return found
+                leaders[matrix] = first.setdefault((key, expert), matrix)
+        return leaders
 
     def producers(self) -> Iterator[Producer]:
-        """What can be scaled without changing the layer's function, norms first."""
+        """Sources of channels that can be scaled without changing the layer's function, norms first."""
         for name, source in self._flow.norms.items():
             if not bool(source.escaped.any()) and source.readers:
                 readers = self._readers(source, None)
@@ -89,15 +89,15 @@ class LayerLayout:
     def _readers(self, source: ChannelSource, expert: int | None) -> tuple[ChannelReader, ...]:
         """Every matrix that reads a source, and those like it that had no token (other experts)."""
         shapes = {shape_of(name): channels for name, channels in source.readers.items()}
-        found = []
+        readers = []
         for parameter, experts in self.segments.items():
             channels = shapes.get(shape_of(parameter))
             if channels is None:
                 continue
             for number in range(len(experts)):
                 if expert is None or len(experts) == 1 or number == expert:
-                    found.append(ChannelReader(Matrix(parameter, number), channels))
-        return tuple(found)
+                    readers.append(ChannelReader(Matrix(parameter, number), channels))
+        return tuple(readers)
 
 
 def shape_of(parameter: str) -> str:
@@ -108,7 +108,7 @@ def shape_of(parameter: str) -> str:
 def norm_offset(norm: nn.Module) -> int | None:
     """The c of a norm that multiplies by (c + weight): 0, or 1 as in Gemma. None if it does not.
 
-    Found by trying: a copy of the norm with other weights, on random inputs.
+    Tried on a copy of the norm with other weights and random inputs.
     """
     probe: Any = copy.deepcopy(norm).float().cpu()
     k = len(probe.weight)
@@ -136,8 +136,8 @@ def norm_offset(norm: nn.Module) -> int | None:
 def scale_norm(norm: nn.Module, offset: int, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """New `weight` and `bias` of a norm whose channels are divided by `scale`, in its own dtype.
 
-    Also returns the scales as they came out, float32: where c + weight had to be rounded, readers are
-    multiplied by what the norm was really divided by.
+    Also returns the actual scales, float32: if c + weight had to be rounded, readers are multiplied by
+    the quotient of the weights before and after.
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     before = weight.detach().cpu().double() + offset
@@ -156,7 +156,7 @@ def scale_norm(norm: nn.Module, offset: int, scale: Tensor) -> tuple[dict[str, T
 
 def fold(
     producer: Producer,
-    segments: Mapping[str, list[list[Segment]]],
+    segments: Segments,
     scale: Tensor,
     edits: dict[str, EditFactors],
 ) -> None:

@@ -1,10 +1,10 @@
-"""Where the channels of a tensor go: which matrices read a norm's output, or a matrix's own rows.
+"""The way of a tensor's channels: which matrices read a norm's output, or the rows of a matrix.
 
 While a layer runs, every tensor of interest has a shadow of its shape that holds, instead of values,
-the number of the channel that each element came from, and the token. What moves elements about (views,
-transposes, look-ups) moves the shadow with them. What the rules here do not cover is an escape: the
-channel is used in a way that scaling it would change. So a group that is reported is right, whatever
-the architecture, and one that is not understood is left alone.
+the number of the channel that each element came from, and the token. Functions that move elements
+(views, transposes, look-ups) move the shadow in the same way. Any other use of a channel is an escape:
+scaling the channel could change its result. So a group that is reported is right, whatever the
+architecture, and one that the rules do not cover is left alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Flow(Tap):
         super().__init__(matrices, listener)
         self.norms: dict[str, ChannelSource] = {}
         self.rows: dict[str, ChannelSource] = {}
-        self.inputs: dict[str, tuple[Any, ...]] = {}  # parameter -> what was multiplied, to be compared
+        self.inputs: dict[str, tuple[Any, ...]] = {}  # parameter -> its input, to compare
         self._tokens = tokens
         self._shadows: dict[int, tuple[weakref.ref[Tensor], _Shadow]] = {}
         self._casts: dict[int, tuple[weakref.ref[Tensor], Matrix]] = {}
@@ -86,7 +86,7 @@ class Flow(Tap):
         return super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def rows_of(self, x: Tensor) -> Tensor | None:
-        """The token of each row of x [..., k], from 0; None where that is not known."""
+        """The token of each row of x [..., k], from 0; None if that is not known."""
         shadow = self._get(x)
         if shadow is not None:
             token = shadow.elements.reshape(-1, x.shape[-1])[:, 0] // _TOKEN
@@ -96,7 +96,7 @@ class Flow(Tap):
             return torch.arange(self._tokens, device=x.device)
         return None
 
-    # -- what the mode sees ----------------------------------------------------------------------
+    # -- torch functions -------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,7 +124,7 @@ class Flow(Tap):
     def _follow(
         self, name: str, x: Tensor, shadow: _Shadow, args: Any, kwargs: Any, result: Any
     ) -> bool:
-        """Give the result its shadow; False where the function is none of those that are understood."""
+        """Give the result its shadow; False if the rules here do not cover the function."""
         elements = shadow.elements
         if name in _SAME or (name == "dropout" and not kwargs.get("training", False)):
             if not isinstance(result, Tensor) or result.shape != x.shape:

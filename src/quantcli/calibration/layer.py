@@ -1,37 +1,32 @@
 """One decoder layer's part of a calibration.
 
-The layer is run some times: a few tokens to see what reads what; all samples for the channels to be
-smoothed; all samples for ranges; all samples to choose codes by (see `rounding`); and, where later
-layers are to see quantized inputs, all samples with the engine's arithmetic.
+The layer is run several times: on a few tokens, to see which matrix reads which channels; on all
+samples for smoothing, for ranges, and for the choice of codes (see `rounding`); and, if later layers
+are given quantized inputs, on all samples with the engine's arithmetic.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
-from quantcli.calibration.methods.learning import Course, groups, learn
+from quantcli.calibration.methods.learning import Course, learn, learning_groups
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.methods.smoothing import smooth
 from quantcli.calibration.policy import not_finite, unreached
-from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Sink
-from quantcli.calibration.replay.skeleton import Read
 from quantcli.calibration.replay.states import States
-from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.report import LayerReport, ModuleReport
 from quantcli.calibration.shown import quantized, running
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Watch
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
 from quantcli.planning.measured import EditFactors
@@ -39,77 +34,69 @@ from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 
 
-def empty_report(name: str) -> dict[str, Any]:
-    """The report of a layer of which nothing is asked."""
-    report: dict[str, Any] = {"layer": name, "modules": {}, "smoothed": [], "edits": {}}
-    return report | {"uncalibrated": []}
-
-
 @dataclass
 class LayerRun:
-    """A layer, its inputs, and its statistics; `report` is JSON-able."""
+    """A layer, its inputs, and its statistics."""
 
-    run: CalibrationRun
-    index: int
-    states: States
-    report: dict[str, Any] = field(default_factory=dict)
+    layer: LoadedLayer
 
     def __post_init__(self) -> None:
-        self.name, self._layer = self.run.skeleton.layers[self.index]
-        self._here = LoadedLayer(self.run, self.index, self.states)
-        self.report = empty_report(self.name)
+        self.report = LayerReport(self.layer.name)
+
+    @property
+    def run(self) -> CalibrationRun:
+        """The calibration that the layer is part of."""
+        return self.layer.run
 
     @property
     def note(self) -> str:
-        """What there is to say of it while others are under way."""
-        learned = self.report.get("learned")
+        """A remark for the progress display."""
+        learned = self.report.learned
         if learned is None:
             return ""
-        text = f"loss {learned['loss_before']:.2e} -> {learned['loss_after']:.2e}"
-        return text if learned["kept"] != "the start" else f"{text}: no better, kept as it was"
+        text = f"loss {learned.loss_before:.2e} -> {learned.loss_after:.2e}"
+        return text if learned.kept != "the start" else f"{text}: no better, kept as it was"
 
     def measure(self, sink: Sink | None) -> dict[str, Tensor]:
         """Statistics and edits by their names in the store; `sink` takes the layer's outputs.
 
         Raises InputError for NaN or Inf, for siblings with different inputs that the engine gives one
-        scale, and for modules without tokens where the recipe says so.
+        scale, and for modules without tokens if the recipe says so.
         """
         edits: dict[str, EditFactors] = {}
         learned: dict[str, Stats] = {}
-
-        def load() -> AbstractContextManager[nn.Module]:
-            return self.run.skeleton.loaded(self.index, _edited(edits), self.run.device)
-
-        with load():
+        with self.layer.loaded({}):
             layout = self._look()
             self._check_siblings(layout)
-            found = groups(layout, self.run.policy)
-            self.report["smoothed"] = smooth(self._here, layout, edits)
-            if not edits and not found:
+            groups = learning_groups(layout, self.run.policy)
+            self.report.smoothed = smooth(self.layer, layout, edits)
+            if not edits and not groups:
                 stats = self._ranges(layout, learned, edits, sink)
-        if found:
-            with load():
-                learned, learning_report = learn(self._here, layout, found, edits)
-            self.report |= {"learned": learning_report} if learning_report else {}
-        if edits or found:
-            with load():
+        if groups:
+            with self.layer.loaded(edits):
+                learned, self.report.learned = learn(self.layer, layout, groups, edits)
+        if edits or groups:
+            with self.layer.loaded(edits):
                 stats = self._ranges(layout, learned, edits, sink)
         stored = self.run.skeleton.checkpoint.tensors
         edits = {name: factors for name, factors in edits.items() if name in stored}
-        vectors, self.report["edits"] = pack_edits(edits)
-        named = {f"stats.{m}.{key}": t for m, found in stats.items() for key, t in found.items()}
-        return named | vectors
+        vectors, self.report.edits = pack_edits(edits)
+        return vectors | {
+            f"stats.{module}.{name}": tensor
+            for module, module_stats in stats.items()
+            for name, tensor in module_stats.items()
+        }
 
     def _look(self) -> LayerLayout:
-        """Run a few tokens and see where tensors go."""
-        flow = Flow(Matrices(self.name, self._layer), None, self.run.probe.input_ids.numel())
-        first = _First(self.states, self.run.probe.input_ids.shape[1])
-        probe = [len(self.run.batches)]
-        with norms_followed(self.name, self._layer):
+        """Run a few tokens and follow their tensors."""
+        layer, ids = self.layer, self.run.probe.input_ids
+        flow = Flow(layer.matrices(), None, ids.numel())
+        first, probe = _First(layer.states, ids.shape[1]), [len(self.run.batches)]
+        with norms_followed(layer.name, layer.module):
             self.run.replay.run(
-                self.index, self._layer, first, tap=lambda _: flow, only=probe, check=False
+                layer.index, layer.module, first, tap=lambda _: flow, only=probe, check=False
             )
-        return LayerLayout(self.run.skeleton.segments(self.index), flow)
+        return LayerLayout(layer.segments, flow)
 
     def _check_siblings(self, layout: LayerLayout) -> None:
         leaders = layout.leaders()
@@ -137,8 +124,8 @@ class LayerRun:
         edits: Mapping[str, EditFactors],
         sink: Sink | None,
     ) -> dict[str, Stats]:
-        """`learned`, and what every module's scheme asks for besides; `sink` takes outputs as later
-        layers are to see them."""
+        """`learned`, and all other stats that the modules' schemes need. `sink` takes the outputs that
+        later layers are given."""
         leaders = layout.leaders()
         shared: dict[Matrix, dict[Scheme, Observer]] = defaultdict(dict)
         observers: dict[str, Observer] = {}
@@ -152,58 +139,35 @@ class LayerRun:
         inputs = self.run.policy.inputs
         engine = None
         if inputs == "running":
-            engine = EngineLinears(self.name, self._layer, layout.segments, running(self.run.policy))
+            engine = self.layer.engine(running(self.run.policy))
         watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
         as_quantized = inputs == "quantized" and sink is not None
-        self._here.watch(watch, None if as_quantized else sink)
+        self.layer.watch(watch, None if as_quantized else sink)
         stats = learned | self._settle(observers)
-        here = self._here
-        rounding = RoundingPass(
-            self.run, self.index, layout, edits, stats, lambda seen, only: here.watch(seen, None, only)
-        )
-        rounding.round()
-        self._measure_served(layout, learned, stats)
-        if as_quantized:
-            self._run_quantized(layout, stats, sink)
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
-                numbers = {
-                    name: float(tensor)
-                    for name, tensor in stats.get(module, NO_STATS).items()
-                    if tensor.shape == (1,)
-                }
-                module_report = rounding.report.get(module, {})
-                self.report["modules"][module] = {
-                    "tokens": watch.tokens[matrix],
-                    **numbers,
-                    **module_report,
-                }
+                tensors = stats.get(module, NO_STATS).items()
+                numbers = {name: float(tensor) for name, tensor in tensors if tensor.shape == (1,)}
+                self.report.modules[module] = ModuleReport(watch.tokens[matrix], numbers)
+        RoundingPass(self.layer, layout, edits, stats, self.report.modules).round()
+        self._measure_served(learned, stats)
+        if as_quantized:
+            self._run_quantized(stats, sink)
         return stats
 
-    def _measure_served(
-        self, layout: LayerLayout, learned: Mapping[str, Stats], stats: Mapping[str, Stats]
-    ) -> None:
-        """What the layer loses by the engine's arithmetic in the modules that have learned."""
+    def _measure_served(self, learned: Mapping[str, Stats], stats: Mapping[str, Stats]) -> None:
+        """Report the loss with the engine's arithmetic in the modules that have learned."""
         if learned:
             policy = self.run.policy
             only = replace(policy, quantized={m: policy.quantized[m] for m in learned})
-            loss = Course(self._here, {}).served_loss(layout.segments, quantized(only, stats))
-            self.report["learned"]["loss_served"] = loss
+            assert self.report.learned is not None
+            loss = Course(self.layer, {}).served_loss(quantized(only, stats))
+            self.report.learned.loss_served = loss
 
-    def _run_quantized(
-        self, layout: LayerLayout, stats: Mapping[str, Stats], sink: Sink | None
-    ) -> None:
-        quantizer = quantized(self.run.policy, stats)
-        engine = EngineLinears(self.name, self._layer, layout.segments, quantizer)
-        matrices = Matrices(self.name, self._layer)
-        self.run.replay.run(
-            self.index,
-            self._layer,
-            self.states,
-            sink,
-            tap=lambda _: Tap(matrices, engine),
-            only=range(len(self.run.batches)),
-        )
+    def _run_quantized(self, stats: Mapping[str, Stats], sink: Sink | None) -> None:
+        engine = self.layer.engine(quantized(self.run.policy, stats))
+        matrices = self.layer.matrices()
+        self.layer.forward(sink, lambda _: Tap(matrices, engine))
 
     def _settle(self, observers: Mapping[str, Observer]) -> dict[str, Stats]:
         """Stats of every module; those that saw no token follow the recipe's policy."""
@@ -211,21 +175,23 @@ class LayerRun:
         for module, observer in observers.items():
             if not observer.finite:
                 raise not_finite(module, str(self.run.skeleton.checkpoint.path))
-        chosen = {o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens}  # once if shared
-        settled = {module: chosen[o] for module, o in observers.items() if o in chosen}
-        empty = sorted(observers.keys() - settled.keys())
-        self.report["uncalibrated"] = empty
+        stats_of = {
+            o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens
+        }  # once if shared
+        stats = {module: stats_of[o] for module, o in observers.items() if o in stats_of}
+        empty = sorted(observers.keys() - stats.keys())
+        self.report.uncalibrated = empty
         if empty and policy.uncalibrated == "error":
             raise unreached(empty, policy.quantized[empty[0]].rule)
         for module in empty if policy.uncalibrated == "group" else ():
-            others = [observers[m] for m in settled if _alike(m) == _alike(module)]
-            merged = policy.observer(module)
-            if not others or merged is None:
+            others = [observers[m] for m in stats if _alike(m) == _alike(module)]
+            union = policy.observer(module)
+            if not others or union is None:
                 raise unreached([module], policy.quantized[module].rule)
             for other in dict.fromkeys(others):
-                merged.absorb(other)
-            settled[module] = merged.stats()
-        return settled
+                union.absorb(other)
+            stats[module] = union.stats()
+        return stats
 
 
 @dataclass(frozen=True)
@@ -238,15 +204,6 @@ class _First:
     def get(self, batch: int) -> Tensor:
         """Hidden states [1, length, ...]."""
         return self.states.get(0)[:1, : self.length]
-
-
-def _edited(edits: Mapping[str, EditFactors]) -> Read:
-    def read(stored: StoredTensor) -> Tensor:
-        tensor = read_tensor(stored)
-        factors = edits.get(stored.spec.name)
-        return tensor if factors is None else factors.apply(tensor).to(tensor.dtype)
-
-    return read
 
 
 def _alike(module: str) -> tuple[str, ...]:

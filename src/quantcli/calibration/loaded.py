@@ -1,28 +1,68 @@
-"""A decoder layer of a calibration: its weights as they are loaded, and what is done with them."""
+"""A calibration, and one decoder layer of it while its weights are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.channels import LayerLayout, Producer, fold, norm_offset, scale_norm
+from quantcli.calibration.channels import Producer, fold, norm_offset, scale_norm
 from quantcli.calibration.policy import Policy
-from quantcli.calibration.replay.replay import Replay, Sink
-from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.replay.engine import EngineLinears, Quantizer
+from quantcli.calibration.replay.replay import Replay, Sink, Tap
+from quantcli.calibration.replay.skeleton import Segments, Skeleton
 from quantcli.calibration.replay.states import States
 from quantcli.calibration.replay.taps import Matrices, Matrix
 from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.arithmetic.observers import ChannelAmax
+from quantcli.schemes.arithmetic.observers import ChannelAmax, Observer
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """A calibration of a model.
+
+    replay:  of all samples, and of the probe at last.
+    workers: threads for work outside of the replay.
+    budget:  bytes to hold in memory of a layer's inputs, of its outputs, and of its float outputs while
+             it learns, each; the rest is read from disk, or computed again.
+    """
+
+    replay: Replay
+    policy: Policy
+    workers: int = 1
+    budget: int = 0
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model."""
+        return self.replay.skeleton
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        return self.replay.device
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """All samples."""
+        return self.replay.batches[:-1]
+
+    @property
+    def probe(self) -> Batch:
+        """The first tokens of the first sample."""
+        return self.replay.batches[-1]
 
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """The layer's module has its weights while `Skeleton.loaded` runs. states: its inputs."""
+    """A layer; its module has its weights within `loaded`. states: its inputs."""
 
     run: CalibrationRun
     index: int
@@ -38,19 +78,39 @@ class LoadedLayer:
         """The layer itself."""
         return self.run.skeleton.layers[self.index][1]
 
+    @property
+    def segments(self) -> Segments:
+        """The stored weights in each matrix."""
+        return self.run.skeleton.segments(self.index)
+
+    def loaded(self, edits: Mapping[str, EditFactors]) -> AbstractContextManager[nn.Module]:
+        """Within it the module has its weights, edited; edits: by stored tensor."""
+
+        def read(stored: StoredTensor) -> Tensor:
+            tensor = read_tensor(stored)
+            factors = edits.get(stored.spec.name)
+            return tensor if factors is None else factors.apply(tensor).to(tensor.dtype)
+
+        return self.run.skeleton.loaded(self.index, read, self.run.device)
+
+    def matrices(self) -> Matrices:
+        """The loaded module's."""
+        return Matrices(self.name, self.module)
+
+    def engine(self, quantizer: Quantizer) -> EngineLinears:
+        """The engine's arithmetic for the loaded module."""
+        return EngineLinears(self.name, self.module, self.segments, quantizer)
+
+    def forward(self, sink: Sink | None, tap: Tap, only: Sequence[int] | None = None) -> None:
+        """Run the loaded module over all samples, or some batches; `sink` takes outputs."""
+        numbers = range(len(self.run.batches)) if only is None else only
+        self.run.replay.run(self.index, self.module, self.states, sink, tap, numbers)
+
     def watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
-        """Show all batches, or some, to observers; `sink` takes outputs."""
-        batches = self.run.batches
-        matrices = Matrices(self.name, self.module)
+        """The same, and show inputs to observers."""
+        batches, matrices = self.run.batches, self.matrices()
         with layer_watched(self.name, self.module, batches):
-            self.run.replay.run(
-                self.index,
-                self.module,
-                self.states,
-                sink,
-                tap=lambda number: watched(watch, matrices, number, batches[number]),
-                only=range(len(batches)) if only is None else only,
-            )
+            self.forward(sink, lambda number: watched(watch, matrices, number, batches[number]), only)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A matrix as it is loaded: [n, k]."""
@@ -58,25 +118,23 @@ class LoadedLayer:
         return weight[matrix.expert] if weight.dim() == 3 else weight
 
     def channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
-        """max |x| of each column of some matrices, of that many; zeros where nothing was seen."""
-        observers = {matrix: ChannelAmax() for matrix in widths}
+        """max |x| of each column of some matrices, by their number of columns; zeros without tokens."""
+        observers = {matrix: Observer(ChannelAmax()) for matrix in widths}
         self.watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
         return {
             m: o.stats()["channel_amax"] if o.tokens else torch.zeros(widths[m])
             for m, o in observers.items()
         }
 
-    def divide(
-        self, layout: LayerLayout, producer: Producer, scale: Tensor, edits: dict[str, EditFactors]
-    ) -> Tensor:
-        """Divide a producer's channels by scales [channels], and multiply what reads them; the scales
-        as they came out, all 1 where it is a norm that cannot be scaled."""
+    def divide(self, producer: Producer, scale: Tensor, edits: dict[str, EditFactors]) -> Tensor:
+        """Divide a producer's channels by scales [channels], and multiply the columns that read them.
+        Returns the actual scales: all 1 for a norm that cannot be scaled."""
         if producer.norm is not None:
             module = self.module.get_submodule(producer.norm.removeprefix(f"{self.name}."))
             parts, scale = self._divided_norm(producer.norm, module, scale)
             edits |= parts
         if bool((scale != 1).any()):
-            fold(producer, layout.segments, scale, edits)
+            fold(producer, self.segments, scale, edits)
         return scale
 
     def _divided_norm(
@@ -92,20 +150,3 @@ class LoadedLayer:
                 }
                 return new, real
         return {}, torch.ones_like(scale)
-
-
-@dataclass(frozen=True)
-class CalibrationRun:
-    """The replay's last batch is the probe. workers: threads for work outside of the replay.
-
-    held_targets: bytes of a layer's float outputs that may be held while it learns.
-    """
-
-    skeleton: Skeleton
-    replay: Replay
-    batches: list[Batch]
-    probe: Batch
-    policy: Policy
-    device: torch.device
-    workers: int = 1
-    held_targets: int = 0

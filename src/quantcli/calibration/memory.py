@@ -1,4 +1,4 @@
-"""How much memory a calibration takes, and what it leaves for hidden states."""
+"""Memory of a calibration, and the share of it for hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, thr
 
 
 def needed(plan: Plan, workers: int) -> int:
-    """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
+    """Bytes of one decoder layer and the work on it, from headers; without hidden states."""
     layers = Counter[str]()  # model.layers.3.mlp.up_proj.weight -> model.layers.3
     for name, stored in plan.checkpoint.tensors.items():
         if block := re.match(r"\D+\.\d+\.", name):
@@ -32,13 +32,13 @@ def rounding(plan: Plan) -> int:
     squares = [item.source.spec.shape[1] ** 2 for item in items]
     widest = max(squares, default=0)
     sums = max(4 * widest, min(HESSIANS_NBYTES, 4 * sum(squares)))
-    # where inputs are rounded, there are two sums, and weights are corrected for it
+    # if inputs are rounded, there are two sums, and weights are corrected for it
     learned = any(item.scheme.schedule for item in items)
     return (24 if learned else 12) * widest + (2 if learned else 1) * sums
 
 
 def states_budget(skeleton: Skeleton, workers: int, limit: int | None, rounding: int) -> int:
-    """Bytes of hidden states to hold in memory: what one layer and its work leave of the limit.
+    """Bytes of hidden states to hold in memory: the limit less one layer and its work.
 
     limit: --max-memory; None: most that is free. rounding: bytes that choosing codes takes.
     """

@@ -1,4 +1,4 @@
-"""What a recipe asks of a calibration."""
+"""The recipe's options for a calibration, by module."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Policy:
     alpha:            the strength of smoothing for a group of channels, by the quantized modules that
                       read it; None leaves it alone.
     fused_name:       the parameter that the engine makes of a module and its siblings, if it does.
-    uncalibrated:     error | dynamic | group: what becomes of a module that no token reaches.
-    inputs:           float | quantized | running: what a layer is shown.
-    seed:             of what is learned.
+    uncalibrated:     error | dynamic | group: treatment of a module that no token reaches.
+    inputs:           float | quantized | running: inputs of a layer, see `shown`.
+    seed:             of learning.
     """
 
     quantized: Mapping[str, Quantized]
@@ -43,12 +43,12 @@ class Policy:
     seed: int = 0
 
     def scheme(self, module: str) -> Scheme | None:
-        """A module's scheme; None where it stays float."""
+        """A module's scheme; None if it stays float."""
         quantized = self.quantized.get(module)
         return None if quantized is None else quantized.scheme
 
     def needs_data(self, module: str) -> bool:
-        """Whether a module's scheme must be shown inputs."""
+        """Whether a module's scheme needs inputs."""
         scheme = self.scheme(module)
         return scheme is not None and scheme.needs_data
 

@@ -1,4 +1,4 @@
-"""From a plan to a calibration: what it is of, where its text comes from, and the run itself."""
+"""From a plan to a calibration: its identity, its text, and the run itself."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from quantcli import __version__
 from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
+from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
+from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.store import (
     Key,
@@ -28,6 +30,7 @@ from quantcli.calibration.store import (
     reports,
 )
 from quantcli.calibration.text.dataset import (
+    Batch,
     TextSource,
     check_length,
     check_source,
@@ -45,10 +48,12 @@ from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
+PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What a calibration may use. max_memory: bytes above the imports; None: most that is free."""
+    """Limits of a calibration. max_memory: bytes above the imports; None: most that is free."""
 
     device: str = "cpu"
     workers: int = 1
@@ -83,10 +88,10 @@ class Session:
 def prepare_session(
     plan: Plan, folder: Path, *, out: Path | None = None, fresh: bool = False
 ) -> Session:
-    """Check what can be checked without reading weights. out: where the checkpoint will go.
+    """Run all checks that need no weights. out: the folder of the checkpoint to be written.
 
-    InputError where the recipe names no data or data that is not there, and where `folder` holds the
-    calibration of something else, or is not a place for one.
+    InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
+    calibration, or cannot hold one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan)
@@ -107,8 +112,7 @@ def prepare_session(
 
 
 def _source(plan: Plan) -> TextSource:
-    recipe = plan.recipe
-    block = recipe.file.calibration or Calibration()
+    recipe, block = plan.recipe, _block(plan)
     if block.data is None:
         why = "smoothing" if not plan.measured else f"`{plan.measured[0]}`"
         raise InputError(
@@ -123,37 +127,40 @@ def _source(plan: Plan) -> TextSource:
         length=block.length,
         seed=block.seed,
         pack=block.pack,
-        batch_tokens=1 if _one_by_one(plan, block) else _batch_tokens(plan, block),
+        batch_tokens=_batch_tokens(plan, block),
     )
 
 
 def _check_rounding(plan: Plan) -> None:
-    """InputError where codes are to be chosen on inputs that depend on the order of the samples."""
-    block = plan.recipe.file.calibration or Calibration()
-    if block.inputs != "running":
+    """InputError if codes would be chosen on inputs that depend on the order of the samples."""
+    if _block(plan).inputs != "running":
         return
     items = quantized_items(plan)
-    found = {f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked}
-    found |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
-    for what in found:
+    reasons = {
+        f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked
+    }
+    reasons |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
+    for reason in reasons:
         raise InputError(
-            f"{what}, which does not go together with `inputs: running`",
+            f"{reason}, which does not go together with `inputs: running`",
             where=plan.recipe.where("calibration", "inputs"),
-            fix=f"set calibration.inputs to quantized or float, or change {found[what]}",
+            fix=f"set calibration.inputs to quantized or float, or change {reasons[reason]}",
         )
 
 
 def _batch_tokens(plan: Plan, block: Calibration) -> int:
-    """Tokens of a batch. Where something is learned, half a step's, so that two threads share it."""
-    schedules = [item.scheme.schedule for item in quantized_items(plan)]
-    smallest = min((s.batch for s in schedules if s is not None), default=None)
-    return BATCH_TOKENS if smallest is None else min(BATCH_TOKENS, -(-smallest // 2) * block.length)
+    """Tokens of a batch. 1, for a single sample, if samples are records, which then need no padding, or
+    averages are over samples. If a scheme learns: half a step's, so that two threads share it."""
+    schemes = [item.scheme for item in quantized_items(plan)]
+    if not block.pack or block.inputs == "running" or any(scheme.ordered for scheme in schemes):
+        return 1
+    steps = (scheme.schedule.batch for scheme in schemes if scheme.schedule is not None)
+    return min([BATCH_TOKENS, *(-(-step // 2) * block.length for step in steps)])
 
 
-def _one_by_one(plan: Plan, block: Calibration) -> bool:
-    """Whether each sample is a batch: records alone need no padding, and averages are over samples."""
-    ordered = (item.scheme.ordered for item in quantized_items(plan))
-    return not block.pack or block.inputs == "running" or any(ordered)
+def _block(plan: Plan) -> Calibration:
+    """The recipe's `calibration`, or its defaults."""
+    return plan.recipe.file.calibration or Calibration()
 
 
 def load(session: Session) -> Measured:
@@ -176,7 +183,7 @@ def load_for(plan: Plan, folder: Path) -> Measured:
 
 
 def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
-    """Calibrate, going on after the last finished layer of an interrupted run."""
+    """Calibrate. An interrupted run is continued after its last finished layer."""
     plan = session.plan
     device = open_device(resources.device)
     # before the tokenizer, which reads config.json as well and would be blamed for it
@@ -192,32 +199,35 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     )
     policy = _policy(plan)
     _check_reached(skeleton, policy)
-    budget = memory.states_budget(
+    states_budget = memory.states_budget(
         skeleton, resources.workers, resources.max_memory, memory.rounding(plan)
     )
+    workers = 1 if policy.inputs == "running" else resources.workers
+    batches = [*dataset.batches, _probe(dataset.batches[0])]
+    replay = Replay(skeleton, batches, device=device, workers=workers)
+    # hidden states that are held: a layer's inputs, its outputs, and its float outputs while it learns
+    learns = any(quantized.scheme.schedule for quantized in policy.quantized.values())
+    calibration = CalibrationRun(replay, policy, workers, states_budget // (3 if learns else 2))
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
     try:
-        Calibrator(
-            skeleton,
-            dataset.batches,
-            policy,
-            store,
-            device=device,
-            workers=1 if policy.inputs == "running" else resources.workers,
-            states_budget=budget,
-            progress=progress,
-        ).run()
+        Calibrator(calibration, store, progress).run()
     finally:
         store.close()
 
 
+def _probe(first: Batch) -> Batch:
+    """Some tokens of the first sample."""
+    length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
+    return Batch(first.input_ids[:1, :length], None)
+
+
 def _dtype(plan: Plan) -> str:
-    dtype = (plan.recipe.file.calibration or Calibration()).dtype
+    dtype = _block(plan).dtype
     return plan.serving_dtype if dtype == "auto" else FLOAT_NAMES[dtype]
 
 
 def _policy(plan: Plan) -> Policy:
-    block = plan.recipe.file.calibration or Calibration()
+    block = _block(plan)
     quantized = {
         item.module: Quantized(
             item.scheme,
@@ -264,18 +274,24 @@ def _tool() -> str:
 
 
 def summary(session: Session) -> dict[str, Any]:
-    """What a finished calibration holds, JSON-able."""
+    """The reports of a finished calibration as one, JSON-able."""
     _, layers = check_store(session.folder, session.key)
     load_measured(session.folder, layers)  # no file is damaged
     layer_reports = list(reports(session.folder, layers))
-    modules = {name: found for report in layer_reports for name, found in report["modules"].items()}
+    modules = {
+        name: module_report
+        for report in layer_reports
+        for name, module_report in report["modules"].items()
+    }
     return {
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
         "smoothed": [group for report in layer_reports for group in report["smoothed"]],
         "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
-        "no_tokens": sorted(name for name, found in modules.items() if not found["tokens"]),
+        "no_tokens": sorted(
+            name for name, module_report in modules.items() if not module_report["tokens"]
+        ),
         "samples": session.source.samples,
         "length": session.source.length,
     }
@@ -285,18 +301,18 @@ _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes
 
 
 def asked(plan: Plan) -> dict[str, Any]:
-    """All that decides what is measured, but for model and data; flat, to name what differs.
+    """All that decides the statistics, without model and data; flat, so that a difference has a name.
 
-    Schemes that need no data count only where their arithmetic is shown to later layers. What a scheme
-    is counts only there, and where codes are chosen against its scales.
+    Schemes that need no data count only if later layers are given their outputs. The name of a scheme
+    counts only then, and if codes are chosen against its scales.
     """
     file = plan.recipe.file
-    block = (file.calibration or Calibration()).model_dump(exclude={"data"})
-    found = {f"calibration.{key}": value for key, value in block.items()}
-    found["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
-    found["the serving dtype"] = plan.serving_dtype
+    block = _block(plan).model_dump(exclude={"data"})
+    identity = {f"calibration.{key}": value for key, value in block.items()}
+    identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
+    identity["the serving dtype"] = plan.serving_dtype
     if file.smooth is not None:
-        found |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
+        identity |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
     quantized_inputs = block["inputs"] != "float"
     learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
@@ -309,9 +325,9 @@ def asked(plan: Plan) -> dict[str, Any]:
             others.append([item.module, item.scheme.name, *how])
         elif file.smooth is not None or learns:
             others.append(item.module)  # a float module may read the channels that are scaled
-    found["the modules that are measured, and how"] = digest_of(measured)
-    found["the modules that are quantized"] = digest_of(others)
-    return found
+    identity["the modules that are measured, and how"] = digest_of(measured)
+    identity["the modules that are quantized"] = digest_of(others)
+    return identity
 
 
 def content_digest(checkpoint: Checkpoint) -> str:

@@ -1,10 +1,10 @@
-"""What layers are shown in place of float outputs: `calibration.inputs`.
+"""Inputs of layers that are not the outputs of float layers: `calibration.inputs`.
 
-`quantized`: what quantized layers before them put out, by the engine's arithmetic.
+`quantized`: outputs of the quantized layers before, with the engine's arithmetic.
 
-`running`: what the reference producer's layers are shown. There an input widens its module's range and
-is quantized with that range at once, sample by sample, in the model's own dtype. So a range depends on
-the order of the samples and on every rounding before it: to find the same takes the same arithmetic.
+`running`: as in the reference producer. There an input widens its module's range and is quantized with
+that range at once, sample by sample, in the model's own dtype. So a range depends on the order of the
+samples and on every rounding before it: the same ranges take the same arithmetic.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from quantcli.core.numerics import NO_STATS, Parts, Stats
 
 
 def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
-    """The engine's arithmetic, with what was measured of each module's input."""
+    """The engine's arithmetic, with the statistics of each module."""
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
-        found = policy.quantized.get(module)
+        module_policy = policy.quantized.get(module)
         module_stats = stats.get(module, NO_STATS)
-        if found is None or (not module_stats and policy.measures(module)):
+        if module_policy is None or (not module_stats and policy.measures(module)):
             return None  # float, or no token reaches it
-        scheme = found.scheme
+        scheme = module_policy.scheme
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
-        constants = {**scheme.constants(module_stats, found.input_dtype), **row_stats}
+        constants = {**scheme.constants(module_stats, module_policy.input_dtype), **row_stats}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-        return scheme, scheme.quantize(rows, found.weight_dtype, constants, bias)
+        return scheme, scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
 
     return quantize
 
 
 def running(policy: Policy) -> Quantizer:
-    """Simulated, with the ranges so far; the engine's arithmetic where a scheme needs no data."""
+    """Simulated, with the ranges so far; the engine's arithmetic if a scheme needs no data."""
     without_data = quantized(policy, {})
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:

@@ -1,8 +1,8 @@
-"""A calibration on disk: one safetensors file and one report a decoder layer, and what they are of.
+"""A calibration on disk: one safetensors file and one report a decoder layer, and a key.
 
-    calibration.json           what was calibrated: model, recipe, data; written first
+    calibration.json           the key: model, recipe, data; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
-    layer-00000.json           tokens per module, ranges, what was smoothed, which tensor has which edit
+    layer-00000.json           tokens per module, ranges, groups that were smoothed, edits by tensor
     states-00003.safetensors   inputs of the next layer; only while a run is under way
 
 A layer counts as done when its report is there: it is written last.
@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli.calibration.report import LayerReport
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -40,7 +41,7 @@ _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEA
 
 @dataclass(frozen=True)
 class Key:
-    """What a calibration is of. model, data: sha256; recipe: what of it matters, by name."""
+    """The identity of a calibration. model, data: sha256; recipe: its options that matter, by name."""
 
     model: str
     recipe: Mapping[str, Any]
@@ -58,7 +59,7 @@ class Store:
     def __init__(self, folder: Path, key: Key, layers: int, tool: str, *, fresh: bool = False) -> None:
         """Open or begin it. tool: the versions that compute.
 
-        InputError where the folder is not ours, is of something else, or was begun by other versions.
+        InputError if the folder is not a calibration, has another key, or was begun by other versions.
         """
         self.folder = folder
         self.layers = layers
@@ -96,7 +97,7 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
-    def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+    def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
         specs = [
             TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
@@ -111,7 +112,8 @@ class Store:
         except BaseException:
             writer.abandon()
             raise
-        signed = {**report, "sha256": _seal(self.folder / layer_file(index), report)}
+        document = report.document()
+        signed = {**document, "sha256": _seal(self.folder / layer_file(index), document)}
         text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(self.folder / _report(index), text.encode())
 
@@ -123,7 +125,7 @@ class Store:
                     path.unlink()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -145,9 +147,9 @@ def _done(folder: Path, layers: int) -> int:
 
 
 def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, int]:
-    """(layers done, layers) of what is in `folder`; (0, 0) where nothing is.
+    """(layers done, layers) of the calibration in `folder`; (0, 0) if there is none.
 
-    InputError where the folder is not a calibration, or is one of something else than `key`.
+    InputError if the folder is not a calibration, or one with another key.
     """
     if not os.path.lexists(folder):
         return 0, 0
@@ -185,7 +187,7 @@ def data_of(folder: Path) -> str:
 
 
 def _difference(head: Mapping[str, Any], key: Key) -> str | None:
-    """What a calibration is of, where that is not `key`."""
+    """The first difference between a calibration's key and `key`, as text; None without one."""
     if head.get("model") != key.model:
         return "another model"
     stored, current = head.get("recipe"), json.loads(json.dumps(key.recipe))
@@ -201,7 +203,7 @@ def _difference(head: Mapping[str, Any], key: Key) -> str | None:
 
 
 def check_free(folder: Path) -> None:
-    """MachineError where another run is at work in `folder`."""
+    """MachineError if another run is at work in `folder`."""
     path = folder / ".lock"
     if path.is_file():
         with disk_errors(path), path.open("rb") as file:
@@ -209,7 +211,7 @@ def check_free(folder: Path) -> None:
 
 
 def load_measured(folder: Path, layers: int) -> Measured:
-    """A finished calibration. InputError where a file is missing or damaged."""
+    """A finished calibration. InputError if a file is missing or damaged."""
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     smoothed, no_tokens = 0, list[str]()
@@ -234,12 +236,14 @@ def load_measured(folder: Path, layers: int) -> Measured:
         for name, kinds in report["edits"].items():
             edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
         smoothed += len(report["smoothed"])
-        no_tokens += (name for name, found in report["modules"].items() if not found["tokens"])
+        no_tokens += (
+            name for name, module_report in report["modules"].items() if not module_report["tokens"]
+        )
     return Measured(stats, edits, smoothed, tuple(sorted(no_tokens)))
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
-    """The report of every layer. InputError where one is missing or damaged."""
+    """The report of every layer. InputError if one is missing or damaged."""
     kinds = {"modules": dict, "edits": dict, "smoothed": list, "uncalibrated": list}
     for index in range(layers):
         path = folder / _report(index)
@@ -261,7 +265,7 @@ def _damaged(path: Path) -> InputError:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """While a file of a calibration is read: what is wrong with it, with a way out."""
+    """Around the reading of a file: errors get the fix for a damaged calibration."""
     fix = _anew(path.parent)
     if not path.is_file():
         raise InputError("a file of the calibration is missing", where=str(path), fix=fix)
@@ -276,7 +280,7 @@ def _anew(folder: Path) -> str:
 
 
 def pack_edits(edits: Mapping[str, EditFactors]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
-    """The vectors of a layer's edits, each once however many tensors share it, and who has which."""
+    """The vectors of a layer's edits, each once however many tensors share it; their places."""
     vectors: dict[str, Tensor] = {}
     places: dict[bytes, str] = {}
     table: dict[str, dict[str, str]] = {}

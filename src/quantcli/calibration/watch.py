@@ -1,4 +1,4 @@
-"""What a layer's matrices are given: tokens counted, inputs shown to who looks, padding left out."""
+"""Inputs of a layer's matrices, without padding: counted, and shown to observers."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from quantcli.calibration.text.dataset import Batch
 
 
 class Looker(Protocol):
-    """What wants to see inputs, such as an observer."""
+    """Anything that is shown inputs, such as an observer."""
 
     def update(self, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding. batch: its place in the data."""
 
 
 class Watch:
-    """Those who look at what a layer's matrices are given, and how many tokens each was given."""
+    """The observers of a layer's matrices, and the number of tokens of each matrix."""
 
     def __init__(
         self, lookers: Mapping[Matrix, Sequence[Looker]], engine: Listener | None = None
     ) -> None:
-        """engine: computes the multiplications, once they were seen; None: they are the layer's own."""
+        """engine: computes the multiplications, after inputs were shown; None: the layer does."""
         self.engine = engine
         self.tokens: Counter[Matrix] = Counter()
         self._lookers = lookers
         self._lock = threading.Lock()
 
     def count(self, tokens: Counter[Matrix]) -> None:
-        """Add what one batch was."""
+        """Add the tokens of one batch."""
         with self._lock:
             self.tokens.update(tokens)
 
-    def see(self, matrix: Matrix, x: Tensor, batch: int) -> None:
+    def show(self, matrix: Matrix, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding."""
         for looker in self._lookers.get(matrix, ()):
             looker.update(x, batch)
@@ -49,7 +49,7 @@ class _BatchWatch:
     """The listener of one batch, on the thread that runs it."""
 
     def __init__(self, watch: Watch, number: int, batch: Batch) -> None:
-        self.flow: Flow | None = None  # where there is padding: knows which token a row is
+        self.flow: Flow | None = None  # if there is padding: knows which token a row is
         self.tokens: Counter[Matrix] = Counter()
         self._watch = watch
         self._number = number
@@ -62,7 +62,7 @@ class _BatchWatch:
             if tokens is not None:
                 rows = rows[self._mask.flatten()[tokens.cpu()].to(rows.device)]
         self.tokens[matrix] += len(rows)
-        self._watch.see(matrix, rows, self._number)
+        self._watch.show(matrix, rows, self._number)
         engine = self._watch.engine
         return None if engine is None else engine.linear(matrix, x, bias)
 
@@ -81,8 +81,8 @@ def watched(watch: Watch, matrices: Matrices, number: int, batch: Batch) -> Iter
 
 
 @contextmanager
-def layer_watched(name: str, layer: nn.Module, batches: list[Batch]) -> Iterator[None]:
-    """Around all batches: norms are followed where some batch has padding."""
+def layer_watched(name: str, layer: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+    """Around all batches: norms are followed if a batch has padding."""
     if any(batch.mask is not None for batch in batches):
         with norms_followed(name, layer):
             yield

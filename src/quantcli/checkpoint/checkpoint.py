@@ -6,6 +6,7 @@ from them, and no weight is read. Imports no torch.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import re
@@ -19,7 +20,14 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from quantcli.checkpoint.files import INDEX, OTHER_WEIGHTS, PART, PICKLES, list_files
+from quantcli.checkpoint.files import (
+    INDEX,
+    OTHER_WEIGHTS,
+    PART,
+    PICKLES,
+    has_byte_order_mark,
+    list_files,
+)
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
@@ -91,6 +99,12 @@ class Checkpoint:
         config = self.path / CONFIG
         digest.update(config.read_bytes() if config.is_file() else b"")
         return digest.hexdigest()
+
+    def plain_config(self) -> dict[str, bytes]:
+        """config.json without its byte order mark, by its name; empty if there is no mark."""
+        path = self.path / CONFIG
+        marked = has_byte_order_mark(path)
+        return {CONFIG: path.read_bytes().removeprefix(codecs.BOM_UTF8)} if marked else {}
 
     def specs(self) -> Iterator[TensorSpec]:
         """The spec of every tensor, in order."""
@@ -169,6 +183,10 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     notes += _odd(config, tensors)
     gone = {*shards, *left_out, INDEX}  # the index is made anew
     aux = {name: size for name, size in files.items() if name not in gone}
+    marked = [name for name in aux if name.endswith(".json") and has_byte_order_mark(root / name)]
+    notes += [
+        f"`{n}` begins with a byte order mark, at which engines stop" for n in marked if n != CONFIG
+    ]
     stamps = {name: stamp for name, stamp in stamps.items() if name in aux or name in shards}
     return Checkpoint(
         root, tensors, tuple(shards), config, aux, left_out, problems, notes, None, stamps

@@ -1,7 +1,8 @@
-"""The files of a model directory: which there are, and which are not carried along. Reads none."""
+"""The files of a model directory: which there are, and which are not carried along."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
@@ -22,6 +23,12 @@ _STALE = re.compile(
     r".*\.index\.json|.*quant_model_description.*\.json|hf_quant_config\.json"
     r"|quanti?z?e?_config\.json|quantcli_((manifest|part)\.json|(source_)?recipe\.yaml)"
 )
+
+_BLOB = re.compile(
+    r"[0-9a-f]{40}|[0-9a-f]{64}"
+)  # SHA-1 of small files, as in git; SHA-256 of large ones
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+_STORE_MARKER = ".huggingface-shared-blobs"
 
 
 def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
@@ -57,6 +64,20 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
     return files, left_out
 
 
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file begins with the UTF-8 byte order mark; no if there is none that we may read.
+
+    We read such JSON; transformers and engines do not. Raises MachineError if the disk fails.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(3) == codecs.BOM_UTF8
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        return False
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
+
+
 def _why_not(name: str) -> str | None:
     base = name.rpartition("/")[2]
     if base.lower().endswith(PICKLES):
@@ -77,7 +98,8 @@ def _unreadable(error: OSError) -> None:
 def _contained(file: Path, root: Path) -> int:
     """Bytes of `file`; InputError if it is a link out of the model or not a regular file.
 
-    The one exception is the Hub cache, whose snapshots link to the sibling folder `blobs`.
+    The one exception is a cache of the Hub: its snapshots link to the sibling folder `blobs`, and any
+    folder may link to a blob, see `_is_hub_blob`.
     """
     try:
         target = file.resolve(strict=True)
@@ -86,7 +108,8 @@ def _contained(file: Path, root: Path) -> int:
         raise InputError("link leads nowhere", where=str(file), fix="fetch the file again") from None
     if not target.is_relative_to(root):
         blobs = root.parent.parent / "blobs"
-        if root.parent.name != "snapshots" or not target.is_relative_to(blobs):
+        of_snapshot = root.parent.name == "snapshots" and target.is_relative_to(blobs)
+        if not of_snapshot and not (stat.S_ISREG(status.st_mode) and _is_hub_blob(target)):
             raise InputError(
                 "link leads out of the model directory",
                 where=f"{file} -> {target}",
@@ -99,6 +122,33 @@ def _contained(file: Path, root: Path) -> int:
             "not a regular file", where=str(file), fix="remove it from the model directory"
         )
     return status.st_size
+
+
+def _is_hub_blob(target: Path) -> bool:
+    """Whether a file, its path resolved, is a blob in a cache of the Hub.
+
+    CACHE/models--ORG--NAME/blobs/HASH, or CACHE/blobs/HA/HASH in the store that the repositories of a
+    cache share.
+    """
+    # A hostile model may link to any file of the user, which would be copied into OUT and passed on.
+    # But it can neither move nor rename that file, nor write outside of its own folder. So the place of
+    # the file is the evidence, after all links are resolved: it is named by the hash of its content, in
+    # folders that only the Hub's client names so, next to its `snapshots` or its marker. No keys and no
+    # documents lie in such a place; a file of another cached model does, for those who know its hash. A
+    # cache or a marker that came with the model gives nothing away: what lies in it came along, too.
+    # HF_HOME is not asked: at the time of the download it may have been another one.
+    folder, name = target.parent, target.name
+    if folder.name == "blobs":
+        repository = folder.parent
+        is_blob = bool(_BLOB.fullmatch(name)) and repository.name.startswith("models--")
+        return is_blob and (repository / "snapshots").is_dir()
+    store = folder.parent
+    if store.name != "blobs" or not _SHARED_BLOB.fullmatch(f"{folder.name}/{name}"):
+        return False
+    try:
+        return stat.S_ISREG((store / _STORE_MARKER).lstat().st_mode)
+    except OSError:
+        return False
 
 
 JOURNAL = ".quantcli_journal"

@@ -109,10 +109,11 @@ def parse_json(data: bytes, where: str, fix: str | None = None) -> Any:
     """JSON that came with a model: duplicate keys and bottomless nesting are refused.
 
     So is text that no file can hold: half a surrogate pair. `Infinity` and `NaN` pass: real
-    config.json files hold them (`time_step_limit` of Mamba 2).
+    config.json files hold them (`time_step_limit` of Mamba 2). A byte order mark passes, too: editors
+    on Windows write one.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, closest
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_model(model: str) -> Path:
@@ -20,7 +20,7 @@ def find_model(model: str) -> Path:
     """
     try:
         path = Path(model).expanduser()
-        if not _HUB_ID.fullmatch(model) or path.exists():
+        if not HUB_ID.fullmatch(model) or path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
         raise InputError(f"not the name of a model: {error}", where=model[:200]) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Self
 
 import torch
@@ -14,21 +15,35 @@ from quantcli.checkpoint.tensors import read_into
 from quantcli.core.disk import disk_errors
 
 
+class _Buffers(threading.local):
+    """Buffers of closed readers, for the next readers of the thread."""
+
+    def __init__(self) -> None:
+        self.free: list[bytearray] = []
+
+
+_BUFFERS = _Buffers()
+
+
 class RowReader:
-    """Rows of a tensor that is stored as it is; each call gives a view of the same memory."""
+    """Rows of a tensor that is stored as it is; each call gives a view of the same memory.
+
+    The thread's next reader takes that memory over when this one is closed.
+    """
 
     def __init__(self, stored: StoredTensor) -> None:
         self._stored = stored
         self._dtype = torch_dtype(stored.spec.dtype)
-        self._buffer = bytearray()
 
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._buffer = _BUFFERS.free.pop() if _BUFFERS.free else bytearray()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+        _BUFFERS.free.append(self._buffer)
 
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count), as many as there are: [rows, ...] in the stored dtype.

@@ -17,7 +17,9 @@ from quantcli.core.errors import InputError
 if TYPE_CHECKING:
     from quantcli.calibration.session import Resources
 
-Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
+Recipe = Annotated[
+    str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
+]
 Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
 Override = Annotated[
     list[str] | None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_calibration(
-    recipe: Path,
+    recipe: str | Path,
     *,
     model: str | None = None,
     out: Path | None = None,
@@ -23,6 +23,7 @@ def plan_calibration(
 ) -> Session:
     """Check everything that can be checked before a calibration reads weights.
 
+    recipe: a file, or the name of a shipped one.
     out: the folder of the calibration; by default it is named after the recipe's output.
     overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
     Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.

@@ -156,12 +156,12 @@ def describe(session: Session) -> dict[str, Any]:
 
 
 def _load(
-    recipe: Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
+    recipe: str | Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
 ) -> tuple[Recipe, str, Checkpoint]:
     """The recipe, how the model was named, and the model."""
     from quantcli.recipe.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, command=verb)
     named = model or loaded.file.model
     if named is None:
         raise InputError(
@@ -170,8 +170,8 @@ def _load(
     return loaded, named, open_checkpoint(find_model(named))
 
 
-def _default_name(model: str, recipe: Path) -> str:
-    return f"{Path(os.path.abspath(model)).name}-{recipe.stem}"  # noqa: PTH100 - keeps links
+def _default_name(model: str, recipe: str | Path) -> str:
+    return f"{Path(os.path.abspath(model)).name}-{Path(recipe).stem}"  # noqa: PTH100 - keeps links
 
 
 def _calibration_folder(out: Path) -> Path:

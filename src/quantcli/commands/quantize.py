@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Path,
+    recipe: str | Path,
     *,
     model: str | None = None,
     out: Path | None = None,
@@ -37,7 +37,8 @@ def plan(
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
-    `expect` block: see `check`. part: as in "2/3"; it goes to `out`.part-2-of-3.
+    `expect` block: see `check`. recipe: a file, or the name of a shipped one. part: as in "2/3"; it
+    goes to `out`.part-2-of-3.
     """
     from quantcli.convert.execute import RunOptions
     from quantcli.convert.publish import check_destination
@@ -81,7 +82,7 @@ def plan(
 
 
 def _calibrate_command(
-    recipe: Path, model: str | None, overrides: tuple[str, ...], folder: Path
+    recipe: str | Path, model: str | None, overrides: tuple[str, ...], folder: Path
 ) -> str:
     """What to type for the calibration of a conversion that was given these options."""
     words = ["quantcli", "calibrate", str(recipe)]

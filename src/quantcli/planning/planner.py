@@ -59,7 +59,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     need = {module.name for module in modules if module.measured}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, modules, shards, serving)
-    sidecars = {**target.sidecars(output), RECIPE_FILE: recipe.effective().encode()}
+    own = {RECIPE_FILE: recipe.effective().encode()}
+    sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
     if not need and recipe.file.smooth is None and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")

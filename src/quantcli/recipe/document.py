@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,17 @@ def load_document(path: Path) -> Document:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError("the recipe does not exist", where=str(path), fix="check the path") from None
-    except IsADirectoryError:
-        what = "the recipe is a directory, not a YAML file"
-        raise InputError(what, where=str(path), fix="name a file in it") from None
     except OSError as error:
         what = f"cannot read the recipe: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
     if len(raw) > MAX_BYTES:
         raise InputError(f"the recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
+    # editors on Windows write UTF-8 with a byte order mark, or UTF-16, which always has one
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"the recipe is not UTF-8 (byte {error.start})"
+        what = f"the recipe is not {'UTF-16' if wide else 'UTF-8'} (byte {error.start})"
         raise InputError(what, where=str(path), fix=_TEXT) from None
     places: dict[Place, str] = {}
     data = _load(text, str(path), places)

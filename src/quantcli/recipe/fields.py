@@ -16,7 +16,10 @@ from pydantic import (
     model_validator,
 )
 
+from quantcli.core.text import count
+
 _SIZE = TypeAdapter(ByteSize)
+LEAST_SIZE = 1000  # bytes: the header of a shard alone takes hundreds, and no layer has so few
 _SIZE_FORM = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]i?)?B?\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -25,14 +28,22 @@ class _Block(BaseModel):
 
 
 def parse_size(value: Any) -> int:
-    """The bytes of a size such as `5GB` or `512MiB`, or of a plain number. ValueError otherwise."""
+    """The bytes of a size such as `5GB` or `512MiB`, or of a plain number. ValueError otherwise.
+
+    A size below 1KB is a number whose unit was forgotten: 5 for 5GB.
+    """
+    size = 0
     # ByteSize ignores what follows a number: it reads 1,5GB as 1 byte
     if not isinstance(value, str) or _SIZE_FORM.fullmatch(value):
         with suppress(ValueError, OverflowError):
             size = int(_SIZE.validate_python(value, strict=True))
-            if 0 < size < 2**63:
-                return size
-    raise ValueError("expected a size such as 5GB or 512MiB")
+    if 0 < size < LEAST_SIZE:
+        example = f"{size}GB" if str(value).strip() == str(size) else "5GB"
+        small = f"a size of {count(size, 'byte')} is below the smallest, 1KB"
+        raise ValueError(f"{small}: write the unit, such as {example}")
+    if not 0 < size < 2**63:
+        raise ValueError("expected a size such as 5GB or 512MiB")
+    return size
 
 
 def _check_limit(value: Any) -> str:
@@ -52,7 +63,10 @@ Match = Annotated[
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
     Field(min_length=1, description='globs over full module names, or "re:REGEX"'),
 ]
-Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str | int)]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size, json_schema_input_type=str | Annotated[int, Field(ge=LEAST_SIZE)]),
+]
 
 
 class Expect(_Block):

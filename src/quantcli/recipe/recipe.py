@@ -20,6 +20,7 @@ from quantcli.core.errors import InputError, one_of
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place, load_document
 from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
+from quantcli.recipe.shipped import find_recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -145,12 +146,15 @@ def compare(limit: str, value: float) -> bool:
     return bool(_COMPARISONS[match[1]](value, float(match[2])))
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read and check a recipe. `overrides` are `KEY=VALUE` strings that win over the file.
+def load_recipe(
+    recipe: str | Path, overrides: tuple[str, ...] = (), *, command: str = "quantize"
+) -> Recipe:
+    """Read and check a recipe: a file, or a shipped recipe by name.
 
-    Raises InputError with file:line; for a misspelt name its fix has the closest names.
+    overrides: `KEY=VALUE` strings that win over the file. command: for the message if `recipe` is a
+    model. Raises InputError with file:line; for a misspelt name its fix has the closest names.
     """
-    document = load_document(path)
+    document = load_document(find_recipe(recipe, command))
     for assignment in overrides:
         document.override(assignment)
     try:

@@ -1,4 +1,4 @@
-"""What a scheme is, and what a scheme gives that learns while a layer runs."""
+"""The interfaces of a scheme, and of a learner for schemes that learn while a layer runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo
 from torch import Tensor
 
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes.arithmetic.observers import Observer
+
+# float [n], or [..., n] of stacked weights; None if a module has none
+Bias: TypeAlias = Tensor | None
 
 
 class Scheme(BaseModel, ABC):
@@ -31,7 +35,7 @@ class Scheme(BaseModel, ABC):
 
     @classmethod
     def for_numerics(cls, numerics: Numerics) -> Self | None:
-        """This scheme with the options that make these numerics; None where it has none such."""
+        """This scheme with the options that make these numerics; None if there are none."""
         scheme = cls()
         return scheme if scheme.numerics == numerics else None
 
@@ -42,40 +46,40 @@ class Scheme(BaseModel, ABC):
 
     @property
     def without_data(self) -> Scheme | str | None:
-        """The scheme, or its name, that a module takes instead where no token reached it, if the recipe
-        so wants."""
+        """Fallback scheme, or its name, for a module that no calibration token reached, if the recipe
+        allows fallbacks."""
         return None
 
     @property
     def unserved(self) -> str | None:
-        """The scheme that a module takes instead where the engine does not have this one for it; None:
+        """Name of the fallback scheme for a module that the engine cannot serve with this one; None:
         that is an error."""
         return None
 
     @property
     def needs_data(self) -> bool:
-        """Whether something must be measured or learned before weights can be quantized."""
+        """Whether calibration must come before weights can be quantized."""
         return self.observer(torch.bfloat16) is not None
 
     @property
     def ordered(self) -> bool:
-        """Whether what is measured depends on the order of the samples, so that each is a batch."""
+        """Whether statistics depend on the order of the samples, so that each is a batch."""
         return False
 
     @property
     @abstractmethod
     def numerics(self) -> Numerics:
-        """What the numbers are, for the target."""
+        """How weights and inputs are quantized, for the target."""
 
     def observer(self, engine_dtype: torch.dtype) -> Observer | None:
-        """What measures this module's input during calibration; None for schemes that need no data.
+        """An observer of a module's input during calibration; None for schemes that need no data.
 
         engine_dtype: the dtype in which the engine will hold `input_scale`.
         """
         return None
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """What there will be for a module with k inputs, with dtypes and shapes but no numbers of it.
+        """Stats of a module with k inputs as calibration will give them: names, dtypes and shapes.
 
         Stats by row have no rows. Empty for schemes that need no data.
         """
@@ -84,43 +88,27 @@ class Scheme(BaseModel, ABC):
 
     @property
     def schedule(self) -> Schedule | None:
-        """How long to learn; None for schemes that learn nothing."""
+        """The length of learning; None for schemes that learn nothing."""
         return None
 
-    def learner(
-        self,
-        weights: Mapping[Hashable, Tensor],
-        amax: Tensor,
-        scalable: Scalable,
-        engine_dtype: torch.dtype,
-        generator: torch.Generator,
-    ) -> Learner:
-        """What learns for matrices that read the same input, where there is a `schedule`.
-
-        weights: float [n, k] each, under any name. amax: max |x| of each input channel, float32 [k].
-        scalable: whether channels of the input may be multiplied, as what makes them can be divided.
-        engine_dtype: the dtype in which the engine holds what the module has once.
-        """
+    def learner(self, task: LearningTask) -> Learner:
+        """The learner for matrices that read the same input, if there is a `schedule`."""
         raise AssertionError(f"{self.name} learns nothing")
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """The parts that do not depend on rows, from what was measured: `input_scale` [1]."""
+        """The parts that do not depend on rows, made of its stats, such as `input_scale` [1]."""
         return {}
 
     @abstractmethod
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes and scales of whole rows.
 
         rows: [..., n, k] in bfloat16, float16 or float32: a block of the weight, or all of it.
         engine_dtype: in which the engine will hold `weight_scale`; codes are chosen against it.
-        constants: what `constants` returned for this module, and of these rows the `row_stats`.
-        bias: [n], the module's bias for these rows; matters where the engine adds it to the codes' sum.
+        constants: the result of `constants` for this module, and the `row_stats` of these rows.
+        bias: [n], the module's bias for these rows; matters if the engine adds it to the codes' sum.
 
         Returns `weight` [..., n, k] (codes), `weight_scale` [..., n, 1] (float32, exactly
         representable in `engine_dtype`), and other parts per row. A row with NaN or Inf gets a scale
@@ -128,33 +116,93 @@ class Scheme(BaseModel, ABC):
         a weight may be fewer. Also runs on blocks without rows.
         """
 
+    @property
+    def rounded_by_data(self) -> bool:
+        """Whether calibration chooses the codes: the stat `codes`, int8 [n, k], for each weight."""
+        return False
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The least and the largest code, if calibration chooses codes."""
+        raise AssertionError(f"{self.name} is not rounded by data")
+
+    def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
+        """The weight that codes times scales are to be near: float32 [n, k]."""
+        return rows.float()
+
+    def as_read(self, x: Tensor, constants: Stats) -> Tensor:
+        """Inputs [..., k] as the codes meet them, but not quantized; linear in x, in float32."""
+        return x.float()
+
+    def as_rounded(self, x: Tensor, constants: Stats) -> Tensor | None:
+        """`as_read`, and quantized as the engine does it. None if that does not matter, as with inputs
+        of 8 bits and more, which lose little."""
+        return None
+
     def dequantize(self, parts: Parts) -> Tensor:
         """The weight as the kernel sees it, float32 [..., n, k]: codes times scale."""
         return parts["weight"].float() * parts["weight_scale"]
 
     @abstractmethod
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The linear as the engine computes it: x [..., k] -> [..., n], in the dtype of x."""
 
 
-# Whether channels of an input may be multiplied, as what makes them can be divided. Powers of two are
-# for channels that a float matrix reads, too: its weights would be rounded again.
+def has_effect(cls: type[Scheme], value: float, info: ValidationInfo) -> float:
+    """A validator for options that one way to choose a range reads: ValueError if it is another way."""
+    option = str(info.field_name)
+    reader = {"percentile": "percentile", "momentum": "moving_average"}[option]
+    if value != cls.model_fields[option].default and info.data.get("chosen_by", reader) != reader:
+        raise ValueError(f"has no effect without `observer: {reader}`")
+    return value
+
+
+def check_input_scale(measured: Tensor, scale: Tensor, *, sound: bool) -> None:
+    """InputError for a measured scale [1] that is not sound, or not the same as `scale`: codes would be
+    made against another scale than the engine's. scale: in the engine dtype."""
+    if not sound or not torch.equal(scale.float(), measured.float()):
+        raise InputError(
+            f"input_scale {float(measured)} is not a scale that {str(scale.dtype)[6:]} can hold",
+            fix="calibrate again, for the dtype in which the model will be served",
+        )
+
+
+# Whether channels of an input may be multiplied, as their source can be divided. Powers of two are for
+# channels that a float matrix reads, too: its weights would be rounded again.
 Scalable: TypeAlias = Literal["freely", "by powers of two", "not at all"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long something is learned. batch: samples a step."""
+    """The length of learning. batch: samples a step."""
 
     epochs: int
     batch: int
 
 
+@dataclass(frozen=True)
+class LearningTask:
+    """Matrices that read the same input, and the start values of a learner.
+
+    weights:      float [n, k] each, under any name.
+    amax:         max |x| of each input channel, float32 [k].
+    scalable:     whether channels of the input may be multiplied.
+    engine_dtype: in which the engine holds the parts that do not depend on rows.
+    generator:    of the first, random transform.
+    """
+
+    weights: Mapping[Hashable, Tensor]
+    amax: Tensor
+    scalable: Scalable
+    engine_dtype: torch.dtype
+    generator: torch.Generator
+
+
 class Learner(ABC):
-    """What is learned for some matrices that read the same input, while their layer runs.
+    """Learns for some matrices that read the same input, while their layer runs.
 
     A step: `begin`, then any number of forwards that call `linear` on any thread, then `end` with the
-    sum of their gradients with respect to what `begin` returned.
+    sum of their gradients with respect to the tensors of `begin`.
     """
 
     @abstractmethod
@@ -163,7 +211,7 @@ class Learner(ABC):
 
     @abstractmethod
     def begin(self) -> list[Tensor]:
-        """Make what this step computes with."""
+        """Make the tensors that this step computes with."""
 
     @abstractmethod
     def linear(self, key: Hashable, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -171,26 +219,26 @@ class Learner(ABC):
 
     @abstractmethod
     def end(self, gradients: list[Tensor]) -> None:
-        """Take the gradients back to the parameters. InputError where learning has gone astray."""
+        """Take the gradients back to the parameters. InputError if learning diverges."""
 
     @property
     @abstractmethod
     def channel_scale(self) -> Tensor | None:
-        """By which the input's channels are to be multiplied before all else: float32 [k], CPU."""
+        """The factors of the input's channels, applied first: float32 [k], CPU; None: they stay."""
 
     @property
     @abstractmethod
     def condition(self) -> float:
-        """How far the transform is from a rotation; 1 is one."""
+        """The condition number of the transform: 1 for a rotation."""
 
     @abstractmethod
     def state(self) -> list[Tensor]:
-        """A copy of all that is learned."""
+        """A copy of all parameters."""
 
     @abstractmethod
     def restore(self, state: list[Tensor]) -> None:
-        """Go back to a copy."""
+        """Take the parameters of a copy."""
 
     @abstractmethod
     def stats(self, key: Hashable) -> Stats:
-        """What was learned for a matrix, as the scheme's `constants` and `quantize` take it."""
+        """Stats of a matrix, as the scheme's `constants` and `quantize` take them."""

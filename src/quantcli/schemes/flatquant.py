@@ -2,14 +2,14 @@
 
 Both factors are M = U diag(d) V^T with U and V orthogonal (Cayley) and d > 0 (softplus), so that they
 stay invertible and M^-1 = V diag(1 / d) U^T is exact. Rounding is passed straight through; scales are
-functions of what is rounded, and gradients flow through them.
+functions of the values that are rounded, and gradients flow through them.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats, decompose
 from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
-from quantcli.schemes.base import Learner, Scalable
+from quantcli.schemes.base import Learner, LearningTask
 from quantcli.schemes.integer import LARGEST, LEAST, least_error
 
-_OPEN = 4.0  # sigmoid(4) = 0.982: what the clip of inputs begins with
+_OPEN = 4.0  # sigmoid(4) = 0.982: the first clip of inputs
 _NARROWEST, _WIDEST = 0.2, 0.99  # clips of rows at the start
 _TINY = torch.finfo(torch.float32).tiny
 _CLIPS_FASTER = 10.0
@@ -115,35 +115,24 @@ def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
 class KroneckerLearner(Learner):
     """One transform, one clip of inputs, and a clip for each row of each weight."""
 
-    def __init__(
-        self,
-        weights: Mapping[Hashable, Tensor],
-        amax: Tensor,
-        scalable: Scalable,
-        engine_dtype: torch.dtype,
-        generator: torch.Generator,
-        *,
-        lr: float,
-        alpha: float,
-        clips_rows: bool,
-    ) -> None:
-        """weights: [n, k] each. amax: of each input channel [k]. engine_dtype: of L and R."""
-        first = next(iter(weights.values()))
-        device, k = first.device, first.shape[1]
-        self._weights = {key: weight.detach().float() for key, weight in weights.items()}
-        left, right = decompose(k)
-        self._left, self._right = (_Side(size, generator, device) for size in (left, right))
-        self._engine_dtype = engine_dtype
+    def __init__(self, task: LearningTask, lr: float, alpha: float, *, clips_rows: bool) -> None:
+        """lr: of the transforms. alpha: how much of outlier channels moves into the weights."""
+        self._weights = {key: weight.detach().float() for key, weight in task.weights.items()}
+        self._engine_dtype = task.engine_dtype
         self._lr = lr
+        first = next(iter(self._weights.values()))
+        device, sides = first.device, decompose(first.shape[1])
+        self._left, self._right = (_Side(size, task.generator, device) for size in sides)
         self._clip = torch.full((1,), _OPEN, device=device)
         self._rows = {
-            key: torch.full((len(weight), 1), _OPEN, device=device) for key, weight in weights.items()
+            key: torch.full((len(weight), 1), _OPEN, device=device)
+            for key, weight in self._weights.items()
         }
         self._clips_rows = clips_rows
         self._channels: Tensor | None = None  # log of the scales
-        self._scaled = scalable
-        if scalable != "not at all":
-            self._channels = self._first_scales(amax.to(device), alpha)
+        self._scalable = task.scalable
+        if task.scalable != "not at all":
+            self._channels = self._first_scales(task.amax.to(device), alpha)
         if clips_rows:
             self._start_clips()
         self._local = threading.local()
@@ -157,12 +146,12 @@ class KroneckerLearner(Learner):
         scale = (1 - alpha) * weight - alpha * seen
         scale = torch.where(amax > 0, scale, scale.median())
         scale = (scale - scale.median()).clamp(-math.log(_LIMIT), math.log(_LIMIT))
-        if self._scaled == "by powers of two":
+        if self._scalable == "by powers of two":
             scale = (scale / math.log(2)).round() * math.log(2)
         return scale
 
     def _start_clips(self) -> None:
-        """Rows are clipped at first where the squared error of their weights is least."""
+        """The first clips of rows: those with the least squared error of their weights."""
         for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
             widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
             share = least_error(rows, widest, torch.float32) / widest
@@ -183,12 +172,12 @@ class KroneckerLearner(Learner):
         learned = [*self._left.parameters, *self._right.parameters, self._clip]
         if self._clips_rows:
             learned += self._rows.values()
-        if self._channels is not None and self._scaled == "freely":
+        if self._channels is not None and self._scalable == "freely":
             learned.append(self._channels)
         return learned
 
     def parameters(self) -> list[dict[str, Any]]:
-        """For the optimizer: clips learn ten times as fast."""
+        """Groups for the optimizer: clips learn ten times as fast."""
         clips = [self._clip, *self._rows.values()] if self._clips_rows else [self._clip]
         others = [p for p in self._all() if not any(p is clip for clip in clips)]
         return [
@@ -233,9 +222,8 @@ class KroneckerLearner(Learner):
         if self._channels is not None:
             values = values * self._leaves[3]
         inner = (values.reshape(-1, self._right.size) @ right).view(-1, len(left), len(right))
-        inner = (
-            inner.transpose(1, 2) @ left
-        )  # (L^T X R)^T: one large product instead of many small ones
+        # (L^T X R)^T: one large product instead of many small ones
+        inner = inner.transpose(1, 2) @ left
         values = inner.transpose(1, 2).reshape(x.shape)
         amax = values.abs().amax(-1, keepdim=True)
         return fake_quant(values, (amax * clip / LARGEST).clamp_min(_TINY))
@@ -250,7 +238,7 @@ class KroneckerLearner(Learner):
                 fix="take a smaller `lr`, fewer `epochs` or more calibration samples",
             )
 
-    # -- what was learned ------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------
 
     @property
     def condition(self) -> float:
@@ -259,15 +247,15 @@ class KroneckerLearner(Learner):
 
     @property
     def channel_scale(self) -> Tensor | None:
-        """By which inputs are multiplied, float32 [k] on the CPU."""
+        """The factors of inputs, float32 [k] on the CPU."""
         return None if self._channels is None else self._channels.detach().exp().cpu()
 
     def state(self) -> list[Tensor]:
-        """A copy of all that is learned."""
+        """A copy of all parameters."""
         return [parameter.detach().clone() for parameter in self._all()]
 
     def restore(self, state: list[Tensor]) -> None:
-        """Go back to a copy."""
+        """Take the parameters of a copy."""
         with torch.no_grad():
             for parameter, value in zip(self._all(), state, strict=True):
                 parameter.copy_(value)
@@ -275,11 +263,11 @@ class KroneckerLearner(Learner):
     def stats(self, key: Hashable) -> Stats:
         """left_trans, right_trans, clip_ratio; weight_clip [n, 1] if rows are clipped. On the CPU."""
         with torch.no_grad():
-            found = {
+            learned = {
                 "left_trans": self._left.both()[0].to(self._engine_dtype),
                 "right_trans": self._right.both()[0].to(self._engine_dtype),
                 "clip_ratio": self._clip.sigmoid(),
             }
             if self._clips_rows:
-                found["weight_clip"] = self._rows[key].sigmoid()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+                learned["weight_clip"] = self._rows[key].sigmoid()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp8, rounding, tiles
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Bias, Scheme
 
 _SIDE = 128
 _BLOCK = (_SIDE, _SIDE)
@@ -36,11 +36,7 @@ class Fp8Block(Scheme):
         )
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)].
 
@@ -64,7 +60,7 @@ class Fp8Block(Scheme):
         codes = parts["weight"].float()
         return codes * tiles.spread(parts["weight_scale"], _BLOCK, *codes.shape[-2:])
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k xq wq) * group_scale * weight_scale, cast to x.dtype, then
         + bias.
 

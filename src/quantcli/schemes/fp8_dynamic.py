@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import rounding
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.arithmetic import fp8, rounding
+from quantcli.schemes.base import Bias, Scheme
 
 
 class Fp8Dynamic(Scheme):
@@ -23,19 +23,15 @@ class Fp8Dynamic(Scheme):
         return Numerics(Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * weight_scale * token_scale in float32, cast to x.dtype, then + bias."""
-        codes, token_scale = rounding.quantize_tokens_fp8(x)
+        codes, token_scale = fp8.npu_token_codes(x)
         total = codes @ parts["weight"].float().mT
         y = (total * parts["weight_scale"].squeeze(-1) * token_scale).to(x.dtype)
         return y if bias is None else (y + bias).to(x.dtype)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
-from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp8, rounding
-from quantcli.schemes.arithmetic.observers import Distribution, MinMax, Observer, percentile
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.arithmetic.observers import Observer, input_observer
+from quantcli.schemes.base import Bias, Scheme, check_input_scale, has_effect
 
 _STEPS = 16  # scales tried per power of two
 _WIDER, _NARROWER = 1, 4  # powers of two tried on either side of the whole range
@@ -38,13 +36,7 @@ class Fp8Static(Scheme):
         99.99, gt=50, le=100, description="for percentile: how much of the inputs lies in the range"
     )
 
-    @field_validator("percentile")
-    @classmethod
-    def _has_effect(cls, value: float, info: ValidationInfo) -> float:
-        default = cls.model_fields["percentile"].default
-        if value != default and info.data.get("chosen_by", "percentile") != "percentile":
-            raise ValueError("has no effect without `observer: percentile`")
-        return value
+    _has_effect = field_validator("percentile")(has_effect)
 
     @property
     def without_data(self) -> str | None:
@@ -58,26 +50,24 @@ class Fp8Static(Scheme):
 
     def observer(self, engine_dtype: torch.dtype) -> Observer:
         """Measures input_scale, exactly representable in `engine_dtype`."""
-        return InputObserver(self, engine_dtype)
+
+        def of_range(low: float, high: float) -> Stats:
+            return {"input_scale": _of_amax(max(-low, high), engine_dtype)}
+
+        def of_distribution(values: Tensor, counts: Tensor) -> Stats:
+            return {"input_scale": _least_error(values, counts, engine_dtype)}
+
+        return input_observer(self.chosen_by, of_range, of_distribution, percent=self.percentile)
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """input_scale [1] in `engine_dtype`. InputError for what no observer of this scheme gives."""
-        measured = stats["input_scale"].float()
-        scale = measured.to(engine_dtype)
+        """input_scale [1] in `engine_dtype`. InputError for a value that no observer gives."""
+        scale = stats["input_scale"].to(engine_dtype)
         sound = bool(torch.isfinite(scale).all()) and float(scale) >= _SMALLEST
-        if not sound or not torch.equal(scale.float(), measured):
-            raise InputError(
-                f"input_scale {float(measured)} is not a scale that {str(engine_dtype)[6:]} can hold",
-                fix="calibrate again, for the dtype in which the model will be served",
-            )
+        check_input_scale(stats["input_scale"], scale, sound=sound)
         return {"input_scale": scale}
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [1] from `weight_amax`, input_scale."""
         scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), engine_dtype)
@@ -85,59 +75,12 @@ class Fp8Static(Scheme):
         input_scale = constants["input_scale"].to(rows.device)
         return {"weight": codes, "weight_scale": scale, "input_scale": input_scale}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * (input_scale * weight_scale) + bias in float32, rounded to x.dtype."""
         codes = fp8.static_codes(x, parts["input_scale"])
         y = codes @ parts["weight"].float().mT
         y = y * (parts["input_scale"].float() * parts["weight_scale"])
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
-
-
-class InputObserver(Observer):
-    """Measures one module's inputs, and chooses the scale that represents them."""
-
-    def __init__(self, scheme: Fp8Static, engine_dtype: torch.dtype) -> None:
-        super().__init__()
-        self._scheme = scheme
-        self._engine_dtype = engine_dtype
-        self._seen: MinMax | Distribution
-        self._seen = MinMax() if scheme.chosen_by == "minmax" else Distribution()
-
-    def _measure(self, x: Tensor) -> Any:
-        return self._seen._measure(x)
-
-    def _sound(self, measured: Any) -> bool:
-        return self._seen._sound(measured)
-
-    def _merge(self, measured: Any, batch: int) -> None:
-        self._seen._merge(measured, batch)
-
-    def _merged(self) -> Iterator[tuple[Any, int]]:
-        return self._seen._merged()
-
-    def stats(self) -> Stats:
-        """input_scale, and the extremes input_min and input_max: float32 [1] each.
-
-        The scale is positive also where nothing, or nothing but zeros, was seen.
-        """
-        return {"input_scale": self._choose(), **self._seen.stats()}
-
-    def _choose(self) -> Tensor:
-        if isinstance(self._seen, MinMax):
-            return _of_amax(_largest(self._seen.range()), self._engine_dtype)
-        values, counts = self._seen.values()
-        if self._scheme.chosen_by == "mse":
-            return _least_error(values, counts, self._engine_dtype)
-        amax = _largest(percentile(values, counts, self._scheme.percentile))
-        if amax == 0:  # nearly all is 0: such a range would clip all the rest
-            amax = _largest(percentile(values, counts, 100))
-        return _of_amax(amax, self._engine_dtype)
-
-
-def _largest(ends: tuple[float, float]) -> float:
-    return max(-ends[0], ends[1])
+        return rounding.add_bias(y, bias, x.dtype)
 
 
 def _of_amax(amax: float, engine_dtype: torch.dtype) -> Tensor:

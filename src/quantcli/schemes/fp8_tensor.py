@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp8, rounding
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Bias, Scheme
 
 
 class Fp8Tensor(Scheme):
@@ -24,20 +24,14 @@ class Fp8Tensor(Scheme):
         return Numerics(Operand("fp8_e4m3", "tensor"), Operand("fp8_e4m3", "token", dynamic=True))
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [1] from `weight_amax`."""
         scale = fp8.tensor_scale(constants["weight_amax"].to(rows.device), engine_dtype)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * weight_scale * token_scale + bias in float32, rounded once to x.dtype."""
         codes, token_scale = fp8.token_codes(x)
         y = codes @ parts["weight"].float().mT * parts["weight_scale"] * token_scale
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
+        return rounding.add_bias(y, bias, x.dtype)

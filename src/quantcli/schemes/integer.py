@@ -15,9 +15,13 @@ from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding, tiles
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Bias, Scheme
 
-_RANGES = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0)}
+LARGEST, LEAST = 7.0, -8.0  # int4 codes
+_RANGES = {"int4": (LEAST, LARGEST), "int8": (-128.0, 127.0)}
+_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
+_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_REFINEMENTS = 2
 
 
 class IntegerWeights(Scheme):
@@ -36,13 +40,18 @@ class IntegerWeights(Scheme):
     )
 
     @property
+    def rounded_by_data(self) -> bool:
+        """If an option says so."""
+        return self.weight_rounding == "gptq"
+
+    @property
     def needs_data(self) -> bool:
-        """Also for codes that are chosen by data."""
-        return self.weight_rounding == "gptq" or super().needs_data
+        """Also if codes are chosen by data."""
+        return self.rounded_by_data or super().needs_data
 
     @property
     def without_data(self) -> Scheme | str | None:
-        """The same, rounded to nearest, where nothing else needs data."""
+        """The same scheme, rounded to nearest, if nothing else needs data."""
         nearest = self.model_copy(update={"weight_rounding": "nearest"})
         return nearest if self.needs_data and not nearest.needs_data else super().without_data
 
@@ -52,39 +61,32 @@ class IntegerWeights(Scheme):
         return _RANGES[self.numerics.weight.dtype]
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """Also `codes`, int8 [0, k], where data chooses them."""
+        """Also `codes`, int8 [0, k], if data chooses them."""
         measured = super().blank(k, engine_dtype)
-        if self.weight_rounding == "nearest":
-            return measured
-        return {**measured, "codes": torch.empty((0, k), dtype=torch.int8)}
+        codes = {"codes": torch.empty((0, k), dtype=torch.int8)}
+        return {**measured, **codes} if self.rounded_by_data else measured
 
-    def to_round(self, rows: Tensor, constants: Parts) -> Tensor:
-        """The float32 weight [n, k] of which codes times scales are to be near."""
-        return rows.float()
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] rounded to nearest; their scales, float32, exact in `engine_dtype`.
 
-    def as_read(self, x: Tensor, constants: Parts) -> Tensor:
-        """Inputs [..., k] as the codes meet them, but not quantized; linear in x, in float32."""
-        return x.float()
+        Here int8 with a scale per row, float32 [..., n, 1]: |error| <= scale / 2. NaN and Inf show in
+        the scale.
+        """
+        scale = rounding.int8_scale(rows, engine_dtype)
+        return rounding.to_int8(rows, scale), scale
 
-    def as_rounded(self, x: Tensor, constants: Parts) -> Tensor | None:
-        """`as_read`, and quantized as the engine does it; None where that counts for nothing, as with 8
-        bits and more: inputs lose little then."""
-        return None
+    def quantize(
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
+    ) -> Parts:
+        """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
+        codes, scale = self.nearest(rows, engine_dtype)
+        return {"weight": chosen(constants, codes), "weight_scale": scale}
 
 
 def chosen(constants: Stats, nearest: Tensor) -> Tensor:
-    """The codes of some rows: those that data has chosen, int8 as large as `nearest`, or these."""
+    """The codes of some rows: the stat `codes`, int8 in the shape of `nearest`, or else `nearest`."""
     codes = constants.get("codes")
     return nearest if codes is None else codes.to(nearest.device)
-
-
-LARGEST, LEAST = 7.0, -8.0
-
-_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
-
-_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
-
-_REFINEMENTS = 2
 
 
 class Int4Weights(IntegerWeights):
@@ -94,7 +96,7 @@ class Int4Weights(IntegerWeights):
         "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
     )
 
-    def codes(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, 1], exact in `engine_dtype`.
 
         With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
@@ -135,20 +137,12 @@ class Int4Groups(Int4Weights):
             return Operand("int4", "channel")
         return Operand("int4", "group", block=(1, self.group_size))
 
-    def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
-    ) -> Parts:
-        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, ceil(k / group_size)]."""
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, ceil(k / group_size)]."""
         if self.group_size == "channel":
-            codes, scale = self.codes(rows, engine_dtype)
-            return {"weight": chosen(constants, codes), "weight_scale": scale}
-        codes, scale = self.codes(tiles.cut(rows, self.group_size), engine_dtype)
-        codes = codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
-        return {"weight": chosen(constants, codes), "weight_scale": scale.squeeze(-1)}
+            return super().nearest(rows, engine_dtype)
+        codes, scale = super().nearest(tiles.cut(rows, self.group_size), engine_dtype)
+        return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""
@@ -243,15 +237,3 @@ def least_elsewhere(values: Tensor, scale: Tensor, engine_dtype: torch.dtype) ->
         for _, best in least([share, *(share + step for step in _FINE)])
         for candidate in refined(best, _REFINEMENTS)
     )
-
-
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs as `npu_dynamic_quant` makes int4 of them: codes -7..7 as float32 [..., k], scale
-    float32 [..., 1].
-
-    mul = 7 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
-    """
-    values = x.float()
-    amax = values.abs().amax(-1, keepdim=True)
-    multiplier = torch.where(amax > 0, LARGEST / amax, 0.0)
-    return (values * multiplier).round_(), amax * (1 / LARGEST)

@@ -7,6 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Parts
+from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import Int4Groups
 
 
@@ -20,10 +22,6 @@ class W4A16(Int4Groups):
         """Int4 per group or channel x float inputs."""
         return Numerics(self.weights, None)
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""
-        weight = self.dequantize(parts).to(x.dtype).float()
-        y = x.float() @ weight.mT
-        if bias is not None:
-            y = y + bias.float()
-        return y.to(x.dtype)
+        return rounding.linear_float_inputs(x, self.dequantize(parts), bias)

@@ -1,5 +1,5 @@
 """Int4 weights per channel, int4 inputs per token, no data needed: for models that were rotated so that
-they have no outliers, and as what better 4-bit schemes are compared with."""
+they have no outliers, and as the baseline of better 4-bit schemes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
-from quantcli.schemes.integer import Int4Weights, chosen, quantize_tokens
+from quantcli.schemes.base import Bias
+from quantcli.schemes.integer import LARGEST, Int4Weights
 
 
 class W4A4Dynamic(Int4Weights):
@@ -23,24 +24,17 @@ class W4A4Dynamic(Int4Weights):
         """Int4 per channel x int4 per token, dynamic."""
         return Numerics(Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
 
-    def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
-    ) -> Parts:
-        """Codes int8 [..., n, k] in -8..7, weight_scale float32 [..., n, 1]."""
-        codes, scale = self.codes(rows, torch.float32)
-        return {"weight": chosen(constants, codes), "weight_scale": scale}
+    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1] whatever `engine_dtype` is."""
+        return super().nearest(rows, torch.float32)
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f16((f32(sum_k xq wq) * weight_scale) * token_scale), cast to x.dtype, then + bias.
 
         The kernel puts out float16 whatever the model is served in; the sum is exact in float64.
         """
-        codes, token_scale = quantize_tokens(x)
-        total = (codes.double() @ parts["weight"].double().mT).float()
+        scaled, token_scale = rounding.scale_tokens(x, LARGEST)
+        total = (scaled.round_().double() @ parts["weight"].double().mT).float()
         y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
         y = y.to(torch.float16).to(x.dtype)
         return y if bias is None else y + rounding.per_output(bias.to(x.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
-from quantcli.schemes.base import Learner, Scalable, Schedule
+from quantcli.schemes.base import Bias, Learner, LearningTask, Schedule
 from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
 
 SHARED = ("left_trans", "right_trans", "clip_ratio")
@@ -83,29 +83,16 @@ class W4A4FlatQuant(Int4Weights):
 
     @property
     def schedule(self) -> Schedule:
-        """The preset, but for what is given."""
+        """The preset, with the options that the recipe sets."""
         preset = _PRESETS[self.preset][0]
         return Schedule(self.epochs or preset.epochs, self.batch or preset.batch)
 
-    def learner(
-        self,
-        weights: Mapping[Hashable, Tensor],
-        amax: Tensor,
-        scalable: Scalable,
-        engine_dtype: torch.dtype,
-        generator: torch.Generator,
-    ) -> Learner:
-        """One transform for all of them."""
-        return flatquant.KroneckerLearner(
-            weights,
-            amax,
-            scalable if self.scale_channels else "not at all",
-            engine_dtype,
-            generator,
-            lr=self.lr or _PRESETS[self.preset][1],
-            alpha=self.alpha,
-            clips_rows=self.clip == "learned",
-        )
+    def learner(self, task: LearningTask) -> Learner:
+        """One transform for all matrices."""
+        if not self.scale_channels:
+            task = replace(task, scalable="not at all")
+        lr = self.lr or _PRESETS[self.preset][1]
+        return flatquant.KroneckerLearner(task, lr, self.alpha, clips_rows=self.clip == "learned")
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row,
@@ -140,11 +127,7 @@ class W4A4FlatQuant(Int4Weights):
         }
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k] in -8..7 and weight_scale float32 [..., n, 1] of the transformed rows,
         and left_trans, right_trans, clip_ratio as `constants` has them."""
@@ -154,7 +137,7 @@ class W4A4FlatQuant(Int4Weights):
             scale = (amax / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
             codes = (transformed / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
         else:
-            codes, scale = self.codes(transformed, engine_dtype)
+            codes, scale = self.nearest(transformed, engine_dtype)
         shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 
@@ -178,7 +161,7 @@ class W4A4FlatQuant(Int4Weights):
         """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
         return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The kernel `npu_kronecker_quant`, then an int4 product, with all their roundings.
 
         t = f16(L^T (X R)), m = max |t| of a token, token_scale = m clip_ratio / 7 and

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import Int4Groups
 
 
@@ -22,7 +23,7 @@ class W4A8(Int4Groups):
         """Int4 per group or channel x int8 per token, dynamic."""
         return Numerics(self.weights, Operand("int8", "token", dynamic=True))
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k (xq - zero) wq) * weight_scale / r + bias in float32, rounded
         once to x.dtype.
 
@@ -31,9 +32,7 @@ class W4A8(Int4Groups):
         """
         codes, zero, r = _token_codes(x)
         y = (codes - zero) @ self.dequantize(parts).mT / r
-        if bias is not None:
-            y = y + rounding.per_output(bias.float())
-        return y.to(x.dtype)
+        return rounding.add_bias(y, bias, x.dtype)
 
 
 def _token_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

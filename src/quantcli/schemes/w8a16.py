@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
-from quantcli.schemes.integer import IntegerWeights, chosen
+from quantcli.schemes.base import Bias
+from quantcli.schemes.integer import IntegerWeights
 
 
 class W8A16(IntegerWeights):
@@ -22,22 +22,6 @@ class W8A16(IntegerWeights):
         """Int8 per channel x float inputs."""
         return Numerics(Operand("int8", "channel"), None)
 
-    def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
-    ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1]; |error| <= scale / 2 to nearest."""
-        scale = rounding.int8_scale(rows, engine_dtype)
-        codes = chosen(constants, rounding.to_int8(rows, scale))
-        return {"weight": codes, "weight_scale": scale}
-
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""
-        weight = self.dequantize(parts).to(x.dtype).float()
-        y = x.float() @ weight.mT
-        if bias is not None:
-            y = y + bias.float()
-        return y.to(x.dtype)
+        return rounding.linear_float_inputs(x, self.dequantize(parts), bias)

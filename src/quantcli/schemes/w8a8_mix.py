@@ -10,6 +10,7 @@ from torch import Tensor
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, least_deq_scale, row_parts
+from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import chosen
 from quantcli.schemes.w8a8_static import WEIGHT, Int8Static
 
@@ -28,13 +29,9 @@ class W8A8Mix(Int8Static):
         return Numerics(WEIGHT, self.inputs, Operand("int8", "token", dynamic=True))
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         Codes follow weight_scale, which is representable in `engine_dtype`; deq_scale is the nearest to
         weight_scale / r that the hardware honours. |error| <= weight_scale / 2. NaN or Inf in the
@@ -49,6 +46,6 @@ class W8A8Mix(Int8Static):
         codes = chosen(constants, rounding.to_int8(rows, scale))
         return {"weight": codes, "weight_scale": scale, **row_parts(codes, deq, bias, constants)}
 
-    def forward_prefill(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward_prefill(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The linear with inputs quantized per token, as in w8a8_dynamic; here `bias` counts."""
         return rounding.linear_int8_tokens(x, parts["weight"], parts["weight_scale"], bias)

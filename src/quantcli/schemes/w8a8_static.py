@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes.arithmetic import affine, rounding
-from quantcli.schemes.arithmetic.observers import (
-    Distribution,
-    MinMax,
-    MovingAverage,
-    Observer,
-    percentile,
-)
+from quantcli.schemes.arithmetic.observers import Observer, input_observer
 from quantcli.schemes.arithmetic.static_int8 import (
     deq_grid,
     honoured,
@@ -26,13 +19,14 @@ from quantcli.schemes.arithmetic.static_int8 import (
     row_parts,
     to_codes,
 )
+from quantcli.schemes.base import Bias, check_input_scale, has_effect
 from quantcli.schemes.integer import IntegerWeights, chosen
 
 WEIGHT = Operand("int8", "channel")
 
 
 class Int8Static(IntegerWeights):
-    """Options and arithmetic of static int8 inputs. A subclass says what else is stored."""
+    """Options and arithmetic of static int8 inputs. A subclass adds the parts that are stored."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -48,14 +42,7 @@ class Int8Static(IntegerWeights):
         0.9, ge=0, le=1, description="for moving_average: the weight of what was seen before"
     )
 
-    @field_validator("percentile", "momentum")
-    @classmethod
-    def _has_effect(cls, value: float, info: ValidationInfo) -> float:
-        user = {"percentile": "percentile", "momentum": "moving_average"}[str(info.field_name)]
-        default = cls.model_fields[str(info.field_name)].default
-        if value != default and info.data.get("chosen_by", user) != user:
-            raise ValueError(f"has no effect without `observer: {user}`")
-        return value
+    _has_effect = field_validator("percentile", "momentum")(has_effect)
 
     @classmethod
     def for_numerics(cls, numerics: Numerics) -> Self | None:
@@ -85,28 +72,37 @@ class Int8Static(IntegerWeights):
 
     def observer(self, engine_dtype: torch.dtype) -> Observer:
         """Measures input_scale, exactly representable in `engine_dtype`, and input_offset."""
-        return InputObserver(self, engine_dtype)
+
+        def of_range(low: float, high: float) -> Stats:
+            return _stats(*affine.of_range(low, high, engine_dtype, symmetric=self.symmetric))
+
+        def of_distribution(values: Tensor, counts: Tensor) -> Stats:
+            grid = affine.of_distribution(values, counts, engine_dtype, symmetric=self.symmetric)
+            return _stats(*grid)
+
+        return input_observer(
+            self.chosen_by,
+            of_range,
+            of_distribution,
+            percent=self.percentile,
+            momentum=self.momentum,
+        )
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """input_scale [1] in dtype `engine_dtype`, input_offset float32 [1].
 
-        The dtype tells `quantize` in what the model will be served. InputError for values that no
+        `quantize` reads the serving dtype from it. InputError for values that no
         observer of this scheme gives: codes would be made against another scale than the engine's.
         """
-        measured, offset = stats["input_scale"].float(), stats["input_offset"].float()
-        scale = measured.to(engine_dtype)
-        ends = torch.cat([scale.float(), multiplier(scale)])
-        sound = bool(((ends > 0) & torch.isfinite(ends)).all())
-        if not sound or not torch.equal(scale.float(), measured):
-            raise InputError(
-                f"input_scale {float(measured)} is not a scale that {str(engine_dtype)[6:]} can hold",
-                fix="calibrate again, for the dtype in which the model will be served",
-            )
+        scale, offset = stats["input_scale"].to(engine_dtype), stats["input_offset"].float()
+        factors = torch.cat([scale.float(), multiplier(scale)])
+        sound = bool(((factors > 0) & torch.isfinite(factors)).all())
+        check_input_scale(stats["input_scale"], scale, sound=sound)
         if not -128 <= float(offset) <= 127 or float(offset) % 1:
             raise InputError(f"input_offset {float(offset)} is not an int8", fix="calibrate again")
         return {"input_scale": scale, "input_offset": offset}
 
-    def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f32(sum_k xq wq + quant_bias) * deq_scale, rounded once to x.dtype; the sum is exact.
 
         x: [..., k]. `bias` is ignored, as it is by the engine: it is in quant_bias. Parts without
@@ -119,8 +115,7 @@ class Int8Static(IntegerWeights):
         if "quant_bias" not in parts:
             total = ((codes - parts["input_offset"]).double() @ weight).float()
             scale = rounding.per_output(parts["weight_scale"].squeeze(-1)) * parts["input_scale"]
-            y = total * scale
-            return (y if bias is None else y + rounding.per_output(bias.float())).to(x.dtype)
+            return rounding.add_bias(total * scale, bias, x.dtype)
         total = codes.double() @ weight
         total += rounding.per_output(parts["quant_bias"].double())
         deq = parts["deq_scale"]
@@ -129,56 +124,11 @@ class Int8Static(IntegerWeights):
         return (total.float() * rounding.per_output(deq)).to(x.dtype)
 
 
-class InputObserver(Observer):
-    """Measures one module's inputs, and chooses the scale and the offset that represent them."""
-
-    def __init__(self, scheme: Int8Static, engine_dtype: torch.dtype) -> None:
-        super().__init__()
-        self._scheme = scheme
-        self._engine_dtype = engine_dtype
-        self._seen: MinMax | Distribution
-        if scheme.chosen_by == "minmax":
-            self._seen = MinMax()
-        elif scheme.chosen_by == "moving_average":
-            self._seen = MovingAverage(scheme.momentum)
-        else:
-            self._seen = Distribution()
-
-    def _measure(self, x: Tensor) -> Any:
-        return self._seen._measure(x)
-
-    def _sound(self, measured: Any) -> bool:
-        return self._seen._sound(measured)
-
-    def _merge(self, measured: Any, batch: int) -> None:
-        self._seen._merge(measured, batch)
-
-    def _merged(self) -> Iterator[tuple[Any, int]]:
-        return self._seen._merged()
-
-    def stats(self) -> Stats:
-        """input_scale, input_offset, and the extremes input_min and input_max: float32 [1] each.
-
-        The scale is positive also where nothing, or nothing but zeros, was seen.
-        """
-        scale, offset = self._choose()
-        measured = {
-            "input_scale": torch.tensor([scale]),
-            "input_offset": torch.tensor([offset + 0.0]),
-        }  # no -0.0
-        return {**measured, **self._seen.stats()}
-
-    def _choose(self) -> tuple[float, float]:
-        engine_dtype, symmetric = self._engine_dtype, self._scheme.symmetric
-        if isinstance(self._seen, MinMax):
-            return affine.of_range(*self._seen.range(), engine_dtype, symmetric=symmetric)
-        values, counts = self._seen.values()
-        if self._scheme.chosen_by == "mse":
-            return affine.of_distribution(values, counts, engine_dtype, symmetric=symmetric)
-        inner = percentile(values, counts, self._scheme.percentile)
-        if inner == (0.0, 0.0):  # nearly all is 0: such a range would clip all the rest
-            inner = percentile(values, counts, 100)
-        return affine.of_range(*inner, engine_dtype, symmetric=symmetric)
+def _stats(scale: float, offset: float) -> Stats:
+    return {
+        "input_scale": torch.tensor([scale]),
+        "input_offset": torch.tensor([offset + 0.0]),  # no -0.0
+    }
 
 
 class W8A8Static(Int8Static):
@@ -187,16 +137,12 @@ class W8A8Static(Int8Static):
     name: ClassVar[str] = "w8a8_static"
 
     def quantize(
-        self,
-        rows: Tensor,
-        engine_dtype: torch.dtype,
-        constants: Stats = NO_STATS,
-        bias: Tensor | None = None,
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
-        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and what `row_parts` adds.
+        """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         The engine knows weights by deq_scale alone: that is chosen first, and weight_scale =
-        deq_scale * r is what it amounts to, in float32 whatever `engine_dtype` is. No code is clipped;
+        deq_scale * r follows from it, in float32 whatever `engine_dtype` is. No code is clipped;
         |error| <= weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
         weight_scale.
         """

@@ -1,4 +1,4 @@
-"""What readers of a format start from, and the words in which they refuse."""
+"""The input of readers of a format, and their checks and messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,20 +27,22 @@ class Source:
     """A quantized checkpoint.
 
     settings: its quantization config, which is untrusted. `where` is the file.
+    notes:    filled by the reader of the format.
     """
 
     checkpoint: Checkpoint
     settings: Mapping[str, Any]
     where: str = CONFIG
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def modules(self) -> dict[str, dict[str, StoredTensor]]:
         """Tensors by module and suffix, in the order of the files."""
-        found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stored in self.checkpoint.tensors.items():
             module, _, suffix = name.rpartition(".")
-            found[module][suffix] = stored
-        return dict(found)
+            modules[module][suffix] = stored
+        return dict(modules)
 
     def whole(self, *keys: str, default: int | None = None) -> int:
         """The whole number under the first of `keys` that is there."""
@@ -64,16 +66,20 @@ class Source:
         return value.lower()
 
     def refused(self, what: str, fix: str | None = None) -> InputError:
-        """The error for what the settings say."""
+        """The error for settings that cannot be read."""
         return InputError(f"{self.where}: {what}", where=str(self.checkpoint.path), fix=fix or AGAIN)
 
     def contradicted(self, stored: StoredTensor, expected: str) -> InputError:
-        """The error for a tensor that is not what the settings make of it."""
-        return InputError(
-            f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}",
-            where=f"`{stored.spec.name}` in {stored.file.name}",
-            fix=f"{AGAIN}, with the {self.where} that belongs to it",
+        """The error for a tensor that does not fit the settings."""
+        what = (
+            f"{self.where} contradicts the tensors: {expected}; `{stored.spec.name}` is {stored.spec}"
         )
+        return wrong(stored, what, f"{AGAIN}, with the {self.where} that belongs to it")
+
+
+def wrong(stored: StoredTensor, what: str, fix: str = AGAIN) -> InputError:
+    """The error for a stored tensor."""
+    return InputError(what, where=f"`{stored.spec.name}` in {stored.file.name}", fix=fix)
 
 
 Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
@@ -82,34 +88,24 @@ Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
 def needed(module: str, tensors: Tensors, suffix: str, codes: StoredTensor) -> StoredTensor:
     """The module's tensor with this suffix."""
     if suffix not in tensors:
-        raise InputError(
-            f"`{module}.{suffix}` is missing: without it the codes in `{codes.spec.name}` mean nothing",
-            where=f"`{codes.spec.name}` in {codes.file.name}",
-            fix=AGAIN,
-        )
+        reason = f"without it the codes in `{codes.spec.name}` mean nothing"
+        raise wrong(codes, f"`{module}.{suffix}` is missing: {reason}")
     return tensors[suffix]
 
 
 def must_be(stored: StoredTensor, dtypes: Sequence[str], shape: tuple[int, ...], why: str) -> None:
-    """InputError for another dtype or shape. why: for what the shape is right."""
+    """InputError for another dtype or shape. why: the subject that has these, for the message."""
     spec = stored.spec
     if spec.dtype not in dtypes or spec.shape != shape:
-        raise InputError(
-            f"is {spec}; {why} has {' or '.join(dtypes)} {list(shape)}",
-            where=f"`{spec.name}` in {stored.file.name}",
-            fix=AGAIN,
-        )
+        raise wrong(stored, f"is {spec}; {why} has {' or '.join(dtypes)} {list(shape)}")
 
 
 def matrix(stored: StoredTensor) -> tuple[int, int]:
     """The sides of codes; InputError if they are not a matrix, or an empty one."""
     shape = stored.spec.shape
     if len(shape) != 2 or not stored.spec.numel:
-        raise InputError(
-            f"codes are {stored.spec}; this version decodes matrices, experts one by one",
-            where=f"`{stored.spec.name}` in {stored.file.name}",
-            fix="start from the float checkpoint",
-        )
+        what = f"codes are {stored.spec}; this version decodes matrices, experts one by one"
+        raise wrong(stored, what, "start from the float checkpoint")
     return shape[0], shape[1]
 
 
@@ -117,7 +113,7 @@ def check_scales(
     scale: Tensor, stored: StoredTensor, first: int, each: int, decode: Callable[[Tensor], Tensor]
 ) -> None:
     """InputError for a scale below zero, and for one of zero with codes that are not: its weights are
-    lost. NaN is found in what is decoded.
+    lost. NaN shows in the decoded values.
 
     scale:  float32, a row for rows `first`, `first` + 1, .. of the weight, or for `each` of them.
     each:   how many rows of the weight one row of `stored` is for; 0: it is for all.

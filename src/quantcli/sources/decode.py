@@ -18,7 +18,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
-from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded
+from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded, wrong
 from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import StoredCheckpoint, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
@@ -36,22 +36,23 @@ _CACHE = re.compile(
     r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
     r"|[kvq]_proj\.output_scale)"
 )
-# What is wrong with numbers, whoever reads them; what only serving needs, such as a dtype to serve in,
-# a float model need not have.
+# Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
+# to serve in.
 _OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
 _FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with an `Encoded` float weight in place of what quantized modules are stored as.
+    """The checkpoint with an `Encoded` float weight in place of the tensors of a quantized module.
 
-    One that is float, or decoded already, as it is. What was found is in its notes. Raises InputError
-    for a format that is not known, for tensors that are not what it makes of them, and for what an
-    engine that knows it would refuse or misread.
+    One that is float, or decoded already, as it is. Its notes name the format. Raises InputError for an
+    unknown format, for tensors that do not fit it, and for a checkpoint that an engine would refuse or
+    misread.
     """
-    if checkpoint.undecoded is not None or (found := quantization(checkpoint)) is None:
+    if checkpoint.undecoded is not None or (source_format := quantization(checkpoint)) is None:
         return checkpoint
-    weights, own = _read(checkpoint, found)
+    notes = [*checkpoint.notes]
+    weights, own = _read(checkpoint, source_format, notes)
     findings = own.findings if own else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
@@ -66,11 +67,10 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         elif name == weight.parts[0].spec.name:
             if weight.spec.name != name and weight.spec.name in checkpoint.tensors:
                 what = f"the module has codes, and `{weight.spec.name}` as well: which is its weight?"
-                raise InputError(what, where=f"`{name}` in {tensor.file.name}", fix=AGAIN)
+                raise wrong(tensor, what)
             tensors[weight.spec.name] = weight
     if own:
         must_be_sound(own, _OF_TENSORS)
-    notes = [*checkpoint.notes]
     for kind in decoded_kinds(weights):
         notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
     if cache:
@@ -81,28 +81,29 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read(
-    checkpoint: Checkpoint, found: Quantization
+    checkpoint: Checkpoint, source_format: Quantization, notes: list[str]
 ) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
-    """The modules; where a target of ours read them, also what it took them from."""
+    """The modules, and the stored checkpoint of the target that read them, if one did."""
     settings, where = _settings(checkpoint)
     method = settings.get("quant_method")
     if isinstance(method, str) and method.lower() in _READERS:
-        return list(_READERS[method.lower()](Source(checkpoint, settings, where))), None
+        source = Source(checkpoint, settings, where, notes)
+        return list(_READERS[method.lower()](source)), None
     target = target_of(checkpoint)
     if target is not None:
         own = target.open_stored(checkpoint)
         return list(_read_own(own, target.name)), own
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
-        f"model is already quantized: {found.format}, {found.modules} modules; "
+        f"model is already quantized: {source_format.format}, {source_format.modules} modules; "
         f"this version decodes {', '.join(names)}",
-        where=f"{checkpoint.path}, {found.evidence}",
+        where=f"{checkpoint.path}, {source_format.evidence}",
         fix=_FLOAT,
     )
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
-    """What the checkpoint says of its quantization, and the file that says so; empty for nothing."""
+    """The checkpoint's quantization config, and its file; empty if there is none."""
     for level in (checkpoint.config, checkpoint.text_config):
         for key in QUANTIZATION_KEYS:
             block = level.get(key)
@@ -132,27 +133,26 @@ def _refuse_code(
     module, _, suffix = spec.name.rpartition(".")
     if not is_quantized(spec) and suffix not in _BESIDE:
         return
-    where = f"`{spec.name}` in {tensor.file.name}"
-    for finding in findings:
+    errors = [finding for finding in findings if finding.severity == "error"]
+    for finding in errors:
         message = f"{finding.what} {finding.where}"
-        if finding.severity == "error" and (f"`{module}`" in message or f"`{module}." in message):
-            raise InputError(finding.what, where=finding.where or where, fix=finding.fix or AGAIN)
+        if f"`{module}`" in message or f"`{module}." in message:
+            raise _error_of(finding, tensor)
     if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in _BESIDE:
-        what = f"`{spec.name}` belongs to no weight: the module has no codes"
-        raise InputError(what, where=where, fix=AGAIN)
-    if errors := [finding for finding in findings if finding.severity == "error"]:
-        raise InputError(errors[0].what, where=errors[0].where or where, fix=errors[0].fix or AGAIN)
+        raise wrong(tensor, f"`{spec.name}` belongs to no weight: the module has no codes")
+    if errors:
+        raise _error_of(errors[0], tensor)
     if not weights:
         what = f"is {spec}: config.json declares this format, but no tensor uses it"
-        raise InputError(what, where=where, fix=_FLOAT)
-    count, kind = len(weights), weights[0].kind
-    example = weights[0].spec.name.removesuffix(".weight")
-    raise InputError(
-        f"formats are mixed: {count} modules such as `{example}` are {kind}, and `{module}` with its "
-        f"{suffix} {spec} is not",
-        where=where,
-        fix=_FLOAT,
-    )
+        raise wrong(tensor, what, _FLOAT)
+    example = f"{len(weights)} modules such as `{weights[0].spec.name.removesuffix('.weight')}`"
+    other = f"`{module}` with its {suffix} {spec} is not"
+    raise wrong(tensor, f"formats are mixed: {example} are {weights[0].kind}, and {other}", _FLOAT)
+
+
+def _error_of(finding: Finding, tensor: StoredTensor) -> InputError:
+    where = finding.where or f"`{tensor.spec.name}` in {tensor.file.name}"
+    return InputError(finding.what, where=where, fix=finding.fix or AGAIN)
 
 
 # suffixes of tensors that accompany codes, in any format
@@ -178,19 +178,19 @@ class SoundRows(ModuleReader):
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
         """As they are stored; see ModuleReader."""
-        found = super().stored(start, count)
+        tensors = super().stored(start, count)
         layout = self.module.layout
         for param in layout.params:
             suffix = param.suffix
             if suffix == "deq_scale":
-                scale = deq_from_stored(found[suffix])[0]
-            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in found:
-                scale = found[suffix].float()
+                scale = deq_from_stored(tensors[suffix])[0]
+            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in tensors:
+                scale = tensors[suffix].float()
             else:
                 continue
 
             def decode(other: Tensor, suffix: str = suffix) -> Tensor:
-                return layout.dequantize({**found, suffix: other})
+                return layout.dequantize({**tensors, suffix: other})
 
             check_scales(scale, self.module.tensors[suffix], start, param.rows, decode)
-        return found
+        return tensors

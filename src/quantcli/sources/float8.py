@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values
-from quantcli.core.errors import InputError
-from quantcli.sources.base import AGAIN, SCALES, Source, check_scales, encoded, matrix
+from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer
@@ -24,7 +22,7 @@ _OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale
 
 
 def read(source: Source) -> Iterator[Encoded]:
-    """Every FP8 module of what config.json calls `fp8`. InputError for what does not fit."""
+    """Every FP8 module, if config.json says `fp8`. InputError for tensors that do not fit."""
     block = _block(source)
     if source.word("fmt", "e4m3") != "e4m3":
         raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
@@ -34,22 +32,16 @@ def read(source: Source) -> Iterator[Encoded]:
             continue
         if weight.spec.dtype != "F8_E4M3":
             kind = _OTHER_FP8.get(weight.spec.dtype, weight.spec.dtype)
-            raise InputError(
-                f"codes are fp8 {kind}: only e4m3 is decoded",
-                where=f"`{weight.spec.name}` in {weight.file.name}",
-                fix=_FLOAT,
-            )
+            raise wrong(weight, f"codes are fp8 {kind}: only e4m3 is decoded", _FLOAT)
         n, k = matrix(weight)
         scales = [tensors[suffix] for suffix in _WEIGHT_SCALES if suffix in tensors]
         if len(scales) != 1:
             first, second = (f"`{module}.{suffix}`" for suffix in _WEIGHT_SCALES)
-            what = f"there is neither {first} nor {second}"
-            if scales:
-                what = f"there are both {first} and {second}"
-            raise InputError(what, where=f"`{weight.spec.name}` in {weight.file.name}", fix=AGAIN)
+            both = f"there are both {first} and {second}"
+            raise wrong(weight, both if scales else f"there is neither {first} nor {second}")
         scale, tile, kind = _tiles(source, scales[0], (n, k), block)
         parts = [weight, scale, *(tensors[suffix] for suffix in _OF_INPUTS if suffix in tensors)]
-        yield encoded(module, (n, k), parts, partial(Float8Rows, weight, scale, tile), kind)
+        yield encoded(module, (n, k), parts, partial(open_rows, weight, scale, tile), kind)
 
 
 def _block(source: Source) -> tuple[int, int] | None:
@@ -65,15 +57,11 @@ def _block(source: Source) -> tuple[int, int] | None:
 def _tiles(
     source: Source, scale: StoredTensor, sides: tuple[int, int], block: tuple[int, int] | None
 ) -> tuple[StoredTensor, tuple[int, int], str]:
-    """The scale as a matrix, one value a tile; rows and columns of a tile; what that is called."""
+    """The scale as a matrix, one value a tile; rows and columns of a tile; the format as text."""
     n, k = sides
     shape = scale.spec.shape
     if scale.spec.dtype not in SCALES:
-        raise InputError(
-            f"scale is {scale.spec}; it must be float",
-            where=f"`{scale.spec.name}` in {scale.file.name}",
-            fix=AGAIN,
-        )
+        raise wrong(scale, f"scale is {scale.spec}; it must be float")
     if block is not None:
         expected = -(-n // block[0]), -(-k // block[1])
         if shape != expected:
@@ -90,32 +78,34 @@ def _tiles(
     return replace(scale, spec=replace(scale.spec, shape=(rows, 1))), tile, kind
 
 
+@contextmanager
+def open_rows(codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> Iterator[Float8Rows]:
+    """Rows of a weight, as long as its files are open.
+
+    scale: [ceil(n / rows), ceil(k / columns)] of a tile's.
+    """
+    with codes.open() as code_rows, scale.open() as scale_rows:
+        yield Float8Rows(code_rows, scale_rows, scale, tile)
+
+
+@dataclass(frozen=True)
 class Float8Rows:
     """Rows of FP8 codes [n, k] times the scale of their tile."""
 
-    def __init__(self, codes: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> None:
-        """scale: [ceil(n / rows), ceil(k / columns)] of a tile's."""
-        self._sources = codes, scale
-        self._tile = tile
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self._codes, self._scale = (stack.enter_context(source.open()) for source in self._sources)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    codes: Rows
+    scales: Rows
+    stored_scale: StoredTensor
+    tile: tuple[int, int]
 
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count) in float32."""
-        rows, columns = self._tile
-        codes = self._codes.weight(start, count)
+        rows, columns = self.tile
+        codes = self.codes.weight(start, count)
         first, last = start // rows, -(-(start + len(codes)) // rows)
-        scale = self._scale.weight(first, last - first).float()
+        scale = self.scales.weight(first, last - first).float()
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
-        check_scales(scale, self._sources[1], start, rows, lambda s: fp8_values(codes, s, columns))
+        check_scales(scale, self.stored_scale, start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
 
 

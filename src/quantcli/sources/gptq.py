@@ -6,145 +6,125 @@ qzeros:  int32 [groups, n * bits / 32], packed along n. Version 1 stores the zer
 scales:  float [groups, n].
 g_idx:   int32 [k], the group of each column: with act-order, groups are not contiguous. Absent or
          empty: column i is in group i // g.
-A weight is (q - zero) * scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.codes import scale_groups, spread, unpack_rows
+from quantcli.core.codes import unpack_rows
 from quantcli.core.errors import InputError
-from quantcli.sources.base import AGAIN, Source, encoded, matrix, must_be, needed
+from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
 from quantcli.sources.columns import STRIP_BYTES, Columns
+from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 
-_FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> what is to be added to stored zero points
+_FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> added to stored zero points
 
 
 def read(source: Source) -> Iterator[Encoded]:
-    """Every GPTQ module. InputError for what does not fit."""
+    """Every GPTQ module. InputError for settings or tensors that do not fit."""
     bits = source.whole("bits")
     if bits not in {4, 8}:
-        raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", _FLOAT)
+        raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)
     stored_as = source.word("checkpoint_format", "gptq")
     if stored_as not in _FORMATS or source.settings.get("is_marlin_format"):
         reason = stored_as if stored_as not in _FORMATS else "marlin"
         formats = " and ".join(f"`{name}`" for name in _FORMATS)
         raise source.refused(
-            f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", _FLOAT
+            f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
         )
     group = source.whole("group_size")
-    if group != -1 and group < 1:
-        raise source.refused(f"GPTQ in groups of {group}")
-    for module, tensors in source.modules.items():
-        codes = tensors.get("qweight")
-        if codes is None:
-            continue
-        words, n = matrix(codes)
-        k = words * 32 // bits
-        must_be(codes, ("I32",), (words, n), "GPTQ")
-        scales, zeros = (needed(module, tensors, suffix, codes) for suffix in ("scales", "qzeros"))
-        columns = k if group == -1 else group
-        groups = -(-k // columns)
-        if scales.spec.shape != (groups, n):
-            reason = (
-                f"{bits} bits in groups of {group} give a weight of {n} x {k} [{groups}, {n}] scales"
-            )
-            raise source.contradicted(scales, reason)
-        must_be(scales, sorted(FLOATS), (groups, n), "GPTQ")
-        must_be(zeros, ("I32",), (groups, -(-n * bits // 32)), f"GPTQ of {n} x {k}")
-        parts = [codes, scales, zeros]
-        index = tensors.get("g_idx")
+    middle = 2 ** (bits - 1) if source.settings.get("sym") is True else None
+    checked = middle is None
+    for module in grouped_modules(source, "GPTQ", bits, group, packed_along_k=True):
+        n, k = module.shape
+        if not checked:
+            stored_as, checked = _layout_of(source, module, bits, stored_as), True
+        parts: tuple[StoredTensor, ...] = module.parts
+        index = module.tensors.get("g_idx")
         if index is not None:
-            parts.append(index)
-            if not index.spec.numel:
-                index = None
-            else:
+            parts = (*parts, index)
+            if index.spec.numel:
                 must_be(index, ("I32", "I64"), (k,), f"GPTQ of {n} x {k}")
-        where = "per channel" if group == -1 else f"in groups of {group}"
-        kind = f"gptq int{bits} {where}" + (" (v2)" if stored_as == "gptq_v2" else "")
-        opened = partial(GptqRows, codes, scales, zeros, index, bits, columns, _FORMATS[stored_as])
-        yield encoded(module, (n, k), parts, opened, kind, STRIP_BYTES)
+            else:
+                index = None
+        kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
+        unpack = _Unpack(module, bits, _FORMATS[stored_as], middle)
+        opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
+        yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
 
 
-class GptqRows:
-    """Rows of a weight [n, k] of GPTQ."""
+def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | None:
+    """The group of each column, int64 [k]; None if groups are contiguous."""
+    if stored is None:
+        return None
+    index, groups = read_tensor(stored).long(), module.parts[1].spec.shape[0]
+    bad = ((index < 0) | (index >= groups)).nonzero()
+    if len(bad):
+        place = int(bad[0])
+        raise InputError(
+            f"group of a column is {int(index[place])}; there are {groups} groups",
+            where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
+            fix=AGAIN,
+        )
+    runs = torch.arange(module.shape[1]) // module.group
+    return None if torch.equal(index, runs) else index
 
-    def __init__(
-        self,
-        codes: StoredTensor,
-        scales: StoredTensor,
-        zeros: StoredTensor,
-        index: StoredTensor | None,
-        bits: int,
-        group: int,
-        added: int,
-    ) -> None:
-        self._codes, self._scales, self._zeros = Columns(codes), Columns(scales), Columns(zeros)
-        self._index = index
-        self._bits, self._group, self._added = bits, group, added
-        self._groups, self._n = scales.spec.shape
-        self._k = codes.spec.shape[0] * 32 // bits
-        self._group_of: Tensor | None = None  # of each column, if groups are not contiguous
 
-    def __enter__(self) -> Self:
-        if self._index is not None:
-            self._group_of = self._load_index(self._index)
-        with ExitStack() as stack:
-            for columns in (self._codes, self._scales, self._zeros):
-                stack.enter_context(columns)
-            self._stack = stack.pop_all()
-        return self
+def _layout_of(source: Source, module: GroupedModule, bits: int, declared: str) -> str:
+    """The layout that the zero points of a symmetric module fit; with a note if it is not the declared.
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    InputError if they fit none. With `sym: true` each zero point is 2^(bits - 1), and version 1 stores
+    it less 1: decoded as the other version, every weight would be wrong by one step.
+    """
+    stored = module.parts[2]
+    words = read_tensor(stored)
+    points = unpack_rows(words, bits).int()[:, : module.shape[0]]
+    for layout in sorted(_FORMATS, key=lambda layout: layout != declared):
+        if bool((points + _FORMATS[layout] == 2 ** (bits - 1)).all()):
+            if layout != declared:
+                source.notes.append(
+                    f"zero points are read as {layout}: {source.where} declares {declared} with "
+                    f"`sym: true`, and `{stored.spec.name}` holds {int(points[0, 0])}"
+                )
+            return layout
+    odd = (points + _FORMATS[declared] != 2 ** (bits - 1)).nonzero()[0].tolist()
+    value = int(points[tuple(odd)])
+    raise source.contradicted(stored, f"`sym: true` has one zero point, and [{odd[0]}] holds {value}")
 
-    def _load_index(self, stored: StoredTensor) -> Tensor | None:
-        index = read_tensor(stored).long()
-        bad = ((index < 0) | (index >= self._groups)).nonzero()
-        if len(bad):
-            place = int(bad[0])
-            raise InputError(
-                f"group of a column is {int(index[place])}; there are {self._groups} groups",
-                where=f"`{stored.spec.name}`[{place}] in {stored.file.name}",
-                fix=AGAIN,
-            )
-        runs = torch.arange(self._k) // self._group
-        return None if torch.equal(index, runs) else index
 
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count) in float32."""
-        stop = min(start + count, self._n)
-        values = unpack_rows(self._codes.columns(start, stop), self._bits).float()
-        zeros = self._zero_points(start, stop)
-        scales = self._scales.columns(start, stop).float()
-        if self._group_of is not None:
-            values -= zeros.index_select(1, self._group_of)
-            values *= scales.index_select(1, self._group_of)
-            return values
-        if self._k % self._group:
-            values -= spread(zeros, self._group, self._k)
-        else:
-            values.view(len(values), -1, self._group).sub_(zeros.unsqueeze(-1))
-        return scale_groups(values, scales, self._group)
+@dataclass(frozen=True)
+class _Unpack:
+    """Unpacks rows of a module; see `Unpack`.
 
-    def _zero_points(self, start: int, stop: int) -> Tensor:
-        """float32 [rows, groups]."""
-        each = 32 // self._bits
+    added:  to stored zero points.
+    middle: what each zero point must be then; None if they are not symmetric.
+    """
+
+    module: GroupedModule
+    bits: int
+    added: int
+    middle: int | None
+
+    def __call__(self, codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Codes and zero points of rows [start, stop)."""
+        bits, middle = self.bits, self.middle
+        values = unpack_rows(codes.columns(start, stop), bits).float()
+        each = 32 // bits
         first, last = start // each, -(-stop // each)
-        packed = self._zeros.columns(first, last).t()  # [groups, words]
-        points = unpack_rows(packed, self._bits).int()[:, start - first * each : stop - first * each]
-        return points.add_(self._added).bitwise_and_(2**self._bits - 1).t().float()
-
-
-_FLOAT = "start from the float checkpoint, or from one in another format"
+        packed = zeros.columns(first, last).t()  # [groups, words]
+        points = unpack_rows(packed, bits).int()[:, start - first * each : stop - first * each]
+        points.add_(self.added).bitwise_and_(2**bits - 1)
+        if middle is not None and bool((points != middle).any()):
+            group, row = (points != middle).nonzero()[0].tolist()
+            what = f"zero point of row {start + row} is {int(points[group, row])}"
+            raise wrong(self.module.parts[2], f"{what}; with `sym: true` each is {middle}")
+        return values, points.t().float()

@@ -17,7 +17,7 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
 from quantcli.targets import sidecars
-from quantcli.targets.base import AGAIN, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import AGAIN, KEEP, PlannedCheckpoint, Refusal, Target
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
 # Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
@@ -133,10 +133,35 @@ def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     return None
 
 
+def mamba_1(module: str, modules: Collection[str]) -> bool:
+    """Whether a module is a projection of a Mamba 1 mixer, which engines build as float.
+
+    Mamba 2 has no x_proj. Source: vllm 0.32.0, model_executor/layers/mamba/mamba_mixer.py:104-160: no
+    linear takes a quant_config; models/jamba.py and mamba.py (also falcon_mamba) use it.
+    """
+    parent, _, last = module.rpartition(".")
+    return last in _MAMBA_1 and f"{parent}.x_proj" in modules and f"{parent}.dt_proj" in modules
+
+
+_MAMBA_1 = frozenset({"in_proj", "x_proj", "dt_proj", "out_proj"})
+
+# Weights of all experts in one tensor, in names without a part `experts`; DBRX has flat tensors.
+# Source: transformers 5.23.0, conversion_mapping.py:843-869 (granitemoe, jetmoe),
+# models/dbrx/modeling_dbrx.py:253-268; vllm 0.32.0, model_executor/models/step3p5.py (moe.gate_proj).
+_STACKED = re.compile(
+    r"(.*\.)?((block_sparse_moe|moe|mlp)\.(input_linear|output_linear)|moe\.(gate|up|down)_proj)(\.weight)?"
+)
+_FLAT = re.compile(r".*\.experts\.mlp\.(w1|v1|w2)")
+
+
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-    """A refusal of experts that are stored as one tensor, which no target of this version writes."""
+    """A refusal of experts that are stored as one tensor, which no target of this version writes.
+
+    It would stay float, while the engine builds the experts of its layer as quantized.
+    """
     for name, spec in tensors.items():
-        if len(spec.shape) >= 3 and "experts" in name.split("."):
+        stacked = "experts" in name.split(".") or _STACKED.fullmatch(name)
+        if (len(spec.shape) >= 3 and stacked) or _FLAT.fullmatch(name):
             yield Refusal(
                 name,
                 f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
@@ -247,6 +272,8 @@ class VllmTarget(Target):
         labels = self.labels(modules)
         for module in modules:
             if module.numerics is not None:
+                if mamba_1(module.name, labels):
+                    yield Refusal(module.name, "the engine builds Mamba 1 as float", KEEP)
                 for what, fix in self.faults(module, labels):
                     yield Refusal(module.name, what, fix)
         yield from fused_groups(

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.checkpoint.detect import quantization
-from quantcli.checkpoint.files import INDEX, MANIFEST, PART
+from quantcli.checkpoint.files import INDEX, MANIFEST, PART, has_byte_order_mark
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
@@ -22,6 +22,7 @@ from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import check_sizes
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
+_ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
@@ -90,6 +91,10 @@ def _open(path: Path) -> Structure:
     report.count("headers", len(checkpoint.shards))
     report.count("index", len(checkpoint.tensors))
     report.add(_problems(checkpoint.problems))
+    for name, check in _ENGINE_READS.items():
+        if has_byte_order_mark(checkpoint.path / name):
+            what, fix = "begins with a byte order mark, at which engines stop", "save it without"
+            report.add([failed(check, what, name, fix)])
     report.add(noted("files", note) for note in checkpoint.notes if "stale" not in note)
     manifest = None
     if (checkpoint.path / MANIFEST).is_file():

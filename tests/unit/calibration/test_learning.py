@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
@@ -38,8 +38,8 @@ def make_run(folder, family, schemes, *, workers=2, padded=False, seed=0):
     wanted = {name: schemes.get(name.rpartition(".")[2]) for name in sorted(names)}
     quantized = {n: Quantized(s, F32, BF16, f"recipe.yaml:{n}") for n, s in wanted.items() if s}
     policy = Policy(quantized, lambda _: None, merged, "error", "float", seed)
-    shared = CalibrationRun(run.skeleton, run.replay, batches, PROBE, policy, CPU, workers, 2**20)
-    return run, LayerRun(shared, 1, Memory(run.states))
+    shared = CalibrationRun(run.replay, policy, workers, 2**20)
+    return run, LayerRun(LoadedLayer(shared, 1, Memory(run.states)))
 
 
 ALL = dict.fromkeys(
@@ -60,12 +60,12 @@ def learned(tmp_path_factory):
 
 def test_the_loss_falls_and_the_engine_has_it_too(learned):
     _, layer, _ = learned
-    told = layer.report["learned"]
-    assert len(told["modules"]) == 7
-    assert told["loss_after"] < 0.95 * told["loss_before"]
-    assert told["loss_served"] < 1.1 * told["loss_after"]  # GPTQ in the end lowers it further
-    assert told["kept"] == "what was learned"
-    assert 1 < told["condition"] < 3
+    told = layer.report.learned
+    assert len(told.modules) == 7
+    assert told.loss_after < 0.95 * told.loss_before
+    assert told.loss_served < 1.1 * told.loss_after  # GPTQ in the end lowers it further
+    assert told.kept == "what was learned"
+    assert 1 < told.condition < 3
     assert "->" in layer.note
 
 
@@ -88,7 +88,7 @@ def test_siblings_have_the_same_bytes(learned):
 def test_channel_scales_change_no_function(learned, tmp_path):
     """Norms and rows of up_proj divided, what reads them multiplied: float outputs stay, to 1e-5."""
     folder, layer, tensors = learned
-    edits = layer.report["edits"]
+    edits = layer.report.edits
     kinds = {name.rpartition("layers.1.")[2]: set(kind) for name, kind in edits.items()}
     assert kinds == {
         "input_layernorm.weight": {"value"},
@@ -112,7 +112,7 @@ def test_channel_scales_change_no_function(learned, tmp_path):
     before, after = Memory(), Memory()
     for reader, out in ((read_tensor, before), (read, after)):
         with run.skeleton.loaded(1, reader, CPU) as module:
-            run.replay.run(1, module, again.states, out.__setitem__)
+            run.replay.run(1, module, again.layer.states, out.__setitem__)
     for number in before:
         difference = (before[number] - after[number]).abs().max() / before[number].abs().max()
         assert difference < 1e-5
@@ -123,7 +123,7 @@ def test_threads_change_no_byte(tmp_path, padded):
     results = []
     for workers in (1, 3):
         _, layer = make_run(tmp_path / "m", "llama", ALL, workers=workers, padded=padded)
-        results.append((layer.measure(None), layer.report))
+        results.append((layer.measure(None), layer.report.document()))
     (first, report), (second, same) = results
     assert report == same
     assert first.keys() == second.keys()
@@ -136,7 +136,7 @@ def test_another_seed_learns_otherwise(learned):
     found = other.measure(None)
     name = "stats.model.layers.1.self_attn.q_proj.left_trans"
     assert not torch.equal(found[name], tensors[name])
-    assert other.report["learned"]["loss_after"] < 2 * layer.report["learned"]["loss_after"]
+    assert other.report.learned.loss_after < 2 * layer.report.learned.loss_after
 
 
 def test_what_gets_worse_stays_as_it_was(tmp_path):
@@ -149,7 +149,7 @@ def test_what_gets_worse_stays_as_it_was(tmp_path):
             tmp_path / "m", "llama", dict.fromkeys(("q_proj", "k_proj", "v_proj"), scheme)
         )
         kept.append(layer.measure(None)["stats.model.layers.1.self_attn.q_proj.right_trans"])
-        notes.append((layer.report["learned"]["kept"], layer.note))
+        notes.append((layer.report.learned.kept, layer.note))
     assert notes[0][0] == "the start"
     assert "no better, kept as it was" in notes[0][1]
     assert torch.equal(*kept)
@@ -160,15 +160,15 @@ def test_a_router_that_reads_the_norm_gets_powers_of_two(tmp_path):
     schemes = dict.fromkeys(("q_proj", "k_proj", "v_proj"), SCHEME)
     _, layer = make_run(tmp_path / "moe", "qwen3_moe", schemes)
     layer.measure(None)
-    assert set(layer.report["edits"]) >= {"model.layers.1.input_layernorm.weight"}
-    assert "model.layers.1.mlp.gate.weight" not in layer.report["edits"]  # reads the other norm
+    assert set(layer.report.edits) >= {"model.layers.1.input_layernorm.weight"}
+    assert "model.layers.1.mlp.gate.weight" not in layer.report.edits  # reads the other norm
 
 
 def test_float_readers_are_multiplied_by_powers_of_two(tmp_path):
     """Only gate is at 4 bits here, and up, which reads the same norm, is float."""
     _, layer = make_run(tmp_path / "m", "llama", {"gate_proj": SCHEME})
     tensors = layer.measure(None)
-    vector = tensors[f"vector.{layer.report['edits']['model.layers.1.mlp.up_proj.weight']['columns']}"]
+    vector = tensors[f"vector.{layer.report.edits['model.layers.1.mlp.up_proj.weight']['columns']}"]
     assert torch.equal(vector, vector.log2().round().exp2())
     assert float(vector.max() / vector.min()) >= 4  # the outlier
 
@@ -178,7 +178,7 @@ def test_fused_rows_take_their_own_clips(tmp_path):
     _, layer = make_run(tmp_path / "m", "phi3", {"qkv_proj": SCHEME, "gate_up_proj": SCHEME})
     tensors = layer.measure(None)
     assert tensors["stats.model.layers.1.self_attn.qkv_proj.weight_clip"].shape == (128, 1)
-    assert layer.report["learned"]["loss_after"] < layer.report["learned"]["loss_before"]
+    assert layer.report.learned.loss_after < layer.report.learned.loss_before
 
 
 def test_schedules_of_a_layer_must_be_one(tmp_path):
@@ -198,15 +198,16 @@ def test_others_of_the_layer_stay_what_they_are(tmp_path):
     _, layer = make_run(tmp_path / "m", "llama", schemes)
     tensors = layer.measure(None)
     assert not any("down_proj" in name for name in tensors if name.startswith("stats."))
-    assert layer.report["modules"]["model.layers.1.mlp.down_proj"]["tokens"] == 79
-    assert math.isfinite(layer.report["learned"]["loss_served"])
+    assert layer.report.modules["model.layers.1.mlp.down_proj"].tokens == 79
+    assert math.isfinite(layer.report.learned.loss_served)
 
 
 def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
     """Inputs of nothing but zeros say as little as none."""
     for policy in ("error", "dynamic"):
         run, layer = make_run(tmp_path / "m", "llama", dict.fromkeys(("gate_proj", "up_proj"), SCHEME))
-        layer.run = replace(layer.run, policy=replace(layer.run.policy, uncalibrated=policy))
+        changed = replace(layer.run, policy=replace(layer.run.policy, uncalibrated=policy))
+        layer.layer = replace(layer.layer, run=changed)
         layer.__post_init__()
         path = "model.layers.1.post_attention_layernorm.weight"
         zero = {path: torch.zeros(64)}
@@ -221,5 +222,5 @@ def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
                 layer.measure(None)
         else:
             assert not [name for name in layer.measure(None) if "gate_proj" in name]
-            assert "learned" not in layer.report
+            assert layer.report.learned is None
             assert layer.note == ""

@@ -10,7 +10,7 @@ from torch import nn
 from quantcli.calibration.channels import LayerLayout, norm_offset, scale_norm
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layer import LayerRun
-from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
@@ -62,15 +62,13 @@ def test_the_function_stays(tmp_path, family):
         run.states[number][..., 5] *= 30
     states = Memory(run.states)
     layer_run = LayerRun(
-        CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, index), CPU),
-        index,
-        states,
+        LoadedLayer(CalibrationRun(run.replay, everything(run.skeleton, index)), index, states)
     )
     before, after = Memory(), Memory()
     with run.skeleton.loaded(index, read_tensor, CPU) as layer:
         run.replay.run(index, layer, states, before.__setitem__)
     tensors = layer_run.measure(None)
-    report = layer_run.report
+    report = layer_run.report.document()
     kinds = {group["producer"].partition("[")[0].rpartition(".")[2] for group in report["smoothed"]}
     assert kinds == EXPECTED[family]
 
@@ -103,12 +101,10 @@ def test_powers_of_two_change_no_bit_of_a_bfloat16_model(tmp_path, family):
     path, batches = make_tiny(tmp_path / "m", family), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
     layer_run = LayerRun(
-        CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 1), CPU),
-        1,
-        Memory(run.states),
+        LoadedLayer(CalibrationRun(run.replay, everything(run.skeleton, 1)), 1, Memory(run.states))
     )
     tensors = layer_run.measure(None)
-    for edit in layer_run.report["edits"].values():
+    for edit in layer_run.report.edits.values():
         for kind in ("rows", "columns"):
             if kind in edit:
                 vector = tensors[f"vector.{edit[kind]}"]
@@ -237,8 +233,8 @@ def test_a_tap_hears_of_each_expert(tmp_path):
 def test_reports_are_json(tmp_path):
     path, batches = make_tiny(tmp_path / "m", "llama"), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
-    shared = CalibrationRun(run.skeleton, run.replay, batches, PROBE, everything(run.skeleton, 0), CPU)
-    layer_run = LayerRun(shared, 0, Memory(run.states))
+    shared = CalibrationRun(run.replay, everything(run.skeleton, 0))
+    layer_run = LayerRun(LoadedLayer(shared, 0, Memory(run.states)))
     layer_run.measure(None)
-    text = json.dumps(layer_run.report)
+    text = json.dumps(layer_run.report.document())
     assert '"tokens": 79' in text

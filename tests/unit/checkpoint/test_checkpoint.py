@@ -20,6 +20,7 @@ from quantcli.checkpoint.checkpoint import (
 )
 from quantcli.core.errors import InputError, MachineError
 from tests.builders import INDEX, make_model, pack, tensor, write_safetensors
+from tests.hub_cache import MARKER, cache_model, link_files
 
 ONE = {"a": tensor("U8", 2)}
 TWO = {"b": tensor("U8", 3)}
@@ -447,18 +448,11 @@ def test_a_wrong_total_size_is_only_a_note(model: Path, said: Any, notes: list[s
     assert open_checkpoint(model).notes == notes
 
 
-def cached(hub: Path) -> Path:
-    """A model laid out as the Hub's cache does it."""
-    blobs = hub / "models--org--name" / "blobs"
-    snapshot = hub / "models--org--name" / "snapshots" / "c0ffee"
-    make_model(snapshot / "draft", files={"notes/a.txt": "abc"})
-    make_model(snapshot)
-    blobs.mkdir()
-    for file in [path for path in snapshot.rglob("*") if path.is_file()]:
-        blob = blobs / hashlib.sha256(bytes(file)).hexdigest()
-        file.rename(blob)
-        file.symlink_to(os.path.relpath(blob, file.parent))
-    return snapshot
+def cached(hub: Path, *, shared: bool = False) -> Path:
+    """A model in a cache of the Hub: its snapshot."""
+    model = hub / "fetched"
+    make_model(model / "draft", files={"notes/a.txt": "abc"})
+    return cache_model(make_model(model), hub, shared=shared)
 
 
 def test_the_hub_cache_is_read_through_its_links(tmp_path: Path) -> None:
@@ -483,9 +477,127 @@ def test_links_of_the_hub_cache_may_lead_to_blobs_only(tmp_path: Path, target: s
 
 def test_a_folder_named_blobs_opens_no_way_out_elsewhere(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
-    moved = snapshot.parent.rename(tmp_path / "models--org--name" / "other") / "c0ffee"
+    moved = snapshot.parent.rename(tmp_path / "models--org--name" / "other") / snapshot.name
     with pytest.raises(InputError, match=r"^link leads out of the model directory"):
         open_checkpoint(moved)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["blobs", "shared store"])
+@pytest.mark.parametrize("local", [False, True], ids=["snapshot", "local_dir"])
+def test_blobs_of_the_hub_are_read_however_they_are_linked(
+    tmp_path: Path, shared: bool, local: bool
+) -> None:
+    snapshot = cached(tmp_path / "hub", shared=shared)
+    model = link_files(snapshot, tmp_path / "far" / "model") if local else snapshot
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.path == model
+    assert checkpoint.nbytes == 16
+    assert checkpoint.tensors["model.embed.weight"].file == model / "model.safetensors"
+    assert checkpoint.aux["draft/notes/a.txt"] == 3
+
+
+def test_a_link_by_way_of_the_snapshot_is_followed(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", shared=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(snapshot / name)
+    assert open_checkpoint(model).nbytes == 16
+
+
+HASH = "ab" + "0" * 62
+
+
+@pytest.mark.parametrize(
+    ("secret", "others"),
+    [
+        (f"models--o--n/blobs/{HASH}", []),  # no snapshots
+        (f"datasets--o--n/blobs/{HASH}", ["datasets--o--n/snapshots/"]),
+        (f"proj/blobs/{HASH}", ["proj/snapshots/"]),
+        ("models--o--n/blobs/key", ["models--o--n/snapshots/"]),  # not named by a hash
+        (f"models--o--n/blobs/{HASH[:39]}", ["models--o--n/snapshots/"]),
+        (f"models--o--n/blobs/{HASH.upper()}", ["models--o--n/snapshots/"]),
+        (f"models--o--n/blobs/ab/{HASH}", ["models--o--n/snapshots/"]),
+        (f"models--o--n/other/{HASH}", ["models--o--n/snapshots/"]),
+        (f"blobs/ab/{HASH}", []),  # no marker
+        (f"blobs/ab/{HASH}", [f"blobs/ab/{MARKER}"]),
+        (f"blobs/ab/{HASH}", [f"blobs/{MARKER}/"]),  # a folder
+        (f"blobs/cd/{HASH}", [f"blobs/{MARKER}"]),  # in the folder of another hash
+        (f"blobs/ab/{HASH[:40]}", [f"blobs/{MARKER}"]),
+        (f"blobs/{HASH}", [f"blobs/{MARKER}"]),
+        (f"store/ab/{HASH}", [f"store/{MARKER}"]),
+        (f"blobs/ab/{HASH}/key", [f"blobs/{MARKER}"]),
+    ],
+)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_what_only_resembles_a_blob_is_out_of_the_model(
+    model: Path, tmp_path: Path, secret: str, others: list[str], hops: int
+) -> None:
+    make_model(model)
+    for name in [secret, *others]:
+        place = tmp_path / "home" / name
+        (place if name.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            place.write_text("secret")
+    target = tmp_path / "home" / secret
+    if hops == 2:
+        (tmp_path / "between").symlink_to(target)
+        target = tmp_path / "between"
+    (model / "x").symlink_to(target)
+    with pytest.raises(InputError, match=r"^link leads out of the model directory") as caught:
+        open_checkpoint(model)
+    assert caught.value.where == f"{model / 'x'} -> {tmp_path / 'home' / secret}"
+
+
+def test_a_planted_cache_opens_no_way_out(tmp_path: Path) -> None:
+    """Whatever names and markers a model brings, and whatever it links them to."""
+    secret = tmp_path / "home" / ".ssh" / "key"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    evil = tmp_path / "evil"
+    snapshot = cached(evil, shared=True)
+    repository = snapshot.parents[1]
+    (repository / "blobs" / HASH).symlink_to(secret)
+    (evil / "blobs" / "ab").mkdir(exist_ok=True)
+    (evil / "blobs" / "ab" / HASH).symlink_to(secret)
+    (evil / "blobs" / "cd").symlink_to(secret.parent)
+    (secret.parent / ("cd" + HASH[2:])).write_text("secret")  # even of such a name
+    for target in (
+        f"../../blobs/{HASH}",
+        f"../../../blobs/ab/{HASH}",
+        f"../../../blobs/cd/cd{HASH[2:]}",
+        str(secret),
+    ):
+        (snapshot / "x").symlink_to(target)
+        with pytest.raises(InputError, match=r"^link leads out of the model directory"):
+            open_checkpoint(snapshot)
+        (snapshot / "x").unlink()
+    assert open_checkpoint(snapshot).nbytes == 16
+
+
+@pytest.mark.parametrize("target", ["loop", "gone"])
+def test_a_blob_that_leads_nowhere(tmp_path: Path, target: str) -> None:
+    snapshot = cached(tmp_path, shared=True)
+    blob = snapshot.parents[1] / "blobs" / HASH
+    blob.symlink_to(HASH if target == "loop" else f"../../blobs/ab/{HASH}")
+    (snapshot / "x").symlink_to(f"../../blobs/{HASH}")
+    with pytest.raises(InputError, match=r"^link leads nowhere"):
+        open_checkpoint(snapshot)
+
+
+def test_a_folder_or_device_in_the_place_of_a_blob(model: Path, tmp_path: Path) -> None:
+    make_model(model)
+    repository = tmp_path / "models--o--n"
+    (repository / "snapshots").mkdir(parents=True)
+    blob = repository / "blobs" / HASH
+    blob.mkdir(parents=True)
+    (model / "x").symlink_to(blob)
+    with pytest.raises(InputError, match=r"^link leads out of the model directory"):
+        open_checkpoint(model)
+    blob.rmdir()
+    os.mkfifo(blob)
+    with pytest.raises(InputError, match=r"^link leads out of the model directory"):
+        open_checkpoint(model)
 
 
 def test_a_link_within_the_model_is_followed(model: Path) -> None:

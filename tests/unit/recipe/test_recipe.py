@@ -269,10 +269,12 @@ def test_patterns_match_whole_names(load, pattern, matching, not_matching):
         ("5gb", 5 * 10**9),
         ("512MiB", 2**29),
         (" 1.5 KB ", 1500),
-        ("7", 7),
-        (7, 7),
+        ("1KB", 1000),
+        ("1000", 1000),
+        (1000, 1000),
+        ("1200B", 1200),
         ("1GiB", 2**30),
-        ("0.5KiB", 512),
+        ("1.5KiB", 1536),
         ("3kb", 3000),
         ("2MB", 2 * 10**6),
         ("5 TB", 5 * 10**12),
@@ -313,6 +315,28 @@ def test_bad_sizes(load, value):
     with pytest.raises(ValueError, match="expected a size such as 5GB or 512MiB"):
         parse_size(value)
     with pytest.raises(InputError, match="`max_shard`: expected a size"):
+        load(rules(("*", "keep"), max_shard=value))
+
+
+@pytest.mark.parametrize(
+    ("value", "nbytes", "example"),
+    [
+        (5, "5 bytes", "5GB"),
+        ("5", "5 bytes", "5GB"),
+        (" 64 ", "64 bytes", "64GB"),
+        (1, "1 byte", "1GB"),
+        (999, "999 bytes", "999GB"),
+        ("5B", "5 bytes", "5GB"),
+        ("512B", "512 bytes", "5GB"),
+        ("0.5KiB", "512 bytes", "5GB"),
+        ("0.999KB", "999 bytes", "5GB"),
+    ],
+)
+def test_a_size_without_its_unit(load, value, nbytes, example):
+    what = f"a size of {nbytes} is below the smallest, 1KB: write the unit, such as {example}"
+    with pytest.raises(ValueError, match=f"^{what}$"):
+        parse_size(value)
+    with pytest.raises(InputError, match=f"^`max_shard`: {what}\n  --> .*:[0-9]+\n"):
         load(rules(("*", "keep"), max_shard=value))
 
 

@@ -8,6 +8,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker
+from quantcli.schemes.base import LearningTask
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -188,7 +189,7 @@ def make_learner(scalable="freely", seed=0, **options):
     amax[9] = 40
     scheme = W4A4FlatQuant(**options)
     generator = torch.Generator().manual_seed(seed)
-    return scheme, weights, scheme.learner(weights, amax, scalable, BF16, generator)
+    return scheme, weights, scheme.learner(LearningTask(weights, amax, scalable, BF16, generator))
 
 
 def test_straight_through_rounding_has_the_gradients_it_should():

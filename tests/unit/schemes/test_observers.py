@@ -14,6 +14,7 @@ from quantcli.schemes.arithmetic.observers import (
     Distribution,
     MinMax,
     MovingAverage,
+    Observer,
     percentile,
 )
 from quantcli.schemes.w8a8_static import Int8Static, W8A8Static
@@ -21,10 +22,10 @@ from quantcli.schemes.w8a8_static import Int8Static, W8A8Static
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KINDS = ["minmax", "moving_average", "percentile", "mse"]
 ALL = {
-    "minmax": MinMax,
-    "moving_average": lambda: MovingAverage(0.9),
-    "distribution": Distribution,
-    "channels": ChannelAmax,
+    "minmax": lambda: Observer(MinMax()),
+    "moving_average": lambda: Observer(MovingAverage(0.9)),
+    "distribution": lambda: Observer(Distribution()),
+    "channels": lambda: Observer(ChannelAmax()),
     **{f"static {k}": lambda k=k: W8A8Static(observer=k).observer(torch.bfloat16) for k in KINDS},
 }
 
@@ -132,7 +133,7 @@ def test_nan_and_inf_do_not_vanish(name, dtype, value):
 def test_the_largest_finite_numbers_are_finite(dtype):
     top = torch.finfo(dtype).max
     for make in (MinMax, ChannelAmax, *([Distribution] if dtype != torch.float32 else [])):
-        observer = make()
+        observer = Observer(make())
         observer.update(torch.tensor([[top, -top]], dtype=dtype), 0)
         assert observer.finite
 
@@ -141,9 +142,10 @@ def test_the_largest_finite_numbers_are_finite(dtype):
 
 
 def test_extremes_include_zero():
-    observer = MinMax()
+    extremes = MinMax()
+    observer = Observer(extremes)
     observer.update(torch.tensor([[2.0, 5.0]]), 0)
-    assert observer.range() == observer.extremes() == (0.0, 5.0)
+    assert extremes.range() == (0.0, 5.0)
     observer.update(torch.tensor([[-3.0, 1.0]]), 1)
     stats = observer.stats()
     assert (stats["input_min"].tolist(), stats["input_max"].tolist()) == ([-3.0], [5.0])
@@ -151,17 +153,18 @@ def test_extremes_include_zero():
 
 
 def test_moving_average_by_hand():
-    observer = MovingAverage(0.75)
+    average = MovingAverage(0.75)
+    observer = Observer(average)
     for batch, (low, high) in enumerate([(-4.0, 8.0), (-2.0, 1.0), (3.0, 16.0)]):
         observer.update(torch.tensor([[low, high]]), batch)
     low = 0.75 * (0.75 * -4 + 0.25 * -2) + 0.25 * 0  # the third batch is all above 0
     high = 0.75 * (0.75 * 8 + 0.25 * 1) + 0.25 * 16
-    assert observer.range() == (low, high)
+    assert average.range() == (low, high)
     assert observer.stats()["input_max"].tolist() == [16.0], "stats are what was seen"
     last, first = MovingAverage(0.0), MovingAverage(1.0)
     for o in (last, first):
         for batch, value in enumerate([2.0, 7.0]):
-            o.update(torch.tensor([[value]]), batch)
+            Observer(o).update(torch.tensor([[value]]), batch)
     assert (last.range(), first.range()) == ((0.0, 7.0), (0.0, 2.0))
 
 
@@ -172,9 +175,10 @@ def test_moving_average_by_hand():
 def test_a_distribution_counts_every_value(dtype):
     x = inputs(dtype)
     x[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 4, -1e-6]).to(dtype)
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     observer.update(x.T, 0)  # not contiguous
-    values, counts = observer.values()
+    values, counts = distribution.values()
     counted = x.bfloat16() if dtype == torch.float32 else x
     expected, times = np.unique(counted.float().numpy(), return_counts=True)
     merged, index = np.unique(values.numpy(), return_inverse=True)  # 0 and -0 are counted apart
@@ -188,9 +192,10 @@ def test_a_distribution_counts_every_value(dtype):
 @pytest.mark.parametrize("percent", [60.0, 90.0, 99.0, 99.9, 99.99, 100.0])
 def test_percentile_is_the_one_of_all_values(percent):
     x = inputs(tokens=301, k=7)  # no percentile falls on a value's very end
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     observer.update(x, 0)
-    low, high = percentile(*observer.values(), percent)
+    low, high = percentile(*distribution.values(), percent)
     everything, outside = np.sort(x.float().numpy().ravel()), (1 - percent / 100) / 2
     upper = np.quantile(everything, 1 - outside, method="inverted_cdf")
     lower = -np.quantile(np.sort(-everything), 1 - outside, method="inverted_cdf")
@@ -205,7 +210,7 @@ def test_percentile_is_the_one_of_all_values(percent):
 def test_channels(dtype, k):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(130, k, generator=generator).to(dtype)
-    observer = ChannelAmax()
+    observer = Observer(ChannelAmax())
     observer.update(x, 0)
     amax = observer.stats()["channel_amax"]
     assert amax.dtype == torch.float32
@@ -329,9 +334,10 @@ def distributions():
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_mse_is_never_worse_than_the_whole_range(name, x, held, symmetric):
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     observer.update(x.to(held), 0)
-    values, counts = observer.values()
+    values, counts = distribution.values()
     chosen = measured(x.to(held), held, observer="mse", symmetric=symmetric)
     whole = measured(x.to(held), held, observer="minmax", symmetric=symmetric)
     losses = [
@@ -354,9 +360,10 @@ def test_mse_is_never_worse_than_the_whole_range(name, x, held, symmetric):
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float16])
 def test_mse_clips_what_costs_more_than_it_is_worth(held, symmetric):
     x = (torch.randn(2000, 400, generator=torch.Generator().manual_seed(6)) * 0.7).to(held)
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     observer.update(x, 0)
-    values, counts = observer.values()
+    values, counts = distribution.values()
     chosen = affine.of_distribution(values, counts, held, symmetric=symmetric)
     whole = affine.of_range(float(values[0]), float(values[-1]), held, symmetric=symmetric)
     assert 0.6 * whole[0] < chosen[0] < 0.9 * whole[0]
@@ -380,9 +387,10 @@ def scales_between(low, high, held):
 @pytest.mark.parametrize(("name", "x"), [d for d in distributions() if "outlier" not in d[0]])
 def test_the_search_finds_what_trying_everything_finds(name, x):
     held = torch.bfloat16
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     observer.update(x[::5].to(held), 0)
-    seen = observer.values()
+    seen = distribution.values()
     scale, offset = affine.of_distribution(*seen, held, symmetric=False)
     low, high = min(0.0, float(seen[0][0])), max(0.0, float(seen[0][-1]))
     widest, _ = affine.of_range(low, high, held, symmetric=False)
@@ -392,10 +400,11 @@ def test_the_search_finds_what_trying_everything_finds(name, x):
 
 def test_the_search_is_fine_enough_for_float16():
     held = torch.float16
-    observer = Distribution()
+    distribution = Distribution()
+    observer = Observer(distribution)
     generator = torch.Generator().manual_seed(8)
     observer.update(torch.randn(1000, 300, generator=generator).to(held), 0)
-    seen = observer.values()
+    seen = distribution.values()
     scale, _ = affine.of_distribution(*seen, held, symmetric=True)
     widest = float(seen[0].abs().max()) / 127
     everything = scales_between(widest / 4, widest * 1.01, held)

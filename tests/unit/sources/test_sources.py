@@ -177,6 +177,42 @@ def test_gptq(tmp_path, monkeypatch, n, k, group, bits, act_order, v2):
         check(opened(tmp_path / "empty", tensors, settings), "a", weight)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("declared", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("v2", [False, True])
+def test_symmetric_zero_points_tell_the_version(tmp_path, declared, v2, bits):
+    tensors, weight = quantized.gptq("a", 16, 64, bits=bits, v2=v2, symmetric=True)
+    settings = (
+        GPTQ | {"sym": True, "bits": bits} | ({"checkpoint_format": declared} if declared else {})
+    )
+    found = opened(tmp_path, tensors, settings)
+    check(found, "a", weight)
+    stored_as = "gptq_v2" if v2 else "gptq"
+    notes = [note for note in found.notes if "zero points are read as" in note]
+    if stored_as == (declared or "gptq"):
+        assert notes == []
+    else:
+        value = 2 ** (bits - 1) - (not v2)
+        assert notes == [
+            f"zero points are read as {stored_as}: config.json declares {declared or 'gptq'} with "
+            f"`sym: true`, and `a.qzeros` holds {value}"
+        ]
+
+
+def test_zero_points_that_contradict_sym(tmp_path):
+    tensors, _ = quantized.gptq("a", 16, 64)
+    with pytest.raises(InputError, match="`sym: true` has one zero point"):
+        opened(tmp_path, tensors, GPTQ | {"sym": True})
+    first, _ = quantized.gptq("a", 16, 64, symmetric=True)
+    found = opened(tmp_path / "second", first | quantized.gptq("b", 16, 64)[0], GPTQ | {"sym": True})
+    read_span(found.tensors["a.weight"], 0, 16)
+    with pytest.raises(
+        InputError, match="zero point of row 0 is 0; with `sym: true` each is 8"
+    ) as caught:
+        read_span(found.tensors["b.weight"], 0, 16)
+    assert "`b.qzeros`" in caught.value.where
+
+
 def test_older_producers_say_it_in_a_file_of_their_own(tmp_path):
     tensors, weight = quantized.awq("a", 8, 64)
     said = {"w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}

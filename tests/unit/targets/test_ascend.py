@@ -11,6 +11,8 @@ from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.ascend.target import Ascend
 from quantcli.targets.base import PlannedCheckpoint
+from quantcli.targets.compressed_tensors.target import CompressedTensors
+from quantcli.targets.fp8.target import Fp8
 
 INT8 = discover(Scheme)["w8a8_dynamic"]().numerics
 W8A16 = discover(Scheme)["w8a16"]().numerics
@@ -135,11 +137,46 @@ def test_fused_width_is_advice():
     assert "tensor parallel size 2" in word
 
 
-def test_stacked_experts_are_refused():
-    spec = TensorSpec("model.layers.0.mlp.experts.gate_up_proj", "BF16", (8, 64, 128))
-    (refusal,) = TARGET.check([], {spec.name: spec})
-    assert refusal.module == spec.name
-    assert "3-D" in refusal.what
+@pytest.mark.parametrize("target", [TARGET, CompressedTensors(), Fp8()])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 128)),
+        ("model.layers.0.block_sparse_moe.input_linear.weight", (8, 128, 64)),
+        ("model.layers.0.block_sparse_moe.output_linear.weight", (8, 64, 64)),
+        ("model.layers.0.moe.gate_proj.weight", (8, 64, 64)),
+        ("model.layers.0.mlp.output_linear.weight", (8, 64, 64)),
+        ("transformer.blocks.0.ffn.experts.mlp.w1", (512, 64)),
+    ],
+)
+def test_stacked_experts_are_refused(target, name, shape):
+    (refusal,) = target.check([], {name: TensorSpec(name, "BF16", shape)})
+    assert refusal.module == name
+    assert f"{len(shape)}-D" in refusal.what
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("backbone.layers.0.mixer.conv1d.weight", (64, 1, 4)),
+        ("visual.patch_embed.proj.weight", (64, 3, 2, 14, 14)),
+        ("model.layers.0.moe.gate.weight", (8, 64)),
+        ("model.layers.0.mlp.gate_proj.weight", (8, 64)),
+        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", (8, 64)),
+    ],
+)
+def test_other_tensors_are_not_stacked_experts(name, shape):
+    assert list(TARGET.check([], {name: TensorSpec(name, "BF16", shape)})) == []
+
+
+@pytest.mark.parametrize("target", [TARGET, CompressedTensors()])
+def test_projections_of_mamba_1_are_refused(target):
+    names = [f"{L}.mamba.{last}" for last in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    first = [Module(name, (64, 64), FP8 if last else None) for last, name in enumerate(names)]
+    refused = [r.module for r in target.check(first, {}) if "Mamba 1" in r.what]
+    assert refused == names[1:]
+    second = [Module(name, (64, 64), FP8) for name in (names[0], names[3])]  # Mamba 2
+    assert not any("Mamba" in r.what for r in target.check(second, {}))
 
 
 def test_labels_and_what_the_engine_holds():

@@ -1,1 +1,1 @@
-"""What is decided from a layer and its inputs: smoothing, learning, ranges, rounding."""
+"""Decisions from a layer and its inputs: smoothing, learning, ranges, rounding."""

@@ -1,6 +1,6 @@
-"""Which inputs of a matrix go together: sum x x^T over all tokens, the same whatever the workers.
+"""Correlations of a matrix's inputs: sum x x^T over all tokens, the same for any number of workers.
 
-Threads that run batches only keep what they are shown. Products are added afterwards, batch by batch in
+Threads that run batches only keep inputs. Products are added afterwards, batch by batch in
 the order of the data, each thread its own columns of the sum.
 """
 
@@ -24,7 +24,7 @@ _TILE = 512  # columns that one job adds up
 
 
 class Inputs:
-    """What a matrix was given in some batches. Threads may share it."""
+    """Inputs of a matrix in some batches. Threads may share it."""
 
     def __init__(self) -> None:
         self._seen: dict[int, list[Tensor]] = {}
@@ -38,7 +38,7 @@ class Inputs:
                 self._seen.setdefault(batch, []).append(kept)
 
     def take(self) -> list[Tensor]:
-        """What was kept, in the order of the data, and forget it."""
+        """All inputs in the order of the data; they are kept no longer."""
         seen, self._seen = self._seen, {}
         return [x for batch in sorted(seen) for x in seen[batch]]
 
@@ -46,20 +46,20 @@ class Inputs:
 class Hessian:
     """sum x x^T, float32 [k, k]; its upper triangle while it grows.
 
-    Where inputs are rounded, x is what they become, and `cross` is sum r x^T with what they were.
+    If inputs are rounded, x is rounded, and `cross` is sum r x^T with r before rounding.
     """
 
     def __init__(self, k: int, device: torch.device, rounded: Rounding | None = None) -> None:
-        """rounded: inputs [tokens, k] -> what is to be multiplied, and what is."""
+        """rounded: inputs [tokens, k] -> the same as a matrix reads them, before and after rounding."""
         self.sum = torch.zeros((k, k), device=device)
         self.cross = None if rounded is None else torch.zeros((k, k), device=device)
         self.rounded = rounded
         self.tokens = 0
 
     def toward(self, damping: float) -> Tensor | None:
-        """By which weights [n, k] are to be multiplied, float32 [k, k], so that on rounded inputs they
-        make what they made of the others, in least squares: cross sum^-1, both damped. None where
-        inputs are not rounded, or tokens are too few to tell. Float64 inside, 24 k^2 bytes."""
+        """The factor of weights [n, k], float32 [k, k], that brings outputs of rounded inputs nearest
+        to those of inputs before rounding, in least squares: cross sum^-1, both damped. None if inputs
+        are not rounded, or tokens are too few. Float64 inside, 24 k^2 bytes."""
         if self.cross is None or self.tokens < _ENOUGH * len(self.sum):
             return None
         added = damping * float(self.sum.diagonal().double().mean())
@@ -69,8 +69,8 @@ class Hessian:
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info):
             return None
-        found: Tensor = torch.cholesky_solve(cross.T, factor).T.float().contiguous()
-        return found if bool(torch.isfinite(found).all()) else None
+        correction: Tensor = torch.cholesky_solve(cross.T, factor).T.float().contiguous()
+        return correction if bool(torch.isfinite(correction).all()) else None
 
     @property
     def finite(self) -> bool:
@@ -88,7 +88,7 @@ class Hessian:
 
 
 def add(hessians: Mapping[Matrix, Hessian], seen: Mapping[Matrix, Inputs], each: Each) -> None:
-    """Add what was seen and forget it."""
+    """Add the products of all inputs that are kept."""
     jobs: list[tuple[Tensor, list[tuple[Tensor, Tensor]], int, int]] = []
     for matrix, hessian in hessians.items():
         inputs = seen[matrix].take()
@@ -111,7 +111,7 @@ def add(hessians: Mapping[Matrix, Hessian], seen: Mapping[Matrix, Inputs], each:
 
 @contextmanager
 def jobs(workers: int, device: torch.device) -> Iterator[Each]:
-    """What runs jobs on so many threads, each with one thread in torch; in turn on an accelerator."""
+    """A runner of jobs on so many threads, each with one thread in torch; in turn on an accelerator."""
     if device.type != "cpu":
         yield in_turn
         return

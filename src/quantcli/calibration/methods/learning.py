@@ -1,4 +1,4 @@
-"""What a layer's schemes learn: its quantized outputs are brought near to its float ones.
+"""Learning in a layer: its quantized outputs are brought near to its float ones.
 
 Teacher and student are the same layer on the same inputs. A step's gradients are those of single
 batches, each computed by one thread and summed in their order: workers change nothing.
@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,14 @@ from torch import Tensor
 from quantcli.calibration.channels import LayerLayout, Producer
 from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.policy import Policy, unreached
-from quantcli.calibration.replay.engine import EngineLinears, Quantizer
-from quantcli.calibration.replay.skeleton import Segment
-from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.engine import Quantizer
+from quantcli.calibration.replay.skeleton import Segments
+from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.report import LearningReport
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.base import Learner, Scalable, Schedule, Scheme
+from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
@@ -38,14 +38,14 @@ class Course:
         self._layer = layer
         self._replay = layer.run.replay
         self._batches = layer.run.batches
-        self._matrices = Matrices(layer.name, layer.module)
+        self._matrices = layer.matrices()
         self._learners = learners
         self._each = list(dict.fromkeys(learners.values()))
         self._targets: dict[int, Tensor] = {}
-        self._left = layer.run.held_targets  # bytes; what is not held is computed again
+        self._left = layer.run.budget  # bytes; other targets are computed again
 
     def learn(self, schedule: Schedule, generator: torch.Generator) -> tuple[float, float]:
-        """Learn; the loss before and after. What was learned is what had the lower one.
+        """Learn; the loss before and after. The learners keep the state with the lower one.
 
         Loss: squared error of the layer's outputs over their sum of squares, on all batches.
         """
@@ -83,8 +83,8 @@ class Course:
         return steps
 
     def _step(self, numbers: list[int]) -> None:
-        begun = [learner.begin() for learner in self._each]
-        leaves = [leaf for some in begun for leaf in some]
+        leaves_of = [learner.begin() for learner in self._each]
+        leaves = [leaf for some in leaves_of for leaf in some]
 
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
@@ -94,8 +94,8 @@ class Course:
                 )
             return error.detach(), *gradients
 
-        found = self._replay.each(work, numbers)
-        error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*found, strict=True))
+        results = self._replay.each(work, numbers)
+        error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*results, strict=True))
         # of the logarithm of the error: hard batches do not drown easy ones
         summed = [gradient / error.clamp_min(_TINY) for gradient in summed]
         size = sum(gradient.square().sum() for gradient in summed)
@@ -106,7 +106,7 @@ class Course:
                 fix="take a smaller `lr`, or set calibration.dtype to float32",
             )
         start = 0
-        for learner, some in zip(self._each, begun, strict=True):
+        for learner, some in zip(self._each, leaves_of, strict=True):
             try:
                 learner.end(summed[start : start + len(some)])
             except InputError as error:
@@ -120,14 +120,14 @@ class Course:
         return [matrix for matrix, its in self._learners.items() if its is learner]
 
     def loss(self) -> float:
-        """As the learners have it now."""
+        """With the present state of the learners."""
         for learner in self._each:
             learner.begin()
         return self._loss(lambda: Tap(self._matrices, _Student(self._learners)))
 
-    def served_loss(self, segments: Mapping[str, list[list[Segment]]], quantizer: Quantizer) -> float:
-        """By the engine's arithmetic."""
-        engine = EngineLinears(self._layer.name, self._layer.module, segments, quantizer)
+    def served_loss(self, quantizer: Quantizer) -> float:
+        """With the engine's arithmetic."""
+        engine = self._layer.engine(quantizer)
         return self._loss(lambda: Tap(self._matrices, engine))
 
     def _loss(self, tap: Callable[[], Tap]) -> float:
@@ -136,14 +136,14 @@ class Course:
                 error, size = self._error(number, tap())
             return error.double(), size.double()
 
-        found = self._replay.each(work, range(len(self._batches)))
-        errors, sizes = (torch.stack(values).sum() for values in zip(*found, strict=True))
+        results = self._replay.each(work, range(len(self._batches)))
+        errors, sizes = (torch.stack(values).sum() for values in zip(*results, strict=True))
         return float(errors / sizes) if float(sizes) else 0.0
 
     def _error(self, number: int, tap: Tap) -> tuple[Tensor, Tensor]:
         """Squared error of a batch's outputs, and their sum of squares; padding counts for nothing."""
-        target, at = self._target(number), self._layer
-        out = self._replay.forward(at.index, at.module, at.states, number, lambda _: tap)
+        target, layer = self._target(number), self._layer
+        out = self._replay.forward(layer.index, layer.module, layer.states, number, lambda _: tap)
         error = out.float() - target
         mask = self._batches[number].mask
         if mask is not None:
@@ -152,18 +152,18 @@ class Course:
         return error.square().sum(), target.square().sum()
 
     def _target(self, number: int) -> Tensor:
-        found, at = self._targets.get(number), self._layer
-        if found is None:
+        target, layer = self._targets.get(number), self._layer
+        if target is None:
             with torch.no_grad():
-                found = self._replay.forward(at.index, at.module, at.states, number).float()
-            if found.nbytes <= self._left:
-                self._left -= found.nbytes
-                self._targets[number] = found
-        return found
+                target = self._replay.forward(layer.index, layer.module, layer.states, number).float()
+            if target.nbytes <= self._left:
+                self._left -= target.nbytes
+                self._targets[number] = target
+        return target
 
 
 class _Student:
-    """A listener that computes with what the learners have."""
+    """A listener that computes with the learners."""
 
     def __init__(self, learners: Mapping[Matrix, Learner]) -> None:
         self._learners = learners
@@ -177,7 +177,7 @@ class _Student:
 class LearningGroup:
     """Matrices that read the same input and have one scheme, which learns.
 
-    producer: what makes their input, if its channels can be scaled.
+    producer: the source of their input, if its channels can be scaled.
     """
 
     scheme: Scheme
@@ -193,13 +193,13 @@ class LearningGroup:
         return next(r.channels for r in self.producer.readers if r.matrix == self.matrices[0])
 
 
-def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
+def learning_groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
     """Every group of a layer, in the order of the layer's matrices.
 
-    InputError where some rows of one matrix, or some modules that the engine merges, learn alone.
+    InputError if only some rows of one matrix learn.
     """
     leaders = layout.leaders()
-    found: dict[tuple[Matrix, Scheme], list[Matrix]] = defaultdict(list)
+    matrices_of: dict[tuple[Matrix, Scheme], list[Matrix]] = defaultdict(list)
     names: dict[Matrix, list[str]] = {}
     for matrix, segments in layout.matrices():
         modules = [s.module for s in segments]
@@ -215,7 +215,7 @@ def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
                 fix="put them under one rule",
             )
         names[matrix] = modules
-        found[leaders.get(matrix, matrix), learning[0]].append(matrix)
+        matrices_of[leaders.get(matrix, matrix), learning[0]].append(matrix)
     return [
         LearningGroup(
             scheme,
@@ -223,12 +223,12 @@ def groups(layout: LayerLayout, policy: Policy) -> list[LearningGroup]:
             tuple(module for matrix in matrices for module in names[matrix]),
             _producer(layout, matrices),
         )
-        for (_, scheme), matrices in found.items()
+        for (_, scheme), matrices in matrices_of.items()
     ]
 
 
 def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
-    """What makes the group's input, each channel for one column; other matrices may read it, too."""
+    """The source of the group's input, each channel for one column; other matrices may read it, too."""
     for producer in layout.producers():
         read = {reader.matrix: reader.channels for reader in producer.readers}
         if all(matrix in read for matrix in matrices):
@@ -239,27 +239,24 @@ def _producer(layout: LayerLayout, matrices: list[Matrix]) -> Producer | None:
     return None
 
 
-def learners(
-    found: Iterable[LearningGroup],
+def _learners(
+    layer: LoadedLayer,
     layout: LayerLayout,
-    policy: Policy,
-    weight: Callable[[Matrix], Tensor],
+    groups: Iterable[LearningGroup],
     amax: Mapping[Matrix, Tensor],
     generator: torch.Generator,
 ) -> dict[Matrix, Learner]:
     """A learner for each group, by matrix. amax: max |x| of each column of a group's first matrix."""
     by_matrix: dict[Matrix, Learner] = {}
-    for group in found:
-        first = group.matrices[0]
-        input_dtype = policy.quantized[group.modules[0]].input_dtype
-        learner = group.scheme.learner(
-            {matrix: weight(matrix) for matrix in group.matrices},
-            amax[first],
-            _scalable(group, layout, policy),
-            input_dtype,
+    for group in groups:
+        task = LearningTask(
+            {matrix: layer.weight(matrix) for matrix in group.matrices},
+            amax[group.matrices[0]],
+            _scalable(group, layout, layer.run.policy),
+            layer.run.policy.quantized[group.modules[0]].input_dtype,
             generator,
         )
-        by_matrix |= dict.fromkeys(group.matrices, learner)
+        by_matrix |= dict.fromkeys(group.matrices, group.scheme.learner(task))
     return by_matrix
 
 
@@ -273,9 +270,9 @@ def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scal
     return "by powers of two" if rounded_again else "freely"
 
 
-def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
-    """The one schedule of a layer. InputError where its groups have several."""
-    schedules = {group.scheme.schedule: group for group in found}
+def schedule_of(groups: Iterable[LearningGroup]) -> Schedule:
+    """The one schedule of a layer. InputError if its groups have several."""
+    schedules = {group.scheme.schedule: group for group in groups}
     if len(schedules) > 1:
         names = [f"`{group.modules[0]}`" for group in schedules.values()]
         raise InputError(
@@ -288,58 +285,58 @@ def schedule_of(found: Iterable[LearningGroup]) -> Schedule:
 
 
 def settle(
-    found: Iterable[LearningGroup],
+    groups: Iterable[LearningGroup],
     by_matrix: Mapping[Matrix, Learner],
-    segments: Mapping[str, list[list[Segment]]],
+    segments: Segments,
 ) -> dict[str, Stats]:
-    """What every module of the groups takes: its own rows of what is by row."""
-    settled: dict[str, Stats] = {}
-    for group in found:
+    """Stats of every module of the groups; of those by row, its own rows."""
+    stats_of: dict[str, Stats] = {}
+    for group in groups:
         for matrix in group.matrices:
             stats = by_matrix[matrix].stats(matrix)
             for segment in segments[matrix.parameter][matrix.expert]:
-                settled[segment.module] = {
+                stats_of[segment.module] = {
                     name: tensor[segment.start : segment.stop].clone()
                     if name in group.scheme.row_stats
                     else tensor
                     for name, tensor in stats.items()
                 }
-    return settled
+    return stats_of
 
 
 def learn(
-    layer: LoadedLayer, layout: LayerLayout, found: list[LearningGroup], edits: dict[str, EditFactors]
-) -> tuple[dict[str, Stats], dict[str, Any] | None]:
+    layer: LoadedLayer, layout: LayerLayout, groups: list[LearningGroup], edits: dict[str, EditFactors]
+) -> tuple[dict[str, Stats], LearningReport | None]:
     """Let a loaded layer's groups learn. Statistics by module, and a report; adds edits of producers.
 
-    Nothing is learned of modules that no token reaches. InputError for these where the recipe says so,
-    and where learning goes astray, or does not go together.
+    Nothing is learned of modules that no token reaches. InputError for these if the recipe says so,
+    for groups with different schedules, and if learning diverges.
     """
     policy = layer.run.policy
     generator = torch.Generator().manual_seed(policy.seed * 2**20 + layer.index)
-    widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in found}
+    widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in groups}
     amax = layer.channel_amax(widths)
-    empty = [m for g in found if not bool(amax[g.matrices[0]].any()) for m in g.modules]
+    empty = [m for g in groups if not bool(amax[g.matrices[0]].any()) for m in g.modules]
     if empty and policy.uncalibrated != "dynamic":
         raise unreached(empty, policy.quantized[empty[0]].rule)
-    found = [group for group in found if group.modules[0] not in empty]
-    if not found:
+    groups = [group for group in groups if group.modules[0] not in empty]
+    if not groups:
         return {}, None
-    by_matrix = learners(found, layout, policy, layer.weight, amax, generator)
+    by_matrix = _learners(layer, layout, groups, amax, generator)
     course = Course(layer, by_matrix)
-    before, after = course.learn(schedule_of(found), generator)
-    for group in found:
+    before, after = course.learn(schedule_of(groups), generator)
+    for group in groups:
         learner = by_matrix[group.matrices[0]]
         scale = learner.channel_scale
         if group.producer is not None and scale is not None:
             by_channel = torch.ones(len(group.producer.used))
             by_channel[group.columns] = 1 / scale
-            layer.divide(layout, group.producer, by_channel, edits)
-    report = {
-        "modules": sorted(module for group in found for module in group.modules),
-        "loss_before": before,
-        "loss_after": after,
-        "kept": "what was learned" if after < before else "the start",
-        "condition": max(learner.condition for learner in by_matrix.values()),
-    }
-    return settle(found, by_matrix, layout.segments), report
+            layer.divide(group.producer, by_channel, edits)
+    report = LearningReport(
+        modules=sorted(module for group in groups for module in group.modules),
+        loss_before=before,
+        loss_after=after,
+        condition=max(learner.condition for learner in by_matrix.values()),
+        kept="what was learned" if after < before else "the start",
+    )
+    return settle(groups, by_matrix, layout.segments), report

@@ -1,11 +1,11 @@
-"""Choose the codes of a layer's weights by what their inputs are, where the recipe wants that.
+"""Choose the codes of a layer's weights by their inputs, if the recipe says so.
 
-Where layers are shown quantized inputs, weights are rounded in the order of data flow (q, k, v, then o,
-then gate and up, then down), each on inputs that those before it make once they are rounded, by the
-engine's arithmetic. Where they are shown float ones, the order does not matter and one pass does.
+If layers are given quantized inputs, weights are rounded in the order of data flow (q, k, v, then o,
+then gate and up, then down), each on the outputs of the rounded ones before it, with the engine's
+arithmetic. If they are given float inputs, the order does not matter, and one pass is enough.
 
-Where a scheme says how inputs are rounded (`as_rounded`), their errors count, too: codes are to make of
-the rounded inputs what the weight made of the others.
+If a scheme also rounds inputs (`as_rounded`), their errors count, too: outputs of codes and rounded
+inputs are brought near to those of the weight and inputs before rounding.
 
 Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
 bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout, shape_of
-from quantcli.calibration.loaded import CalibrationRun
+from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.methods.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
-from quantcli.calibration.policy import Policy, not_finite
+from quantcli.calibration.policy import not_finite
 from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.calibration.report import ModuleReport
 from quantcli.calibration.shown import quantized
 from quantcli.calibration.watch import Watch
 from quantcli.checkpoint.header import StoredTensor
@@ -38,41 +38,42 @@ from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
-from quantcli.schemes.integer import IntegerWeights
+from quantcli.schemes.base import Scheme
 
 _ROWS = 1024  # that one job rounds
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
-Show = Callable[[Watch, Sequence[int]], None]  # runs the loaded layer over some batches
 
 
-def wants_codes(policy: Policy, module: str) -> bool:
-    """Whether a module's codes are to be chosen here."""
-    found = policy.quantized.get(module)
-    scheme = None if found is None else found.scheme
-    return isinstance(scheme, IntegerWeights) and scheme.weight_rounding == "gptq"
+@dataclass(frozen=True)
+class _Objective:
+    """hessian: products of inputs, float32 [k, k]. feedback: None if that cannot be factorized. toward:
+    the factor [k, k] that corrects weights for rounded inputs; None if inputs are not rounded."""
+
+    hessian: Tensor
+    feedback: Feedback | None
+    toward: Tensor | None
 
 
 @dataclass
 class RoundingPass:
-    """One layer, loaded. edits: of its stored tensors. stats: of its modules, which get their codes.
+    """A loaded layer. edits: of its stored tensors. stats: of its modules; codes are added.
 
-    report: by module, the relative error of its output, and why it is rounded to nearest if it is.
+    reports: of its modules; the errors of their outputs are added.
     """
 
-    run: CalibrationRun
-    index: int
+    layer: LoadedLayer
     layout: LayerLayout
     edits: Mapping[str, EditFactors]
     stats: dict[str, Stats]
-    show: Show
+    reports: Mapping[str, ModuleReport]
 
     def __post_init__(self) -> None:
-        self.report: dict[str, dict[str, Any]] = {}
+        self.run = self.layer.run
         self._left: set[str] = set()  # not rounded yet
 
     def round(self) -> None:
-        """All modules that want it. InputError for NaN and Inf."""
+        """Round all modules that are rounded by data. InputError for NaN and Inf."""
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
         with jobs(self.run.workers, self.run.device) as each:
@@ -90,7 +91,7 @@ class RoundingPass:
         modules_of: dict[Matrix, list[str]] = defaultdict(list)
         for matrix, segments in self.layout.matrices():
             for module in dict.fromkeys(s.module for s in segments):
-                if wants_codes(self.run.policy, module) and self._measured(module):
+                if self._wants_codes(module):
                     modules_of[leaders.get(matrix, matrix)].append(module)
         if self.run.policy.inputs == "float":
             if modules_of:
@@ -99,17 +100,22 @@ class RoundingPass:
         places: dict[str, int] = {}
         for leader in leaders.values():
             places.setdefault(shape_of(leader.parameter), len(places))
-        found: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
+        by_place: dict[int, dict[Matrix, list[str]]] = defaultdict(dict)
         for leader, modules in modules_of.items():
-            found[places.get(shape_of(leader.parameter), len(places))][leader] = modules
-        yield from (found[place] for place in sorted(found))
+            by_place[places.get(shape_of(leader.parameter), len(places))][leader] = modules
+        yield from (by_place[place] for place in sorted(by_place))
 
-    def _measured(self, module: str) -> bool:
-        """Whether all else that a module needs is there; else it gets another scheme."""
-        return not self.run.policy.measures(module) or module in self.stats
+    def _wants_codes(self, module: str) -> bool:
+        """Whether a module's codes are chosen here. If its range is missing, it gets another scheme."""
+        scheme = self.run.policy.scheme(module)
+        measured = not self.run.policy.measures(module) or module in self.stats
+        return scheme is not None and scheme.rounded_by_data and measured
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
+
+    def _scheme(self, module: str) -> Scheme:
+        return self.run.policy.quantized[module].scheme
 
     def _stored(self, module: str) -> StoredTensor:
         return self.run.skeleton.checkpoint.tensors[f"{module}.weight"]
@@ -117,7 +123,7 @@ class RoundingPass:
     # -- inputs ----------------------------------------------------------------------------------
 
     def _engine(self) -> EngineLinears | None:
-        """The engine's arithmetic for all but what is still to be rounded here."""
+        """The engine's arithmetic for all modules but those that are still to be rounded here."""
         if self.run.policy.inputs == "float":
             return None
         base = quantized(self.run.policy, self.stats)
@@ -127,16 +133,14 @@ class RoundingPass:
         ) -> tuple[Arithmetic, Parts] | None:
             return None if module in self._left else base(module, rows, bias)
 
-        name, layer = self.run.skeleton.layers[self.index]
-        return EngineLinears(name, layer, self.layout.segments, quantizer)
+        return self.layer.engine(quantizer)
 
     def _rounding(self, modules: Sequence[str]) -> Rounding | None:
-        """How the inputs of modules that share them are rounded, where that counts."""
-        found = self.run.policy.quantized
-        scheme, input_dtype = found[modules[0]].scheme, found[modules[0]].input_dtype
-        if scheme.schedule is None or any(found[module].scheme != scheme for module in modules):
+        """The rounding of the input that some modules share; None if its errors do not count."""
+        scheme = self._scheme(modules[0])
+        if scheme.schedule is None or any(self._scheme(module) != scheme for module in modules):
             return None
-        assert isinstance(scheme, IntegerWeights)
+        input_dtype = self.run.policy.quantized[modules[0]].input_dtype
         constants = scheme.constants(self.stats[modules[0]], input_dtype)
 
         def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,7 @@ class RoundingPass:
         watch = Watch({leader: [inputs] for leader, inputs in seen.items()}, engine)
         count, step = len(self.run.batches), self.run.workers
         for start in range(0, count, step):
-            self.show(watch, range(start, min(start + step, count)))
+            self.layer.watch(watch, None, range(start, min(start + step, count)))
             add(hessians, seen, each)
         for hessian in hessians.values():
             hessian.mirror()
@@ -174,71 +178,55 @@ class RoundingPass:
         """The modules that read one input."""
         if not hessian.finite:
             raise not_finite(modules[0], str(self.run.skeleton.checkpoint.path))
-        last: tuple[Tensor, Feedback | None] | None = None
+        objective: _Objective | None = None
         toward = self._toward(hessian, each)
         for module in modules:
-            found = self.run.policy.quantized[module]
-            scheme = found.scheme
-            assert isinstance(scheme, IntegerWeights)
-            constants = scheme.constants(self.stats.get(module, NO_STATS), found.input_dtype)
+            module_policy = self.run.policy.quantized[module]
+            scheme = module_policy.scheme
+            stats = self.stats.get(module, NO_STATS)
+            constants = scheme.constants(stats, module_policy.input_dtype)
             read = hessian.sum
             if hessian.rounded is None:
                 read = scheme.as_read(scheme.as_read(read, constants).T, constants).T
-            if last is None or not (read is hessian.sum or torch.equal(read, last[0])):
+            if objective is None or not (read is hessian.sum or torch.equal(read, objective.hessian)):
                 feedback = Feedback.of(read, each=each) if hessian.tokens else None
-                last = read, feedback
-            self._round(module, scheme, constants, last[0], last[1], toward, each)
-            if last[1] is None:
+                objective = _Objective(read, feedback, toward)
+            self._round(module, constants, objective, each)
+            if objective.feedback is None:
                 why = _SINGULAR if hessian.tokens else _UNREACHED
-                self.report[module]["rounded_to_nearest"] = why
+                self.reports[module].rounded_to_nearest = why
 
     def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
-        found: list[Tensor | None] = []
-        each(lambda _: found.append(hessian.toward(DAMPING)), range(1))  # on one thread, as all here
-        return found[0] if hessian.tokens else None
+        corrections: list[Tensor | None] = []
+        # on one thread, as all here
+        each(lambda _: corrections.append(hessian.toward(DAMPING)), range(1))
+        return corrections[0] if hessian.tokens else None
 
-    def _round(
-        self,
-        module: str,
-        scheme: IntegerWeights,
-        constants: Parts,
-        hessian: Tensor,
-        feedback: Feedback | None,
-        toward: Tensor | None,
-        each: Each,
-    ) -> None:
+    def _round(self, module: str, constants: Parts, objective: _Objective, each: Each) -> None:
         stored = self._stored(module)
         n, k = stored.spec.shape
         codes = torch.empty((n, k), dtype=torch.int8)
         errors = torch.empty((3, n), dtype=torch.float64)
-        own = scheme.row_stats & self.stats.get(module, NO_STATS).keys()
+        own = self._scheme(module).row_stats & self.stats.get(module, NO_STATS).keys()
 
         def work(start: int) -> None:
             block = slice(start, min(start + _ROWS, n))
             row_stats = {name: self.stats[module][name][block] for name in own}
             row_constants = {**constants, **row_stats}
-            rounded = self._block(module, scheme, block, row_constants, hessian, feedback, toward)
+            rounded = self._block(module, block, row_constants, objective)
             codes[block] = rounded.codes.cpu()
             errors[:, block] = torch.stack([rounded.error, rounded.nearest, rounded.signal]).cpu()
 
         each(work, range(0, n, _ROWS))
         self.stats[module] = {**self.stats.get(module, NO_STATS), "codes": codes}
         error, nearest, signal = (float(row.sum()) for row in errors)
-        module_errors = {"output_error": error, "output_error_nearest": nearest} if signal else {}
-        self.report[module] = {key: math.sqrt(value / signal) for key, value in module_errors.items()}
+        if signal:
+            relative = {"output_error": error / signal, "output_error_nearest": nearest / signal}
+            self.reports[module].numbers |= {key: math.sqrt(value) for key, value in relative.items()}
 
-    def _block(
-        self,
-        module: str,
-        scheme: IntegerWeights,
-        block: slice,
-        row_constants: Parts,
-        hessian: Tensor,
-        feedback: Feedback | None,
-        toward: Tensor | None,
-    ) -> Rounded:
+    def _block(self, module: str, block: slice, row_constants: Parts, objective: _Objective) -> Rounded:
         """Rows of a block, rounded against the scales that `quantize` will find for them."""
-        device = hessian.device
+        scheme, device = self._scheme(module), objective.hessian.device
         rows, bias = self._rows(module, block)
         row_constants = {name: tensor.to(device) for name, tensor in row_constants.items()}
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
@@ -248,21 +236,22 @@ class RoundingPass:
         if tile := scheme.numerics.weight.block:  # one scale for some columns
             step = tiles.spread(step, tile, *rows.shape)
         targets = scheme.to_round(rows, row_constants)
-        if toward is not None:
-            targets = targets @ toward
+        if objective.toward is not None:
+            targets = targets @ objective.toward
+        hessian, feedback = objective.hessian, objective.feedback
         return gptq(targets, hessian, step, parts["weight"], *scheme.code_range, feedback)
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""
         count = block.stop - block.start
-        tensors = self.run.skeleton.checkpoint.tensors
-        found = []
+        stored = self.run.skeleton.checkpoint.tensors
+        tensors = []
         for name in (f"{module}.weight", f"{module}.bias"):
-            rows = read_span(tensors[name], block.start, count) if name in tensors else None
+            rows = read_span(stored[name], block.start, count) if name in stored else None
             if rows is not None and (factors := self.edits.get(name)) is not None:
                 rows = factors.apply(rows, block.start)
-            found.append(rows)
-        weight, bias = found
+            tensors.append(rows)
+        weight, bias = tensors
         assert weight is not None
         if self.run.policy.inputs != "float":
             self._check_order(module, weight, block)
@@ -270,8 +259,6 @@ class RoundingPass:
 
     def _check_order(self, module: str, rows: Tensor, block: slice) -> None:
         """The engine's arithmetic takes rows as they are loaded; codes are in the order of the file."""
-        layer = self.run.skeleton.layers[self.index][1]
-        prefix = self.run.skeleton.layers[self.index][0] + "."
         places = [
             (matrix, s)
             for matrix, segments in self.layout.matrices()
@@ -279,9 +266,7 @@ class RoundingPass:
             if s.module == module
         ]
         matrix, segment = places[0]
-        weight = layer.get_parameter(matrix.parameter.removeprefix(prefix))
-        loaded = weight[matrix.expert] if weight.dim() == 3 else weight
-        loaded = loaded[segment.start + block.start : segment.start + block.stop]
+        loaded = self.layer.weight(matrix)[segment.start + block.start : segment.start + block.stop]
         dtype = self._stored(module).spec.dtype
         same = rows.to(torch_dtype(dtype)).to(loaded.dtype).to(loaded.device)
         if len(places) > 1 or loaded.shape != same.shape or not torch.equal(loaded, same):

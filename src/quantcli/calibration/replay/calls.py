@@ -19,7 +19,7 @@ _FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lamb
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one layer; `place` is where its hidden states go, positional or by name."""
+    """The arguments of one layer; `place` is that of its hidden states, positional or by name."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -56,7 +56,7 @@ class _Enough(BaseException):  # no `except Exception` of a model's code may cat
 
 
 class _OtherForm(BaseException):
-    """A layer was not given what the one before returned."""
+    """The input of a layer is not the output of the one before."""
 
 
 class Outline:
@@ -67,22 +67,24 @@ class Outline:
         self._form: Callable[[Tensor], Any] | None = None
 
     def note(self, forward: Callable[[], Any]) -> tuple[Tensor, list[Call]] | None:
-        """What the first layer is given, and the call of every layer in order, while `forward` runs.
+        """The input of the first layer, and the call of every layer in order, while `forward` runs.
 
-        None where the model does not pass hidden states from layer to layer in their order.
+        None if the model does not pass hidden states from layer to layer in their order.
         """
         for form in _FORMS if self._form is None else (self._form,):
             calls: list[Call] = []
-            given: list[Tensor] = []
+            inputs: list[Tensor] = []
             last: list[Tensor] = []
 
-            def answer(index: int, args: Any, kwargs: Any, noted: Any = (calls, given, last)) -> Tensor:
-                calls, given, last = noted
+            def answer(
+                index: int, args: Any, kwargs: Any, noted: Any = (calls, inputs, last)
+            ) -> Tensor:
+                calls, inputs, last = noted
                 if index != len(calls):
                     raise _OtherForm
                 place = _find(args, kwargs, last)
                 hidden: Tensor = args[place] if isinstance(place, int) else kwargs[place]
-                given.append(hidden)
+                inputs.append(hidden)
                 calls.append(_without(args, kwargs, place))
                 if index == len(self._layers) - 1:
                     raise _Enough
@@ -97,7 +99,7 @@ class Outline:
                 continue
             except _Enough:
                 self._form = form
-                return given[0], calls
+                return inputs[0], calls
         return None
 
     @contextmanager
@@ -127,7 +129,7 @@ class Outline:
 
 
 def _find(args: tuple[Any, ...], kwargs: dict[str, Any], last: list[Tensor]) -> int | str:
-    """Where the hidden states are: what the layer before returned; the first layer's are the first."""
+    """The place of the hidden states: the output of the layer before, or the first float tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         if isinstance(value, Tensor) and (value is last[0] if last else value.is_floating_point()):

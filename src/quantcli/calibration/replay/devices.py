@@ -1,4 +1,4 @@
-"""Where calibration computes. The package of an accelerator is imported only where it is asked for."""
+"""Devices of a calibration. The package of an accelerator is imported only for its own device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_device(name: str) -> None:
 
 
 def open_device(name: str) -> torch.device:
-    """The device by its name: cpu, cuda, cuda:1, npu. MachineError where this machine has none."""
+    """The device by its name: cpu, cuda, cuda:1, npu. MachineError if this machine has none."""
     check_device(name)
     if name.startswith("npu"):
         try:

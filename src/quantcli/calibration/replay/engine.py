@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantcli.calibration.replay.skeleton import Segment
+from quantcli.calibration.replay.skeleton import Segment, Segments
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.numerics import Parts
 
 
 class Arithmetic(Protocol):
-    """A scheme, or what else computes a linear of its parts."""
+    """A scheme, or anything else that computes a linear of its parts."""
 
     def forward(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
         """x [..., k] -> [..., n]."""
@@ -41,7 +41,7 @@ class EngineLinears:
         self,
         name: str,
         layer: nn.Module,
-        segments: Mapping[str, list[list[Segment]]],
+        segments: Segments,
         quantizer: Quantizer,
     ) -> None:
         self._pieces: dict[Matrix, list[_Piece]] = {}
@@ -65,7 +65,7 @@ class EngineLinears:
         return _Piece(rows, piece[0], piece[1], matrix[rows])
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x [..., k] -> [..., n] as the engine computes it; None where all is float."""
+        """x [..., k] -> [..., n] as the engine computes it; None if all of it is float."""
         pieces = self._pieces.get(matrix)
         if pieces is None:
             return None

@@ -1,4 +1,4 @@
-"""All that is asked of transformers: a model from its config, and how stored tensors become parameters.
+"""All uses of transformers: a model from its config, and how stored tensors become parameters.
 
 Nothing that came with a model runs here unless `trust_remote_code` says so.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,15 +23,15 @@ from quantcli.core.errors import InputError
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
     """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
 
-    Raises InputError where transformers does not know it, or its config does not fit.
+    Raises InputError if transformers does not know it, or its config does not fit.
     """
     import transformers
 
     where = str(checkpoint.path / CONFIG)
     try:
-        with quiet(), _parameters_on_meta(), torch.no_grad():
+        with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
             config = transformers.AutoConfig.from_pretrained(
-                str(checkpoint.path), trust_remote_code=trust_remote_code, local_files_only=True
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
             )
             named = (getattr(config, "architectures", None) or [""])[0]
             native = getattr(transformers, str(named), None)
@@ -46,6 +48,21 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     return built
+
+
+@contextmanager
+def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Where transformers reads config.json and code from: a copy if that has a byte order mark."""
+    plain = checkpoint.plain_config()
+    if not plain:
+        yield checkpoint.path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for code in checkpoint.path.glob("*.py"):
+            (folder / code.name).symlink_to(code)
+        (folder / CONFIG).write_bytes(plain[CONFIG])
+        yield folder
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
@@ -103,8 +120,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def conversions(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
-    """For every stored name: the parameter it goes into (None where there is none), and the pattern
-    and converter of the library where it takes more than another name."""
+    """For every stored name: its parameter (None if there is none), and the pattern and converter of
+    the library if more than the name changes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

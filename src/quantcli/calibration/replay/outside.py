@@ -1,4 +1,4 @@
-"""What stands around the decoder stack: read from the checkpoint when it is first used."""
+"""The model around its decoder stack: read from the checkpoint when it is first used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantcli.checkpoint.tensors import read_rows
 
 
 class _Rows(TorchFunctionMode):
-    """Embedding look-ups read just the rows that they want: tables are larger than decoder layers."""
+    """Embedding look-ups read just the rows that they need: tables are larger than decoder layers."""
 
     def __init__(self, tables: dict[int, StoredTensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Rows(TorchFunctionMode):
 
 @contextmanager
 def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
-    """Within it the model runs but for its decoder layers, which are the caller's."""
+    """Within it the model runs without its decoder layers, which are the caller's."""
     tables: dict[int, StoredTensor] = {}
     with ExitStack() as stack:
         for path, module in skeleton.model.named_modules():

@@ -1,8 +1,8 @@
 """Run a model one decoder layer at a time, weights from disk: any architecture, one layer of memory.
 
 The model's own forward runs twice without its layers: at the start, where each layer only notes how it
-is called, and at the end, where the stack returns what the layers have made. In between each layer is
-called as it was noted, over all batches, with its weights just read.
+is called, and at the end, where the stack returns the outputs of its last layer. In between each layer
+is called as it was noted, over all batches, with its weights just read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Sink = Callable[[int, Tensor], None]  # takes the output of a batch
 
 
 class BatchSource(Protocol):
-    """Where a batch's hidden states are read."""
+    """The hidden states of batches."""
 
     def get(self, batch: int) -> Tensor:
         """Hidden states of a batch."""
@@ -68,7 +68,7 @@ class Replay:
     def begin(self, sink: Sink) -> None:
         """Note how every layer is called for every batch; `sink` takes the inputs of the first.
 
-        Raises InputError where the model's layers cannot be called one by one.
+        Raises InputError if the model's layers cannot be called one by one.
         """
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
@@ -126,7 +126,7 @@ class Replay:
             raise self._failed(self.skeleton.layers[index][0], error) from error
 
     def each(self, work: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
-        """What `work` returns for some batches, in their order; each is computed by one thread."""
+        """The results of `work` for some batches, in their order; each is computed by one thread."""
         stop = threading.Event()
 
         def one(number: int) -> T | None:
@@ -149,7 +149,7 @@ class Replay:
         )
 
     def _failed(self, layer: str, error: Exception) -> QuantError:
-        """What stopped a layer: too little memory, or that it wants more than its own arguments."""
+        """The error of a layer: too little memory, or it needs more than its own arguments."""
         message = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
             return MachineError(
@@ -172,7 +172,7 @@ class Replay:
         )
 
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
-        """What follows the stack: logits [batch, length, vocabulary] of every batch, in order."""
+        """Logits [batch, length, vocabulary] of every batch, in order."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
                 with self._outline.ending(states.get(number).to(self.device)):

@@ -29,10 +29,10 @@ from quantcli.targets.base import StoredCheckpoint, Target, target_of
 
 
 class Served:
-    """A quantized checkpoint, by whoever made it, as the engine takes it."""
+    """A quantized checkpoint of any producer, as the engine loads it."""
 
     def __init__(self, stored: StoredCheckpoint, target: Target) -> None:
-        """InputError where it holds a type whose arithmetic this version does not have."""
+        """InputError for a type whose arithmetic this version does not have."""
         self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
         self._target = target
@@ -54,7 +54,7 @@ class Served:
         return cls(target.open_stored(checkpoint), target)
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """A float tensor as it is; a weight that was quantized as its codes stand for it."""
+        """A float tensor as it is; a quantized weight as its codes times scales."""
         module, _, suffix = stored.spec.name.rpartition(".")
         if suffix != "weight" or module not in self._modules:
             return read_tensor(stored)
@@ -62,22 +62,26 @@ class Served:
         return scheme.dequantize(parts)
 
     def quantizer(self, module: str, rows: Tensor, bias: Tensor | None) -> tuple[Scheme, Parts] | None:
-        """The scheme and the stored parts of a module; None where it is float."""
+        """The scheme and the stored parts of a module; None if it is float."""
         return self._parts(module) if module in self._modules else None
 
     def _parts(self, module: str) -> tuple[Scheme, Parts]:
-        found = self._modules[module]
-        scheme = _scheme(found.numerics)
-        assert scheme is not None  # told when it was opened
-        stored = {s: read_tensor(t) for s, t in found.tensors.items() if s != "bias"}
-        return scheme, self._target.unpack(scheme.numerics, stored)
+        stored_module = self._modules[module]
+        scheme = _scheme(stored_module.numerics)
+        assert scheme is not None  # checked when it was opened
+        tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
+        return scheme, self._target.unpack(scheme.numerics, tensors)
 
 
 def _unpacked(stored: StoredCheckpoint) -> Checkpoint:
-    """The checkpoint with a `.weight` also where codes have another name: `read` gives its values."""
+    """The checkpoint with a `.weight` also if codes have another name: `read` gives its values."""
     more = {
-        name: StoredTensor(TensorSpec(name, "F32", found.shape), found.codes.file, found.codes.offset)
-        for module, found in stored.modules.items()
+        name: StoredTensor(
+            TensorSpec(name, "F32", stored_module.shape),
+            stored_module.codes.file,
+            stored_module.codes.offset,
+        )
+        for module, stored_module in stored.modules.items()
         if (name := f"{module}.weight") not in stored.checkpoint.tensors
     }
     return replace(stored.checkpoint, tensors={**stored.checkpoint.tensors, **more})
@@ -134,7 +138,7 @@ class Forward:
     ) -> dict[int, Tensor]:
         """Run a layer over the states of its inputs, which its outputs replace.
 
-        other: run it over these as well, for the batches `only`, and return what comes out.
+        other: run it over these as well, for the batches `only`, and return the outputs.
         """
         name = self.skeleton.layers[index][0]
         aside: dict[int, Tensor] = {}
@@ -151,19 +155,16 @@ class Forward:
 
             if other is not None:
                 run(other, aside.__setitem__, only)
-            writer = self._writer(index + 1)
-            try:
+            with self._writer(index + 1) as writer:
                 run(self.states, writer.put)
-            except BaseException:
-                writer.abandon()
-                raise
+                outputs = writer.finish()
         for old in self.states.files:
             old.unlink()
-        self.states = writer.finish()
+        self.states = outputs
         return aside
 
     def logits(self) -> Iterator[Tensor]:
-        """What follows the layers: logits [batch, length, vocabulary] of every batch, in order."""
+        """Logits [batch, length, vocabulary] of every batch, in order."""
         return self._replay.endings(self.states)
 
 

@@ -35,12 +35,16 @@ class Segment:
     module: str  # of the checkpoint, without ".weight"
 
 
+# by parameter: for each expert its segments, in order
+Segments = Mapping[str, list[list[Segment]]]
+
+
 @dataclass
 class Group:
     """Stored tensors that one conversion of the library turns into one or more parameters."""
 
     target: str  # the first parameter's name
-    converter: Any  # the library's WeightConverter; None where a tensor is only renamed
+    converter: Any  # the library's WeightConverter; None if a tensor is only renamed
     sources: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern, tensor)
 
     def convert(self, read: Read, model: Any) -> dict[str, Tensor]:
@@ -55,7 +59,7 @@ class Group:
 
 
 class Skeleton:
-    """The modules of a model, their parameters on the meta device, and where each comes from.
+    """The modules of a model, their parameters on the meta device, and their sources.
 
     layers: the decoder stack, (name, module) in order.
     unused: stored tensors that the model has no parameter for, such as draft layers.
@@ -64,7 +68,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool) -> None:
         """dtype: safetensors name of the dtype to compute in.
 
-        Raises InputError where transformers cannot build the model, no decoder stack is found, or a
+        Raises InputError if transformers cannot build the model, no decoder stack is found, or a
         parameter of a decoder layer has no stored tensor.
         """
         self.checkpoint = checkpoint
@@ -77,7 +81,7 @@ class Skeleton:
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
-        """Every stored tensor's group, by the index of its layer; -1 for what is outside the stack."""
+        """Every stored tensor's group, by the index of its layer; -1 for those outside of the stack."""
         groups: dict[int, list[Group]] = defaultdict(list)
         by_label: dict[str, Group] = {}
         unused = []
@@ -103,7 +107,7 @@ class Skeleton:
         return self.layers[0][0].rpartition(".")[0]
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """What dtype each parameter and buffer is to have: as from_pretrained would make it."""
+        """The dtype of each parameter and buffer, as from_pretrained would make it."""
         return {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
 
     def _check(self) -> None:
@@ -131,16 +135,16 @@ class Skeleton:
             yield group, group.convert(column, self.model)
 
     def segments(self, index: int) -> dict[str, list[list[Segment]]]:
-        """Whose rows are whose, for every matrix parameter of a layer by its name.
+        """The stored weights in the rows of every matrix parameter of a layer, by its name.
 
-        One list of segments for a matrix [n, k]; one per expert where experts are fused [e, n, k].
+        One list of segments for a matrix [n, k]; one per expert if experts are fused [e, n, k].
         """
         if index not in self._segments:
             self._segments[index] = self._find_segments(index)
         return self._segments[index]
 
     def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
-        found: dict[str, list[list[Segment]]] = {}
+        segments: dict[str, list[list[Segment]]] = {}
         for group, parts in self._labels(index):
             modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
             for parameter, labels in parts.items():
@@ -148,8 +152,8 @@ class Skeleton:
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
                 rows = labels.reshape(-1, labels.shape[-2])
-                found[parameter] = [_runs(expert, modules) for expert in rows]
-        return found
+                segments[parameter] = [_runs(expert, modules) for expert in rows]
+        return segments
 
     def source(self, parameter: str) -> str | None:
         """The stored tensor that a parameter is, but for its name; None if it is made of more."""
@@ -218,12 +222,12 @@ class Skeleton:
 
     @cached_property
     def _outside(self) -> dict[str, Group]:
-        found = {group.target: group for group in self._groups[-1]}
+        groups = {group.target: group for group in self._groups[-1]}
         for names in _tied(self.model):  # an lm_head without a tensor of its own
-            stored = next((found[name] for name in names if name in found), None)
+            stored = next((groups[name] for name in names if name in groups), None)
             if stored is not None:
-                found.update({name: stored for name in names if name not in found})
-        return found
+                groups.update({name: stored for name in names if name not in groups})
+        return groups
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

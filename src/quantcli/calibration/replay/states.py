@@ -1,6 +1,6 @@
 """Hidden states between two decoder layers: a tensor a batch, in memory as far as allowed, and on disk.
 
-The file is what an interrupted run goes on from, and what is read where memory does not suffice.
+An interrupted run continues from the file, and it is read if memory does not suffice.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class States:
 
     @property
     def files(self) -> set[Path]:
-        """Where they are on disk."""
+        """The files that hold them."""
         return {stored.file for stored in self.stored.values()}
 
     def hold(self, batch: int, hidden: Tensor) -> None:
@@ -54,7 +55,10 @@ class States:
 
 
 class StatesWriter:
-    """Writes the states of one place; `finish` makes them durable and readable."""
+    """Writes the states of one place; `finish` makes them durable and readable.
+
+    A context; an error within it leaves the file behind under its temporary name.
+    """
 
     def __init__(self, folder: Path, layer: int, shapes: Sequence[TensorSpec], budget: int) -> None:
         """shapes: dtype and shape of each batch."""
@@ -75,9 +79,11 @@ class StatesWriter:
         self._states.stored = _stored(self._path)
         return self._states
 
-    def abandon(self) -> None:
-        """Close the file and leave it behind under its temporary name."""
-        self._writer.abandon()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.abandon()  # closes the file if it was not finished
 
 
 def _stored(path: Path) -> dict[int, StoredTensor]:
@@ -85,14 +91,14 @@ def _stored(path: Path) -> dict[int, StoredTensor]:
 
 
 def load_states(folder: Path, layer: int, shapes: Sequence[TensorSpec], budget: int) -> States | None:
-    """The states that an earlier run left; None where there are none of these shapes."""
+    """The states that an earlier run left; None if there are none of these shapes."""
     path = folder / states_file(layer)
     try:
         stored = _stored(path)
     except (QuantError, ValueError):
         return None
-    found = [(stored[b].spec.dtype, stored[b].spec.shape) for b in sorted(stored)]
-    if found != [(spec.dtype, spec.shape) for spec in shapes]:
+    stored_shapes = [(stored[b].spec.dtype, stored[b].spec.shape) for b in sorted(stored)]
+    if stored_shapes != [(spec.dtype, spec.shape) for spec in shapes]:
         return None
     states = States(budget)
     states.stored = stored

@@ -27,7 +27,7 @@ class Matrix:
 
 
 class Listener(Protocol):
-    """What wants to know of a layer's matrix multiplications."""
+    """Anything that sees, or replaces, a layer's matrix multiplications."""
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [..., k] is about to be multiplied; a result [..., n] to take instead, or None."""
@@ -47,10 +47,10 @@ class Matrices:
 
     def find(self, weight: Tensor) -> Matrix | None:
         """The parameter, and the expert, that a weight is a view of."""
-        found = self._by_storage.get(weight.untyped_storage().data_ptr())
-        if found is None:
+        entry = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if entry is None:
             return None
-        name, parameter = found
+        name, parameter = entry
         offset = weight.storage_offset() - parameter.storage_offset()
         expert = offset // parameter.stride(0) if parameter.dim() == 3 and weight.dim() == 2 else 0
         return Matrix(name, expert)
@@ -58,12 +58,12 @@ class Matrices:
 
 def linear_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     """input, weight and bias of a call of `linear`."""
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-    return given["input"], given["weight"], given.get("bias")
+    arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    return arguments["input"], arguments["weight"], arguments.get("bias")
 
 
 def grouped_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[int]]:
-    """x [tokens, k] sorted by expert, weight [e, k, n], and where each expert's tokens end."""
+    """x [tokens, k] sorted by expert, weight [e, k, n], and the end of each expert's tokens."""
     offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
     assert isinstance(offsets, Tensor)
     return args[0], args[1], [int(end) for end in offsets.tolist()]

@@ -49,7 +49,7 @@ class TextSource:
     seed: int | None  # None: the first ones
     pack: bool  # join the documents and cut windows of `length`; else each record is a sample
     batch_tokens: int  # a batch holds max(1, batch_tokens // length) samples
-    option: str = "calibration."  # what stands before `samples` and `length` where they are set
+    option: str = "calibration."  # prefix of `samples` and `length` in messages
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Batch:
     """Samples of one length, or padded on the right to one."""
 
     input_ids: Tensor  # int64 [batch, length]
-    mask: Tensor | None  # bool [batch, length], False on padding; None where there is none
+    mask: Tensor | None  # bool [batch, length], False on padding; None without padding
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Dataset:
 
 
 def check_source(source: TextSource, model: Path) -> None:
-    """Refuse what `load_dataset` could not use, as far as a look at the files tells.
+    """Refuse text that `load_dataset` could not use, as far as the files show it.
 
     source: the data and its options. model: the model's folder. Raises InputError or MachineError.
     """
@@ -90,7 +90,7 @@ def model_limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 def check_length(source: TextSource, positions: int | None) -> None:
-    """InputError where samples are longer than the model's positions, if it names how many."""
+    """InputError if samples are longer than the model's positions, if it names how many."""
     if positions is not None and source.length > positions:
         what = f"samples of {source.length} tokens are longer than the model's {positions} positions"
         fix = f"set {source.option}length to {positions} or less"
@@ -116,8 +116,8 @@ def load_dataset(
 ) -> Dataset:
     """The samples of `source` through the tokenizer in `model`. Same input, same batches.
 
-    positions and vocab_size are the model's, where it has them. `say` receives what takes long or
-    leaves text out. Raises InputError or MachineError.
+    positions and vocab_size are the model's, if it has them. `say` receives notes on slow steps and
+    on text that is left out. Raises InputError or MachineError.
     """
     check_source(source, model)
     check_length(source, positions)
@@ -186,7 +186,7 @@ def _choose(count: int, kind: str, source: TextSource) -> list[int]:
 
 
 def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> array[int]:
-    """A document's tokens, at least `enough` of them; none where it has nothing but special ones."""
+    """A document's tokens, at least `enough` of them; none if all of them are special."""
     text, special = document.content, True
     tokens = array("i")
     try:
@@ -232,7 +232,7 @@ def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
         what = f"the model's tokenizer cannot be loaded: {sentence(error)}"
         fix = "fetch its files again; a tokenizer.model also needs `pip install sentencepiece`"
         raise kind(what, where=str(model), fix=fix) from None
-    if empty:  # transformers makes one of nothing where the vocabulary is missing
+    if empty:  # transformers makes one of nothing if the vocabulary is missing
         raise InputError("the model's tokenizer has no vocabulary", where=str(model), fix=_FETCH)
     return tokenizer
 

@@ -22,7 +22,7 @@ from quantcli.core.errors import InputError, MachineError, QuantError
 
 HUB = "datasets:"
 MAX_BYTES = 2**26  # of text that is read; larger data is read in part, evenly
-PIECE = 2**20  # bytes that are read at once where only a part is read
+PIECE = 2**20  # bytes that are read at once if only a part is read
 _GOLDEN = 11400714819323198485  # 2**64 in the golden section
 _NAMES = "datasets:ID, datasets:ID:CONFIG or datasets:ID:CONFIG:SPLIT"
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -36,7 +36,7 @@ _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of a UTF-8 character after its
 
 @dataclass(frozen=True)
 class Document:
-    """One text or one chat, and where it stands."""
+    """One text or one chat, and its place."""
 
     content: str | list[dict[str, Any]]  # text, or messages with at least a `role`
     where: str  # file:line, file, or data set and row
@@ -67,8 +67,8 @@ def data_digest(data: str, where: str) -> str:
 def read_documents(data: str, where: str, say: Callable[[str], None]) -> list[Document]:
     """Everything in `data`, in its order; of what is over 64 MiB, an even choice.
 
-    A text file is one document, or several chunks where it is read in part. `say` hears of that,
-    and of data that may come over the network. Raises InputError with file:line or the byte.
+    A text file is one document, or several chunks if it is read in part. `say` receives a note on
+    that, and on data that may come over the network. Raises InputError with file:line or the byte.
     """
     if data.startswith(HUB):
         return _fetch(data, where, say)
@@ -159,7 +159,7 @@ def _lines(file: BufferedReader, size: int, path: Path) -> Iterator[Document]:
             record = json.loads(_decode(line.rstrip(), begin, where))
         except (ValueError, RecursionError) as error:
             reason = sentence(error)
-            if isinstance(error, json.JSONDecodeError):  # whose own words count lines from this one
+            if isinstance(error, json.JSONDecodeError):  # whose message counts lines from this one
                 reason = f"{error.msg} (column {error.colno})"
             what = f"not valid JSON: {reason}"
             raise InputError(what, where=where, fix=_RECORD) from None
@@ -168,7 +168,7 @@ def _lines(file: BufferedReader, size: int, path: Path) -> Iterator[Document]:
 
 def _document(record: Any, where: str) -> Document:
     if not isinstance(record, dict):
-        raise InputError("record is no JSON object", where=where, fix=_RECORD)
+        raise InputError("record is not a JSON object", where=where, fix=_RECORD)
     key = next((key for key in _KEYS if record.get(key) is not None), None)
     if key is None:
         keys = ", ".join(f"`{key}`" for key in _KEYS)
@@ -231,7 +231,7 @@ def _say_partial(data: str, say: Callable[[str], None]) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, on one line of at most 300 characters: whole sentences where there are."""
+    """The message of an error, on one line of at most 300 characters: whole sentences if possible."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):  # which says no more than the key
         text = f"{type(error).__name__} {text}".strip()

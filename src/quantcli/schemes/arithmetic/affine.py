@@ -7,18 +7,19 @@ is always a number of the dtype in which the engine holds it, judged by what the
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantcli.core.numerics import multiplier
+from quantcli.schemes.arithmetic.rounding import BITS
 
 # The smallest scale, also of a module whose inputs were all zero: a normal number with a finite
 # reciprocal, small enough for any real input, and large enough that its product with a weight's scale
 # is a normal float32.
 _SMALLEST = {torch.bfloat16: 2.0**-64, torch.float32: 2.0**-64, torch.float16: 2.0**-14}
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 # Steps of a dtype between scales that are tried. Of float32 only numbers of 16 bits: engines that hold
 # scales in it find scale and offset again from the ends of the range, s (127 - o) and s (-128 - o), and
 # cut the fraction of the offset off. These products are exact then; else every tenth offset is lost.
@@ -56,41 +57,70 @@ def of_distribution(
     high = max(0.0, float(values[-1])) if len(values) else 0.0
     if low == high:
         return of_range(low, high, engine_dtype, symmetric=symmetric)
-    seen, weights = values.numpy(), counts.numpy().astype(np.float64)
-    best = _search(seen, weights, low, high, engine_dtype, symmetric)
+    search = _Search(values.numpy(), counts.numpy().astype(np.float64), engine_dtype, symmetric)
+    best = search.best(low, high)
     while min(best[3:]) <= _NARROWEST:  # a few huge values: narrower still may be better
         low *= best[3] if best[3] <= _NARROWEST else 1
         high *= best[4] if best[4] <= _NARROWEST else 1
-        narrower = _search(seen, weights, low, high, engine_dtype, symmetric)
+        narrower = search.best(low, high)
         if narrower[0] >= best[0]:
             break
         best = narrower
     return -best[1], best[2]
 
 
-def _search(
-    seen: np.ndarray,
-    weights: np.ndarray,
-    low: float,
-    high: float,
-    engine_dtype: torch.dtype,
-    symmetric: bool,
-) -> _Best:
-    """The least loss over ranges from a quarter of [low, high] up to the whole."""
-    axis = np.arange(1, _NARROWEST - _COARSE / 2, -_COARSE)
-    axes = axis, axis
-    best: _Best = (math.inf, 0.0, 0.0, 1.0, 1.0)
-    for step in (*_FINE, 0.0):
-        below, above = _pairs(*axes, low, high, symmetric)
-        scale, offset = _fit(low * below, high * above, engine_dtype, symmetric)
-        best = min(best, _least(seen, weights, scale, offset, engine_dtype, below, above))
-        below, above = (np.clip(centre + step * np.arange(-3, 4), _NARROWEST, 1) for centre in best[3:])
-        axes = below, above
-    scale, offset = _neighbours(-best[1], best[2], engine_dtype, symmetric)
-    polished = _least(
-        seen, weights, scale, offset, engine_dtype, np.ones_like(scale), np.ones_like(scale)
-    )
-    return min(best, (*polished[:3], *best[3:]))
+@dataclass(frozen=True)
+class _Search:
+    """A search for scale and offset. values: ascending float32 [v]; weights: float64 [v]."""
+
+    values: np.ndarray
+    weights: np.ndarray
+    engine_dtype: torch.dtype
+    symmetric: bool
+
+    def best(self, low: float, high: float) -> _Best:
+        """The least loss over ranges from a quarter of [low, high] up to the whole."""
+        axis = np.arange(1, _NARROWEST - _COARSE / 2, -_COARSE)
+        axes = axis, axis
+        best: _Best = (math.inf, 0.0, 0.0, 1.0, 1.0)
+        for step in (*_FINE, 0.0):
+            below, above = self._pairs(*axes, low, high)
+            scale, offset = _fit(low * below, high * above, self.engine_dtype, self.symmetric)
+            best = min(best, self._least(scale, offset, below, above))
+            around = step * np.arange(-3, 4)
+            below, above = (np.clip(centre + around, _NARROWEST, 1) for centre in best[3:])
+            axes = below, above
+        scale, offset = self._neighbours(-best[1], best[2])
+        polished = self._least(scale, offset, np.ones_like(scale), np.ones_like(scale))
+        return min(best, (*polished[:3], *best[3:]))
+
+    def _pairs(
+        self, below: np.ndarray, above: np.ndarray, low: float, high: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Shares of both ends to try together; only one if an end is 0, or the range symmetric."""
+        if self.symmetric:
+            return below, below
+        shares = np.meshgrid(below if low else np.ones(1), above if high else np.ones(1))
+        return shares[0].ravel(), shares[1].ravel()
+
+    def _neighbours(self, scale: float, offset: float) -> tuple[np.ndarray, np.ndarray]:
+        """The scales next to `scale` in the engine dtype, each with the offsets next to `offset`."""
+        engine_dtype, integer = self.engine_dtype, BITS[self.engine_dtype]
+        bits = torch.tensor([scale]).to(engine_dtype).view(integer)
+        near = bits + _STEP[engine_dtype] * torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
+        least, largest = _SMALLEST[engine_dtype], torch.finfo(engine_dtype).max
+        scales = near.view(engine_dtype).float().clamp(least, largest).numpy()
+        offsets = np.zeros(1) if self.symmetric else np.clip(offset + np.arange(-1, 2), -128, 127)
+        pairs = np.meshgrid(scales, offsets.astype(np.float32))
+        return pairs[0].ravel(), pairs[1].ravel()
+
+    def _least(
+        self, scale: np.ndarray, offset: np.ndarray, below: np.ndarray, above: np.ndarray
+    ) -> _Best:
+        """The best of some candidates."""
+        losses = squared_error(self.values, self.weights, scale, offset, self.engine_dtype)
+        columns = (losses, -scale, offset, below, above)
+        return min(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _fit(
@@ -107,51 +137,8 @@ def _fit(
 def _cast(exact: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The nearest scale that is tried: float64 -> float32."""
     nearest, step = exact.to(engine_dtype), _STEP[engine_dtype]
-    bits = (nearest.view(_BITS[engine_dtype]) + step // 2) & -step
+    bits = (nearest.view(BITS[engine_dtype]) + step // 2) & -step
     return bits.view(engine_dtype).float()
-
-
-def _pairs(
-    below: np.ndarray, above: np.ndarray, low: float, high: float, symmetric: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of both ends to try together; of an end that is 0, and of symmetric ranges, only one."""
-    if symmetric:
-        return below, below
-    shares = np.meshgrid(below if low else np.ones(1), above if high else np.ones(1))
-    return shares[0].ravel(), shares[1].ravel()
-
-
-def _neighbours(
-    scale: float, offset: float, engine_dtype: torch.dtype, symmetric: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The scales next to `scale` in `engine_dtype`, each with the offsets next to `offset`."""
-    integer = _BITS[engine_dtype]
-    bits = torch.tensor([scale]).to(engine_dtype).view(integer)
-    near = bits + _STEP[engine_dtype] * torch.arange(-_ULPS, _ULPS + 1, dtype=integer)
-    scales = (
-        near.view(engine_dtype)
-        .float()
-        .clamp(_SMALLEST[engine_dtype], torch.finfo(engine_dtype).max)
-        .numpy()
-    )
-    offsets = np.zeros(1) if symmetric else np.clip(offset + np.arange(-1, 2), -128, 127)
-    pairs = np.meshgrid(scales, offsets.astype(np.float32))
-    return pairs[0].ravel(), pairs[1].ravel()
-
-
-def _least(
-    values: np.ndarray,
-    weights: np.ndarray,
-    scale: np.ndarray,
-    offset: np.ndarray,
-    engine_dtype: torch.dtype,
-    below: np.ndarray,
-    above: np.ndarray,
-) -> _Best:
-    """The best of some candidates."""
-    losses = squared_error(values, weights, scale, offset, engine_dtype)
-    columns = (losses, -scale, offset, below, above)
-    return min(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def squared_error(

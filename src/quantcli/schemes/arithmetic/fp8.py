@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantcli.schemes.arithmetic import rounding, tiles
 
-# Of inputs: what vLLM clamps dynamic scales to (`_FP8_MIN_SCALING_FACTOR`).
+# Of inputs: the smallest dynamic scale in vLLM (`_FP8_MIN_SCALING_FACTOR`).
 _LEAST_INPUT = 1 / (rounding.FP8_E4M3_MAX * 512)
 # Of a whole weight: vLLM dequantizes such weights to float16 while it loads them, and quantizes them
 # again. From 2^-15 on every code survives that; below, small codes fall together in float16.
@@ -35,6 +35,12 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return _codes(values * (1 / scale)), scale
 
 
+def npu_token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `npu_dynamic_quant` makes them: no smallest scale, and multiplied by 448 / amax."""
+    scaled, scale = rounding.scale_tokens(x, rounding.FP8_E4M3_MAX)
+    return _codes(scaled), scale
+
+
 def group_codes(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """x [..., k] -> codes as float32 [..., k], scales float32 [..., ceil(k / columns)].
 
@@ -47,6 +53,6 @@ def group_codes(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Clamped before the cast: what passes 448 would be NaN."""
+    """Clamped before the cast: values over 448 would be NaN."""
     limit = rounding.FP8_E4M3_MAX
     return scaled.clamp(-limit, limit).to(torch.float8_e4m3fn).float()

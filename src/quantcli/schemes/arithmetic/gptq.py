@@ -13,7 +13,7 @@ so whatever the columns before i have lost, column i makes up for best as q_i = 
 These are the codes of the paper, which takes U = R^-1 and keeps the columns that are left up to date;
 this way needs neither the inverse nor a copy of the weight.
 
-Rows do not depend on each other. Bits do not depend on threads: what each computes has a fixed size.
+Rows do not depend on each other. Bits do not depend on the number of threads: jobs have a fixed size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: samples never show all there is
 BLOCK = 128  # columns between two updates of all that follow
 _TILE = 512  # rows and columns that one job of a factorization takes
-_ATTEMPTS = 4  # with ten times the damping each, where H is not positive definite
+_ATTEMPTS = 4  # with ten times the damping each, if H is not positive definite
 
 Each = Callable[[Callable[[int], None], Iterable[int]], None]  # calls a function with every number
 
@@ -54,7 +54,7 @@ class Feedback:
     def of(
         cls, hessian: Tensor, *, damping: float = DAMPING, act_order: bool = True, each: Each = in_turn
     ) -> Feedback | None:
-        """From sum x x^T, float32 [k, k]. None where it cannot be factorized.
+        """From sum x x^T, float32 [k, k]. None if it cannot be factorized.
 
         Columns whose inputs were all zero neither give nor take: they are rounded to nearest. `each`
         may run jobs on several threads, each of which keeps to one thread in torch. Float64 inside,
@@ -104,24 +104,24 @@ class Feedback:
                 code = (target / steps[column]).round_().clamp_(least, largest)
                 codes[column] = code
                 lost[column] = torch.addcmul(columns[column], code, steps[column], value=-1)
-        found = torch.empty((n, k), dtype=torch.int8, device=rows.device)
-        found[:, self.order] = codes.T
-        return found
+        in_order = torch.empty((n, k), dtype=torch.int8, device=rows.device)
+        in_order[:, self.order] = codes.T
+        return in_order
 
 
 def factorize(matrix: Tensor, each: Each = in_turn) -> bool:
     """Cholesky in place: the lower triangle of a symmetric float64 [k, k] becomes L, matrix = L L^T.
 
-    False where it is not positive definite; then its content is of no use.
+    False if it is not positive definite; then its content is of no use.
     """
     k = len(matrix)
     for start in range(0, k, _TILE):
         stop = min(start + _TILE, k)
-        done = matrix[start:stop, :start]
+        left = matrix[start:stop, :start]
 
-        def subtract(row: int, start: int = start, stop: int = stop, done: Tensor = done) -> None:
+        def subtract(row: int, start: int = start, stop: int = stop, left: Tensor = left) -> None:
             rows = slice(row, min(row + _TILE, k))
-            matrix[rows, start:stop] -= matrix[rows, :start] @ done.T
+            matrix[rows, start:stop] -= matrix[rows, :start] @ left.T
 
         if start:
             each(subtract, range(start, k, _TILE))
@@ -162,7 +162,7 @@ def _sharer(shares: Tensor, lower: Tensor) -> Callable[[int], None]:
 
 class Rounded(NamedTuple):
     """Codes int8 [n, k], and of each row the error of its output, float64 [n]: of these codes, of the
-    nearest ones, and what there would be without any weight."""
+    nearest ones, and without any weight."""
 
     codes: Tensor
     error: Tensor
@@ -179,7 +179,7 @@ def gptq(
     largest: float,
     feedback: Feedback | None,
 ) -> Rounded:
-    """Codes of a block of rows: for each row those of GPTQ, or `nearest` where they are better.
+    """Codes of a block of rows: for each row those of GPTQ, or `nearest` if they are better.
 
     rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step: as in `Feedback.round`; nearest:
     int8 [n, k]. feedback: of this hessian; None: nearest. Errors are sums of squares over the inputs.

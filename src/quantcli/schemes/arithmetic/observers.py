@@ -1,4 +1,4 @@
-"""What is measured of a module's input while samples pass: ranges, distributions, channels.
+"""Summaries of a module's input while samples pass (ranges, distributions, channels), and observers.
 
 All but the moving average give the same result in whatever order and batches the samples come, so that
 threads may share an observer.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,90 +23,123 @@ _PATTERNS = 2**16  # of a 16-bit number
 _BLOCK = 2**18  # elements that are looked at together, so that copies of them stay in the cache
 
 
-class Observer(ABC):
-    """Measures the input of one module, or of siblings that share it. Threads may share it.
+class Summary(ABC):
+    """A summary of a module's inputs. `add` and `added` are called by one thread at a time."""
 
-    tokens: rows seen. finite: no batch had NaN or Inf; one that has is counted and not measured.
+    @abstractmethod
+    def of(self, x: Tensor) -> Any | None:
+        """A small summary of inputs [tokens, k], on the CPU; None if there is NaN or Inf among them.
+
+        Threads may call it at the same time.
+        """
+
+    @abstractmethod
+    def add(self, summary: Any, /, batch: int) -> None:
+        """Add the summary of some inputs of a batch."""
+
+    @abstractmethod
+    def added(self) -> Iterator[tuple[Any, int]]:
+        """All that was added, as (summary, batch)."""
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """The summary as tensors. Zeros if nothing was added."""
+
+
+class Observer:
+    """Observes the input of one module, or of siblings that share it. Threads may share it.
+
+    tokens: rows seen. finite: no batch had NaN or Inf; one that has is counted and not summed up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, summary: Summary, choose: Callable[[], Stats] | None = None) -> None:
+        """choose: makes stats of the summary; None: they are the summary's own."""
         self.tokens = 0
         self.finite = True
+        self.stats = summary.stats if choose is None else choose
+        self._summary = summary
         self._lock = threading.Lock()
 
     def update(self, x: Tensor, batch: int) -> None:
         """Look at inputs [tokens, k], without padding. `batch` is their place in the data, from 0."""
         if len(x) == 0:
             return
-        measured = self._measure(x)
+        summary = self._summary.of(x)
         with self._lock:
             self.tokens += len(x)
-            if self._sound(measured):
-                self._merge(measured, batch)
-            else:
+            if summary is None:
                 self.finite = False
+            else:
+                self._summary.add(summary, batch)
 
-    def absorb(self, other: Self) -> None:
-        """Take what another observer of the same kind has seen as seen here, too."""
+    def absorb(self, other: Observer) -> None:
+        """Count the inputs that another observer of the same kind has seen as seen here, too."""
         with self._lock:
             self.tokens += other.tokens
             self.finite &= other.finite
-            for measured, batch in other._merged():
-                self._merge(measured, batch)
-
-    @abstractmethod
-    def _measure(self, x: Tensor) -> Any:
-        """A small summary of [tokens, k], on the CPU; runs outside of the lock."""
-
-    @abstractmethod
-    def _sound(self, measured: Any) -> bool:
-        """Whether what was summed up had neither NaN nor Inf."""
-
-    @abstractmethod
-    def _merge(self, measured: Any, batch: int) -> None:
-        """Add a summary."""
-
-    @abstractmethod
-    def _merged(self) -> Iterator[tuple[Any, int]]:
-        """All that was added, as (summary, batch)."""
-
-    @abstractmethod
-    def stats(self) -> Stats:
-        """What was measured. Zeros where nothing was seen."""
+            for summary, batch in other._summary.added():
+                self._summary.add(summary, batch)
 
 
-class MinMax(Observer):
+def input_observer(
+    chosen_by: str,
+    of_range: Callable[[float, float], Stats],
+    of_distribution: Callable[[Tensor, Tensor], Stats],
+    *,
+    percent: float,
+    momentum: float = 0.0,
+) -> Observer:
+    """An observer that chooses how one module's inputs are represented.
+
+    chosen_by: minmax | moving_average | percentile | mse. of_range: stats of the range [low, high],
+    which includes 0. of_distribution: those with the least squared error over `values`, `counts`.
+
+    Its stats are these, and the extremes input_min and input_max: float32 [1] each. Scales are
+    positive also if nothing, or nothing but zeros, was seen.
+    """
+    if chosen_by in {"minmax", "moving_average"}:
+        ends = MinMax() if chosen_by == "minmax" else MovingAverage(momentum)
+        return Observer(ends, lambda: {**of_range(*ends.range()), **ends.stats()})
+    distribution = Distribution()
+
+    def choose() -> Stats:
+        values, counts = distribution.values()
+        if chosen_by == "mse":
+            return {**of_distribution(values, counts), **distribution.stats()}
+        inner = percentile(values, counts, percent)
+        if inner == (0.0, 0.0):  # nearly all is 0: such a range would clip all the rest
+            inner = percentile(values, counts, 100)
+        return {**of_range(*inner), **distribution.stats()}
+
+    return Observer(distribution, choose)
+
+
+class MinMax(Summary):
     """The extremes, and the range to represent, which is as wide. Both include 0."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._low = self._high = 0.0
 
-    def _measure(self, x: Tensor) -> tuple[float, float]:
-        low, high = x.aminmax()  # NaN comes through
-        return float(low), float(high)
+    def of(self, x: Tensor) -> tuple[float, float] | None:
+        """Lowest and highest value."""
+        low, high = map(float, x.aminmax())  # NaN comes through
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
-    def _sound(self, measured: tuple[float, float]) -> bool:
-        return all(map(math.isfinite, measured))
+    def add(self, ends: tuple[float, float], batch: int) -> None:
+        """Widen the range."""
+        self._low, self._high = min(self._low, ends[0]), max(self._high, ends[1])
 
-    def _merge(self, measured: tuple[float, float], batch: int) -> None:
-        self._low, self._high = min(self._low, measured[0]), max(self._high, measured[1])
-
-    def _merged(self) -> Iterator[tuple[tuple[float, float], int]]:
+    def added(self) -> Iterator[tuple[tuple[float, float], int]]:
+        """The extremes, as if of one batch."""
         yield (self._low, self._high), 0
-
-    def extremes(self) -> tuple[float, float]:
-        """Lowest and highest of all that was seen and 0."""
-        return self._low, self._high
 
     def range(self) -> tuple[float, float]:
         """Lowest <= 0 and highest >= 0 value to represent."""
-        return self.extremes()
+        return self._low, self._high
 
     def stats(self) -> Stats:
         """input_min and input_max, the extremes: float32 [1]."""
-        low, high = self.extremes()
-        return {"input_min": torch.tensor([low]), "input_max": torch.tensor([high])}
+        return {"input_min": torch.tensor([self._low]), "input_max": torch.tensor([self._high])}
 
 
 class MovingAverage(MinMax):
@@ -117,13 +150,15 @@ class MovingAverage(MinMax):
         self._momentum = momentum
         self._batches: dict[int, tuple[float, float]] = {}
 
-    def _merge(self, measured: tuple[float, float], batch: int) -> None:
-        super()._merge(measured, batch)
+    def add(self, ends: tuple[float, float], batch: int) -> None:
+        """Widen the range, and that of the batch."""
+        super().add(ends, batch)
         low, high = self._batches.get(batch, (0.0, 0.0))
-        self._batches[batch] = min(low, measured[0]), max(high, measured[1])
+        self._batches[batch] = min(low, ends[0]), max(high, ends[1])
 
-    def _merged(self) -> Iterator[tuple[tuple[float, float], int]]:
-        return ((measured, batch) for batch, measured in self._batches.items())
+    def added(self) -> Iterator[tuple[tuple[float, float], int]]:
+        """The extremes of each batch."""
+        return ((ends, batch) for batch, ends in self._batches.items())
 
     def range(self) -> tuple[float, float]:
         """The average over batches: new = momentum * old + (1 - momentum) * batch."""
@@ -135,41 +170,40 @@ class MovingAverage(MinMax):
         return low, high
 
 
-class Distribution(Observer):
+class Distribution(Summary):
     """How often each value occurs: exact for 16-bit inputs, 64 K counters whatever is seen.
 
     Float32 inputs are counted as their nearest bfloat16, within 2^-9 of the value.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._counts = np.zeros(_PATTERNS, dtype=np.int64)  # by bit pattern
         self._dtype: torch.dtype | None = None
 
-    def _measure(self, x: Tensor) -> tuple[np.ndarray, torch.dtype]:
+    def of(self, x: Tensor) -> tuple[np.ndarray, torch.dtype] | None:
+        """How often each bit pattern occurs, int64 [65536], and the dtype that the bits are of."""
         dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
         if x.device.type != "cpu":
             patterns = x.to(dtype).contiguous().view(torch.int16).flatten().int() & (_PATTERNS - 1)
-            return torch.bincount(patterns, minlength=_PATTERNS).cpu().numpy(), dtype
-        counts = np.zeros(_PATTERNS, dtype=np.int64)
-        for rows in _blocks(x):
-            numbers = rows.to(dtype).contiguous().view(torch.int16).numpy()
-            counts += np.bincount(numbers.view(np.uint16).ravel(), minlength=_PATTERNS)
-        return counts, dtype
-
-    def _sound(self, measured: tuple[np.ndarray, torch.dtype]) -> bool:
-        counts, dtype = measured
-        infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+            counts = torch.bincount(patterns, minlength=_PATTERNS).cpu().numpy()
+        else:
+            counts = np.zeros(_PATTERNS, dtype=np.int64)
+            for rows in _blocks(x):
+                numbers = rows.to(dtype).contiguous().view(torch.int16).numpy()
+                counts += np.bincount(numbers.view(np.uint16).ravel(), minlength=_PATTERNS)
         # Without its sign, a float orders like the integer it is stored as; NaN stands above Inf.
-        return not counts.reshape(2, -1)[:, infinity:].any()
+        infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+        return None if counts.reshape(2, -1)[:, infinity:].any() else (counts, dtype)
 
-    def _merge(self, measured: tuple[np.ndarray, torch.dtype], batch: int) -> None:
-        counts, dtype = measured
+    def add(self, counted: tuple[np.ndarray, torch.dtype], batch: int) -> None:
+        """Add the counts."""
+        counts, dtype = counted
         assert self._dtype in {None, dtype}, "the dtype of a module's inputs has changed"
         self._counts += counts
         self._dtype = dtype
 
-    def _merged(self) -> Iterator[tuple[tuple[np.ndarray, torch.dtype], int]]:
+    def added(self) -> Iterator[tuple[tuple[np.ndarray, torch.dtype], int]]:
+        """The counts, as if of one batch."""
         if self._dtype is not None:
             yield (self._counts, self._dtype), 0
 
@@ -198,24 +232,24 @@ def percentile(values: Tensor, counts: Tensor, percent: float) -> tuple[float, f
     return min(0.0, float(low)), max(0.0, float(high))
 
 
-class ChannelAmax(Observer):
+class ChannelAmax(Summary):
     """max |x| of each channel: `channel_amax` float32 [k]."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._amax = torch.zeros(1)
 
-    def _measure(self, x: Tensor) -> Tensor:
+    def of(self, x: Tensor) -> Tensor | None:
+        """Float32 [k]."""
         blocks = _blocks(x) if x.device.type == "cpu" else [x]
-        return torch.cat([rounding.absmax(rows, dim=0) for rows in blocks]).amax(0).cpu()
+        amax = torch.cat([rounding.absmax(rows, dim=0) for rows in blocks]).amax(0).cpu()
+        return amax if bool(torch.isfinite(amax).all()) else None
 
-    def _sound(self, measured: Tensor) -> bool:
-        return bool(torch.isfinite(measured).all())
+    def add(self, amax: Tensor, batch: int) -> None:
+        """Take the larger ones."""
+        self._amax = torch.maximum(self._amax, amax)
 
-    def _merge(self, measured: Tensor, batch: int) -> None:
-        self._amax = torch.maximum(self._amax, measured)
-
-    def _merged(self) -> Iterator[tuple[Tensor, int]]:
+    def added(self) -> Iterator[tuple[Tensor, int]]:
+        """The maxima, as if of one batch."""
         yield self._amax, 0
 
     def stats(self) -> Stats:

@@ -25,7 +25,8 @@ _FLOOR = {
     torch.bfloat16: torch.finfo(torch.bfloat16).tiny,
     torch.float16: 2.0**-24,
 }
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+# the integer in which a float is stored
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _MAGNITUDE = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 
 
@@ -35,7 +36,7 @@ def absmax(rows: Tensor, dim: int = -1) -> Tensor:
     Through the bits: without its sign, a float orders like the integer it is stored as, and NaN and
     Inf come out on top, so a row that holds one shows it here.
     """
-    integer = _BITS[rows.dtype]
+    integer = BITS[rows.dtype]
     magnitude = (rows.view(integer) & _MAGNITUDE[integer]).amax(dim, keepdim=True)
     return magnitude.view(rows.dtype).float()
 
@@ -44,7 +45,7 @@ def round_up(value: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The smallest number of dtype `engine_dtype` that is >= value, as float32. `value` is positive."""
     if engine_dtype == torch.float32:
         return value
-    integer = _BITS[engine_dtype]
+    integer = BITS[engine_dtype]
     nearest = value.to(engine_dtype)
     below = (nearest.float() < value).to(integer)
     return (nearest.view(integer) + below).view(engine_dtype).float()
@@ -69,7 +70,7 @@ def channel_scale(
 def scale_of(
     amax: Tensor, limit: float, engine_dtype: torch.dtype, least: Tensor | None = None
 ) -> Tensor:
-    """The same from what `absmax` found, of whatever shares a scale: float32 in the shape of `amax`."""
+    """The same from the largest |w| of values that share a scale: float32 in the shape of `amax`."""
     scale = amax / limit
     if least is not None:
         scale = torch.maximum(scale, least)
@@ -84,7 +85,7 @@ def int8_scale(rows: Tensor, engine_dtype: torch.dtype, least: Tensor | None = N
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
     """round(rows / scale), half to even, in float32. |rows| <= INT8_REACH * scale: nothing to clip."""
-    return _float32(rows).div_(scale).round_().to(torch.int8)
+    return rows.to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
 
 
 def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
@@ -92,35 +93,27 @@ def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
 
     The division may pass 448 by one ulp; everything below 464 rounds back to 448.
     """
-    return _float32(rows).div_(scale).to(torch.float8_e4m3fn)
+    return rows.to(torch.float32, copy=True).div_(scale).to(torch.float8_e4m3fn)
 
 
-def _float32(rows: Tensor) -> Tensor:
-    """A float32 copy to work on in place; a float32 source is copied too."""
-    return rows.to(torch.float32, copy=True)
+def scale_tokens(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Inputs as `npu_dynamic_quant` scales them, not rounded yet: float32 [..., k], within `limit`, the
+    largest code; and the scale of each token, float32 [..., 1].
 
-
-def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs as `npu_dynamic_quant` makes them: codes as float32 [..., k], scale float32 [..., 1].
-
-    mul = 127 / amax once in float32, then a multiply; a token of zeros has codes and scale 0.
+    limit / amax once in float32, then a multiply; a token of zeros has values and scale 0.
     """
-    values, multiplier, scale = _token_scale(x, INT8_MAX)
-    return (values * multiplier).round_(), scale
-
-
-def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for float8_e4m3fn inputs: codes as float32 [..., k], scale float32 [..., 1]."""
-    values, multiplier, scale = _token_scale(x, FP8_E4M3_MAX)
-    codes = (values * multiplier).clamp_(-FP8_E4M3_MAX, FP8_E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.float(), scale
-
-
-def _token_scale(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     values = x.float()
     amax = values.abs().amax(-1, keepdim=True)
     multiplier = torch.where(amax > 0, limit / amax, 0.0)
-    return values, multiplier, amax * (1 / limit)
+    return values * multiplier, amax * (1 / limit)
+
+
+def linear_float_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., k] -> [..., n] with a dequantized weight [..., n, k], in the dtype of x.
+
+    The weight is rounded to the dtype of x; sums are float32, rounded once with the bias.
+    """
+    return add_bias(x.float() @ weight.to(x.dtype).float().mT, bias, x.dtype)
 
 
 def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,12 +123,14 @@ def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     `npu_quant_matmul`: y = (f32(sum_k xq wq) * scale) * token_scale + bias, rounded once; the sum is
     exact in float64.
     """
-    codes, token_scale = quantize_tokens_int8(x)
-    total = (codes.double() @ weight.double().mT).float()
-    y = total * per_output(scale.squeeze(-1)) * token_scale
-    if bias is not None:
-        y = y + per_output(bias.float())
-    return y.to(x.dtype)
+    scaled, token_scale = scale_tokens(x, INT8_MAX)
+    total = (scaled.round_().double() @ weight.double().mT).float()
+    return add_bias(total * per_output(scale.squeeze(-1)) * token_scale, bias, x.dtype)
+
+
+def add_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y + bias in float32, rounded once to `dtype`. y: float32 [..., n]; bias: [n] or [..., n]."""
+    return (y if bias is None else y + per_output(bias.float())).to(dtype)
 
 
 def per_output(values: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ def absmax(rows: Tensor, block: tuple[int, int]) -> Tensor:
     NaN and Inf in a tile show in it.
     """
     tall, columns = block
-    found = rounding.absmax(cut(rows, columns)).squeeze(-1)
+    amax = rounding.absmax(cut(rows, columns)).squeeze(-1)
     if tall == 1:
-        return found
-    n = found.shape[-2]
+        return amax
+    n = amax.shape[-2]
     stacked = -(-n // tall)
-    found = F.pad(found, (0, 0, 0, stacked * tall - n))
-    return found.reshape(*found.shape[:-2], stacked, tall, found.shape[-1]).amax(-2)
+    amax = F.pad(amax, (0, 0, 0, stacked * tall - n))
+    return amax.reshape(*amax.shape[:-2], stacked, tall, amax.shape[-1]).amax(-2)
 
 
 def spread(scale: Tensor, block: tuple[int, int], n: int, k: int) -> Tensor:
