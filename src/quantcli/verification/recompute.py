@@ -195,7 +195,10 @@ class Recomputation:
 
         def parts(start: int, count: int) -> Parts:
             with ModuleReader(module) as reader:
-                return target.unpack(numerics, reader.rows(start, count))
+                unpacked = target.unpack(numerics, reader.rows(start, count))
+                return {
+                    name: tensor.clone() for name, tensor in unpacked.items()
+                }  # the next reader overwrites them
 
         constants = calibrated.constants
         if taken - {"codes"}:
