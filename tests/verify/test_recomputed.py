@@ -13,6 +13,7 @@ from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.commands import quantize as commands
 from quantcli.commands.pack import pack, plan_pack
 from quantcli.core.errors import InputError
+from quantcli.planning.block import Calibrated
 from quantcli.schemes.integer import least_error
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
@@ -557,3 +558,54 @@ def test_it_is_said(stock):
     assert again.code == 0
     assert "recomputed 162" in again.out
     assert "were not recomputed" not in again.out
+
+
+@pytest.mark.parametrize("case", [("llama", "fp8_dynamic"), ("llama", "ct_w4a16")], ids=" ".join)
+def test_a_quantized_source(stock, tmp_path, case):
+    """Its codes are decoded again, row by row."""
+    source = stock.good(*case).path
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('target: ascend\nrules: [{match: "*_proj", scheme: w8a8_dynamic}]\n')
+    out = Good(tmp_path / "out", source)
+    commands.quantize(commands.plan(recipe, model=str(source), out=out.path))
+    report = examine(out.path, source)
+    assert report.errors == []
+    assert report.not_checked == []
+    assert report.checked["recomputed"] == 95
+    copy = Copy(out, tmp_path / "copy")
+    with copy.tensors() as tensors:
+        where = one_code(tensors)
+    copy.seal()
+    report = examine(copy.path, source)
+    assert [(e.check, e.where) for e in report.errors] == [("recomputed", where)]
+
+
+def test_what_an_error_says(stock, tmp_path):
+    good = stock.good("llama", "w8a8_dynamic")
+    copy = Copy(good, tmp_path / "copy")
+    with copy.tensors() as tensors:
+        name = f"{Q}.weight"
+        codes = tensors[name].clone()
+        codes[3, 4] = -100
+        codes[5, 6:9] = -101
+        before = int(tensors[name][3, 4])
+        tensors[name] = codes
+    copy.seal()
+    errors = [e for e in examine(copy.path, good.source).errors if e.check == "recomputed"]
+    what = f"is -100; the recipe makes {before} of the source, and 3 more differ"
+    assert [(e.what, e.where, e.fix) for e in errors] == [
+        (what, f"`{name}`[3, 4]", "convert the model again")
+    ]
+
+
+@pytest.mark.parametrize(("elements", "job"), [(1, 1), (1000, 2**12)])
+def test_whatever_cuts_the_work(stock, monkeypatch, elements, job):
+    good = stock.good("llama", "smooth")
+    monkeypatch.setattr("quantcli.planning.block.JOB_BYTES", job)
+    monkeypatch.setattr("quantcli.planning.block.compute.__defaults__", (Calibrated(), elements))
+    options = VerifyOptions(
+        good.path, against=str(good.source), calibration=calibration_of(good), workers=3
+    )
+    report = verify(options)
+    assert report.errors == []
+    assert report.checked["recomputed"] == 207
