@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
-from quantcli.checkpoint.tensors import read_span
+from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
@@ -85,9 +85,12 @@ class Recomputation:
     # -- the tensors that there should be ------------------------------------------------------------
 
     def _edits_are_certain(self, item: Item) -> bool:
-        """Whether all edits of an item are known: without calibration, none in a decoder layer are."""
+        """Whether all edits of an item are known: without calibration, none in a decoder layer are, and
+        no transform."""
         if self.calibrated or not isinstance(self.plan, Plan):
             return True
+        if isinstance(item, Quantize) and item.scheme.schedule:
+            return False
         learns = any(other.scheme.schedule for other in quantized_items(self.plan))
         edits = learns or self.plan.recipe.file.smooth is not None
         return not edits or layer_of(item.source.spec.name) is None
@@ -129,6 +132,10 @@ class Recomputation:
                 here = "float, or damaged" if module is None else module.layout.label
                 what = f"the recipe makes this module {label}; it is {here}"
                 yield failed(CHECK, what, f"`{item.module}`", CONVERT)
+                return
+            if module.shape != item.source.spec.shape:
+                what = f"the weight is {list(item.source.spec.shape)}; the codes are for "
+                yield failed(CHECK, what + f"{list(module.shape)}", f"`{item.module}`", CONVERT)
                 return
         for spec in self._specs(item):
             stored = self.stored.checkpoint.tensors.get(spec.name)
@@ -233,6 +240,8 @@ class Recomputation:
         bias = None if item.bias is None else read_span(item.bias, rows.start, count)
         once = {param.suffix for param in module.constants}
         for suffix, tensor in recode(repack, packed, tensors, rows.start, bias).items():
+            if suffix not in module.tensors:  # which the engine does not need
+                continue
             spec = module.tensors[suffix].spec
             if suffix not in once:
                 yield spec, repack.first_row(spec, rows.start), tensor
@@ -251,9 +260,11 @@ class Recomputation:
         scheme, target = item.scheme, self.plan.target
         if scheme.clip != "mse" or self.packed is not None:
             return False
+        module = self.stored.modules[item.module]
+        once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
         named = [(block.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
-        actual = target.unpack(scheme.numerics, {suffix: block.actual for suffix, block in named})
-        expected = target.unpack(scheme.numerics, {suffix: block.expected for suffix, block in named})
+        actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
+        expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
         rows = read_span(item.source, start, len(actual["weight"]))
         values = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
         values = values.view(-1, values.shape[1] // actual["weight_scale"].shape[1])  # by scale
@@ -282,6 +293,9 @@ class _Block:
     def difference(self) -> _Difference | None:
         """None if both have the same bits."""
         actual, expected = self.actual, self.expected.reshape(self.actual.shape)
+        if actual.dtype != expected.dtype:  # after packing by another tool
+            start = (self.first_row, 0)[: max(1, len(self.spec.shape))]
+            return _Difference(self.spec.name, start, str(actual.dtype), str(expected.dtype), 1)
         if torch.equal(_bytes(actual), _bytes(expected)):
             return None
         unlike = (_bytes(actual) != _bytes(expected)).view(-1, actual.element_size()).any(1)
