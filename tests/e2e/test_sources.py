@@ -276,7 +276,7 @@ def test_calibrate(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words"), [(None, "no rounding"), (PLAIN, "never rounded to codes")]
+    ("recipe", "words"), [(None, "not rounding"), (PLAIN, "never rounded to codes")]
 )
 def test_compared_with_what_the_source_was_made_from(box: Box, recipe: str | None, words: str) -> None:
     """What the source has lost already is no fault of the conversion: the finding says it."""

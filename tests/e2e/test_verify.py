@@ -23,6 +23,7 @@ from quantcli.core.events import SILENT
 from quantcli.verification.on_text import text_batches
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
+from tests.hub_cache import COMMIT, cache_model
 from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,103 @@ def test_limits_of_the_recipe(tmp_path: Path) -> None:
     assert verify(out, "--against", MODEL, "--min-sqnr", "30").code == 0, "the command line wins"
 
 
+def coarser(tensors: dict[str, torch.Tensor]) -> None:
+    """Every code of a module off by 8: about 14 dB, and no single number by much."""
+    codes = tensors[f"{DOWN}.weight"]
+    off = torch.where(torch.arange(codes.numel()).view(codes.shape) % 3 == 0, 8, -8)
+    tensors[f"{DOWN}.weight"] = (codes.int() + off).clamp(-127, 127).to(torch.int8)
+
+
+@pytest.mark.parametrize("limit", ["-.inf", "5"])
+def test_a_checkpoint_cannot_loosen_limits(copy: Path, tmp_path: Path, limit: str) -> None:
+    change(copy, coarser)
+    recipe = copy / "quantcli_recipe.yaml"
+    recipe.write_text(recipe.read_text() + f"verify: {{min_sqnr: {limit}}}\n")
+    done = verify(copy, "--against", MODEL)
+    assert done.code == 1
+    assert "the limit 20.00 dB" in done.out
+    hint = (
+        f"the checkpoint's own `min_sqnr` is {float(limit.replace('.', '')):g}, looser than the default"
+    )
+    assert hint in done.out
+    assert "--recipe FILE" in done.out
+    own = tmp_path / "own.yaml"
+    own.write_text("target: ascend\nrules: [{match: '*', scheme: w8a16}]\nverify: {min_sqnr: 10}\n")
+    loose = verify(copy, "--against", MODEL, "--recipe", own, "--json")
+    assert (loose.code, loose.json["limits"]["min_sqnr"]) == (0, 10), loose.out
+    assert verify(copy, "--against", MODEL, "--recipe", own, "--min-sqnr", "60").code == 1
+
+
+def test_the_run_keeps_its_limits(copy: Path, tmp_path: Path) -> None:
+    change(copy, bad_layer)
+    recipe = copy / "quantcli_recipe.yaml"
+    recipe.write_text(recipe.read_text() + "verify: {max_ppl_ratio: .inf, max_kl: 1000.0}\n")
+    words = ("--against", MODEL, "--run", "--data", TEXT, *FEW, "--json")
+    done = verify(copy, *words)
+    assert done.json["limits"] == {"min_sqnr": None, "max_ppl_ratio": 1.05, "max_kl": 0.1}
+    fixes = {f["check"]: f["fix"] for f in done.json["findings"] if f["severity"] == "error"}
+    assert "the checkpoint's own `max_ppl_ratio` is inf" in fixes["perplexity"]
+    assert "the checkpoint's own `max_kl` is 1000" in fixes["kl"]
+    own = tmp_path / "own.yaml"
+    own.write_text("target: ascend\nrules: [{match: '*', scheme: w8a16}]\n"
+                   "verify: {max_ppl_ratio: 1000, max_kl: 1000}\n")  # fmt: skip
+    loose = verify(copy, *words, "--recipe", own)
+    checks = {f["check"] for f in loose.json["findings"] if f["severity"] == "error"}
+    assert checks == {"sqnr", "layer outputs"}
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_a_checkpoint_and_a_model_on_the_hub(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    """By its id, as fetched earlier; the client does not ask the network for what is in its cache."""
+    import huggingface_hub
+
+    hub = tmp_path / "hub"
+    for number, folder in enumerate((copy, Path(shutil.copytree(MODEL, tmp_path / "model")))):
+        place = cache_model(folder, hub / str(number))
+        place.parents[1].rename(hub / f"models--org--{number}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(hub))
+    done = verify(f"org/0{revision}", "--against", f"org/1{revision}", "--json")
+    assert done.code == 0, done.out + done.err
+    assert done.json["checkpoint"] == str(hub / "models--org--0" / "snapshots" / COMMIT)
+    assert done.json["against"] == str(hub / "models--org--1" / "snapshots" / COMMIT)
+    assert done.json["tensors"]["quantized"] == 42
+    inside = hub / "models--org--0" / "snapshots" / COMMIT / "junit.xml"
+    refused = verify(f"org/0{revision}", "--junit", inside)
+    assert (refused.code, "become part of the checkpoint" in refused.err) == (2, True)
+
+
+def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    done = verify("org/name@v9")
+    assert done.code == 3
+    assert "`org/name@v9` is neither a directory nor in the Hub cache" in done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "check", "what"),
+    [
+        ("modeling_evil.py", "manifest", "it holds code"),
+        ("tokenizer.model", "manifest", "it belongs to a tokenizer"),
+        ("model-extra.safetensors", "manifest", "it holds weights"),
+        ("README.md", None, "it was added later"),
+    ],
+)
+def test_a_file_that_was_added(copy: Path, file: str, check: str | None, what: str) -> None:
+    source = next(copy.glob("*.safetensors"))
+    (copy / file).write_bytes(source.read_bytes() if file.endswith(".safetensors") else b"x")
+    done = verify(copy, "--json")
+    assert done.code == (1 if check else 0)
+    (finding,) = (f for f in done.json["findings"] if f["where"] == file and f["check"] == "manifest")
+    assert what in finding["what"]
+
+
 def test_the_other_model_has_more_and_less(copy: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(MODEL, tmp_path / "source"))
     file = next(iter(sorted(source.glob("*.safetensors"))))
@@ -238,6 +336,9 @@ def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> 
         (("--max-kl", "3"), "--max-kl has no effect without --run", "add --run"),
         (("--max-ppl-ratio", "3"), "--max-ppl-ratio has no effect without --run", "add --run"),
         (("--min-sqnr", "30"), "--min-sqnr has no effect without --against", "add --against MODEL"),
+        (("--recipe", "r.yaml"), "--recipe has no effect without --against", "add --against MODEL"),
+        (("--against", MODEL, "--recipe", "no.yaml"), "the recipe does not exist", "quantcli recipes"),
+        (("--against", MODEL, "--recipe", "w8a16"), "the recipe sets no limit", "leave out --recipe"),
         (("--min-sqnr", "-5"), "-5.0 is not a limit", "number"),
         (("--junit", "/dev/null"), "`/dev/null` is not a regular file", "new file"),
         (("--tp", "1,x"), "tensor parallel sizes are whole numbers", "--tp 1,2,4"),

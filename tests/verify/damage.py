@@ -103,8 +103,12 @@ class Copy:
                 "bytes": (self.path / name).stat().st_size,
                 "sha256": hashlib.sha256((self.path / name).read_bytes()).hexdigest(),
             }
-            for name in table["files"]
-            if (self.path / name).exists()
+            for name in sorted(
+                path.relative_to(self.path).as_posix()
+                for path in self.path.rglob("*")
+                if path.is_file()
+            )
+            if name != MANIFEST
         }
         (self.path / MANIFEST).write_bytes(encode_manifest(table))
 
@@ -372,6 +376,16 @@ def flip(file: str | int, place: int, which: int = 0) -> Damage:
         return bytes(harmed)
 
     return raw(file, to)
+
+
+def write(file: str, data: bytes = b"{}") -> Damage:
+    """A file more."""
+
+    def damage(copy: Copy) -> None:
+        (copy.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy.path / file).write_bytes(data)
+
+    return damage
 
 
 def lose(file: str | int) -> Damage:

@@ -15,6 +15,7 @@ from tests.verify.damage import (
     change,
     drop,
     each,
+    good_of,
     put,
     row,
     swap,
@@ -248,3 +249,13 @@ def change_dtype(copy):
 @pytest.mark.parametrize(**table(HARM))
 def test_caught(stock, tmp_path, row):
     assert_caught(stock, row, tmp_path)
+
+
+def test_a_rounded_cache_is_a_note(stock, tmp_path):
+    copy = Copy(good_of(stock, "ct dynamic"), tmp_path / "copy")
+    beside(kv_cache_scheme={"num_bits": 8})(copy)
+    copy.seal()
+    report = verify(VerifyOptions(copy.path, against=str(copy.source)))
+    assert report.ok
+    (note,) = report.findings
+    assert note.what.startswith("has a `kv_cache_scheme`")

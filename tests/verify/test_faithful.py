@@ -1,12 +1,18 @@
 """Checkpoints that are sound in themselves, and not what the float model says: --against and --run."""
 
+import shutil
+
 import pytest
 import torch
 
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
     GENERATION,
+    MANIFEST,
     TOKENIZER,
+    Copy,
     add,
     assert_caught,
     bit,
@@ -14,13 +20,16 @@ from tests.verify.damage import (
     drop,
     each,
     edit,
+    good_of,
     lose,
     put,
     raw,
     row,
     swap,
     table,
+    write,
 )
+from tests.verify.test_files import USES, of_the_text, stray
 
 LAYER, OTHER = "model.layers.1", "model.layers.2"
 Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj" for name in "qkvo")
@@ -180,6 +189,29 @@ AGAINST = [
         "chat_template.jinja", "differs"),
     row("tokenizer of another model", "dynamic", raw(TOKENIZER, lambda d: d.replace(b"1.0", b"1.1")),
         "source", TOKENIZER),
+    # files and keys too many, by whoever could seal the manifest again
+    *(row(f"{file} is added", "dynamic", write(file), "source", file, "not in the other model", what)
+      for file, what in USES.items()),
+    row("stray weight file", "dynamic", stray, "source", "stray.safetensors", "weights"),
+    row("compiled code", "reference", write("__pycache__/modeling.pyc"), "source", "__pycache__/",
+        "code"),
+    row("code named in config.json", "dynamic", edit(CONFIG, auto_map={"AutoModel": "evil.M"}),
+        "source", "`auto_map` is", "no such key"),
+    row("tied, and a head stored", "dynamic", edit(CONFIG, tie_word_embeddings=True), "source",
+        "`tie_word_embeddings` is True"),
+    row("tied in the text model's part", "multimodal",
+        lambda copy: of_the_text(copy, tie_word_embeddings=7), "source", "text_config.tie_word_emb"),
+    row("key that is null", "dynamic", lambda copy: null(copy, "sliding_window"), "source",
+        "`sliding_window` is None", "no such key"),
+    row("key that is gone", "dynamic", edit(CONFIG, rms_norm_eps=None), "source", "`rms_norm_eps`",
+        "missing"),
+    row("dtype, in the manifest too", "dynamic", lambda copy: served_in_float16(copy), "source",
+        "`dtype` is 'float16'", "by the other model it is bfloat16"),
+    row("dtype, without a manifest", "ct dynamic",
+        each(edit(CONFIG, torch_dtype="float16"), lose(MANIFEST)), "source", "`torch_dtype`",
+        "bfloat16"),
+    row("quantization that another reader finds", "ct dynamic",
+        edit(CONFIG, compression_config={"a": 1}), "source", "`compression_config`"),
     row("config.json of another model", "dynamic", edit(CONFIG, rms_norm_eps=0.1), "source",
         "rms_norm_eps", "0.1"),
     row("rope of another model, in the text model's part", "multimodal", lambda copy: nested(copy),
@@ -235,6 +267,48 @@ def unsmoothed(copy, module):
 def nested(copy):
     with copy.json(CONFIG) as config:
         config["text_config"]["max_position_embeddings"] = 4096
+
+
+def null(copy, key):
+    with copy.json(CONFIG) as config:
+        assert key not in config
+        config[key] = None
+
+
+def served_in_float16(copy):
+    edit(CONFIG, dtype="float16")(copy)
+    edit(MANIFEST, serving_dtype="F16")(copy)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [".gitattributes", ".cache/huggingface/x", "README.md", "LICENSE", "model.sig", "figures/a.png"],
+)
+def test_what_an_upload_adds_is_a_note(stock, tmp_path, file):
+    copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")
+    write(file)(copy)
+    copy.seal()
+    report = verify(VerifyOptions(copy.path, full=True, against=str(copy.source)))
+    notes = [(note.check, note.where, note.what) for note in report.findings]
+    place, what = (".cache/", "folder") if file.startswith(".cache") else (file, "file")
+    assert ("source", place, f"{what} is not in the other model; engines do not read it") in notes
+    assert report.ok
+
+
+def test_a_file_that_conversions_leave_out_is_a_note_if_it_is_the_source_s(stock, tmp_path):
+    copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")
+    source = shutil.copytree(copy.source, tmp_path / "source")
+    for folder in (copy.path, source):
+        (folder / "training_args.bin").write_bytes(b"same")
+    copy.seal()
+
+    def findings():
+        report = verify(VerifyOptions(copy.path, against=str(source)))
+        return [(f.check, f.severity) for f in report.findings if f.where == "training_args.bin"]
+
+    assert findings() == [("files", "note"), ("source", "note")]
+    (source / "training_args.bin").write_bytes(b"other")
+    assert findings() == [("files", "note"), ("source", "error")]
 
 
 @pytest.mark.parametrize(**table(AGAINST))

@@ -19,12 +19,14 @@ from tests.verify.damage import (
     Copy,
     assert_caught,
     describe,
+    each,
     edit,
     good_of,
     lose,
     raw,
     row,
     table,
+    write,
 )
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -121,6 +123,21 @@ def first_shard(written):
 
 
 OPEN = {"sealed": False}
+# Files that something may read, each with the word for it.
+USES = {
+    "modeling_other.py": "code",
+    "deep/modeling_other.PY": "code",
+    "pytorch_model.bin": "pickle",
+    "model.gguf": "weights",
+    "extra/model.safetensors.index.json": "weights",
+    "chat_template.json": "template",
+    "additional_chat_templates/tools.jinja": "template",
+    "tokenizer.model": "tokenizer",
+    "added_tokens.json": "tokenizer",
+    "merges.txt": "tokenizer",
+    "preprocessor_config.json": "settings",
+    "weights.xyz": "a library may look for it",
+}
 MARKED = (codecs.BOM_UTF8 + b"%b").__mod__
 ROWS = [
     # a byte order mark, at which engines stop
@@ -175,6 +192,13 @@ ROWS = [
     row("float32", "dynamic", edit(CONFIG, dtype="float32"), "config", "float32",
         "bfloat16 or float16"),
     row("dtype that nothing has", "dynamic", edit(CONFIG, dtype="int7"), "config", "no dtype"),
+    *(row(f"{key} of another serving dtype", good, edit(CONFIG, **{key: "float16"}), "config", key,
+          "'float16'", "served in BF16") for good, key in
+      (("dynamic", "dtype"), ("dynamic", "torch_dtype"), ("ct dynamic", "torch_dtype"))),
+    row("torch_dtype that nothing is served in", "dynamic", edit(CONFIG, torch_dtype="float32"),
+        "config", "torch_dtype", "'float32'", "served in BF16"),
+    row("dtype of the text model", "multimodal", lambda copy: of_the_text(copy, dtype="float16"),
+        "config", "text_config.dtype", "served in BF16"),
     row("no dtype", "dynamic", edit(CONFIG, dtype=None), "config", "no dtype"),
     # description
     row("no description", "dynamic", lose(DESCRIPTION), "description", "there is no", DESCRIPTION),
@@ -216,9 +240,12 @@ ROWS = [
         "manifest", "changed since it was written", **OPEN),
     row("manifest is no JSON", "dynamic", raw(MANIFEST, lambda data: data[:50]), "manifest",
         "not valid JSON", **OPEN),
-    row("manifest leads out of the folder", "dynamic", manifest(moved), "manifest", "outside", **OPEN),
+    row("manifest leads out of the folder", "dynamic", manifest(moved), "manifest", "outside", **OPEN,
+        most=2),
     row("manifest forgets a weight file", "dynamic",
         manifest(lambda m: m["files"].pop(first_shard(m))), "manifest", "not in the manifest", **OPEN),
+    *(row(f"{file} is not in the manifest", "dynamic", write(file), "manifest", file, what,
+          "not in the manifest", **OPEN) for file, what in USES.items()),
     row("manifest has another size", "dynamic",
         manifest(lambda m: m["files"][TOKENIZER].update(bytes=7)), "manifest", "says 7", **OPEN),
     row("manifest without files", "dynamic", manifest(lambda m: m.pop("files")), "manifest",
@@ -234,6 +261,11 @@ def quantized_text(copy):
         config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
 
 
+def of_the_text(copy, **entries):
+    with copy.json(CONFIG) as config:
+        config["text_config"].update(entries)
+
+
 @pytest.mark.parametrize(**table(ROWS))
 def test_caught(stock, tmp_path, row):
     assert_caught(stock, row, tmp_path)
@@ -242,15 +274,35 @@ def test_caught(stock, tmp_path, row):
 @pytest.mark.parametrize(
     ("damage", "note"),
     [
-        (stray, "weight file is not in the index: engines skip it"),
-        (lambda copy: (copy.path / "notes.md").write_text("x"), "file is not in the manifest"),
+        (each(stray, Copy.seal), "weight file is not in the index: engines skip it"),
+        (each(write("old.bin"), Copy.seal), "file is not verified: engines read safetensors"),
+        (write("notes.md"), "file is not in the manifest"),
+        (write(".gitattributes"), "file is not in the manifest"),
+        (write("model.sigstore.json"), "file is not in the manifest"),
+        (write(".cache/huggingface/x"), "folder is not in the manifest"),
         (lose(MANIFEST), "there is no quantcli_manifest.json"),
+        (each(edit(CONFIG, dtype="float16"), lose(MANIFEST)),
+         "is BF16, like 10 other tensors; the model is served in F16, to which it is rounded"),
+        (each(edit(CONFIG, torch_dtype="float32"), lose(MANIFEST)),
+         "`torch_dtype` is 'float32'; another key says BF16"),
+        (each(describe(kv_cache_type="C8"), Copy.seal), "has `kv_cache_type`: what the engine rounds"),
+        (each(edit(CONFIG, tie_word_embeddings=True), Copy.seal),
+         "`tie_word_embeddings` is true, and `lm_head.weight` is stored"),
     ],
-    ids=["stray weight file", "later file", "no manifest"],
-)
+    ids=["stray weight file", "pickle", "later file", "attributes", "signature", "downloads",
+         "no manifest", "dtype", "torch_dtype", "cache", "tied head"],
+)  # fmt: skip
 def test_harmless_and_told(stock, tmp_path, damage, note):
     copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")
     damage(copy)
     report = verify(VerifyOptions(copy.path, full=True))
     assert report.ok
-    assert any(note in finding.what for finding in report.findings)
+    assert any(note in finding.what for finding in report.findings), report.findings
+
+
+def test_a_stray_weight_file_that_the_manifest_does_not_list(stock, tmp_path):
+    copy = Copy(good_of(stock, "dynamic"), tmp_path / "copy")
+    stray(copy)
+    (error,) = verify(VerifyOptions(copy.path)).errors
+    assert (error.check, error.where) == ("manifest", "stray.safetensors")
+    assert error.what.endswith("it holds weights, which an engine may load")

@@ -9,18 +9,22 @@ from pathlib import Path
 from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, closest
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
+)
 
 
 def find_model(model: str) -> Path:
     """The directory of `model`; a Hub id is fetched into the Hub's own cache first.
 
+    A Hub id may name a branch, a tag or a commit: ORG/NAME@REVISION.
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. Pickle files
     are never fetched. Raises InputError or MachineError with one sentence.
     """
     try:
         path = Path(model).expanduser()
-        if not HUB_ID.fullmatch(model) or path.exists():
+        hub_id = HUB_ID.fullmatch(model)
+        if hub_id is None or path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
         raise InputError(f"not the name of a model: {error}", where=model[:200]) from None
@@ -30,7 +34,11 @@ def find_model(model: str) -> Path:
 
     try:
         ignored = [f"*{suffix}" for suffix in PICKLES]
-        return Path(huggingface_hub.snapshot_download(model, ignore_patterns=ignored))
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id["repository"], revision=hub_id["revision"], ignore_patterns=ignored
+            )
+        )
     except errors.GatedRepoError:
         raise InputError(
             f"`{model}` is gated on the Hub", fix="accept its licence there and set HF_TOKEN"
@@ -39,6 +47,11 @@ def find_model(model: str) -> Path:
         raise InputError(
             f"`{model}` is neither a directory nor a repository of the Hub",
             fix="check the spelling; a private repository needs HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(
+            f"`{hub_id['repository']}` has no revision `{hub_id['revision']}` on the Hub",
+            fix="give a branch, a tag or a commit of it",
         ) from None
     except errors.HFValidationError:
         raise InputError(

@@ -111,7 +111,11 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
 
 
 @options.fields_of(
-    VerifyOptions, page=options.Report, workers=options.Workers, trust_remote_code=options.Trust
+    VerifyOptions,
+    checkpoint=str,
+    page=options.Report,
+    workers=options.Workers,
+    trust_remote_code=options.Trust,
 )
 def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options.Json = False) -> None:
     """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.

@@ -122,13 +122,15 @@ class Smooth(_Block):
 
 
 class Verify(_Block):
-    """Limits for `quantcli verify`, which reads them from the checkpoint."""
+    """Limits for `quantcli verify --recipe`; in a checkpoint, they only tighten the defaults."""
 
-    min_sqnr: float | None = Field(None, description="dB that each quantized weight must reach")
-    max_ppl_ratio: Annotated[float, Field(gt=0)] | None = Field(
+    min_sqnr: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, description="dB that each quantized weight must reach"
+    )
+    max_ppl_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="perplexity over the float model's"
     )
-    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+    max_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="mean KL divergence of predictions, nats per token"
     )
 

@@ -251,6 +251,7 @@ _MESSAGES = {  # pydantic's error types -> messages in terms of YAML
     "list_type": "expected a list", "too_short": "must not be empty",
     "string_type": "expected text", "bool_type": "expected true or false",
     "int_type": "expected a whole number", "float_type": "expected a number",
+    "finite_number": "expected a finite number",
 }  # fmt: skip
 
 

@@ -55,25 +55,34 @@ def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def named_dtype(value: Any) -> str | None:
+    """The dtype of a name in config.json: "BF16" of "bfloat16"; None for any other value."""
+    return FLOAT_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+
+
 def declared_dtype(config: Any) -> str | None:
     """The dtype of the language model in config.json, such as "BF16", by the keys that engines read."""
     for level in (config, config.get("text_config")):
         if isinstance(level, dict):
             value = level.get("dtype") or level.get("torch_dtype")
             if isinstance(value, str):
-                return FLOAT_NAMES.get(value.removeprefix("torch."))
+                return named_dtype(value)
     return None
 
 
 def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
-    """Replace a dtype in config.json that is not the serving dtype, or add it."""
-    if declared_dtype(table) == serving_dtype:
-        return
+    """Replace every dtype in config.json that is not the serving dtype, or add it.
+
+    At both levels and by both keys: versions of the engines differ in the one that they read.
+    """
+    declared = declared_dtype(table)
     dtype_name = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
-    replaced = False
+    replaced = declared == serving_dtype
     for level in (table, table.get("text_config")):
         for key in ("dtype", "torch_dtype"):
-            if isinstance(level, dict) and key in level:
+            if not isinstance(level, dict) or key not in level:
+                continue
+            if declared != serving_dtype or named_dtype(level[key]) not in {None, serving_dtype}:
                 level[key] = dtype_name
                 replaced = True
     if not replaced:

@@ -26,6 +26,7 @@ from quantcli.verification.compare import (
     shape_of,
 )
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
 from quantcli.verification.reference import (
     Reference,
@@ -45,8 +46,8 @@ def verify_against(
 ) -> None:
     """Compare every tensor; findings and modules go to the report.
 
-    Each quantized weight must reach the limit `min_sqnr` of the report, or the bound of its codes if
-    that is None. Memory: a few row blocks for each worker.
+    Each quantized weight must reach the limit `min_sqnr`, or the bound of its codes if there is none.
+    Memory: a few row blocks for each worker.
     """
     stored, report = structure.stored, structure.report
     assert stored is not None
@@ -66,7 +67,7 @@ def verify_against(
     progress.begin(sum(map(reference.nbytes, reference_names)), len(layers))
     counts = report.tensors = TensorCounts()
     with thread_pool(workers) as pool:
-        args = ours, reference, report.limits.min_sqnr, progress
+        args = ours, reference, structure.limits, progress
         for job in [pool.submit(_Layer(*args).compare, names) for names in layers.values()]:
             findings, modules, tensors = job.result()
             report.add(findings)
@@ -91,7 +92,7 @@ class _Layer:
 
     ours: Reference
     reference: Reference
-    min_sqnr: float | None
+    limits: Limits
     progress: Progress
     kinds: dict[str, str] = field(default_factory=dict)
     vectors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -178,11 +179,10 @@ class _Layer:
     def _limit(self, module: str) -> float:
         """dB that a matrix must reach: of two quantized weights, the coarser one decides."""
         kind = self.kinds[module]
-        if self.min_sqnr is not None and kind != "float":
-            return self.min_sqnr
         reference = self.reference.weight(module)
         other = reference.layout.kind if isinstance(reference, StoredModule) else kind
-        return min(BOUNDS[kind].sqnr_db, BOUNDS[other].sqnr_db)
+        default = min(BOUNDS[kind].sqnr_db, BOUNDS[other].sqnr_db)
+        return default if kind == "float" else self.limits.least("min_sqnr", default)
 
     def _report(
         self, module: str, comparison: Comparison, limit: float, factors: FittedFactors | None
@@ -215,6 +215,8 @@ class _Layer:
             rounding = report.sqnr_db > UNLIKE and not BOUNDS[kind].damage(report)
             fix = _FLOAT if kind == "float" else _FINER if rounding else _DAMAGE
             fix += "" if isinstance(reference, StoredModule) else _DECODED
+            if kind != "float" and report.margin_db < 0:
+                fix += self.limits.hint("min_sqnr", lambda limit: report.sqnr_db >= limit)
             yield failed("sqnr", what, f"`{module}`{row}", fix)
 
 

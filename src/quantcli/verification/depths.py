@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import yaml
-
-from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.hub import find_model
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
-from quantcli.recipe.fields import Verify
+from quantcli.verification.compare import BOUNDS
+from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
 from quantcli.verification.structure import verify_structure
@@ -21,11 +17,15 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
 
     Raises InputError if there is nothing to verify, or nothing to verify it with. Writes no files.
     """
+    given = given_limits(options)
     against = None if options.against is None else find_model(options.against)
     workers = options.workers or default_workers()
-    structure = verify_structure(options.checkpoint, options.tp_sizes)
+    structure = verify_structure(find_model(str(options.checkpoint)), options.tp_sizes)
     report = structure.report
-    report.limits = _limits(options)
+    own, notes = own_limits(structure.checkpoint.path) if structure.checkpoint else ({}, [])
+    report.add(notes)
+    structure.limits = Limits(given, own)
+    report.limits = structure.limits.to_report(min(bounds.sqnr_db for bounds in BOUNDS.values()))
     if structure.stored is None:
         return report
     if options.full:
@@ -53,20 +53,3 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
         trust = options.trust_remote_code
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
-
-
-def _limits(options: VerifyOptions) -> Verify:
-    """The limits of the options, else those of the recipe in the checkpoint."""
-    given = {key: getattr(options, key) for key in Verify.model_fields}
-    given = {key: limit for key, limit in given.items() if limit is not None}
-    return _recipe_limits(options.checkpoint).model_copy(update=given)
-
-
-def _recipe_limits(folder: Path) -> Verify:
-    """The `verify` block of the recipe that the checkpoint was made with; defaults if there is none."""
-    own = folder / RECIPE_FILE
-    try:
-        table = yaml.safe_load((own if own.exists() else folder / SOURCE_RECIPE).read_bytes())
-        return Verify.model_validate((table or {}).get("verify") or {})
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return Verify()

@@ -16,6 +16,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
+from quantcli.verification.limits import Limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import (
     Divergence,
@@ -79,7 +80,8 @@ def verify_run(
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
-    ratio, kl = report.limits.max_ppl_ratio or MAX_PPL_RATIO, report.limits.max_kl or MAX_KL
+    ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
+    kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
     ours = Served(structure.stored, structure.target)
     other: Checkpoint | Served = reference.checkpoint
@@ -106,7 +108,7 @@ def verify_run(
                 return
             sums.add(expected, actual, batch)
     report.run = sums.report(layers)
-    report.add(_findings(sums, report))
+    report.add(_findings(sums, report, structure.limits))
     report.count("layer outputs", len(layers))
     report.count("perplexity", sums.tokens)
     report.count("kl", sums.tokens)
@@ -214,7 +216,7 @@ def _perplexity(scores: list[Tensor]) -> float:
     return math.exp(min(-mean, 700.0))  # JSON has no infinity
 
 
-def _findings(sums: _Sums, report: Report) -> Iterator[Finding]:
+def _findings(sums: _Sums, report: Report, limits: Limits) -> Iterator[Finding]:
     assert report.run is not None
     for layer in report.run.layers:
         if not layer.ok:
@@ -224,7 +226,9 @@ def _findings(sums: _Sums, report: Report) -> Iterator[Finding]:
     ratio, kl = report.limits.max_ppl_ratio, report.limits.max_kl
     if ratio is not None and not sums.ratio <= ratio:
         what = f"perplexity is {sums.ratio:.4f} times the other model's, the limit is {ratio:g}"
-        yield failed("perplexity", what, None, _FINER)
+        hint = limits.hint("max_ppl_ratio", lambda limit: sums.ratio <= limit)
+        yield failed("perplexity", what, None, _FINER + hint)
     if kl is not None and not sums.kl <= kl:
         what = f"mean KL divergence is {sums.kl:.4f} nats per token, the limit is {kl:g}"
-        yield failed("kl", what, None, _FINER)
+        hint = limits.hint("max_kl", lambda limit: sums.kl <= limit)
+        yield failed("kl", what, None, _FINER + hint)

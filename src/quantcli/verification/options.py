@@ -19,13 +19,16 @@ def _option(help_: str, default: Any = None, **more: Any) -> Any:
 class VerifyOptions:
     """The checkpoint to verify, how deep, and the limits. InputError for options without a meaning.
 
-    A limit of None is that of the checkpoint's recipe, or the default.
+    checkpoint: a folder, or the id of a repository of the Hub.
+    A limit of None is that of `recipe`, else the default, or the checkpoint's own if that is tighter.
     """
 
-    checkpoint: Path = field(metadata={"help": "Quantized checkpoint, whoever wrote it."})
+    checkpoint: str | Path = field(
+        metadata={"help": "Quantized checkpoint, whoever wrote it: directory or Hub id."}
+    )
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
-        "Compare with the float model, or another quantized one.", metavar="MODEL"
+        "Compare with the float model, or another quantized one: directory or Hub id.", metavar="MODEL"
     )
     calibration: Path | None = _option(  # noqa: RUF009
         "Calibration that `quantize` kept: numbers that follow from it are recomputed.", metavar="DIR"
@@ -35,6 +38,7 @@ class VerifyOptions:
     samples: int = _option("Windows of text for --run.", 32, min=1)
     length: int = _option("Tokens of each window.", 256, min=2)
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
+    recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
     max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
     max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
@@ -60,9 +64,9 @@ class VerifyOptions:
             raise InputError(what, fix="give the float one: --against MODEL")
         if self.run and self.data is None:
             raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
-        others = {"--data": self.data, "--calibration": self.calibration}
-        for option, value in {**others, **limits}.items():
-            with_run = option not in {"--min-sqnr", "--calibration"}
+        with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
+        for option, value in {"--data": self.data, **with_against, **limits}.items():
+            with_run = option != "--min-sqnr" and option not in with_against
             other = "--run" if with_run else "--against MODEL"
             if value is not None and not (self.run if with_run else self.against is not None):
                 raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")

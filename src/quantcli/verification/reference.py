@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, open_checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
+from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.disk import sha256_of
 from quantcli.core.findings import Finding, failed, noted
@@ -20,6 +20,8 @@ from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.compare import Weight, rows_of
+from quantcli.verification.config import compare_config
+from quantcli.verification.kinds import WRITTEN, use_of
 from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
@@ -141,34 +143,35 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
 
 
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
-    """Findings for files of the other model that are missing here, or differ."""
+    """Findings for files of the other model that are missing here, or differ, and for added ones.
+
+    An added file is an error if something may read it, else a note.
+    """
     for name in sorted(reference.aux):
         if not (ours.path / name).is_file():
             fix = "copy it from the other model"
             yield failed("source", "file of the other model is missing", name, fix)
         elif sha256_of(ours.path / name) != sha256_of(reference.path / name):
             if name == CONFIG:
-                yield from _config(ours.config, reference.config)
+                sealed = (ours.path / MANIFEST).is_file()
+                yield from compare_config(ours, reference, sealed=sealed)
             else:
                 yield failed("source", "file differs from the other model's", name, "copy it again")
+    present = {*ours.aux, *ours.left_out}
+    for name in sorted(present - {*reference.aux, *ours.shards, *WRITTEN}):
+        yield _added(name, ours.path / name, reference.path / name)
 
 
-# keys of config.json, at any level, that conversion sets or removes
-_MAY_CHANGE = {"torch_dtype", "dtype", *QUANTIZATION_KEYS}
-
-
-def _config(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
-    """Findings for keys of config.json that differ, though conversion does not touch them."""
-    for key in sorted({*ours, *reference} - _MAY_CHANGE):
-        value, other = ours.get(key), reference.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _config(value, other, f"{place}{key}.")
-        elif value != other:
-            what = (
-                f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
-            )
-            fix = "take the other model's value" if key in reference else "remove it"
-            yield failed("source", what, CONFIG, fix)
+def _added(name: str, file: Path, other: Path) -> Finding:
+    """The finding for a file that no conversion puts into a checkpoint; other: in the other model."""
+    if file.is_file() and other.is_file() and sha256_of(file) == sha256_of(other):
+        what = "file is the other model's, and belongs to its own weights: conversions leave it out"
+        return noted("source", what, name)
+    what = f"{'folder' if name.endswith('/') else 'file'} is not in the other model"
+    if (use := use_of(name)) is None:
+        return noted("source", f"{what}; engines do not read it", name)
+    fix = "remove it, or give --against the model that it belongs to"
+    return failed("source", f"{what}: {use}", name, fix)
 
 
 def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:

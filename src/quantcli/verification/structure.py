@@ -5,29 +5,36 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
 from quantcli.checkpoint.detect import quantization
-from quantcli.checkpoint.files import INDEX, MANIFEST, PART, has_byte_order_mark
+from quantcli.checkpoint.files import (
+    INDEX,
+    MANIFEST,
+    OTHER_WEIGHTS,
+    PART,
+    PICKLES,
+    has_byte_order_mark,
+)
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import own_names
+from quantcli.verification.config import check_dtypes, check_tied
+from quantcli.verification.kinds import TOKENIZERS, use_of
+from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import check_sizes
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
-_TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
-    "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
-)  # fmt: skip
+_ADDED = "remove it, or copy the checkpoint again"
 # checks that fail if the source itself was incomplete
 _OF_SOURCE = {"layers", "sizes", "experts", "files", "tp"}
 
@@ -47,6 +54,7 @@ class Structure:
     whole: bool = False
     target: Target | None = None
     stored: StoredCheckpoint | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 def verify_structure(path: Path, tp: Sequence[int] = (1,)) -> Structure:
@@ -138,6 +146,8 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
     report.add(f for f in stored.findings if structure.whole or f.check == "config")
     for check, things in stored.checked.items():
         report.count(check, things)
+    report.add(check_dtypes(stored, structure.manifest))
+    report.add(check_tied(checkpoint))
     report.add(_files(checkpoint, structure.manifest))
     report.count("files", len(checkpoint.aux))
     if structure.whole:
@@ -189,23 +199,28 @@ def _manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> Itera
         elif (size := path.stat().st_size) != entry.get("bytes"):
             what = f"file has {size} bytes; the manifest says {entry.get('bytes')}"
             yield failed("manifest", what, name, COPY)
-    present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out, INDEX}
+    present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out}
+    present |= {INDEX} if (checkpoint.path / INDEX).is_file() else set()
     for name in sorted(present - files.keys() - {MANIFEST}):
         if name in checkpoint.shards:
             what = "weight file is not in the manifest: its content cannot be checked"
             yield failed("manifest", what, name, COPY)
-        elif (checkpoint.path / name).is_file():
+        elif (use := use_of(name)) is not None:
+            yield failed("manifest", f"file is not in the manifest: {use}", name, _ADDED)
+        elif not name.endswith("/"):
             yield noted("manifest", "file is not in the manifest: it was added later", where=name)
+        else:
+            yield noted("manifest", "folder is not in the manifest: nothing in it is verified", name)
 
 
 def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[Finding]:
     """Tokenizer and leftovers. The check of the manifest reports files that are missing."""
     names = {*checkpoint.aux, *checkpoint.left_out}
     files = {} if manifest is None else manifest["files"]
-    for name in _TOKENIZERS:
+    for name in TOKENIZERS:
         if checkpoint.aux.get(name) == 0:
             yield failed("files", "file is empty", name, "copy it from the source")
-    if not any(name in names for name in _TOKENIZERS) and not files.keys() & set(_TOKENIZERS):
+    if not any(name in names for name in TOKENIZERS) and not files.keys() & set(TOKENIZERS):
         if manifest is not None:
             yield noted("files", "there is no tokenizer, and the source had none")
         else:
@@ -216,6 +231,8 @@ def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[
             yield noted("files", f"engines read no index of this name, only {INDEX}", name)
         elif name.endswith(".safetensors"):
             yield noted("files", "weight file is not in the index: engines skip it", name)
+        elif name.lower().endswith((*PICKLES, *OTHER_WEIGHTS)):
+            yield noted("files", "file is not verified: engines read safetensors in its place", name)
 
 
 def layer_of(name: str) -> str | None:

@@ -64,8 +64,8 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """What the Hub is asked for; it gives `/hub`."""
     asked: list[tuple[str, list[str]]] = []
 
-    def snapshot_download(repo: str, *, ignore_patterns: list[str]) -> str:
-        asked.append((repo, ignore_patterns))
+    def snapshot_download(repo: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        asked.append((repo if revision is None else f"{repo} at {revision}", ignore_patterns))
         return "/hub"
 
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -85,10 +85,25 @@ def test_a_hub_id_is_fetched_without_pickles(fetched: list[tuple[str, list[str]]
     assert not any(map(ignored, ["model.safetensors", "config.json", "tokenizer.model", "ptx"]))
 
 
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", COMMIT])
+def test_a_hub_id_with_a_revision(fetched: list[tuple[str, list[str]]], revision: str) -> None:
+    assert find_model(f"org/name@{revision}") == Path("/hub")
+    assert [repo for repo, _ in fetched] == [f"org/name at {revision}"]
+
+
 @pytest.mark.parametrize(
-    "model", ["name", "./org/name", "../org/name", "/org/name", "a/b/c", "", "org/", "-x/y", "a/\0"]
+    "model",
+    ["name", "./org/name", "../org/name", "/org/name", "a/b/c", "", "org/", "-x/y", "a/\0", "name@x"],
 )
 def test_what_is_no_hub_id_is_a_path(fetched: list[tuple[str, list[str]]], model: str) -> None:
+    assert find_model(model) == Path(model)
+    assert fetched == []
+
+
+@pytest.mark.parametrize("model", ["org/name@", "org/name@-x", "org/name@a b", "org@x/name"])
+def test_what_is_no_revision_is_part_of_a_path(
+    fetched: list[tuple[str, list[str]]], model: str
+) -> None:
     assert find_model(model) == Path(model)
     assert fetched == []
 
@@ -183,6 +198,17 @@ def test_what_the_hub_says_becomes_one_sentence(
     assert type(caught.value) is kind
     assert (caught.value.what, caught.value.where) == (what, where)
     assert caught.value.fix
+
+
+def test_a_revision_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise http_error(errors.RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError) as caught:
+        find_model("o/n@v9")
+    assert caught.value.what == "`o/n` has no revision `v9` on the Hub"
+    assert caught.value.fix == "give a branch, a tag or a commit of it"
 
 
 def test_a_misspelt_path_is_not_blamed_on_the_network(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes: every key and name checked, every place told, what was applied written down again."""
 
 import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -212,6 +213,11 @@ def test_bad_rules(load, change, what):
         ({"calibration": {"samples": 0}}, "`calibration.samples`: input should be greater than 0"),
         ({"calibration": {"samples": "3"}}, "`calibration.samples`: expected a whole number"),
         ({"verify": {"min_sqnr": "20"}}, "`verify.min_sqnr`: expected a number"),
+        ({"verify": {"min_sqnr": True}}, "`verify.min_sqnr`: expected a number"),
+        ({"verify": {"min_sqnr": math.nan}}, "`verify.min_sqnr`: expected a finite number"),
+        ({"verify": {"min_sqnr": -math.inf}}, "`verify.min_sqnr`: expected a finite number"),
+        ({"verify": {"max_ppl_ratio": math.inf}}, "`verify.max_ppl_ratio`: expected a finite number"),
+        ({"verify": {"max_kl": math.nan}}, "`verify.max_kl`: expected a finite number"),
         ({"model": 7}, "`model`: expected text"),
     ],
 )

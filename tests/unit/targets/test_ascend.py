@@ -300,6 +300,19 @@ def test_config_loses_quantization_at_both_levels_and_says_the_serving_dtype():
     assert config["quantization_config"] == block, "the source's config was changed"
 
 
+def test_config_says_the_serving_dtype_by_every_key():
+    """Old engines read `torch_dtype`, new ones `dtype`, and some those of the text model."""
+    config = {"dtype": "bfloat16", "torch_dtype": "float32", "vision_config": {"dtype": "float32"}}
+    config["text_config"] = {"dtype": "torch.bfloat16", "torch_dtype": "float16"}
+    _, files = described(["a.weight"], config=config)
+    assert files["config.json"] == {
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "vision_config": {"dtype": "float32"},
+        "text_config": {"dtype": "torch.bfloat16", "torch_dtype": "bfloat16"},
+    }
+
+
 def test_config_that_needs_no_change_is_not_generated():
     _, files = described(["a.weight"], config={"torch_dtype": "float16"}, serving="F16")
     assert files.keys() == {"quant_model_description.json", "model.safetensors.index.json"}

@@ -11,7 +11,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.core.errors import InputError, closest
-from quantcli.core.findings import Finding, failed, of_error
+from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
 from quantcli.targets.ascend.types import MISNAMED, TYPES
 from quantcli.targets.base import AGAIN
@@ -19,6 +19,9 @@ from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head
 
 SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
+# Keys for the checkpoint as a whole by which the engine rounds the cache, attention or the indexer.
+# Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:497-500,1035-1042.
+_ROUNDS_MORE = ("kv_cache_type", "fa_quant_type", "indexer_quant_type")
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
 
 
@@ -52,6 +55,10 @@ class Description:
         except InputError as error:
             self.findings.append(of_error("description", error))
             return {}
+        for key in _ROUNDS_MORE:
+            if table.get(key):
+                what = f"has `{key}`: what the engine rounds by it, next to weights, is not verified"
+                self.findings.append(noted("description", what, DESCRIPTION))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table

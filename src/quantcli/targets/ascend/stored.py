@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
-from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.findings import Finding, failed
 from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
@@ -30,7 +30,6 @@ class AscendCheckpoint(StoredFormat):
 
     def read(self) -> list[Finding]:
         """The types of the description; without its entries nothing else is read."""
-        self._rounding_noted = False  # one note stands for all float tensors
         description = Description(self.checkpoint)
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
@@ -56,12 +55,6 @@ class AscendCheckpoint(StoredFormat):
         if spec.dtype not in FLOATS | {"F64"}:
             what = f"is FLOAT in the description, and {spec}: codes would be taken for weights"
             yield failed("parameters", what, f"`{spec.name}`", AGAIN)
-        elif spec.dtype not in {self.serving_dtype, "F32"} and not self._rounding_noted:
-            self._rounding_noted = True
-            what = (
-                f"is {spec.dtype}; the model is served in {self.serving_dtype}, to which it is rounded"
-            )
-            yield noted("parameters", what, f"`{spec.name}`")
         for suffix in sorted(tensors.keys() & SUFFIXES):
             what = f"`{module}` is FLOAT, but has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)

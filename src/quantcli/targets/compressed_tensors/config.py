@@ -85,6 +85,9 @@ def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
         yield _wrong("has a `sparsity_config` with targets, which engines refuse")
     if block.get("transform_config"):
         yield _wrong("has a `transform_config`, which this version cannot verify")
+    if block.get("kv_cache_scheme"):
+        what = "has a `kv_cache_scheme`: how the engine rounds its cache is not verified"
+        yield noted("config", what, CONFIG)
 
 
 class _Unknown(Exception):

@@ -1,0 +1,197 @@
+"""config.json: its dtypes, tied embeddings, and its keys one by one against another model's.
+
+Engines build the model from it: sizes, positions, activations and dtypes all come from these keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.text import count
+from quantcli.targets.base import StoredCheckpoint
+from quantcli.targets.layouts import own_names
+from quantcli.targets.sidecars import declared_dtype, named_dtype, quantization_block
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # of new and of old versions of transformers
+_TEXT = "text_config"
+_SERVED = frozenset({"BF16", "F16"})
+_ABSENT = object()
+
+
+def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Dtypes of config.json against each other, the manifest's serving dtype and the stored floats.
+
+    Errors if the manifest says otherwise, else notes. A dtype in which nothing is served is an error of
+    the format's own checks.
+    """
+    config = stored.checkpoint.config
+    declared = declared_dtype(config)
+    serving = next((d for d in _SERVED if manifest and manifest.get("serving_dtype") == d), None)
+    expected = serving or declared
+    for place, level in _text_levels(config):
+        for key in _DTYPE_KEYS:
+            dtype = named_dtype(level.get(key))
+            if dtype in {None, expected} or dtype == declared not in _SERVED:
+                continue
+            what = f"`{place}{key}` is {level[key]!r:.40}; "
+            if serving:
+                what += f"the manifest says that the model is served in {serving}"
+                yield failed("config", what, CONFIG, f"set it to {_name(serving)}")
+            else:
+                what += f"another key says {expected}: engines differ in the one that they read"
+                yield noted("config", what, CONFIG)
+    yield from _rounded(stored, declared)
+
+
+def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]:
+    """A note on float tensors that the engine rounds when it loads them."""
+    if serving not in _SERVED:
+        return
+    tensors = stored.checkpoint.tensors
+    names = own_names(tensors, stored.modules)
+    quantized = {f"{module}.weight" for module in stored.modules}
+    rounded = [
+        name
+        for name, tensor in tensors.items()
+        if name in names - quantized and tensor.spec.dtype in FLOATS - {serving, "F32"}
+    ]
+    if rounded:
+        dtype, rest = tensors[rounded[0]].spec.dtype, len(rounded) - 1
+        more = f", like {count(rest, 'other tensor')}" if rest else ""
+        what = f"is {dtype}{more}; the model is served in {serving}, to which it is rounded"
+        yield noted("config", what, f"`{rounded[0]}`")
+
+
+def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A note for a head that is stored though config.json says, at either level, that it is tied."""
+    heads = [n for n in checkpoint.tensors if n.endswith(("lm_head.weight", "lm_head.weight_packed"))]
+    for place, level in _text_levels(checkpoint.config):
+        if heads and level.get("tie_word_embeddings") is True:
+            what = f"`{place}tie_word_embeddings` is true, and `{heads[0]}` is stored: engines that "
+            what += "read this key leave it out, and take the embeddings for a head"
+            yield noted("config", what, CONFIG)
+
+
+def compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool = False) -> list[Finding]:
+    """Findings for each key that is not the other model's, but for those that a conversion sets.
+
+    They are the quantization that engines read, and the dtype if the other model's is not served.
+    sealed: the checkpoint has a manifest: quantcli serves float32 models in bfloat16.
+    """
+    try:
+        return list(_compare_config(ours, reference, sealed=sealed))
+    except RecursionError:
+        what = f"{CONFIG} is nested too deeply to be compared"
+        return [failed("source", what, str(ours.path), "take the other model's file")]
+
+
+def _compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool) -> Iterator[Finding]:
+    yield from _differences(ours.config, reference.config)
+    yield from _added_quantization(ours.config, reference.config)
+    serving = _serving(reference, sealed=sealed)
+    places = {place for place, _ in _text_levels(ours.config)}
+    others = dict(_levels(reference.config))
+    for place, level in _levels(ours.config):
+        yield from _dtypes(place, level, others.get(place, {}), serving if place in places else None)
+
+
+def _dtypes(
+    place: str, level: Mapping[str, Any], other: Mapping[str, Any], serving: Collection[str] | None
+) -> Iterator[Finding]:
+    """Findings for the dtypes of one level; serving: those that the language model may have."""
+    values = [other[key] for key in _DTYPE_KEYS if isinstance(other.get(key), str)]
+    dtypes = {value.removeprefix("torch.") for value in values}
+    for key in _DTYPE_KEYS:
+        if key not in level:
+            continue
+        value = level[key]
+        if serving is not None and named_dtype(value) is not None:
+            same = named_dtype(value) in serving
+        elif isinstance(value, str):
+            same = value.removeprefix("torch.") in dtypes
+        else:
+            same = _same(value, other.get(key, _ABSENT))
+        if not same:
+            right = " or ".join(map(_name, sorted(serving))) if serving else _text(dtypes)
+            what = f"`{place}{key}` is {value!r:.40} in {CONFIG}; by the other model it is {right}"
+            yield failed("source", what, CONFIG, "set it to that" if right != "absent" else "remove it")
+    if dtypes and not any(key in level for key in _DTYPE_KEYS):
+        what = f"`{place}{_DTYPE_KEYS[0]}` is missing in {CONFIG}; in the other model it is "
+        yield failed("source", what + _text(dtypes), CONFIG, "set it to that")
+
+
+def _differences(ours: Any, reference: Any, place: str = "") -> Iterator[Finding]:
+    """Findings for keys that differ, at any level, without dtypes and quantization."""
+    for key in sorted({*ours, *reference} - {*_DTYPE_KEYS, *QUANTIZATION_KEYS}):
+        value, other = ours.get(key, _ABSENT), reference.get(key, _ABSENT)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(value, other, f"{place}{key}.")
+        elif other is _ABSENT:
+            what = f"`{place}{key}` is {value!r:.60} in {CONFIG}; the other model has no such key"
+            yield failed("source", what, CONFIG, "remove it")
+        elif value is _ABSENT:
+            what = f"`{place}{key}` is missing in {CONFIG}; in the other model it is {other!r:.60}"
+            yield failed("source", what, CONFIG, "take the other model's value")
+        elif not _same(value, other):
+            what = (
+                f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
+            )
+            yield failed("source", what, CONFIG, "take the other model's value")
+
+
+def _added_quantization(ours: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:
+    """Findings for quantization that is neither the one that engines read nor the other model's."""
+    block, others = quantization_block(ours), dict(_levels(reference))
+    for place, level in _levels(ours):
+        for key in QUANTIZATION_KEYS:
+            added = key in level and level[key] is not block
+            if added and not _same(level[key], others.get(place, {}).get(key, _ABSENT)):
+                what = f"`{place}{key}` is not in the other model, and engines read another block"
+                yield failed("source", what, CONFIG, "remove it")
+
+
+def _serving(reference: Checkpoint, *, sealed: bool) -> frozenset[str]:
+    """The dtypes in which a conversion of a model may be served."""
+    declared = declared_dtype(reference.config)
+    if declared in _SERVED:
+        return frozenset({declared})
+    return frozenset({"BF16"}) if sealed and declared == "F32" else _SERVED
+
+
+def _levels(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object of config.json with its place, such as `text_config.`; at the top it is empty."""
+    yield place, config
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in QUANTIZATION_KEYS:
+            yield from _levels(value, f"{place}{key}.")
+
+
+def _text_levels(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The two levels at which engines look for the language model."""
+    yield "", config
+    if isinstance(nested := config.get(_TEXT), dict):
+        yield f"{_TEXT}.", nested
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two JSON values are the same: NaN is itself, true is not 1, 1 is 1.0."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_same(value[key], other[key]) for key in value)
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    return bool(value == other or (value != value and other != other))
+
+
+def _name(dtype: str) -> str:
+    """`bfloat16` of BF16."""
+    return next(name for name, short in FLOAT_NAMES.items() if short == dtype)
+
+
+def _text(dtypes: Collection[str]) -> str:
+    return " or ".join(sorted(dtypes)) if dtypes else "absent"
