@@ -34,9 +34,9 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
         verify_full(structure, workers, progress)
     if against is None:
         return report
+    from quantcli.verification.again.plan import plan_again
     from quantcli.verification.against import verify_against
     from quantcli.verification.reference import open_reference
-    from quantcli.verification.replan import plan_again
 
     reference = open_reference(against)
     conversion = plan_again(structure, against, options.calibration)
