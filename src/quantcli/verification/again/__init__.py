@@ -1,1 +1,1 @@
-"""A conversion made again from its source and compared: from the manifest to a plan, then row by row."""
+"""A conversion made again from its source and compared: the plan from the manifest, then the rows."""
