@@ -105,9 +105,9 @@ def test_same_bytes_whatever_cuts_the_work(tmp_path, model, scheme, monkeypatch)
     first = snapshot(convert(tmp_path, scheme, model, "--workers", "1"))
     for folder, elements, job in (("a", 300 * 256, 2**16), ("b", 1000, 2**16)):
         (tmp_path / folder).mkdir()
-        monkeypatch.setattr("quantcli.convert.shards.BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr("quantcli.convert.shards.JOB_BYTES", job)
-        monkeypatch.setattr("quantcli.convert.block._BLOCK", elements)
+        monkeypatch.setattr("quantcli.planning.block.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("quantcli.planning.block.JOB_BYTES", job)
+        monkeypatch.setattr("quantcli.planning.block._BLOCK", elements)
         assert snapshot(convert(tmp_path / folder, scheme, model, "--workers", "3")) == first
 
 

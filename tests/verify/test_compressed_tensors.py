@@ -7,6 +7,7 @@ from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
+    MANIFEST,
     Copy,
     add,
     assert_caught,
@@ -20,6 +21,7 @@ from tests.verify.damage import (
     swap,
     table,
 )
+from tests.verify.test_sound import NO_MANIFEST
 
 LAYER = "model.layers.1"
 Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj" for name in "qkvo")
@@ -81,9 +83,9 @@ def test_what_llm_compressor_writes_is_sound(stock, tmp_path, good):
             block["config_groups"]["group_0"]["targets"] = [r"re:.*self_attn\..*_proj$", "re:.*mlp.*"]
             block["ignore"] = ["lm_head", r"re:.*mlp\.gate$"]
         config["quantization_config"] = block
-    copy.seal()
+    (copy.path / MANIFEST).unlink()
     report = examine(copy.path, copy.source)
-    assert [f.what for f in report.findings] == []
+    assert [f.what for f in report.findings] == [NO_MANIFEST]
     assert all(module.label != "FLOAT" for module in report.modules)
 
 
