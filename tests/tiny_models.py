@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,62 @@ def save(folder: Path, model: Any, dtype: torch.dtype, seed: int) -> None:
             )
             parameter.copy_(around + drawn * (0.3 if parameter.dim() == 1 else 0.1))
     model.to(dtype).save_pretrained(folder)
+
+
+BLOCKS = COMMON | {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_key_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
+_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+_QWEN_VISION = {"depth": 2, "hidden_size": 64, "embed_dim": 64, "intermediate_size": 64, "num_heads": 2,
+                "out_hidden_size": 128, "patch_size": 14, "mlp_ratio": 1,
+                "fullatt_block_indexes": [1]}  # fmt: skip
+_MROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}}
+_IMAGES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62,
+           "vision_end_token_id": 63}  # fmt: skip
+# Models whose modules have other names than their tensors, or are of one part and have the same names:
+# class of transformers, class of its config, the config. Widths are multiples of 128 for blocks.
+LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3ForConditionalGeneration", "Gemma3Config", {
+        "text_config": BLOCKS | {"sliding_window": 8}, "vision_config": _VISION,
+        "mm_tokens_per_image": 4}),
+    "llava": ("LlavaForConditionalGeneration", "LlavaConfig", {
+        "text_config": {"model_type": "llama", **BLOCKS}, "image_token_index": 60,
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_VISION}}),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", {
+        "text_config": BLOCKS | _MROPE, **_IMAGES,
+        "vision_config": _QWEN_VISION | {"hidden_size": 128}}),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", {
+        "text_config": BLOCKS | _MROPE, "vision_config": _QWEN_VISION, **_IMAGES}),
+    "internvl": ("InternVLForConditionalGeneration", "InternVLConfig", {
+        "text_config": {"model_type": "qwen2", **BLOCKS}, "image_token_id": 60,
+        "vision_config": _VISION | {"image_size": [28, 28], "patch_size": [14, 14]}}),
+    "mistral3": ("Mistral3ForConditionalGeneration", "Mistral3Config", {
+        "text_config": {"model_type": "mistral", **BLOCKS}, "image_token_index": 60,
+        "vision_config": {"model_type": "pixtral", **_VISION, "head_dim": 32}}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", BLOCKS),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", BLOCKS | {"tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", BLOCKS | {
+        "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", BLOCKS | {
+        "num_local_experts": 2, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+def make_layout(folder: Path, layout: str) -> Any:
+    """Save a tiny model of a layout, in bfloat16. Returns the class of transformers that loads it."""
+    import transformers
+
+    model_class, config_class, table = LAYOUTS[layout]
+    config = getattr(transformers, config_class)(**copy.deepcopy(table))  # it takes dictionaries over
+    config.dtype = torch.bfloat16
+    model = getattr(transformers, model_class)(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                spread = 1.0 if "embed_tokens" in name else 0.05
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return getattr(transformers, model_class)

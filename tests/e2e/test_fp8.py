@@ -95,6 +95,8 @@ def test_no_false_alarm_for_any_family(tmp_path, family):
     kept -= {module["module"] for module in found.json["modules"]}
     tied = {"lm_head"} if family == "qwen2_tied" else set()
     listed = {name for name in kept if not name.endswith("embed_tokens")} | tied
+    if family == "vlm":  # names that engines move: test_transformers.py has all of them
+        listed |= {"language_model.lm_head", "model.visual", "visual"}
     assert set(config(out)["modules_to_not_convert"]) == listed
 
 
@@ -103,9 +105,9 @@ def test_same_bytes_whatever_cuts_the_work(tmp_path, model, scheme, monkeypatch)
     first = snapshot(convert(tmp_path, scheme, model, "--workers", "1"))
     for folder, elements, job in (("a", 300 * 256, 2**16), ("b", 1000, 2**16)):
         (tmp_path / folder).mkdir()
-        monkeypatch.setattr("quantcli.convert.shards.BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr("quantcli.convert.shards.JOB_BYTES", job)
-        monkeypatch.setattr("quantcli.convert.block._BLOCK", elements)
+        monkeypatch.setattr("quantcli.planning.block.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("quantcli.planning.block.JOB_BYTES", job)
+        monkeypatch.setattr("quantcli.planning.block._BLOCK", elements)
         assert snapshot(convert(tmp_path / folder, scheme, model, "--workers", "3")) == first
 
 
@@ -289,6 +291,7 @@ CONFIGS = {
     "blocks of nothing": ({"weight_block_size": [0, 128]}, "weight_block_size is [0, 128]"),
     "one scale a weight": ({"weight_block_size": None}, "under `weight_scale_inv`"),
     "codes are called float": ({"modules_to_not_convert": [DOWN]}, "but is F8_E4M3"),
+    "a float head": ({"modules_to_not_convert": []}, "transformers would take it for fp8"),
     "half of what is fused": ({"ignored_layers": [f"{L}.mlp.up_proj"]}, "fuses these siblings"),
     "names are no list": ({"modules_to_not_convert": DOWN}, "not a list of names"),
 }
@@ -305,6 +308,65 @@ def test_configs_that_the_engine_would_misread(foreign, tmp_path, case):
     assert found.code == 1
     errors = [f["what"] for f in found.json["findings"] if f["severity"] == "error"]
     assert any(word in what for what in errors), errors
+
+
+def test_a_tied_head_that_is_not_listed(foreign, tmp_path):
+    """If there is no list, transformers leaves the head alone; a model without a head needs none."""
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    words = json.loads((copy / "config.json").read_text()) | {"tie_word_embeddings": True}
+    block = words["quantization_config"]
+    for names, classes, code in (
+        (["visual"], ["LlamaForCausalLM"], 1),
+        (["visual"], ["LlamaModel"], 0),
+        (["visual"], "LlamaForCausalLM", 0),
+        (["lm_head"], ["LlamaForCausalLM"], 0),
+        (None, ["LlamaForCausalLM"], 0),
+    ):
+        changes = {
+            "architectures": classes,
+            "quantization_config": block | {"modules_to_not_convert": names},
+        }
+        (copy / "config.json").write_text(json.dumps(words | changes))
+        found = run_cli("verify", copy, "--json")
+        assert found.code == code, found.out
+        errors = [f["where"] for f in found.json["findings"] if f["severity"] == "error"]
+        assert errors == ["`lm_head`"] * code
+    edit(copy, put("lm_head.weight", lambda table: table["model.embed_tokens.weight"].clone()))
+    (copy / "config.json").write_text(json.dumps(words | {"quantization_config": block | {
+        "modules_to_not_convert": ["visual"]}}))  # fmt: skip
+    errors = [f for f in run_cli("verify", copy, "--json").json["findings"] if f["severity"] == "error"]
+    assert [f["where"] for f in errors] == ["`lm_head`"]
+    assert "transformers would take it for fp8" in errors[0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("names", "severity"), [(["lm_head"], "error"), (["visual", "lm_head"], "note")]
+)
+def test_a_float_layer_of_a_tower(foreign, tmp_path, names, severity):
+    """No entry covers it; or one that only transformers takes for all within the tower."""
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    name = "model.visual.blocks.0.attn.qkv"
+    edit(copy, put(f"{name}.weight", lambda _: torch.ones(8, 8, dtype=torch.bfloat16)))
+    words = json.loads((copy / "config.json").read_text())
+    words["quantization_config"]["modules_to_not_convert"] = names
+    (copy / "config.json").write_text(json.dumps(words))
+    found = run_cli("verify", copy, "--json").json["findings"]
+    (found,) = [f for f in found if f["where"] == f"`{name}`"]
+    assert (found["check"], found["severity"]) == ("loader", severity)
+    assert "is BF16 and not in modules_to_not_convert" in found["what"]
+
+
+def test_listed_names_that_no_module_has_are_noted(foreign, tmp_path):
+    copy = shutil.copytree(foreign, tmp_path / "copy")
+    words = json.loads((copy / "config.json").read_text())
+    listed = ["model.lm_head", "lm_head", "visual.merger", "model.layers", f"{L}.mlp.no_proj"]
+    words["quantization_config"]["modules_to_not_convert"] = listed
+    (copy / "config.json").write_text(json.dumps(words))
+    found = run_cli("verify", copy, "--json")
+    assert found.code == 0, found.out
+    notes = [f["what"] for f in found.json["findings"] if f["check"] == "config"]
+    what = f"modules_to_not_convert names `{L}.mlp.no_proj` and 1 more, which no file holds"
+    assert notes == [what]
 
 
 def test_a_lost_config_is_told(foreign, tmp_path):

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.convert import shards as streaming
 from quantcli.convert.execute import RunOptions, execute
 from quantcli.core.errors import InputError
+from quantcli.planning import block as streaming
 from quantcli.planning.plan import Quantize
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe

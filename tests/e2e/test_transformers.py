@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from quantcli.calibration.replay.served import Served
+from quantcli.targets.fp8.kinds import BLOCK, layout_of, numerics_of
 from tests.e2e.conftest import run_cli
+from tests.tiny_models import LAYOUTS, make_layout
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -79,3 +81,80 @@ def test_the_library_means_what_we_mean(case, tmp_path, reference):
         x, theirs = calls[name]
         ours = scheme.forward(x, parts)
         assert float((ours - theirs).norm() / theirs.norm()) < most, name
+
+
+# -- names of modules that stay float ------------------------------------------------------------------
+
+KEPT = """\
+rules:
+  - match: ["*vision*", "*visual*", "*multi_modal*", "*lm_head", "*.gate", "*layers.0.self_attn.*",
+            "*layers.1.mlp.*", "*layers.1.block_sparse_moe.*"]
+    scheme: keep
+    optional: true
+  - {match: ["*_proj", "*.w1", "*.w2", "*.w3"], scheme: %s}
+"""
+SCHEMES = {"fp8": "fp8_block", "compressed-tensors": "fp8_dynamic"}
+EXPERTS = {"qwen3_moe", "mixtral"}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """By layout: its folder, the class that loads it, the float model's logits; each made once."""
+    made = {}
+
+    def get(layout):
+        if layout not in made:
+            folder = tmp_path_factory.mktemp(layout)
+            loads = make_layout(folder, layout)
+            model = loads.from_pretrained(folder, dtype=torch.float32).eval()
+            with torch.no_grad():
+                made[layout] = folder, loads, model(input_ids=IDS % 60).logits
+        return made[layout]
+
+    return get
+
+
+def in_torch(module, x):
+    """The product of transformers' linear with fp8 blocks, whose kernel needs an accelerator."""
+    stored = {"weight": module.weight, "weight_scale_inv": module.weight_scale_inv}
+    weight = layout_of(numerics_of("dynamic", BLOCK)).dequantize(stored)
+    return torch.nn.functional.linear(x.float(), weight, module.bias).to(x.dtype)
+
+
+@pytest.fixture
+def fp8_without_accelerator(monkeypatch):
+    """transformers keeps fp8 linears as they are, instead of dequantizing all weights that have a scale
+    whatever the names to skip say."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    monkeypatch.setattr(FP8Linear, "forward", in_torch)
+
+
+@pytest.mark.parametrize("target", SCHEMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_modules_that_stay_float_are_float_in_transformers(
+    layout, target, tmp_path, layouts, fp8_without_accelerator
+):
+    """A name that does not match makes it draw a scale for a float module, and compute NaN."""
+    from transformers import FineGrainedFP8Config
+
+    model, loads, reference = layouts(layout)
+    (tmp_path / "recipe.yaml").write_text(f"target: {target}\n{KEPT % SCHEMES[target]}")
+    out = tmp_path / "out"
+    made = run_cli("quantize", tmp_path / "recipe.yaml", "--model", model, "--out", out)
+    assert made.code == 0, made.err
+    found = run_cli("verify", out, "--json").json["findings"]
+    assert [f["what"] for f in found if "tokenizer" not in f["what"]] == []
+    served, said = loads.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert not said["mismatched_keys"]
+    if layout in EXPERTS and target == "fp8":  # the kernel of experts has no stand-in
+        plain = FineGrainedFP8Config(weight_block_size=BLOCK, dequantize=True)
+        served = loads.from_pretrained(out, quantization_config=plain)
+    with torch.no_grad():
+        logits = served.eval()(input_ids=IDS % 60).logits.float()
+    error = float((logits - reference).norm() / reference.norm())
+    assert 1e-4 < error <= 0.05

@@ -187,15 +187,17 @@ def assert_caught(stock: Stock, row: Row, folder: Path) -> None:
     """The promised depth says no, by the promised check and words; no shallower one does."""
     depth = CHECKS[row.check][0]
     report = examine(harmed(stock, row, folder), depth, row)
-    said = [f"{e.check}: {e.what} | {e.where}" for e in report.errors]
+    # what is damaged differs from what the recipe makes, too, which has tests of its own
+    errors = [e for e in report.errors if e.check != "recomputed" or row.check == "recomputed"]
+    said = [f"{e.check}: {e.what} | {e.where}" for e in errors]
     shown = "\n".join(said[:12])
     assert not report.ok
-    assert {e.check for e in report.errors} == {row.check, *row.also}, shown
+    assert {e.check for e in errors} == {row.check, *row.also}, shown
     assert any(
         line.startswith(f"{row.check}: ") and all(words in line for words in row.says) for line in said
     ), shown
     assert len(said) <= row.most, shown
-    assert all(error.fix for error in report.errors if error.check == row.check), shown
+    assert all(error.fix for error in errors if error.check == row.check), shown
 
 
 # -- what is done to tensors ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from tests.verify.damage import (
     CONFIG,
+    MANIFEST,
     Copy,
     add,
     assert_caught,
@@ -20,6 +21,7 @@ from tests.verify.damage import (
     swap,
     table,
 )
+from tests.verify.test_sound import NO_MANIFEST
 
 LAYER = "model.layers.1"
 Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj" for name in "qkvo")
@@ -70,8 +72,6 @@ def as_the_library_has_it(block):
 
 @pytest.mark.parametrize("good", ["ct dynamic", "ct static", "ct w4a16", "ct moe", "ct mixed"])
 def test_what_llm_compressor_writes_is_sound(stock, tmp_path, good):
-    from tests.verify.damage import good_of
-
     copy = Copy(good_of(stock, good), tmp_path / "copy")
     with copy.tensors() as tensors:
         for name in tensors:
@@ -83,9 +83,9 @@ def test_what_llm_compressor_writes_is_sound(stock, tmp_path, good):
             block["config_groups"]["group_0"]["targets"] = [r"re:.*self_attn\..*_proj$", "re:.*mlp.*"]
             block["ignore"] = ["lm_head", r"re:.*mlp\.gate$"]
         config["quantization_config"] = block
-    copy.seal()
+    (copy.path / MANIFEST).unlink()
     report = examine(copy.path, copy.source)
-    assert [f.what for f in report.findings] == []
+    assert [f.what for f in report.findings] == [NO_MANIFEST]
     assert all(module.label != "FLOAT" for module in report.modules)
 
 
@@ -186,6 +186,9 @@ HARM = [
         also=("loader",), most=2),
     row("a float module that is not in ignore", "ct mixed", configure(and_not_ignored), "parameters",
         "model.layers.0.mlp.up_proj.weight_packed", "BF16", most=2),
+    row("a float head that is not in ignore", "ct dynamic",
+        configure(lambda block: block["ignore"].remove("lm_head")), "loader", "lm_head",
+        "transformers would take it for quantized"),
     row("targets of no module", "ct dynamic", group(targets=["Linera"]), "loader",
         "is in no group", "27 more"),
     row("no groups", "ct dynamic", configure(none_of), "config", "config_groups", also=("loader",),
@@ -242,6 +245,22 @@ def change_dtype(copy):
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = "float32"
+
+
+def test_names_in_ignore_that_no_module_has_are_noted(stock, tmp_path):
+    """Not other spellings of a name, parts of names, expressions or classes."""
+    good = good_of(stock, "ct moe")
+    copy = Copy(good, tmp_path / "copy")
+    configure(lambda block: block["ignore"].extend([f"{LAYER}.mlp.no_proj", "visual.proj"]))(copy)
+    copy.seal()
+    notes = [f for f in examine(copy.path, copy.source).findings if f.check == "config"]
+    assert [f.severity for f in notes] == ["note"]
+    assert notes[0].what == f"`ignore` names `{LAYER}.mlp.no_proj` and 1 more, which no file holds"
+    others = ["model.language_model.layers.1.mlp.gate", f"{LAYER}.input_layernorm", "re:no", "Conv1d"]
+    copy = Copy(good, tmp_path / "another")
+    configure(lambda block: block["ignore"].extend(others))(copy)
+    copy.seal()
+    assert examine(copy.path, copy.source).findings == []
 
 
 @pytest.mark.parametrize(**table(HARM))

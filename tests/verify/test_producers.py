@@ -341,7 +341,7 @@ def test_codes_of_unknown_type_are_not_run_as_weights(stock, tmp_path):
     copy.seal()
     report = examine(copy.path, good.source, **options)
     assert report.run is None
-    assert {e.check for e in report.errors} == {"config", "source", "copies"}
+    assert {e.check for e in report.errors} == {"config", "source", "copies", "recomputed"}
 
 
 # -- compressed-tensors -----------------------------------------------------------------------------

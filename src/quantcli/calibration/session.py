@@ -24,6 +24,7 @@ from quantcli.calibration.store import (
     Store,
     check_free,
     check_store,
+    data_of,
     digest_of,
     load_measured,
     reports,
@@ -166,6 +167,19 @@ def load(session: Session) -> Measured:
     """A finished calibration."""
     _, layers = check_store(session.folder, session.key)
     return load_measured(session.folder, layers)
+
+
+def load_for(plan: Plan, folder: Path) -> Measured:
+    """The finished calibration in `folder`, if it is of this plan; its text may be any.
+
+    InputError for one that is not finished, damaged, or of something else.
+    """
+    key = Key(content_digest(plan.checkpoint), asked(plan), data_of(folder))
+    done, layers = check_store(folder, key)
+    if not 0 < layers == done:
+        what = "no finished calibration is there"
+        raise InputError(what, where=str(folder), fix="give the folder that `quantize` kept")
+    return load_measured(folder, layers)
 
 
 def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:

@@ -180,6 +180,12 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
     return _done(folder, layers), layers
 
 
+def data_of(folder: Path) -> str:
+    """The digest of the text that a calibration is of; empty if there is none."""
+    head = read_json_file(folder / HEAD) if (folder / HEAD).is_file() else {}
+    return str(head.get("data", ""))
+
+
 def _difference(head: Mapping[str, Any], key: Key) -> str | None:
     """The first difference between a calibration's key and `key`, as text; None without one."""
     if head.get("model") != key.model:

@@ -13,12 +13,13 @@ from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.journal import Journal, discard, remove_folder
 from quantcli.convert.publish import check_destination, publish
-from quantcli.convert.shards import BLOCK_ELEMENTS, ShardRun
+from quantcli.convert.shards import ShardRun
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
+from quantcli.planning.block import BLOCK_ELEMENTS
 from quantcli.planning.parts import Part, part_head
 from quantcli.planning.plan import Plan, Work
 from quantcli.verification.structure import verified

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.tensors import read_span, tensor_bytes
+from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.block import WeightAmax, copy_block, quantize_block, read_calibrated
 from quantcli.convert.journal import Journal
 from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
-from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
-from quantcli.planning.recode import recode
-from quantcli.targets.module_rows import ModuleReader
+from quantcli.planning.block import (
+    BLOCK_ELEMENTS,
+    Job,
+    WeightAmax,
+    compute,
+    jobs_of,
+    read_calibrated,
+)
+from quantcli.planning.plan import Quantize, Shard, Work
 
-BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
-JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 
 
 def memory_estimate(plan: Work, workers: int) -> int:
@@ -87,7 +86,7 @@ class ShardRun:
         under_way: deque[tuple[OpenShard, list[Future[None]]]] = deque()
         try:
             for shard in missing:
-                jobs = list(_jobs(shard))
+                jobs = list(jobs_of(shard.items))
                 open_shard = OpenShard(shard, self.folder, len(jobs))
                 futures: list[Future[None]] = []
                 under_way.append((open_shard, futures))
@@ -129,58 +128,16 @@ class ShardRun:
         self.progress.shard(shard.file, done.nbytes, reused=True)
         return True
 
-    def _work(self, open_shard: OpenShard, job: _Job) -> None:
-        item, spec = job.item, job.item.source.spec
-        if isinstance(item, Repack):
-            self._repack(open_shard, item, job)
-            if open_shard.job_done():
-                self._finish(open_shard)
-            return
-        calibrated = read_calibrated(item, self._surveys)
-        if isinstance(item, Quantize):
-            step = _multiple(self.block_elements // spec.shape[1], item.row_multiple)
-        else:
-            step = max(1, int(2 * self.block_elements * spec.itemsize) // spec.row_nbytes)
-        with item.source.open() as reader:
-            for start in range(job.start, job.stop, step):
-                if self._stop.is_set():
-                    return
-                stop = min(start + step, job.stop)
-                rows = reader.weight(start, stop - start)
-                if isinstance(item, Quantize):
-                    bias = _bias(item, start, len(rows))
-                    packed = quantize_block(self.plan.target, item, rows, start, bias, calibrated)
-                    self._emit(open_shard, item, start, packed)
-                else:
-                    (out,) = item.outputs
-                    copied = copy_block(item, rows, start, calibrated)
-                    open_shard.writer.write(out.name, start * out.row_nbytes, copied)
-                self.progress.advance(_share(item.source, stop) - _share(item.source, start))
+    def _work(self, open_shard: OpenShard, job: Job) -> None:
+        calibrated = read_calibrated(job.item, self._surveys)
+        for rows in compute(job, self.plan.target, calibrated, self.block_elements):
+            if self._stop.is_set():
+                return
+            for spec, first_row, tensor in rows.outputs:
+                open_shard.writer.write(spec.name, first_row * spec.row_nbytes, tensor_bytes(tensor))
+            self.progress.advance(rows.nbytes)
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
-
-    def _repack(self, open_shard: OpenShard, item: Repack, job: _Job) -> None:
-        step = _multiple(self.block_elements // item.module.shape[1], item.row_multiple)
-        with ModuleReader(item.module) as reader:
-            for start in range(job.start, job.stop, step):
-                if self._stop.is_set():
-                    return
-                stop = min(start + step, job.stop)
-                bias = _bias(item, start, stop - start)
-                stored = reader.rows(start, stop - start)
-                self._emit(open_shard, item, start, recode(item, self.plan.target, stored, start, bias))
-                self.progress.advance(_share(item.source, stop) - _share(item.source, start))
-
-    def _emit(
-        self, open_shard: OpenShard, item: Quantize | Repack, start: int, packed: dict[str, Tensor]
-    ) -> None:
-        """Write the tensors of some rows of a module, from row `start` on."""
-        for out, tensor in zip(item.outputs, packed.values(), strict=True):
-            if out.name not in item.constants:
-                place = item.first_row(out, start) * out.row_nbytes
-                open_shard.writer.write(out.name, place, tensor_bytes(tensor))
-            elif start == 0:
-                open_shard.writer.write(out.name, 0, tensor_bytes(tensor))
 
 
 def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
@@ -188,43 +145,6 @@ def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
     for job in under_way[0][1]:
         job.result()
     under_way.popleft()
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Rows of one item, for one worker."""
-
-    item: Item
-    start: int
-    stop: int
-
-
-def _jobs(shard: Shard) -> Iterator[_Job]:
-    for item in shard.items:
-        spec = item.source.spec
-        if spec.nbytes == 0:
-            continue
-        rows = spec.shape[0] if spec.shape else 1
-        width = max(1, item.source.nbytes // rows)
-        step = _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
-        for start in range(0, rows, step):
-            yield _Job(item, start, min(start + step, rows))
-
-
-def _share(stored: StoredTensor, rows: int) -> int:
-    """Bytes on disk of a tensor's first rows."""
-    height = stored.spec.shape[0] if stored.spec.shape else 1
-    return stored.nbytes * rows // height
-
-
-def _multiple(rows: int, of: int) -> int:
-    """The largest multiple of `of` that is at most `rows`; at least `of`."""
-    return max(of, rows // of * of)
-
-
-def _bias(item: Quantize | Repack, start: int, count: int) -> Tensor | None:
-    """The bias of some rows [n] of an item, if it has one that matters."""
-    return None if item.bias is None else read_span(item.bias, start, count)
 
 
 class OpenShard:

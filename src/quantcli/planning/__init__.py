@@ -1,3 +1,4 @@
 """The plan, a pure value: each tensor with its rule, each output shard with its tensors.
 
-Nothing is converted here. Planning quantizes a block of no rows to learn what comes out."""
+Planning quantizes a block of no rows to learn what comes out. `block` computes the rows of a plan's
+items, for whoever writes them or compares with them; nothing is written here."""

@@ -6,6 +6,7 @@ nothing and spends most codes on few values; a smaller scale has less squared er
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -105,7 +106,11 @@ class Int4Weights(IntegerWeights):
         scale = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
         if self.clip == "mse":
             scale = least_error(values, scale, engine_dtype)
-        return _round(values, scale).to(torch.int8), scale
+        return self.rounded(values, scale), scale
+
+    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
+        return _round(values, scale).to(torch.int8)
 
 
 class Int4Groups(Int4Weights):
@@ -188,3 +193,47 @@ def least_error(values: Tensor, widest: Tensor, engine_dtype: torch.dtype) -> Te
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best
+
+
+# Sums of float32 in another order: how far errors, and scales, may be apart relatively.
+_OTHER_ERRORS, OTHER_SCALES = 2.0**-18, 2.0**-19
+
+
+def least_elsewhere(values: Tensor, scale: Tensor, engine_dtype: torch.dtype) -> bool:
+    """Whether `least_error` may find `scale` [1] for a row [k], float32, on a CPU that adds in another
+    order.
+
+    All choices between candidates are followed whose errors such a CPU may order the other way. What
+    is not a sum is the same on every CPU.
+    """
+    widest = rounding.scale_of(rounding.absmax(values), LARGEST, engine_dtype)
+
+    def error(candidate: Tensor) -> float:
+        errors = _round(values, candidate).mul_(candidate).sub_(values)
+        return float(errors.square_().sum(dtype=torch.float64))
+
+    def least(shares: list[float]) -> Iterator[tuple[float, Tensor]]:
+        candidates = [rounding.nearest(widest * share, engine_dtype) for share in shares]
+        errors = [error(candidate) for candidate in candidates]
+        bound = min(errors) * (1 + _OTHER_ERRORS)
+        return ((s, c) for s, c, e in zip(shares, candidates, errors, strict=True) if e <= bound)
+
+    def refined(best: Tensor, times: int) -> Iterator[Tensor]:
+        codes = _round(values, best).double()
+        square = codes.square().sum()
+        if not times or not square:
+            yield best
+            return
+        found = (values.double() * codes).sum() / square
+        for nudge in (-OTHER_SCALES, 0, OTHER_SCALES):
+            other = rounding.nearest((found * (1 + nudge)).float(), engine_dtype)
+            if error(other) < error(best) * (1 + _OTHER_ERRORS):
+                yield from refined(other.view(1), times - 1)
+        yield from refined(best, times - 1) if error(other) >= error(best) * (1 - _OTHER_ERRORS) else ()
+
+    return any(
+        bool(torch.isclose(scale, candidate, rtol=OTHER_SCALES, atol=0))
+        for share, _ in least(list(_COARSE))
+        for _, best in least([share, *(share + step for step in _FINE)])
+        for candidate in refined(best, _REFINEMENTS)
+    )

@@ -154,6 +154,16 @@ _STACKED = re.compile(
 _FLAT = re.compile(r".*\.experts\.mlp\.(w1|v1|w2)")
 
 
+def tied_head(checkpoint: Checkpoint) -> str | None:
+    """Name of the lm_head, without `.weight`, of a model that generates and stores none."""
+    names = checkpoint.config.get("architectures")
+    classes = names if isinstance(names, list) else []
+    if not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
+        return None
+    head = absent_head({name: stored.spec for name, stored in checkpoint.tensors.items()})
+    return head.removesuffix(".weight") if head else None
+
+
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target of this version writes.
 
@@ -182,11 +192,24 @@ def is_head(module: str) -> bool:
     return last_part(module) == "lm_head"
 
 
+# Last parts of names of stacked experts, for which engines build a module `experts` next to them.
+# Sources: vllm 0.32.0, model_executor/models/granitemoe.py:305-320; transformers 5.23.0,
+# conversion_mapping.py:853-869.
+_STACKS = frozenset({"input_linear", "output_linear"})
+
+
 def float_linears(output: PlannedCheckpoint) -> list[str]:
-    """Names of the linears that stay float, and of a tied lm_head, which the engine looks up."""
-    names = [m.name for m in output.modules if m.numerics is None and is_linear(m.name, m.shape)]
-    head = absent_head(output.tensors)
-    return [*names, head.removesuffix(".weight")] if head else names
+    """Names of the linears that stay float, of float experts that are stacked without a name of their
+    own, and of a tied lm_head, which the engine looks up."""
+    floats = [module for module in output.modules if module.numerics is None]
+    names = [module.name for module in floats if is_linear(module.name, module.shape)]
+    stacks = [m.name for m in floats if len(m.shape) == 3 and last_part(m.name) in _STACKS]
+    names += dict.fromkeys(f"{name.rpartition('.')[0]}.experts" for name in stacks)
+    if head := absent_head(output.tensors):
+        names.append(head.removesuffix(".weight"))
+        if any(name.endswith("encoder.conv1.weight") for name in output.tensors):
+            names.append("proj_out")  # of Whisper
+    return names
 
 
 # Keys of config.json for the number of experts.

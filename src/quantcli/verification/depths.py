@@ -36,16 +36,20 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
         verify_full(structure, workers, progress)
     if against is None:
         return report
+    from quantcli.verification.again.plan import plan_again
     from quantcli.verification.against import verify_against
     from quantcli.verification.reference import open_reference
 
     reference = open_reference(against)
+    conversion = plan_again(structure, against, options.calibration)
     if options.run:
         from quantcli.verification.on_text import text_batches, verify_run
 
         # before the long comparison of weights: an error in the text is reported at once
         batches = text_batches(options, reference.checkpoint, progress)
     verify_against(structure, reference, workers, progress)
+    if conversion is not None:
+        conversion.run(report, workers, progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
         trust = options.trust_remote_code

@@ -30,6 +30,9 @@ class VerifyOptions:
     against: str | None = _option(
         "Compare with the float model, or another quantized one: directory or Hub id.", metavar="MODEL"
     )
+    calibration: Path | None = _option(  # noqa: RUF009
+        "Calibration that `quantize` kept: numbers that follow from it are recomputed.", metavar="DIR"
+    )
     run: bool = _option("Run both on --data, as the engine computes; needs --against.", False)
     data: str | None = _option("Text for --run.", metavar="FILE")
     samples: int = _option("Windows of text for --run.", 32, min=1)
@@ -61,8 +64,9 @@ class VerifyOptions:
             raise InputError(what, fix="give the float one: --against MODEL")
         if self.run and self.data is None:
             raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
-        for option, value in {"--data": self.data, "--recipe": self.recipe, **limits}.items():
-            with_run = option not in {"--min-sqnr", "--recipe"}
+        with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
+        for option, value in {"--data": self.data, **with_against, **limits}.items():
+            with_run = option != "--min-sqnr" and option not in with_against
             other = "--run" if with_run else "--against MODEL"
             if value is not None and not (self.run if with_run else self.against is not None):
                 raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")

@@ -38,6 +38,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "copies": ("against", "tensors that stay are the same, byte for byte, or edited for a reason"),
     "edits": ("against", "a division in one place is compensated by a multiplication in another"),
     "sqnr": ("against", "each weight is as near to the other model's as its type allows"),
+    "recomputed": ("against", "codes and scales are, bit by bit, what the recipe makes of the source"),
     "layer outputs": ("run", "the outputs of each layer are near to those of the other model"),
     "perplexity": ("run", "perplexity on the text has not grown beyond the limit"),
     "kl": ("run", "predictions have not moved beyond the limit"),
@@ -176,6 +177,9 @@ class Report:
     modules: list[ModuleReport] = field(default_factory=list)
     tensors: TensorCounts | None = None
     run: RunReport | None = None
+    not_checked: list[str] = field(
+        default_factory=list
+    )  # things that a depth which ran left out, and why
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Add findings, each once."""
@@ -237,4 +241,5 @@ class Report:
             "modules": [asdict(m) for m in sorted(self.modules, key=lambda m: (m.margin_db, m.module))],
             "tensors": self.tensors and asdict(self.tensors),
             "run": self.run and asdict(self.run),
+            "not_checked": list(self.not_checked),
         }

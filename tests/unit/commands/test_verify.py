@@ -38,7 +38,7 @@ def test_the_document(made):
     report = quantcli.verify(made[0], against=str(made[1]), min_sqnr=99.0)
     assert [*report] == [
         "ok", "checkpoint", "format", "against", "tool", "depths", "limits", "checks", "findings",
-        "modules", "tensors", "run",
+        "modules", "tensors", "run", "not_checked",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}
     assert report["tensors"]["quantized"] == 14

@@ -274,6 +274,25 @@ def test_one_scheme_is_for_all_linears_but_those_in_ignore():
     assert block["ignore"] == [f"{L}.mlp.gate", "lm_head"]
 
 
+def test_stacked_experts_of_another_name_are_float_in_every_engine():
+    """Engines look up `block_sparse_moe.experts.0.gate_proj`, whatever the names of the tensors."""
+    layers = [f"model.layers.{i}" for i in range(2)]
+    modules = [module(f"{layer}.self_attn.o_proj", INT8) for layer in layers]
+    modules += [module(f"{layer}.block_sparse_moe.input_linear", shape=(4, 8, 8)) for layer in layers]
+    modules += [module(f"{layer}.conv1d", shape=(8, 1, 4)) for layer in layers]
+    assert configured(modules, tied=True)["ignore"] == [
+        *(f"{layer}.block_sparse_moe.experts" for layer in layers),
+        "lm_head",
+        r"re:(?:.*\.)?layers\.[0-9]+\.block_sparse_moe\.experts\..+",
+    ]
+
+
+def test_the_tied_head_of_whisper_has_its_own_name():
+    modules = [module("model.decoder.layers.0.fc1", INT8)]
+    modules += [module("model.encoder.conv1", shape=(8, 8, 3))]
+    assert configured(modules, tied=True)["ignore"][:2] == ["lm_head", "proj_out"]
+
+
 def test_a_quantized_head_is_named():
     (group,) = configured([module(f"{L}.mlp.up_proj", INT8), module("lm_head", INT8)])[
         "config_groups"

@@ -143,6 +143,13 @@ def test_config_names_every_linear_that_stays_float():
     }
 
 
+def test_float_experts_are_also_named_as_one_module():
+    """They are one in transformers and SGLang, which compare its name."""
+    experts = [f"{L}.mlp.experts.{i}.up_proj" for i in range(2)]
+    found = configured((f"{L}.self_attn.o_proj", SQUARE, BLOCK), *((e, SQUARE, None) for e in experts))
+    assert found["modules_to_not_convert"] == [*experts, f"{L}.mlp.experts"]
+
+
 @pytest.mark.parametrize(("numerics", "inputs"), [(TENSOR, "dynamic"), (STATIC, "static")])
 def test_config_without_blocks_and_with_a_tied_head(numerics, inputs):
     assert configured((f"{L}.self_attn.o_proj", SQUARE, numerics), tied=True) == {

@@ -13,6 +13,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
+from quantcli.targets.compressed_tensors.names import fold, ignored
 from quantcli.targets.vllm_family import float_linears, is_head
 
 _LONGEST = 1000  # of a regular expression
@@ -210,12 +211,6 @@ def _wrong(what: str) -> Finding:
     return failed("config", f"quantization_config {what}", CONFIG, AGAIN)
 
 
-MOST_NAMES = 512  # in one list; more are folded into regular expressions
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-_LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
-_HOLE = "\0"  # stands for a number
-
-
 def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) -> dict[str, Any]:
     """The whole object. `kinds` has every numerics of the output."""
     groups: dict[Numerics, list[str]] = defaultdict(list)
@@ -239,7 +234,7 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
             }
             for number, (numerics, names) in enumerate(groups.items())
         },
-        "ignore": fold(floats, [n for names in groups.values() for n in names]),
+        "ignore": ignored(floats, [n for names in groups.values() for n in names]),
     }
 
 
@@ -249,41 +244,3 @@ def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[
         return ["Linear", *filter(is_head, modules)]
     members = set(modules)
     return fold(modules, [name for name in quantized if name not in members])
-
-
-def fold(modules: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The names; for many, regular expressions that match all of them and none of `others`.
-
-    Engines rename the beginnings of names (`model.language_model.` becomes `language_model.model.`) in
-    exact names but not in regular expressions. So these begin at the first layer's number.
-    """
-    if len(modules) <= MOST_NAMES:
-        return list(modules)
-    folded: list[str] = []
-    names = list(modules)
-    other_names = list(others)
-    for number in (_NUMBER, _LAST_NUMBER):
-        tails = {tail for name in other_names for tail in _tails(number.sub(_HOLE, name))}
-        families = {name: _tail(number, name) for name in names}
-        unique = {tail for tail in families.values() if _HOLE in tail and tail not in tails}
-        folded += [_expression(tail) for tail in dict.fromkeys(families.values()) if tail in unique]
-        names = [name for name in names if families[name] not in unique]
-    return [*folded, *names]
-
-
-def _tail(number: re.Pattern[str], name: str) -> str:
-    """The end of a name, from the part before its first number on, with holes for numbers."""
-    match = _NUMBER.search(name)
-    start = 0 if match is None else name.rfind(".", 0, match.start() - 1) + 1
-    return number.sub(_HOLE, name)[start:] if start else number.sub(_HOLE, name)
-
-
-def _tails(folded: str) -> Iterator[str]:
-    """A name, and its ends without the first parts."""
-    parts = folded.split(".")
-    for start in range(len(parts)):
-        yield ".".join(parts[start:])
-
-
-def _expression(tail: str) -> str:
-    return r"re:(?:.*\.)?" + r"[0-9]+".join(re.escape(part) for part in tail.split(_HOLE)) + "$"

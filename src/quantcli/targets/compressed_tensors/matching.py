@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
 from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups, usable
+from quantcli.targets.spellings import spellings
 from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, is_head, last_part, sibling_names
 
 # The engine's names for fused siblings: it looks these up first.
@@ -67,8 +68,16 @@ class GroupMatcher:
         self.group = cache(self._group)
 
     def ignored(self, module: str) -> bool:
-        """Whether `ignore` has a module's name or its fused name."""
-        return any(self._ignore.first(name) for name in (self._fused(module), module) if name)
+        """Whether `ignore` has a module's name in any spelling, or its fused name."""
+        fused = self._fused(module)
+        return any(map(self._ignore.first, [*([fused] if fused else []), *spellings(module)]))
+
+    def as_linear(self, module: str) -> bool:
+        """Whether a class in `targets` takes the module if it is of torch's class Linear.
+
+        An lm_head is in transformers, and not in vLLM.
+        """
+        return "Linear" in self._class and not self.ignored(module)
 
     def _group(self, module: str) -> ConfigGroup | None:
         """The group of a module that is not ignored; None if it has none and stays float."""

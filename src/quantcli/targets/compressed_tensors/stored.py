@@ -15,8 +15,9 @@ from quantcli.targets.compressed_tensors.kinds import group_size
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
+from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
-from quantcli.targets.vllm_family import is_head, is_linear
+from quantcli.targets.vllm_family import is_head, is_linear, tied_head
 
 # Model types whose routers the engine gives a quant_config.
 # Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
@@ -52,6 +53,8 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 weight is not None and weight.spec.dtype in _CODES
             )
             self.checked["parameters"] += 1
+            if is_head(module) and not quantized:
+                yield from self._float_head(module)
             if not quantized and not (weight is not None and is_linear(module, weight.spec.shape)):
                 continue  # norms, embeddings, convolutions
             if group is None:
@@ -74,9 +77,17 @@ class CompressedTensorsCheckpoint(StoredFormat):
         if routers:
             what = f"`ignore` lacks {some(routers)}, float routers that the engine would quantize"
             yield failed("loader", what, CONFIG, "add their names to `ignore`")
+        if head := tied_head(self.checkpoint):
+            yield from self._float_head(head)
         for what, names in without_group.items():
             more = f"; {len(names) - 1} more like it" if len(names) > 1 else ""
             yield failed("loader", what + more, f"`{names[0]}`", AGAIN)
+
+    def _float_head(self, module: str) -> Iterator[Finding]:
+        """The finding for an lm_head that only vLLM takes for float."""
+        if self._matcher.as_linear(module):
+            what = "is float and not in `ignore`: transformers would take it for quantized"
+            yield failed("loader", what, f"`{module}`", "add its name to `ignore`")
 
     def _quantized(self, module: str, group: ConfigGroup) -> Iterator[Finding]:
         assert group.numerics is not None
@@ -120,14 +131,9 @@ class CompressedTensorsCheckpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on names in `ignore` that no module has; the serving dtype."""
-        absent_names = [
-            name
-            for name in self._ignore
-            if not name.startswith("re:") and "." in name and name not in self._names
-            and not is_head(name) and not any(other.startswith(f"{name}.") for other in self._names)
-        ]  # fmt: skip
-        if absent_names:
-            yield noted("config", f"`ignore` names {some(absent_names)}, which no file holds", CONFIG)
+        listed = (name for name in self._ignore if not name.startswith("re:"))
+        if absent := of_no_module(listed, self._names):
+            yield noted("config", f"`ignore` names {some(absent)}, which no file holds", CONFIG)
         yield from super().check_config()
 
 

@@ -12,7 +12,8 @@ from quantcli.core.numerics import Numerics
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.fp8.kinds import numerics_of
 from quantcli.targets.layouts import static_inputs
-from quantcli.targets.vllm_family import float_linears
+from quantcli.targets.spellings import skip_list
+from quantcli.targets.vllm_family import EXPERT, float_linears
 
 METHOD = "fp8"
 E4M3 = ("e4m3", "float8_e4m3fn")  # published spellings of `fmt`
@@ -22,12 +23,18 @@ _KEYS = ("ignored_layers", "modules_to_not_convert")
 
 
 def quantization_config(output: PlannedCheckpoint, numerics: Numerics) -> dict[str, Any]:
-    """The whole object. Engines compare whole names: each linear that stays float has its own."""
+    """The whole object. Engines compare whole names: each linear that stays float has its own.
+
+    Experts also have that of their layer's: it is one module in transformers and SGLang.
+    """
+    floats = float_linears(output)
+    layers = dict.fromkeys(match["experts"] for name in floats if (match := EXPERT.fullmatch(name)))
+    quantized = [module.name for module in output.modules if module.numerics]
     table: dict[str, Any] = {
         "quant_method": METHOD,
         "activation_scheme": "static" if static_inputs(numerics) else "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": float_linears(output),
+        "modules_to_not_convert": skip_list([*floats, *layers], quantized),
     }
     if numerics.weight.block:
         table["weight_block_size"] = list(numerics.weight.block)
@@ -39,10 +46,12 @@ class Fp8Config:
     """`quantization_config`, read. numerics: None if it is too damaged to tell them.
 
     ignored: full names of float modules.
+    skipped: what transformers reads of them; None if it chooses by itself.
     """
 
     numerics: Numerics | None = None
     ignored: frozenset[str] = frozenset()
+    skipped: tuple[str, ...] | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -55,6 +64,8 @@ def read_config(block: Mapping[str, Any]) -> Fp8Config:
     config.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
     names: list[str] = next((block[key] for key in _KEYS if block.get(key)), [])
     config.ignored = frozenset(names)
+    if (skipped := block.get(_KEYS[1])) is not None:
+        config.skipped = tuple(skipped)
     return config
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 
+from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
@@ -14,6 +16,7 @@ from quantcli.targets.fp8.config import read_config
 from quantcli.targets.fp8.kinds import SUFFIXES, layout_of
 from quantcli.targets.layouts import static_inputs
 from quantcli.targets.sidecars import quantization_block
+from quantcli.targets.spellings import of_no_module, spellings
 from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
@@ -23,6 +26,7 @@ from quantcli.targets.vllm_family import (
     is_head,
     is_linear,
     last_part,
+    tied_head,
 )
 
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -39,6 +43,7 @@ _FLOAT_ALWAYS = frozenset({*ROUTERS, "eh_proj", "weights_proj", "head"})
 # Source: vllm 0.32.0, model_executor/models/mistral3.py:431-437.
 _OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
 _KNOWN_TO_VLLM = "Mistral3ForConditionalGeneration"
+_STACKED = re.compile(r"\.\d+\.")  # within a layer of any stack
 # Of a whole weight: with a smaller scale the engine's second rounding loses small codes.
 # Source: vllm 0.32.0, model_executor/layers/quantization/utils/w8a8_utils.py:75-107; the limit was
 # found by a trial of all 254 codes.
@@ -52,6 +57,7 @@ class Fp8Checkpoint(StoredFormat):
         """The scheme, and the names of float modules."""
         config = read_config(quantization_block(self.checkpoint.config))
         self._numerics, self._ignored_names = config.numerics, config.ignored
+        self._skipped = config.skipped
         self.readable = config.numerics is not None
         return [*config.findings, *(self._rename() if self.readable else ())]
 
@@ -97,24 +103,45 @@ class Fp8Checkpoint(StoredFormat):
             elif is_linear(module, weight.spec.shape):
                 self.labels[module] = self.float_label
                 yield from self._unlisted(module, weight)
+        if head := tied_head(self.checkpoint):
+            yield from self._float_head(head)
 
     def _ignored(self, module: str) -> bool:
-        """Whether config.json has a module's full name; for an expert, the name of any of its layer."""
+        """Whether config.json has a module's full name, in any spelling; for an expert, the name of any
+        of its layer."""
         if expert := EXPERT.fullmatch(module):
             return any("experts" in name and expert["experts"] in name for name in self._ignored_names)
-        return module in self._ignored_names
+        return not self._ignored_names.isdisjoint(spellings(module))
 
     def _unlisted(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         """The finding for a float linear that the engine builds as fp8."""
-        if is_head(module) or last_part(module) in _FLOAT_ALWAYS:
+        if is_head(module):
+            yield from self._float_head(module)
+            return
+        if last_part(module) in _FLOAT_ALWAYS:
             return
         what = f"is {weight.spec.dtype} and not in modules_to_not_convert"
-        if ".layers." in module:
+        in_tower = _STACKED.search(module) and not self._skipped_by_transformers(module)
+        if ".layers." in module or in_tower:
             what += ": the engine would cast it to fp8, with a scale of uninitialised memory"
             yield failed("loader", what, f"`{module}`", "add its name to modules_to_not_convert")
         else:
             what += ": the engine must build it as float by itself"
             yield noted("loader", what, f"`{module}`")
+
+    def _float_head(self, module: str) -> Iterator[Finding]:
+        """The finding for an lm_head that only vLLM takes for float."""
+        if self._skipped is not None and not self._skipped_by_transformers(module):
+            what = "is float and not in modules_to_not_convert: transformers would take it for fp8"
+            yield failed("loader", what, f"`{module}`", "add its name to modules_to_not_convert")
+
+    def _skipped_by_transformers(self, module: str) -> bool:
+        """Whether an entry is a beginning or an end of a module's name, in any spelling."""
+        return any(
+            name.endswith(entry) or name.startswith(f"{entry}.")
+            for name in spellings(module)
+            for entry in self._skipped or ()
+        )
 
     def _quantized(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         assert self._numerics is not None
@@ -143,6 +170,13 @@ class Fp8Checkpoint(StoredFormat):
     def float_only(self, module: str) -> str | None:
         """Routers and the head."""
         return super().float_only(module) or ("the engine has no fp8 head" if is_head(module) else None)
+
+    def check_config(self) -> Iterator[Finding]:
+        """A note on listed names that no module has; the serving dtype."""
+        if absent := of_no_module(sorted(self._ignored_names), self.by_module):
+            what = f"modules_to_not_convert names {some(absent)}, which no file holds"
+            yield noted("config", what, CONFIG)
+        yield from super().check_config()
 
     def check_siblings(self) -> Iterator[Finding]:
         """Blocks that siblings would share; scales for which codes are rounded again."""

@@ -116,8 +116,9 @@ def limits(report: dict[str, Any]) -> list[str]:
 
 
 def not_reached(report: dict[str, Any]) -> list[str]:
-    """What was not checked, by the depths that did not run."""
-    return [words for depth, words in NOT_REACHED.items() if depth not in report.get("depths", ())]
+    """What was not checked: by the depths that did not run, and what one that ran left out."""
+    depths = [words for depth, words in NOT_REACHED.items() if depth not in report.get("depths", ())]
+    return depths + [literal(words) for words in report.get("not_checked") or ()]
 
 
 def module_facts(module: dict[str, Any]) -> list[tuple[str, str]]:

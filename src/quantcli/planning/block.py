@@ -1,45 +1,64 @@
-"""One row block: from source values to bytes, or an error that names an element."""
+"""The items of a plan, computed by row blocks: from source values to stored tensors, or an error that
+names an element.
+
+Conversion writes these blocks, and verification compares with them: there is one arithmetic.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor, tensor_bytes
+from quantcli.checkpoint.spec import TensorSpec, torch_dtype
+from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.planning.measured import Edit, EditFactors
-from quantcli.planning.plan import Copy, Quantize
+from quantcli.planning.plan import Copy, Item, Quantize, Repack
+from quantcli.planning.recode import recode
 from quantcli.schemes.arithmetic import rounding
 from quantcli.targets.base import Target
+from quantcli.targets.module_rows import ModuleReader
+
+BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
+JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The results of calibration for an item."""
+    """The results of calibration for an item.
+
+    row_stats: by name, what reads them for `count` rows of the weight from row `start` on.
+    """
 
     constants: Stats = field(default_factory=lambda: NO_STATS)
-    row_stats: Mapping[str, StoredTensor] = field(default_factory=dict)
+    row_stats: Mapping[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
     edit: EditFactors | None = None
     bias_edit: EditFactors | None = None
+
+    def edited(self, rows: Tensor, first_row: int) -> Tensor:
+        """Rows of the item's source, from `first_row` on, with its edit if it has one."""
+        return rows if self.edit is None else self.edit.apply(rows, first_row)
 
 
 _NOTHING = Calibrated()
 
 
-def read_calibrated(item: Copy | Quantize, weight_amax: WeightAmax) -> Calibrated:
+def read_calibrated(item: Item, weight_amax: WeightAmax) -> Calibrated:
     """Read the results of calibration for an item, and the constants of its scheme.
 
     InputError for values that make no sense.
     """
+    if isinstance(item, Repack):
+        return _NOTHING
     edit = item.edit.load() if item.edit else None
     if isinstance(item, Copy):
         return Calibrated(edit=edit) if edit else _NOTHING
@@ -48,17 +67,110 @@ def read_calibrated(item: Copy | Quantize, weight_amax: WeightAmax) -> Calibrate
     constants = measured_constants(item) if item.stats else NO_STATS
     if item.amax_group:
         constants = {**constants, "weight_amax": weight_amax.largest(item)}
-    return Calibrated(
-        constants, item.row_stats, edit, item.bias_edit.load() if item.bias_edit else None
-    )
+    row_stats = {name: partial(read_span, stored) for name, stored in item.row_stats.items()}
+    return Calibrated(constants, row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
 
 
-def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated) -> memoryview:
-    """Rows of a tensor that stays float, as bytes: the same ones, edited, or in another dtype.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Rows [start, stop) of one item, for one worker."""
+
+    item: Item
+    start: int
+    stop: int
+
+
+def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
+    """All rows of some items; nothing for empty tensors."""
+    for item in items:
+        spec = item.source.spec
+        if spec.nbytes == 0:
+            continue
+        rows = spec.shape[0] if spec.shape else 1
+        width = max(1, item.source.nbytes // rows)
+        step = _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
+        for start in range(0, rows, step):
+            yield Job(item, start, min(start + step, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Stored tensors of some rows of an item.
+
+    outputs: each with its spec, and its row from which on it holds these numbers.
+    start:   the first of these rows of the item's source.
+    nbytes:  of the source, on disk.
+    """
+
+    start: int
+    outputs: list[tuple[TensorSpec, int, Tensor]]
+    nbytes: int
+
+
+def compute(
+    job: Job,
+    target: Target,
+    calibrated: Calibrated = _NOTHING,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Iterator[Computed]:
+    """Row block by row block. A tensor that does not depend on rows comes with the first row.
+
+    calibrated: of the job's item, see `read_calibrated`. InputError for NaN, Inf, and numbers that the
+    target cannot hold.
+    """
+    item = job.item
+    if isinstance(item, Copy):
+        yield from _copied(job, item, calibrated, block_elements)
+        return
+    width = item.source.spec.shape[1] if isinstance(item, Quantize) else item.module.shape[1]
+    step = _multiple(block_elements // width, item.row_multiple)
+    reading = item.source.open() if isinstance(item, Quantize) else ModuleReader(item.module)
+    with reading as reader:
+        for start in range(job.start, job.stop, step):
+            stop = min(start + step, job.stop)
+            bias = None if item.bias is None else read_span(item.bias, start, stop - start)
+            if isinstance(item, Quantize):
+                rows = reader.weight(start, stop - start)
+                packed = quantize_block(target, item, rows, start, bias, calibrated)
+            else:
+                assert isinstance(reader, ModuleReader)
+                packed = recode(item, target, reader.rows(start, stop - start), start, bias)
+            outputs = [
+                (spec, 0 if spec.name in item.constants else item.first_row(spec, start), tensor)
+                for spec, tensor in zip(item.outputs, packed.values(), strict=True)
+                if start == 0 or spec.name not in item.constants
+            ]
+            yield Computed(start, outputs, _share(item.source, stop) - _share(item.source, start))
+
+
+def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -> Iterator[Computed]:
+    (out,), spec = item.outputs, item.source.spec
+    step = max(1, int(2 * block_elements * spec.itemsize) // spec.row_nbytes)
+    with item.source.open() as reader:
+        for start in range(job.start, job.stop, step):
+            stop = min(start + step, job.stop)
+            copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
+            nbytes = _share(item.source, stop) - _share(item.source, start)
+            yield Computed(start, [(out, start, copied)], nbytes)
+
+
+def _share(stored: StoredTensor, rows: int) -> int:
+    """Bytes on disk of a tensor's first rows."""
+    height = stored.spec.shape[0] if stored.spec.shape else 1
+    return stored.nbytes * rows // height
+
+
+def _multiple(rows: int, of: int) -> int:
+    """The largest multiple of `of` that is at most `rows`; at least `of`."""
+    return max(of, rows // of * of)
+
+
+def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated) -> Tensor:
+    """Rows of a tensor that stays float: the same ones, edited, or in another dtype.
 
     InputError for what that dtype cannot hold.
     """
-    edited = rows if calibrated.edit is None else calibrated.edit.apply(rows, first_row)
+    edited = calibrated.edited(rows, first_row)
     converted = edited.to(torch_dtype(item.dtype or item.source.spec.dtype))
     if item.dtype is not None and not bool(torch.isfinite(converted).all()):
         name = item.source.spec.name
@@ -70,7 +182,7 @@ def copy_block(item: Copy, rows: Tensor, first_row: int, calibrated: Calibrated)
             where=f"`{name}`, rows from {first_row}, in {item.source.file.name}",
             fix="serve in bfloat16 (`dtype` in config.json)",
         )
-    return tensor_bytes(converted)
+    return converted
 
 
 def quantize_block(
@@ -86,14 +198,13 @@ def quantize_block(
     bias: of these rows [n]. InputError for NaN and Inf.
     """
     source, source_bias = rows, bias
-    if calibrated.edit is not None:
-        rows = calibrated.edit.apply(rows, first_row)
+    rows = calibrated.edited(rows, first_row)
     if calibrated.bias_edit is not None and bias is not None:
         bias = calibrated.bias_edit.apply(bias, first_row)
     constants = calibrated.constants
     if calibrated.row_stats:
         count = len(rows)
-        row_stats = {name: read_span(s, first_row, count) for name, s in calibrated.row_stats.items()}
+        row_stats = {name: read(first_row, count) for name, read in calibrated.row_stats.items()}
         constants = {**constants, **row_stats}
     parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax

@@ -1,0 +1,1 @@
+"""A conversion made again from its source and compared: the plan from the manifest, then the rows."""

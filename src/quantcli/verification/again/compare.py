@@ -1,0 +1,345 @@
+"""A conversion made again from its source: every number that the recipe fixes, bit by bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint.spec import TensorSpec, torch_dtype
+from quantcli.checkpoint.tensors import read_span, read_tensor
+from quantcli.core.errors import InputError
+from quantcli.core.events import Progress
+from quantcli.core.findings import Finding, failed
+from quantcli.core.numerics import Parts
+from quantcli.core.threads import thread_pool
+from quantcli.planning.block import (
+    Calibrated,
+    Computed,
+    Job,
+    WeightAmax,
+    compute,
+    jobs_of,
+    read_calibrated,
+)
+from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work, quantized_items
+from quantcli.planning.recode import recode
+from quantcli.schemes.integer import OTHER_SCALES, Int4Weights, least_elsewhere
+from quantcli.targets.base import StoredCheckpoint, Target
+from quantcli.targets.module_rows import ModuleReader
+from quantcli.verification.outcome import CONVERT, Report
+from quantcli.verification.structure import layer_of
+
+CHECK = "recomputed"
+NOT_RECOMPUTED = "codes and scales were not recomputed"
+GIVE_CALIBRATION = "give --calibration DIR, the folder that `quantize` kept"
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """A conversion that can be made again.
+
+    plan:       of the conversion, or of packing.
+    stored:     the checkpoint that is verified.
+    packed:     its format, if the plan's numbers were packed into it afterwards.
+    calibrated: the plan has the results of calibration, if the recipe asks for any.
+    """
+
+    plan: Work
+    stored: StoredCheckpoint
+    packed: Target | None = None
+    calibrated: bool = False
+    amax: WeightAmax = field(default_factory=WeightAmax)
+
+    def run(self, report: Report, workers: int, progress: Progress) -> None:
+        """Make it again and compare; findings go to the report.
+
+        Memory: a row block, and the stored one, for each worker.
+        """
+        items = [item for shard in self.plan.shards for item in shard.items]
+        certain = [item for item in items if self._edits_are_certain(item)]
+        if uncertain := len(items) - len(certain):
+            what = f"{NOT_RECOMPUTED} for {uncertain} of {len(items)} tensors of the source"
+            report.not_checked.append(
+                f"{what}, which smoothing or transforms may have edited: {GIVE_CALIBRATION}"
+            )
+        report.add(self._unplanned(items))
+        faults = {item.source.spec.name: list(self._unlike(item)) for item in certain}
+        report.add(finding for findings in faults.values() for finding in findings)
+        comparable = [item for item in certain if not faults[item.source.spec.name]]
+        report.not_checked += self._taken_over(comparable)
+        progress.begin(sum(item.source.nbytes for item in comparable), len(self.plan.shards))
+        differences: dict[str, _Difference] = {}
+        with thread_pool(workers) as pool:
+            for job in [pool.submit(self._compare, job, progress) for job in jobs_of(comparable)]:
+                try:
+                    _merge(differences, job.result())
+                except InputError as error:
+                    report.add([failed(CHECK, error.what, error.where, error.fix or CONVERT)])
+        report.add(difference.finding() for difference in differences.values())
+        report.count(CHECK, sum(len(self._compared(item)) for item in comparable))
+
+    # -- the tensors that there should be ------------------------------------------------------------
+
+    def _edits_are_certain(self, item: Item) -> bool:
+        """Whether all edits of an item are known: without calibration, none in a decoder layer are, and
+        no transform."""
+        if self.calibrated or not isinstance(self.plan, Plan):
+            return True
+        if isinstance(item, Quantize) and item.scheme.schedule:
+            return False
+        learns = any(other.scheme.schedule for other in quantized_items(self.plan))
+        edits = learns or self.plan.recipe.file.smooth is not None
+        return not edits or layer_of(item.source.spec.name) is None
+
+    def _taken(self, item: Item) -> frozenset[str]:
+        """The names of statistics and codes that are taken from the checkpoint itself."""
+        return item.asked if isinstance(item, Quantize) and not item.stats else frozenset()
+
+    def _specs(self, item: Item) -> tuple[TensorSpec, ...]:
+        """The tensors that an item becomes."""
+        if self.packed is None:
+            return item.outputs
+        if isinstance(item, Quantize):
+            tensors = self.stored.modules[item.module].tensors
+            return tuple(tensor.spec for suffix, tensor in tensors.items() if suffix != "bias")
+        (spec,) = item.outputs
+        owner, _, suffix = spec.name.rpartition(".")
+        module = self.stored.modules.get(owner)
+        if suffix != "bias" or module is None or module.numerics is None:
+            return (spec,)
+        return (replace(spec, dtype=self.packed.bias_dtype(module.numerics) or spec.dtype),)
+
+    def _compared(self, item: Item) -> list[TensorSpec]:
+        """Those that the source determines."""
+        specs, taken = self._specs(item), self._taken(item)
+        if not taken or not isinstance(item, Quantize):
+            return list(specs)
+        module = self.stored.modules[item.module]
+        suffixes = [param.suffix for param in module.constants if param.suffix.startswith("input_")]
+        suffixes += [module.layout.weight.suffix] if "codes" in taken else []
+        return [spec for spec in specs if spec.name.removeprefix(f"{item.module}.") not in suffixes]
+
+    def _unlike(self, item: Item) -> Iterator[Finding]:
+        """Findings for tensors that are missing, or of another type, dtype or shape."""
+        if isinstance(item, Quantize):
+            module = self.stored.modules.get(item.module)
+            label = (self.packed or self.plan.target).label(item.scheme.numerics)
+            if module is None or module.layout.label != label:
+                here = "float, or damaged" if module is None else module.layout.label
+                what = f"the recipe makes this module {label}; it is {here}"
+                yield failed(CHECK, what, f"`{item.module}`", CONVERT)
+                return
+            if module.shape != item.source.spec.shape:
+                what = f"the weight is {list(item.source.spec.shape)}; the codes are for "
+                yield failed(CHECK, what + f"{list(module.shape)}", f"`{item.module}`", CONVERT)
+                return
+        for spec in self._specs(item):
+            stored = self.stored.checkpoint.tensors.get(spec.name)
+            if stored is None or stored.spec != spec:
+                here = "no file holds it" if stored is None else f"it is {stored.spec}"
+                yield failed(CHECK, f"the recipe makes {spec} of it; {here}", f"`{spec.name}`", CONVERT)
+
+    def _unplanned(self, items: list[Item]) -> Iterator[Finding]:
+        """Findings for modules that are quantized, and that the recipe keeps float."""
+        planned = {
+            item.module if isinstance(item, Quantize) else item.module.name
+            for item in items
+            if not isinstance(item, Copy)
+        }
+        for name in sorted(self.stored.modules.keys() - planned):
+            label = self.stored.modules[name].layout.label
+            what = f"the recipe keeps this module float; it is {label}"
+            yield failed(CHECK, what, f"`{name}`", CONVERT)
+
+    def _taken_over(self, items: list[Item]) -> Iterator[str]:
+        """For the report: numbers that were taken from the checkpoint itself."""
+        counts = Counter[str]()
+        for item in items:
+            taken = self._taken(item)
+            counts["codes that data chose"] += "codes" in taken
+            counts["ranges of inputs"] += bool(taken - {"codes"})
+        for what, modules in counts.items():
+            if modules:
+                yield f"{what} were not recomputed in {modules} modules: {GIVE_CALIBRATION}"
+
+    # -- one job -------------------------------------------------------------------------------------
+
+    def _compare(self, job: Job, progress: Progress) -> dict[str, _Difference]:
+        """The differences in some rows of an item, by the name of the tensor."""
+        tensors, item = self.stored.checkpoint.tensors, job.item
+        calibrated = self._calibrated(item)
+        compared = {spec.name for spec in self._compared(item)}
+        differences: dict[str, _Difference] = {}
+        for rows in compute(job, self.plan.target, calibrated):
+            blocks = [
+                _Block(spec, row, expected, read_span(tensors[spec.name], row, len(expected)))
+                for spec, row, expected in self._in_its_format(item, rows)
+            ]
+            unlike = {
+                block.spec.name: difference
+                for block in blocks
+                if block.spec.name in compared and (difference := block.difference())
+            }
+            if unlike and not self._only_sums_differ(item, rows.start, blocks, calibrated):
+                _merge(differences, unlike)
+            progress.advance(rows.nbytes)
+        return differences
+
+    def _calibrated(self, item: Item) -> Calibrated:
+        """The results of calibration for an item; without calibration, those that are stored."""
+        calibrated, taken = read_calibrated(item, self.amax), self._taken(item)
+        if not taken or not isinstance(item, Quantize):
+            return calibrated
+        module, target, numerics = (
+            self.stored.modules[item.module],
+            self.plan.target,
+            item.scheme.numerics,
+        )
+
+        def parts(start: int, count: int) -> Parts:
+            with ModuleReader(module) as reader:
+                unpacked = target.unpack(numerics, reader.rows(start, count))
+                return {
+                    name: tensor.clone() for name, tensor in unpacked.items()
+                }  # the next reader overwrites them
+
+        constants = calibrated.constants
+        if taken - {"codes"}:
+            some = parts(0, item.row_multiple)
+            try:
+                stored = item.scheme.constants(some, torch_dtype(item.engine_dtypes.input_scale))
+            except InputError as error:
+                raise InputError(error.what, where=f"`{item.module}`", fix=CONVERT) from None
+            constants = {**stored, **constants}
+        codes = {"codes": lambda start, count: parts(start, count)["weight"]}
+        return replace(calibrated, constants=constants, row_stats=codes if "codes" in taken else {})
+
+    def _in_its_format(self, item: Item, rows: Computed) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+        """Computed tensors as they are after packing, if there was one."""
+        if self.packed is None:
+            yield from rows.outputs
+        elif isinstance(item, Quantize):
+            yield from self._repacked(item, rows, self.packed)
+        else:
+            (spec,) = self._specs(item)
+            for _, row, tensor in rows.outputs:
+                yield spec, row, tensor.to(torch_dtype(spec.dtype))
+
+    def _repacked(
+        self, item: Quantize, rows: Computed, packed: Target
+    ) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+        module = self.stored.modules[item.module]
+        before = replace(module, serving_dtype=self.plan.serving_dtype, numerics=item.scheme.numerics)
+        repack = Repack(module.codes, before, self.plan.target, ())
+        tensors = {spec.name.removeprefix(f"{item.module}."): t for spec, _, t in rows.outputs}
+        count = len(next(iter(tensors.values())))
+        bias = None if item.bias is None else read_span(item.bias, rows.start, count)
+        once = {param.suffix for param in module.constants}
+        for suffix, tensor in recode(repack, packed, tensors, rows.start, bias).items():
+            if suffix not in module.tensors:  # which the engine does not need
+                continue
+            spec = module.tensors[suffix].spec
+            if suffix not in once:
+                yield spec, repack.first_row(spec, rows.start), tensor
+            elif rows.start == 0:
+                yield spec, 0, tensor
+
+    def _only_sums_differ(
+        self, item: Item, start: int, blocks: list[_Block], calibrated: Calibrated
+    ) -> bool:
+        """Whether a CPU that adds floats in another order may have made these rows.
+
+        Only scales of int4 with `clip: mse` come from such sums; codes follow from the scales.
+        """
+        if not isinstance(item, Quantize) or not isinstance(item.scheme, Int4Weights):
+            return False
+        scheme, target = item.scheme, self.plan.target
+        if scheme.clip != "mse" or self.packed is not None:
+            return False
+        module = self.stored.modules[item.module]
+        once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
+        named = [(block.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
+        actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
+        expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
+        rows = read_span(item.source, start, len(actual["weight"]))
+        values = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
+        values = values.view(-1, values.shape[1] // actual["weight_scale"].shape[1])  # by scale
+        scale, usual = (parts["weight_scale"].float().view(-1, 1) for parts in (actual, expected))
+        by_data = "codes" in calibrated.row_stats
+        codes = expected["weight"] if by_data else scheme.rounded(values, scale)
+        if not torch.equal(actual["weight"].reshape(values.shape), codes.reshape(values.shape)):
+            return False
+        dtype = torch_dtype(item.engine_dtypes.weight_scale)
+        unlike = scale != usual
+        if dtype == torch.float32:
+            unlike &= ~torch.isclose(scale, usual, rtol=OTHER_SCALES, atol=0)
+        places = unlike.flatten().nonzero().flatten().tolist()
+        return all(least_elsewhere(values[place], scale[place], dtype) for place in places)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a tensor from `first_row` on: as computed, and as stored."""
+
+    spec: TensorSpec
+    first_row: int
+    expected: Tensor
+    actual: Tensor
+
+    def difference(self) -> _Difference | None:
+        """None if both have the same bits."""
+        actual, expected = self.actual, self.expected.reshape(self.actual.shape)
+        if actual.dtype != expected.dtype:  # after packing by another tool
+            start = (self.first_row, 0)[: max(1, len(self.spec.shape))]
+            return _Difference(self.spec.name, start, str(actual.dtype), str(expected.dtype), 1)
+        if torch.equal(_bytes(actual), _bytes(expected)):
+            return None
+        unlike = (_bytes(actual) != _bytes(expected)).view(-1, actual.element_size()).any(1)
+        place = int(unlike.int().argmax())
+        row, column = divmod(place, max(1, actual[0].numel() if actual.dim() > 1 else 1))
+        index = (self.first_row + row, column)[: max(1, len(self.spec.shape))]
+        texts = _text(actual, place), _text(expected, place)
+        return _Difference(self.spec.name, index, *texts, int(unlike.sum()))
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Numbers of a stored tensor that differ from the computed ones.
+
+    actual, expected: the first of them, at `index`. count: of all.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    actual: str
+    expected: str
+    count: int
+
+    def finding(self) -> Finding:
+        """An error that names the first element."""
+        place = f"[{', '.join(map(str, self.index))}]"
+        more = f", and {self.count - 1:,} more differ" if self.count > 1 else ""
+        what = f"is {self.actual}; the recipe makes {self.expected} of the source{more}"
+        return failed(CHECK, what, f"`{self.name}`{place}", CONVERT)
+
+
+def _merge(differences: dict[str, _Difference], others: dict[str, _Difference]) -> None:
+    """Add differences of more rows."""
+    for name, other in others.items():
+        first = differences.setdefault(name, other)
+        if first is not other:
+            count = first.count + other.count
+            differences[name] = replace(min(first, other, key=lambda d: d.index), count=count)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _text(tensor: Tensor, place: int) -> str:
+    value = tensor.reshape(-1)[place]
+    return f"{float(value):.9g}" if value.is_floating_point() else str(int(value))

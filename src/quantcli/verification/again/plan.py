@@ -1,0 +1,151 @@
+"""From a checkpoint's manifest to the plan of its conversion, as far as both can be trusted.
+
+Manifest and recipe came with the checkpoint: they are read as data, and a false recipe makes other
+numbers than the checkpoint holds. An absent or unusable one goes to the report.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from quantcli import __version__
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.core.errors import InputError
+from quantcli.core.findings import noted
+from quantcli.planning.measured import Measured
+from quantcli.planning.plan import Plan, quantized_items
+from quantcli.planning.planner import make_plan
+from quantcli.planning.repack import plan_repacking
+from quantcli.recipe.recipe import Recipe, load_recipe
+from quantcli.targets.base import StoredCheckpoint
+from quantcli.verification.again.compare import CHECK, GIVE_CALIBRATION, NOT_RECOMPUTED, Recomputation
+from quantcli.verification.structure import Structure
+
+_DAMAGE = frozenset({"headers", "index"})  # checks after whose errors tensors cannot be read
+
+
+class _Unusable(Exception):
+    """Nothing can be recomputed; the reason as text."""
+
+
+def plan_again(structure: Structure, model: Path, calibration: Path | None) -> Recomputation | None:
+    """The conversion of `model` by which a checkpoint was made; None if it is not known.
+
+    The reason goes to the report then. calibration: the folder that `quantize` kept. InputError for
+    one of something else, or of no use.
+    """
+    report = structure.report
+    try:
+        return _plan_again(structure, model, calibration)
+    except _Unusable as reason:
+        if calibration is not None:
+            what = f"the calibration was not used: {reason}"
+            report.add([noted(CHECK, what, f"--calibration {calibration}")])
+        report.not_checked.append(f"{NOT_RECOMPUTED}: {reason}")
+        return None
+
+
+def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> Recomputation:
+    manifest, stored, target = structure.manifest, structure.stored, structure.target
+    assert stored is not None
+    assert target is not None
+    if not structure.whole or any(error.check in _DAMAGE for error in structure.report.errors):
+        raise _Unusable("weight files are missing or damaged")
+    if manifest is None:
+        raise _Unusable(f"no sound {MANIFEST} says how they were made")
+    tool, source = manifest.get("tool"), manifest.get("source")
+    version = tool.get("version") if isinstance(tool, dict) else None
+    if version != __version__:
+        what = f"quantcli {version!s:.40} made the checkpoint; {__version__} may round otherwise"
+        structure.report.add([noted(CHECK, what)])
+    checkpoint = open_checkpoint(model)
+    same = isinstance(source, dict) and source.get("fingerprint") == checkpoint.fingerprint
+    packed = manifest.get("state") == "lossless"
+    if packed and same:
+        try:
+            return Recomputation(plan_repacking(checkpoint, target), stored)
+        except InputError as error:
+            raise _Unusable(f"MODEL cannot be packed as the manifest says: {error.what}") from None
+    if not packed and not same:
+        raise _Unusable("the manifest names another source than MODEL, by headers and config.json")
+    plan, calibrated = _conversion(structure, checkpoint, calibration, packed=packed)
+    if packed:
+        return Recomputation(plan, stored, target, calibrated)
+    if plan.target.name != target.name:
+        raise _Unusable(f"the manifest's recipe is for {plan.target.name}, this is {target.name}")
+    return Recomputation(plan, stored, None, calibrated)
+
+
+def _conversion(
+    structure: Structure, checkpoint: Checkpoint, calibration: Path | None, *, packed: bool
+) -> tuple[Plan, bool]:
+    """The plan, and whether it has the results of calibration.
+
+    packed: whether its result was packed into another format afterwards.
+    """
+    recipe = _recipe(structure, SOURCE_RECIPE if packed else RECIPE_FILE)
+    try:
+        plan = make_plan(recipe, checkpoint)
+    except InputError as error:
+        raise _Unusable(f"MODEL does not fit the manifest's recipe: {error.what}") from None
+    if calibration is not None:
+        if not plan.needs_calibration:
+            raise InputError(
+                "nothing in the checkpoint's recipe needs a calibration",
+                where=f"--calibration {calibration}",
+                fix="leave --calibration out",
+            )
+        from quantcli.calibration.session import load_for
+
+        return make_plan(recipe, checkpoint, load_for(plan, calibration)), True
+    if plan.measured and packed:
+        raise _Unusable(f"packing changes how ranges of inputs are stored: {GIVE_CALIBRATION}")
+    if plan.measured:
+        assert structure.stored is not None
+        plan = make_plan(recipe, checkpoint, _measured_by_type(plan, structure.stored))
+    return plan, False
+
+
+def _measured_by_type(plan: Plan, stored: StoredCheckpoint) -> Measured:
+    """No numbers; the modules that were measured, as far as their types tell.
+
+    The recipe may want a scheme without data for the others, as no token reached them.
+    """
+    labels = {name: module.layout.label for name, module in stored.modules.items()}
+    stats: dict[str, dict[str, StoredTensor]] = {
+        item.module: {}
+        for item in quantized_items(plan)
+        if labels.get(item.module) == plan.target.label(item.scheme.numerics)
+    }
+    return Measured(stats=stats)
+
+
+def _recipe(structure: Structure, file: str) -> Recipe:
+    """The manifest's recipe, read like any other from its file."""
+    assert structure.manifest is not None
+    assert structure.checkpoint is not None
+    path, text = structure.checkpoint.path / file, structure.manifest.get("recipe")
+    if not isinstance(text, str) or not path.is_file() or path.read_bytes() != text.encode():
+        raise _Unusable(f"the manifest's recipe is not that of {file}")
+    try:
+        recipe = load_recipe(path)
+    except InputError as error:
+        raise _Unusable(f"the manifest's recipe cannot be read: {error.what}") from None
+    for rule in (*recipe.rules, *recipe.smooth):
+        for pattern in filter(_may_be_slow, rule.patterns):
+            raise _Unusable(f"a pattern of the recipe may take very long to match: {pattern:.80}")
+    return recipe
+
+
+def _may_be_slow(pattern: str) -> bool:
+    """Whether a regular expression might try very many ways to match a name.
+
+    A group that is repeated, or more than a few repetitions and choices. Globs are always fast.
+    """
+    if not pattern.startswith("re:"):
+        return False
+    repeated = re.search(r"\)[*+{]", pattern) is not None
+    return repeated or len(re.findall(r"[*+{]", pattern)) > 3 or len(re.findall(r"[?(]", pattern)) > 6
