@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ _SUFFIXES = frozenset(
         "weight_offset", "qweight", "qzeros", "deq_scale", "quant_bias", "input_scale", "absmax",
     }
 )  # fmt: skip
+# Tensors for a cache of keys and values: of no weight, and of no use to another engine.
+_CACHE = re.compile(
+    r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
+    r"|[kvq]_proj\.output_scale)"
+)
 _CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4"})
 
 
@@ -49,6 +55,11 @@ def is_quantized(spec: TensorSpec) -> bool:
     if suffix in _SUFFIXES or suffix.endswith(("_blocks", "_scales")):
         return True
     return suffix == "weight" and spec.dtype in _CODES
+
+
+def of_cache(name: str) -> bool:
+    """Whether a tensor is a scale or an offset of the cache of keys and values."""
+    return _CACHE.fullmatch(name) is not None
 
 
 def _module(tensor: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.head import lm_head, tied
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError, closest
@@ -118,15 +119,12 @@ def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
 
 def tied_embeddings(checkpoint: Checkpoint) -> str:
     """Whether lm_head shares the embedding: what config.json says against what is stored."""
-    stored = any(
-        name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in checkpoint.tensors
-    )
-    tied = checkpoint.config.get("tie_word_embeddings")
-    if tied is None:
-        tied = checkpoint.text_config.get("tie_word_embeddings")
-    if stored:
-        return "tied in config.json, yet lm_head is stored" if tied else "no"
-    return "no lm_head, though config.json says untied" if tied is False else "yes"
+    return {
+        "stored": "tied in config.json, yet lm_head is stored" if tied(checkpoint) else "no",
+        "tied": "yes",
+        "none": "no: the model has no lm_head",
+        "lost": "no lm_head, though config.json says untied",
+    }[lm_head(checkpoint)]
 
 
 def fold(specs: list[TensorSpec]) -> list[TensorGroup]:

@@ -18,6 +18,7 @@ from quantcli.core.numerics import Parts, multiplier
 from quantcli.planning.plan import Repack
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
 from quantcli.targets.base import ScalePart, Target
+from quantcli.targets.layouts import stray_signs
 
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.
@@ -64,6 +65,14 @@ def _sound(parts: Parts, item: Repack, first_row: int) -> None:
             raise _damaged(f"holds a {name} that is NaN or Inf", _place(item, name, first_row))
         if name.endswith("_scale") and values.is_floating_point() and bool((values <= 0).any()):
             first = (values <= 0).nonzero()[0].tolist()
+            rules = {param.suffix: param.values for param in item.module.layout.params}
+            if rules.get(name) == "signed" and not bool(((values == 0) | stray_signs(values)).any()):
+                raise InputError(
+                    f"{name} is {float(values[tuple(first)]):g}: negative scales are not packed, as no "
+                    "other format is known to take them",
+                    where=_place(item, name, first_row, first[0] if first else 0),
+                    fix="quantize it instead: `quantcli quantize` decodes it",
+                )
             what = f"{name} is {float(values[tuple(first)]):g}: a scale is a positive number"
             raise _damaged(what, _place(item, name, first_row, first[0] if first else 0))
 

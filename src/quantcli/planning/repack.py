@@ -27,6 +27,7 @@ from quantcli.targets.base import (
     ScalePart,
     StoredCheckpoint,
     Target,
+    must_be_readable,
     must_be_sound,
     target_of,
 )
@@ -68,6 +69,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     """
     origin = _origin(checkpoint, target)
     stored = origin.open_stored(checkpoint)
+    must_be_readable(stored)
     must_be_sound(stored)
     if not stored.modules:
         raise InputError(
@@ -282,7 +284,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
             elif param.suffix == "deq_scale" and dtype == torch.int64:  # bits of a float32
                 stored[param.suffix] = torch.ones(shape).view(torch.int32).to(dtype)
             else:
-                value = float(param.values == "positive" or param.suffix == "deq_scale")
+                value = float(param.values in {"positive", "signed"} or param.suffix == "deq_scale")
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 

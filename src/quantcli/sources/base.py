@@ -17,6 +17,7 @@ from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError
+from quantcli.targets.layouts import stray_signs
 
 AGAIN = "fetch the model again"
 Tensors = Mapping[str, StoredTensor]  # of one module, by suffix
@@ -110,7 +111,13 @@ def matrix(stored: StoredTensor) -> tuple[int, int]:
 
 
 def check_scales(
-    scale: Tensor, stored: StoredTensor, first: int, each: int, decode: Callable[[Tensor], Tensor]
+    scale: Tensor,
+    stored: StoredTensor,
+    first: int,
+    each: int,
+    decode: Callable[[Tensor], Tensor],
+    *,
+    signed: bool = False,
 ) -> None:
     """InputError for a scale below zero, and for one of zero with codes that are not: its weights are
     lost. NaN shows in the decoded values.
@@ -118,8 +125,9 @@ def check_scales(
     scale:  float32, a row for rows `first`, `first` + 1, .. of the weight, or for `each` of them.
     each:   how many rows of the weight one row of `stored` is for; 0: it is for all.
     decode: the rows of the weight with other scales of the same shape.
+    signed: scales may be negative, unless nearly all are positive.
     """
-    bad = scale < 0
+    bad = stray_signs(scale) if signed else scale < 0
     if not bool(bad.any()):
         bad = scale == 0
         if not bool(bad.any()) or not bool(decode(bad.float()).any()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.checkpoint.detect import Quantization, is_quantized, quantization
+from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache, quantization
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
@@ -20,7 +19,7 @@ from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
 from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded, wrong
 from quantcli.targets.ascend.types import deq_from_stored
-from quantcli.targets.base import StoredCheckpoint, must_be_sound, target_of
+from quantcli.targets.base import StoredCheckpoint, must_be_readable, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
 
 # by `quant_method` in config.json
@@ -29,13 +28,11 @@ _READERS: dict[str, Read] = {
     "fbgemm_fp8": float8.read,
     "fp8": float8.read,
     "gptq": gptq.read,
+    "modelopt": float8.read_modelopt,
+    "mxfp8": float8.read,
 }
 _OWN_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # of older producers
-# Scales of a cache of keys and values: of no weight, and of no use to another engine.
-_CACHE = re.compile(
-    r".*\.([kvq]_scale|[kv]_zero_point|kv_cache_(scale|offset)|fa_[qkv]\.(scale|offset)"
-    r"|[kvq]_proj\.output_scale)"
-)
+_MODELOPT = "hf_quant_config.json"
 # Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
 # to serve in.
 _OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
@@ -59,7 +56,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     cache = []
     for name, tensor in checkpoint.tensors.items():
         weight = owner.get(name)
-        if weight is None and _CACHE.fullmatch(name):
+        if weight is None and of_cache(name):
             cache.append(name)
         elif weight is None:
             _refuse_code(tensor, checkpoint, weights, findings)
@@ -90,8 +87,11 @@ def _read(
         source = Source(checkpoint, settings, where, notes)
         return list(_READERS[method.lower()](source)), None
     target = target_of(checkpoint)
+    if not settings and (target is None or target.name == "fp8") and float8.unnamed(checkpoint):
+        return list(float8.read(Source(checkpoint, settings, where))), None
     if target is not None:
-        own = target.open_stored(checkpoint)
+        own = target.open_stored(replace(checkpoint, tensors=_with_columns(checkpoint.tensors)))
+        must_be_readable(own)
         return list(_read_own(own, target.name)), own
     names = sorted({*_READERS, "ascend", "compressed-tensors"})
     raise InputError(
@@ -100,6 +100,18 @@ def _read(
         where=f"{checkpoint.path}, {source_format.evidence}",
         fix=_FLOAT,
     )
+
+
+def _with_columns(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Scales [n] of the n rows of a weight as [n, 1]: the same numbers, as engines read them."""
+    columns = dict(tensors)
+    for name, stored in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        codes = tensors.get(f"{module}.weight") or tensors.get(f"{module}.weight_packed")
+        rows = codes.spec.shape[:1] if codes and suffix == "weight_scale" else None
+        if stored.spec.shape == rows and rows != (1,):
+            columns[name] = replace(stored, spec=replace(stored.spec, shape=(*rows, 1)))
+    return columns
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -118,6 +130,12 @@ def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     for name, method in _OWN_FILES.items():
         if name in checkpoint.left_out and (checkpoint.path / name).is_file():
             return {"quant_method": method, **read_json_file(checkpoint.path / name)}, name
+    if (checkpoint.path / _MODELOPT).is_file():
+        table = read_json_file(checkpoint.path / _MODELOPT).get("quantization")
+        if not isinstance(table, dict):
+            what = f"`quantization` is {reprlib.repr(table)}, not an object"
+            raise InputError(what, where=str(checkpoint.path / _MODELOPT), fix=AGAIN)
+        return {**table, "quant_method": "modelopt"}, _MODELOPT
     return {}, CONFIG
 
 
@@ -159,7 +177,7 @@ def _error_of(finding: Finding, tensor: StoredTensor) -> InputError:
 _BESIDE = frozenset(
     {
         "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",
-        "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx",
+        "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx", "scale_weight", "scale_input",
     }
 )  # fmt: skip
 
@@ -184,7 +202,11 @@ class SoundRows(ModuleReader):
             suffix = param.suffix
             if suffix == "deq_scale":
                 scale = deq_from_stored(tensors[suffix])[0]
-            elif param.values == "positive" and suffix.startswith("weight_scale") and suffix in tensors:
+            elif (
+                param.values in {"positive", "signed"}
+                and suffix.startswith("weight_scale")
+                and suffix in tensors
+            ):
                 scale = tensors[suffix].float()
             else:
                 continue
@@ -192,5 +214,6 @@ class SoundRows(ModuleReader):
             def decode(other: Tensor, suffix: str = suffix) -> Tensor:
                 return layout.dequantize({**tensors, suffix: other})
 
-            check_scales(scale, self.module.tensors[suffix], start, param.rows, decode)
+            signed = param.values == "signed"
+            check_scales(scale, self.module.tensors[suffix], start, param.rows, decode, signed=signed)
         return tensors

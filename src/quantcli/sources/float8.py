@@ -1,4 +1,7 @@
-"""FP8 weights with a scale per tensor, per row or per block (DeepSeek and its like, `fbgemm_fp8`)."""
+"""FP8 weights with a scale per tensor, row or block: DeepSeek and its like, `fbgemm_fp8`, ModelOpt.
+
+A scale of uint8 is an exponent (E8M0): 2^(scale - 127).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,31 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values
 from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
+from quantcli.targets.fp8.config import E4M3
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
-_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")  # both multiply: the first by misnomer
-_OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale_ub")
+# all multiply: the first by misnomer; the last is ComfyUI's
+_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "scale_weight")
+_OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale_ub", "scale_input")
+# ModelOpt's names of formats, and the sides of a block.
+# Source: Model-Optimizer a2fbac7b, modelopt/torch/export/quant_utils.py; vllm 0.32.0,
+# model_executor/layers/quantization/modelopt.py:320-403.
+_MODELOPT: dict[str, list[int] | None] = {
+    "fp8": None,
+    "fp8_per_channel_per_token": None,
+    "fp8_pb_wo": [128, 128],
+}
 
 
 def read(source: Source) -> Iterator[Encoded]:
     """Every FP8 module, if config.json says `fp8`. InputError for tensors that do not fit."""
     block = _block(source)
-    if source.word("fmt", "e4m3") != "e4m3":
+    if source.word("fmt", "e4m3") not in E4M3:
         raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
     for module, tensors in source.modules.items():
         weight = tensors.get("weight")
@@ -36,12 +50,35 @@ def read(source: Source) -> Iterator[Encoded]:
         n, k = matrix(weight)
         scales = [tensors[suffix] for suffix in _WEIGHT_SCALES if suffix in tensors]
         if len(scales) != 1:
-            first, second = (f"`{module}.{suffix}`" for suffix in _WEIGHT_SCALES)
+            suffixes = [scale.spec.name.rpartition(".")[2] for scale in scales] or _WEIGHT_SCALES
+            first, second = (f"`{module}.{suffix}`" for suffix in suffixes[:2])
             both = f"there are both {first} and {second}"
             raise wrong(weight, both if scales else f"there is neither {first} nor {second}")
         scale, tile, kind = _tiles(source, scales[0], (n, k), block)
         parts = [weight, scale, *(tensors[suffix] for suffix in _OF_INPUTS if suffix in tensors)]
         yield encoded(module, (n, k), parts, partial(open_rows, weight, scale, tile), kind)
+
+
+def read_modelopt(source: Source) -> Iterator[Encoded]:
+    """Every FP8 module of ModelOpt. InputError for its other formats."""
+    algorithm = source.word("quant_algo", "")
+    if algorithm not in _MODELOPT:
+        formats = ", ".join(name.upper() for name in _MODELOPT)
+        what = f"`quant_algo` is {algorithm.upper()!r:.40}: this version decodes {formats}"
+        raise source.refused(what, _FLOAT)
+    yield from read(replace(source, settings={"weight_block_size": _MODELOPT[algorithm]}))
+
+
+def unnamed(checkpoint: Checkpoint) -> bool:
+    """Whether every e4m3 weight has one scale, or one for each row: their headers tell all of it."""
+    plain = []
+    for name, stored in checkpoint.tensors.items():
+        if stored.spec.dtype == "F8_E4M3" and name.endswith(".weight"):
+            names = (f"{name.removesuffix('weight')}{suffix}" for suffix in _WEIGHT_SCALES)
+            scales = [checkpoint.tensors[scale] for scale in names if scale in checkpoint.tensors]
+            rows = stored.spec.shape[:1]
+            plain.append(any(s.spec.shape in {(), (1,), (1, 1), rows, (*rows, 1)} for s in scales))
+    return bool(plain) and all(plain)
 
 
 def _block(source: Source) -> tuple[int, int] | None:
@@ -60,8 +97,11 @@ def _tiles(
     """The scale as a matrix, one value a tile; rows and columns of a tile; the format as text."""
     n, k = sides
     shape = scale.spec.shape
-    if scale.spec.dtype not in SCALES:
+    if scale.spec.dtype not in {*SCALES, "U8"}:
         raise wrong(scale, f"scale is {scale.spec}; it must be float")
+    if len(shape) == 4 and shape[1] == shape[3] == 1:  # ModelOpt's blocks
+        shape = (shape[0], shape[2])
+        scale = replace(scale, spec=replace(scale.spec, shape=shape))
     if block is not None:
         expected = -(-n // block[0]), -(-k // block[1])
         if shape != expected:
@@ -102,11 +142,18 @@ class Float8Rows:
         rows, columns = self.tile
         codes = self.codes.weight(start, count)
         first, last = start // rows, -(-(start + len(codes)) // rows)
-        scale = self.scales.weight(first, last - first).float()
+        scale = _values(self.scales.weight(first, last - first))
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
         check_scales(scale, self.stored_scale, start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
+
+
+def _values(scale: Tensor) -> Tensor:
+    """Scales in float32; the exponent 255 is NaN."""
+    if scale.dtype != torch.uint8:
+        return scale.float()
+    return torch.where(scale == 255, torch.nan, torch.exp2(scale.float() - 127))
 
 
 _FLOAT = "start from the float checkpoint"

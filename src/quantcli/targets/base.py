@@ -17,7 +17,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.core.registry import discover
-from quantcli.targets.layouts import StoredModule
+from quantcli.targets.layouts import StoredModule, Values
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
 # Fixes that several formats suggest.
@@ -49,14 +49,18 @@ class PlannedCheckpoint:
 class StoredCheckpoint(Protocol):
     """A checkpoint on disk, of any producer, as an engine would load it.
 
-    modules:  the quantized modules that are sound enough to be read, by name.
-    findings: errors that the engine would stop at or misread, and notes.
-    checked:  the number of things that each check looked at, by the check's name.
+    modules:   the quantized modules that are sound enough to be read, by name.
+    unchecked: the format of quantized modules that engines load and this version cannot read, by name.
+    values:    rules for the numbers of tensors that belong to no quantized module, by their names.
+    findings:  errors that the engine would stop at or misread, and notes.
+    checked:   the number of things that each check looked at, by the check's name.
     """
 
     checkpoint: Checkpoint
     serving_dtype: str
     modules: dict[str, StoredModule]
+    unchecked: dict[str, str]
+    values: dict[str, Values]
     findings: list[Finding]
     checked: dict[str, int]
 
@@ -170,6 +174,13 @@ def target_of(checkpoint: Checkpoint) -> Target | None:
     """The target whose format a checkpoint on disk is of, with its default options."""
     targets = (cls() for cls in discover(Target).values())
     return next((target for target in targets if target.recognises(checkpoint)), None)
+
+
+def must_be_readable(stored: StoredCheckpoint) -> None:
+    """Raises InputError for a quantized module that this version cannot read."""
+    for module, form in stored.unchecked.items():
+        what, where = f"this version cannot decode {form}", f"`{module}` in {stored.checkpoint.path}"
+        raise InputError(what, where=where, fix="start from the float checkpoint")
 
 
 def must_be_sound(stored: StoredCheckpoint, checks: Collection[str] | None = None) -> None:

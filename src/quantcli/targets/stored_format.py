@@ -15,7 +15,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
-from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule
+from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule, Values
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.vllm_family import (
     EXPERT,
@@ -37,6 +37,8 @@ class StoredFormat(ABC):
 
     labels:       labels of modules by name, also of float ones; none for a module of unknown label.
     by_module:    stored tensors by module and suffix, in the order of the files.
+    unchecked:    see `StoredCheckpoint`; `check_parameters` names them.
+    values:       see `StoredCheckpoint`.
     readable:     `read` sets it to False if the config is too damaged to tell modules' labels.
     float_label:  the label of a module that stays float.
     unregistered: the engine's treatment of a tensor that it does not register.
@@ -50,6 +52,8 @@ class StoredFormat(ABC):
         self.serving_dtype = declared_dtype(checkpoint.config) or "BF16"
         self.checked: dict[str, int] = defaultdict(int)
         self.modules: dict[str, StoredModule] = {}
+        self.unchecked: dict[str, str] = {}
+        self.values: dict[str, Values] = {}
         self.labels: dict[str, str] = {}
         self.by_module: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stored in checkpoint.tensors.items():
@@ -60,6 +64,7 @@ class StoredFormat(ABC):
         if self.readable:
             for check in (self.check_parameters, self._siblings, self._experts, self._loader):
                 self.findings += check()
+            self.findings += self._unchecked()
         self.checked["config"] += 1
         self.findings += self.check_config()
 
@@ -154,6 +159,14 @@ class StoredFormat(ABC):
             self.modules[module] = StoredModule(
                 module, layout, stored, (n, k), self.serving_dtype, numerics
             )
+
+    def _unchecked(self) -> Iterator[Finding]:
+        """A note for each format that engines load and this version cannot read."""
+        modules: dict[str, list[str]] = defaultdict(list)
+        for module, form in self.unchecked.items():
+            modules[form].append(module)
+        for form, names in modules.items():
+            yield noted("parameters", f"this version cannot check {some(names)}: {form}")
 
     def _siblings(self) -> Iterator[Finding]:
         """Siblings have one label, and the same bytes of each parameter that the engine keeps once."""

@@ -72,6 +72,7 @@ BOUNDS = {
     "fp8_e4m3": Bounds(25.0, 12.0, 0.25),
     "mxfp8": Bounds(22.0, 8.0, 0.25),
     "int4": Bounds(6.0, 0.5),
+    "mxfp4": Bounds(6.0, 0.5),
     "float": Bounds(60.0),
 }
 

@@ -20,6 +20,10 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # of new and of old versions of transfor
 _TEXT = "text_config"
 _SERVED = frozenset({"BF16", "F16"})
 _ABSENT = object()
+# Keys that tell of the program that saved a file.
+OF_PRODUCER = frozenset({"transformers_version", "_name_or_path"})
+_ROPE = "rope_parameters"
+_OLD_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -52,8 +56,8 @@ def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]
     if serving not in _SERVED:
         return
     tensors = stored.checkpoint.tensors
-    names = own_names(tensors, stored.modules)
-    quantized = {f"{module}.weight" for module in stored.modules}
+    names = own_names(tensors, stored.modules, stored.unchecked)
+    quantized = {f"{module}.weight" for module in [*stored.modules, *stored.unchecked]}
     rounded = [
         name
         for name, tensor in tensors.items()
@@ -90,7 +94,12 @@ def compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool = Fa
 
 
 def _compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool) -> Iterator[Finding]:
-    yield from _differences(ours.config, reference.config)
+    first, second = ours.config, reference.config
+    if not sealed:  # saved by another producer
+        first, second = ({k: v for k, v in c.items() if k not in OF_PRODUCER} for c in (first, second))
+        if len({any(_ROPE in level for _, level in _text_levels(c)) for c in (first, second)}) > 1:
+            first, second = _with_rope(first), _with_rope(second)
+    yield from _differences(first, second)
     yield from _added_quantization(ours.config, reference.config)
     serving = _serving(reference, sealed=sealed)
     places = {place for place, _ in _text_levels(ours.config)}
@@ -141,6 +150,27 @@ def _differences(ours: Any, reference: Any, place: str = "") -> Iterator[Finding
                 f"`{place}{key}` is {value!r:.60} in {CONFIG}, not {other!r:.60} as in the other model"
             )
             yield failed("source", what, CONFIG, "take the other model's value")
+
+
+def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with `rope_parameters`, at each level, in place of three keys of older versions.
+
+    Source: transformers 5.23, modeling_rope_utils.py, standardize_rope_params.
+    """
+    own = {*_OLD_ROPE, _ROPE}
+    table = {k: _with_rope(v) if isinstance(v, dict) and k not in own else v for k, v in config.items()}
+    rope: dict[str, Any] = {}
+    for block in (table.get("rope_scaling"), table.get(_ROPE)):
+        rope |= block if isinstance(block, dict) else {}
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        return table
+    numbers = {key: table.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    rope |= {key: value for key, value in numbers.items() if value is not None}
+    if not rope:
+        return table
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    return {k: v for k, v in table.items() if k not in _OLD_ROPE} | {_ROPE: rope}
 
 
 def _added_quantization(ours: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
+from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.compare import BOUNDS
 from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
@@ -49,7 +51,18 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     if conversion is not None:
         conversion.run(report, workers, progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
-    if options.run and not unreadable:
+    if options.run and not unreadable and not _unread(structure.stored):
         trust = options.trust_remote_code
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
+
+
+def _unread(stored: StoredCheckpoint) -> bool:
+    """Whether codes would be taken for weights, as a damaged config or description hides their type."""
+    read = {*stored.modules, *stored.unchecked}
+    return any(
+        name.endswith(".weight")
+        and tensor.spec.dtype not in FLOATS | {"F64"}
+        and name.removesuffix(".weight") not in read
+        for name, tensor in stored.checkpoint.tensors.items()
+    )

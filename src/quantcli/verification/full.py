@@ -16,7 +16,7 @@ from quantcli.core.events import Progress
 from quantcli.core.findings import COPY_AGAIN, Finding, failed, noted
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import StoredCheckpoint
-from quantcli.targets.layouts import Values
+from quantcli.targets.layouts import Values, stray_signs
 from quantcli.verification.structure import Structure
 
 _BLOCK = 2**21  # bytes of a tensor that are checked at a time
@@ -61,7 +61,7 @@ def _hash(
 
 
 def _rules(stored: StoredCheckpoint) -> dict[str, Values]:
-    return {
+    return stored.values | {
         module.tensors[param.suffix].spec.name: param.values
         for module in stored.modules.values()
         for param in module.layout.params
@@ -119,6 +119,10 @@ def _not_positive(block: Tensor) -> int | None:
     return _first(~((block > 0) & torch.isfinite(block)))
 
 
+def _not_a_scale(block: Tensor) -> int | None:
+    return _first(~((block != 0) & torch.isfinite(block)) | stray_signs(block))
+
+
 def _not_int4(block: Tensor) -> int | None:
     low, high = block.aminmax()
     return _first((block < -8) | (block > 7)) if int(low) < -8 or int(high) > 7 else None
@@ -146,6 +150,7 @@ _FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
     "fp8": (_nan_code, "a code is NaN"),
     "exponent": (lambda block: _first(block == 255), "an E8M0 scale is NaN"),
     "positive": (_not_positive, "a scale is not a positive number"),
+    "signed": (_not_a_scale, "a scale is not a positive number"),
     "bits": (_bad_bits, "an integer does not hold the bits of a positive float32"),
     "zero": (lambda block: _first(block != 0), "an offset is not zero"),
     "integer": (_bad_integer, "an offset is not an int8"),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from quantcli import __version__
-from quantcli.core.findings import Finding
+from quantcli.core.findings import Finding, noted
 from quantcli.recipe.fields import Verify
 
 Depth = Literal["structure", "full", "against", "run"]
@@ -184,6 +184,17 @@ class Report:
     def add(self, findings: Iterable[Finding]) -> None:
         """Add findings, each once."""
         self._findings |= dict.fromkeys(findings)
+
+    def excuse(self, of_source: Iterable[Finding]) -> None:
+        """Make notes of errors that the other model has, too. of_source: its findings."""
+        of_both = {(finding.check, finding.what, finding.where) for finding in of_source}
+        findings = [
+            noted(f.check, f"{f.what}; the other model is like that", f.where)
+            if f.severity == "error" and (f.check, f.what, f.where) in of_both
+            else f
+            for f in self._findings
+        ]
+        self._findings = dict.fromkeys(findings)
 
     def count(self, check: str, things: int) -> None:
         """Add to the number of things that a check looked at."""

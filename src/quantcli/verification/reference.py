@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json_file
+from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.disk import sha256_of
+from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
+from quantcli.targets.stored_format import some
 from quantcli.verification.compare import Weight, rows_of
-from quantcli.verification.config import compare_config
+from quantcli.verification.config import OF_PRODUCER, compare_config
 from quantcli.verification.kinds import WRITTEN, use_of
 from quantcli.verification.outcome import CONVERT
 
@@ -40,6 +43,11 @@ class Reference:
         """The quantized modules by name."""
         return {} if self.stored is None else self.stored.modules
 
+    @property
+    def unchecked(self) -> Mapping[str, str]:
+        """The formats of quantized modules that this version cannot read, by name."""
+        return {} if self.stored is None else self.stored.unchecked
+
     def quantized(self, name: str) -> StoredModule | None:
         """The quantized module of the tensor MODULE.weight; None for any other tensor."""
         return self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -50,21 +58,30 @@ class Reference:
 
     def names(self) -> set[str]:
         """Tensors with a meaning of their own: not the scales and other parts of modules."""
-        return own_names(self.checkpoint.tensors, self.modules)
+        return own_names(self.checkpoint.tensors, self.modules, self.unchecked)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one of `names`: of its codes, if the module is quantized."""
+        if name.removesuffix(".weight") in self.unchecked:
+            return 0
         module = self.quantized(name)
         return (module.codes if module else self.checkpoint.tensors[name]).spec.nbytes
 
 
 def open_reference(path: Path) -> Reference:
-    """The model to compare with. InputError if it is damaged."""
+    """The model to compare with. InputError if it is damaged.
+
+    A checkpoint at which an engine would stop is compared by the weights that it decodes to.
+    """
     checkpoint = open_checkpoint(path)
     target = target_of(checkpoint)
     if target is None:
         return Reference(decoded(checkpoint))
-    return Reference(checkpoint, target, target.open_stored(checkpoint))
+    stored = target.open_stored(checkpoint)
+    if any(f.severity == "error" and f.check == "parameters" for f in stored.findings):
+        # codes of a module that is not read would be taken for weights
+        return Reference(decoded(checkpoint))
+    return Reference(checkpoint, target, stored)
 
 
 def difference(before: StoredTensor, after: StoredTensor) -> str | None:
@@ -130,10 +147,17 @@ def _scale(weight: Tensor, codes: Tensor) -> Tensor:
 def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
     """Findings for tensors that one of the models lacks; a note if the other one is quantized."""
     names, reference_names = ours.names(), reference.names()
-    for name in sorted(reference_names - names):
+    for name in sorted(name for name in reference_names - names if not of_cache(name)):
         yield failed("source", f"`{name}` of the other model is missing", None, CONVERT)
+    cache = []
     for name in sorted(names - reference_names):
-        yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+        if of_cache(name):
+            cache.append(name)
+        else:
+            yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
+    if cache:
+        what = f"the cache of keys and values is quantized: nothing is compared with {some(cache)}"
+        yield noted("source", what)
     kinds = decoded_kinds(reference.checkpoint.tensors.values())
     if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
         what = (
@@ -145,21 +169,47 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
     """Findings for files of the other model that are missing here, or differ, and for added ones.
 
-    An added file is an error if something may read it, else a note.
+    An added file is an error if something may read it, else a note. This tool copies files byte for
+    byte, and writes a manifest; other producers load and save the model, and leave out files that
+    nothing reads.
     """
+    sealed = (ours.path / MANIFEST).is_file()
     for name in sorted(reference.aux):
-        if not (ours.path / name).is_file():
-            fix = "copy it from the other model"
-            yield failed("source", "file of the other model is missing", name, fix)
-        elif sha256_of(ours.path / name) != sha256_of(reference.path / name):
+        own, other = ours.path / name, reference.path / name
+        if not own.is_file():
+            what, fix = "file of the other model is missing", "copy it from the other model"
+            read = sealed or use_of(name) is not None
+            yield failed("source", what, name, fix) if read else noted("source", what, name)
+        elif sha256_of(own) != sha256_of(other):
             if name == CONFIG:
-                sealed = (ours.path / MANIFEST).is_file()
                 yield from compare_config(ours, reference, sealed=sealed)
-            else:
+            elif sealed or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
     for name in sorted(present - {*reference.aux, *ours.shards, *WRITTEN}):
-        yield _added(name, ours.path / name, reference.path / name)
+        if not _is_own_index(ours, name):  # the check of files has a note on it
+            yield _added(name, ours.path / name, reference.path / name)
+
+
+def _is_own_index(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a file lists the tensors that are there, under another name than engines look for."""
+    if not name.endswith(".index.json"):
+        return False
+    try:
+        listed = read_json_file(checkpoint.path / name).get("weight_map")
+    except InputError:
+        return False
+    return listed == {name: stored.file.name for name, stored in checkpoint.tensors.items()}
+
+
+def _same_settings(own: Path, other: Path) -> bool:
+    """Whether two JSON files say the same, whatever their order, and the program that saved them."""
+    try:
+        tables = [read_json_file(path) for path in (own, other)]
+    except InputError:
+        return False
+    first, second = ({k: v for k, v in t.items() if k not in OF_PRODUCER} for t in tables)
+    return first == second
 
 
 def _added(name: str, file: Path, other: Path) -> Finding:

@@ -4,13 +4,13 @@ from the other."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, Protocol
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.findings import Finding, failed
-from quantcli.targets.base import StoredCheckpoint
+from quantcli.targets.layouts import StoredModule
 
 # layers of drafts, stored after the others
 _DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -29,7 +29,23 @@ _TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talk
 _FIX = "take config.json of the model that was converted"
 
 
-def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Finding]:
+class Model(Protocol):
+    """A checkpoint, and its quantized modules by name."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint."""
+
+    @property
+    def modules(self) -> Mapping[str, StoredModule]:
+        """The quantized modules by name."""
+
+    @property
+    def unchecked(self) -> Mapping[str, str]:
+        """The formats of quantized modules that this version cannot read, by name."""
+
+
+def check_sizes(stored: Model, stacks: Sequence[int]) -> Iterator[Finding]:
     """Findings for sizes in config.json. stacks: number of layers of each numbered list of modules."""
     checkpoint = stored.checkpoint
     config = checkpoint.text_config
@@ -49,7 +65,7 @@ def check_sizes(stored: StoredCheckpoint, stacks: Sequence[int]) -> Iterator[Fin
         yield from _heads(stored, config)
 
 
-def _heads(stored: StoredCheckpoint, config: dict[str, Any]) -> Iterator[Finding]:
+def _heads(stored: Model, config: dict[str, Any]) -> Iterator[Finding]:
     """The projections of attention: the number of heads times one width."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head = _whole(config, "head_dim") or (hidden // heads if heads and hidden else None)
@@ -80,9 +96,7 @@ def _embedding(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Findi
             yield failed("sizes", what, CONFIG, _FIX)
 
 
-def _width(
-    stored: StoredCheckpoint, suffix: str, side: int, expected: Set[int | None]
-) -> Iterator[Finding]:
+def _width(stored: Model, suffix: str, side: int, expected: Set[int | None]) -> Iterator[Finding]:
     """One side (0 rows, 1 columns) of all modules whose names end in `suffix`, against config.json.
 
     Checked if they have it in common. expected: the allowed sizes, the usual one the smallest; None in
@@ -93,6 +107,8 @@ def _width(
     shapes = set()
     for name, tensor in stored.checkpoint.tensors.items():
         module = name.removesuffix(".weight")
+        if module in stored.unchecked:
+            continue
         if module in stored.modules:
             shape: tuple[int, ...] = stored.modules[module].shape
         elif name.endswith(".weight") and tensor.spec.dtype in FLOATS:

@@ -19,17 +19,18 @@ from quantcli.checkpoint.files import (
     PICKLES,
     has_byte_order_mark,
 )
-from quantcli.checkpoint.inspection import tied_embeddings
+from quantcli.checkpoint.head import generates, lm_head
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import own_names
+from quantcli.targets.vllm_family import uneven_experts
 from quantcli.verification.config import check_dtypes, check_tied
 from quantcli.verification.kinds import TOKENIZERS, use_of
 from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, COPY, Report
-from quantcli.verification.sizes import check_sizes
+from quantcli.verification.sizes import Model, check_sizes
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
@@ -159,6 +160,18 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
         report.count("tp", len(stored.modules))
 
 
+def faults_of_model(stored: Model, where: str) -> Iterator[Finding]:
+    """Errors of a checkpoint that no conversion can have brought about: it copies what there is.
+
+    where: stands for the checkpoint as a whole.
+    """
+    checkpoint = stored.checkpoint
+    findings = [*_layers(stored), *_files(checkpoint, None), *uneven_experts(checkpoint)]
+    for finding in (finding for finding in findings if finding.severity == "error"):
+        whole = finding.where == str(checkpoint.path)
+        yield replace(finding, where=where) if whole else finding
+
+
 def _forgotten(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Weight files that belong to the others by their names, but that the index does not list."""
     sets = {_PART.sub("", shard) for shard in checkpoint.shards if _PART.search(shard)}
@@ -241,11 +254,13 @@ def layer_of(name: str) -> str | None:
     return f"{match['stack']}.{match['index']}" if match else None
 
 
-def _layers(stored: StoredCheckpoint) -> Iterator[Finding]:
+def _layers(stored: Model) -> Iterator[Finding]:
     """Decoder layers against config.json and each other, embeddings, head."""
     checkpoint = stored.checkpoint
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in own_names(checkpoint.tensors, stored.modules):  # layers may differ in type
+    for name in own_names(
+        checkpoint.tensors, stored.modules, stored.unchecked
+    ):  # layers may differ in type
         if match := _LAYER.fullmatch(name):
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
             stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))
@@ -253,21 +268,47 @@ def _layers(stored: StoredCheckpoint) -> Iterator[Finding]:
         absent = sorted(set(range(max(layers) + 1)) - layers.keys())
         if absent:
             yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", CONVERT)
-        yield from _incomplete(stack, layers)
+        yield from _incomplete(checkpoint, stack, layers)
     yield from check_sizes(stored, [len(layers) for layers in stacks.values()])
-    if tied_embeddings(checkpoint).startswith("no lm_head"):
+    if lm_head(checkpoint) == "lost":
         what = "lm_head is missing, though config.json says that embeddings are not tied"
         yield failed("layers", what, str(checkpoint.path), CONVERT)
 
 
-def _incomplete(stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
-    """A layer that lacks modules: no other is like it, and several have all its modules and more."""
+def _incomplete(checkpoint: Checkpoint, stack: str, layers: dict[int, set[str]]) -> Iterator[Finding]:
+    """A layer that lacks modules: no other is like it, and several have all its modules and more.
+
+    A note if config.json describes it unlike all of those, and for the first norm of a model of
+    embeddings, whose input is normalized already.
+    """
     kinds: dict[frozenset[str], list[int]] = defaultdict(list)
     for index, names in layers.items():
         kinds[frozenset(names)].append(index)
+    described = _described(checkpoint, max(layers) + 1)
     for modules, indices in kinds.items():
         larger = [kind for kind, members in kinds.items() if modules < kind and len(members) > 1]
         if len(indices) == 1 and larger:
+            index = indices[0]
             _, lacking = min((len(kind - modules), sorted(kind - modules)) for kind in larger)
-            what = f"lacks `{lacking[0]}`, which other layers have"
-            yield failed("layers", what, f"`{stack}.{indices[0]}`", CONVERT)
+            what, where = f"lacks `{lacking[0]}`, which other layers have", f"`{stack}.{index}`"
+            norms = all("norm" in name.lower() for name in lacking)
+            if not any(described[index] == described[i] for kind in larger for i in kinds[kind]):
+                yield noted("layers", f"{what}; config.json describes it in another way", where)
+            elif norms and index == 0 and not generates(checkpoint):
+                yield noted("layers", f"{what}; its input may be normalized before", where)
+            else:
+                yield failed("layers", what, where, CONVERT)
+
+
+# lists in config.json with one entry, or one letter, for each layer
+_LISTS = (
+    "layer_types", "layers_block_type", "block_configs", "hybrid_override_pattern", "mlp_layer_types",
+    "hybrid_layer_pattern", "attn_type_list", "moe_layer_freq",
+)  # fmt: skip
+
+
+def _described(checkpoint: Checkpoint, count: int) -> list[list[object]]:
+    """For each of `count` layers, the entries of the lists in config.json that have as many."""
+    values = [checkpoint.text_config.get(key) for key in _LISTS]
+    lists = [value for value in values if isinstance(value, (list, str)) and len(value) == count]
+    return [list(entries) for entries in zip(*lists, strict=True)] if lists else [[]] * count

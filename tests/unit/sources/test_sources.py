@@ -342,6 +342,95 @@ def test_float_and_decoded_checkpoints_stay_as_they_are(tmp_path):
     assert made.on_disk == original.tensors
 
 
+def scaled(name, shape, inputs=None):
+    """Codes with one scale for the weight, or for each row, and the weight."""
+    n, k = 20, 64
+    codes = quantized.fp8_codes(n, k)
+    count = int(np.prod(shape))
+    scale = np.linspace(0.01, 0.02, count).astype("f4")
+    rows = scale if count == n else np.repeat(scale, n)
+    weight = (quantized.FP8[codes] * rows[:, None]).astype("f4")
+    tensors = {"a.weight": ("F8_E4M3", (n, k), codes.tobytes())}
+    tensors[f"a.{name}"] = ("F32", shape, scale.tobytes())
+    return tensors | ({f"a.{inputs}": tensor("F32", fill=1)} if inputs else {}), weight
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("weight_scale", "input_scale"), ("scale_weight", "scale_input"), ("weight_scale_inv", None)],
+)
+@pytest.mark.parametrize("shape", [(), (1,), (20,), (20, 1)], ids=str)
+def test_fp8_without_a_config_is_told_by_its_headers(tmp_path, name, inputs, shape):
+    tensors, weight = scaled(name, shape, inputs)
+    found = opened(tmp_path, tensors, None)
+    check(found, "a", weight)
+    assert list(found.tensors) == ["model.norm.weight", "a.weight"]
+
+
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "e4m3", None])
+def test_published_spellings_of_fmt(tmp_path, fmt):
+    tensors, weight = quantized.fp8_blocks("a", 130, 200)
+    check(opened(tmp_path, tensors, BLOCKS | {"fmt": fmt}), "a", weight)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp8"])
+def test_scales_of_uint8_are_exponents(tmp_path, method):
+    codes = quantized.fp8_codes(20, 64)
+    exponents = np.arange(110, 150, dtype="u1").reshape(20, 2)
+    tensors = {"a.weight": ("F8_E4M3", (20, 64), codes.tobytes())}
+    tensors["a.weight_scale_inv"] = ("U8", (20, 2), exponents.tobytes())
+    powers = 2.0 ** (exponents.astype("f8") - 127)
+    weight = (quantized.FP8[codes] * np.repeat(powers, 32, 1)).astype("f4")
+    settings = BLOCKS | {"quant_method": method, "weight_block_size": [1, 32]}
+    check(opened(tmp_path / "a", tensors, settings), "a", weight)
+    exponents[3, 1] = 255
+    tensors["a.weight_scale_inv"] = ("U8", (20, 2), exponents.tobytes())
+    found = read_tensor(opened(tmp_path / "b", tensors, settings).tensors["a.weight"])
+    assert found[3, 32:].isnan().all()
+    assert int(found.isnan().sum()) == 32
+
+
+MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize("shape", [(), (20,)], ids=str)
+@pytest.mark.parametrize("alone", [True, False])
+def test_modelopt(tmp_path, shape, alone):
+    """Its description stands in either of two files."""
+    tensors, weight = scaled("weight_scale", shape, "input_scale")
+    algorithm = "FP8_PER_CHANNEL_PER_TOKEN" if shape else "FP8"
+    table = MODELOPT | {"quantization": {"quant_algo": algorithm}}
+    files = {"hf_quant_config.json": json.dumps(table)} if alone else {}
+    settings = None if alone else {"quant_method": "modelopt", "quant_algo": algorithm}
+    check(opened(tmp_path, tensors, settings, files=files), "a", weight)
+
+
+def test_modelopt_has_blocks_of_four_dimensions(tmp_path):
+    tensors, weight = quantized.fp8_blocks("a", 130, 200)
+    tensors["a.weight_scale"] = ("F32", (2, 1, 2, 1), tensors.pop("a.weight_scale_inv")[2])
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    check(opened(tmp_path, tensors, settings), "a", weight)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            {"quantization": {"quant_algo": "W4A8_AWQ"}},
+            "hf_quant_config.json: `quant_algo` is 'W4A8_AWQ'",
+        ),
+        ({"quantization": 7}, "`quantization` is 7, not an object"),
+        ({}, "`quantization` is None, not an object"),
+    ],
+)
+def test_modelopt_of_other_formats(tmp_path, table, said):
+    tensors, _ = scaled("weight_scale", ())
+    with pytest.raises(InputError) as caught:
+        opened(tmp_path, tensors, None, files={"hf_quant_config.json": json.dumps(table)})
+    assert said in caught.value.what
+    assert "hf_quant_config.json" in f"{caught.value.what} {caught.value.where}"
+
+
 def test_scales_of_the_cache_are_dropped_with_a_word(tmp_path):
     tensors, _ = quantized.fp8_blocks("a", 8, 8)
     tensors["l.self_attn.k_scale"] = tensors["l.self_attn.v_scale"] = tensor("F32", 1)
@@ -388,6 +477,8 @@ FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
         (fp8(), {"quant_method": "gguf"}, "this version decodes ascend, awq, compressed-tensors"),
         (fp8(), {"quant_method": ["fp8"]}, "already quantized"),
         (fp8(), None, "has no quantization_config for its fp8 weights"),
+        (fp8(), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "`quant_algo` is 'NVFP4': this"),
+        (fp8(), {"quant_method": "modelopt"}, "`quant_algo` is ''"),
         (fp8(), "fp8", "`quantization_config` is 'fp8', not an object"),
         (without(AWQ_TENSORS, "scales"), AWQ, "`a.scales` is missing"),
         (without(AWQ_TENSORS, "qzeros"), AWQ, "`a.qzeros` is missing"),

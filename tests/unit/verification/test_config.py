@@ -131,7 +131,9 @@ def test_a_float32_model_of_another_producer_may_be_served_in_float16():
 
 def stored(config, dtype="BF16"):
     tensor = SimpleNamespace(spec=SimpleNamespace(dtype=dtype))
-    return SimpleNamespace(checkpoint=model(config, {"model.norm.weight": tensor}), modules={})
+    return SimpleNamespace(
+        checkpoint=model(config, {"model.norm.weight": tensor}), modules={}, unchecked={}
+    )
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -18,7 +18,8 @@ def findings(config, shapes, stack="model.layers.0"):
         for name, shape in shapes.items()
     }
     checkpoint = SimpleNamespace(text_config=config, tensors=tensors, path="m")
-    return [f.what for f in check_sizes(SimpleNamespace(checkpoint=checkpoint, modules={}), [])]
+    model = SimpleNamespace(checkpoint=checkpoint, modules={}, unchecked={})
+    return [f.what for f in check_sizes(model, [])]
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,17 @@ class Served:
         self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
         self._target = target
-        for module in stored.modules.values():
-            if _scheme(module.numerics) is None:
-                raise InputError(
-                    f"this version cannot compute as the engine does with {module.layout.label}",
-                    where=f"`{module.name}`",
-                    fix="verify it without --run",
-                )
+        labels = {
+            name: module.layout.label
+            for name, module in stored.modules.items()
+            if _scheme(module.numerics) is None
+        }
+        for name, label in (stored.unchecked | labels).items():
+            raise InputError(
+                f"this version cannot compute as the engine does with {label}",
+                where=f"`{name}`",
+                fix="verify it without --run",
+            )
 
     @classmethod
     def open(cls, path: Path) -> Served:

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
-from quantcli.checkpoint.inspection import tied_embeddings
+from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
-from quantcli.targets.ascend.types import MISNAMED, TYPES
+from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head
@@ -31,13 +31,18 @@ class Description:
     entries: values by the names of tensors, without those for the checkpoint as a whole.
     labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
              whose type the engine does not have.
+    cache:   the type of the cache of keys and values; None if it stays float.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.findings: list[Finding] = []
+        table = self._read()
+        self.cache = table.get("kv_cache_type")
         self.entries: dict[str, Any] = {
-            key: value for key, value in self._read().items() if not _METADATA.fullmatch(key)
+            key: value
+            for key, value in table.items()
+            if key in checkpoint.tensors or not _METADATA.fullmatch(key)
         }
         self.labels: dict[str, str] = {}
         if self.entries:
@@ -70,9 +75,9 @@ class Description:
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
             elif key.endswith(".weight"):
-                if value != FLOAT and value not in TYPES:
+                if value not in {FLOAT, *TYPES, *UNCHECKED}:
                     unknown[value].append(key)
-                if value == FLOAT or MISNAMED.get(value, value) in TYPES:
+                if MISNAMED.get(value, value) in {FLOAT, *TYPES, *UNCHECKED}:
                     self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
         for value, keys in unknown.items():
             yield _unknown_type(value, keys)
@@ -100,8 +105,7 @@ class Description:
             fix = f"the engine stops at `{weights[0]}`: {AGAIN}" if weights else AGAIN
             yield failed("description", f"does not describe {some(undescribed)}", DESCRIPTION, fix)
         head = absent_head({name: stored.spec for name, stored in tensors.items()})
-        untied = tied_embeddings(self.checkpoint).startswith("no lm_head")  # then the tensor is lost
-        if head and head not in self.entries and not untied:
+        if head and head not in self.entries and lm_head(self.checkpoint) == "tied":
             fix = f'add `"{head}": "FLOAT"`, as the engine looks it up although it is tied'
             yield failed("description", f"does not describe `{head}`", DESCRIPTION, fix)
 

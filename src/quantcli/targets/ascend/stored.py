@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
@@ -12,12 +12,16 @@ from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.tensor_parallel import limits
-from quantcli.targets.ascend.types import TYPES, WRITTEN
+from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
 from quantcli.targets.vllm_family import EXPERT
 
+# Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
+# one for each row. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633 and 1041,
+# quantization/methods/kv_c8.py:99-139, attention/attention_v1.py:1892-1915.
+CACHE = frozenset({"kv_cache_scale", "kv_cache_offset"})
 # dtype of deq_scale by the serving dtype
 _DEQ_DTYPES = {"BF16": "F32", "F16": "I64"}
 
@@ -33,6 +37,7 @@ class AscendCheckpoint(StoredFormat):
         description = Description(self.checkpoint)
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
+        self._with_cache = description.cache == "C8"
         self.readable = bool(description.entries)
         return description.findings
 
@@ -40,7 +45,10 @@ class AscendCheckpoint(StoredFormat):
         """Float tensors are float, quantized modules have what their type registers."""
         for module, tensors in self.by_module.items():
             label = self.labels.get(module)
-            if "weight" not in tensors:
+            yield from self._cache(module)
+            if label in UNCHECKED:
+                self.unchecked[module] = f"type {label}"
+            elif "weight" not in tensors:
                 if suffixes := sorted(tensors.keys() & SUFFIXES):
                     yield orphan(module, suffixes[0])
             elif label == FLOAT:
@@ -58,6 +66,26 @@ class AscendCheckpoint(StoredFormat):
         for suffix in sorted(tensors.keys() & SUFFIXES):
             what = f"`{module}` is FLOAT, but has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
+
+    def _cache(self, module: str) -> Iterator[Finding]:
+        """Scales and offsets of the cache that belong to k_proj or v_proj."""
+        tensors = self.by_module[module]
+        rows = tensors["weight"].spec.shape[0] if "weight" in tensors else None
+        for suffix in sorted(CACHE & tensors.keys()):
+            spec, where = tensors[suffix].spec, f"`{module}.{suffix}`"
+            if not self._with_cache:
+                what = f'there is no "kv_cache_type": "C8" in the description: {self.unregistered}'
+                yield failed("parameters", what, where, AGAIN)
+            elif spec.dtype not in FLOATS or spec.numel not in {1, rows}:
+                what = f"is {spec}, not one float or {rows}"
+                yield failed("parameters", what, where, AGAIN)
+            elif suffix == "kv_cache_scale":
+                self.values[spec.name] = "positive"
+            self.checked["parameters"] += 1
+
+    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
+        """All but those of the cache, which have a check of their own."""
+        return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
         layout, tensors = TYPES[label], self.by_module[module]

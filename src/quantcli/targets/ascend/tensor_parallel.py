@@ -69,7 +69,7 @@ def limits(module: StoredModule, k: int, devices: int) -> Iterator[str]:
             yield reason
     if devices == 1 or not splits_inputs(module.name):
         return
-    if label.startswith("W8A8_MX") and k % _MX_COLUMNS:
+    if "_MXFP" in label and k % _MX_COLUMNS:
         yield f"{label} needs inputs in multiples of {_MX_COLUMNS} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")
     if bias is not None and bias.spec.shape[1] > 1 and _SLICES % devices:

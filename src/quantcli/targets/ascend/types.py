@@ -89,6 +89,24 @@ def _mx(blocks: Blocks) -> Tensor:
     return torch.ldexp(grouped, exponent.unsqueeze(-1)).flatten(1)
 
 
+# values of e2m1 codes; bit 3 is the sign
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _mx4(blocks: Blocks) -> Tensor:
+    """As `_mx`, of fp4 codes: even columns are in the low nibbles.
+
+    Source: vllm-ascend 182b75ea84, quantization/methods/w4a16_mxfp4.py:36-47.
+    """
+    packed = blocks["weight"]
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+    return _mx({"weight": _E2M1[codes.long()], "weight_scale": blocks["weight_scale"]})
+
+
+def _fp4_columns(shape: tuple[int, ...]) -> Sides:
+    return shape[0], 2 * shape[1]
+
+
 def kronecker(blocks: Blocks) -> Tensor:
     """W = L W' R^T for each row as a matrix [L, R]: the engine transforms inputs to L^T X R."""
     rows = per_row(blocks)
@@ -133,6 +151,8 @@ _I8, _I4, _F8 = _weight("I8"), _weight("I8", "int4"), _weight("F8_E4M3", "fp8")
 _I4_PAIRS = Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2)
 _SCALES = (_scale(), _offset())
 _EXPONENTS = Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent")
+_F4 = Param("weight", ("U8",), lambda n, k: (n, -(-k // 2)), "codes")
+_FP4: dict[str, Any] = {"dequantize": _mx4, "sides": _fp4_columns, "experts": True}
 _SCALE_BIAS = Param("scale_bias", FLOAT_PARAM, lambda n, k: (n, SLICES), "finite")
 _OLD_W4A8 = (
     "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and in other "
@@ -151,6 +171,10 @@ TYPES = {
         _type("W8A8FP8_DYNAMIC", "fp8_e4m3", _F8, *_SCALES, experts=True, scale_in_float32=True,
               loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
         _type("W8A8_MXFP8", "mxfp8", _F8, _EXPONENTS, dequantize=_mx, experts=True),
+        _type("W4A4_MXFP4", "mxfp4", _F4, _EXPONENTS, **_FP4),
+        _type("W4A8_MXFP", "mxfp4", _F4, _EXPONENTS, **_FP4),
+        _type("W4A16_MXFP4", "mxfp4", _F4, _EXPONENTS, **_FP4,
+              note="the engine has W4A16_MXFP4 for experts alone"),
         _type("W4A8_DYNAMIC", "int4", _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
               sides=_pairs, experts=True, note=_OLD_W4A8),
         _type("W4A4_DYNAMIC", "int4", _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
@@ -174,6 +198,11 @@ WRITTEN: dict[Numerics, QuantType] = {
     Numerics(_INT8, None): TYPES["W8A16"],
     **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }
+# Types that the engine has, but whose tensors this tool cannot check: transforms whose sizes depend on
+# the tensor parallel size, tensors of compressed-tensors, and sparse types of the 310P.
+# Source: vllm-ascend 182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py, w4a16.py and
+# _310p/quantization/methods/w8a8s.py, w8a8sc.py.
+UNCHECKED = frozenset({"W4A4_MXFP4_FLATQUANT", "W4A16", "W8A8S", "W8A8SC"})
 # Types of other producers, and the engine's name for each.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
 MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}

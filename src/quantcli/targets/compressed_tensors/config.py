@@ -24,12 +24,16 @@ _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One of `config_groups`. kind is None if this version does not know how engines load it."""
+    """One of `config_groups`. kind is None if this version does not know how engines load it.
+
+    unchecked: the format that engines load, but whose tensors this version cannot read.
+    """
 
     name: str
     targets: tuple[str, ...]
     numerics: Numerics | None
     kind: Kind | None
+    unchecked: str | None = None
 
 
 @dataclass
@@ -62,11 +66,13 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
             config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
         numerics = kind = None
+        unchecked = _unchecked(table)
         try:
-            numerics, kind = _group(table, top)
+            if unchecked is None:
+                numerics, kind = _group(table, top)
         except _Unknown as reason:
             config.findings.append(_wrong(f"`{place}` {reason}"))
-        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind))
+        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind, unchecked))
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
         config.findings.append(_wrong("`ignore` is not a list of names"))
@@ -115,6 +121,26 @@ def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
     if kind is None or form not in {kind.format, "naive-quantized"}:
         raise _Unknown(f"is a combination that the engine has no scheme for, in {form}")
     return numerics, kind
+
+
+# Weights with scales of eight bits that the engine loads, by type, bits, strategy and group size. It
+# does not look at `format` for them. Source: vllm 0.32.0,
+# model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:420-510.
+_SMALL_SCALES: dict[tuple[object, ...], str] = {
+    ("float", 4, "tensor_group", 16): "nvfp4",
+    ("float", 4, "group", 32): "mxfp4",
+    ("float", 8, "group", 32): "mxfp8",
+}
+
+
+def _unchecked(table: Mapping[str, Any]) -> str | None:
+    """The format of a group of weights with scales of eight bits; None for any other."""
+    weights = table.get("weights")
+    if not isinstance(weights, dict):
+        return None
+    key = tuple(weights.get(name) for name in ("type", "num_bits", "strategy", "group_size"))
+    form = _SMALL_SCALES.get(key) if all(isinstance(part, (str, int)) for part in key) else None
+    return None if form == "mxfp8" and weights.get("scale_dtype") != "torch.uint8" else form
 
 
 def _operand(table: Any) -> Operand:

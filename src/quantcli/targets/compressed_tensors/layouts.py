@@ -28,6 +28,7 @@ SUFFIXES = frozenset(
     {
         "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale",
         "input_zero_point", "weight_g_idx", "weight_scale_inv", "weight_global_scale",
+        "input_global_scale",
     }
 )  # fmt: skip
 
@@ -76,7 +77,8 @@ def _weight_scale(numerics: Numerics) -> Param:
         return module_scale("weight_scale")
     if weight.per == "block" and weight.block:
         return block_scale("weight_scale", FLOAT_PARAM, *weight.block)
-    return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, _groups(numerics, k)), "positive")
+    values: Values = "positive" if weight.dtype == "fp8_e4m3" else "signed"
+    return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, _groups(numerics, k)), values)
 
 
 def _zero_point(numerics: Numerics, kind: Kind) -> Param:

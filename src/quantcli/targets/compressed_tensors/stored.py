@@ -19,6 +19,11 @@ from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
 from quantcli.targets.vllm_family import is_head, is_linear, tied_head
 
+# Model types whose routers the engine gives a quant_config.
+# Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
+_QUANTIZED_ROUTERS = frozenset(
+    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "lfm2_moe", "k2_horizon"}
+)
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
 
@@ -38,6 +43,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
     def check_parameters(self) -> Iterator[Finding]:
         """Quantized modules are in a group, and have what the engine registers for it."""
         without_group: dict[str, list[str]] = defaultdict(list)
+        routers: list[str] = []
         for module in sorted(self._names):
             tensors = self.by_module[module]
             weight = tensors.get("weight")
@@ -55,13 +61,22 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 self.labels[module] = self.float_label
                 if quantized:
                     without_group[_codes_as_float(tensors, ignored)].append(module)
+            elif group.unchecked and quantized:
+                self.labels[module] = self.unchecked[module] = group.unchecked
             elif group.kind is None or group.numerics is None:
                 continue  # `read` reports the group
+            elif not quantized and self.float_only(module):
+                self.labels[module] = self.float_label
+                if str(self.checkpoint.text_config.get("model_type")) in _QUANTIZED_ROUTERS:
+                    routers.append(module)
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
             else:
                 self.labels[module] = group.kind.label
                 yield from self._quantized(module, group)
+        if routers:
+            what = f"`ignore` lacks {some(routers)}, float routers that the engine would quantize"
+            yield failed("loader", what, CONFIG, "add their names to `ignore`")
         if head := tied_head(self.checkpoint):
             yield from self._float_head(head)
         for what, names in without_group.items():

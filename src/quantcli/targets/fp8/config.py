@@ -16,6 +16,7 @@ from quantcli.targets.spellings import skip_list
 from quantcli.targets.vllm_family import EXPERT, float_linears
 
 METHOD = "fp8"
+E4M3 = ("e4m3", "float8_e4m3fn")  # published spellings of `fmt`
 # Lists of float modules; the first that is not empty counts.
 # Source: vllm 0.32.0, model_executor/layers/quantization/fp8.py:158-170.
 _KEYS = ("ignored_layers", "modules_to_not_convert")
@@ -86,7 +87,7 @@ def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
             what = "activation_scheme is static, which engines do not have for blocks"
             yield failed("config", what, CONFIG)
     fmt = block.get("fmt")
-    if fmt not in (None, "e4m3"):
+    if fmt not in (None, *E4M3):
         what = f"fmt is {fmt!r:.60}; engines read every code as e4m3"
         yield failed("config", what, CONFIG, "convert the model again, to e4m3")
     for key in _KEYS:

@@ -25,7 +25,7 @@ BLOCK = (128, 128)
 # Registered parameters and their dtypes: vllm 0.32.0,
 # model_executor/layers/quantization/fp8.py:312-345. Loaders copy scales by value into float32; no known
 # engine reads E8M0 scales in this format.
-_FLOATS = ("F32", "BF16")
+_FLOATS = ("F32", "BF16", "F16")
 # Scales of a quantized module; a cache of keys and values has other scales, which are not checked.
 SUFFIXES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
 _HOPPER = "NVIDIA GPUs (Ada, Hopper and later)"

@@ -14,6 +14,7 @@ from quantcli.core.numerics import Module
 from quantcli.targets.base import AGAIN
 from quantcli.targets.fp8.config import read_config
 from quantcli.targets.fp8.kinds import SUFFIXES, layout_of
+from quantcli.targets.layouts import static_inputs
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module, spellings
 from quantcli.targets.stored_format import StoredFormat, orphan, some
@@ -38,6 +39,10 @@ _FORMATS = {
 # Sources: as for ROUTERS; vllm 0.32.0, model_executor/models/deepseek_mtp.py:65 and 87,
 # deepseek_v2.py:712.
 _FLOAT_ALWAYS = frozenset({*ROUTERS, "eh_proj", "weights_proj", "head"})
+# Names of transformers for scales of whole weights, and those of vLLM, which knows them for one class.
+# Source: vllm 0.32.0, model_executor/models/mistral3.py:431-437.
+_OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
+_KNOWN_TO_VLLM = "Mistral3ForConditionalGeneration"
 _STACKED = re.compile(r"\.\d+\.")  # within a layer of any stack
 # Of a whole weight: with a smaller scale the engine's second rounding loses small codes.
 # Source: vllm 0.32.0, model_executor/layers/quantization/utils/w8a8_utils.py:75-107; the limit was
@@ -54,7 +59,27 @@ class Fp8Checkpoint(StoredFormat):
         self._numerics, self._ignored_names = config.numerics, config.ignored
         self._skipped = config.skipped
         self.readable = config.numerics is not None
-        return config.findings
+        return [*config.findings, *(self._rename() if self.readable else ())]
+
+    def _rename(self) -> Iterator[Finding]:
+        """Scales of whole weights under the engine's names; a note on where other names are known."""
+        renamed = []
+        assert self._numerics is not None
+        if self._numerics.weight.per == "block":
+            return
+        for module, tensors in self.by_module.items():
+            for other, name in _OTHER_NAMES.items():
+                scale = tensors.get(other)
+                needed = name == "weight_scale" or static_inputs(self._numerics)
+                if scale and needed and name not in tensors and scale.spec.shape in {(), (1,)}:
+                    tensors[name] = tensors.pop(other)
+                    renamed.append(f"{module}.{other}")
+        if renamed and _KNOWN_TO_VLLM not in str(self.checkpoint.config.get("architectures")):
+            what = (
+                f"transformers reads {some(renamed)}; vLLM 0.32 knows these names for "
+                f"{_KNOWN_TO_VLLM} alone"
+            )
+            yield noted("loader", what)
 
     def check_parameters(self) -> Iterator[Finding]:
         """Float modules are named in config.json; the others have what the engine registers."""

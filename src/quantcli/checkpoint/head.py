@@ -1,0 +1,60 @@
+"""The lm_head of a checkpoint: stored, tied to the embedding, lost, or not a part of the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+
+Head: TypeAlias = Literal["stored", "tied", "none", "lost"]
+
+# Classes of models that put out the next token. Drafts take the head of the model that they draft for.
+# Source: transformers 5.23, models/auto/modeling_auto.py, the names of the mappings for generation.
+_GENERATES = re.compile(
+    r"(?!.*(Eagle|Medusa|MTP)).*(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForVision2Seq"
+    r"|ForImageTextToText)"
+)
+# Last parts of the names of heads that are not an lm_head: under another name, or with other outputs.
+# Sources: transformers 5.23, models/gpt_neox, models/rwkv and its ...ForSequenceClassification,
+# ...ForTokenClassification, ...ForQuestionAnswering; remote code of ChatGLM and InternLM2.
+_OTHER = frozenset(
+    {
+        "embed_out", "head", "output", "output_layer", "score", "classifier", "qa_outputs", "v_head",
+        "value_head", "reward_head", "regression_head", "classification_head",
+    }
+)  # fmt: skip
+# A file of sentence-transformers: the model puts out embeddings.
+_EMBEDDING_MODEL = "modules.json"
+
+
+def lm_head(checkpoint: Checkpoint) -> Head:
+    """How config.json and the tensors account for the lm_head.
+
+    lost: neither stored nor tied, in a model of a class that has one.
+    """
+    if any(name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in checkpoint.tensors):
+        return "stored"
+    if tied(checkpoint) is not False:
+        return "tied"
+    if not generates(checkpoint) or (checkpoint.path / _EMBEDDING_MODEL).is_file():
+        return "none"
+    outside_of_layers = {name for name in checkpoint.tensors if not re.search(r"\.\d+\.", name)}
+    if any(name.split(".")[-2:-1] == [other] for name in outside_of_layers for other in _OTHER):
+        return "none"
+    # a backbone that was saved alone: a model with a head has it under a name, such as `model`
+    return "none" if "embed_tokens.weight" in checkpoint.tensors else "lost"
+
+
+def tied(checkpoint: Checkpoint) -> bool | None:
+    """Whether config.json ties the lm_head to the embedding; None if it does not say."""
+    value = checkpoint.config.get("tie_word_embeddings")
+    value = checkpoint.text_config.get("tie_word_embeddings") if value is None else value
+    return None if value is None else bool(value)
+
+
+def generates(checkpoint: Checkpoint) -> bool:
+    """Whether a class in `architectures` has an lm_head; true if config.json names no class."""
+    classes = checkpoint.config.get("architectures")
+    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    return not names or any(_GENERATES.fullmatch(name) for name in names)

@@ -1,0 +1,88 @@
+"""The lm_head of a model: by the class in config.json, and by the tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.head import Head, generates, lm_head, tied
+from quantcli.checkpoint.inspection import tied_embeddings
+from tests.builders import make_model, tensor
+
+EMBEDDING = "model.embed_tokens.weight"
+UNTIED = {"tie_word_embeddings": False}
+
+
+def model(tmp_path: Path, *names: str, files: dict[str, str] | None = None, **config: Any) -> Any:
+    tensors = dict.fromkeys((*names, "model.layers.0.mlp.score.weight"), tensor("BF16", 4, 2))
+    path = make_model(tmp_path / "m", {"model.safetensors": tensors}, config=config, files=files)
+    return open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["LlamaForCausalLM"], True),
+        (["GPT2LMHeadModel"], True),
+        (["Qwen3VLForConditionalGeneration"], True),
+        (["MyForSequenceClassification", "MyForCausalLM"], True),
+        ([], True),
+        (None, True),
+        ("LlamaModel", True),
+        ([7], True),
+        (["LlamaForSequenceClassification"], False),
+        (["BertForTokenClassification"], False),
+        (["InternLM2ForRewardModel"], False),
+        (["Qwen2ForProcessRewardModel"], False),
+        (["MistralModel"], False),
+        (["T5EncoderModel"], False),
+        (["ColQwen2ForRetrieval"], False),
+        (["LlamaForCausalLMEagle3"], False),
+        (["EagleLlamaForCausalLM"], False),
+        (["DeepSeekMTPModel"], False),
+    ],
+)
+def test_classes_that_generate(tmp_path: Path, names: Any, found: bool) -> None:
+    assert generates(model(tmp_path, EMBEDDING, architectures=names)) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "found"),
+    [
+        ([EMBEDDING, "lm_head.weight"], UNTIED, "stored"),
+        ([EMBEDDING, "language_model.lm_head.weight_packed"], UNTIED, "stored"),
+        ([EMBEDDING], {}, "tied"),
+        ([EMBEDDING], {"tie_word_embeddings": True}, "tied"),
+        ([EMBEDDING], UNTIED, "lost"),
+        ([EMBEDDING], {"text_config": UNTIED, "architectures": ["XForCausalLM"]}, "lost"),
+        ([EMBEDDING], {**UNTIED, "architectures": ["XForSequenceClassification"]}, "none"),
+        ([EMBEDDING, "score.weight"], UNTIED, "none"),
+        ([EMBEDDING, "v_head.weight"], {**UNTIED, "architectures": ["XForCausalLM"]}, "none"),
+        (["gpt_neox.embed_in.weight", "embed_out.weight"], UNTIED, "none"),
+        (["transformer.output_layer.weight", EMBEDDING], UNTIED, "none"),
+        (["embed_tokens.weight"], UNTIED, "none"),
+    ],
+)
+def test_lm_head(tmp_path: Path, names: list[str], config: dict[str, Any], found: Head) -> None:
+    checkpoint = model(tmp_path, *names, **config)
+    assert lm_head(checkpoint) == found
+    assert (tied_embeddings(checkpoint) == "no: the model has no lm_head") == (found == "none")
+
+
+def test_a_model_of_sentence_transformers_puts_out_embeddings(tmp_path: Path) -> None:
+    assert lm_head(model(tmp_path, EMBEDDING, files={"modules.json": "[]"}, **UNTIED)) == "none"
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({}, None),
+        ({"tie_word_embeddings": None, "text_config": UNTIED}, False),
+        ({"tie_word_embeddings": True, "text_config": UNTIED}, True),
+    ],
+)
+def test_tied(tmp_path: Path, config: dict[str, Any], found: bool | None) -> None:
+    assert tied(model(tmp_path, EMBEDDING, **config)) is found
