@@ -19,7 +19,7 @@ from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule,
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.vllm_family import (
     EXPERT,
-    ROUTERS,
+    FLOAT_LINEARS,
     expert_sets,
     fused_groups,
     fused_name,
@@ -100,7 +100,7 @@ class StoredFormat(ABC):
 
     def float_only(self, module: str) -> str | None:
         """The reason why the engine always builds this module as float; None if it does not."""
-        return ROUTERS.get(last_part(module))
+        return FLOAT_LINEARS.get(last_part(module))
 
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """Of suffixes that a layout does not register, those to report."""

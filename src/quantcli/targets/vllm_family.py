@@ -114,10 +114,13 @@ EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embedding
 # Linears that engines build as float whatever a checkpoint says, by the last part of their names.
 # Source: vllm 0.32.0, model_executor/models: mixtral.py:111, llama4.py:101, qwen2_moe.py:148 give them
 # no quant_config. qwen3_moe.py:170 would quantize its router; here a router always stays float.
-ROUTERS = {
+# deepseek_mtp.py:87 (eh_proj), deepseek_v2.py:712 (weights_proj).
+FLOAT_LINEARS = {
     "gate": "the engine builds routers as float",
     "router": "the engine builds routers as float",
     "shared_expert_gate": "the engine builds this gate as float",
+    "eh_proj": "the engine builds eh_proj of draft layers as float",
+    "weights_proj": "the engine builds this part of the sparse attention indexer as float",
 }
 
 

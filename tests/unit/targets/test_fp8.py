@@ -89,6 +89,8 @@ REFUSED = {
     "head": ([("lm_head", SQUARE, TENSOR)], "no fp8 embedding or head"),
     "embedding": ([("model.embed_tokens", SQUARE, TENSOR)], "no fp8 embedding or head"),
     "router": ([(f"{L}.mlp.gate", SQUARE, TENSOR)], "routers as float"),
+    "draft layer": ([(f"{L}.eh_proj", SQUARE, TENSOR)], "eh_proj of draft layers as float"),
+    "indexer": ([(f"{L}.self_attn.indexer.weights_proj", SQUARE, TENSOR)], "indexer as float"),
     "some experts": (
         [(f"{L}.mlp.experts.{e}.up_proj", SQUARE, n) for e, n in ((0, STATIC), (1, None))],
         "experts of one layer",

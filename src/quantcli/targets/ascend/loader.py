@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
-from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, ROUTERS, sibling_names
+from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FLOAT_LINEARS, sibling_names
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
@@ -23,13 +23,11 @@ LISTED_EXPERTS = frozenset(
 )  # fmt: skip
 
 # Linears that the engine builds without a look at the description, by the last part of their names.
-# Sources: as for ROUTERS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj); vllm 0.32.0,
-# model_executor/models/deepseek_mtp.py:87 (eh_proj), deepseek_v2.py:712 (wk, weights_proj).
+# Sources: as for FLOAT_LINEARS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj);
+# vllm 0.32.0, model_executor/models/deepseek_v2.py:712 (wk).
 _ALWAYS_FLOAT = {
-    **ROUTERS,
+    **FLOAT_LINEARS,
     "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
-    "eh_proj": "the engine builds eh_proj of draft layers as float",
-    "weights_proj": "the engine builds this part of the sparse attention indexer as float",
 }
 
 

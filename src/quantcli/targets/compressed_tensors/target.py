@@ -26,7 +26,7 @@ from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
     EXPERT,
-    ROUTERS,
+    FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
     last_part,
@@ -107,8 +107,10 @@ class CompressedTensors(VllmTarget):
         kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
         if last in EMBEDDINGS:
             yield "the engine has no quantized embedding of this kind", KEEP
-        if last in ROUTERS:
-            yield ROUTERS[last], KEEP
+        if last in FLOAT_LINEARS:
+            yield FLOAT_LINEARS[last], KEEP
+        if module.name.endswith(".indexer.wk"):  # the engine fuses it with weights_proj
+            yield FLOAT_LINEARS["weights_proj"], KEEP
         if EXPERT.fullmatch(module.name) and not kind.experts:
             yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
         if kind.packed and k % (32 // kind.bits):

@@ -20,7 +20,7 @@ from quantcli.targets.spellings import of_no_module, spellings
 from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
-    ROUTERS,
+    FLOAT_LINEARS,
     check_blocks,
     fused_siblings,
     is_head,
@@ -36,9 +36,8 @@ _FORMATS = {
     "F8_E5M2FNUZ": "e5m2fnuz, which engines do not serve: its codes keep two bits of a number",
 }
 # Linears that engines always build as float, by the last part of their names.
-# Sources: as for ROUTERS; vllm 0.32.0, model_executor/models/deepseek_mtp.py:65 and 87,
-# deepseek_v2.py:712.
-_FLOAT_ALWAYS = frozenset({*ROUTERS, "eh_proj", "weights_proj", "head"})
+# Sources: as for FLOAT_LINEARS; vllm 0.32.0, model_executor/models/deepseek_mtp.py:65 (head).
+_FLOAT_ALWAYS = frozenset({*FLOAT_LINEARS, "head"})
 # Names of transformers for scales of whole weights, and those of vLLM, which knows them for one class.
 # Source: vllm 0.32.0, model_executor/models/mistral3.py:431-437.
 _OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}

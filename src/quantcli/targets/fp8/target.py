@@ -17,7 +17,7 @@ from quantcli.targets.fp8.stored import Fp8Checkpoint
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
-    ROUTERS,
+    FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
     is_head,
@@ -92,8 +92,8 @@ class Fp8(VllmTarget):
         last = last_part(module.name)
         if last in EMBEDDINGS or is_head(module.name):
             yield "the engine has no fp8 embedding or head", KEEP
-        if last in ROUTERS:
-            yield ROUTERS[last], KEEP
+        if last in FLOAT_LINEARS:
+            yield FLOAT_LINEARS[last], KEEP
         yield from check_blocks(module, labels)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
