@@ -43,11 +43,14 @@ def read(source: Source) -> Iterator[Encoded]:
         )
     group = source.whole("group_size")
     middle = 2 ** (bits - 1) if source.settings.get("sym") is True else None
-    checked = middle is None
+    checked = False
     for module in grouped_modules(source, "GPTQ", bits, group, packed_along_k=True):
         n, k = module.shape
-        if not checked:
-            stored_as, checked = _layout_of(source, module, bits, stored_as), True
+        if not checked and middle is not None:
+            stored_as = _layout_of(source, module, bits, stored_as)
+        elif not checked:
+            source.notes.extend(_doubt(module, bits, stored_as, source.where))
+        checked = True
         parts: tuple[StoredTensor, ...] = module.parts
         index = module.tensors.get("g_idx")
         if index is not None:
@@ -99,6 +102,29 @@ def _layout_of(source: Source, module: GroupedModule, bits: int, declared: str) 
     odd = (points + _FORMATS[declared] != 2 ** (bits - 1)).nonzero()[0].tolist()
     value = int(points[tuple(odd)])
     raise source.contradicted(stored, f"`sym: true` has one zero point, and [{odd[0]}] holds {value}")
+
+
+_ROWS = 64  # of a module: enough for a mean
+_FEWEST = 256  # zero points, whose mean is then within a few tenths of a step
+
+
+def _doubt(module: GroupedModule, bits: int, declared: str, where: str) -> Iterator[str]:
+    """A note if a module's weights are one step off on average, and none in the other layout.
+
+    Without `sym: true` any zero point is possible, but weights average out to nearly nothing.
+    """
+    codes, _, zeros = map(Columns, module.parts)
+    with codes, zeros:
+        rows = min(_ROWS, module.shape[0])
+        values, points = _Unpack(module, bits, _FORMATS[declared], None)(codes, zeros, 0, rows)
+    other = next(layout for layout in _FORMATS if layout != declared)
+    off = float(values.mean() - points.mean())
+    other_off = off + _FORMATS[declared] - _FORMATS[other]
+    if points.numel() >= _FEWEST and abs(off) > 0.75 and abs(other_off) < 0.25:
+        yield (
+            f"`{module.name}` looks like {other}: its weights are off by {off:+.2f} steps on average, "
+            f"as {other} by {other_off:+.2f}; if so, set `checkpoint_format: {other}` in {where}"
+        )
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,36 @@ def test_zero_points_that_contradict_sym(tmp_path):
     assert "`b.qzeros`" in caught.value.where
 
 
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("declared", ["gptq", "gptq_v2"])
+def test_asymmetric_weights_that_are_one_step_off_are_noted(tmp_path, declared, v2):
+    n, k, group = 64, 256, 32
+    random = np.random.default_rng(3)
+    values = random.standard_normal((n, k // group, group))
+    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+    scale = (high - low) / 15
+    zeros = np.rint(-low / scale)
+    codes = np.clip(np.rint(values / scale) + zeros, 0, 15).astype("u4").reshape(n, k)
+    stored = (zeros[..., 0].astype("i4") - (not v2)) % 16
+    shifts = 4 * np.arange(8, dtype="u4")
+    qweight = np.bitwise_or.reduce(codes.reshape(n, k // 8, 8) << shifts, axis=-1).T
+    qzeros = np.bitwise_or.reduce(stored.T.astype("u4").reshape(-1, n // 8, 8) << shifts, axis=-1)
+    tensors = {
+        "a.qweight": quantized.i32(qweight),
+        "a.qzeros": quantized.i32(qzeros),
+        "a.scales": quantized.f16(scale[..., 0].T),
+    }
+    found = opened(tmp_path, tensors, GPTQ | {"checkpoint_format": declared})
+    right = "gptq_v2" if v2 else "gptq"
+    notes = [note for note in found.notes if "looks like" in note]
+    if right == declared:
+        assert notes == []
+    else:
+        (note,) = notes
+        assert note.startswith(f"`a` looks like {right}: its weights are off by {'-' if v2 else '+'}")
+        assert note.endswith(f"set `checkpoint_format: {right}` in config.json")
+
+
 def test_older_producers_say_it_in_a_file_of_their_own(tmp_path):
     tensors, weight = quantized.awq("a", 8, 64)
     said = {"w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}
