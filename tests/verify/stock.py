@@ -29,7 +29,10 @@ OWN = {
     "int4": 'rules: [{match: "*_proj", scheme: w4a4_dynamic}]\n',
     "head": 'rules: [{match: ["*_proj", lm_head], scheme: w8a8_dynamic}]\n',
     "mlp": 'rules: [{match: "*.mlp.*_proj", scheme: fp8_dynamic}]\n',
-    "ct_dynamic": 'rules: [{match: ["*_proj", "*_with_mqa", "*.experts.*"], scheme: w8a8_dynamic}]\n',
+    "ct_dynamic": """rules:
+- {match: ["*.eh_proj", "*.indexer.*"], scheme: keep, optional: true}
+- {match: ["*_proj", "*_with_mqa", "*.experts.*"], scheme: w8a8_dynamic}
+""",
     "ct_static": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, observer: minmax}}]\n',
     "ct_symmetric": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, symmetric: true}}]\n',
     "ct_fp8": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: fp8_dynamic}]\n',

@@ -253,14 +253,14 @@ def test_names_in_ignore_that_no_module_has_are_noted(stock, tmp_path):
     copy = Copy(good, tmp_path / "copy")
     configure(lambda block: block["ignore"].extend([f"{LAYER}.mlp.no_proj", "visual.proj"]))(copy)
     copy.seal()
-    notes = [f for f in examine(copy.path, copy.source).findings if f.check == "config"]
+    notes = [f for f in examine(copy.path).findings if f.check == "config"]
     assert [f.severity for f in notes] == ["note"]
     assert notes[0].what == f"`ignore` names `{LAYER}.mlp.no_proj` and 1 more, which no file holds"
     others = ["model.language_model.layers.1.mlp.gate", f"{LAYER}.input_layernorm", "re:no", "Conv1d"]
     copy = Copy(good, tmp_path / "another")
     configure(lambda block: block["ignore"].extend(others))(copy)
     copy.seal()
-    assert examine(copy.path, copy.source).findings == []
+    assert examine(copy.path).findings == []
 
 
 @pytest.mark.parametrize(**table(HARM))
@@ -272,7 +272,7 @@ def test_a_rounded_cache_is_a_note(stock, tmp_path):
     copy = Copy(good_of(stock, "ct dynamic"), tmp_path / "copy")
     beside(kv_cache_scheme={"num_bits": 8})(copy)
     copy.seal()
-    report = verify(VerifyOptions(copy.path, against=str(copy.source)))
+    report = verify(VerifyOptions(copy.path))
     assert report.ok
     (note,) = report.findings
     assert note.what.startswith("has a `kv_cache_scheme`")

@@ -487,10 +487,61 @@ def recipe_of(copy):
 def test_manifests_that_say_something_else(copy, entries, reason):
     rewritten(copy, **entries)
     report = examine(copy.path, copy.source)
-    assert report.ok
     (left_out,) = report.not_checked
     assert left_out.startswith(f"codes and scales were not recomputed: {reason}")
     assert "recomputed" not in report.checked
+    assert [f.what for f in report.findings if f.severity == "note"] == [left_out]
+    assert [e.what for e in report.errors] == (
+        ["says that MODEL was packed, which is not possible: "
+         "this is a float model: there are no codes to pack"] if "float model" in reason else []
+    )  # fmt: skip
+
+
+SIDECARS = {
+    "status": (
+        "ct dynamic", "config.json",
+        lambda t: t["quantization_config"].update(quantization_status="frozen"),
+        "`quantization_config.quantization_status` is 'frozen'; the recipe makes 'compressed'",
+    ),
+    "sparsity": (
+        "ct dynamic", "config.json", lambda t: t["quantization_config"].update(sparsity_config={}),
+        "`quantization_config.sparsity_config` is {}; the recipe makes no such key",
+    ),
+    "ignore": (
+        "ct dynamic", "config.json",
+        lambda t: t["quantization_config"]["ignore"].append("re:.*mlp.foo"),
+        "`quantization_config.ignore` is [",
+    ),
+    "observer": (
+        "ct dynamic", "config.json",
+        lambda t: t["quantization_config"]["config_groups"]["group_0"]["weights"].update(zp_dtype="x"),
+        "`quantization_config.config_groups.group_0.weights.zp_dtype` is 'x'; the recipe makes no such",
+    ),
+    "rotation": (
+        "dynamic", "quant_model_description.json", lambda t: t.update(is_rot_used=True),
+        "`is_rot_used` is True; the recipe makes no such key",
+    ),
+    "quant type": (
+        "dynamic", "quant_model_description.json", lambda t: t.update(model_quant_type="W4A4"),
+        "`model_quant_type` is 'W4A4'; the recipe makes 'W8A8_DYNAMIC'",
+    ),
+    "index": (
+        "dynamic", "model.safetensors.index.json", lambda t: t["metadata"].update(total_size=1),
+        "`metadata.total_size` is 1; the recipe makes ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SIDECARS)
+def test_keys_of_generated_files_that_the_recipe_does_not_make(stock, tmp_path, case):
+    made, file, change, what = SIDECARS[case]
+    copy = Copy(stock.good(*INT8[made]), tmp_path / "copy")
+    table = json.loads((copy.path / file).read_text())
+    change(table)
+    (copy.path / file).write_text(json.dumps(table))
+    copy.seal()
+    errors = [e for e in examine(copy.path, copy.source).errors if e.check == "recomputed"]
+    assert [(e.where, e.what[: len(what)]) for e in errors] == [(file, what)]
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def execute(
         if useless:
             with suppress(QuantError):  # the error that is reported is the refusal
                 discard(partial)
+    notes = tuple(note.replace(str(partial), str(out)) for note in notes)  # its name by now
     return Written(out, files, run.reused, plan, notes)
 
 

@@ -28,7 +28,7 @@ _TOKENIZER = re.compile(
 )
 # People read these, or tools that move folders: what an upload to the Hub adds, and signatures.
 _UNREAD = re.compile(
-    r"\..*|(readme|licen[cs]e|notice|copying|authors|use_policy|(sha|md5)[0-9]*sums?)(\.[a-z0-9]+)?"
+    r"\..*|(readme|licen[cs]e|notice|copying|authors|use_policy|(sha|md5)[0-9]*sums?)(\.(md|rst|txt|html?|pdf))?"
     r"|.*\.(md|rst|txt|pdf|png|jpe?g|gif|svg|webp|csv|log|ya?ml)"
     r"|.*\.(sig|asc|minisig|sigstore|sigstore\.json|intoto\.jsonl|pem|sha256|sha512|md5)"
 )

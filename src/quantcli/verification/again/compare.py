@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
@@ -46,12 +49,14 @@ class Recomputation:
     stored:     the checkpoint that is verified.
     packed:     its format, if the plan's numbers were packed into it afterwards.
     calibrated: the plan has the results of calibration, if the recipe asks for any.
+    same_version: this version of quantcli made the checkpoint.
     """
 
     plan: Work
     stored: StoredCheckpoint
     packed: Target | None = None
     calibrated: bool = False
+    same_version: bool = True
     amax: WeightAmax = field(default_factory=WeightAmax)
 
     def run(self, report: Report, workers: int, progress: Progress) -> None:
@@ -80,7 +85,26 @@ class Recomputation:
                 except InputError as error:
                     report.add([failed(CHECK, error.what, error.where, error.fix or CONVERT)])
         report.add(difference.finding() for difference in differences.values())
+        report.add(self._sidecars())
         report.count(CHECK, sum(len(self._compared(item)) for item in comparable))
+
+    def _sidecars(self) -> Iterator[Finding]:
+        """Generated JSON files with other keys or values than the conversion writes.
+
+        Not those of a format that the numbers were packed into afterwards, nor of another version.
+        """
+        if self.packed is not None or not self.same_version:
+            return
+        for name, content in self.plan.sidecars.items():
+            path = self.stored.checkpoint.path / name
+            if not name.endswith(".json") or not path.is_file():
+                continue
+            try:
+                change = _change(read_json_file(path), json.loads(content))
+            except (InputError, RecursionError):
+                change = "cannot be read"
+            if change:
+                yield failed(CHECK, change, name, CONVERT)
 
     # -- the tensors that there should be ------------------------------------------------------------
 
@@ -343,3 +367,23 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _text(tensor: Tensor, place: int) -> str:
     value = tensor.reshape(-1)[place]
     return f"{float(value):.9g}" if value.is_floating_point() else str(int(value))
+
+
+def _change(stored: Any, planned: Any, place: str = "") -> str | None:
+    """The first value of a JSON document that is not the planned one, as text."""
+    if isinstance(stored, dict) and isinstance(planned, dict):
+        for key in sorted({*stored, *planned}):
+            inner = f"{place}.{key}" if place else key
+            if key not in planned:
+                return f"`{inner:.120}` is {stored[key]!r:.60}; the recipe makes no such key"
+            if key not in stored:
+                return f"`{inner:.120}` is missing; the recipe makes {planned[key]!r:.60}"
+            if change := _change(stored[key], planned[key], inner):
+                return change
+        return None
+    if isinstance(stored, list) and isinstance(planned, list) and len(stored) == len(planned):
+        pairs = enumerate(zip(stored, planned, strict=True))
+        return next((c for i, (a, b) in pairs if (c := _change(a, b, f"{place}[{i}]"))), None)
+    if type(stored) is type(planned) and (stored == planned or stored != stored):
+        return None
+    return f"`{place:.120}` is {stored!r:.60}; the recipe makes {planned!r:.60}"

@@ -14,7 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
-from quantcli.core.findings import noted
+from quantcli.core.findings import failed, noted
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.planning.planner import make_plan
@@ -22,6 +22,7 @@ from quantcli.planning.repack import plan_repacking
 from quantcli.recipe.recipe import Recipe, load_recipe
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.again.compare import CHECK, GIVE_CALIBRATION, NOT_RECOMPUTED, Recomputation
+from quantcli.verification.outcome import CONVERT
 from quantcli.verification.structure import Structure
 
 _DAMAGE = frozenset({"headers", "index"})  # checks after whose errors tensors cannot be read
@@ -44,6 +45,8 @@ def plan_again(structure: Structure, model: Path, calibration: Path | None) -> R
         if calibration is not None:
             what = f"the calibration was not used: {reason}"
             report.add([noted(CHECK, what, f"--calibration {calibration}")])
+        if structure.manifest is not None:  # its maker could have it recomputed
+            report.add([noted(CHECK, f"{NOT_RECOMPUTED}: {reason}")])
         report.not_checked.append(f"{NOT_RECOMPUTED}: {reason}")
         return None
 
@@ -58,7 +61,8 @@ def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> 
         raise _Unusable(f"no sound {MANIFEST} says how they were made")
     tool, source = manifest.get("tool"), manifest.get("source")
     version = tool.get("version") if isinstance(tool, dict) else None
-    if version != __version__:
+    same_version = version == __version__
+    if not same_version:
         what = f"quantcli {version!s:.40} made the checkpoint; {__version__} may round otherwise"
         structure.report.add([noted(CHECK, what)])
     checkpoint = open_checkpoint(model)
@@ -66,17 +70,21 @@ def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> 
     packed = manifest.get("state") == "lossless"
     if packed and same:
         try:
-            return Recomputation(plan_repacking(checkpoint, target), stored)
+            plan = plan_repacking(checkpoint, target)
+            return Recomputation(plan, stored, same_version=same_version)
         except InputError as error:
+            what = f"says that MODEL was packed, which is not possible: {error.what}"
+            structure.report.add([failed("manifest", what, MANIFEST, CONVERT)])
             raise _Unusable(f"MODEL cannot be packed as the manifest says: {error.what}") from None
     if not packed and not same:
         raise _Unusable("the manifest names another source than MODEL, by headers and config.json")
-    plan, calibrated = _conversion(structure, checkpoint, calibration, packed=packed)
+    conversion, calibrated = _conversion(structure, checkpoint, calibration, packed=packed)
     if packed:
-        return Recomputation(plan, stored, target, calibrated)
-    if plan.target.name != target.name:
-        raise _Unusable(f"the manifest's recipe is for {plan.target.name}, this is {target.name}")
-    return Recomputation(plan, stored, None, calibrated)
+        return Recomputation(conversion, stored, target, calibrated, same_version)
+    planned = conversion.target.name
+    if planned != target.name:
+        raise _Unusable(f"the manifest's recipe is for {planned}, this is {target.name}")
+    return Recomputation(conversion, stored, None, calibrated, same_version)
 
 
 def _conversion(
