@@ -168,3 +168,19 @@ def test_calibrate_takes_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "error: `model` is a model, not a recipe\n"
         f"  fix: quantcli calibrate w8a8_static --model model; {LISTED}\n"
     )
+
+
+def test_calibration_by_the_sample_text_is_noted(tmp_path: Path) -> None:
+    """Unless somebody chose it."""
+    model = RECIPES["w8a8_static"].parents[1] / "examples" / "tiny-qwen3"
+    words = ["quantize", "w8a8_static", "--model", model, "--out", tmp_path / "out", "--plan"]
+    sample = "the calibration text is the sample that comes with quantcli, for a trial only"
+    result = run_cli(*words)
+    assert result.code == 0
+    assert sample in result.out
+    chosen = run_cli(*words, "--set", f"calibration.data={model.with_name('calibration.txt')}")
+    assert chosen.code == 0
+    assert sample not in chosen.out
+    without = run_cli("quantize", "w8a8_dynamic", *words[2:])
+    assert without.code == 0
+    assert sample not in without.out

@@ -64,6 +64,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     if not need and recipe.file.smooth is None and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")
+    if (need or recipe.file.smooth is not None) and recipe.calibrates_on_sample():
+        notes.append(
+            "the calibration text is the sample that comes with quantcli, for a trial only: set "
+            "calibration.data to text of the kind that the model will see"
+        )
     if not any(module.numerics for module in modules):
         notes.append("nothing is quantized: every weight stays float")
     notes += _dropped(checkpoint)

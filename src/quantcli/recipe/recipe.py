@@ -20,7 +20,7 @@ from quantcli.core.errors import InputError, one_of
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place, load_document
 from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
-from quantcli.recipe.shipped import find_recipe
+from quantcli.recipe.shipped import find_recipe, is_sample_text
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -115,6 +115,14 @@ class Recipe:
         if block.data.startswith("datasets:") or not from_file:
             return block.data
         return os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
+
+    def calibrates_on_sample(self) -> bool:
+        """Whether the recipe itself, and not --set, names the text that comes with quantcli."""
+        block = self.file.calibration
+        if block is None or block.data is None:
+            return False
+        given = self.where("calibration", "data").startswith("--set")
+        return not given and is_sample_text(self.data_path())
 
     def effective(self) -> str:
         """The applied recipe as YAML, without paths of this machine."""

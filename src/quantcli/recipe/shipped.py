@@ -45,6 +45,12 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def is_sample_text(path: str) -> bool:
+    """Whether a file is the calibration text that the shipped recipes name."""
+    sample = next(iter(shipped_recipes().values())).parents[1] / "examples" / "calibration.txt"
+    return Path(path) == sample
+
+
 def recipe_text(name: str) -> str:
     """The text of a shipped recipe. InputError for another name."""
     recipes = shipped_recipes()
