@@ -31,6 +31,7 @@ from quantcli.checkpoint.files import (
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.text import count
 
 CONFIG = "config.json"
 # Keys of config.json, at any level. Source: vllm 0.32.0,
@@ -175,12 +176,13 @@ def scan_checkpoint(path: Path) -> Checkpoint:
         raise _is_part(read_json_file(root / PART), root)
     index = _read_index(root, files)
     shards = _choose_shards(root, files, index, problems, left_out)
-    left_out.update(_weights_below(root, files))
+    below = _weights_below(root, files)
+    left_out.update({name: f"{BELOW}, {decimal(files[name])}" for name in below})
     tensors = _read_tensors(root, shards, problems)
     if index is not None:
         _compare(index, tensors, shards, problems, notes)
     config = _read_config(root, files, problems)
-    notes += _odd(config, tensors)
+    notes += [*_odd(config, tensors), *_notes_below(below, files)]
     gone = {*shards, *left_out, INDEX}  # the index is made anew
     aux = {name: size for name, size in files.items() if name not in gone}
     marked = [name for name in aux if name.endswith(".json") and has_byte_order_mark(root / name)]
@@ -325,7 +327,7 @@ def _why_no_shard(name: str, shards: list[str]) -> str:
     return f"the model is in {shards[0]}" if len(shards) == 1 else "not among the model's shards"
 
 
-def _weights_below(root: Path, files: dict[str, int]) -> dict[str, str]:
+def _weights_below(root: Path, files: dict[str, int]) -> list[str]:
     """Weights in folders below the model's, which no engine loads as the model, and their indexes.
 
     Folders that modules.json names are parts of a pipeline of sentence embeddings, and stay.
@@ -333,12 +335,15 @@ def _weights_below(root: Path, files: dict[str, int]) -> dict[str, str]:
     stages = _parse_file(root / _STAGES) if _STAGES in files else []
     entries = stages if isinstance(stages, list) else []
     kept = [entry.get("path") for entry in entries if isinstance(entry, dict)]
-    left_out = {}
-    for name, nbytes in files.items():
-        folder = name.rpartition("/")[0]
-        if folder and folder not in kept and name.lower().endswith(_BELOW):
-            left_out[name] = f"{BELOW}, {decimal(nbytes)}"
-    return left_out
+    folders = {name: name.rpartition("/")[0] for name in files if name.lower().endswith(_BELOW)}
+    return [name for name, folder in folders.items() if folder and folder not in kept]
+
+
+def _notes_below(names: list[str], files: dict[str, int]) -> Iterator[str]:
+    """A note for each folder of such weights."""
+    for folder, group in itertools.groupby(names, key=lambda name: name.rpartition("/")[0]):
+        sizes = [files[name] for name in group]
+        yield f"left out {count(sizes, 'file')} of `{folder}/`: {BELOW}, {decimal(sum(sizes))}"
 
 
 def _missing(root: Path, shard: str, why: str) -> InputError:

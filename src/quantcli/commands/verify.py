@@ -20,7 +20,7 @@ def verify(
     """Verify a checkpoint, a folder or a Hub id; the report as JSON-able data, see docs/verify.md.
 
     options: the other fields of VerifyOptions, such as full=True or against="MODEL". InputError for
-    options without a meaning, or if there is no checkpoint to verify.
+    options that do not go together, and for a folder or id without a checkpoint.
     """
     return run(VerifyOptions(checkpoint, **options), progress)
 

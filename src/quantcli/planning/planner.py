@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from rich.filesize import decimal
-
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.numerics import Module, Numerics
-from quantcli.core.text import count
 from quantcli.planning.items import check_siblings, make_items
 from quantcli.planning.matching import assign, served, without_data
 from quantcli.planning.measured import Measured
@@ -71,7 +68,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         )
     if not any(module.numerics for module in modules):
         notes.append("nothing is quantized: every weight stays float")
-    notes += _dropped(checkpoint)
+    left_out = checkpoint.left_out.items()
+    notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
     return Plan(
         checkpoint=checkpoint,
         target=target,
@@ -91,19 +89,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         ),
         smoothed=measured.smoothed if measured else 0,
     )
-
-
-def _dropped(checkpoint: Checkpoint) -> Iterator[str]:
-    """A note for each file that is not carried along; one for all weights of a folder."""
-    below: dict[str, list[str]] = defaultdict(list)
-    for name, why in checkpoint.left_out.items():
-        if why.startswith(BELOW):
-            below[name.rpartition("/")[0]].append(name)
-        else:
-            yield f"dropped `{name}`: {why}"
-    for folder, names in below.items():
-        nbytes = sum((checkpoint.path / name).stat().st_size for name in names)
-        yield f"dropped {count(names, 'file')} of `{folder}/`: {BELOW}, {decimal(nbytes)}"
 
 
 def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:

@@ -17,7 +17,7 @@ def _option(help_: str, default: Any = None, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """The checkpoint to verify, how deep, and the limits. InputError for options without a meaning.
+    """The checkpoint to verify, how deep, and the limits. InputError for options that exclude others.
 
     checkpoint: a folder, or the id of a repository of the Hub.
     A limit of None is that of `recipe`, else the default, or the checkpoint's own if that is tighter.

@@ -686,6 +686,9 @@ def test_model_safetensors_alone_is_the_model(model: Path, file: str, reason: st
     assert checkpoint.shards == ("model.safetensors",)
     size = f"{(model / file).stat().st_size} bytes"
     assert checkpoint.left_out == {file: reason.format(size)}
+    folder = file.rpartition("/")[0]
+    notes = [f"left out 1 file of `{folder}/`: {reason.format(size)}"] if folder else []
+    assert [note for note in checkpoint.notes if "left out" in note] == notes
     assert list(checkpoint.aux) == ["config.json"]
 
 
