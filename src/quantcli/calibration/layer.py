@@ -30,7 +30,7 @@ from quantcli.calibration.watch import Watch
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Stats
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.arithmetic.observers import Observer
+from quantcli.schemes.arithmetic.observers import ChannelSquare, Observer
 from quantcli.schemes.base import Scheme
 
 
@@ -129,6 +129,8 @@ class LayerRun:
         leaders = layout.leaders()
         shared: dict[Matrix, dict[Scheme, Observer]] = defaultdict(dict)
         observers: dict[str, Observer] = {}
+        squares: dict[Matrix, Observer] = {}
+        squares_of: dict[str, Observer] = {}
         for matrix, segments in layout.matrices():
             for segment in segments:
                 observer = self.run.policy.observer(segment.module)
@@ -136,14 +138,24 @@ class LayerRun:
                     scheme = self.run.policy.quantized[segment.module].scheme
                     group = shared[leaders.get(matrix, matrix)]
                     observers[segment.module] = group.setdefault(scheme, observer)
+                if self.run.policy.weighs_inputs(segment.module):
+                    leader = leaders.get(matrix, matrix)
+                    square = squares.setdefault(leader, Observer(ChannelSquare()))
+                    squares_of[segment.module] = square
         inputs = self.run.policy.inputs
         engine = None
         if inputs == "running":
             engine = self.layer.engine(running(self.run.policy))
-        watch = Watch({matrix: list(of.values()) for matrix, of in shared.items()}, engine)
+        watched: dict[Matrix, list[Observer]] = defaultdict(list)
+        for matrix, of in shared.items():
+            watched[matrix] += of.values()
+        for matrix, square in squares.items():
+            watched[matrix].append(square)
+        watch = Watch(watched, engine)
         as_quantized = inputs == "quantized" and sink is not None
         self.layer.watch(watch, None if as_quantized else sink)
         stats = learned | self._settle(observers)
+        self._add_squares(stats, squares_of)
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
                 tensors = stats.get(module, NO_STATS).items()
@@ -154,6 +166,14 @@ class LayerRun:
         if as_quantized:
             self._run_quantized(stats, sink)
         return stats
+
+    def _add_squares(self, stats: dict[str, Stats], squares_of: Mapping[str, Observer]) -> None:
+        """Add `input_square` to the stats of modules that saw a token."""
+        for module, square in squares_of.items():
+            if not square.finite:
+                raise not_finite(module, str(self.run.skeleton.checkpoint.path))
+            if square.tokens:
+                stats[module] = {**stats.get(module, NO_STATS), **square.stats()}
 
     def _measure_served(self, learned: Mapping[str, Stats], stats: Mapping[str, Stats]) -> None:
         """Report the loss with the engine's arithmetic in the modules that have learned."""

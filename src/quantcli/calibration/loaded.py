@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.planning.measured import EditFactors
-from quantcli.schemes.arithmetic.observers import ChannelAmax, Observer
+from quantcli.schemes.arithmetic.observers import ChannelAmax, ChannelSquare, Observer, Summary
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,22 @@ class LoadedLayer:
 
     def channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
         """max |x| of each column of some matrices, by their number of columns; zeros without tokens."""
-        observers = {matrix: Observer(ChannelAmax()) for matrix in widths}
+        return self._channels(widths, ChannelAmax)
+
+    def channel_square(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
+        """The mean of x^2 of each column, likewise."""
+        return self._channels(widths, ChannelSquare)
+
+    def _channels(
+        self, widths: Mapping[Matrix, int], summary: Callable[[], Summary]
+    ) -> dict[Matrix, Tensor]:
+        observers = {matrix: Observer(summary()) for matrix in widths}
         self.watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
-        return {
-            m: o.stats()["channel_amax"] if o.tokens else torch.zeros(widths[m])
-            for m, o in observers.items()
-        }
+        found = {}
+        for matrix, observer in observers.items():
+            (values,) = observer.stats().values()
+            found[matrix] = values if observer.tokens else torch.zeros(widths[matrix])
+        return found
 
     def divide(self, producer: Producer, scale: Tensor, edits: dict[str, EditFactors]) -> Tensor:
         """Divide a producer's channels by scales [channels], and multiply the columns that read them.

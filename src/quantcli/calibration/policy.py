@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from quantcli.core.errors import InputError
+from quantcli.core.numerics import Stats
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 
@@ -53,12 +54,25 @@ class Policy:
         return scheme is not None and scheme.needs_data
 
     def measures(self, module: str) -> bool:
-        """Whether a module's scheme needs a range or a transform, and not just chosen codes."""
-        quantized = self.quantized.get(module)
-        if quantized is None:
-            return False
-        learns = quantized.scheme.schedule is not None
-        return learns or quantized.scheme.observer(quantized.input_dtype) is not None
+        """Whether a module's scheme needs a range or a transform, and not just codes or clips."""
+        scheme = self.scheme(module)
+        return scheme is not None and scheme.shares_data
+
+    def weighs_inputs(self, module: str) -> bool:
+        """Whether a module's scheme is given the mean square of each input."""
+        scheme = self.scheme(module)
+        return scheme is not None and scheme.clips_by_inputs
+
+    def must_be_reached(self, module: str) -> bool:
+        """Whether a module's scheme cannot do without tokens: only clips can."""
+        scheme = self.scheme(module)
+        return scheme is not None and (scheme.shares_data or scheme.rounded_by_data)
+
+    def scheme_with(self, module: str, stats: Stats) -> Scheme:
+        """A quantized module's scheme, or that for a module of which no inputs were seen."""
+        scheme = self.quantized[module].scheme
+        unseen = scheme.clips_by_inputs and "input_square" not in stats
+        return scheme.without_inputs if unseen else scheme
 
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""

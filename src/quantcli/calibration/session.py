@@ -262,7 +262,7 @@ def _check_reached(skeleton: Skeleton, policy: Policy) -> None:
         for segments in experts
         for segment in segments
     }
-    outside = [m for m in policy.quantized if m not in inside and policy.needs_data(m)]
+    outside = [m for m in policy.quantized if m not in inside and policy.must_be_reached(m)]
     if outside and policy.uncalibrated != "dynamic":
         raise unreached(outside, policy.quantized[outside[0]].rule)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.engine import Arithmetic, Quantizer
 from quantcli.core.numerics import NO_STATS, Parts, Stats
+from quantcli.schemes.base import maxima
 
 
 def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
@@ -28,9 +29,10 @@ def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
         module_stats = stats.get(module, NO_STATS)
         if module_policy is None or (not module_stats and policy.measures(module)):
             return None  # float, or no token reaches it
-        scheme = module_policy.scheme
+        scheme = policy.scheme_with(module, module_stats)
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
-        constants = {**scheme.constants(module_stats, module_policy.input_dtype), **row_stats}
+        constants = scheme.constants(module_stats, module_policy.input_dtype)
+        constants = {**constants, **row_stats, **maxima(scheme, rows)}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
         return scheme, scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
 

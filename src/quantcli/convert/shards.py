@@ -17,7 +17,7 @@ from quantcli.core.events import Progress
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
     Job,
-    WeightAmax,
+    Surveys,
     compute,
     jobs_of,
     read_calibrated,
@@ -73,7 +73,7 @@ class ShardRun:
         self.block_elements = block_elements
         self.files: dict[str, dict[str, Any]] = {}
         self.reused = 0
-        self._surveys = WeightAmax()
+        self._surveys = Surveys()
         self._stop = threading.Event()
 
     def write(self, shards: Iterable[Shard], pool: ThreadPoolExecutor, workers: int) -> None:

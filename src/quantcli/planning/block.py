@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +52,7 @@ class Calibrated:
 _NOTHING = Calibrated()
 
 
-def read_calibrated(item: Item, weight_amax: WeightAmax) -> Calibrated:
+def read_calibrated(item: Item, surveys: Surveys) -> Calibrated:
     """Read the results of calibration for an item, and the constants of its scheme.
 
     InputError for values that make no sense.
@@ -62,11 +62,10 @@ def read_calibrated(item: Item, weight_amax: WeightAmax) -> Calibrated:
     edit = item.edit.load() if item.edit else None
     if isinstance(item, Copy):
         return Calibrated(edit=edit) if edit else _NOTHING
-    if not (edit or item.stats or item.bias_edit or item.amax_group):
+    if not (edit or item.stats or item.bias_edit or item.surveyed):
         return _NOTHING
     constants = measured_constants(item) if item.stats else NO_STATS
-    if item.amax_group:
-        constants = {**constants, "weight_amax": weight_amax.largest(item)}
+    constants = {**constants, **surveys.of(item)}
     row_stats = {name: partial(read_span, stored) for name, stored in item.row_stats.items()}
     return Calibrated(constants, row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
 
@@ -207,7 +206,7 @@ def quantize_block(
         row_stats = {name: read(first_row, count) for name, read in calibrated.row_stats.items()}
         constants = {**constants, **row_stats}
     parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
-    if not math.isfinite(float(parts["weight_scale"].amax())):  # NaN passes through amax
+    if not math.isfinite(float(parts["weight_scale"].abs().amax())):  # NaN passes through amax
         raise _not_finite(source, source_bias, first_row, item)
     parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.engine_dtypes.weight_scale))
     n, k = item.source.spec.shape
@@ -240,51 +239,62 @@ def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantiz
     )
 
 
-_BLOCK = 512 * 1024  # elements: their float32 copies stay in the cache
+_KEPT = 64  # results of surveys: those that workers are at, and some before
 
 
-class WeightAmax:
-    """The largest |w| of weights that share one scale, from a first pass over them.
+class Surveys:
+    """Maxima of whole weights, from a first pass over them, for schemes that need them for every row.
 
-    Each group of weights is read once a run, by the first worker that needs it. Threads may share it.
+    Each weight, or group of weights that share a scale, is read once a run, by the first worker that
+    needs it. Threads may share it.
     """
 
     def __init__(self) -> None:
-        self._amax: dict[str, Tensor] = {}
+        self._found: OrderedDict[str, Tensor] = OrderedDict()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
 
-    def largest(self, item: Quantize) -> Tensor:
-        """max |w|, edited, over the weights that an item's scale spans: float32 [1].
+    def of(self, item: Quantize) -> Stats:
+        """The constants that an item's scheme asks for: `weight_amax` float32 [1], `column_amax` [k].
 
         InputError for NaN and Inf.
         """
-        key = item.amax_group[0][0].spec.name
+        if not item.surveyed:
+            return NO_STATS
+        key = item.surveyed[0][0].spec.name
         with self._lock:
             lock = self._locks[key]
         with lock:
-            if key not in self._amax:
-                largest = [_largest(stored, edit) for stored, edit in item.amax_group]
-                self._amax[key] = torch.stack(largest).amax().view(1)
-            return self._amax[key]
+            found = self._found.get(key)
+            if found is None:
+                amax = [_column_amax(stored, edit) for stored, edit in item.surveyed]
+                found = amax[0]
+                if item.scheme.needs_weight_amax:
+                    found = torch.stack([each.amax() for each in amax]).amax().view(1)
+                with self._lock:
+                    self._found[key] = found
+                    while len(self._found) > _KEPT:
+                        self._locks.pop(self._found.popitem(last=False)[0], None)
+        return {"column_amax" if item.scheme.needs_column_amax else "weight_amax": found}
 
 
-def _largest(stored: StoredTensor, edit: Edit | None) -> Tensor:
+def _column_amax(stored: StoredTensor, edit: Edit | None) -> Tensor:
+    """max |w| of each column of a weight, edited: float32 [k]."""
     n, k = stored.spec.shape
     factors = edit.load() if edit else None
-    step = max(1, _BLOCK // k)
-    amax = torch.zeros(())
+    step = max(1, BLOCK_ELEMENTS // k)
+    amax = torch.zeros(1, k)
     for start in range(0, n, step):
         rows = read_span(stored, start, min(step, n - start))
         edited = rows if factors is None else factors.apply(rows, start)
-        amax = torch.maximum(amax, rounding.absmax(edited).amax())
-        if not bool(torch.isfinite(amax)):
+        amax = torch.maximum(amax, rounding.absmax(edited, dim=0))
+        if not bool(torch.isfinite(amax).all()):
             raise not_finite("weight", rows, stored, start) or InputError(
                 "smoothing makes this weight overflow",
                 where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
                 fix="leave it out of `smooth`, or keep this module float",
             )
-    return amax
+    return amax.squeeze(0)
 
 
 def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) -> InputError | None:

@@ -59,6 +59,8 @@ def dry_run(
     constants = scheme.constants(shared, input_dtype)
     if scheme.needs_weight_amax:
         constants["weight_amax"] = torch.zeros(1)
+    if scheme.needs_column_amax:
+        constants["column_amax"] = torch.zeros(k)
 
     def packed(rows: int) -> dict[str, Tensor]:
         row_stats = {
@@ -137,7 +139,9 @@ def make_items(
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
-        amax_group = amax_groups.get(target.fused_name(module) or module, ())
+        surveyed = amax_groups.get(target.fused_name(module) or module, ())
+        if scheme.needs_column_amax:
+            surveyed = ((stored, measured.edits.get(name)),)
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         module_stats = NOTHING_MEASURED
         if outcome.stats:
@@ -165,7 +169,7 @@ def make_items(
             measured.edits.get(name),
             measured.edits.get(f"{module}.bias") if outcome.stats else None,
             outcome.row_multiple,
-            amax_group,
+            surveyed,
         )
 
 
@@ -196,7 +200,7 @@ def check_siblings(items: Iterable[Item], target: Target) -> None:
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:
         if isinstance(item, Quantize) and item.stats and (name := target.fused_name(item.module)):
-            content = item.measured()
+            content = item.measured(shared=True)
             other, expected = first.setdefault(name, (item.module, content))
             if content != expected:
                 raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -68,11 +69,12 @@ def _check_smooth(recipe: Recipe, quantized: list[str]) -> None:
 def without_data(
     recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured
 ) -> tuple[dict[str, Rule | None], list[str]]:
-    """`assigned` with another scheme for modules that no token reached, where the recipe wants that;
-    and what there is to say about it."""
+    """`assigned` with another scheme for modules that no token reached: if the recipe wants that, or if
+    their inputs would only weigh errors. And what there is to say about it."""
+    assigned, notes = _without_inputs(assigned, measured)
     block = recipe.file.calibration
     if block is None or block.uncalibrated != "dynamic":
-        return assigned, []
+        return assigned, notes
     instead: dict[str, Rule | None] = {}
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.without_data and name not in measured.stats:
@@ -80,12 +82,31 @@ def without_data(
             if isinstance(scheme, str):
                 scheme = discover(Scheme)[scheme]()
             instead[name] = replace(rule, scheme=scheme)
-    notes = []
     if instead:
-        names = ", ".join(f"`{name}`" for name in list(instead)[:5])
-        more = f" and {len(instead) - 5} more" if len(instead) > 5 else ""
-        notes.append(f"no token reached {names}{more}: they take a scheme that needs no data")
+        notes.append(f"no token reached {_few(instead)}: they take a scheme that needs no data")
     return assigned | instead, notes
+
+
+def _without_inputs(
+    assigned: dict[str, Rule | None], measured: Measured
+) -> tuple[dict[str, Rule | None], list[str]]:
+    """The same for modules whose inputs would only weigh errors."""
+    instead: dict[str, Rule | None] = {}
+    for name, rule in assigned.items():
+        stats = measured.stats.get(name, {})
+        if rule is None or rule.scheme is None or not rule.scheme.clips_by_inputs:
+            continue
+        if "input_square" not in stats and (stats or not rule.scheme.shares_data):
+            instead[name] = replace(rule, scheme=rule.scheme.without_inputs)
+    if not instead:
+        return assigned, []
+    note = f"no token reached {_few(instead)}: their weights are clipped as without calibration"
+    return assigned | instead, [note]
+
+
+def _few(names: Collection[str]) -> str:
+    some = ", ".join(f"`{name}`" for name in list(names)[:5])
+    return some + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def served(

@@ -72,9 +72,7 @@ class Quantize:
     edit: Edit | None = None  # of the weight, before it is quantized
     bias_edit: Edit | None = None
     row_multiple: int = 1  # blocks of rows are cut at multiples of it
-    amax_group: tuple[
-        tuple[StoredTensor, Edit | None], ...
-    ] = ()  # weights whose largest value is needed
+    surveyed: tuple[tuple[StoredTensor, Edit | None], ...] = ()  # weights whose maxima are needed first
 
     @property
     def asked(self) -> frozenset[str]:
@@ -90,11 +88,15 @@ class Quantize:
         """The row of an output at which row `start` of the weight is, a multiple of `row_multiple`."""
         return start * out.shape[0] // self.source.spec.shape[0]
 
-    def measured(self) -> bytes:
-        """Names and values of the statistics that do not depend on rows, from disk."""
+    def measured(self, *, shared: bool = False) -> bytes:
+        """Names and values of the statistics that do not depend on rows, from disk.
+
+        shared: only of those that the engine keeps once for modules that it merges.
+        """
         content = b""
+        own = self.scheme.row_stats | (self.scheme.column_stats if shared else frozenset())
         for name, stored in sorted(self.stats.items()):
-            if name in self.scheme.row_stats:
+            if name in own:
                 continue
             content += f"{name}\0{stored.spec.dtype}\0{stored.spec.shape}\0".encode()
             content += tensor_bytes(read_tensor(stored))

@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     raise_first(list(target.check(modules, source_specs)), assigned)
     items = list(make_items(checkpoint, assigned, target, serving, measured or Measured()))
     check_siblings(items, target)
-    need = {module.name for module in modules if module.measured}
+    need = {name for name, rule in assigned.items() if rule and rule.scheme and rule.scheme.needs_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, modules, shards, serving)
     own = {RECIPE_FILE: recipe.effective().encode()}
@@ -112,7 +112,7 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
         scheme = rule.scheme
         if rule.key not in cache:
             options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
-            cache[rule.key] = scheme.numerics, options if scheme.needs_data else ""
+            cache[rule.key] = scheme.numerics, options if scheme.shares_data else ""
         yield Module(name, shape, *cache[rule.key])
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -182,6 +182,12 @@ def load_recipe(
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
+    schemes = [rule.scheme for rule in rules if rule.scheme is not None]
+    if file.smooth is not None or any(scheme.needs_data for scheme in schemes):
+        rules = [
+            rule if rule.scheme is None else replace(rule, scheme=rule.scheme.when_calibrating)
+            for rule in rules
+        ]
     smooth = []
     for number, smooth_rule in enumerate(file.smooth.rules if file.smooth else ()):
         place = ("smooth", "rules", number)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
+from quantcli.schemes.arithmetic import clipping, rounding
 from quantcli.schemes.arithmetic.observers import Observer
 
 # float [n], or [..., n] of stacked weights; None if a module has none
@@ -30,6 +31,8 @@ class Scheme(BaseModel, ABC):
     # whether the scale spans rows: `quantize` then finds `weight_amax` float32 [1] among its constants,
     # max |w| of the whole weight and of those that the engine merges with it
     needs_weight_amax: ClassVar[bool] = False
+    # stats with a value per input channel, of this module alone, which only make it better
+    column_stats: ClassVar[frozenset[str]] = frozenset()
     # stats with a row per row of the weight; `quantize` finds those of its rows among its constants
     row_stats: ClassVar[frozenset[str]] = frozenset()
 
@@ -51,6 +54,28 @@ class Scheme(BaseModel, ABC):
         return None
 
     @property
+    def needs_column_amax(self) -> bool:
+        """Whether `quantize` finds `column_amax` float32 [k] among its constants: max |w| of each
+        column of the whole weight."""
+        return False
+
+    @property
+    def clips_by_inputs(self) -> bool:
+        """Whether it is given the mean square of each input, and weighs errors by it."""
+        return False
+
+    @property
+    def without_inputs(self) -> Self:
+        """The scheme for a module that no token reached, if its inputs would only weigh errors."""
+        return self
+
+    @property
+    def when_calibrating(self) -> Self:
+        """The scheme that a recipe means which calibrates anyway: options that it does not set may be
+        chosen by data."""
+        return self
+
+    @property
     def unserved(self) -> str | None:
         """Name of the fallback scheme for a module that the engine cannot serve with this one; None:
         that is an error."""
@@ -60,6 +85,11 @@ class Scheme(BaseModel, ABC):
     def needs_data(self) -> bool:
         """Whether calibration must come before weights can be quantized."""
         return self.observer(torch.bfloat16) is not None
+
+    @property
+    def shares_data(self) -> bool:
+        """Whether the engine keeps one set of statistics for modules that it merges."""
+        return self.schedule is not None or self.observer(torch.bfloat16) is not None
 
     @property
     def ordered(self) -> bool:
@@ -146,6 +176,78 @@ class Scheme(BaseModel, ABC):
     @abstractmethod
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The linear as the engine computes it: x [..., k] -> [..., n], in the dtype of x."""
+
+
+class ClippedWeights(Scheme):
+    """The option of schemes whose scales may be chosen by what weights are multiplied with.
+
+    With `inputs` they are given the stat `input_square`, float32 [k]: the mean square of each channel
+    of the module's input.
+    """
+
+    column_stats: ClassVar[frozenset[str]] = frozenset({"input_square"})
+
+    clip: Literal["none", "inputs"] = Field(
+        "none",
+        description="largest weights of a row: inputs cuts them off where the squared error of outputs "
+        "is least, by the mean square of each input; needs calibration data",
+    )
+
+    @property
+    def clips_by_inputs(self) -> bool:
+        """If an option says so."""
+        return self.clip == "inputs"
+
+    @property
+    def needs_data(self) -> bool:
+        """Also if inputs weigh errors."""
+        return self.clips_by_inputs or super().needs_data
+
+    @property
+    def without_inputs(self) -> Self:
+        """With the clip that needs no data."""
+        return self.model_copy(update={"clip": type(self).model_fields["clip"].default})
+
+    @property
+    def without_data(self) -> Scheme | str | None:
+        """The same scheme with the clip that needs no data, if nothing else needs any."""
+        usual = self.without_inputs
+        return usual if self.needs_data and not usual.needs_data else super().without_data
+
+    @property
+    def when_calibrating(self) -> Self:
+        """With clips by inputs, unless the recipe says otherwise."""
+        return self if "clip" in self.model_fields_set else self.model_copy(update={"clip": "inputs"})
+
+    def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
+        """Also `input_square`, if inputs weigh errors."""
+        measured = super().blank(k, engine_dtype)
+        return {**measured, "input_square": torch.ones(k)} if self.clips_by_inputs else measured
+
+    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
+        """Also `input_square`, if inputs weigh errors."""
+        shared = super().constants(stats, engine_dtype)
+        if self.clips_by_inputs:
+            shared["input_square"] = stats["input_square"]
+        return shared
+
+    def importance(self, constants: Stats, columns: int | None = None) -> Tensor | None:
+        """How much the error of each column counts, of its group's largest: float32 [k], or [groups,
+        columns] if groups have so many columns. None: all alike."""
+        if not self.clips_by_inputs:
+            return None
+        return clipping.in_groups(constants["input_square"], columns)
+
+
+def maxima(scheme: Scheme, rows: Tensor) -> Parts:
+    """The maxima of a whole weight [n, k] that a scheme needs: `weight_amax` [1], `column_amax` [k].
+
+    Of this weight alone, also if the engine merges it with others.
+    """
+    if not (scheme.needs_weight_amax or scheme.needs_column_amax):
+        return {}
+    amax = rounding.absmax(rows, dim=0).squeeze(0)
+    return {"column_amax": amax} if scheme.needs_column_amax else {"weight_amax": amax.amax().view(1)}
 
 
 def has_effect(cls: type[Scheme], value: float, info: ValidationInfo) -> float:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats, decompose
+from quantcli.schemes.arithmetic.clipping import INT4, least_error
 from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
 from quantcli.schemes.base import Learner, LearningTask
-from quantcli.schemes.integer import LARGEST, LEAST, least_error
+from quantcli.schemes.integer import LARGEST, LEAST
 
 _OPEN = 4.0  # sigmoid(4) = 0.982: the first clip of inputs
 _NARROWEST, _WIDEST = 0.2, 0.99  # clips of rows at the start
@@ -154,7 +155,7 @@ class KroneckerLearner(Learner):
         """The first clips of rows: those with the least squared error of their weights."""
         for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
             widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
-            share = least_error(rows, widest, torch.float32) / widest
+            share = least_error(rows, widest, torch.float32, INT4, None) / widest
             self._rows[key] = share.clamp(_NARROWEST, _WIDEST).logit()
 
     def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> dict[Hashable, Tensor]:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import fp8, rounding, tiles
-from quantcli.schemes.base import Bias, Scheme
+from quantcli.schemes.arithmetic import clipping, fp8, rounding, tiles
+from quantcli.schemes.base import Bias, ClippedWeights
 
 _SIDE = 128
 _BLOCK = (_SIDE, _SIDE)
 _BLOCKS = 32  # side by side, that are looked at together: 512K elements
 
 
-class Fp8Block(Scheme):
+class Fp8Block(ClippedWeights):
     """FP8 e4m3 weights, one scale per block of 128 x 128; fp8 inputs, one per token and 128 columns."""
 
     name: ClassVar[str] = "fp8_block"
@@ -43,6 +43,7 @@ class Fp8Block(Scheme):
         A row of blocks at a time, and of that so many columns as fit the cache.
         """
         n, k = rows.shape[-2:]
+        importance = self.importance(constants, _SIDE)
         tall, wide = -(-n // _SIDE), -(-k // _SIDE)
         codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
         scales = torch.empty((*rows.shape[:-2], tall, wide), device=rows.device)
@@ -50,6 +51,8 @@ class Fp8Block(Scheme):
             down, across = slice(i * _SIDE, (i + 1) * _SIDE), slice(j * _SIDE, (j + _BLOCKS) * _SIDE)
             part = rows[..., down, across]
             scale = rounding.scale_of(tiles.absmax(part, _BLOCK), rounding.FP8_E4M3_MAX, engine_dtype)
+            if importance is not None:
+                scale = _clipped(part, scale, engine_dtype, importance[j : j + _BLOCKS])
             each = tiles.spread(scale, (1, _SIDE), 1, part.shape[-1])
             codes[..., down, across] = rounding.to_fp8_e4m3(part, each)
             scales[..., i : i + 1, j : j + _BLOCKS] = scale
@@ -70,3 +73,14 @@ class Fp8Block(Scheme):
         scaled = codes * scale.repeat_interleave(_SIDE, -1)[..., : x.shape[-1]]
         y = (scaled @ self.dequantize(parts).mT).to(x.dtype)
         return y if bias is None else (y + rounding.per_output(bias)).to(x.dtype)
+
+
+def _clipped(part: Tensor, widest: Tensor, engine_dtype: torch.dtype, importance: Tensor) -> Tensor:
+    """The scales of some blocks side by side, float32 [..., 1, blocks], as [n, k] and inputs ask for.
+
+    importance: [blocks, 128], of each column in its block.
+    """
+    blocks = tiles.cut(part.float(), _SIDE).transpose(-3, -2).flatten(-2)
+    each = importance.repeat(1, part.shape[-2])
+    scale = clipping.least_error(blocks, widest.mT, engine_dtype, clipping.FP8, each)
+    return scale.mT

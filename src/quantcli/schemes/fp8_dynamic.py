@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import fp8, rounding
-from quantcli.schemes.base import Bias, Scheme
+from quantcli.schemes.arithmetic import clipping, fp8, rounding
+from quantcli.schemes.base import Bias, ClippedWeights
 
 
-class Fp8Dynamic(Scheme):
+class Fp8Dynamic(ClippedWeights):
     """FP8 e4m3 weights, one scale per output channel; fp8 inputs, one scale per token."""
 
     name: ClassVar[str] = "fp8_dynamic"
@@ -27,6 +27,10 @@ class Fp8Dynamic(Scheme):
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
+        importance = self.importance(constants)
+        if importance is not None:
+            values = rows.float()
+            scale = clipping.least_error(values, scale, engine_dtype, clipping.FP8, importance)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:

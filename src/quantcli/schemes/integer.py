@@ -1,30 +1,50 @@
 """Weights in integer codes: how they are rounded, and how int4 finds its scales.
 
-Int4 codes are -8..7, stored in int8. With so few of them, clipping matters: a scale of amax / 7 clips
-nothing and spends most codes on few values; a smaller scale has less squared error.
+Int4 codes are -8..7, stored in int8. With so few of them, clipping matters: a scale that clips nothing
+spends most codes on few values; a smaller one has less error where it counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import rounding, tiles
-from quantcli.schemes.base import Bias, Scheme
+from quantcli.schemes.arithmetic import clipping, rounding, tiles
+from quantcli.schemes.base import Bias, ClippedWeights
 
-LARGEST, LEAST = 7.0, -8.0  # int4 codes
+LARGEST, LEAST = clipping.INT4_LARGEST, clipping.INT4_LEAST  # int4 codes
 _RANGES = {"int4": (LEAST, LARGEST), "int8": (-128.0, 127.0)}
-_COARSE = tuple(1 - 0.05 * step for step in range(13))  # of amax: 1 down to 0.4
-_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
-_REFINEMENTS = 2
 
 
-class IntegerWeights(Scheme):
+class Search(NamedTuple):
+    """What a search for scales begins with.
+
+    values:     float32 [..., k], a row for each scale.
+    widest:     the scales that clip nothing, positive float32 [..., 1].
+    sign:       of the stored scales [..., 1]; None: all positive.
+    codes:      the numbers that weights are rounded to.
+    importance: of each column, which broadcasts against values; None: no search.
+    """
+
+    values: Tensor
+    widest: Tensor
+    sign: Tensor | None
+    codes: clipping.Codes
+    importance: Tensor | None
+
+    def scale(self, engine_dtype: torch.dtype) -> Tensor:
+        """The scales that are chosen, float32 [..., 1], exact in `engine_dtype`."""
+        scale = self.widest
+        if self.importance is not None:
+            scale = clipping.least_error(self.values, scale, engine_dtype, self.codes, self.importance)
+        return scale if self.sign is None else scale * self.sign
+
+
+class IntegerWeights(ClippedWeights):
     """The option that schemes with integer weights share.
 
     With `gptq`, codes are chosen while the model is calibrated, against the very scales that `quantize`
@@ -50,10 +70,9 @@ class IntegerWeights(Scheme):
         return self.rounded_by_data or super().needs_data
 
     @property
-    def without_data(self) -> Scheme | str | None:
-        """The same scheme, rounded to nearest, if nothing else needs data."""
-        nearest = self.model_copy(update={"weight_rounding": "nearest"})
-        return nearest if self.needs_data and not nearest.needs_data else super().without_data
+    def without_inputs(self) -> Self:
+        """Also rounded to nearest."""
+        return super().without_inputs.model_copy(update={"weight_rounding": "nearest"})
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -66,20 +85,35 @@ class IntegerWeights(Scheme):
         codes = {"codes": torch.empty((0, k), dtype=torch.int8)}
         return {**measured, **codes} if self.rounded_by_data else measured
 
-    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
+        """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
+        widest = rounding.int8_scale(rows, engine_dtype)
+        return Search(rows.float(), widest, None, clipping.INT8, self.importance(constants))
+
+    def nearest(
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
+    ) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] rounded to nearest; their scales, float32, exact in `engine_dtype`.
 
-        Here int8 with a scale per row, float32 [..., n, 1]: |error| <= scale / 2. NaN and Inf show in
-        the scale.
+        Here int8 with a scale per row, float32 [..., n, 1]. Without a clip |error| <= scale / 2; with
+        one, the weighted squared error of a row is never larger than that. NaN and Inf show in the
+        scale.
         """
-        scale = rounding.int8_scale(rows, engine_dtype)
-        return rounding.to_int8(rows, scale), scale
+        if self.clip == "none":
+            scale = rounding.int8_scale(rows, engine_dtype)
+            return rounding.to_int8(rows, scale), scale
+        scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
+        return self.rounded(rows.float(), scale), scale
+
+    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
+        return clipping.INT8.round(values, scale).to(torch.int8)
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
-        codes, scale = self.nearest(rows, engine_dtype)
+        codes, scale = self.nearest(rows, engine_dtype, constants)
         return {"weight": chosen(constants, codes), "weight_scale": scale}
 
 
@@ -92,25 +126,45 @@ def chosen(constants: Stats, nearest: Tensor) -> Tensor:
 class Int4Weights(IntegerWeights):
     """The options that int4 schemes share."""
 
-    clip: Literal["mse", "none"] = Field(
-        "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
+    clip: Literal["columns", "inputs", "mse", "none"] = Field(  # type: ignore[assignment]  # more of them
+        "columns",
+        description="largest weights of a row: columns cuts them off where the squared error is least, "
+        "and columns with large weights count most; inputs: columns count by the mean square of their "
+        "inputs, which needs calibration data; mse: all count alike",
     )
 
-    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @property
+    def needs_column_amax(self) -> bool:
+        """For `clip: columns`."""
+        return self.clip == "columns"
+
+    def importance(self, constants: Stats, columns: int | None = None) -> Tensor | None:
+        """Also by columns of the weight, or all alike."""
+        if self.clip == "columns":
+            return clipping.in_groups(clipping.by_columns(constants["column_amax"]), columns)
+        if self.clip == "mse":
+            return torch.ones(1)
+        return super().importance(constants, columns)
+
+    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
+        """Of the scales for rows [..., n, k], positive, one per row."""
+        widest = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
+        return Search(rows.float(), widest, None, clipping.INT4, self.importance(constants))
+
+    def nearest(
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
+    ) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, 1], exact in `engine_dtype`.
 
-        With `none` no code is clipped and |error| <= scale / 2; with `mse` the squared error of a row
-        is never larger than that. NaN and Inf show in the scale.
+        With `none` no code is clipped and |error| <= scale / 2; else the weighted squared error of a
+        row is never larger than that. NaN and Inf show in the scale.
         """
-        values = rows.float()
-        scale = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
-        if self.clip == "mse":
-            scale = least_error(values, scale, engine_dtype)
-        return self.rounded(values, scale), scale
+        scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
+        return self.rounded(rows.float(), scale), scale
 
     def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
         """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
-        return _round(values, scale).to(torch.int8)
+        return clipping.INT4.round(values, scale).to(torch.int8)
 
 
 class Int4Groups(Int4Weights):
@@ -137,11 +191,25 @@ class Int4Groups(Int4Weights):
             return Operand("int4", "channel")
         return Operand("int4", "group", block=(1, self.group_size))
 
-    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
+        """Of the scales of groups [..., n, groups, columns]. A scale is negative if the largest weight
+        of its group is positive: then that is at -8, one step further than codes reach above zero."""
+        columns = None if self.group_size == "channel" else self.group_size
+        groups = rows if columns is None else tiles.cut(rows, columns)
+        values, sign = clipping.facing_down(groups.float())
+        widest = clipping.widest_int4(values, rounding.absmax(groups), engine_dtype)
+        return Search(values, widest, sign, clipping.INT4, self.importance(constants, columns))
+
+    def nearest(
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
+    ) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, ceil(k / group_size)]."""
+        search = self.search(rows, engine_dtype, constants)
+        scale = search.scale(engine_dtype)
+        assert search.sign is not None
+        codes = self.rounded(search.values, scale * search.sign)
         if self.group_size == "channel":
-            return super().nearest(rows, engine_dtype)
-        codes, scale = super().nearest(tiles.cut(rows, self.group_size), engine_dtype)
+            return codes, scale
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
 
     def dequantize(self, parts: Parts) -> Tensor:
@@ -151,89 +219,3 @@ class Int4Groups(Int4Weights):
             return codes * parts["weight_scale"]
         block = (1, self.group_size)
         return codes * tiles.spread(parts["weight_scale"], block, *codes.shape[-2:])
-
-
-def _round(values: Tensor, scale: Tensor) -> Tensor:
-    """round(values / scale), half to even, clipped to -8..7; float32."""
-    return (values / scale).round_().clamp_(LEAST, LARGEST)
-
-
-def _error(values: Tensor, scale: Tensor) -> Tensor:
-    """Squared error of each row [..., n, 1]; infinite if it is NaN."""
-    error = _round(values, scale).mul_(scale).sub_(values)
-    total: Tensor = error.square_().sum(-1, keepdim=True)
-    return total.nan_to_num_(torch.inf)
-
-
-def least_error(values: Tensor, widest: Tensor, engine_dtype: torch.dtype) -> Tensor:
-    """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
-    then s = sum(w q) / sum(q^2), the best scale for given codes, as long as it gets better.
-    Each is tried as the number of `engine_dtype` that it becomes.
-
-    Ties go to the wider scale, and `widest` is among them.
-    """
-    best, least = widest, _error(values, widest)
-    share = torch.ones_like(widest)
-    for step in _COARSE[1:]:
-        error = _error(values, rounding.nearest(widest * step, engine_dtype))
-        better = error < least
-        least, share = torch.where(better, error, least), torch.where(better, step, share)
-    best = rounding.nearest(widest * share, engine_dtype)
-    for step in _FINE:
-        scale = rounding.nearest(widest * (share + step), engine_dtype)
-        error = _error(values, scale)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, scale, best)
-    for _ in range(_REFINEMENTS):
-        codes = _round(values, best)
-        square = codes.square().sum(-1, keepdim=True)
-        scale = (values * codes).sum(-1, keepdim=True) / square
-        scale = rounding.nearest(torch.where((square > 0) & (scale > 0), scale, best), engine_dtype)
-        error = _error(values, scale)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, scale, best)
-    return best
-
-
-# Sums of float32 in another order: how far errors, and scales, may be apart relatively.
-_OTHER_ERRORS, OTHER_SCALES = 2.0**-18, 2.0**-19
-
-
-def least_elsewhere(values: Tensor, scale: Tensor, engine_dtype: torch.dtype) -> bool:
-    """Whether `least_error` may find `scale` [1] for a row [k], float32, on a CPU that adds in another
-    order.
-
-    All choices between candidates are followed whose errors such a CPU may order the other way. What
-    is not a sum is the same on every CPU.
-    """
-    widest = rounding.scale_of(rounding.absmax(values), LARGEST, engine_dtype)
-
-    def error(candidate: Tensor) -> float:
-        errors = _round(values, candidate).mul_(candidate).sub_(values)
-        return float(errors.square_().sum(dtype=torch.float64))
-
-    def least(shares: list[float]) -> Iterator[tuple[float, Tensor]]:
-        candidates = [rounding.nearest(widest * share, engine_dtype) for share in shares]
-        errors = [error(candidate) for candidate in candidates]
-        bound = min(errors) * (1 + _OTHER_ERRORS)
-        return ((s, c) for s, c, e in zip(shares, candidates, errors, strict=True) if e <= bound)
-
-    def refined(best: Tensor, times: int) -> Iterator[Tensor]:
-        codes = _round(values, best).double()
-        square = codes.square().sum()
-        if not times or not square:
-            yield best
-            return
-        found = (values.double() * codes).sum() / square
-        for nudge in (-OTHER_SCALES, 0, OTHER_SCALES):
-            other = rounding.nearest((found * (1 + nudge)).float(), engine_dtype)
-            if error(other) < error(best) * (1 + _OTHER_ERRORS):
-                yield from refined(other.view(1), times - 1)
-        yield from refined(best, times - 1) if error(other) >= error(best) * (1 - _OTHER_ERRORS) else ()
-
-    return any(
-        bool(torch.isclose(scale, candidate, rtol=OTHER_SCALES, atol=0))
-        for share, _ in least(list(_COARSE))
-        for _, best in least([share, *(share + step for step in _FINE)])
-        for candidate in refined(best, _REFINEMENTS)
-    )

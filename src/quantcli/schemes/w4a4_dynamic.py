@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.core.numerics import Numerics, Operand, Parts
+from quantcli.core.numerics import Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.base import Bias
 from quantcli.schemes.integer import LARGEST, Int4Weights
@@ -24,17 +24,19 @@ class W4A4Dynamic(Int4Weights):
         """Int4 per channel x int4 per token, dynamic."""
         return Numerics(Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
 
-    def nearest(self, rows: Tensor, engine_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
+    ) -> tuple[Tensor, Tensor]:
         """Codes int8 [..., n, k] in -8..7, scale float32 [..., n, 1] whatever `engine_dtype` is."""
-        return super().nearest(rows, torch.float32)
+        return super().nearest(rows, torch.float32, constants)
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f16((f32(sum_k xq wq) * weight_scale) * token_scale), cast to x.dtype, then + bias.
 
-        The kernel puts out float16 whatever the model is served in; the sum is exact in float64.
+        The kernel puts out float16 whatever the model is served in; the sum is exact.
         """
         scaled, token_scale = rounding.scale_tokens(x, LARGEST)
-        total = (scaled.round_().double() @ parts["weight"].double().mT).float()
+        total = rounding.exact_product(scaled.round_(), parts["weight"], 2**6).float()
         y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
         y = y.to(torch.float16).to(x.dtype)
         return y if bias is None else y + rounding.per_output(bias.to(x.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -72,6 +72,11 @@ class W4A4FlatQuant(Int4Weights):
         return self.fallback
 
     @property
+    def when_calibrating(self) -> Self:
+        """As it is: it always calibrates."""
+        return self
+
+    @property
     def unserved(self) -> str:
         """The fallback."""
         return self.fallback
@@ -137,7 +142,7 @@ class W4A4FlatQuant(Int4Weights):
             scale = (amax / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
             codes = (transformed / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
         else:
-            codes, scale = self.nearest(transformed, engine_dtype)
+            codes, scale = self.nearest(transformed, engine_dtype, constants)
         shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 

@@ -34,16 +34,20 @@ class W8A8Mix(Int8Static):
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         Codes follow weight_scale, which is representable in `engine_dtype`; deq_scale is the nearest to
-        weight_scale / r that the hardware honours. |error| <= weight_scale / 2. NaN or Inf in the
-        weight or the bias shows in weight_scale.
+        weight_scale / r that the hardware honours. Without a clip |error| <= weight_scale / 2. NaN or
+        Inf in the weight or the bias shows in weight_scale.
         """
         input_scale = constants["input_scale"]
         r = multiplier(input_scale).to(rows.device)
         least = least_deq_scale(r, bias) * r
-        scale = rounding.int8_scale(rows, engine_dtype, least)
+        if self.clip == "none":
+            scale = rounding.int8_scale(rows, engine_dtype, least)
+        else:
+            clipped = self.search(rows, engine_dtype, constants).scale(engine_dtype)
+            scale = rounding.round_up(torch.maximum(clipped, least), engine_dtype)
         deq = deq_grid(scale / r, input_scale.dtype, up=False)
         scale = torch.where(torch.isfinite(deq), scale, deq)  # so that an overflow shows
-        codes = chosen(constants, rounding.to_int8(rows, scale))
+        codes = chosen(constants, self.rounded(rows.float(), scale))
         return {"weight": codes, "weight_scale": scale, **row_parts(codes, deq, bias, constants)}
 
     def forward_prefill(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:

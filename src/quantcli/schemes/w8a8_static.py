@@ -100,7 +100,7 @@ class Int8Static(IntegerWeights):
         check_input_scale(stats["input_scale"], scale, sound=sound)
         if not -128 <= float(offset) <= 127 or float(offset) % 1:
             raise InputError(f"input_offset {float(offset)} is not an int8", fix="calibrate again")
-        return {"input_scale": scale, "input_offset": offset}
+        return {**super().constants(stats, engine_dtype), "input_scale": scale, "input_offset": offset}
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = f32(sum_k xq wq + quant_bias) * deq_scale, rounded once to x.dtype; the sum is exact.
@@ -111,12 +111,12 @@ class Int8Static(IntegerWeights):
             y = f32(sum_k (xq - input_offset) wq) * input_scale * weight_scale + bias
         """
         codes = to_codes(x, parts["input_scale"], parts["input_offset"])
-        weight = parts["weight"].double().mT
+        weight = parts["weight"]
         if "quant_bias" not in parts:
-            total = ((codes - parts["input_offset"]).double() @ weight).float()
+            total = rounding.exact_product(codes - parts["input_offset"], weight, 2**15).float()
             scale = rounding.per_output(parts["weight_scale"].squeeze(-1)) * parts["input_scale"]
             return rounding.add_bias(total * scale, bias, x.dtype)
-        total = codes.double() @ weight
+        total = rounding.exact_product(codes, weight, 2**14)
         total += rounding.per_output(parts["quant_bias"].double())
         deq = parts["deq_scale"]
         if parts["input_scale"].dtype == torch.float16:
@@ -142,13 +142,13 @@ class W8A8Static(Int8Static):
         """Codes int8 [..., n, k], weight_scale float32 [..., n, 1], and the parts of `row_parts`.
 
         The engine knows weights by deq_scale alone: that is chosen first, and weight_scale =
-        deq_scale * r follows from it, in float32 whatever `engine_dtype` is. No code is clipped;
-        |error| <= weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
+        deq_scale * r follows from it, in float32 whatever `engine_dtype` is. Without a clip |error| <=
+        weight_scale / 2 to nearest. NaN or Inf in the weight or the bias shows in
         weight_scale.
         """
         scale = constants["input_scale"]
         r = multiplier(scale).to(rows.device)
-        narrowest = rounding.absmax(rows) / rounding.INT8_BEST / r
+        narrowest = self.search(rows, torch.float32, constants).scale(torch.float32) / r
         deq = deq_grid(torch.maximum(narrowest, least_deq_scale(r, bias)), scale.dtype, up=True)
-        codes = chosen(constants, rounding.to_int8(rows, deq * r))
+        codes = chosen(constants, self.rounded(rows.float(), deq * r))
         return {"weight": codes, "weight_scale": deq * r, **row_parts(codes, deq, bias, constants)}

@@ -38,7 +38,7 @@ from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Scheme, maxima
 
 _ROWS = 1024  # that one job rounds
 _UNREACHED = "no token reached it"
@@ -108,8 +108,14 @@ class RoundingPass:
     def _wants_codes(self, module: str) -> bool:
         """Whether a module's codes are chosen here. If its range is missing, it gets another scheme."""
         scheme = self.run.policy.scheme(module)
-        measured = not self.run.policy.measures(module) or module in self.stats
-        return scheme is not None and scheme.rounded_by_data and measured
+        stats = self.stats.get(module, NO_STATS)
+        measured = bool(stats) or not self.run.policy.measures(module)
+        return (
+            scheme is not None
+            and scheme.rounded_by_data
+            and measured
+            and self.run.policy.scheme_with(module, stats) is scheme
+        )
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
@@ -207,7 +213,10 @@ class RoundingPass:
         n, k = stored.spec.shape
         codes = torch.empty((n, k), dtype=torch.int8)
         errors = torch.empty((3, n), dtype=torch.float64)
-        own = self._scheme(module).row_stats & self.stats.get(module, NO_STATS).keys()
+        scheme = self._scheme(module)
+        own = scheme.row_stats & self.stats.get(module, NO_STATS).keys()
+        if scheme.needs_column_amax:
+            constants = {**constants, **maxima(scheme, self._rows(module, slice(0, n))[0])}
 
         def work(start: int) -> None:
             block = slice(start, min(start + _ROWS, n))

@@ -20,6 +20,7 @@ from quantcli.core.numerics import Stats
 from quantcli.schemes.arithmetic import rounding
 
 _PATTERNS = 2**16  # of a 16-bit number
+_FEW_TOKENS = 32
 _BLOCK = 2**18  # elements that are looked at together, so that copies of them stay in the cache
 
 
@@ -255,6 +256,39 @@ class ChannelAmax(Summary):
     def stats(self) -> Stats:
         """channel_amax, float32 [k]."""
         return {"channel_amax": self._amax}
+
+
+class ChannelSquare(Summary):
+    """The mean of x^2 of each channel: `input_square` float32 [k], of bfloat16 precision.
+
+    Few tokens tell little of a channel: the mean of all channels counts as much as _FEW_TOKENS tokens.
+    Sums are in float64, and rounding hides in which order threads have added them.
+    """
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(1, dtype=torch.float64)
+        self._tokens = 0
+
+    def of(self, x: Tensor) -> tuple[Tensor, int] | None:
+        """The sum of squares, float64 [k], and the number of tokens."""
+        sums = torch.stack([rows.float().square().sum(0) for rows in _blocks(x)])
+        total = sums.cpu().double().sum(0)
+        return (total, len(x)) if bool(torch.isfinite(total).all()) else None
+
+    def add(self, summary: tuple[Tensor, int], batch: int) -> None:
+        """Add sums and tokens."""
+        self._sum = self._sum + summary[0]
+        self._tokens += summary[1]
+
+    def added(self) -> Iterator[tuple[tuple[Tensor, int], int]]:
+        """The sums, as if of one batch."""
+        yield (self._sum, self._tokens), 0
+
+    def stats(self) -> Stats:
+        """input_square, float32 [k]."""
+        total = self._sum + _FEW_TOKENS * self._sum.mean() / max(1, self._tokens)
+        square = total / (self._tokens + _FEW_TOKENS)
+        return {"input_square": square.to(torch.bfloat16).float()}
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

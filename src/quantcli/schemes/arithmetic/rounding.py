@@ -116,15 +116,31 @@ def linear_float_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return add_bias(x.float() @ weight.to(x.dtype).float().mT, bias, x.dtype)
 
 
+def exact_product(codes: Tensor, weight: Tensor, largest: int) -> Tensor:
+    """sum_k xq wq, exact: integers float32 [..., k] and int8 [..., n, k] -> float64 [..., n].
+
+    largest: bound of |xq wq|. So many columns at a time that no sum passes 2^24, up to which float32
+    holds every integer: the same numbers as in float64, in half the time.
+    """
+    step = 2**24 // largest
+    total: Tensor | None = None
+    for start in range(0, codes.shape[-1], step):
+        columns = slice(start, start + step)
+        part = (codes[..., columns] @ weight[..., columns].float().mT).double()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
 def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., k] -> [..., n] with int8 inputs per token, in the dtype of x.
 
     weight: int8 [..., n, k]; scale: float32 [..., n, 1]. `npu_dynamic_quant` followed by
     `npu_quant_matmul`: y = (f32(sum_k xq wq) * scale) * token_scale + bias, rounded once; the sum is
-    exact in float64.
+    exact.
     """
     scaled, token_scale = scale_tokens(x, INT8_MAX)
-    total = (scaled.round_().double() @ weight.double().mT).float()
+    total = exact_product(scaled.round_(), weight, 2**14).float()
     return add_bias(total * per_output(scale.squeeze(-1)) * token_scale, bias, x.dtype)
 
 

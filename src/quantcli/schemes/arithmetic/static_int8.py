@@ -91,5 +91,5 @@ def row_parts(codes: Tensor, deq: Tensor, bias: Tensor | None, constants: Stats)
     total = -offset * codes.sum(-1, dtype=torch.int32).double()
     if bias is not None:
         total = total + bias.double() / deq.double()
-    shared = {name: tensor.to(codes.device) for name, tensor in constants.items()}
+    shared = {name: constants[name].to(codes.device) for name in ("input_scale", "input_offset")}
     return {"deq_scale": deq, "quant_bias": total.round().to(torch.int32), **shared}

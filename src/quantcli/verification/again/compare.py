@@ -23,14 +23,16 @@ from quantcli.planning.block import (
     Calibrated,
     Computed,
     Job,
-    WeightAmax,
+    Surveys,
     compute,
     jobs_of,
     read_calibrated,
 )
 from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work, quantized_items
 from quantcli.planning.recode import recode
-from quantcli.schemes.integer import OTHER_SCALES, Int4Weights, least_elsewhere
+from quantcli.schemes.arithmetic import tiles
+from quantcli.schemes.arithmetic.clipping import OTHER_SCALES, least_elsewhere
+from quantcli.schemes.integer import IntegerWeights
 from quantcli.targets.base import StoredCheckpoint, Target
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.outcome import CONVERT, Report
@@ -57,7 +59,7 @@ class Recomputation:
     packed: Target | None = None
     calibrated: bool = False
     same_version: bool = True
-    amax: WeightAmax = field(default_factory=WeightAmax)
+    surveys: Surveys = field(default_factory=Surveys)
 
     def run(self, report: Report, workers: int, progress: Progress) -> None:
         """Make it again and compare; findings go to the report.
@@ -215,7 +217,7 @@ class Recomputation:
 
     def _calibrated(self, item: Item) -> Calibrated:
         """The results of calibration for an item; without calibration, those that are stored."""
-        calibrated, taken = read_calibrated(item, self.amax), self._taken(item)
+        calibrated, taken = read_calibrated(item, self.surveys), self._taken(item)
         if not taken or not isinstance(item, Quantize):
             return calibrated
         module, target, numerics = (
@@ -277,32 +279,56 @@ class Recomputation:
     ) -> bool:
         """Whether a CPU that adds floats in another order may have made these rows.
 
-        Only scales of int4 with `clip: mse` come from such sums; codes follow from the scales.
+        Only scales of clipped integer weights come from such sums; codes follow from the scales.
         """
-        if not isinstance(item, Quantize) or not isinstance(item.scheme, Int4Weights):
+        if not isinstance(item, Quantize) or not isinstance(item.scheme, IntegerWeights):
             return False
         scheme, target = item.scheme, self.plan.target
-        if scheme.clip != "mse" or self.packed is not None:
+        if self.packed is not None:
             return False
         module = self.stored.modules[item.module]
         once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
         named = [(block.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
         actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
         expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
-        rows = read_span(item.source, start, len(actual["weight"]))
-        values = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
-        values = values.view(-1, values.shape[1] // actual["weight_scale"].shape[1])  # by scale
-        scale, usual = (parts["weight_scale"].float().view(-1, 1) for parts in (actual, expected))
-        by_data = "codes" in calibrated.row_stats
-        codes = expected["weight"] if by_data else scheme.rounded(values, scale)
-        if not torch.equal(actual["weight"].reshape(values.shape), codes.reshape(values.shape)):
-            return False
         dtype = torch_dtype(item.engine_dtypes.weight_scale)
+        rows = read_span(item.source, start, len(actual["weight"]))
+        edited = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
+        search = scheme.search(edited, dtype, calibrated.constants)
+        if search.importance is None:
+            return False
+        columns = search.values.shape[-1]
+        values = search.values.reshape(-1, columns)  # by scale
+        widest = search.widest.reshape(-1, 1)
+        importance = search.importance.expand_as(search.values).reshape(-1, columns)
+        scale, usual = (parts["weight_scale"].float().reshape(-1, 1) for parts in (actual, expected))
+        if search.sign is not None:
+            sign = search.sign.reshape(-1, 1)
+            scale, usual = scale * sign, usual * sign
+        stored = _by_scale(actual["weight"], search.values)
+        nearest = search.codes.round(values, scale).to(torch.int8)
+        by_data = "codes" in calibrated.row_stats
+        if not torch.equal(
+            stored, _by_scale(expected["weight"], search.values) if by_data else nearest
+        ):
+            return False
         unlike = scale != usual
         if dtype == torch.float32:
             unlike &= ~torch.isclose(scale, usual, rtol=OTHER_SCALES, atol=0)
         places = unlike.flatten().nonzero().flatten().tolist()
-        return all(least_elsewhere(values[place], scale[place], dtype) for place in places)
+        return all(
+            least_elsewhere(
+                values[place], widest[place], scale[place], dtype, search.codes, importance[place]
+            )
+            for place in places
+        )
+
+
+def _by_scale(codes: Tensor, values: Tensor) -> Tensor:
+    """Codes [n, k] as the values of a search: a row for each scale, filled up with zeros."""
+    if values.dim() > codes.dim():
+        codes = tiles.cut(codes, values.shape[-1])
+    return codes.reshape(-1, values.shape[-1])
 
 
 @dataclass(frozen=True)
