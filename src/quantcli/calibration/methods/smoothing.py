@@ -2,8 +2,8 @@
 
 For each channel s = rms(x)^alpha / max|W column|^(1 - alpha); the source of the channel is divided by
 s, and the columns that read it are multiplied. Xiao et al. 2023 take max|x|, which a single token
-decides; with the root of the mean square, int8 has two thirds of the KL divergence on a pretrained model
-(`benchmarks/pretrained.py`).
+decides; with the root of the mean square, int8 has two thirds of the KL divergence on a pretrained
+model (`benchmarks/pretrained.py`).
 
 Columns and rows that are quantized afterwards are multiplied in float32, and a norm's weight is rounded
 first: what it then divides by is what its readers are multiplied with. If anything else would be
