@@ -5,9 +5,9 @@ s, and the columns that read it are multiplied. Xiao et al. 2023 take max|x|, wh
 decides; with the root of the mean square, int8 has two thirds of the KL divergence on a pretrained
 model (`benchmarks/pretrained.py`).
 
-Columns and rows that are quantized afterwards are multiplied in float32, and a norm's weight is rounded
-first: what it then divides by is what its readers are multiplied with. If anything else would be
-rounded again, such as a matrix that stays float, scales are powers of two.
+A norm's weight is divided and rounded first; what it then divides by is what the columns of its readers
+are multiplied with, in float32. If a matrix that stays float reads it too, scales are powers of two,
+which round nothing; so are those of rows of a matrix, which verification finds again in quantized rows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def smooth(
     square = layer.channel_square(widths)
     weights = {matrix: layer.weight(matrix) for matrix in widths}
     for producer, alpha in candidates:
-        powers = layout.rounded_again(producer, policy.quantized)
+        powers = producer.norm is None or layout.rounded_again(producer, policy.quantized)
         scale = scales(producer, square, weights, alpha, powers=powers)
         scale = layer.divide(producer, scale, edits)
         if bool((scale == 1).all()):
