@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,13 @@ class LayerLayout:
                     used[reader.channels] = True
                 if bool(used.any()) and not bool((used & source.escaped).any()):
                     yield Producer(readers, used, matrix=Matrix(name, expert))
+
+    def rounded_again(self, producer: Producer, quantized: Collection[str]) -> bool:
+        """Whether matrices that stay float are changed if a producer's channels are scaled."""
+        modules = self.modules(reader.matrix for reader in producer.readers)
+        if producer.matrix is not None:
+            modules += self.modules([producer.matrix])
+        return any(module not in quantized for module in modules)
 
     def _readers(self, source: ChannelSource, expert: int | None) -> tuple[ChannelReader, ...]:
         """Every matrix that reads a source, and those like it that had no token (other experts)."""

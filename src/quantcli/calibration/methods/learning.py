@@ -263,10 +263,7 @@ def _learners(
 def _scalable(group: LearningGroup, layout: LayerLayout, policy: Policy) -> Scalable:
     if group.producer is None:
         return "not at all"
-    modules = layout.modules(reader.matrix for reader in group.producer.readers)
-    if group.producer.matrix is not None:
-        modules += layout.modules([group.producer.matrix])
-    rounded_again = any(module not in policy.quantized for module in modules)
+    rounded_again = layout.rounded_again(group.producer, policy.quantized)
     return "by powers of two" if rounded_again else "freely"
 
 

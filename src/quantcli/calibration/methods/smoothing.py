@@ -1,8 +1,13 @@
 """SmoothQuant: move outliers of activations into weights, by scales that keep the model's function.
 
-For each channel s = max|x|^alpha / max|W column|^(1 - alpha) (Xiao et al. 2023); the
-source of the channel is divided by s, and the columns that read it are multiplied. Scales are powers of
-two, so that no float number is rounded, except in norms that add one to their weight.
+For each channel s = rms(x)^alpha / max|W column|^(1 - alpha); the source of the channel is divided by
+s, and the columns that read it are multiplied. Xiao et al. 2023 take max|x|, which a single token
+decides; with the root of the mean square, int8 has two thirds of the KL divergence on a pretrained
+model (`benchmarks/pretrained.py`).
+
+A norm's weight is divided and rounded first; what it then divides by is what the columns of its readers
+are multiplied with, in float32. If a matrix that stays float reads it too, scales are powers of two,
+which round nothing; so are those of rows of a matrix, which verification finds again in quantized rows.
 """
 
 from __future__ import annotations
@@ -24,28 +29,31 @@ _LIMIT = 13  # scales stay within 2^-13 .. 2^13
 
 def scales(
     producer: Producer,
-    amax: Mapping[Matrix, Tensor],
+    square: Mapping[Matrix, Tensor],
     weights: Mapping[Matrix, Tensor],
     alpha: float,
+    *,
+    powers: bool,
 ) -> Tensor:
-    """The scale of each channel, float32 [channels], powers of two; 1 without tokens.
+    """The scale of each channel, float32 [channels]; 1 without tokens.
 
-    amax: max |x| of each column of a reader's input. weights: a reader's matrix [n, k].
+    square: the mean of x^2 of each column of a reader's input. weights: a reader's matrix [n, k].
+    powers: only powers of two; else numbers of bfloat16, in which the last bits of a power are lost.
     """
     count = len(producer.used)
     seen, weight = torch.zeros(count), torch.zeros(count)
     largest = math.inf
     for reader in producer.readers:
         columns = weights[reader.matrix].float().abs().amax(0).cpu()
-        seen.scatter_reduce_(0, reader.channels, amax[reader.matrix], "amax")
+        seen.scatter_reduce_(0, reader.channels, square[reader.matrix], "amax")
         weight.scatter_reduce_(0, reader.channels, columns, "amax")
         largest = min(largest, torch.finfo(weights[reader.matrix].dtype).max)
-    exponent = alpha * seen.log2() - (1 - alpha) * weight.log2()
+    exponent = alpha / 2 * seen.double().log2() - (1 - alpha) * weight.double().log2()
     # no weight may overflow if it is kept in float16
     room = (math.log2(largest) - 1 - weight.log2()).floor()
-    exponent = exponent.round().clamp(-_LIMIT, _LIMIT).minimum(room)
+    exponent = (exponent.round() if powers else exponent).clamp(-_LIMIT, _LIMIT).minimum(room)
     sound = (seen > 0) & (weight > 0) & producer.used
-    return torch.where(sound, exponent, 0.0).exp2()
+    return torch.where(sound, exponent, 0.0).exp2().to(torch.bfloat16).float()
 
 
 def smooth(
@@ -64,10 +72,11 @@ def smooth(
     if not candidates:
         return report
     widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}
-    amax = layer.channel_amax(widths)
+    square = layer.channel_square(widths)
     weights = {matrix: layer.weight(matrix) for matrix in widths}
     for producer, alpha in candidates:
-        scale = scales(producer, amax, weights, alpha)
+        powers = producer.norm is None or layout.rounded_again(producer, policy.quantized)
+        scale = scales(producer, square, weights, alpha, powers=powers)
         scale = layer.divide(producer, scale, edits)
         if bool((scale == 1).all()):
             continue
