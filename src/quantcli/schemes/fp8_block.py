@@ -43,7 +43,7 @@ class Fp8Block(ClippedWeights):
         A row of blocks at a time, and of that so many columns as fit the cache.
         """
         n, k = rows.shape[-2:]
-        importance = self.importance(constants, _SIDE)
+        importance = self.importance(constants, rows.device, _SIDE)
         tall, wide = -(-n // _SIDE), -(-k // _SIDE)
         codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
         scales = torch.empty((*rows.shape[:-2], tall, wide), device=rows.device)

@@ -27,7 +27,7 @@ class Fp8Dynamic(ClippedWeights):
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
-        importance = self.importance(constants)
+        importance = self.importance(constants, rows.device)
         if importance is not None:
             values = rows.float()
             scale = clipping.least_error(values, scale, engine_dtype, clipping.FP8, importance)

@@ -88,7 +88,8 @@ class IntegerWeights(ClippedWeights):
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
         widest = rounding.int8_scale(rows, engine_dtype)
-        return Search(rows.float(), widest, None, clipping.INT8, self.importance(constants))
+        importance = self.importance(constants, rows.device)
+        return Search(rows.float(), widest, None, clipping.INT8, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -138,18 +139,22 @@ class Int4Weights(IntegerWeights):
         """For `clip: columns`."""
         return self.clip == "columns"
 
-    def importance(self, constants: Stats, columns: int | None = None) -> Tensor | None:
+    def importance(
+        self, constants: Stats, device: torch.device, columns: int | None = None
+    ) -> Tensor | None:
         """Also by columns of the weight, or all alike."""
         if self.clip == "columns":
-            return clipping.in_groups(clipping.by_columns(constants["column_amax"]), columns)
+            by_columns = clipping.by_columns(constants["column_amax"].to(device))
+            return clipping.in_groups(by_columns, columns)
         if self.clip == "mse":
-            return torch.ones(1)
-        return super().importance(constants, columns)
+            return torch.ones(1, device=device)
+        return super().importance(constants, device, columns)
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k], positive, one per row."""
         widest = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
-        return Search(rows.float(), widest, None, clipping.INT4, self.importance(constants))
+        importance = self.importance(constants, rows.device)
+        return Search(rows.float(), widest, None, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -198,7 +203,8 @@ class Int4Groups(Int4Weights):
         groups = rows if columns is None else tiles.cut(rows, columns)
         values, sign = clipping.facing_down(groups.float())
         widest = clipping.widest_int4(values, rounding.absmax(groups), engine_dtype)
-        return Search(values, widest, sign, clipping.INT4, self.importance(constants, columns))
+        importance = self.importance(constants, rows.device, columns)
+        return Search(values, widest, sign, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
