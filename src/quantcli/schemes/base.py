@@ -231,6 +231,10 @@ class ClippedWeights(Scheme):
             shared["input_square"] = stats["input_square"]
         return shared
 
+    @abstractmethod
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The codes that are nearest to rows [..., n, k] for given scales, as `quantize` returns both."""
+
     def importance(
         self, constants: Stats, device: torch.device, columns: int | None = None
     ) -> Tensor | None:

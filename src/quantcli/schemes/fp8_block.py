@@ -58,6 +58,10 @@ class Fp8Block(ClippedWeights):
             scales[..., i : i + 1, j : j + _BLOCKS] = scale
         return {"weight": codes, "weight_scale": scales}
 
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """float8_e4m3fn [..., n, k] for the scales of blocks."""
+        return rounding.to_fp8_e4m3(rows, tiles.spread(scale, _BLOCK, *rows.shape[-2:]))
+
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their blocks: float32 [..., n, k]."""
         codes = parts["weight"].float()

@@ -110,6 +110,10 @@ class IntegerWeights(ClippedWeights):
         """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
         return clipping.INT8.round(values, scale).to(torch.int8)
 
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 [..., n, k]. Here for a scale per row."""
+        return self.rounded(rows.float(), scale)
+
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
@@ -217,6 +221,12 @@ class Int4Groups(Int4Weights):
         if self.group_size == "channel":
             return codes, scale
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
+
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 [..., n, k] for the scales of groups, or of rows."""
+        if self.group_size != "channel":
+            scale = tiles.spread(scale, (1, self.group_size), *rows.shape[-2:])
+        return super().nearest_codes(rows, scale)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""

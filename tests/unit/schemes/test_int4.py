@@ -108,7 +108,9 @@ def test_a_group_of_zeros_and_a_smaller_last_group():
 def test_nan_and_inf_show_in_the_scale_of_their_group(value, clip):
     rows = weight(2)
     rows[1, 200] = value
-    scale = W4A16(clip=clip).quantize(rows, torch.bfloat16, {"column_amax": torch.ones(256)})["weight_scale"]
+    scale = W4A16(clip=clip).quantize(rows, torch.bfloat16, {"column_amax": torch.ones(256)})[
+        "weight_scale"
+    ]
     assert torch.isfinite(scale).tolist() == [[True, True], [True, False]]
 
 
