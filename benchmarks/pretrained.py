@@ -4,21 +4,22 @@
                                     [--only NAME...] [--slow] [--json]
 
 The model is SmolLM2-135M-Instruct, a Llama with outlier channels, converted by every recipe for dense
-models and by llm-compressor and auto-round in environments of their own. Whatever calibrates does it on
-the same windows of --data. All checkpoints are run by the engine's arithmetic, as `quantcli verify --run`
-has it, on windows of 256 tokens of each text. Figures are means over windows, with 95 % intervals of a
-bootstrap over them: perplexity over the float model's, KL divergence in nats, how often both models have
-the same most likely token, how much the log-probability of a text's token changes. Two producers are
-compared window by window: ours is ahead if KL or change is smaller beyond the interval of the difference,
-and behind if one of them is larger.
+models and by llm-compressor and auto-round in environments of their own. Whatever calibrates does it
+on the same windows of --data. All checkpoints are run by the engine's arithmetic, as `quantcli verify
+--run` has it, on windows of 256 tokens of each text. Figures are means over windows, with 95 %
+intervals of a bootstrap over them: perplexity over the float model's, KL divergence in nats, how
+often both models have the same most likely token, how much the log-probability of a text's token
+changes. Two producers are compared window by window: ours is ahead if KL or change is smaller beyond
+the interval of the difference, and behind if one of them is larger.
 
-Exit code 1 if another producer is ahead without data, or if a bar is missed. What is done stays in the
-cache: environments and the model by their versions, checkpoints by the code and options that make them,
-scores by checkpoint and text. Delete its folder `scores` if the engine's arithmetic has changed.
+Exit code 1 if another producer is ahead without data, or if a bar is missed. What is done stays in
+the cache: environments and the model by their versions, checkpoints by the code and options that make
+them, scores by checkpoint and text. Delete its folder `scores` if the engine's arithmetic has
+changed.
 
-Groups of 128 and blocks of 128 rows do not fit this model (hidden size 576, 192 rows of k_proj): int4 has
-groups of 64 and 32 here, and fp8 in blocks leaves q, k and v float. Recipes for mixtures of experts are
-left out, as they refuse a dense model.
+Groups of 128 and blocks of 128 rows do not fit this model (hidden size 576, 192 rows of k_proj): int4
+has groups of 64 and 32 here, and fp8 in blocks leaves q, k and v float. Recipes for mixtures of
+experts are left out, as they refuse a dense model.
 """
 
 from __future__ import annotations
@@ -231,7 +232,9 @@ class Cache:
             self._stage(made, make)
             for other in made.parent.iterdir():
                 if other != made and other.name.rpartition("-")[0] == made.name.rpartition("-")[0]:
-                    shutil.rmtree(other) if other.is_dir() else other.unlink()
+                    shutil.rmtree(
+                        other
+                    ) if other.is_dir() and not other.is_symlink() else other.unlink()
         return made
 
     def _stage(self, made: Path, make: Callable[[Path], None]) -> Path:
@@ -297,8 +300,9 @@ class Cache:
 
     def _ours(self, subject: Subject) -> Path:
         recipe = RECIPES / f"{subject.what}.yaml"
-        sets = subject.sets
+        sets, data = subject.sets, ""
         if "\ncalibration:" in recipe.read_text() or "clip: inputs" in "".join(sets):
+            data = self._data.read_text()
             sets += tuple(
                 f"calibration.{key}={value}"
                 for key, value in (("data", self._data), ("samples", SAMPLES), ("length", LENGTH))
@@ -308,7 +312,7 @@ class Cache:
             commands.quantize(commands.plan(recipe, model=str(self.model), out=out, overrides=sets))
 
         source = {name: value for name, value in hashes(ROOT / "src").items() if name.endswith(".py")}
-        key = digest([source, recipe.read_text(), sets, self._data.read_text()])
+        key = digest([source, recipe.read_text(), sets, data])
         return self._keyed("checkpoint", subject.name, key, make)
 
     def scores(self, folder: Path, text: Text) -> Array:
