@@ -32,8 +32,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
@@ -45,7 +47,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import RECIPES, ROOT, hashes, parser
+import quantcli
+from common import ROOT, hashes, parser
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.served import Forward, Served, token_log_probs
 from quantcli.calibration.replay.skeleton import Skeleton
@@ -53,6 +56,7 @@ from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.core.errors import QuantError
+from quantcli.recipe.shipped import find_recipe, shipped_recipes
 
 Array = NDArray[np.float64]
 PEERS = Path(__file__).parent / "peers"
@@ -173,8 +177,7 @@ def main() -> None:
 def chosen(only: list[str] | None, *, slow: bool) -> list[Subject]:
     """The subjects that the command line asks for."""
     named = {subject.what for subject in SUBJECTS} | MIXTURES
-    others = [path.stem for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in named]
-    every = [*SUBJECTS, *map(Subject, others)]
+    every = [*SUBJECTS, *(Subject(name) for name in shipped_recipes() if name not in named)]
     if only is None:
         return [subject for subject in every if slow or not subject.slow]
     return [subject for subject in every if any(fnmatchcase(subject.name, word) for word in only)]
@@ -198,7 +201,7 @@ def last_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text, 8 a batch."""
+    """Windows of a text, 4 a batch."""
 
     name: str
     batches: Sequence[Batch]
@@ -232,9 +235,7 @@ class Cache:
             self._stage(made, make)
             for other in made.parent.iterdir():
                 if other != made and other.name.rpartition("-")[0] == made.name.rpartition("-")[0]:
-                    shutil.rmtree(
-                        other
-                    ) if other.is_dir() and not other.is_symlink() else other.unlink()
+                    (other.unlink if other.is_symlink() else partial(shutil.rmtree, other))()
         return made
 
     def _stage(self, made: Path, make: Callable[[Path], None]) -> Path:
@@ -276,7 +277,7 @@ class Cache:
     def _windows(self, file: Path, count: int, seed: int | None) -> Sequence[Batch]:
         """As a calibration takes them, or the first ones if there is no seed."""
         source = TextSource(
-            str(file), str(file), count, LENGTH, seed, pack=True, batch_tokens=8 * LENGTH
+            str(file), str(file), count, LENGTH, seed, pack=True, batch_tokens=4 * LENGTH
         )
         return load_dataset(source, self.model, positions=None, vocab_size=None).batches
 
@@ -299,9 +300,10 @@ class Cache:
         return self._keyed("checkpoint", subject.name, key, make)
 
     def _ours(self, subject: Subject) -> Path:
-        recipe = RECIPES / f"{subject.what}.yaml"
+        recipe = find_recipe(subject.what)
+        rules = recipe.read_text()
         sets, data = subject.sets, ""
-        if "\ncalibration:" in recipe.read_text() or "clip: inputs" in "".join(sets):
+        if "\ncalibration:" in rules or "clip: inputs" in "".join(sets):
             data = self._data.read_text()
             sets += tuple(
                 f"calibration.{key}={value}"
@@ -311,8 +313,9 @@ class Cache:
         def make(out: Path) -> None:
             commands.quantize(commands.plan(recipe, model=str(self.model), out=out, overrides=sets))
 
-        source = {name: value for name, value in hashes(ROOT / "src").items() if name.endswith(".py")}
-        key = digest([source, recipe.read_text(), sets, data])
+        code = hashes(Path(quantcli.__file__).parent)
+        source = {name: value for name, value in code.items() if name.endswith(".py")}
+        key = digest([source, rules, sets, data])
         return self._keyed("checkpoint", subject.name, key, make)
 
     def scores(self, folder: Path, text: Text) -> Array:
@@ -323,7 +326,7 @@ class Cache:
             with out.open("wb") as stream:
                 np.save(stream, judge(Served.open(folder), self._float(text), text.batches))
 
-        key = digest([files, text.digest])
+        key = digest([self.model.name, files, text.digest])
         found: Array = np.load(self._stage(self._folder / "scores" / f"{key}.npy", make))
         return found
 
@@ -331,7 +334,7 @@ class Cache:
         """The float model's logits [batch, length, vocabulary]; its layers run once for each text."""
         model = open_checkpoint(self.model)
         final = self._stage(
-            self._folder / "scores" / f"float-{text.digest}.safetensors",
+            self._folder / "scores" / f"float-{digest([self.model.name, text.digest])}.safetensors",
             lambda out: save_file(outputs(model, text.batches), out),
         )
         replay = Replay(
@@ -395,6 +398,15 @@ def through(model: Checkpoint | Served, batches: Sequence[Batch], folder: str) -
     return forward
 
 
+def ahead(logits: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, each computed in a thread of its own while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, logits, None)
+        while (found := following.result()) is not None:
+            following = pool.submit(next, logits, None)
+            yield found
+
+
 def judge(served: Served, expected: Iterator[Tensor], batches: Sequence[Batch]) -> Array:
     """[windows, COLUMNS]. expected: the float model's logits by batch.
 
@@ -403,7 +415,7 @@ def judge(served: Served, expected: Iterator[Tensor], batches: Sequence[Batch]) 
     rows = []
     with TemporaryDirectory() as folder:
         actual = through(served, batches, folder).logits()
-        for batch, p, q in zip(batches, expected, actual, strict=True):
+        for batch, p, q in zip(batches, ahead(expected), ahead(actual), strict=True):
             was, now = (token_log_probs(logits, batch) for logits in (p, q))
             for row in range(len(p)):  # the vocabulary is large
                 a, b = p[row].log_softmax(-1), q[row].log_softmax(-1)
