@@ -72,7 +72,7 @@ def main(model: str, out: str, cell: str, windows: str) -> None:
         oneshot(
             model=loaded,
             recipe=CELLS[cell](),
-            dataset=DataLoader(samples, batch_size=1),
+            dataset=DataLoader(samples, batch_size=8),
             max_seq_length=length,
             num_calibration_samples=count,
         )
