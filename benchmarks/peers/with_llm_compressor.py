@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from llmcompressor import oneshot
-from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
 from torch.utils.data import DataLoader
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
