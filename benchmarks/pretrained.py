@@ -43,12 +43,20 @@ from quantcli.recipe.shipped import shipped_recipes
 RESAMPLES = 10_000
 
 
+INT4 = {  # schemes of the int4 recipes, without the group size
+    "vllm_w4a16": "name: w4a16",
+    "vllm_w4a8": "name: w4a8",
+    "w4a16_gptq": "name: w4a16, weight_rounding: gptq",
+}
+
+
 def int4(recipe: str, group: int, more: str = "", **fields: Any) -> Subject:
-    """One of the int4 recipes with another group size. more: options of its scheme, as in YAML."""
-    name = "w4a8" if recipe == "vllm_w4a8" else "w4a16"
-    scheme = f"{{name: {name}, group_size: {group}{more}}}"
-    variant = f"g{group}" + more.replace(", ", "-").replace(": ", "-")
-    return Subject(recipe, variant=variant, sets=(f"rules.1.scheme={scheme}",), **fields)
+    """One of the int4 recipes with another group size. more: an option of its scheme, as in YAML."""
+    options = [INT4[recipe], f"group_size: {group}", *filter(None, [more])]
+    variant = "-".join([f"g{group}", *more.split(": ")]).rstrip("-")
+    return Subject(
+        recipe, variant=variant, sets=(f"rules.1.scheme={{{', '.join(options)}}}",), **fields
+    )
 
 
 DATA_FREE = ("int8 dynamic", "fp8 dynamic", "int4 g64")  # cells
@@ -74,9 +82,9 @@ SUBJECTS = [
     Subject("int8-static", LLM_COMPRESSOR, "int8 static"),
     Subject("w8a8_static_smooth", cell="int8 static, smoothed", bar=0.030),
     Subject("int8-static-smooth", LLM_COMPRESSOR, "int8 static, smoothed"),
-    int4("w4a16_gptq", 64, ", weight_rounding: gptq", cell="int4 g64, by data"),
-    int4("w4a16_gptq", 32, ", weight_rounding: gptq"),
-    int4("vllm_w4a16", 64, ", clip: inputs", cell="int4 g64, by data", bar=0.30),
+    int4("w4a16_gptq", 64, cell="int4 g64, by data"),
+    int4("w4a16_gptq", 32),
+    int4("vllm_w4a16", 64, "clip: inputs", cell="int4 g64, by data", bar=0.30),
     Subject("int4-g64-gptq", LLM_COMPRESSOR, "int4 g64, by data"),
     Subject("int4-g64-awq", LLM_COMPRESSOR, "int4 g64, by data"),
     Subject("int4-g64-opt", AUTO_ROUND, "int4 g64, by data", slow=True),
