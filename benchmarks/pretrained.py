@@ -67,6 +67,7 @@ SUBJECTS = [
     Subject("int8-dynamic", LLM_COMPRESSOR, "int8 dynamic"),
     Subject("int8-dynamic", AUTO_ROUND, "int8 dynamic"),
     Subject("vllm_fp8_dynamic", cell="fp8 dynamic"),
+    Subject("vllm_fp8_dynamic_clip"),
     Subject("fp8-dynamic", LLM_COMPRESSOR, "fp8 dynamic"),
     Subject("fp8-dynamic", AUTO_ROUND, "fp8 dynamic"),
     int4("vllm_w4a16", 64, cell="int4 g64"),
