@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.planning.measured import Measured
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.arithmetic.observers import ChannelSquare, Observer
+from quantcli.schemes.base import Scheme, maxima
 
 
 def constants(
@@ -19,22 +20,27 @@ def constants(
     x: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Stats of inputs x, or of an observer that saw nothing if x is None. Also the amax of the
+    """Stats of inputs x, or of an observer that saw nothing if x is None. Also the maxima of the
     whole weight and a learned transform, if the scheme needs them."""
     found: dict[str, Any] = {}
-    if scheme.needs_weight_amax:
+    if scheme.needs_weight_amax or scheme.needs_column_amax:
         assert weight is not None
-        found["weight_amax"] = weight.float().abs().amax().view(1)
+        found = dict(maxima(scheme, weight))
     if scheme.schedule is not None:  # a transform that does nothing
         k = (x if weight is None else weight).shape[-1]
         stats = scheme.blank(k, serving)
         return found | scheme.constants(stats, serving) | {"weight_clip": torch.ones(1, 1)}
-    observer = scheme.observer(serving)
-    if observer is None:
-        return found
-    if x is not None:
-        observer.update(x.to(serving), 0)
-    return found | scheme.constants(observer.stats(), serving)
+    observers = [scheme.observer(serving)]
+    if scheme.clips_by_inputs:
+        assert x is not None
+        observers.append(Observer(ChannelSquare()))
+    stats: dict[str, torch.Tensor] = {}
+    for observer in observers:
+        if observer is not None:
+            if x is not None:
+                observer.update(x.to(serving), 0)
+            stats |= observer.stats()
+    return found | (scheme.constants(stats, serving) if stats else {})
 
 
 def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:

@@ -107,7 +107,6 @@ def test_same_bytes_whatever_cuts_the_work(tmp_path, model, scheme, monkeypatch)
         (tmp_path / folder).mkdir()
         monkeypatch.setattr("quantcli.planning.block.BLOCK_ELEMENTS", elements)
         monkeypatch.setattr("quantcli.planning.block.JOB_BYTES", job)
-        monkeypatch.setattr("quantcli.planning.block._BLOCK", elements)
         assert snapshot(convert(tmp_path / folder, scheme, model, "--workers", "3")) == first
 
 

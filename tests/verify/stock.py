@@ -40,12 +40,32 @@ OWN = {
     "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
     "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
     "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
+    "dynamic_inputs": 'rules: [{match: "*_proj", scheme: {name: w8a8_dynamic, clip: inputs}}]\n',
+    "fp8_inputs": 'rules: [{match: "*_proj", scheme: {name: fp8_dynamic, clip: inputs}}]\n',
+    "ct_dynamic_inputs": 'rules: [{match: "*_proj", scheme: {name: w8a8_dynamic, clip: inputs}}]\n',
+    "ct_w4a16_inputs": """rules:
+- match: ["*_proj", "*.experts.*"]
+  scheme: {name: w4a16, group_size: 32, clip: inputs}
+""",
+    "ct_fp8_inputs": 'rules: [{match: "*_proj", scheme: {name: fp8_dynamic, clip: inputs}}]\n',
+    "ct_block_inputs": 'rules:\n  - {match: "*.o_proj", scheme: {name: fp8_block, clip: inputs}}\n'
+    '  - {match: "*_proj", scheme: {name: fp8_dynamic, clip: inputs}}\n',
     "ct_mixed": 'rules:\n  - {match: "*.self_attn.o_proj", scheme: fp8_block}\n'
     '  - {match: "*.down_proj", scheme: {name: w4a16, group_size: 32}}\n'
     '  - {match: "*.0.*", scheme: keep}\n  - {match: "*.1.self_attn.*", scheme: fp8_tensor}\n'
     '  - {match: "*.self_attn.*", scheme: fp8_dynamic}\n  - {match: "*_proj", scheme: w8a8_dynamic}\n',
 }
-MEASURED = {"static", "symmetric", "mix", "smooth", "ct_static", "ct_symmetric", "ct_fp8_static"}
+CLIPPED = {"dynamic_inputs", "fp8_inputs", "ct_dynamic_inputs", "ct_w4a16_inputs", "ct_fp8_inputs",
+           "ct_block_inputs"}  # fmt: skip
+MEASURED = CLIPPED | {
+    "static",
+    "symmetric",
+    "mix",
+    "smooth",
+    "ct_static",
+    "ct_symmetric",
+    "ct_fp8_static",
+}
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
 

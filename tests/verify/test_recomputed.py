@@ -14,7 +14,7 @@ from quantcli.commands import quantize as commands
 from quantcli.commands.pack import pack, plan_pack
 from quantcli.core.errors import InputError
 from quantcli.planning.block import BLOCK_ELEMENTS, Calibrated
-from quantcli.schemes.integer import least_elsewhere, least_error
+from quantcli.schemes.arithmetic.clipping import least_elsewhere, least_error
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.calibrating import ROOT
@@ -47,6 +47,15 @@ OTHERS = {
     "ct w4a8": ("llama", "ct_w4a8"),
     "int4": ("qwen3", "int4"),
 }
+CLIPPED = {
+    "inputs dynamic": ("qwen2", "dynamic_inputs"),
+    "inputs fp8": ("llama", "fp8_inputs"),
+    "ct inputs dynamic": ("qwen3", "ct_dynamic_inputs"),
+    "ct inputs w4a16": ("llama", "ct_w4a16_inputs"),
+    "ct inputs fp8": ("llama", "ct_fp8_inputs"),
+    "ct inputs block": ("llama", "ct_block_inputs"),
+}
+ALL = INT8 | OTHERS | CLIPPED
 STATIC = ("static", "half static", "symmetric", "mix", "smooth", "ct static", "ct symmetric")
 
 
@@ -166,13 +175,13 @@ CHANGES = [
     *((name, change) for name in INT8 for change in (one_code, one_row, scales, codes_shifted)),
     *((name, input_scales) for name in (*STATIC, "ct fp8 static")),
     *((name, input_offsets) for name in ("static", "half static", "mix", "smooth", "ct static")),
-    *((name, change) for name in OTHERS for change in (one_code, one_row, scales)),
+    *((name, change) for name in OTHERS | CLIPPED for change in (one_code, one_row, scales)),
 ]
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES, ids=lambda v: getattr(v, "__name__", v))
 def test_a_consistent_change_is_found(stock, tmp_path, name, change):
-    good = stock.good(*(INT8 | OTHERS)[name])
+    good = stock.good(*ALL[name])
     copy = Copy(good, tmp_path / "copy")
     with copy.tensors() as tensors:
         where = change(tensors)
@@ -185,23 +194,46 @@ def test_a_consistent_change_is_found(stock, tmp_path, name, change):
     assert all(module in place for place in places), places
 
 
+def flipped(tensors):
+    """The sign of a scale, by hand and by the code of the group's largest weight."""
+    name = f"{OUT}.weight_scale"
+    scale = tensors[name].clone()
+    scale[3, 1] = -scale[3, 1]
+    tensors[name] = scale
+    return f"`{name}`[3, 1]"
+
+
+@pytest.mark.parametrize("name", ["ct w4a16", "ct inputs w4a16", "ct w4a8"])
+def test_a_flipped_sign_is_found(stock, tmp_path, name):
+    good = stock.good(*ALL[name])
+    copy = Copy(good, tmp_path / "copy")
+    with copy.tensors() as tensors:
+        where = flipped(tensors)
+    copy.seal()
+    report = examine(copy.path, good.source, calibration_of(good))
+    assert where in [e.where for e in report.errors if e.check == "recomputed"]
+
+
 # -- what is found without calibration ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["static", "mix", "ct static", "ct fp8 static"])
 @pytest.mark.parametrize("change", [one_code, one_row, scales])
 def test_found_without_the_calibration(stock, tmp_path, name, change):
-    good = stock.good(*(INT8 | OTHERS)[name])
+    good = stock.good(*ALL[name])
     copy = Copy(good, tmp_path / "copy")
     with copy.tensors() as tensors:
         where = change(tensors)
     copy.seal()
     report = examine(copy.path, good.source)
     assert [e.check for e in report.errors] == ["recomputed"] * len(report.errors)
+    if change is scales and name != "ct fp8 static":  # clipped by inputs: only codes are known
+        where = f"`{OUT}.weight`["
     assert any(e.where.startswith(where) for e in report.errors)
-    (left_out,) = report.not_checked
-    assert left_out.startswith("ranges of inputs were not recomputed in ")
-    assert "give --calibration DIR" in left_out
+    kinds = ["ranges of inputs", "clips by inputs"][: 1 + (name != "ct fp8 static")]
+    for kind, left_out in zip(kinds, report.not_checked, strict=True):
+        assert left_out.startswith(f"{kind} were not recomputed in ")
+        assert "give --calibration DIR" in left_out
 
 
 def test_what_is_not_found_without_the_calibration(stock, tmp_path):
@@ -213,9 +245,34 @@ def test_what_is_not_found_without_the_calibration(stock, tmp_path):
     report = examine(copy.path, good.source)
     assert report.ok
     assert report.not_checked == [
-        "ranges of inputs were not recomputed in 28 modules: give --calibration DIR, the folder that "
+        f"{what} were not recomputed in 28 modules: give --calibration DIR, the folder that "
         "`quantize` kept"
+        for what in ("ranges of inputs", "clips by inputs")
     ]
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clips_by_inputs_without_the_calibration(stock, tmp_path, name):
+    """Scales are taken as they are, and codes must be the nearest to them."""
+    good = stock.good(*ALL[name])
+    report = examine(good.path, good.source)
+    assert [f.what for f in report.findings] == []
+    modules = sum(name.endswith("_proj.weight") for file in good.source.glob("*.safetensors")
+                  for name in load_file(file))  # fmt: skip
+    assert report.not_checked == [
+        f"clips by inputs were not recomputed in {modules} modules: give --calibration DIR, the folder "
+        "that `quantize` kept"
+    ]
+    for number, change in enumerate((one_code, one_row, scales)):
+        copy = Copy(good, tmp_path / f"copy{number}")
+        with copy.tensors() as tensors:
+            where = change(tensors)
+            if change is scales:
+                where = f"`{codes_of(tensors, OUT)}`["
+        copy.seal()
+        report = examine(copy.path, good.source)
+        assert {e.check for e in report.errors} == {"recomputed"}
+        assert any(e.where.startswith(where) for e in report.errors), report.errors
 
 
 def test_smoothed_without_the_calibration(stock):
@@ -246,9 +303,9 @@ def test_edits_are_recomputed(stock, tmp_path):
 # -- sound ones ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*INT8, *OTHERS])
+@pytest.mark.parametrize("name", ALL)
 def test_sound(stock, name):
-    good = stock.good(*(INT8 | OTHERS)[name])
+    good = stock.good(*ALL[name])
     report = examine(good.path, good.source, calibration_of(good))
     assert [f.what for f in report.findings] == []
     assert report.not_checked == []
@@ -305,19 +362,25 @@ def test_shipped_recipes(stock, shipped, recipe):
 # -- another CPU --------------------------------------------------------------------------------------
 
 
-def in_another_order(values, widest, engine_dtype):
+def in_another_order(values, widest, engine_dtype, codes, importance):
     """`least_error` with sums over columns in another order."""
     order = torch.randperm(values.shape[-1], generator=torch.Generator().manual_seed(1))
-    scale = least_error(values[..., order].contiguous(), widest, engine_dtype)
-    if engine_dtype == torch.float32:
-        return scale
+    weighed = importance.expand_as(values)
+    shuffled = (each[..., order].contiguous() for each in (values, weighed))
+    values, weighed = shuffled
+    scale = least_error(values, widest, engine_dtype, codes, weighed)
+    if engine_dtype == torch.float32:  # sums are in float64: few scales change by a last bit
+        nudged = scale.flatten()
+        nudged[::7] = torch.nextafter(nudged[::7], torch.zeros(()))
+        return nudged.view_as(scale)
     # a tie of these few numbers is rare: take neighbours with nearly the same error, see `elsewhere`
-    flat, rows = scale.view(-1), values.reshape(-1, values.shape[-1])
+    flat, first = scale.view(-1), widest.reshape(-1, 1)
+    rows, weighed = (each.reshape(-1, values.shape[-1]) for each in (values, weighed))
     for place in range(0, len(flat), 7):
         for step in (-1, 1):
             bits = flat[place].to(engine_dtype).view(torch.int16) + step
             near = bits.view(engine_dtype).float().view(1)
-            if least_elsewhere(rows[place], near, engine_dtype):
+            if least_elsewhere(rows[place], first[place], near, engine_dtype, codes, weighed[place]):
                 flat[place] = near
     return scale
 
@@ -349,9 +412,9 @@ def elsewhere(request, stock, tmp_path_factory):
     usual = make("usual")
     with pytest.MonkeyPatch.context() as looser:
         if request.param != "ascend":
-            looser.setattr("quantcli.schemes.integer._OTHER_ERRORS", 2.0**-6)
+            looser.setattr("quantcli.schemes.arithmetic.clipping._OTHER_ERRORS", 2.0**-6)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("quantcli.schemes.integer.least_error", in_another_order)
+            patch.setattr("quantcli.schemes.arithmetic.clipping.least_error", in_another_order)
             other = make("other")
         yield source, usual, other
 
@@ -394,7 +457,7 @@ def packed(stock, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
 
     def make(name, target):
-        good = stock.good(*(INT8 | OTHERS)[name])
+        good = stock.good(*ALL[name])
         out = folder / f"{name} {target}"
         if not out.exists():
             pack(plan_pack(str(good.path), target, out))

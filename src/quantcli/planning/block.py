@@ -121,12 +121,9 @@ def compute(
     if isinstance(item, Copy):
         yield from _copied(job, item, calibrated, block_elements)
         return
-    width = item.source.spec.shape[1] if isinstance(item, Quantize) else item.module.shape[1]
-    step = _multiple(block_elements // width, item.row_multiple)
     reading = item.source.open() if isinstance(item, Quantize) else ModuleReader(item.module)
     with reading as reader:
-        for start in range(job.start, job.stop, step):
-            stop = min(start + step, job.stop)
+        for start, stop in row_blocks(job, block_elements):
             bias = None if item.bias is None else read_span(item.bias, start, stop - start)
             if isinstance(item, Quantize):
                 rows = reader.weight(start, stop - start)
@@ -140,6 +137,16 @@ def compute(
                 if start == 0 or spec.name not in item.constants
             ]
             yield Computed(start, outputs, _share(item.source, stop) - _share(item.source, start))
+
+
+def row_blocks(job: Job, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """The first row of each block of a job's matrix, and the row after its last."""
+    item = job.item
+    assert not isinstance(item, Copy)
+    width = item.source.spec.shape[1] if isinstance(item, Quantize) else item.module.shape[1]
+    step = _multiple(elements // width, item.row_multiple)
+    for start in range(job.start, job.stop, step):
+        yield start, min(start + step, job.stop)
 
 
 def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -> Iterator[Computed]:

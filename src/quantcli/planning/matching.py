@@ -93,10 +93,12 @@ def _without_inputs(
     """The same for modules whose inputs would only weigh errors."""
     instead: dict[str, Rule | None] = {}
     for name, rule in assigned.items():
-        stats = measured.stats.get(name, {})
         if rule is None or rule.scheme is None or not rule.scheme.clips_by_inputs:
             continue
-        if "input_square" not in stats and (stats or not rule.scheme.shares_data):
+        stats = measured.stats.get(name)  # empty: it was measured, and the numbers are not known
+        if stats is None and rule.scheme.shares_data:
+            continue
+        if stats is None or (stats and "input_square" not in stats):
             instead[name] = replace(rule, scheme=rule.scheme.without_inputs)
     if not instead:
         return assigned, []

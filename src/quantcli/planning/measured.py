@@ -75,7 +75,7 @@ class EditFactors:
 class Measured:
     """A whole calibration.
 
-    stats:     by module: names of statistics -> tensors on disk.
+    stats:     by module: names of statistics -> tensors on disk; none if they are not known.
     edits:     by stored tensor.
     smoothed:  how many groups of channels were smoothed.
     no_tokens: modules inside of the decoder stack that no token reached.

@@ -27,6 +27,7 @@ from quantcli.core.threads import default_workers, thread_pool
 from quantcli.planning.matching import refuse_transposed
 from quantcli.planning.planner import serving_dtype
 from quantcli.schemes.base import Scheme
+from quantcli.schemes.integer import Int4Weights
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Target
 from quantcli.targets.vllm_family import EXPERT, fused_name
@@ -137,7 +138,8 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
     """By operand of the weight: what quantizes rows, and the names of all schemes that have it.
 
     Of schemes that need no data, the first stands for all others with its operand: their weights
-    differ only by what data tells of inputs.
+    differ only by what data tells of inputs. Int4 is clipped where the squared error, of which SQNR
+    tells, is least.
     """
     methods: dict[str, _Method] = {}
     operands: dict[str, list[str]] = {}
@@ -145,6 +147,8 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         scheme = scheme_class()
         if scheme.numerics.transform:
             continue  # stores other weights than those that are looked at here
+        if isinstance(scheme, Int4Weights):
+            scheme = scheme.model_copy(update={"clip": "mse"})
         operand = scheme.numerics.weight
         label = f"{operand.dtype} per {operand.per}"
         operands.setdefault(label, []).append(name)
@@ -260,7 +264,8 @@ def _measure(
 
 def _by_rows_alone(scheme: Scheme) -> bool:
     """Whether blocks of rows can be quantized without knowing more than them."""
-    return not (scheme.needs_data or scheme.needs_weight_amax or scheme.row_multiple > 1)
+    surveyed = scheme.needs_weight_amax or scheme.needs_column_amax
+    return not (scheme.needs_data or surveyed or scheme.row_multiple > 1)
 
 
 def _not_finite(

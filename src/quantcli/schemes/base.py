@@ -231,12 +231,18 @@ class ClippedWeights(Scheme):
             shared["input_square"] = stats["input_square"]
         return shared
 
-    def importance(self, constants: Stats, columns: int | None = None) -> Tensor | None:
+    @abstractmethod
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The codes that are nearest to rows [..., n, k] for given scales, as `quantize` returns both."""
+
+    def importance(
+        self, constants: Stats, device: torch.device, columns: int | None = None
+    ) -> Tensor | None:
         """How much the error of each column counts, of its group's largest: float32 [k], or [groups,
-        columns] if groups have so many columns. None: all alike."""
+        columns] if groups have so many columns. None: scales are not searched for."""
         if not self.clips_by_inputs:
             return None
-        return clipping.in_groups(constants["input_square"], columns)
+        return clipping.in_groups(constants["input_square"].to(device), columns)
 
 
 def maxima(scheme: Scheme, rows: Tensor) -> Parts:

@@ -43,7 +43,7 @@ class Fp8Block(ClippedWeights):
         A row of blocks at a time, and of that so many columns as fit the cache.
         """
         n, k = rows.shape[-2:]
-        importance = self.importance(constants, _SIDE)
+        importance = self.importance(constants, rows.device, _SIDE)
         tall, wide = -(-n // _SIDE), -(-k // _SIDE)
         codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
         scales = torch.empty((*rows.shape[:-2], tall, wide), device=rows.device)
@@ -57,6 +57,10 @@ class Fp8Block(ClippedWeights):
             codes[..., down, across] = rounding.to_fp8_e4m3(part, each)
             scales[..., i : i + 1, j : j + _BLOCKS] = scale
         return {"weight": codes, "weight_scale": scales}
+
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """float8_e4m3fn [..., n, k] for the scales of blocks."""
+        return rounding.to_fp8_e4m3(rows, tiles.spread(scale, _BLOCK, *rows.shape[-2:]))
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their blocks: float32 [..., n, k]."""

@@ -27,11 +27,15 @@ class Fp8Dynamic(ClippedWeights):
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, 1]."""
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
-        importance = self.importance(constants)
+        importance = self.importance(constants, rows.device)
         if importance is not None:
             values = rows.float()
             scale = clipping.least_error(values, scale, engine_dtype, clipping.FP8, importance)
         return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
+
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """float8_e4m3fn [..., n, k] for scales [..., n, 1]."""
+        return rounding.to_fp8_e4m3(rows, scale)
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * weight_scale * token_scale in float32, cast to x.dtype, then + bias."""

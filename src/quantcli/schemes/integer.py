@@ -88,7 +88,8 @@ class IntegerWeights(ClippedWeights):
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
         widest = rounding.int8_scale(rows, engine_dtype)
-        return Search(rows.float(), widest, None, clipping.INT8, self.importance(constants))
+        importance = self.importance(constants, rows.device)
+        return Search(rows.float(), widest, None, clipping.INT8, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -108,6 +109,10 @@ class IntegerWeights(ClippedWeights):
     def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
         """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
         return clipping.INT8.round(values, scale).to(torch.int8)
+
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 [..., n, k]. Here for a scale per row."""
+        return self.rounded(rows.float(), scale)
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
@@ -138,18 +143,22 @@ class Int4Weights(IntegerWeights):
         """For `clip: columns`."""
         return self.clip == "columns"
 
-    def importance(self, constants: Stats, columns: int | None = None) -> Tensor | None:
+    def importance(
+        self, constants: Stats, device: torch.device, columns: int | None = None
+    ) -> Tensor | None:
         """Also by columns of the weight, or all alike."""
         if self.clip == "columns":
-            return clipping.in_groups(clipping.by_columns(constants["column_amax"]), columns)
+            by_columns = clipping.by_columns(constants["column_amax"].to(device))
+            return clipping.in_groups(by_columns, columns)
         if self.clip == "mse":
-            return torch.ones(1)
-        return super().importance(constants, columns)
+            return torch.ones(1, device=device)
+        return super().importance(constants, device, columns)
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k], positive, one per row."""
         widest = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
-        return Search(rows.float(), widest, None, clipping.INT4, self.importance(constants))
+        importance = self.importance(constants, rows.device)
+        return Search(rows.float(), widest, None, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -198,7 +207,8 @@ class Int4Groups(Int4Weights):
         groups = rows if columns is None else tiles.cut(rows, columns)
         values, sign = clipping.facing_down(groups.float())
         widest = clipping.widest_int4(values, rounding.absmax(groups), engine_dtype)
-        return Search(values, widest, sign, clipping.INT4, self.importance(constants, columns))
+        importance = self.importance(constants, rows.device, columns)
+        return Search(values, widest, sign, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -211,6 +221,12 @@ class Int4Groups(Int4Weights):
         if self.group_size == "channel":
             return codes, scale
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
+
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 [..., n, k] for the scales of groups, or of rows."""
+        if self.group_size != "channel":
+            scale = tiles.spread(scale, (1, self.group_size), *rows.shape[-2:])
+        return super().nearest_codes(rows, scale)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""

@@ -474,7 +474,11 @@ def test_what_is_set_is_in_the_effective_recipe(load, model):
     written = yaml.safe_load(plan.recipe.effective())
     assert written["max_shard"] == 1024
     assert written["rules"] == [
-        {"match": ["*_proj"], "scheme": {"name": "fp8_dynamic"}, "optional": False}
+        {
+            "match": ["*_proj"],
+            "scheme": {"name": "fp8_dynamic", "clip": "none"},
+            "optional": False,
+        }
     ]
 
 

@@ -433,7 +433,7 @@ def test_options():
     scheme = W8A8Static()
     assert scheme.model_dump() == {
         "symmetric": False, "observer": "mse", "percentile": 99.99, "momentum": 0.9,
-        "weight_rounding": "nearest",
+        "weight_rounding": "nearest", "clip": "none",
     }  # fmt: skip
     assert W8A8Static.model_validate(scheme.model_dump()) == scheme
     full = W8A8Static(symmetric=True, observer="percentile", percentile=99)

@@ -11,7 +11,7 @@ from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Scheme, maxima
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.compressed_tensors.config import fold, read_groups
 from quantcli.targets.compressed_tensors.layouts import (
@@ -80,8 +80,7 @@ def made(found, weight):
         symmetric = found.numerics.input.symmetric
         stats["input_offset"] = torch.tensor([0.0 if symmetric else -37.0])
     constants = found.constants(stats, torch.float32)
-    if found.needs_weight_amax:
-        constants["weight_amax"] = weight.abs().max().float().view(1)
+    constants |= maxima(found, weight)
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[held]
     parts = found.quantize(weight, dtype, constants)
     parts["weight_scale"] = parts["weight_scale"].to(dtype)

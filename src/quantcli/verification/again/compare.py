@@ -27,11 +27,13 @@ from quantcli.planning.block import (
     compute,
     jobs_of,
     read_calibrated,
+    row_blocks,
 )
 from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work, quantized_items
 from quantcli.planning.recode import recode
-from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.clipping import OTHER_SCALES, least_elsewhere
+from quantcli.schemes.arithmetic.static_int8 import row_parts
+from quantcli.schemes.base import ClippedWeights
 from quantcli.schemes.integer import IntegerWeights
 from quantcli.targets.base import StoredCheckpoint, Target
 from quantcli.targets.module_rows import ModuleReader
@@ -39,6 +41,7 @@ from quantcli.verification.outcome import CONVERT, Report
 from quantcli.verification.structure import layer_of
 
 CHECK = "recomputed"
+_CLIPS = "input_square"  # the statistic that clips by inputs need
 NOT_RECOMPUTED = "codes and scales were not recomputed"
 GIVE_CALIBRATION = "give --calibration DIR, the folder that `quantize` kept"
 
@@ -145,6 +148,9 @@ class Recomputation:
         if not taken or not isinstance(item, Quantize):
             return list(specs)
         module = self.stored.modules[item.module]
+        if _CLIPS in taken:
+            codes = f"{item.module}.{module.layout.weight.suffix}"
+            return [spec for spec in specs if spec.name == codes and "codes" not in taken]
         suffixes = [param.suffix for param in module.constants if param.suffix.startswith("input_")]
         suffixes += [module.layout.weight.suffix] if "codes" in taken else []
         return [spec for spec in specs if spec.name.removeprefix(f"{item.module}.") not in suffixes]
@@ -187,7 +193,8 @@ class Recomputation:
         for item in items:
             taken = self._taken(item)
             counts["codes that data chose"] += "codes" in taken
-            counts["ranges of inputs"] += bool(taken - {"codes"})
+            counts["ranges of inputs"] += bool(taken - {"codes", _CLIPS})
+            counts["clips by inputs"] += _CLIPS in taken
         for what, modules in counts.items():
             if modules:
                 yield f"{what} were not recomputed in {modules} modules: {GIVE_CALIBRATION}"
@@ -200,7 +207,8 @@ class Recomputation:
         calibrated = self._calibrated(item)
         compared = {spec.name for spec in self._compared(item)}
         differences: dict[str, _Difference] = {}
-        for rows in compute(job, self.plan.target, calibrated):
+        given = _CLIPS in self._taken(item)
+        for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
             blocks = [
                 _Block(spec, row, expected, read_span(tensors[spec.name], row, len(expected)))
                 for spec, row, expected in self._in_its_format(item, rows)
@@ -210,7 +218,7 @@ class Recomputation:
                 for block in blocks
                 if block.spec.name in compared and (difference := block.difference())
             }
-            if unlike and not self._only_sums_differ(item, rows.start, blocks, calibrated):
+            if unlike and (given or not self._only_sums_differ(item, rows.start, blocks, calibrated)):
                 _merge(differences, unlike)
             progress.advance(rows.nbytes)
         return differences
@@ -234,8 +242,9 @@ class Recomputation:
                 }  # the next reader overwrites them
 
         constants = calibrated.constants
-        if taken - {"codes"}:
+        if taken - {"codes", _CLIPS}:
             some = parts(0, item.row_multiple)
+            some[_CLIPS] = torch.ones(0)
             try:
                 stored = item.scheme.constants(some, torch_dtype(item.engine_dtypes.input_scale))
             except InputError as error:
@@ -243,6 +252,27 @@ class Recomputation:
             constants = {**stored, **constants}
         codes = {"codes": lambda start, count: parts(start, count)["weight"]}
         return replace(calibrated, constants=constants, row_stats=codes if "codes" in taken else {})
+
+    def _nearest(self, job: Job) -> Iterator[Computed]:
+        """Row blocks of a weight with the scales that are stored, and the codes nearest to them."""
+        item, target = job.item, self.plan.target
+        assert isinstance(item, Quantize)
+        scheme, shape = item.scheme, item.source.spec.shape
+        assert isinstance(scheme, ClippedWeights)
+        dtype = torch_dtype(item.engine_dtypes.weight_scale)
+        with ModuleReader(self.stored.modules[item.module]) as reader:
+            for start, stop in row_blocks(job):
+                parts = target.unpack(scheme.numerics, reader.rows(start, stop - start))
+                rows = read_span(item.source, start, stop - start)
+                codes = scheme.nearest_codes(rows, parts["weight_scale"].float())
+                parts |= {"weight": codes, "weight_scale": parts["weight_scale"].to(dtype)}
+                packed = target.pack(scheme.numerics, parts, (shape[0], shape[1]))
+                named = {f"{item.module}.{suffix}": tensor for suffix, tensor in packed.items()}
+                outputs = [
+                    (spec, item.first_row(spec, start), named[spec.name])
+                    for spec in self._compared(item)
+                ]
+                yield Computed(start, outputs, rows.nbytes)
 
     def _in_its_format(self, item: Item, rows: Computed) -> Iterator[tuple[TensorSpec, int, Tensor]]:
         """Computed tensors as they are after packing, if there was one."""
@@ -279,42 +309,43 @@ class Recomputation:
     ) -> bool:
         """Whether a CPU that adds floats in another order may have made these rows.
 
-        Only scales of clipped integer weights come from such sums; codes follow from the scales.
+        Only clipped scales come from such sums; codes, and what goes with both, follow from the scales.
         """
-        if not isinstance(item, Quantize) or not isinstance(item.scheme, IntegerWeights):
+        if not isinstance(item, Quantize) or not isinstance(item.scheme, ClippedWeights):
             return False
-        scheme, target = item.scheme, self.plan.target
-        if self.packed is not None:
+        scheme, target, constants = item.scheme, self.plan.target, calibrated.constants
+        if self.packed is not None or scheme.importance(constants, torch.device("cpu")) is None:
             return False
         module = self.stored.modules[item.module]
         once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
         named = [(block.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
         actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
         expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
-        dtype = torch_dtype(item.engine_dtypes.weight_scale)
         rows = read_span(item.source, start, len(actual["weight"]))
-        edited = scheme.to_round(calibrated.edited(rows, start), dict(calibrated.constants))
-        search = scheme.search(edited, dtype, calibrated.constants)
-        if search.importance is None:
-            return False
-        columns = search.values.shape[-1]
-        values = search.values.reshape(-1, columns)  # by scale
-        widest = search.widest.reshape(-1, 1)
-        importance = search.importance.expand_as(search.values).reshape(-1, columns)
-        scale, usual = (parts["weight_scale"].float().reshape(-1, 1) for parts in (actual, expected))
-        if search.sign is not None:
-            sign = search.sign.reshape(-1, 1)
-            scale, usual = scale * sign, usual * sign
-        stored = _by_scale(actual["weight"], search.values)
-        nearest = search.codes.round(values, scale).to(torch.int8)
+        edited = scheme.to_round(calibrated.edited(rows, start), dict(constants))
+        scale, usual = (parts["weight_scale"].float() for parts in (actual, expected))
         by_data = "codes" in calibrated.row_stats
-        if not torch.equal(
-            stored, _by_scale(expected["weight"], search.values) if by_data else nearest
-        ):
+        codes = expected["weight"] if by_data else scheme.nearest_codes(edited, scale)
+        if not torch.equal(actual["weight"].float(), codes.float()):
             return False
+        if not self._follows(item, start, calibrated, actual, expected):
+            return False
+        dtype = torch_dtype(item.engine_dtypes.weight_scale)
         unlike = scale != usual
         if dtype == torch.float32:
             unlike &= ~torch.isclose(scale, usual, rtol=OTHER_SCALES, atol=0)
+        if not bool(unlike.any()):
+            return True
+        if not isinstance(scheme, IntegerWeights):
+            return False
+        search = scheme.search(edited, dtype, constants)
+        assert search.importance is not None
+        columns = search.values.shape[-1]
+        values = search.values.reshape(-1, columns)  # by scale
+        importance = search.importance.expand_as(search.values).reshape(-1, columns)
+        widest, scale = search.widest.reshape(-1, 1), scale.reshape(-1, 1)
+        if search.sign is not None:
+            scale = scale * search.sign.reshape(-1, 1)
         places = unlike.flatten().nonzero().flatten().tolist()
         return all(
             least_elsewhere(
@@ -323,12 +354,21 @@ class Recomputation:
             for place in places
         )
 
-
-def _by_scale(codes: Tensor, values: Tensor) -> Tensor:
-    """Codes [n, k] as the values of a search: a row for each scale, filled up with zeros."""
-    if values.dim() > codes.dim():
-        codes = tiles.cut(codes, values.shape[-1])
-    return codes.reshape(-1, values.shape[-1])
+    def _follows(
+        self, item: Quantize, start: int, calibrated: Calibrated, actual: Parts, expected: Parts
+    ) -> bool:
+        """Whether the other parts of some rows go with their codes and scales."""
+        others = actual.keys() - {"weight", "weight_scale"}
+        if "quant_bias" in others:
+            bias = None if item.bias is None else read_span(item.bias, start, len(actual["weight"]))
+            if bias is not None and calibrated.bias_edit is not None:
+                bias = calibrated.bias_edit.apply(bias, start)
+            close = torch.isclose(actual["deq_scale"], expected["deq_scale"], rtol=OTHER_SCALES, atol=0)
+            parts = row_parts(actual["weight"], actual["deq_scale"].unsqueeze(-1), bias, actual)
+            if not bool(close.all()) or not torch.equal(parts["quant_bias"], actual["quant_bias"]):
+                return False
+            others -= {"quant_bias", "deq_scale"}
+        return all(torch.equal(actual[name], expected[name]) for name in others)
 
 
 @dataclass(frozen=True)
