@@ -233,7 +233,7 @@ class ClippedWeights(Scheme):
 
     @abstractmethod
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """The codes that are nearest to rows [..., n, k] for given scales; both as `quantize` has them."""
+        """The codes that are nearest to rows [..., n, k] for given scales, as `quantize` has both."""
 
     def importance(
         self, constants: Stats, device: torch.device, columns: int | None = None
