@@ -193,7 +193,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     assert memory is not None
     assert 40 < float(memory[1]) < 120  # the plan's own, a layer of 0.1 MB, two threads' batches
     assert line == (
-        f"calibration  runs first: ranges of 28 modules and smoothing from 4 samples of 16 tokens of "
+        f"calibration  runs first: ranges of 28 modules, clips of 28 modules and smoothing from 4 samples of 16 tokens of "
         f"{bench.root}/text.txt, kept in {bench.store}; about {memory[1]} MB of memory, "
         "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
@@ -227,7 +227,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
 def test_smoothing_alone(make: Callable[..., Bench]) -> None:
     """Dynamic schemes measure nothing, and smoothing wants samples all the same."""
     bench = make(SMOOTH.replace("{name: w8a8_static, observer: minmax}", "w8a8_dynamic"))
-    assert "runs first: smoothing from 4 samples" in bench.run("--plan").out
+    assert "runs first: clips of 28 modules and smoothing from 4 samples" in bench.run("--plan").out
     assert bench.run().code == 0
     assert bench.described(f"{A.format(0)}.q_proj") == "W8A8_DYNAMIC"
     report = bench.calibrate("--json").json
@@ -534,7 +534,9 @@ def test_experts(make: Callable[..., Bench]) -> None:
     result = bench.run(*FEW, "--set", "smooth.alpha=0.5")
     assert result.code == 0, result.err
     expert = "model.layers.{}.mlp.experts.{}.{}_proj"
-    assert "\nnote: no token of the calibration text reached `model.layers." in result.err
+    (note,) = (line for line in result.err.splitlines() if "no token" in line)
+    assert note.startswith("note: no token reached `model.layers.")
+    assert note.endswith(" more: their weights are clipped as without calibration")
     for layer in range(LAYERS):
         assert bench.described(f"{A.format(layer)}.q_proj") == "W8A8"
         assert bench.described(f"model.layers.{layer}.mlp.gate") == "FLOAT"
