@@ -193,7 +193,8 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     assert memory is not None
     assert 40 < float(memory[1]) < 120  # the plan's own, a layer of 0.1 MB, two threads' batches
     assert line == (
-        f"calibration  runs first: ranges of 28 modules, clips of 28 modules and smoothing from 4 samples of 16 tokens of "
+        "calibration  runs first: ranges of 28 modules, clips of 28 modules and smoothing from 4 "
+        "samples of 16 tokens of "
         f"{bench.root}/text.txt, kept in {bench.store}; about {memory[1]} MB of memory, "
         "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
@@ -217,7 +218,9 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     (line,) = (
         x for x in bench.run("--plan", "--force").out.splitlines() if x.startswith("calibration")
     )
-    assert line == f"calibration  {bench.store}, ranges of 28 modules; 16 groups smoothed"
+    assert line == (
+        f"calibration  {bench.store}, ranges of 28 modules and clips of 28 modules; 16 groups smoothed"
+    )
     after = bench.run("--plan", "--force", "--json").json["plan"]
     assert (after["calibration"]["complete"], after["calibration"]["layers_done"]) == (True, LAYERS)
     assert after["digest"] == done.json["plan"]["digest"] != table.json["plan"]["digest"]
