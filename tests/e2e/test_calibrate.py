@@ -249,6 +249,45 @@ def test_quantized_inputs_are_what_later_layers_see(make: Callable[..., Bench]) 
         assert any(quantized[name] != seen[name] for name in of_layer) == (layer > 0)
 
 
+QUANTIZED = """\
+target: compressed-tensors
+calibration: {data: text.txt, samples: 4, length: 16, inputs: quantized}
+rules:
+  - match: "*.mlp.*_proj"
+    scheme: {name: fp8_static, observer: minmax}
+  - match: ["*.q_proj", "*.k_proj", "*.v_proj"]
+    scheme: {name: w4a16, group_size: 32, clip: CLIP}
+"""
+
+
+@pytest.mark.parametrize("clip", ["columns", "inputs"])
+def test_quantized_inputs_of_schemes_that_look_at_a_whole_weight(
+    make: Callable[..., Bench], clip: str
+) -> None:
+    bench = make(QUANTIZED.replace("CLIP", clip))
+    result = bench.run("--workers", 2)
+    assert result.code == 0, result.err
+    other = bench.at("one")
+    assert other.run("--workers", 1).code == 0
+    assert snapshot(other.store) == snapshot(bench.store)
+    assert snapshot(other.out) == snapshot(bench.out)
+    quantized = bench.calibrate("--json").json["modules"]
+    checked = run_cli(
+        "verify", bench.out, "--against", bench.model, "--full", "--calibration", bench.store
+    )
+    assert checked.code == 0, checked.out + checked.err
+    assert "not recomputed" not in checked.out
+    floats = bench.at("float")
+    floats.edit_recipe(QUANTIZED.replace("CLIP", clip).replace("inputs: quantized", "inputs: float"))
+    seen = floats.calibrate("--json").json["modules"]
+    gate, attention = "model.layers.{}.mlp.gate_proj", A + ".q_proj"
+    assert seen[gate.format(0)] == quantized[gate.format(0)]  # a layer's own inputs are float
+    assert seen[gate.format(1)] != quantized[gate.format(1)]
+    stored = load_file(bench.store / "layer-00000.safetensors")
+    name = f"stats.{attention.format(0)}.input_square"
+    assert (name in stored) == (clip == "inputs")
+
+
 # stopped and gone on
 
 
@@ -564,6 +603,31 @@ def test_experts(make: Callable[..., Bench]) -> None:
 
 
 # what no token reaches
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a4_dynamic", "fp8_dynamic"])
+def test_a_head_that_clips_by_inputs_falls_back(make: Callable[..., Bench], scheme: str) -> None:
+    """It is outside of the decoder stack, which no error tells: its inputs only weigh errors."""
+    block = "calibration: {data: text.txt, samples: 4, length: 16}\n"
+    lines = (
+        "target: ascend\nrules:\n  - {match: '*.o_proj', scheme: w8a16}\n  - {match: lm_head, scheme: "
+    )
+    bench = make(lines.replace("rules", f"{block}rules") + f"{{name: {scheme}, clip: inputs}}}}\n")
+    result = bench.run()
+    assert result.code == 0, result.err
+    note = "no token reached `lm_head`: their weights are clipped as without calibration"
+    assert f"\nnote: {note}\n" in result.err
+    plain = bench.at("plain")
+    plain.edit_recipe(lines + f"{scheme}}}\n")
+    assert plain.run().code == 0
+    mine, theirs = (
+        {k: t for file in b.out.glob("*.safetensors") for k, t in load_file(file).items()}
+        for b in (bench, plain)
+    )
+    head = [name for name in mine if name.startswith("lm_head.")]
+    assert len(head) > 1
+    assert all(torch.equal(mine[name].float(), theirs[name].float()) for name in head)
+
 
 HEAD = RECIPE + "  - match: lm_head\n    scheme: {name: w8a8_static, observer: minmax}\n"
 DRAFT = "model.layers.4.draft_proj"

@@ -9,7 +9,7 @@ from quantcli.schemes.arithmetic import rounding
 @pytest.mark.parametrize(("largest", "bound"), [(2**14, 128), (2**15, 256)])
 @pytest.mark.parametrize("past", [-1, 0, 1, 700])
 def test_products_are_those_of_float64(largest, bound, past):
-    """Around the number of columns that float32 can add; all at the bound, where it would fail first."""
+    """Around the number of columns that float32 can add; a row at the bound, which fails first."""
     k = 2**24 // largest + past
     generator = torch.Generator().manual_seed(k)
     codes = torch.randint(-bound, bound, (3, k), generator=generator).float()
