@@ -20,6 +20,7 @@ from quantcli.verification.outcome import CONVERT
 
 _NEAR_POWER = 0.12  # octaves: an estimate this near to a power of two is taken for it
 _NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and the share that must be so near
+_NEARLY_ALL = 0.98  # of rows or columns
 _CLOSE = 0.02  # relative: factors that are the same
 _AS_GOOD = 1.5  # times the least error: an explanation that is not worse
 _BEST = 1.02  # times the least error: an explanation that no other one beats
@@ -108,7 +109,8 @@ def _explained(w: Tensor, d: Tensor, columns: Tensor) -> tuple[float, float]:
 def _columns(blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> Tensor:
     """Column factors by least squares over row blocks (w, d), which are read twice.
 
-    Each row is weighted by its own factor: in the first pass the ratio of its lengths, then a fit. The
+    Each row is weighted by its own factor: in the first pass the ratio of its lengths, then a fit. All
+    rows count alike: a few with huge weights would draw the columns of these to their own factor. The
     factors are scaled so that the median row factor is 1.
     """
     columns = torch.ones(k)
@@ -118,23 +120,36 @@ def _columns(blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> Tensor:
             scaled = w * columns
             ww = torch.linalg.vecdot(scaled, scaled)
             ratio = torch.linalg.vecdot(d if first else scaled, d) / ww
-            row = torch.where(ww > 0, ratio.sqrt() if first else ratio, 1.0)
+            row = _nearly_one(torch.where(ww > 0, ratio.sqrt() if first else ratio, 1.0))
             ratios.append(row)
             w = w * row.unsqueeze(1)
-            product += (w * d).sum(0).double()
-            square += w.square().sum(0).double()
+            energy = torch.linalg.vecdot(w, w).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+            product += (w * d / energy).sum(0).double()
+            square += (w.square() / energy).sum(0).double()
         columns = torch.where(square > 0, product / square, 1.0).float()
         if not bool((columns > 0).any()):
             return torch.ones(k)
     return _snap(columns * torch.cat(ratios).median())
 
 
+def _nearly_one(rows: Tensor) -> Tensor:
+    """The median for all rows if nearly all have it: a row whose only large weight is in one column has
+    taken the factor of that column for its own."""
+    median = rows.median()
+    near = (rows / median).log2().abs() < _NEAR_POWER
+    return median.expand_as(rows) if float(near.float().mean()) > _NEARLY_ALL else rows
+
+
 def _snap(factors: Tensor) -> Tensor:
-    """Powers of two if nearly all factors are near them; else the factors, with 1 for unusable ones."""
-    factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
+    """Powers of two if nearly all factors are near them; else the factors.
+
+    What was divided so much that all codes are 0 has no estimate: it takes the smallest of the rest.
+    """
+    usable = torch.isfinite(factors) & (factors > 0)
+    factors = torch.where(usable, factors, factors[usable].min() if bool(usable.any()) else 1.0)
     octaves = factors.log2()
     near = (octaves - octaves.round()).abs() < _NEAR_POWER
-    if float(near.float().mean()) > 0.98:
+    if float(near.float().mean()) > _NEARLY_ALL:
         return octaves.round().exp2()
     return factors
 
