@@ -233,7 +233,7 @@ HARM = [
         ((t >> 4) & 0x0F0F0F0F) | ((t & 0x0F0F0F0F) << 4))), "sqnr", DOWN),
     row("modules exchanged", "ct w4a8", swap(GATE, UP, "weight", "weight_scale"), "sqnr", GATE,
         most=2),
-    row("a scale with a wrong exponent", "ct w4a8", put(f"{OUT}.weight_scale", (4, 1), 1.0), "edits",
+    row("a scale with a wrong exponent", "ct w4a8", put(f"{OUT}.weight_scale", (4, 1), 1.0), "sqnr",
         OUT, most=2),
     row("the scale of a whole weight", "ct fp8 static",
         change(f"{OUT}.weight_scale", lambda t: t * 1.5), "edits", OUT),
