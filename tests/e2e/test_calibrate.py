@@ -193,7 +193,8 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     assert memory is not None
     assert 40 < float(memory[1]) < 120  # the plan's own, a layer of 0.1 MB, two threads' batches
     assert line == (
-        f"calibration  runs first: ranges of 28 modules and smoothing from 4 samples of 16 tokens of "
+        "calibration  runs first: ranges of 28 modules, clips of 28 modules and smoothing from 4 "
+        "samples of 16 tokens of "
         f"{bench.root}/text.txt, kept in {bench.store}; about {memory[1]} MB of memory, "
         "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
@@ -217,7 +218,9 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     (line,) = (
         x for x in bench.run("--plan", "--force").out.splitlines() if x.startswith("calibration")
     )
-    assert line == f"calibration  {bench.store}, ranges of 28 modules; 16 groups smoothed"
+    assert line == (
+        f"calibration  {bench.store}, ranges of 28 modules and clips of 28 modules; 16 groups smoothed"
+    )
     after = bench.run("--plan", "--force", "--json").json["plan"]
     assert (after["calibration"]["complete"], after["calibration"]["layers_done"]) == (True, LAYERS)
     assert after["digest"] == done.json["plan"]["digest"] != table.json["plan"]["digest"]
@@ -227,7 +230,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
 def test_smoothing_alone(make: Callable[..., Bench]) -> None:
     """Dynamic schemes measure nothing, and smoothing wants samples all the same."""
     bench = make(SMOOTH.replace("{name: w8a8_static, observer: minmax}", "w8a8_dynamic"))
-    assert "runs first: smoothing from 4 samples" in bench.run("--plan").out
+    assert "runs first: clips of 28 modules and smoothing from 4 samples" in bench.run("--plan").out
     assert bench.run().code == 0
     assert bench.described(f"{A.format(0)}.q_proj") == "W8A8_DYNAMIC"
     report = bench.calibrate("--json").json
@@ -244,6 +247,45 @@ def test_quantized_inputs_are_what_later_layers_see(make: Callable[..., Bench]) 
     for layer in range(LAYERS):
         of_layer = [name for name in seen if f".{layer}." in name]
         assert any(quantized[name] != seen[name] for name in of_layer) == (layer > 0)
+
+
+QUANTIZED = """\
+target: compressed-tensors
+calibration: {data: text.txt, samples: 4, length: 16, inputs: quantized}
+rules:
+  - match: "*.mlp.*_proj"
+    scheme: {name: fp8_static, observer: minmax}
+  - match: ["*.q_proj", "*.k_proj", "*.v_proj"]
+    scheme: {name: w4a16, group_size: 32, clip: CLIP}
+"""
+
+
+@pytest.mark.parametrize("clip", ["columns", "inputs"])
+def test_quantized_inputs_of_schemes_that_look_at_a_whole_weight(
+    make: Callable[..., Bench], clip: str
+) -> None:
+    bench = make(QUANTIZED.replace("CLIP", clip))
+    result = bench.run("--workers", 2)
+    assert result.code == 0, result.err
+    other = bench.at("one")
+    assert other.run("--workers", 1).code == 0
+    assert snapshot(other.store) == snapshot(bench.store)
+    assert snapshot(other.out) == snapshot(bench.out)
+    quantized = bench.calibrate("--json").json["modules"]
+    checked = run_cli(
+        "verify", bench.out, "--against", bench.model, "--full", "--calibration", bench.store
+    )
+    assert checked.code == 0, checked.out + checked.err
+    assert "not recomputed" not in checked.out
+    floats = bench.at("float")
+    floats.edit_recipe(QUANTIZED.replace("CLIP", clip).replace("inputs: quantized", "inputs: float"))
+    seen = floats.calibrate("--json").json["modules"]
+    gate, attention = "model.layers.{}.mlp.gate_proj", A + ".q_proj"
+    assert seen[gate.format(0)] == quantized[gate.format(0)]  # a layer's own inputs are float
+    assert seen[gate.format(1)] != quantized[gate.format(1)]
+    stored = load_file(bench.store / "layer-00000.safetensors")
+    name = f"stats.{attention.format(0)}.input_square"
+    assert (name in stored) == (clip == "inputs")
 
 
 # stopped and gone on
@@ -534,7 +576,9 @@ def test_experts(make: Callable[..., Bench]) -> None:
     result = bench.run(*FEW, "--set", "smooth.alpha=0.5")
     assert result.code == 0, result.err
     expert = "model.layers.{}.mlp.experts.{}.{}_proj"
-    assert "\nnote: no token of the calibration text reached `model.layers." in result.err
+    (note,) = (line for line in result.err.splitlines() if "no token" in line)
+    assert note.startswith("note: no token reached `model.layers.")
+    assert note.endswith(" more: their weights are clipped as without calibration")
     for layer in range(LAYERS):
         assert bench.described(f"{A.format(layer)}.q_proj") == "W8A8"
         assert bench.described(f"model.layers.{layer}.mlp.gate") == "FLOAT"
@@ -559,6 +603,31 @@ def test_experts(make: Callable[..., Bench]) -> None:
 
 
 # what no token reaches
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a4_dynamic", "fp8_dynamic"])
+def test_a_head_that_clips_by_inputs_falls_back(make: Callable[..., Bench], scheme: str) -> None:
+    """It is outside of the decoder stack, which no error tells: its inputs only weigh errors."""
+    block = "calibration: {data: text.txt, samples: 4, length: 16}\n"
+    lines = (
+        "target: ascend\nrules:\n  - {match: '*.o_proj', scheme: w8a16}\n  - {match: lm_head, scheme: "
+    )
+    bench = make(lines.replace("rules", f"{block}rules") + f"{{name: {scheme}, clip: inputs}}}}\n")
+    result = bench.run()
+    assert result.code == 0, result.err
+    note = "no token reached `lm_head`: their weights are clipped as without calibration"
+    assert f"\nnote: {note}\n" in result.err
+    plain = bench.at("plain")
+    plain.edit_recipe(lines + f"{scheme}}}\n")
+    assert plain.run().code == 0
+    mine, theirs = (
+        {k: t for file in b.out.glob("*.safetensors") for k, t in load_file(file).items()}
+        for b in (bench, plain)
+    )
+    head = [name for name in mine if name.startswith("lm_head.")]
+    assert len(head) > 1
+    assert all(torch.equal(mine[name].float(), theirs[name].float()) for name in head)
+
 
 HEAD = RECIPE + "  - match: lm_head\n    scheme: {name: w8a8_static, observer: minmax}\n"
 DRAFT = "model.layers.4.draft_proj"

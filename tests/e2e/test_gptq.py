@@ -111,16 +111,21 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
 
 
 def test_codes_are_in_the_checkpoint_with_the_scales_of_nearest(make: Callable[..., Bench]) -> None:
-    bench = make()
+    unclipped = RECIPE.replace("symmetric: true,", "symmetric: true, clip: none,")
+    bench = make(unclipped)
     told = bench.run("--plan").out
-    assert "runs first: ranges of 12 modules and codes of 28 modules from 4 samples" in told
+    assert (
+        "runs first: ranges of 12 modules, clips of 16 modules and codes of 28 modules from 4 samples"
+        in told
+    )
     result = bench.run()
     assert result.code == 0, result.err
     assert "rounded to nearest" not in result.err
     again = bench.run("--plan", "--force").out
-    assert f"calibration  {bench.store}, ranges of 12 modules and codes of 28 modules\n" in again
+    asked = "ranges of 12 modules, clips of 16 modules and codes of 28 modules"
+    assert f"calibration  {bench.store}, {asked}\n" in again
     other = bench.at("nearest")
-    other.edit_recipe(RECIPE.replace("gptq", "nearest"))
+    other.edit_recipe(unclipped.replace("gptq", "nearest"))
     assert other.run().code == 0
     mine, nearest, stored = tensors(bench.out), tensors(other.out), tensors(bench.store)
     changed = 0
@@ -273,7 +278,8 @@ def test_lm_head_is_outside_of_the_stack(make: Callable[..., Bench]) -> None:
     bench.edit_recipe(bench.recipe.read_text().replace("length:", "uncalibrated: dynamic, length:"))
     result = bench.run("--fresh")
     assert result.code == 0, result.err
-    assert "note: no token reached `lm_head`: they take a scheme that needs no data" in result.err
+    note = "no token reached `lm_head`: their weights are clipped and rounded as without calibration"
+    assert f"note: {note}" in result.err
     assert tensors(bench.out)["lm_head.weight_packed"].dtype == torch.int32
 
 

@@ -83,6 +83,18 @@ def test_ascend_and_back(box: Box, scheme: str) -> None:
         assert torch.equal(rows, before[f"{name}.weight"].int())
 
 
+def test_int4_has_one_format(tmp_path: Path) -> None:
+    from tests.e2e.conftest import make_llama
+
+    recipe = tmp_path / "recipe.yaml"
+    box = Box(tmp_path, make_llama(tmp_path / "model", side=128), recipe, tmp_path / "out")
+    source = quantized(box, "{name: w4a16, group_size: 32}", "compressed-tensors")
+    scales = [t for name, t in tensors(source).items() if name.endswith("_proj.weight_scale")]
+    assert all(0.25 < float((scale < 0).float().mean()) < 0.75 for scale in scales)
+    assert run_cli("verify", source, "--full").code == 0
+    refused(pack(source, "ascend", tmp_path / "there"), "cannot store int4 per group of 1 x 32")
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_block"])
 def test_fp8_formats(tmp_path: Path, scheme: str) -> None:
     from tests.e2e.conftest import make_llama

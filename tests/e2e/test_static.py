@@ -62,7 +62,8 @@ def measure(scheme, dtype, seed=1):
     for names, k, shift in ((PROJECTIONS[:3], 16, 0.3), (PROJECTIONS[3:], 24, -1.0)):
         observer = scheme.observer(dtype)
         observer.update((torch.randn(200, k, generator=generator) + shift).to(dtype), 0)
-        table |= {name: dict(observer.stats()) for name in names}
+        square = {"input_square": torch.linspace(0.1, 3, k)}
+        table |= {name: dict(observer.stats()) | square for name in names}
     return table
 
 
@@ -122,7 +123,7 @@ def test_items_know_what_they_are_made_from(setting, tmp_path):
     assert q.bias == checkpoint.tensors[f"{A}.q_proj.bias"]
     assert v.bias is None
     assert q.constants == {f"{A}.q_proj.input_scale", f"{A}.q_proj.input_offset"}
-    assert q.stats.keys() == {"input_scale", "input_offset", "input_min", "input_max"}
+    assert q.stats.keys() == {"input_scale", "input_offset", "input_min", "input_max", "input_square"}
     dynamic = make_plan(load(tmp_path, rule("w8a8_dynamic")), checkpoint)
     for item in (i for s in dynamic.shards for i in s.items if isinstance(i, Quantize)):
         assert (item.bias, item.constants, dict(item.stats)) == (None, frozenset(), {})

@@ -115,8 +115,14 @@ def test_against_itself_nothing_differs(dynamic: Path) -> None:
 
 
 def test_against_another_quantized_one(dynamic: Path, tmp_path: Path) -> None:
-    sets = ("calibration.samples=8", "calibration.length=64")
-    static = convert("w8a8_static", tmp_path / "static", *sets)
+    recipe = tmp_path / "static.yaml"
+    recipe.write_text(
+        f"target: ascend\ncalibration: {{data: {TEXT}, samples: 8, length: 64}}\nrules:\n"
+        "  - {match: '*.down_proj', scheme: {name: w8a8_dynamic, clip: none}}\n"
+        "  - {match: '*_proj', scheme: {name: w8a8_static, clip: none}}\n"
+    )
+    static = tmp_path / "static"
+    commands.quantize(commands.plan(recipe, model=str(MODEL), out=static))
     done = verify(static, "--against", dynamic, "--json")
     assert done.code == 0, done.out
     modules = {module["module"]: module for module in done.json["modules"]}

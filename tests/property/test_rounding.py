@@ -14,7 +14,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.planning.items import dry_run
-from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.arithmetic import clipping, rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from tests.measured import constants
@@ -75,6 +75,46 @@ def test_int4_error_is_at_most_half_a_scale_and_clipping_never_loses(weight, hel
             assert bool((error.abs() <= scale.abs() / 2 * (1 + 2**-20)).all())
         errors[clip] = error.square().sum(1)
     assert bool((errors["mse"] <= errors["none"] * (1 + 1e-5) + 1e-80).all())
+
+
+WIDEST = {"int4": (clipping.INT4, 7.0), "int8": (clipping.INT8, 127.25), "fp8": (clipping.FP8, 448.0)}
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(
+    weights(),
+    st.sampled_from(HELD),
+    st.sampled_from(sorted(WIDEST)),
+    st.lists(st.floats(0, 1, width=32), min_size=19, max_size=19),
+    st.booleans(),
+)
+def test_a_search_never_ends_with_a_larger_error(weight, held, name, weighed, alike):
+    codes, limit = WIDEST[name]
+    values = weight.float()
+    importance = None if alike else torch.tensor(weighed)[: values.shape[1]]
+    widest = rounding.channel_scale(weight, limit, held)
+    scale = clipping.least_error(values, widest, held, codes, importance)
+    assert torch.equal(scale, scale.to(held).float())
+    assert bool((scale > 0).all())
+    factors = torch.ones(values.shape[1]) if importance is None else importance
+
+    def error(tried):
+        squares = codes.round(values, tried).mul_(tried).sub_(values).square_()
+        return (squares * factors).sum(1, dtype=torch.float64)
+
+    assert bool((error(scale) <= error(widest)).all())
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(weights(), st.sampled_from(HELD))
+def test_the_largest_weight_of_a_group_is_at_the_least_code_or_nothing_is_clipped(weight, held):
+    parts = discover(Scheme)["w4a16"](clip="none").quantize(weight, held)
+    steps = weight.double() / parts["weight_scale"].double()
+    assert bool(((steps >= -8 - 2**-20) & (steps < 7.5)).all())
+    if held == torch.float32:
+        normal = weight.float().abs().amax(1) > 1e-30  # scales have a floor
+        two_sided = steps.amax(1) > 7.49
+        assert bool((parts["weight"].amin(1) == -8)[normal & ~two_sided].all())
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)

@@ -175,7 +175,7 @@ AGAINST = [
     row("norm divided twice", "smooth", change(NORM, lambda t: t / 2), "edits",
         "the columns of no reader compensate", Q, most=9),
     row("one reader as before smoothing", "smooth", lambda copy: unsmoothed(copy, K), "edits",
-        "its sibling", f"{LAYER}.self_attn", most=9),
+        "nothing that they read is divided", f"`{Q}`", most=9),
     row("o_proj's columns doubled", "smooth",
         each(*(change(f"{OUT}.{s}", doubled) for s in ("weight_scale", "deq_scale"))), "edits",
         "nothing that they read is divided", f"`{OUT}`", most=2),

@@ -114,7 +114,11 @@ def prepare_session(
 def _source(plan: Plan) -> TextSource:
     recipe, block = plan.recipe, _block(plan)
     if block.data is None:
-        why = "smoothing" if not plan.measured else f"`{plan.measured[0]}`"
+        schemes = {item.module: item.scheme for item in quantized_items(plan)}
+        # clips alone calibrate because smoothing does
+        need = [m for m, scheme in schemes.items() if scheme.shares_data or scheme.rounded_by_data]
+        smooths = recipe.file.smooth is not None and not need
+        why = "smoothing" if smooths else f"`{(need or plan.measured)[0]}`"
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),

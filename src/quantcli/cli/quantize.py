@@ -127,7 +127,7 @@ def _calibration_text(job: Job[Plan]) -> str:
     results = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
     if session.plan.recipe.file.smooth is not None and not (results and session.complete):
         results.append("smoothing")
-    what = " and ".join(results)
+    what = " and ".join([", ".join(results[:-1]), results[-1]] if results[1:] else results)
     if session.complete:
         smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
         return f"{session.folder}, {what}{smoothed}"

@@ -102,7 +102,9 @@ def _without_inputs(
             instead[name] = replace(rule, scheme=rule.scheme.without_inputs)
     if not instead:
         return assigned, []
-    note = f"no token reached {_few(instead)}: their weights are clipped as without calibration"
+    schemes = (rule.scheme for name in instead if (rule := assigned[name]))
+    how = "clipped and rounded" if any(s and s.rounded_by_data for s in schemes) else "clipped"
+    note = f"no token reached {_few(instead)}: their weights are {how} as without calibration"
     return assigned | instead, [note]
 
 

@@ -313,13 +313,15 @@ class Plan(Work):
 
     @property
     def asked(self) -> dict[str, int]:
-        """Number of modules for each use of calibration data: ranges, codes, transforms."""
-        counts = {"ranges": 0, "codes": 0, "transforms": 0}
+        """Number of modules for each use of calibration data: ranges, clips, codes, transforms."""
+        counts = {"ranges": 0, "clips": 0, "codes": 0, "transforms": 0}
         for item in (item for shard in self.shards for item in shard.items):
             if isinstance(item, Quantize):
                 learns = item.scheme.schedule is not None
                 counts["transforms"] += learns
-                counts["ranges"] += bool(item.asked - item.scheme.row_stats) and not learns
+                own = item.scheme.row_stats | item.scheme.column_stats
+                counts["ranges"] += bool(item.asked - own) and not learns
+                counts["clips"] += item.scheme.clips_by_inputs
                 counts["codes"] += "codes" in item.asked and not learns
         return counts
 

@@ -482,6 +482,36 @@ def test_what_is_set_is_in_the_effective_recipe(load, model):
     ]
 
 
+CLIPS = rules(
+    ("*.q_proj", "w8a16"),
+    ("*.k_proj", {"name": "fp8_dynamic", "clip": "none"}),
+    ("*.v_proj", "w4a4_dynamic"),
+    ("*_proj", "fp8_tensor"),
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "clips"),
+    [
+        ({}, ["none", "none", "columns", None]),
+        ({"smooth": {"alpha": 0.5}, "calibration": {"data": "t"}}, ["inputs", "none", "inputs", None]),
+    ],
+)
+def test_a_recipe_that_calibrates_clips_by_inputs_unless_it_says_otherwise(load, model, more, clips):
+    recipe = load({**CLIPS, **more})
+    assert [getattr(rule.scheme, "clip", None) for rule in recipe.rules] == clips
+    written = yaml.safe_load(recipe.effective())["rules"]
+    assert [rule["scheme"].get("clip") for rule in written] == clips
+
+
+def test_one_scheme_that_needs_data_makes_all_clip_by_inputs(load):
+    assert load(rules(("*.q_proj", "w8a8_dynamic"))).rules[0].scheme.clip == "none"
+    clipped = load(rules(("*.q_proj", "w8a8_dynamic"), ("*_proj", "w8a8_static")))
+    assert [rule.scheme.clip for rule in clipped.rules] == ["inputs", "inputs"]
+    learned = load(rules(("*.q_proj", "w4a4_flatquant"), ("*_proj", "w4a4_dynamic")))
+    assert [rule.scheme.clip for rule in learned.rules] == ["learned", "inputs"]
+
+
 # the schema for editors
 
 

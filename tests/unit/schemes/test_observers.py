@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from quantcli.schemes.arithmetic import affine
 from quantcli.schemes.arithmetic.observers import (
     ChannelAmax,
+    ChannelSquare,
     Distribution,
     MinMax,
     MovingAverage,
@@ -26,6 +27,7 @@ ALL = {
     "moving_average": lambda: Observer(MovingAverage(0.9)),
     "distribution": lambda: Observer(Distribution()),
     "channels": lambda: Observer(ChannelAmax()),
+    "squares": lambda: Observer(ChannelSquare()),
     **{f"static {k}": lambda k=k: W8A8Static(observer=k).observer(torch.bfloat16) for k in KINDS},
 }
 
@@ -424,6 +426,38 @@ def test_ties_go_to_the_wider_range():
     exact = scales[torch.from_numpy(losses == 0)]
     assert len(exact) > 3
     assert (scale, offset) == (float(exact.max()), 0.0)
+
+
+# mean squares
+
+
+def test_mean_squares_by_hand():
+    """Of n tokens and of 32 more, at which all channels are as the mean of them all."""
+    observer = Observer(ChannelSquare())
+    observer.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), 0)  # sums of squares: 10 and 4
+    mean = 7 / 2
+    expected = torch.tensor([(10 + 32 * mean) / 34, (4 + 32 * mean) / 34]).bfloat16().float()
+    assert observer.stats()["input_square"].tolist() == expected.tolist()
+    assert expected.tolist() == [3.59375, 3.40625]
+
+
+def test_many_tokens_outweigh_the_mean_of_all_channels():
+    x = inputs(tokens=20_000)
+    observer = Observer(ChannelSquare())
+    observer.update(x, 0)
+    square = observer.stats()["input_square"]
+    assert torch.allclose(square.double(), x.double().square().mean(0), rtol=0.01)
+    assert torch.equal(square, square.bfloat16().float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_squares_that_are_not_finite_show(value):
+    observer = Observer(ChannelSquare())
+    x = inputs(torch.float32)
+    x[7, 2] = value
+    observer.update(x, 0)
+    assert not observer.finite
+    assert observer.tokens == 600
 
 
 # options

@@ -74,6 +74,9 @@ class RoundingPass:
 
     def round(self) -> None:
         """Round all modules that are rounded by data. InputError for NaN and Inf."""
+        for module in self.layout.modules(matrix for matrix, _ in self.layout.matrices()):
+            if self._by_data(module) and not self._inputs_seen(module):
+                self.reports[module].rounded_to_nearest = _UNREACHED
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
         with jobs(self.run.workers, self.run.device) as each:
@@ -106,16 +109,20 @@ class RoundingPass:
         yield from (by_place[place] for place in sorted(by_place))
 
     def _wants_codes(self, module: str) -> bool:
-        """Whether a module's codes are chosen here. If its range is missing, it gets another scheme."""
+        """Whether a module's codes are chosen here."""
+        return self._by_data(module) and self._inputs_seen(module)
+
+    def _by_data(self, module: str) -> bool:
+        """Whether a recipe wants a module's codes chosen. If its range is missing, it gets another
+        scheme."""
         scheme = self.run.policy.scheme(module)
+        measured = module in self.stats or not self.run.policy.measures(module)
+        return scheme is not None and scheme.rounded_by_data and measured
+
+    def _inputs_seen(self, module: str) -> bool:
+        """Whether a quantized module has all that its scheme's clips need."""
         stats = self.stats.get(module, NO_STATS)
-        measured = bool(stats) or not self.run.policy.measures(module)
-        return (
-            scheme is not None
-            and scheme.rounded_by_data
-            and measured
-            and self.run.policy.scheme_with(module, stats) is scheme
-        )
+        return self.run.policy.scheme_with(module, stats) is self._scheme(module)
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
