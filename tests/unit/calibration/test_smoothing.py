@@ -97,7 +97,7 @@ def test_the_function_stays(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_rows_are_multiplied_by_powers_of_two(tmp_path, family):
-    """So that they are not rounded. Columns that read a norm are multiplied by what it was divided by."""
+    """So that they are not rounded. Columns behind a norm are multiplied by what it was divided by."""
     path, batches = make_tiny(tmp_path / "m", family), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
     layer_run = LayerRun(
