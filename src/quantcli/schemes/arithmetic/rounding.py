@@ -19,8 +19,8 @@ INT8_REACH = 127 + 63 / 128
 # apart: with int8 inputs nine tenths of its error come from these (`w8a16` next to `w8a8_dynamic` in
 # `benchmarks/pretrained.py`), and smoothing mends that, not another scale of the weights.
 INT8_BEST = 127.25
-# The largest finite float8_e4m3fn, and where the largest weight of a row stands: codes of three bits are
-# coarse, so that it must be exact. (A pretrained model loses a quarter more if it stands at 440.)
+# The largest finite float8_e4m3fn, at which the largest weight of a row stands: codes of three bits are
+# coarse, so that it must be one of them.
 FP8_E4M3_MAX = 448.0
 # The smallest scale, so that a row of zeros has a positive one. Float32 arithmetic may flush what is
 # below its smallest normal number; float16 reaches so little down that its subnormals are needed.
