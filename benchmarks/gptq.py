@@ -51,7 +51,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=128, help="of --data, of --length tokens")
     arguments.add_argument("--windows", type=int, default=40, help="of --text, of --length tokens")
     arguments.add_argument("--length", type=int, default=256)
-    arguments.add_argument("--clip", default="mse", choices=["mse", "none"])
+    arguments.add_argument("--clip", default="inputs", choices=["inputs", "columns", "mse", "none"])
     arguments.add_argument("--inputs", default="quantized", choices=["float", "quantized"])
     arguments.add_argument("--predictions", action="store_true", help="only them")
     options = arguments.parse_args()

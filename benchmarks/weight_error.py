@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme
+from quantcli.schemes.base import Scheme, maxima
 
 _SCALE = ".weight_scale"
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -83,7 +83,7 @@ def against_llm_compressor(
     scheme = discover(Scheme)[name](**options)
 
     def pair(weight: Tensor) -> tuple[float, float]:
-        ours = scheme.dequantize(scheme.quantize(weight, held))
+        ours = scheme.dequantize(scheme.quantize(weight, held, maxima(scheme, weight)))
         return squared(ours.double(), weight), squared(theirs(weight, largest, block), weight)
 
     words = ", ".join([name, *(f"{key} {value}" for key, value in options.items())])

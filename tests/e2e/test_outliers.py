@@ -52,7 +52,7 @@ def test_the_bundled_model() -> None:
     assert len(lines[1:21]) == 20
     assert lines[21] == ""
     assert lines[1].split() == [
-        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "19.3", "dB",
+        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "19.2", "dB",
         "5.2", "0.07", "545", "1.23",
     ]  # fmt: skip
     assert lines[22] == "more          24 modules; --json lists all"
