@@ -151,7 +151,7 @@ class Cache:
         return Text(file.stem, self._windows(file, windows, None))
 
     def _windows(self, file: Path, count: int, seed: int | None) -> Sequence[Batch]:
-        """As a calibration takes them, or the first ones if there is no seed."""
+        """The windows that a calibration draws with this seed; the first ones without a seed."""
         source = TextSource(
             str(file), str(file), count, LENGTH, seed, pack=True, batch_tokens=4 * LENGTH
         )

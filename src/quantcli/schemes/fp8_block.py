@@ -54,13 +54,14 @@ class Fp8Block(ClippedWeights):
             if importance is not None:
                 scale = _clipped(part, scale, engine_dtype, importance[j : j + _BLOCKS])
             each = tiles.spread(scale, (1, _SIDE), 1, part.shape[-1])
-            codes[..., down, across] = rounding.to_fp8_e4m3(part, each)
+            codes[..., down, across] = rounding.to_fp8_e4m3(part, each, clip=importance is not None)
             scales[..., i : i + 1, j : j + _BLOCKS] = scale
         return {"weight": codes, "weight_scale": scales}
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """float8_e4m3fn [..., n, k] for the scales of blocks."""
-        return rounding.to_fp8_e4m3(rows, tiles.spread(scale, _BLOCK, *rows.shape[-2:]))
+        each = tiles.spread(scale, _BLOCK, *rows.shape[-2:])
+        return rounding.to_fp8_e4m3(rows, each, clip=True)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their blocks: float32 [..., n, k]."""

@@ -31,11 +31,12 @@ class Fp8Dynamic(ClippedWeights):
         if importance is not None:
             values = rows.float()
             scale = clipping.least_error(values, scale, engine_dtype, clipping.FP8, importance)
-        return {"weight": rounding.to_fp8_e4m3(rows, scale), "weight_scale": scale}
+        codes = rounding.to_fp8_e4m3(rows, scale, clip=importance is not None)
+        return {"weight": codes, "weight_scale": scale}
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """float8_e4m3fn [..., n, k] for scales [..., n, 1]."""
-        return rounding.to_fp8_e4m3(rows, scale)
+        return rounding.to_fp8_e4m3(rows, scale, clip=True)
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = (sum_k xq wq) * weight_scale * token_scale in float32, cast to x.dtype, then + bias."""

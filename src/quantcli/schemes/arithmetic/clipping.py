@@ -56,8 +56,7 @@ INT8 = Codes(
 
 
 def _fp8(values: Tensor, scale: Tensor) -> Tensor:
-    limit = rounding.FP8_E4M3_MAX
-    return (values / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn).float()
+    return rounding.to_fp8_e4m3(values, scale, clip=True).float()
 
 
 # Steps of fp8 double at powers of two: between two of them, a wider scale may fit the weights better.

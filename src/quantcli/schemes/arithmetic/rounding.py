@@ -92,12 +92,15 @@ def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
     return rows.to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
 
 
-def to_fp8_e4m3(rows: Tensor, scale: Tensor) -> Tensor:
-    """rows / scale in float32, clipped to -448..448, rounded half to even to float8_e4m3fn.
+def to_fp8_e4m3(rows: Tensor, scale: Tensor, *, clip: bool = False) -> Tensor:
+    """rows / scale in float32, rounded half to even to float8_e4m3fn. |rows| <= 448 * scale, or `clip`.
 
-    Clipped here: what is out of range becomes NaN in one release of torch and 448 in another.
+    The division may pass 448 by one ulp; everything below 464 rounds back to 448. What is out of range
+    is clipped first: it becomes NaN in one release of torch and 448 in another.
     """
-    codes = rows.to(torch.float32, copy=True).div_(scale).clamp_(-FP8_E4M3_MAX, FP8_E4M3_MAX)
+    codes = rows.to(torch.float32, copy=True).div_(scale)
+    if clip:
+        codes.clamp_(-FP8_E4M3_MAX, FP8_E4M3_MAX)
     return codes.to(torch.float8_e4m3fn)
 
 
