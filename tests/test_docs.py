@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import jsonschema
@@ -40,3 +42,48 @@ def test_readme_names_every_recipe_and_command():
         assert f"| `{recipe.stem}` |" in readme
     for command in generator().COMMANDS:
         assert f"quantcli {command}".strip() in readme
+
+
+def excerpts(text):
+    """The fenced blocks of a page that show a file: its path and the runs of lines between `...`."""
+    for path, code in re.findall(r"^```python (\S+)\n(.*?)^```$", text, re.M | re.S):
+        runs = re.split(r"^[ \t]*\.\.\.\n", textwrap.dedent(code), flags=re.M)
+        yield path, [run.strip("\n") for run in runs if run.strip()]
+
+
+def shows(source, runs):
+    """Whether a file has these runs of lines, in this order, at any indentation."""
+    lines, start = source.splitlines(), 0
+    for run in runs:
+        wanted = textwrap.dedent(run).splitlines()
+        for first in range(start, len(lines) - len(wanted) + 1):
+            found = textwrap.dedent("\n".join(lines[first : first + len(wanted)])).splitlines()
+            if found == wanted:
+                start = first + len(wanted)
+                break
+        else:
+            return False
+    return True
+
+
+SHOWN = [
+    pytest.param(path, runs, id=f"{page.name}-{number}")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, (path, runs) in enumerate(excerpts(page.read_text()))
+]
+
+
+@pytest.mark.parametrize(("path", "runs"), SHOWN)
+def test_code_in_pages_is_the_code(path, runs):
+    assert shows((ROOT / path).read_text(), runs), f"{path} has other lines"
+
+
+def test_other_code_in_a_page_is_seen():
+    page = "```python a.py\n    x = 1\n    ...\n    def f():\n        return x\n```\n"
+    ((path, runs),) = excerpts(page)
+    assert path == "a.py"
+    source = "class A:\n    x = 1\n    y = 2\n\n    def f():\n        return x\n"
+    assert shows(source, runs)
+    assert not shows(source.replace("return x", "return y"), runs)
+    assert not shows(source.replace("x = 1", "z = 1"), runs)
+    assert not shows("    def f():\n        return x\nx = 1\n", runs)  # another order

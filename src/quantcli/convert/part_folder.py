@@ -14,6 +14,7 @@ from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import read_sealed
 from quantcli.core.errors import InputError
 from quantcli.planning.parts import MOST, Part
+from quantcli.planning.plan import tool_text
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
 AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"
@@ -156,11 +157,13 @@ def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
     if usual["of"] != odd["of"]:
         return f"it is one of {odd['of']} parts, that one of {usual['of']}"
     usual_manifest, odd_manifest = usual["manifest"], odd["manifest"]
-    for key, word in (("tool", "version"), ("source", "fingerprint")):
-        if usual_manifest[key] != odd_manifest[key]:
-            what = {"tool": "the version of quantcli", "source": "the model"}[key]
-            odd_value, usual_value = odd_manifest[key].get(word), usual_manifest[key].get(word)
-            return f"{what} differs ({odd_value!s:.12}, {usual_value!s:.12})"
+    usual_tool, odd_tool = usual_manifest["tool"], odd_manifest["tool"]
+    if usual_tool != odd_tool:
+        return f"the version differs ({tool_text(odd_tool)}, {tool_text(usual_tool)})"
+    usual_source, odd_source = usual_manifest["source"], odd_manifest["source"]
+    if usual_source != odd_source:
+        prints = [table.get("fingerprint") for table in (odd_source, usual_source)]
+        return f"the model differs ({prints[0]!s:.12}, {prints[1]!s:.12})"
     if usual_manifest["recipe"] != odd_manifest["recipe"]:
         lines = (table["recipe"].splitlines() for table in (odd_manifest, usual_manifest))
         pairs = zip_longest(*lines, fillvalue="")

@@ -17,6 +17,7 @@ from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics
+from quantcli.core.registry import packages_of
 from quantcli.planning.measured import Edit
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
@@ -159,6 +160,21 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)
 
 
+def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
+    """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""
+    tool: dict[str, Any] = {"name": "quantcli", "version": __version__}
+    return {**tool, "packages": dict(packages)} if packages else tool
+
+
+def tool_text(tool: Any) -> str:
+    """The same of a manifest, as text; it may be damaged."""
+    table = tool if isinstance(tool, dict) else {}
+    packages = table.get("packages")
+    names = [("quantcli", table.get("version"))]
+    names += sorted(packages.items()) if isinstance(packages, dict) else []
+    return " with ".join(f"{name:.40} {version!s:.40}" for name, version in names)
+
+
 def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
     """The weight files, each from its name and items. InputError for a tensor that is there twice."""
     names: set[str] = set()
@@ -229,11 +245,22 @@ class Work:
         """Files of the source that go along unchanged -> bytes."""
         return {name: n for name, n in self.checkpoint.aux.items() if name not in self.sidecars}
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """Other people's packages that targets and schemes come from, and their versions."""
+        classes: set[type] = {type(self.target)}
+        for item in (item for shard in self.shards for item in shard.items):
+            if isinstance(item, Quantize):
+                classes.add(type(item.scheme))
+            elif isinstance(item, Repack):
+                classes.add(type(item.origin))
+        return packages_of(classes)
+
     def manifest(self) -> dict[str, Any]:
         """The manifest without its files: no times, no paths of this machine."""
         return {
             "manifest_version": 1,
-            "tool": {"name": "quantcli", "version": __version__},
+            "tool": tool_of(self.packages),
             "plan": self.digest,
             "source": {
                 "fingerprint": self.checkpoint.fingerprint,
@@ -266,6 +293,8 @@ class Work:
     def digest(self) -> str:
         """sha256 over all that fixes the output: version, source headers, items, statistics, files."""
         digest = hashlib.sha256(f"{__version__}\n{self.checkpoint.fingerprint}\n".encode())
+        for name, version in self.packages.items():
+            digest.update(f"package {name} {version}\n".encode())
         schemes = {
             item.scheme: repr((item.scheme.name, item.scheme.model_dump()))
             for shard in self.shards

@@ -61,5 +61,5 @@ def test_two_of_one_name_are_a_bug(package):
     name, add = package
     add("a", "class A(Base):\n    name = 'same'\n")
     add("b", "class B(Base):\n    name = 'same'\n")
-    with pytest.raises(AssertionError, match="two classes are named same"):
+    with pytest.raises(AssertionError, match="two classes are named `same`"):
         found(name)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import failed, noted
 from quantcli.planning.measured import Measured
-from quantcli.planning.plan import Plan, quantized_items
+from quantcli.planning.plan import Plan, Work, quantized_items, tool_of, tool_text
 from quantcli.planning.planner import make_plan
 from quantcli.planning.repack import plan_repacking
 from quantcli.recipe.recipe import Recipe, load_recipe
@@ -59,19 +58,14 @@ def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> 
         raise _Unusable("weight files are missing or damaged")
     if manifest is None:
         raise _Unusable(f"no sound {MANIFEST} says how they were made")
-    tool, source = manifest.get("tool"), manifest.get("source")
-    version = tool.get("version") if isinstance(tool, dict) else None
-    same_version = version == __version__
-    if not same_version:
-        what = f"quantcli {version!s:.40} made the checkpoint; {__version__} may round otherwise"
-        structure.report.add([noted(CHECK, what)])
+    source = manifest.get("source")
     checkpoint = open_checkpoint(model)
     same = isinstance(source, dict) and source.get("fingerprint") == checkpoint.fingerprint
     packed = manifest.get("state") == "lossless"
     if packed and same:
         try:
             plan = plan_repacking(checkpoint, target)
-            return Recomputation(plan, stored, same_version=same_version)
+            return Recomputation(plan, stored, same_version=_same_version(structure, plan))
         except InputError as error:
             what = f"says that MODEL was packed, which is not possible: {error.what}"
             structure.report.add([failed("manifest", what, MANIFEST, CONVERT)])
@@ -79,12 +73,24 @@ def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> 
     if not packed and not same:
         raise _Unusable("the manifest names another source than MODEL, by headers and config.json")
     conversion, calibrated = _conversion(structure, checkpoint, calibration, packed=packed)
+    same_version = _same_version(structure, conversion)
     if packed:
         return Recomputation(conversion, stored, target, calibrated, same_version)
     planned = conversion.target.name
     if planned != target.name:
         raise _Unusable(f"the manifest's recipe is for {planned}, this is {target.name}")
     return Recomputation(conversion, stored, None, calibrated, same_version)
+
+
+def _same_version(structure: Structure, plan: Work) -> bool:
+    """Whether the versions that made a checkpoint are those that compute it again; a note if not."""
+    tool = (structure.manifest or {}).get("tool")
+    here = tool_of(plan.packages)
+    if tool == here:
+        return True
+    what = f"{tool_text(tool)} made the checkpoint; {tool_text(here)} may round otherwise"
+    structure.report.add([noted(CHECK, what)])
+    return False
 
 
 def _conversion(

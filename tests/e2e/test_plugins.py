@@ -1,0 +1,143 @@
+"""Schemes and targets of other people's packages: installed, found, used, and named if broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import make_llama
+
+PLUGIN = Path(__file__).parents[1] / "plugin"
+RECIPE = """\
+target: toy-tensors
+rules:
+  - {match: "*_proj", scheme: {name: pow2, spare_bits: 1}}
+"""
+
+
+def install(source: Path, folder: Path) -> Path:
+    """Build and install a package of this machine into a folder, without a network."""
+    words = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    run = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
+    run += ["--target", str(folder), str(source)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plugin")
+    return install(shutil.copytree(PLUGIN, root / "source"), root / "site")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model") / "m", layers=2, side=64)
+
+
+def quantcli(site: Path | None, *words: object) -> subprocess.CompletedProcess[str]:
+    path = [str(site)] if site else []
+    path += [p for p in (os.environ.get("PYTHONPATH"),) if p]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    run = [sys.executable, "-m", "quantcli", *map(str, words)]
+    return subprocess.run(run, capture_output=True, text=True, check=False, env=env)
+
+
+def test_an_installed_package_is_found_and_used(site: Path, model: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    done = quantcli(site, "quantize", recipe, "--model", model, "--out", out)
+    assert done.returncode == 0, done.stderr
+    scale = load_file(out / "model-00001-of-00001.safetensors")[
+        "model.layers.0.self_attn.q_proj.weight_scale"
+    ]
+    assert bool((scale.log2() == scale.log2().round()).all())
+    manifest = json.loads((out / "quantcli_manifest.json").read_text())
+    assert manifest["tool"]["packages"] == {"toy-quant": "1.2"}
+    assert manifest["target"] == "toy-tensors"
+
+    support = quantcli(site, "inspect", "--support", "--json")
+    cells = {(c["scheme"], c["target"]): c for c in json.loads(support.stdout)}
+    assert cells["pow2", "ascend"]["label"] == "W8A8_DYNAMIC"
+    assert cells["w8a8_dynamic", "toy-tensors"]["label"] == "int8 W8A8 dynamic"
+
+
+def test_a_checkpoint_names_the_packages_that_made_it(site: Path, model: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE.replace("toy-tensors", "compressed-tensors"))
+    quantcli(site, "quantize", recipe, "--model", model, "--out", out)
+    check = ("verify", out, "--full", "--against", model, "--json")
+    report = json.loads(quantcli(site, *check).stdout)
+    assert report["ok"]
+    assert next(c["checked"] for c in report["checks"] if c["name"] == "recomputed") == 2 * 14 + 3
+    # without the package the numbers cannot be computed again, and verify says so
+    report = json.loads(quantcli(None, *check).stdout)
+    assert any("unknown scheme `pow2`" in text for text in report["not_checked"]), report
+
+    newer = shutil.copytree(site, tmp_path / "newer")
+    info = next(newer.glob("toy_quant-*.dist-info")) / "METADATA"
+    info.write_text(info.read_text().replace("Version: 1.2", "Version: 1.3"))
+    report = json.loads(quantcli(newer, *check).stdout)
+    notes = [finding["what"] for finding in report["findings"]]
+    made = "quantcli 0.1.0 with toy-quant 1.2 made the checkpoint; quantcli 0.1.0 with toy-quant 1.3"
+    assert any(note.startswith(made) for note in notes), notes
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_version(
+    site: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    run = ("quantize", recipe, "--model", model, "--out", out)
+    plans = []
+    for version in ("1.2", "1.3"):
+        other = shutil.copytree(site, tmp_path / version)
+        info = next(other.glob("toy_quant-*.dist-info")) / "METADATA"
+        info.write_text(info.read_text().replace("Version: 1.2", f"Version: {version}"))
+        plans.append(json.loads(quantcli(other, *run, "--plan", "--json").stdout)["plan"]["digest"])
+    assert plans[0] != plans[1]
+
+
+BROKEN = {
+    "import": ("toy_quant.nowhere:Pow2", "cannot be loaded: ModuleNotFoundError"),
+    "class": (
+        "toy_quant.pow2:Literal",
+        "is not a class that derives from quantcli.schemes.base",
+    ),
+    "name": ("toy_quant.pow2:Pow2", "is a class with the name 'pow2', not `other`"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_package_is_named(site: Path, model: Path, tmp_path: Path, kind: str) -> None:
+    value, message = BROKEN[kind]
+    broken = shutil.copytree(site, tmp_path / "site")
+    entries = next(broken.glob("toy_quant-*.dist-info")) / "entry_points.txt"
+    name = "other" if kind == "name" else "pow2"
+    entries.write_text(f"[quantcli.schemes]\n{name} = {value}\n")
+    done = quantcli(broken, "quantize", "w8a8_dynamic", "--model", model, "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    assert message in done.stderr
+    assert "package toy-quant 1.2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_name_that_is_taken(site: Path, model: Path, tmp_path: Path) -> None:
+    taken = shutil.copytree(site, tmp_path / "site")
+    text = (taken / "toy_quant" / "pow2.py").read_text()
+    (taken / "toy_quant" / "pow2.py").write_text(text.replace('"pow2"', '"w8a8_dynamic"'))
+    entries = next(taken.glob("toy_quant-*.dist-info")) / "entry_points.txt"
+    entries.write_text("[quantcli.schemes]\nw8a8_dynamic = toy_quant.pow2:Pow2\n")
+    done = quantcli(taken, "quantize", "w8a8_dynamic", "--model", model, "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    assert "two classes are named `w8a8_dynamic`" in done.stderr
+    assert "uninstall toy-quant" in done.stderr

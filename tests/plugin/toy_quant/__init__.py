@@ -1,0 +1,1 @@
+"""A scheme and a target that quantcli finds by their entry points."""
