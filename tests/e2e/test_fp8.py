@@ -393,3 +393,29 @@ def test_scales_that_make_the_engine_round_again_are_noted(tmp_path, model):
     assert "rounds codes again to the larger scale" in notes
     assert "weight_scale is 1e-06" in notes
     assert config(out)["modules_to_not_convert"] == ["lm_head"]  # tied: there is no such tensor
+
+
+def test_siblings_of_a_recipe_share_a_scale(tmp_path, model):
+    """k is three times as large as all others: its scale is that of everything it is grouped with."""
+    path = recipe(tmp_path, "fp8_tensor")
+    text = path.read_text()
+    scales = {}
+    for kind, line in (("engine", ""), ("recipe", r"siblings: ['(.*)\.(?:self_attn|mlp)\..*_proj']")):
+        path.write_text(text + line + "\n")
+        out = tmp_path / kind
+        done = run_cli("quantize", path, "--model", model, "--out", out)
+        assert done.code == 0, done.err
+        stored = loaded(out)
+        scales[kind] = {n: float(t) for n, t in stored.items() if n.endswith("weight_scale")}
+        checked = run_cli("verify", out, "--full", "--against", model, "--json")
+        assert checked.code == 0, checked.out
+    k = scales["engine"][f"{QKV[1]}.weight_scale"]
+    assert len(set(scales["engine"].values())) == 4  # qkv, o, gate and up, down
+    assert set(scales["recipe"].values()) == {k}
+
+
+def test_siblings_without_effect_are_noted(tmp_path, model):
+    path = recipe(tmp_path, "fp8_dynamic", "compressed-tensors")
+    path.write_text(path.read_text() + r"siblings: ['(.*)\.mlp\..*_proj']")
+    done = run_cli("quantize", path, "--model", model, "--out", tmp_path / "out", "--plan", "--json")
+    assert any("`siblings` has no effect" in note for note in done.json["plan"]["notes"])

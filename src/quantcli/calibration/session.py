@@ -244,7 +244,7 @@ def _policy(plan: Plan) -> Policy:
     return Policy(
         quantized=quantized,
         alpha=plan.recipe.alpha,
-        fused_name=plan.recipe.target.fused_name,
+        fused_name=plan.siblings.group,
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
         seed=block.seed,
@@ -314,6 +314,8 @@ def asked(plan: Plan) -> dict[str, Any]:
     block = _block(plan).model_dump(exclude={"data"})
     identity = {f"calibration.{key}": value for key, value in block.items()}
     identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
+    if file.siblings:
+        identity["siblings"] = file.siblings
     identity["the serving dtype"] = plan.serving_dtype
     if file.smooth is not None:
         identity |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}

@@ -16,6 +16,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torc
 from quantcli.core.errors import InputError
 from quantcli.planning.measured import Edit, Measured
 from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Quantize
+from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -104,6 +105,7 @@ def make_items(
     target: Target,
     serving_dtype: str,
     measured: Measured,
+    siblings: Siblings,
 ) -> Iterator[Item]:
     """One item per source tensor, in the order of the source: each is consumed exactly once."""
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
@@ -119,7 +121,7 @@ def make_items(
         if rule and rule.keyword == PLAIN
         for suffix in ("weight", "bias")
     }
-    amax_groups = _amax_groups(checkpoint, assigned, target, measured)
+    amax_groups = _amax_groups(checkpoint, assigned, siblings, measured)
     for name, stored in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         rule = assigned.get(module) if module != name else None
@@ -139,7 +141,7 @@ def make_items(
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]
         outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
-        surveyed = amax_groups.get(target.fused_name(module) or module, ())
+        surveyed = amax_groups.get(siblings.group(module) or module, ())
         if scheme.needs_column_amax:
             surveyed = ((stored, measured.edits.get(name)),)
         constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
@@ -174,15 +176,15 @@ def make_items(
 
 
 def _amax_groups(
-    checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target, measured: Measured
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], siblings: Siblings, measured: Measured
 ) -> dict[str, tuple[tuple[StoredTensor, Edit | None], ...]]:
-    """The weights that share a scale, by their fused name."""
+    """The weights that share a scale, by the name of their group."""
     groups: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
     for module, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.needs_weight_amax:
             name = f"{module}.weight"
             entry = checkpoint.tensors[name], measured.edits.get(name)
-            groups[target.fused_name(module) or module].append(entry)
+            groups[siblings.group(module) or module].append(entry)
     return {name: tuple(entries) for name, entries in groups.items()}
 
 
@@ -195,17 +197,16 @@ def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
         )
 
 
-def check_siblings(items: Iterable[Item], target: Target) -> None:
+def check_siblings(items: Iterable[Item], siblings: Siblings) -> None:
     """InputError if siblings, of which the engine keeps one input range, were measured differently."""
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:
-        if isinstance(item, Quantize) and item.stats and (name := target.fused_name(item.module)):
+        if isinstance(item, Quantize) and item.stats and (name := siblings.group(item.module)):
             content = item.measured(shared=True)
             other, expected = first.setdefault(name, (item.module, content))
             if content != expected:
                 raise InputError(
-                    f"the engine fuses this module with `{other}`, and their statistics of one input "
-                    "differ",
+                    f"this module and `{other}` share what is measured of their inputs, and it differs",
                     where=f"`{item.module}`",
                     fix="calibrate again; if they still differ, use a scheme that needs no data",
                 )

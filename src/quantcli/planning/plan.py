@@ -19,6 +19,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import packages_of
 from quantcli.planning.measured import Edit
+from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
@@ -329,6 +330,7 @@ class Plan(Work):
     """The conversion of a model by a recipe."""
 
     recipe: Recipe
+    siblings: Siblings
     rules: tuple[RuleLine, ...]
     kept: tuple[Kept, ...]
     measured: tuple[str, ...]  # modules whose schemes measure inputs

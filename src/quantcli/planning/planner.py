@@ -25,6 +25,7 @@ from quantcli.planning.plan import (
     as_planned,
     make_shards,
 )
+from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Refusal, Target, others_that_store
@@ -50,9 +51,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         assigned, more = without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]
     modules = list(_modules(checkpoint, assigned))
+    siblings = Siblings(recipe, assigned)
     raise_first(list(target.check(modules, source_specs)), assigned)
-    items = list(make_items(checkpoint, assigned, target, serving, measured or Measured()))
-    check_siblings(items, target)
+    found = measured or Measured()
+    items = list(make_items(checkpoint, assigned, target, serving, found, siblings))
+    check_siblings(items, siblings)
     need = {name for name, rule in assigned.items() if rule and rule.scheme and rule.scheme.needs_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, modules, shards, serving)
@@ -66,6 +69,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
             "the calibration text is the sample that comes with quantcli, for a trial only: set "
             "calibration.data to text of the kind that the model will see"
         )
+    if recipe.siblings and not siblings.have_effect(assigned):
+        notes.append("`siblings` has no effect: the schemes of these modules share nothing")
     if not any(module.numerics for module in modules):
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
@@ -74,6 +79,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         checkpoint=checkpoint,
         target=target,
         recipe=recipe,
+        siblings=siblings,
         shards=shards,
         sidecars=sidecars,
         serving_dtype=serving,

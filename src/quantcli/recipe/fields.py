@@ -155,3 +155,9 @@ class RecipeFile(_Block):
     calibration: Calibration | None = None
     smooth: Smooth | None = None
     verify: Verify | None = None
+    siblings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="regular expressions over full module names: modules with equal capture groups "
+        "share what an engine keeps once, such as an input scale",
+    )

@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +82,23 @@ class SmoothPattern(NameMatcher):
 
 
 @dataclass(frozen=True)
+class SiblingPattern:
+    """A regular expression whose capture groups say which modules are siblings."""
+
+    text: str
+    where: str  # file:line
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(self.text)
+
+    def key(self, module: str) -> tuple[str, ...] | None:
+        """The captured parts of a module's name, the same for siblings; None if it does not match."""
+        match = self._compiled.fullmatch(module)
+        return None if match is None else tuple(part or "" for part in match.groups())
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked recipe: names are resolved, options parsed, places kept for later messages."""
 
@@ -89,6 +106,7 @@ class Recipe:
     target: Target
     rules: tuple[Rule, ...]
     smooth: tuple[SmoothPattern, ...]
+    siblings: tuple[SiblingPattern, ...]
     document: Document
 
     def where(self, *place: str | int) -> str:
@@ -193,7 +211,23 @@ def load_recipe(
         place = ("smooth", "rules", number)
         patterns, where = _patterns(smooth_rule, place, document), document.where(place)
         smooth.append(SmoothPattern(patterns, smooth_rule.optional, where, smooth_rule.alpha))
-    return Recipe(file, target, tuple(rules), tuple(smooth), document)
+    siblings = tuple(_siblings(file.siblings or (), document))
+    return Recipe(file, target, tuple(rules), tuple(smooth), siblings, document)
+
+
+def _siblings(patterns: Sequence[str], document: Document) -> Iterator[SiblingPattern]:
+    """The patterns of siblings. InputError for one that is not a regular expression with groups."""
+    for number, text in enumerate(patterns):
+        where = document.where(("siblings", number))
+        _compilable(text, text, where, "write a regular expression over whole module names")
+        if not re.compile(text).groups:
+            raise InputError(
+                f"`{text}` captures nothing, so that all modules that it matches would be siblings",
+                where=where,
+                fix="put the part of the name that siblings share in parentheses, such as "
+                r"(.*\.mlp\.experts)\.\d+\.(?:gate|up)_proj",
+            )
+        yield SiblingPattern(text, where)
 
 
 def _patterns(rule: RuleFile | SmoothRule, place: Place, document: Document) -> tuple[str, ...]:
@@ -202,15 +236,19 @@ def _patterns(rule: RuleFile | SmoothRule, place: Place, document: Document) -> 
         where = document.where((*place, "match", index))
         if not pattern or pattern == "re:":
             raise InputError("the pattern is empty", where=where)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
-                re.compile(translate(pattern))
-        except (re.error, RecursionError, OverflowError, Warning) as error:
-            what = f"`{pattern}` is not a regular expression: {error}"
-            fix = "leave out `re:` for a glob, such as *_proj"
-            raise InputError(what, where=where, fix=fix) from None
+        _compilable(pattern, translate(pattern), where, "leave out `re:` for a glob, such as *_proj")
     return tuple(rule.match)
+
+
+def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
+    """InputError for a regular expression that does not compile. pattern: as the recipe has it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
+            re.compile(regex)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        what = f"`{pattern}` is not a regular expression: {error}"
+        raise InputError(what, where=where, fix=fix) from None
 
 
 def _resolve(

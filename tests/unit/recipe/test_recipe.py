@@ -65,6 +65,7 @@ verify:
   min_sqnr: 20
   max_ppl_ratio: 1.01
   max_kl: 0.05
+siblings: ['(.*)_proj']
 """
 KEYS = [line.strip(" -").partition(":")[0] for line in FULL.splitlines()]
 SCHEMA = json.loads(recipe_schema())
