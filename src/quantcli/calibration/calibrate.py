@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -29,7 +28,6 @@ class Calibrator:
 
     def __post_init__(self) -> None:
         self._skeleton = self.calibration.skeleton
-        self._policy = self.calibration.policy
         self._specs: list[TensorSpec] = []
 
     def run(self) -> None:
@@ -50,10 +48,8 @@ class Calibrator:
 
     def _has_work(self, index: int) -> bool:
         modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
-        if any(map(self._policy.needs_data, modules)):
-            return True
-        quantized = [module for module in modules if module in self._policy.quantized]
-        return bool(quantized) and self._policy.alpha(quantized) is not None
+        methods = self.calibration.methods
+        return any(method.has_work(modules, self.calibration.policy) for method in methods)
 
     def _begin(self, done: int) -> tuple[int, States]:
         """Note the layers' calls; the layer to continue with, and its inputs."""
@@ -107,20 +103,8 @@ class Calibrator:
         else:
             tensors = layer.measure(None)
         self.store.save(index, tensors, layer.report)
-        for line in _not_rounded(layer.report):
+        for line in layer.report.messages:
             self.progress.say(line)
-        self.progress.layer(self._skeleton.layers[index][0], index, layer.note)
+        self.progress.layer(self._skeleton.layers[index][0], index, layer.report.note)
         self.store.drop_states(keep=index + 1)
         return following
-
-
-def _not_rounded(report: LayerReport) -> Iterator[str]:
-    """A line for each reason why weights are rounded to nearest instead of by data."""
-    reasons: dict[str, list[str]] = {}
-    for module, module_report in sorted(report.modules.items()):
-        if why := module_report.rounded_to_nearest:
-            reasons.setdefault(why, []).append(module)
-    for why, modules in sorted(reasons.items()):
-        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
-        names = ", ".join(f"`{module}`" for module in modules[:3])
-        yield f"rounded to nearest, as {why}: {names}{more}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,24 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic.observers import ChannelAmax, ChannelSquare, Observer, Summary
 
+if TYPE_CHECKING:
+    from quantcli.calibration.methods.base import Method
+
 
 @dataclass(frozen=True)
 class CalibrationRun:
     """A calibration of a model.
 
     replay:  of all samples, and of the probe at last.
+    methods: in the order in which they work on a layer.
     workers: threads for work outside of the replay.
-    budget:  bytes to hold in memory of a layer's inputs, of its outputs, and of its float outputs while
-             it learns, each; the rest is read from disk, or computed again.
+    budget:  bytes to hold in memory of a layer's inputs, of its outputs, and of each further copy that
+             a method holds (`Method.hidden_states`); the rest is read from disk, or computed again.
     """
 
     replay: Replay
     policy: Policy
+    methods: Sequence[Method]
     workers: int = 1
     budget: int = 0
 

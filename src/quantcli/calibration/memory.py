@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from quantcli.calibration.methods.hessians import HESSIANS_NBYTES
+from quantcli.calibration.methods.base import methods_of
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
@@ -23,29 +23,24 @@ def needed(plan: Plan, workers: int) -> int:
     for name, stored in plan.checkpoint.tensors.items():
         if block := re.match(r"\D+\.\d+\.", name):
             layers[block[0]] += stored.spec.nbytes
-    return max(layers.values(), default=0) + _working(plan.checkpoint, workers) + rounding(plan)
+    return max(layers.values(), default=0) + _working(plan.checkpoint, workers) + of_methods(plan)
 
 
-def rounding(plan: Plan) -> int:
-    """Bytes that it takes to choose codes by data."""
-    items = [item for item in quantized_items(plan) if "codes" in item.asked]
-    squares = [item.source.spec.shape[1] ** 2 for item in items]
-    widest = max(squares, default=0)
-    sums = max(4 * widest, min(HESSIANS_NBYTES, 4 * sum(squares)))
-    # if inputs are rounded, there are two sums, and weights are corrected for it
-    learned = any(item.scheme.schedule for item in items)
-    return (24 if learned else 12) * widest + (2 if learned else 1) * sums
+def of_methods(plan: Plan) -> int:
+    """Bytes that methods take next to a layer; they work one after the other."""
+    weights = [(item.scheme, item.source.spec.shape[1]) for item in quantized_items(plan)]
+    return max((method.nbytes(weights) for method in methods_of(plan)), default=0)
 
 
-def states_budget(skeleton: Skeleton, workers: int, limit: int | None, rounding: int) -> int:
+def states_budget(skeleton: Skeleton, workers: int, limit: int | None, methods: int) -> int:
     """Bytes of hidden states to hold in memory: the limit less one layer and its work.
 
-    limit: --max-memory; None: most that is free. rounding: bytes that choosing codes takes.
+    limit: --max-memory; None: most that is free. methods: bytes that methods take.
     """
     layers = range(len(skeleton.layers))
     # while experts are fused, the tensors that they are made of are there as well
     largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
-    working = _working(skeleton.checkpoint, workers) + rounding
+    working = _working(skeleton.checkpoint, workers) + methods
     if limit is None:
         return max(0, _free_memory() * 4 // 5 - largest - working)
     if limit < largest + working:

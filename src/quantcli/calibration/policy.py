@@ -28,8 +28,6 @@ class Policy:
     """The recipe, for one model.
 
     quantized:        by module.
-    alpha:            the strength of smoothing for a group of channels, by the quantized modules that
-                      read it; None leaves it alone.
     fused_name:       the parameter that the engine makes of a module and its siblings, if it does.
     uncalibrated:     error | dynamic | group: treatment of a module that no token reaches.
     inputs:           float | quantized | running: inputs of a layer, see `shown`.
@@ -37,7 +35,6 @@ class Policy:
     """
 
     quantized: Mapping[str, Quantized]
-    alpha: Callable[[Sequence[str]], float | None]
     fused_name: Callable[[str], str | None]
     uncalibrated: str
     inputs: str
@@ -48,11 +45,6 @@ class Policy:
         quantized = self.quantized.get(module)
         return None if quantized is None else quantized.scheme
 
-    def needs_data(self, module: str) -> bool:
-        """Whether a module's scheme needs inputs."""
-        scheme = self.scheme(module)
-        return scheme is not None and scheme.needs_data
-
     def measures(self, module: str) -> bool:
         """Whether a module's scheme needs a range or a transform, and not just codes or clips."""
         scheme = self.scheme(module)
@@ -62,11 +54,6 @@ class Policy:
         """Whether a module's scheme is given the mean square of each input."""
         scheme = self.scheme(module)
         return scheme is not None and scheme.clips_by_inputs
-
-    def must_be_reached(self, module: str) -> bool:
-        """Whether a module's scheme cannot do without tokens: only clips can."""
-        scheme = self.scheme(module)
-        return scheme is not None and (scheme.shares_data or scheme.rounded_by_data)
 
     def scheme_with(self, module: str, stats: Stats) -> Scheme:
         """A quantized module's scheme, or that for a module of which no inputs were seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from quantcli.calibration import memory
 from quantcli.calibration.calibrate import Calibrator
 from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
+from quantcli.calibration.methods.base import Method, methods_of
 from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.replay.replay import Replay
@@ -26,6 +28,7 @@ from quantcli.calibration.store import (
     check_store,
     data_of,
     digest_of,
+    groups_of,
     load_measured,
     reports,
 )
@@ -47,6 +50,7 @@ from quantcli.core.place import check_calibration, check_writable
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
+from quantcli.schemes.base import Scheme
 
 PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
 
@@ -97,7 +101,7 @@ def prepare_session(
     source = _source(plan)
     check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
-    _check_rounding(plan)
+    _check_running(plan)
     key = Key(
         model=content_digest(plan.checkpoint),
         recipe=asked(plan),
@@ -114,11 +118,11 @@ def prepare_session(
 def _source(plan: Plan) -> TextSource:
     recipe, block = plan.recipe, _block(plan)
     if block.data is None:
-        schemes = {item.module: item.scheme for item in quantized_items(plan)}
-        # clips alone calibrate because smoothing does
-        need = [m for m, scheme in schemes.items() if scheme.shares_data or scheme.rounded_by_data]
-        smooths = recipe.file.smooth is not None and not need
-        why = "smoothing" if smooths else f"`{(need or plan.measured)[0]}`"
+        methods = methods_of(plan)
+        need = [i.module for i in quantized_items(plan) if _must_be_reached(i.scheme, methods)]
+        why = f"`{(need or plan.measured or ('',))[0]}`"
+        if recipe.methods and not need:  # clips alone calibrate because a method does
+            why = recipe.methods[0].results[0]
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),
@@ -135,31 +139,36 @@ def _source(plan: Plan) -> TextSource:
     )
 
 
-def _check_rounding(plan: Plan) -> None:
-    """InputError if codes would be chosen on inputs that depend on the order of the samples."""
+def _must_be_reached(scheme: Scheme, methods: Sequence[Method]) -> bool:
+    """Whether a module cannot do without tokens."""
+    return any(m.name in scheme.methods and m.must_be_reached(scheme) for m in methods)
+
+
+def _check_running(plan: Plan) -> None:
+    """InputError for a method that cannot take inputs that depend on the order of the samples."""
     if _block(plan).inputs != "running":
         return
-    items = quantized_items(plan)
-    reasons = {
-        f"`{i.module}` is rounded by data": "weight_rounding" for i in items if "codes" in i.asked
-    }
-    reasons |= {f"`{i.module}` learns a transform": "its scheme" for i in items if i.scheme.schedule}
-    for reason in reasons:
+    for method in methods_of(plan):
+        if method.against_running is None:
+            continue
+        reason, change = method.against_running
+        items = (i for i in quantized_items(plan) if method.name in i.scheme.methods)
+        who = next((f"`{item.module}`" for item in items), f"`{method.name}`")
         raise InputError(
-            f"{reason}, which does not go together with `inputs: running`",
+            f"{who} {reason}, which does not go together with `inputs: running`",
             where=plan.recipe.where("calibration", "inputs"),
-            fix=f"set calibration.inputs to quantized or float, or change {reasons[reason]}",
+            fix=f"set calibration.inputs to quantized or float, or change {change}",
         )
 
 
 def _batch_tokens(plan: Plan, block: Calibration) -> int:
     """Tokens of a batch. 1, for a single sample, if samples are records, which then need no padding, or
-    averages are over samples. If a scheme learns: half a step's, so that two threads share it."""
-    schemes = [item.scheme for item in quantized_items(plan)]
+    averages are over samples."""
+    schemes = list({item.scheme: None for item in quantized_items(plan)})
     if not block.pack or block.inputs == "running" or any(scheme.ordered for scheme in schemes):
         return 1
-    steps = (scheme.schedule.batch for scheme in schemes if scheme.schedule is not None)
-    return min([BATCH_TOKENS, *(-(-step // 2) * block.length for step in steps)])
+    limits = [method.batch_tokens(schemes, block.length) for method in methods_of(plan)]
+    return min([BATCH_TOKENS, *(limit for limit in limits if limit is not None)])
 
 
 def _block(plan: Plan) -> Calibration:
@@ -201,17 +210,17 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         trust_remote_code=resources.trust_remote_code,
         say=progress.say,
     )
-    policy = _policy(plan)
-    _check_reached(skeleton, policy)
+    policy, methods = _policy(plan), methods_of(plan)
+    _check_reached(skeleton, policy, methods)
     states_budget = memory.states_budget(
-        skeleton, resources.workers, resources.max_memory, memory.rounding(plan)
+        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan)
     )
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
-    # hidden states that are held: a layer's inputs, its outputs, and its float outputs while it learns
-    learns = any(quantized.scheme.schedule for quantized in policy.quantized.values())
-    calibration = CalibrationRun(replay, policy, workers, states_budget // (3 if learns else 2))
+    # hidden states that are held: a layer's inputs, its outputs, and what methods hold of them
+    held = 2 + max((method.hidden_states for method in methods), default=0)
+    calibration = CalibrationRun(replay, policy, methods, workers, states_budget // held)
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
     try:
         Calibrator(calibration, store, progress).run()
@@ -243,7 +252,6 @@ def _policy(plan: Plan) -> Policy:
     }
     return Policy(
         quantized=quantized,
-        alpha=plan.recipe.alpha,
         fused_name=plan.siblings.group,
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
@@ -257,7 +265,7 @@ def _where(plan: Plan, module: str) -> str:
     return rule.where
 
 
-def _check_reached(skeleton: Skeleton, policy: Policy) -> None:
+def _check_reached(skeleton: Skeleton, policy: Policy, methods: Sequence[Method]) -> None:
     """Modules outside of the decoder stack are never shown a token."""
     inside = {
         segment.module
@@ -266,7 +274,11 @@ def _check_reached(skeleton: Skeleton, policy: Policy) -> None:
         for segments in experts
         for segment in segments
     }
-    outside = [m for m in policy.quantized if m not in inside and policy.must_be_reached(m)]
+    outside = [
+        module
+        for module, quantized in policy.quantized.items()
+        if module not in inside and _must_be_reached(quantized.scheme, methods)
+    ]
     if outside and policy.uncalibrated != "dynamic":
         raise unreached(outside, policy.quantized[outside[0]].rule)
 
@@ -287,11 +299,15 @@ def summary(session: Session) -> dict[str, Any]:
         for report in layer_reports
         for name, module_report in report["modules"].items()
     }
+    edited: dict[str, list[Any]] = {}
+    for report in layer_reports:
+        for word, groups in groups_of(report).items():
+            edited.setdefault(word, []).extend(groups)
     return {
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
-        "smoothed": [group for report in layer_reports for group in report["smoothed"]],
+        **edited,
         "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
         "no_tokens": sorted(
             name for name, module_report in modules.items() if not module_report["tokens"]
@@ -310,17 +326,19 @@ def asked(plan: Plan) -> dict[str, Any]:
     Schemes that need no data count only if later layers are given their outputs. The name of a scheme
     counts only then, and if codes are chosen against its scales.
     """
-    file = plan.recipe.file
     block = _block(plan).model_dump(exclude={"data"})
     identity = {f"calibration.{key}": value for key, value in block.items()}
     identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
-    if file.siblings:
-        identity["siblings"] = file.siblings
+    if plan.recipe.file.siblings:
+        identity["siblings"] = plan.recipe.file.siblings
     identity["the serving dtype"] = plan.serving_dtype
-    if file.smooth is not None:
-        identity |= {f"smooth.{key}": value for key, value in file.smooth.model_dump().items()}
+    options = {method.name: method.model_dump() for method in plan.recipe.methods}
+    if len(options) > 1 or not all(options.values()):  # options name a method, and order is to be named
+        identity["methods"] = list(options)
+    for name, values in options.items():
+        identity |= {f"{name}.{key}": value for key, value in values.items()}
+    edits = any(method.edited_as for method in plan.methods)
     quantized_inputs = block["inputs"] != "float"
-    learns = any(item.scheme.schedule for item in quantized_items(plan))
     measured, others = dict[str, Any](), list[Any]()
     for item in quantized_items(plan):
         how = [item.scheme.model_dump(mode="json"), list(item.engine_dtypes)]
@@ -329,7 +347,7 @@ def asked(plan: Plan) -> dict[str, Any]:
             measured[item.module] = [item.scheme.name if named else "", *how]
         elif quantized_inputs:
             others.append([item.module, item.scheme.name, *how])
-        elif file.smooth is not None or learns:
+        elif edits:
             others.append(item.module)  # a float module may read the channels that are scaled
     identity["the modules that are measured, and how"] = digest_of(measured)
     identity["the modules that are quantized"] = digest_of(others)

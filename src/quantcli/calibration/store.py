@@ -2,7 +2,7 @@
 
     calibration.json           the key: model, recipe, data; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
-    layer-00000.json           tokens per module, ranges, groups that were smoothed, edits by tensor
+    layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
     states-00003.safetensors   inputs of the next layer; only while a run is under way
 
 A layer counts as done when its report is there: it is written last.
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.planning.measured import Edit, EditFactors, Measured
+from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
 _VERSION = 1
@@ -214,7 +216,7 @@ def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError if a file is missing or damaged."""
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
-    smoothed, no_tokens = 0, list[str]()
+    edited, no_tokens = Counter[str](), list[str]()
     for index, report in enumerate(reports(folder, layers)):
         vectors, path = {}, folder / layer_file(index)
         with _whole(path):
@@ -235,16 +237,16 @@ def load_measured(folder: Path, layers: int) -> Measured:
                 vectors[rest] = stored
         for name, kinds in report["edits"].items():
             edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
-        smoothed += len(report["smoothed"])
+        edited.update({how: len(groups) for how, groups in groups_of(report).items()})
         no_tokens += (
             name for name, module_report in report["modules"].items() if not module_report["tokens"]
         )
-    return Measured(stats, edits, smoothed, tuple(sorted(no_tokens)))
+    return Measured(stats, edits, edited, tuple(sorted(no_tokens)))
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
     """The report of every layer. InputError if one is missing or damaged."""
-    kinds = {"modules": dict, "edits": dict, "smoothed": list, "uncalibrated": list}
+    kinds = {"modules": dict, "edits": dict, "uncalibrated": list}
     for index in range(layers):
         path = folder / _report(index)
         with _whole(path):
@@ -252,7 +254,16 @@ def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
         sound = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
         if not sound or not all(map(_counted, report["modules"].values())):
             raise _damaged(path)
+        if not all(isinstance(groups, list) for groups in groups_of(report).values()):
+            raise _damaged(path)
         yield report
+
+
+def groups_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The lists of the groups of channels that methods have edited in a layer, by the methods'
+    `edited_as`; empty without any."""
+    words = filter(None, (method.edited_as for method in recipe_methods().values()))
+    return {word: report.get(word, []) for word in words}
 
 
 def _counted(module: Any) -> bool:

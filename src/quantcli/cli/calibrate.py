@@ -53,6 +53,8 @@ def calibrate(
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:
     """Print the result of a calibration: similar modules in one line each, then remarks."""
+    from quantcli.recipe.methods import recipe_methods
+
     similar: dict[str, list[dict[str, Any]]] = {}
     for name, module in report["modules"].items():
         parts = ("*" if part.isdigit() else part for part in name.split("."))
@@ -68,8 +70,9 @@ def show_calibration(out: Output, report: dict[str, Any]) -> None:
     out.table(["modules", "count", "tokens", "inputs", "input scale"], rows, {"count", "tokens"})
     out.line()
     out.line(f"samples      {report['samples']} of up to {report['length']} tokens")
-    if report["smoothed"]:
-        out.line(f"smoothed     {count(report['smoothed'], 'group')} of channels")
+    for edited in {method.edited_as: None for method in recipe_methods().values()}:
+        if edited and report[edited]:
+            out.line(f"{edited:<13}{count(report[edited], 'group')} of channels")
     for title, key in (("not reached", "no_tokens"), ("filled in", "uncalibrated")):
         names = report[key]
         if names:

@@ -125,12 +125,12 @@ def _calibration_text(job: Job[Plan]) -> str:
     session = job.session
     assert session is not None
     results = [f"{what} of {count(n, 'module')}" for what, n in session.plan.asked.items() if n]
-    if session.plan.recipe.file.smooth is not None and not (results and session.complete):
-        results.append("smoothing")
+    if not (results and session.complete):
+        results += [result for method in session.plan.recipe.methods for result in method.results]
     what = " and ".join([", ".join(results[:-1]), results[-1]] if results[1:] else results)
     if session.complete:
-        smoothed = f"; {count(job.plan.smoothed, 'group')} smoothed" if job.plan.smoothed else ""
-        return f"{session.folder}, {what}{smoothed}"
+        edited = (f"; {count(n, 'group')} {how}" for how, n in job.plan.edited.items() if n)
+        return f"{session.folder}, {what}{''.join(edited)}"
     done = session.layers_done
     resumes = f", continues after {count(done, 'layer')}" if done else ""
     source = session.source

@@ -143,6 +143,9 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
 
 def describe(session: Session) -> dict[str, Any]:
     """A calibration that was planned, as JSON-able data."""
+    from quantcli.recipe.methods import recipe_methods
+
+    named = {method.name for method in session.plan.recipe.methods}
     return {
         "folder": str(session.folder),
         "complete": session.complete,
@@ -151,7 +154,7 @@ def describe(session: Session) -> dict[str, Any]:
         "samples": session.source.samples,
         "length": session.source.length,
         "modules": list(session.plan.measured),
-        "smooth": session.plan.recipe.file.smooth is not None,
+        **{name: name in named for name in recipe_methods()},
     }
 
 

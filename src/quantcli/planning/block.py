@@ -297,9 +297,9 @@ def _column_amax(stored: StoredTensor, edit: Edit | None) -> Tensor:
         amax = torch.maximum(amax, rounding.absmax(edited, dim=0))
         if not bool(torch.isfinite(amax).all()):
             raise not_finite("weight", rows, stored, start) or InputError(
-                "smoothing makes this weight overflow",
+                "the calibration's edit makes this weight overflow",
                 where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
-                fix="leave it out of `smooth`, or keep this module float",
+                fix="leave it out of the method that edits it, such as `smooth`, or keep this module float",
             )
     return amax.squeeze(0)
 

@@ -13,7 +13,8 @@ from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
 from quantcli.planning.measured import Measured
-from quantcli.recipe.recipe import Recipe, Rule
+from quantcli.recipe.fields import matches
+from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -43,27 +44,30 @@ def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
         if rule.number not in used and not rule.optional:
             raise _dead_rule(rule, recipe, names, checkpoint)
     quantized = [name for name, rule in assigned.items() if rule and rule.scheme]
-    _check_smooth(recipe, quantized)
+    for named in recipe.named_methods:
+        _check_method(recipe, named, quantized)
     return assigned
 
 
-def _check_smooth(recipe: Recipe, quantized: list[str]) -> None:
-    """InputError for a smooth rule that matches no quantized module, or only what earlier ones take."""
+def _check_method(recipe: Recipe, named: NamedMethod, quantized: list[str]) -> None:
+    """InputError for a rule of a calibration method that matches no quantized module, or only what
+    earlier ones take."""
     left = quantized
-    for number, pattern in enumerate(recipe.smooth):
-        matched = [name for name in quantized if pattern.matches(name)]
-        if not pattern.optional and not any(pattern.matches(name) for name in left):
-            what = f"`smooth.rules.{number}` matches no quantized module"
+    for number, rule in enumerate(named.method.module_rules):
+        matched = {name for name in quantized if matches(rule.match, name)}
+        if not rule.optional and matched.isdisjoint(left):
+            place = (*named.place, "rules", number)
+            what = f"`{'.'.join(map(str, place))}` matches no quantized module"
             fix = (
-                "patterns match whole names of modules that read what is smoothed, such as "
-                "*.down_proj; `optional: true` allows a rule that matches nothing"
+                f"patterns match whole names of modules that read what is {named.method.edited_as}, "
+                "such as *.down_proj; `optional: true` allows a rule that matches nothing"
             )
             if matched:
-                what = f"`smooth.rules.{number}` matches only modules that earlier ones take"
+                what = f"`{'.'.join(map(str, place))}` matches only modules that earlier ones take"
                 fix = "move it before them, or remove it"
-            where = f"{pattern.where}   match: {', '.join(pattern.patterns)}"
+            where = f"{recipe.where(*place)}   match: {', '.join(rule.match)}"
             raise InputError(what, where=where, fix=fix)
-        left = [name for name in left if not pattern.matches(name)]
+        left = [name for name in left if name not in matched]
 
 
 def without_data(

@@ -77,11 +77,11 @@ class Measured:
 
     stats:     by module: names of statistics -> tensors on disk; none if they are not known.
     edits:     by stored tensor.
-    smoothed:  how many groups of channels were smoothed.
+    edited:    groups of channels that methods have edited, counted by `MethodOptions.edited_as`.
     no_tokens: modules inside of the decoder stack that no token reached.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
-    smoothed: int = 0
+    edited: Mapping[str, int] = field(default_factory=dict)
     no_tokens: tuple[str, ...] = ()

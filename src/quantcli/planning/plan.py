@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -20,6 +21,7 @@ from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import packages_of
 from quantcli.planning.measured import Edit
 from quantcli.planning.siblings import Siblings
+from quantcli.recipe.methods import MethodOptions, methods_for
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
@@ -335,26 +337,29 @@ class Plan(Work):
     kept: tuple[Kept, ...]
     measured: tuple[str, ...]  # modules whose schemes measure inputs
     needs_data: tuple[str, ...]  # those that are not measured yet; the plan cannot run if there are any
-    smoothed: int  # groups of channels
+    edited: Mapping[str, int]  # groups of channels, see `Measured`
+
+    @cached_property
+    def methods(self) -> tuple[MethodOptions, ...]:
+        """The calibration methods, in their order."""
+        schemes = {item.scheme: None for item in quantized_items(self)}
+        return methods_for(self.recipe.methods, schemes)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the recipe asks for samples: a scheme that measures inputs, or smoothing."""
-        return bool(self.measured) or self.recipe.file.smooth is not None
+        """Whether the recipe asks for samples: a scheme that measures inputs, or a method."""
+        return bool(self.methods)
 
     @property
     def asked(self) -> dict[str, int]:
-        """Number of modules for each use of calibration data: ranges, clips, codes, transforms."""
-        counts = {"ranges": 0, "clips": 0, "codes": 0, "transforms": 0}
-        for item in (item for shard in self.shards for item in shard.items):
-            if isinstance(item, Quantize):
-                learns = item.scheme.schedule is not None
-                counts["transforms"] += learns
-                own = item.scheme.row_stats | item.scheme.column_stats
-                counts["ranges"] += bool(item.asked - own) and not learns
-                counts["clips"] += item.scheme.clips_by_inputs
-                counts["codes"] += "codes" in item.asked and not learns
-        return counts
+        """Number of modules for each result of the methods that schemes ask for, such as ranges."""
+        schemes = Counter(item.scheme for item in quantized_items(self))
+        methods = sorted(self.methods, key=lambda method: bool(method.edited_as))  # edits last
+        return {
+            result: sum(n for scheme, n in schemes.items() if result in method.uses(scheme))
+            for method in methods
+            for result in method.results
+        }
 
     @property
     def quantized_modules(self) -> int:

@@ -26,6 +26,7 @@ from quantcli.planning.plan import (
     make_shards,
 )
 from quantcli.planning.siblings import Siblings
+from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.base import Refusal, Target, others_that_store
@@ -61,10 +62,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     output = as_planned(checkpoint, modules, shards, serving)
     own = {RECIPE_FILE: recipe.effective().encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
-    if not need and recipe.file.smooth is None and recipe.file.calibration is not None:
+    calibrates = bool(need or recipe.methods)
+    if not calibrates and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")
-    if (need or recipe.file.smooth is not None) and recipe.calibrates_on_sample():
+    if calibrates and recipe.calibrates_on_sample():
         notes.append(
             "the calibration text is the sample that comes with quantcli, for a trial only: set "
             "calibration.data to text of the kind that the model will see"
@@ -85,7 +87,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         serving_dtype=serving,
         recipe_text=recipe.effective(),
         rules=tuple(_rule_lines(recipe, items, assigned)),
-        kept=tuple(_kept(items, assigned)),
+        kept=tuple(_kept(items, assigned, recipe)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
@@ -93,7 +95,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         needs_data=tuple(
             i.module for i in items if isinstance(i, Quantize) and i.module in need and not i.stats
         ),
-        smoothed=measured.smoothed if measured else 0,
+        edited=measured.edited if measured else {},
     )
 
 
@@ -213,7 +215,9 @@ def _rule_lines(
             )
 
 
-def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]:
+def _kept(items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe) -> Iterator[Kept]:
+    schemes = {item.scheme: None for item in items if isinstance(item, Quantize)}
+    edited = dict.fromkeys(method.edited_as for method in methods_for(recipe.methods, schemes))
     groups: dict[str, list[Copy]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
@@ -226,7 +230,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None]) -> Iterator[Kept]
                 matrix = suffix == "weight" and len(spec.shape) == 2
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
-                reason = "smoothed; else as it is"
+                reason = f"{' or '.join(filter(None, edited))}; else as it is"
             if item.source.kind:
                 reason += ", decoded"
             groups[reason].append(item)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
-    model_validator,
 )
 
 from quantcli.core.text import count
@@ -23,7 +25,9 @@ LEAST_SIZE = 1000  # bytes: the header of a shard alone takes hundreds, and no l
 _SIZE_FORM = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]i?)?B?\s*", re.ASCII | re.IGNORECASE)
 
 
-class _Block(BaseModel):
+class Block(BaseModel):
+    """A mapping in a recipe: unknown keys and other types are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -57,6 +61,23 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def translate(pattern: str) -> str:
+    """A glob or `re:REGEX` as a regular expression for whole names."""
+    if pattern.startswith("re:"):
+        return pattern.removeprefix("re:")
+    return fnmatch.translate(pattern)
+
+
+@lru_cache(4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+def matches(patterns: Iterable[str], module: str) -> bool:
+    """Whether any pattern matches the whole module name."""
+    return any(_compiled(pattern).fullmatch(module) for pattern in patterns)
+
+
 Limit = Annotated[str, BeforeValidator(_check_limit)]
 Match = Annotated[
     list[str],
@@ -69,7 +90,7 @@ Size = Annotated[
 ]
 
 
-class Expect(_Block):
+class Expect(Block):
     """Limits of the plan; a run that would miss one is refused before it begins."""
 
     quantized_params_pct: Limit | None = Field(None, description="percentage of all parameters")
@@ -78,8 +99,8 @@ class Expect(_Block):
     output_gib: Limit | None = Field(None, description="GiB of weights written")
 
 
-class Calibration(_Block):
-    """The text that runs through the model, for schemes that measure inputs and for smoothing."""
+class Calibration(Block):
+    """The text that runs through the model, for schemes that measure inputs and for methods."""
 
     data: str | None = Field(None, description="text file, jsonl, or datasets:ID")
     samples: Annotated[int, Field(gt=0, le=2**20)] = Field(128, description="number of samples")
@@ -99,29 +120,7 @@ class Calibration(_Block):
     )
 
 
-class SmoothRule(_Block):
-    """The strength of smoothing for groups of channels that a matching module reads."""
-
-    match: Match
-    alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 to 1")
-    skip: bool = Field(False, description="leave these groups alone")
-    optional: bool = Field(False, description="do not fail when nothing matches")
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> SmoothRule:
-        if (self.alpha is None) != self.skip:
-            raise ValueError("give either `alpha` or `skip: true`")
-        return self
-
-
-class Smooth(_Block):
-    """Move outliers of activations into weights (SmoothQuant)."""
-
-    alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="0 to 1, for all groups")
-    rules: list[SmoothRule] = Field([], description="first match wins over `alpha`")
-
-
-class Verify(_Block):
+class Verify(Block):
     """Limits for `quantcli verify --recipe`; in a checkpoint, they only tighten the defaults."""
 
     min_sqnr: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
@@ -135,7 +134,7 @@ class Verify(_Block):
     )
 
 
-class RuleFile(_Block):
+class RuleFile(Block):
     """One rule of a recipe file."""
 
     match: Match
@@ -143,7 +142,7 @@ class RuleFile(_Block):
     optional: bool = Field(False, description="do not fail when nothing matches")
 
 
-class RecipeFile(_Block):
+class RecipeFile(Block):
     """A recipe file."""
 
     target: str | dict[str, Any] = Field(description="the format to write")
@@ -153,7 +152,14 @@ class RecipeFile(_Block):
     max_shard: Size = Field(5 * 10**9, description="size limit of a weight file, such as 5GB")
     expect: Expect = Expect()
     calibration: Calibration | None = None
-    smooth: Smooth | None = None
+    smooth: dict[str, Any] | None = Field(
+        None, description="the method `smooth` with these options, before all other methods"
+    )
+    methods: list[str | dict[str, Any]] | None = Field(
+        None,
+        min_length=1,
+        description="calibration methods that act on the model, in this order",
+    )
     verify: Verify | None = None
     siblings: list[str] | None = Field(
         None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 import os
 import re
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place, load_document
-from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Smooth, SmoothRule, Verify
+from quantcli.recipe.fields import RecipeFile, matches, translate
+from quantcli.recipe.methods import MethodOptions, recipe_methods
 from quantcli.recipe.shipped import find_recipe, is_sample_text
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -28,6 +28,7 @@ from quantcli.targets.base import Target
 KEEP = "keep"  # the weights stay as they are
 PLAIN = "bf16"  # the weights become floats of the serving dtype
 KEYWORDS = (KEEP, PLAIN)
+_SMOOTH = ("smooth",)  # the one method that has a block of its own
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -41,32 +42,22 @@ T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class NameMatcher:
-    """Patterns over module names, and their place in the recipe."""
-
-    patterns: tuple[str, ...]
-    optional: bool
-    where: str  # file:line
-
-    @cached_property
-    def _compiled(self) -> list[re.Pattern[str]]:
-        return [re.compile(translate(pattern)) for pattern in self.patterns]
-
-    def matches(self, module: str) -> bool:
-        """Whether any pattern matches the whole module name."""
-        return any(pattern.fullmatch(module) for pattern in self._compiled)
-
-
-@dataclass(frozen=True)
-class Rule(NameMatcher):
+class Rule:
     """One rule: patterns of modules, and their scheme, or None if they stay float.
 
     keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
     """
 
+    patterns: tuple[str, ...]
+    optional: bool
+    where: str  # file:line
     number: int  # from 1
     scheme: Scheme | None
     keyword: str = KEEP
+
+    def matches(self, module: str) -> bool:
+        """Whether any pattern matches the whole module name."""
+        return matches(self.patterns, module)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -75,10 +66,11 @@ class Rule(NameMatcher):
 
 
 @dataclass(frozen=True)
-class SmoothPattern(NameMatcher):
-    """The strength of smoothing for matching groups; None does not smooth them."""
+class NamedMethod:
+    """A calibration method that the recipe names, and where: `smooth`, or an entry of `methods`."""
 
-    alpha: float | None
+    method: MethodOptions
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -105,9 +97,14 @@ class Recipe:
     file: RecipeFile
     target: Target
     rules: tuple[Rule, ...]
-    smooth: tuple[SmoothPattern, ...]
+    named_methods: tuple[NamedMethod, ...]
     siblings: tuple[SiblingPattern, ...]
     document: Document
+
+    @property
+    def methods(self) -> tuple[MethodOptions, ...]:
+        """The calibration methods that the recipe names, in their order."""
+        return tuple(named.method for named in self.named_methods)
 
     def where(self, *place: str | int) -> str:
         """file:line of a key, for messages."""
@@ -116,13 +113,6 @@ class Recipe:
     def rule_of(self, module: str) -> Rule | None:
         """The first rule that matches a module."""
         return next((rule for rule in self.rules if rule.matches(module)), None)
-
-    def alpha(self, modules: Sequence[str]) -> float | None:
-        """The strength of smoothing for channels that these modules read; None: no smoothing."""
-        if self.file.smooth is None:
-            return None
-        first = next((p for p in self.smooth if any(map(p.matches, modules))), None)
-        return self.file.smooth.alpha if first is None else first.alpha
 
     def data_path(self) -> str:
         """`calibration.data`, relative to the recipe if the file names it, to here if --set does."""
@@ -155,14 +145,13 @@ class Recipe:
             if rule.scheme is not None:
                 entry["scheme"] = {"name": rule.scheme.name, **rule.scheme.model_dump(mode="json")}
         table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
+        for named in self.named_methods:
+            method = named.method.model_dump(mode="json", exclude_none=True)
+            if named.place == _SMOOTH:
+                table["smooth"] = method
+            else:
+                table["methods"][named.place[1]] = {"name": named.method.name, **method}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
-
-
-def translate(pattern: str) -> str:
-    """A glob or `re:REGEX` as a regular expression for whole names."""
-    if pattern.startswith("re:"):
-        return pattern.removeprefix("re:")
-    return fnmatch.translate(pattern)
 
 
 def compare(limit: str, value: float) -> bool:
@@ -191,7 +180,7 @@ def load_recipe(
     rules = []
     for number, rule in enumerate(file.rules):
         place: Place = ("rules", number)
-        patterns = _patterns(rule, place, document)
+        patterns = _patterns(rule.match, place, document)
         scheme = None
         keyword = rule.scheme if rule.scheme in KEYWORDS else KEEP
         if rule.scheme not in KEYWORDS:
@@ -200,19 +189,15 @@ def load_recipe(
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
+    methods = _named_methods(file, document)
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
-    if file.smooth is not None or any(scheme.needs_data for scheme in schemes):
+    if methods or any(scheme.needs_data for scheme in schemes):
         rules = [
             rule if rule.scheme is None else replace(rule, scheme=rule.scheme.when_calibrating)
             for rule in rules
         ]
-    smooth = []
-    for number, smooth_rule in enumerate(file.smooth.rules if file.smooth else ()):
-        place = ("smooth", "rules", number)
-        patterns, where = _patterns(smooth_rule, place, document), document.where(place)
-        smooth.append(SmoothPattern(patterns, smooth_rule.optional, where, smooth_rule.alpha))
     siblings = tuple(_siblings(file.siblings or (), document))
-    return Recipe(file, target, tuple(rules), tuple(smooth), siblings, document)
+    return Recipe(file, target, tuple(rules), methods, siblings, document)
 
 
 def _siblings(patterns: Sequence[str], document: Document) -> Iterator[SiblingPattern]:
@@ -230,14 +215,38 @@ def _siblings(patterns: Sequence[str], document: Document) -> Iterator[SiblingPa
         yield SiblingPattern(text, where)
 
 
-def _patterns(rule: RuleFile | SmoothRule, place: Place, document: Document) -> tuple[str, ...]:
+def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, ...]:
+    """The block `smooth`, then the list `methods`. InputError for one that is there twice."""
+    methods: list[NamedMethod] = []
+    if file.smooth is not None:
+        smooth = _validated(recipe_methods()[_SMOOTH[0]], file.smooth, document, _SMOOTH)
+        methods.append(NamedMethod(smooth, _SMOOTH))
+    for index, entry in enumerate(file.methods or ()):
+        place: Place = ("methods", index)
+        method = _resolve(entry, recipe_methods(), "method", document, place)
+        methods.append(NamedMethod(method, place))
+    first: dict[str, Place] = {}
+    for method, place in ((named.method, named.place) for named in methods):
+        for number, rule in enumerate(method.module_rules):
+            _patterns(rule.match, (*place, "rules", number), document)
+        if method.name in first:
+            raise InputError(
+                f"the method `{method.name}` is there twice",
+                where=document.where(place),
+                fix=f"remove it here, or at {document.where(first[method.name])}",
+            )
+        first[method.name] = place
+    return tuple(methods)
+
+
+def _patterns(patterns: list[str], place: Place, document: Document) -> tuple[str, ...]:
     """The patterns of a rule. InputError for one that is not a glob or a regular expression."""
-    for index, pattern in enumerate(rule.match):
+    for index, pattern in enumerate(patterns):
         where = document.where((*place, "match", index))
         if not pattern or pattern == "re:":
             raise InputError("the pattern is empty", where=where)
         _compilable(pattern, translate(pattern), where, "leave out `re:` for a glob, such as *_proj")
-    return tuple(rule.match)
+    return tuple(patterns)
 
 
 def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
@@ -254,7 +263,7 @@ def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
 def _resolve(
     value: str | dict[str, Any],
     classes: dict[str, type[T]],
-    kind: Literal["scheme", "target"],
+    kind: Literal["scheme", "target", "method"],
     document: Document,
     place: Place,
 ) -> T:
@@ -270,23 +279,29 @@ def _resolve(
     if name not in classes:
         names = [*classes, *KEYWORDS] if kind == "scheme" else list(classes)
         raise InputError(f"unknown {kind} `{name}`", where=where, fix=one_of(name, names))
+    return _validated(classes[name], options, document, place)
+
+
+def _validated(cls: type[T], options: dict[str, Any], document: Document, place: Place) -> T:
+    """A scheme, target or method with its options. InputError for wrong ones."""
     try:
-        return classes[name].model_validate(options)
+        return cls.model_validate(options)
     except ValidationError as error:
-        raise _explain(error, document, classes[name], place) from None
+        raise _explain(error, document, cls, place) from None
 
 
 def _explain(
     error: ValidationError, document: Document, model: type[BaseModel], place: Place
 ) -> InputError:
-    """The first error of pydantic as an InputError."""
+    """The first error of pydantic as an InputError. Options are named alone, without the place of what
+    they are options of; those of a block of the recipe with the block's name."""
     errors = error.errors(include_url=False, include_input=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     loc, kind = first["loc"], first["type"]
     if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
         loc = loc[:-1]  # pydantic's name for one branch of a union
     where = document.where((*place, *loc))
-    key = ".".join(map(str, loc))
+    key = ".".join(map(str, (*place, *loc) if place == _SMOOTH else loc))
     if kind == "extra_forbidden":
         keys = _fields(model, loc[:-1])
         fix = one_of(str(loc[-1]), keys) if keys else "it takes no options"
@@ -312,7 +327,13 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     for step in loc:
         if isinstance(step, int):
             continue
-        annotation = str(model.model_fields[step].annotation)
-        nested = (RuleFile, Expect, Calibration, SmoothRule, Smooth, Verify)
-        model = next(block for block in nested if block.__name__ in annotation)
+        model = next(_blocks(model.model_fields[step].annotation))
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a type such as list[RuleFile] or Verify | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _blocks(inner)

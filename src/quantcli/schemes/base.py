@@ -82,9 +82,21 @@ class Scheme(BaseModel, ABC):
         return None
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the calibration methods that make its stats. Here those for what it says of itself:
+        an observer or clips by inputs, a schedule, codes."""
+        observes = self.clips_by_inputs or self.observer(torch.bfloat16) is not None
+        needs = {
+            "ranges": observes,
+            "learning": self.schedule is not None,
+            "rounding": self.rounded_by_data,
+        }
+        return tuple(name for name, needed in needs.items() if needed)
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration must come before weights can be quantized."""
-        return self.observer(torch.bfloat16) is not None
+        return bool(self.methods)
 
     @property
     def shares_data(self) -> bool:
@@ -197,11 +209,6 @@ class ClippedWeights(Scheme):
     def clips_by_inputs(self) -> bool:
         """If an option says so."""
         return self.clip == "inputs"
-
-    @property
-    def needs_data(self) -> bool:
-        """Also if inputs weigh errors."""
-        return self.clips_by_inputs or super().needs_data
 
     @property
     def without_inputs(self) -> Self:

@@ -65,11 +65,6 @@ class IntegerWeights(ClippedWeights):
         return self.weight_rounding == "gptq"
 
     @property
-    def needs_data(self) -> bool:
-        """Also if codes are chosen by data."""
-        return self.rounded_by_data or super().needs_data
-
-    @property
     def without_inputs(self) -> Self:
         """Also rounded to nearest."""
         return super().without_inputs.model_copy(update={"weight_rounding": "nearest"})

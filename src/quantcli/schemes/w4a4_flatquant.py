@@ -82,11 +82,6 @@ class W4A4FlatQuant(Int4Weights):
         return self.fallback
 
     @property
-    def needs_data(self) -> bool:
-        """Transforms are learned."""
-        return True
-
-    @property
     def schedule(self) -> Schedule:
         """The preset, with the options that the recipe sets."""
         preset = _PRESETS[self.preset][0]

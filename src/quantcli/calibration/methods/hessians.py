@@ -17,7 +17,7 @@ from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.threads import thread_pool
 from quantcli.schemes.arithmetic.gptq import Each, in_turn
 
-Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+InputRounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 HESSIANS_NBYTES = 2**30
 _ENOUGH = 4  # tokens a column: fewer would fit the weights to the noise of the samples
 _TILE = 512  # columns that one job adds up
@@ -49,7 +49,7 @@ class Hessian:
     If inputs are rounded, x is rounded, and `cross` is sum r x^T with r before rounding.
     """
 
-    def __init__(self, k: int, device: torch.device, rounded: Rounding | None = None) -> None:
+    def __init__(self, k: int, device: torch.device, rounded: InputRounding | None = None) -> None:
         """rounded: inputs [tokens, k] -> the same as a matrix reads them, before and after rounding."""
         self.sum = torch.zeros((k, k), device=device)
         self.cross = None if rounded is None else torch.zeros((k, k), device=device)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import LayerLayout, Producer
 from quantcli.calibration.loaded import LoadedLayer
+from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.policy import Policy, unreached
 from quantcli.calibration.replay.engine import Quantizer
 from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.replay.taps import Matrix, Tap
-from quantcli.calibration.report import LearningReport
+from quantcli.calibration.shown import quantized
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
@@ -29,6 +31,26 @@ from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Sch
 
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
+_REPORT = "learned"  # name in a layer's report
+
+
+@dataclass
+class LearningReport:
+    """Modules that have learned together. Losses: squared error of the layer's outputs over their sum
+    of squares, before and after, and with the engine's arithmetic."""
+
+    modules: list[str]
+    loss_before: float
+    loss_after: float
+    condition: float
+    kept: str
+    loss_served: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """A remark for the progress display."""
+        text = f"loss {self.loss_before:.2e} -> {self.loss_after:.2e}"
+        return text if self.kept != "the start" else f"{text}: no better, kept as it was"
 
 
 class Course:
@@ -299,6 +321,52 @@ def settle(
                     for name, tensor in stats.items()
                 }
     return stats_of
+
+
+class Learning(Method):
+    """The stats of schemes that learn while a layer runs (`Scheme.schedule`, `Scheme.learner`)."""
+
+    name: ClassVar[str] = "learning"
+    for_schemes: ClassVar[bool] = True
+    results: ClassVar[tuple[str, ...]] = ("transforms",)
+    edited_as: ClassVar[str] = "smoothed"  # by the learned scales of channels
+    hidden_states: ClassVar[int] = 1  # the teacher's outputs
+    against_running: ClassVar[tuple[str, str] | None] = ("learns a transform", "its scheme")
+
+    def batch_tokens(self, schemes: Sequence[Scheme], length: int) -> int | None:
+        """Half a step's, so that two threads share it."""
+        steps = [scheme.schedule.batch for scheme in schemes if scheme.schedule is not None]
+        return min(-(-step // 2) for step in steps) * length
+
+    def edit(self, work: LayerWork) -> None:
+        """Learn, and fold learned scales of channels into their producers."""
+        groups = learning_groups(work.layout, work.run.policy)
+        if not groups:
+            return
+        learned, report = learn(work.layer, work.layout, groups, work.edits)
+        work.stats |= learned
+        if report is not None:
+            work.report.results[_REPORT] = report
+            work.report.note = report.note
+
+    def measure(self, work: LayerWork) -> Measurement | None:
+        """The loss with the engine's arithmetic, if anything was learned."""
+        report = work.report.results.get(_REPORT)
+        return None if report is None else _ServedLoss(work, report)
+
+
+class _ServedLoss(Measurement):
+    """The loss with the engine's arithmetic in the modules that have learned."""
+
+    def __init__(self, work: LayerWork, report: LearningReport) -> None:
+        self._work = work
+        self._report = report
+
+    def review(self) -> None:
+        policy = self._work.run.policy
+        only = replace(policy, quantized={m: policy.quantized[m] for m in self._report.modules})
+        course = Course(self._work.layer, {})
+        self._report.loss_served = course.served_loss(quantized(only, self._work.stats))
 
 
 def learn(

@@ -15,27 +15,34 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantcli.calibration.channels import LayerLayout, shape_of
-from quantcli.calibration.loaded import LoadedLayer
-from quantcli.calibration.methods.hessians import Hessian, Inputs, Rounding, add, fitting, jobs
+from quantcli.calibration.channels import shape_of
+from quantcli.calibration.methods.base import LayerWork, Measurement, Method
+from quantcli.calibration.methods.hessians import (
+    HESSIANS_NBYTES,
+    Hessian,
+    InputRounding,
+    Inputs,
+    add,
+    fitting,
+    jobs,
+)
 from quantcli.calibration.policy import not_finite
 from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
 from quantcli.calibration.replay.taps import Matrix
-from quantcli.calibration.report import ModuleReport
 from quantcli.calibration.shown import quantized
 from quantcli.calibration.watch import Watch
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.planning.measured import EditFactors
+from quantcli.core.numerics import NO_STATS, Parts
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
 from quantcli.schemes.base import Scheme, maxima
@@ -55,28 +62,47 @@ class _Objective:
     toward: Tensor | None
 
 
-@dataclass
-class RoundingPass:
-    """A loaded layer. edits: of its stored tensors. stats: of its modules; codes are added.
+class Rounding(Method):
+    """The codes of schemes that are rounded by data (`Scheme.rounded_by_data`)."""
 
-    reports: of its modules; the errors of their outputs are added.
-    """
+    name: ClassVar[str] = "rounding"
+    for_schemes: ClassVar[bool] = True
+    results: ClassVar[tuple[str, ...]] = ("codes",)
+    against_running: ClassVar[tuple[str, str] | None] = ("is rounded by data", "weight_rounding")
 
-    layer: LoadedLayer
-    layout: LayerLayout
-    edits: Mapping[str, EditFactors]
-    stats: dict[str, Stats]
-    reports: Mapping[str, ModuleReport]
+    def uses(self, scheme: Scheme) -> Collection[str]:
+        """Not those of learned transforms, which are one result with their codes."""
+        return super().uses(scheme) if scheme.schedule is None else ()
 
-    def __post_init__(self) -> None:
-        self.run = self.layer.run
+    def nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
+        """As the module says. If inputs are rounded, there are two sums, and weights are corrected for
+        it: 24 k^2 for the widest in place of 12 k^2."""
+        schemes = {scheme for scheme, _ in weights if self.name in scheme.methods}
+        squares = [k * k for scheme, k in weights if scheme in schemes]
+        widest = max(squares, default=0)
+        sums = max(4 * widest, min(HESSIANS_NBYTES, 4 * sum(squares)))
+        learned = any(scheme.schedule for scheme in schemes)
+        return (24 if learned else 12) * widest + (2 if learned else 1) * sums
+
+    def measure(self, work: LayerWork) -> RoundingPass:
+        """Round all modules, once their other stats are there."""
+        return RoundingPass(work)
+
+
+class RoundingPass(Measurement):
+    """A loaded layer whose codes are chosen: stats of its modules, and errors in their reports."""
+
+    def __init__(self, work: LayerWork) -> None:
+        self.work = work
+        self.layer, self.layout, self.run = work.layer, work.layout, work.run
+        self.edits, self.stats, self.reports = work.edits, work.stats, work.report.modules
         self._left: set[str] = set()  # not rounded yet
 
-    def round(self) -> None:
+    def choose(self) -> None:
         """Round all modules that are rounded by data. InputError for NaN and Inf."""
         for module in self.layout.modules(matrix for matrix, _ in self.layout.matrices()):
             if self._by_data(module) and not self._inputs_seen(module):
-                self.reports[module].rounded_to_nearest = _UNREACHED
+                self._rounded_to_nearest(module, _UNREACHED)
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
         with jobs(self.run.workers, self.run.device) as each:
@@ -87,6 +113,20 @@ class RoundingPass:
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
                 self._left.difference_update(*group.values())
+
+    def _rounded_to_nearest(self, module: str, why: str) -> None:
+        self.reports[module].remarks["rounded_to_nearest"] = why
+
+    def review(self) -> None:
+        """A message for each reason why weights are rounded to nearest instead of by data."""
+        reasons: dict[str, list[str]] = {}
+        for module, report in sorted(self.reports.items()):
+            if why := report.remarks.get("rounded_to_nearest"):
+                reasons.setdefault(why, []).append(module)
+        for why, modules in sorted(reasons.items()):
+            more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+            names = ", ".join(f"`{module}`" for module in modules[:3])
+            self.work.report.messages.append(f"rounded to nearest, as {why}: {names}{more}")
 
     def _groups(self) -> Iterator[dict[Matrix, list[str]]]:
         """Modules to round by the matrix that stands for their input; groups in data's order."""
@@ -148,7 +188,7 @@ class RoundingPass:
 
         return self.layer.engine(quantizer)
 
-    def _rounding(self, modules: Sequence[str]) -> Rounding | None:
+    def _rounding(self, modules: Sequence[str]) -> InputRounding | None:
         """The rounding of the input that some modules share; None if its errors do not count."""
         scheme = self._scheme(modules[0])
         if scheme.schedule is None or any(self._scheme(module) != scheme for module in modules):
@@ -206,8 +246,7 @@ class RoundingPass:
                 objective = _Objective(read, feedback, toward)
             self._round(module, constants, objective, each)
             if objective.feedback is None:
-                why = _SINGULAR if hessian.tokens else _UNREACHED
-                self.reports[module].rounded_to_nearest = why
+                self._rounded_to_nearest(module, _SINGULAR if hessian.tokens else _UNREACHED)
 
     def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
         corrections: list[Tensor | None] = []

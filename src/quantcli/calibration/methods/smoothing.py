@@ -13,18 +13,47 @@ which round nothing; so are those of rows of a matrix, which verification finds 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from quantcli.calibration.channels import LayerLayout, Producer
-from quantcli.calibration.loaded import LoadedLayer
+from quantcli.calibration.channels import Producer
+from quantcli.calibration.methods.base import LayerWork, Method
+from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.taps import Matrix
-from quantcli.calibration.report import SmoothedGroup
-from quantcli.planning.measured import EditFactors
+from quantcli.recipe.fields import Block, Match, matches
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13
+
+
+class SmoothRule(Block):
+    """The strength of smoothing for groups of channels that a matching module reads."""
+
+    match: Match
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 to 1")
+    skip: bool = Field(False, description="leave these groups alone")
+    optional: bool = Field(False, description="do not fail when nothing matches")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SmoothRule:
+        if (self.alpha is None) != self.skip:
+            raise ValueError("give either `alpha` or `skip: true`")
+        return self
+
+
+@dataclass(frozen=True)
+class SmoothedGroup:
+    """Channels of a producer that were scaled, by `least` to `most`; parameters that read them."""
+
+    producer: str
+    alpha: float
+    least: float
+    most: float
+    readers: list[str]
 
 
 def scales(
@@ -56,37 +85,63 @@ def scales(
     return torch.where(sound, exponent, 0.0).exp2().to(torch.bfloat16).float()
 
 
-def smooth(
-    layer: LoadedLayer, layout: LayerLayout, edits: dict[str, EditFactors]
-) -> list[SmoothedGroup]:
-    """Add the edits that smooth a loaded layer; a report, one entry a producer."""
-    policy = layer.run.policy
-    report: list[SmoothedGroup] = []
-    candidates: list[tuple[Producer, float]] = []
-    for producer in layout.producers():
-        modules = layout.modules(reader.matrix for reader in producer.readers)
+class Smoothing(Method):
+    """Move outliers of activations into weights (SmoothQuant)."""
+
+    name: ClassVar[str] = "smooth"
+    results: ClassVar[tuple[str, ...]] = ("smoothing",)
+    edited_as: ClassVar[str] = "smoothed"
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="0 to 1, for all groups")
+    rules: list[SmoothRule] = Field([], description="first match wins over `alpha`")
+
+    @property
+    def module_rules(self) -> list[SmoothRule]:
+        """The rules."""
+        return self.rules
+
+    def strength(self, modules: Sequence[str], policy: Policy) -> float | None:
+        """The alpha for channels that these modules read; None: no smoothing, as of float modules."""
         quantized = [module for module in modules if module in policy.quantized]
-        alpha = policy.alpha(quantized) if quantized else None
-        if alpha is not None:
-            candidates.append((producer, alpha))
-    if not candidates:
-        return report
-    widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}
-    square = layer.channel_square(widths)
-    weights = {matrix: layer.weight(matrix) for matrix in widths}
-    for producer, alpha in candidates:
-        powers = producer.norm is None or layout.rounded_again(producer, policy.quantized)
-        scale = scales(producer, square, weights, alpha, powers=powers)
-        scale = layer.divide(producer, scale, edits)
-        if bool((scale == 1).all()):
-            continue
-        report.append(
-            SmoothedGroup(
-                producer.name,
-                alpha,
-                least=float(scale.min()),
-                most=float(scale.max()),
-                readers=sorted({r.matrix.parameter for r in producer.readers}),
+        if not quantized:
+            return None
+        for rule in self.rules:
+            if any(matches(rule.match, module) for module in quantized):
+                return rule.alpha
+        return self.alpha
+
+    def has_work(self, modules: Sequence[str], policy: Policy) -> bool:
+        """Whether any of them may be smoothed."""
+        return self.strength(modules, policy) is not None
+
+    def edit(self, work: LayerWork) -> None:
+        """Scale the channels of every producer; one pass over the samples, if there are any."""
+        layer, layout, policy = work.layer, work.layout, work.run.policy
+        groups: list[SmoothedGroup] = []
+        work.report.results[self.edited_as] = groups
+        candidates: list[tuple[Producer, float]] = []
+        for producer in layout.producers():
+            modules = layout.modules(reader.matrix for reader in producer.readers)
+            alpha = self.strength(modules, policy)
+            if alpha is not None:
+                candidates.append((producer, alpha))
+        if not candidates:
+            return
+        widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}
+        square = layer.channel_square(widths)
+        weights = {matrix: layer.weight(matrix) for matrix in widths}
+        for producer, alpha in candidates:
+            powers = producer.norm is None or layout.rounded_again(producer, policy.quantized)
+            scale = scales(producer, square, weights, alpha, powers=powers)
+            scale = layer.divide(producer, scale, work.edits)
+            if bool((scale == 1).all()):
+                continue
+            groups.append(
+                SmoothedGroup(
+                    producer.name,
+                    alpha,
+                    least=float(scale.min()),
+                    most=float(scale.max()),
+                    readers=sorted({r.matrix.parameter for r in producer.readers}),
+                )
             )
-        )
-    return report

@@ -29,7 +29,7 @@ from quantcli.planning.block import (
     read_calibrated,
     row_blocks,
 )
-from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work, quantized_items
+from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work
 from quantcli.planning.recode import recode
 from quantcli.schemes.arithmetic.clipping import OTHER_SCALES, least_elsewhere
 from quantcli.schemes.arithmetic.static_int8 import row_parts
@@ -74,7 +74,7 @@ class Recomputation:
         if uncertain := len(items) - len(certain):
             what = f"{NOT_RECOMPUTED} for {uncertain} of {len(items)} tensors of the source"
             report.not_checked.append(
-                f"{what}, which smoothing or transforms may have edited: {GIVE_CALIBRATION}"
+                f"{what}, which {self._editors} may have edited: {GIVE_CALIBRATION}"
             )
         report.add(self._unplanned(items))
         faults = {item.source.spec.name: list(self._unlike(item)) for item in certain}
@@ -118,11 +118,16 @@ class Recomputation:
         no transform."""
         if self.calibrated or not isinstance(self.plan, Plan):
             return True
-        if isinstance(item, Quantize) and item.scheme.schedule:
+        edits = {method.name for method in self.plan.methods if method.edited_as}
+        if isinstance(item, Quantize) and not edits.isdisjoint(item.scheme.methods):
             return False
-        learns = any(other.scheme.schedule for other in quantized_items(self.plan))
-        edits = learns or self.plan.recipe.file.smooth is not None
         return not edits or layer_of(item.source.spec.name) is None
+
+    @property
+    def _editors(self) -> str:
+        """What may have edited tensors, in words."""
+        methods = self.plan.methods if isinstance(self.plan, Plan) else ()
+        return " or ".join(result for m in methods if m.edited_as for result in m.results)
 
     def _taken(self, item: Item) -> frozenset[str]:
         """The names of statistics and codes that are taken from the checkpoint itself."""

@@ -7,6 +7,7 @@ numbers than the checkpoint holds. An absent or unusable one goes to the report.
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -148,8 +149,10 @@ def _recipe(structure: Structure, file: str) -> Recipe:
         recipe = load_recipe(path)
     except InputError as error:
         raise _Unusable(f"the manifest's recipe cannot be read: {error.what}") from None
-    for rule in (*recipe.rules, *recipe.smooth):
-        for pattern in filter(_may_be_slow, rule.patterns):
+    patterns = [rule.patterns for rule in recipe.rules]
+    patterns += [tuple(rule.match) for method in recipe.methods for rule in method.module_rules]
+    for pattern in chain.from_iterable(patterns):
+        if _may_be_slow(pattern):
             raise _Unusable(f"a pattern of the recipe may take very long to match: {pattern:.80}")
     return recipe
 
