@@ -552,8 +552,14 @@ def key_removed(key: str) -> Callable[[str], str]:
 damage("damaged report", "layer-00002.json", lambda text: text[:-20], "not valid JSON")
 damage("report is a list", "layer-00002.json", lambda _: "[]", "must hold a JSON object")
 damage("report is empty", "layer-00002.json", lambda _: "{}", "report is damaged")
-for lost in ("modules", "edits", "smoothed", "uncalibrated"):
+for lost in ("modules", "edits", "uncalibrated"):
     damage(f"report without {lost}", "layer-00002.json", key_removed(lost), "report is damaged")
+damage(
+    "groups are not listed",
+    "layer-00002.json",
+    lambda text: text.replace('"uncalibrated": []', '"uncalibrated": [],\n "smoothed": 4'),
+    "report is damaged",
+)
 damage(
     "report without numbers",
     "layer-00002.json",

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli.calibration import session
-from quantcli.calibration.layer import LayerRun
+from quantcli.calibration.methods.base import LayerWork
+from quantcli.calibration.methods.ranges import fill_in
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay import devices, replay, states
 from quantcli.calibration.report import LayerReport
@@ -676,17 +677,17 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
     scheme = W8A8Static(observer="minmax")
     bf16 = torch.bfloat16
     quantized = {name: Quantized(scheme, torch.float32, bf16, f"recipe.yaml:{name}") for name in seen}
-    policy = Policy(quantized, lambda _: None, lambda _: None, policy, inputs="float")
+    policy = Policy(quantized, lambda _: None, policy, inputs="float")
     observers = {}
     for name, values in seen.items():
         observers[name] = policy.observer(name)
         if values:
             observers[name].update(torch.tensor([values]).to(bf16), 0)
-    run = LayerRun.__new__(LayerRun)
-    run.layer, run.report = SimpleNamespace(run=SimpleNamespace(policy=policy)), LayerReport("")
-    settled = run._settle(observers)
-    assert run.report.uncalibrated == [name for name, values in seen.items() if not values]
-    return {name: (float(s["input_min"]), float(s["input_max"])) for name, s in settled.items()}
+    run = SimpleNamespace(policy=policy)
+    work = LayerWork(SimpleNamespace(run=run), None, {}, {}, LayerReport(""))
+    fill_in(work, observers)
+    assert work.report.uncalibrated == [name for name, values in seen.items() if not values]
+    return {name: (float(s["input_min"]), float(s["input_max"])) for name, s in work.stats.items()}
 
 
 def test_group_takes_what_its_like_have_seen() -> None:

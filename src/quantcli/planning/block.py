@@ -299,7 +299,7 @@ def _column_amax(stored: StoredTensor, edit: Edit | None) -> Tensor:
             raise not_finite("weight", rows, stored, start) or InputError(
                 "the calibration's edit makes this weight overflow",
                 where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
-                fix="leave it out of the method that edits it, such as `smooth`, or keep this module float",
+                fix="leave it out of `smooth`, or of what else edits it, or keep this module float",
             )
     return amax.squeeze(0)
 

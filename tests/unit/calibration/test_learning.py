@@ -12,6 +12,7 @@ from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
+from quantcli.recipe.methods import methods_for
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
 from tests.replaying import CPU, Memory, Replayed, make_batches
@@ -37,8 +38,9 @@ def make_run(folder, family, schemes, *, workers=2, padded=False, seed=0):
     names = {s.module for e in run.skeleton.segments(1).values() for p in e for s in p}
     wanted = {name: schemes.get(name.rpartition(".")[2]) for name in sorted(names)}
     quantized = {n: Quantized(s, F32, BF16, f"recipe.yaml:{n}") for n, s in wanted.items() if s}
-    policy = Policy(quantized, lambda _: None, merged, "error", "float", seed)
-    shared = CalibrationRun(run.replay, policy, workers, 2**20)
+    policy = Policy(quantized, merged, "error", "float", seed)
+    methods = methods_for([], schemes.values())
+    shared = CalibrationRun(run.replay, policy, methods, workers, 2**20)
     return run, LayerRun(LoadedLayer(shared, 1, Memory(run.states)))
 
 
@@ -60,13 +62,13 @@ def learned(tmp_path_factory):
 
 def test_the_loss_falls_and_the_engine_has_it_too(learned):
     _, layer, _ = learned
-    told = layer.report.learned
+    told = layer.report.results["learned"]
     assert len(told.modules) == 7
     assert told.loss_after < 0.95 * told.loss_before
     assert told.loss_served < 1.1 * told.loss_after  # GPTQ in the end lowers it further
     assert told.kept == "what was learned"
     assert 1 < told.condition < 3
-    assert "->" in layer.note
+    assert "->" in layer.report.note
 
 
 def test_siblings_have_the_same_bytes(learned):
@@ -136,7 +138,7 @@ def test_another_seed_learns_otherwise(learned):
     found = other.measure(None)
     name = "stats.model.layers.1.self_attn.q_proj.left_trans"
     assert not torch.equal(found[name], tensors[name])
-    assert other.report.learned.loss_after < 2 * layer.report.learned.loss_after
+    assert other.report.results["learned"].loss_after < 2 * layer.report.results["learned"].loss_after
 
 
 def test_what_gets_worse_stays_as_it_was(tmp_path):
@@ -149,7 +151,7 @@ def test_what_gets_worse_stays_as_it_was(tmp_path):
             tmp_path / "m", "llama", dict.fromkeys(("q_proj", "k_proj", "v_proj"), scheme)
         )
         kept.append(layer.measure(None)["stats.model.layers.1.self_attn.q_proj.right_trans"])
-        notes.append((layer.report.learned.kept, layer.note))
+        notes.append((layer.report.results["learned"].kept, layer.report.note))
     assert notes[0][0] == "the start"
     assert "no better, kept as it was" in notes[0][1]
     assert torch.equal(*kept)
@@ -178,7 +180,7 @@ def test_fused_rows_take_their_own_clips(tmp_path):
     _, layer = make_run(tmp_path / "m", "phi3", {"qkv_proj": SCHEME, "gate_up_proj": SCHEME})
     tensors = layer.measure(None)
     assert tensors["stats.model.layers.1.self_attn.qkv_proj.weight_clip"].shape == (128, 1)
-    assert layer.report.learned.loss_after < layer.report.learned.loss_before
+    assert layer.report.results["learned"].loss_after < layer.report.results["learned"].loss_before
 
 
 def test_schedules_of_a_layer_must_be_one(tmp_path):
@@ -199,7 +201,7 @@ def test_others_of_the_layer_stay_what_they_are(tmp_path):
     tensors = layer.measure(None)
     assert not any("down_proj" in name for name in tensors if name.startswith("stats."))
     assert layer.report.modules["model.layers.1.mlp.down_proj"].tokens == 79
-    assert math.isfinite(layer.report.learned.loss_served)
+    assert math.isfinite(layer.report.results["learned"].loss_served)
 
 
 def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
@@ -222,5 +224,5 @@ def test_modules_without_tokens_are_named_or_left_alone(tmp_path):
                 layer.measure(None)
         else:
             assert not [name for name in layer.measure(None) if "gate_proj" in name]
-            assert layer.report.learned is None
-            assert layer.note == ""
+            assert "learned" not in layer.report.results
+            assert layer.report.note == ""

@@ -1,6 +1,7 @@
 """The report of a layer as JSON-able data."""
 
-from quantcli.calibration.report import LayerReport, LearningReport, ModuleReport
+from quantcli.calibration.methods.learning import LearningReport
+from quantcli.calibration.report import LayerReport, ModuleReport
 
 
 def test_a_module_without_numbers_has_its_tokens_alone():
@@ -8,7 +9,7 @@ def test_a_module_without_numbers_has_its_tokens_alone():
 
 
 def test_numbers_and_the_reason_stand_next_to_the_tokens():
-    report = ModuleReport(7, {"input_scale": 0.5}, "no token reached it")
+    report = ModuleReport(7, {"input_scale": 0.5}, {"rounded_to_nearest": "no token reached it"})
     assert report.document() == {
         "tokens": 7,
         "input_scale": 0.5,
@@ -16,16 +17,15 @@ def test_numbers_and_the_reason_stand_next_to_the_tokens():
     }
 
 
-def test_only_a_layer_that_has_learned_reports_it():
+def test_results_of_methods_stand_next_to_the_modules():
     report = LayerReport("model.layers.0", {"a": ModuleReport(1, {})})
     assert report.document() == {
         "layer": "model.layers.0",
         "modules": {"a": {"tokens": 1}},
-        "smoothed": [],
         "edits": {},
         "uncalibrated": [],
     }
-    report.learned = LearningReport(["a"], 0.5, 0.25, 1.5, "what was learned", 0.3)
+    report.results["learned"] = LearningReport(["a"], 0.5, 0.25, 1.5, "what was learned", 0.3)
     assert report.document()["learned"] == {
         "modules": ["a"],
         "loss_before": 0.5,

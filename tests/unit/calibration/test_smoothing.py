@@ -11,6 +11,7 @@ from quantcli.calibration.channels import LayerLayout, norm_offset, scale_norm
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
+from quantcli.calibration.methods.smoothing import Smoothing
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
@@ -45,11 +46,13 @@ def make(folder, family):
     return make_tiny(folder, family, dtype=torch.float32)
 
 
-def everything(skeleton, index, alpha=0.5):
-    """A policy that quantizes every matrix of a layer and smooths every group."""
+def everything(run, index):
+    """A calibration that quantizes every matrix of a layer and smooths every group."""
+    skeleton = run.skeleton
     names = {s.module for e in skeleton.segments(index).values() for p in e for s in p}
     entry = Quantized(W8A8Dynamic(), torch.bfloat16, torch.bfloat16, "here")
-    return Policy(dict.fromkeys(names, entry), lambda _: alpha, lambda _: None, "error", False)
+    policy = Policy(dict.fromkeys(names, entry), lambda _: None, "error", "float")
+    return CalibrationRun(run.replay, policy, [Smoothing()])
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "multimodal"])
@@ -61,9 +64,7 @@ def test_the_function_stays(tmp_path, family):
     for number in run.states:  # an outlier channel
         run.states[number][..., 5] *= 30
     states = Memory(run.states)
-    layer_run = LayerRun(
-        LoadedLayer(CalibrationRun(run.replay, everything(run.skeleton, index)), index, states)
-    )
+    layer_run = LayerRun(LoadedLayer(everything(run, index), index, states))
     before, after = Memory(), Memory()
     with run.skeleton.loaded(index, read_tensor, CPU) as layer:
         run.replay.run(index, layer, states, before.__setitem__)
@@ -100,9 +101,7 @@ def test_rows_are_multiplied_by_powers_of_two(tmp_path, family):
     """So that they are not rounded. Columns behind a norm are multiplied by what it was divided by."""
     path, batches = make_tiny(tmp_path / "m", family), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
-    layer_run = LayerRun(
-        LoadedLayer(CalibrationRun(run.replay, everything(run.skeleton, 1)), 1, Memory(run.states))
-    )
+    layer_run = LayerRun(LoadedLayer(everything(run, 1), 1, Memory(run.states)))
     tensors = layer_run.measure(None)
     rows = 0
     for edit in layer_run.report.edits.values():
@@ -235,8 +234,7 @@ def test_a_tap_hears_of_each_expert(tmp_path):
 def test_reports_are_json(tmp_path):
     path, batches = make_tiny(tmp_path / "m", "llama"), make_batches(padded=False)
     run = Replayed(path, [*batches, PROBE])
-    shared = CalibrationRun(run.replay, everything(run.skeleton, 0))
-    layer_run = LayerRun(LoadedLayer(shared, 0, Memory(run.states)))
+    layer_run = LayerRun(LoadedLayer(everything(run, 0), 0, Memory(run.states)))
     layer_run.measure(None)
     text = json.dumps(layer_run.report.document())
     assert '"tokens": 79' in text
