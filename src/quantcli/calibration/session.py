@@ -218,9 +218,9 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
-    # hidden states that are held: a layer's inputs, its outputs, and what methods hold of them
-    held = 2 + max((method.hidden_states for method in methods), default=0)
-    calibration = CalibrationRun(replay, policy, methods, workers, states_budget // held)
+    # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
+    copies = 2 + max((method.hidden_states for method in methods), default=0)
+    calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
     try:
         Calibrator(calibration, store, progress).run()
