@@ -221,7 +221,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
     copies = 2 + max((method.hidden_states for method in methods), default=0)
     calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)
-    store = Store(session.folder, session.key, len(skeleton.layers), _tool(), fresh=fresh)
+    store = Store(session.folder, session.key, len(skeleton.layers), _tool(plan), fresh=fresh)
     try:
         Calibrator(calibration, store, progress).run()
     finally:
@@ -283,10 +283,11 @@ def _check_reached(skeleton: Skeleton, policy: Policy, methods: Sequence[Method]
         raise unreached(outside, policy.quantized[outside[0]].rule)
 
 
-def _tool() -> str:
+def _tool(plan: Plan) -> str:
     """The versions that compute."""
     transformers = importlib.metadata.version("transformers")
-    return f"quantcli {__version__}, torch {torch.__version__}, transformers {transformers}"
+    versions = {"quantcli": __version__, "torch": torch.__version__, "transformers": transformers}
+    return ", ".join(f"{name} {version}" for name, version in {**versions, **plan.packages}.items())
 
 
 def summary(session: Session) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class Work:
 
     @property
     def packages(self) -> dict[str, str]:
-        """Other people's packages that targets and schemes come from, and their versions."""
+        """Other people's packages that its classes come from, such as schemes, and their versions."""
         classes: set[type] = {type(self.target)}
         for item in (item for shard in self.shards for item in shard.items):
             if isinstance(item, Quantize):
@@ -344,6 +344,12 @@ class Plan(Work):
         """The calibration methods, in their order."""
         schemes = {item.scheme: None for item in quantized_items(self)}
         return methods_for(self.recipe.methods, schemes)
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Also those of methods."""
+        methods = packages_of(type(method) for method in self.methods)
+        return dict(sorted({**super().packages, **methods}.items()))
 
     @property
     def needs_calibration(self) -> bool:

@@ -151,6 +151,7 @@ def _recipe(structure: Structure, file: str) -> Recipe:
         raise _Unusable(f"the manifest's recipe cannot be read: {error.what}") from None
     patterns = [rule.patterns for rule in recipe.rules]
     patterns += [tuple(rule.match) for method in recipe.methods for rule in method.module_rules]
+    patterns.append(tuple(f"re:{siblings.text}" for siblings in recipe.siblings))
     for pattern in chain.from_iterable(patterns):
         if _may_be_slow(pattern):
             raise _Unusable(f"a pattern of the recipe may take very long to match: {pattern:.80}")
