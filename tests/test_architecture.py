@@ -14,6 +14,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 import quantcli
+from quantcli.calibration.methods.base import Method
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -177,10 +178,29 @@ def test_what_quantcli_offers_is_no_module():
         assert callable(getattr(quantcli, name)), name
 
 
-def test_each_scheme_and_target_is_one_file():
-    for base in (Scheme, Target):
+def test_each_scheme_target_and_method_is_one_file():
+    for base in (Scheme, Target, Method):
         classes = discover(base).values()
         assert len({cls.__module__ for cls in classes}) == len(classes)
+
+
+def test_calibration_knows_no_method_and_no_scheme():
+    """Only the base interfaces: what runs methods on a layer is the same for all of them."""
+    methods = "quantcli.calibration.methods"
+    for path in [p for p in house.modules() if p.parent != SOURCE / "calibration" / "methods"]:
+        imported = {name for name in imports(path.read_text()) if name.startswith(f"{methods}.")}
+        assert imported <= {f"{methods}.base"}, path
+    for path in (SOURCE / "calibration").glob("*.py"):
+        names = {name for name in imports(path.read_text()) if name.startswith("quantcli.schemes.")}
+        assert {n for n in names if ".arithmetic." not in n} <= {"quantcli.schemes.base"}, path
+    layer = imports((SOURCE / "calibration" / "layer.py").read_text())
+    assert not any(name.startswith("quantcli.schemes") for name in layer)
+    assert f"{methods}.base" in layer
+
+
+def imports(text):
+    """The modules that a module imports by `from`, wherever it does."""
+    return {n.module for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.module}
 
 
 def test_packages_say_what_lives_there():

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from quantcli.core.errors import MachineError
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 
@@ -68,7 +69,16 @@ def recipe_methods() -> dict[str, type[MethodOptions]]:
 
 
 def methods_for(named: Iterable[MethodOptions], schemes: Iterable[Scheme]) -> tuple[MethodOptions, ...]:
-    """The methods of a calibration: `named` in their order, then those that schemes ask for, sorted."""
-    classes = discover_methods()
-    asked = sorted({name for scheme in schemes for name in scheme.methods})
-    return (*named, *(classes[name]() for name in asked))
+    """The methods of a calibration: `named` in their order, then those that schemes ask for, sorted.
+
+    MachineError for a scheme that asks for a method which is not there, or not for schemes.
+    """
+    classes = {name: cls for name, cls in discover_methods().items() if cls.for_schemes}
+    asked = {name: scheme.name for scheme in schemes for name in scheme.methods}
+    if missing := asked.keys() - classes.keys():
+        name = min(missing)
+        raise MachineError(
+            f"the scheme `{asked[name]}` needs the calibration method `{name}`, which is not installed",
+            fix="install the package that has it",
+        )
+    return (*named, *(classes[name]() for name in sorted(asked)))

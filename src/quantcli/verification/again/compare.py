@@ -125,7 +125,7 @@ class Recomputation:
 
     @property
     def _editors(self) -> str:
-        """What may have edited tensors, in words."""
+        """What may have edited tensors, as text."""
         methods = self.plan.methods if isinstance(self.plan, Plan) else ()
         return " or ".join(result for m in methods if m.edited_as for result in m.results)
 

@@ -1,0 +1,88 @@
+"""What methods say of themselves: for which schemes, with how much memory, in which order."""
+
+import pytest
+
+from quantcli.calibration.methods.hessians import HESSIANS_NBYTES
+from quantcli.calibration.methods.learning import Learning
+from quantcli.calibration.methods.ranges import Ranges
+from quantcli.calibration.methods.rounding import Rounding
+from quantcli.calibration.methods.smoothing import Smoothing
+from quantcli.core.errors import MachineError
+from quantcli.recipe.methods import methods_for, recipe_methods
+from quantcli.schemes.fp8_static import Fp8Static
+from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
+from quantcli.schemes.w4a16 import W4A16
+from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
+from quantcli.schemes.w8a8_static import W8A8Static
+
+GPTQ = W4A16(weight_rounding="gptq")
+CLIPPED = W8A8Dynamic(clip="inputs")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "methods", "results"),
+    [
+        (W8A8Dynamic(), (), []),
+        (CLIPPED, ("ranges",), ["clips"]),
+        (Fp8Static(), ("ranges",), ["ranges"]),
+        (W8A8Static(clip="inputs"), ("ranges",), ["ranges", "clips"]),
+        (GPTQ, ("rounding",), ["codes"]),
+        (W8A8Static(weight_rounding="gptq"), ("ranges", "rounding"), ["ranges", "codes"]),
+        (W4A4FlatQuant(), ("learning", "rounding"), ["transforms"]),
+        (W4A4FlatQuant(weight_rounding="nearest"), ("learning",), ["transforms"]),
+    ],
+)
+def test_schemes_name_the_methods_that_make_their_stats(scheme, methods, results):
+    assert scheme.methods == methods
+    assert scheme.needs_data == bool(methods)
+    assert [m.name for m in methods_for([Smoothing()], [scheme])] == ["smooth", *methods]
+    found = [result for method in (Ranges(), Rounding(), Learning()) for result in method.uses(scheme)]
+    assert found == results
+
+
+def test_only_clips_can_do_without_tokens():
+    assert not Ranges().must_be_reached(CLIPPED)
+    assert Ranges().must_be_reached(Fp8Static())
+    assert Rounding().must_be_reached(GPTQ)
+
+
+def test_memory_of_rounding():
+    """4 k^2 bytes a sum of products, 12 k^2 for the widest while it is factorized, twice if inputs are
+    rounded; other schemes take none."""
+    weights = [(GPTQ, 64), (GPTQ, 128), (W8A8Dynamic(), 4096)]
+    assert Rounding().nbytes(weights) == 12 * 128**2 + 4 * (64**2 + 128**2)
+    assert Rounding().nbytes([(W4A4FlatQuant(), 128)]) == 24 * 128**2 + 2 * 4 * 128**2
+    assert Rounding().nbytes([(W8A8Dynamic(), 4096)]) == 0
+    many = [(GPTQ, 8192)] * 100
+    assert Rounding().nbytes(many) == 12 * 8192**2 + HESSIANS_NBYTES
+    assert Learning().nbytes(weights) == Smoothing().nbytes(weights) == 0
+
+
+def test_a_step_of_learning_is_two_batches():
+    schemes = [W8A8Dynamic(), W4A4FlatQuant(batch=4), W4A4FlatQuant(batch=3)]
+    assert Learning().batch_tokens(schemes, 100) == 200
+    assert Smoothing().batch_tokens(schemes, 100) is None
+    assert (Learning.hidden_states, Smoothing.hidden_states) == (1, 0)
+
+
+class Asks(W8A8Dynamic):
+    """Asks for a method of a package that is not there. It has no name of its own."""
+
+    methods = ("elsewhere",)
+
+
+class AsksForSmoothing(W8A8Dynamic):
+    """Asks for a method of recipes, whose options it could not give."""
+
+    methods = ("smooth",)
+
+
+@pytest.mark.parametrize("scheme", [Asks(), AsksForSmoothing()])
+def test_a_method_that_is_not_there(scheme):
+    with pytest.raises(MachineError, match="the scheme `w8a8_dynamic` needs the calibration method"):
+        methods_for([], [scheme])
+    assert "smooth" in recipe_methods()
+
+
+def test_recipes_name_no_method_of_schemes():
+    assert not {"learning", "ranges", "rounding"} & recipe_methods().keys()
