@@ -68,13 +68,17 @@ def test_a_step_of_learning_is_two_batches():
 class Asks(W8A8Dynamic):
     """Asks for a method of a package that is not there. It has no name of its own."""
 
-    methods = ("elsewhere",)
+    @property
+    def methods(self):
+        return ("elsewhere",)
 
 
 class AsksForSmoothing(W8A8Dynamic):
     """Asks for a method of recipes, whose options it could not give."""
 
-    methods = ("smooth",)
+    @property
+    def methods(self):
+        return ("smooth",)
 
 
 @pytest.mark.parametrize("scheme", [Asks(), AsksForSmoothing()])
