@@ -1,4 +1,4 @@
-"""Schemes and targets of other people's packages: installed, found, used, and named if broken."""
+"""Schemes, targets and methods of other people's packages: installed, found, used, named if broken."""
 
 from __future__ import annotations
 
@@ -68,6 +68,22 @@ def test_an_installed_package_is_found_and_used(site: Path, model: Path, tmp_pat
     cells = {(c["scheme"], c["target"]): c for c in json.loads(support.stdout)}
     assert cells["pow2", "ascend"]["label"] == "W8A8_DYNAMIC"
     assert cells["w8a8_dynamic", "toy-tensors"]["label"] == "int8 W8A8 dynamic"
+
+
+def test_an_installed_calibration_method(site: Path, model: Path, tmp_path: Path) -> None:
+    recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
+    text.write_text("To be, or not to be.\n" * 40)
+    scheme = "{match: '*_proj', scheme: w8a8_dynamic}"
+    data = "calibration: {data: text.txt, samples: 2, length: 8}"
+    recipe.write_text(f"target: ascend\nrules: [{scheme}]\n{data}\nmethods: [equalize]\n")
+    plan = ("quantize", recipe, "--model", model, "--out", tmp_path / "out", "--plan")
+    done = quantcli(site, *plan)
+    assert done.returncode == 0, done.stderr
+    assert "runs first: clips of 14 modules and equalization from 2 samples" in done.stdout
+    done = quantcli(None, *plan)
+    assert done.returncode == 2
+    assert "unknown method `equalize`" in done.stderr
+    assert "recipe.yaml:4" in done.stderr
 
 
 def test_a_checkpoint_names_the_packages_that_made_it(site: Path, model: Path, tmp_path: Path) -> None:

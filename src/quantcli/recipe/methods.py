@@ -35,7 +35,8 @@ class MethodOptions(BaseModel):
     """A calibration method. The fields of a subclass are its options in a recipe.
 
     name:        what recipes or schemes call it.
-    for_schemes: whether schemes ask for it (`Scheme.methods`), and recipes do not name it.
+    for_schemes: whether schemes ask for it (`Scheme.methods`), and recipes do not name it. Its options
+                 then have their defaults.
     results:     the words for what it gives, in the plural, such as ranges.
     edited_as:   a participle for channels that it edits, which also names the list of them in reports,
                  such as smoothed. Empty if it edits nothing.
@@ -73,8 +74,10 @@ def methods_for(named: Iterable[MethodOptions], schemes: Iterable[Scheme]) -> tu
 
     MachineError for a scheme that asks for a method which is not there, or not for schemes.
     """
-    classes = {name: cls for name, cls in discover_methods().items() if cls.for_schemes}
     asked = {name: scheme.name for scheme in schemes for name in scheme.methods}
+    if not asked:  # most plans need no calibration, and do not import it
+        return tuple(named)
+    classes = {name: cls for name, cls in discover_methods().items() if cls.for_schemes}
     if missing := asked.keys() - classes.keys():
         name = min(missing)
         raise MachineError(

@@ -335,8 +335,8 @@ class Learning(Method):
 
     def batch_tokens(self, schemes: Sequence[Scheme], length: int) -> int | None:
         """Half a step's, so that two threads share it."""
-        steps = [scheme.schedule.batch for scheme in schemes if scheme.schedule is not None]
-        return min(-(-step // 2) for step in steps) * length
+        steps = (scheme.schedule.batch for scheme in schemes if scheme.schedule is not None)
+        return min((-(-step // 2) * length for step in steps), default=None)
 
     def edit(self, work: LayerWork) -> None:
         """Learn, and fold learned scales of channels into their producers."""
