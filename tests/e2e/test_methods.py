@@ -137,11 +137,20 @@ def test_it_is_found_and_editors_know_its_options() -> None:
         jsonschema.validate({**recipe, "methods": [{"name": "equalize", "strength": 2}]}, schema)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
-def test_the_function_stays(make: Callable[..., Bench], family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "methods"),
+    [
+        ("llama", "equalize"),
+        ("qwen2", "equalize"),
+        ("qwen3_moe", "equalize"),
+        ("llama", "equalize, smooth"),
+        ("qwen3_moe", "smooth, equalize"),
+    ],
+)
+def test_the_function_stays(make: Callable[..., Bench], family: str, methods: str) -> None:
     """Float32 logits of the whole model before and after, relative to their size: below 1e-5."""
     calibration = RECIPE.splitlines()[1]  # for schemes without ranges, which experts can have
-    bench = make(f"{DYNAMIC}{calibration}\nmethods: [equalize]\n", family)
+    bench = make(f"{DYNAMIC}{calibration}\nmethods: [{methods}]\n", family)
     model = bench.model
     as_float32(model)
     assert bench.calibrate().code == 0
