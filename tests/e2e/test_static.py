@@ -162,7 +162,7 @@ def test_the_digest_covers_what_was_measured(setting, tmp_path):
 def test_siblings_that_were_measured_differently_are_refused(setting, tmp_path):
     recipe, checkpoint, stats = setting
     stats[f"{A}.v_proj"]["input_scale"] = stats[f"{A}.v_proj"]["input_scale"] * 2
-    with pytest.raises(InputError, match="their statistics of one input differ") as caught:
+    with pytest.raises(InputError, match="share what is measured of their inputs") as caught:
         make_plan(recipe, checkpoint, store(tmp_path / "s.safetensors", stats))
     assert "v_proj" in caught.value.where
 

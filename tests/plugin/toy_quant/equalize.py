@@ -1,21 +1,11 @@
 """Cross-layer equalization: columns of weights get similar largest values, by powers of two."""
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from quantcli.calibration.methods.base import LayerWork, Method
-
-
-@dataclass(frozen=True)
-class EqualizedGroup:
-    """Channels of a producer that were divided by `least` to `most`."""
-
-    producer: str
-    least: float
-    most: float
 
 
 class Equalize(Method):
@@ -40,4 +30,5 @@ class Equalize(Method):
             exponent[used] = (self.strength * (log.mean() - log)).round()
             scale = work.layer.divide(producer, exponent.exp2(), work.edits)
             if bool((scale != 1).any()):
-                groups.append(EqualizedGroup(producer.name, float(scale.min()), float(scale.max())))
+                ends = {"least": float(scale.min()), "most": float(scale.max())}
+                groups.append({"producer": producer.name, **ends})
