@@ -28,6 +28,7 @@ from quantcli.cli import progress
 from quantcli.commands import quantize as commands
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.planning.siblings import Siblings
 from quantcli.schemes.w8a8_static import W8A8Static
 from tests.e2e.calibrating import (
     FEW,
@@ -603,6 +604,81 @@ def test_experts(make: Callable[..., Bench]) -> None:
     assert "model.layers.0.input_layernorm" in smoothed
 
 
+EXPERT_RANGES = f"""\
+target: compressed-tensors
+calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, uncalibrated: group}}
+rules:
+  - {{match: "*.experts.*", scheme: {{name: fp8_static, observer: minmax}}}}
+"""
+ACROSS = r"siblings: ['(.*\.experts)\.\d+\.(?:gate|up)_proj']"
+
+
+def input_scales(bench: Bench) -> dict[str, float]:
+    files = bench.out.glob("*.safetensors")
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: float(t) for name, t in stored.items() if name.endswith(".input_scale")}
+
+
+def test_siblings_of_a_recipe_share_a_range(make: Callable[..., Bench]) -> None:
+    """Experts see different tokens: the largest of all is everyone's, also of those without tokens."""
+    first = make(EXPERT_RANGES, family="qwen3_moe")
+    change_tensors(first.own_model(), starve)
+    scales = {}
+    for kind, more in (("alone", ""), ("together", ACROSS)):
+        bench = first.at(kind)
+        bench.edit_recipe(EXPERT_RANGES + more)
+        result = bench.run()
+        assert result.code == 0, result.err
+        verified = run_cli("verify", bench.out, "--full", "--against", bench.model)
+        assert verified.code == 0, verified.out
+        scales[kind] = input_scales(bench)
+    for layer in range(LAYERS):
+        names = [n for n in scales["alone"] if f"layers.{layer}.mlp.experts" in n]
+        wide = [n for n in names if "down_proj" not in n]
+        assert len({scales["alone"][n] for n in wide}) > 2
+        assert {scales["together"][n] for n in wide} == {max(scales["alone"][n] for n in wide)}
+        down = [n for n in names if "down_proj" in n]
+        assert [scales["together"][n] for n in down] == [scales["alone"][n] for n in down]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [
+        (r"model\.layers\.\d+\.(mlp)\.experts\.0\.(?:gate|up)_proj", "which are in different layers"),
+        (r"(.*)\.experts\.0\.(?:gate|down)_proj", None),
+    ],
+)
+def test_siblings_that_cannot_be_measured_together(
+    make: Callable[..., Bench], pattern: str, what: str | None
+) -> None:
+    bench = make(f"{EXPERT_RANGES}siblings: ['{pattern}']", family="qwen3_moe")
+    result = bench.run()
+    if what is None:  # other inputs, in one layer: one range for both
+        assert result.code == 0, result.err
+        first = "model.layers.0.mlp.experts.0.{}_proj.input_scale"
+        scales = input_scales(bench)
+        assert scales[first.format("gate")] == scales[first.format("down")]
+    else:
+        assert result.code == 2
+        assert what in result.err
+        assert not bench.out.exists()
+
+
+def test_a_transform_is_not_shared_by_other_inputs(make: Callable[..., Bench]) -> None:
+    text = f"""\
+target: ascend
+calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, dtype: float32}}
+rules:
+  - {{match: ["*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"],
+     scheme: {{name: w4a4_flatquant, epochs: 1}}}}
+siblings: ['(.*)\\.(?:self_attn|mlp)\\.(?:q|gate)_proj']
+"""
+    result = make(text).run()
+    assert result.code == 2, result.out
+    assert "`siblings` groups" in result.err
+    assert "they have different inputs" in result.err
+
+
 # what no token reaches
 
 
@@ -677,7 +753,7 @@ def settle(policy: str, seen: dict[str, list[float] | None]) -> dict[str, Any]:
     scheme = W8A8Static(observer="minmax")
     bf16 = torch.bfloat16
     quantized = {name: Quantized(scheme, torch.float32, bf16, f"recipe.yaml:{name}") for name in seen}
-    policy = Policy(quantized, lambda _: None, policy, inputs="float")
+    policy = Policy(quantized, Siblings({}), policy, inputs="float")
     observers = {}
     for name, values in seen.items():
         observers[name] = policy.observer(name)

@@ -87,15 +87,18 @@ class LayerRun:
         first: dict[str, tuple[str, Matrix]] = {}
         for matrix, segments in layout.matrices():
             for module in (s.module for s in segments):
-                fused = self.run.policy.fused_name(module)
-                if fused is None or matrix not in leaders or not self.run.policy.measures(module):
+                policy = self.run.policy
+                group = policy.siblings.group(module)
+                if group is None or matrix not in leaders or not policy.measures(module):
                     continue
-                other, leader = first.setdefault(fused, (module, leaders[matrix]))
-                if leader != leaders[matrix]:
+                other, leader = first.setdefault(group, (module, leaders[matrix]))
+                if leader != leaders[matrix] and not policy.joins(module):
+                    given = policy.siblings.given_to(module)
                     raise InputError(
-                        f"the engine merges `{module}` and `{other}`, with one input scale or "
-                        "transform for both, and they have different inputs",
-                        where=self.run.policy.quantized[module].rule,
+                        f"{'`siblings` groups' if given else 'the engine merges'} `{module}` and "
+                        f"`{other}`, with one input scale or transform for both, and they have "
+                        "different inputs",
+                        where=policy.quantized[module].rule,
                         fix="give them a scheme with dynamic inputs, such as w8a8_dynamic",
                     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats
+from quantcli.planning.siblings import Siblings
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
 
@@ -28,14 +29,14 @@ class Policy:
     """The recipe, for one model.
 
     quantized:        by module.
-    fused_name:       the parameter that the engine makes of a module and its siblings, if it does.
+    siblings:         the modules that share what is measured of their inputs.
     uncalibrated:     error | dynamic | group: treatment of a module that no token reaches.
     inputs:           float | quantized | running: inputs of a layer, see `shown`.
     seed:             of learning.
     """
 
     quantized: Mapping[str, Quantized]
-    fused_name: Callable[[str], str | None]
+    siblings: Siblings
     uncalibrated: str
     inputs: str
     seed: int = 0
@@ -49,6 +50,11 @@ class Policy:
         """Whether a module's scheme needs a range or a transform, and not just codes or clips."""
         scheme = self.scheme(module)
         return scheme is not None and scheme.shares_data
+
+    def joins(self, module: str) -> bool:
+        """Whether a module's observer counts the inputs of its siblings, which may be others."""
+        scheme = self.scheme(module)
+        return self.siblings.given_to(module) and scheme is not None and scheme.joins_inputs
 
     def weighs_inputs(self, module: str) -> bool:
         """Whether a module's scheme is given the mean square of each input."""

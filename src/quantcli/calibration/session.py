@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,9 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         say=progress.say,
     )
     policy, methods = _policy(plan), methods_of(plan)
-    _check_reached(skeleton, policy, methods)
+    layers = _layers(skeleton)
+    _check_reached(layers, policy, methods)
+    _check_siblings(layers, policy)
     states_budget = memory.states_budget(
         skeleton, resources.workers, resources.max_memory, memory.of_methods(plan)
     )
@@ -252,7 +254,7 @@ def _policy(plan: Plan) -> Policy:
     }
     return Policy(
         quantized=quantized,
-        fused_name=plan.siblings.group,
+        siblings=plan.siblings,
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
         seed=block.seed,
@@ -265,19 +267,40 @@ def _where(plan: Plan, module: str) -> str:
     return rule.where
 
 
-def _check_reached(skeleton: Skeleton, policy: Policy, methods: Sequence[Method]) -> None:
-    """Modules outside of the decoder stack are never shown a token."""
-    inside = {
-        segment.module
+def _layers(skeleton: Skeleton) -> dict[str, int]:
+    """The decoder layer of each module that is in one."""
+    return {
+        segment.module: index
         for index in range(len(skeleton.layers))
         for experts in skeleton.segments(index).values()
         for segments in experts
         for segment in segments
     }
+
+
+def _check_siblings(layers: Mapping[str, int], policy: Policy) -> None:
+    """InputError for siblings of a recipe that share what is measured, and are in several layers."""
+    first: dict[str, str] = {}
+    for module in policy.quantized:
+        name = policy.siblings.group(module)
+        if name is None or not (policy.measures(module) and policy.siblings.given_to(module)):
+            continue
+        other = first.setdefault(name, module)
+        if layers.get(module) != layers.get(other):
+            raise InputError(
+                f"`siblings` groups `{module}` and `{other}`, which are in different layers: inputs "
+                "are measured layer by layer",
+                where=policy.quantized[module].rule,
+                fix="let a capture group contain the layer's number",
+            )
+
+
+def _check_reached(layers: Mapping[str, int], policy: Policy, methods: Sequence[Method]) -> None:
+    """Modules outside of the decoder stack are never shown a token."""
     outside = [
         module
         for module, quantized in policy.quantized.items()
-        if module not in inside and _must_be_reached(quantized.scheme, methods)
+        if module not in layers and _must_be_reached(quantized.scheme, methods)
     ]
     if outside and policy.uncalibrated != "dynamic":
         raise unreached(outside, policy.quantized[outside[0]].rule)

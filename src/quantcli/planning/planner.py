@@ -25,7 +25,7 @@ from quantcli.planning.plan import (
     as_planned,
     make_shards,
 )
-from quantcli.planning.siblings import Siblings
+from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
@@ -52,7 +52,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         assigned, more = without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]
     modules = list(_modules(checkpoint, assigned))
-    siblings = Siblings(recipe, assigned)
+    siblings = siblings_of(recipe, assigned)
     raise_first(list(target.check(modules, source_specs)), assigned)
     found = measured or Measured()
     items = list(make_items(checkpoint, assigned, target, serving, found, siblings))

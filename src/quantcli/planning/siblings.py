@@ -9,69 +9,85 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from quantcli.core.errors import InputError
 from quantcli.recipe.recipe import Recipe, Rule
 
 
+@dataclass(frozen=True)
 class Siblings:
-    """The groups of a model's modules, by a target and a recipe. given: those of the recipe."""
+    """The groups of a model's modules.
 
-    def __init__(self, recipe: Recipe, assigned: Mapping[str, Rule | None]) -> None:
-        """assigned: the rule of each module. Only quantized modules have siblings.
+    names: the group of each module that shares something.
+    given: groups that a recipe makes, or joins others to.
+    """
 
-        InputError for a pattern of the recipe that makes no group, and for one that groups modules with
-        different schemes.
-        """
-        quantized = {name: rule for name, rule in assigned.items() if rule and rule.scheme}
-        fused = recipe.target.fused_name
-        names = {module: name for module in quantized if (name := fused(module)) is not None}
-        parents: dict[str, str] = {}  # of names that are one group
-        given: set[str] = set()  # modules that the recipe groups
-        for pattern in recipe.siblings:
-            keys = {module: key for module in quantized if (key := pattern.key(module)) is not None}
-            if max(Counter(keys.values()).values(), default=0) < 2:
-                what = "makes no group of two modules" if keys else "matches no quantized module"
-                fix = "it matches whole module names; those with equal capture groups are siblings"
-                raise InputError(f"`{pattern.text}` {what}", where=pattern.where, fix=fix)
-            first: dict[tuple[str, ...], str] = {}
-            for module, key in keys.items():
-                name = _root(parents, names.setdefault(module, module))
-                other = _root(parents, first.setdefault(key, name))
-                if name != other:
-                    parents[name] = other
-            given |= keys.keys()
-        self._names = {module: _root(parents, name) for module, name in names.items()}
-        self.given = frozenset(self._names[module] for module in given)
-        self._check(quantized)
+    names: Mapping[str, str]
+    given: frozenset[str] = frozenset()
 
     def group(self, module: str) -> str | None:
         """The name of a module's group; None for a module that shares nothing."""
-        return self._names.get(module)
+        return self.names.get(module)
+
+    def given_to(self, module: str) -> bool:
+        """Whether a recipe makes the module's group, or joins others to it."""
+        return self.names.get(module) in self.given
 
     def have_effect(self, assigned: Mapping[str, Rule | None]) -> bool:
         """Whether a scheme keeps anything once for a group that the recipe makes."""
-        given = (assigned[module] for module, name in self._names.items() if name in self.given)
-        schemes = {rule.scheme for rule in given if rule and rule.scheme}
+        rules = (assigned[module] for module, name in self.names.items() if name in self.given)
+        schemes = {rule.scheme for rule in rules if rule and rule.scheme}
         return any(scheme.shares_data or scheme.needs_weight_amax for scheme in schemes)
 
-    def _check(self, quantized: Mapping[str, Rule]) -> None:
-        """InputError for modules with different schemes in one of the groups that the recipe makes."""
-        first: dict[str, str] = {}
-        for module, name in self._names.items():
-            if name not in self.given:
-                continue
-            other = first.setdefault(name, module)
-            rule, other_rule = quantized[module], quantized[other]
-            if type(rule.scheme) is not type(other_rule.scheme) or rule.scheme != other_rule.scheme:
-                raise InputError(
-                    f"siblings must have one scheme, and `{other}` has another ({other_rule.where})",
-                    where=f"`{module}` ({rule.where})",
-                    fix="match them by one rule, or leave one of them out of `siblings`",
-                )
+
+def siblings_of(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Siblings:
+    """The groups of quantized modules by a recipe and its target. assigned: the rule of each module.
+
+    InputError for a pattern of the recipe that makes no group, and for one that groups modules with
+    different schemes.
+    """
+    quantized = {name: rule for name, rule in assigned.items() if rule and rule.scheme}
+    fused = recipe.target.fused_name
+    names = {module: name for module in quantized if (name := fused(module)) is not None}
+    parents: dict[str, str] = {}  # of names that are one group
+    given: set[str] = set()  # modules that the recipe groups
+    for pattern in recipe.siblings:
+        keys = {module: key for module in quantized if (key := pattern.key(module)) is not None}
+        if max(Counter(keys.values()).values(), default=0) < 2:
+            what = "makes no group of two modules" if keys else "matches no quantized module"
+            fix = "it matches whole module names; those with equal capture groups are siblings"
+            raise InputError(f"`{pattern.text}` {what}", where=pattern.where, fix=fix)
+        first: dict[tuple[str, ...], str] = {}
+        for module, key in keys.items():
+            name = _root(parents, names.setdefault(module, module))
+            other = _root(parents, first.setdefault(key, name))
+            if name != other:
+                parents[name] = other
+        given |= keys.keys()
+    names = {module: _root(parents, name) for module, name in names.items()}
+    siblings = Siblings(names, frozenset(names[module] for module in given))
+    _check(siblings, quantized)
+    return siblings
 
 
 def _root(parents: Mapping[str, str], name: str) -> str:
     while name in parents:
         name = parents[name]
     return name
+
+
+def _check(siblings: Siblings, quantized: Mapping[str, Rule]) -> None:
+    """InputError for modules with different schemes in one of the groups that the recipe makes."""
+    first: dict[str, str] = {}
+    for module, name in siblings.names.items():
+        if name not in siblings.given:
+            continue
+        other = first.setdefault(name, module)
+        rule, other_rule = quantized[module], quantized[other]
+        if type(rule.scheme) is not type(other_rule.scheme) or rule.scheme != other_rule.scheme:
+            raise InputError(
+                f"siblings must have one scheme, and `{other}` has another ({other_rule.where})",
+                where=f"`{module}` ({rule.where})",
+                fix="match them by one rule, or leave one of them out of `siblings`",
+            )

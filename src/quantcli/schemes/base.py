@@ -104,6 +104,11 @@ class Scheme(BaseModel, ABC):
         return self.schedule is not None or self.observer(torch.bfloat16) is not None
 
     @property
+    def joins_inputs(self) -> bool:
+        """Whether one set of statistics can be made for modules with different inputs."""
+        return self.schedule is None
+
+    @property
     def ordered(self) -> bool:
         """Whether statistics depend on the order of the samples, so that each is a batch."""
         return False

@@ -12,6 +12,7 @@ from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
+from quantcli.planning.siblings import Siblings
 from quantcli.recipe.methods import methods_for
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
@@ -38,7 +39,8 @@ def make_run(folder, family, schemes, *, workers=2, padded=False, seed=0):
     names = {s.module for e in run.skeleton.segments(1).values() for p in e for s in p}
     wanted = {name: schemes.get(name.rpartition(".")[2]) for name in sorted(names)}
     quantized = {n: Quantized(s, F32, BF16, f"recipe.yaml:{n}") for n, s in wanted.items() if s}
-    policy = Policy(quantized, merged, "error", "float", seed)
+    siblings = Siblings({n: group for n in quantized if (group := merged(n))})
+    policy = Policy(quantized, siblings, "error", "float", seed)
     methods = methods_for([], schemes.values())
     shared = CalibrationRun(run.replay, policy, methods, workers, 2**20)
     return run, LayerRun(LoadedLayer(shared, 1, Memory(run.states)))

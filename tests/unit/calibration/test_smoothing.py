@@ -16,6 +16,7 @@ from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.planning.siblings import Siblings
 from quantcli.schemes.w8a8_dynamic import W8A8Dynamic
 from tests.replaying import CPU, Memory, Replayed, make_batches
 from tests.tiny_models import FAMILIES, make_multimodal, make_tiny
@@ -51,7 +52,7 @@ def everything(run, index):
     skeleton = run.skeleton
     names = {s.module for e in skeleton.segments(index).values() for p in e for s in p}
     entry = Quantized(W8A8Dynamic(), torch.bfloat16, torch.bfloat16, "here")
-    policy = Policy(dict.fromkeys(names, entry), lambda _: None, "error", "float")
+    policy = Policy(dict.fromkeys(names, entry), Siblings({}), "error", "float")
     return CalibrationRun(run.replay, policy, [Smoothing()])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from quantcli.core.errors import InputError
-from quantcli.planning.siblings import Siblings
+from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.recipe import load_recipe
 
 EXPERTS = [f"layers.{n}.mlp.experts.{e}.{w}_proj" for n in (0, 1) for e in (0, 1, 2)
@@ -18,7 +18,7 @@ def siblings(tmp_path, patterns, rules='- {match: "*_proj", scheme: fp8_tensor}'
     (tmp_path / "r.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "r.yaml")
     assigned = {name: recipe.rule_of(name) for name in [*ATTENTION, *EXPERTS, "lm_head"]}
-    return Siblings(recipe, assigned), assigned
+    return siblings_of(recipe, assigned), assigned
 
 
 def groups(found):
@@ -40,7 +40,7 @@ def test_without_patterns_they_are_the_engine_s(tmp_path):
     )
     assert found.group(ATTENTION[3]) is None
     assert found.group("lm_head") is None  # no rule quantizes it
-    assert not found.given
+    assert not found.given_to(ATTENTION[0])
     assert not found.have_effect(assigned)
 
 
@@ -51,7 +51,8 @@ def test_patterns_join_groups_of_the_engine(tmp_path):
         {n for n in EXPERTS if n.startswith(f"layers.{i}.") and "down" not in n} for i in (0, 1)
     ]
     assert groups(found)[:2] == per_layer
-    assert len(found.given) == 2
+    assert found.given_to(EXPERTS[1])
+    assert not found.given_to(EXPERTS[2])  # down
     assert found.have_effect(assigned)
 
 
@@ -62,7 +63,7 @@ def test_patterns_join_each_other(tmp_path):
     for patterns in ([a, b], [b, a], [a, b, a]):
         found, _ = siblings(tmp_path, patterns)
         assert downs in groups(found)
-        assert len(found.given) == 1
+        assert [name for name in EXPERTS if found.given_to(name)] == sorted(downs)
 
 
 def test_crossed_patterns_end(tmp_path):
@@ -112,5 +113,5 @@ def test_schemes_that_share_nothing(tmp_path):
     rules = '- {match: "*_proj", scheme: w8a8_dynamic}'
     pattern = r"(layers\.0)\.mlp\.experts\.\d+\.down_proj"
     found, assigned = siblings(tmp_path, [pattern], rules, "compressed-tensors")
-    assert found.given
+    assert found.given_to("layers.0.mlp.experts.1.down_proj")
     assert not found.have_effect(assigned)

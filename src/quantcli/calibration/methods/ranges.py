@@ -1,6 +1,7 @@
 """Ranges of inputs, by the observers of schemes, and mean squares of inputs for clips.
 
-Siblings with one scheme that read the same input share one observer.
+Siblings with one scheme that read the same input share one observer; those that a recipe groups share
+stats, whatever they read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
-from quantcli.calibration.policy import not_finite, unreached
+from quantcli.calibration.policy import Policy, not_finite, unreached
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.numerics import NO_STATS
 from quantcli.schemes.arithmetic.observers import ChannelSquare, Observer
@@ -78,7 +79,7 @@ class RangesPass(Measurement):
         """Add the stats of all modules. InputError for NaN or Inf, and for modules that no token
         reached, if the recipe says so."""
         self._finite(self._observers)
-        fill_in(self._work, self._observers)
+        fill_in(self._work, join(self._work.run.policy, self._observers))
         self._finite(self._squares_of)
         stats = self._work.stats
         for module, square in self._squares_of.items():
@@ -89,6 +90,24 @@ class RangesPass(Measurement):
         for module, observer in observers.items():
             if not observer.finite:
                 raise not_finite(module, str(self._work.run.skeleton.checkpoint.path))
+
+
+def join(policy: Policy, observers: Mapping[str, Observer]) -> dict[str, Observer]:
+    """The observers of modules, one for each group of siblings that a recipe makes: it has seen the
+    inputs of all of them."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for module in observers:
+        name = policy.siblings.group(module)
+        if name is not None and policy.joins(module):
+            groups[name].append(module)
+    joined = dict(observers)
+    for modules in groups.values():
+        union = policy.observer(modules[0])
+        assert union is not None
+        for other in dict.fromkeys(observers[module] for module in modules):
+            union.absorb(other)
+        joined |= dict.fromkeys(modules, union)
+    return joined
 
 
 def fill_in(work: LayerWork, observers: Mapping[str, Observer]) -> None:
