@@ -21,10 +21,10 @@ class ShardWriter:
         header = encode_header(specs)
         self.path = folder / file
         self._temporary = folder / f".{file}.writing"
-        self._offsets: dict[str, int] = {}
+        self._places: dict[str, tuple[int, TensorSpec]] = {}
         position = len(header)
         for spec in specs:
-            self._offsets[spec.name] = position
+            self._places[spec.name] = position, spec
             position += spec.nbytes
         self.nbytes = position
         self._written = 0
@@ -41,16 +41,34 @@ class ShardWriter:
     def write(self, tensor: str, offset: int, data: bytes | memoryview) -> None:
         """Write `data` at byte `offset` of a tensor."""
         with disk_errors(self._temporary):
-            self._pwrite(data, self._offsets[tensor] + offset)
+            self._pwrite(data, self._places[tensor][0] + offset)
 
-    def _pwrite(self, data: bytes | memoryview, position: int) -> None:
+    def write_columns(self, tensor: str, first: int, block: memoryview) -> None:
+        """Write columns of a matrix [h, w], from column `first` on: the bytes of some [h, columns].
+
+        It takes a system call for each row of the matrix, unless `block` has all columns.
+        """
+        position, spec = self._places[tensor]
+        position += int(first * spec.itemsize)
+        run, step = len(block) // spec.shape[0], spec.row_nbytes
+        if run == step:
+            run = step = len(block)
+        with disk_errors(self._temporary):
+            self._pwrite(block, position, run, step)
+
+    def _pwrite(self, data: bytes | memoryview, position: int, run: int = 0, step: int = 0) -> None:
+        """Write data from a position on, or runs of `run` bytes of it at positions `step` apart."""
         view = memoryview(data).cast("B")
-        done = 0
+        run = run or len(view)
         # The kernel lets one writer at a time into a file: who waits here sleeps, there it spins.
         with self._lock:
-            while done < len(view):  # a write may be short
-                done += os.pwrite(self._fd, view[done:], position + done)
-            self._written += done
+            for start in range(0, len(view), max(1, run)):
+                done = 0
+                while done < run:  # a write may be short
+                    part = view[start + done : start + run]
+                    done += os.pwrite(self._fd, part, position + done)
+                position += step
+            self._written += len(view)
 
     def finish(self) -> None:
         """Make the shard durable and give it its name. Every byte must have been written once."""

@@ -42,9 +42,10 @@ def support() -> list[dict[str, Any]]:
             cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
             try:
                 weight = TensorSpec("weight", "BF16", (256, 256))
-                specs = dry_run(scheme, target, weight, "BF16").specs
+                outputs = dry_run(scheme, target, weight, "BF16").outputs
                 label = target.label(scheme.numerics)
                 cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
+                specs = [output.spec for output in outputs]
                 cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
             except InputError as error:
                 cell |= {"supported": False, "why": error.what}

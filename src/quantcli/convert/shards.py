@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.journal import Journal
@@ -21,8 +23,10 @@ from quantcli.planning.block import (
     compute,
     jobs_of,
     read_calibrated,
+    rows_of_job,
 )
-from quantcli.planning.plan import Quantize, Shard, Work
+from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.targets.layouts import Output
 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
 
@@ -32,7 +36,7 @@ def memory_estimate(plan: Work, workers: int) -> int:
 
     A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. If
     rows share a scale, a block has at least all of them; only some of their columns are float32 at a
-    time.
+    time. Outputs with the rows of a weight in their columns are held for a whole job.
     """
     widest = max(
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
@@ -49,8 +53,38 @@ def memory_estimate(plan: Work, workers: int) -> int:
     )
     nbytes = max((stored.buffer_nbytes for stored in plan.checkpoint.tensors.values()), default=0)
     nbytes += block * 14 + max(0, tallest - block) * 5
+    nbytes += max((_columns_nbytes(item) for shard in plan.shards for item in shard.items), default=0)
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
     return workers * nbytes + tensors * 1500 + _BASE
+
+
+def _columns_nbytes(item: Item) -> int:
+    """Bytes that a job of an item holds of matrices with the rows of the weight in columns."""
+    gathered = sum(output.spec.nbytes for output in item.outputs if output.axis)
+    nbytes = gathered * min(rows_of_job(item), item.height) // item.height if gathered else 0
+    return nbytes + (item.module.buffer_nbytes if isinstance(item, Repack) else 0)
+
+
+class _Columns:
+    """Columns of the outputs of a job, gathered: those of single blocks are short runs of bytes."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._gathered: dict[str, tuple[int, Tensor]] = {}  # by name, with the first column
+
+    def add(self, output: Output, first: int, block: Tensor) -> None:
+        """Take columns [h, columns] of an output, from column `first` on."""
+        start, stop = output.first(self._job.start), -(-self._job.stop // output.rows)
+        if output.spec.name not in self._gathered:
+            columns = block.new_empty(len(block), stop - start)
+            self._gathered[output.spec.name] = start, columns
+        columns = self._gathered[output.spec.name][1]
+        columns[:, first - start : first - start + block.shape[1]] = block
+
+    def write(self, writer: ShardWriter) -> None:
+        """Write all that was taken."""
+        for name, (start, columns) in self._gathered.items():
+            writer.write_columns(name, start, tensor_bytes(columns))
 
 
 class ShardRun:
@@ -130,12 +164,18 @@ class ShardRun:
 
     def _work(self, open_shard: OpenShard, job: Job) -> None:
         calibrated = read_calibrated(job.item, self._surveys)
+        columns = _Columns(job)
         for rows in compute(job, self.plan.target, calibrated, self.block_elements):
             if self._stop.is_set():
                 return
-            for spec, first_row, tensor in rows.outputs:
-                open_shard.writer.write(spec.name, first_row * spec.row_nbytes, tensor_bytes(tensor))
+            for output, first, tensor in rows.outputs:
+                if output.axis:
+                    columns.add(output, first, tensor)
+                else:
+                    spec = output.spec
+                    open_shard.writer.write(spec.name, first * spec.row_nbytes, tensor_bytes(tensor))
             self.progress.advance(rows.nbytes)
+        columns.write(open_shard.writer)
         if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import TensorSpec, torch_dtype
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
@@ -26,6 +26,7 @@ from quantcli.planning.plan import Copy, Item, Quantize, Repack
 from quantcli.planning.recode import recode
 from quantcli.schemes.arithmetic import rounding
 from quantcli.targets.base import Target
+from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
@@ -85,24 +86,30 @@ def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
         spec = item.source.spec
         if spec.nbytes == 0:
             continue
-        rows = spec.shape[0] if spec.shape else 1
-        width = max(1, item.source.nbytes // rows)
-        step = _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
-        for start in range(0, rows, step):
-            yield Job(item, start, min(start + step, rows))
+        step = rows_of_job(item)
+        for start in range(0, item.height, step):
+            yield Job(item, start, min(start + step, item.height))
+
+
+def rows_of_job(item: Item) -> int:
+    """Rows of the jobs of an item, except its last."""
+    width = max(1, item.source.nbytes // item.height)
+    return _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
     """Stored tensors of some rows of an item.
 
-    outputs: each with its spec, and its row from which on it holds these numbers.
+    outputs: each with its element along its axis from which on it holds these numbers.
     start:   the first of these rows of the item's source.
+    count:   how many there are.
     nbytes:  of the source, on disk.
     """
 
     start: int
-    outputs: list[tuple[TensorSpec, int, Tensor]]
+    count: int
+    outputs: list[tuple[Output, int, Tensor]]
     nbytes: int
 
 
@@ -132,11 +139,11 @@ def compute(
                 assert isinstance(reader, ModuleReader)
                 packed = recode(item, target, reader.rows(start, stop - start), start, bias)
             outputs = [
-                (spec, 0 if spec.name in item.constants else item.first_row(spec, start), tensor)
-                for spec, tensor in zip(item.outputs, packed.values(), strict=True)
-                if start == 0 or spec.name not in item.constants
+                (output, output.first(start), tensor)
+                for output, tensor in zip(item.outputs, packed.values(), strict=True)
+                if start == 0 or output.rows
             ]
-            yield Computed(start, outputs, _share(item.source, stop) - _share(item.source, start))
+            yield Computed(start, stop - start, outputs, _share(item, stop) - _share(item, start))
 
 
 def row_blocks(job: Job, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -156,14 +163,13 @@ def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -
         for start in range(job.start, job.stop, step):
             stop = min(start + step, job.stop)
             copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
-            nbytes = _share(item.source, stop) - _share(item.source, start)
-            yield Computed(start, [(out, start, copied)], nbytes)
+            nbytes = _share(item, stop) - _share(item, start)
+            yield Computed(start, stop - start, [(out, start, copied)], nbytes)
 
 
-def _share(stored: StoredTensor, rows: int) -> int:
-    """Bytes on disk of a tensor's first rows."""
-    height = stored.spec.shape[0] if stored.spec.shape else 1
-    return stored.nbytes * rows // height
+def _share(item: Item, rows: int) -> int:
+    """Bytes on disk of an item's first rows."""
+    return item.source.nbytes * rows // item.height
 
 
 def _multiple(rows: int, of: int) -> int:

@@ -14,12 +14,14 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.core.numerics import Numerics
 from quantcli.planning.measured import Edit, Measured
 from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Quantize
 from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
+from quantcli.targets.layouts import Output, Param, Sides
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,7 @@ class Outcome:
     """The outcome of a dry run: the tensors that a weight is quantized into."""
 
     engine_dtypes: EngineDtypes
-    specs: tuple[TensorSpec, ...]  # named by suffix ("weight", "weight_scale")
-    constants: frozenset[str]  # suffixes of those that do not depend on rows
+    outputs: tuple[Output, ...]  # named by suffix ("weight", "weight_scale")
     stats: frozenset[str]  # statistics that the scheme needs; empty for schemes that need no data
     row_multiple: int
 
@@ -78,25 +79,75 @@ def dry_run(
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
-    multiple = math.lcm(scheme.row_multiple, target.row_multiple(scheme.numerics))
-    return Outcome(engine_dtypes, *output_specs(packed, n, multiple), frozenset(stats), multiple)
+    multiple = math.lcm(scheme.row_multiple, target.layout(scheme.numerics).row_multiple)
+    outputs = planned_outputs(packed, target, scheme.numerics, spec.name, (n, k), multiple)
+    return Outcome(engine_dtypes, outputs, frozenset(stats), multiple)
 
 
-def output_specs(
-    packed: Callable[[int], Mapping[str, Tensor]], n: int, multiple: int
-) -> tuple[tuple[TensorSpec, ...], frozenset[str]]:
-    """The tensors of a packed weight of n rows, named by suffix, and the suffixes that no row changes.
+class _Undeclared(Exception):
+    """Raised for a tensor that is packed and not declared so; the text says which."""
 
-    packed: packs a weight of a given number of rows, of any values. It is called with 0 and `multiple`.
+
+def planned_outputs(
+    packed: Callable[[int], Mapping[str, Tensor]],
+    target: Target,
+    numerics: Numerics,
+    weight: str,
+    sides: Sides,
+    multiple: int,
+) -> tuple[Output, ...]:
+    """The tensors of a packed weight, named by suffix, each with its place for every row.
+
+    packed: what `target.pack` gives for a number of rows, of any values; called with 0 and `multiple`.
+    weight: its name. sides: n and k. InputError for a tensor of another name, dtype or shape than
+    `target.layout` declares, or with rows along another dimension.
     """
-    of_none, of_some = packed(0), packed(multiple)
-    constants = frozenset(suffix for suffix, tensor in of_none.items() if len(tensor))
-    specs = []
-    for suffix, tensor in of_none.items():
-        rows = len(tensor) if suffix in constants else -(-n * len(of_some[suffix]) // multiple)
-        shape = (rows, *tensor.shape[1:])
-        specs.append(TensorSpec(suffix, safetensors_dtype(tensor.dtype), shape))
-    return tuple(specs), constants
+    params = {param.suffix: param for param in target.layout(numerics).params}
+    outputs: list[Output] = []
+    try:
+        for rows in (0, multiple):
+            tensors = packed(rows)
+            for suffix in params:
+                if params[suffix].required and suffix not in tensors:
+                    given = ", ".join(tensors) or "nothing"
+                    raise _Undeclared(f"`{suffix}` is declared, and pack gives {given}")
+            outputs = [
+                _planned(suffix, tensor, params.get(suffix), rows, sides)
+                for suffix, tensor in tensors.items()
+            ]
+    except _Undeclared as error:
+        raise InputError(
+            f"target `{target.name}` packs other tensors than its layout declares: {error}",
+            where=f"`{weight}`",
+            fix="use another target, or mend this one",
+        ) from None
+    return tuple(outputs)
+
+
+def _planned(suffix: str, tensor: Tensor, param: Param | None, rows: int, sides: Sides) -> Output:
+    """One tensor that was packed of `rows` rows, as that of the whole weight. Raises _Undeclared."""
+    n, k = sides
+    spec = TensorSpec(suffix, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+    given = f"pack gives {spec} for {rows} rows of {k} columns"
+    if param is None:
+        raise _Undeclared(f"no `{suffix}` is declared; {given}")
+    if spec.dtype not in param.dtypes:
+        raise _Undeclared(f"`{suffix}` is declared {' or '.join(param.dtypes)}; {given}")
+    if not param.rows:
+        if not param.fits(spec.shape, n, k):
+            raise _Undeclared(f"`{suffix}` is declared {list(param.shape(n, k))}; {given}")
+        return Output(spec, rows=0)
+    axis, shape = param.axis, list(spec.shape)
+    if axis >= len(shape) or axis > 1 or (axis == 1 and len(shape) != 2):
+        raise _Undeclared(f"`{suffix}` is declared with rows along dimension {axis}; {given}")
+    if shape[axis] != -(-rows // param.rows) or not param.fits(spec.shape, rows, k):
+        along = f"an element along dimension {axis} for {param.rows} rows"
+        raise _Undeclared(f"`{suffix}` is declared {list(param.shape(rows, k))}, {along}; {given}")
+    shape[axis] = -(-n // param.rows)
+    if not param.fits(tuple(shape), n, k):
+        declared = f"declared {list(param.shape(n, k))} for {n} rows"
+        raise _Undeclared(f"`{suffix}` is {declared}, an element for {param.rows} rows; {given}")
+    return Output(TensorSpec(suffix, spec.dtype, tuple(shape)), axis, param.rows)
 
 
 def make_items(
@@ -140,11 +191,10 @@ def make_items(
         if key not in outcomes:
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]
-        outputs = tuple(TensorSpec(f"{module}.{p.name}", p.dtype, p.shape) for p in outcome.specs)
+        outputs = tuple(output.of(module) for output in outcome.outputs)
         surveyed = amax_groups.get(siblings.group(module) or module, ())
         if scheme.needs_column_amax:
             surveyed = ((stored, measured.edits.get(name)),)
-        constants = frozenset(f"{module}.{suffix}" for suffix in outcome.constants)
         module_stats = NOTHING_MEASURED
         if outcome.stats:
             module_stats = measured.stats.get(module, NOTHING_MEASURED)
@@ -165,7 +215,6 @@ def make_items(
             scheme,
             outcome.engine_dtypes,
             outputs,
-            constants,
             bias if outcome.stats else None,
             stats,
             measured.edits.get(name),

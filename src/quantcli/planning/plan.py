@@ -25,7 +25,7 @@ from quantcli.recipe.methods import MethodOptions, methods_for
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
-from quantcli.targets.layouts import StoredModule
+from quantcli.targets.layouts import Output, StoredModule
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 
@@ -42,10 +42,15 @@ class Copy:
     dtype: str | None = None
 
     @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
+    def outputs(self) -> tuple[Output, ...]:
         """The tensor itself."""
         spec = self.source.spec
-        return (TensorSpec(spec.name, self.dtype, spec.shape) if self.dtype else spec,)
+        return (Output(TensorSpec(spec.name, self.dtype, spec.shape) if self.dtype else spec),)
+
+    @property
+    def height(self) -> int:
+        """Rows of the tensor; those of a scalar are one."""
+        return self.source.spec.shape[0] if self.source.spec.shape else 1
 
 
 class EngineDtypes(NamedTuple):
@@ -59,7 +64,6 @@ class EngineDtypes(NamedTuple):
 class Quantize:
     """A weight [n, k] and the tensors that it is quantized into.
 
-    outputs: each with n rows or a row for several, except those whose names are in `constants`.
     bias: the module's own, [n], if codes depend on it. It is copied as well.
     stats: statistics of the module's input, by name; empty if the scheme needs no data, and in a plan
         that cannot be executed yet.
@@ -69,8 +73,7 @@ class Quantize:
     module: str
     scheme: Scheme
     engine_dtypes: EngineDtypes
-    outputs: tuple[TensorSpec, ...]
-    constants: frozenset[str] = frozenset()
+    outputs: tuple[Output, ...]
     bias: StoredTensor | None = None
     stats: Mapping[str, StoredTensor] = field(default_factory=lambda: NOTHING_MEASURED)
     edit: Edit | None = None  # of the weight, before it is quantized
@@ -88,9 +91,10 @@ class Quantize:
         """Stats with a row per row of the weight."""
         return {name: self.stats[name] for name in self.scheme.row_stats & self.stats.keys()}
 
-    def first_row(self, out: TensorSpec, start: int) -> int:
-        """The row of an output at which row `start` of the weight is, a multiple of `row_multiple`."""
-        return start * out.shape[0] // self.source.spec.shape[0]
+    @property
+    def height(self) -> int:
+        """Rows of the weight."""
+        return self.source.spec.shape[0]
 
     def measured(self, *, shared: bool = False) -> bytes:
         """Names and values of the statistics that do not depend on rows, from disk.
@@ -118,15 +122,14 @@ class Repack:
 
     source:  its codes; the other tensors are in `module`.
     origin:  the format of the source.
-    outputs, constants, row_multiple: see `Quantize`.
+    row_multiple: see `Quantize`.
     bias:    the module's own, [n].
     """
 
     source: StoredTensor
     module: StoredModule
     origin: Target
-    outputs: tuple[TensorSpec, ...]
-    constants: frozenset[str] = frozenset()
+    outputs: tuple[Output, ...]
     row_multiple: int = 1
     bias: StoredTensor | None = None
 
@@ -136,9 +139,10 @@ class Repack:
         assert self.module.numerics is not None
         return self.module.numerics
 
-    def first_row(self, out: TensorSpec, start: int) -> int:
-        """The row of an output at which row `start` of the weight is, a multiple of `row_multiple`."""
-        return -(-start * out.shape[0] // self.module.shape[0])
+    @property
+    def height(self) -> int:
+        """Rows of the weight."""
+        return self.module.shape[0]
 
 
 Item = Copy | Quantize | Repack
@@ -183,7 +187,7 @@ def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...
     names: set[str] = set()
     shards = []
     for file, items in files:
-        shard = Shard(file, layout(spec for item in items for spec in item.outputs), tuple(items))
+        shard = Shard(file, layout(out.spec for item in items for out in item.outputs), tuple(items))
         for spec in shard.tensors:
             if spec.name in names:
                 raise InputError("the model already has a tensor of this name", where=f"`{spec.name}`")

@@ -180,7 +180,7 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
     bins: list[list[Item]] = [[]]
     filled = 0
     for item in items:
-        nbytes = sum(spec.nbytes for spec in item.outputs)
+        nbytes = sum(out.spec.nbytes for out in item.outputs)
         if bins[-1] and filled + nbytes > max_shard:
             bins.append([])
             filled = 0
@@ -210,7 +210,7 @@ def _rule_lines(
                 label=label,
                 modules=len(rule_items),
                 nbytes_before=sum(item.source.nbytes for item in rule_items),
-                nbytes_after=sum(spec.nbytes for item in rule_items for spec in item.outputs),
+                nbytes_after=sum(out.spec.nbytes for item in rule_items for out in item.outputs),
                 loads_on=recipe.target.loads_on(label),
             )
 
@@ -221,7 +221,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe) -
     groups: dict[str, list[Copy]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
-            (spec,) = item.outputs
+            spec = item.outputs[0].spec
             module, _, suffix = spec.name.rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
             if rule is not None and rule.scheme is None:
@@ -235,7 +235,7 @@ def _kept(items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe) -
                 reason += ", decoded"
             groups[reason].append(item)
     for reason, copies in sorted(groups.items()):
-        specs = [spec for copy in copies for spec in copy.outputs]
+        specs = [out.spec for copy in copies for out in copy.outputs]
         names = tuple(group.name for group in fold(specs))
         before = sum(copy.source.nbytes for copy in copies)
         yield Kept(reason, len(specs), before, sum(spec.nbytes for spec in specs), names)

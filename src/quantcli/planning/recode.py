@@ -37,7 +37,7 @@ def recode(
     """
     numerics = item.numerics
     parts = item.origin.unpack(numerics, stored)
-    _sound(parts, item, first_row)
+    _sound(parts, item, target, first_row)
     if "input_offset" in parts:
         parts = _static(parts, item, target, first_row, bias)
     elif "input_scale" in parts:
@@ -56,8 +56,11 @@ def recode(
     return packed
 
 
-def _sound(parts: Parts, item: Repack, first_row: int) -> None:
-    """InputError for NaN and Inf, and for scales that are not positive."""
+def _sound(parts: Parts, item: Repack, target: Target, first_row: int) -> None:
+    """InputError for NaN and Inf, and for scales that are not positive.
+
+    Negative ones pass if both formats take them.
+    """
     for name in sorted(parts):
         tensor = parts[name]
         values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
@@ -65,11 +68,13 @@ def _sound(parts: Parts, item: Repack, first_row: int) -> None:
             raise _damaged(f"holds a {name} that is NaN or Inf", _place(item, name, first_row))
         if name.endswith("_scale") and values.is_floating_point() and bool((values <= 0).any()):
             first = (values <= 0).nonzero()[0].tolist()
-            rules = {param.suffix: param.values for param in item.module.layout.params}
-            if rules.get(name) == "signed" and not bool(((values == 0) | stray_signs(values)).any()):
+            signed = item.module.layout.signed and name == "weight_scale"
+            if signed and not bool(((values == 0) | stray_signs(values)).any()):
+                if target.layout(item.numerics).signed:
+                    continue
                 raise InputError(
-                    f"{name} is {float(values[tuple(first)]):g}: negative scales are not packed, as no "
-                    "other format is known to take them",
+                    f"{name} is {float(values[tuple(first)]):g}: {target.name} is not known to take "
+                    "negative scales",
                     where=_place(item, name, first_row, first[0] if first else 0),
                     fix="quantize it instead: `quantcli quantize` decodes it",
                 )
@@ -240,8 +245,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _place(item: Repack, name: str, first_row: int, row: int = 0) -> str:
     """Where a part is stored, as text; `row` of those from `first_row` of the weight on."""
-    names = {name, "deq_scale" if name == "weight_scale" else name, f"{name}_inv"}
-    params = [p for p in item.module.layout.params if p.suffix in names & item.module.tensors.keys()]
+    params = [
+        p
+        for p in item.module.layout.params
+        if name in {p.suffix, p.part} and p.suffix in item.module.tensors
+    ]
     stored = item.module.tensors[params[0].suffix] if params else item.module.codes
-    rows = f"[{first_row // params[0].rows + row}]" if params and params[0].rows else ""
+    rows = ""
+    if params and params[0].rows:
+        rows = f"[{':, ' * params[0].axis}{first_row // params[0].rows + row}]"
     return f"`{stored.spec.name}`{rows} in {stored.file.name}"

@@ -16,10 +16,10 @@ from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
-from quantcli.checkpoint.spec import TensorSpec, torch_dtype
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
-from quantcli.planning.items import output_specs
+from quantcli.planning.items import planned_outputs
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
 from quantcli.planning.planner import raise_first
 from quantcli.planning.recode import WORDS, recode
@@ -31,7 +31,7 @@ from quantcli.targets.base import (
     must_be_sound,
     target_of,
 )
-from quantcli.targets.layouts import StoredModule
+from quantcli.targets.layouts import Output, StoredModule
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
             label,
             len(group_items),
             sum(t.spec.nbytes for i in group_items for s, t in i.module.tensors.items() if s != "bias"),
-            sum(spec.nbytes for item in group_items for spec in item.outputs),
+            sum(out.spec.nbytes for item in group_items for out in item.outputs),
             target.loads_on(label),
         )
 
@@ -232,7 +232,7 @@ def repack_items(
         for module in stored.modules.values()
         for suffix, tensor in module.tensors.items()
     }
-    cache: dict[Any, tuple[tuple[TensorSpec, ...], frozenset[str]]] = {}
+    cache: dict[Any, tuple[Output, ...]] = {}
     for name, tensor in checkpoint.tensors.items():
         if name in codes:
             yield _repack(codes[name], tensor, origin, target, cache)
@@ -250,34 +250,28 @@ def _repack(
 ) -> Repack:
     """The item of a module, from packing blocks that hold nothing; modules of one kind once."""
     assert module.numerics is not None
-    multiple = math.lcm(
-        origin.row_multiple(module.numerics),
-        target.row_multiple(module.numerics),
-        *(param.rows for param in module.row_params),
-    )
+    multiple = math.lcm(module.layout.row_multiple, target.layout(module.numerics).row_multiple)
     bias = module.tensors.get("bias")
     item = Repack(codes, module, origin, (), row_multiple=multiple, bias=bias)
     kinds = tuple((s, t.spec.dtype, t.spec.shape) for s, t in sorted(module.tensors.items()))
     key = (module.layout.label, module.numerics, kinds)
     if key not in cache:
         cache[key] = _dry_run(item, target)
-    specs, constants = cache[key]
-    return replace(
-        item,
-        outputs=tuple(TensorSpec(f"{module.name}.{s.name}", s.dtype, s.shape) for s in specs),
-        constants=frozenset(f"{module.name}.{suffix}" for suffix in constants),
-    )
+    return replace(item, outputs=tuple(output.of(module.name) for output in cache[key]))
 
 
-def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], frozenset[str]]:
-    """The tensors by suffix, and which of them do not depend on rows."""
+def _dry_run(item: Repack, target: Target) -> tuple[Output, ...]:
+    """The tensors by suffix."""
 
     def packed(rows: int) -> dict[str, Tensor]:
         """Pack codes that are all 0 with scales that are all 1."""
         module, stored = item.module, {}
         for param in (*module.row_params, *module.constants):
             spec = module.tensors[param.suffix].spec
-            shape = (-(-rows // param.rows), *spec.shape[1:]) if param.rows else spec.shape
+            sides = list(spec.shape)
+            if param.rows:
+                sides[param.axis] = -(-rows // param.rows)
+            shape = tuple(sides)
             dtype = torch_dtype(spec.dtype)
             if param.suffix == "weight_shape":
                 stored[param.suffix] = torch.tensor(module.shape, dtype=dtype)
@@ -288,4 +282,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[tuple[TensorSpec, ...], froz
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 
-    return output_specs(packed, item.module.shape[0], item.row_multiple)
+    module = item.module
+    return planned_outputs(
+        packed, target, item.numerics, item.source.spec.name, module.shape, item.row_multiple
+    )

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.columns import STRIP_BYTES, Columns
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources.base import Source, encoded
-from quantcli.sources.columns import STRIP_BYTES, Columns
 from quantcli.sources.grouped import FLOAT, grouped_modules, open_rows
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

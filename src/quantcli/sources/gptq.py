@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.columns import STRIP_BYTES, Columns
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.codes import unpack_rows
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
-from quantcli.sources.columns import STRIP_BYTES, Columns
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> added to stored zero points

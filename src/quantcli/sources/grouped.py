@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from quantcli.checkpoint.columns import Columns
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.codes import scale_groups, spread
 from quantcli.sources.base import Source, Tensors, matrix, must_be, needed
-from quantcli.sources.columns import Columns
 
 FLOAT = "start from the float checkpoint, or from one in another format"
 # (qweight, qzeros, start, stop) -> these rows: codes [rows, k], zero points [rows, groups], float32

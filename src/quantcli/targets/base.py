@@ -17,7 +17,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.core.registry import discover
-from quantcli.targets.layouts import StoredModule, Values
+from quantcli.targets.layouts import Layout, StoredModule, Values
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
 # Fixes that several formats suggest.
@@ -87,8 +87,16 @@ class Target(BaseModel, ABC):
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
     @abstractmethod
+    def layout(self, numerics: Numerics) -> Layout:
+        """The parameters that the engine registers for these numerics. InputError if it has none.
+
+        It declares what `pack` writes: suffixes, dtypes, shapes, and the dimension along which rows of
+        the weight lie. The planner compares both. Checkpoints are read by the same declaration.
+        """
+
     def label(self, numerics: Numerics) -> str:
         """The engine's own name for these numerics. InputError if it has none."""
+        return self.layout(numerics).label
 
     @abstractmethod
     def loads_on(self, label: str) -> str:
@@ -109,18 +117,14 @@ class Target(BaseModel, ABC):
         """The dtype in which to store the bias of such a module; None: as it is."""
         return None
 
-    def row_multiple(self, numerics: Numerics) -> int:
-        """Rows that share a row of scales: `pack` gets multiples of it, except at a weight's end."""
-        return numerics.weight.block[0] if numerics.weight.block else 1
-
     @abstractmethod
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of some rows of a module -> tensors by suffix, such as `weight` and `weight_scale`.
 
         parts: of the scheme, weight_scale in its `engine_dtype`. shape: n and k of the whole weight.
-        Dimension 0 of a tensor returned is dimension 0 of the weight, or a fixed share of it, such as 1
-        row for 128; or the tensor does not depend on rows, as `input_scale` [1], and is the same for
-        every block of them.
+        Tensors are those of `layout`, for these rows; one that does not depend on rows, as
+        `input_scale` [1], is the same for every block of them. Rows come in multiples of the layout's
+        `row_multiple`, except at a weight's end.
         """
 
     @abstractmethod

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from quantcli.checkpoint.columns import STRIP_BYTES
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Numerics
 
 SLICES = -1  # in a shape: 1, or 16 for a bias of slices of k
@@ -39,7 +42,9 @@ class Param:
     dtypes:   safetensors dtypes that the loader copies by value without harm, the registered one first.
     shape:    of the parameter, from n and k.
     values:   the rule for its numbers.
-    rows:     rows of the weight that share one of its rows; 0: the module has it once.
+    rows:     rows of the weight for each of its elements along `axis`; 0: the module has it once.
+    axis:     the dimension along which rows of the weight lie: 0, or 1 of a matrix.
+    part:     the part of a scheme that it holds, if that has another name: "weight_scale".
     required: the engine's memory stays uninitialised if no file holds it.
     shared:   the engine keeps one for all fused siblings.
     spread:   `dequantize` takes a row that many rows share once for each of them.
@@ -52,6 +57,8 @@ class Param:
     shape: Callable[[int, int], tuple[int, ...]]
     values: Values
     rows: int = 1
+    axis: int = 0
+    part: str = ""
     required: bool = True
     shared: bool = False
     spread: bool = False
@@ -67,6 +74,26 @@ class Param:
             size in ((1, 16) if expected_size == SLICES else (expected_size,))
             for expected_size, size in zip(expected, shape, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that is written for a module: its place for each row of the weight.
+
+    axis, rows: as those of its `Param`.
+    """
+
+    spec: TensorSpec
+    axis: int = 0
+    rows: int = 1
+
+    def of(self, module: str) -> Output:
+        """The same tensor with the name of a module in front of its own."""
+        return replace(self, spec=replace(self.spec, name=f"{module}.{self.spec.name}"))
+
+    def first(self, row: int) -> int:
+        """Its element along `axis` for a row of the weight; row: a multiple of `rows`."""
+        return row // self.rows if self.rows else 0
 
 
 def plain(shape: tuple[int, ...]) -> Sides:
@@ -100,6 +127,16 @@ class Layout:
         """The codes."""
         return self.params[0]
 
+    @property
+    def row_multiple(self) -> int:
+        """Rows that share an element of some parameter: blocks of rows begin at multiples of it."""
+        return math.lcm(*(param.rows for param in self.params if param.rows))
+
+    @property
+    def signed(self) -> bool:
+        """Whether scales of either sign are taken."""
+        return any(param.values == "signed" for param in self.params)
+
 
 @dataclass(frozen=True)
 class StoredModule:
@@ -128,6 +165,12 @@ class StoredModule:
         return [p for p in self.layout.params if p.suffix in self.tensors and not p.rows]
 
     @property
+    def buffer_nbytes(self) -> int:
+        """Bytes that a reader of its rows keeps in addition to those that it returns."""
+        across = (self.tensors[p.suffix].spec.nbytes for p in self.row_params if p.axis)
+        return sum(min(STRIP_BYTES, nbytes) for nbytes in across)
+
+    @property
     def codes(self) -> StoredTensor:
         """The tensor with the codes of the weight."""
         return self.tensors[self.layout.weight.suffix]
@@ -141,7 +184,7 @@ def module_scale(suffix: str, dtypes: tuple[str, ...] = FLOAT_PARAM, *, shared: 
 def block_scale(suffix: str, dtypes: tuple[str, ...], rows: int, columns: int) -> Param:
     """One scale for each rows x columns of the weight: [ceil(n / rows), ceil(k / columns)]."""
     shape = lambda n, k: (-(-n // rows), -(-k // columns))  # noqa: E731
-    return Param(suffix, dtypes, shape, "positive", rows, spread=True)
+    return Param(suffix, dtypes, shape, "positive", rows, part="weight_scale", spread=True)
 
 
 def stray_signs(scale: Tensor) -> Tensor:

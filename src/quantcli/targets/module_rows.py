@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.columns import Columns
+from quantcli.checkpoint.header import Rows
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.targets.layouts import StoredModule
@@ -29,8 +31,13 @@ class ModuleReader:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            tensors = self.module.tensors
-            self._readers = {s: stack.enter_context(tensors[s].open()) for s in self._params}
+            self._readers: dict[str, Rows | Columns] = {}
+            for suffix, param in self._params.items():
+                stored = self.module.tensors[suffix]
+                if param.axis:
+                    self._readers[suffix] = stack.enter_context(Columns(stored))
+                else:
+                    self._readers[suffix] = stack.enter_context(stored.open())
             self._stack = stack.pop_all()
         return self
 
@@ -38,12 +45,19 @@ class ModuleReader:
         self._stack.close()
 
     def rows(self, start: int, count: int) -> dict[str, Tensor]:
-        """Stored tensors by suffix, for rows [start, start + count) of the weight."""
+        """Stored tensors by suffix, for rows [start, start + count) of the weight.
+
+        start: a multiple of the layout's `row_multiple`, or only what `spread` allows; see `stored`.
+        """
         stop = min(start + count, self.module.shape[0])
         blocks = {}
         for suffix, reader in self._readers.items():
             each = self._params[suffix].rows
-            blocks[suffix] = reader.weight(start // each, -(-stop // each) - start // each)
+            first, last = start // each, -(-stop // each)
+            if isinstance(reader, Columns):
+                blocks[suffix] = reader.columns(first, last).t()
+            else:
+                blocks[suffix] = reader.weight(first, last - first)
         return self._constants | blocks
 
     def stored(self, start: int, count: int) -> dict[str, Tensor]:
@@ -56,7 +70,7 @@ class ModuleReader:
         for suffix, param in self._params.items():
             if param.spread:
                 each = torch.arange(start, start + count) // param.rows - start // param.rows
-                blocks[suffix] = blocks[suffix][each]
+                blocks[suffix] = blocks[suffix].index_select(param.axis, each)
         return blocks
 
     def weight(self, start: int, count: int) -> Tensor:

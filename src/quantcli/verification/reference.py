@@ -116,24 +116,21 @@ def compare_codes(reference: Weight, ours: Weight) -> tuple[int | None, list[flo
     """
     if not (isinstance(reference, StoredModule) and isinstance(ours, StoredModule)):
         return None, None
-    first, second = reference.codes, ours.codes
     layouts = [(m.layout.kind, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
                for m in (reference, ours)]  # fmt: skip
     if layouts[0] != layouts[1]:
         return None, None
     differ, ratios = 0, []
-    step = rows_of(ours.shape[1])
-    with (
-        first.open() as a,
-        second.open() as b,
-        ModuleReader(reference) as v,
-        ModuleReader(ours) as w,
-    ):
-        for start in range(0, first.spec.shape[0], step):
-            x, y = a.weight(start, step), b.weight(start, step)
+    codes, step = ours.layout.weight, rows_of(ours.shape[1])
+    with ModuleReader(reference) as a, ModuleReader(ours) as b:
+        for start in range(0, ours.shape[0], step):
+            x, y = (
+                reader.rows(start, step)[codes.suffix].movedim(codes.axis, 0).contiguous()
+                for reader in (a, b)
+            )
             differ += int((x.view(torch.uint8) != y.view(torch.uint8)).sum())
-            if first.spec.shape[0] == ours.shape[0]:  # one row of codes for each row of the weight
-                ratios.append(_scale(w.weight(start, step), y) / _scale(v.weight(start, step), x))
+            if codes.rows == 1:
+                ratios.append(_scale(b.weight(start, step), y) / _scale(a.weight(start, step), x))
     ratio = torch.cat(ratios) if ratios else torch.zeros(0)
     ratio = ratio[torch.isfinite(ratio)]
     return differ, [round(float(end), 6) for end in ratio.aminmax()] if len(ratio) else None

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from quantcli.checkpoint import columns
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.tensors import first_not_finite, read_rows, read_span, read_tensor
 from quantcli.core.codes import fp8_values
 from quantcli.core.errors import InputError
-from quantcli.sources import columns
 from quantcli.sources.decode import decoded
 from tests import quantized
 from tests.builders import make_model, tensor

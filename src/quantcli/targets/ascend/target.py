@@ -60,9 +60,11 @@ class Ascend(VllmTarget):
         description="tensor parallel size to serve with; 1 allows transforms of o_proj and down_proj",
     )
 
-    def label(self, numerics: Numerics) -> str:
-        """The quantization type in the description, such as W8A8_DYNAMIC."""
-        return self._type(numerics).label
+    def layout(self, numerics: Numerics) -> QuantType:
+        """The quantization type; its label is that in the description, such as W8A8_DYNAMIC."""
+        if numerics not in WRITTEN:
+            raise cannot_store(self.name, numerics)
+        return WRITTEN[numerics]
 
     def loads_on(self, label: str) -> str:
         """First engine version and hardware."""
@@ -73,12 +75,12 @@ class Ascend(VllmTarget):
 
         W8A8 has deq_scale alone, which is float32 by value; fp8 and int4 keep float32.
         """
-        in_float32 = part == "weight_scale" and self._type(numerics).scale_in_float32
+        in_float32 = part == "weight_scale" and self.layout(numerics).scale_in_float32
         return "F32" if in_float32 else serving_dtype
 
     def bias_dtype(self, numerics: Numerics) -> str | None:
         """Float32 next to quant_bias, as the reference producer stores it; the value is the same."""
-        return "F32" if self._type(numerics).static else None
+        return "F32" if self.layout(numerics).static else None
 
     def fused_name(self, module: str) -> str | None:
         """The engine keeps one input_scale and input_offset for q, k and v: whichever came last."""
@@ -92,7 +94,7 @@ class Ascend(VllmTarget):
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
         """
-        quant_type = self._type(numerics)
+        quant_type = self.layout(numerics)
         stored = {"weight": parts["weight"]}
         if quant_type.stores_scale:
             scale = parts["weight_scale"].float()
@@ -109,7 +111,7 @@ class Ascend(VllmTarget):
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """Codes and scales as stored; the weight_scale of W8A8 is computed from its deq_scale."""
-        quant_type = self._type(numerics)
+        quant_type = self.layout(numerics)
         parts = {"weight": stored["weight"]}
         if quant_type.stores_scale:
             parts["weight_scale"] = stored["weight_scale"]
@@ -184,11 +186,6 @@ class Ascend(VllmTarget):
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of any producer, as vLLM-Ascend would load it."""
         return AscendCheckpoint(checkpoint)
-
-    def _type(self, numerics: Numerics) -> QuantType:
-        if numerics not in WRITTEN:
-            raise cannot_store(self.name, numerics)
-        return WRITTEN[numerics]
 
     def _description(self, output: PlannedCheckpoint) -> dict[str, object]:
         """One entry for each tensor, by its name on disk, and entries that only the engine looks up."""

@@ -45,7 +45,7 @@ _STATIC = (
     _once("input_scale", "positive"),
     _once("input_offset", "integer", "I8"),  # loaders copy by value: an integral float becomes int8
     Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
-    Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits"),
+    Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits", part="weight_scale"),
 )
 _FLATQUANT = (
     _transform("left_trans", 0),

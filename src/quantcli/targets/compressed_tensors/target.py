@@ -19,9 +19,9 @@ from quantcli.targets.base import (
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
 from quantcli.targets.compressed_tensors.kinds import Kind, group_size, kind_of, loads_on
-from quantcli.targets.compressed_tensors.layouts import pack_rows, unpack_rows
+from quantcli.targets.compressed_tensors.layouts import layout_of, pack_rows, unpack_rows
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
-from quantcli.targets.layouts import static_inputs
+from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
@@ -42,9 +42,9 @@ class CompressedTensors(VllmTarget):
 
     name: ClassVar[str] = "compressed-tensors"
 
-    def label(self, numerics: Numerics) -> str:
-        """Such as `int8 W8A8 dynamic` or `int4 g128 W4A16`: the format has no names of its own."""
-        return self._kind(numerics).label
+    def layout(self, numerics: Numerics) -> Layout:
+        """Its label is such as `int8 W8A8 dynamic` or `int4 g128 W4A16`: the format has no names."""
+        return layout_of(numerics, self._kind(numerics))
 
     def loads_on(self, label: str) -> str:
         """Engines and hardware."""

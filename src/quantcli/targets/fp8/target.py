@@ -12,8 +12,9 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import KEEP, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
-from quantcli.targets.fp8.kinds import LOADS_ON, label_of
+from quantcli.targets.fp8.kinds import LOADS_ON, label_of, layout_of
 from quantcli.targets.fp8.stored import Fp8Checkpoint
+from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
@@ -33,9 +34,10 @@ class Fp8(VllmTarget):
 
     name: ClassVar[str] = "fp8"
 
-    def label(self, numerics: Numerics) -> str:
-        """Such as `fp8 tensor static`: the format has no names of its own."""
-        return label_of(numerics)
+    def layout(self, numerics: Numerics) -> Layout:
+        """Its label is such as `fp8 tensor static`: the format has no names of its own."""
+        label_of(numerics)  # other numerics are only read
+        return layout_of(numerics)
 
     def loads_on(self, label: str) -> str:
         """Engines and hardware."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import read_json_file
+from quantcli.checkpoint.columns import read_along
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
@@ -36,6 +38,7 @@ from quantcli.schemes.arithmetic.static_int8 import row_parts
 from quantcli.schemes.base import ClippedWeights
 from quantcli.schemes.integer import IntegerWeights
 from quantcli.targets.base import StoredCheckpoint, Target
+from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.outcome import CONVERT, Report
 from quantcli.verification.structure import layer_of
@@ -69,7 +72,7 @@ class Recomputation:
 
         Memory: a row block, and the stored one, for each worker.
         """
-        items = [item for shard in self.plan.shards for item in shard.items]
+        items = [self._aligned(item) for shard in self.plan.shards for item in shard.items]
         certain = [item for item in items if self._edits_are_certain(item)]
         if uncertain := len(items) - len(certain):
             what = f"{NOT_RECOMPUTED} for {uncertain} of {len(items)} tensors of the source"
@@ -92,6 +95,13 @@ class Recomputation:
         report.add(difference.finding() for difference in differences.values())
         report.add(self._sidecars())
         report.count(CHECK, sum(len(self._compared(item)) for item in comparable))
+
+    def _aligned(self, item: Item) -> Item:
+        """An item whose row blocks also fit the tensors of the format that it was packed into."""
+        if self.packed is None or not isinstance(item, Quantize):
+            return item
+        multiple = self.packed.layout(item.scheme.numerics).row_multiple
+        return replace(item, row_multiple=math.lcm(item.row_multiple, multiple))
 
     def _sidecars(self) -> Iterator[Finding]:
         """Generated JSON files with other keys or values than the conversion writes.
@@ -136,11 +146,11 @@ class Recomputation:
     def _specs(self, item: Item) -> tuple[TensorSpec, ...]:
         """The tensors that an item becomes."""
         if self.packed is None:
-            return item.outputs
+            return tuple(output.spec for output in item.outputs)
         if isinstance(item, Quantize):
             tensors = self.stored.modules[item.module].tensors
             return tuple(tensor.spec for suffix, tensor in tensors.items() if suffix != "bias")
-        (spec,) = item.outputs
+        spec = item.outputs[0].spec
         owner, _, suffix = spec.name.rpartition(".")
         module = self.stored.modules.get(owner)
         if suffix != "bias" or module is None or module.numerics is None:
@@ -214,14 +224,15 @@ class Recomputation:
         differences: dict[str, _Difference] = {}
         given = _CLIPS in self._taken(item)
         for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
-            blocks = [
-                _Block(spec, row, expected, read_span(tensors[spec.name], row, len(expected)))
-                for spec, row, expected in self._in_its_format(item, rows)
-            ]
+            blocks = []
+            for output, first, expected in self._in_its_format(item, rows):
+                stored, axis = tensors[output.spec.name], output.axis
+                actual = read_along(stored, axis, first, expected.shape[axis])
+                blocks.append(_Block(output, first, expected, actual))
             unlike = {
-                block.spec.name: difference
+                block.output.spec.name: difference
                 for block in blocks
-                if block.spec.name in compared and (difference := block.difference())
+                if block.output.spec.name in compared and (difference := block.difference())
             }
             if unlike and (given or not self._only_sums_differ(item, rows.start, blocks, calibrated)):
                 _merge(differences, unlike)
@@ -273,13 +284,15 @@ class Recomputation:
                 parts |= {"weight": codes, "weight_scale": parts["weight_scale"].to(dtype)}
                 packed = target.pack(scheme.numerics, parts, (shape[0], shape[1]))
                 named = {f"{item.module}.{suffix}": tensor for suffix, tensor in packed.items()}
+                compared = {spec.name for spec in self._compared(item)}
                 outputs = [
-                    (spec, item.first_row(spec, start), named[spec.name])
-                    for spec in self._compared(item)
+                    (output, output.first(start), named[output.spec.name])
+                    for output in item.outputs
+                    if output.spec.name in compared
                 ]
-                yield Computed(start, outputs, rows.nbytes)
+                yield Computed(start, stop - start, outputs, rows.nbytes)
 
-    def _in_its_format(self, item: Item, rows: Computed) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+    def _in_its_format(self, item: Item, rows: Computed) -> Iterator[tuple[Output, int, Tensor]]:
         """Computed tensors as they are after packing, if there was one."""
         if self.packed is None:
             yield from rows.outputs
@@ -288,26 +301,23 @@ class Recomputation:
         else:
             (spec,) = self._specs(item)
             for _, row, tensor in rows.outputs:
-                yield spec, row, tensor.to(torch_dtype(spec.dtype))
+                yield Output(spec), row, tensor.to(torch_dtype(spec.dtype))
 
     def _repacked(
         self, item: Quantize, rows: Computed, packed: Target
-    ) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+    ) -> Iterator[tuple[Output, int, Tensor]]:
         module = self.stored.modules[item.module]
         before = replace(module, serving_dtype=self.plan.serving_dtype, numerics=item.scheme.numerics)
         repack = Repack(module.codes, before, self.plan.target, ())
-        tensors = {spec.name.removeprefix(f"{item.module}."): t for spec, _, t in rows.outputs}
-        count = len(next(iter(tensors.values())))
-        bias = None if item.bias is None else read_span(item.bias, rows.start, count)
-        once = {param.suffix for param in module.constants}
+        tensors = {out.spec.name.removeprefix(f"{item.module}."): t for out, _, t in rows.outputs}
+        bias = None if item.bias is None else read_span(item.bias, rows.start, rows.count)
+        params = {param.suffix: param for param in module.layout.params}
         for suffix, tensor in recode(repack, packed, tensors, rows.start, bias).items():
             if suffix not in module.tensors:  # which the engine does not need
                 continue
-            spec = module.tensors[suffix].spec
-            if suffix not in once:
-                yield spec, repack.first_row(spec, rows.start), tensor
-            elif rows.start == 0:
-                yield spec, 0, tensor
+            output = Output(module.tensors[suffix].spec, params[suffix].axis, params[suffix].rows)
+            if rows.start == 0 or output.rows:
+                yield output, output.first(rows.start), tensor
 
     def _only_sums_differ(
         self, item: Item, start: int, blocks: list[_Block], calibrated: Calibrated
@@ -323,7 +333,7 @@ class Recomputation:
             return False
         module = self.stored.modules[item.module]
         once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
-        named = [(block.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
+        named = [(block.output.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
         actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
         expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
         rows = read_span(item.source, start, len(actual["weight"]))
@@ -378,27 +388,31 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of a tensor from `first_row` on: as computed, and as stored."""
+    """A part of a tensor, from `first` along its axis on: as computed, and as stored."""
 
-    spec: TensorSpec
-    first_row: int
+    output: Output
+    first: int
     expected: Tensor
     actual: Tensor
 
     def difference(self) -> _Difference | None:
         """None if both have the same bits."""
+        spec, axis = self.output.spec, self.output.axis
         actual, expected = self.actual, self.expected.reshape(self.actual.shape)
+        dims = max(1, len(spec.shape))
+        index = [0] * dims
         if actual.dtype != expected.dtype:  # after packing by another tool
-            start = (self.first_row, 0)[: max(1, len(self.spec.shape))]
-            return _Difference(self.spec.name, start, str(actual.dtype), str(expected.dtype), 1)
+            index[axis] = self.first
+            return _Difference(spec.name, tuple(index), str(actual.dtype), str(expected.dtype), 1)
         if torch.equal(_bytes(actual), _bytes(expected)):
             return None
         unlike = (_bytes(actual) != _bytes(expected)).view(-1, actual.element_size()).any(1)
         place = int(unlike.int().argmax())
         row, column = divmod(place, max(1, actual[0].numel() if actual.dim() > 1 else 1))
-        index = (self.first_row + row, column)[: max(1, len(self.spec.shape))]
+        index = [row, column][:dims]
+        index[axis] += self.first
         texts = _text(actual, place), _text(expected, place)
-        return _Difference(self.spec.name, index, *texts, int(unlike.sum()))
+        return _Difference(spec.name, tuple(index), *texts, int(unlike.sum()))
 
 
 @dataclass(frozen=True)
