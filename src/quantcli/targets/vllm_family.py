@@ -38,6 +38,15 @@ FUSED = (
     ("query", "key", "value"),
     ("c_fc_0", "c_fc_1"),
 )
+# The engine's names for fused siblings, under which it looks up how they are quantized.
+# Source: as for FUSED, the keys of packed_modules_mapping.
+_FUSED_NAMES: dict[tuple[str, ...], str] = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
+    ("in_proj_b", "in_proj_a"): "in_proj_ba",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
+}
 # Names under which some checkpoints store siblings that are already fused.
 # Source: vllm 0.32.0, model_executor/models/phi3.py:11.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -107,6 +116,14 @@ def fused_siblings(module: str) -> str | None:
 def fused_name(module: str) -> str | None:
     """The parameter into which a module is fused; None for experts, which have no shared tensors."""
     return None if EXPERT.fullmatch(module) else fused_siblings(module)
+
+
+def looked_up_as(module: str) -> str | None:
+    """The engine's name for a module and its siblings; None if it looks the module up alone."""
+    name = _FUSED_NAMES.get(sibling_names(module))
+    if name is None or EXPERT.fullmatch(module):
+        return None
+    return module.removesuffix(last_part(module)) + name
 
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings"})

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme, maxima
 from quantcli.targets.base import PlannedCheckpoint
-from quantcli.targets.compressed_tensors.config import fold, read_groups
+from quantcli.targets.compressed_tensors.config import read_groups
 from quantcli.targets.compressed_tensors.layouts import (
     layout_of,
-    pack_rows,
     unpack_columns,
-    unpack_rows,
 )
 from quantcli.targets.compressed_tensors.target import CompressedTensors
+from quantcli.targets.names import fold
 
 TARGET = CompressedTensors()
 L = "model.layers.0"
@@ -145,18 +145,18 @@ def test_what_it_cannot_store(numerics):
 
 def test_codes_of_four_bits_by_hand():
     codes = torch.tensor([[-8, -7, -1, 0, 1, 5, 6, 7]], dtype=torch.int8)
-    packed = pack_rows(codes, 4)
+    packed = pack_signed(codes, 4)
     assert packed.view(torch.uint8).tolist() == [[0x10, 0x87, 0xD9, 0xFE]]
     assert packed.tolist() == [[int(np.uint32(0xFED98710).astype(np.int32))]]
-    assert torch.equal(unpack_rows(packed, 4, 8), codes)
-    assert torch.equal(unpack_rows(packed, 4, 5), codes[:, :5])
+    assert torch.equal(unpack_signed(packed, 4, 8), codes)
+    assert torch.equal(unpack_signed(packed, 4, 5), codes[:, :5])
 
 
 def test_codes_of_eight_bits_by_hand():
     codes = torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8)
-    packed = pack_rows(codes, 8)
+    packed = pack_signed(codes, 8)
     assert packed.view(torch.uint8).tolist() == [[0, 127, 128, 255]]
-    assert torch.equal(unpack_rows(packed, 8, 4), codes)
+    assert torch.equal(unpack_signed(packed, 8, 4), codes)
 
 
 def test_zero_points_stand_along_rows():
@@ -175,8 +175,8 @@ def test_packing_by_another_way(bits):
     for row in range(5):
         for i, code in enumerate(codes[row].tolist()):
             words[row, i * bits // 32] |= np.uint32((code - low) << (i * bits % 32))
-    assert np.array_equal(pack_rows(codes, bits).numpy().view(np.uint32), words)
-    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 64), codes)
+    assert np.array_equal(pack_signed(codes, bits).numpy().view(np.uint32), words)
+    assert torch.equal(unpack_signed(pack_signed(codes, bits), bits, 64), codes)
 
 
 # -- what is refused ---------------------------------------------------------------------------------

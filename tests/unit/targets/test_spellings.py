@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from quantcli.targets.compressed_tensors.names import ignored
+from quantcli.targets.names import ignored
 from quantcli.targets.spellings import float_towers, of_no_module, skip_list, spellings
 
 OLD, NEW = "language_model.model.layers", "model.language_model.layers"

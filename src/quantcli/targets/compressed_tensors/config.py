@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,9 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
-from quantcli.targets.compressed_tensors.names import fold, ignored
+from quantcli.targets.names import entry_fault, fold, ignored
 from quantcli.targets.vllm_family import float_linears, is_head
 
-_LONGEST = 1000  # of a regular expression
-# A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
-_EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -80,7 +76,7 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
         config.ignore = list(ignore)
     config.findings += _other_keys(block)
     config.findings += [
-        _wrong(what) for p in (*config.patterns(), *config.ignore) if (what := _bad_pattern(p))
+        _wrong(what) for p in (*config.patterns(), *config.ignore) if (what := entry_fault(p))
     ]
     return config
 
@@ -187,24 +183,6 @@ def _operand(table: Any) -> Operand:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-def _bad_pattern(pattern: str) -> str | None:
-    """The reason why names cannot be matched with a pattern; None if they can."""
-    if not pattern.startswith("re:"):
-        return None
-    if len(pattern) > _LONGEST or _EXPENSIVE.search(pattern):
-        return f"{pattern!r:.60} is too costly to match names with"
-    try:
-        re.compile(pattern[3:])
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"{pattern!r:.60} is not a regular expression: {error}"
-    return None
-
-
-def usable(pattern: str) -> bool:
-    """Whether names can be matched with it."""
-    return _bad_pattern(pattern) is None
 
 
 def _wrong(what: str) -> Finding:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
-from quantcli.core import codes
-from quantcli.core.codes import code_values, scale_groups
+from quantcli.core.codes import code_values, scale_groups, unpack_signed
 from quantcli.core.numerics import Numerics
 from quantcli.targets.compressed_tensors.kinds import Kind, group_size
 from quantcli.targets.layouts import (
@@ -99,7 +97,7 @@ def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     if not kind.packed:
         return code_values(blocks["weight"])
     k = int(blocks["weight_shape"][1])
-    codes = unpack_rows(blocks["weight_packed"], kind.bits, k).float()
+    codes = unpack_signed(blocks["weight_packed"], kind.bits, k).float()
     if "weight_zero_point" not in blocks:
         return codes
     zero = unpack_columns(blocks["weight_zero_point"], kind.bits, len(codes)).float()
@@ -107,26 +105,6 @@ def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     return codes - zero.repeat_interleave(width, 1)[:, :k]
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """int8 [n, k] -> int32 [n, k * bits / 32]; k is a multiple of 32 / bits.
-
-    Codes are stored with 2^(bits - 1) added, value i of a row in bits [bits * i, bits * i + bits) of
-    the row's little-endian string of bits.
-    """
-    unsigned = values.view(torch.uint8) ^ 0x80 if bits == 8 else (values + 8).view(torch.uint8)
-    if bits == 4:
-        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
-    return unsigned.contiguous().view(torch.int32)
-
-
-def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
-    """The inverse: int32 [n, ceil(k * bits / 32)] -> int8 [n, k]."""
-    unsigned = codes.unpack_rows(packed, bits)[:, :k]
-    if bits == 8:
-        return (unsigned ^ 0x80).view(torch.int8)
-    return unsigned.view(torch.int8) - 8
-
-
 def unpack_columns(packed: Tensor, bits: int, n: int) -> Tensor:
     """Zero points, which are packed along rows: int32 [ceil(n * bits / 32), g] -> int8 [n, g]."""
-    return unpack_rows(packed.mT.contiguous(), bits, n).mT
+    return unpack_signed(packed.mT.contiguous(), bits, n).mT

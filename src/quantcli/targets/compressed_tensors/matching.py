@@ -6,19 +6,17 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
-from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups, usable
+from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups
+from quantcli.targets.names import entry_fault
 from quantcli.targets.spellings import spellings
-from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, is_head, last_part, sibling_names
+from quantcli.targets.vllm_family import (
+    EMBEDDINGS,
+    is_head,
+    last_part,
+    looked_up_as,
+    sibling_names,
+)
 
-# The engine's names for fused siblings: it looks these up first.
-# Source: as for FUSED, the keys of packed_modules_mapping.
-_FUSED_NAMES: dict[tuple[str, ...], str] = {
-    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
-    ("gate_proj", "up_proj"): "gate_up_proj",
-    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
-    ("in_proj_b", "in_proj_a"): "in_proj_ba",
-    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
-}
 # Classes of the engine's linears; a target that is part of such a name is for them.
 # Sources: vllm 0.32.0, model_executor/layers/linear.py; the order of look-ups in find_matched_target of
 # model_executor/layers/quantization/compressed_tensors/utils.py.
@@ -41,7 +39,7 @@ class _Patterns:
         for place, pattern in enumerate(self.all):
             if not pattern.startswith("re:"):
                 self.exact.setdefault(pattern, place)
-            elif usable(pattern):
+            elif entry_fault(pattern) is None:
                 self.expressions.append((place, re.compile(pattern[3:])))
 
     def first(self, name: str) -> str | None:
@@ -69,7 +67,7 @@ class GroupMatcher:
 
     def ignored(self, module: str) -> bool:
         """Whether `ignore` has a module's name in any spelling, or its fused name."""
-        fused = self._fused(module)
+        fused = looked_up_as(module)
         return any(map(self._ignore.first, [*([fused] if fused else []), *spellings(module)]))
 
     def as_linear(self, module: str) -> bool:
@@ -81,7 +79,7 @@ class GroupMatcher:
 
     def _group(self, module: str) -> ConfigGroup | None:
         """The group of a module that is not ignored; None if it has none and stays float."""
-        fused, parts = self._fused(module), self._parts(module)
+        fused, parts = looked_up_as(module), self._parts(module)
         if target := (self._targets.first(fused) if fused else None):
             return self._of(target)
         matches = [self._targets.first(part) for part in parts]
@@ -106,15 +104,8 @@ class GroupMatcher:
 
     def _parts(self, module: str) -> list[str]:
         """Names of the siblings that must all match, or of the module alone."""
-        if self._fused(module) is None:
+        if looked_up_as(module) is None:
             return [module]
         prefix = module.removesuffix(last_part(module))
         parts = [prefix + part for part in sibling_names(module)]
         return [part for part in parts if part in self._modules or part == module]
-
-    def _fused(self, module: str) -> str | None:
-        """The engine's name for the module and its siblings; None if it looks the module up alone."""
-        name = _FUSED_NAMES.get(sibling_names(module))
-        if name is None or EXPERT.fullmatch(module):
-            return None
-        return module.removesuffix(last_part(module)) + name

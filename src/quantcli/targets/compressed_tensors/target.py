@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
@@ -19,7 +20,7 @@ from quantcli.targets.base import (
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
 from quantcli.targets.compressed_tensors.kinds import Kind, group_size, kind_of, loads_on
-from quantcli.targets.compressed_tensors.layouts import layout_of, pack_rows, unpack_rows
+from quantcli.targets.compressed_tensors.layouts import layout_of
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.sidecars import quantization_block
@@ -59,7 +60,7 @@ class CompressedTensors(VllmTarget):
         """By suffix, with n and k of the weight:
 
         weight:           int8 or float8_e4m3fn [n, k]; int4 codes are -8..7, one in each byte.
-        weight_packed:    int32 [n, k * bits / 32] instead, see pack_rows; and
+        weight_packed:    int32 [n, k * bits / 32] instead, see pack_signed; and
         weight_shape:     int64 [2], n and k.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
                           [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
@@ -72,7 +73,7 @@ class CompressedTensors(VllmTarget):
             scale = scale.reshape(1)
         if kind.packed:
             stored = {
-                "weight_packed": pack_rows(parts["weight"], kind.bits),
+                "weight_packed": pack_signed(parts["weight"], kind.bits),
                 "weight_scale": scale,
                 "weight_shape": torch.tensor(shape, dtype=torch.int64),
             }
@@ -88,7 +89,7 @@ class CompressedTensors(VllmTarget):
         """The same codes; scales in float32, input_offset float32 [1] for all int8 static inputs."""
         if "weight_packed" in stored:
             bits, k = 4 if numerics.weight.dtype == "int4" else 8, int(stored["weight_shape"][1])
-            parts = {"weight": unpack_rows(stored["weight_packed"], bits, k)}
+            parts = {"weight": unpack_signed(stored["weight_packed"], bits, k)}
         else:
             parts = {"weight": stored["weight"]}
         parts["weight_scale"] = stored["weight_scale"].float()

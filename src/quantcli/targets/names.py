@@ -9,10 +9,40 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from quantcli.targets.spellings import MOVED, float_towers, is_decoder, spellings
 
 MOST_NAMES = 512  # in one list; more are folded into regular expressions
+_LONGEST = 1000  # of a regular expression
+# A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
+_EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
 _HOLE = "\0"  # stands for a number
 _MOST_NUMBERS = 100  # in one expression
+
+
+def entry_fault(entry: str) -> str | None:
+    """The reason why names cannot be matched with an entry of an untrusted list; None if they can.
+
+    entry: a name, or a regular expression after `re:`.
+    """
+    return expression_fault(entry.removeprefix("re:")) if entry.startswith("re:") else None
+
+
+def expression_fault(expression: str) -> str | None:
+    """The reason why names cannot be matched with an untrusted regular expression; None if they can."""
+    if len(expression) > _LONGEST or _EXPENSIVE.search(expression):
+        return f"{expression!r:.60} is too costly to match names with"
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{expression!r:.60} is not a regular expression: {error}"
+    return None
+
+
+def expressions(modules: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Regular expressions that match all of these modules in the spellings of engines, and no other."""
+    found = [entry.removeprefix("re:") for entry in _with_any_beginning(modules, others)]
+    compiled = [re.compile(expression) for expression in found]
+    rest = [name for name in modules if not any(one.match(name) for one in compiled)]
+    return [*found, *(f"{re.escape(name)}$" for name in rest)]
 
 
 def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
