@@ -9,6 +9,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 
 Head: TypeAlias = Literal["stored", "tied", "none", "lost"]
 
+HEADS = ("lm_head.weight", "lm_head.weight_packed", "lm_head.qweight")  # ends of names of its weight
 # Classes of models that put out the next token. Drafts take the head of the model that they draft for.
 # Source: transformers 5.23, models/auto/modeling_auto.py, the names of the mappings for generation.
 _GENERATES = re.compile(
@@ -33,7 +34,7 @@ def lm_head(checkpoint: Checkpoint) -> Head:
 
     lost: neither stored nor tied, in a model of a class that has one.
     """
-    if any(name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in checkpoint.tensors):
+    if any(name.endswith(HEADS) for name in checkpoint.tensors):
         return "stored"
     if tied(checkpoint) is not False:
         return "tied"

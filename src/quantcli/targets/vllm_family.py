@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.head import HEADS
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
@@ -143,7 +144,7 @@ FLOAT_LINEARS = {
 
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
-    if any(name.endswith(("lm_head.weight", "lm_head.weight_packed")) for name in tensors):
+    if any(name.endswith(HEADS) for name in tensors):
         return None
     for name in tensors:
         parts = name.split(".")

@@ -14,13 +14,14 @@ from quantcli.checkpoint.files import (
     SOURCE_RECIPE,
 )
 from quantcli.targets.ascend.loader import DESCRIPTION
+from quantcli.targets.gptq.config import FILE as GPTQ_CONFIG
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
 )  # fmt: skip
 # Files without weights that quantcli writes next to copies of the source's.
-WRITTEN = frozenset({CONFIG, INDEX, DESCRIPTION, MANIFEST, RECIPE_FILE, SOURCE_RECIPE})
+WRITTEN = frozenset({CONFIG, INDEX, DESCRIPTION, GPTQ_CONFIG, MANIFEST, RECIPE_FILE, SOURCE_RECIPE})
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _TEMPLATE = re.compile(r"chat_template.*|.*\.(jinja|jinja2|j2)")
 _TOKENIZER = re.compile(

@@ -33,7 +33,12 @@ from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import Model, check_sizes
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
-_ENGINE_READS = {CONFIG: "config", INDEX: "index", "quant_model_description.json": "description"}
+_ENGINE_READS = {
+    CONFIG: "config",
+    INDEX: "index",
+    "quant_model_description.json": "description",
+    "quantize_config.json": "config",
+}
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _ADDED = "remove it, or copy the checkpoint again"
 # checks that fail if the source itself was incomplete

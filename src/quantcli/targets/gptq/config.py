@@ -1,0 +1,224 @@
+"""`quantization_config` of `quant_method: gptq`: written, and read from any producer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
+from quantcli.core.errors import InputError
+from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Numerics
+from quantcli.targets.base import AGAIN, PlannedCheckpoint
+from quantcli.targets.gptq.kinds import VERSIONS, WHOLE_ROWS, Kind
+from quantcli.targets.names import expression_fault, expressions
+from quantcli.targets.sidecars import quantization_block
+from quantcli.targets.vllm_family import EXPERT, float_linears, is_head, looked_up_as
+
+METHOD = "gptq"
+FILE = "quantize_config.json"
+_WHOLE = 2**31  # above any number of columns
+
+
+def quantization_config(output: PlannedCheckpoint, kinds: Mapping[Numerics, Kind]) -> dict[str, Any]:
+    """The whole object: the kind of most modules, and under `dynamic` those that are not alike.
+
+    The keys of `dynamic` are regular expressions, of which the first that matches the beginning of a
+    name counts: `-:` for float modules, `+:` for those of another kind. vLLM looks siblings up by the
+    name under which it fuses them, and experts by the name of their layer's.
+    Sources: vllm 0.32.0, model_executor/layers/quantization/utils/gptq_utils.py:85-117 and
+    auto_gptq.py:69-92; gptqmodel 021b65e2fd, quantization/config.py (dynamic_get).
+    """
+    members: dict[Kind, list[str]] = {}
+    for module in output.modules:
+        if module.numerics is not None:
+            members.setdefault(kinds[module.numerics], []).append(module.name)
+    usual = max(members, key=lambda kind: len(members[kind]))
+    heads = any(is_head(name) for names in members.values() for name in names)
+    floats = [name for name in float_linears(output) if not is_head(name)]  # `lm_head` is for those
+    rules: dict[str, dict[str, int]] = {
+        f"-:{expression}": {} for expression in _expressions(floats, members.values())
+    }
+    for kind, names in members.items():
+        if kind != usual:
+            others = [other for key, other in members.items() if key != kind]
+            change = {"bits": kind.bits, "group_size": kind.group}
+            rules |= {f"+:{expression}": change for expression in _expressions(names, others)}
+    table: dict[str, Any] = {
+        "quant_method": METHOD,
+        "checkpoint_format": usual.version,
+        "bits": usual.bits,
+        "group_size": usual.group,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": heads,
+    }
+    return table | ({"dynamic": rules} if rules else {})
+
+
+def _expressions(modules: Sequence[str], others: Iterable[Sequence[str]]) -> list[str]:
+    """Expressions for all names of these modules, and no other's."""
+    rest = [name for names in others for name in names]
+    return expressions(_all_names(modules), _all_names(rest))
+
+
+def _all_names(modules: Sequence[str]) -> list[str]:
+    """Names of modules, of their siblings as one, and of the experts of a layer as one."""
+    names: dict[str, None] = {}
+    for module in modules:
+        names[module] = None
+        if name := _engine_name(module):
+            names[name] = None
+    return list(names)
+
+
+def _engine_name(module: str) -> str | None:
+    """The name under which vLLM looks a module up, if that is not its own."""
+    expert = EXPERT.fullmatch(module)
+    return expert["experts"] if expert else looked_up_as(module)
+
+
+def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The config of a checkpoint that is, or means to be, of this format; None for any other."""
+    block = quantization_block(checkpoint.config)
+    if not block and (checkpoint.path / FILE).is_file():
+        if not any(name.endswith(".qweight") for name in checkpoint.tensors):
+            return None
+        try:
+            block = {"quant_method": METHOD, **read_json_file(checkpoint.path / FILE)}
+        except InputError:
+            return None
+    method = block.get("quant_method")
+    return block if isinstance(method, str) and method.lower() == METHOD else None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """An entry of `dynamic`. kind: of the modules that it matches; None if they are float."""
+
+    expression: re.Pattern[str]
+    kind: Kind | None
+
+
+@dataclass
+class GptqConfig:
+    """The config, read. usual: None if it is too damaged to tell it, or in `unchecked`.
+
+    unchecked: the format that engines load, but whose tensors this version cannot read.
+    named:     names, or parts of names, of the quantized modules; None if it does not list them.
+    """
+
+    usual: Kind | None = None
+    lm_head: bool = False
+    desc_act: bool = False
+    unchecked: str | None = None
+    named: tuple[str, ...] | None = None
+    rules: list[_Rule] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def kind_of(self, names: Iterable[str]) -> Kind | None:
+        """The kind of a module by the first rule that matches one of its names; None if it is float."""
+        spelled = list(names)
+        for rule in self.rules:
+            if any(rule.expression.match(name) for name in spelled):
+                return rule.kind
+        return self.usual
+
+
+def read_config(block: Mapping[str, Any]) -> GptqConfig:
+    """The object as vLLM reads it, untrusted. Never raises: faults are findings.
+
+    Source: vllm 0.32.0, model_executor/layers/quantization/auto_gptq.py:104-216.
+    """
+    config = GptqConfig(findings=list(_faults(block)))
+    version = block.get("checkpoint_format") or "gptq"
+    if version not in VERSIONS or block.get("is_marlin_format"):
+        config.unchecked = f"GPTQ in the layout `{'marlin' if version in VERSIONS else version!s:.20}`"
+    elif isinstance(bits := block.get("bits"), int) and bits not in (4, 8):
+        config.unchecked = f"GPTQ of {bits} bits"
+    if config.unchecked or any(finding.severity == "error" for finding in config.findings):
+        return config
+    usual = Kind(block["bits"], block["group_size"], block["sym"], version)
+    config.usual, config.lm_head = usual, bool(block.get("lm_head"))
+    config.desc_act = block["desc_act"]
+    named = block.get("modules_in_block_to_quantize")
+    if named:
+        config.named = tuple(_flat(named))
+    for pattern, changes in (block.get("dynamic") or {}).items():
+        expression = re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        kind = None if pattern.startswith("-:") else _changed(usual, changes)
+        config.rules.append(_Rule(expression, kind))
+    return config
+
+
+def _changed(usual: Kind, changes: Mapping[str, Any]) -> Kind:
+    return replace(
+        usual,
+        bits=changes.get("bits", usual.bits),
+        group=changes.get("group_size", usual.group),
+        symmetric=changes.get("sym", usual.symmetric),
+    )
+
+
+def _flat(names: Any) -> Iterator[str]:
+    """Names in lists of lists."""
+    for name in names:
+        if isinstance(name, list):
+            yield from _flat(name)
+        else:
+            yield name
+
+
+def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
+    missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in block]
+    if missing:
+        yield _wrong(f"has no `{missing[0]}`, without which vLLM loads nothing")
+    yield from _wrong_numbers("", block)
+    if block.get("sym") is False:
+        what = "`sym` is false, which vLLM 0.32 refuses; gptqmodel and transformers load it"
+        yield noted("config", what, CONFIG)
+    if block.get("desc_act") is True and block.get("group_size") != WHOLE_ROWS:
+        what = "`desc_act` is true, which vLLM 0.32 refuses; gptqmodel and transformers load it"
+        yield noted("config", what, CONFIG)
+    names = block.get("modules_in_block_to_quantize")
+    if names is not None and not _only_names(names):
+        yield _wrong(f"`modules_in_block_to_quantize` is {names!r:.60}, not a list of names")
+    rules = block.get("dynamic")
+    if rules is not None and not isinstance(rules, dict):
+        yield _wrong(f"`dynamic` is {rules!r:.60}, not an object")
+        return
+    for pattern, changes in (rules or {}).items():
+        expression = pattern.removeprefix("-:").removeprefix("+:")
+        if fault := expression_fault(expression):
+            yield _wrong(f"`dynamic`: {fault}")
+        if not isinstance(changes, dict):
+            yield _wrong(f"`dynamic` has {changes!r:.40} for {pattern!r:.60}, not an object")
+        elif not pattern.startswith("-:"):
+            yield from _wrong_numbers(f"`dynamic`, {pattern!r:.60}: ", changes)
+            if (bits := changes.get("bits", 4)) not in (4, 8):
+                yield _wrong(f"`dynamic`, {pattern!r:.60}: {bits!r:.20} bits, which vLLM does not have")
+
+
+def _wrong_numbers(place: str, table: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings for bits, group_size, desc_act and sym of another type than engines take."""
+    bits, group = table.get("bits", 4), table.get("group_size", WHOLE_ROWS)
+    if type(bits) is not int or not 0 < bits < 32:
+        yield _wrong(f"{place}`bits` is {bits!r:.40}")
+    if type(group) is not int or not (group == WHOLE_ROWS or 0 < group < _WHOLE):
+        yield _wrong(f"{place}`group_size` is {group!r:.40}")
+    for key in ("sym", "desc_act"):
+        if key in table and type(table[key]) is not bool:
+            yield _wrong(f"{place}`{key}` is {table[key]!r:.40}, not true or false")
+
+
+def _only_names(names: Any) -> bool:
+    lists = isinstance(names, list) and [one for one in names if isinstance(one, list)]
+    words = [one for one in names if not isinstance(one, list)] if isinstance(names, list) else [0]
+    words += [name for one in lists or [] for name in one]
+    return all(isinstance(word, str) for word in words)
+
+
+def _wrong(what: str) -> Finding:
+    return failed("config", f"quantization_config {what}", CONFIG, AGAIN)

@@ -1,0 +1,101 @@
+"""`quant_method: gptq`: codes of 4 or 8 bits for kernels that compute with float inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.core.codes import pack_signed, unpack_signed
+from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.targets.base import KEEP, PlannedCheckpoint, ScalePart, StoredCheckpoint
+from quantcli.targets.gptq.config import FILE, METHOD, quantization_config, settings_of
+from quantcli.targets.gptq.kinds import kind_of, layout_of, loads_on, word_of_zero_points
+from quantcli.targets.gptq.stored import GptqCheckpoint
+from quantcli.targets.layouts import Layout
+from quantcli.targets.sidecars import to_json
+from quantcli.targets.vllm_family import EMBEDDINGS, FLOAT_LINEARS, VllmTarget, last_part
+
+
+class Gptq(VllmTarget):
+    """Symmetric int4 and int8 in groups or whole rows; `dynamic` names the modules that are not alike.
+
+    What is written has no act-order: columns stand in the order of their groups.
+    """
+
+    name: ClassVar[str] = METHOD
+
+    def layout(self, numerics: Numerics) -> Layout:
+        """qweight, scales, qzeros, g_idx: see `layout_of`."""
+        return layout_of(kind_of(numerics))
+
+    def loads_on(self, label: str) -> str:
+        """Engines and hardware."""
+        return loads_on(label)
+
+    def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
+        """The serving dtype, in which engines hold scales: vllm 0.32.0, auto_gptq.py:397-402."""
+        kind_of(numerics)
+        return serving_dtype
+
+    def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of `layout`, for some rows of a weight: in columns."""
+        kind, k = kind_of(numerics), shape[1]
+        rows, groups = len(parts["weight"]), kind.groups(k)
+        group = -(-k // groups)
+        points = torch.full((groups, -(-rows // kind.each)), word_of_zero_points(kind))
+        return {
+            "qweight": pack_signed(parts["weight"], kind.bits).t(),
+            "scales": parts["weight_scale"].t(),
+            "qzeros": points.to(torch.int32),
+            "g_idx": (torch.arange(k) // group).to(torch.int32),
+        }
+
+    def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
+        """The same codes; scales in float32."""
+        bits, words = kind_of(numerics).bits, stored["qweight"].t().contiguous()
+        return {
+            "weight": unpack_signed(words, bits, words.shape[1] * 32 // bits),
+            "weight_scale": stored["scales"].t().float(),
+        }
+
+    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """By the module's name, and by widths that groups and packed codes do not divide."""
+        assert module.numerics is not None
+        kind, last, (n, k) = kind_of(module.numerics), last_part(module.name), module.shape
+        if last in EMBEDDINGS:
+            yield "the engine has no quantized embedding of this kind", KEEP
+        if last in FLOAT_LINEARS:
+            yield FLOAT_LINEARS[last], KEEP
+        for side, what in ((k, "columns"), (n, "rows")):
+            if side % kind.each:
+                yield f"{kind.label} packs {kind.each} {what} together; there are {side}", KEEP
+        if kind.group > 0 and k % kind.group:
+            yield (
+                f"groups of {kind.group} columns do not divide {k}",
+                "use another group_size, or channel",
+            )
+
+    def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
+        """The kind of most modules, and the others under `dynamic`."""
+        return quantization_config(output, {numerics: kind_of(numerics) for numerics in used})
+
+    def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
+        """Also the block of config.json in a file of its own, which AutoGPTQ and gptqmodel prefer.
+
+        Source: AutoGPTQ 01b8616488, auto_gptq/quantization/config.py; gptqmodel 021b65e2fd, likewise.
+        """
+        files = super().sidecars(output)
+        used = {module.numerics for module in output.modules if module.numerics}
+        return {**files, FILE: to_json(self.config_block(output, used))} if used else files
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """By `quant_method` in config.json, or by a file of its own and tensors that need it."""
+        return settings_of(checkpoint) is not None
+
+    def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
+        """A checkpoint of any producer, as vLLM would load it."""
+        return GptqCheckpoint(checkpoint)
