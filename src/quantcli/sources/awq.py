@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Encoded]:
     if (version := source.word("version", "gemm")) != "gemm":
         raise source.refused(f"AWQ in the layout `{version:.40}`: this version decodes `gemm`", FLOAT)
     group = source.whole("group_size", "q_group_size")
-    for module in grouped_modules(source, "AWQ", bits, group, packed_along_k=False):
+    for module in grouped_modules(source, "AWQ", lambda _: (bits, group), packed_along_k=False):
         opened = partial(open_rows, module, _unpack)
         yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
 

@@ -10,7 +10,7 @@ g_idx:   int32 [k], the group of each column: with act-order, groups are not con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,8 +25,8 @@ from quantcli.core.codes import unpack_rows
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
-
-_FORMATS = {"gptq": 1, "gptq_v2": 0}  # -> added to stored zero points
+from quantcli.targets.gptq.config import read_config
+from quantcli.targets.gptq.kinds import VERSIONS
 
 
 def read(source: Source) -> Iterator[Encoded]:
@@ -35,21 +35,23 @@ def read(source: Source) -> Iterator[Encoded]:
     if bits not in {4, 8}:
         raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)
     stored_as = source.word("checkpoint_format", "gptq")
-    if stored_as not in _FORMATS or source.settings.get("is_marlin_format"):
-        reason = stored_as if stored_as not in _FORMATS else "marlin"
-        formats = " and ".join(f"`{name}`" for name in _FORMATS)
+    if stored_as not in VERSIONS or source.settings.get("is_marlin_format"):
+        reason = stored_as if stored_as not in VERSIONS else "marlin"
+        formats = " and ".join(f"`{name}`" for name in VERSIONS)
         raise source.refused(
             f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
         )
     group = source.whole("group_size")
-    middle = 2 ** (bits - 1) if source.settings.get("sym") is True else None
+    symmetric = source.settings.get("sym") is True
     checked = False
-    for module in grouped_modules(source, "GPTQ", bits, group, packed_along_k=True):
+    numbers = _by_name(source) if source.settings.get("dynamic") else lambda _: (bits, group)
+    for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
         n, k = module.shape
-        if not checked and middle is not None:
-            stored_as = _layout_of(source, module, bits, stored_as)
+        middle = 2 ** (module.bits - 1) if symmetric else None
+        if not checked and symmetric:
+            stored_as = _layout_of(source, module, stored_as)
         elif not checked:
-            source.notes.extend(_doubt(module, bits, stored_as, source.where))
+            source.notes.extend(_doubt(module, stored_as, source.where))
         checked = True
         parts: tuple[StoredTensor, ...] = module.parts
         index = module.tensors.get("g_idx")
@@ -60,9 +62,25 @@ def read(source: Source) -> Iterator[Encoded]:
             else:
                 index = None
         kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
-        unpack = _Unpack(module, bits, _FORMATS[stored_as], middle)
+        unpack = _Unpack(module, VERSIONS[stored_as], middle)
         opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
         yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
+
+
+def _by_name(source: Source) -> Callable[[str], tuple[int, int]]:
+    """Bits and columns of a group by the name of a module, if `dynamic` has some of another kind."""
+    config = read_config(source.settings)
+    for finding in config.findings:
+        if finding.severity == "error":
+            raise source.refused(finding.what.removeprefix("quantization_config "))
+
+    def numbers(module: str) -> tuple[int, int]:
+        kind = config.kind_for_engine(module)
+        if kind is None:
+            raise source.refused(f"`dynamic` excludes `{module}`, which has codes")
+        return kind.bits, kind.group
+
+    return numbers
 
 
 def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | None:
@@ -82,24 +100,24 @@ def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | No
     return None if torch.equal(index, runs) else index
 
 
-def _layout_of(source: Source, module: GroupedModule, bits: int, declared: str) -> str:
+def _layout_of(source: Source, module: GroupedModule, declared: str) -> str:
     """The layout that the zero points of a symmetric module fit; with a note if it is not the declared.
 
     InputError if they fit none. With `sym: true` each zero point is 2^(bits - 1), and version 1 stores
     it less 1: decoded as the other version, every weight would be wrong by one step.
     """
-    stored = module.parts[2]
+    stored, bits = module.parts[2], module.bits
     words = read_tensor(stored)
     points = unpack_rows(words, bits).int()[:, : module.shape[0]]
-    for layout in sorted(_FORMATS, key=lambda layout: layout != declared):
-        if bool((points + _FORMATS[layout] == 2 ** (bits - 1)).all()):
+    for layout in sorted(VERSIONS, key=lambda layout: layout != declared):
+        if bool((points + VERSIONS[layout] == 2 ** (bits - 1)).all()):
             if layout != declared:
                 source.notes.append(
                     f"zero points are read as {layout}: {source.where} declares {declared} with "
                     f"`sym: true`, and `{stored.spec.name}` holds {int(points[0, 0])}"
                 )
             return layout
-    odd = (points + _FORMATS[declared] != 2 ** (bits - 1)).nonzero()[0].tolist()
+    odd = (points + VERSIONS[declared] != 2 ** (bits - 1)).nonzero()[0].tolist()
     value = int(points[tuple(odd)])
     raise source.contradicted(stored, f"`sym: true` has one zero point, and [{odd[0]}] holds {value}")
 
@@ -108,7 +126,7 @@ _ROWS = 64  # of a module: enough for a mean
 _FEWEST = 256  # zero points, whose mean is then within a few tenths of a step
 
 
-def _doubt(module: GroupedModule, bits: int, declared: str, where: str) -> Iterator[str]:
+def _doubt(module: GroupedModule, declared: str, where: str) -> Iterator[str]:
     """A note if a module's weights are one step off on average, and none in the other layout.
 
     Without `sym: true` any zero point is possible, but weights average out to nearly nothing.
@@ -116,10 +134,10 @@ def _doubt(module: GroupedModule, bits: int, declared: str, where: str) -> Itera
     codes, _, zeros = map(Columns, module.parts)
     with codes, zeros:
         rows = min(_ROWS, module.shape[0])
-        values, points = _Unpack(module, bits, _FORMATS[declared], None)(codes, zeros, 0, rows)
-    other = next(layout for layout in _FORMATS if layout != declared)
+        values, points = _Unpack(module, VERSIONS[declared], None)(codes, zeros, 0, rows)
+    other = next(layout for layout in VERSIONS if layout != declared)
     off = float(values.mean() - points.mean())
-    other_off = off + _FORMATS[declared] - _FORMATS[other]
+    other_off = off + VERSIONS[declared] - VERSIONS[other]
     if points.numel() >= _FEWEST and abs(off) > 0.75 and abs(other_off) < 0.25:
         yield (
             f"`{module.name}` looks like {other}: its weights are off by {off:+.2f} steps on average, "
@@ -136,13 +154,12 @@ class _Unpack:
     """
 
     module: GroupedModule
-    bits: int
     added: int
     middle: int | None
 
     def __call__(self, codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Codes and zero points of rows [start, stop)."""
-        bits, middle = self.bits, self.middle
+        bits, middle = self.module.bits, self.middle
         values = unpack_rows(codes.columns(start, stop), bits).float()
         each = 32 // bits
         first, last = start // each, -(-stop // each)

@@ -33,23 +33,30 @@ class GroupedModule:
     shape: tuple[int, int]
     group: int
     kind: str  # the format, such as "awq int4 in groups of 128"
+    bits: int
 
 
 def grouped_modules(
-    source: Source, method: str, bits: int, group: int, *, packed_along_k: bool
+    source: Source,
+    method: str,
+    numbers: Callable[[str], tuple[int, int]],
+    *,
+    packed_along_k: bool,
 ) -> Iterator[GroupedModule]:
     """Every module with a `qweight`. InputError for tensors that do not fit.
 
-    method: its name. group: columns; -1: all. packed_along_k: whether the codes in an int32 of qweight
-    are of neighbouring inputs; else of neighbouring outputs.
+    method: its name. numbers: the bits of a module's codes, and the columns of its groups; -1: all.
+    packed_along_k: whether the codes in an int32 of qweight are of neighbouring inputs; else of
+    neighbouring outputs.
     """
-    if group != -1 and group < 1:
-        raise source.refused(f"{method} in groups of {group}")
-    where = "per channel" if group == -1 else f"in groups of {group}"
     for name, tensors in source.modules.items():
         codes = tensors.get("qweight")
         if codes is None:
             continue
+        bits, group = numbers(name)
+        if group != -1 and group < 1:
+            raise source.refused(f"{method} in groups of {group}")
+        where = "per channel" if group == -1 else f"in groups of {group}"
         height, width = matrix(codes)
         k, n = (height * 32 // bits, width) if packed_along_k else (height, width * 32 // bits)
         must_be(codes, ("I32",), (height, width), method)
@@ -62,7 +69,7 @@ def grouped_modules(
         must_be(scales, sorted(FLOATS), (groups, n), method)
         must_be(zeros, ("I32",), (groups, -(-n * bits // 32)), f"{method} of {n} x {k}")
         kind = f"{method.lower()} int{bits} {where}"
-        yield GroupedModule(name, tensors, (codes, scales, zeros), (n, k), columns, kind)
+        yield GroupedModule(name, tensors, (codes, scales, zeros), (n, k), columns, kind, bits)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json_file
-from quantcli.checkpoint.detect import of_cache
+from quantcli.checkpoint.detect import of_cache, quantization
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.header import StoredTensor
@@ -78,7 +78,8 @@ def open_reference(path: Path) -> Reference:
     if target is None:
         return Reference(decoded(checkpoint))
     stored = target.open_stored(checkpoint)
-    if any(f.severity == "error" and f.check == "parameters" for f in stored.findings):
+    unread = not (stored.modules or stored.unchecked) and quantization(checkpoint) is not None
+    if unread or any(f.severity == "error" and f.check == "parameters" for f in stored.findings):
         # codes of a module that is not read would be taken for weights
         return Reference(decoded(checkpoint))
     return Reference(checkpoint, target, stored)

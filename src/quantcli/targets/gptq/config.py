@@ -15,6 +15,7 @@ from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.gptq.kinds import VERSIONS, WHOLE_ROWS, Kind
 from quantcli.targets.names import expression_fault, expressions
 from quantcli.targets.sidecars import quantization_block
+from quantcli.targets.spellings import spellings
 from quantcli.targets.vllm_family import EXPERT, float_linears, is_head, looked_up_as
 
 METHOD = "gptq"
@@ -117,6 +118,10 @@ class GptqConfig:
     named: tuple[str, ...] | None = None
     rules: list[_Rule] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+
+    def kind_for_engine(self, module: str) -> Kind | None:
+        """The kind that vLLM gives a module; None if it builds it as float."""
+        return self.kind_of(spellings(_engine_name(module) or module))
 
     def kind_of(self, names: Iterable[str]) -> Kind | None:
         """The kind of a module by the first rule that matches one of its names; None if it is float."""

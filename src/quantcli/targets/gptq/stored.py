@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.spellings import spellings
 from quantcli.targets.stored_format import StoredFormat
 from quantcli.targets.tensor_parallel import splits_inputs
-from quantcli.targets.vllm_family import EXPERT, is_head, is_linear, looked_up_as
+from quantcli.targets.vllm_family import EXPERT, is_head, is_linear
 
 _MASK = 2**32 - 1
 _BLOCK = 2**18  # words of zero points that are read together
@@ -63,24 +64,18 @@ class GptqCheckpoint(StoredFormat):
             what = f"{reason}, but has qweight: the engine would find no place for its codes{more}"
             yield failed("loader", what, f"`{names[0]}`", AGAIN)
 
-    def _kind(self, module: str) -> Kind | None:
-        """The kind that vLLM gives a module, by the name under which it looks it up."""
-        expert = EXPERT.fullmatch(module)
-        name = expert["experts"] if expert else looked_up_as(module) or module
-        return self._config.kind_of(spellings(name))
-
     def _excluded(self, module: str) -> str | None:
         """The reason why vLLM builds a module with codes as float; None if it does not."""
         if is_head(module) and not self._config.lm_head:
             return "`lm_head` in quantization_config is not true"
-        if self._kind(module) is None:
+        if self._config.kind_for_engine(module) is None:
             return "`dynamic` in quantization_config excludes it"
         if not self._listed(module):
             return "`modules_in_block_to_quantize` does not name it"
         return None
 
     def _listed(self, module: str) -> bool:
-        """Whether vLLM takes a module for quantized by its name; it derives a missing list from codes."""
+        """Whether vLLM takes a module for quantized by name; it derives a missing list from codes."""
         named = self._config.named
         if named is None or EXPERT.fullmatch(module):
             return True
@@ -91,7 +86,11 @@ class GptqCheckpoint(StoredFormat):
         if weight.spec.dtype not in FLOATS:
             what = f"is {weight.spec}, which this format does not have"
             yield failed("parameters", what, f"`{weight.spec.name}`", AGAIN)
-        if self._config.usual is None or self._kind(module) is None or self.float_only(module):
+        if (
+            self._config.usual is None
+            or self._config.kind_for_engine(module) is None
+            or self.float_only(module)
+        ):
             return
         listed = self._config.named is not None and self._listed(module) and not is_head(module)
         if listed or EXPERT.fullmatch(module):
@@ -100,7 +99,7 @@ class GptqCheckpoint(StoredFormat):
             yield failed("loader", what, f"`{module}`", fix)
 
     def _quantized(self, module: str, codes: StoredTensor) -> Iterator[Finding]:
-        kind = self._kind(module)
+        kind = self._config.kind_for_engine(module)
         assert kind is not None  # `_excluded` has looked
         faults = []
         if len(codes.spec.shape) == 2:
@@ -167,9 +166,9 @@ class GptqCheckpoint(StoredFormat):
         """Groups and packed codes lie on one device each."""
         kind, (n, k) = self._kinds[module.name], sides
         inputs = devices > 1 and splits_inputs(module.name)
-        if inputs and kind.group > 0 and k % kind.group:
-            yield f"{kind.label} needs inputs in multiples of {kind.group} on each device; there are {k}"
-        elif inputs and k % kind.each:
-            yield f"{kind.label} needs inputs in multiples of {kind.each} on each device; there are {k}"
+        share = math.lcm(kind.each, max(1, kind.group))
+        if inputs and k % share:
+            yield f"{kind.label} needs inputs in multiples of {share} on each device; there are {k}"
         if devices > 1 and not inputs and n % kind.each:
-            yield f"{kind.label} needs outputs in multiples of {kind.each} on each device; there are {n}"
+            needed = f"outputs in multiples of {kind.each}"
+            yield f"{kind.label} needs {needed} on each device; there are {n}"

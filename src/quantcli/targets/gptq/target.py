@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,11 @@ from quantcli.targets.gptq.kinds import kind_of, layout_of, loads_on, word_of_ze
 from quantcli.targets.gptq.stored import GptqCheckpoint
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import to_json
-from quantcli.targets.vllm_family import EMBEDDINGS, FLOAT_LINEARS, VllmTarget, last_part
+from quantcli.targets.vllm_family import EMBEDDINGS, FLOAT_LINEARS, VllmTarget, is_head, last_part
+
+# Rows of a head, to a multiple of which vLLM pads it; its loader then finds rows along dimension 0.
+# Source: vllm 0.32.0, model_executor/layers/vocab_parallel_embedding.py:36 and 515-520.
+VOCABULARY = 64
 
 
 class Gptq(VllmTarget):
@@ -70,6 +74,9 @@ class Gptq(VllmTarget):
             yield "the engine has no quantized embedding of this kind", KEEP
         if last in FLOAT_LINEARS:
             yield FLOAT_LINEARS[last], KEEP
+        if is_head(module.name) and n % VOCABULARY:
+            what = f"the engine pads a head to a multiple of {VOCABULARY} rows, and then loads none of "
+            yield what + f"this layout; there are {n}", KEEP
         for side, what in ((k, "columns"), (n, "rows")):
             if side % kind.each:
                 yield f"{kind.label} packs {kind.each} {what} together; there are {side}", KEEP
@@ -78,6 +85,12 @@ class Gptq(VllmTarget):
                 f"groups of {kind.group} columns do not divide {k}",
                 "use another group_size, or channel",
             )
+
+    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+        """None for a head of 4 bits, which vLLM serves."""
+        yield from super().advise(
+            [m for m in modules if not (m.numerics and m.numerics.weight.dtype == "int4")]
+        )
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The kind of most modules, and the others under `dynamic`."""
