@@ -50,9 +50,9 @@ class ShardWriter:
         """
         position, spec = self._places[tensor]
         position += int(first * spec.itemsize)
-        run, step = len(block) // spec.shape[0], spec.row_nbytes
+        run, step = block.nbytes // spec.shape[0], spec.row_nbytes
         if run == step:
-            run = step = len(block)
+            run = step = block.nbytes
         with disk_errors(self._temporary):
             self._pwrite(block, position, run, step)
 

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -29,6 +30,56 @@ def test_shard_in_any_order_of_writes(tmp_path):
     assert loaded["b"].tolist() == [1, 2, 3, 4]
     assert loaded["a"].tolist() == [[0.0] * 3] * 2
     assert loaded["e"].shape == (0,)
+
+
+def columns_of(values, first, last):
+    return memoryview(np.ascontiguousarray(values[:, first:last]))
+
+
+def test_columns_of_a_matrix(tmp_path):
+    """Neighbours keep their bytes; all columns together are one write."""
+    values = np.arange(5 * 7, dtype="<i4").reshape(5, 7)
+    specs = (TensorSpec("a", "I32", (5, 7)), TensorSpec("b", "I8", (4,)))
+    writer = ShardWriter(tmp_path, "x.safetensors", specs)
+    writer.write_columns("a", 4, columns_of(values, 4, 7))
+    writer.write("b", 0, b"\x01\x02\x03\x04")
+    writer.write_columns("a", 0, columns_of(values, 0, 1))
+    writer.write_columns("a", 1, columns_of(values, 1, 4))
+    writer.finish()
+    loaded = load_file(writer.path)
+    assert loaded["a"].tolist() == values.tolist()
+    assert loaded["b"].tolist() == [1, 2, 3, 4]
+
+
+def test_missing_columns_are_missed(tmp_path):
+    writer = ShardWriter(tmp_path, "x.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    writer.write_columns("a", 0, columns_of(np.zeros((5, 7), "<i4"), 0, 6))
+    with pytest.raises(AssertionError):
+        writer.finish()
+    writer.abandon()
+
+
+def test_all_columns_are_one_write_and_short_writes_go_on(tmp_path, monkeypatch):
+    values, sizes, real = np.arange(35, dtype="<i4").reshape(5, 7), [], os.pwrite
+
+    def short(fd, data, position):
+        sizes.append(len(data))
+        return real(fd, data[: max(1, len(data) // 2)], position)
+
+    writer = ShardWriter(tmp_path, "x.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    monkeypatch.setattr(os, "pwrite", short)
+    writer.write_columns("a", 0, columns_of(values, 0, 7))
+    assert sizes[0] == 5 * 7 * 4
+    writer.finish()
+    assert load_file(writer.path)["a"].tolist() == values.tolist()
+    sizes.clear()
+    writer = ShardWriter(tmp_path, "y.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    sizes.clear()
+    writer.write_columns("a", 0, columns_of(values, 0, 3))
+    assert sizes[0] == 3 * 4
+    writer.write_columns("a", 3, columns_of(values, 3, 7))
+    writer.finish()
+    assert load_file(writer.path)["a"].tolist() == values.tolist()
 
 
 def test_incomplete_shard_is_never_named(tmp_path):
