@@ -168,7 +168,7 @@ class ShardRun:
         for rows in compute(job, self.plan.target, calibrated, self.block_elements):
             if self._stop.is_set():
                 return
-            for output, first, tensor in rows.outputs:
+            for output, first, tensor in rows.written:
                 if output.axis:
                     columns.add(output, first, tensor)
                 else:

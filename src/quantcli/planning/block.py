@@ -112,6 +112,11 @@ class Computed:
     outputs: list[tuple[Output, int, Tensor]]
     nbytes: int
 
+    @property
+    def written(self) -> list[tuple[Output, int, Tensor]]:
+        """The outputs to write: a tensor that does not depend on rows is written with the first."""
+        return [entry for entry in self.outputs if self.start == 0 or entry[0].rows]
+
 
 def compute(
     job: Job,
@@ -119,7 +124,7 @@ def compute(
     calibrated: Calibrated = _NOTHING,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Iterator[Computed]:
-    """Row block by row block. A tensor that does not depend on rows comes with the first row.
+    """Row block by row block.
 
     calibrated: of the job's item, see `read_calibrated`. InputError for NaN, Inf, and numbers that the
     target cannot hold.
@@ -141,7 +146,6 @@ def compute(
             outputs = [
                 (output, output.first(start), tensor)
                 for output, tensor in zip(item.outputs, packed.values(), strict=True)
-                if start == 0 or output.rows
             ]
             yield Computed(start, stop - start, outputs, _share(item, stop) - _share(item, start))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,13 +33,15 @@ def quantization_config(output: PlannedCheckpoint, kinds: Mapping[Numerics, Kind
     Sources: vllm 0.32.0, model_executor/layers/quantization/utils/gptq_utils.py:85-117 and
     auto_gptq.py:69-92; gptqmodel 021b65e2fd, quantization/config.py (dynamic_get).
     """
-    members: dict[Kind, list[str]] = {}
-    for module in output.modules:
+    members: dict[Kind, list[str]] = defaultdict(list)
+    for module in sorted(output.modules, key=lambda module: _in_order(module.name)):
         if module.numerics is not None:
-            members.setdefault(kinds[module.numerics], []).append(module.name)
+            members[kinds[module.numerics]].append(module.name)
+    members = dict(sorted(members.items(), key=lambda entry: entry[0].label))
     usual = max(members, key=lambda kind: len(members[kind]))
     heads = any(is_head(name) for names in members.values() for name in names)
-    floats = [name for name in float_linears(output) if not is_head(name)]  # `lm_head` is for those
+    # `lm_head` is for those; sorted, as packing finds modules in another order
+    floats = sorted((name for name in float_linears(output) if not is_head(name)), key=_in_order)
     rules: dict[str, dict[str, int]] = {
         f"-:{expression}": {} for expression in _expressions(floats, members.values())
     }
@@ -57,6 +60,11 @@ def quantization_config(output: PlannedCheckpoint, kinds: Mapping[Numerics, Kind
         "lm_head": heads,
     }
     return table | ({"dynamic": rules} if rules else {})
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by: numbers in them by their value."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in name.split(".")]
 
 
 def _expressions(modules: Sequence[str], others: Iterable[Sequence[str]]) -> list[str]:

@@ -295,7 +295,7 @@ class Recomputation:
     def _in_its_format(self, item: Item, rows: Computed) -> Iterator[tuple[Output, int, Tensor]]:
         """Computed tensors as they are after packing, if there was one."""
         if self.packed is None:
-            yield from rows.outputs
+            yield from rows.written
         elif isinstance(item, Quantize):
             yield from self._repacked(item, rows, self.packed)
         else:
