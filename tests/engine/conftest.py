@@ -38,6 +38,12 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
     "fp8-tensor": (CT, [{"match": ALL, "scheme": "fp8_tensor"}]),
     "fp8-block": (CT, [{"match": ALL, "scheme": "fp8_block"}]),
 }  # fmt: skip
+# recipes for gptq, which also make a compressed-tensors file each: kinds by name, a head, whole rows
+SAME: dict[str, list[dict[str, object]]] = {
+    "mixed": [*KEEP, {"match": "*.down_proj", "scheme": {"name": "w4a16", "group_size": "channel"}},
+              {"match": ALL, "scheme": {"name": "w4a16", "group_size": 32}}],
+    "head": [{"match": [ALL, "lm_head"], "scheme": {"name": "w4a16", "group_size": 64}}],
+}  # fmt: skip
 EXPERTS = [{"match": "*.experts.*", "scheme": "keep"}]
 GROUPS = {"name": "w4a16", "group_size": 32}
 # of tiny random models of other architectures; vLLM's CPU build has no kernels for other experts
@@ -115,6 +121,25 @@ class Trained:
         return answer
 
 
+class Twice:
+    """The bundled model by recipes of SAME, each as gptq and as compressed-tensors; float experts."""
+
+    def __init__(self, root: Path) -> None:
+        self.ids = text(4)
+        folders = {}
+        for name, rules in SAME.items():
+            for target in (CT, "gptq"):
+                folders[f"{name}-{target}"] = convert(root / f"{name}-{target}", MODEL, target, rules)
+        folders["int8"] = convert(root / "int8", MODEL, "gptq", [{"match": ALL, "scheme": "w8a16"}])
+        self.answers = serve(folders, self.ids)
+        experts = make_tiny(root / "experts", "qwen3_moe", hidden_size=128, head_dim=32)
+        rules = [*EXPERTS, {"match": ALL, "scheme": GROUPS}]
+        families = {t: convert(root / f"experts-{t}", experts, t, rules) for t in (CT, "gptq")}
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, 128, (4, 32), generator=generator).tolist()
+        self.experts = serve(families, ids)
+
+
 class Families:
     """Tiny random models of other architectures, float and converted, on random tokens."""
 
@@ -145,6 +170,11 @@ def environment() -> None:
 @pytest.fixture(scope="session")
 def trained(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def twice(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Twice:
+    return Twice(tmp_path_factory.mktemp("twice"))
 
 
 @pytest.fixture(scope="session")
