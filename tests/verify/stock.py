@@ -40,6 +40,16 @@ OWN = {
     "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
     "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
     "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
+    "gptq_int4": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
+    "gptq_int8": 'rules: [{match: "*_proj", scheme: w8a16}]\n',
+    "gptq_inputs": 'rules: [{match: "*_proj", scheme: {name: w4a16, group_size: 32, clip: inputs}}]\n',
+    "gptq_mixed": """rules:
+- {match: "*.0.self_attn.*", scheme: keep}
+- {match: "*.experts.*", scheme: w8a16, optional: true}
+- {match: ["*.down_proj", lm_head], scheme: {name: w4a16, group_size: channel}, optional: true}
+- {match: "*.self_attn.*", scheme: w8a16}
+- {match: "*_proj", scheme: {name: w4a16, group_size: 32}, optional: true}
+""",
     "dynamic_inputs": 'rules: [{match: "*_proj", scheme: {name: w8a8_dynamic, clip: inputs}}]\n',
     "fp8_inputs": 'rules: [{match: "*_proj", scheme: {name: fp8_dynamic, clip: inputs}}]\n',
     "ct_dynamic_inputs": 'rules: [{match: "*_proj", scheme: {name: w8a8_dynamic, clip: inputs}}]\n',
@@ -56,7 +66,7 @@ OWN = {
     '  - {match: "*.self_attn.*", scheme: fp8_dynamic}\n  - {match: "*_proj", scheme: w8a8_dynamic}\n',
 }
 CLIPPED = {"dynamic_inputs", "fp8_inputs", "ct_dynamic_inputs", "ct_w4a16_inputs", "ct_fp8_inputs",
-           "ct_block_inputs"}  # fmt: skip
+           "ct_block_inputs", "gptq_inputs"}  # fmt: skip
 MEASURED = CLIPPED | {
     "static",
     "symmetric",
@@ -113,7 +123,8 @@ class Stock:
             path = RECIPES / f"{recipe}.yaml"
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
-                target = "compressed-tensors" if recipe.startswith("ct_") else "ascend"
+                targets = {"ct": "compressed-tensors", "gptq": "gptq"}
+                target = targets.get(recipe.partition("_")[0], "ascend")
                 lines = CALIBRATION * (recipe in MEASURED) + OWN[recipe]
                 path.write_text(f"target: {target}\n{lines}")
             elif "\ncalibration:" in path.read_text():
