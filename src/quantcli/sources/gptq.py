@@ -26,7 +26,7 @@ from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 from quantcli.targets.gptq.config import read_config
-from quantcli.targets.gptq.kinds import VERSIONS
+from quantcli.targets.gptq.kinds import VERSIONS, zero_points
 
 
 def read(source: Source) -> Iterator[Encoded]:
@@ -164,10 +164,9 @@ class _Unpack:
         each = 32 // bits
         first, last = start // each, -(-stop // each)
         packed = zeros.columns(first, last).t()  # [groups, words]
-        points = unpack_rows(packed, bits).int()[:, start - first * each : stop - first * each]
-        points.add_(self.added).bitwise_and_(2**bits - 1)
+        points = zero_points(packed, bits, self.added)[start - first * each : stop - first * each]
         if middle is not None and bool((points != middle).any()):
-            group, row = (points != middle).nonzero()[0].tolist()
-            what = f"zero point of row {start + row} is {int(points[group, row])}"
+            row, group = (points.t() != middle).nonzero()[0].tolist()[::-1]
+            what = f"zero point of row {start + row} is {int(points[row, group])}"
             raise wrong(self.module.parts[2], f"{what}; with `sym: true` each is {middle}")
-        return values, points.t().float()
+        return values, points.float()

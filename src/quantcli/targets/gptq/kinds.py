@@ -142,8 +142,8 @@ def layout_of(kind: Kind) -> Layout:
         if kind.act_order:
             index = blocks["g_idx"].long()
         if not kind.symmetric:
-            points = zero_points(blocks["qzeros"], kind)[: len(values)] - 2 ** (bits - 1)
-            values -= points.float().index_select(1, index)
+            points = zero_points(blocks["qzeros"], bits, VERSIONS[kind.version])[: len(values)]
+            values -= (points - 2 ** (bits - 1)).float().index_select(1, index)
         if kind.act_order:
             return values.mul_(scale.index_select(1, index))
         return scale_groups(values, scale.contiguous(), group)
@@ -154,10 +154,13 @@ def layout_of(kind: Kind) -> Layout:
     return Layout(kind.label, f"int{bits}", params, dequantize, sides, experts=True)
 
 
-def zero_points(packed: Tensor, kind: Kind) -> Tensor:
-    """Zero points as engines take them: int32 [groups, words] -> int32 [words * 32 / bits, groups]."""
-    points = unpack_rows(packed.contiguous(), kind.bits).int()
-    return points.add_(VERSIONS[kind.version]).bitwise_and_(2**kind.bits - 1).t()
+def zero_points(packed: Tensor, bits: int, added: int) -> Tensor:
+    """Zero points as engines take them: int32 [groups, words] -> int32 [words * 32 / bits, groups].
+
+    added: of VERSIONS.
+    """
+    points = unpack_rows(packed.contiguous(), bits).int()
+    return points.add_(added).bitwise_and_(2**bits - 1).t()
 
 
 def word_of_zero_points(kind: Kind) -> int:

@@ -50,12 +50,12 @@ class Gptq(VllmTarget):
         kind, k = kind_of(numerics), shape[1]
         rows, groups = len(parts["weight"]), kind.groups(k)
         group = -(-k // groups)
-        points = torch.full((groups, -(-rows // kind.each)), word_of_zero_points(kind))
+        words, word = -(-rows // kind.each), word_of_zero_points(kind)
         return {
             "qweight": pack_signed(parts["weight"], kind.bits).t(),
             "scales": parts["weight_scale"].t(),
-            "qzeros": points.to(torch.int32),
-            "g_idx": (torch.arange(k) // group).to(torch.int32),
+            "qzeros": torch.full((groups, words), word, dtype=torch.int32),
+            "g_idx": torch.arange(k, dtype=torch.int32) // group,
         }
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
