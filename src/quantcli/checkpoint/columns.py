@@ -10,18 +10,10 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import read_into, read_span, tensor_bytes
+from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
-
-
-def read_along(stored: StoredTensor, axis: int, start: int, count: int) -> Tensor:
-    """Rows [start, start + count) of a stored tensor, or with axis 1 such columns, [h, count]."""
-    if not axis:
-        return read_span(stored, start, count)
-    with Columns(stored) as reader:
-        return reader.columns(start, start + count).t()
 
 
 class Columns:

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from quantcli.checkpoint.columns import read_along
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
-from quantcli.checkpoint.tensors import read_tensor
+from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import AGAIN
 from quantcli.targets.gptq.config import METHOD, read_config, settings_of
@@ -152,10 +151,10 @@ class GptqCheckpoint(StoredFormat):
         stored, word = module.tensors["qzeros"], word_of_zero_points(kind)
         step = max(1, _BLOCK // max(1, stored.spec.shape[1]))
         for start in range(0, stored.spec.shape[0], step):
-            bad = (read_along(stored, 0, start, step) != word).nonzero()
+            bad = (read_span(stored, start, step) != word).nonzero()
             if len(bad):
                 row, column = bad[0].tolist()
-                value = int(read_along(stored, 0, start + row, 1)[0, column])
+                value = int(read_span(stored, start + row, 1)[0, column])
                 what = f"with `sym: true` and checkpoint_format {kind.version} each word is "
                 what += f"{word & _MASK:#x}; this one is {value & _MASK:#x}"
                 where = f"`{stored.spec.name}`[{start + row}, {column}]"

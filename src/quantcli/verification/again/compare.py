@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import read_json_file
-from quantcli.checkpoint.columns import read_along
+from quantcli.checkpoint.columns import Columns
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
@@ -218,25 +220,27 @@ class Recomputation:
 
     def _compare(self, job: Job, progress: Progress) -> dict[str, _Difference]:
         """The differences in some rows of an item, by the name of the tensor."""
-        tensors, item = self.stored.checkpoint.tensors, job.item
+        item = job.item
         calibrated = self._calibrated(item)
         compared = {spec.name for spec in self._compared(item)}
         differences: dict[str, _Difference] = {}
         given = _CLIPS in self._taken(item)
-        for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
-            blocks = []
-            for output, first, expected in self._in_its_format(item, rows):
-                stored, axis = tensors[output.spec.name], output.axis
-                actual = read_along(stored, axis, first, expected.shape[axis])
-                blocks.append(_Block(output, first, expected, actual))
-            unlike = {
-                block.output.spec.name: difference
-                for block in blocks
-                if block.output.spec.name in compared and (difference := block.difference())
-            }
-            if unlike and (given or not self._only_sums_differ(item, rows.start, blocks, calibrated)):
-                _merge(differences, unlike)
-            progress.advance(rows.nbytes)
+        with ExitStack() as stack:
+            stored = _StoredParts(self.stored.checkpoint.tensors, stack)
+            for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
+                blocks = [
+                    _Block(output, first, expected, stored.part(output, first, expected))
+                    for output, first, expected in self._in_its_format(item, rows)
+                ]
+                unlike = {
+                    block.output.spec.name: difference
+                    for block in blocks
+                    if block.output.spec.name in compared and (difference := block.difference())
+                }
+                sums = (item, rows.start, blocks, calibrated)
+                if unlike and (given or not self._only_sums_differ(*sums)):
+                    _merge(differences, unlike)
+                progress.advance(rows.nbytes)
         return differences
 
     def _calibrated(self, item: Item) -> Calibrated:
@@ -384,6 +388,24 @@ class Recomputation:
                 return False
             others -= {"quant_bias", "deq_scale"}
         return all(torch.equal(actual[name], expected[name]) for name in others)
+
+
+@dataclass(frozen=True)
+class _StoredParts:
+    """Parts of stored tensors. One that is read by columns stays open: it is read in wide strips."""
+
+    tensors: Mapping[str, StoredTensor]
+    stack: ExitStack  # closes it
+    columns: dict[str, Columns] = field(default_factory=dict)
+
+    def part(self, output: Output, first: int, like: Tensor) -> Tensor:
+        """As many elements along the output's axis as `like` has, from `first` on."""
+        name, count = output.spec.name, like.shape[output.axis]
+        if not output.axis:
+            return read_span(self.tensors[name], first, count)
+        if name not in self.columns:
+            self.columns[name] = self.stack.enter_context(Columns(self.tensors[name]))
+        return self.columns[name].columns(first, first + count).t()
 
 
 @dataclass(frozen=True)
