@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantcli.commands import quantize as commands
 from quantcli.convert import shards
 from quantcli.planning import block
 from tests.e2e.calibrating import LENGTH, SAMPLES, Models, make_bench
@@ -90,6 +91,21 @@ def test_blocks_jobs_and_workers_change_nothing(box: Box, small: Callable[[int, 
         assert files_of(out) == wanted
         checked = run_cli("verify", out, "--full", "--against", box.model, "--workers", workers)
         assert checked.code == 0, checked.out
+
+
+def test_memory_of_gathered_columns_is_estimated(box: Box, small: Callable[[int, int], None]) -> None:
+    """A worker holds the columns of one job: those of 8 rows, or of the whole of the largest weight."""
+    plan = commands.plan(box.recipe, model=str(box.model), out=box.out).plan
+    whole = shards.memory_estimate(plan, 3)
+    small(8, 8)
+    few = shards.memory_estimate(plan, 3)
+    columns = [
+        sum(output.spec.nbytes for output in item.outputs if output.axis)
+        for shard in plan.shards
+        for item in shard.items
+    ]
+    assert max(columns) == 128 * 64 + 64 * 2 + 64  # down_proj: int8 codes, scales, zero points
+    assert 0 < 3 * max(columns) - (whole - few) < 3 * max(columns) / 4
 
 
 def test_columns_hold_the_rows_of_the_other_format(box: Box, small: Callable[[int, int], None]) -> None:

@@ -315,6 +315,23 @@ def test_layouts_that_are_not_read(change, form):
     assert config.findings == []
 
 
+def test_a_layout_that_is_not_text_is_not_read():
+    assert (
+        read_config(BLOCK | {"checkpoint_format": ["gptq"]}).unchecked
+        == "GPTQ in the layout `['gptq']`"
+    )
+
+
+def test_an_empty_weight_is_a_finding_or_nothing(tmp_path):
+    """No division by the groups that it does not have."""
+    empty = {f"{Q}.{s}": ("I32", shape, b"") for s, shape in (("qweight", (0, 8)), ("g_idx", (0,)))}
+    empty |= {f"{Q}.scales": ("F16", (0, 8), b""), f"{Q}.qzeros": ("I32", (0, 1), b"")}
+    write_safetensors(tmp_path / "model.safetensors", empty)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK}))
+    stored = TARGET.open_stored(open_checkpoint(tmp_path))
+    assert [list(stored.check_arithmetic(module)) for module in stored.modules.values()] in ([], [[]])
+
+
 def test_the_first_rule_counts():
     rules = {"-:.*\\.a$": {}, "+:.*\\.[ab]$": {"bits": 8}, ".*\\.c$": {"group_size": -1, "sym": False}}
     config = read_config(BLOCK | {"dynamic": rules})

@@ -146,9 +146,10 @@ def read_config(block: Mapping[str, Any]) -> GptqConfig:
     Source: vllm 0.32.0, model_executor/layers/quantization/auto_gptq.py:104-216.
     """
     config = GptqConfig(findings=list(_faults(block)))
-    version = block.get("checkpoint_format") or "gptq"
+    declared = block.get("checkpoint_format") or "gptq"
+    version = declared.lower() if isinstance(declared, str) else repr(declared)
     if version not in VERSIONS or block.get("is_marlin_format"):
-        config.unchecked = f"GPTQ in the layout `{'marlin' if version in VERSIONS else version!s:.20}`"
+        config.unchecked = f"GPTQ in the layout `{'marlin' if version in VERSIONS else version:.20}`"
     elif isinstance(bits := block.get("bits"), int) and bits not in (4, 8):
         config.unchecked = f"GPTQ of {bits} bits"
     if config.unchecked or any(finding.severity == "error" for finding in config.findings):

@@ -26,8 +26,8 @@ GROUP_SIZES = (32, 64, 128, WHOLE_ROWS)
 # By checkpoint_format, what is added to a stored zero point. The first version stores it less 1.
 # Source: gptqmodel 021b65e2fd, models/loader.py and utils/model.py (convert_gptq_v1_to_v2_format).
 VERSIONS = {"gptq": 1, "gptq_v2": 0}
-# Tensors of a quantized module; its bias has no other name than that of a float one.
-SUFFIXES = frozenset({"qweight", "scales", "qzeros", "g_idx"})
+# Tensors next to codes that only this format has; other modules may have `scales`.
+OWN_SUFFIXES = frozenset({"qzeros", "g_idx"})
 _TURING = "NVIDIA GPUs (Turing and later)"
 # Source: vllm 0.32.0, model_executor/layers/quantization/utils/marlin_utils.py:48-113: CPUs have a
 # kernel for 4 bits alone. transformers loads the format by means of gptqmodel.

@@ -15,7 +15,7 @@ from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import AGAIN
 from quantcli.targets.gptq.config import METHOD, read_config, settings_of
-from quantcli.targets.gptq.kinds import SUFFIXES, Kind, layout_of, word_of_zero_points
+from quantcli.targets.gptq.kinds import OWN_SUFFIXES, Kind, layout_of, word_of_zero_points
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.spellings import spellings
 from quantcli.targets.stored_format import StoredFormat
@@ -42,7 +42,7 @@ class GptqCheckpoint(StoredFormat):
         for module, tensors in sorted(self.by_module.items()):
             weight, codes = tensors.get("weight"), tensors.get("qweight")
             if codes is None:
-                if parts := sorted(tensors.keys() & SUFFIXES):
+                if parts := sorted(tensors.keys() & OWN_SUFFIXES):
                     what = f"`{module}.{parts[0]}` belongs to no weight: `{module}.qweight` is missing"
                     yield failed("parameters", what, fix=AGAIN)
                 elif weight is not None and is_linear(module, weight.spec.shape):
@@ -85,11 +85,7 @@ class GptqCheckpoint(StoredFormat):
         if weight.spec.dtype not in FLOATS:
             what = f"is {weight.spec}, which this format does not have"
             yield failed("parameters", what, f"`{weight.spec.name}`", AGAIN)
-        if (
-            self._config.usual is None
-            or self._config.kind_for_engine(module) is None
-            or self.float_only(module)
-        ):
+        if self._config.kind_for_engine(module) is None or self.float_only(module):
             return
         listed = self._config.named is not None and self._listed(module) and not is_head(module)
         if listed or EXPERT.fullmatch(module):
@@ -125,6 +121,8 @@ class GptqCheckpoint(StoredFormat):
         stored = self.by_module[module].get("g_idx")
         if stored is None or stored.spec.shape != (k,) or stored.spec.dtype not in {"I32", "I64"}:
             return False  # the check of the layout reports another shape
+        if not k:
+            return False
         index, groups = read_tensor(stored).long(), kind.groups(k)
         if bool(((index < 0) | (index >= groups)).any()):
             raise ValueError(f"tells groups from {int(index.min())} to {int(index.max())} of {groups}")
