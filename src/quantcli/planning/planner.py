@@ -29,6 +29,7 @@ from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
+from quantcli.sources.stacked import ExpertMatrix
 from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
 
@@ -87,7 +88,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         serving_dtype=serving,
         recipe_text=recipe.effective(),
         rules=tuple(_rule_lines(recipe, items, assigned)),
-        kept=tuple(_kept(items, assigned, recipe)),
+        kept=tuple(_kept(checkpoint, items, assigned, recipe)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
@@ -215,19 +216,26 @@ def _rule_lines(
             )
 
 
-def _kept(items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe) -> Iterator[Kept]:
+def _kept(
+    checkpoint: Checkpoint, items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe
+) -> Iterator[Kept]:
     schemes = {item.scheme: None for item in items if isinstance(item, Quantize)}
     edited = dict.fromkeys(method.edited_as for method in methods_for(recipe.methods, schemes))
+    matrices = {  # in each stack of experts
+        stored.stack.spec.name: name
+        for name, stored in checkpoint.tensors.items()
+        if isinstance(stored, ExpertMatrix)
+    }
     groups: dict[str, list[Copy]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
             (spec,) = item.outputs
-            module, _, suffix = spec.name.rpartition(".")
+            module, _, suffix = matrices.get(spec.name, spec.name).rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
             if rule is not None and rule.scheme is None:
                 reason = f"rules.{rule.number - 1}: {rule.keyword}"
             else:
-                matrix = suffix == "weight" and len(spec.shape) == 2
+                matrix = spec.name in matrices or (suffix == "weight" and len(spec.shape) == 2)
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
                 reason = f"{' or '.join(filter(None, edited))}; else as it is"
