@@ -14,6 +14,7 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
+from quantcli.sources.stacked import split_experts
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import fused_name, fused_siblings
 from quantcli.verification.compare import (
@@ -58,7 +59,7 @@ def verify_against(
         report.count("source", 1)
         return
     report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
-    ours = Reference(stored.checkpoint, None, stored)
+    ours = Reference(split_experts(stored.checkpoint), None, stored)  # experts may be stored together
     report.add(compare_names(ours, reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
