@@ -13,7 +13,14 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
-from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
+from quantcli.targets.ascend.loader import (
+    DESCRIPTION,
+    FLOAT,
+    LISTED_EXPERTS,
+    float_only,
+    skip_rule,
+    unlisted_experts,
+)
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
 from quantcli.targets.ascend.types import (
@@ -147,6 +154,7 @@ class Ascend(VllmTarget):
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
+        yield from unlisted_experts(tensors)
         yield from super().check(modules, tensors)
         for module in modules:
             if module.numerics and self.tp is not None:

@@ -17,7 +17,13 @@ from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
-from quantcli.targets.vllm_family import is_head, is_linear, tied_head
+from quantcli.targets.vllm_family import (
+    expert_set,
+    is_head,
+    is_linear,
+    stacked_sets,
+    tied_head,
+)
 
 # Model types whose routers the engine gives a quant_config.
 # Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
@@ -131,7 +137,9 @@ class CompressedTensorsCheckpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on names in `ignore` that no module has; the serving dtype."""
+        stacks = stacked_sets(self.checkpoint.tensors)
         listed = (name for name in self._ignore if not name.startswith("re:"))
+        listed = (name for name in listed if expert_set(name) not in stacks)
         if absent := of_no_module(listed, self._names):
             yield noted("config", f"`ignore` names {some(absent)}, which no file holds", CONFIG)
         yield from super().check_config()

@@ -29,6 +29,7 @@ from quantcli.targets.vllm_family import (
     FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
+    float_linear,
     last_part,
 )
 
@@ -107,8 +108,8 @@ class CompressedTensors(VllmTarget):
         kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
         if last in EMBEDDINGS:
             yield "the engine has no quantized embedding of this kind", KEEP
-        if last in FLOAT_LINEARS:
-            yield FLOAT_LINEARS[last], KEEP
+        if reason := float_linear(module.name):
+            yield reason, KEEP
         if module.name.endswith(".indexer.wk"):  # the engine fuses it with weights_proj
             yield FLOAT_LINEARS["weights_proj"], KEEP
         if EXPERT.fullmatch(module.name) and not kind.experts:
