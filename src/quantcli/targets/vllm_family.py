@@ -186,8 +186,8 @@ def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         if _set_of(name, spec) is not None:
             yield Refusal(
                 name,
-                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, and it is not "
-                "known how this model type stores them",
+                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, in an order "
+                "that is not known for this model type",
                 "add an entry for it to EXPERTS in quantcli/sources/stacked.py, or save one 2-D tensor "
                 "per expert, as save_pretrained of transformers 5 does for most families",
             )
