@@ -103,13 +103,14 @@ def serve(
     prompts: Sequence[Sequence[int]] = ((1, 2, 3),),
     tokens: int = 16,
     cpu: CPU = "pinned",
+    untracked: Sequence[str] = (),
     log: Path | None = None,
 ) -> dict[str, Answer | Refused]:
     """Serve each checkpoint with vLLM. RuntimeError with the engine's words if that itself breaks down.
 
     windows, prompts: token ids. cpu: "pinned" to the instructions that make every CPU answer alike,
-    also one made to list AMX ("listed"), or its "own": serve.py says more. log: where the engine's
-    words go.
+    also one made to list AMX ("listed"), or its "own": serve.py says more. untracked: checkpoints whose
+    loader cannot tell vLLM what it has filled. log: where the engine's words go.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answers = Path(folder) / "request.json", Path(folder) / "answers.json"
@@ -117,7 +118,7 @@ def serve(
         room = 16 * -(-(max(map(len, [*windows, *prompts])) + tokens) // 16)
         asked = {"checkpoints": {name: str(path.resolve()) for name, path in checkpoints.items()},
                  "windows": windows, "prompts": prompts, "tokens": tokens, "length": room,
-                 "cpu": cpu}  # fmt: skip
+                 "cpu": cpu, "untracked": untracked}  # fmt: skip
         request.write_text(json.dumps(asked))
         with log.open("w") as words:
             command = [PYTHON, SERVE, request, answers]
