@@ -31,7 +31,7 @@ _PLAIN = re.compile(r"model\.layers\.\d+\..+|lm_head")
 # Modules that engines build under another name than that of the tensor. Engines rename tensors by it
 # and a dot, which is not in the name of a module: such names are not renamed in a configuration.
 # Sources: vllm 0.32.0, model_executor/models/whisper.py:816, phi4mm.py:1049, telechat2.py:116,
-# ernie45_vl.py:1377-1381, molmo.py:1282-1284.
+# ernie45_vl.py:1377-1381, molmo.py:1282-1284, granitemoehybrid.py:73-89 and falcon_h1.py:120-136.
 _RENAMED = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
@@ -42,6 +42,7 @@ _RENAMED = tuple(
         (r"\bimage_projector\.w1$", "image_projector.gate_proj"),
         (r"\bimage_projector\.w3$", "image_projector.up_proj"),
         (r"\bimage_projector\.w2$", "image_projector.down_proj"),
+        (r"\.mamba\.(in_proj|out_proj)$", r".mixer.\1"),
         (r"^head$", "lm_head"),
     )
 )
@@ -68,7 +69,7 @@ _PARTS_OF_DEEPSEEK_V4 = tuple(
 _LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
 _MAY_BE_RENAMED = re.compile(
     r"\.(?:vision_model|text_model|ffn|attn)\.|"
-    r"(?:\.(?:fc[12]|base_layer|dense|w[123])|_linear\.[02]|^head)$"
+    r"(?:\.(?:fc[12]|base_layer|dense|w[123]|mamba\.(?:in|out)_proj)|_linear\.[02]|^head)$"
 )
 
 
