@@ -23,23 +23,15 @@ LATENT = {
 }  # fmt: skip
 # Expert widths H, I and 2 I all differ: COMMON's 64, 96 and 192.
 GRANITE = {
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "attention_multiplier": 0.125,
-    "residual_multiplier": 0.45,
-    "embedding_multiplier": 4.0,
-    "logits_scaling": 2.0,
-}
+    "num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.125,
+    "residual_multiplier": 0.45, "embedding_multiplier": 4.0, "logits_scaling": 2.0,
+}  # fmt: skip
 SHARED = {"shared_intermediate_size": 80}
-_TYPES = ["mamba", "attention", "attention"]
+_TYPES = ["mamba", "attention", "attention", "attention"]
 HYBRID = SHARED | {
-    "layer_types": _TYPES,
-    "layers_block_type": _TYPES,
-    "mamba_n_heads": 8,
-    "mamba_d_state": 16,
-    "mamba_n_groups": 1,
-    "position_embedding_type": "nope",
-}
+    "num_hidden_layers": 4, "layer_types": _TYPES, "layers_block_type": _TYPES, "mamba_n_heads": 8,
+    "mamba_d_state": 16, "mamba_n_groups": 1, "position_embedding_type": "nope",
+}  # fmt: skip
 # class of transformers, class of its config, what differs from COMMON
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),

@@ -16,7 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, STACKED, Checkpoint
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import TensorSpec
@@ -227,13 +227,12 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
             tensors[matrix.spec.name] = matrix
         if not notes:
             first = matrices[0].spec.name.removesuffix(".weight")
-            what = f"experts are stored together, such as in `{name}`: rules match names such as"
-            notes.append(f"{what} `{first}`")
+            what = f"{STACKED}, such as in `{name}`: rules match names such as `{first}`"
+            notes = [note for note in checkpoint.notes if not note.startswith(STACKED)]
+            notes.append(what)
     if not notes:
         return checkpoint
-    return replace(
-        checkpoint, tensors=tensors, undecoded=checkpoint.on_disk, notes=[*checkpoint.notes, *notes]
-    )
+    return replace(checkpoint, tensors=tensors, undecoded=checkpoint.on_disk, notes=notes)
 
 
 def _stack_of(name: str, layout: ExpertLayout) -> tuple[Stack | None, str]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from quantcli.targets.vllm_family import expert_set
 
 # A text model next to towers; transformers before 4.52 wrote the second.
 # Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
@@ -148,12 +150,17 @@ def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in own or not ends_one(name)]
 
 
-def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:
+def of_no_module(
+    listed: Iterable[str], modules: Iterable[str], stacks: Collection[str] = ()
+) -> list[str]:
     """Listed names of several parts that no module has, nor any module within them, in any spelling.
 
-    A head is left out: if it is tied, no file holds it.
+    stacks: names of sets of experts, all of whose names exist, as they are stored together. A head is
+    left out: if it is tied, no file holds it.
     """
     names = list(modules)
+    sets = {other for name in stacks for other in spellings(name)}
+    listed = [name for name in listed if expert_set(name) not in sets]
     prefixes = {name[:place] for name in names for place in _ends_of_parts(name)}
     absent = [
         name

@@ -18,7 +18,6 @@ from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
 from quantcli.targets.vllm_family import (
-    expert_set,
     is_head,
     is_linear,
     stacked_sets,
@@ -139,8 +138,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
         """A note on names in `ignore` that no module has; the serving dtype."""
         stacks = stacked_sets(self.checkpoint.tensors)
         listed = (name for name in self._ignore if not name.startswith("re:"))
-        listed = (name for name in listed if expert_set(name) not in stacks)
-        if absent := of_no_module(listed, self._names):
+        if absent := of_no_module(listed, self._names, stacks):
             yield noted("config", f"`ignore` names {some(absent)}, which no file holds", CONFIG)
         yield from super().check_config()
 

@@ -21,7 +21,6 @@ from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
     check_blocks,
-    expert_set,
     float_linear,
     fused_siblings,
     is_head,
@@ -173,8 +172,7 @@ class Fp8Checkpoint(StoredFormat):
     def check_config(self) -> Iterator[Finding]:
         """A note on listed names that no module has; the serving dtype."""
         stacks = stacked_sets(self.checkpoint.tensors)
-        listed = [name for name in sorted(self._ignored_names) if expert_set(name) not in stacks]
-        if absent := of_no_module(listed, self.by_module):
+        if absent := of_no_module(sorted(self._ignored_names), self.by_module, stacks):
             what = f"modules_to_not_convert names {some(absent)}, which no file holds"
             yield noted("config", what, CONFIG)
         yield from super().check_config()
