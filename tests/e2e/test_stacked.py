@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.header import read_header
+from quantcli.planning.block import Calibrated, compute, jobs_of
 from quantcli.planning.measured import Edit, Measured
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
@@ -255,6 +256,37 @@ def test_a_damaged_stack_is_found(make: Callable[..., Bench]) -> None:
     assert found.code == 1
     (error,) = [f for f in found.json["findings"] if f["severity"] == "error"]
     assert f"{LAYER}.experts.5.up_proj" in error["where"]  # row 4 of its 96
+
+
+def test_a_changed_copy_of_a_stack_is_named_by_its_index(make: Callable[..., Bench]) -> None:
+    bench = make(KEPT)
+    done(bench.run())
+    file = bench.out / "model-00001-of-00001.safetensors"
+    stored = next(s for s in read_header(file)[0] if s.spec.name == f"{LAYER}.input_linear.weight")
+    with file.open("r+b") as raw:
+        raw.seek(stored.offset + 2 * (5 * 192 * 64 + 100 * 64 + 7))
+        raw.write(b"\x80\x3f")  # 1 in bfloat16
+    found = run_cli("verify", bench.out, "--against", bench.model, "--json")
+    errors = [f for f in found.json["findings"] if f["check"] == "recomputed"]
+    assert [error["where"] for error in errors] == [f"`{LAYER}.input_linear.weight`[5, 100, 7]"]
+    assert errors[0]["what"].startswith("is 1; ")
+
+
+def test_a_stack_is_copied_by_blocks_of_rows(make: Callable[..., Bench]) -> None:
+    """Not by experts, each of which may be larger than a block."""
+    bench = make(KEPT)
+    plan = make_plan(load_recipe(bench.recipe), open_checkpoint(bench.model))
+    sizes: dict[str, list[int]] = {}
+    for shard in plan.shards:
+        for job in jobs_of(shard.items):
+            if len(job.item.source.spec.shape) == 3:
+                for rows in compute(job, plan.target, Calibrated(), 1000):
+                    ((spec, _, values),) = rows.outputs
+                    sizes.setdefault(spec.name, []).append(values.numel())
+    assert len(sizes) == 8
+    for found in sizes.values():
+        assert max(found) <= 2 * 2 * 1000
+        assert sum(found) in (8 * 192 * 64, 8 * 96 * 64)
 
 
 def test_nan_in_a_stack_names_the_expert(make: Callable[..., Bench]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import read_json_file
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
@@ -215,7 +216,7 @@ class Recomputation:
         given = _CLIPS in self._taken(item)
         for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
             blocks = [
-                _Block(spec, row, expected, read_span(tensors[spec.name], row, len(expected)))
+                _Block.read(spec, row, expected, tensors[spec.name])
                 for spec, row, expected in self._in_its_format(item, rows)
             ]
             unlike = {
@@ -378,27 +379,45 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of a tensor from `first_row` on: as computed, and as stored."""
+    """Rows of a tensor from `first_row` on: as computed, and as stored. shape: of the whole, stored."""
 
     spec: TensorSpec
     first_row: int
     expected: Tensor
     actual: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def read(cls, spec: TensorSpec, row: int, expected: Tensor, stored: StoredTensor) -> _Block:
+        """spec: as the rows are counted; those of a stack are the rows of its matrices."""
+        shape = stored.spec.shape
+        if len(shape) > 2:
+            stored = replace(stored, spec=replace(stored.spec, shape=spec.shape))
+        return cls(spec, row, expected, read_span(stored, row, len(expected)), shape)
 
     def difference(self) -> _Difference | None:
         """None if both have the same bits."""
         actual, expected = self.actual, self.expected.reshape(self.actual.shape)
         if actual.dtype != expected.dtype:  # after packing by another tool
-            start = (self.first_row, 0)[: max(1, len(self.spec.shape))]
-            return _Difference(self.spec.name, start, str(actual.dtype), str(expected.dtype), 1)
+            return _Difference(
+                self.spec.name, self._index(0), str(actual.dtype), str(expected.dtype), 1
+            )
         if torch.equal(_bytes(actual), _bytes(expected)):
             return None
         unlike = (_bytes(actual) != _bytes(expected)).view(-1, actual.element_size()).any(1)
         place = int(unlike.int().argmax())
-        row, column = divmod(place, max(1, actual[0].numel() if actual.dim() > 1 else 1))
-        index = (self.first_row + row, column)[: max(1, len(self.spec.shape))]
         texts = _text(actual, place), _text(expected, place)
-        return _Difference(self.spec.name, index, *texts, int(unlike.sum()))
+        return _Difference(self.spec.name, self._index(place), *texts, int(unlike.sum()))
+
+    def _index(self, place: int) -> tuple[int, ...]:
+        """The index in the whole tensor of an element of these rows."""
+        each = self.actual[0].numel() if len(self.actual) else 1
+        place += self.first_row * each
+        index = []
+        for side in reversed(self.shape or (1,)):
+            place, last = divmod(place, side)
+            index.append(last)
+        return tuple(reversed(index))
 
 
 @dataclass(frozen=True)
