@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GraniteMoeSWAConfig",
         GRANITE | {"sliding_window": 8},
     ),
+    "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", {"moe_num_experts": 8}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
 }

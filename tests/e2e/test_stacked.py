@@ -124,6 +124,29 @@ def test_experts_are_written_one_by_one(make: Callable[..., Bench], family: str)
     assert report["run"]["kl"]["mean"] < 0.01
 
 
+@pytest.mark.parametrize("recipe", [DYNAMIC, CALIBRATED], ids=["dynamic", "calibrated"])
+def test_experts_that_are_stored_transposed(make: Callable[..., Bench], recipe: str) -> None:
+    """Aria's: [in, out], gate in the first half of the columns."""
+    bench = make(recipe.replace(', "*.shared_mlp.*"', ""), "aria_text")
+    done(bench.run())
+    source, out = tensors_of(bench.model), tensors_of(bench.out)
+    path = "model.layers.2.mlp.experts"
+    fc1, fc2 = (source[f"{path}.fc{number}.weight"] for number in (1, 2))
+    for expert in range(8):
+        expected = {"gate_proj": fc1[expert, :, :96], "up_proj": fc1[expert, :, 96:]}
+        for name, columns in (expected | {"down_proj": fc2[expert]}).items():
+            module = f"{path}.{expert}.{name}"
+            codes = out[f"{module}.weight"].float() * out[f"{module}.weight_scale"].float()
+            assert codes.shape == columns.t().shape
+            if recipe == DYNAMIC:  # else columns and rows are multiplied
+                assert float((codes - columns.t().float()).norm() / codes.norm()) < 0.01
+    more = ("--calibration", bench.store) if recipe == CALIBRATED else ()
+    report = verify(bench, *more, *RUN)
+    assert checked(report, "recomputed") == len(out)
+    assert (checked(report, "edits") > 0) == (recipe == CALIBRATED)
+    assert report["run"]["kl"]["mean"] < 0.02
+
+
 def test_a_plan_accounts_for_every_expert(make: Callable[..., Bench]) -> None:
     bench = make(DYNAMIC)
     plan = bench.run("--plan", "--json").json["plan"]
@@ -138,7 +161,7 @@ def test_a_plan_accounts_for_every_expert(make: Callable[..., Bench]) -> None:
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "fp8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "aria_text"])
 def test_float_experts_are_copied_as_they_are(
     make: Callable[..., Bench], family: str, target: str
 ) -> None:

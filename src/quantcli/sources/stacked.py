@@ -128,7 +128,9 @@ _GRANITE = ExpertLayout(
 # models/granitemoe/modeling_granitemoe.py:128-165 (order of rows); vllm 0.32.0, model_executor/models:
 # granitemoe.py:305-320 and granitemoehybrid.py:409-434 (names that loaders take). granitemoe_swa:
 # transformers 5.23.0, models/granitemoe_swa/modeling_granitemoe_swa.py:69-80, saved as it is; vllm
-# 0.32.0, model_executor/models/registry.py:129.
+# 0.32.0, model_executor/models/registry.py:129. aria_text: transformers 5.23.0,
+# conversion_mapping.py:843-852, models/aria/modeling_aria.py:271-313; vllm 0.32.0,
+# model_executor/models/aria.py:219-229,272-282.
 EXPERTS: Mapping[str, ExpertLayout] = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
@@ -139,6 +141,14 @@ EXPERTS: Mapping[str, ExpertLayout] = {
             Stack("block_sparse_moe.experts.gate_up_proj", _GATED, "inputs"),
             Stack("block_sparse_moe.experts.down_proj", ("down_proj",), "outputs"),
         ),
+    ),
+    "aria_text": ExpertLayout(
+        "mlp.experts",
+        (
+            Stack("mlp.experts.fc1.weight", _GATED, "inputs", transposed=True),
+            Stack("mlp.experts.fc2.weight", ("down_proj",), "outputs", transposed=True),
+        ),
+        "moe_num_experts",
     ),
 }
 

@@ -34,6 +34,7 @@ EXPECTED = {
     "qwen3_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "mixtral": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "granitemoe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "aria_text": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
     "granitemoe_swa": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "granitemoeshared": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "input_linear"},
     # without rotary embeddings q, k and v come to attention as they are, which is not told apart

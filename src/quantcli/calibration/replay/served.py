@@ -147,11 +147,11 @@ class Forward:
         name = self.skeleton.layers[index][0]
         aside: dict[int, Tensor] = {}
         with self.skeleton.loaded(index, self._read, self._device) as layer:
-            matrices = Matrices(name, layer)
+            matrices = Matrices(name, layer, self.skeleton.transposed(index))
             engine = None
             if self._served is not None:
                 segments = self.skeleton.segments(index)
-                engine = EngineLinears(name, layer, segments, self._served.quantizer)
+                engine = EngineLinears(matrices, segments, self._served.quantizer)
 
             def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
                 tap = None if engine is None else lambda _: Tap(matrices, engine)

@@ -104,6 +104,7 @@ class Skeleton:
         self._groups, self.unused = self._map()
         self._dtype_of = self._dtypes()
         self._segments: dict[int, dict[str, list[list[Segment]]]] = {}
+        self._transposed: set[str] = set()
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
@@ -174,12 +175,19 @@ class Skeleton:
             self._segments[index] = self._find_segments(index)
         return self._segments[index]
 
+    def transposed(self, index: int) -> frozenset[str]:
+        """Names of a layer's parameters with `segments` that are [e, k, n]."""
+        return frozenset(self._transposed.intersection(self.segments(index)))
+
     def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
         segments: dict[str, list[list[Segment]]] = {}
         for group, parts in self._labels(index):
             modules = [stored.spec.name.removesuffix(".weight") for stored in group.stored]
             for parameter, labels in parts.items():
                 fused = labels.dim() == 3 and group.renamed is None
+                if fused and labels.shape[-1] > 1 and labels.shape[-2] == 1:
+                    self._transposed.add(parameter)
+                    labels = labels.transpose(-2, -1)
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
                 rows = labels.reshape(-1, labels.shape[-2])
