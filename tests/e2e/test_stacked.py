@@ -328,13 +328,41 @@ def test_nan_in_a_stack_names_the_expert(make: Callable[..., Bench]) -> None:
 # -- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [DYNAMIC, KEPT])
-def test_ascend_does_not_list_the_family(make: Callable[..., Bench], recipe: str) -> None:
-    bench = make(recipe.replace("compressed-tensors", "ascend"))
+@pytest.mark.parametrize(("recipe", "family"), [
+    (DYNAMIC, "granitemoe"), (KEPT, "granitemoe"), (KEPT, "aria_text")
+])  # fmt: skip
+def test_ascend_does_not_list_the_family(make: Callable[..., Bench], recipe: str, family: str) -> None:
+    bench = make(recipe.replace("compressed-tensors", "ascend"), family)
     refused = bench.run()
     assert refused.code == 2
-    assert "does not list this family among those with quantized experts" in refused.err
+    assert f"does not list `{family}` among the families with quantized experts" in refused.err
     assert not bench.out.exists()
+
+
+def test_single_experts_are_not_packed_for_ascend(make: Callable[..., Bench], tmp_path: Path) -> None:
+    """Nor are they quantized again for it."""
+    bench = make(DYNAMIC)
+    done(bench.run())
+    packed = run_cli("pack", bench.out, "--target", "ascend", "--out", tmp_path / "packed")
+    recipe = bench.root / "again.yaml"
+    recipe.write_text(DYNAMIC.replace("compressed-tensors", "ascend"))
+    again = run_cli("quantize", recipe, "--model", bench.out, "--out", tmp_path / "again")
+    for refused in (packed, again):
+        assert refused.code == 2
+        assert "does not list `granitemoe` among" in refused.err
+
+
+def test_a_quantized_model_is_quantized_again(make: Callable[..., Bench], tmp_path: Path) -> None:
+    """Decoded experts go through the replay like any others."""
+    bench = make(DYNAMIC)
+    done(bench.run())
+    recipe = bench.root / "again.yaml"
+    recipe.write_text(CALIBRATED)
+    again = tmp_path / "again"
+    done(run_cli("quantize", recipe, "--model", bench.out, "--out", again))
+    found = run_cli("verify", again, "--full", "--against", bench.out, "--json", *RUN).json
+    assert [f for f in found["findings"] if f["severity"] == "error"] == []
+    assert len(found["modules"]) == 4 * (8 * 3 + 4)
 
 
 def test_a_router_is_not_quantized(make: Callable[..., Bench]) -> None:

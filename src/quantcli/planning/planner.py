@@ -29,9 +29,10 @@ from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
-from quantcli.sources.stacked import ExpertMatrix
+from quantcli.sources.stacked import ExpertMatrix, layout_of
 from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_family import EXPERT
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -45,6 +46,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
+    must_take_experts(checkpoint, target)
     assigned = assign(recipe, checkpoint)
     _must_be_stored(assigned, target)
     assigned, instead = served(checkpoint, assigned, target)
@@ -145,6 +147,24 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     if stored != declared:
         return dtype, [f"weights are {stored}, config.json says {dtype}: served in {dtype}"]
     return dtype, []
+
+
+def must_take_experts(checkpoint: Checkpoint, target: Target) -> None:
+    """InputError for experts of a family that stores them together, if the engine takes no single ones.
+
+    checkpoint: with the experts one by one, whoever has split them.
+    """
+    kind = checkpoint.config.get("model_type")
+    if layout_of(checkpoint) is None or target.takes_split_experts(str(kind)):
+        return
+    for name in checkpoint.tensors:
+        if EXPERT.fullmatch(name):
+            raise InputError(
+                f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
+                "with quantized experts",
+                where=f"`{name}`",
+                fix="use `target: compressed-tensors` or `target: fp8`",
+            )
 
 
 def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:

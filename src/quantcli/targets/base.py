@@ -138,6 +138,13 @@ class Target(BaseModel, ABC):
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """All refusals of a planned checkpoint. `tensors` are those of the source."""
 
+    def takes_split_experts(self, model_type: str) -> bool:
+        """Whether the engine takes single experts of a family whose float models store them together.
+
+        model_type: as config.json has it.
+        """
+        return True
+
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes for the plan on modules that load."""
         yield from ()

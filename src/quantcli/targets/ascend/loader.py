@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
 from quantcli.targets.vllm_family import (
@@ -33,20 +32,6 @@ LISTED_EXPERTS = frozenset(
 # Sources: as for FLOAT_LINEARS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj);
 # vllm 0.32.0, model_executor/models/deepseek_v2.py:712 (wk).
 _ALWAYS_FLOAT = {"kv_b_proj": "latent attention absorbs kv_b_proj, which must be float"}
-# Experts of Granite. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363, which
-# lists no granitemoe: experts that are looked up by the names of this family are not found.
-_UNLISTED_EXPERTS = re.compile(r"(.*\.)?block_sparse_moe\.experts\.\d+\.(gate|up|down)_proj\.weight")
-
-
-def unlisted_experts(tensors: Iterable[str]) -> Iterator[Refusal]:
-    """A refusal of a family whose experts the engine does not look up by the names of tensors."""
-    for name in filter(_UNLISTED_EXPERTS.fullmatch, tensors):
-        yield Refusal(
-            name.removesuffix(".weight"),
-            "the engine does not list this family among those with quantized experts",
-            "use `target: compressed-tensors` or `target: fp8`",
-        )
-        return
 
 
 def float_only(module: str) -> str | None:

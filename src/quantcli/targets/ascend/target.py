@@ -13,14 +13,7 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
-from quantcli.targets.ascend.loader import (
-    DESCRIPTION,
-    FLOAT,
-    LISTED_EXPERTS,
-    float_only,
-    skip_rule,
-    unlisted_experts,
-)
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
 from quantcli.targets.ascend.types import (
@@ -154,12 +147,15 @@ class Ascend(VllmTarget):
 
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
-        yield from unlisted_experts(tensors)
         yield from super().check(modules, tensors)
         for module in modules:
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
+
+    def takes_split_experts(self, model_type: str) -> bool:
+        """Those of families whose experts it finds by itself; others have not been tried."""
+        return model_type in LISTED_EXPERTS
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
