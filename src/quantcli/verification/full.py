@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import DTYPES, FLOATS
+from quantcli.core.codes import scale_values
 from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
 from quantcli.core.findings import COPY_AGAIN, Finding, failed, noted
@@ -116,6 +117,7 @@ def _not_finite(block: Tensor) -> int | None:
 
 
 def _not_positive(block: Tensor) -> int | None:
+    block = scale_values(block)  # torch compares no floats of eight bits
     return _first(~((block > 0) & torch.isfinite(block)))
 
 

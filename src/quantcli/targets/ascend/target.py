@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
+from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
@@ -73,6 +74,8 @@ class Ascend(VllmTarget):
 
         W8A8 has deq_scale alone, which is float32 by value; fp8 and int4 keep float32.
         """
+        if part == "weight_scale" and numerics.weight.scale_type:
+            return numerics.weight.scale_type.dtype
         in_float32 = part == "weight_scale" and self._type(numerics).scale_in_float32
         return "F32" if in_float32 else serving_dtype
 
@@ -88,15 +91,19 @@ class Ascend(VllmTarget):
         """weight [n, k], and of these the parameters that the engine registers:
 
         weight_scale, weight_offset: float32 [n, 1]. The offset is zero: W8A16 adds it, and without it
-        would read uninitialised memory; the others register it as a parameter.
+        would read uninitialised memory; the others register it as a parameter. Types with groups have
+        weight_scale [n, ceil(k / group_size)] in the stored form of its type, and no offset.
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
         """
         quant_type = self._type(numerics)
         stored = {"weight": parts["weight"]}
         if quant_type.stores_scale:
-            scale = parts["weight_scale"].float()
-            stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+            typed = numerics.weight.scale_type is not None
+            scale = scales_to_store(parts["weight_scale"]) if typed else parts["weight_scale"].float()
+            stored["weight_scale"] = scale
+            if quant_type.has_offset:
+                stored["weight_offset"] = torch.zeros_like(scale)
         if quant_type.static:
             serving = parts["input_scale"].dtype
             stored["input_scale"] = parts["input_scale"].float()
@@ -112,7 +119,7 @@ class Ascend(VllmTarget):
         quant_type = self._type(numerics)
         parts = {"weight": stored["weight"]}
         if quant_type.stores_scale:
-            parts["weight_scale"] = stored["weight_scale"]
+            parts["weight_scale"] = scale_values(stored["weight_scale"])
         if quant_type.static:
             deq, serving = deq_from_stored(stored["deq_scale"])
             input_scale = stored["input_scale"].to(serving)
@@ -142,6 +149,12 @@ class Ascend(VllmTarget):
             yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
             yield f"{label}: {reason}", "use w8a8_dynamic for it"
+        size = module.numerics.weight.group_size
+        if size and k % size:
+            yield f"groups of {size} columns do not divide {k}", "use w8a8_dynamic for it"
+        elif size and EXPERT.fullmatch(module.name) and k % (2 * size):
+            # the loader pairs the scales of a row: see ascend/tensor_parallel.py
+            yield f"the engine's experts take groups in pairs; {k} inputs have an odd one", KEEP
         if max(n, k) > MAX_SIDE:
             yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
 
@@ -194,11 +207,12 @@ class Ascend(VllmTarget):
         """One entry for each tensor, by its name on disk, and entries that only the engine looks up."""
         labels = self.labels(output.modules)
         used = set(labels.values())
+        sizes = (module.numerics.weight.group_size for module in output.modules if module.numerics)
         table: dict[str, object] = {
             "version": "1.0.0",
             "model_quant_type": next((t.label for t in WRITTEN.values() if t.label in used), FLOAT),
             "metadata": {},
-            "group_size": 0,
+            "group_size": next(filter(None, sizes), 0),
             "optional": {},
         }
         for name in sorted(output.tensors):
