@@ -16,7 +16,7 @@ from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     TRANSFORM,
     TYPES,
@@ -149,12 +149,11 @@ class Ascend(VllmTarget):
             yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
             yield f"{label}: {reason}", "use w8a8_dynamic for it"
-        size = module.numerics.weight.group_size
+        size, step = module.numerics.weight.group_size, pairs_of_groups(module.numerics.weight)
         if size and k % size:
             yield f"groups of {size} columns do not divide {k}", "use w8a8_dynamic for it"
-        elif size and EXPERT.fullmatch(module.name) and k % (2 * size):
-            # the loader pairs the scales of a row: see ascend/tensor_parallel.py
-            yield f"the engine's experts take groups in pairs; {k} inputs have an odd one", KEEP
+        elif step and EXPERT.fullmatch(module.name) and k % step:
+            yield f"{label} takes inputs of experts in multiples of {step}; there are {k}", KEEP
         if max(n, k) > MAX_SIDE:
             yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
 
