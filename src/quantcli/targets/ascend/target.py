@@ -131,6 +131,14 @@ class Ascend(VllmTarget):
             parts |= {name: stored[name] for name in TRANSFORM}
         return parts
 
+    def engine_parts(self, numerics: Numerics) -> Parts:
+        """`input_scale_alg` 0, int64 [1], for inputs whose scales are powers of two: the engine rounds
+        these down, except for MiniMax-M3. Source: vllm-ascend 182b75ea84,
+        quantization/methods/w8a8_mxfp8.py:95-99."""
+        if numerics.input is None or numerics.input.scale != "e8m0":
+            return {}
+        return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
+
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals by the module's name, its sizes, and the split of its inputs over devices."""
         if module.numerics is not None:

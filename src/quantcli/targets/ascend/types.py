@@ -180,7 +180,8 @@ TYPES = {
         _type("W8A16", _INT8, _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
         _type("W8A8FP8_DYNAMIC", _FP8, _F8, *_SCALES, experts=True, scale_in_float32=True,
               loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
-        _grouped("W8A8_MXFP8", _MXFP8),
+        _grouped("W8A8_MXFP8", _MXFP8,
+                 loads_on="vLLM-Ascend 0.13 (experts: 0.18) and later on A5 (Ascend 950)"),
         _grouped("W4A4_MXFP4", _MXFP4),
         _grouped("W4A8_MXFP", _MXFP4),
         _grouped("W4A16_MXFP4", _MXFP4, note="the engine has W4A16_MXFP4 for experts alone"),
@@ -194,6 +195,7 @@ TYPES = {
 _INT8_TOKEN = Operand("int8", "token", dynamic=True)
 _INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
 _INT4_BOTH = (_INT4, Operand("int4", "token", dynamic=True))
+_MXFP8_TOKEN = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 32), scale="e8m0")
 _FP8_BOTH = (_FP8, Operand("fp8_e4m3", "token", dynamic=True))
 # The types that are written, in the order in which `model_quant_type` prefers them.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
@@ -203,6 +205,7 @@ WRITTEN: dict[Numerics, QuantType] = {
     **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
     Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
     Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
+    Numerics(_MXFP8, _MXFP8_TOKEN): TYPES["W8A8_MXFP8"],
     Numerics(_INT8, None): TYPES["W8A16"],
     **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.spec import DTYPES
 from quantcli.core.numerics import Numerics, Operand
 
-Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized"]
+Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -38,11 +38,16 @@ class Kind:
 _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
+_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
 # Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
 # 182b75ea84, quantization/compressed_tensors_config.py.
 _LOADS_ON = (
+    (
+        "mxfp8",
+        f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD, Intel",
+    ),
     ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
     ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
     ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
@@ -81,6 +86,10 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
 
 
 def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
+    if weight == _MXFP8 and x in {None, replace(_MXFP8, dynamic=True)}:
+        # the engine does not look at inputs: it quantizes them where its kernel can
+        label = "mxfp8" if x else "mxfp8 float inputs"
+        return Kind(label, "mxfp8-quantized", 8, experts=True)
     if x is None or {weight.dtype, x.dtype} != {"fp8_e4m3"} or weight.scale:
         return None
     if not (weight.symmetric and x.symmetric):
