@@ -427,6 +427,21 @@ def test_mxfp8_of_other_producers(changes, inputs, form, label, unchecked, said)
     assert [said in finding for finding in findings] == [True] * bool(said)
 
 
+@pytest.mark.parametrize("side", ["weights", "inputs"])
+@pytest.mark.parametrize("label", ["int8 W8A8 dynamic", "fp8 channel dynamic", "fp8 block 128x128"])
+@pytest.mark.parametrize("dtype", ["torch.uint8", "torch.float8_e4m3fn"])
+def test_other_formats_have_float_scales(label, side, dtype):
+    """The engine would copy a byte by its value."""
+    numerics = SCHEMES[label].numerics
+    tables = {"weights": arguments(numerics.weight), "inputs": arguments(numerics.input)}
+    form = TARGET._kind(numerics).format
+    assert grouped(*tables.values(), form)[0].kind.label == label
+    tables[side] |= {"scale_dtype": dtype}
+    group, findings = grouped(*tables.values(), form)
+    assert (group.kind, group.unchecked) == (None, None)
+    assert "no scheme for" in findings[0]
+
+
 # -- scale and zero point as the engine finds them again ----------------------------------------------
 
 

@@ -76,6 +76,8 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
     weight, x = numerics.weight, numerics.input
     if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":
         return None
+    if weight != _MXFP8 and (weight.scale or (x and x.scale)):
+        return None
     if weight.element.family == "float":
         kind = _fp8(weight, x)
     elif x is None:
@@ -90,7 +92,7 @@ def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
         # the engine does not look at inputs: it quantizes them where its kernel can
         label = "mxfp8" if x else "mxfp8 float inputs"
         return Kind(label, "mxfp8-quantized", 8, experts=True)
-    if x is None or {weight.dtype, x.dtype} != {"fp8_e4m3"} or weight.scale:
+    if x is None or {weight.dtype, x.dtype} != {"fp8_e4m3"}:
         return None
     if not (weight.symmetric and x.symmetric):
         return None
