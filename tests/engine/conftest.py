@@ -37,6 +37,7 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
     "fp8-static": (CT, [{"match": ALL, "scheme": "fp8_static"}]),
     "fp8-tensor": (CT, [{"match": ALL, "scheme": "fp8_tensor"}]),
     "fp8-block": (CT, [{"match": ALL, "scheme": "fp8_block"}]),
+    "mxfp8": (CT, [{"match": ALL, "scheme": "mxfp8"}]),
 }  # fmt: skip
 EXPERTS = [{"match": "*.experts.*", "scheme": "keep"}]
 MAMBA = [{"match": "*.mamba.*", "scheme": "keep"}]  # no kernel for their odd number of rows

@@ -127,6 +127,10 @@ class Target(BaseModel, ABC):
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The inverse of `pack`."""
 
+    def engine_parts(self, numerics: Numerics) -> Parts:
+        """Parts that `Scheme.forward` takes, that no file holds and that only this engine knows."""
+        return {}
+
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals of one quantized module that do not depend on others.
 

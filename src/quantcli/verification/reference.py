@@ -118,7 +118,7 @@ def compare_codes(reference: Weight, ours: Weight) -> tuple[int | None, list[flo
     if not (isinstance(reference, StoredModule) and isinstance(ours, StoredModule)):
         return None, None
     first, second = reference.codes, ours.codes
-    layouts = [(m.layout.kind, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
+    layouts = [(m.layout.operand.dtype, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
                for m in (reference, ours)]  # fmt: skip
     if layouts[0] != layouts[1]:
         return None, None

@@ -74,7 +74,8 @@ class Served:
         scheme = _scheme(stored_module.numerics)
         assert scheme is not None  # checked when it was opened
         tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
-        return scheme, self._target.unpack(scheme.numerics, tensors)
+        parts = self._target.unpack(scheme.numerics, tensors)
+        return scheme, parts | self._target.engine_parts(scheme.numerics)
 
 
 def _unpacked(stored: StoredCheckpoint) -> Checkpoint:

@@ -11,7 +11,6 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.targets.base import AGAIN
 from quantcli.targets.compressed_tensors.config import ConfigGroup, read_groups
-from quantcli.targets.compressed_tensors.kinds import group_size
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
@@ -116,7 +115,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 else:
                     what = f"says {list(shape) if shape else 'no shape'}; the codes are for {n} x {k}"
                     faults.append(failed("parameters", what, f"`{module}.weight_shape`", AGAIN))
-            size = group_size(group.numerics.weight)
+            size = group.numerics.weight.group_size
             if size and k % size:
                 what = f"groups of {size} columns do not divide {k}"
                 faults.append(failed("parameters", what, f"`{module}`", AGAIN))
