@@ -2,7 +2,8 @@
 
 A room is a folder or a module at the top of the package. Imports inside functions count; imports under
 `if TYPE_CHECKING` do not. A name that `quantcli` itself offers counts as an import of the room that
-defines it. Exits with 1 if a bar is missed.
+defines it. Plug-ins do not count as files of their folder: a new scheme is one new file, next to any
+number of others. Exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TYPING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 REASON = re.compile(r"# Long because: \S")
 
 NAMES = "names at the top of the package"
-FILES = "files in one folder, without __init__"
+FILES = "files in one folder, without __init__ and plug-ins"
 CHAIN = "longest chain of imports between rooms"
 CIRCLES = "circles between rooms"
 LINES = "lines of src"
@@ -168,11 +169,24 @@ def chain(graph: dict[str, set[str]]) -> list[str]:
     return [*max(chains, key=len)]
 
 
+def is_plugin(path: Path) -> bool:
+    """Whether a class of a module registers itself: it says `name: ClassVar[str] = "..."`."""
+    return any(
+        isinstance(node, ast.AnnAssign)
+        and ast.unparse(node.target) == "name"
+        and ast.unparse(node.annotation) == "ClassVar[str]"
+        and isinstance(node.value, ast.Constant)
+        for cls in ast.parse(path.read_bytes()).body
+        if isinstance(cls, ast.ClassDef)
+        for node in cls.body
+    )
+
+
 def folders(source: Path = SOURCE) -> dict[str, int]:
-    """Modules in each folder, without `__init__` and without those of its folders."""
+    """Modules in each folder, without `__init__`, plug-ins and those of its folders."""
     counts: dict[str, int] = {}
     for path in modules(source):
-        if path.name != "__init__.py":
+        if path.name != "__init__.py" and not is_plugin(path):
             name = path.parent.relative_to(source).as_posix()
             counts[name] = counts.get(name, 0) + 1
     return counts

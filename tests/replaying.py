@@ -12,6 +12,7 @@ from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.text.dataset import Batch, quiet
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.sources.decode import decoded
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ class Replayed:
     """A model's layers run over batches, from disk."""
 
     def __init__(self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor):
-        self.skeleton = Skeleton(open_checkpoint(path), dtype, trust_remote_code=False)
+        self.skeleton = Skeleton(decoded(open_checkpoint(path)), dtype, trust_remote_code=False)
         self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)
         self.read = read
         self.states = Memory()

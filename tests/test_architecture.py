@@ -98,6 +98,17 @@ def test_the_figures_see_arrows_and_circles(tmp_path):
     assert house.folders(tmp_path) == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, ".": 1}
 
 
+def test_plug_ins_do_not_count_as_files_of_their_folder(tmp_path):
+    files = {
+        "a/one.py": 'class One(Base):\n    name: ClassVar[str] = "one"\n',
+        "a/two.py": 'class Two(Base):\n    """It."""\n\n    name: ClassVar[str] = "two"\n',
+        "a/base.py": "class Base:\n    name: ClassVar[str]\n",
+        "a/other.py": 'name: str = "one"\nclass Other:\n    title: ClassVar[str] = "one"\n',
+    }
+    write_tree(tmp_path, files)
+    assert house.folders(tmp_path) == {"a": 2}
+
+
 def test_the_figures_see_many_parameters(tmp_path):
     many = "a, b, c, d, /, e, f, *, g, h"
     files = {

@@ -21,6 +21,17 @@ LATENT = {
     "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
+# Expert widths H, I and 2 I all differ: COMMON's 64, 96 and 192.
+GRANITE = {
+    "num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.125,
+    "residual_multiplier": 0.45, "embedding_multiplier": 4.0, "logits_scaling": 2.0,
+}  # fmt: skip
+SHARED = {"shared_intermediate_size": 80}
+_TYPES = ["mamba", "attention", "attention", "attention"]
+HYBRID = SHARED | {
+    "num_hidden_layers": 4, "layer_types": _TYPES, "layers_block_type": _TYPES, "mamba_n_heads": 8,
+    "mamba_d_state": 16, "mamba_n_groups": 1, "position_embedding_type": "nope",
+}  # fmt: skip
 # class of transformers, class of its config, what differs from COMMON
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
@@ -33,6 +44,15 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", GRANITE),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", GRANITE | SHARED),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", GRANITE | HYBRID),
+    "granitemoe_swa": (
+        "GraniteMoeSWAForCausalLM",
+        "GraniteMoeSWAConfig",
+        GRANITE | {"sliding_window": 8},
+    ),
+    "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", {"moe_num_experts": 8}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
 }

@@ -95,6 +95,22 @@ def test_int4_has_one_format(tmp_path: Path) -> None:
     refused(pack(source, "ascend", tmp_path / "there"), "cannot store int4 per group of 1 x 32")
 
 
+def test_mxfp8_and_back(tmp_path: Path) -> None:
+    """The same bytes in both formats, apart from what describes them."""
+    from tests.e2e.conftest import make_llama
+
+    recipe = tmp_path / "recipe.yaml"
+    box = Box(tmp_path, make_llama(tmp_path / "model", side=128), recipe, tmp_path / "out")
+    source = quantized(box, "mxfp8", "ascend", "--set", "max_shard=100000")
+    there = there_and_back(source, "compressed-tensors", "ascend")
+    before, after = tensors(source), tensors(there)
+    assert before.keys() == after.keys()
+    assert sum(tensor.dtype == torch.uint8 for tensor in after.values()) >= 7
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_block"])
 def test_fp8_formats(tmp_path: Path, scheme: str) -> None:
     from tests.e2e.conftest import make_llama

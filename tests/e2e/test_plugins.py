@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import make_llama
 
+SUFFIXES = ("weight", "weight_scale", "weight_global_scale")
 PLUGIN = Path(__file__).parents[1] / "plugin"
 RECIPE = """\
 target: toy-tensors
@@ -105,6 +107,70 @@ def test_a_checkpoint_names_the_packages_that_made_it(site: Path, model: Path, t
     notes = [finding["what"] for finding in report["findings"]]
     made = "quantcli 0.1.0 with toy-quant 1.2 made the checkpoint; quantcli 0.1.0 with toy-quant 1.3"
     assert any(note.startswith(made) for note in notes), notes
+
+
+def test_scales_of_two_levels(site: Path, model: Path, tmp_path: Path) -> None:
+    """Types of codes and scales that no scheme of quantcli has, through plan, stream and all checks."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: two_level}]\n')
+    source = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    source[f"{name}.weight"] *= 3  # siblings of other sizes share a scale
+    other = shutil.copytree(model, tmp_path / "model")
+    save_file(source, other / "model.safetensors", metadata={"format": "pt"})
+    done = quantcli(site, "quantize", recipe, "--model", other, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*.safetensors")
+    made = load_file(file)
+    forms = {s: (made[f"{name}.{s}"].dtype, tuple(made[f"{name}.{s}"].shape)) for s in SUFFIXES}
+    n, k = source[f"{name}.weight"].shape
+    assert forms == {
+        "weight": (torch.uint8, (n, k // 2)),
+        "weight_scale": (torch.float8_e4m3fn, (n, k // 16)),
+        "weight_global_scale": (torch.float32, (1,)),
+    }
+    siblings = [f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"]
+    amax = max(float(source[f"{each}.weight"].abs().max()) for each in siblings)
+    for each in siblings:
+        assert float(made[f"{each}.weight_global_scale"]) == pytest.approx(amax / (6 * 448), rel=1e-6)
+    largest = made[f"{name}.weight_scale"].float().max()
+    assert float(largest) == 448
+
+    check = ("verify", out, "--full", "--against", other, "--json")
+    report = json.loads(quantcli(site, *check).stdout)
+    assert report["ok"], report["findings"]
+    assert next(c["checked"] for c in report["checks"] if c["name"] == "recomputed") == 3 * 14 + 3
+    assert {module["label"] for module in report["modules"]} == {"two-level"}
+    assert all(18 < module["sqnr_db"] < 24 for module in report["modules"])
+    assert all(module["limit_db"] == 9 for module in report["modules"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code", "place", "said"),
+    [
+        ("weight_scale", 0x7F, "[3, 1]", "a scale is not a positive number: code 0x7F"),
+        ("weight_scale", 0x00, "[3, 1]", "a scale is not a positive number: code 0x00"),
+        ("weight_scale", 0xB8, "[3, 1]", "a scale is not a positive number: code 0xB8"),
+        ("weight_global_scale", float("nan"), "[0]", "a scale is not a positive number: nan"),
+        ("weight_global_scale", -1.0, "[0]", "a scale is not a positive number: -1"),
+    ],
+)
+def test_damaged_scales_of_two_levels(
+    site: Path, model: Path, tmp_path: Path, suffix: str, code: float, place: str, said: str
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: two_level}]\n')
+    done = quantcli(site, "quantize", recipe, "--model", model, "--out", out, "--no-checksum")
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*.safetensors")
+    made = load_file(file)
+    name = f"model.layers.1.mlp.down_proj.{suffix}"
+    tensor = made[name].view(torch.uint8) if suffix == "weight_scale" else made[name]
+    tensor[(3, 1) if suffix == "weight_scale" else 0] = code
+    save_file(made, file, metadata={"format": "pt"})
+    report = json.loads(quantcli(site, "verify", out, "--full", "--json").stdout)
+    (error,) = (finding for finding in report["findings"] if finding["severity"] == "error")
+    assert (error["check"], error["what"], error["where"]) == ("values", said, f"`{name}`{place}")
 
 
 def test_an_interrupted_run_does_not_go_on_with_another_version(

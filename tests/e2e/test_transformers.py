@@ -23,12 +23,15 @@ def all_of(scheme):
 # Recipe, and the relative error that a module's output may have from ours on the same inputs: rounding
 # of float32, but where the library gives tokens another scale (amax / 127.5) than engines do.
 EXACT, TOKENS_INT8, TOKENS_FP8 = 1e-6, 0.012, 0.06
+# ... and but where it computes in bfloat16, which it makes of weights with powers of two as scales.
+IN_BFLOAT16 = 1e-4
 CASES = {
     "int8_dynamic": (all_of("w8a8_dynamic"), TOKENS_INT8),
     "int8_static": (DATA + all_of("w8a8_static, observer: minmax"), EXACT),
     "int8_static_symmetric": (DATA + all_of("w8a8_static, observer: minmax, symmetric: true"), EXACT),
     "fp8_dynamic": (all_of("fp8_dynamic"), TOKENS_FP8),
     "fp8_static": (DATA + all_of("fp8_static, observer: minmax"), EXACT),
+    "mxfp8": (all_of("mxfp8"), IN_BFLOAT16),
     "w4a16": (all_of("w4a16"), EXACT),
     "w4a16_channel": (all_of("w4a16, group_size: channel"), EXACT),
     "w8a16": (all_of("w8a16"), EXACT),
@@ -42,18 +45,18 @@ CASES = {
 IDS = (torch.arange(5, 69) * 7 % 4096)[None]
 
 
-def logits(folder, calls=None):
-    """Of one model in float32; calls: inputs and outputs of its linears, by name."""
+def logits(folder, calls=None, dtype=torch.float32):
+    """Log-probabilities of one model; calls: inputs and outputs of its linears, by name."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     for name, module in model.named_modules():
         if calls is not None and isinstance(module, torch.nn.Linear):
             module.register_forward_hook(
                 lambda _, x, y, name=name: calls.__setitem__(name, (x[0].detach(), y.detach()))
             )
     with torch.no_grad():
-        return model, model(IDS).logits.log_softmax(-1)
+        return model, model(IDS).logits.float().log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_the_library_means_what_we_mean(case, tmp_path, reference):
     made = run_cli("quantize", tmp_path / "recipe.yaml", "--model", MODEL, "--out", out)
     assert made.code == 0, made.err
     calls = {}
-    model, found = logits(out, calls)
+    model, found = logits(out, calls, torch.bfloat16 if most == IN_BFLOAT16 else torch.float32)
     kl = (reference.exp() * (reference - found)).sum(-1).mean()
     assert 1e-5 < float(kl) < 0.06
     served, modules = Served.open(out), dict(model.named_modules())
@@ -77,10 +80,10 @@ def test_the_library_means_what_we_mean(case, tmp_path, reference):
     assert len(names) == (36 if case == "mixed" else 42)
     for name in names:
         scheme, parts = served.quantizer(name, torch.zeros(0), None)
-        assert torch.equal(modules[name].weight.data, scheme.dequantize(parts)), name
+        assert torch.equal(modules[name].weight.data.float(), scheme.dequantize(parts)), name
         x, theirs = calls[name]
         ours = scheme.forward(x, parts)
-        assert float((ours - theirs).norm() / theirs.norm()) < most, name
+        assert float((ours - theirs).float().norm() / theirs.float().norm()) < most, name
 
 
 # -- names of modules that stay float ------------------------------------------------------------------

@@ -103,13 +103,14 @@ def serve(
     prompts: Sequence[Sequence[int]] = ((1, 2, 3),),
     tokens: int = 16,
     cpu: CPU = "pinned",
+    untracked: Sequence[str] = (),
     log: Path | None = None,
 ) -> dict[str, Answer | Refused]:
     """Serve each checkpoint with vLLM. RuntimeError with the engine's words if that itself breaks down.
 
     windows, prompts: token ids. cpu: "pinned" to the instructions that make every CPU answer alike,
-    also one made to list AMX ("listed"), or its "own": serve.py says more. log: where the engine's
-    words go.
+    also one made to list AMX ("listed"), or its "own": serve.py says more. untracked: checkpoints whose
+    loader cannot tell vLLM what it has filled. log: where the engine's words go.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answers = Path(folder) / "request.json", Path(folder) / "answers.json"
@@ -117,11 +118,13 @@ def serve(
         room = 16 * -(-(max(map(len, [*windows, *prompts])) + tokens) // 16)
         asked = {"checkpoints": {name: str(path.resolve()) for name, path in checkpoints.items()},
                  "windows": windows, "prompts": prompts, "tokens": tokens, "length": room,
-                 "cpu": cpu}  # fmt: skip
+                 "cpu": cpu, "untracked": untracked}  # fmt: skip
         request.write_text(json.dumps(asked))
         with log.open("w") as words:
             command = [PYTHON, SERVE, request, answers]
-            done = subprocess.run(command, env=_kept(), cwd=folder, stdout=words, stderr=words)
+            done = subprocess.run(
+                command, env=kept_environment(), cwd=folder, stdout=words, stderr=words
+            )
         if done.returncode or not answers.exists():
             raise RuntimeError(f"vLLM exited with {done.returncode}:\n{log.read_text()[-4000:]}")
         found: dict[str, Any] = json.loads(answers.read_text())
@@ -138,7 +141,7 @@ def no_amx() -> str | None:
     """Why vLLM cannot use AMX here; None if it can."""
     if not {"amx_tile", "amx_int8", "amx_bf16"} <= flags():
         return "this CPU has no AMX"
-    done = subprocess.run([PYTHON, PROBE], env=_kept(), capture_output=True, text=True)
+    done = subprocess.run([PYTHON, PROBE], env=kept_environment(), capture_output=True, text=True)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"this CPU lists AMX, but a process that uses it dies of {name}"
@@ -147,7 +150,7 @@ def no_amx() -> str | None:
     return None
 
 
-def _kept() -> dict[str, str]:
+def kept_environment() -> dict[str, str]:
     """The environment without this one's packages and its settings for tests."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
 

@@ -6,7 +6,8 @@ Runs in the engine's own environment, which has no quantcli: it imports nothing 
 REQUEST: {"checkpoints": {name: folder}, "windows": [[token, ...], ...], "prompts": [[token, ...], ...],
 "tokens": how many to generate for a prompt, "length": most tokens of a window, or of a prompt and what
 is generated, "cpu": "pinned" (see pin), "listed" (pinned, on a CPU that lists AMX: see listed.py) or
-"own" (what vLLM chooses here)}. ANSWERS, by name: {"log_probs": of each token of each window but the
+"own" (what vLLM chooses here), "untracked": names of checkpoints that may leave parameters empty, as
+far as vLLM can tell}. ANSWERS, by name: {"log_probs": of each token of each window but the
 first, "best": the engine's likeliest token there, "continued": the prompts' tokens to come, "again":
 the same a second time, "texts": the first of both as text where there is a tokenizer, "kernels": what
 computes the linears, "stand_ins": which of stand_ins.py were needed, "libraries": vLLM's own that are
@@ -91,8 +92,8 @@ def kernels(llm) -> dict:
     return dict(found)
 
 
-def answer(folder: str, request: dict) -> dict:
-    """What vLLM makes of one checkpoint."""
+def answer(folder: str, request: dict, tracked: bool) -> dict:
+    """What vLLM makes of one checkpoint. tracked: vLLM refuses one that leaves a parameter empty."""
     import stand_ins
     from vllm import LLM, SamplingParams
 
@@ -109,7 +110,7 @@ def answer(folder: str, request: dict) -> dict:
         kv_cache_memory_bytes=CACHE,
         enable_prefix_caching=False,
         # without it vLLM leaves a quantized parameter that no tensor fills as the memory was
-        model_loader_extra_config={"enable_weights_track": True},
+        model_loader_extra_config={"enable_weights_track": tracked},
     )
     read = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
     log_probs, best = [], []
@@ -156,7 +157,7 @@ def main() -> None:
     answers = {}
     for name, folder in request["checkpoints"].items():
         try:
-            answers[name] = answer(folder, request)
+            answers[name] = answer(folder, request, name not in request["untracked"])
         except Exception as error:
             traceback.print_exc()
             answers[name] = {"error": f"{type(error).__name__}: {error}"}

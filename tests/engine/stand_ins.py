@@ -7,10 +7,12 @@ needed one is that vLLM took every tensor to its place, not that a CPU serves th
 import torch
 from vllm import _custom_ops
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
     Fp8BlockScaledMMLinearKernel,
 )
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.quantization.utils import mxfp8_utils
 from vllm.platforms import PlatformEnum
 
 used: set = set()
@@ -42,6 +44,35 @@ class BlockScaledMM(Fp8BlockScaledMMLinearKernel):
         weight = Bs.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k] * B.float()
         x = As.repeat_interleave(columns, 1)[:, :k] * A.float()
         return x @ weight.mT
+
+
+class Mxfp8Linear(Mxfp8LinearKernel):
+    """Groups of 32 with powers of two as scales; inputs by vLLM's own function, products in float32."""
+
+    @classmethod
+    def is_supported(cls, compute_capability=None):
+        """Everywhere."""
+        return True, None
+
+    @classmethod
+    def can_implement(cls, c):
+        """All of them."""
+        return True, None
+
+    def process_weights_after_loading(self, layer):
+        """Nothing: scales stay in rows."""
+
+    def apply_weights(self, layer, x, bias=None):
+        """weight e4m3 [n, k], weight_scale uint8 [n, k / 32]: 2^(byte - 127)."""
+        used.add("mxfp8_mm")
+        codes, exponents = mxfp8_utils._mxfp8_e4m3_quantize_torch(x)
+        y = _powers(codes, exponents) @ _powers(layer.weight, layer.weight_scale).mT
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _powers(codes, exponents):
+    scale = torch.ldexp(torch.ones(()), exponents.float() - 127)
+    return codes.float() * scale.repeat_interleave(32, -1)
 
 
 class Int8Experts(cpu_moe.CPUExpertsInt8):
@@ -81,3 +112,4 @@ def install() -> None:
         cpu_moe.CPUExpertsInt8 = Int8Experts
     _custom_ops.scaled_fp8_quant = scaled_fp8_quant
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(BlockScaledMM)
+    linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(Mxfp8Linear)

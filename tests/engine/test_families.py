@@ -16,6 +16,9 @@ NUMBERS = {
     "fp8-dynamic": ((0.06, 0.2), 0.8),
     "w4a16": ((0.15, 0.5), 0.05),
 }
+# layers of these add less than half of what attention gives to the hidden states, and one has none;
+# experts stay float in all forms but int8-dynamic
+OF_ATTENTION = {"granitemoe": 0.4, "granitemoehybrid": 0.2}
 
 
 def apart(answer, scores):
@@ -46,6 +49,7 @@ def test_converted_answers_are_ours(families, floats, family, form):
     assert isinstance(answer, Answer), answer
     far = distance(answer, families.answers[family])
     (least, most), share = NUMBERS[form]
-    assert least < far.change < most
+    weight = OF_ATTENTION.get(family, 1.0) if form != "int8-dynamic" else 1.0
+    assert least * weight < far.change < most * weight
     scores = ours(families.folders[name], families.ids)
     assert apart(answer, scores) < floats[family] + share * far.change

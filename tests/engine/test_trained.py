@@ -23,6 +23,7 @@ NUMBERS = {
     "fp8-static": ((0.995, 1.01), 0.93, (0.03, 0.10)),
     "fp8-tensor": ((0.997, 1.006), 0.94, (0.03, 0.06)),
     "fp8-block": ((0.997, 1.005), 0.95, (0.03, 0.06)),
+    "mxfp8": ((0.997, 1.005), 0.95, (0.03, 0.06)),
 }
 # vLLM's class for each, and how many fused linears of the 24 it computes
 CLASSES = {
@@ -36,9 +37,10 @@ CLASSES = {
     "fp8-static": {"W8A8Fp8": 24},
     "fp8-tensor": {"W8A8Fp8": 24},
     "fp8-block": {"W8A8Fp8": 24},
+    "mxfp8": {"W8A8Mxfp8": 24},
 }
 # what vLLM's CPU build has no operator for without AMX: the loader is vLLM's, the arithmetic a stand-in
-STOOD_IN = {"fp8-static", "fp8-tensor", "fp8-block"}
+STOOD_IN = {"fp8-static", "fp8-tensor", "fp8-block", "mxfp8"}
 
 
 # at least this correlated are the changes of single log-probabilities, vLLM's and ours: all but one
@@ -90,8 +92,8 @@ def test_generates_text_and_the_same_again(trained, name):
 def test_served_by_the_kernels_of_its_format(trained, name):
     """Not taken for float, not another format's arithmetic; the head and embeddings stay float."""
     answer = trained.answer(name)
-    found = {kind: sum(n for words, n in answer.kernels.items() if kind in words)
-             for kind in ("W8A8Int8", "W8A8Fp8", "WNA16", "UnquantizedLinear")}  # fmt: skip
+    kinds = ("W8A8Int8", "W8A8Fp8", "W8A8Mxfp8", "WNA16", "UnquantizedLinear")
+    found = {kind: sum(n for words, n in answer.kernels.items() if kind in words) for kind in kinds}
     assert {kind: n for kind, n in found.items() if n} == CLASSES[name]
     assert answer.kernels["UnquantizedEmbeddingMethod"] == 2
     if name not in STOOD_IN:

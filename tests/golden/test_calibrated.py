@@ -203,8 +203,8 @@ def errors(model, folder, inputs):
         with run.skeleton.loaded(index, run.read, CPU) as layer:
             run.replay.run(index, layer, run.states, exact.__setitem__)
         with run.skeleton.loaded(index, served.read, CPU) as layer:
-            engine = EngineLinears(name, layer, run.skeleton.segments(index), served.quantizer)
             matrices = Matrices(name, layer)
+            engine = EngineLinears(matrices, run.skeleton.segments(index), served.quantizer)
             run.replay.run(
                 index,
                 layer,

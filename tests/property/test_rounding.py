@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from quantcli.schemes.arithmetic import clipping, rounding
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from tests.measured import constants
+from tests.quantized import fp8_number
 
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]
 HELD = [torch.bfloat16, torch.float16, torch.float32]
@@ -326,6 +328,34 @@ def test_round_up_is_the_next_number_above(value, held):
     assert torch.equal(up.to(held).float(), up)
     below = torch.nextafter(up.to(held), torch.zeros(1, dtype=held)).float()
     assert float(below) < float(exact)
+
+
+EIGHT_BITS = {  # all positive numbers
+    torch.float8_e8m0fnu: [2.0**e for e in range(-127, 128)],
+    torch.float8_e4m3fn: [v for code in range(1, 127) if (v := fp8_number(code)) > 0],
+}
+
+
+@settings(derandomize=True, max_examples=600, deadline=None)
+@given(st.sampled_from(sorted(EIGHT_BITS, key=str)), st.integers(0, 254), st.integers(-2, 2))
+def test_round_up_to_eight_bits_is_the_next_number_above(held, place, ulps):
+    """Around every number of the type, some float32 below and above it."""
+    numbers = EIGHT_BITS[held]
+    number = torch.tensor([numbers[place % len(numbers)]])
+    exact = (number.view(torch.int32) + ulps).view(torch.float32)
+    expected = next((n for n in numbers if n >= float(exact)), math.nan)
+    assert str(float(rounding.round_up(exact, held))) == str(expected)
+
+
+@pytest.mark.parametrize("held", [*HELD, torch.float8_e8m0fnu, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.4e38])
+def test_a_scale_that_no_number_holds_is_not_finite(held, value):
+    for scale in (
+        rounding.scale_of(torch.tensor([value, 1.0]), 1.0, held),
+        rounding.round_up(torch.tensor([value, 1.0]), held),
+    ):
+        assert bool(torch.isfinite(scale[0])) == (held == torch.float32 and value == 3.4e38)
+        assert float(scale[1]) == 1.0
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)

@@ -66,6 +66,7 @@ def test_support_knows_every_cell():
     labels = {key: cell["label"] for key, cell in cells.items() if cell["supported"]}
     assert {scheme: label for (scheme, target), label in labels.items() if target == "ascend"} == {
         "fp8_dynamic": "W8A8FP8_DYNAMIC",
+        "mxfp8": "W8A8_MXFP8",
         "w4a4_dynamic": "W4A4_DYNAMIC",
         "w4a4_flatquant": "W4A4_FLATQUANT_DYNAMIC",
         "w8a16": "W8A16",

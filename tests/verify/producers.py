@@ -134,6 +134,15 @@ def mxfp4(weight: Tensor) -> Tensors:
     return {"weight": packed, "weight_scale": (exponent + 127).to(torch.uint8)}
 
 
+def mxfp8(weight: Tensor, up: bool = True) -> Tensors:
+    """e4m3, and an exponent for each 32 columns: rounded up, or down, which clips some weights."""
+    rows = weight.view(len(weight), -1, 32)
+    amax = rows.abs().amax(2)
+    exponent = (amax / 448).log2().ceil() if up else amax.log2().floor() - 8
+    codes = (rows / exponent.exp2().unsqueeze(2)).clamp(-448, 448).flatten(1)
+    return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
 def groups(format_: str, weight: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dict[str, Any]:
     """`quantization_config` of compressed-tensors with one group."""
     group = {"targets": ["Linear"], "weights": weight, "input_activations": inputs}
@@ -151,4 +160,7 @@ FP8_ROWS = groups(
     {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
     {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
 )
+_MX = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32,
+       "scale_dtype": "torch.uint8"}  # fmt: skip
+MXFP8 = groups("mxfp8-quantized", _MX, _MX | {"dynamic": True})
 FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}

@@ -35,6 +35,7 @@ SOUND = [
     ("llama", "ct_symmetric"), ("mixtral", "ct_fp8"), ("stablelm", "ct_fp8"),
     ("llama", "ct_fp8_static"), ("phi3", "ct_fp8_static"), ("qwen3_moe", "ct_w4a16"),
     ("llama:float16", "ct_w4a16"), ("qwen2", "ct_w4a8"), ("llama", "ct_w8a16"), ("llama", "ct_mixed"),
+    ("granitemoe", "ct_dynamic"), ("granitemoehybrid", "ct_w4a16"), ("aria_text", "ct_fp8"),
 ]  # fmt: skip
 
 

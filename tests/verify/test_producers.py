@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantcli.calibration.replay.served import Served
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.sources.decode import decoded
@@ -22,12 +23,14 @@ from tests.verify.producers import (
     FP8_ROWS,
     INT8,
     MODULES,
+    MXFP8,
     described,
     float_model,
     fp8,
     fp8_rows,
     int8,
     mxfp4,
+    mxfp8,
     others,
     quantized,
     signed_int8,
@@ -425,17 +428,13 @@ def test_float_routers_that_ignore_lacks(tmp_path):
 SMALL = {
     "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
     "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
-    "mxfp8": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32,
-              "scale_dtype": "torch.uint8"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", SMALL)
 def test_formats_that_cannot_be_checked_are_noted(tmp_path, source, form):
     def encode(weight):
         parts = mxfp4(weight)
-        if form == "mxfp8":
-            return parts | {"weight": fp8(weight)["weight"]}
         return {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}
 
     block = producers.groups(f"{form}-pack-quantized", SMALL[form], None)
@@ -445,6 +444,76 @@ def test_formats_that_cannot_be_checked_are_noted(tmp_path, source, form):
     assert notes(report)[0].endswith(f"more: {form}")
     with pytest.raises(InputError, match=f"cannot decode {form}"):
         decoded(open_checkpoint(path))
+
+
+# -- MXFP8 ---------------------------------------------------------------------------------------------
+
+
+def mx_checkpoint(path, encode, target):
+    if target == "ascend":
+        return described(path, encode, "W8A8_MXFP8")
+    return quantized(path, encode, MXFP8)
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("target", ["ascend", "compressed-tensors"])
+def test_mxfp8_with_exponents_rounded_either_way(tmp_path, source, target, up):
+    path = mx_checkpoint(tmp_path / "q", lambda weight: mxfp8(weight, up), target)
+    assert sound(path, source) == []
+    parts = mxfp8(weights()[K], up)
+    expected = [
+        [
+            float(code) * 2.0 ** (int(parts["weight_scale"][row, column // 32]) - 127)
+            for column, code in enumerate(codes)
+        ]
+        for row, codes in enumerate(parts["weight"].float().tolist())
+    ]
+    assert torch.equal(weight(open_checkpoint(path), K), torch.tensor(expected))
+    other = "ascend" if target == "compressed-tensors" else "compressed-tensors"
+    done = run_cli("pack", path, "--target", other, "--out", tmp_path / "packed")
+    assert done.code == 0, done.err
+    assert errors(examine(tmp_path / "packed", source)) == []
+    packed = weight(open_checkpoint(tmp_path / "packed"), K)
+    assert torch.equal(packed, torch.tensor(expected))
+
+
+def moved(exponents, step):
+    """With one other exponent."""
+    exponents[3, 1] += step
+    return exponents
+
+
+@pytest.mark.parametrize(
+    ("target", "suffix", "to", "said"),
+    [
+        ("compressed-tensors", "weight", lambda t: t.view(torch.uint8).fill_(0x7F).view(t.dtype),
+         "values: a code is NaN"),
+        ("compressed-tensors", "weight_scale", lambda t: t.fill_(255), "values: an E8M0 scale is NaN"),
+        ("compressed-tensors", "weight_scale", lambda t: t.view(torch.float8_e8m0fnu),
+         "parameters: is F8_E8M0; mxfp8 reads U8"),
+        ("compressed-tensors", "weight_scale", lambda t: t[:, :1], "parameters: is [32, 1]; for a"),
+        ("compressed-tensors", "weight_scale", lambda t: moved(t, 1), "sqnr: SQNR"),
+        ("ascend", "weight_scale", lambda t: moved(t, -1), "sqnr: a weight is off by"),
+        ("ascend", "weight_scale", lambda t: t.view(torch.int8), "parameters: is I8; W8A8_MXFP8 reads"),
+    ],
+)  # fmt: skip
+def test_damaged_mxfp8(tmp_path, source, target, suffix, to, said):
+    path = mx_checkpoint(tmp_path / "q", mxfp8, target)
+    change(path, f"{K}.{suffix}", to)
+    found = errors(examine(path, source))
+    assert any(said in error for error in found), found
+    assert all(K in error for error in found)
+
+
+def test_mxfp8_in_use(tmp_path, source):
+    """Served with float inputs it is read, and is not run: no scheme has that arithmetic."""
+    block = producers.groups("mxfp8-quantized", MXFP8["config_groups"]["group_0"]["weights"], None)
+    path = quantized(tmp_path / "q", mxfp8, block)
+    report = examine(path, source)
+    assert errors(report) == []
+    assert {module.label for module in report.modules} == {"mxfp8 float inputs"}
+    with pytest.raises(InputError, match="cannot compute as the engine does with mxfp8 float inputs"):
+        Served.open(path)
 
 
 # -- a model that was loaded and saved again --------------------------------------------------------

@@ -101,7 +101,8 @@ class Flow(Tap):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        tracked = [value for value in _tensors((args, kwargs)) if self._get(value) is not None]
+        used = args[:1] if name in _SAME else (args, kwargs)  # other tensors give their dtype alone
+        tracked = [value for value in _tensors(used) if self._get(value) is not None]
         if func is F.linear or is_grouped(func):
             return self._read(func, types, args, kwargs)
         if not tracked:

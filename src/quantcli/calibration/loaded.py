@@ -101,11 +101,11 @@ class LoadedLayer:
 
     def matrices(self) -> Matrices:
         """The loaded module's."""
-        return Matrices(self.name, self.module)
+        return Matrices(self.name, self.module, self.run.skeleton.transposed(self.index))
 
     def engine(self, quantizer: Quantizer) -> EngineLinears:
         """The engine's arithmetic for the loaded module."""
-        return EngineLinears(self.name, self.module, self.segments, quantizer)
+        return EngineLinears(self.matrices(), self.segments, quantizer)
 
     def forward(self, sink: Sink | None, tap: Tap, only: Sequence[int] | None = None) -> None:
         """Run the loaded module over all samples, or some batches; `sink` takes outputs."""
@@ -120,8 +120,7 @@ class LoadedLayer:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A matrix as it is loaded: [n, k]."""
-        weight = self.module.get_parameter(matrix.parameter.removeprefix(f"{self.name}."))
-        return weight[matrix.expert] if weight.dim() == 3 else weight
+        return self.matrices().weight(matrix)
 
     def channel_amax(self, widths: Mapping[Matrix, int]) -> dict[Matrix, Tensor]:
         """max |x| of each column of some matrices, by their number of columns; zeros without tokens."""

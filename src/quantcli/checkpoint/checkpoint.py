@@ -45,6 +45,7 @@ _NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter|optimizer|scheduler|ema|value_head)[^/]*\.safetensors"
 )
 _STAGES = "modules.json"  # of sentence-transformers
+STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
 _BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
@@ -207,7 +208,7 @@ def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[s
                 yield f"`{place}{key}` in {CONFIG} is stale: the weights are float"
     for name, stored in tensors.items():
         if len(stored.spec.shape) >= 3 and "experts" in name.split("."):
-            yield f"experts are stored together, such as `{name}` {stored.spec}"
+            yield f"{STACKED}, such as `{name}` {stored.spec}"
             return
 
 

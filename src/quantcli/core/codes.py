@@ -1,9 +1,11 @@
-"""Values of 8-bit and 4-bit codes as float32: exact, and fast on a CPU."""
+"""Values of stored codes and scales as float32: exact, and fast on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from quantcli.core.number_types import ElementType
 
 _EXPONENTS = 2.0**8  # float16 has an exponent bias of 15, e4m3 one of 7
 
@@ -34,9 +36,22 @@ def fp8_values(codes: Tensor, scale: Tensor | None = None, columns: int = 0) -> 
     return scale_groups(values, scale * _EXPONENTS, columns)
 
 
-def code_values(codes: Tensor) -> Tensor:
-    """The values of codes of any dtype, one per element, as float32."""
-    return fp8_values(codes) if codes.dtype == torch.float8_e4m3fn else codes.float()
+def code_values(stored: Tensor, element: ElementType) -> Tensor:
+    """The values of codes as float32: [..., k / per_byte] in the stored dtype -> [..., k]."""
+    if element.values:
+        return torch.tensor(element.values)[unpack_nibbles(stored).long()]
+    return fp8_values(stored) if stored.dtype == torch.float8_e4m3fn else stored.float()
+
+
+def scale_values(stored: Tensor) -> Tensor:
+    """Stored scales as float32, in any shape. Of uint8 each is an exponent (E8M0): 2^(byte - 127), NaN
+    for 255."""
+    return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
+
+
+def scales_to_store(scale: Tensor) -> Tensor:
+    """Scales in the dtype in which files have them: exponents (E8M0) as uint8, others as they are."""
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def spread(values: Tensor, columns: int, k: int) -> Tensor:
@@ -65,6 +80,11 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     octets = packed.reshape(-1).view(torch.uint8).view(len(packed), 4 * packed.shape[1])
     if bits == 8:
         return octets
+    return unpack_nibbles(octets)
+
+
+def unpack_nibbles(octets: Tensor) -> Tensor:
+    """uint8 [..., w] -> uint8 [..., 2 w]: the low four bits of each first."""
     return torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from quantcli.core.number_types import ELEMENTS, SCALES, ElementType, ScaleRule, ScaleType
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,25 +24,52 @@ NO_STATS: Stats = MappingProxyType({})
 class Operand:
     """How one side of a matrix multiplication is quantized.
 
-    dtype:     of the codes.
+    dtype:     of the codes, by its name in ELEMENTS.
     per:       the values that share a scale: a channel is an output row of a weight, a token a row of
                inputs, a tensor a whole weight or all inputs of a module, a group some columns of a row,
                a block some rows and columns.
     symmetric: without a zero point.
     dynamic:   the engine computes the scale while it serves.
     block:     the rows and columns that share a scale, such as (1, group_size) or (128, 128).
+    scale:     type of the scales, by its name in SCALES; None: floats of the engine's choice.
+    global_scale: a float32 scale of the whole weight comes on top, `weight_global_scale` [1] among a
+               scheme's parts: codes stand for code * weight_scale * weight_global_scale.
     """
 
-    dtype: Literal["int4", "int8", "fp8_e4m3"]
+    dtype: str
     per: Literal["channel", "token", "tensor", "group", "block"]
     symmetric: bool = True
     dynamic: bool = False
     block: tuple[int, int] | None = None
+    scale: str | None = None
+    global_scale: bool = False
 
     def __str__(self) -> str:
         of = " of " + " x ".join(map(str, self.block)) if self.block else ""
         more = (" asymmetric" * (not self.symmetric)) + (" dynamic" * self.dynamic)
-        return f"{self.dtype} per {self.per}{of}{more}"
+        scales = f", {self.scale} scales" if self.scale else ""
+        scales += ", one scale on top" if self.global_scale else ""
+        return f"{self.dtype} per {self.per}{of}{more}{scales}"
+
+    @property
+    def element(self) -> ElementType:
+        """The type of the codes."""
+        return ELEMENTS[self.dtype]
+
+    @property
+    def scale_type(self) -> ScaleType | None:
+        """The type of the scales; None: floats of the engine's choice."""
+        return SCALES[self.scale] if self.scale else None
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """The rule for stored scales."""
+        return (self.scale_type and self.scale_type.rule) or self.element.scales
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns of a row that share a scale; None if the operand has no groups."""
+        return self.block[1] if self.per == "group" and self.block else None
 
 
 @dataclass(frozen=True, slots=True)

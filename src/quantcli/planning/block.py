@@ -10,7 +10,7 @@ import math
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -161,13 +161,21 @@ def row_blocks(job: Job, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, 
 
 
 def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -> Iterator[Computed]:
-    (out,), spec = item.outputs, item.source.spec
+    (out,), source = item.outputs, item.source
+    each = 1
+    if len(source.spec.shape) > 2 and not source.kind and item.edit is None:
+        # a row of a stack is all of an expert: cut it into the rows of its matrix
+        each, shape = source.spec.shape[1], source.spec.shape
+        rows = (shape[0] * each, *shape[2:])
+        source = replace(source, spec=replace(source.spec, shape=rows))
+        out = Output(replace(out.spec, shape=rows))
+    spec = source.spec
     step = max(1, int(2 * block_elements * spec.itemsize) // spec.row_nbytes)
-    with item.source.open() as reader:
-        for start in range(job.start, job.stop, step):
-            stop = min(start + step, job.stop)
+    with source.open() as reader:
+        for start in range(job.start * each, job.stop * each, step):
+            stop = min(start + step, job.stop * each)
             copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
-            nbytes = _share(item, stop) - _share(item, start)
+            nbytes = item.source.nbytes * (stop - start) // (item.height * each)
             yield Computed(start, stop - start, [(out, start, copied)], nbytes)
 
 

@@ -20,6 +20,7 @@ from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Q
 from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
+from quantcli.sources.stacked import ExpertMatrix
 from quantcli.targets.base import Target
 from quantcli.targets.layouts import Output, Param, Sides
 
@@ -158,31 +159,21 @@ def make_items(
     measured: Measured,
     siblings: Siblings,
 ) -> Iterator[Item]:
-    """One item per source tensor, in the order of the source: each is consumed exactly once."""
+    """The items of a plan, in the order of the source: each tensor on disk is consumed exactly once."""
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
     outcomes: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
-    biases = {
-        f"{module}.bias": target.bias_dtype(rule.scheme.numerics)
-        for module, rule in assigned.items()
-        if rule and rule.scheme and f"{module}.bias" in checkpoint.tensors
-    }
-    plain = {
-        f"{module}.{suffix}"
-        for module, rule in assigned.items()
-        if rule and rule.keyword == PLAIN
-        for suffix in ("weight", "bias")
-    }
     amax_groups = _amax_groups(checkpoint, assigned, siblings, measured)
+    copies = _copies(checkpoint, assigned, target, serving_dtype, measured)
     for name, stored in checkpoint.tensors.items():
-        module = name.removesuffix(".weight")
-        rule = assigned.get(module) if module != name else None
-        if rule is None or rule.scheme is None:
-            dtype = biases.get(name)
-            if stored.kind or (name in plain and stored.spec.dtype in FLOATS):
-                dtype = serving_dtype
-            same = dtype == stored.spec.dtype
-            yield Copy(stored, measured.edits.get(name), None if same else dtype)
+        if name in copies:
+            copy = copies[name]
+            if copy is not None:
+                yield copy
             continue
+        module = name.removesuffix(".weight")
+        rule = assigned[module]
+        assert rule is not None
+        assert rule.scheme is not None
         scheme, spec = rule.scheme, stored.spec
         bias = checkpoint.tensors.get(f"{module}.bias")
         added = bias.spec if bias else None
@@ -222,6 +213,48 @@ def make_items(
             outcome.row_multiple,
             surveyed,
         )
+
+
+def _copies(
+    checkpoint: Checkpoint,
+    assigned: dict[str, Rule | None],
+    target: Target,
+    serving_dtype: str,
+    measured: Measured,
+) -> dict[str, Copy | None]:
+    """An item for each source tensor that is not quantized, by its name.
+
+    A stack of experts that all stay as they are is copied as it is on disk, with the first of its
+    matrices; None for the others.
+    """
+    biases = {
+        f"{module}.bias": target.bias_dtype(rule.scheme.numerics)
+        for module, rule in assigned.items()
+        if rule and rule.scheme and f"{module}.bias" in checkpoint.tensors
+    }
+    plain = {
+        f"{module}.{suffix}"
+        for module, rule in assigned.items()
+        if rule and rule.keyword == PLAIN
+        for suffix in ("weight", "bias")
+    }
+    copies: dict[str, Copy | None] = {}
+    stacks: dict[str, list[ExpertMatrix]] = defaultdict(list)
+    for name, stored in checkpoint.tensors.items():
+        if isinstance(stored, ExpertMatrix):
+            stacks[stored.stack.spec.name].append(stored)
+        rule = assigned.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if rule is None or rule.scheme is None:
+            dtype = biases.get(name)
+            if stored.kind or (name in plain and stored.spec.dtype in FLOATS):
+                dtype = serving_dtype
+            same = dtype == stored.spec.dtype
+            copies[name] = Copy(stored, measured.edits.get(name), None if same else dtype)
+    for matrices in stacks.values():
+        if all(copies.get(matrix.spec.name) == Copy(matrix) for matrix in matrices):
+            copies |= dict.fromkeys((matrix.spec.name for matrix in matrices), None)
+            copies[matrices[0].spec.name] = Copy(matrices[0].stack)
+    return copies
 
 
 def _amax_groups(

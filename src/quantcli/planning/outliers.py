@@ -150,7 +150,8 @@ def _methods(target: Target, serving: str) -> tuple[dict[str, _Method], dict[str
         if isinstance(scheme, Int4Weights):
             scheme = scheme.model_copy(update={"clip": "mse"})
         operand = scheme.numerics.weight
-        label = f"{operand.dtype} per {operand.per}"
+        scales = f" {operand.scale}" if operand.scale else ""
+        label = f"{operand.dtype}{scales} per {operand.per}"
         operands.setdefault(label, []).append(name)
         if label not in methods and _by_rows_alone(scheme):
             try:

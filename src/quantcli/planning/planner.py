@@ -29,8 +29,10 @@ from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule, compare
 from quantcli.sources.decode import decoded
+from quantcli.sources.stacked import ExpertMatrix, layout_of
 from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_family import EXPERT
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -44,6 +46,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     target = recipe.target
     source_specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     raise_first(list(target.check((), source_specs)), {})  # before rules that would miss them
+    must_take_experts(checkpoint, target)
     assigned = assign(recipe, checkpoint)
     _must_be_stored(assigned, target)
     assigned, instead = served(checkpoint, assigned, target)
@@ -87,7 +90,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         serving_dtype=serving,
         recipe_text=recipe.effective(),
         rules=tuple(_rule_lines(recipe, items, assigned)),
-        kept=tuple(_kept(items, assigned, recipe)),
+        kept=tuple(_kept(checkpoint, items, assigned, recipe)),
         notes=(*checkpoint.notes, *notes, *target.advise(modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
@@ -144,6 +147,24 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
     if stored != declared:
         return dtype, [f"weights are {stored}, config.json says {dtype}: served in {dtype}"]
     return dtype, []
+
+
+def must_take_experts(checkpoint: Checkpoint, target: Target) -> None:
+    """InputError for experts of a family that stores them together, if the engine takes no single ones.
+
+    checkpoint: with the experts one by one, whoever has split them.
+    """
+    kind = checkpoint.config.get("model_type")
+    if layout_of(checkpoint) is None or target.takes_split_experts(str(kind)):
+        return
+    for name in checkpoint.tensors:
+        if EXPERT.fullmatch(name):
+            raise InputError(
+                f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
+                "with quantized experts",
+                where=f"`{name}`",
+                fix="use `target: compressed-tensors` or `target: fp8`",
+            )
 
 
 def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:
@@ -215,19 +236,26 @@ def _rule_lines(
             )
 
 
-def _kept(items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe) -> Iterator[Kept]:
+def _kept(
+    checkpoint: Checkpoint, items: list[Item], assigned: dict[str, Rule | None], recipe: Recipe
+) -> Iterator[Kept]:
     schemes = {item.scheme: None for item in items if isinstance(item, Quantize)}
     edited = dict.fromkeys(method.edited_as for method in methods_for(recipe.methods, schemes))
+    matrices = {  # in each stack of experts
+        stored.stack.spec.name: name
+        for name, stored in checkpoint.tensors.items()
+        if isinstance(stored, ExpertMatrix)
+    }
     groups: dict[str, list[Copy]] = defaultdict(list)
     for item in items:
         if isinstance(item, Copy):
             spec = item.outputs[0].spec
-            module, _, suffix = spec.name.rpartition(".")
+            module, _, suffix = matrices.get(spec.name, spec.name).rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
             if rule is not None and rule.scheme is None:
                 reason = f"rules.{rule.number - 1}: {rule.keyword}"
             else:
-                matrix = suffix == "weight" and len(spec.shape) == 2
+                matrix = spec.name in matrices or (suffix == "weight" and len(spec.shape) == 2)
                 reason = "no rule matches" if matrix else "not a matrix"
             if item.edit is not None:
                 reason = f"{' or '.join(filter(None, edited))}; else as it is"

@@ -21,7 +21,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.planning.items import planned_outputs
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
-from quantcli.planning.planner import raise_first
+from quantcli.planning.planner import must_take_experts, raise_first
 from quantcli.planning.recode import WORDS, recode
 from quantcli.targets.base import (
     ScalePart,
@@ -81,6 +81,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         _must_have_label(module, origin, target)
     specs = {tensor.spec.name: tensor.spec for tensor in checkpoint.tensors.values()}
     _no_cache_scales(specs)
+    must_take_experts(checkpoint, target)
     modules = list(_modules(checkpoint, stored))
     raise_first(list(target.check(modules, specs)), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)

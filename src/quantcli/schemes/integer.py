@@ -12,12 +12,12 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from quantcli.core.number_types import ELEMENTS
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.base import Bias, ClippedWeights
 
-LARGEST, LEAST = clipping.INT4_LARGEST, clipping.INT4_LEAST  # int4 codes
-_RANGES = {"int4": (LEAST, LARGEST), "int8": (-128.0, 127.0)}
+LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
 
 
 class Search(NamedTuple):
@@ -72,7 +72,8 @@ class IntegerWeights(ClippedWeights):
     @property
     def code_range(self) -> tuple[float, float]:
         """The least and the largest code."""
-        return _RANGES[self.numerics.weight.dtype]
+        element = self.numerics.weight.element
+        return element.least, element.largest
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """Also `codes`, int8 [0, k], if data chooses them."""

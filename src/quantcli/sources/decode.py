@@ -18,6 +18,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
 from quantcli.sources import awq, float8, gptq
 from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded, wrong
+from quantcli.sources.stacked import split_experts
 from quantcli.targets.ascend.types import deq_from_stored
 from quantcli.targets.base import StoredCheckpoint, must_be_readable, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
@@ -40,14 +41,20 @@ _FLOAT = "start from the float checkpoint (bfloat16, float16 or float32)"
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with an `Encoded` float weight in place of the tensors of a quantized module.
+    """The checkpoint with an `Encoded` float weight in place of the tensors of a quantized module, and
+    with experts one by one.
 
-    One that is float, or decoded already, as it is. Its notes name the format. Raises InputError for an
-    unknown format, for tensors that do not fit it, and for a checkpoint that an engine would refuse or
-    misread.
+    One that is float and has no stacks of experts, or is decoded already, as it is. Its notes name the
+    format. Raises InputError for an unknown format, for tensors that do not fit it, and for a
+    checkpoint that an engine would refuse or misread.
     """
-    if checkpoint.undecoded is not None or (source_format := quantization(checkpoint)) is None:
+    if checkpoint.undecoded is not None:
         return checkpoint
+    source_format = quantization(checkpoint)
+    return split_experts(checkpoint if source_format is None else _decoded(checkpoint, source_format))
+
+
+def _decoded(checkpoint: Checkpoint, source_format: Quantization) -> Checkpoint:
     notes = [*checkpoint.notes]
     weights, own = _read(checkpoint, source_format, notes)
     findings = own.findings if own else ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
-from quantcli.core.codes import fp8_values
+from quantcli.core.codes import fp8_values, scale_values
 from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
 from quantcli.targets.fp8.config import E4M3
 
@@ -142,18 +142,11 @@ class Float8Rows:
         rows, columns = self.tile
         codes = self.codes.weight(start, count)
         first, last = start // rows, -(-(start + len(codes)) // rows)
-        scale = _values(self.scales.weight(first, last - first))
+        scale = scale_values(self.scales.weight(first, last - first))
         if rows > 1:
             scale = scale[torch.arange(start, start + len(codes)) // rows - first]
         check_scales(scale, self.stored_scale, start, rows, lambda s: fp8_values(codes, s, columns))
         return fp8_values(codes, scale, columns)
-
-
-def _values(scale: Tensor) -> Tensor:
-    """Scales in float32; the exponent 255 is NaN."""
-    if scale.dtype != torch.uint8:
-        return scale.float()
-    return torch.where(scale == 255, torch.nan, torch.exp2(scale.float() - 127))
 
 
 _FLOAT = "start from the float checkpoint"

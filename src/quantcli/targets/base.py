@@ -131,6 +131,10 @@ class Target(BaseModel, ABC):
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The inverse of `pack`."""
 
+    def engine_parts(self, numerics: Numerics) -> Parts:
+        """Parts that `Scheme.forward` takes, that no file holds and that only this engine knows."""
+        return {}
+
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals of one quantized module that do not depend on others.
 
@@ -141,6 +145,13 @@ class Target(BaseModel, ABC):
     @abstractmethod
     def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
         """All refusals of a planned checkpoint. `tensors` are those of the source."""
+
+    def takes_split_experts(self, model_type: str) -> bool:
+        """Whether the engine takes single experts of a family whose float models store them together.
+
+        model_type: as config.json has it.
+        """
+        return True
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes for the plan on modules that load."""

@@ -12,26 +12,15 @@ from torch import Tensor
 from quantcli.checkpoint.columns import STRIP_BYTES
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.numerics import Numerics
+from quantcli.core.number_types import CodeRule, ScaleRule
+from quantcli.core.numerics import Numerics, Operand
 
 SLICES = -1  # in a shape: 1, or 16 for a bias of slices of k
 Sides: TypeAlias = tuple[int, int]  # n and k of the weight
 # dtypes of a parameter that loaders copy by value: a wider float is rounded
 FLOAT_PARAM = ("F32", "BF16", "F16")
 # rules for the numbers of a tensor: see verification/full.py
-Values: TypeAlias = Literal[
-    "codes",
-    "int4",
-    "fp8",
-    "exponent",
-    "positive",
-    "signed",
-    "bits",
-    "zero",
-    "integer",
-    "finite",
-    "ratio",
-]
+Values: TypeAlias = CodeRule | ScaleRule | Literal["bits", "zero", "integer", "finite", "ratio"]
 Blocks: TypeAlias = Mapping[str, Tensor]  # by suffix
 
 
@@ -105,7 +94,7 @@ def plain(shape: tuple[int, ...]) -> Sides:
 class Layout:
     """One label of an engine: its parameters, and the weight that they stand for.
 
-    kind:       the type of codes as text: int8, int4, fp8_e4m3, mxfp8.
+    operand:    the type of the codes, and what shares a scale of which type.
     params:     the codes first.
     dequantize: parameters of some rows -> the float weight that the kernel multiplies with, float32
                 [rows, k], before any transform of inputs is undone.
@@ -115,7 +104,7 @@ class Layout:
     """
 
     label: str
-    kind: str
+    operand: Operand
     params: tuple[Param, ...]
     dequantize: Callable[[Blocks], Tensor]
     sides: Callable[[tuple[int, ...]], Sides] = plain
@@ -174,6 +163,26 @@ class StoredModule:
     def codes(self) -> StoredTensor:
         """The tensor with the codes of the weight."""
         return self.tensors[self.layout.weight.suffix]
+
+
+def codes_param(operand: Operand) -> Param:
+    """Codes as `weight`, as their type is stored."""
+    element = operand.element
+    shape = lambda n, k: (n, -(-k // element.per_byte))  # noqa: E731
+    return Param("weight", (element.dtype,), shape, element.rule)
+
+
+def code_sides(operand: Operand) -> Callable[[tuple[int, ...]], Sides]:
+    """The shape of codes as `weight` -> n and k."""
+    per_byte = operand.element.per_byte
+    return lambda shape: (shape[0], shape[1] * per_byte)
+
+
+def row_scale(operand: Operand) -> Param:
+    """`weight_scale` of rows or of groups of their columns: [n, 1], or [n, ceil(k / group_size)]."""
+    size, kind = operand.group_size, operand.scale_type
+    shape = lambda n, k: (n, -(-k // size) if size else 1)  # noqa: E731
+    return Param("weight_scale", (kind.stored,) if kind else FLOAT_PARAM, shape, operand.scale_rule)
 
 
 def module_scale(suffix: str, dtypes: tuple[str, ...] = FLOAT_PARAM, *, shared: bool = False) -> Param:

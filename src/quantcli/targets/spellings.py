@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from quantcli.targets.vllm_family import expert_set
 
 # A text model next to towers; transformers before 4.52 wrote the second.
 # Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
@@ -31,7 +33,7 @@ _PLAIN = re.compile(r"model\.layers\.\d+\..+|lm_head")
 # Modules that engines build under another name than that of the tensor. Engines rename tensors by it
 # and a dot, which is not in the name of a module: such names are not renamed in a configuration.
 # Sources: vllm 0.32.0, model_executor/models/whisper.py:816, phi4mm.py:1049, telechat2.py:116,
-# ernie45_vl.py:1377-1381, molmo.py:1282-1284.
+# ernie45_vl.py:1377-1381, molmo.py:1282-1284, granitemoehybrid.py:73-89 and falcon_h1.py:120-136.
 _RENAMED = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
@@ -42,6 +44,7 @@ _RENAMED = tuple(
         (r"\bimage_projector\.w1$", "image_projector.gate_proj"),
         (r"\bimage_projector\.w3$", "image_projector.up_proj"),
         (r"\bimage_projector\.w2$", "image_projector.down_proj"),
+        (r"\.mamba\.(in_proj|out_proj)$", r".mixer.\1"),
         (r"^head$", "lm_head"),
     )
 )
@@ -68,7 +71,7 @@ _PARTS_OF_DEEPSEEK_V4 = tuple(
 _LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
 _MAY_BE_RENAMED = re.compile(
     r"\.(?:vision_model|text_model|ffn|attn)\.|"
-    r"(?:\.(?:fc[12]|base_layer|dense|w[123])|_linear\.[02]|^head)$"
+    r"(?:\.(?:fc[12]|base_layer|dense|w[123]|mamba\.(?:in|out)_proj)|_linear\.[02]|^head)$"
 )
 
 
@@ -147,12 +150,17 @@ def skip_list(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in own or not ends_one(name)]
 
 
-def of_no_module(listed: Iterable[str], modules: Iterable[str]) -> list[str]:
+def of_no_module(
+    listed: Iterable[str], modules: Iterable[str], stacks: Collection[str] = ()
+) -> list[str]:
     """Listed names of several parts that no module has, nor any module within them, in any spelling.
 
-    A head is left out: if it is tied, no file holds it.
+    stacks: names of sets of experts, all of whose names exist, as they are stored together. A head is
+    left out: if it is tied, no file holds it.
     """
     names = list(modules)
+    sets = {other for name in stacks for other in spellings(name)}
+    listed = [name for name in listed if expert_set(name) not in sets]
     prefixes = {name[:place] for name in names for place in _ends_of_parts(name)}
     absent = [
         name

@@ -19,12 +19,11 @@ from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule,
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.vllm_family import (
     EXPERT,
-    FLOAT_LINEARS,
     expert_sets,
+    float_linear,
     fused_groups,
     fused_name,
     fused_siblings,
-    last_part,
     uneven_experts,
 )
 
@@ -100,7 +99,7 @@ class StoredFormat(ABC):
 
     def float_only(self, module: str) -> str | None:
         """The reason why the engine always builds this module as float; None if it does not."""
-        return FLOAT_LINEARS.get(last_part(module))
+        return float_linear(module)
 
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """Of suffixes that a layout does not register, those to report."""

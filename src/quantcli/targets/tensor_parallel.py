@@ -84,6 +84,6 @@ def limits(module: StoredModule, sides: Sides, devices: int, modules: Collection
     if weight.per == "group" and weight.block and k % weight.block[1]:
         yield f"{label} needs inputs in multiples of {weight.block[1]} on each device; there are {k}"
     if "weight_packed" in module.tensors:
-        each = 32 // (4 if weight.dtype == "int4" else 8)
+        each = 32 // weight.element.bits
         if k % each:
             yield f"{label} needs inputs in multiples of {each} on each device; there are {k}"

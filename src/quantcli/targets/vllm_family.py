@@ -142,6 +142,15 @@ FLOAT_LINEARS = {
 }
 
 
+def float_linear(module: str) -> str | None:
+    """The reason why engines always build a linear as float; None if they do not.
+
+    Routers of Granite are named `router.layer`. Source: vllm 0.32.0, model_executor/models/
+    granitemoe.py:96-102,305-313.
+    """
+    return FLOAT_LINEARS.get(last_part(module.removesuffix(".layer")))
+
+
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
     if any(name.endswith(HEADS) for name in tensors):
@@ -170,7 +179,8 @@ _MAMBA_1 = frozenset({"in_proj", "x_proj", "dt_proj", "out_proj"})
 # Source: transformers 5.23.0, conversion_mapping.py:843-869 (granitemoe, jetmoe),
 # models/dbrx/modeling_dbrx.py:253-268; vllm 0.32.0, model_executor/models/step3p5.py (moe.gate_proj).
 _STACKED = re.compile(
-    r"(.*\.)?((block_sparse_moe|moe|mlp)\.(input_linear|output_linear)|moe\.(gate|up|down)_proj)(\.weight)?"
+    r"(?P<block>(.*\.)?(block_sparse_moe|moe|mlp)(?=\.(input|output)_linear\b)|(.*\.)?moe(?=\.(gate|up|down)_proj\b))"
+    r"\.\w+(\.weight)?"
 )
 _FLAT = re.compile(r".*\.experts\.mlp\.(w1|v1|w2)")
 
@@ -186,20 +196,42 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
 
 
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-    """A refusal of experts that are stored as one tensor, which no target of this version writes.
+    """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
-    It would stay float, while the engine builds the experts of its layer as quantized.
+    They would stay float, while the engine builds the experts of their layer as quantized.
     """
     for name, spec in tensors.items():
-        stacked = "experts" in name.split(".") or _STACKED.fullmatch(name)
-        if (len(spec.shape) >= 3 and stacked) or _FLAT.fullmatch(name):
+        if _set_of(name, spec) is not None:
             yield Refusal(
                 name,
-                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}",
-                "this version takes one 2-D tensor per expert, as save_pretrained of transformers 5 "
-                "writes most families",
+                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, in an order "
+                "that is not known for this model type",
+                "add an entry for it to EXPERTS in quantcli/sources/stacked.py, or save one 2-D tensor "
+                "per expert, as save_pretrained of transformers 5 does for most families",
             )
             return
+
+
+def stacked_sets(tensors: Mapping[str, StoredTensor]) -> frozenset[str]:
+    """Names of sets of experts that are stored as one tensor, such as `model.layers.0.mlp.experts`."""
+    sets = (_set_of(name, stored.spec) for name, stored in tensors.items())
+    return frozenset(name for name in sets if name is not None)
+
+
+def expert_set(module: str) -> str:
+    """The name of the set of experts that a module belongs to; else its own."""
+    match = EXPERT.fullmatch(module)
+    return match["experts"] if match else module
+
+
+def _set_of(name: str, spec: TensorSpec) -> str | None:
+    """The name of the set of experts in a tensor; None if it does not hold several."""
+    if len(spec.shape) < 3 and not _FLAT.fullmatch(name):
+        return None
+    if (match := _STACKED.fullmatch(name)) is not None:
+        return f"{match['block']}.experts"
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts else None
 
 
 def is_linear(module: str, shape: tuple[int, ...]) -> bool:

@@ -14,14 +14,17 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
+from quantcli.sources.stacked import split_experts
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import fused_name, fused_siblings
 from quantcli.verification.compare import (
-    BOUNDS,
+    FLOAT_BOUNDS,
     UNLIKE,
+    Bounds,
     Comparison,
     FittedFactors,
     Pair,
+    bounds_of,
     compare,
     shape_of,
 )
@@ -58,7 +61,7 @@ def verify_against(
         report.count("source", 1)
         return
     report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
-    ours = Reference(stored.checkpoint, None, stored)
+    ours = Reference(split_experts(stored.checkpoint), None, stored)  # experts may be stored together
     report.add(compare_names(ours, reference))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
@@ -90,7 +93,7 @@ def verify_against(
 class _Layer:
     """One layer of both models while it is compared.
 
-    kinds:   matrix -> type of its codes, or `float` if it was edited.
+    bounds:  of each matrix, by the types of its codes and scales; of floats if it was edited.
     vectors: edited ones by name, before and after.
     unlike:  some matrix is not a rounding of the other model's.
     """
@@ -99,7 +102,7 @@ class _Layer:
     reference: Reference
     limits: Limits
     progress: Progress
-    kinds: dict[str, str] = field(default_factory=dict)
+    bounds: dict[str, Bounds] = field(default_factory=dict)
     vectors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     edited: list[Edited] = field(default_factory=list)
     unlike: bool = False
@@ -116,7 +119,7 @@ class _Layer:
             yield from self._sort(name)
         norms = {name: pair for name, pair in self.vectors.items() if name.endswith(".weight")}
         options = candidates(norms)
-        for group in _siblings(self.kinds):
+        for group in _siblings(self.bounds):
             yield from self._compare(group, options)
         if self.unlike:
             return  # edits of a weight that is not in the model are unknown
@@ -129,11 +132,11 @@ class _Layer:
         reference, counts = self.reference, self.counts
         module = name.removesuffix(".weight")
         if (ours := self.ours.quantized(name)) is not None:
-            self.kinds[module] = ours.layout.kind
+            self.bounds[module] = bounds_of(ours.layout.operand)
             counts.quantized += 1
             return
         if (other := reference.quantized(name)) is not None:
-            self.kinds[module] = other.layout.kind
+            self.bounds[module] = bounds_of(other.layout.operand)
             return
         before, after = reference.checkpoint.tensors[name], self.ours.checkpoint.tensors[name]
         what = difference(before, after)
@@ -142,7 +145,7 @@ class _Layer:
         if what is None:
             counts.equal += 1
         elif editable and len(before.spec.shape) == 2 and name.endswith(".weight"):
-            self.kinds[module] = "float"
+            self.bounds[module] = FLOAT_BOUNDS
             counts.edited += 1
             return
         elif editable and len(before.spec.shape) == 1:
@@ -183,18 +186,19 @@ class _Layer:
 
     def _limit(self, module: str) -> float:
         """dB that a matrix must reach: of two quantized weights, the coarser one decides."""
-        kind = self.kinds[module]
-        reference = self.reference.weight(module)
-        other = reference.layout.kind if isinstance(reference, StoredModule) else kind
-        default = min(BOUNDS[kind].sqnr_db, BOUNDS[other].sqnr_db)
-        return default if kind == "float" else self.limits.least("min_sqnr", default)
+        bounds, reference = self.bounds[module], self.reference.weight(module)
+        default = bounds.sqnr_db
+        if isinstance(reference, StoredModule):
+            default = min(default, bounds_of(reference.layout.operand).sqnr_db)
+        return default if bounds is FLOAT_BOUNDS else self.limits.least("min_sqnr", default)
 
     def _report(
         self, module: str, comparison: Comparison, limit: float, factors: FittedFactors | None
     ) -> Iterator[Finding]:
         """Report one matrix, and its fault if it has one."""
         reference, ours = self.reference.weight(module), self.ours.weight(module)
-        kind = self.kinds[module]
+        bounds = self.bounds[module]
+        quantized = bounds is not FLOAT_BOUNDS
         codes_differ, scale_ratio = compare_codes(reference, ours)
         report = ModuleReport(
             module=module,
@@ -212,15 +216,15 @@ class _Layer:
             scale_ratio=scale_ratio,
         )
         self.progress.advance(self.reference.nbytes(f"{module}.weight"))
-        if kind != "float":
+        if quantized:
             self.modules.append(report)
-        if what := BOUNDS[kind].fault(report):
+        if what := bounds.fault(report):
             report.ok = False
             row = f", worst row {report.worst_rows[0].row}" if report.worst_rows else ""
-            rounding = report.sqnr_db > UNLIKE and not BOUNDS[kind].damage(report)
-            fix = _FLOAT if kind == "float" else _FINER if rounding else _DAMAGE
+            rounding = report.sqnr_db > UNLIKE and not bounds.damage(report)
+            fix = _FLOAT if not quantized else _FINER if rounding else _DAMAGE
             fix += "" if isinstance(reference, StoredModule) else _DECODED
-            if kind != "float" and report.margin_db < 0:
+            if quantized and report.margin_db < 0:
                 fix += self.limits.hint("min_sqnr", lambda limit: report.sqnr_db >= limit)
             yield failed("sqnr", what, f"`{module}`{row}", fix)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import Rows, StoredTensor
+from quantcli.core.number_types import ELEMENTS
+from quantcli.core.numerics import Operand
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.outcome import ChannelReport, Histogram, ModuleReport, RowReport
@@ -66,15 +68,18 @@ class Bounds:
         return self.damage(report)
 
 
-# by the type of the codes
-BOUNDS = {
-    "int8": Bounds(20.0, 3.0, 0.1),
-    "fp8_e4m3": Bounds(25.0, 12.0, 0.25),
-    "mxfp8": Bounds(22.0, 8.0, 0.25),
-    "int4": Bounds(6.0, 0.5),
-    "mxfp4": Bounds(6.0, 0.5),
-    "float": Bounds(60.0),
-}
+FLOAT_BOUNDS = Bounds(60.0)
+
+
+def bounds_of(operand: Operand) -> Bounds:
+    """The bounds of a quantized weight, by the types of its codes and scales."""
+    element, scale = operand.element, operand.scale_type
+    loss, row_loss = (scale.sqnr_db, scale.row_db) if scale else (0.0, 0.0)
+    return Bounds(element.sqnr_db - loss, element.row_db - row_loss, element.error)
+
+
+# The least `sqnr_db` of all types; that of fp4 with powers of two as scales is the same.
+LOOSEST = min(element.sqnr_db for element in ELEMENTS.values())
 
 
 def opener(weight: Weight) -> Open:

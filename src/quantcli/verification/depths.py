@@ -7,7 +7,7 @@ from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
 from quantcli.targets.base import StoredCheckpoint
-from quantcli.verification.compare import BOUNDS
+from quantcli.verification.compare import LOOSEST
 from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
@@ -27,7 +27,7 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     own, notes = own_limits(structure.checkpoint.path) if structure.checkpoint else ({}, [])
     report.add(notes)
     structure.limits = Limits(given, own)
-    report.limits = structure.limits.to_report(min(bounds.sqnr_db for bounds in BOUNDS.values()))
+    report.limits = structure.limits.to_report(LOOSEST)
     if structure.stored is None:
         return report
     if options.full:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import DTYPES, FLOATS
+from quantcli.core.codes import scale_values
 from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
 from quantcli.core.findings import COPY_AGAIN, Finding, failed, noted
+from quantcli.core.number_types import ELEMENTS
 from quantcli.core.threads import thread_pool
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import Values, stray_signs
 from quantcli.verification.structure import Structure
 
+_INT4 = ELEMENTS["int4"]
 _BLOCK = 2**21  # bytes of a tensor that are checked at a time
 
 
@@ -116,6 +119,7 @@ def _not_finite(block: Tensor) -> int | None:
 
 
 def _not_positive(block: Tensor) -> int | None:
+    block = scale_values(block)  # torch compares no floats of eight bits
     return _first(~((block > 0) & torch.isfinite(block)))
 
 
@@ -124,8 +128,10 @@ def _not_a_scale(block: Tensor) -> int | None:
 
 
 def _not_int4(block: Tensor) -> int | None:
+    least, largest = _INT4.least, _INT4.largest
     low, high = block.aminmax()
-    return _first((block < -8) | (block > 7)) if int(low) < -8 or int(high) > 7 else None
+    outside = int(low) < least or int(high) > largest
+    return _first((block < least) | (block > largest)) if outside else None
 
 
 def _nan_code(block: Tensor) -> int | None:

@@ -18,6 +18,7 @@ from quantcli.core.disk import sha256_of
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
+from quantcli.sources.stacked import split_experts
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
@@ -82,7 +83,7 @@ def open_reference(path: Path) -> Reference:
     if unread or any(f.severity == "error" and f.check == "parameters" for f in stored.findings):
         # codes of a module that is not read would be taken for weights
         return Reference(decoded(checkpoint))
-    return Reference(checkpoint, target, stored)
+    return Reference(split_experts(checkpoint), target, stored)
 
 
 def difference(before: StoredTensor, after: StoredTensor) -> str | None:
@@ -117,7 +118,7 @@ def compare_codes(reference: Weight, ours: Weight) -> tuple[int | None, list[flo
     """
     if not (isinstance(reference, StoredModule) and isinstance(ours, StoredModule)):
         return None, None
-    layouts = [(m.layout.kind, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
+    layouts = [(m.layout.operand.dtype, m.layout.weight.suffix, m.codes.spec.dtype, m.codes.spec.shape)
                for m in (reference, ours)]  # fmt: skip
     if layouts[0] != layouts[1]:
         return None, None

@@ -5,7 +5,9 @@ import torch
 
 from quantcli.calibration.replay.calls import Outline
 from quantcli.calibration.replay.skeleton import Segment, Skeleton
+from quantcli.calibration.replay.taps import Matrices, Matrix
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from tests.replaying import CPU, Replayed, make_batches, ordinary_logits
 from tests.tiny_models import FAMILIES, make_multimodal, make_tiny
@@ -93,6 +95,30 @@ def test_whose_rows_fused_experts_have(models):
     assert found["model.layers.2.self_attn.k_proj.weight"] == [
         [Segment(0, 32, "model.layers.2.self_attn.k_proj")]
     ]
+
+
+@pytest.mark.parametrize(("family", "path", "transposed"), [
+    ("granitemoe", "model.layers.2.block_sparse_moe.experts", False),
+    ("granitemoe_swa", "model.layers.2.block_sparse_moe.experts", False),
+    ("aria_text", "model.layers.2.mlp.experts", True),
+])  # fmt: skip
+def test_whose_rows_split_stacks_have(models, family, path, transposed):
+    """Those of single experts, with the sides of a matrix that multiplies, however it is loaded."""
+    run = Replayed(models(family), make_batches())
+    skeleton, (name, _) = run.skeleton, run.skeleton.layers[2]
+    gated, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+    assert skeleton.segments(2)[gated][5] == [
+        Segment(0, 96, f"{path}.5.gate_proj"), Segment(96, 192, f"{path}.5.up_proj")
+    ]  # fmt: skip
+    assert skeleton.segments(2)[down][7] == [Segment(0, 64, f"{path}.7.down_proj")]
+    assert skeleton.transposed(2) == (frozenset({gated, down}) if transposed else frozenset())
+    assert skeleton.converts(2)
+    assert skeleton.source(gated) is None
+    with skeleton.loaded(2, run.read, CPU) as layer:
+        matrices = Matrices(name, layer, skeleton.transposed(2))
+        assert matrices.shapes[gated] == (8, 192, 64)
+        stored = skeleton.checkpoint.tensors[f"{path}.5.up_proj.weight"]
+        assert torch.equal(matrices.weight(Matrix(gated, 5))[96:], read_tensor(stored))
 
 
 def test_draft_layers_are_told_as_unused(models, tmp_path):

@@ -33,6 +33,13 @@ EXPECTED = {
     "olmo2": {"v_proj", "up_proj"},
     "qwen3_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "mixtral": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "granitemoe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "aria_text": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
+    "granitemoe_swa": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "granitemoeshared": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "input_linear"},
+    # without rotary embeddings q, k and v come to attention as they are, which is not told apart
+    "granitemoehybrid": {"input_layernorm", "post_attention_layernorm", "gate_up_proj",
+                         "input_linear"},
     "deepseek_v3": {"input_layernorm", "q_a_layernorm", "kv_a_layernorm", "kv_b_proj",
                     "post_attention_layernorm", "gate_up_proj", "up_proj"},
 }  # fmt: skip

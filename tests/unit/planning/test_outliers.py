@@ -20,6 +20,7 @@ from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
 
 INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"
+MXFP8 = "fp8_e4m3 e8m0 per group"
 CONFIG = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
 
@@ -77,7 +78,17 @@ def int4_db(w: np.ndarray) -> float:
 
 
 def fp8_db(w: np.ndarray) -> float:
-    scale = np.abs(w).max(-1, keepdims=True) / np.float32(448)
+    return e4m3_db(w, np.abs(w).max(-1, keepdims=True) / np.float32(448))
+
+
+def mxfp8_db(w: np.ndarray) -> float:
+    k = w.shape[1]
+    amax = [np.abs(w[:, start : start + 32]).max(-1) for start in range(0, k, 32)]
+    powers = np.exp2(np.ceil(np.log2(np.stack(amax, -1).astype(np.float64) / 448))).astype("<f4")
+    return e4m3_db(w, powers.repeat(32, -1)[:, :k])
+
+
+def e4m3_db(w: np.ndarray, scale: np.ndarray) -> float:
     ratio = (w / scale).astype(np.float64)
     _, exponent = np.frexp(ratio)
     step = np.exp2(np.maximum(exponent - 1, -6) - 3)  # three bits of mantissa; subnormals below 2^-6
@@ -102,7 +113,7 @@ def check(module: dict[str, Any], w: np.ndarray) -> None:
     assert {key: module[key] for key in expected(w)} == pytest.approx(expected(w), rel=1e-9, abs=1e-12)
     shown = dict(module["sqnr_db"])
     int4 = shown.pop(INT4)
-    assert shown == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w)}, abs=1e-4)
+    assert shown == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w), MXFP8: mxfp8_db(w)}, abs=1e-4)
     # at least what a scale of amax / 7 gives, and no more than a tenth of the steps can
     assert int4_db(w) - 1e-4 <= int4 < shown[INT8] - 15
     assert module["not_finite"] is None
@@ -189,7 +200,7 @@ def test_zeros_are_stored_exactly_and_have_no_ratios(tmp_path: Path) -> None:
     module = of_one(tmp_path, np.zeros((4, 6), "<f4"))
     assert module == {
         "module": "a", "shape": [4, 6], "amax_over_rms": None, "kurtosis": None, "channel_ratio": None,
-        "channel": None, "sqnr_db": {FP8: 200.0, INT4: 200.0, INT8: 200.0}, "not_finite": None,
+        "channel": None, "sqnr_db": dict.fromkeys([FP8, MXFP8, INT4, INT8], 200.0), "not_finite": None,
     }  # fmt: skip
 
 
@@ -217,7 +228,7 @@ def test_nan_and_inf_are_named_and_come_first(
     bad, good = statistics_of(tmp_path, tensors, block_elements=block)["modules"]
     assert bad == {
         "module": "bad", "shape": [12, 10], "amax_over_rms": None, "kurtosis": None,
-        "channel_ratio": None, "channel": None, "sqnr_db": {FP8: None, INT4: None, INT8: None},
+        "channel_ratio": None, "channel": None, "sqnr_db": dict.fromkeys([FP8, MXFP8, INT4, INT8]),
         "not_finite": {"value": name, "index": [7, 4]},
     }  # fmt: skip
     assert good["module"] == "good"
@@ -287,6 +298,7 @@ def test_operands_name_every_scheme_that_stores_weights_so(tmp_path: Path) -> No
     account = statistics_of(tmp_path, {"a.weight": stored(normal(4, 4))})
     assert account["operands"] == {
         FP8: ["fp8_dynamic"],
+        MXFP8: ["mxfp8"],
         INT4: ["w4a4_dynamic"],
         INT8: ["w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static"],
     }

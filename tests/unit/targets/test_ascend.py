@@ -20,6 +20,7 @@ INT4 = discover(Scheme)["w4a4_dynamic"]().numerics
 FP8 = discover(Scheme)["fp8_dynamic"]().numerics
 STATIC = discover(Scheme)["w8a8_static"]().numerics
 SYMMETRIC = discover(Scheme)["w8a8_static"](symmetric=True).numerics
+MXFP8 = discover(Scheme)["mxfp8"]().numerics
 MIX = discover(Scheme)["w8a8_mix"]().numerics
 TARGET = Ascend()
 
@@ -128,6 +129,31 @@ def test_what_the_engine_merges(name, merged):
 def test_matmul_limits(shape, ok):
     found = refusals([f"{L}.self_attn.o_proj"], shape=shape)
     assert (not found) == ok
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "tp", "said"),
+    [
+        ("self_attn.q_proj", 96, None, None),
+        ("self_attn.o_proj", 96, 1, None),
+        ("self_attn.o_proj", 128, 2, None),
+        ("self_attn.q_proj", 96, 2, None),
+        ("self_attn.q_proj", 80, None, "groups of 32 columns do not divide 80"),
+        ("mlp.experts.0.up_proj", 96, None, "W8A8_MXFP8 takes inputs of experts in multiples of 64"),
+        ("self_attn.o_proj", 192, 2, "its 96 inputs on each of 2 devices are not a multiple of 64"),
+    ],
+)
+def test_widths_of_mx_groups(name, k, tp, said):
+    modules = [Module(f"{L}.{name}", (64, k), MXFP8)]
+    found = [refusal.what for refusal in Ascend(tp=tp).check(modules, {})]
+    found = [what for what in found if "fuse" not in what]
+    assert [said is not None and said in what for what in found] == [True] * (said is not None), found
+
+
+def test_only_ascend_rounds_exponents_of_inputs_down():
+    assert TARGET.engine_parts(MXFP8).keys() == {"input_scale_alg"}
+    assert int(TARGET.engine_parts(MXFP8)["input_scale_alg"]) == 0
+    assert TARGET.engine_parts(FP8) == {} == CompressedTensors().engine_parts(MXFP8)
 
 
 def test_fused_width_is_advice():

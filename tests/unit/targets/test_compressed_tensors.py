@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
@@ -15,6 +15,7 @@ from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme, maxima
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.compressed_tensors.config import read_groups
+from quantcli.targets.compressed_tensors.kinds import arguments
 from quantcli.targets.compressed_tensors.layouts import (
     layout_of,
     unpack_columns,
@@ -38,6 +39,7 @@ SCHEMES = {
     "fp8 tensor static": scheme("fp8_static"),
     "fp8 tensor dynamic": scheme("fp8_tensor"),
     "fp8 block 128x128": scheme("fp8_block"),
+    "mxfp8": scheme("mxfp8"),
     "int8 channel W8A16": scheme("w8a16"),
     "int4 g128 W4A16": scheme("w4a16"),
     "int4 g32 W4A16": scheme("w4a16", group_size=32),
@@ -60,6 +62,7 @@ WANTED = {
     "fp8 tensor static": FP8 | {"weight_scale": ("F32", (1,))} | INPUT,
     "fp8 tensor dynamic": FP8 | {"weight_scale": ("F32", (1,))},
     "fp8 block 128x128": FP8 | {"weight_scale": ("F32", (2, 2))},
+    "mxfp8": FP8 | {"weight_scale": ("U8", (N, 8))},
     "int8 channel W8A16": {"weight_packed": ("I32", (N, K // 4)), "weight_shape": ("I64", (2,)),
                            "weight_scale": ("BF16", (N, 1))},
     "int4 g128 W4A16": PACKED | {"weight_scale": ("BF16", (N, 2))},
@@ -81,7 +84,7 @@ def made(found, weight):
         stats["input_offset"] = torch.tensor([0.0 if symmetric else -37.0])
     constants = found.constants(stats, torch.float32)
     constants |= maxima(found, weight)
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[held]
+    dtype = torch_dtype(held)
     parts = found.quantize(weight, dtype, constants)
     parts["weight_scale"] = parts["weight_scale"].to(dtype)
     return parts, TARGET.pack(found.numerics, parts, tuple(weight.shape))
@@ -104,6 +107,7 @@ def test_tensors_as_the_engine_registers_them(label, weight):
     for name, tensor in back.items():
         same = parts[name].float() if name != "weight" else parts[name]
         assert torch.equal(tensor.float(), same.float().reshape(tensor.shape)), name
+    parts["weight_scale"] = parts["weight_scale"].float()
     assert torch.equal(found.dequantize(back), found.dequantize(parts))
     layout = layout_of(found.numerics, TARGET._kind(found.numerics))
     params = {param.suffix: param for param in layout.params}
@@ -211,6 +215,7 @@ REFUSED = {
         "experts of one layer",
     ),
     "groups do not divide": ([(f"{L}.self_attn.o_proj", (256, 192), GROUPS)], "groups of 128"),
+    "mx groups": ([(f"{L}.self_attn.o_proj", (256, 80), SCHEMES["mxfp8"].numerics)], "groups of 32"),
     "nibbles left over": ([(f"{L}.self_attn.o_proj", (256, 36), CHANNEL4)], "packs 8 columns"),
     "block cut by a sibling": (
         [(f"{L}.attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 64), ("v", 64))],
@@ -371,6 +376,70 @@ def test_a_group_of_wrong_types_is_a_finding(changes, what):
     assert [finding.severity for finding in config.findings] == ["error"]
     assert f"`config_groups.g` {what}" in config.findings[0].what
     assert [(group.numerics, group.kind) for group in config.groups] == [(None, None)]
+
+
+MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
+         "scale_dtype": "torch.uint8"}  # fmt: skip
+
+
+def grouped(weights, inputs, form="mxfp8-quantized"):
+    """The only group that is read, and what is found."""
+    table = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = read_groups({"format": form, "config_groups": {"g": table}})
+    (group,) = config.groups
+    return group, [finding.what for finding in config.findings]
+
+
+def test_the_arguments_that_are_written_are_read_as_the_same_numerics():
+    for label, found in SCHEMES.items():
+        form = TARGET._kind(found.numerics).format
+        inputs = found.numerics.input
+        group, findings = grouped(
+            arguments(found.numerics.weight), arguments(inputs) if inputs else None, form
+        )
+        assert (group.numerics, findings) == (found.numerics, []), label
+
+
+def test_arguments_of_mxfp8():
+    numerics = SCHEMES["mxfp8"].numerics
+    assert arguments(numerics.weight) == MXFP8 | {"dynamic": False}
+    assert numerics.input is not None
+    assert arguments(numerics.input) == MXFP8 | {"dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs", "form", "label", "unchecked", "said"),
+    [
+        ({}, MXFP8 | {"dynamic": True}, "mxfp8-quantized", "mxfp8", None, None),
+        ({"dynamic": False}, None, "mxfp8-quantized", "mxfp8 float inputs", None, None),
+        # the engine loads these and takes no notice of inputs and of the name of the format
+        ({}, {"num_bits": 8, "type": "int", "dynamic": True}, "mxfp8-quantized", None, "mxfp8", None),
+        ({}, None, "float-quantized", None, "mxfp8", None),
+        ({"scale_dtype": None}, None, "mxfp8-quantized", None, None, "no scheme for"),
+        ({"scale_dtype": "torch.float8_e8m0fnu"}, None, "mxfp8-quantized", None, None, "has scales of"),
+        ({"group_size": 16}, None, "mxfp8-quantized", None, None, "no scheme for"),
+        ({"type": "int"}, None, "mxfp8-quantized", None, None, "no scheme for"),
+    ],
+)
+def test_mxfp8_of_other_producers(changes, inputs, form, label, unchecked, said):
+    group, findings = grouped(MXFP8 | changes, inputs, form)
+    assert (group.kind.label if group.kind else None, group.unchecked) == (label, unchecked)
+    assert [said in finding for finding in findings] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("side", ["weights", "inputs"])
+@pytest.mark.parametrize("label", ["int8 W8A8 dynamic", "fp8 channel dynamic", "fp8 block 128x128"])
+@pytest.mark.parametrize("dtype", ["torch.uint8", "torch.float8_e4m3fn"])
+def test_other_formats_have_float_scales(label, side, dtype):
+    """The engine would copy a byte by its value."""
+    numerics = SCHEMES[label].numerics
+    tables = {"weights": arguments(numerics.weight), "inputs": arguments(numerics.input)}
+    form = TARGET._kind(numerics).format
+    assert grouped(*tables.values(), form)[0].kind.label == label
+    tables[side] |= {"scale_dtype": dtype}
+    group, findings = grouped(*tables.values(), form)
+    assert (group.kind, group.unchecked) == (None, None)
+    assert "no scheme for" in findings[0]
 
 
 # -- scale and zero point as the engine finds them again ----------------------------------------------

@@ -52,6 +52,16 @@ def ignores(entries, name):
             },
         ),
         ("head", {"model.head", "lm_head", "language_model.lm_head"}),
+        (
+            "model.layers.7.mamba.in_proj",
+            {
+                "model.layers.7.mixer.in_proj",
+                f"{NEW}.7.mamba.in_proj",
+                f"{OLD}.7.mamba.in_proj",
+                f"{NEW}.7.mixer.in_proj",
+                f"{OLD}.7.mixer.in_proj",
+            },
+        ),
     ],
 )
 def test_spellings_of_engines(module, others):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from quantcli.core.numerics import Operand
 from quantcli.verification import compare as module
-from quantcli.verification.compare import BOUNDS, FittedFactors, Pair, compare
+from quantcli.verification.compare import FLOAT_BOUNDS, LOOSEST, FittedFactors, Pair, bounds_of, compare
 from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
 from quantcli.verification.outcome import ModuleReport, RowReport
 
@@ -107,21 +108,40 @@ def report(sqnr_db=40.0, row_db=10.0, largest=0.01, limit_db=20.0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "fault"),
+    ("types", "change", "fault"),
     [
-        ("int8", {}, None),
-        ("int8", {"sqnr_db": 19.99}, "SQNR is 19.99 dB, the limit 20.00 dB"),
-        ("int8", {"limit_db": 40.5}, "SQNR is 40.00 dB, the limit 40.50 dB"),
-        ("int8", {"row_db": 2.9}, "SQNR of a row is 2.90 dB, the limit 3.00 dB"),
-        ("fp8_e4m3", {}, "SQNR of a row is 10.00 dB, the limit 12.00 dB"),
-        ("int8", {"largest": 0.2}, "a weight is off by 0.20 of the largest one, the limit is 0.10"),
-        ("mxfp8", {"largest": 0.2}, None),
-        ("int4", {"largest": 2.0}, None),
-        ("float", {"row_db": -9.0, "largest": 2.0}, None),
+        (("int8",), {}, None),
+        (("int8",), {"sqnr_db": 19.99}, "SQNR is 19.99 dB, the limit 20.00 dB"),
+        (("int8",), {"limit_db": 40.5}, "SQNR is 40.00 dB, the limit 40.50 dB"),
+        (("int8",), {"row_db": 2.9}, "SQNR of a row is 2.90 dB, the limit 3.00 dB"),
+        (("fp8_e4m3",), {}, "SQNR of a row is 10.00 dB, the limit 12.00 dB"),
+        (("int8",), {"largest": 0.2}, "a weight is off by 0.20 of the largest one, the limit is 0.10"),
+        (("fp8_e4m3", "e8m0"), {"largest": 0.2}, None),
+        (("int4",), {"largest": 2.0}, None),
+        ((), {"row_db": -9.0, "largest": 2.0}, None),
     ],
 )
-def test_faults_by_the_kind_of_codes(kind, change, fault):
-    assert BOUNDS[kind].fault(report(**change)) == fault
+def test_faults_by_the_types_of_codes_and_scales(types, change, fault):
+    assert bounds(*types).fault(report(**change)) == fault
+
+
+def bounds(element=None, scale=None):
+    return bounds_of(Operand(element, "group", scale=scale)) if element else FLOAT_BOUNDS
+
+
+def test_bounds_of_all_types_that_are_loaded():
+    found = {
+        types: (bounds(*types).sqnr_db, bounds(*types).row_db, bounds(*types).largest)
+        for types in [("int4",), ("int8",), ("fp8_e4m3",), ("fp8_e4m3", "e8m0"), ("fp4_e2m1", "e8m0")]
+    }
+    assert found == {
+        ("int4",): (6.0, 0.5, math.inf),
+        ("int8",): (20.0, 3.0, 0.1),
+        ("fp8_e4m3",): (25.0, 12.0, 0.25),
+        ("fp8_e4m3", "e8m0"): (22.0, 8.0, 0.25),
+        ("fp4_e2m1", "e8m0"): (6.0, 0.5, math.inf),
+    }
+    assert min(sqnr for sqnr, _, _ in found.values()) == LOOSEST
 
 
 def powers(count, seed, low=-3, high=4):

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantcli.calibration.replay.skeleton import Segment, Segments
-from quantcli.calibration.replay.taps import Matrix
+from quantcli.calibration.replay.taps import Matrices, Matrix
 from quantcli.core.numerics import Parts
 
 
@@ -39,30 +39,27 @@ class EngineLinears:
 
     def __init__(
         self,
-        name: str,
-        layer: nn.Module,
+        matrices: Matrices,
         segments: Segments,
         quantizer: Quantizer,
     ) -> None:
         self._pieces: dict[Matrix, list[_Piece]] = {}
-        parameters = {f"{name}.{local}": parameter for local, parameter in layer.named_parameters()}
         for parameter, experts in segments.items():
-            weight = parameters[parameter]
-            bias = parameters.get(parameter.removesuffix("weight") + "bias")
             for expert, parts in enumerate(experts):
-                matrix = weight[expert] if weight.dim() == 3 else weight
-                pieces = [self._piece(s, matrix, bias, quantizer) for s in parts]
+                matrix = Matrix(parameter, expert)
+                weight, bias = matrices.weight(matrix), matrices.bias(matrix)
+                pieces = [self._piece(s, weight, bias, quantizer) for s in parts]
                 if any(piece.scheme for piece in pieces):
-                    self._pieces[Matrix(parameter, expert)] = pieces
+                    self._pieces[matrix] = pieces
 
     def _piece(
-        self, segment: Segment, matrix: Tensor, bias: Tensor | None, quantizer: Quantizer
+        self, segment: Segment, weight: Tensor, bias: Tensor | None, quantizer: Quantizer
     ) -> _Piece:
         rows = slice(segment.start, segment.stop)
-        piece = quantizer(segment.module, matrix[rows], None if bias is None else bias[rows])
+        piece = quantizer(segment.module, weight[rows], None if bias is None else bias[rows])
         if piece is None:
-            return _Piece(rows, None, {}, matrix[rows])
-        return _Piece(rows, piece[0], piece[1], matrix[rows])
+            return _Piece(rows, None, {}, weight[rows])
+        return _Piece(rows, piece[0], piece[1], weight[rows])
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [..., k] -> [..., n] as the engine computes it; None if all of it is float."""

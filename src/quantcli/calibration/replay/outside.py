@@ -50,8 +50,8 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             paths = [name for name in paths if skeleton.outside(name) is not None]
             if isinstance(module, nn.Embedding) and paths:
                 group = skeleton.outside(paths[0])
-                if group is not None and group.converter is None:
-                    tables[id(module.weight)] = group.sources[0][1]
+                if group is not None and group.renamed is not None:
+                    tables[id(module.weight)] = group.renamed
                     continue
             if paths:
                 hook = _load_at_first_call(module, paths, skeleton, read, device, stack)

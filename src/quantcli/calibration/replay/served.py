@@ -74,7 +74,8 @@ class Served:
         scheme = _scheme(stored_module.numerics)
         assert scheme is not None  # checked when it was opened
         tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
-        return scheme, self._target.unpack(scheme.numerics, tensors)
+        parts = self._target.unpack(scheme.numerics, tensors)
+        return scheme, parts | self._target.engine_parts(scheme.numerics)
 
 
 def _unpacked(stored: StoredCheckpoint) -> Checkpoint:
@@ -147,11 +148,11 @@ class Forward:
         name = self.skeleton.layers[index][0]
         aside: dict[int, Tensor] = {}
         with self.skeleton.loaded(index, self._read, self._device) as layer:
-            matrices = Matrices(name, layer)
+            matrices = Matrices(name, layer, self.skeleton.transposed(index))
             engine = None
             if self._served is not None:
                 segments = self.skeleton.segments(index)
-                engine = EngineLinears(name, layer, segments, self._served.quantizer)
+                engine = EngineLinears(matrices, segments, self._served.quantizer)
 
             def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
                 tap = None if engine is None else lambda _: Tap(matrices, engine)

@@ -1,7 +1,8 @@
 """A model without its weights: built from config.json, filled one part at a time from the checkpoint.
 
 transformers builds the modules and converts stored tensors to parameters (it keeps experts fused that
-files hold one by one); nothing here knows an architecture.
+files hold one by one); nothing here knows an architecture. Stacks that the planner or a conversion took
+apart are put together first, as transformers knows them by the names on disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.sources.stacked import MergedExperts, merged_experts
 
 Read = Callable[[StoredTensor], Tensor]  # a stored tensor's values, edited as the caller likes
 
@@ -39,21 +41,45 @@ class Segment:
 Segments = Mapping[str, list[list[Segment]]]
 
 
+Source = StoredTensor | MergedExperts  # a tensor with a name that the library knows
+
+
 @dataclass
 class Group:
-    """Stored tensors that one conversion of the library turns into one or more parameters."""
+    """Source tensors that one conversion of the library turns into one or more parameters."""
 
     target: str  # the first parameter's name
     converter: Any  # the library's WeightConverter; None if a tensor is only renamed
-    sources: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern, tensor)
+    sources: list[tuple[str, str, Source]] = field(default_factory=list)  # (name, pattern, tensor)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """All stored tensors."""
+        return [
+            stored
+            for _, _, source in self.sources
+            for stored in (source.matrices if isinstance(source, MergedExperts) else (source,))
+        ]
+
+    @property
+    def renamed(self) -> StoredTensor | None:
+        """The stored tensor that the parameter is, but for its name; None if it is made of more."""
+        source = self.sources[0][2]
+        return source if self.converter is None and isinstance(source, StoredTensor) else None
 
     def convert(self, read: Read, model: Any) -> dict[str, Tensor]:
         """Parameters by name, from the tensors that `read` gives."""
+
+        def value(source: Source) -> Tensor:
+            if isinstance(source, MergedExperts):
+                return source.stack.merge([read(matrix) for matrix in source.matrices])
+            return read(source)
+
         if self.converter is None:
-            return {self.target: read(self.sources[0][1])}
+            return {self.target: value(self.sources[0][2])}
         converter = copy.deepcopy(self.converter)
-        for pattern, stored in self.sources:
-            converter.add_tensor(self.target, stored.spec.name, pattern, lambda s=stored: read(s))
+        for name, pattern, source in self.sources:
+            converter.add_tensor(self.target, name, pattern, lambda s=source: value(s))
         converted = converter.convert(self.target, model=model, config=model.config)
         return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
 
@@ -78,21 +104,27 @@ class Skeleton:
         self._groups, self.unused = self._map()
         self._dtype_of = self._dtypes()
         self._segments: dict[int, dict[str, list[list[Segment]]]] = {}
+        self._transposed: set[str] = set()
         self._check()
 
     def _map(self) -> tuple[dict[int, list[Group]], list[str]]:
         """Every stored tensor's group, by the index of its layer; -1 for those outside of the stack."""
+        sources: dict[str, Source] = dict(self.checkpoint.tensors)
+        for merged in merged_experts(self.checkpoint):
+            for stored in merged.matrices:
+                del sources[stored.spec.name]
+            sources[merged.name] = merged
         groups: dict[int, list[Group]] = defaultdict(list)
         by_label: dict[str, Group] = {}
         unused = []
-        for name, target, pattern, converter in conversions(self.model, self.checkpoint.tensors):
+        for name, target, pattern, converter in conversions(self.model, sources):
             if target is None:
                 unused.append(name)
                 continue
             if target not in by_label:
                 by_label[target] = Group(target, converter)
                 groups[self._owner(target)].append(by_label[target])
-            by_label[target].sources.append((pattern or name, self.checkpoint.tensors[name]))
+            by_label[target].sources.append((name, pattern or name, sources[name]))
         return groups, unused
 
     def _owner(self, parameter: str) -> int:
@@ -125,7 +157,7 @@ class Skeleton:
         """Each group of a layer converted from tensors that hold, instead of values, their place in
         the group's sources. One column is enough: rows tell where they come from."""
         for group in self._groups[index]:
-            places = {stored.spec.name: n for n, (_, stored) in enumerate(group.sources)}
+            places = {stored.spec.name: n for n, stored in enumerate(group.stored)}
 
             def column(stored: StoredTensor, places: Mapping[str, int] = places) -> Tensor:
                 shape = stored.spec.shape
@@ -143,12 +175,19 @@ class Skeleton:
             self._segments[index] = self._find_segments(index)
         return self._segments[index]
 
+    def transposed(self, index: int) -> frozenset[str]:
+        """Names of a layer's parameters with `segments` that are [e, k, n]."""
+        return frozenset(self._transposed.intersection(self.segments(index)))
+
     def _find_segments(self, index: int) -> dict[str, list[list[Segment]]]:
         segments: dict[str, list[list[Segment]]] = {}
         for group, parts in self._labels(index):
-            modules = [stored.spec.name.removesuffix(".weight") for _, stored in group.sources]
+            modules = [stored.spec.name.removesuffix(".weight") for stored in group.stored]
             for parameter, labels in parts.items():
-                fused = labels.dim() == 3 and group.converter is not None
+                fused = labels.dim() == 3 and group.renamed is None
+                if fused and labels.shape[-1] > 1 and labels.shape[-2] == 1:
+                    self._transposed.add(parameter)
+                    labels = labels.transpose(-2, -1)
                 if labels.dim() != 2 + fused or labels.shape[-1] != 1:
                     continue  # a vector, a convolution, or stored transposed
                 rows = labels.reshape(-1, labels.shape[-2])
@@ -158,8 +197,8 @@ class Skeleton:
     def source(self, parameter: str) -> str | None:
         """The stored tensor that a parameter is, but for its name; None if it is made of more."""
         for group in self._groups[self._owner(parameter)]:
-            if group.target == parameter and group.converter is None:
-                return group.sources[0][1].spec.name
+            if group.target == parameter and group.renamed is not None:
+                return group.renamed.spec.name
         return None
 
     def nbytes(self, index: int) -> int:
@@ -168,7 +207,7 @@ class Skeleton:
 
     def converts(self, index: int) -> bool:
         """Whether a layer's parameters are more than stored tensors by other names."""
-        return any(group.converter is not None for group in self._groups[index])
+        return any(group.renamed is None for group in self._groups[index])
 
     @contextmanager
     def loaded(self, index: int, read: Read, device: torch.device) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ has to be known of modules: a weight is recognised by its memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,16 +34,34 @@ class Listener(Protocol):
 
 
 class Matrices:
-    """A loaded layer's matrix parameters, found by their storage."""
+    """A loaded layer's matrix parameters, found by their storage.
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
+    shapes: [n, k], or [e, n, k] of experts, also if the parameter is [e, k, n].
+    """
+
+    def __init__(self, name: str, layer: nn.Module, transposed: Collection[str] = ()) -> None:
+        """transposed: names of parameters that are [e, k, n]."""
         self.shapes: dict[str, torch.Size] = {}
+        self._parameters = {f"{name}.{local}": p for local, p in layer.named_parameters()}
+        self._transposed = frozenset(transposed)
         self._by_storage: dict[int, tuple[str, Tensor]] = {}
-        for local, parameter in layer.named_parameters():
+        for full, parameter in self._parameters.items():
             if parameter.dim() in (2, 3):
-                full = f"{name}.{local}"
-                self.shapes[full] = parameter.shape
+                self.shapes[full] = self._turned(full).shape
                 self._by_storage[parameter.untyped_storage().data_ptr()] = (full, parameter)
+
+    def _turned(self, parameter: str) -> Tensor:
+        tensor = self._parameters[parameter]
+        return tensor.transpose(-2, -1) if parameter in self._transposed else tensor
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """A matrix as it is loaded: [n, k], a view."""
+        weight = self._turned(matrix.parameter)
+        return weight[matrix.expert] if weight.dim() == 3 else weight
+
+    def bias(self, matrix: Matrix) -> Tensor | None:
+        """The bias of a matrix's module [n], if it has one."""
+        return self._parameters.get(matrix.parameter.removesuffix("weight") + "bias")
 
     def find(self, weight: Tensor) -> Matrix | None:
         """The parameter, and the expert, that a weight is a view of."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantcli.core.number_types import ELEMENTS, ElementType
 from quantcli.schemes.arithmetic import rounding, tiles
 
 _REFINEMENTS = 2
@@ -34,21 +35,22 @@ class Codes:
     sums: torch.dtype = torch.float64
 
 
-def _integers(least: float, largest: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """round(values / scale), half to even, clipped to least..largest."""
+def _integers(element: ElementType) -> Callable[[Tensor, Tensor], Tensor]:
+    """round(values / scale), half to even, clipped to the numbers of the type."""
+    least, largest = element.least, element.largest
     return lambda values, scale: (values / scale).round_().clamp_(least, largest)
 
 
-INT4_LEAST, INT4_LARGEST = -8.0, 7.0
+_INT4 = ELEMENTS["int4"]
 INT4_REACH = 7 + 63 / 128  # the largest w / scale that still rounds to 7
 INT4 = Codes(
-    _integers(INT4_LEAST, INT4_LARGEST),
+    _integers(_INT4),
     coarse=(1.0, 1.1, *(0.92 - 0.08 * step for step in range(7))),
     fine=(-0.04, 0.04),
     sums=torch.float32,
 )
 INT8 = Codes(
-    _integers(-128.0, 127.0),
+    _integers(ELEMENTS["int8"]),
     # no further: steps of 8 bits are small, and a weight that is off by a tenth looks like damage
     coarse=tuple(1 - 0.01 * step for step in range(8)),
     fine=(-0.005, 0.005),
@@ -97,7 +99,7 @@ def facing_down(values: Tensor) -> tuple[Tensor, Tensor]:
 def widest_int4(down: Tensor, amax: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The smallest scale that clips nothing of `down`, as `facing_down` gives it: float32 [..., 1]."""
     above = down.amax(-1, keepdim=True) / INT4_REACH
-    return rounding.scale_of(amax, -INT4_LEAST, engine_dtype, above)
+    return rounding.scale_of(amax, -_INT4.least, engine_dtype, above)
 
 
 def least_error(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantcli.core.number_types import ELEMENTS
 from quantcli.schemes.arithmetic import rounding, tiles
 
 # Of inputs: the smallest dynamic scale in vLLM (`_FP8_MIN_SCALING_FACTOR`).
-_LEAST_INPUT = 1 / (rounding.FP8_E4M3_MAX * 512)
+_LEAST_INPUT = ELEMENTS["fp8_e4m3"].step / rounding.FP8_E4M3_MAX
 # Of a whole weight: vLLM dequantizes such weights to float16 while it loads them, and quantizes them
 # again. From 2^-15 on every code survives that; below, small codes fall together in float16.
 _LEAST_WEIGHT = 2.0**-15

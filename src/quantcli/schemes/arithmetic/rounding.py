@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INT8_MAX = 127.0
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.core.number_types import ELEMENTS, SCALES
+
+INT8_MAX = ELEMENTS["int8"].largest
 # The largest |w| / scale that still rounds to 127, whatever the last bit of the division: no code is
 # clipped and no error passes scale / 2. Reaching it instead of 127 is what a coarse grid of scales
 # (bfloat16) needs: rounded up from amax / 127, scales would be too wide by half a step on average.
@@ -21,16 +24,17 @@ INT8_REACH = 127 + 63 / 128
 INT8_BEST = 127.25
 # The largest finite float8_e4m3fn, at which the largest weight of a row stands: codes of three bits are
 # coarse, so that it must be one of them.
-FP8_E4M3_MAX = 448.0
-# The smallest scale, so that a row of zeros has a positive one. Float32 arithmetic may flush what is
-# below its smallest normal number; float16 reaches so little down that its subnormals are needed.
-_FLOOR = {
-    torch.float32: torch.finfo(torch.float32).tiny,
-    torch.bfloat16: torch.finfo(torch.bfloat16).tiny,
-    torch.float16: 2.0**-24,
-}
+FP8_E4M3_MAX = ELEMENTS["fp8_e4m3"].largest
+# The smallest scale, so that a row of zeros has a positive one.
+_FLOOR = {torch_dtype(scale.dtype): scale.least for scale in SCALES.values()}
 # the integer in which a float is stored
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+}
 _MAGNITUDE = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 
 
@@ -46,7 +50,11 @@ def absmax(rows: Tensor, dim: int = -1) -> Tensor:
 
 
 def round_up(value: Tensor, engine_dtype: torch.dtype) -> Tensor:
-    """The smallest number of dtype `engine_dtype` that is >= value, as float32. `value` is positive."""
+    """The smallest number of dtype `engine_dtype` that is >= value, as float32. `value` is positive.
+
+    NaN, Inf and what passes the largest number become NaN or Inf, in each of these dtypes: positive
+    numbers order like the integers that they are stored as, and NaN or Inf follow the largest.
+    """
     if engine_dtype == torch.float32:
         return value
     integer = BITS[engine_dtype]

@@ -6,7 +6,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from quantcli.targets.base import Refusal
-from quantcli.targets.vllm_family import EMBEDDINGS, EXPERT, FLOAT_LINEARS, sibling_names
+from quantcli.targets.vllm_family import (
+    EMBEDDINGS,
+    EXPERT,
+    FLOAT_LINEARS,
+    float_linear,
+    sibling_names,
+)
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
@@ -25,10 +31,7 @@ LISTED_EXPERTS = frozenset(
 # Linears that the engine builds without a look at the description, by the last part of their names.
 # Sources: as for FLOAT_LINEARS; vllm-ascend 182b75ea84, attention/mla_v1.py:908-909 (kv_b_proj);
 # vllm 0.32.0, model_executor/models/deepseek_v2.py:712 (wk).
-_ALWAYS_FLOAT = {
-    **FLOAT_LINEARS,
-    "kv_b_proj": "latent attention absorbs kv_b_proj, which must be float",
-}
+_ALWAYS_FLOAT = {"kv_b_proj": "latent attention absorbs kv_b_proj, which must be float"}
 
 
 def float_only(module: str) -> str | None:
@@ -37,8 +40,8 @@ def float_only(module: str) -> str | None:
     if last in EMBEDDINGS:
         return "the engine has no quantized embedding"
     if last == "wk" and parent.endswith(".indexer"):
-        return _ALWAYS_FLOAT["weights_proj"]
-    return _ALWAYS_FLOAT.get(last)
+        return FLOAT_LINEARS["weights_proj"]
+    return _ALWAYS_FLOAT.get(last) or float_linear(module)
 
 
 def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
+from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     TRANSFORM,
     TYPES,
@@ -75,6 +76,8 @@ class Ascend(VllmTarget):
 
         W8A8 has deq_scale alone, which is float32 by value; fp8 and int4 keep float32.
         """
+        if part == "weight_scale" and numerics.weight.scale_type:
+            return numerics.weight.scale_type.dtype
         in_float32 = part == "weight_scale" and self.layout(numerics).scale_in_float32
         return "F32" if in_float32 else serving_dtype
 
@@ -90,15 +93,19 @@ class Ascend(VllmTarget):
         """weight [n, k], and of these the parameters that the engine registers:
 
         weight_scale, weight_offset: float32 [n, 1]. The offset is zero: W8A16 adds it, and without it
-        would read uninitialised memory; the others register it as a parameter.
+        would read uninitialised memory; the others register it as a parameter. Types with groups have
+        weight_scale [n, ceil(k / group_size)] in the stored form of its type, and no offset.
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
         """
         quant_type = self.layout(numerics)
         stored = {"weight": parts["weight"]}
         if quant_type.stores_scale:
-            scale = parts["weight_scale"].float()
-            stored |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+            typed = numerics.weight.scale_type is not None
+            scale = scales_to_store(parts["weight_scale"]) if typed else parts["weight_scale"].float()
+            stored["weight_scale"] = scale
+            if quant_type.has_offset:
+                stored["weight_offset"] = torch.zeros_like(scale)
         if quant_type.static:
             serving = parts["input_scale"].dtype
             stored["input_scale"] = parts["input_scale"].float()
@@ -114,7 +121,7 @@ class Ascend(VllmTarget):
         quant_type = self.layout(numerics)
         parts = {"weight": stored["weight"]}
         if quant_type.stores_scale:
-            parts["weight_scale"] = stored["weight_scale"]
+            parts["weight_scale"] = scale_values(stored["weight_scale"])
         if quant_type.static:
             deq, serving = deq_from_stored(stored["deq_scale"])
             input_scale = stored["input_scale"].to(serving)
@@ -125,6 +132,14 @@ class Ascend(VllmTarget):
         if numerics.transform:
             parts |= {name: stored[name] for name in TRANSFORM}
         return parts
+
+    def engine_parts(self, numerics: Numerics) -> Parts:
+        """`input_scale_alg` 0, int64 [1], for inputs whose scales are powers of two: the engine rounds
+        these down, except for MiniMax-M3. Source: vllm-ascend 182b75ea84,
+        quantization/methods/w8a8_mxfp8.py:95-99."""
+        if numerics.input is None or numerics.input.scale != "e8m0":
+            return {}
+        return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
     def refusals(self, module: Module) -> Iterator[Refusal]:
         """Refusals by the module's name, its sizes, and the split of its inputs over devices."""
@@ -144,6 +159,11 @@ class Ascend(VllmTarget):
             yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
             yield f"{label}: {reason}", "use w8a8_dynamic for it"
+        size, step = module.numerics.weight.group_size, pairs_of_groups(module.numerics.weight)
+        if size and k % size:
+            yield f"groups of {size} columns do not divide {k}", "use w8a8_dynamic for it"
+        elif step and EXPERT.fullmatch(module.name) and k % step:
+            yield f"{label} takes inputs of experts in multiples of {step}; there are {k}", KEEP
         if max(n, k) > MAX_SIDE:
             yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
 
@@ -154,6 +174,10 @@ class Ascend(VllmTarget):
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
+
+    def takes_split_experts(self, model_type: str) -> bool:
+        """Those of families whose experts it finds by itself; others have not been tried."""
+        return model_type in LISTED_EXPERTS
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
@@ -191,11 +215,12 @@ class Ascend(VllmTarget):
         """One entry for each tensor, by its name on disk, and entries that only the engine looks up."""
         labels = self.labels(output.modules)
         used = set(labels.values())
+        sizes = (module.numerics.weight.group_size for module in output.modules if module.numerics)
         table: dict[str, object] = {
             "version": "1.0.0",
             "model_quant_type": next((t.label for t in WRITTEN.values() if t.label in used), FLOAT),
             "metadata": {},
-            "group_size": 0,
+            "group_size": next(filter(None, sizes), 0),
             "optional": {},
         }
         for name in sorted(output.tensors):

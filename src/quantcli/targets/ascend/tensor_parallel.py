@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantcli.core.numerics import Module, decompose
+from quantcli.core.numerics import Module, Operand, decompose
 from quantcli.targets.base import Refusal
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.tensor_parallel import splits_inputs
 
-# Columns of a row on one device, two blocks of 32. Source: vllm-ascend 182b75ea84,
+# The loader pairs the scales of a row. Source: vllm-ascend 182b75ea84,
 # quantization/methods/w8a8_mxfp8.py:153-160, quantization/method_adapters.py:113-118.
-_MX_COLUMNS = 64
+_GROUPS = 2
 # Sides of a Kronecker transform. Source: ops-nn e5c3fa93,
 # quant/flat_quant/op_host/flat_quant_tiling.cpp:369.
 _LARGEST_SIDE = 256
@@ -43,6 +43,11 @@ def unfit(module: str, k: int, tp: int | None) -> str | None:
     return None
 
 
+def pairs_of_groups(weight: Operand) -> int | None:
+    """Columns that the loader takes together; None for weights without groups."""
+    return weight.group_size and _GROUPS * weight.group_size
+
+
 def unsplit(module: Module, size: int) -> Iterator[Refusal]:
     """A refusal of a quantized module that cannot be split over `size` devices."""
     by_inputs = splits_inputs(module.name)
@@ -50,6 +55,11 @@ def unsplit(module: Module, size: int) -> Iterator[Refusal]:
     if width % size:
         what = f"its {width} {'inputs' if by_inputs else 'outputs'} do not split over {size} devices"
         yield Refusal(module.name, what, f"set the target's `tp` to a divisor of {width}")
+        return
+    step = pairs_of_groups(module.numerics.weight) if module.numerics else None
+    if by_inputs and step and size > 1 and (width // size) % step:
+        what = f"its {width // size} inputs on each of {size} devices are not a multiple of {step}"
+        yield Refusal(module.name, what, "set the target's `tp` to another size")
 
 
 def limits(module: StoredModule, k: int, devices: int) -> Iterator[str]:
@@ -69,8 +79,9 @@ def limits(module: StoredModule, k: int, devices: int) -> Iterator[str]:
             yield reason
     if devices == 1 or not splits_inputs(module.name):
         return
-    if "_MXFP" in label and k % _MX_COLUMNS:
-        yield f"{label} needs inputs in multiples of {_MX_COLUMNS} on each device; there are {k}"
+    step = pairs_of_groups(module.layout.operand)
+    if step and k % step:
+        yield f"{label} needs inputs in multiples of {step} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")
     if bias is not None and bias.spec.shape[1] > 1 and _SLICES % devices:
         yield f"its scale_bias has {_SLICES} slices, which do not split over {devices} devices"

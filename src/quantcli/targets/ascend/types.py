@@ -12,21 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.core.codes import code_values
+from quantcli.core.codes import code_values, scale_groups, scale_values
 from quantcli.core.numerics import Numerics, Operand, decompose, multiplier
-from quantcli.targets.layouts import FLOAT_PARAM, SLICES, Blocks, Layout, Param, Sides, Values
+from quantcli.targets.layouts import (
+    FLOAT_PARAM,
+    SLICES,
+    Blocks,
+    Layout,
+    Param,
+    Sides,
+    Values,
+    code_sides,
+    codes_param,
+    row_scale,
+)
+
+_INT8, _INT4 = Operand("int8", "channel"), Operand("int4", "channel")
+_FP8 = Operand("fp8_e4m3", "channel")
+_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
+_MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
 
 
 def _scale(required: bool = True) -> Param:
+    """A positive scale for each row."""
     return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, 1), "positive", required=required)
 
 
 def _offset(required: bool = False) -> Param:
     return Param("weight_offset", FLOAT_PARAM, lambda n, k: (n, 1), "zero", required=required)
-
-
-def _weight(dtype: str, values: Values = "codes") -> Param:
-    return Param("weight", (dtype,), lambda n, k: (n, k), values)
 
 
 def _once(suffix: str, values: Values, *more_dtypes: str) -> Param:
@@ -60,7 +73,7 @@ def _pairs(shape: tuple[int, ...]) -> Sides:
 
 def per_row(blocks: Blocks) -> Tensor:
     """Codes times weight_scale [rows, 1]."""
-    return code_values(blocks["weight"]).mul_(blocks["weight_scale"].float())
+    return code_values(blocks["weight"], _INT8.element).mul_(blocks["weight_scale"].float())
 
 
 def _by_deq(blocks: Blocks) -> Tensor:
@@ -81,30 +94,20 @@ def _w4a8(blocks: Blocks) -> Tensor:
     return nibbles(blocks["weight"]).float() * blocks["weight_scale"].float()
 
 
-def _mx(blocks: Blocks) -> Tensor:
-    """2^(weight_scale - 127) for each 32 elements of a row."""
-    exponent = blocks["weight_scale"].float() - 127
-    codes = code_values(blocks["weight"])
-    grouped = codes.view(len(codes), exponent.shape[1], -1)
-    return torch.ldexp(grouped, exponent.unsqueeze(-1)).flatten(1)
+def _groups(operand: Operand) -> Callable[[Blocks], Tensor]:
+    """Codes times weight_scale [rows, ceil(k / group_size)].
 
-
-# values of e2m1 codes; bit 3 is the sign
-_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def _mx4(blocks: Blocks) -> Tensor:
-    """As `_mx`, of fp4 codes: even columns are in the low nibbles.
-
-    Source: vllm-ascend 182b75ea84, quantization/methods/w4a16_mxfp4.py:36-47.
+    Source of the order of two codes in a byte: vllm-ascend 182b75ea84,
+    quantization/methods/w4a16_mxfp4.py:36-47.
     """
-    packed = blocks["weight"]
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
-    return _mx({"weight": _E2M1[codes.long()], "weight_scale": blocks["weight_scale"]})
+    size = operand.group_size
+    assert size is not None
 
+    def dequantize(blocks: Blocks) -> Tensor:
+        codes = code_values(blocks["weight"], operand.element)
+        return scale_groups(codes, scale_values(blocks["weight_scale"]), size)
 
-def _fp4_columns(shape: tuple[int, ...]) -> Sides:
-    return shape[0], 2 * shape[1]
+    return dequantize
 
 
 def kronecker(blocks: Blocks) -> Tensor:
@@ -132,27 +135,34 @@ class QuantType(Layout):
         return any(param.suffix == "deq_scale" for param in self.params)
 
     @property
+    def has_offset(self) -> bool:
+        """Whether the engine has a place for a weight_offset."""
+        return any(param.suffix == "weight_offset" for param in self.params)
+
+    @property
     def stores_scale(self) -> bool:
         """Whether the engine computes with weight_scale."""
         return any(param.suffix == "weight_scale" and param.required for param in self.params)
 
 
-def _type(
-    label: str, kind: str, *params: Param, dequantize: Callable[[Blocks], Tensor] = per_row, **more: Any
-) -> QuantType:
-    return QuantType(label, kind, params, dequantize, **more)
+def _type(label: str, operand: Operand, *params: Param, **more: Any) -> QuantType:
+    """A type with one code for each element, and a scale for each row unless it says otherwise."""
+    return QuantType(label, operand, params, **{"dequantize": per_row, **more})
+
+
+def _grouped(label: str, operand: Operand, **more: Any) -> QuantType:
+    """A type with a scale for each group of columns."""
+    params = (codes_param(operand), row_scale(operand))
+    return QuantType(label, operand, params, _groups(operand), code_sides(operand), True, **more)
 
 
 def _a2_a3(version: str) -> str:
     return f"vLLM-Ascend {version} and later on Atlas A2, A3 (910B, 910C)"
 
 
-_I8, _I4, _F8 = _weight("I8"), _weight("I8", "int4"), _weight("F8_E4M3", "fp8")
+_I8, _I4, _F8 = codes_param(_INT8), codes_param(_INT4), codes_param(_FP8)
 _I4_PAIRS = Param("weight", ("I8",), lambda n, k: (n // 2, k), "codes", 2)
 _SCALES = (_scale(), _offset())
-_EXPONENTS = Param("weight_scale", ("U8",), lambda n, k: (n, -(-k // 32)), "exponent")
-_F4 = Param("weight", ("U8",), lambda n, k: (n, -(-k // 2)), "codes")
-_FP4: dict[str, Any] = {"dequantize": _mx4, "sides": _fp4_columns, "experts": True}
 _SCALE_BIAS = Param("scale_bias", FLOAT_PARAM, lambda n, k: (n, SLICES), "finite")
 _OLD_W4A8 = (
     "no known engine loads this: from 2026-08 on, W4A8_DYNAMIC is for experts alone, and in other "
@@ -163,30 +173,30 @@ _OLD_W4A8 = (
 TYPES = {
     t.label: t
     for t in (
-        _type("W8A8", "int8", _I8, *_STATIC, _scale(required=False), _offset(), dequantize=_by_deq,
+        _type("W8A8", _INT8, _I8, *_STATIC, _scale(required=False), _offset(), dequantize=_by_deq,
               loads_on=_a2_a3("0.11"), scale_in_float32=True),
-        _type("W8A8_MIX", "int8", _I8, *_STATIC, *_SCALES, loads_on=_a2_a3("0.13")),
-        _type("W8A8_DYNAMIC", "int8", _I8, *_SCALES, experts=True, loads_on=_a2_a3("0.11") + ", 310P"),
-        _type("W8A16", "int8", _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
-        _type("W8A8FP8_DYNAMIC", "fp8_e4m3", _F8, *_SCALES, experts=True, scale_in_float32=True,
+        _type("W8A8_MIX", _INT8, _I8, *_STATIC, *_SCALES, loads_on=_a2_a3("0.13")),
+        _type("W8A8_DYNAMIC", _INT8, _I8, *_SCALES, experts=True, loads_on=_a2_a3("0.11") + ", 310P"),
+        _type("W8A16", _INT8, _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
+        _type("W8A8FP8_DYNAMIC", _FP8, _F8, *_SCALES, experts=True, scale_in_float32=True,
               loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
-        _type("W8A8_MXFP8", "mxfp8", _F8, _EXPONENTS, dequantize=_mx, experts=True),
-        _type("W4A4_MXFP4", "mxfp4", _F4, _EXPONENTS, **_FP4),
-        _type("W4A8_MXFP", "mxfp4", _F4, _EXPONENTS, **_FP4),
-        _type("W4A16_MXFP4", "mxfp4", _F4, _EXPONENTS, **_FP4,
-              note="the engine has W4A16_MXFP4 for experts alone"),
-        _type("W4A8_DYNAMIC", "int4", _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
+        _grouped("W8A8_MXFP8", _MXFP8,
+                 loads_on="vLLM-Ascend 0.13 (experts: 0.18) and later on A5 (Ascend 950)"),
+        _grouped("W4A4_MXFP4", _MXFP4),
+        _grouped("W4A8_MXFP", _MXFP4),
+        _grouped("W4A16_MXFP4", _MXFP4, note="the engine has W4A16_MXFP4 for experts alone"),
+        _type("W4A8_DYNAMIC", _INT4, _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
               sides=_pairs, experts=True, note=_OLD_W4A8),
-        _type("W4A4_DYNAMIC", "int4", _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
-        _type("W4A4_FLATQUANT_DYNAMIC", "int4", _I4, *_SCALES, *_FLATQUANT, dequantize=kronecker,
+        _type("W4A4_DYNAMIC", _INT4, _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
+        _type("W4A4_FLATQUANT_DYNAMIC", _INT4, _I4, *_SCALES, *_FLATQUANT, dequantize=kronecker,
               loads_on=_a2_a3("0.11"), scale_in_float32=True),
     )
 }  # fmt: skip
-_INT8 = Operand("int8", "channel")
 _INT8_TOKEN = Operand("int8", "token", dynamic=True)
 _INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
-_INT4_BOTH = (Operand("int4", "channel"), Operand("int4", "token", dynamic=True))
-_FP8_BOTH = (Operand("fp8_e4m3", "channel"), Operand("fp8_e4m3", "token", dynamic=True))
+_INT4_BOTH = (_INT4, Operand("int4", "token", dynamic=True))
+_MXFP8_TOKEN = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 32), scale="e8m0")
+_FP8_BOTH = (_FP8, Operand("fp8_e4m3", "token", dynamic=True))
 # The types that are written, in the order in which `model_quant_type` prefers them.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
 WRITTEN: dict[Numerics, QuantType] = {
@@ -195,6 +205,7 @@ WRITTEN: dict[Numerics, QuantType] = {
     **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
     Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
     Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
+    Numerics(_MXFP8, _MXFP8_TOKEN): TYPES["W8A8_MXFP8"],
     Numerics(_INT8, None): TYPES["W8A16"],
     **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.number_types import ELEMENTS, SCALES
 from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
-from quantcli.targets.compressed_tensors.kinds import Kind, arguments, kind_of
+from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, kind_of
 from quantcli.targets.names import entry_fault, fold, ignored
 from quantcli.targets.vllm_family import float_linears, is_head
 
-_PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+_ANY = "naive-quantized"  # of codes that are not packed
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
         if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
             config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
-        numerics = kind = None
-        unchecked = _unchecked(table)
+        numerics = kind = unchecked = None
         try:
-            if unchecked is None:
-                numerics, kind = _group(table, top)
+            numerics, kind = _group(table, top)
         except _Unknown as reason:
-            config.findings.append(_wrong(f"`{place}` {reason}"))
+            unchecked = _unchecked(table)
+            if unchecked is None:
+                config.findings.append(_wrong(f"`{place}` {reason}"))
         config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind, unchecked))
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
@@ -100,7 +102,7 @@ class _Unknown(Exception):
 def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
     """The numerics of a group and their kind; top: the `format` of all groups. Raises _Unknown."""
     form = top if table.get("format") is None else table["format"]
-    if form not in ("pack-quantized", *_PLAIN):
+    if form not in (*FORMATS, _ANY):
         raise _Unknown(f"has the format {form!r:.40}, which this version does not know")
     weights, inputs = table.get("weights"), table.get("input_activations")
     if not isinstance(weights, dict):
@@ -114,7 +116,7 @@ def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
         )
     numerics = Numerics(_operand(weights), None if inputs is None else _operand(inputs))
     kind = kind_of(numerics, form == "pack-quantized")
-    if kind is None or form not in {kind.format, "naive-quantized"}:
+    if kind is None or form not in {kind.format, _ANY}:
         raise _Unknown(f"is a combination that the engine has no scheme for, in {form}")
     return numerics, kind
 
@@ -130,13 +132,23 @@ _SMALL_SCALES: dict[tuple[object, ...], str] = {
 
 
 def _unchecked(table: Mapping[str, Any]) -> str | None:
-    """The format of a group of weights with scales of eight bits; None for any other."""
+    """The format of weights with scales of eight bits, in a group that cannot be read; else None."""
     weights = table.get("weights")
     if not isinstance(weights, dict):
         return None
     key = tuple(weights.get(name) for name in ("type", "num_bits", "strategy", "group_size"))
     form = _SMALL_SCALES.get(key) if all(isinstance(part, (str, int)) for part in key) else None
     return None if form == "mxfp8" and weights.get("scale_dtype") != "torch.uint8" else form
+
+
+_NAMES: dict[tuple[str, int], str] = {
+    (element.family, element.bits): element.name for element in ELEMENTS.values()
+}
+# Types of scales by the torch dtype in which they are stored; floats are of the engine's choice.
+_SCALES = {None: None} | {
+    f"torch.{DTYPES[scale.stored][1]}": None if scale.stored in FLOATS else scale.name
+    for scale in SCALES.values()
+}
 
 
 def _operand(table: Any) -> Operand:
@@ -147,15 +159,14 @@ def _operand(table: Any) -> Operand:
     if not isinstance(table, dict):
         raise _Unknown(f"describes numbers with {table!r:.40}")
     bits, kind, group = table.get("num_bits", 8), table.get("type", "int"), table.get("group_size")
-    dtype = {("float", 8): "fp8_e4m3", ("int", 8): "int8", ("int", 4): "int4"}.get(
-        (kind, bits) if isinstance(kind, str) and type(bits) is int else ("", 0)
-    )
+    dtype = _NAMES.get((kind, bits) if isinstance(kind, str) and type(bits) is int else ("", 0))
     if dtype is None:
         raise _Unknown(
             f"has {kind!r:.20} numbers of {bits!r:.20} bits, which this version does not know"
         )
-    if table.get("scale_dtype") not in (None, "torch.float32", "torch.bfloat16", "torch.float16"):
-        raise _Unknown(f"has scales of {table['scale_dtype']!r:.40}, which this version does not know")
+    scales = table.get("scale_dtype")
+    if not isinstance(scales, str | None) or scales not in _SCALES:
+        raise _Unknown(f"has scales of {scales!r:.40}, which this version does not know")
     if group is not None and (type(group) is not int or group < -1 or group == 0):
         raise _Unknown(f"has a group_size of {group!r:.20}")
     per = table.get("strategy") or (
@@ -178,7 +189,7 @@ def _operand(table: Any) -> Operand:
     symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
     if type(symmetric) is not bool or type(dynamic) is not bool:
         raise _Unknown(f"says symmetric {symmetric!r:.20}, dynamic {dynamic!r:.20}")
-    return Operand(dtype, per, symmetric, dynamic, block)  # type: ignore[arg-type]
+    return Operand(dtype, per, symmetric, dynamic, block, _SCALES[scales])  # type: ignore[arg-type]
 
 
 def _strings(value: Any) -> bool:

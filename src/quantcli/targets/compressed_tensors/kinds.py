@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
 
+from quantcli.checkpoint.spec import DTYPES
 from quantcli.core.numerics import Numerics, Operand
 
-Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized"]
+Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized"]
+FORMATS: tuple[str, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class Kind:
 _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
+_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
 # Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
 # 182b75ea84, quantization/compressed_tensors_config.py.
 _LOADS_ON = (
+    (
+        "mxfp8",
+        f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD, Intel",
+    ),
     ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
     ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
     ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
@@ -69,7 +76,9 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
     weight, x = numerics.weight, numerics.input
     if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":
         return None
-    if weight.dtype == "fp8_e4m3":
+    if weight != _MXFP8 and (weight.scale or (x and x.scale)):
+        return None
+    if weight.element.family == "float":
         kind = _fp8(weight, x)
     elif x is None:
         kind = _weight_only(weight)
@@ -79,7 +88,13 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
 
 
 def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
-    if x is None or x.dtype != "fp8_e4m3" or not (weight.symmetric and x.symmetric):
+    if weight == _MXFP8 and x in {None, replace(_MXFP8, dynamic=True)}:
+        # the engine does not look at inputs: it quantizes them where its kernel can
+        label = "mxfp8" if x else "mxfp8 float inputs"
+        return Kind(label, "mxfp8-quantized", 8, experts=True)
+    if x is None or {weight.dtype, x.dtype} != {"fp8_e4m3"}:
+        return None
+    if not (weight.symmetric and x.symmetric):
         return None
     token, tensor = x == _FP8_TOKEN, x == _FP8_TENSOR
     if weight.per == "block" and weight.block == (128, 128) and x == _FP8_GROUPS:
@@ -95,7 +110,7 @@ def _weight_only(weight: Operand) -> Kind | None:
     share = _share(weight)
     if share is None:
         return None
-    bits = int(weight.dtype[3:])
+    bits = weight.element.bits
     label = f"{weight.dtype} {share} W{bits}A16" + _offset(weight)
     return Kind(label, "pack-quantized", bits, True, experts=True)
 
@@ -112,7 +127,7 @@ def _integers(weight: Operand, x: Operand, packed: bool) -> Kind | None:
         return Kind(label, "int-quantized", 8, experts=x.dynamic and weight.per == "channel")
     if share is None or not x.dynamic:
         return None
-    bits = int(weight.dtype[3:])
+    bits = weight.element.bits
     if packed and x.symmetric:
         return Kind(f"{weight.dtype} {share} W{bits}A8 packed", "pack-quantized", bits, True)
     if weight.dtype == "int4" and not packed:
@@ -122,7 +137,7 @@ def _integers(weight: Operand, x: Operand, packed: bool) -> Kind | None:
 
 def _share(weight: Operand) -> str | None:
     """The part of a row that shares a scale: "channel", or such as "g128"; None for tensors, blocks."""
-    group = group_size(weight)
+    group = weight.group_size
     if weight.per == "channel":
         return "channel"
     return f"g{group}" if group else None
@@ -132,11 +147,6 @@ def _offset(operand: Operand) -> str:
     return "" if operand.symmetric else " asymmetric"
 
 
-def group_size(operand: Operand) -> int | None:
-    """Columns of a row that share a scale; None if the operand has no groups."""
-    return operand.block[1] if operand.per == "group" and operand.block else None
-
-
 def loads_on(label: str) -> str:
     """Engines and hardware for a label."""
     return next(engines for part, engines in _LOADS_ON if part in label)
@@ -144,10 +154,9 @@ def loads_on(label: str) -> str:
 
 def arguments(operand: Operand) -> dict[str, Any]:
     """An operand as QuantizationArgs of compressed-tensors, for config.json."""
-    bits, kind = (8, "float") if operand.dtype == "fp8_e4m3" else (int(operand.dtype[3:]), "int")
     table: dict[str, Any] = {
-        "num_bits": bits,
-        "type": kind,
+        "num_bits": operand.element.bits,
+        "type": operand.element.family,
         "strategy": operand.per,
         "symmetric": operand.symmetric,
         "dynamic": operand.dynamic,
@@ -156,4 +165,6 @@ def arguments(operand: Operand) -> dict[str, Any]:
         table["group_size"] = operand.block[1]
     if operand.per == "block" and operand.block:
         table["block_structure"] = list(operand.block)
+    if operand.scale_type:
+        table["scale_dtype"] = f"torch.{DTYPES[operand.scale_type.stored][1]}"
     return table

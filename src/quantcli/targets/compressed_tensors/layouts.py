@@ -6,18 +6,19 @@ from functools import cache
 
 from torch import Tensor
 
-from quantcli.core.codes import code_values, scale_groups, unpack_signed
+from quantcli.core.codes import code_values, scale_groups, scale_values, unpack_signed
 from quantcli.core.numerics import Numerics
-from quantcli.targets.compressed_tensors.kinds import Kind, group_size
+from quantcli.targets.compressed_tensors.kinds import Kind
 from quantcli.targets.layouts import (
     FLOAT_PARAM,
     Blocks,
     Layout,
     Param,
     Sides,
-    Values,
     block_scale,
+    codes_param,
     module_scale,
+    row_scale,
     static_inputs,
 )
 
@@ -48,7 +49,7 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
 
     def dequantize(blocks: Blocks) -> Tensor:
         codes = _unpacked(blocks, kind, numerics)
-        scale = blocks["weight_scale"].float()
+        scale = scale_values(blocks["weight_scale"])
         if scale.numel() == 1:
             return codes * scale.reshape(())
         return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
@@ -57,16 +58,14 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
         """n and k; packed codes may have fewer columns, which only weight_shape records."""
         return shape[0], shape[1] * (32 // kind.bits if kind.packed else 1)
 
-    return Layout(kind.label, weight.dtype, tuple(params), dequantize, sides, experts=kind.experts)
+    return Layout(kind.label, weight, tuple(params), dequantize, sides, experts=kind.experts)
 
 
 def _codes(numerics: Numerics, kind: Kind) -> Param:
     bits = kind.bits
     if kind.packed:
         return Param("weight_packed", ("I32",), lambda n, k: (n, -(-k * bits // 32)), "codes")
-    values: dict[str, Values] = {"int4": "int4", "int8": "codes", "fp8_e4m3": "fp8"}
-    dtype = "F8_E4M3" if numerics.weight.dtype == "fp8_e4m3" else "I8"
-    return Param("weight", (dtype,), lambda n, k: (n, k), values[numerics.weight.dtype])
+    return codes_param(numerics.weight)
 
 
 def _weight_scale(numerics: Numerics) -> Param:
@@ -75,33 +74,27 @@ def _weight_scale(numerics: Numerics) -> Param:
         return module_scale("weight_scale")
     if weight.per == "block" and weight.block:
         return block_scale("weight_scale", FLOAT_PARAM, *weight.block)
-    values: Values = "positive" if weight.dtype == "fp8_e4m3" else "signed"
-    return Param("weight_scale", FLOAT_PARAM, lambda n, k: (n, _groups(numerics, k)), values)
+    return row_scale(weight)
 
 
 def _zero_point(numerics: Numerics, kind: Kind) -> Param:
     """Zero points, packed like weights but along rows."""
     each = 32 // kind.bits
-    shape = lambda n, k: (-(-n // each), _groups(numerics, k))  # noqa: E731
+    scales = row_scale(numerics.weight).shape
+    shape = lambda n, k: (-(-n // each), scales(n, k)[1])  # noqa: E731
     return Param("weight_zero_point", ("I32",), shape, "codes", each)
-
-
-def _groups(numerics: Numerics, k: int) -> int:
-    """Scales of a row."""
-    group = group_size(numerics.weight)
-    return -(-k // group) if group else 1
 
 
 def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     """Codes minus their zero points: float32 [rows, k]."""
     if not kind.packed:
-        return code_values(blocks["weight"])
+        return code_values(blocks["weight"], numerics.weight.element)
     k = int(blocks["weight_shape"][1])
     codes = unpack_signed(blocks["weight_packed"], kind.bits, k).float()
     if "weight_zero_point" not in blocks:
         return codes
     zero = unpack_columns(blocks["weight_zero_point"], kind.bits, len(codes)).float()
-    width = group_size(numerics.weight) or k
+    width = numerics.weight.group_size or k
     return codes - zero.repeat_interleave(width, 1)[:, :k]
 
 

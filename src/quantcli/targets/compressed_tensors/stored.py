@@ -11,13 +11,17 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.targets.base import AGAIN
 from quantcli.targets.compressed_tensors.config import ConfigGroup, read_groups
-from quantcli.targets.compressed_tensors.kinds import group_size
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, some
-from quantcli.targets.vllm_family import is_head, is_linear, tied_head
+from quantcli.targets.vllm_family import (
+    is_head,
+    is_linear,
+    stacked_sets,
+    tied_head,
+)
 
 # Model types whose routers the engine gives a quant_config.
 # Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
@@ -111,7 +115,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 else:
                     what = f"says {list(shape) if shape else 'no shape'}; the codes are for {n} x {k}"
                     faults.append(failed("parameters", what, f"`{module}.weight_shape`", AGAIN))
-            size = group_size(group.numerics.weight)
+            size = group.numerics.weight.group_size
             if size and k % size:
                 what = f"groups of {size} columns do not divide {k}"
                 faults.append(failed("parameters", what, f"`{module}`", AGAIN))
@@ -131,8 +135,9 @@ class CompressedTensorsCheckpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on names in `ignore` that no module has; the serving dtype."""
+        stacks = stacked_sets(self.checkpoint.tensors)
         listed = (name for name in self._ignore if not name.startswith("re:"))
-        if absent := of_no_module(listed, self._names):
+        if absent := of_no_module(listed, self._names, stacks):
             yield noted("config", f"`ignore` names {some(absent)}, which no file holds", CONFIG)
         yield from super().check_config()
 

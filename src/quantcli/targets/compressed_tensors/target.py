@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.core.codes import pack_signed, unpack_signed
+from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
@@ -19,7 +19,7 @@ from quantcli.targets.base import (
     cannot_store,
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
-from quantcli.targets.compressed_tensors.kinds import Kind, group_size, kind_of, loads_on
+from quantcli.targets.compressed_tensors.kinds import Kind, kind_of, loads_on
 from quantcli.targets.compressed_tensors.layouts import layout_of
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.layouts import Layout, static_inputs
@@ -30,6 +30,7 @@ from quantcli.targets.vllm_family import (
     FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
+    float_linear,
     last_part,
 )
 
@@ -52,7 +53,9 @@ class CompressedTensors(VllmTarget):
         return loads_on(label)
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
-        """Float32, except the weight_scale of int4 and of packed codes."""
+        """Float32, except the weight_scale of int4, of packed codes, and with a type of its own."""
+        if part == "weight_scale" and numerics.weight.scale_type:
+            return numerics.weight.scale_type.dtype
         in_serving_dtype = part == "weight_scale" and self._kind(numerics).in_serving_dtype
         return serving_dtype if in_serving_dtype else "F32"
 
@@ -68,7 +71,7 @@ class CompressedTensors(VllmTarget):
         input_zero_point: int8 [1] if they are asymmetric: x ~ (xq - zero_point) * input_scale.
         """
         kind = self._kind(numerics)
-        scale = parts["weight_scale"]
+        scale = scales_to_store(parts["weight_scale"])
         if numerics.weight.per == "tensor":
             scale = scale.reshape(1)
         if kind.packed:
@@ -88,16 +91,16 @@ class CompressedTensors(VllmTarget):
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The same codes; scales in float32, input_offset float32 [1] for all int8 static inputs."""
         if "weight_packed" in stored:
-            bits, k = 4 if numerics.weight.dtype == "int4" else 8, int(stored["weight_shape"][1])
+            bits, k = numerics.weight.element.bits, int(stored["weight_shape"][1])
             parts = {"weight": unpack_signed(stored["weight_packed"], bits, k)}
         else:
             parts = {"weight": stored["weight"]}
-        parts["weight_scale"] = stored["weight_scale"].float()
+        parts["weight_scale"] = scale_values(stored["weight_scale"])
         if numerics.weight.per == "tensor":
             parts["weight_scale"] = parts["weight_scale"].reshape(1)
         if static_inputs(numerics):
             parts["input_scale"] = stored["input_scale"].float().reshape(1)
-            if numerics.input and numerics.input.dtype == "int8":
+            if numerics.input and numerics.input.element.family == "int":
                 offset = stored.get("input_zero_point", torch.zeros(1))
                 parts["input_offset"] = offset.float().reshape(1)
         return parts
@@ -108,8 +111,8 @@ class CompressedTensors(VllmTarget):
         kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
         if last in EMBEDDINGS:
             yield "the engine has no quantized embedding of this kind", KEEP
-        if last in FLOAT_LINEARS:
-            yield FLOAT_LINEARS[last], KEEP
+        if reason := float_linear(module.name):
+            yield reason, KEEP
         if module.name.endswith(".indexer.wk"):  # the engine fuses it with weights_proj
             yield FLOAT_LINEARS["weights_proj"], KEEP
         if EXPERT.fullmatch(module.name) and not kind.experts:
@@ -119,14 +122,14 @@ class CompressedTensors(VllmTarget):
                 f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
                 "use an 8-bit scheme for it",
             )
-        group = group_size(module.numerics.weight)
+        group = module.numerics.weight.group_size
         if group and k % group:
             yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
         yield from check_blocks(module, labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
-        sizes = {g for m in modules if m.numerics and (g := group_size(m.numerics.weight))}
+        sizes = {g for m in modules if m.numerics and (g := m.numerics.weight.group_size)}
         if slow := sorted(sizes.difference(_MARLIN_GROUPS)):
             yield (
                 f"groups of {', '.join(map(str, slow))} load, but the fast kernel takes only "

@@ -14,8 +14,8 @@ from quantcli.targets.base import SUPPORT, cannot_store
 from quantcli.targets.layouts import (
     Blocks,
     Layout,
-    Param,
     block_scale,
+    codes_param,
     module_scale,
     static_inputs,
 )
@@ -79,7 +79,7 @@ def label_of(numerics: Numerics) -> str:
 @cache
 def layout_of(numerics: Numerics) -> Layout:
     """The parameters of modules with these numerics, and their meaning."""
-    weight = Param("weight", ("F8_E4M3",), lambda n, k: (n, k), "fp8")
+    weight = codes_param(numerics.weight)
     if numerics.weight.per == "block":
         assert numerics.weight.block is not None
         rows, columns = numerics.weight.block
@@ -90,7 +90,7 @@ def layout_of(numerics: Numerics) -> Layout:
             return fp8_values(blocks["weight"], blocks["weight_scale_inv"].float(), columns)
 
         label = f"fp8 block {rows}x{columns}"
-        return Layout(label, "fp8_e4m3", (weight, scale), by_block, experts=True)
+        return Layout(label, numerics.weight, (weight, scale), by_block, experts=True)
     # the engine takes the largest scale of fused siblings
     params = [weight, module_scale("weight_scale", _FLOATS)]
     if static_inputs(numerics):
@@ -100,4 +100,4 @@ def layout_of(numerics: Numerics) -> Layout:
         return fp8_values(blocks["weight"]) * blocks["weight_scale"].float().reshape(())
 
     label = WRITTEN[numerics]
-    return Layout(label, "fp8_e4m3", tuple(params), by_scale, experts=True)
+    return Layout(label, numerics.weight, tuple(params), by_scale, experts=True)

@@ -20,12 +20,13 @@ from quantcli.targets.spellings import of_no_module, spellings
 from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
-    FLOAT_LINEARS,
     check_blocks,
+    float_linear,
     fused_siblings,
     is_head,
     is_linear,
     last_part,
+    stacked_sets,
     tied_head,
 )
 
@@ -35,9 +36,6 @@ _FORMATS = {
     "F8_E4M3FNUZ": "e4m3fnuz, whose codes stand for half of what e4m3's do",
     "F8_E5M2FNUZ": "e5m2fnuz, which engines do not serve: its codes keep two bits of a number",
 }
-# Linears that engines always build as float, by the last part of their names.
-# Sources: as for FLOAT_LINEARS; vllm 0.32.0, model_executor/models/deepseek_mtp.py:65 (head).
-_FLOAT_ALWAYS = frozenset({*FLOAT_LINEARS, "head"})
 # Names of transformers for scales of whole weights, and those of vLLM, which knows them for one class.
 # Source: vllm 0.32.0, model_executor/models/mistral3.py:431-437.
 _OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
@@ -117,7 +115,8 @@ class Fp8Checkpoint(StoredFormat):
         if is_head(module):
             yield from self._float_head(module)
             return
-        if last_part(module) in _FLOAT_ALWAYS:
+        # Source for `head`: vllm 0.32.0, model_executor/models/deepseek_mtp.py:65.
+        if float_linear(module) or last_part(module) == "head":
             return
         what = f"is {weight.spec.dtype} and not in modules_to_not_convert"
         in_tower = _STACKED.search(module) and not self._skipped_by_transformers(module)
@@ -172,7 +171,8 @@ class Fp8Checkpoint(StoredFormat):
 
     def check_config(self) -> Iterator[Finding]:
         """A note on listed names that no module has; the serving dtype."""
-        if absent := of_no_module(sorted(self._ignored_names), self.by_module):
+        stacks = stacked_sets(self.checkpoint.tensors)
+        if absent := of_no_module(sorted(self._ignored_names), self.by_module, stacks):
             what = f"modules_to_not_convert names {some(absent)}, which no file holds"
             yield noted("config", what, CONFIG)
         yield from super().check_config()

@@ -18,9 +18,9 @@ from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
-    FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
+    float_linear,
     is_head,
     last_part,
 )
@@ -91,11 +91,10 @@ class Fp8(VllmTarget):
 
     def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """By the module's name, and by blocks that siblings would share."""
-        last = last_part(module.name)
-        if last in EMBEDDINGS or is_head(module.name):
+        if last_part(module.name) in EMBEDDINGS or is_head(module.name):
             yield "the engine has no fp8 embedding or head", KEEP
-        if last in FLOAT_LINEARS:
-            yield FLOAT_LINEARS[last], KEEP
+        if reason := float_linear(module.name):
+            yield reason, KEEP
         yield from check_blocks(module, labels)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,14 +65,17 @@ class Kind:
         return f"int{self.bits} {share} W{self.bits}A16{more}"
 
     @property
+    def operand(self) -> Operand:
+        """The weights."""
+        dtype = f"int{self.bits}"
+        if self.group == WHOLE_ROWS:
+            return Operand(dtype, "channel", self.symmetric)
+        return Operand(dtype, "group", self.symmetric, block=(1, self.group))
+
+    @property
     def numerics(self) -> Numerics | None:
         """As engines compute; None with act-order, which no other format has."""
-        if self.act_order:
-            return None
-        dtype: Literal["int4", "int8"] = "int4" if self.bits == 4 else "int8"
-        if self.group == WHOLE_ROWS:
-            return Numerics(Operand(dtype, "channel", self.symmetric), None)
-        return Numerics(Operand(dtype, "group", self.symmetric, block=(1, self.group)), None)
+        return None if self.act_order else Numerics(self.operand, None)
 
     def groups(self, k: int) -> int:
         """Scales of a row."""
@@ -82,16 +84,15 @@ class Kind:
 
 def kind_of(numerics: Numerics) -> Kind:
     """The kind of numerics that are written. InputError for others, with the reason."""
-    weight = numerics.weight
+    weight, group = numerics.weight, numerics.weight.group_size or WHOLE_ROWS
     bits = {"int4": 4, "int8": 8}.get(weight.dtype)
     if bits is None:
         what = f"target `gptq` stores int4 and int8 weights, not {weight.dtype}"
     elif numerics.input is not None:
         what = "target `gptq` cannot store how inputs are quantized: its engines keep them float"
-    elif numerics.transform or weight.per not in {"channel", "group"} or not weight.symmetric:
+    elif numerics != Numerics(Kind(bits, group).operand, None):
         raise cannot_store("gptq", numerics)
     else:
-        group = weight.block[1] if weight.block else WHOLE_ROWS
         if group in GROUP_SIZES:
             return Kind(bits, group)
         sizes = ", ".join(map(str, GROUP_SIZES[:-1]))
@@ -151,7 +152,7 @@ def layout_of(kind: Kind) -> Layout:
     def sides(shape: tuple[int, ...]) -> Sides:
         return shape[1], each * shape[0]
 
-    return Layout(kind.label, f"int{bits}", params, dequantize, sides, experts=True)
+    return Layout(kind.label, kind.operand, params, dequantize, sides, experts=True)
 
 
 def zero_points(packed: Tensor, bits: int, added: int) -> Tensor:

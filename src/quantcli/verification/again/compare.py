@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import read_json_file
-from quantcli.checkpoint.columns import Columns
-from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
@@ -42,10 +40,10 @@ from quantcli.schemes.integer import IntegerWeights
 from quantcli.targets.base import StoredCheckpoint, Target
 from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
+from quantcli.verification.again.difference import CHECK, Block, Difference, StoredParts, merge
 from quantcli.verification.outcome import CONVERT, Report
 from quantcli.verification.structure import layer_of
 
-CHECK = "recomputed"
 _CLIPS = "input_square"  # the statistic that clips by inputs need
 NOT_RECOMPUTED = "codes and scales were not recomputed"
 GIVE_CALIBRATION = "give --calibration DIR, the folder that `quantize` kept"
@@ -87,11 +85,11 @@ class Recomputation:
         comparable = [item for item in certain if not faults[item.source.spec.name]]
         report.not_checked += self._taken_over(comparable)
         progress.begin(sum(item.source.nbytes for item in comparable), len(self.plan.shards))
-        differences: dict[str, _Difference] = {}
+        differences: dict[str, Difference] = {}
         with thread_pool(workers) as pool:
             for job in [pool.submit(self._compare, job, progress) for job in jobs_of(comparable)]:
                 try:
-                    _merge(differences, job.result())
+                    merge(differences, job.result())
                 except InputError as error:
                     report.add([failed(CHECK, error.what, error.where, error.fix or CONVERT)])
         report.add(difference.finding() for difference in differences.values())
@@ -218,18 +216,18 @@ class Recomputation:
 
     # -- one job -------------------------------------------------------------------------------------
 
-    def _compare(self, job: Job, progress: Progress) -> dict[str, _Difference]:
+    def _compare(self, job: Job, progress: Progress) -> dict[str, Difference]:
         """The differences in some rows of an item, by the name of the tensor."""
         item = job.item
         calibrated = self._calibrated(item)
         compared = {spec.name for spec in self._compared(item)}
-        differences: dict[str, _Difference] = {}
+        differences: dict[str, Difference] = {}
         given = _CLIPS in self._taken(item)
         with ExitStack() as stack:
-            stored = _StoredParts(self.stored.checkpoint.tensors, stack)
+            stored = StoredParts(self.stored.checkpoint.tensors, stack)
             for rows in self._nearest(job) if given else compute(job, self.plan.target, calibrated):
                 blocks = [
-                    _Block(output, first, expected, stored.part(output, first, expected))
+                    stored.block(output, first, expected)
                     for output, first, expected in self._in_its_format(item, rows)
                 ]
                 unlike = {
@@ -239,7 +237,7 @@ class Recomputation:
                 }
                 sums = (item, rows.start, blocks, calibrated)
                 if unlike and (given or not self._only_sums_differ(*sums)):
-                    _merge(differences, unlike)
+                    merge(differences, unlike)
                 progress.advance(rows.nbytes)
         return differences
 
@@ -324,7 +322,7 @@ class Recomputation:
                 yield output, output.first(rows.start), tensor
 
     def _only_sums_differ(
-        self, item: Item, start: int, blocks: list[_Block], calibrated: Calibrated
+        self, item: Item, start: int, blocks: list[Block], calibrated: Calibrated
     ) -> bool:
         """Whether a CPU that adds floats in another order may have made these rows.
 
@@ -388,92 +386,6 @@ class Recomputation:
                 return False
             others -= {"quant_bias", "deq_scale"}
         return all(torch.equal(actual[name], expected[name]) for name in others)
-
-
-@dataclass(frozen=True)
-class _StoredParts:
-    """Parts of stored tensors. One that is read by columns stays open: it is read in wide strips."""
-
-    tensors: Mapping[str, StoredTensor]
-    stack: ExitStack  # closes it
-    columns: dict[str, Columns] = field(default_factory=dict)
-
-    def part(self, output: Output, first: int, like: Tensor) -> Tensor:
-        """As many elements along the output's axis as `like` has, from `first` on."""
-        name, count = output.spec.name, like.shape[output.axis]
-        if not output.axis:
-            return read_span(self.tensors[name], first, count)
-        if name not in self.columns:
-            self.columns[name] = self.stack.enter_context(Columns(self.tensors[name]))
-        return self.columns[name].columns(first, first + count).t()
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A part of a tensor, from `first` along its axis on: as computed, and as stored."""
-
-    output: Output
-    first: int
-    expected: Tensor
-    actual: Tensor
-
-    def difference(self) -> _Difference | None:
-        """None if both have the same bits."""
-        spec, axis = self.output.spec, self.output.axis
-        actual, expected = self.actual, self.expected.reshape(self.actual.shape)
-        dims = max(1, len(spec.shape))
-        index = [0] * dims
-        if actual.dtype != expected.dtype:  # after packing by another tool
-            index[axis] = self.first
-            return _Difference(spec.name, tuple(index), str(actual.dtype), str(expected.dtype), 1)
-        if torch.equal(_bytes(actual), _bytes(expected)):
-            return None
-        unlike = (_bytes(actual) != _bytes(expected)).view(-1, actual.element_size()).any(1)
-        place = int(unlike.int().argmax())
-        row, column = divmod(place, max(1, actual[0].numel() if actual.dim() > 1 else 1))
-        index = [row, column][:dims]
-        index[axis] += self.first
-        texts = _text(actual, place), _text(expected, place)
-        return _Difference(spec.name, tuple(index), *texts, int(unlike.sum()))
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Numbers of a stored tensor that differ from the computed ones.
-
-    actual, expected: the first of them, at `index`. count: of all.
-    """
-
-    name: str
-    index: tuple[int, ...]
-    actual: str
-    expected: str
-    count: int
-
-    def finding(self) -> Finding:
-        """An error that names the first element."""
-        place = f"[{', '.join(map(str, self.index))}]"
-        more = f", and {self.count - 1:,} more differ" if self.count > 1 else ""
-        what = f"is {self.actual}; the recipe makes {self.expected} of the source{more}"
-        return failed(CHECK, what, f"`{self.name}`{place}", CONVERT)
-
-
-def _merge(differences: dict[str, _Difference], others: dict[str, _Difference]) -> None:
-    """Add differences of more rows."""
-    for name, other in others.items():
-        first = differences.setdefault(name, other)
-        if first is not other:
-            count = first.count + other.count
-            differences[name] = replace(min(first, other, key=lambda d: d.index), count=count)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _text(tensor: Tensor, place: int) -> str:
-    value = tensor.reshape(-1)[place]
-    return f"{float(value):.9g}" if value.is_floating_point() else str(int(value))
 
 
 def _change(stored: Any, planned: Any, place: str = "") -> str | None:

@@ -21,7 +21,8 @@ from quantcli.planning.planner import make_plan
 from quantcli.planning.repack import plan_repacking
 from quantcli.recipe.recipe import Recipe, load_recipe
 from quantcli.targets.base import StoredCheckpoint
-from quantcli.verification.again.compare import CHECK, GIVE_CALIBRATION, NOT_RECOMPUTED, Recomputation
+from quantcli.verification.again.compare import GIVE_CALIBRATION, NOT_RECOMPUTED, Recomputation
+from quantcli.verification.again.difference import CHECK
 from quantcli.verification.outcome import CONVERT
 from quantcli.verification.structure import Structure
 

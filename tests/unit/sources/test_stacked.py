@@ -1,0 +1,242 @@
+"""Stacks of experts: each layout against a transcription by index, split, read by rows, and merged."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantcli.checkpoint import columns
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.header import read_header
+from quantcli.checkpoint.tensors import read_rows, read_span, read_tensor, tensor_bytes
+from quantcli.core.errors import InputError
+from quantcli.sources import stacked
+from quantcli.sources.decode import decoded
+from quantcli.sources.stacked import EXPERTS, ExpertMatrix, Stack, merged_experts, split_experts
+from tests.builders import make_model, tensor
+from tests.tiny_models import make_tiny
+
+E, H, I = 3, 10, 6  # noqa: E741 - H, I and 2 I differ
+GATED, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+STACKS = {
+    "halves of rows": Stack("x", GATED, "inputs"),
+    "interleaved rows": Stack("x", GATED, "inputs", interleaved=True),
+    "halves of columns": Stack("x", GATED, "inputs", transposed=True),
+    "interleaved columns": Stack("x", GATED, "inputs", transposed=True, interleaved=True),
+    "down": Stack("x", DOWN, "outputs"),
+    "down, transposed": Stack("x", DOWN, "outputs", transposed=True),
+    "one after another": Stack("x", DOWN, "outputs", flat=True),
+    "one after another, transposed": Stack("x", DOWN, "outputs", transposed=True, flat=True),
+    "three in one": Stack("x", (*GATED, "third_proj"), "inputs", interleaved=True),
+}
+SHAPES = {
+    "halves of rows": (E, 2 * I, H), "interleaved rows": (E, 2 * I, H),
+    "halves of columns": (E, H, 2 * I), "interleaved columns": (E, H, 2 * I),
+    "down": (E, H, I), "down, transposed": (E, I, H), "one after another": (E * H, I),
+    "one after another, transposed": (E * I, H), "three in one": (E, 3 * I, H),
+}  # fmt: skip
+
+
+def drawn(shape, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def by_index(layout, values, expert, projection):
+    """The matrix [n, k] of an expert, element by element as the layout says."""
+    n, k = (H, I) if layout.startswith(("down", "one")) else (I, H)
+    matrix = torch.empty(n, k, dtype=values.dtype)
+    for i in range(n):
+        for j in range(k):
+            if layout == "halves of rows":
+                matrix[i, j] = values[expert, projection * I + i, j]
+            elif layout == "interleaved rows":
+                matrix[i, j] = values[expert, 2 * i + projection, j]
+            elif layout == "three in one":
+                matrix[i, j] = values[expert, 3 * i + projection, j]
+            elif layout == "halves of columns":
+                matrix[i, j] = values[expert, j, projection * I + i]
+            elif layout == "interleaved columns":
+                matrix[i, j] = values[expert, j, 2 * i + projection]
+            elif layout == "down":
+                matrix[i, j] = values[expert, i, j]
+            elif layout == "down, transposed":
+                matrix[i, j] = values[expert, j, i]
+            elif layout == "one after another":
+                matrix[i, j] = values[expert * H + i, j]
+            else:
+                matrix[i, j] = values[expert * I + j, i]
+    return matrix
+
+
+def stored_in(folder, values):
+    """The tensor on disk, behind another one."""
+    save_file({"a": drawn((7,), torch.float32), "x": values}, folder / "m.safetensors")
+    return next(s for s in read_header(folder / "m.safetensors")[0] if s.spec.name == "x")
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.mark.parametrize("layout", STACKS)
+def test_matrices_are_those_of_the_layout(layout, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "STRIP_BYTES", 8 * H)  # so that there are several strips
+    values, stack = drawn(SHAPES[layout], dtype), STACKS[layout]
+    matrices = stack.matrices(stored_in(tmp_path, values), "l.experts", E)
+    names = [matrix.spec.name for matrix in matrices]
+    assert names == [f"l.experts.{e}.{p}.weight" for e in range(E) for p in stack.projections]
+    for number, matrix in enumerate(matrices):
+        expected = by_index(layout, values, *divmod(number, len(stack.projections)))
+        n = len(expected)
+        assert matrix.spec.shape == expected.shape
+        assert matrix.nbytes == expected.nbytes
+        assert torch.equal(read_tensor(matrix), expected)
+        for start, count in ((0, 1), (1, 3), (n - 2, 2), (n - 1, 5)):
+            assert torch.equal(read_span(matrix, start, count), expected[start : start + count])
+        with matrix.open() as reader:  # in no order
+            for start in (n - 3, 0, 2):
+                assert torch.equal(reader.weight(start, 3), expected[start : start + 3])
+        assert torch.equal(read_rows(matrix, [n - 1, 1]), expected[[n - 1, 1]])
+
+
+@pytest.mark.parametrize("layout", STACKS)
+def test_split_and_merged_are_the_bytes_on_disk(layout, dtype, tmp_path):
+    values, stack = drawn(SHAPES[layout], dtype), STACKS[layout]
+    matrices = stack.matrices(stored_in(tmp_path, values), "l.experts", E)
+    merged = stack.merge([read_tensor(matrix) for matrix in matrices])
+    assert merged.shape == values.shape
+    assert bytes(tensor_bytes(merged)) == bytes(tensor_bytes(values))
+
+
+@pytest.mark.parametrize("layout", STACKS)
+def test_a_row_costs_no_more_than_it_spans(layout, tmp_path, monkeypatch):
+    """Of the stack of all experts only a few rows are read, or a strip of columns."""
+    wide = tuple(side * 16 for side in SHAPES[layout][-2:])
+    shape = wide if STACKS[layout].flat else (E, *wide)
+    monkeypatch.setattr(columns, "STRIP_BYTES", 4 * max(wide))
+    matrices = STACKS[layout].matrices(stored_in(tmp_path, drawn(shape)), "e", E)
+    sizes, pread = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: sizes.append(pread(*args)) or sizes[-1])
+    read_span(matrices[-1], 5, 1)
+    row = 2 * matrices[-1].spec.shape[1]
+    assert row <= sum(sizes) <= max(row, 4 * max(wide))
+
+
+def test_every_byte_of_a_stack_is_in_one_matrix(tmp_path):
+    for layout, stack in STACKS.items():
+        stored = stored_in(tmp_path, drawn(SHAPES[layout]))
+        matrices = stack.matrices(stored, "e", E)
+        assert sum(matrix.nbytes for matrix in matrices) == stored.nbytes
+
+
+# -- families ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_entry_is_what_the_library_makes_of_the_file(family, tmp_path):
+    """transformers renames and turns the stacks by its own table."""
+    import transformers
+
+    path = make_tiny(tmp_path / "m", family)
+    checkpoint = split_experts(open_checkpoint(path))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    parameters = dict(model.named_parameters())
+    found = 0
+    for name, stored in checkpoint.tensors.items():
+        if not isinstance(stored, ExpertMatrix):
+            continue
+        experts, expert, projection, _ = name.rsplit(".", 3)
+        fused = "down_proj" if projection == "down_proj" else "gate_up_proj"
+        expected = parameters[f"{experts}.{fused}"][int(expert)]
+        if family == "aria_text":  # multiplies with [k, n]
+            expected = expected.t()
+        if projection != "down_proj":
+            expected = expected.chunk(2)[projection == "up_proj"]
+        assert torch.equal(read_tensor(stored), expected), name
+        found += 1
+    assert found == checkpoint.config["num_hidden_layers"] * 8 * 3  # experts, projections
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_names_of_single_experts_are_merged_to_what_is_on_disk(family, tmp_path):
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "m", family))
+    on_disk = load_file(tmp_path / "m" / "model.safetensors")
+    split = split_experts(checkpoint)
+    merged = list(merged_experts(split))
+    assert len(merged) == 2 * checkpoint.config["num_hidden_layers"]
+    for stack in merged:
+        values = stack.stack.merge([read_tensor(matrix) for matrix in stack.matrices])
+        assert torch.equal(values, on_disk[stack.name])
+    kept = {n for n, t in split.tensors.items() if not isinstance(t, ExpertMatrix)}
+    assert kept | {stack.name for stack in merged} == on_disk.keys()
+    assert list(merged_experts(checkpoint)) == []  # nothing to merge
+
+
+def test_a_set_that_lacks_a_matrix_is_not_merged(tmp_path):
+    split = split_experts(open_checkpoint(make_tiny(tmp_path / "m", "granitemoe")))
+    experts = "model.layers.1.block_sparse_moe.experts"
+    del split.tensors[f"{experts}.3.up_proj.weight"]
+    names = {stack.name for stack in merged_experts(split)}
+    assert "model.layers.1.block_sparse_moe.input_linear.weight" not in names
+    assert "model.layers.1.block_sparse_moe.output_linear.weight" in names
+    assert len(names) == 5
+
+
+NAME = "model.layers.0.block_sparse_moe.input_linear.weight"
+CONFIG = {"model_type": "granitemoe", "hidden_size": 8, "num_local_experts": 2}
+
+
+def model_with(folder, *shape, dtype="BF16", name=NAME, config=CONFIG, **others):
+    shards = {"model.safetensors": {name: tensor(dtype, *shape), **others}}
+    return open_checkpoint(make_model(folder, shards, config=config))
+
+
+def test_a_split_checkpoint_is_the_same_model(tmp_path):
+    checkpoint = model_with(tmp_path, 2, 12, 8, **{"model.norm.weight": tensor("BF16", 8)})
+    split = decoded(checkpoint)
+    assert list(split.on_disk) == [NAME, "model.norm.weight"]
+    assert (split.fingerprint, split.nbytes) == (checkpoint.fingerprint, checkpoint.nbytes)
+    assert sum(spec.numel for spec in split.specs()) == 2 * 12 * 8 + 8
+    assert [str(spec) for spec in split.specs()] == ["BF16 [6, 8]"] * 4 + ["BF16 [8]"]
+    assert split.notes[-1].endswith("`model.layers.0.block_sparse_moe.experts.0.gate_proj`")
+    assert decoded(split) is split
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((2, 11, 8), r"is BF16 \[2, 11, 8\]; `granitemoe` stores experts as \[experts, 2 x n, k\]"),
+        ((12, 8), r"is BF16 \[12, 8\]"),
+        ((2, 3, 12, 8), r"is BF16 \[2, 3, 12, 8\]"),
+        ((0, 12, 8), r"is BF16 \[0, 12, 8\]"),
+        ((2, 8, 12), r"with k the `hidden_size` of config.json, 8"),  # transposed
+        ((stacked._MOST_EXPERTS + 1, 2, 1), r"is BF16 \[65537"),
+    ],
+)
+def test_shapes_that_no_such_stack_has_are_refused(tmp_path, shape, says):
+    with pytest.raises(InputError, match=says) as caught:
+        decoded(model_with(tmp_path, *shape))
+    assert NAME in caught.value.where
+    assert "model.safetensors" in caught.value.where
+
+
+def test_a_stack_next_to_single_experts_is_refused(tmp_path):
+    name = "model.layers.0.block_sparse_moe.experts.1.up_proj.weight"
+    with pytest.raises(InputError, match=r"experts\.1\.up_proj\.weight` is there as well"):
+        decoded(model_with(tmp_path, 2, 12, 8, **{name: tensor("BF16", 6, 8)}))
+
+
+@pytest.mark.parametrize("kind", ["llama", None, 7, ["granitemoe"], {"granitemoe": 1}])
+def test_other_families_are_left_alone(tmp_path, kind):
+    checkpoint = model_with(tmp_path, 2, 11, 8, config={**CONFIG, "model_type": kind})
+    assert split_experts(checkpoint) is checkpoint
+
+
+def test_the_language_model_of_several_parts_decides(tmp_path):
+    config = {"model_type": "any", "text_config": CONFIG}
+    split = split_experts(model_with(tmp_path, 2, 12, 8, config=config))
+    assert len(split.tensors) == 4
