@@ -175,13 +175,13 @@ def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -
         for start in range(job.start * each, job.stop * each, step):
             stop = min(start + step, job.stop * each)
             copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
-            nbytes = item.source.nbytes * (stop - start) // (item.height * each)
+            nbytes = _share(item, stop, each) - _share(item, start, each)
             yield Computed(start, stop - start, [(out, start, copied)], nbytes)
 
 
-def _share(item: Item, rows: int) -> int:
-    """Bytes on disk of an item's first rows."""
-    return item.source.nbytes * rows // item.height
+def _share(item: Item, rows: int, each: int = 1) -> int:
+    """Bytes on disk of an item's first rows; each: of them in a row of the tensor."""
+    return item.source.nbytes * rows // (item.height * each)
 
 
 def _multiple(rows: int, of: int) -> int:

@@ -17,7 +17,7 @@ from quantcli.targets.gptq.kinds import kind_of, layout_of, loads_on, word_of_ze
 from quantcli.targets.gptq.stored import GptqCheckpoint
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import to_json
-from quantcli.targets.vllm_family import EMBEDDINGS, FLOAT_LINEARS, VllmTarget, is_head, last_part
+from quantcli.targets.vllm_family import EMBEDDINGS, VllmTarget, float_linear, is_head, last_part
 
 # Rows of a head, to a multiple of which vLLM pads it; its loader then finds rows along dimension 0.
 # Source: vllm 0.32.0, model_executor/layers/vocab_parallel_embedding.py:36 and 515-520.
@@ -72,8 +72,8 @@ class Gptq(VllmTarget):
         kind, last, (n, k) = kind_of(module.numerics), last_part(module.name), module.shape
         if last in EMBEDDINGS:
             yield "the engine has no quantized embedding of this kind", KEEP
-        if last in FLOAT_LINEARS:
-            yield FLOAT_LINEARS[last], KEEP
+        if reason := float_linear(module.name):
+            yield reason, KEEP
         if is_head(module.name) and n % VOCABULARY:
             what = f"the engine pads a head to a multiple of {VOCABULARY} rows, and then loads none of "
             yield what + f"this layout; there are {n}", KEEP
