@@ -220,7 +220,7 @@ def pairs():
 
 
 def refused(target, scheme, weight):
-    return list(target.check([Module("q_proj", tuple(weight.shape), scheme.numerics)], {}))
+    return list(target.check([Module("q_proj", tuple(weight.shape), scheme.numerics)]))
 
 
 def specs(packed):

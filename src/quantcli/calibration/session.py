@@ -248,7 +248,7 @@ def _policy(plan: Plan) -> Policy:
             item.scheme,
             torch_dtype(item.engine_dtypes.weight_scale),
             torch_dtype(item.engine_dtypes.input_scale),
-            _where(plan, item.module),
+            item.where,
         )
         for item in quantized_items(plan)
     }
@@ -259,12 +259,6 @@ def _policy(plan: Plan) -> Policy:
         inputs=block.inputs,
         seed=block.seed,
     )
-
-
-def _where(plan: Plan, module: str) -> str:
-    rule = plan.recipe.rule_of(module)
-    assert rule is not None
-    return rule.where
 
 
 def _layers(skeleton: Skeleton) -> dict[str, int]:

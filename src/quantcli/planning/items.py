@@ -15,6 +15,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Numerics
+from quantcli.planning.matching import Matched
 from quantcli.planning.measured import Edit, Measured
 from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Quantize
 from quantcli.planning.siblings import Siblings
@@ -152,14 +153,21 @@ def _planned(suffix: str, tensor: Tensor, param: Param | None, rows: int, sides:
 
 
 def make_items(
-    checkpoint: Checkpoint,
-    assigned: dict[str, Rule | None],
-    target: Target,
-    serving_dtype: str,
-    measured: Measured,
-    siblings: Siblings,
+    checkpoint: Checkpoint, matched: Matched, target: Target, serving_dtype: str, measured: Measured
+) -> list[Item]:
+    """The items of a plan, in the order of the source: each tensor on disk is consumed exactly once.
+
+    InputError for statistics that a scheme lacks, and for siblings with different ones.
+    """
+    items = list(_items(checkpoint, matched, target, serving_dtype, measured))
+    _check_siblings(items, matched.siblings)
+    return items
+
+
+def _items(
+    checkpoint: Checkpoint, matched: Matched, target: Target, serving_dtype: str, measured: Measured
 ) -> Iterator[Item]:
-    """The items of a plan, in the order of the source: each tensor on disk is consumed exactly once."""
+    assigned, siblings = matched.rules, matched.siblings
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
     outcomes: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
     amax_groups = _amax_groups(checkpoint, assigned, siblings, measured)
@@ -204,6 +212,7 @@ def make_items(
             stored,
             module,
             scheme,
+            rule.where,
             outcome.engine_dtypes,
             outputs,
             bias if outcome.stats else None,
@@ -279,7 +288,7 @@ def _check_bias(bias: TensorSpec, weight: TensorSpec) -> None:
         )
 
 
-def check_siblings(items: Iterable[Item], siblings: Siblings) -> None:
+def _check_siblings(items: Iterable[Item], siblings: Siblings) -> None:
     """InputError if siblings, of which the engine keeps one input range, were measured differently."""
     first: dict[str, tuple[str, bytes]] = {}
     for item in items:

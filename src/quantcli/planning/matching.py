@@ -3,23 +3,112 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
-from quantcli.core.numerics import Module
+from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import discover
 from quantcli.planning.measured import Measured
+from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
 from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
-from quantcli.targets.base import Target
+from quantcli.sources.stacked import layout_of
+from quantcli.targets.base import Refusal, Target, others_that_store
+from quantcli.targets.vllm_family import EXPERT
 
 
-def assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
+@dataclass(frozen=True)
+class Matched:
+    """The rule of every module with a weight, or None.
+
+    modules:  all of these, as the target sees them.
+    siblings: of quantized modules.
+    notes:    on modules that take another scheme than their rule has, and on siblings.
+    """
+
+    rules: dict[str, Rule | None]
+    modules: list[Module]
+    siblings: Siblings
+    notes: list[str]
+
+
+def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> Matched:
+    """Match the rules of a recipe with the modules of a model, each module once with each rule.
+
+    InputError for what the target cannot store or its engine does not load, for a rule without effect,
+    and for siblings that do not fit together.
+    """
+    must_be_taken(checkpoint, recipe.target)  # before rules that would miss these tensors
+    assigned = _assign(recipe, checkpoint)
+    _must_be_stored(assigned, recipe.target)
+    assigned, notes = _served(checkpoint, assigned, recipe.target)
+    if measured is not None:
+        assigned, more = _without_data(recipe, assigned, measured)
+        notes += [*more, *_unseen(recipe, assigned, measured)]
+    siblings = siblings_of(recipe, assigned)
+    if recipe.siblings and not siblings.have_effect(assigned):
+        notes.append("`siblings` has no effect: the schemes of these modules share nothing")
+    modules = list(_modules(checkpoint, assigned))
+    raise_first(recipe.target.check(modules), assigned)
+    return Matched(assigned, modules, siblings, notes)
+
+
+def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
+    """Every module with a weight, as the target sees it."""
+    cache: dict[tuple[int, str], tuple[Numerics, str]] = {}  # few are different, and slow to make
+    for name, rule in assigned.items():
+        shape = checkpoint.tensors[f"{name}.weight"].spec.shape
+        if rule is None or rule.scheme is None:
+            yield Module(name, shape, None)
+            continue
+        scheme = rule.scheme
+        if rule.key not in cache:
+            options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
+            cache[rule.key] = scheme.numerics, options if scheme.shares_data else ""
+        yield Module(name, shape, *cache[rule.key])
+
+
+def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
+    """InputError for tensors that the engine of a target does not take, whatever their numbers.
+
+    checkpoint: with experts one by one, whoever has split them.
+    """
+    specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
+    raise_first(target.check_tensors(specs), {})
+    kind = checkpoint.config.get("model_type")
+    if layout_of(checkpoint) is None or target.takes_split_experts(str(kind)):
+        return
+    for name in checkpoint.tensors:
+        if EXPERT.fullmatch(name):
+            raise InputError(
+                f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
+                "with quantized experts",
+                where=f"`{name}`",
+                fix="use `target: compressed-tensors` or `target: fp8`",
+            )
+
+
+def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -> None:
+    """InputError for the first refusal of a target, if there is one."""
+    refusals = list(found)
+    if refusals:
+        first = refusals[0]
+        rule = assigned.get(first.module)
+        others = len({refusal.module for refusal in refusals}) - 1
+        more = f" ({others} more like it)" if others else ""
+        raise InputError(
+            first.what + more,
+            where=f"`{first.module}`" + (f" ({rule.where})" if rule else ""),
+            fix=first.fix,
+        )
+
+
+def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     """First matching rule of every module that has a `.weight`; only matrices are quantized.
 
     Raises InputError for a rule that takes nothing, and for a matrix that is not float.
@@ -70,7 +159,22 @@ def _check_method(recipe: Recipe, named: NamedMethod, quantized: list[str]) -> N
         left = [name for name in left if name not in matched]
 
 
-def without_data(
+def _must_be_stored(assigned: Mapping[str, Rule | None], target: Target) -> None:
+    """InputError for a rule whose numerics `target` has no label for."""
+    for rule in {rule.key: rule for rule in assigned.values() if rule}.values():
+        if rule.scheme is not None:
+            numerics = rule.scheme.numerics
+            try:
+                target.label(numerics)
+            except InputError as error:
+                raise InputError(
+                    error.what,
+                    where=f"{rule.where}, scheme `{rule.scheme.name}`",
+                    fix=others_that_store(numerics),
+                ) from None
+
+
+def _without_data(
     recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured
 ) -> tuple[dict[str, Rule | None], list[str]]:
     """`assigned` with another scheme for modules that no token reached: if the recipe wants that, or if
@@ -112,12 +216,20 @@ def _without_inputs(
     return assigned | instead, [note]
 
 
+def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:
+    """A note on quantized modules that no token reached: it shows whether the samples are any good."""
+    quantized = [rule for rule in recipe.rules if rule.scheme]
+    names = [name for name in measured.no_tokens if assigned.get(name) in quantized]
+    if names:
+        yield f"no token of the calibration text reached {_few(names)}"
+
+
 def _few(names: Collection[str]) -> str:
     some = ", ".join(f"`{name}`" for name in list(names)[:5])
     return some + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def served(
+def _served(
     checkpoint: Checkpoint, assigned: dict[str, Rule | None], target: Target
 ) -> tuple[dict[str, Rule | None], list[str]]:
     """`assigned` with another scheme for modules that the engine does not take with theirs, where the

@@ -64,6 +64,7 @@ class EngineDtypes(NamedTuple):
 class Quantize:
     """A weight [n, k] and the tensors that it is quantized into.
 
+    where: its rule in the recipe, file:line.
     bias: the module's own, [n], if codes depend on it. It is copied as well.
     stats: statistics of the module's input, by name; empty if the scheme needs no data, and in a plan
         that cannot be executed yet.
@@ -72,6 +73,7 @@ class Quantize:
     source: StoredTensor
     module: str
     scheme: Scheme
+    where: str
     engine_dtypes: EngineDtypes
     outputs: tuple[Output, ...]
     bias: StoredTensor | None = None

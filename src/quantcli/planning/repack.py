@@ -20,8 +20,8 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.planning.items import planned_outputs
+from quantcli.planning.matching import must_be_taken, raise_first
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
-from quantcli.planning.planner import must_take_experts, raise_first
 from quantcli.planning.recode import WORDS, recode
 from quantcli.targets.base import (
     ScalePart,
@@ -81,9 +81,9 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         _must_have_label(module, origin, target)
     specs = {tensor.spec.name: tensor.spec for tensor in checkpoint.tensors.values()}
     _no_cache_scales(specs)
-    must_take_experts(checkpoint, target)
+    must_be_taken(checkpoint, target)
     modules = list(_modules(checkpoint, stored))
-    raise_first(list(target.check(modules, specs)), {})
+    raise_first(list(target.check(modules)), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
     recipe = _recipe(checkpoint)
     sidecars = dict(target.sidecars(as_planned(checkpoint, modules, shards, stored.serving_dtype)))

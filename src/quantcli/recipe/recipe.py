@@ -112,7 +112,14 @@ class Recipe:
 
     def rule_of(self, module: str) -> Rule | None:
         """The first rule that matches a module."""
-        return next((rule for rule in self.rules if rule.matches(module)), None)
+        if module not in self._rules_of:  # asked again by the plan after a calibration
+            first = next((rule for rule in self.rules if rule.matches(module)), None)
+            self._rules_of[module] = first
+        return self._rules_of[module]
+
+    @cached_property
+    def _rules_of(self) -> dict[str, Rule | None]:
+        return {}
 
     def data_path(self) -> str:
         """`calibration.data`, relative to the recipe if the file names it, to here if --set does."""

@@ -143,8 +143,12 @@ class Target(BaseModel, ABC):
         yield from ()
 
     @abstractmethod
-    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """All refusals of a planned checkpoint. `tensors` are those of the source."""
+    def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
+        """All refusals of the modules of a planned checkpoint."""
+
+    def check_tensors(self, tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+        """Refusals of tensors of the source, before rules are matched with modules."""
+        yield from ()
 
     def takes_split_experts(self, model_type: str) -> bool:
         """Whether the engine takes single experts of a family whose float models store them together.

@@ -342,9 +342,12 @@ class VllmTarget(Target):
         """q, k and v; gate and up, also of experts."""
         return fused_siblings(module)
 
-    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Stacked experts, modules one by one, fused siblings, experts."""
-        yield from stacked_experts(tensors)
+    def check_tensors(self, tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+        """Stacked experts."""
+        return stacked_experts(tensors)
+
+    def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
+        """Modules one by one, fused siblings, experts."""
         labels = self.labels(modules)
         for module in modules:
             if module.numerics is not None:

@@ -29,7 +29,7 @@ def refusals(quantized, floats=(), shape=(64, 64), numerics=INT8):
     modules = [Module(name, shape, numerics) for name in quantized]
     modules += [Module(name, (64, 64), None) for name in floats]
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in modules}
-    return list(TARGET.check(modules, specs))
+    return [*TARGET.check_tensors(specs), *TARGET.check(modules)]
 
 
 L = "model.layers.0"
@@ -103,7 +103,7 @@ def test_what_is_not_for_experts(numerics, label):
 def test_siblings_must_be_measured_alike(words, fine):
     names = [f"{L}.self_attn.{p}_proj" for p in "qkv"]
     modules = [Module(n, (64, 64), STATIC, word) for n, word in zip(names, words, strict=True)]
-    found = list(TARGET.check(modules, {}))
+    found = list(TARGET.check(modules))
     assert (found == []) == fine
     if not fine:
         assert "v_proj W8A8 (observer: minmax)" in found[0].what
@@ -145,7 +145,7 @@ def test_matmul_limits(shape, ok):
 )
 def test_widths_of_mx_groups(name, k, tp, said):
     modules = [Module(f"{L}.{name}", (64, k), MXFP8)]
-    found = [refusal.what for refusal in Ascend(tp=tp).check(modules, {})]
+    found = [refusal.what for refusal in Ascend(tp=tp).check(modules)]
     found = [what for what in found if "fuse" not in what]
     assert [said is not None and said in what for what in found] == [True] * (said is not None), found
 
@@ -176,7 +176,7 @@ def test_fused_width_is_advice():
     ],
 )
 def test_stacked_experts_are_refused(target, name, shape):
-    (refusal,) = target.check([], {name: TensorSpec(name, "BF16", shape)})
+    (refusal,) = target.check_tensors({name: TensorSpec(name, "BF16", shape)})
     assert refusal.module == name
     assert f"{len(shape)}-D" in refusal.what
 
@@ -192,17 +192,17 @@ def test_stacked_experts_are_refused(target, name, shape):
     ],
 )
 def test_other_tensors_are_not_stacked_experts(name, shape):
-    assert list(TARGET.check([], {name: TensorSpec(name, "BF16", shape)})) == []
+    assert list(TARGET.check_tensors({name: TensorSpec(name, "BF16", shape)})) == []
 
 
 @pytest.mark.parametrize("target", [TARGET, CompressedTensors()])
 def test_projections_of_mamba_1_are_refused(target):
     names = [f"{L}.mamba.{last}" for last in ("in_proj", "x_proj", "dt_proj", "out_proj")]
     first = [Module(name, (64, 64), FP8 if last else None) for last, name in enumerate(names)]
-    refused = [r.module for r in target.check(first, {}) if "Mamba 1" in r.what]
+    refused = [r.module for r in target.check(first) if "Mamba 1" in r.what]
     assert refused == names[1:]
     second = [Module(name, (64, 64), FP8) for name in (names[0], names[3])]  # Mamba 2
-    assert not any("Mamba" in r.what for r in target.check(second, {}))
+    assert not any("Mamba" in r.what for r in target.check(second))
 
 
 def test_labels_and_what_the_engine_holds():
@@ -366,7 +366,7 @@ def test_merged_modules_are_described_by_their_siblings_too(numerics, label):
 
 def test_int4_inputs_come_in_eights():
     modules = [Module(f"{L}.self_attn.o_proj", (64, 60), INT4)]
-    (refusal,) = TARGET.check(modules, {})
+    (refusal,) = TARGET.check(modules)
     assert "multiples of 8; there are 60" in refusal.what
-    (expert,) = TARGET.check([Module(f"{L}.mlp.experts.0.up_proj", (64, 64), INT4)], {})
+    (expert,) = TARGET.check([Module(f"{L}.mlp.experts.0.up_proj", (64, 64), INT4)])
     assert "no W4A4_DYNAMIC for experts" in expert.what

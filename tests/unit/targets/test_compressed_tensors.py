@@ -193,7 +193,7 @@ CHANNEL4 = SCHEMES["int4 channel W4A16"].numerics
 def refusals(*modules):
     built = [Module(name, shape, numerics) for name, shape, numerics in modules]
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in built}
-    return list(TARGET.check(built, specs))
+    return [*TARGET.check_tensors(specs), *TARGET.check(built)]
 
 
 SQUARE = (256, 256)

@@ -73,7 +73,7 @@ def test_what_it_cannot_store(name, word):
 
 def refusals(*modules):
     built = [Module(name, shape, numerics) for name, shape, numerics in modules]
-    return list(TARGET.check(built, {}))
+    return list(TARGET.check(built))
 
 
 SQUARE = (256, 256)

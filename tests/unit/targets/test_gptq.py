@@ -147,7 +147,7 @@ INT4, INT8 = SCHEMES["int4 g32 W4A16"].numerics, SCHEMES["int8 channel W8A16"].n
 
 
 def refusals(name, n, k, numerics=INT4):
-    return [r.what for r in TARGET.check([Module(name, (n, k), numerics)], {})]
+    return [r.what for r in TARGET.check([Module(name, (n, k), numerics)])]
 
 
 @pytest.mark.parametrize(

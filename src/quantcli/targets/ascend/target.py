@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
@@ -167,9 +166,9 @@ class Ascend(VllmTarget):
         if max(n, k) > MAX_SIDE:
             yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
 
-    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+    def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
-        yield from super().check(modules, tensors)
+        yield from super().check(modules)
         for module in modules:
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)

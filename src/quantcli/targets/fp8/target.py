@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import KEEP, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
@@ -76,7 +75,7 @@ class Fp8(VllmTarget):
             scales["input_scale"] = stored["input_scale"].float().reshape(1)
         return {"weight": stored["weight"], **scales}
 
-    def check(self, modules: Sequence[Module], tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+    def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """One scheme for the model; and as for all engines of the family."""
         labels = [(module.name, label_of(module.numerics)) for module in modules if module.numerics]
         for name, label in labels:
@@ -87,7 +86,7 @@ class Fp8(VllmTarget):
                     "scheme for the whole model"
                 )
                 yield Refusal(name, what, "use `target: compressed-tensors`, which can mix")
-        yield from super().check(modules, tensors)
+        yield from super().check(modules)
 
     def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """By the module's name, and by blocks that siblings would share."""

@@ -1,0 +1,77 @@
+"""The tables of a plan: the effect of each rule, and what stays float."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.inspection import fold
+from quantcli.planning.plan import Copy, Item, Kept, Quantize, RuleLine
+from quantcli.recipe.methods import methods_for
+from quantcli.recipe.recipe import Recipe, Rule
+from quantcli.sources.stacked import ExpertMatrix
+
+
+def tables(
+    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], assigned: Mapping[str, Rule | None]
+) -> tuple[tuple[RuleLine, ...], tuple[Kept, ...]]:
+    """Both tables of a plan. assigned: the rule of each module with a weight."""
+    lines = _rule_lines(recipe, items, assigned)
+    return tuple(lines), tuple(_kept(recipe, checkpoint, items, assigned))
+
+
+def _rule_lines(
+    recipe: Recipe, items: list[Item], assigned: Mapping[str, Rule | None]
+) -> Iterator[RuleLine]:
+    by_rule: dict[tuple[int, str], list[Quantize]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Quantize) and (rule := assigned[item.module]):
+            by_rule[rule.key].append(item)
+    instead = {rule.key: rule for rule in assigned.values() if rule and rule not in recipe.rules}
+    for rule in sorted([*recipe.rules, *instead.values()], key=lambda rule: rule.number):
+        if rule.scheme is not None:
+            rule_items = by_rule[rule.key]
+            label = recipe.target.label(rule.scheme.numerics)
+            yield RuleLine(
+                number=rule.number,
+                scheme=rule.scheme.name,
+                label=label,
+                modules=len(rule_items),
+                nbytes_before=sum(item.source.nbytes for item in rule_items),
+                nbytes_after=sum(out.spec.nbytes for item in rule_items for out in item.outputs),
+                loads_on=recipe.target.loads_on(label),
+            )
+
+
+def _kept(
+    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], assigned: Mapping[str, Rule | None]
+) -> Iterator[Kept]:
+    schemes = {item.scheme: None for item in items if isinstance(item, Quantize)}
+    edited = dict.fromkeys(method.edited_as for method in methods_for(recipe.methods, schemes))
+    matrices = {  # in each stack of experts
+        stored.stack.spec.name: name
+        for name, stored in checkpoint.tensors.items()
+        if isinstance(stored, ExpertMatrix)
+    }
+    groups: dict[str, list[Copy]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Copy):
+            spec = item.outputs[0].spec
+            module, _, suffix = matrices.get(spec.name, spec.name).rpartition(".")
+            rule = assigned.get(module) if suffix == "weight" else None
+            if rule is not None and rule.scheme is None:
+                reason = f"rules.{rule.number - 1}: {rule.keyword}"
+            else:
+                matrix = spec.name in matrices or (suffix == "weight" and len(spec.shape) == 2)
+                reason = "no rule matches" if matrix else "not a matrix"
+            if item.edit is not None:
+                reason = f"{' or '.join(filter(None, edited))}; else as it is"
+            if item.source.kind:
+                reason += ", decoded"
+            groups[reason].append(item)
+    for reason, copies in sorted(groups.items()):
+        specs = [out.spec for copy in copies for out in copy.outputs]
+        names = tuple(group.name for group in fold(specs))
+        before = sum(copy.source.nbytes for copy in copies)
+        yield Kept(reason, len(specs), before, sum(spec.nbytes for spec in specs), names)
