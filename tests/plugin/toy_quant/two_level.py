@@ -89,11 +89,11 @@ class TwoLevelTensors(VllmTarget):
 
     name: ClassVar[str] = NAME
 
-    def label(self, numerics: Numerics) -> str:
+    def layout(self, numerics: Numerics) -> Layout:
         """One alone."""
         if numerics != NUMERICS:
             raise cannot_store(self.name, numerics)
-        return NAME
+        return LAYOUT
 
     def loads_on(self, label: str) -> str:
         """Nothing."""
