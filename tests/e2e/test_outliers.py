@@ -188,7 +188,7 @@ def test_a_format_that_is_not_known_is_refused(tmp_path: Path, flags: list[str])
     write_safetensors(model / "model.safetensors", {"a.weight": ("U8", (1, 2), bytes(2))})
     done = run_cli("inspect", "--outliers", model, *flags)
     assert done.code == 2
-    assert "error: model is already quantized: unnamed, U8, 1 modules" in done.err
+    assert "error: model is already quantized: unnamed, U8, 1 module" in done.err
     assert "fix: start from the float checkpoint (bfloat16, float16 or float32)" in done.err
     assert done.out == "" or done.json["exit_code"] == 2
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import make_llama
 
 SUFFIXES = ("weight", "weight_scale", "weight_global_scale")
+Q = "model.layers.0.self_attn.q_proj"
 PLUGIN = Path(__file__).parents[1] / "plugin"
 RECIPE = """\
 target: toy-tensors
@@ -223,3 +224,38 @@ def test_a_name_that_is_taken(site: Path, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "two classes are named `w8a8_dynamic`" in done.stderr
     assert "uninstall toy-quant" in done.stderr
+
+
+def toy8(folder: Path, **damage: torch.Tensor) -> Path:
+    """A llama whose q_proj is stored in the format of the package."""
+    make_llama(folder, side=64)
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop(f"{Q}.weight").float()
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    tensors[f"{Q}.codes"] = ((weight / steps).round() + 128).to(torch.uint8)
+    tensors[f"{Q}.steps"] = steps
+    save_file({**tensors, **damage}, folder / "model.safetensors")
+    (folder / "toy8.json").write_text("{}")
+    return folder
+
+
+def test_a_source_format_of_a_package(site: Path, tmp_path: Path) -> None:
+    model, out = toy8(tmp_path / "toy8"), tmp_path / "out"
+    done = quantcli(site, "quantize", "vllm_int8_dynamic", "--model", model, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "decoded from toy8 (toy-quant 1.2): 1 module\n" in done.stdout
+    assert not (out / "toy8.json").exists()
+    stored = load_file(out / "model-00001-of-00001.safetensors")
+    source = load_file(model / "model.safetensors")
+    # the same largest code in each row: int8 finds the codes of the source again
+    assert torch.equal(stored[f"{Q}.weight"].int() + 128, source[f"{Q}.codes"].int())
+    checked = quantcli(site, "verify", out, "--full", "--against", model)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_damage_of_a_packages_format(site: Path, tmp_path: Path) -> None:
+    model = toy8(tmp_path / "toy8", **{f"{Q}.steps": torch.ones(64)})
+    done = quantcli(site, "quantize", "vllm_int8_dynamic", "--model", model, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"`{Q}.steps`" in done.stderr
+    assert "has F32 [64, 1]" in done.stderr

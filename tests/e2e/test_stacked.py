@@ -304,8 +304,8 @@ def test_a_stack_is_copied_by_blocks_of_rows(make: Callable[..., Bench]) -> None
         for job in jobs_of(shard.items):
             if len(job.item.source.spec.shape) == 3:
                 for rows in compute(job, plan.target, Calibrated(), 1000):
-                    ((spec, _, values),) = rows.outputs
-                    sizes.setdefault(spec.name, []).append(values.numel())
+                    ((output, _, values),) = rows.outputs
+                    sizes.setdefault(output.spec.name, []).append(values.numel())
     assert len(sizes) == 8
     for found in sizes.values():
         assert max(found) <= 2 * 2 * 1000

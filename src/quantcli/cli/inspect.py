@@ -93,7 +93,9 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
     out.line(f"weights       {decimal(contents['bytes'])} in {shards}: {dtypes}")
     out.line(f"tied          {contents['tied_embeddings']}")
     quantization = contents["quantization"]
-    text = f"{quantization['format']}, {quantization['modules']} modules" if quantization else ""
+    text = (
+        f"{quantization['format']}, {count(quantization['modules'], 'module')}" if quantization else ""
+    )
     out.line(f"quantization  {text or 'none, a float model'}")
     for name, why in contents["left_out"].items():
         if not (quantization and why == STALE):  # these files belong to quantized weights

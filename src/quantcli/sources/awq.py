@@ -9,28 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.columns import STRIP_BYTES, Columns
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.sources.base import Source, encoded
+from quantcli.sources.base import Source, SourceFormat, encoded
 from quantcli.sources.grouped import FLOAT, grouped_modules, open_rows
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def read(source: Source) -> Iterator[Encoded]:
-    """Every AWQ module. InputError for settings or tensors that do not fit."""
-    if (bits := source.whole("bits", "w_bit")) != 4:
-        raise source.refused(f"AWQ of {bits} bits: this version decodes 4", FLOAT)
-    if (version := source.word("version", "gemm")) != "gemm":
-        raise source.refused(f"AWQ in the layout `{version:.40}`: this version decodes `gemm`", FLOAT)
-    group = source.whole("group_size", "q_group_size")
-    for module in grouped_modules(source, "AWQ", lambda _: (bits, group), packed_along_k=False):
-        opened = partial(open_rows, module, _unpack)
-        yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
+class Awq(SourceFormat):
+    """AWQ for `gemm` kernels."""
+
+    name: ClassVar[str] = "awq"
+    methods: ClassVar[frozenset[str]] = frozenset({"awq"})
+    own_file: ClassVar[str] = "quant_config.json"
+
+    def read(self, source: Source) -> Iterator[Encoded]:
+        """Every AWQ module."""
+        if (bits := source.whole("bits", "w_bit")) != 4:
+            raise source.refused(f"AWQ of {bits} bits: this version decodes 4", FLOAT)
+        if (version := source.word("version", "gemm")) != "gemm":
+            what = f"AWQ in the layout `{version:.40}`: this version decodes `gemm`"
+            raise source.refused(what, FLOAT)
+        group = source.whole("group_size", "q_group_size")
+        for module in grouped_modules(source, "AWQ", lambda _: (bits, group), packed_along_k=False):
+            opened = partial(open_rows, module, _unpack)
+            yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
 
 
 def _unpack(codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:

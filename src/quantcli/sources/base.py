@@ -1,14 +1,15 @@
-"""The input of readers of a format, and their checks and messages."""
+"""The interface of a source format, the input of its reader, and checks and messages of readers."""
 
 from __future__ import annotations
 
 import reprlib
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -83,7 +84,32 @@ def wrong(stored: StoredTensor, what: str, fix: str = AGAIN) -> InputError:
     return InputError(what, where=f"`{stored.spec.name}` in {stored.file.name}", fix=fix)
 
 
-Read = Callable[[Source], Iterator[Encoded]]  # a format's reader
+class SourceFormat(ABC):
+    """A format of quantized checkpoints that is decoded to float. A file in this folder registers it.
+
+    name:     for messages; what most of its configs have as `quant_method`.
+    methods:  all values of `quant_method` that mean it, in lower case.
+    own_file: the file that has the settings if config.json has none; empty for none.
+    suffixes: of tensors that only a checkpoint of this format has; without them its settings are stale.
+              Those that several formats share are in checkpoint/detect.py.
+    """
+
+    name: ClassVar[str]
+    methods: ClassVar[frozenset[str]]
+    own_file: ClassVar[str] = ""
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+
+    def settings_of(self, table: Mapping[str, Any]) -> Any:
+        """The settings in the object of `own_file`; untrusted."""
+        return table
+
+    def shows(self, checkpoint: Checkpoint) -> bool:
+        """Whether the tensors of a checkpoint without any settings tell all that `read` must know."""
+        return False
+
+    @abstractmethod
+    def read(self, source: Source) -> Iterator[Encoded]:
+        """Every quantized module. InputError for settings or tensors that do not fit."""
 
 
 def needed(module: str, tensors: Tensors, suffix: str, codes: StoredTensor) -> StoredTensor:

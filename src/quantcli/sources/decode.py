@@ -13,27 +13,18 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
 from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache, quantization
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
+from quantcli.checkpoint.files import STALE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
-from quantcli.sources import awq, float8, gptq
-from quantcli.sources.base import AGAIN, Read, Source, check_scales, encoded, wrong
+from quantcli.core.registry import discover, packages_of
+from quantcli.core.text import count
+from quantcli.sources.base import AGAIN, Source, SourceFormat, check_scales, encoded, wrong
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.ascend.types import deq_from_stored
-from quantcli.targets.base import StoredCheckpoint, must_be_readable, must_be_sound, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, must_be_readable, must_be_sound, target_of
 from quantcli.targets.module_rows import ModuleReader
 
-# by `quant_method` in config.json
-_READERS: dict[str, Read] = {
-    "awq": awq.read,
-    "fbgemm_fp8": float8.read,
-    "fp8": float8.read,
-    "gptq": gptq.read,
-    "modelopt": float8.read_modelopt,
-    "mxfp8": float8.read,
-}
-_OWN_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # of older producers
-_MODELOPT = "hf_quant_config.json"
 # Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
 # to serve in.
 _OF_TENSORS = frozenset({"parameters", "siblings", "experts"})
@@ -50,7 +41,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.undecoded is not None:
         return checkpoint
-    source_format = quantization(checkpoint)
+    source_format = quantization(checkpoint) or _by_suffix(checkpoint)
     return split_experts(checkpoint if source_format is None else _decoded(checkpoint, source_format))
 
 
@@ -76,12 +67,20 @@ def _decoded(checkpoint: Checkpoint, source_format: Quantization) -> Checkpoint:
     if own:
         must_be_sound(own, _OF_TENSORS)
     for kind in decoded_kinds(weights):
-        notes.append(f"decoded from {kind['format']}: {kind['modules']} modules")
+        notes.append(f"decoded from {kind['format']}: {count(kind['modules'], 'module')}")
     if cache:
         notes.append(
             f"dropped {len(cache)} scales of the cache of keys and values, such as `{cache[0]}`"
         )
-    return replace(checkpoint, tensors=tensors, undecoded=checkpoint.tensors, notes=notes)
+    stale = {each.own_file for each in _formats()} & checkpoint.aux.keys()
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        undecoded=checkpoint.tensors,
+        notes=notes,
+        aux={name: size for name, size in checkpoint.aux.items() if name not in stale},
+        left_out={**checkpoint.left_out, **dict.fromkeys(sorted(stale), STALE)},
+    )
 
 
 def _read(
@@ -89,24 +88,54 @@ def _read(
 ) -> tuple[Sequence[Encoded], StoredCheckpoint | None]:
     """The modules, and the stored checkpoint of the target that read them, if one did."""
     settings, where = _settings(checkpoint)
-    method = settings.get("quant_method")
-    if isinstance(method, str) and method.lower() in _READERS:
-        source = Source(checkpoint, settings, where, notes)
-        return list(_READERS[method.lower()](source)), None
+    reader = _named(settings)
+    if reader is not None:
+        return list(_weights(reader, Source(checkpoint, settings, where, notes))), None
     target = target_of(checkpoint)
-    if not settings and (target is None or target.name == "fp8") and float8.unnamed(checkpoint):
-        return list(float8.read(Source(checkpoint, settings, where))), None
+    if not settings and (target is None or target.name == "fp8"):
+        reader = next((each for each in _formats() if each.shows(checkpoint)), None)
+        if reader is not None:
+            return list(_weights(reader, Source(checkpoint, settings, where, notes))), None
     if target is not None:
         own = target.open_stored(replace(checkpoint, tensors=_with_columns(checkpoint.tensors)))
         must_be_readable(own)
         return list(_read_own(own, target.name)), own
-    names = sorted({*_READERS, "ascend", "compressed-tensors"})
+    names = sorted({*(m for each in _formats() for m in each.methods), *discover(Target)})
+    modules = count(source_format.modules, "module")
     raise InputError(
-        f"model is already quantized: {source_format.format}, {source_format.modules} modules; "
+        f"model is already quantized: {source_format.format}, {modules}; "
         f"this version decodes {', '.join(names)}",
         where=f"{checkpoint.path}, {source_format.evidence}",
         fix=_FLOAT,
     )
+
+
+def _weights(reader: SourceFormat, source: Source) -> Iterator[Encoded]:
+    """Every module; the kind names the package of a format that is not quantcli's own."""
+    package = "".join(f" ({name} {version})" for name, version in packages_of([type(reader)]).items())
+    for weight in reader.read(source):
+        yield replace(weight, kind=weight.kind + package) if package else weight
+
+
+def _formats() -> list[SourceFormat]:
+    """Every source format that is not that of a target."""
+    return [cls() for cls in discover(SourceFormat).values()]
+
+
+def _by_suffix(checkpoint: Checkpoint) -> Quantization | None:
+    """The quantization of a checkpoint with tensors that one format alone has."""
+    for each in _formats():
+        specs = [spec for spec in checkpoint.specs() if spec.name.rpartition(".")[2] in each.suffixes]
+        if specs:
+            return Quantization(each.name, len(specs), f"`{specs[0].name}` {specs[0]}")
+    return None
+
+
+def _named(settings: Mapping[str, Any]) -> SourceFormat | None:
+    """The source format that settings name."""
+    method = settings.get("quant_method")
+    word = method.lower() if isinstance(method, str) else None
+    return next((each for each in _formats() if word in each.methods), None)
 
 
 def _with_columns(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -134,15 +163,14 @@ def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
                     where=str(checkpoint.path / CONFIG),
                     fix=AGAIN,
                 )
-    for name, method in _OWN_FILES.items():
-        if name in checkpoint.left_out and (checkpoint.path / name).is_file():
-            return {"quant_method": method, **read_json_file(checkpoint.path / name)}, name
-    if (checkpoint.path / _MODELOPT).is_file():
-        table = read_json_file(checkpoint.path / _MODELOPT).get("quantization")
-        if not isinstance(table, dict):
-            what = f"`quantization` is {reprlib.repr(table)}, not an object"
-            raise InputError(what, where=str(checkpoint.path / _MODELOPT), fix=AGAIN)
-        return {**table, "quant_method": "modelopt"}, _MODELOPT
+    for each in _formats():
+        path = checkpoint.path / each.own_file
+        if each.own_file and path.is_file():
+            table = each.settings_of(read_json_file(path))
+            if not isinstance(table, dict):
+                what = f"`quantization` is {reprlib.repr(table)}, not an object"
+                raise InputError(what, where=str(path), fix=AGAIN)
+            return {"quant_method": each.name, **table}, each.own_file
     return {}, CONFIG
 
 
@@ -156,21 +184,22 @@ def _refuse_code(
     format."""
     spec = tensor.spec
     module, _, suffix = spec.name.rpartition(".")
-    if not is_quantized(spec) and suffix not in _BESIDE:
+    beside = _BESIDE.union(*(each.suffixes for each in _formats()))
+    if not is_quantized(spec) and suffix not in beside:
         return
     errors = [finding for finding in findings if finding.severity == "error"]
     for finding in errors:
         message = f"{finding.what} {finding.where}"
         if f"`{module}`" in message or f"`{module}." in message:
             raise _error_of(finding, tensor)
-    if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in _BESIDE:
+    if suffix != "weight" and f"{module}.weight" not in checkpoint.tensors and suffix in beside:
         raise wrong(tensor, f"`{spec.name}` belongs to no weight: the module has no codes")
     if errors:
         raise _error_of(errors[0], tensor)
     if not weights:
         what = f"is {spec}: config.json declares this format, but no tensor uses it"
         raise wrong(tensor, what, _FLOAT)
-    example = f"{len(weights)} modules such as `{weights[0].spec.name.removesuffix('.weight')}`"
+    example = f"{count(weights, 'module')} such as `{weights[0].spec.name.removesuffix('.weight')}`"
     other = f"`{module}` with its {suffix} {spec} is not"
     raise wrong(tensor, f"formats are mixed: {example} are {weights[0].kind}, and {other}", _FLOAT)
 

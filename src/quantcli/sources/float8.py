@@ -1,4 +1,4 @@
-"""FP8 weights with a scale per tensor, row or block: DeepSeek and its like, `fbgemm_fp8`, ModelOpt.
+"""FP8 weights with a scale per tensor, row or block: DeepSeek and its like, `fbgemm_fp8`.
 
 A scale of uint8 is an exponent (E8M0): 2^(scale - 127).
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,35 +19,42 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.core.codes import fp8_values, scale_values
-from quantcli.sources.base import SCALES, Source, check_scales, encoded, matrix, wrong
+from quantcli.sources.base import SCALES, Source, SourceFormat, check_scales, encoded, matrix, wrong
 from quantcli.targets.fp8.config import E4M3
 
 _OTHER_FP8 = {"F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 # all multiply: the first by misnomer; the last is ComfyUI's
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "scale_weight")
 _OF_INPUTS = ("input_scale", "input_scale_inv", "activation_scale", "input_scale_ub", "scale_input")
-# ModelOpt's names of formats, and the sides of a block.
-# Source: Model-Optimizer a2fbac7b, modelopt/torch/export/quant_utils.py; vllm 0.32.0,
-# model_executor/layers/quantization/modelopt.py:320-403.
-_MODELOPT: dict[str, list[int] | None] = {
-    "fp8": None,
-    "fp8_per_channel_per_token": None,
-    "fp8_pb_wo": [128, 128],
-}
+
+
+class Float8(SourceFormat):
+    """FP8 of DeepSeek and its like."""
+
+    name: ClassVar[str] = "fp8"
+    methods: ClassVar[frozenset[str]] = frozenset({"fp8", "fbgemm_fp8", "mxfp8"})
+
+    def shows(self, checkpoint: Checkpoint) -> bool:
+        """Whether every e4m3 weight has one scale, or one for each row."""
+        return _unnamed(checkpoint)
+
+    def read(self, source: Source) -> Iterator[Encoded]:
+        """Every FP8 module."""
+        return read(source)
 
 
 def read(source: Source) -> Iterator[Encoded]:
     """Every FP8 module, if config.json says `fp8`. InputError for tensors that do not fit."""
     block = _block(source)
     if source.word("fmt", "e4m3") not in E4M3:
-        raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", _FLOAT)
+        raise source.refused(f"`fmt` is {source.word('fmt', '')!r:.40}: only e4m3 is decoded", FLOAT)
     for module, tensors in source.modules.items():
         weight = tensors.get("weight")
         if weight is None or not weight.spec.dtype.startswith("F8_"):
             continue
         if weight.spec.dtype != "F8_E4M3":
             kind = _OTHER_FP8.get(weight.spec.dtype, weight.spec.dtype)
-            raise wrong(weight, f"codes are fp8 {kind}: only e4m3 is decoded", _FLOAT)
+            raise wrong(weight, f"codes are fp8 {kind}: only e4m3 is decoded", FLOAT)
         n, k = matrix(weight)
         scales = [tensors[suffix] for suffix in _WEIGHT_SCALES if suffix in tensors]
         if len(scales) != 1:
@@ -59,17 +67,7 @@ def read(source: Source) -> Iterator[Encoded]:
         yield encoded(module, (n, k), parts, partial(open_rows, weight, scale, tile), kind)
 
 
-def read_modelopt(source: Source) -> Iterator[Encoded]:
-    """Every FP8 module of ModelOpt. InputError for its other formats."""
-    algorithm = source.word("quant_algo", "")
-    if algorithm not in _MODELOPT:
-        formats = ", ".join(name.upper() for name in _MODELOPT)
-        what = f"`quant_algo` is {algorithm.upper()!r:.40}: this version decodes {formats}"
-        raise source.refused(what, _FLOAT)
-    yield from read(replace(source, settings={"weight_block_size": _MODELOPT[algorithm]}))
-
-
-def unnamed(checkpoint: Checkpoint) -> bool:
+def _unnamed(checkpoint: Checkpoint) -> bool:
     """Whether every e4m3 weight has one scale, or one for each row: their headers tell all of it."""
     plain = []
     for name, stored in checkpoint.tensors.items():
@@ -149,4 +147,4 @@ class Float8Rows:
         return fp8_values(codes, scale, columns)
 
 
-_FLOAT = "start from the float checkpoint"
+FLOAT = "start from the float checkpoint"

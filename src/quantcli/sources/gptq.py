@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,48 +24,55 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.codes import unpack_rows
 from quantcli.core.errors import InputError
-from quantcli.sources.base import AGAIN, Source, encoded, must_be, wrong
+from quantcli.sources.base import AGAIN, Source, SourceFormat, encoded, must_be, wrong
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 from quantcli.targets.gptq.config import read_config
 from quantcli.targets.gptq.kinds import VERSIONS, zero_points
 
 
-def read(source: Source) -> Iterator[Encoded]:
-    """Every GPTQ module. InputError for settings or tensors that do not fit."""
-    bits = source.whole("bits")
-    if bits not in {4, 8}:
-        raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)
-    stored_as = source.word("checkpoint_format", "gptq")
-    if stored_as not in VERSIONS or source.settings.get("is_marlin_format"):
-        reason = stored_as if stored_as not in VERSIONS else "marlin"
-        formats = " and ".join(f"`{name}`" for name in VERSIONS)
-        raise source.refused(
-            f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
-        )
-    group = source.whole("group_size")
-    symmetric = source.settings.get("sym") is True
-    checked = False
-    numbers = _by_name(source) if source.settings.get("dynamic") else lambda _: (bits, group)
-    for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
-        n, k = module.shape
-        middle = 2 ** (module.bits - 1) if symmetric else None
-        if not checked and symmetric:
-            stored_as = _layout_of(source, module, stored_as)
-        elif not checked:
-            source.notes.extend(_doubt(module, stored_as, source.where))
-        checked = True
-        parts: tuple[StoredTensor, ...] = module.parts
-        index = module.tensors.get("g_idx")
-        if index is not None:
-            parts = (*parts, index)
-            if index.spec.numel:
-                must_be(index, ("I32", "I64"), (k,), f"GPTQ of {n} x {k}")
-            else:
-                index = None
-        kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
-        unpack = _Unpack(module, VERSIONS[stored_as], middle)
-        opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
-        yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
+class Gptq(SourceFormat):
+    """GPTQ of 4 and 8 bits, in both versions of its zero points."""
+
+    name: ClassVar[str] = "gptq"
+    methods: ClassVar[frozenset[str]] = frozenset({"gptq"})
+    own_file: ClassVar[str] = "quantize_config.json"
+
+    def read(self, source: Source) -> Iterator[Encoded]:
+        """Every GPTQ module."""
+        bits = source.whole("bits")
+        if bits not in {4, 8}:
+            raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)
+        stored_as = source.word("checkpoint_format", "gptq")
+        if stored_as not in VERSIONS or source.settings.get("is_marlin_format"):
+            reason = stored_as if stored_as not in VERSIONS else "marlin"
+            formats = " and ".join(f"`{name}`" for name in VERSIONS)
+            raise source.refused(
+                f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
+            )
+        group = source.whole("group_size")
+        symmetric = source.settings.get("sym") is True
+        checked = False
+        numbers = _by_name(source) if source.settings.get("dynamic") else lambda _: (bits, group)
+        for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
+            n, k = module.shape
+            middle = 2 ** (module.bits - 1) if symmetric else None
+            if not checked and symmetric:
+                stored_as = _layout_of(source, module, stored_as)
+            elif not checked:
+                source.notes.extend(_doubt(module, stored_as, source.where))
+            checked = True
+            parts: tuple[StoredTensor, ...] = module.parts
+            index = module.tensors.get("g_idx")
+            if index is not None:
+                parts = (*parts, index)
+                if index.spec.numel:
+                    must_be(index, ("I32", "I64"), (k,), f"GPTQ of {n} x {k}")
+                else:
+                    index = None
+            kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
+            unpack = _Unpack(module, VERSIONS[stored_as], middle)
+            opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
+            yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
 
 
 def _by_name(source: Source) -> Callable[[str], tuple[int, int]]:

@@ -305,7 +305,7 @@ def test_operands_name_every_scheme_that_stores_weights_so(tmp_path: Path) -> No
 
 
 def test_quantized_and_transposed_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="already quantized: unnamed, I8, 1 modules") as caught:
+    with pytest.raises(InputError, match="already quantized: unnamed, I8, 1 module") as caught:
         statistics_of(tmp_path / "q", {"a.weight": tensor("I8", 4, 4)})
     assert caught.value.fix == "start from the float checkpoint (bfloat16, float16 or float32)"
     with pytest.raises(InputError, match="weights of `gpt2` are stored transposed"):

@@ -96,7 +96,7 @@ def test_fp8_blocks(tmp_path, n, k, block):
     found = opened(tmp_path, tensors, settings)
     stored = check(found, "a", weight)
     assert stored.nbytes == n * k + 4 * -(-n // block[0]) * -(-k // block[1])
-    assert found.notes == [f"decoded from fp8 blocks of {block[0]} x {block[1]}: 1 modules"]
+    assert found.notes == [f"decoded from fp8 blocks of {block[0]} x {block[1]}: 1 module"]
     assert list(found.tensors) == ["model.norm.weight", "a.weight"]
 
 
@@ -152,7 +152,7 @@ def test_awq(tmp_path, monkeypatch, n, k, group):
     found = opened(tmp_path, tensors, AWQ | {"group_size": group})
     stored = check(found, "a", weight)
     kind = "per channel" if group == -1 else f"in groups of {group}"
-    assert found.notes == [f"decoded from awq int4 {kind}: 1 modules"]
+    assert found.notes == [f"decoded from awq int4 {kind}: 1 module"]
     assert stored.nbytes == sum(len(data) for _, _, data in tensors.values())
     assert list(found.tensors) == ["model.norm.weight", "a.weight"]
 
@@ -500,10 +500,10 @@ FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
         (fp8(weight=("F8_E4M3FNUZ", (130, 200), bytes(26000))), BLOCKS, "codes are fp8 e4m3fnuz"),
         (fp8(weight=("F8_E4M3", (2, 65, 200), bytes(26000))), BLOCKS, "codes are F8_E4M3 [2, 65, 200]"),
         (without(fp8(), "weight"), BLOCKS, "`a.weight_scale_inv` belongs to no weight"),
-        (fp8() | {"b.weight": tensor("I8", 4, 4)}, BLOCKS, "mixed: 1 modules such as `a` are"),
+        (fp8() | {"b.weight": tensor("I8", 4, 4)}, BLOCKS, "mixed: 1 module such as `a` are"),
         (fp8() | {"b.weight_scale": tensor("F32", 1)}, BLOCKS, "`b.weight_scale` belongs to no weight"),
         (fp8() | AWQ_TENSORS | {"b.qweight": tensor("I32", 4, 4)}, BLOCKS, "formats are mixed"),
-        (fp8(), {"quant_method": "bitsandbytes"}, "already quantized: bitsandbytes, 1 modules"),
+        (fp8(), {"quant_method": "bitsandbytes"}, "already quantized: bitsandbytes, 1 module"),
         (fp8(), {"quant_method": "gguf"}, "this version decodes ascend, awq, compressed-tensors"),
         (fp8(), {"quant_method": ["fp8"]}, "already quantized"),
         (fp8(), None, "has no quantization_config for its fp8 weights"),
