@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.spec import TensorSpec
 
 Head: TypeAlias = Literal["stored", "tied", "none", "lost"]
 
-HEADS = ("lm_head.weight", "lm_head.weight_packed", "lm_head.qweight")  # ends of names of its weight
+# ends of names of tensors that go with codes
+_OF_CODES = ("scale", "scales", "scale_inv", "offset", "zero_point", "qzeros", "scale_second")
 # Classes of models that put out the next token. Drafts take the head of the model that they draft for.
 # Source: transformers 5.23, models/auto/modeling_auto.py, the names of the mappings for generation.
 _GENERATES = re.compile(
@@ -34,7 +37,7 @@ def lm_head(checkpoint: Checkpoint) -> Head:
 
     lost: neither stored nor tied, in a model of a class that has one.
     """
-    if any(name.endswith(HEADS) for name in checkpoint.tensors):
+    if head_weight(stored.spec for stored in checkpoint.tensors.values()):
         return "stored"
     if tied(checkpoint) is not False:
         return "tied"
@@ -45,6 +48,17 @@ def lm_head(checkpoint: Checkpoint) -> Head:
         return "none"
     # a backbone that was saved alone: a model with a head has it under a name, such as `model`
     return "none" if "embed_tokens.weight" in checkpoint.tensors else "lost"
+
+
+def head_weight(specs: Iterable[TensorSpec]) -> str | None:
+    """Name of the tensor with the weight of the lm_head, or its codes under any name; None if there is
+    none."""
+    own = []
+    for spec in specs:
+        module, _, suffix = spec.name.rpartition(".")
+        if module.endswith("lm_head") and len(spec.shape) == 2 and not suffix.endswith(_OF_CODES):
+            own.append(spec)
+    return max(own, key=lambda spec: spec.numel).name if own else None
 
 
 def tied(checkpoint: Checkpoint) -> bool | None:

@@ -89,8 +89,15 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
                 f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
                 "with quantized experts",
                 where=f"`{name}`",
-                fix="use `target: compressed-tensors` or `target: fp8`",
+                fix=f"use {' or '.join(_takers(str(kind)))}",
             )
+
+
+def _takers(model_type: str) -> Iterator[str]:
+    """The targets whose engines take single experts of a family, as text."""
+    for name, cls in discover(Target).items():
+        if cls().takes_split_experts(model_type):
+            yield f"`target: {name}`"
 
 
 def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -> None:

@@ -22,7 +22,14 @@ from quantcli.core.text import count
 from quantcli.sources.base import AGAIN, Source, SourceFormat, check_scales, encoded, wrong
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.ascend.types import deq_from_stored
-from quantcli.targets.base import StoredCheckpoint, Target, must_be_readable, must_be_sound, target_of
+from quantcli.targets.base import (
+    StoredCheckpoint,
+    Target,
+    files_of_targets,
+    must_be_readable,
+    must_be_sound,
+    target_of,
+)
 from quantcli.targets.module_rows import ModuleReader
 
 # Checks of the numbers, which matter to any reader; not those that only serving needs, such as a dtype
@@ -72,7 +79,8 @@ def _decoded(checkpoint: Checkpoint, source_format: Quantization) -> Checkpoint:
         notes.append(
             f"dropped {len(cache)} scales of the cache of keys and values, such as `{cache[0]}`"
         )
-    stale = {each.own_file for each in _formats()} & checkpoint.aux.keys()
+    own_files = {*(each.own_file for each in _formats()), *files_of_targets()}
+    stale = own_files & checkpoint.aux.keys()
     return replace(
         checkpoint,
         tensors=tensors,

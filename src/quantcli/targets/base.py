@@ -80,6 +80,8 @@ class Target(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
+    # generated files that only this format has, and the check of `verify` that their faults belong to
+    files: ClassVar[Mapping[str, str]] = {}
 
     @property
     def article(self) -> str:
@@ -172,6 +174,11 @@ class Target(BaseModel, ABC):
     @abstractmethod
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of this format, untrusted; damage is among its findings."""
+
+
+def files_of_targets() -> dict[str, str]:
+    """The files of all targets next to config.json and the index; see `Target.files`."""
+    return {name: check for cls in discover(Target).values() for name, check in cls.files.items()}
 
 
 def others_that_store(numerics: Numerics) -> str:

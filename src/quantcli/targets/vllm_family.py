@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.head import HEADS
+from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
@@ -153,7 +153,7 @@ def float_linear(module: str) -> str | None:
 
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
-    if any(name.endswith(HEADS) for name in tensors):
+    if head_weight(tensors.values()):
         return None
     for name in tensors:
         parts = name.split(".")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
-from quantcli.checkpoint.head import HEADS
+from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.text import count
@@ -73,10 +73,10 @@ def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]
 
 def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A note for a head that is stored though config.json says, at either level, that it is tied."""
-    heads = [n for n in checkpoint.tensors if n.endswith(HEADS)]
+    head = head_weight(stored.spec for stored in checkpoint.tensors.values())
     for place, level in _text_levels(checkpoint.config):
-        if heads and level.get("tie_word_embeddings") is True:
-            what = f"`{place}tie_word_embeddings` is true, and `{heads[0]}` is stored: engines that "
+        if head and level.get("tie_word_embeddings") is True:
+            what = f"`{place}tie_word_embeddings` is true, and `{head}` is stored: engines that "
             what += "read this key leave it out, and take the embeddings for a head"
             yield noted("config", what, CONFIG)
 

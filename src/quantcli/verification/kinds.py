@@ -13,15 +13,12 @@ from quantcli.checkpoint.files import (
     RECIPE_FILE,
     SOURCE_RECIPE,
 )
-from quantcli.targets.ascend.loader import DESCRIPTION
-from quantcli.targets.gptq.config import FILE as GPTQ_CONFIG
+from quantcli.targets.base import files_of_targets
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "vocab.tiktoken", "qwen.tiktoken",
 )  # fmt: skip
-# Files without weights that quantcli writes next to copies of the source's.
-WRITTEN = frozenset({CONFIG, INDEX, DESCRIPTION, GPTQ_CONFIG, MANIFEST, RECIPE_FILE, SOURCE_RECIPE})
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _TEMPLATE = re.compile(r"chat_template.*|.*\.(jinja|jinja2|j2)")
 _TOKENIZER = re.compile(
@@ -33,6 +30,11 @@ _UNREAD = re.compile(
     r"|.*\.(md|rst|txt|pdf|png|jpe?g|gif|svg|webp|csv|log|ya?ml)"
     r"|.*\.(sig|asc|minisig|sigstore|sigstore\.json|intoto\.jsonl|pem|sha256|sha512|md5)"
 )
+
+
+def written() -> set[str]:
+    """Names of files without weights that quantcli writes next to copies of the source's."""
+    return {CONFIG, INDEX, *files_of_targets(), MANIFEST, RECIPE_FILE, SOURCE_RECIPE}
 
 
 def use_of(name: str) -> str | None:

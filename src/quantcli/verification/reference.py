@@ -25,7 +25,7 @@ from quantcli.targets.module_rows import ModuleReader
 from quantcli.targets.stored_format import some
 from quantcli.verification.compare import Weight, rows_of
 from quantcli.verification.config import OF_PRODUCER, compare_config
-from quantcli.verification.kinds import WRITTEN, use_of
+from quantcli.verification.kinds import use_of, written
 from quantcli.verification.outcome import CONVERT
 
 _BLOCK = 2**20  # bytes that are compared together
@@ -185,7 +185,7 @@ def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
             elif sealed or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
-    for name in sorted(present - {*reference.aux, *ours.shards, *WRITTEN}):
+    for name in sorted(present - {*reference.aux, *ours.shards, *written()}):
         if not _is_own_index(ours, name):  # the check of files has a note on it
             yield _added(name, ours.path / name, reference.path / name)
 

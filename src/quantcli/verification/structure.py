@@ -23,7 +23,7 @@ from quantcli.checkpoint.head import generates, lm_head
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
-from quantcli.targets.base import StoredCheckpoint, Target, target_of
+from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
 from quantcli.targets.layouts import own_names
 from quantcli.targets.vllm_family import uneven_experts
 from quantcli.verification.config import check_dtypes, check_tied
@@ -33,12 +33,6 @@ from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import Model, check_sizes
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
-_ENGINE_READS = {
-    CONFIG: "config",
-    INDEX: "index",
-    "quant_model_description.json": "description",
-    "quantize_config.json": "config",
-}
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
 _ADDED = "remove it, or copy the checkpoint again"
 # checks that fail if the source itself was incomplete
@@ -105,7 +99,7 @@ def _open(path: Path) -> Structure:
     report.count("headers", len(checkpoint.shards))
     report.count("index", len(checkpoint.tensors))
     report.add(_problems(checkpoint.problems))
-    for name, check in _ENGINE_READS.items():
+    for name, check in {CONFIG: "config", INDEX: "index", **files_of_targets()}.items():
         if has_byte_order_mark(checkpoint.path / name):
             what, fix = "begins with a byte order mark, at which engines stop", "save it without"
             report.add([failed(check, what, name, fix)])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.head import Head, generates, lm_head, tied
+from quantcli.checkpoint.head import Head, generates, head_weight, lm_head, tied
 from quantcli.checkpoint.inspection import tied_embeddings
+from quantcli.checkpoint.spec import TensorSpec
 from tests.builders import make_model, tensor
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -86,3 +87,29 @@ def test_a_model_of_sentence_transformers_puts_out_embeddings(tmp_path: Path) ->
 )
 def test_tied(tmp_path: Path, config: dict[str, Any], found: bool | None) -> None:
     assert tied(model(tmp_path, EMBEDDING, **config)) is found
+
+
+NORM = TensorSpec("model.norm.weight", "BF16", (8,))
+EMBEDDING = TensorSpec("model.embed_tokens.weight", "BF16", (64, 8))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        ({"lm_head.weight": ("BF16", (64, 8))}, "lm_head.weight"),
+        ({"lm_head.weight": ("I8", (64, 8)), "lm_head.weight_scale": ("F32", (64, 1))},
+         "lm_head.weight"),
+        ({"lm_head.qweight": ("I32", (1, 64)), "lm_head.qzeros": ("I32", (1, 8)),
+          "lm_head.scales": ("F16", (1, 64)), "lm_head.g_idx": ("I32", (8,))}, "lm_head.qweight"),
+        ({"lm_head.weight_packed": ("I32", (64, 1)), "lm_head.weight_shape": ("I64", (2,)),
+          "lm_head.weight_scale": ("BF16", (64, 4))}, "lm_head.weight_packed"),
+        ({"thinker.lm_head.codes": ("U8", (64, 4))}, "thinker.lm_head.codes"),
+        ({"lm_head.weight_scale": ("F32", (64, 1))}, None),  # its codes are lost
+        ({"lm_head.bias": ("BF16", (64,))}, None),
+        ({"lm_head.norm.weight": ("BF16", (64, 8))}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_weight_of_the_head(tensors, found):
+    specs = [TensorSpec(name, *rest) for name, rest in tensors.items()]
+    assert head_weight([NORM, EMBEDDING, *specs]) == found

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.verification.config import check_dtypes, check_tied, compare_config
 
-HEAD = {"lm_head.weight": SimpleNamespace(spec=SimpleNamespace(dtype="BF16"))}
+HEAD = {"lm_head.weight": SimpleNamespace(spec=TensorSpec("lm_head.weight", "BF16", (8, 4)))}
 BLOCK = {"quant_method": "compressed-tensors"}
 
 

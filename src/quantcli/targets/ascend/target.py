@@ -52,6 +52,7 @@ class Ascend(VllmTarget):
     """The format that vLLM-Ascend loads; its description names every tensor."""
 
     name: ClassVar[str] = "ascend"
+    files: ClassVar[Mapping[str, str]] = {DESCRIPTION: "description"}
     float_label: ClassVar[str] = FLOAT
     tp: int | None = Field(
         None,

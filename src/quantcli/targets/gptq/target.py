@@ -31,6 +31,7 @@ class Gptq(VllmTarget):
     """
 
     name: ClassVar[str] = METHOD
+    files: ClassVar[Mapping[str, str]] = {FILE: "config"}
 
     def layout(self, numerics: Numerics) -> Layout:
         """qweight, scales, qzeros, g_idx: see `layout_of`."""
