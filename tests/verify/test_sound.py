@@ -1,9 +1,14 @@
 """No false alarm: whatever quantcli writes, and what the reference producer does, is found sound."""
 
-import pytest
+import shutil
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quantcli.commands.quantize import plan, quantize
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
+from tests.tiny_models import make_tiny
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "stablelm",
          "multimodal")  # fmt: skip
@@ -63,3 +68,39 @@ def test_golden(stock, name):
     notes = examine(stock.golden(name))
     assert notes[0] == NO_MANIFEST
     assert [note[: len(OLD_W4A8)] for note in notes[1:]] == [OLD_W4A8] * (name == "w4a8_dynamic")
+
+
+def halve_and_double(tensors):
+    """One row of v in two layers, and one channel of both norms of the first: what reads it doubles."""
+    for layer in ("model.layers.0", "model.layers.1"):
+        tensors[f"{layer}.self_attn.v_proj.weight"][3] /= 2
+        tensors[f"{layer}.self_attn.o_proj.weight"][:, 3] *= 2
+    layer = "model.layers.0"
+    for norm, readers in (
+        ("input_layernorm", [f"self_attn.{letter}_proj" for letter in "qkv"]),
+        ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
+    ):
+        tensors[f"{layer}.{norm}.weight"][5] /= 2
+        for reader in readers:
+            tensors[f"{layer}.{reader}.weight"][:, 5] *= 2
+
+
+def test_edits_of_one_row_and_the_same_of_two_norms(tmp_path):
+    """One row in many moves no weight's SQNR below its limit. Both norms have the same factors."""
+    model = make_tiny(tmp_path / "model", "llama", num_key_value_heads=4)
+    edited = shutil.copytree(model, tmp_path / "edited")
+    tensors = load_file(edited / "model.safetensors")
+    halve_and_double(tensors)
+    save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('target: compressed-tensors\nrules: [{match: "*_proj", scheme: w8a8_dynamic}]\n')
+    quantize(plan(recipe, model=str(edited), out=tmp_path / "out"))
+    (tmp_path / "out" / "quantcli_manifest.json").unlink()  # it names the edited model
+    report = verify(VerifyOptions(tmp_path / "out", full=True, against=str(model)))
+    assert [finding.what for finding in report.errors] == []
+    edits = {module.module.removeprefix("model.layers."): module.edited for module in report.modules}
+    assert edits["0.self_attn.v_proj"] == "1 rows x 0.5..0.5, 1 columns x 2..2"
+    assert edits["1.self_attn.v_proj"] == "1 rows x 0.5..0.5"
+    columns = [name for name, edit in edits.items() if edit == "1 columns x 2..2"]
+    readers = ("mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{letter}_proj" for letter in "kqo"))
+    assert sorted(columns) == sorted([*(f"0.{reader}" for reader in readers), "1.self_attn.o_proj"])

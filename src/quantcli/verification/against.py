@@ -120,7 +120,9 @@ class _Layer:
         norms = {name: pair for name, pair in self.vectors.items() if name.endswith(".weight")}
         options = candidates(norms)
         for group in _siblings(self.bounds):
-            yield from self._compare(group, options)
+            # of norms that were divided alike, each group takes one that no other group has
+            taken = {matrix.producer for matrix in self.edited}
+            yield from self._compare(group, sorted(options, key=lambda c: c.producer in taken))
         if self.unlike:
             return  # edits of a weight that is not in the model are unknown
         yield from _vectors(self.vectors, self.edited)
@@ -168,7 +170,10 @@ class _Layer:
         comparisons = {module: compare(pair) for module, pair in pairs.items()}
         limits = {module: self._limit(module) for module in pairs}
         factors: dict[str, FittedFactors] = {}
-        poor = any(comparisons[module].sqnr_db < limits[module] for module in pairs)
+        poor = any(
+            comparison.sqnr_db < limits[module] or self.bounds[module].damage(comparison)
+            for module, comparison in comparisons.items()
+        )
         if (norms or poor) and pairs and all(c.finite for c in comparisons.values()):
             alike = len({pair.k for pair in pairs.values()}) == 1
             columns = choose(list(pairs.values()), norms) if alike else None

@@ -49,7 +49,7 @@ class Bounds:
     row_db: float = -math.inf
     largest: float = math.inf
 
-    def damage(self, report: ModuleReport) -> str | None:
+    def damage(self, report: ModuleReport | Comparison) -> str | None:
         """The row or number that is off by more than rounding; None if there is none."""
         row_db = report.worst_rows[0].sqnr_db if report.worst_rows else math.inf
         if row_db < self.row_db:

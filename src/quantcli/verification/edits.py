@@ -205,10 +205,11 @@ def check_layer(
 
 
 def _read_by(factors: FittedFactors) -> Tensor:
-    """Factors of a matrix's inputs [k]. One factor of all rows may be one of all columns: the numbers
-    are the same."""
-    alike = bool((factors.columns == 1).all()) and _same(factors.rows, factors.rows[:1])
-    return factors.columns * factors.rows[0] if alike else factors.columns
+    """Factors of a matrix's inputs [k]. If all rows have one factor and all columns another, the numbers
+    tell their product alone: it may be that of the columns."""
+    rows, columns = factors.rows, factors.columns
+    alike = _same(columns, columns[:1]) and _same(rows, rows[:1])
+    return columns * rows[0] if alike else columns
 
 
 def _answers(rows: Tensor, columns: Tensor) -> bool:

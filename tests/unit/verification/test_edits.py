@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantcli.verification.edits import Candidate, choose
+from quantcli.verification.compare import FittedFactors
+from quantcli.verification.edits import Candidate, Edited, check_layer, choose
 from tests.unit.verification.test_compare import pair_of
 
 
@@ -28,3 +29,16 @@ def test_none_where_nothing_has_changed():
     found = choose([pair_of(weight, weight + 0.01)], [wide])
     assert found is not None
     assert found.producer == ""
+
+
+@pytest.mark.parametrize("norm", [0.25, 0.625])
+def test_one_factor_of_all_rows_and_columns_may_be_that_of_the_columns(norm):
+    """A reader with one factor 2 of all columns, of which fits made columns and rows."""
+    rows = FittedFactors(torch.full((8,), 0.5), torch.linspace(1, 2, 16))
+    fitted = FittedFactors(torch.full((6,), 2 / norm), torch.full((16,), norm))
+    matrices = [Edited("a.v_proj", rows, "a.norm"), Edited("a.o_proj", fitted, "b.norm")]
+    assert not list(check_layer(["a.norm", "b.norm"], matrices, {}))
+    other = FittedFactors(torch.full((6,), 3 / norm), torch.full((16,), norm))
+    matrices[1] = Edited("a.o_proj", other, "b.norm")
+    whats = {finding.where: finding.what for finding in check_layer([], matrices, {})}
+    assert whats["`a.v_proj`"].startswith("its rows were multiplied")
