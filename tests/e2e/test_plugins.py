@@ -146,6 +146,27 @@ def test_scales_of_two_levels(site: Path, model: Path, tmp_path: Path) -> None:
     assert all(module["limit_db"] == 9 for module in report["modules"])
 
 
+def test_codes_as_columns_under_names_of_their_own(site: Path, model: Path, tmp_path: Path) -> None:
+    """Only their target knows such a checkpoint: it is shown, decoded, packed and packed back."""
+    recipe, out, other = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "gptq"
+    recipe.write_text('target: columns\nrules: [{match: "*_proj", scheme: w8a16}]\n')
+    done = quantcli(site, "quantize", recipe, "--model", model, "--out", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(quantcli(site, "verify", out, "--full", "--against", model, "--json").stdout)
+    assert report["ok"], report["findings"]
+    found = json.loads(quantcli(site, "inspect", out, "--json").stdout)["quantization"]
+    assert (found["format"], found["modules"]) == ("columns", 14)
+    done = quantcli(site, "pack", out, "--target", "gptq", "--out", other)
+    assert done.returncode == 0, done.stderr
+    done = quantcli(site, "pack", other, "--target", "columns", "--out", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*.safetensors")
+    assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes()
+    recipe.write_text('target: ascend\nrules: [{match: "*_proj", scheme: w8a8_dynamic}]\n')
+    done = quantcli(site, "quantize", recipe, "--model", out, "--out", tmp_path / "again", "--plan")
+    assert "decoded from columns int8 columns: 14 modules" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("suffix", "code", "place", "said"),
     [

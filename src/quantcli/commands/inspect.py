@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,15 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
 
     tensors: a glob; the tensors that match are listed one by one.
     """
-    return inspect_checkpoint(scan_checkpoint(find_model(model)), tensors)
+    checkpoint = scan_checkpoint(find_model(model))
+    summary = inspect_checkpoint(checkpoint, tensors)
+    if summary["quantization"] is None and "quantization_config" in checkpoint.config:
+        # a stale block, or codes that only a target knows by their names: targets load torch
+        from quantcli.targets.base import quantization_of
+
+        if (found := quantization_of(checkpoint)) is not None:
+            summary["quantization"] = asdict(found)
+    return summary
 
 
 def support() -> list[dict[str, Any]]:

@@ -97,7 +97,8 @@ def pack_signed(values: Tensor, bits: int) -> Tensor:
     unsigned = values.view(torch.uint8) ^ 0x80 if bits == 8 else (values + 8).view(torch.uint8)
     if bits == 4:
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
-    return unsigned.contiguous().view(torch.int32)
+    # a transposed tensor of no rows counts as contiguous, with strides that no view takes
+    return unsigned.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def unpack_signed(packed: Tensor, bits: int, k: int) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
@@ -29,6 +28,7 @@ from quantcli.targets.base import (
     Target,
     must_be_readable,
     must_be_sound,
+    quantization_of,
     target_of,
 )
 from quantcli.targets.layouts import Output, StoredModule
@@ -109,7 +109,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
 
 
 def _origin(checkpoint: Checkpoint, target: Target) -> Target:
-    quantized = quantization(checkpoint)
+    quantized = quantization_of(checkpoint)
     if quantized is None:
         raise InputError(
             "this is a float model: there are no codes to pack",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
-from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache, quantization
+from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.files import STALE
 from quantcli.checkpoint.header import StoredTensor
@@ -28,6 +28,7 @@ from quantcli.targets.base import (
     files_of_targets,
     must_be_readable,
     must_be_sound,
+    quantization_of,
     target_of,
 )
 from quantcli.targets.module_rows import ModuleReader
@@ -48,7 +49,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.undecoded is not None:
         return checkpoint
-    source_format = quantization(checkpoint) or _by_suffix(checkpoint)
+    source_format = quantization_of(checkpoint) or _by_suffix(checkpoint)
     return split_experts(checkpoint if source_format is None else _decoded(checkpoint, source_format))
 
 

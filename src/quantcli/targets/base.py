@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import Quantization, quantization
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
@@ -200,6 +201,20 @@ def target_of(checkpoint: Checkpoint) -> Target | None:
     """The target whose format a checkpoint on disk is of, with its default options."""
     targets = (cls() for cls in discover(Target).values())
     return next((target for target in targets if target.recognises(checkpoint)), None)
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """How the weights are quantized; None for a float checkpoint.
+
+    Tensors tell by their names and dtypes; if these are a target's own, its format by its modules.
+    """
+    found = quantization(checkpoint)
+    if found is None and (target := target_of(checkpoint)) is not None:
+        modules = target.open_stored(checkpoint).modules
+        for module in modules.values():
+            codes = module.tensors[module.layout.weight.suffix].spec
+            return Quantization(target.name, len(modules), f"`{codes.name}` {codes}")
+    return found
 
 
 def must_be_readable(stored: StoredCheckpoint) -> None:

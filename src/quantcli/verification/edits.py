@@ -205,8 +205,8 @@ def check_layer(
 
 
 def _read_by(factors: FittedFactors) -> Tensor:
-    """Factors of a matrix's inputs [k]. If all rows have one factor and all columns another, the numbers
-    tell their product alone: it may be that of the columns."""
+    """Factors of a matrix's inputs [k]. If all rows have one factor and all columns another, only their
+    product is known: it may be that of the columns."""
     rows, columns = factors.rows, factors.columns
     alike = _same(columns, columns[:1]) and _same(rows, rows[:1])
     return columns * rows[0] if alike else columns
