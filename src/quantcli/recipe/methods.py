@@ -37,7 +37,8 @@ class MethodOptions(BaseModel):
     name:        what recipes or schemes call it.
     for_schemes: whether schemes ask for it (`Scheme.methods`), and recipes do not name it. Its options
                  then have their defaults.
-    results:     the words for what it gives, in the plural, such as ranges.
+    results:     the words for what it gives: a plural if modules have one each, such as ranges; else a
+                 noun in the singular, such as smoothing.
     edited_as:   a participle for channels that it edits, which also names the list of them in reports,
                  such as smoothed. Empty if it edits nothing.
     """
