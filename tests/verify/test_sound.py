@@ -85,18 +85,31 @@ def halve_and_double(tensors):
             tensors[f"{layer}.{reader}.weight"][:, 5] *= 2
 
 
-def test_edits_of_one_row_and_the_same_of_two_norms(tmp_path):
-    """One row in many moves no weight's SQNR below its limit. Both norms have the same factors."""
-    model = make_tiny(tmp_path / "model", "llama", num_key_value_heads=4)
+def converted(tmp_path, scheme, **sizes):
+    """The report on a quantized model with these edits, against the model without them."""
+    model = make_tiny(tmp_path / "model", "llama", num_key_value_heads=4, **sizes)
     edited = shutil.copytree(model, tmp_path / "edited")
     tensors = load_file(edited / "model.safetensors")
     halve_and_double(tensors)
     save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text('target: compressed-tensors\nrules: [{match: "*_proj", scheme: w8a8_dynamic}]\n')
+    recipe.write_text(f'target: compressed-tensors\nrules: [{{match: "*_proj", scheme: {scheme}}}]\n')
     quantize(plan(recipe, model=str(edited), out=tmp_path / "out"))
     (tmp_path / "out" / "quantcli_manifest.json").unlink()  # it names the edited model
-    report = verify(VerifyOptions(tmp_path / "out", full=True, against=str(model)))
+    return verify(VerifyOptions(tmp_path / "out", full=True, against=str(model)))
+
+
+def test_edits_under_the_noise_of_4_bits(tmp_path):
+    report = converted(tmp_path, "w4a16", hidden_size=256, head_dim=64, intermediate_size=256)
+    assert [finding.what for finding in report.errors] == []
+    edits = {module.module.removeprefix("model.layers."): module.edited for module in report.modules}
+    assert edits["0.self_attn.v_proj"] == "1 rows x 0.5..0.5, 1 columns x 2..2"
+    assert edits["0.self_attn.o_proj"] is None  # no fit sees its column
+
+
+def test_edits_of_one_row_and_the_same_of_two_norms(tmp_path):
+    """One row in many moves no weight's SQNR below its limit. Both norms have the same factors."""
+    report = converted(tmp_path, "w8a8_dynamic")
     assert [finding.what for finding in report.errors] == []
     edits = {module.module.removeprefix("model.layers."): module.edited for module in report.modules}
     assert edits["0.self_attn.v_proj"] == "1 rows x 0.5..0.5, 1 columns x 2..2"

@@ -28,7 +28,16 @@ from quantcli.verification.compare import (
     compare,
     shape_of,
 )
-from quantcli.verification.edits import Candidate, Edited, candidates, check_layer, choose, fit
+from quantcli.verification.edits import (
+    Candidate,
+    Edited,
+    answers_of,
+    candidates,
+    check_layer,
+    choose,
+    fit,
+    hidden_columns,
+)
 from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
 from quantcli.verification.reference import (
@@ -125,6 +134,7 @@ class _Layer:
             yield from self._compare(group, sorted(options, key=lambda c: c.producer in taken))
         if self.unlike:
             return  # edits of a weight that is not in the model are unknown
+        self._find_readers()
         yield from _vectors(self.vectors, self.edited)
         fused_names = {matrix.module: fused_name(matrix.module) for matrix in self.edited}
         yield from check_layer(list(norms), self.edited, fused_names)
@@ -188,6 +198,22 @@ class _Layer:
         for module, comparison in comparisons.items():
             self.unlike |= comparison.sqnr_db < UNLIKE
             yield from self._report(module, comparison, limits[module], factors.get(module))
+
+    def _find_readers(self) -> None:
+        """Add the matrices whose columns undo edited rows, if no fit has shown that they do."""
+        fitted = {matrix.module for matrix in self.edited}
+        for matrix in list(self.edited):
+            rows = matrix.factors.rows
+            if bool((rows == 1).all()) or answers_of(matrix, self.edited):
+                continue
+            block = matrix.module.rpartition(".")[0]
+            for module in (name for name in self.bounds if name not in fitted):
+                weights = self.reference.weight(module), self.ours.weight(module)
+                if module.startswith(f"{block}.") and shape_of(weights[0]) == shape_of(weights[1]):
+                    pair = Pair.of(*weights)
+                    if (columns := hidden_columns(pair, rows)) is not None:
+                        factors = FittedFactors(torch.ones(pair.n), columns)
+                        self.edited.append(Edited(module, factors, matrix.module))
 
     def _limit(self, module: str) -> float:
         """dB that a matrix must reach: of two quantized weights, the coarser one decides."""

@@ -181,9 +181,7 @@ def check_layer(
     for matrix in matrices:
         if bool((matrix.factors.rows == 1).all()):
             continue
-        block = matrix.module.rpartition(".")[0]
-        neighbours = [m for m in matrices if m.module.startswith(f"{block}.") and m is not matrix]
-        answers = {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
+        answers = answers_of(matrix, matrices)
         answering |= answers
         if not answers:
             open_rows.append(matrix.module)
@@ -202,6 +200,35 @@ def check_layer(
         if not _same(leader.factors.columns, matrix.factors.columns):
             what = f"its columns were multiplied, but not like those of its sibling `{leader.module}`"
             yield failed("edits", what, f"`{matrix.module}`", CONVERT)
+
+
+def answers_of(matrix: Edited, matrices: Sequence[Edited]) -> set[str]:
+    """Names of the matrices next to a matrix whose columns undo the factors of its rows."""
+    block = matrix.module.rpartition(".")[0]
+    neighbours = [m for m in matrices if m.module.startswith(f"{block}.") and m is not matrix]
+    return {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
+
+
+def hidden_columns(pair: Pair, rows: Tensor) -> Tensor | None:
+    """Column factors [k] that undo row factors [n], of so few columns that no fit sees them under the
+    noise of 4 bits; None if the weight does not have them.
+
+    Each row has one column, or k / n of them, a head's rows together. Decided by these columns alone.
+    """
+    n, k = len(rows), pair.k
+    if k % n:
+        return None
+    heads = [n] if k == n else [size for size in range(1, n + 1) if n % size == 0]
+    options = [(1 / rows).view(-1, 1, size).expand(-1, k // n, -1).reshape(-1) for size in heads]
+    noise = torch.zeros(len(options), 2).double()
+    for w, d in pair:
+        for place, columns in enumerate(options):
+            some = columns != 1
+            w_some, d_some = w[:, some], d[:, some]
+            noise[place, 0] += (d_some - w_some * columns[some]).square().sum().double()
+            noise[place, 1] += (d_some - w_some).square().sum().double()
+    best = int((noise[:, 0] / noise[:, 1].clamp_min(1e-30)).argmin())
+    return options[best] if float(noise[best, 0]) < float(noise[best, 1]) / 2 else None
 
 
 def _read_by(factors: FittedFactors) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantcli.verification.compare import FittedFactors
-from quantcli.verification.edits import Candidate, Edited, check_layer, choose
+from quantcli.verification.edits import Candidate, Edited, check_layer, choose, hidden_columns
 from tests.unit.verification.test_compare import pair_of
 
 
@@ -42,3 +42,20 @@ def test_one_factor_of_all_rows_and_columns_may_be_that_of_the_columns(norm):
     matrices[1] = Edited("a.o_proj", other, "b.norm")
     whats = {finding.where: finding.what for finding in check_layer([], matrices, {})}
     assert whats["`a.v_proj`"].startswith("its rows were multiplied")
+
+
+@pytest.mark.parametrize(("k", "head"), [(64, 64), (128, 16)])
+def test_few_columns_under_the_noise_of_4_bits(k, head):
+    """Row 5 of 64 was doubled. The reader has half of column 5, or of one column for each head."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, k, generator=generator)
+    rows = torch.ones(64)
+    rows[5] = 2
+    columns = (1 / rows).view(-1, 1, head).expand(-1, k // 64, -1).reshape(-1)
+    assert int((columns != 1).sum()) == k // 64
+    noise = torch.randn(48, k, generator=generator) * 10 ** (-16 / 20)
+    found = hidden_columns(pair_of(weight, weight * columns + noise), rows)
+    assert found is not None
+    assert torch.equal(found, columns)
+    assert hidden_columns(pair_of(weight, weight + noise), rows) is None
+    assert hidden_columns(pair_of(weight[:, :40], weight[:, :40]), rows) is None
