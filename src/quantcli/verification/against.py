@@ -114,6 +114,7 @@ class _Layer:
     bounds: dict[str, Bounds] = field(default_factory=dict)
     vectors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     edited: list[Edited] = field(default_factory=list)
+    damage: dict[str, str] = field(default_factory=dict)  # what alone made a fit necessary
     unlike: bool = False
     modules: list[ModuleReport] = field(default_factory=list)
     counts: TensorCounts = field(default_factory=TensorCounts)
@@ -137,7 +138,10 @@ class _Layer:
         self._find_readers()
         yield from _vectors(self.vectors, self.edited)
         fused_names = {matrix.module: fused_name(matrix.module) for matrix in self.edited}
-        yield from check_layer(list(norms), self.edited, fused_names)
+        for finding in check_layer(list(norms), self.edited, fused_names):
+            yield finding
+            if what := self.damage.get(str(finding.where).strip("`")):
+                yield failed("sqnr", what, finding.where, _DAMAGE)
 
     def _sort(self, name: str) -> Iterator[Finding]:
         """Compare a tensor that is copied or edited; list a matrix, which is compared later."""
@@ -192,6 +196,9 @@ class _Layer:
                 if not fitted.trivial:
                     better = compare(pair, fitted)
                     if better.sqnr_db > comparisons[module].sqnr_db:
+                        what = self.bounds[module].damage(comparisons[module])
+                        if what and not norms and comparisons[module].sqnr_db >= limits[module]:
+                            self.damage[module] = what
                         comparisons[module], factors[module] = better, fitted
                         producer = columns.producer if columns else None
                         self.edited.append(Edited(module, fitted, producer))
