@@ -196,9 +196,9 @@ class _Layer:
                 if not fitted.trivial:
                     better = compare(pair, fitted)
                     if better.sqnr_db > comparisons[module].sqnr_db:
-                        what = self.bounds[module].damage(comparisons[module])
-                        if what and not norms and comparisons[module].sqnr_db >= limits[module]:
-                            self.damage[module] = what
+                        fault = self.bounds[module].damage(comparisons[module])
+                        if fault and not norms and comparisons[module].sqnr_db >= limits[module]:
+                            self.damage[module] = fault
                         comparisons[module], factors[module] = better, fitted
                         producer = columns.producer if columns else None
                         self.edited.append(Edited(module, fitted, producer))
