@@ -165,6 +165,11 @@ def test_codes_as_columns_under_names_of_their_own(site: Path, model: Path, tmp_
     recipe.write_text('target: ascend\nrules: [{match: "*_proj", scheme: w8a8_dynamic}]\n')
     done = quantcli(site, "quantize", recipe, "--model", out, "--out", tmp_path / "again", "--plan")
     assert "decoded from columns int8 columns: 14 modules" in done.stdout, done.stdout + done.stderr
+    # without the package nothing is quantized there, and the manifest knows why
+    alone = quantcli(None, "verify", out)
+    assert alone.returncode == 2
+    assert "`columns` is the target in its manifest, and no such target is installed" in alone.stderr
+    assert "made by quantcli 0.1.0 with toy-quant 1.2" in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def siblings_of(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Siblings
             what = "makes no group of two modules" if keys else "matches no quantized module"
             fix = "it matches whole module names; those with equal capture groups are siblings"
             raise InputError(f"`{pattern.text}` {what}", where=pattern.where, fix=fix)
-        first: dict[tuple[str, ...], str] = {}
+        first: dict[tuple[str | None, ...], str] = {}
         for module, key in keys.items():
             name = _root(parents, names.setdefault(module, module))
             other = _root(parents, first.setdefault(key, name))

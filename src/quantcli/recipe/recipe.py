@@ -84,10 +84,21 @@ class SiblingPattern:
     def _compiled(self) -> re.Pattern[str]:
         return re.compile(self.text)
 
-    def key(self, module: str) -> tuple[str, ...] | None:
-        """The captured parts of a module's name, the same for siblings; None if it does not match."""
+    def key(self, module: str) -> tuple[str | None, ...] | None:
+        """The captured parts of a module's name, the same for siblings; None if it does not match.
+
+        InputError if no capture group takes part in the match.
+        """
         match = self._compiled.fullmatch(module)
-        return None if match is None else tuple(part or "" for part in match.groups())
+        if match is None:
+            return None
+        if match.groups().count(None) == len(match.groups()):
+            raise InputError(
+                f"`{self.text}` matches `{module}` and captures nothing of it",
+                where=self.where,
+                fix="put what siblings have in common in parentheses, in each alternative",
+            )
+        return match.groups()
 
 
 @dataclass(frozen=True)

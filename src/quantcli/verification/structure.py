@@ -23,6 +23,8 @@ from quantcli.checkpoint.head import generates, lm_head
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
+from quantcli.core.registry import discover
+from quantcli.planning.plan import tool_text
 from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
 from quantcli.targets.layouts import own_names
 from quantcli.targets.vllm_family import uneven_experts
@@ -121,6 +123,18 @@ def _open(path: Path) -> Structure:
     return Structure(report, checkpoint, manifest, not missing and not forgotten)
 
 
+def _must_be_installed(structure: Structure) -> None:
+    """InputError if the manifest names a target of a package that is not there."""
+    manifest = structure.manifest or {}
+    name = manifest.get("target")
+    if isinstance(name, str) and name not in discover(Target):
+        raise InputError(
+            f"`{name:.40}` is the target in its manifest, and no such target is installed",
+            where=f"{structure.report.checkpoint}, made by {tool_text(manifest.get('tool'))}",
+            fix="install the package that has this target",
+        )
+
+
 def _check(structure: Structure, tp: Sequence[int]) -> None:
     """Check a checkpoint that could be structure. InputError if its format is not known."""
     report, checkpoint = structure.report, structure.checkpoint
@@ -128,6 +142,7 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
         return
     target = target_of(checkpoint)
     if target is None:
+        _must_be_installed(structure)
         if (other := quantization(checkpoint)) is None:
             raise InputError(
                 "this is a float model: nothing in it is quantized, so there is nothing to verify",

@@ -89,6 +89,7 @@ def test_crossed_patterns_end(tmp_path):
         (r"(lm)_head", "matches no quantized module"),
         (r"(gate)_proj", "matches no quantized module"),  # names are matched whole
         (r".*gate_proj", "captures nothing"),
+        (r"(.*)\.gate_proj|.*", "and captures nothing of it"),
         (r"(.*", "is not a regular expression"),
         (r"(re:.*)gate_proj", "matches no quantized module"),
     ],
