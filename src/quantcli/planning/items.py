@@ -57,7 +57,7 @@ def dry_run(
     input_dtype = torch_dtype(engine_dtypes.input_scale)
     n, k = spec.shape
     stats = scheme.blank(k, input_dtype)
-    if stats and bias:
+    if bias:
         _check_bias(bias, spec)
     shared = {name: tensor for name, tensor in stats.items() if name not in scheme.row_stats}
     constants = scheme.constants(shared, input_dtype)

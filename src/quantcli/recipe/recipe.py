@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
+from quantcli.core.expressions import too_costly
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place, load_document
 from quantcli.recipe.fields import RecipeFile, matches, translate
@@ -268,7 +269,10 @@ def _patterns(patterns: list[str], place: Place, document: Document) -> tuple[st
 
 
 def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
-    """InputError for a regular expression that does not compile. pattern: as the recipe has it."""
+    """InputError for a regular expression that does not compile, or whose matching may not end.
+
+    pattern: as the recipe has it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
@@ -276,6 +280,12 @@ def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
     except (re.error, RecursionError, OverflowError, Warning) as error:
         what = f"`{pattern}` is not a regular expression: {error}"
         raise InputError(what, where=where, fix=fix) from None
+    if pattern.endswith(regex) and too_costly(regex):  # a glob became another text, which is cheap
+        raise InputError(
+            f"`{pattern}` is too costly to match names with",
+            where=where,
+            fix="repeat no group in which something repeats or is a choice; have at most four `.*`",
+        )
 
 
 def _resolve(

@@ -6,12 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from quantcli.core.expressions import too_costly
 from quantcli.targets.spellings import MOVED, float_towers, is_decoder, spellings
 
 MOST_NAMES = 512  # in one list; more are folded into regular expressions
 _LONGEST = 1000  # of a regular expression
-# A repetition of a repetition: matching `(a+)+` with a name that nearly fits does not end.
-_EXPENSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
 _HOLE = "\0"  # stands for a number
@@ -28,7 +27,7 @@ def entry_fault(entry: str) -> str | None:
 
 def expression_fault(expression: str) -> str | None:
     """The reason why names cannot be matched with an untrusted regular expression; None if they can."""
-    if len(expression) > _LONGEST or _EXPENSIVE.search(expression):
+    if len(expression) > _LONGEST or too_costly(expression):
         return f"{expression!r:.60} is too costly to match names with"
     try:
         re.compile(expression)
