@@ -84,6 +84,6 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype."""
+    """The safetensors name of a torch dtype; torch's own for one that files cannot have."""
     name = str(dtype).removeprefix("torch.")
-    return next(key for key, (_, torch_name) in DTYPES.items() if torch_name == name)
+    return next((key for key, (_, torch_name) in DTYPES.items() if torch_name == name), name)

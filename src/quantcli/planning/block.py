@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.spec import safetensors_dtype, torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts, Stats
@@ -143,11 +143,40 @@ def compute(
             else:
                 assert isinstance(reader, ModuleReader)
                 packed = recode(item, target, reader.rows(start, stop - start), start, bias)
-            outputs = [
-                (output, output.first(start), tensor)
-                for output, tensor in zip(item.outputs, packed.values(), strict=True)
-            ]
+            outputs = _as_planned(item, target, packed, start, stop)
             yield Computed(start, stop - start, outputs, _share(item, stop) - _share(item, start))
+
+
+def _as_planned(
+    item: Quantize | Repack, target: Target, packed: Mapping[str, Tensor], start: int, stop: int
+) -> list[tuple[Output, int, Tensor]]:
+    """The tensors of rows [start, stop) as outputs of an item.
+
+    The plan is from a dry run: InputError if these numbers made a scheme or a target give other names,
+    dtypes or shapes, whose bytes would be written where they do not belong.
+    """
+    outputs = []
+    module = item.module if isinstance(item, Quantize) else item.module.name
+    for output in item.outputs:
+        spec, shape = output.spec, list(output.spec.shape)
+        if output.rows:
+            shape[output.axis] = -(-(stop - start) // output.rows)
+        tensor = packed.get(spec.name.removeprefix(f"{module}."))
+        given = None
+        if isinstance(tensor, Tensor):
+            given = safetensors_dtype(tensor.dtype), list(tensor.shape)
+        if given != (spec.dtype, shape) or len(packed) != len(item.outputs):
+            names = ", ".join(map(str, packed))
+            got = "{} {}".format(*given) if given and len(packed) == len(item.outputs) else names
+            raise InputError(
+                f"target `{target.name}` packs other tensors than it did for the plan: it gives {got}, "
+                f"not {spec.dtype} {shape}",
+                where=f"`{spec.name}`, rows from {start}",
+                fix="use another target or scheme, or mend the one of them that is not quantcli's",
+            )
+        assert isinstance(tensor, Tensor)
+        outputs.append((output, output.first(start), tensor))
+    return outputs
 
 
 def row_blocks(job: Job, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:

@@ -78,6 +78,13 @@ def dry_run(
             {**constants, **row_stats},
             torch.zeros(rows, dtype=torch_dtype(bias.dtype)) if stats and bias else None,
         )
+        for part in ("weight", "weight_scale"):
+            if not isinstance(parts, Mapping) or not isinstance(parts.get(part), Tensor):
+                raise InputError(
+                    f"scheme `{scheme.name}` gives no tensor `{part}`",
+                    where=f"`{spec.name}`",
+                    fix="use another scheme, or mend this one",
+                )
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
         return target.pack(scheme.numerics, parts, (n, k))
 
@@ -129,6 +136,8 @@ def planned_outputs(
 def _planned(suffix: str, tensor: Tensor, param: Param | None, rows: int, sides: Sides) -> Output:
     """One tensor that was packed of `rows` rows, as that of the whole weight. Raises _Undeclared."""
     n, k = sides
+    if not isinstance(tensor, Tensor):
+        raise _Undeclared(f"`{suffix}` is not a tensor")
     spec = TensorSpec(suffix, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
     given = f"pack gives {spec} for {rows} rows of {k} columns"
     if param is None:
