@@ -224,17 +224,15 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors: dict[str, StoredTensor] = {}
     notes: list[str] = []
+    sets: dict[str, list[list[ExpertMatrix]]] = defaultdict(list)  # stacks by the name of their set
     for name, stored in checkpoint.tensors.items():
         stack, experts = _stack_of(name, layout)
         if stack is None:
             tensors[name] = stored
             continue
         matrices = _matrices(stored, stack, experts, checkpoint, layout)
-        for matrix in matrices:
-            if matrix.spec.name in checkpoint.tensors:
-                what = f"holds the experts, and `{matrix.spec.name}` is there as well: which is right?"
-                raise wrong(stored, what)
-            tensors[matrix.spec.name] = matrix
+        sets[experts].append(matrices)
+        tensors |= {matrix.spec.name: matrix for matrix in matrices}
         if not notes:
             first = matrices[0].spec.name.removesuffix(".weight")
             what = f"{STACKED}, such as in `{name}`: rules match names such as `{first}`"
@@ -242,6 +240,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
             notes.append(what)
     if not notes:
         return checkpoint
+    _must_be_whole(checkpoint, layout, sets)
     return replace(checkpoint, tensors=tensors, undecoded=checkpoint.on_disk, notes=notes)
 
 
@@ -254,6 +253,30 @@ def _stack_of(name: str, layout: ExpertLayout) -> tuple[Stack | None, str]:
     return None, ""
 
 
+def _must_be_whole(
+    checkpoint: Checkpoint, layout: ExpertLayout, sets: Mapping[str, list[list[ExpertMatrix]]]
+) -> None:
+    """InputError for a set of experts that lacks a stack, whose stacks do not fit together, or that has
+    tensors of single experts as well."""
+    for name in checkpoint.tensors:
+        match = EXPERT.fullmatch(name)
+        if match and match["experts"] in sets:
+            what = f"holds the experts, and `{name}` is there as well: which is right?"
+            raise wrong(sets[match["experts"]][0][0].stack, what)
+    for experts, stacks in sets.items():
+        first = stacks[0]
+        if len(stacks) < len(layout.stacks):
+            names = [experts.removesuffix(layout.experts) + stack.name for stack in layout.stacks]
+            missing = next(name for name in names if name not in checkpoint.tensors)
+            raise wrong(first[0].stack, f"experts lack a part: `{missing}` is missing")
+        for other in stacks[1:]:
+            # a matrix of the first stack gives what one of another takes, or takes what it gives
+            counts = (len({matrix.offset for matrix in each}) for each in (first, other))
+            if first[0].spec.shape != other[0].spec.shape[::-1] or len(set(counts)) > 1:
+                what = f"is {other[0].stack.spec}, and does not fit `{first[0].stack.spec.name}`, "
+                raise wrong(other[0].stack, what + f"{first[0].stack.spec}")
+
+
 def _matrices(
     stored: StoredTensor, stack: Stack, experts: str, checkpoint: Checkpoint, layout: ExpertLayout
 ) -> list[ExpertMatrix]:
@@ -263,6 +286,9 @@ def _matrices(
     expected = f"is {stored.spec}; `{config.get('model_type')!s:.40}` stores experts as {stack}"
     if matrices is None:
         raise wrong(stored, expected)
+    if type(count) is int and len(matrices) != count * len(stack.projections):
+        what = f"{expected}, and {CONFIG} has {count} in `{layout.count}`"
+        raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")
     hidden, (n, k) = config.get("hidden_size"), matrices[0].spec.shape
     width = k if stack.hidden == "inputs" else n
     if type(hidden) is int and width != hidden:

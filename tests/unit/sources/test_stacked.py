@@ -188,6 +188,9 @@ def test_a_set_that_lacks_a_matrix_is_not_merged(tmp_path):
 
 NAME = "model.layers.0.block_sparse_moe.input_linear.weight"
 CONFIG = {"model_type": "granitemoe", "hidden_size": 8, "num_local_experts": 2}
+NO_COUNT = {"model_type": "granitemoe", "hidden_size": 8}
+OUTPUTS = "model.layers.0.block_sparse_moe.output_linear.weight"
+OTHER = {OUTPUTS: tensor("BF16", 2, 8, 6)}
 
 
 def model_with(folder, *shape, dtype="BF16", name=NAME, config=CONFIG, **others):
@@ -196,12 +199,13 @@ def model_with(folder, *shape, dtype="BF16", name=NAME, config=CONFIG, **others)
 
 
 def test_a_split_checkpoint_is_the_same_model(tmp_path):
-    checkpoint = model_with(tmp_path, 2, 12, 8, **{"model.norm.weight": tensor("BF16", 8)})
+    checkpoint = model_with(tmp_path, 2, 12, 8, **OTHER, **{"model.norm.weight": tensor("BF16", 8)})
     split = decoded(checkpoint)
-    assert list(split.on_disk) == [NAME, "model.norm.weight"]
+    assert list(split.on_disk) == [NAME, *OTHER, "model.norm.weight"]
     assert (split.fingerprint, split.nbytes) == (checkpoint.fingerprint, checkpoint.nbytes)
-    assert sum(spec.numel for spec in split.specs()) == 2 * 12 * 8 + 8
-    assert [str(spec) for spec in split.specs()] == ["BF16 [6, 8]"] * 4 + ["BF16 [8]"]
+    assert sum(spec.numel for spec in split.specs()) == 3 * 2 * 6 * 8 + 8
+    shapes = ["BF16 [6, 8]"] * 4 + ["BF16 [8, 6]"] * 2 + ["BF16 [8]"]
+    assert [str(spec) for spec in split.specs()] == shapes
     assert split.notes[-1].endswith("`model.layers.0.block_sparse_moe.experts.0.gate_proj`")
     assert decoded(split) is split
 
@@ -224,10 +228,41 @@ def test_shapes_that_no_such_stack_has_are_refused(tmp_path, shape, says):
     assert "model.safetensors" in caught.value.where
 
 
-def test_a_stack_next_to_single_experts_is_refused(tmp_path):
-    name = "model.layers.0.block_sparse_moe.experts.1.up_proj.weight"
-    with pytest.raises(InputError, match=r"experts\.1\.up_proj\.weight` is there as well"):
-        decoded(model_with(tmp_path, 2, 12, 8, **{name: tensor("BF16", 6, 8)}))
+@pytest.mark.parametrize(
+    "part", ["1.up_proj.weight", "9.up_proj.weight", "0.w1.weight", "0.up_proj.bias"]
+)
+def test_a_stack_next_to_single_experts_is_refused(tmp_path, part):
+    name = f"model.layers.0.block_sparse_moe.experts.{part}"
+    with pytest.raises(InputError, match=rf"experts\.{part}` is there as well"):
+        decoded(model_with(tmp_path, 2, 12, 8, **OTHER, **{name: tensor("BF16", 6, 8)}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "says"),
+    [
+        ((2, 12, 8), {}, r"output_linear\.weight` is missing"),
+        (
+            (2, 12, 8),
+            {OUTPUTS: tensor("BF16", 3, 8, 6)},
+            r"\[3, 8, 6\], and does not fit .* \[2, 12, 8\]",
+        ),
+        (
+            (2, 12, 8),
+            {OUTPUTS: tensor("BF16", 2, 8, 5)},
+            r"\[2, 8, 5\], and does not fit .* \[2, 12, 8\]",
+        ),
+    ],
+)
+def test_stacks_that_make_no_experts_together_are_refused(tmp_path, shape, others, says):
+    with pytest.raises(InputError, match=says):
+        decoded(model_with(tmp_path, *shape, config=NO_COUNT, **others))
+
+
+@pytest.mark.parametrize("count", [1, 3, 2**40])
+def test_another_number_of_experts_in_config_is_refused(tmp_path, count):
+    config = {**CONFIG, "num_local_experts": count}
+    with pytest.raises(InputError, match=f"config.json has {count} in `num_local_experts`"):
+        decoded(model_with(tmp_path, 2, 12, 8, config=config, **OTHER))
 
 
 @pytest.mark.parametrize("kind", ["llama", None, 7, ["granitemoe"], {"granitemoe": 1}])
@@ -238,5 +273,5 @@ def test_other_families_are_left_alone(tmp_path, kind):
 
 def test_the_language_model_of_several_parts_decides(tmp_path):
     config = {"model_type": "any", "text_config": CONFIG}
-    split = split_experts(model_with(tmp_path, 2, 12, 8, config=config))
-    assert len(split.tensors) == 4
+    split = split_experts(model_with(tmp_path, 2, 12, 8, config=config, **OTHER))
+    assert len(split.tensors) == 6
