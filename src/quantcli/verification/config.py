@@ -57,13 +57,10 @@ def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]
     if serving not in _SERVED:
         return
     tensors = stored.checkpoint.tensors
-    names = own_names(tensors, stored.modules, stored.unchecked)
     quantized = {f"{module}.weight" for module in [*stored.modules, *stored.unchecked]}
-    rounded = [
-        name
-        for name, tensor in tensors.items()
-        if name in names - quantized and tensor.spec.dtype in FLOATS - {serving, "F32"}
-    ]
+    names = own_names(tensors, stored.modules, stored.unchecked) - quantized
+    dtypes = FLOATS - {serving, "F32"}
+    rounded = [name for name, t in tensors.items() if t.spec.dtype in dtypes and name in names]
     if rounded:
         dtype, rest = tensors[rounded[0]].spec.dtype, len(rounded) - 1
         more = f", like {count(rest, 'other tensor')}" if rest else ""
