@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from quantcli.core.errors import InputError
 from quantcli.recipe.recipe import Recipe, Rule
+from quantcli.schemes.base import Scheme
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,17 @@ def _check(siblings: Siblings, quantized: Mapping[str, Rule]) -> None:
             continue
         other = first.setdefault(name, module)
         rule, other_rule = quantized[module], quantized[other]
-        if type(rule.scheme) is not type(other_rule.scheme) or rule.scheme != other_rule.scheme:
+        if _shared(rule.scheme) != _shared(other_rule.scheme):
             raise InputError(
                 f"siblings must have one scheme, and `{other}` has another ({other_rule.where})",
                 where=f"`{module}` ({rule.where})",
                 fix="match them by one rule, or leave one of them out of `siblings`",
             )
+
+
+def _shared(scheme: Scheme | None) -> tuple[type, Scheme | None]:
+    """What siblings must have in common: all of a scheme but how inputs weigh the errors of weights,
+    which a module that no token reaches does without."""
+    if scheme is not None and scheme.clips_by_inputs:
+        scheme = scheme.without_inputs
+    return type(scheme), scheme

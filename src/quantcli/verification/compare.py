@@ -24,6 +24,7 @@ UNLIKE = 3.0  # dB: a lower SQNR is not an error of rounding
 _SAMPLED = 8  # every eighth block goes into the histogram and the channels' rms
 _BINS = 32
 _REACH = 4.0  # the histogram's ends, in mean errors
+_LEAST_SUM = 2.0**-100  # of squares in float32, of which none that counts has vanished
 _WORST = 5  # rows, and channels, that are named
 _NEGLIGIBLE = 2.0**-40  # of the energy of a row: below float32's own rounding
 _OUTLIER = 4.0  # times the median channel
@@ -215,6 +216,19 @@ def _decibels(signal: float, noise: float) -> float:
     return max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
 
 
+def _squares(values: Tensor, dim: int) -> Tensor:
+    """Sums of squares along a dimension of a float32 matrix, float64.
+
+    In float32 squares overflow from 2^64 on, and vanish below 2^-75: such sums are taken again.
+    """
+    sums = torch.linalg.vecdot(values, values, dim=dim).double()
+    odd = ~((sums > _LEAST_SUM) & torch.isfinite(sums))
+    if bool(odd.any()):
+        some = values[odd] if dim == 1 else values[:, odd]
+        sums[odd] = some.double().square_().sum(dim)
+    return sums
+
+
 def compare(pair: Pair, factors: FittedFactors | None = None) -> Comparison:
     """Compare two weights block by block; `factors` are applied to the reference first.
 
@@ -228,19 +242,19 @@ def compare(pair: Pair, factors: FittedFactors | None = None) -> Comparison:
         if factors is not None:
             w *= factors.rows[start:stop].unsqueeze(1)
             w *= factors.columns
-        d_energy = torch.linalg.vecdot(d, d)
-        sums.energy += float(d_energy.double().sum())
+        sums.energy += float(_squares(d, 1).sum())
         d -= w
-        noise = torch.linalg.vecdot(d, d)
-        sums.signal[start:stop] = torch.linalg.vecdot(w, w).double()
-        sums.noise[start:stop] = noise.double()
+        noise = _squares(d, 1)
+        sums.signal[start:stop] = _squares(w, 1)
+        sums.noise[start:stop] = noise
         low, high = d.aminmax()
         sums.largest = max(sums.largest, -float(low), float(high))
         low, high = w.aminmax()
         sums.amax = max(sums.amax, -float(low), float(high))
         if number % _SAMPLED == 0:
-            sums.channels += torch.linalg.vecdot(w, w, dim=0).double()
-            d /= (noise / pair.k).sqrt_().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+            sums.channels += _squares(w, 0)
+            rms = (noise / pair.k).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+            d /= rms.float().unsqueeze(1)
             sums.counts += torch.histc(d, _BINS, -_REACH, _REACH).long()
         start = stop
     return sums

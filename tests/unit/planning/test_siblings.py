@@ -1,10 +1,14 @@
 """Which modules share what an engine keeps once."""
 
+from dataclasses import replace
+
 import pytest
 
 from quantcli.core.errors import InputError
+from quantcli.core.registry import discover
 from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.recipe import load_recipe
+from quantcli.schemes.base import Scheme
 
 EXPERTS = [f"layers.{n}.mlp.experts.{e}.{w}_proj" for n in (0, 1) for e in (0, 1, 2)
            for w in ("gate", "up", "down")]  # fmt: skip
@@ -116,3 +120,20 @@ def test_schemes_that_share_nothing(tmp_path):
     found, assigned = siblings(tmp_path, [pattern], rules, "compressed-tensors")
     assert found.given_to("layers.0.mlp.experts.1.down_proj")
     assert not found.have_effect(assigned)
+
+
+@pytest.mark.parametrize("option", ["clip: inputs", "weight_rounding: gptq, clip: inputs"])
+def test_a_sibling_that_no_token_reached_stays_one(tmp_path, option):
+    """Its scheme does without inputs, which only weigh the errors of weights."""
+    rule = f'- {{match: "*_proj", scheme: {{name: w8a16, {option}}}}}'
+    pattern = r"(layers\.0)\.mlp\.experts\.[01]\.down_proj"
+    found, assigned = siblings(tmp_path, [pattern], rule, "compressed-tensors")
+    unreached = "layers.0.mlp.experts.1.down_proj"
+    recipe = load_recipe(tmp_path / "r.yaml")
+    rule = assigned[unreached]
+    assigned[unreached] = replace(rule, scheme=rule.scheme.without_inputs)
+    assert assigned[unreached].scheme != rule.scheme
+    assert groups(siblings_of(recipe, assigned)) == groups(found)
+    assigned[unreached] = replace(rule, scheme=discover(Scheme)["w8a8_dynamic"]())
+    with pytest.raises(InputError, match="siblings must have one scheme"):
+        siblings_of(recipe, assigned)

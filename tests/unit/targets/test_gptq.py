@@ -281,6 +281,7 @@ BLOCK = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
         ({"dynamic": {"(": {}}}, "not a regular expression"),
         ({"dynamic": {"-:" + "x" * 2000: {}}}, "too costly"),
         ({"dynamic": {"-:(a+)+b": {}}}, "too costly"),
+        ({"dynamic": {"-:(.|.)*$x": {}}}, "too costly"),
         ({"dynamic": {"+:x": 8}}, "8 for '+:x', not an object"),
         ({"dynamic": {"+:x": {"bits": 3}}}, "3 bits, which vLLM does not have"),
         ({"dynamic": {"+:x": {"bits": []}}}, "`bits` is []"),
@@ -327,7 +328,9 @@ def test_an_empty_weight_is_a_finding_or_nothing(tmp_path):
     empty = {f"{Q}.{s}": ("I32", shape, b"") for s, shape in (("qweight", (0, 8)), ("g_idx", (0,)))}
     empty |= {f"{Q}.scales": ("F16", (0, 8), b""), f"{Q}.qzeros": ("I32", (0, 1), b"")}
     write_safetensors(tmp_path / "model.safetensors", empty)
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": BLOCK, "torch_dtype": "bfloat16"})
+    )
     stored = TARGET.open_stored(open_checkpoint(tmp_path))
     assert [list(stored.check_arithmetic(module)) for module in stored.modules.values()] in ([], [[]])
 
@@ -444,3 +447,32 @@ def test_a_file_of_its_own_is_read_as_well(tmp_path):
 def test_int8_in_groups():
     assert TARGET.label(INT8_GROUPS) == "int8 g64 W8A16"
     assert layout_of(kind_of(INT8_GROUPS)).row_multiple == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (BLOCK, []),
+        (BLOCK | {"bits": 8, "sym": False}, ["`bits` is 8, and 4 in config.json", "`sym` is False"]),
+        (
+            BLOCK | {"dynamic": {"-:x": {}}, "damp_percent": 0.1},
+            [],
+        ),  # config.json does not have the key
+        ([1], ["cannot read it"]),
+        ("{", ["cannot read it"]),
+    ],
+    ids=str,
+)
+def test_a_file_of_its_own_that_says_otherwise(tmp_path, own, words):
+    tensors, _ = quantized.gptq(Q, 64, 64, 32, symmetric=True)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": BLOCK, "torch_dtype": "bfloat16"})
+    )
+    text = own if isinstance(own, str) else json.dumps(own)
+    (tmp_path / "quantize_config.json").write_text(text)
+    stored = TARGET.open_stored(open_checkpoint(tmp_path))
+    notes = [f.what for f in stored.findings if f.where == "quantize_config.json"]
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True)), notes
+    assert not [f for f in stored.findings if f.severity == "error"]

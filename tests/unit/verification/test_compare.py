@@ -236,3 +236,17 @@ def test_grouped_heads_repeat_rows():
         Edited(f"{A}.o_proj", FittedFactors(ones, columns), None),
     ]
     assert said([], edits) == []
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e18, 1e37])
+def test_squares_beyond_float32(size):
+    """The figures of a weight do not depend on its size, also where squares overflow or vanish."""
+    weight = draw(24, 32)
+    expected, scaled = compare(pair_of(weight, rounded(weight))), weight * size
+    found = compare(pair_of(scaled, rounded(weight) * size))
+    assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-3)
+    assert found.cosine == pytest.approx(expected.cosine, rel=1e-6)
+    assert found.finite
+    ratio = found.channels / expected.channels / size / size
+    assert float((ratio - 1).abs().max()) < 1e-3
+    assert abs(found.histogram.counts[0] - expected.histogram.counts[0]) <= 2

@@ -103,6 +103,27 @@ def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     return block if isinstance(method, str) and method.lower() == METHOD else None
 
 
+def differences(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Notes on what the file of its own says otherwise than config.json; other engines read that file.
+
+    Source: AutoGPTQ 01b8616488, auto_gptq/quantization/config.py; gptqmodel 021b65e2fd, likewise.
+    """
+    block = quantization_block(checkpoint.config)
+    if not block or not (checkpoint.path / FILE).is_file():
+        return
+    try:
+        own = read_json_file(checkpoint.path / FILE)
+    except InputError as error:
+        yield noted("config", f"AutoGPTQ and gptqmodel cannot read it: {error.what}", FILE)
+        return
+    for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"):
+        if key in own and key in block and own[key] != block[key]:
+            what = f"`{key}` is {own[key]!r:.40}, and {block[key]!r:.40} in {CONFIG}: AutoGPTQ and "
+            yield noted(
+                "config", what + "gptqmodel read this one, vLLM and transformers the other", FILE
+            )
+
+
 @dataclass(frozen=True)
 class _Rule:
     """An entry of `dynamic`. kind: of the modules that it matches; None if they are float."""

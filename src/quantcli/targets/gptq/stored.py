@@ -14,7 +14,7 @@ from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import AGAIN
-from quantcli.targets.gptq.config import METHOD, read_config, settings_of
+from quantcli.targets.gptq.config import METHOD, differences, read_config, settings_of
 from quantcli.targets.gptq.kinds import OWN_SUFFIXES, Kind, layout_of, word_of_zero_points
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.spellings import spellings
@@ -34,7 +34,7 @@ class GptqCheckpoint(StoredFormat):
         self._config = read_config(settings_of(self.checkpoint) or {"quant_method": METHOD})
         self._kinds: dict[str, Kind] = {}
         self.readable = self._config.usual is not None or self._config.unchecked is not None
-        return self._config.findings
+        return [*self._config.findings, *differences(self.checkpoint)]
 
     def check_parameters(self) -> Iterator[Finding]:
         """Quantized modules have what the engine registers, and it builds no other as quantized."""
