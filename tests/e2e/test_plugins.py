@@ -110,6 +110,24 @@ def test_a_checkpoint_names_the_packages_that_made_it(site: Path, model: Path, t
     assert any(note.startswith(made) for note in notes), notes
 
 
+def test_an_error_in_an_installed_package_is_its_authors(
+    site: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe, broken = tmp_path / "recipe.yaml", shutil.copytree(site, tmp_path / "broken")
+    recipe.write_text(RECIPE)
+    file = broken / "toy_quant" / "pow2.py"
+    file.write_text(
+        file.read_text().replace("values = rows.float()", "values = torch.ones(2) @ rows[0]")
+    )
+    run = ("quantize", recipe, "--model", model, "--out", tmp_path / "out", "--json")
+    done = quantcli(broken, *run)
+    assert done.returncode == 70
+    assert "pow2.py" in done.stderr
+    assert "this is a bug in toy-quant 1.2: please report the lines above" in done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 70
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_scales_of_two_levels(site: Path, model: Path, tmp_path: Path) -> None:
     """Types of codes and scales that no scheme of quantcli has, through plan, stream and all checks."""
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"

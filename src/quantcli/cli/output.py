@@ -79,11 +79,15 @@ class Output:
                 self.messages.print(literal(prefix + detail), soft_wrap=True)
 
     def bug(self, error: BaseException) -> None:
-        """Print an unforeseen error: the whole traceback, and a request to report it."""
+        """Print an unforeseen error: the whole traceback, and a request to report it, to the authors of
+        another package if it is in their code."""
+        from quantcli.core.registry import blamed  # its imports would delay each command
+
         if self.as_json:
             self.document({"ok": False, "error": {"what": repr(error)}, "exit_code": int(Exit.OUR_BUG)})
         traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.write(f"\nthis is a bug in quantcli {__version__}: please report the lines above\n")
+        package = blamed(error) or f"quantcli {__version__}"
+        sys.stderr.write(f"\nthis is a bug in {package}: please report the lines above\n")
 
 
 class _Console(Console):

@@ -58,6 +58,17 @@ def packages_of(classes: Iterable[type]) -> dict[str, str]:
     return dict(sorted(_PACKAGES[cls] for cls in {*classes} & _PACKAGES.keys()))
 
 
+def blamed(error: BaseException) -> str | None:
+    """The package and version of a class whose code an exception passed through last; None if all of
+    it is quantcli's own or a library's."""
+    packages = {cls.__module__.partition(".")[0]: " ".join(_PACKAGES[cls]) for cls in _PACKAGES}
+    package, trace = None, error.__traceback__
+    while trace is not None:
+        top = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        package, trace = packages.get(top, package), trace.tb_next
+    return package
+
+
 def _loaded(entry: EntryPoint, base: type[T]) -> type[T]:
     """The class that an entry point names. MachineError if it is not one that recipes can name."""
     try:

@@ -27,7 +27,7 @@ from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, Source, SourceFormat, encoded, must_be, wrong
 from quantcli.sources.grouped import FLOAT, GroupedModule, grouped_modules, open_rows
 from quantcli.targets.gptq.config import read_config
-from quantcli.targets.gptq.kinds import VERSIONS, zero_points
+from quantcli.targets.gptq.kinds import VERSIONS, Kind, zero_points
 
 
 class Gptq(SourceFormat):
@@ -52,9 +52,15 @@ class Gptq(SourceFormat):
         group = source.whole("group_size")
         symmetric = source.settings.get("sym") is True
         checked = False
-        numbers = _by_name(source) if source.settings.get("dynamic") else lambda _: (bits, group)
+        usual = Kind(bits, group, symmetric)
+        kind_of = _by_name(source) if source.settings.get("dynamic") else lambda _: usual
+
+        def numbers(name: str) -> tuple[int, int]:
+            return kind_of(name).bits, kind_of(name).group
+
         for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
             n, k = module.shape
+            symmetric = kind_of(module.name).symmetric
             middle = 2 ** (module.bits - 1) if symmetric else None
             if not checked and symmetric:
                 stored_as = _layout_of(source, module, stored_as)
@@ -75,20 +81,20 @@ class Gptq(SourceFormat):
             yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
 
 
-def _by_name(source: Source) -> Callable[[str], tuple[int, int]]:
-    """Bits and columns of a group by the name of a module, if `dynamic` has some of another kind."""
+def _by_name(source: Source) -> Callable[[str], Kind]:
+    """The kind of a module by its name, if `dynamic` has some of another kind."""
     config = read_config(source.settings)
     for finding in config.findings:
         if finding.severity == "error":
             raise source.refused(finding.what.removeprefix("quantization_config "))
 
-    def numbers(module: str) -> tuple[int, int]:
+    def kind_of(module: str) -> Kind:
         kind = config.kind_for_engine(module)
         if kind is None:
             raise source.refused(f"`dynamic` excludes `{module}`, which has codes")
-        return kind.bits, kind.group
+        return kind
 
-    return numbers
+    return kind_of
 
 
 def _group_of(module: GroupedModule, stored: StoredTensor | None) -> Tensor | None:

@@ -108,7 +108,7 @@ class ExpertLayout:
     experts: the end of the name, before the expert's number, that per-expert modules have in the
              engine's loader: `....experts.{number}.{projection}`.
     stacks:  the tensors that hold them.
-    count:   the key of config.json for the number of experts; only flat stacks need it.
+    count:   the key of config.json for the number of experts; flat stacks need it, others must agree.
     """
 
     experts: str

@@ -221,7 +221,7 @@ def _squares(values: Tensor, dim: int) -> Tensor:
 
     In float32 squares overflow from 2^64 on, and vanish below 2^-75: such sums are taken again.
     """
-    sums = torch.linalg.vecdot(values, values, dim=dim).double()
+    sums: Tensor = torch.linalg.vecdot(values, values, dim=dim).double()
     odd = ~((sums > _LEAST_SUM) & torch.isfinite(sums))
     if bool(odd.any()):
         some = values[odd] if dim == 1 else values[:, odd]

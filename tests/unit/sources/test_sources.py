@@ -199,6 +199,17 @@ def test_symmetric_zero_points_tell_the_version(tmp_path, declared, v2, bits):
         ]
 
 
+@pytest.mark.parametrize("usual", [True, False])
+def test_gptq_modules_that_are_not_all_symmetric(tmp_path, usual):
+    """`dynamic` says which of them are."""
+    first, one = quantized.gptq("a", 16, 64, symmetric=usual)
+    second, other = quantized.gptq("b", 16, 64, symmetric=not usual, bits=8, seed=3)
+    settings = GPTQ | {"sym": usual, "dynamic": {"+:b$": {"sym": not usual, "bits": 8}}}
+    found = opened(tmp_path, first | second, settings)
+    check(found, "a", one)
+    check(found, "b", other)
+
+
 def test_zero_points_that_contradict_sym(tmp_path):
     tensors, _ = quantized.gptq("a", 16, 64)
     with pytest.raises(InputError, match="`sym: true` has one zero point"):
