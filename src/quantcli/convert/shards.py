@@ -34,7 +34,8 @@ _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports,
 def memory_estimate(plan: Work, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded. If
+    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded, and
+    with more while scales are searched for (`benchmarks/memory.py` measures vllm_w4a16). If
     rows share a scale, a block has at least all of them; only some of their columns are float32 at a
     time. Outputs with the rows of a weight in their columns are held for a whole job.
     """
@@ -52,7 +53,9 @@ def memory_estimate(plan: Work, workers: int) -> int:
         default=1,
     )
     nbytes = max((stored.buffer_nbytes for stored in plan.checkpoint.tensors.values()), default=0)
-    nbytes += block * 14 + max(0, tallest - block) * 5
+    items = (item for shard in plan.shards for item in shard.items)
+    searched = any(isinstance(item, Quantize) and item.scheme.searches_scales for item in items)
+    nbytes += block * (14 + 60 * searched) + max(0, tallest - block) * 5
     nbytes += max((_columns_nbytes(item) for shard in plan.shards for item in shard.items), default=0)
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
     return workers * nbytes + tensors * 1500 + _BASE

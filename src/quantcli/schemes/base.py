@@ -60,6 +60,11 @@ class Scheme(BaseModel, ABC):
         return False
 
     @property
+    def searches_scales(self) -> bool:
+        """Whether it tries several scales for each row, group or block: that takes more memory."""
+        return self.clips_by_inputs
+
+    @property
     def clips_by_inputs(self) -> bool:
         """Whether it is given the mean square of each input, and weighs errors by it."""
         return False

@@ -139,6 +139,11 @@ class Int4Weights(IntegerWeights):
         """For `clip: columns`."""
         return self.clip == "columns"
 
+    @property
+    def searches_scales(self) -> bool:
+        """Unless nothing is clipped."""
+        return self.clip != "none"
+
     def importance(
         self, constants: Stats, device: torch.device, columns: int | None = None
     ) -> Tensor | None:
