@@ -212,6 +212,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
         "length": LENGTH,
         "modules": sorted(told["modules"]),
         "smooth": True,
+        "methods": ["smooth"],
     }
     assert len(told["modules"]) == 28
     assert snapshot(bench.root) == before, "a plan writes nothing"

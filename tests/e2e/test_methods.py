@@ -168,7 +168,7 @@ def test_report_plan_and_verify(make: Callable[..., Bench]) -> None:
     assert "runs first: ranges of 28 modules, clips of 28 modules and equalization from" in planned
     done = bench.run("--json")
     assert done.code == 0, done.err
-    assert done.json["plan"]["calibration"]["equalize"] is True
+    assert done.json["plan"]["calibration"]["methods"] == ["equalize"]
     assert done.json["plan"]["calibration"]["smooth"] is False
     planned = bench.run("--plan", "--force").out
     assert "equalized; else as it is" in planned

@@ -75,7 +75,7 @@ def make(tmp_path: Path, models: Models) -> Callable[..., Bench]:
 
 
 def verify(bench: Bench, *more: object) -> Any:
-    """A passed verification against the source, as JSON; there are no findings but of accuracy."""
+    """The JSON report of a verification that passes; its only findings are notes on stacks."""
     found = run_cli("verify", bench.out, "--full", "--against", bench.model, "--json", *more)
     assert found.code == 0, found.out + found.err
     report = found.json

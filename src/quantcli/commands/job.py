@@ -143,9 +143,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
 
 def describe(session: Session) -> dict[str, Any]:
     """A calibration that was planned, as JSON-able data."""
-    from quantcli.recipe.methods import recipe_methods
-
-    named = {method.name for method in session.plan.recipe.methods}
+    methods = [method.name for method in session.plan.recipe.methods]
     return {
         "folder": str(session.folder),
         "complete": session.complete,
@@ -154,7 +152,8 @@ def describe(session: Session) -> dict[str, Any]:
         "samples": session.source.samples,
         "length": session.source.length,
         "modules": list(session.plan.measured),
-        **{name: name in named for name in recipe_methods()},
+        "smooth": "smooth" in methods,
+        "methods": methods,
     }
 
 

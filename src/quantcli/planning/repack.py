@@ -83,7 +83,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     _no_cache_scales(specs)
     must_be_taken(checkpoint, target)
     modules = list(_modules(checkpoint, stored))
-    raise_first(list(target.check(modules)), {})
+    raise_first(target.check(modules), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
     recipe = _recipe(checkpoint)
     sidecars = dict(target.sidecars(as_planned(checkpoint, modules, shards, stored.serving_dtype)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -193,7 +193,7 @@ def _refuse_code(
     format."""
     spec = tensor.spec
     module, _, suffix = spec.name.rpartition(".")
-    beside = _BESIDE.union(*(each.suffixes for each in _formats()))
+    beside = _beside()
     if not is_quantized(spec) and suffix not in beside:
         return
     errors = [finding for finding in findings if finding.severity == "error"]
@@ -213,12 +213,18 @@ def _refuse_code(
     raise wrong(tensor, f"formats are mixed: {example} are {weights[0].kind}, and {other}", _FLOAT)
 
 
+@cache
+def _beside() -> frozenset[str]:
+    """Suffixes of tensors that accompany codes, in any format."""
+    return _BESIDE.union(*(each.suffixes for each in _formats()))
+
+
 def _error_of(finding: Finding, tensor: StoredTensor) -> InputError:
     where = finding.where or f"`{tensor.spec.name}` in {tensor.file.name}"
     return InputError(finding.what, where=where, fix=finding.fix or AGAIN)
 
 
-# suffixes of tensors that accompany codes, in any format
+# those that several formats share
 _BESIDE = frozenset(
     {
         "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",

@@ -383,7 +383,7 @@ MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, 
 
 
 def grouped(weights, inputs, form="mxfp8-quantized"):
-    """The only group that is read, and what is found."""
+    """One group as it is read, and the texts of the findings."""
     table = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     config = read_groups({"format": form, "config_groups": {"g": table}})
     (group,) = config.groups
