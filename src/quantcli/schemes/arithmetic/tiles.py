@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantcli.core.kernels import tensors as kernels
 from quantcli.schemes.arithmetic import rounding
 
 
@@ -26,6 +27,9 @@ def absmax(rows: Tensor, block: tuple[int, int]) -> Tensor:
     NaN and Inf in a tile show in it.
     """
     tall, columns = block
+    compiled = kernels.absmax_tiles(rows, tall, columns)
+    if compiled is not None:
+        return compiled
     amax = rounding.absmax(cut(rows, columns)).squeeze(-1)
     if tall == 1:
         return amax
