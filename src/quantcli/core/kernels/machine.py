@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -66,6 +67,8 @@ class _Kernels:
                 _write(folder / file, content)
         header, _, code = content.partition(b"\n")
         symbol, arguments = json.loads(header)
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
         target = llvm.Target.from_triple(llvm.get_process_triple())
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target.create_target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -98,6 +101,16 @@ _KERNELS = _Kernels()
 def kernel(*key: str) -> Function | None:
     """A kernel by its name in `loops`, and the words that it is made with. None: torch must serve."""
     return None if os.environ.get(SWITCH) == "off" else _KERNELS.get(key)
+
+
+@cache
+def _installed() -> bool:
+    return all(find_spec(library) for library in ("llvmlite", "numba"))
+
+
+def available() -> bool:
+    """Whether kernels are likely to serve."""
+    return os.environ.get(SWITCH) != "off" and _KERNELS.problem is None and _installed()
 
 
 def problem() -> str | None:
