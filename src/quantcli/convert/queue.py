@@ -72,7 +72,7 @@ class JobQueue:
         self._folder = folder
         self._workers = workers
         self._checksum = checksum
-        self._buffers = Buffers(buffer_count(workers), 3 * workers)
+        self._buffers = Buffers(buffer_count(workers), 2 * workers)
         self._open: list[OpenShard] = []
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
@@ -146,7 +146,7 @@ class JobQueue:
 
 def buffer_count(workers: int) -> int:
     """Extents that a run holds at most."""
-    return 6 * workers + 4
+    return 4 * workers + 2
 
 
 def read_ahead(job: Job) -> None:
