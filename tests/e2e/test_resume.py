@@ -183,7 +183,9 @@ def test_short_writes_and_reads(
 ) -> None:
     pwrite, preadv, write = os.pwrite, os.preadv, os.write
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:5]], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, into, at, *flags: preadv(fd, [into[0][:5]], at, *flags)
+    )
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
     assert box.run(*SHARDED).code == 0
     monkeypatch.undo()
@@ -191,7 +193,7 @@ def test_short_writes_and_reads(
 
 
 def test_source_that_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: 0)
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at, *flags: 0)
     result = box.run(*SHARDED)
     assert result.code == 3
     assert "model.safetensors" in result.err
