@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class ShardWriter:
         by_columns: Collection[str] = (),
         checksum: bool = False,
         read_soon: bool = False,
+        writing: Executor | None = None,
     ) -> None:
         """Create the temporary file and write its header. `tensors` in the order of their data.
 
@@ -32,6 +34,7 @@ class ShardWriter:
         by_columns: names of tensors that `write_columns` writes.
         checksum:   hash the file for its entry of the manifest.
         read_soon:  keep the file in the page cache.
+        writing:    writes while the threads that have put the data together go on.
         """
         specs = tuple(tensors)
         header = encode_header(specs)
@@ -52,6 +55,7 @@ class ShardWriter:
             hashes=self._hashes,
             scattered=[(begin, begin + spec.nbytes) for begin, spec in places],
             direct=not read_soon,
+            writing=writing,
         )
         try:
             self._file.put(0, header)

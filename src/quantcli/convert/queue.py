@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from quantcli.checkpoint.tensors import will_read
@@ -23,21 +25,16 @@ class OpenShard:
     first: the number of its first job among those of the run.
     """
 
-    def __init__(
-        self, shard: Shard, folder: Path, buffers: Buffers, first: int, *, checksum: bool
-    ) -> None:
+    def __init__(self, shard: Shard, first: int, writer_of: Callable[[Shard], ShardWriter]) -> None:
         self.shard = shard
+        self.writer = writer_of(shard)
         place = {spec.name: number for number, spec in enumerate(shard.tensors)}
-        items = sorted(shard.items, key=lambda item: min(place[o.spec.name] for o in item.outputs))
+        items = sorted(shard.items, key=lambda item: min(place[out.spec.name] for out in item.outputs))
         self.jobs: deque[Job | None] = deque(jobs_of(items))
         if not self.jobs:  # nothing but empty tensors: the shard is still to be finished
             self.jobs.append(None)
         self.count = self.left = len(self.jobs)
         self._end = first + self.count
-        axes = {output.spec.name for item in items for output in item.outputs if output.axis}
-        self.writer = ShardWriter(
-            folder, shard.file, shard.tensors, buffers=buffers, by_columns=axes, checksum=checksum
-        )
 
     @property
     def number(self) -> int:
@@ -50,13 +47,13 @@ class Task:
     """A job for a worker.
 
     number: among the jobs of the run, in the order of the plan's shards and of their bytes.
-    later:  a job that a worker will take soon.
+    later:  jobs that workers will take soon, and that were not in a `later` yet.
     """
 
     number: int
     shard: OpenShard
     job: Job | None
-    later: Job | None
+    later: tuple[Job, ...]
 
 
 class JobQueue:
@@ -73,6 +70,7 @@ class JobQueue:
         self._workers = workers
         self._checksum = checksum
         self._buffers = Buffers(buffer_count(workers), 2 * workers)
+        self._writing = ThreadPoolExecutor(1, "quantcli-writing")
         self._open: list[OpenShard] = []
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
@@ -89,8 +87,10 @@ class JobQueue:
             if shard is None:
                 return None
             number, job = shard.number, shard.jobs.popleft()
-            ahead = min(self._workers, len(shard.jobs)) - 1
-            return Task(number, shard, job, shard.jobs[ahead] if ahead >= 0 else None)
+            ahead = 2 * self._workers + 4
+            begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
+            later = tuple(islice(shard.jobs, begin, ahead))
+            return Task(number, shard, job, tuple(job for job in later if job is not None))
 
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
@@ -98,15 +98,25 @@ class JobQueue:
         if not self._shards or len(self._open) >= most or self._next >= self._end:
             return None
         try:
-            shard = OpenShard(
-                self._shards.popleft(), self._folder, self._buffers, self._next, checksum=self._checksum
-            )
+            shard = OpenShard(self._shards.popleft(), self._next, self._writer_of)
         except BaseException as error:
             self._note(self._next, error)
             return None
         self._next += shard.count
         self._open.append(shard)
         return shard
+
+    def _writer_of(self, shard: Shard) -> ShardWriter:
+        outputs = (output for item in shard.items for output in item.outputs)
+        return ShardWriter(
+            self._folder,
+            shard.file,
+            shard.tensors,
+            buffers=self._buffers,
+            by_columns={output.spec.name for output in outputs if output.axis},
+            checksum=self._checksum,
+            writing=self._writing,
+        )
 
     def is_in_vain(self, task: Task) -> bool:
         """Whether a job before this one failed, so that nobody needs its result."""
@@ -138,10 +148,11 @@ class JobQueue:
         if self._errors:
             raise self._errors[min(self._errors)]
 
-    def abandon(self) -> None:
-        """Close the shards that are under way. No worker may be at one."""
+    def close(self) -> None:
+        """Close the shards that are still under way. No worker may be at one."""
         for shard in self._open:
             shard.writer.abandon()
+        self._writing.shutdown()
 
 
 def buffer_count(workers: int) -> int:

@@ -128,8 +128,9 @@ class ShardRun:
         except BaseException:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            queue.abandon()
             raise
+        finally:
+            queue.close()
 
     def _serve(self, queue: JobQueue) -> None:
         """Do jobs until none is left."""
@@ -142,8 +143,8 @@ class ShardRun:
     def _work(self, queue: JobQueue, task: Task) -> None:
         open_shard, job = task.shard, task.job
         if job is not None:
-            if task.later is not None:
-                read_ahead(task.later)
+            for later in task.later:
+                read_ahead(later)
             calibrated = read_calibrated(job.item, self._surveys)
             columns = _Columns(job)
             for rows in compute(job, self.plan.target, calibrated, self.block_elements):

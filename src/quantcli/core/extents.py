@@ -13,6 +13,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,14 @@ class ExtentFile:
         hashes: Hashes | None = None,
         scattered: Iterable[tuple[int, int]] = (),
         direct: bool = True,
+        writing: Executor | None = None,
     ) -> None:
         """Create the file.
 
         scattered: (begin, end) of bytes that `put_runs` writes: their extents are not assembled.
         direct:    write past the page cache, if the file system can. Not for what is read soon.
+        writing:   writes whole extents while the threads that made them go on, as long as there are
+                   buffers enough; without it they write themselves.
         """
         self._path = path
         self._nbytes = nbytes
@@ -107,6 +111,9 @@ class ExtentFile:
         self._next = 0  # to hash
         self._hashing = False
         self._missing = nbytes
+        self._writing = writing
+        self._pending = 0  # extents that are being written in `writing`
+        self._error: BaseException | None = None  # of the first of them that failed
         self._lock = threading.Condition()
         # through the page cache the kernel lets one writer at a time into a file: who waits for this
         # lock sleeps, who waits for the kernel's spins
@@ -174,6 +181,9 @@ class ExtentFile:
     def finish(self) -> None:
         """Make the file durable, hash what is left, and close it. Every byte was put once."""
         assert not self._missing, (self._path, self._missing, self._nbytes)
+        self._wait()
+        if self._error is not None:
+            raise self._error
         with disk_errors(self._path):
             os.ftruncate(self._fd, self._nbytes)  # the last extent was filled up with zeros
             os.fsync(self._fd)
@@ -186,6 +196,7 @@ class ExtentFile:
 
     def close(self) -> None:
         """Close the file, whole or not. Twice does no harm."""
+        self._wait()
         fds = self._fd, self._piece_fd
         self._fd = self._piece_fd = -1
         for fd in fds:
@@ -214,6 +225,28 @@ class ExtentFile:
 
     def _write_whole(self, number: int, memory: memoryview | None) -> None:
         """Write an extent that is whole, if it was assembled in memory; hash what can be hashed."""
+        if self._error is not None:
+            raise self._error
+        if memory is not None and self._writing is not None and self._buffers.plenty:
+            with self._lock:
+                self._pending += 1
+            self._writing.submit(self._write_later, number, memory)
+        else:
+            self._store(number, memory)
+        while self._hash_next():
+            pass
+
+    def _write_later(self, number: int, memory: memoryview) -> None:
+        try:
+            self._store(number, memory)
+        except BaseException as error:  # raised by whoever works on the file next
+            self._error = self._error or error
+        finally:
+            with self._lock:
+                self._pending -= 1
+                self._lock.notify_all()
+
+    def _store(self, number: int, memory: memoryview | None) -> None:
         if memory is not None:
             self._write_extent(number, memory)
             is_next = self._hashes is not None and number == self._next
@@ -223,8 +256,12 @@ class ExtentFile:
         if self._hashes is not None:
             with self._lock:
                 self._written[number] = memory
-            while self._hash_next():
-                pass
+
+    def _wait(self) -> None:
+        """Wait until no extent is being written by another thread."""
+        with self._lock:
+            while self._pending:
+                self._lock.wait()
 
     def _write_extent(self, number: int, memory: memoryview) -> None:
         size = self._size(number)

@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -255,3 +256,57 @@ def test_runs_outside_of_the_announced_bytes_are_an_error(tmp_path):
     with pytest.raises(AssertionError):
         file.put_runs(EXTENT - 1, memoryview(bytes(2)), 2, 2)
     file.close()
+
+
+@pytest.fixture
+def writing():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("limit", [0, 3, 40])
+def test_a_thread_of_its_own_writes(tmp_path, writing, limit):
+    data = content(20 * EXTENT + 123)
+    pieces = pieces_of(len(data), 4000)
+    buffers = Buffers(limit, 1)
+    check(tmp_path / "x", data, write(tmp_path / "x", data, pieces, buffers, writing=writing))
+    taken = [buffers.take() for _ in range(limit)]
+    assert None not in taken
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
+def test_what_goes_wrong_in_the_thread_that_writes_is_raised(tmp_path, monkeypatch, writing, error):
+    real, calls = os.pwrite, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    data = content(6 * EXTENT)
+    kind = MachineError if isinstance(error, OSError) else KeyError
+    with pytest.raises(kind):
+        write(tmp_path / "x", data, pieces_of(len(data), 5000), Buffers(8, 1), writing=writing)
+
+
+def test_a_file_is_not_closed_under_the_thread_that_writes(tmp_path, monkeypatch, writing):
+    begun, go, real, done = threading.Event(), threading.Event(), os.pwrite, []
+
+    def slow(*args):
+        begun.set()
+        go.wait(60)
+        done.append(real(*args))
+        return done[-1]
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    file = ExtentFile(tmp_path / "x", 2 * EXTENT, Buffers(8, 1), writing=writing)
+    file.put(0, bytes(EXTENT))
+    assert begun.wait(60)
+    closing = threading.Thread(target=file.close)
+    closing.start()
+    assert closing.is_alive()
+    go.set()
+    closing.join()
+    assert done == [EXTENT]
