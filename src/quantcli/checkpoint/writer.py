@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ class ShardWriter:
         by_columns: Collection[str] = (),
         checksum: bool = False,
         read_soon: bool = False,
-        writing: Executor | None = None,
     ) -> None:
         """Create the temporary file and write its header. `tensors` in the order of their data.
 
@@ -34,7 +32,6 @@ class ShardWriter:
         by_columns: names of tensors that `write_columns` writes.
         checksum:   hash the file for its entry of the manifest.
         read_soon:  keep the file in the page cache.
-        writing:    writes while the threads that have put the data together go on.
         """
         specs = tuple(tensors)
         header = encode_header(specs)
@@ -55,7 +52,6 @@ class ShardWriter:
             hashes=self._hashes,
             scattered=[(begin, begin + spec.nbytes) for begin, spec in places],
             direct=not read_soon,
-            writing=writing,
         )
         try:
             self._file.put(0, header)
@@ -65,7 +61,7 @@ class ShardWriter:
 
     @property
     def backlog(self) -> int:
-        """Bytes that are written and wait to be hashed, in extents."""
+        """Extents of the file that are written and wait to be hashed."""
         return self._file.backlog
 
     def write(self, tensor: str, offset: int, data: bytes | memoryview) -> None:

@@ -69,8 +69,8 @@ class JobQueue:
         self._folder = folder
         self._workers = workers
         self._checksum = checksum
-        self._buffers = Buffers(buffer_count(workers), 2 * workers)
         self._writing = ThreadPoolExecutor(1, "quantcli-writing")
+        self._buffers = Buffers(buffer_count(workers), 2 * workers, self._writing)
         self._open: list[OpenShard] = []
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
@@ -115,7 +115,6 @@ class JobQueue:
             buffers=self._buffers,
             by_columns={output.spec.name for output in outputs if output.axis},
             checksum=self._checksum,
-            writing=self._writing,
         )
 
     def is_in_vain(self, task: Task) -> bool:

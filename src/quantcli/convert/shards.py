@@ -159,7 +159,9 @@ class ShardRun:
                         open_shard.writer.write(spec.name, first * spec.row_nbytes, data)
                 self.progress.advance(rows.nbytes)
             columns.write(open_shard.writer)
-        if queue.done(task):  # whoever does the last job of a shard finishes it at once
+        if (
+            queue.done(task) and not self._stop.is_set()
+        ):  # whoever does the last job of a shard finishes it at once
             self._finish(open_shard)
             queue.finished(open_shard)
 

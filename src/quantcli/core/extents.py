@@ -36,8 +36,12 @@ class Buffers:
     gets none is written piece by piece, which is slow and rare.
     """
 
-    def __init__(self, limit: int, reserve: int) -> None:
-        """limit: number of buffers. reserve: how many must be free, for one to wait for its hash."""
+    def __init__(self, limit: int, reserve: int, writing: Executor | None = None) -> None:
+        """limit:   number of buffers.
+        reserve: how many must be free for one to wait, for its hash or to be written by `writing`.
+        writing: writes whole extents while the threads that made them go on; without it they write.
+        """
+        self.writing = writing
         self._free: list[memoryview] = []
         self._left = limit
         self._reserve = reserve
@@ -89,14 +93,11 @@ class ExtentFile:
         hashes: Hashes | None = None,
         scattered: Iterable[tuple[int, int]] = (),
         direct: bool = True,
-        writing: Executor | None = None,
     ) -> None:
         """Create the file.
 
         scattered: (begin, end) of bytes that `put_runs` writes: their extents are not assembled.
         direct:    write past the page cache, if the file system can. Not for what is read soon.
-        writing:   writes whole extents while the threads that made them go on, as long as there are
-                   buffers enough; without it they write themselves.
         """
         self._path = path
         self._nbytes = nbytes
@@ -111,8 +112,7 @@ class ExtentFile:
         self._next = 0  # to hash
         self._hashing = False
         self._missing = nbytes
-        self._writing = writing
-        self._pending = 0  # extents that are being written in `writing`
+        self._pending = 0  # extents that are being written by another thread
         self._error: BaseException | None = None  # of the first of them that failed
         self._lock = threading.Condition()
         # through the page cache the kernel lets one writer at a time into a file: who waits for this
@@ -227,10 +227,11 @@ class ExtentFile:
         """Write an extent that is whole, if it was assembled in memory; hash what can be hashed."""
         if self._error is not None:
             raise self._error
-        if memory is not None and self._writing is not None and self._buffers.plenty:
+        writing = self._buffers.writing if self._buffers.plenty else None
+        if memory is not None and writing is not None:
             with self._lock:
                 self._pending += 1
-            self._writing.submit(self._write_later, number, memory)
+            writing.submit(self._write_later, number, memory)
         else:
             self._store(number, memory)
         while self._hash_next():

@@ -268,8 +268,8 @@ def writing():
 def test_a_thread_of_its_own_writes(tmp_path, writing, limit):
     data = content(20 * EXTENT + 123)
     pieces = pieces_of(len(data), 4000)
-    buffers = Buffers(limit, 1)
-    check(tmp_path / "x", data, write(tmp_path / "x", data, pieces, buffers, writing=writing))
+    buffers = Buffers(limit, 1, writing)
+    check(tmp_path / "x", data, write(tmp_path / "x", data, pieces, buffers))
     taken = [buffers.take() for _ in range(limit)]
     assert None not in taken
 
@@ -288,7 +288,7 @@ def test_what_goes_wrong_in_the_thread_that_writes_is_raised(tmp_path, monkeypat
     data = content(6 * EXTENT)
     kind = MachineError if isinstance(error, OSError) else KeyError
     with pytest.raises(kind):
-        write(tmp_path / "x", data, pieces_of(len(data), 5000), Buffers(8, 1), writing=writing)
+        write(tmp_path / "x", data, pieces_of(len(data), 5000), Buffers(8, 1, writing))
 
 
 def test_a_file_is_not_closed_under_the_thread_that_writes(tmp_path, monkeypatch, writing):
@@ -301,7 +301,7 @@ def test_a_file_is_not_closed_under_the_thread_that_writes(tmp_path, monkeypatch
         return done[-1]
 
     monkeypatch.setattr(os, "pwrite", slow)
-    file = ExtentFile(tmp_path / "x", 2 * EXTENT, Buffers(8, 1), writing=writing)
+    file = ExtentFile(tmp_path / "x", 2 * EXTENT, Buffers(8, 1, writing))
     file.put(0, bytes(EXTENT))
     assert begun.wait(60)
     closing = threading.Thread(target=file.close)
