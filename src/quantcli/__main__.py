@@ -73,7 +73,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _write(descriptor: int, text: str) -> None:
-    try:
+    try:  # noqa: SIM105 - contextlib is an import
         os.write(descriptor, text.encode())
     except OSError:
         pass  # it is closed, or nobody reads it
@@ -95,7 +95,7 @@ def entry() -> NoReturn:
 
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        try:  # noqa: SIM105 - contextlib is an import
             stream.flush()
         except OSError:
             pass  # `main` has reported it

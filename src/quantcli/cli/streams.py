@@ -23,9 +23,9 @@ def keep_streams() -> None:
         except OSError:
             os.open(os.devnull, flags)  # takes the lowest number that is free: this one
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = cast(TextIO, _Messages(sys.stderr))
 
 
@@ -76,7 +76,9 @@ def stdout_error(error: OSError) -> MachineError:
     if error.errno == errno.EBADF:
         return _closed()
     reason = error.strerror or str(error)
-    return MachineError(reason[:1].lower() + reason[1:], where="stdout", fix="send the output somewhere else: > FILE")
+    return MachineError(
+        reason[:1].lower() + reason[1:], where="stdout", fix="send the output somewhere else: > FILE"
+    )
 
 
 def _closed() -> MachineError:
