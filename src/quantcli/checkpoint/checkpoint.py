@@ -13,7 +13,6 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +157,7 @@ def _changed(path: Path) -> InputError:
 def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
     """The checkpoint at `path`; its faults are listed in `problems`.
 
-    progress: is told before many headers are read.
+    progress: gets a line before many headers are read.
 
     Raises InputError only if nothing can be shown: no directory, no weights, a damaged header.
     """
@@ -208,13 +207,18 @@ def _is_large(root: Path, files: dict[str, int]) -> bool:
     """Whether headers may take longer to read than a user waits without a word: more than a few files,
     or thousands of tensors."""
     shards = [name for name in files if name.endswith(".safetensors")]
-    if len(shards) > _FEW_SHARDS:
-        return True
-    nbytes = files.get(INDEX, 0)
-    for name in shards:
-        with suppress(OSError), (root / name).open("rb") as file:
-            nbytes = max(nbytes, int.from_bytes(file.read(8), "little"))
-    return nbytes > _SHORT
+    if len(shards) > _FEW_SHARDS or INDEX in files:
+        return len(shards) > _FEW_SHARDS or files[INDEX] > _SHORT
+    return any(_SHORT < _header_nbytes(root / name) < files[name] for name in shards)
+
+
+def _header_nbytes(file: Path) -> int:
+    """Bytes of a header as the file says; more than the file has, if it is damaged."""
+    try:
+        with file.open("rb") as stream:
+            return int.from_bytes(stream.read(8), "little")
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
 
 
 def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:

@@ -20,7 +20,7 @@ def find_model(model: str, progress: Progress = SILENT) -> Path:
 
     A Hub id may name a branch, a tag or a commit: ORG/NAME@REVISION.
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. Pickle files
-    are never fetched. `progress` is told before the Hub is asked. Raises InputError or MachineError
+    are never fetched. `progress` gets a line before the Hub is asked. Raises InputError or MachineError
     with one sentence.
     """
     try:

@@ -48,6 +48,9 @@ def _reported(out: Output, error: QuantError) -> int:
     """Report an error, on stderr alone if standard output cannot be written."""
     try:
         out.error(error)
+    except OSError:
+        Output(as_json=False).error(error)
+    try:
         sys.stdout.flush()
     except OSError:
         drop(sys.stdout)

@@ -28,6 +28,10 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     from quantcli.checkpoint.hub import find_model
 
     folder = _with_weights(find_model(str(options.checkpoint), progress))
+    if options.recipe is not None:
+        from quantcli.recipe.written import read_recipe
+
+        read_recipe(options.recipe)  # again in a moment, with its schemes
     if options.against is not None:
         options = replace(options, against=str(_with_weights(find_model(options.against, progress))))
     for option, file in (("--junit", options.junit), ("--report", options.page)):

@@ -19,6 +19,9 @@ from tests.builders import make_model
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+LOOKING = "looking for org/name on the Hub, or in its cache\n"
+
+
 def offline(home: Path, model: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
@@ -35,7 +38,7 @@ def test_offline_with_an_empty_cache_is_one_clear_sentence(tmp_path: Path) -> No
     problem = "`org/name` is neither a directory nor in the Hub cache, and HF_HUB_OFFLINE is set"
     fix = "fetch it where there is a network, or give a directory"
     assert done.returncode == 3
-    assert done.stderr == f"error: {problem}\n  fix: {fix}\n"
+    assert done.stderr == f"{LOOKING}error: {problem}\n  fix: {fix}\n"
     assert json.loads(done.stdout) == {
         "ok": False,
         "error": {"what": problem, "where": None, "fix": fix},
@@ -53,7 +56,7 @@ def test_offline_with_a_filled_cache_works(tmp_path: Path) -> None:
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     done = offline(tmp_path, "org/name", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, LOOKING)
     account = json.loads(done.stdout)
     assert (account["path"], account["model_type"]) == (str(snapshot), "tiny")
     assert account["bytes"] == 16
@@ -223,6 +226,7 @@ def test_a_misspelt_path_is_not_blamed_on_the_network(tmp_path: Path) -> None:
     )
     assert found.returncode == 2
     assert found.stderr.splitlines() == [
+        "looking for models/lama on the Hub, or in its cache",
         "error: no such model directory, and no such repository in reach",
         "  --> models/lama",
         "  fix: did you mean `llama` in models?",
