@@ -729,7 +729,7 @@ def test_what_no_token_reaches(make: Callable[..., Bench], module: str, policy: 
     result = bench.run()
     if policy != "dynamic":  # nothing is like it, so that `group` has nothing to give
         assert result.code == 2
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert what == f"error: no token reached `{module}`, and its scheme needs data"
         assert where == f"  --> {bench.recipe}:{6 if module == 'lm_head' else 4}"
         assert "scheme with dynamic inputs" in fix
@@ -811,7 +811,7 @@ def test_smooth_rule_for_nothing(make: Callable[..., Bench]) -> None:
     bench = make(RECIPE + "smooth:\n  rules:\n    - {match: '*.dwn_proj', alpha: 1.0}\n")
     for result in (bench.calibrate(), bench.run(), bench.run("--plan")):
         assert result.code == 2
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert what == "error: `smooth.rules.0` matches no quantized module"
         assert where == f"  --> {bench.recipe}:8   match: *.dwn_proj"
         assert "optional: true" in fix
@@ -821,7 +821,7 @@ def test_smooth_rule_that_is_never_asked(make: Callable[..., Bench]) -> None:
     rules = "    - {match: '*_proj', skip: true}\n    - {match: '*.down_proj', alpha: 1.0}\n"
     result = make(RECIPE + "smooth:\n  rules:\n" + rules).run("--plan")
     assert result.code == 2
-    what, _, fix = result.err.splitlines()
+    what, _, fix = result.later.splitlines()
     assert what == "error: `smooth.rules.1` matches only modules that earlier ones take"
     assert fix == "  fix: move it before them, or remove it"
 

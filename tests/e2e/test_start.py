@@ -43,11 +43,11 @@ import os, signal, sys
 left = int(sys.argv.pop(1))
 def watch(frame, event, argument):
     global left
-    if event == "call" and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if event == "call" and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         left -= 1
         if left == 0:
             sys.setprofile(None)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 from quantcli.__main__ import entry
 sys.setprofile(watch)
 entry()

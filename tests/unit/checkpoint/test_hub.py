@@ -14,6 +14,7 @@ from huggingface_hub import errors
 
 from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.events import Progress
 from tests.builders import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -231,3 +232,16 @@ def test_a_misspelt_path_is_not_blamed_on_the_network(tmp_path: Path) -> None:
         "  --> models/lama",
         "  fix: did you mean `llama` in models?",
     ]
+
+
+def test_the_hub_is_announced_and_a_folder_is_not(
+    fetched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    assert find_model(str(tmp_path), progress) == tmp_path
+    assert said == []
+    find_model("org/name@main", progress)
+    assert said == ["looking for org/name@main on the Hub, or in its cache"]
+    assert [repo for repo, _ in fetched] == ["org/name at main"]
