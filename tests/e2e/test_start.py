@@ -187,9 +187,9 @@ MODULES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("module", MODULES)
-def test_an_interrupt_during_an_import(place: Path, module: str, stop: str) -> None:
+@pytest.mark.parametrize("number", range(len(MODULES)), ids=lambda number: MODULES[number])
+def test_an_interrupt_during_an_import(place: Path, number: int) -> None:
+    module, stop = MODULES[number], ("SIGINT", "SIGTERM")[number % 2]
     done = python(AT_IMPORT, module, stop, *usual(place))
     assert done.returncode == 130, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("planning ")]
