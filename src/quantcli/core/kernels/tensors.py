@@ -13,7 +13,7 @@ from quantcli.core.kernels import LANES
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_CODES = {"int4": torch.int8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+CODES = {"int4": torch.int8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 _ENGINES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -77,8 +77,8 @@ def encode(
     """
     if scale.device.type != "cpu" or scale.dtype != torch.float32:
         return None
-    if scale.numel() == 1 and rows.numel():
-        count, k = 1, rows.numel()
+    if scale.numel() == 1 and rows.numel():  # one tile is one row
+        count, k, tall, columns = 1, rows.numel(), 1, None
     else:
         k = rows.shape[-1]
         count = rows.numel() // k if k else 0
@@ -89,7 +89,7 @@ def encode(
     run = _of("encode", rows, element)
     if run is None:
         return None
-    codes = torch.empty(rows.shape, dtype=_CODES[element])
+    codes = torch.empty(rows.shape, dtype=CODES[element])
     scale = scale.contiguous()
     run(rows.data_ptr(), count, k, tall, columns, scale.data_ptr(), codes.data_ptr())
     return codes
@@ -115,14 +115,18 @@ def least_error(
     steps:      shares of the widest scale, and steps around the best of them.
     importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
     """
-    run = _of("least_error", rows, element, str(sums)[6:])
-    if run is None or engine_dtype not in _ENGINES or not rows.numel():
+    if engine_dtype not in _ENGINES or not rows.numel():
         return None
     k = rows.shape[-1]
     count = rows.numel() // k
-    if importance is None or importance.numel() == 1:
+    if importance is None:
         importance = torch.ones(k)
+    elif importance.numel() == 1:
+        importance = importance.expand(k)
     if importance.shape[-1] != k or count % (importance.numel() // k):
+        return None
+    run = _of("least_error", rows, element, str(sums)[6:])
+    if run is None:
         return None
     importance = importance.contiguous()
     signs = torch.ones(count) if sign is None else sign.contiguous()
