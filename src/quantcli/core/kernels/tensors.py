@@ -1,7 +1,8 @@
 """Kernels on torch tensors.
 
 Each function gives None if torch must serve: for tensors that are not contiguous, not on the CPU, of
-another dtype or part of a gradient, and if no code can be compiled.
+another dtype or part of a gradient, and if no code can be compiled. Also for empty ones, which is all
+that planning has: it loads no kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _ENGINES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def _of(name: str, rows: Tensor, *words: str) -> Function | None:
     dtype = _NAMES.get(rows.dtype)
-    if dtype is None or not rows.is_contiguous() or rows.device.type != "cpu" or rows.requires_grad:
+    if dtype is None or not rows.numel() or not rows.is_contiguous():
+        return None
+    if rows.device.type != "cpu" or rows.requires_grad:
         return None
     return kernel(name, dtype, *words)
 
