@@ -78,3 +78,15 @@ def test_a_user_hears_that_kernels_are_compiled(tmp_path, monkeypatch):
     assert first.err.splitlines().count(said) == 1
     assert said not in second.err
     assert (first.code, second.code) == (0, 0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_plan_loads_no_kernels(tmp_path, monkeypatch, recipe):
+    """Libraries for them would take longer to load than the plan takes."""
+
+    def refuse(self, key):
+        raise AssertionError(key)
+
+    monkeypatch.setattr(machine._Kernels, "get", refuse)
+    arguments = ("quantize", recipe, "--model", MODEL, "--out", tmp_path / "out", "--plan")
+    assert run_cli(*arguments).code == 0

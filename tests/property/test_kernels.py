@@ -355,7 +355,6 @@ def test_torch_serves_what_kernels_do_not_take(paths):
 
 @pytest.mark.parametrize("dtype", SOURCES)
 def test_empty_weights(paths, dtype):
-    """Planning has only these: it loads no kernels."""
     for shape in ((0, 64), (3, 0, 64), (0, 0, 64)):
         rows = torch.empty(shape, dtype=dtype)
         paths.same(lambda rows=rows: rounding.absmax(rows))

@@ -14,6 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.core.kernels.machine import without_kernels
 from quantcli.core.numerics import Numerics
 from quantcli.planning.matching import Matched
 from quantcli.planning.measured import Edit, Measured
@@ -115,7 +116,8 @@ def planned_outputs(
     outputs: list[Output] = []
     try:
         for rows in (0, multiple):
-            tensors = packed(rows)
+            with without_kernels():
+                tensors = packed(rows)
             for suffix in params:
                 if params[suffix].required and suffix not in tensors:
                     given = ", ".join(tensors) or "nothing"

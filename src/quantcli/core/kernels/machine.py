@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -111,11 +112,34 @@ def _callable(address: int, arguments: str) -> Function:
 
 
 _KERNELS = _Kernels()
+_THREAD = threading.local()
 
 
 def kernel(*key: str) -> Function | None:
     """A kernel by its name in `loops`, and the words that it is made with. None: torch must serve."""
-    return None if os.environ.get(SWITCH) == "off" else _KERNELS.get(key)
+    if os.environ.get(SWITCH) == "off" or getattr(_THREAD, "by_torch", False):
+        return None
+    return _KERNELS.get(key)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let torch serve this thread in the block: few numbers are not worth the loading of kernels."""
+    before, _THREAD.by_torch = getattr(_THREAD, "by_torch", False), True
+    try:
+        yield
+    finally:
+        _THREAD.by_torch = before
+
+
+@cache
+def _installed() -> bool:
+    return all(find_spec(library) for library in ("llvmlite", "numba"))
+
+
+def available() -> bool:
+    """Whether kernels are likely to serve."""
+    return os.environ.get(SWITCH) != "off" and _KERNELS.problem is None and _installed()
 
 
 def problem() -> str | None:

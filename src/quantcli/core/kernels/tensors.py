@@ -1,8 +1,7 @@
 """Kernels on torch tensors.
 
 Each function gives None if torch must serve: for tensors that are not contiguous, not on the CPU, of
-another dtype or part of a gradient, and if no code can be compiled. Also for empty ones, which is all
-that planning has: it loads no kernels.
+another dtype or part of a gradient, empty ones, and if no code can be compiled.
 """
 
 from __future__ import annotations
@@ -76,18 +75,19 @@ def encode(
 ) -> Tensor | None:
     """The nearest codes for rows / scale, half to even, clipped: float [..., n, k] -> [..., n, k].
 
-    scale: float32, of tiles; by default of rows, or a single number.
+    scale: float32, of tiles of a matrix [n, k]; without `columns` of rows [..., n, 1], or one number.
     """
     if scale.device.type != "cpu" or scale.dtype != torch.float32:
         return None
-    if scale.numel() == 1 and rows.numel():  # one tile is one row
-        count, k, tall, columns = 1, rows.numel(), 1, None
+    k = rows.shape[-1]
+    count = rows.numel() // k if k else 0
+    if columns is not None:
+        fits = rows.dim() == 2 and scale.shape == (-(-count // tall), -(-k // columns))
+    elif scale.numel() == 1:
+        fits, count, k, columns = True, 1, rows.numel(), rows.numel()
     else:
-        k = rows.shape[-1]
-        count = rows.numel() // k if k else 0
-    columns = k if columns is None else columns
-    tiles = -(-count // tall) * -(-k // max(1, columns))
-    if scale.numel() != tiles or (tall > 1 and rows.dim() != 2):
+        fits, columns = scale.shape == (*rows.shape[:-1], 1), k
+    if not fits:
         return None
     run = _of("encode", rows, element)
     if run is None:
