@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from quantcli.core.kernels import LANES
+from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS
 from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale
 
 _COUNT = types.int64
@@ -106,8 +106,11 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
     """The scale of each row with the least squared error, see `least_error` in
     schemes/arithmetic/clipping.py.
 
-    sums: the dtype in which errors are summed. values, weights: space for a row; lanes, more: space for
-    LANES sums each.
+    sums: the dtype in which errors are summed. values, weights: space for a row, up to a multiple of
+    BLOCK numbers, zeros behind it; lanes, more: space for LANES sums each.
+
+    A block is written out as four vectors, and the first one sets the lanes: they are memory, and each
+    addition to them waits for the one before.
     """
     element, value, *_ = DTYPES[dtype]
     nearest = ENCODERS[to].nearest
@@ -120,13 +123,18 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
         return wide(error * error * weight)
 
     @helper
-    def error(values, weights, k, scale, bound, lanes):
-        """Infinite if it is NaN, or if a part of the sum reaches `bound` already."""
+    def error(values, weights, k, scale, lanes):
+        """Infinite if it is NaN."""
         inverse = f32(1) / scale
         for lane in range(LANES):
-            lanes[lane] = wide(0)
-        j = 0
-        while j + 4 * LANES <= k:  # the compiler makes one vector of the lanes
+            a, b, c, d = lane, 16 + lane, 32 + lane, 48 + lane
+            total = wide(0)
+            total += square(values[a], weights[a], scale, inverse)
+            total += square(values[b], weights[b], scale, inverse)
+            total += square(values[c], weights[c], scale, inverse)
+            total += square(values[d], weights[d], scale, inverse)
+            lanes[lane] = total
+        for j in range(BLOCK, k, BLOCK):
             for lane in range(LANES):
                 a, b, c, d = j + lane, j + 16 + lane, j + 32 + lane, j + 48 + lane
                 total = lanes[lane]
@@ -135,33 +143,43 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
                 total += square(values[c], weights[c], scale, inverse)
                 total += square(values[d], weights[d], scale, inverse)
                 lanes[lane] = total
-            j += 4 * LANES
-            if _total(lanes) >= bound:  # the rest only adds to it
-                return infinite
-        while j < k:
-            for lane in range(min(LANES, k - j)):
-                lanes[lane] += square(values[j + lane], weights[j + lane], scale, inverse)
-            j += LANES
         total = _total(lanes)
         return total if total == total else infinite
 
     @helper
-    def refined(values, weights, k, scale, engine, least, lanes, more):
-        """The best scale for the codes of `scale`."""
+    def product(x, weight, inverse):
+        rounded = nearest(x * inverse)
+        weighted = rounded * weight
+        return wide(x * weighted), wide(rounded * weighted)
+
+    @helper
+    def products(values, weights, a, inverse, mixed, square):
+        b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
+        one, other = product(values[a], weights[a], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[b], weights[b], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[c], weights[c], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[d], weights[d], inverse)
+        return mixed + one, square + other
+
+    @helper
+    def fitted(values, weights, k, scale, lanes, more):
+        """The best scale for the codes of `scale`, not rounded, and how much it explains."""
         inverse = f32(1) / scale
         for lane in range(LANES):
-            lanes[lane] = wide(0)
-            more[lane] = wide(0)
-        for j in range(0, k, LANES):
-            for lane in range(min(LANES, k - j)):
-                x = values[j + lane]
-                rounded = nearest(x * inverse)
-                weighted = rounded * weights[j + lane]
-                lanes[lane] += wide(x * weighted)
-                more[lane] += wide(rounded * weighted)
-        square = _total(more)
-        found = f32(_total(lanes) / square)
-        return nearest_scale(found if square > 0 and found > 0 else scale, engine, least)
+            found = products(values, weights, lane, inverse, wide(0), wide(0))
+            lanes[lane], more[lane] = found
+        for j in range(BLOCK, k, BLOCK):
+            for lane in range(LANES):
+                found = products(values, weights, j + lane, inverse, lanes[lane], more[lane])
+                lanes[lane], more[lane] = found
+        mixed, square = _total(lanes), _total(more)
+        best = mixed / square
+        if square > 0 and mixed > 0:
+            return f32(best), best * mixed
+        return scale, wide(0)
 
     def kernel(
         rows, n, k, signs, widest, importance, period, coarse, coarses, fine, fines, engine, least,
@@ -172,26 +190,29 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
             column = (i % period) * k
             for j in range(k):
                 values[j] = value(rows[i * k + j]) * sign
+            for j in range(k):
                 weights[j] = importance[column + j]
             first = widest[i]
-            best, share = first, f32(1)
-            lowest = error(values, weights, k, best, infinite, lanes)
+            scale, most = fitted(values, weights, k, first, lanes, more)
+            share = f32(1)
             for step in range(1, coarses):
-                scale = nearest_scale(first * coarse[step], engine, least)
-                found = error(values, weights, k, scale, lowest, lanes)
-                if found < lowest:
-                    lowest, best, share = found, scale, coarse[step]
+                tried = nearest_scale(first * coarse[step], engine, least)
+                found, explained = fitted(values, weights, k, tried, lanes, more)
+                if explained > most:
+                    scale, most, share = found, explained, coarse[step]
             for step in range(fines):
-                scale = nearest_scale(first * (share + fine[step]), engine, least)
-                found = error(values, weights, k, scale, lowest, lanes)
+                tried = nearest_scale(first * (share + fine[step]), engine, least)
+                found, explained = fitted(values, weights, k, tried, lanes, more)
+                if explained > most:
+                    scale, most = found, explained
+            best, lowest = first, error(values, weights, k, first, lanes)
+            for again in range(REFINEMENTS):
+                if again:
+                    scale, _ = fitted(values, weights, k, scale, lanes, more)
+                scale = nearest_scale(scale, engine, least)
+                found = error(values, weights, k, scale, lanes)
                 if found < lowest:
-                    lowest, best = found, scale
-            for _ in range(2):
-                scale = refined(values, weights, k, best, engine, least, lanes, more)
-                found = error(values, weights, k, scale, lowest, lanes)
-                if not found < lowest:
-                    break  # the same codes would give the same scale again
-                lowest, best = found, scale
+                    best, lowest = scale, found
             out[i] = best
 
     totals = types.CPointer({"float32": types.float32, "float64": types.float64}[sums])

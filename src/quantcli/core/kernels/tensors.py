@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.core.kernels import LANES
+from quantcli.core.kernels import BLOCK, LANES
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -135,7 +135,8 @@ def least_error(
     signs = torch.ones(count) if sign is None else sign.contiguous()
     coarse, fine = (torch.tensor(each) for each in steps)
     widest = widest.contiguous()
-    values, weights, out = torch.empty(k), torch.empty(k), torch.empty_like(widest)
+    values, weights = torch.zeros(2, -(-k // BLOCK) * BLOCK)
+    out = torch.empty_like(widest)
     lanes, more = torch.empty(2, LANES, dtype=sums)
     run(
         rows.data_ptr(), count, k, signs.data_ptr(), widest.data_ptr(), importance.data_ptr(),
