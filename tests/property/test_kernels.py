@@ -12,8 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantcli.core.codes import (
+    code_values,
+    fp8_values,
+    pack_signed,
+    scale_groups,
+    unpack_nibbles,
+    unpack_rows,
+    unpack_signed,
+)
 from quantcli.core.kernels import machine
 from quantcli.core.kernels import tensors as kernels
+from quantcli.core.number_types import ELEMENTS
 from quantcli.core.registry import discover
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.base import Scheme
@@ -310,6 +320,62 @@ def test_int4_that_faces_down(paths, dtype, engine):
         paths.same(
             scales_and_codes, "absmax_tiles", "absmax_columns", "extremes", "least_error", "encode"
         )
+
+
+# --- stored codes ---
+
+
+@pytest.mark.parametrize("k", [2, 8, 30, 64, 128, 200, 256])
+def test_numbers_of_fp8_codes(paths, k):
+    """All 256 codes, alone and times the scales of groups: subnormal, large, and ones that are not."""
+    codes = torch.arange(256).to(torch.uint8).repeat(k).view(256, k)
+    paths.same(lambda: fp8_values(codes), "decode")
+    paths.same(lambda: fp8_values(codes.view(torch.float8_e4m3fn)), "decode")
+    generator = torch.Generator().manual_seed(k)
+    special = torch.tensor([1e-40, 3e38, float("nan"), float("inf"), 0.0, -0.5, 1e-45, 2.0**-126])
+    for columns in (1, 7, 32, 128, 256):
+        scale = torch.randn(256, -(-k // columns), generator=generator)
+        scale[: len(special), 0] = special
+        paths.same(lambda s=scale, c=columns: fp8_values(codes, s, c), "decode")
+    finite = (codes & 0x7F) != 0x7F
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(fp8_values(codes)[finite], expected[finite])
+    assert bool(torch.isnan(fp8_values(codes)[~finite]).all())
+
+
+def test_numbers_of_every_encoder(paths):
+    """What a type of codes is in compiled code agrees with its entry in core/number_types.py."""
+    octets = torch.arange(256).to(torch.uint8)
+    paths.same(lambda: code_values(octets, ELEMENTS["fp4_e2m1"]), "decode")
+    paths.same(lambda: code_values(octets.view(2, 128), ELEMENTS["fp4_e2m1"]), "decode")
+    for name in ("int8", "int4"):
+        signed = torch.arange(-128, 128).to(torch.int8).view(4, 64)
+        scale = torch.tensor([[0.1, 3.0], [1e-40, 1e38], [-1.0, 0.0], [0.3, 7e-3]])
+        found = kernels.decode(signed, name, scale, 32)
+        assert found is not None
+        check(scale_groups(signed.float(), scale, 32), found)
+    pairs = octets.view(4, 64)
+    found = kernels.decode(pairs, "fp4_e2m1", scale.repeat(1, 2), 32)
+    assert found is not None
+    check(scale_groups(code_values(pairs, ELEMENTS["fp4_e2m1"]), scale.repeat(1, 2), 32), found)
+
+
+@pytest.mark.parametrize("k", [8, 24, 64, 1000])
+def test_packed_codes(paths, k):
+    generator = torch.Generator().manual_seed(k)
+    codes = torch.randint(-8, 8, (17, k), generator=generator).to(torch.int8)
+    paths.same(lambda: pack_signed(codes, 4), "pack_nibbles")
+    packed = pack_signed(codes, 4)
+    for width in (k, k - 3):
+        paths.same(lambda width=width: unpack_signed(packed, 4, width), "unpack_nibbles")
+        assert torch.equal(unpack_signed(packed, 4, width), codes[:, :width])
+    paths.same(lambda: unpack_rows(packed, 4), "unpack_nibbles")
+    octets = torch.arange(256).to(torch.uint8)
+    paths.same(lambda: unpack_nibbles(octets), "unpack_nibbles")
+    paths.same(lambda: unpack_nibbles(octets[::2]))
+    paths.same(lambda: pack_signed(codes.T.contiguous().T, 4))
+    paths.same(lambda: pack_signed(codes[:0], 4))
+    paths.same(lambda: unpack_signed(packed[:0], 4, k))
 
 
 # --- whole schemes ---

@@ -13,10 +13,11 @@ import numpy as np
 from numba import types
 
 from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS
-from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale
+from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale, u8
 
 _COUNT = types.int64
 _FLOATS = types.CPointer(types.float32)
+_OCTETS = types.CPointer(types.uint8)
 
 
 def absmax_tiles(dtype: str) -> Any:
@@ -74,6 +75,60 @@ def encode(dtype: str, to: str) -> Any:
     counts = [_COUNT] * 4
     pointer = types.CPointer(encoder.element)
     return kernel, types.void(types.CPointer(element), *counts, _FLOATS, pointer)
+
+
+def decode(of: str) -> Any:
+    """The numbers of codes times the scales of their groups: float32 [n, k]."""
+    encoder = ENCODERS[of]
+    value, stored = encoder.value, encoder.stored
+
+    def one(codes, n, k, columns, scales, out):
+        groups = (k + columns - 1) // columns
+        for i in range(n):
+            for group in range(groups):
+                first = i * k + group * columns
+                last = min(first + columns, i * k + k)
+                scale = scales[i * groups + group]
+                for j in range(first, last):
+                    out[j] = value(codes[j]) * scale
+
+    def two(codes, n, k, columns, scales, out):
+        groups = (k + columns - 1) // columns
+        for i in range(n):
+            for group in range(groups):
+                first = (i * k + group * columns) // 2
+                last = min(first + columns // 2, (i * k + k) // 2)
+                scale = scales[i * groups + group]
+                for j in range(first, last):
+                    out[2 * j] = value(codes[j] & u8(15)) * scale
+                    out[2 * j + 1] = value(codes[j] >> u8(4)) * scale
+
+    signature = types.void(types.CPointer(encoder.element), *[_COUNT] * 3, _FLOATS, _FLOATS)
+    return (one if stored == 1 else two), signature
+
+
+def pack_nibbles() -> Any:
+    """Two codes of 4 bits in a byte, the first in the low bits; `more` is added to each."""
+
+    def kernel(codes, count, more, out):
+        added = u8(more)
+        for j in range(count):
+            out[j] = (codes[2 * j] + added) | ((codes[2 * j + 1] + added) << u8(4))
+
+    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+
+
+def unpack_nibbles() -> Any:
+    """The inverse, for `count` bytes; `less` is subtracted from each code."""
+
+    def kernel(octets, count, less, out):
+        subtracted = u8(less)
+        for j in range(count):
+            octet = octets[j]
+            out[2 * j] = (octet & u8(15)) - subtracted
+            out[2 * j + 1] = (octet >> u8(4)) - subtracted
+
+    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
 
 
 def extremes(dtype: str) -> Any:
@@ -222,6 +277,5 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
     )  # fmt: skip
 
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (absmax_tiles, absmax_columns, extremes, encode, least_error)
-}
+_ALL = absmax_tiles, absmax_columns, extremes, encode, least_error, decode, pack_nibbles, unpack_nibbles
+KERNELS = {kernel.__name__: kernel for kernel in _ALL}
