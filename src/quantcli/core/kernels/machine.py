@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,24 +113,24 @@ def _callable(address: int, arguments: str) -> Function:
 
 
 _KERNELS = _Kernels()
-_THREAD = threading.local()
+_SHAPES_ONLY = ContextVar("shapes_only", default=False)
 
 
 def kernel(*key: str) -> Function | None:
     """A kernel by its name in `loops`, and the words that it is made with. None: torch must serve."""
-    if os.environ.get(SWITCH) == "off" or getattr(_THREAD, "by_torch", False):
+    if os.environ.get(SWITCH) == "off" or _SHAPES_ONLY.get():
         return None
     return _KERNELS.get(key)
 
 
 @contextmanager
-def without_kernels() -> Iterator[None]:
-    """Let torch serve this thread in the block: few numbers are not worth the loading of kernels."""
-    before, _THREAD.by_torch = getattr(_THREAD, "by_torch", False), True
+def shapes_only() -> Iterator[None]:
+    """Let torch serve in the block: a plan wants shapes and dtypes, and need not load machine code."""
+    token = _SHAPES_ONLY.set(True)
     try:
         yield
     finally:
-        _THREAD.by_torch = before
+        _SHAPES_ONLY.reset(token)
 
 
 @cache
@@ -216,8 +217,8 @@ def _parents() -> Iterator[Path]:
 def _private(folder: Path) -> bool:
     """Whether a folder is this user's, and no other may write in it: code from it is run."""
     found = folder.lstat()
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return mine and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
+    owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return owned and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _read(path: Path) -> bytes | None:
