@@ -158,6 +158,7 @@ class ShardRun:
                         data = tensor_bytes(tensor)
                         open_shard.writer.write(spec.name, first * spec.row_nbytes, data)
                 self.progress.advance(rows.nbytes)
+                rows = tensor = data = None  # their memory is that of the next block
             columns.write(open_shard.writer)
         if (
             queue.done(task) and not self._stop.is_set()
