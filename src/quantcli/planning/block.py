@@ -184,8 +184,9 @@ def _as_planned(
 
 def elements_of(item: Quantize | Repack) -> int:
     """Elements of a row block of an item. Larger if nothing but compiled loops goes over them."""
-    plain = isinstance(item, Quantize) and not (item.source.kind or item.edit)
-    if plain and not item.scheme.numerics.transform and machine.available():
+    if isinstance(item, Repack) or item.source.kind or item.edit or item.scheme.numerics.transform:
+        return BLOCK_ELEMENTS
+    if machine.available():
         return _COMPILED * BLOCK_ELEMENTS
     return BLOCK_ELEMENTS
 

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-f32, i32, u8, i8, u16 = np.float32, np.int32, np.uint8, np.int8, np.uint16
+f32, i32, u8, i8, u16, i16 = np.float32, np.int32, np.uint8, np.int8, np.uint16, np.int16
 
 
 def _bitcast(source: Any, result: Any) -> Any:
@@ -75,6 +75,26 @@ def magnitude32(value):
 
 
 @helper
+def ordered16(bits):
+    return i16(bits)
+
+
+@helper
+def negated16(bits):
+    return i16(bits ^ u16(0x8000))
+
+
+@helper
+def ordered32(value):
+    return as_i32(value)
+
+
+@helper
+def negated32(value):
+    return as_i32(-value)
+
+
+@helper
 def same(bits):
     return as_f32(bits)
 
@@ -87,6 +107,9 @@ class Dtype(NamedTuple):
     magnitude: an integer that orders as the number without its sign; NaN and Inf come out on top.
     largest:   the float32 of such an integer.
     zero:      the integer of 0.
+    ordered:   a signed integer: that of a positive number, and a negative one for all others.
+    negated:   that of the number times -1.
+    none:      a zero of these.
     """
 
     element: Any
@@ -94,12 +117,19 @@ class Dtype(NamedTuple):
     magnitude: Any
     largest: Any
     zero: Any
+    ordered: Any
+    negated: Any
+    none: Any
 
 
 DTYPES = {
-    "bfloat16": Dtype(types.uint16, bf16_value, magnitude16, bf16_value, u16(0)),
-    "float16": Dtype(types.uint16, f16_value, magnitude16, f16_value, u16(0)),
-    "float32": Dtype(types.float32, f32_value, magnitude32, same, i32(0)),
+    "bfloat16": Dtype(
+        types.uint16, bf16_value, magnitude16, bf16_value, u16(0), ordered16, negated16, i16(0)
+    ),
+    "float16": Dtype(
+        types.uint16, f16_value, magnitude16, f16_value, u16(0), ordered16, negated16, i16(0)
+    ),
+    "float32": Dtype(types.float32, f32_value, magnitude32, same, i32(0), ordered32, negated32, i32(0)),
 }
 
 

@@ -22,7 +22,7 @@ _OCTETS = types.CPointer(types.uint8)
 
 def absmax_tiles(dtype: str) -> Any:
     """max |x| of each tile: float32."""
-    element, _, magnitude, largest, zero = DTYPES[dtype]
+    element, _, magnitude, largest, zero, *_ = DTYPES[dtype]
 
     def kernel(rows, n, k, tall, columns, out):
         groups = (k + columns - 1) // columns
@@ -44,7 +44,7 @@ def absmax_tiles(dtype: str) -> Any:
 
 def absmax_columns(dtype: str) -> Any:
     """The larger of `out` and max |x| of each column: float32 [k]. NaN is larger than all."""
-    element, _, magnitude, largest, _ = DTYPES[dtype]
+    element, _, magnitude, largest, *_ = DTYPES[dtype]
 
     def kernel(rows, n, k, out):
         for i in range(n):
@@ -133,18 +133,19 @@ def unpack_nibbles() -> Any:
 
 def extremes(dtype: str) -> Any:
     """The largest x and the largest -x of each row, or 0 if there is none: float32 [n] each."""
-    element, value, *_ = DTYPES[dtype]
+    element, _, _, largest, _, ordered, negated, none = DTYPES[dtype]
 
     def kernel(rows, n, k, above, below):
         for i in range(n):
-            high = f32(0)
-            low = f32(0)
+            high = none
+            low = none
             for j in range(i * k, i * k + k):
-                x = value(rows[j])
+                x = ordered(rows[j])
                 high = x if x > high else high
-                low = -x if -x > low else low
-            above[i] = high
-            below[i] = low
+                y = negated(rows[j])
+                low = y if y > low else low
+            above[i] = largest(high)
+            below[i] = largest(low)
 
     return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS)
 
