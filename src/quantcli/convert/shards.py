@@ -19,6 +19,7 @@ from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
+    Computed,
     Job,
     Surveys,
     compute,
@@ -90,6 +91,15 @@ class _Columns:
             writer.write_columns(name, start, tensor_bytes(columns))
 
 
+def _write(rows: Computed, writer: ShardWriter, columns: _Columns) -> None:
+    """Write computed rows, or gather them if they are columns of what is stored."""
+    for output, first, tensor in rows.written:
+        if output.axis:
+            columns.add(output, first, tensor)
+        else:
+            writer.write(output.spec.name, first * output.spec.row_nbytes, tensor_bytes(tensor))
+
+
 class ShardRun:
     """The shards of one run: what threads share while they write them."""
 
@@ -150,19 +160,12 @@ class ShardRun:
             for rows in compute(job, self.plan.target, calibrated, self.block_elements):
                 if self._stop.is_set() or queue.is_in_vain(task):
                     return
-                for output, first, tensor in rows.written:
-                    if output.axis:
-                        columns.add(output, first, tensor)
-                    else:
-                        spec = output.spec
-                        data = tensor_bytes(tensor)
-                        open_shard.writer.write(spec.name, first * spec.row_nbytes, data)
+                _write(rows, open_shard.writer, columns)
                 self.progress.advance(rows.nbytes)
-                rows = tensor = data = None  # their memory is that of the next block
+                del rows  # its memory is that of the next block
             columns.write(open_shard.writer)
-        if (
-            queue.done(task) and not self._stop.is_set()
-        ):  # whoever does the last job of a shard finishes it at once
+        # whoever does the last job of a shard finishes it at once
+        if queue.done(task) and not self._stop.is_set():
             self._finish(open_shard)
             queue.finished(open_shard)
 
