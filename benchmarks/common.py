@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,7 @@ def measure(*command: str | Path, env: Mapping[str, str] | None = None) -> Usage
     variables = os.environ | dict(env or {})
     with tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
-        child = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=errors, env=variables
-        )
+        child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors, env=variables)
         _, status, used = os.wait4(child.pid, 0)
         wall = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -125,8 +123,10 @@ def warm_up(words: Sequence[str]) -> None:
         os.close(nowhere)
 
 
-def fork(words: Sequence[str], log: Path) -> int:
-    """Start a quantcli command in a fork of this process; its output goes to `log`."""
+def fork(words: Sequence[str], log: Path, around: AbstractContextManager[object] | None = None) -> int:
+    """Start a quantcli command in a fork of this process, within `around` there; its output goes to
+    `log`. Returns the child's process id.
+    """
     child = os.fork()
     if child:
         return child
@@ -136,7 +136,8 @@ def fork(words: Sequence[str], log: Path) -> int:
 
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(2, 1)
-        main(list(words))
+        with around or nullcontext():
+            main(list(words))
     except SystemExit as end:
         code = end.code or 0
     finally:

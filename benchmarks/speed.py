@@ -4,11 +4,12 @@ Measures user + system seconds of processes, which other load on the machine cha
 candidates take turns in a shuffled order, round after round, and medians count. GB are of bf16 input.
 
 A conversion is forked off a process that has converted a nearly empty model with each recipe, so that
-all imports, and the loading of compiled kernels, are behind it. What a conversion costs before there is
-any work (recipe, plan, folder) is that of the nearly empty model. Both are left out here;
-`as_run.py` has them in. Source and outputs are on one file system, the source in the page cache. Virtual
-machines hand free memory back to their host, and to get it again costs several times more than to write
-it; so each candidate runs twice in a row and the second run, which finds the memory of the first, counts.
+all imports, and the loading of compiled kernels, are behind it. What a conversion costs before there
+is any work (recipe, plan, folder) is that of the nearly empty model. Both are left out here;
+`as_run.py` has them in. Source and outputs are on one file system, the source in the page cache.
+Virtual machines hand free memory back to their host, and to get it again costs several times more than
+to write it; so each candidate runs twice in a row and the second run, which finds the memory of the
+first, counts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,194 @@
+"""Conversions as a user runs them: whole processes, from their start to their end.
+
+Three tables, by recipe, in one list:
+
+* source in the page cache: CPU and wall seconds of 1 GB with 1, 2 and 4 workers and hashing (the
+  default), and with as many workers as by default without hashing; of the other sizes by default.
+* each size, default options, with only the model out of the page cache: the tool's own files were just
+  used. The first size also with all out of it. To empty the page cache takes root; without it these
+  rows are left out, and the first line says so.
+* how near that is to the disk: what `dd` takes to read the source's shards, cold, to /dev/null, plus
+  what it takes to write the output's shards with conv=fsync (from memory: a copy in /dev/shm), as a
+  share of the conversion's wall time. 1 is the disk itself; more is possible, since a conversion reads
+  and writes at once. The bar is on the largest size with only the model cold.
+
+A conversion waits for the disk like dd does: shards are fsynced before they are renamed. All runs take
+turns in a shuffled order, round after round, once the disk has written what waits; medians count.
+GB are of bf16 input.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import (
+    QUANTCLI,
+    Line,
+    Usage,
+    conversion,
+    drop_caches,
+    finish,
+    measure,
+    parser,
+    quantize,
+    qwen3,
+    spread,
+    workplace,
+    write_model,
+)
+
+RECIPES = ("w8a8_dynamic", "fp8_dynamic", "vllm_w4a16")
+NEAR_THE_DISK = 0.9  # share of dd's speed, at least; int4 searches for scales, and has no bar
+BARRED = {"w8a8_dynamic", "fp8_dynamic"}
+MEMORY = Path("/dev/shm")
+WARM, COLD, ALL_COLD = "warm", "model cold", "all cold"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run a recipe on the model of so many layers."""
+
+    recipe: str
+    layers: int
+    cache: str = WARM
+    workers: int | None = None
+    hashing: bool = True
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its options."""
+        workers = () if self.workers is None else ("--workers", str(self.workers))
+        return workers + (() if self.hashing else ("--no-checksum",))
+
+    @property
+    def name(self) -> str:
+        """How it differs from the others of its recipe and size."""
+        workers = "default workers" if self.workers is None else f"{self.workers} workers"
+        return f"{self.cache}, {workers}{'' if self.hashing else ', no hashing'}"
+
+
+def cases(recipes: list[str], layers: list[int], *, cold: bool) -> list[Case]:
+    """All that is run, in the order of the output."""
+    found = []
+    for recipe in recipes:
+        found += [Case(recipe, layers[0], workers=workers) for workers in (1, 2, 4)]
+        found.append(Case(recipe, layers[0], hashing=False))
+        found += [Case(recipe, count) for count in layers[1:]]
+        if cold:
+            found.append(Case(recipe, layers[0], ALL_COLD))
+            found += [Case(recipe, count, COLD) for count in layers]
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--layers", type=int, nargs="+", default=[9, 39], help="101 MB each")
+    arguments.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="RECIPE")
+    options = arguments.parse_args()
+    cold = drop_caches()
+    chosen = cases(options.recipes, options.layers, cold=cold)
+    used: dict[Case, list[Usage]] = {case: [] for case in chosen}
+    disk: dict[Case, list[float]] = {case: [] for case in used if case.cache == COLD}
+    with workplace(options.dir) as folder:
+        empty, out = folder / "empty", folder / "out"
+        write_model(empty, qwen3(1, hidden=128, vocab=16))
+        sizes = {n: write_model(folder / f"model{n}", qwen3(n)) / 1e9 for n in options.layers}
+
+        def run(case: Case) -> None:
+            model = folder / f"model{case.layers}"
+            prepare(case, lambda: quantize(case.recipe, empty, out))
+            if case.cache == WARM:
+                warm(model)
+            words = conversion(case.recipe, model, out, *case.words)
+            used[case].append(measure(*QUANTCLI, *words))
+            if case in disk:
+                disk[case].append(dd_read(model) + dd_write(out, folder))
+            shutil.rmtree(out)
+
+        for recipe in options.recipes:  # what is compiled once is compiled
+            quantize(recipe, empty, out)
+        order = random.Random(0)  # a fixed order can fall into step with what the host does
+        for _ in range(options.rounds):
+            for case in order.sample(list(used), len(used)):
+                run(case)
+    lines = [] if cold else [Line("cold runs", 0, "runs", None, "left out: drop_caches needs root")]
+    lines += [results(case, used[case], sizes[case.layers]) for case in used]
+    largest = max(options.layers)
+    lines += [
+        share(case, used[case], disk[case], sizes[case.layers], barred=case.layers == largest)
+        for case in disk
+    ]
+    finish(lines, as_json=options.json)
+
+
+def prepare(case: Case, use: Callable[[], Usage]) -> None:
+    """What is written is on the disk; caches are as the case has them."""
+    if case.cache == WARM:
+        subprocess.run(["sync"], check=True)
+        return
+    if not drop_caches():
+        raise SystemExit("the page cache could be emptied before, and now cannot")
+    if case.cache == COLD:
+        use()
+
+
+def warm(model: Path) -> None:
+    """Read a model's shards into the page cache."""
+    for shard in model.glob("*.safetensors"):
+        measure("dd", f"if={shard}", "of=/dev/null", "bs=16M")
+
+
+def dd_read(model: Path) -> float:
+    """Wall seconds that dd takes to read a model's shards, none of which is in the page cache."""
+    drop_caches()
+    measure("dd", "if=/dev/null", "of=/dev/null")  # dd itself is in the page cache
+    return sum(
+        measure("dd", f"if={shard}", "of=/dev/null", "bs=16M").wall
+        for shard in sorted(model.glob("*.safetensors"))
+    )
+
+
+def dd_write(out: Path, folder: Path) -> float:
+    """Wall seconds that dd takes to write an output's shards to the same disk."""
+    copy, seconds = folder / "copy", 0.0
+    for shard in sorted(out.glob("*.safetensors")):
+        source = Path(shutil.copy(shard, MEMORY / f"quantcli-bench-{shard.name}"))
+        try:
+            command = ("dd", f"if={source}", f"of={copy}", "bs=16M", "conv=fsync")
+            seconds += measure(*command).wall
+        finally:
+            source.unlink()
+            copy.unlink(missing_ok=True)
+    return seconds
+
+
+def results(case: Case, runs: list[Usage], size: float) -> Line:
+    """CPU and wall seconds of one case."""
+    wall, cpu = ([getattr(u, part) for u in runs] for part in ("wall", "cpu"))
+    seconds = statistics.median(wall)
+    detail = (
+        f"{spread(wall)} s wall, {size / seconds:.2f} GB/s; {spread(cpu)} CPU s; "
+        f"peak {max(u.peak for u in runs) / 2**20:.0f} MiB"
+    )
+    what = f"{case.recipe}, {size:.1f} GB, {case.name}"
+    return Line(what, statistics.median(cpu), "CPU s", None, detail)
+
+
+def share(case: Case, runs: list[Usage], disk: list[float], size: float, *, barred: bool) -> Line:
+    """What dd takes over what the conversion takes; each run with the dd that came right after it."""
+    shares = [seconds / u.wall for seconds, u in zip(disk, runs, strict=True)]
+    what = f"dd / {case.recipe}, {size:.1f} GB, {case.cache}"
+    detail = f"{spread(shares)}; dd {spread(disk)} s, conversion {spread([u.wall for u in runs])} s"
+    line = Line(what, statistics.median(shares), "of the disk's speed", None, detail)
+    return replace(line, floor=NEAR_THE_DISK) if barred and case.recipe in BARRED else line
+
+
+if __name__ == "__main__":
+    main()
