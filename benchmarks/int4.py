@@ -32,7 +32,8 @@ from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme, maxima
 
 Array = NDArray[np.float64]
-NEAR, SPEED = (
+NEAR = 0.1  # percent above the least squared error, at most
+SPEED = 0.4  # GB per CPU second, at least
     1.001,
     0.4,
 )  # error over that of the exhaustive search, at most; GB per CPU second, at least
