@@ -34,9 +34,6 @@ from quantcli.schemes.base import Scheme, maxima
 Array = NDArray[np.float64]
 NEAR = 0.1  # percent above the least squared error, at most
 SPEED = 0.4  # GB per CPU second, at least
-    1.001,
-    0.4,
-)  # error over that of the exhaustive search, at most; GB per CPU second, at least
 CLIPS = ("mse", "columns")
 LEAST, MOST = 0.44, 1.1  # of the scale that clips nothing
 REACH = 7 + 63 / 128  # the largest w / scale that still rounds to 7
