@@ -19,7 +19,6 @@ from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
-from quantcli.planning.block import BLOCK_ELEMENTS
 from quantcli.planning.parts import Part, part_head
 from quantcli.planning.plan import Plan, Work
 from quantcli.verification.structure import verified
@@ -39,14 +38,14 @@ class RunOptions:
     fresh:          start again, without what an interrupted run left.
     force:          replace an output that exists.
     checksum:       hash every file for the manifest.
-    block_elements: elements of a row block.
+    block_elements: elements of a row block; None: see `elements_of`.
     """
 
     workers: int
     fresh: bool = False
     force: bool = False
     checksum: bool = True
-    block_elements: int = BLOCK_ELEMENTS
+    block_elements: int | None = None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class ShardRun:
         journal: Journal,
         progress: Progress,
         checksum: bool,
-        block_elements: int,
+        block_elements: int | None,
     ) -> None:
         self.plan = plan
         self.folder = folder

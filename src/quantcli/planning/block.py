@@ -20,6 +20,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import safetensors_dtype, torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
+from quantcli.core.kernels import machine
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.planning.measured import Edit, EditFactors
 from quantcli.planning.plan import Copy, Item, Quantize, Repack
@@ -30,6 +31,7 @@ from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
+_COMPILED = 4  # times as many if kernels serve: they go row by row, and each block costs some Python
 JOB_BYTES = 16 * 2**20  # of source in one job of the pool
 
 
@@ -122,16 +124,16 @@ def compute(
     job: Job,
     target: Target,
     calibrated: Calibrated = _NOTHING,
-    block_elements: int = BLOCK_ELEMENTS,
+    block_elements: int | None = None,
 ) -> Iterator[Computed]:
-    """Row block by row block.
+    """Row block by row block; block_elements: of each, by default `elements_of` the item.
 
     calibrated: of the job's item, see `read_calibrated`. InputError for NaN, Inf, and numbers that the
     target cannot hold.
     """
     item = job.item
     if isinstance(item, Copy):
-        yield from _copied(job, item, calibrated, block_elements)
+        yield from _copied(job, item, calibrated, block_elements or BLOCK_ELEMENTS)
         return
     reading = item.source.open() if isinstance(item, Quantize) else ModuleReader(item.module)
     with reading as reader:
@@ -179,10 +181,19 @@ def _as_planned(
     return outputs
 
 
-def row_blocks(job: Job, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+def elements_of(item: Quantize | Repack) -> int:
+    """Elements of a row block of an item. Larger if nothing but compiled loops goes over them."""
+    plain = isinstance(item, Quantize) and not (item.source.kind or item.edit)
+    if plain and not item.scheme.numerics.transform and machine.available():
+        return _COMPILED * BLOCK_ELEMENTS
+    return BLOCK_ELEMENTS
+
+
+def row_blocks(job: Job, elements: int | None = None) -> Iterator[tuple[int, int]]:
     """The first row of each block of a job's matrix, and the row after its last."""
     item = job.item
     assert not isinstance(item, Copy)
+    elements = elements or elements_of(item)
     width = item.source.spec.shape[1] if isinstance(item, Quantize) else item.module.shape[1]
     step = _multiple(elements // width, item.row_multiple)
     for start in range(job.start, job.stop, step):

@@ -38,30 +38,17 @@ class Fp8Block(ClippedWeights):
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
-        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)].
-
-        A row of blocks at a time, and of that so many columns as fit the cache.
-        """
-        n, k = rows.shape[-2:]
+        """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., ceil(n/128), ceil(k/128)]."""
+        scale = rounding.scale_of(tiles.absmax(rows, _BLOCK), rounding.FP8_E4M3_MAX, engine_dtype)
         importance = self.importance(constants, rows.device, _SIDE)
-        tall, wide = -(-n // _SIDE), -(-k // _SIDE)
-        codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
-        scales = torch.empty((*rows.shape[:-2], tall, wide), device=rows.device)
-        for i, j in itertools.product(range(tall), range(0, wide, _BLOCKS)):
-            down, across = slice(i * _SIDE, (i + 1) * _SIDE), slice(j * _SIDE, (j + _BLOCKS) * _SIDE)
-            part = rows[..., down, across]
-            scale = rounding.scale_of(tiles.absmax(part, _BLOCK), rounding.FP8_E4M3_MAX, engine_dtype)
-            if importance is not None:
-                scale = _clipped(part, scale, engine_dtype, importance[j : j + _BLOCKS])
-            each = tiles.spread(scale, (1, _SIDE), 1, part.shape[-1])
-            codes[..., down, across] = rounding.to_fp8_e4m3(part, each, clip=importance is not None)
-            scales[..., i : i + 1, j : j + _BLOCKS] = scale
-        return {"weight": codes, "weight_scale": scales}
+        if importance is not None:
+            scale = _clipped(rows, scale, engine_dtype, importance)
+        codes = tiles.to_fp8_e4m3(rows, scale, _BLOCK, clip=importance is not None)
+        return {"weight": codes, "weight_scale": scale}
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """float8_e4m3fn [..., n, k] for the scales of blocks."""
-        each = tiles.spread(scale, _BLOCK, *rows.shape[-2:])
-        return rounding.to_fp8_e4m3(rows, each, clip=True)
+        return tiles.to_fp8_e4m3(rows, scale, _BLOCK, clip=True)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their blocks: float32 [..., n, k]."""
@@ -80,12 +67,19 @@ class Fp8Block(ClippedWeights):
         return y if bias is None else (y + rounding.per_output(bias)).to(x.dtype)
 
 
-def _clipped(part: Tensor, widest: Tensor, engine_dtype: torch.dtype, importance: Tensor) -> Tensor:
-    """The scales of some blocks side by side, float32 [..., 1, blocks], as [n, k] and inputs ask for.
+def _clipped(rows: Tensor, widest: Tensor, engine_dtype: torch.dtype, importance: Tensor) -> Tensor:
+    """The scales of blocks [..., n, k] as inputs ask for, in the shape of `widest`.
 
-    importance: [blocks, 128], of each column in its block.
+    importance: [ceil(k / 128), 128], of each column in its block. It takes a row of blocks at a time,
+    and of that so many columns as fit the cache.
     """
-    blocks = tiles.cut(part.float(), _SIDE).transpose(-3, -2).flatten(-2)
-    each = importance.repeat(1, part.shape[-2])
-    scale = clipping.least_error(blocks, widest.mT, engine_dtype, clipping.FP8, each)
-    return scale.mT
+    scale = torch.empty_like(widest)
+    tall, wide = widest.shape[-2:]
+    for i, j in itertools.product(range(tall), range(0, wide, _BLOCKS)):
+        part = rows[..., i * _SIDE : (i + 1) * _SIDE, j * _SIDE : (j + _BLOCKS) * _SIDE]
+        blocks = tiles.cut(part, _SIDE).transpose(-3, -2).flatten(-2)
+        each = importance[j : j + _BLOCKS].repeat(1, part.shape[-2])
+        place = (..., slice(i, i + 1), slice(j, j + _BLOCKS))
+        found = clipping.least_error(blocks, widest[place].mT, engine_dtype, clipping.FP8, each)
+        scale[place] = found.mT
+    return scale

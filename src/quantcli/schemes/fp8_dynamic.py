@@ -29,8 +29,7 @@ class Fp8Dynamic(ClippedWeights):
         scale = rounding.channel_scale(rows, rounding.FP8_E4M3_MAX, engine_dtype)
         importance = self.importance(constants, rows.device)
         if importance is not None:
-            values = rows.float()
-            scale = clipping.least_error(values, scale, engine_dtype, clipping.FP8, importance)
+            scale = clipping.least_error(rows, scale, engine_dtype, clipping.FP8, importance)
         codes = rounding.to_fp8_e4m3(rows, scale, clip=importance is not None)
         return {"weight": codes, "weight_scale": scale}
 

@@ -23,14 +23,14 @@ LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
 class Search(NamedTuple):
     """What a search for scales begins with.
 
-    values:     float32 [..., k], a row for each scale.
+    rows:       float [..., k], a row for each scale.
     widest:     the scales that clip nothing, positive float32 [..., 1].
     sign:       of the stored scales [..., 1]; None: all positive.
     codes:      the numbers that weights are rounded to.
-    importance: of each column, which broadcasts against values; None: no search.
+    importance: of each column, which broadcasts against rows; None: no search.
     """
 
-    values: Tensor
+    rows: Tensor
     widest: Tensor
     sign: Tensor | None
     codes: clipping.Codes
@@ -40,7 +40,9 @@ class Search(NamedTuple):
         """The scales that are chosen, float32 [..., 1], exact in `engine_dtype`."""
         scale = self.widest
         if self.importance is not None:
-            scale = clipping.least_error(self.values, scale, engine_dtype, self.codes, self.importance)
+            scale = clipping.least_error(
+                self.rows, scale, engine_dtype, self.codes, self.importance, self.sign
+            )
         return scale if self.sign is None else scale * self.sign
 
 
@@ -85,7 +87,7 @@ class IntegerWeights(ClippedWeights):
         """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
         widest = rounding.int8_scale(rows, engine_dtype)
         importance = self.importance(constants, rows.device)
-        return Search(rows.float(), widest, None, clipping.INT8, importance)
+        return Search(rows, widest, None, clipping.INT8, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -100,15 +102,11 @@ class IntegerWeights(ClippedWeights):
             scale = rounding.int8_scale(rows, engine_dtype)
             return rounding.to_int8(rows, scale), scale
         scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
-        return self.rounded(rows.float(), scale), scale
-
-    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
-        return clipping.INT8.round(values, scale).to(torch.int8)
+        return self.nearest_codes(rows, scale), scale
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """int8 [..., n, k]. Here for a scale per row."""
-        return self.rounded(rows.float(), scale)
+        return clipping.INT8.codes(rows, scale)
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
@@ -159,7 +157,7 @@ class Int4Weights(IntegerWeights):
         """Of the scales for rows [..., n, k], positive, one per row."""
         widest = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
         importance = self.importance(constants, rows.device)
-        return Search(rows.float(), widest, None, clipping.INT4, importance)
+        return Search(rows, widest, None, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -170,11 +168,11 @@ class Int4Weights(IntegerWeights):
         row is never larger than that. NaN and Inf show in the scale.
         """
         scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
-        return self.rounded(rows.float(), scale), scale
+        return self.nearest_codes(rows, scale), scale
 
-    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The codes int8 that are nearest to values [..., n, k], float32, for scales [..., n, 1]."""
-        return clipping.INT4.round(values, scale).to(torch.int8)
+    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 [..., n, k] in -8..7 for scales [..., n, 1]."""
+        return clipping.INT4.codes(rows, scale)
 
 
 class Int4Groups(Int4Weights):
@@ -206,10 +204,10 @@ class Int4Groups(Int4Weights):
         of its group is positive: then that is at -8, one step further than codes reach above zero."""
         columns = None if self.group_size == "channel" else self.group_size
         groups = rows if columns is None else tiles.cut(rows, columns)
-        values, sign = clipping.facing_down(groups.float())
-        widest = clipping.widest_int4(values, rounding.absmax(groups), engine_dtype)
+        sign, above = clipping.facing_down(groups)
+        widest = clipping.widest_int4(rounding.absmax(groups), above, engine_dtype)
         importance = self.importance(constants, rows.device, columns)
-        return Search(values, widest, sign, clipping.INT4, importance)
+        return Search(groups, widest, sign, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -217,17 +215,17 @@ class Int4Groups(Int4Weights):
         """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, ceil(k / group_size)]."""
         search = self.search(rows, engine_dtype, constants)
         scale = search.scale(engine_dtype)
-        assert search.sign is not None
-        codes = self.rounded(search.values, scale * search.sign)
+        codes = clipping.INT4.codes(search.rows, scale)
         if self.group_size == "channel":
             return codes, scale
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """int8 [..., n, k] for the scales of groups, or of rows."""
-        if self.group_size != "channel":
-            scale = tiles.spread(scale, (1, self.group_size), *rows.shape[-2:])
-        return super().nearest_codes(rows, scale)
+        if self.group_size == "channel":
+            return super().nearest_codes(rows, scale)
+        codes = clipping.INT4.codes(tiles.cut(rows, self.group_size), scale.unsqueeze(-1))
+        return codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""

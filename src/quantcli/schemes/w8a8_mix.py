@@ -47,7 +47,7 @@ class W8A8Mix(Int8Static):
             scale = rounding.round_up(torch.maximum(clipped, least), engine_dtype)
         deq = deq_grid(scale / r, input_scale.dtype, up=False)
         scale = torch.where(torch.isfinite(deq), scale, deq)  # so that an overflow shows
-        codes = chosen(constants, self.rounded(rows.float(), scale))
+        codes = chosen(constants, self.nearest_codes(rows, scale))
         return {"weight": codes, "weight_scale": scale, **row_parts(codes, deq, bias, constants)}
 
     def forward_prefill(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:

@@ -150,5 +150,5 @@ class W8A8Static(Int8Static):
         r = multiplier(scale).to(rows.device)
         narrowest = self.search(rows, torch.float32, constants).scale(torch.float32) / r
         deq = deq_grid(torch.maximum(narrowest, least_deq_scale(r, bias)), scale.dtype, up=True)
-        codes = chosen(constants, self.rounded(rows.float(), deq * r))
+        codes = chosen(constants, self.nearest_codes(rows, deq * r))
         return {"weight": codes, "weight_scale": deq * r, **row_parts(codes, deq, bias, constants)}

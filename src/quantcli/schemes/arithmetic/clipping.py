@@ -6,12 +6,15 @@ measured it, as the error of an output is sum_j d_j x_j; else by what the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.spec import torch_dtype
+from quantcli.core.kernels import LANES
+from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS, ElementType
 from quantcli.schemes.arithmetic import rounding, tiles
 
@@ -22,34 +25,44 @@ _REFINEMENTS = 2
 class Codes:
     """The numbers that weights are rounded to, and the scales to try.
 
-    round:  values and scales, float32 -> codes, float32, clipped.
-    coarse: shares of the widest scale; 1, that scale itself, is the first.
-    fine:   steps around the best of them.
-    sums:   the dtype in which errors are summed. In float64 the order of a CPU's sums hardly matters;
-            for int4, which needs no data, the search would take half as long again.
+    element: the name of their type.
+    nearest: quotients, float32 -> codes, float32, half to even, clipped; in place.
+    coarse:  shares of the widest scale; 1, that scale itself, is the first.
+    fine:    steps around the best of them.
+    sums:    the dtype in which errors are summed.
     """
 
-    round: Callable[[Tensor, Tensor], Tensor]
+    element: str
+    nearest: Callable[[Tensor], Tensor]
     coarse: tuple[float, ...]
     fine: tuple[float, ...]
     sums: torch.dtype = torch.float64
 
+    def codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The codes of rows / scale as stored. rows: float [..., k]; scale: float32 [..., 1]."""
+        compiled = kernels.encode(rows, scale, self.element)
+        if compiled is not None:
+            return compiled
+        return self.nearest(rows.float() / scale).to(torch_dtype(ELEMENTS[self.element].dtype))
 
-def _integers(element: ElementType) -> Callable[[Tensor, Tensor], Tensor]:
-    """round(values / scale), half to even, clipped to the numbers of the type."""
+
+def _integers(element: ElementType) -> Callable[[Tensor], Tensor]:
+    """Rounded, and clipped to the numbers of the type."""
     least, largest = element.least, element.largest
-    return lambda values, scale: (values / scale).round_().clamp_(least, largest)
+    return lambda values: values.round_().clamp_(least, largest)
 
 
 _INT4 = ELEMENTS["int4"]
 INT4_REACH = 7 + 63 / 128  # the largest w / scale that still rounds to 7
 INT4 = Codes(
+    "int4",
     _integers(_INT4),
     coarse=(1.0, 1.1, *(0.92 - 0.08 * step for step in range(7))),
     fine=(-0.04, 0.04),
     sums=torch.float32,
 )
 INT8 = Codes(
+    "int8",
     _integers(ELEMENTS["int8"]),
     # no further: steps of 8 bits are small, and a weight that is off by a tenth looks like damage
     coarse=tuple(1 - 0.01 * step for step in range(8)),
@@ -57,12 +70,15 @@ INT8 = Codes(
 )
 
 
-def _fp8(values: Tensor, scale: Tensor) -> Tensor:
-    return rounding.to_fp8_e4m3(values, scale, clip=True).float()
+def _fp8(values: Tensor) -> Tensor:
+    largest = rounding.FP8_E4M3_MAX
+    return values.clamp_(-largest, largest).to(torch.float8_e4m3fn).float()
 
 
 # Steps of fp8 double at powers of two: between two of them, a wider scale may fit the weights better.
-FP8 = Codes(_fp8, coarse=(1.0, *(2 ** (step / 8) for step in range(1, 8)), 0.96, 0.92), fine=())
+FP8 = Codes(
+    "fp8_e4m3", _fp8, coarse=(1.0, *(2 ** (step / 8) for step in range(1, 8)), 0.96, 0.92), fine=()
+)
 
 
 def by_columns(amax: Tensor) -> Tensor:
@@ -86,40 +102,59 @@ def _relative(importance: Tensor) -> Tensor:
     return torch.where(largest > 0, importance / largest, 1.0)
 
 
-def facing_down(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [..., k] times -1 if the largest of a row is positive, and that sign, float32 [..., 1].
+def facing_down(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The sign that each row of [..., k] is multiplied with: -1 if its largest value is positive. And
+    its largest value after that, at least 0. Both float32 [..., 1].
 
     Codes reach one step further below zero: with the largest value at -8, steps are 1/8 smaller.
     """
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    sign = torch.where(high > -low, -1.0, 1.0)
-    return values * sign, sign
+    found = kernels.extremes(rows)
+    if found is None:
+        values = rows.float()
+        found = values.amax(-1, keepdim=True), values.neg().amax(-1, keepdim=True)
+    above, below = found
+    sign = torch.where(above > below, -1.0, 1.0)
+    return sign, torch.where(above > below, below, above).clamp_min(0)
 
 
-def widest_int4(down: Tensor, amax: Tensor, engine_dtype: torch.dtype) -> Tensor:
-    """The smallest scale that clips nothing of `down`, as `facing_down` gives it: float32 [..., 1]."""
-    above = down.amax(-1, keepdim=True) / INT4_REACH
-    return rounding.scale_of(amax, -_INT4.least, engine_dtype, above)
+def widest_int4(amax: Tensor, above: Tensor, engine_dtype: torch.dtype) -> Tensor:
+    """The smallest scale that clips nothing, for the largest |w| and the largest w of rows that
+    `facing_down` has turned: float32 [..., 1]."""
+    return rounding.scale_of(amax, -_INT4.least, engine_dtype, above / INT4_REACH)
 
 
 def least_error(
-    values: Tensor, widest: Tensor, engine_dtype: torch.dtype, codes: Codes, importance: Tensor | None
+    rows: Tensor,
+    widest: Tensor,
+    engine_dtype: torch.dtype,
+    codes: Codes,
+    importance: Tensor | None,
+    sign: Tensor | None = None,
 ) -> Tensor:
     """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
     then s = sum(h w q) / sum(h q^2), the best scale for given codes, as long as it gets better.
-    Each is tried as the number of `engine_dtype` that it becomes.
+    Each is tried as the number of `engine_dtype` that it becomes, and codes are round(w * (1 / s)).
 
-    values: float32 [..., k]; widest: positive [..., 1]; importance: the h of each column, which
-    broadcasts against values. Ties go to the earlier, and `widest` is the first.
+    rows: float [..., k]; widest: positive float32 [..., 1]; importance: the h of each column, float32,
+    which broadcasts against rows; sign: float32 [..., 1], which rows are multiplied with.
+
+    Ties go to the earlier, and `widest` is the first. Sums are in an order of their own, see `total`:
+    every machine finds the same scales.
     """
+    compiled = kernels.least_error(
+        rows, sign, widest, engine_dtype, rounding.FLOOR[engine_dtype], codes.element,
+        (codes.coarse, codes.fine), codes.sums, importance,
+    )  # fmt: skip
+    if compiled is not None:
+        return compiled
+    values = rows.float() if sign is None else rows.float() * sign
 
     def error(scale: Tensor) -> Tensor:
         """[..., 1]; infinite if it is NaN."""
-        squares = codes.round(values, scale).mul_(scale).sub_(values).square_()
+        squares = codes.nearest(values * (1 / scale)).mul_(scale).sub_(values).square_()
         if importance is not None:
             squares.mul_(importance)
-        total: Tensor = squares.sum(-1, keepdim=True, dtype=codes.sums)
-        return total.nan_to_num_(torch.inf)
+        return total(squares, codes.sums).nan_to_num_(torch.inf, torch.inf)
 
     best, least = widest, error(widest)
     share = torch.ones_like(widest)
@@ -141,65 +176,29 @@ def least_error(
     return best
 
 
+def total(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each row in `dtype`: [..., k] -> [..., 1]. In an order of its own.
+
+    Every sixteenth value goes to the same of 16 sums. The upper half of these is added to the lower one
+    until one is left.
+    """
+    k = values.shape[-1]
+    sums = values.new_zeros((*values.shape[:-1], LANES), dtype=dtype)
+    for start in range(0, k, LANES):
+        part = values[..., start : start + LANES]
+        sums[..., : part.shape[-1]] += part
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums
+
+
 def _refined(
     values: Tensor, scale: Tensor, engine_dtype: torch.dtype, codes: Codes, importance: Tensor | None
 ) -> Tensor:
     """The best scale for the codes of `scale`; `scale` itself if all of them are 0."""
-    rounded = codes.round(values, scale)
+    rounded = codes.nearest(values * (1 / scale))
     weighted = rounded if importance is None else rounded * importance
-    square = (rounded * weighted).sum(-1, keepdim=True, dtype=codes.sums)
-    found = ((values * weighted).sum(-1, keepdim=True, dtype=codes.sums) / square).float()
+    square = total(rounded * weighted, codes.sums)
+    found = (total(values * weighted, codes.sums) / square).float()
     return rounding.nearest(torch.where((square > 0) & (found > 0), found, scale), engine_dtype)
-
-
-# Sums of float32 in another order: how far errors, and scales, may be apart relatively.
-_OTHER_ERRORS, OTHER_SCALES = 2.0**-18, 2.0**-19
-
-
-def least_elsewhere(
-    values: Tensor,
-    widest: Tensor,
-    scale: Tensor,
-    engine_dtype: torch.dtype,
-    codes: Codes,
-    importance: Tensor,
-) -> bool:
-    """Whether `least_error` may find `scale` [1] for a row [k], float32, on a CPU that adds in another
-    order. importance: [k].
-
-    All choices between candidates are followed whose errors such a CPU may order the other way. What
-    is not a sum is the same on every CPU.
-    """
-
-    def error(candidate: Tensor) -> float:
-        errors = codes.round(values, candidate).mul_(candidate).sub_(values).square_()
-        return float(errors.mul_(importance).sum(dtype=torch.float64))
-
-    def least(shares: list[float]) -> Iterator[tuple[float, Tensor]]:
-        candidates = [
-            widest if share == 1 else rounding.nearest(widest * share, engine_dtype) for share in shares
-        ]
-        errors = [error(candidate) for candidate in candidates]
-        bound = min(errors) * (1 + _OTHER_ERRORS)
-        return ((s, c) for s, c, e in zip(shares, candidates, errors, strict=True) if e <= bound)
-
-    def refined(best: Tensor, times: int) -> Iterator[Tensor]:
-        rounded = codes.round(values, best).double()
-        weighted = rounded * importance
-        square = (rounded * weighted).sum()
-        if not times or not square:
-            yield best
-            return
-        found = (values.double() * weighted).sum() / square
-        for nudge in (-OTHER_SCALES, 0, OTHER_SCALES):
-            other = rounding.nearest((found * (1 + nudge)).float(), engine_dtype)
-            if error(other) < error(best) * (1 + _OTHER_ERRORS):
-                yield from refined(other.view(1), times - 1)
-        yield from refined(best, times - 1) if error(other) >= error(best) * (1 - _OTHER_ERRORS) else ()
-
-    return any(
-        bool(torch.isclose(scale, candidate, rtol=OTHER_SCALES, atol=0))
-        for share, _ in least(list(codes.coarse))
-        for _, best in least([share, *(share + step for step in codes.fine)])
-        for candidate in refined(best, _REFINEMENTS)
-    )

@@ -1,7 +1,9 @@
-"""Int8 and fp8 rounding, shared by all schemes: plain torch on blocks that fit the cache.
+"""Int8 and fp8 rounding, shared by all schemes: compiled loops, or plain torch on blocks that fit the
+cache.
 
-On a block of about 512K elements every temporary stays in the cache, which makes these few lines
-twenty times faster than the same lines on a whole matrix. Whoever calls them does the blocking.
+Torch is the reference: a kernel gives the same bits, and where there is none torch serves. On a block
+of about 512K elements all its temporaries stay in the cache, which makes these few lines twenty times
+faster than the same lines on a whole matrix. Whoever calls them does the blocking.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.spec import torch_dtype
+from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS, SCALES
 
 INT8_MAX = ELEMENTS["int8"].largest
@@ -26,7 +29,7 @@ INT8_BEST = 127.25
 # coarse, so that it must be one of them.
 FP8_E4M3_MAX = ELEMENTS["fp8_e4m3"].largest
 # The smallest scale, so that a row of zeros has a positive one.
-_FLOOR = {torch_dtype(scale.dtype): scale.least for scale in SCALES.values()}
+FLOOR = {torch_dtype(scale.dtype): scale.least for scale in SCALES.values()}
 # the integer in which a float is stored
 BITS = {
     torch.bfloat16: torch.int16,
@@ -44,6 +47,13 @@ def absmax(rows: Tensor, dim: int = -1) -> Tensor:
     Through the bits: without its sign, a float orders like the integer it is stored as, and NaN and
     Inf come out on top, so a row that holds one shows it here.
     """
+    compiled = None
+    if dim == -1:
+        compiled = kernels.absmax_tiles(rows, 1, rows.shape[-1])
+    elif dim == 0:
+        compiled = kernels.absmax_columns(rows)
+    if compiled is not None:
+        return compiled
     integer = BITS[rows.dtype]
     magnitude = (rows.view(integer) & _MAGNITUDE[integer]).amax(dim, keepdim=True)
     return magnitude.view(rows.dtype).float()
@@ -65,7 +75,7 @@ def round_up(value: Tensor, engine_dtype: torch.dtype) -> Tensor:
 
 def nearest(scale: Tensor, engine_dtype: torch.dtype) -> Tensor:
     """The nearest number of dtype `engine_dtype` that may be a scale, as float32."""
-    return scale.to(engine_dtype).float().clamp_min(_FLOOR[engine_dtype])
+    return scale.to(engine_dtype).float().clamp_min(FLOOR[engine_dtype])
 
 
 def channel_scale(
@@ -86,7 +96,7 @@ def scale_of(
     scale = amax / limit
     if least is not None:
         scale = torch.maximum(scale, least)
-    return round_up(scale, engine_dtype).clamp_min(_FLOOR[engine_dtype])
+    return round_up(scale, engine_dtype).clamp_min(FLOOR[engine_dtype])
 
 
 def int8_scale(rows: Tensor, engine_dtype: torch.dtype, least: Tensor | None = None) -> Tensor:
@@ -97,6 +107,9 @@ def int8_scale(rows: Tensor, engine_dtype: torch.dtype, least: Tensor | None = N
 
 def to_int8(rows: Tensor, scale: Tensor) -> Tensor:
     """round(rows / scale), half to even, in float32. |rows| <= INT8_REACH * scale: nothing to clip."""
+    compiled = kernels.encode(rows, scale, "int8")
+    if compiled is not None:
+        return compiled
     return rows.to(torch.float32, copy=True).div_(scale).round_().to(torch.int8)
 
 
@@ -106,6 +119,9 @@ def to_fp8_e4m3(rows: Tensor, scale: Tensor, *, clip: bool = False) -> Tensor:
     The division may pass 448 by one ulp; everything below 464 rounds back to 448. What is out of range
     is clipped first: it becomes NaN in one release of torch and 448 in another.
     """
+    compiled = kernels.encode(rows, scale, "fp8_e4m3")
+    if compiled is not None:
+        return compiled
     codes = rows.to(torch.float32, copy=True).div_(scale)
     if clip:
         codes.clamp_(-FP8_E4M3_MAX, FP8_E4M3_MAX)

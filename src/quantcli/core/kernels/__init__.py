@@ -1,0 +1,7 @@
+"""Loops over weights as machine code, with the bits of the torch code that each stands for.
+
+`tensors` is for callers: a function gives None if torch must serve. `machine` loads code, and compiles
+it once for a CPU; `loops` and `formulas` are what is compiled.
+"""
+
+LANES = 16  # partial sums of a row: see `total` in schemes/arithmetic/clipping.py

@@ -1,0 +1,45 @@
+"""Compiles kernels. Imported only if the machine code is not there yet."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from quantcli.core.kernels.machine import cpu
+
+_CPU = cpu()
+# before numba reads them: both compilers must take the same CPU
+os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = _CPU
+
+import llvmlite.binding as llvm  # noqa: E402
+from numba import njit, types  # noqa: E402
+
+from quantcli.core.kernels.loops import KERNELS  # noqa: E402
+
+# exact arithmetic, and no code that would call Python
+_OPTIONS: Any = {
+    "fastmath": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+}  # fmt: skip
+
+
+def compiled(name: str, *words: str) -> bytes:
+    """A line of JSON, with the name of the function and the kinds of its arguments; then the object."""
+    function, signature = KERNELS[name](*words)
+    made: Any = njit(signature, **_OPTIONS)(function)
+    (overload,) = made.overloads.values()
+    assembly = made.inspect_llvm(made.signatures[0])
+    module = llvm.parse_assembly(assembly)
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    name, features = _CPU
+    machine = target.create_target_machine(cpu=name, features=features, opt=3)
+    code: bytes = machine.emit_object(module)
+    header = [overload.fndesc.llvm_func_name, "".join(map(_kind, signature.args))]
+    return json.dumps(header).encode() + b"\n" + code
+
+
+def _kind(argument: Any) -> str:
+    """The kind of an argument, as `machine` names it."""
+    if isinstance(argument, types.CPointer):
+        return "p"
+    return "f" if argument == types.float32 else "i"

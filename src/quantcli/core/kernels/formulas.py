@@ -1,0 +1,236 @@
+"""Numbers in compiled code: how values are read, and which code or scale is the nearest.
+
+An entry of ENCODERS is all that a type of codes needs here. Imported only to compile: numba takes a
+third of a second to import.
+
+Everything is exact IEEE arithmetic in float32: numba neither reorders nor fuses it (`fastmath` is off,
+and LLVM contracts no operations by itself), so that every CPU gives the numbers that torch gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+f32, i32, u8, i8, u16 = np.float32, np.int32, np.uint8, np.int8, np.uint16
+
+
+def _bitcast(source: Any, result: Any) -> Any:
+    """The bits of a number as another type of the same size."""
+
+    def bits(typing: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+        return result(source), generate
+
+    return intrinsic(bits)
+
+
+as_f32 = _bitcast(types.int32, types.float32)
+as_i32 = _bitcast(types.float32, types.int32)
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """Compiled into its callers."""
+    return njit(function, error_model="numpy", inline="never")
+
+
+# --- source dtypes: value of bits, magnitude of the largest bits ---
+
+
+@helper
+def bf16_value(bits):
+    return as_f32(i32(bits) << i32(16))
+
+
+@helper
+def f16_value(bits):
+    """Through the position of its bits in a float32, 2^112 times as small; Inf and NaN by hand."""
+    wide = i32(bits)
+    magnitude = wide & i32(0x7FFF)
+    value = as_i32(as_f32(magnitude << i32(13)) * f32(2.0**112))
+    if magnitude >= i32(0x7C00):
+        value = (magnitude << i32(13)) | i32(0x7F800000)
+    return as_f32(value | ((wide & i32(0x8000)) << i32(16)))
+
+
+@helper
+def f32_value(value):
+    return value
+
+
+@helper
+def magnitude16(bits):
+    return bits & u16(0x7FFF)
+
+
+@helper
+def magnitude32(value):
+    return as_i32(value) & i32(0x7FFFFFFF)
+
+
+@helper
+def same(bits):
+    return as_f32(bits)
+
+
+class Dtype(NamedTuple):
+    """How compiled code reads a float dtype.
+
+    element:   numba's type of a stored number.
+    value:     its float32.
+    magnitude: an integer that orders as the number without its sign; NaN and Inf come out on top.
+    largest:   the float32 of such an integer.
+    zero:      the integer of 0.
+    """
+
+    element: Any
+    value: Any
+    magnitude: Any
+    largest: Any
+    zero: Any
+
+
+DTYPES = {
+    "bfloat16": Dtype(types.uint16, bf16_value, magnitude16, bf16_value, u16(0)),
+    "float16": Dtype(types.uint16, f16_value, magnitude16, f16_value, u16(0)),
+    "float32": Dtype(types.float32, f32_value, magnitude32, same, i32(0)),
+}
+
+
+# --- scales: positive numbers of the dtype in which an engine holds them ---
+
+
+@helper
+def to_bfloat16(x):
+    """Bits of the nearest bfloat16 of a number that is not negative; NaN stays NaN."""
+    bits = as_i32(x)
+    if bits > i32(0x7F800000):
+        return i32(0x7FC0)
+    return (bits + i32(0x7FFF) + ((bits >> i32(16)) & i32(1))) >> i32(16)
+
+
+@helper
+def to_float16(x):
+    """Bits of the nearest float16 of a number that is not negative; NaN stays NaN."""
+    bits = as_i32(x)
+    if bits > i32(0x7F800000):
+        return i32(0x7E00)
+    if bits >= i32(0x47800000):  # 2^16
+        return i32(0x7C00)
+    if bits < i32(0x38800000):  # 2^-14: the sum has steps of 2^-24, as subnormal numbers have
+        return as_i32(x + f32(0.5)) - i32(0x3F000000)
+    return (bits - i32(112 << 23) + i32(0xFFF) + ((bits >> i32(13)) & i32(1))) >> i32(13)
+
+
+@helper
+def nearest_scale(x, engine, least):
+    """The nearest number of an engine dtype, at least `least`.
+
+    engine: 0 float32, 1 bfloat16, 2 float16.
+    """
+    y = x
+    if engine == 1:
+        y = bf16_value(to_bfloat16(x))
+    elif engine == 2:
+        y = f16_value(to_float16(x))
+    return least if y < least else y
+
+
+# --- codes ---
+
+
+class Encoder(NamedTuple):
+    """A type of codes in compiled code.
+
+    element: numba's type of a stored code.
+    nearest: float32 -> the nearest number of the type, float32; half to even, clipped.
+    code:    float32 -> the code of that number.
+    value:   a code -> its number, float32.
+    """
+
+    element: Any
+    nearest: Any
+    code: Any
+    value: Any
+
+
+def _integers(least, largest):
+    least, largest = f32(least), f32(largest)
+
+    @helper
+    def nearest(x):
+        y = np.rint(x)
+        y = least if y < least else y
+        return largest if y > largest else y
+
+    @helper
+    def code(x):
+        return i8(i32(nearest(x)))
+
+    @helper
+    def value(code):
+        return f32(code)
+
+    return Encoder(types.int8, nearest, code, value)
+
+
+# The largest exponent that the steps of e4m3 go down to is -6: 2^-6 has steps of 2^-9, as all numbers
+# below have. A power of two that is 2^20 times as large has these steps in float32, so that a sum with
+# it rounds as e4m3 does, half to even.
+_LEAST_POWER = i32((127 - 6) << 23)
+_LIFT = i32(20 << 23)
+_LARGEST_E4M3 = i32(0x43E00000)  # 448
+
+
+@helper
+def _clipped_e4m3(x):
+    """Bits of |x|, at most 448."""
+    bits = as_i32(x) & i32(0x7FFFFFFF)
+    return _LARGEST_E4M3 if bits > _LARGEST_E4M3 else bits
+
+
+@helper
+def _lifted(bits):
+    """Bits of the power of two to which |x| is added."""
+    power = bits & i32(0x7F800000)
+    return (_LEAST_POWER if power < _LEAST_POWER else power) + _LIFT
+
+
+@helper
+def nearest_e4m3(x):
+    bits = _clipped_e4m3(x)
+    power = as_f32(_lifted(bits))
+    rounded = (as_f32(bits) + power) - power
+    return as_f32(as_i32(rounded) | (as_i32(x) & i32(-(2**31))))
+
+
+@helper
+def code_e4m3(x):
+    bits = _clipped_e4m3(x)
+    power = _lifted(bits)
+    steps = as_i32(as_f32(bits) + as_f32(power)) - power
+    code = ((power - _LEAST_POWER - _LIFT) >> i32(20)) + steps
+    return u8(code | ((as_i32(x) >> i32(24)) & i32(0x80)))
+
+
+@helper
+def value_e4m3(code):
+    """Its bits, moved to where float32 has them, are the number 2^-120 times as large."""
+    wide = i32(code)
+    value = as_i32(as_f32((wide & i32(0x7F)) << i32(20)) * f32(2.0**120))
+    if (wide & i32(0x7F)) == i32(0x7F):
+        value = i32(0x7FC00000)
+    return as_f32(value | ((wide & i32(0x80)) << i32(24)))
+
+
+ENCODERS = {
+    "int4": _integers(-8, 7),
+    "int8": _integers(-128, 127),
+    "fp8_e4m3": Encoder(types.uint8, nearest_e4m3, code_e4m3, value_e4m3),
+}

@@ -1,0 +1,191 @@
+"""Machine code of the kernels: compiled by numba once for a CPU, kept in a folder of the user's, and
+loaded by llvmlite.
+
+To load takes a few hundredths of a second; numba, which takes a third of one to import, is needed only
+to compile. Threads and processes may share the folder: a file appears in it whole, and one that does
+not have its checksum is compiled again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from blake3 import blake3
+
+Function: TypeAlias = Callable[..., None]
+SWITCH = "QUANTCLI_KERNELS"  # environment variable: "off" leaves all work to torch
+_HASH_BYTES = 32
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_SOURCES = ("formulas.py", "loops.py", "machine.py", "compile.py")
+
+
+class _Kernels:
+    """The kernels of this process."""
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+        self._functions: dict[tuple[str, ...], Function] = {}
+        self._engines: list[Any] = []  # own the memory of the functions
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, ...]) -> Function | None:
+        """The function of a kernel; None if there is none here."""
+        function = self._functions.get(key)
+        if function is not None or self.problem is not None:
+            return function
+        with self._lock:
+            function = self._functions.get(key)
+            if function is None and self.problem is None:
+                try:
+                    function = self._functions[key] = self._load(key)
+                except Exception as error:  # a library that cannot be imported, or fails on this CPU
+                    self.problem = f"{type(error).__name__}: {error}"
+        return function
+
+    def _load(self, key: tuple[str, ...]) -> Function:
+        import llvmlite.binding as llvm
+
+        file = "-".join(key) + ".o"
+        folder = _folder(_fingerprint())
+        content = None if folder is None else _read(folder / file)
+        if content is None:
+            from quantcli.core.kernels.compile import compiled
+
+            content = compiled(*key)
+            if folder is not None:
+                _write(folder / file, content)
+        header, _, code = content.partition(b"\n")
+        symbol, arguments = json.loads(header)
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_triple(llvm.get_process_triple())
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target.create_target_machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        self._engines.append(engine)
+        return _callable(engine.get_function_address(symbol), arguments)
+
+
+def _callable(address: int, arguments: str) -> Function:
+    """A C function that numba compiled: it takes the place of a result and of an error first. Ctypes
+    releases the GIL while it runs.
+    """
+    prototype = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *(_KINDS[kind] for kind in arguments)
+    )
+    function = prototype(address)
+    places = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+    result, failure = (ctypes.addressof(place) for place in places)
+
+    def call(*values: Any, _keep: Any = places) -> None:
+        status = function(result, failure, *values)
+        assert status == 0, status
+
+    return call
+
+
+_KERNELS = _Kernels()
+
+
+def kernel(*key: str) -> Function | None:
+    """A kernel by its name in `loops`, and the words that it is made with. None: torch must serve."""
+    return None if os.environ.get(SWITCH) == "off" else _KERNELS.get(key)
+
+
+@cache
+def _installed() -> bool:
+    return all(find_spec(library) for library in ("llvmlite", "numba"))
+
+
+def available() -> bool:
+    """Whether kernels are likely to serve."""
+    return os.environ.get(SWITCH) != "off" and _KERNELS.problem is None and _installed()
+
+
+def problem() -> str | None:
+    """The reason why this process has no kernels, if one was asked for and could not be had."""
+    return _KERNELS.problem
+
+
+def cpu() -> tuple[str, str]:
+    """Name and features of the CPU to compile for.
+
+    The environment variables NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may name a lesser one.
+    """
+    import llvmlite.binding as llvm
+
+    name = os.environ.get("NUMBA_CPU_NAME")
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if name is None:
+        name = llvm.get_host_cpu_name()
+        features = features or llvm.get_host_cpu_features().flatten()
+    return name, features or ""
+
+
+@cache
+def _fingerprint() -> str:
+    """Changes with all that the machine code depends on."""
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    digest = blake3()
+    for file in _SOURCES:
+        digest.update(Path(__file__).with_name(file).read_bytes())
+    for word in (llvmlite.__version__, llvm.get_process_triple(), *cpu()):
+        digest.update(b"\0" + word.encode())
+    return digest.hexdigest(length=16)
+
+
+@cache
+def _folder(fingerprint: str) -> Path | None:
+    """Where machine code is kept: in the user's cache, or else among temporary files; None if neither
+    can be written by this user, or if another user can write there.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()
+    for parent in (home / "quantcli", Path(tempfile.gettempdir()) / f"quantcli-{os.geteuid()}"):
+        folder = parent / "kernels" / fingerprint
+        with suppress(OSError, RuntimeError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if all(_private(place) for place in (parent, parent / "kernels", folder)):
+                return folder
+    return None
+
+
+def _private(folder: Path) -> bool:
+    """Whether a folder is this user's, and no other may write in it: code from it is run."""
+    found = folder.lstat()
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return mine and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a file that `_write` wrote; None if it is missing or damaged."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = raw[:_HASH_BYTES], raw[_HASH_BYTES:]
+    return content if blake3(content).digest() == digest else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that appears whole. A full disk only means that the next run compiles again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.write_bytes(blake3(content).digest() + content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()

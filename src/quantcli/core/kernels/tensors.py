@@ -1,0 +1,140 @@
+"""Kernels on torch tensors.
+
+Each function gives None if torch must serve: for tensors that are not contiguous, not on the CPU, of
+another dtype or part of a gradient, and if no code can be compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcli.core.kernels import LANES
+from quantcli.core.kernels.machine import Function, kernel
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_CODES = {"int4": torch.int8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+_ENGINES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _of(name: str, rows: Tensor, *words: str) -> Function | None:
+    dtype = _NAMES.get(rows.dtype)
+    if dtype is None or not rows.is_contiguous() or rows.device.type != "cpu" or rows.requires_grad:
+        return None
+    return kernel(name, dtype, *words)
+
+
+def _tiles(rows: Tensor, tall: int, columns: int) -> tuple[int, int, int, int]:
+    """Matrices [..., n, k] as one, with the number of its rows and groups; a tile is in one of them."""
+    n, k = rows.shape[-2:] if rows.dim() > 1 else (1, rows.shape[-1])
+    assert tall == 1 or rows.dim() == 2 or n % tall == 0
+    count = rows.numel() // k if k else 0
+    return count, k, -(-count // tall), -(-k // columns)
+
+
+def absmax_tiles(rows: Tensor, tall: int, columns: int) -> Tensor | None:
+    """max |x| of tiles: float [..., n, k] -> float32 [..., ceil(n / tall), ceil(k / columns)]."""
+    n = rows.shape[-2] if rows.dim() > 1 else 1
+    if tall > 1 and rows.dim() > 2 and n % tall:
+        return None
+    run = _of("absmax_tiles", rows)
+    if run is None:
+        return None
+    count, k, _, groups = _tiles(rows, tall, columns)
+    shape = (*rows.shape[:-2], -(-n // tall), groups) if rows.dim() > 1 else (groups,)
+    out = torch.empty(shape)
+    run(rows.data_ptr(), count, k, tall, columns, out.data_ptr())
+    return out
+
+
+def absmax_columns(rows: Tensor) -> Tensor | None:
+    """max |x| of each column: float [n, k] -> float32 [1, k]."""
+    run = _of("absmax_columns", rows) if rows.dim() == 2 else None
+    if run is None:
+        return None
+    out = torch.zeros(1, rows.shape[1])
+    run(rows.data_ptr(), *rows.shape, out.data_ptr())
+    return out
+
+
+def extremes(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The largest x and the largest -x of each row, at least 0: float [..., k] -> float32 [..., 1]."""
+    run = _of("extremes", rows)
+    if run is None:
+        return None
+    above, below = torch.empty(2, *rows.shape[:-1], 1)
+    k = rows.shape[-1]
+    run(rows.data_ptr(), above.numel(), k, above.data_ptr(), below.data_ptr())
+    return above, below
+
+
+def encode(
+    rows: Tensor, scale: Tensor, element: str, tall: int = 1, columns: int | None = None
+) -> Tensor | None:
+    """The nearest codes for rows / scale, half to even, clipped: float [..., n, k] -> [..., n, k].
+
+    scale: float32, of tiles of a matrix [n, k]; without `columns` of rows [..., n, 1], or one number.
+    """
+    if scale.device.type != "cpu" or scale.dtype != torch.float32:
+        return None
+    k = rows.shape[-1]
+    count = rows.numel() // k if k else 0
+    if columns is not None:
+        fits = rows.dim() == 2 and scale.shape == (-(-count // tall), -(-k // columns))
+    elif scale.numel() == 1:
+        fits, count, k, columns = True, 1, rows.numel(), rows.numel()
+    else:
+        fits, columns = scale.shape == (*rows.shape[:-1], 1), k
+    if not fits:
+        return None
+    run = _of("encode", rows, element)
+    if run is None:
+        return None
+    codes = torch.empty(rows.shape, dtype=_CODES[element])
+    scale = scale.contiguous()
+    run(rows.data_ptr(), count, k, tall, columns, scale.data_ptr(), codes.data_ptr())
+    return codes
+
+
+def least_error(
+    rows: Tensor,
+    sign: Tensor | None,
+    widest: Tensor,
+    engine_dtype: torch.dtype,
+    least: float,
+    element: str,
+    steps: tuple[tuple[float, ...], tuple[float, ...]],
+    sums: torch.dtype,
+    importance: Tensor | None,
+) -> Tensor | None:
+    """The scale of each row with the least squared error: float [..., k] -> float32 [..., 1].
+
+    See `least_error` in schemes/arithmetic/clipping.py.
+
+    sign:       float32 [..., 1], which the values are multiplied with.
+    least:      the smallest scale.
+    steps:      shares of the widest scale, and steps around the best of them.
+    importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
+    """
+    run = _of("least_error", rows, element, str(sums)[6:])
+    if run is None or engine_dtype not in _ENGINES or not rows.numel():
+        return None
+    k = rows.shape[-1]
+    count = rows.numel() // k
+    if importance is None or importance.numel() == 1:
+        importance = torch.ones(k)
+    if importance.shape[-1] != k or count % (importance.numel() // k):
+        return None
+    importance = importance.contiguous()
+    signs = torch.ones(count) if sign is None else sign.contiguous()
+    coarse, fine = (torch.tensor(each) for each in steps)
+    widest = widest.contiguous()
+    values, weights, out = torch.empty(k), torch.empty(k), torch.empty_like(widest)
+    lanes, more = torch.empty(2, LANES, dtype=sums)
+    run(
+        rows.data_ptr(), count, k, signs.data_ptr(), widest.data_ptr(), importance.data_ptr(),
+        importance.numel() // k, coarse.data_ptr(), len(coarse), fine.data_ptr(), len(fine),
+        _ENGINES[engine_dtype], least, values.data_ptr(), weights.data_ptr(), lanes.data_ptr(),
+        more.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
