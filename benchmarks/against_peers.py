@@ -1,8 +1,8 @@
 """Conversions as a user runs them, next to other producers that need no model code either.
 
 quantcli and each peer convert the same model of 1 GB in turns, round after round: whole processes with
-all imports, both cores free, the source in the page cache. Medians of CPU seconds, wall seconds and peak
-memory; the bars are on quantcli's CPU seconds over llm-compressor's `model_free_ptq`. AMD Quark's
+all imports, both cores free, the source in the page cache. Medians of CPU seconds, wall seconds and
+peak memory; the bars are on quantcli's CPU seconds over llm-compressor's `model_free_ptq`. AMD Quark's
 file-to-file conversion, which has its own format, is for information.
 
 Each peer lives in an environment of its own, which is made the first time (a few minutes, 2 GB each;
