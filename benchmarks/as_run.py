@@ -7,10 +7,12 @@ Three tables, by recipe, in one list:
 * each size, default options, with only the model out of the page cache: the tool's own files were just
   used. The first size also with all out of it. To empty the page cache takes root; without it these
   rows are left out, and the first line says so.
-* how near that is to the disk: what `dd` takes to read the source's shards, cold, to /dev/null, plus
-  what it takes to write the output's shards with conv=fsync (from memory: a copy in /dev/shm), as a
-  share of the conversion's wall time. 1 is the disk itself; more is possible, since a conversion reads
-  and writes at once. The bar is on the largest size with only the model cold.
+* how near that is to the disk, with only the model out of the page cache: what `dd` takes to read the
+  source's shards to /dev/null and then to write as many bytes as the output's shards have, from memory
+  and with conv=fsync, over the conversion's wall time. 1 is the disk itself; more is possible, since a
+  conversion reads and writes at once. The bar is on the largest size. For information, the same with
+  one dd that reads and one that writes at the same time. Whether dd or the conversion is first changes
+  from round to round: a virtual disk slows down when it has had much to write.
 
 A conversion waits for the disk like dd does: shards are fsynced before they are renamed. All runs take
 turns in a shuffled order, round after round, once the disk has written what waits; medians count.
@@ -23,8 +25,10 @@ import random
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
@@ -95,35 +99,44 @@ def main() -> None:
     cold = drop_caches()
     chosen = cases(options.recipes, options.layers, cold=cold)
     used: dict[Case, list[Usage]] = {case: [] for case in chosen}
-    disk: dict[Case, list[float]] = {case: [] for case in used if case.cache == COLD}
+    disk: dict[Case, list[tuple[float, float]]] = {case: [] for case in used if case.cache == COLD}
     with workplace(options.dir) as folder:
         empty, out = folder / "empty", folder / "out"
         write_model(empty, qwen3(1, hidden=128, vocab=16))
         sizes = {n: write_model(folder / f"model{n}", qwen3(n)) / 1e9 for n in options.layers}
 
-        def run(case: Case) -> None:
+        shards: dict[Case, list[int]] = {}
+
+        def convert(case: Case) -> Usage:
             model = folder / f"model{case.layers}"
             prepare(case, lambda: quantize(case.recipe, empty, out))
             if case.cache == WARM:
                 warm(model)
-            words = conversion(case.recipe, model, out, *case.words)
-            used[case].append(measure(*QUANTCLI, *words))
-            if case in disk:
-                disk[case].append(dd_read(model) + dd_write(out, folder))
+            usage = measure(*QUANTCLI, *conversion(case.recipe, model, out, *case.words))
+            shards[case] = [shard.stat().st_size for shard in sorted(out.glob("*.safetensors"))]
             shutil.rmtree(out)
+            return usage
 
         for recipe in options.recipes:  # what is compiled once is compiled
             quantize(recipe, empty, out)
         order = random.Random(0)  # a fixed order can fall into step with what the host does
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             for case in order.sample(list(used), len(used)):
-                run(case)
+                model = folder / f"model{case.layers}"
+                if case in disk and number % 2:
+                    disk[case].append(dd(model, shards[case], folder))
+                used[case].append(convert(case))
+                if case in disk and not number % 2:
+                    disk[case].append(dd(model, shards[case], folder))
     lines = [] if cold else [Line("cold runs", 0, "runs", None, "left out: drop_caches needs root")]
     lines += [results(case, used[case], sizes[case.layers]) for case in used]
     largest = max(options.layers)
     lines += [
-        share(case, used[case], disk[case], sizes[case.layers], barred=case.layers == largest)
+        line
         for case in disk
+        for line in share(
+            case, used[case], disk[case], sizes[case.layers], barred=case.layers == largest
+        )
     ]
     finish(lines, as_json=options.json)
 
@@ -145,28 +158,38 @@ def warm(model: Path) -> None:
         measure("dd", f"if={shard}", "of=/dev/null", "bs=16M")
 
 
-def dd_read(model: Path) -> float:
-    """Wall seconds that dd takes to read a model's shards, none of which is in the page cache."""
-    drop_caches()
-    measure("dd", "if=/dev/null", "of=/dev/null")  # dd itself is in the page cache
-    return sum(
-        measure("dd", f"if={shard}", "of=/dev/null", "bs=16M").wall
-        for shard in sorted(model.glob("*.safetensors"))
-    )
+def dd(model: Path, shards: list[int], folder: Path) -> tuple[float, float]:
+    """Wall seconds in which dd reads a model that is not in the page cache and writes shards of so many
+    bytes to the same disk: first one, then the other; and both at the same time."""
+    source, copy = MEMORY / "quantcli-bench-source", folder / "copy"
 
+    def read() -> float:
+        return sum(
+            measure("dd", f"if={shard}", "of=/dev/null", "bs=16M").wall
+            for shard in sorted(model.glob("*.safetensors"))
+        )
 
-def dd_write(out: Path, folder: Path) -> float:
-    """Wall seconds that dd takes to write an output's shards to the same disk."""
-    copy, seconds = folder / "copy", 0.0
-    for shard in sorted(out.glob("*.safetensors")):
-        source = Path(shutil.copy(shard, MEMORY / f"quantcli-bench-{shard.name}"))
-        try:
-            command = ("dd", f"if={source}", f"of={copy}", "bs=16M", "conv=fsync")
-            seconds += measure(*command).wall
-        finally:
-            source.unlink()
-            copy.unlink(missing_ok=True)
-    return seconds
+    def write() -> float:
+        seconds = 0.0
+        for nbytes in shards:
+            limit = (f"count={nbytes}", "iflag=count_bytes")
+            seconds += measure("dd", f"if={source}", f"of={copy}", "bs=16M", "conv=fsync", *limit).wall
+            copy.unlink()
+        return seconds
+
+    try:
+        limit = (f"count={max(shards)}", "iflag=count_bytes,fullblock")
+        measure("dd", "if=/dev/urandom", f"of={source}", "bs=16M", *limit)
+        drop_caches()
+        in_turn = read() + write()
+        drop_caches()
+        with ThreadPoolExecutor(2) as pool:
+            started = time.perf_counter()
+            for work in [pool.submit(read), pool.submit(write)]:
+                work.result()
+            return in_turn, time.perf_counter() - started
+    finally:
+        source.unlink(missing_ok=True)
 
 
 def results(case: Case, runs: list[Usage], size: float) -> Line:
@@ -181,13 +204,21 @@ def results(case: Case, runs: list[Usage], size: float) -> Line:
     return Line(what, statistics.median(cpu), "CPU s", None, detail)
 
 
-def share(case: Case, runs: list[Usage], disk: list[float], size: float, *, barred: bool) -> Line:
-    """What dd takes over what the conversion takes; each run with the dd that came right after it."""
-    shares = [seconds / u.wall for seconds, u in zip(disk, runs, strict=True)]
-    what = f"dd / {case.recipe}, {size:.1f} GB, {case.cache}"
-    detail = f"{spread(shares)}; dd {spread(disk)} s, conversion {spread([u.wall for u in runs])} s"
-    line = Line(what, statistics.median(shares), "of the disk's speed", None, detail)
-    return replace(line, floor=NEAR_THE_DISK) if barred and case.recipe in BARRED else line
+def share(
+    case: Case, runs: list[Usage], disk: list[tuple[float, float]], size: float, *, barred: bool
+) -> list[Line]:
+    """What dd takes over what the conversion takes, round by round."""
+    lines = []
+    for number, how in enumerate(("reads, then writes", "reads and writes at once")):
+        seconds = [both[number] for both in disk]
+        shares = [one / u.wall for one, u in zip(seconds, runs, strict=True)]
+        detail = (
+            f"{spread(shares)}; dd {spread(seconds)} s, conversion {spread([u.wall for u in runs])} s"
+        )
+        floor = NEAR_THE_DISK if barred and case.recipe in BARRED and not number else None
+        what = f"dd that {how} / {case.recipe}, {size:.1f} GB, {case.cache}"
+        lines.append(Line(what, statistics.median(shares), "", None, detail, floor))
+    return lines
 
 
 if __name__ == "__main__":
