@@ -12,7 +12,9 @@ Three tables, by recipe, in one list:
   and with conv=fsync, over the conversion's wall time. 1 is the disk itself; more is possible, since a
   conversion reads and writes at once. The bar is on the largest size. For information, the same with
   one dd that reads and one that writes at the same time. Whether dd or the conversion is first changes
-  from round to round: a virtual disk slows down when it has had much to write.
+  from round to round: a virtual disk slows down when it has had much to write. The host of a virtual
+  machine may keep what was read last, so the model is read before each run that finds the page cache
+  empty, dd's too; and it may limit what is read and written in a time, so each rests for 5 s before.
 
 A conversion waits for the disk like dd does: shards are fsynced before they are renamed. All runs take
 turns in a shuffled order, round after round, once the disk has written what waits; medians count.
@@ -51,6 +53,7 @@ RECIPES = ("w8a8_dynamic", "fp8_dynamic", "vllm_w4a16")
 NEAR_THE_DISK = 0.9  # share of dd's speed, at least; int4 searches for scales, and has no bar
 BARRED = {"w8a8_dynamic", "fp8_dynamic"}
 MEMORY = Path("/dev/shm")
+REST = 5  # seconds before whatever finds the page cache empty
 WARM, COLD, ALL_COLD = "warm", "model cold", "all cold"
 
 
@@ -109,9 +112,8 @@ def main() -> None:
 
         def convert(case: Case) -> Usage:
             model = folder / f"model{case.layers}"
+            warm(model)
             prepare(case, lambda: quantize(case.recipe, empty, out))
-            if case.cache == WARM:
-                warm(model)
             usage = measure(*QUANTCLI, *conversion(case.recipe, model, out, *case.words))
             shards[case] = [shard.stat().st_size for shard in sorted(out.glob("*.safetensors"))]
             shutil.rmtree(out)
@@ -124,10 +126,10 @@ def main() -> None:
             for case in order.sample(list(used), len(used)):
                 model = folder / f"model{case.layers}"
                 if case in disk and number % 2:
-                    disk[case].append(dd(model, shards[case], folder))
+                    disk[case].append(dd(model, shards[case], folder, swap=number % 2 > 0))
                 used[case].append(convert(case))
                 if case in disk and not number % 2:
-                    disk[case].append(dd(model, shards[case], folder))
+                    disk[case].append(dd(model, shards[case], folder, swap=number % 2 > 0))
     lines = [] if cold else [Line("cold runs", 0, "runs", None, "left out: drop_caches needs root")]
     lines += [results(case, used[case], sizes[case.layers]) for case in used]
     largest = max(options.layers)
@@ -150,6 +152,7 @@ def prepare(case: Case, use: Callable[[], Usage]) -> None:
         raise SystemExit("the page cache could be emptied before, and now cannot")
     if case.cache == COLD:
         use()
+    time.sleep(REST)
 
 
 def warm(model: Path) -> None:
@@ -158,9 +161,9 @@ def warm(model: Path) -> None:
         measure("dd", f"if={shard}", "of=/dev/null", "bs=16M")
 
 
-def dd(model: Path, shards: list[int], folder: Path) -> tuple[float, float]:
+def dd(model: Path, shards: list[int], folder: Path, *, swap: bool) -> tuple[float, float]:
     """Wall seconds in which dd reads a model that is not in the page cache and writes shards of so many
-    bytes to the same disk: first one, then the other; and both at the same time."""
+    bytes to the same disk: one, then the other; and both at the same time, which `swap` does first."""
     source, copy = MEMORY / "quantcli-bench-source", folder / "copy"
 
     def read() -> float:
@@ -177,17 +180,26 @@ def dd(model: Path, shards: list[int], folder: Path) -> tuple[float, float]:
             copy.unlink()
         return seconds
 
-    try:
-        limit = (f"count={max(shards)}", "iflag=count_bytes,fullblock")
-        measure("dd", "if=/dev/urandom", f"of={source}", "bs=16M", *limit)
-        drop_caches()
-        in_turn = read() + write()
-        drop_caches()
+    def in_turn() -> float:
+        return read() + write()
+
+    def at_once() -> float:
         with ThreadPoolExecutor(2) as pool:
             started = time.perf_counter()
             for work in [pool.submit(read), pool.submit(write)]:
                 work.result()
-            return in_turn, time.perf_counter() - started
+            return time.perf_counter() - started
+
+    try:
+        limit = (f"count={max(shards)}", "iflag=count_bytes,fullblock")
+        measure("dd", "if=/dev/urandom", f"of={source}", "bs=16M", *limit)
+        seconds = {}
+        for work in (at_once, in_turn) if swap else (in_turn, at_once):
+            warm(model)
+            drop_caches()
+            time.sleep(REST)
+            seconds[work] = work()
+        return seconds[in_turn], seconds[at_once]
     finally:
         source.unlink(missing_ok=True)
 
