@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.replay.skeleton import Read, Skeleton
@@ -37,6 +37,12 @@ class _Rows(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _without_memory(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    """One number that stands for all of a table: models move ids to the device of their table."""
+    one = torch.zeros((), dtype=parameter.dtype, device=device)
+    return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+
+
 @contextmanager
 def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
     """Within it the model runs without its decoder layers, which are the caller's."""
@@ -51,7 +57,10 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             if isinstance(module, nn.Embedding) and paths:
                 group = skeleton.outside(paths[0])
                 if group is not None and group.renamed is not None:
-                    tables[id(module.weight)] = group.renamed
+                    table = _without_memory(module.weight, device)
+                    tables[id(table)] = group.renamed
+                    stack.callback(module._parameters.__setitem__, "weight", module.weight)
+                    module._parameters["weight"] = table
                     continue
             if paths:
                 hook = _load_at_first_call(module, paths, skeleton, read, device, stack)
