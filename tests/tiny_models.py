@@ -149,14 +149,12 @@ def save(
 ) -> None:
     """Draw every weight anew and save the model; as_named: with the names and shapes of parameters."""
     generator = torch.Generator().manual_seed(seed)
+    # norms of Gemma 2 and 3 multiply by 1 + weight
+    near_zero = any(name in type(model).__name__ for name in ("Gemma2", "Gemma3"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            around = (
-                1.0
-                if parameter.dim() == 1 and "norm" in name and "gemma" not in str(type(model)).lower()
-                else 0.0
-            )
+            around = 1.0 if parameter.dim() == 1 and "norm" in name and not near_zero else 0.0
             parameter.copy_(around + drawn * (0.3 if parameter.dim() == 1 else 0.1))
     model.to(dtype).save_pretrained(folder, save_original_format=not as_named)
 
