@@ -83,12 +83,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", {"moe_num_experts": 8}),
     "llama4_text": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
     "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4),
-    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig", {
-        "text_config": _FUSED | {"rope_scaling": _ROPE}, "vision_config": _TOWER, **_TOKENS}),
-    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeConfig", {
-        "text_config": _FUSED | _LINEAR, "vision_config": _TOWER, **_TOKENS}),
-    "step3p7": ("Step3p7ForConditionalGeneration", "Step3p7Config", {
-        "text_config": STEP, "vision_config": _EYE}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {"text_config": _FUSED | {"rope_scaling": _ROPE}, "vision_config": _TOWER, **_TOKENS},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        {"text_config": _FUSED | _LINEAR, "vision_config": _TOWER, **_TOKENS},
+    ),
+    "step3p7": (
+        "Step3p7ForConditionalGeneration",
+        "Step3p7Config",
+        {"text_config": STEP, "vision_config": _EYE},
+    ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
 }
@@ -144,9 +153,7 @@ def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: 
     return folder
 
 
-def save(
-    folder: Path, model: Any, dtype: torch.dtype, seed: int, *, as_named: bool = False
-) -> None:
+def save(folder: Path, model: Any, dtype: torch.dtype, seed: int, *, as_named: bool = False) -> None:
     """Draw every weight anew and save the model; as_named: with the names and shapes of parameters."""
     generator = torch.Generator().manual_seed(seed)
     # norms of Gemma 2 and 3 multiply by 1 + weight

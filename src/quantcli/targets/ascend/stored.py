@@ -108,7 +108,9 @@ class AscendCheckpoint(StoredFormat):
                 # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:776-808
                 name = f"{experts}.0.gate_proj"
                 if name not in self.labels:
-                    what = f"does not describe `{name}.weight`, which the engine looks up for the experts"
+                    what = (
+                        f"does not describe `{name}.weight`, which the engine looks up for the experts"
+                    )
                     fix = f'add it, and those of other experts, as "{FLOAT}"'
                     yield failed("loader", what, DESCRIPTION, fix)
             return
