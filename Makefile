@@ -80,7 +80,7 @@ house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
 bench: $(READY) ## run every benchmark (about an hour, 10 GB of disk)
-	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources; do \
+	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources experts; do \
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:          ## remove what make has made

@@ -1,5 +1,5 @@
-"""One stored tensor with matrices of all experts of a layer, a stack: its layout, and its matrices read by
-rows.
+"""A stack, which is one stored tensor with matrices of all experts of a layer: its layout, and readers
+of the rows of its matrices.
 
 `sources/stacked.py` says which tensors of which family are stacks.
 """

@@ -260,10 +260,9 @@ class MergedExperts:
 
 
 def merged_experts(checkpoint: Checkpoint) -> Iterator[MergedExperts]:
-    """The stacks that tensors with names of single experts make up, in the published layout; the inverse
-    of `split_experts`.
+    """The stacks that tensors with names of single experts make up; the inverse of `split_experts`.
 
-    A set that lacks a matrix of an expert makes up none.
+    They have the published layout. A set that lacks a matrix of an expert makes up none.
     """
     layouts = layouts_of(checkpoint)
     if not layouts:

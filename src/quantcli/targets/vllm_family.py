@@ -201,8 +201,8 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
 # the reason, and what works.
 # Sources: vllm 0.32.0, model_executor/models/gpt_oss.py:1167-1286,1419-1441 (single `gate_proj` and
 # `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
-# openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone, with
-# at most one scale for each expert).
+# openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
+# with at most one scale for each expert).
 _SKIPPED = (
     "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
     "(its gpt_oss.py:1167-1286)"

@@ -13,8 +13,8 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.header import read_header
 from quantcli.checkpoint.tensors import read_rows, read_span, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
-from quantcli.sources.decode import decoded
 from quantcli.sources import expert_stack
+from quantcli.sources.decode import decoded
 from quantcli.sources.expert_stack import ExpertMatrix, Stack
 from quantcli.sources.stacked import EXPERTS, merged_experts, split_experts
 from tests.builders import make_model, tensor

@@ -59,7 +59,7 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
                 if group is not None and group.renamed is not None:
                     table = _without_memory(module.weight, device)
                     tables[id(table)] = group.renamed
-                    stack.callback(module._parameters.__setitem__, "weight", module.weight)
+                    stack.callback(module.register_parameter, "weight", module.weight)
                     module._parameters["weight"] = table
                     continue
             if paths:

@@ -94,7 +94,7 @@ def batched_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
 
 
 def is_batched(func: Any) -> bool:
-    """Whether a torch function multiplies x [e, tokens, k] with the weights [e, k, n] of all experts."""
+    """Whether a torch function multiplies x [e, tokens, k] with weights [e, k, n] of all experts."""
     return getattr(func, "__name__", "") == "bmm"
 
 
