@@ -19,8 +19,10 @@ STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are n
 class Columns:
     """Columns of a stored matrix [h, w], read a strip of them at a time."""
 
-    def __init__(self, stored: StoredTensor) -> None:
+    def __init__(self, stored: StoredTensor, width: int | None = None) -> None:
+        """width: the columns from the first that are of use; by default all."""
         self._stored = stored
+        self._width = stored.spec.shape[1] if width is None else width
         self._dtype = torch_dtype(stored.spec.dtype)
         self._rows = torch.empty(0)
         self._first = self._last = 0  # columns in the strip
@@ -37,13 +39,16 @@ class Columns:
         """Columns [start, stop) as rows: [stop - start, h], contiguous."""
         if not self._first <= start < stop <= self._last:
             self._load(start, stop)
-        return self._rows[:, start - self._first : stop - self._first].t().contiguous()
+        rows = self._rows[:, start - self._first : stop - self._first].t().contiguous()
+        if stop == self._last:  # what is left of the strip is not kept while rows are worked on
+            self._rows, self._first, self._last = torch.empty(0), 0, 0
+        return rows
 
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
-        height, width = spec.shape
+        height, _ = spec.shape
         fit = STRIP_BYTES // int(height * spec.itemsize)
-        self._first, self._last = start, min(width, max(stop, start + fit))
+        self._first, self._last = start, min(self._width, max(stop, start + fit))
         self._rows = torch.empty(0)  # the old one goes first
         self._rows = torch.empty((height, self._last - start), dtype=self._dtype)
         block = tensor_bytes(self._rows)

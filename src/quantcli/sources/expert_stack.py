@@ -138,7 +138,8 @@ class _ExpertRows:
 
     def __init__(self, matrix: ExpertMatrix) -> None:
         self._matrix = matrix
-        self._columns = Columns(matrix.whole) if matrix.transposed else None
+        width = matrix.first + (matrix.spec.shape[0] - 1) * matrix.step + 1
+        self._columns = Columns(matrix.whole, width) if matrix.transposed else None
         self._rows = RowReader(matrix.whole)
         self._files = ExitStack()
 

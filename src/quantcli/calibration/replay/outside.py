@@ -38,8 +38,8 @@ class _Rows(TorchFunctionMode):
 
 
 def _without_memory(parameter: Tensor, device: torch.device) -> nn.Parameter:
-    """One number that stands for all of a table: models move ids to the device of their table."""
-    one = torch.zeros((), dtype=parameter.dtype, device=device)
+    """One NaN that stands for all numbers of a table: models move ids to the device of their table."""
+    one = torch.full((), float("nan"), dtype=parameter.dtype, device=device)
     return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
 
 
@@ -54,12 +54,13 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
             paths = [f"{path}.{name}".lstrip(".") for name in names]
             paths = [name for name in paths if skeleton.outside(name) is not None]
-            if isinstance(module, nn.Embedding) and paths:
+            weight = module._parameters.get("weight")
+            if isinstance(module, nn.Embedding) and weight is not None and paths:
                 group = skeleton.outside(paths[0])
                 if group is not None and group.renamed is not None:
-                    table = _without_memory(module.weight, device)
+                    table = _without_memory(weight, device)
                     tables[id(table)] = group.renamed
-                    stack.callback(module.register_parameter, "weight", module.weight)
+                    stack.callback(module.register_parameter, "weight", weight)
                     module._parameters["weight"] = table
                     continue
             if paths:
