@@ -12,8 +12,9 @@ The public API. Each name is imported when it is first used, so that `import qua
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+TYPE_CHECKING = False  # typing takes longer to import than all of this
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -37,5 +38,7 @@ __all__ = [*_HOME]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        import importlib
+
         return getattr(importlib.import_module(f"quantcli.{_HOME[name]}"), name)
     raise AttributeError(f"module 'quantcli' has no attribute {name!r}")

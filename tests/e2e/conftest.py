@@ -42,6 +42,12 @@ class Result:
     def json(self) -> Any:
         return json.loads(self.out)
 
+    @property
+    def later(self) -> str:
+        """Messages after the first line, which says what is planned or verified, if it is there."""
+        first, _, rest = self.err.partition("\n")
+        return rest if first.startswith(("planning ", "verifying ")) else self.err
+
 
 def run_cli(*arguments: object) -> Result:
     """quantcli in this process: torch is imported once for all tests."""

@@ -661,7 +661,7 @@ def _(bench: Bench) -> Arguments:
 def check_message(result: Result, expected: Case) -> None:
     """One message in three lines: what, where, how to fix it."""
     assert result.code == expected.code, result
-    what, *others = result.err.splitlines()
+    what, *others = result.later.splitlines()
     assert what.startswith("error: ")
     assert expected.what in what
     assert not what.endswith(".")
@@ -721,7 +721,7 @@ def test_a_layer_that_yields_nan(
     for _ in range(2):  # going on does not make it good
         result = bench.run("--quiet", "--workers", workers)
         assert result.code == 2
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert what == "error: `model.layers.2` yields NaN or Inf for sample 0, counted from 0"
         assert where == f"  --> {model}"
         assert "calibration.dtype" in fix
@@ -782,7 +782,7 @@ def test_full_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch, writes: int) -
         patch.setattr(os, "pwrite", pwrite)
         result = bench.run("--quiet")
     assert result.code == 3
-    what, where, fix = result.err.splitlines()
+    what, where, fix = result.later.splitlines()
     assert what == "error: no space left on device"
     assert where == f"  --> {bench.store}/.states-0000{writes // 5}.safetensors.writing"
     assert fix == (
@@ -805,7 +805,7 @@ def test_no_permission(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
             more = ["--out", bench.root / "deep" / "out", "--quiet"]
             result = run_cli(arguments[0], bench.recipe, "--model", bench.model, *arguments[1:], *more)
             assert result.code == 3
-            what, where, fix = result.err.splitlines()
+            what, where, fix = result.later.splitlines()
             assert (what, where) == ("error: no permission to write here", f"  --> {bench.root}")
             assert fix.startswith("  fix: choose another ")
     real_mkdir = os.mkdir
@@ -819,7 +819,7 @@ def test_no_permission(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for run in (bench.calibrate, bench.run):
         result = run("--quiet")
         assert result.code == 3
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert (what, where) == ("error: permission denied", f"  --> {bench.store}")
         assert "permissions of the folder" in fix
     assert snapshot(bench.root) == before

@@ -465,7 +465,7 @@ def check_message(result: Result, expected: Case, name: str) -> None:
     """One message in three lines: what, where, how to fix it."""
     assert result.code == expected.code, result
     assert "Traceback" not in result.err
-    lines = result.err.splitlines()
+    lines = result.later.splitlines()
     assert sum(line.startswith("error: ") for line in lines) == 1, result.err
     assert lines[0].startswith("error: "), result.err
     said = dict.fromkeys(("what", "where", "fix"), "")
@@ -500,7 +500,7 @@ def test_refused(box: Box, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = again.json
     assert (error["ok"], error["exit_code"]) == (False, expected.code)
     assert set(error["error"]) == {"what", "where", "fix"}
-    assert error["error"]["what"] == result.err.splitlines()[0].removeprefix("error: ")
+    assert error["error"]["what"] == result.later.splitlines()[0].removeprefix("error: ")
     planned = run_cli(*arguments, "--plan")  # the plan is refused exactly as the run is
     if name != "no such command":
         assert (planned.code, planned.err) == (result.code, result.err)

@@ -91,14 +91,14 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     assert rows[A.format("*") + ".q_proj"] == rows["model.layers.*.mlp.down_proj"] == ["4", "64"]
     assert "samples      4 of up to 16 tokens" in table
     assert "smoothed     16 groups of channels" in table
-    assert words(result.err) == [
+    assert words(result.later) == [
         "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
     ]
     again = bench.calibrate()
     assert (again.code, again.out) == (0, result.out)
-    assert words(again.err) == [f"done: {bench.store}, N s (it was there already)"]
+    assert words(again.later) == [f"done: {bench.store}, N s (it was there already)"]
 
 
 def test_calibrate_json(make: Callable[..., Bench]) -> None:
@@ -189,7 +189,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     bench = make()
     before = snapshot(bench.root)
     planned = bench.run("--plan")
-    assert (planned.code, planned.err) == (0, "")
+    assert (planned.code, planned.later) == (0, "")
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
     memory = re.search(r"about ([\d.]+) MB of memory", line)
     assert memory is not None
@@ -201,7 +201,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
         "and up to 16.4 kB of hidden states on disk"  # 2 layers x 4 x 16 tokens x 64 x 2 bytes
     )
     table = bench.run("--plan", "--json")
-    assert (table.code, table.err) == (0, "")
+    assert (table.code, table.later) == (0, "")
     told = table.json["plan"]["calibration"]
     assert told == {
         "folder": str(bench.store),
@@ -479,7 +479,7 @@ def test_sigterm_where_sigint_is_ignored(
     finally:
         signal.signal(signal.SIGINT, before)
     assert result.code == 130
-    assert result.err.splitlines()[1].startswith("error: interrupted")
+    assert result.later.splitlines()[1].startswith("error: interrupted")
     assert job(bench).session.layers_done == 1
 
 
@@ -551,7 +551,7 @@ def test_memory_does_not_show(make: Callable[..., Bench], monkeypatch: pytest.Mo
     assert not read, "there is room for all hidden states"
     refused = wanted.at("small").run("--max-memory", "1KB", "--workers", 2)
     assert refused.code == 2
-    (least,) = re.findall(r"take ([\d,]+)$", refused.err.splitlines()[0])
+    (least,) = re.findall(r"take ([\d,]+)$", refused.later.splitlines()[0])
     batch = LENGTH * 64 * 2  # bytes
     reads = []
     for room in (0, 2 * batch, 4 * batch):  # of inputs and of outputs
@@ -729,7 +729,7 @@ def test_what_no_token_reaches(make: Callable[..., Bench], module: str, policy: 
     result = bench.run()
     if policy != "dynamic":  # nothing is like it, so that `group` has nothing to give
         assert result.code == 2
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert what == f"error: no token reached `{module}`, and its scheme needs data"
         assert where == f"  --> {bench.recipe}:{6 if module == 'lm_head' else 4}"
         assert "scheme with dynamic inputs" in fix
@@ -811,7 +811,7 @@ def test_smooth_rule_for_nothing(make: Callable[..., Bench]) -> None:
     bench = make(RECIPE + "smooth:\n  rules:\n    - {match: '*.dwn_proj', alpha: 1.0}\n")
     for result in (bench.calibrate(), bench.run(), bench.run("--plan")):
         assert result.code == 2
-        what, where, fix = result.err.splitlines()
+        what, where, fix = result.later.splitlines()
         assert what == "error: `smooth.rules.0` matches no quantized module"
         assert where == f"  --> {bench.recipe}:8   match: *.dwn_proj"
         assert "optional: true" in fix
@@ -821,7 +821,7 @@ def test_smooth_rule_that_is_never_asked(make: Callable[..., Bench]) -> None:
     rules = "    - {match: '*_proj', skip: true}\n    - {match: '*.down_proj', alpha: 1.0}\n"
     result = make(RECIPE + "smooth:\n  rules:\n" + rules).run("--plan")
     assert result.code == 2
-    what, _, fix = result.err.splitlines()
+    what, _, fix = result.later.splitlines()
     assert what == "error: `smooth.rules.1` matches only modules that earlier ones take"
     assert fix == "  fix: move it before them, or remove it"
 
@@ -1086,7 +1086,7 @@ def test_a_device_that_is_not_here(
     before = snapshot(bench.root)
     for result in (bench.calibrate("--device", device), bench.run("--quiet", "--device", device)):
         assert result.code == 3
-        said, told = result.err.splitlines()
+        said, told = result.later.splitlines()
         assert said.startswith(f"error: {what}")
         assert told == f"  fix: {fix}"
         assert not said.endswith(".")

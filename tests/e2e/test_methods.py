@@ -256,7 +256,7 @@ def test_wrong_options_are_refused(make: Callable[..., Bench], kind: str) -> Non
     block, what, where, fix = REFUSALS[kind]
     result = make(RECIPE + block).run("--plan")
     assert result.code == 2
-    error, place, hint = result.err.splitlines()[:3]
+    error, place, hint = result.later.splitlines()[:3]
     assert what in error
     assert where in place
     assert fix in hint

@@ -158,7 +158,7 @@ def test_calibrate_takes_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     model = make_llama(tmp_path / "model")
     refused = run_cli("calibrate", "w8a8_dynamic", "--model", model)
-    assert (refused.code, refused.err) == (
+    assert (refused.code, refused.later) == (
         2,
         "error: nothing in this recipe needs a calibration\n  --> w8a8_dynamic\n"
         "  fix: `quantcli quantize` converts with it as it is\n",

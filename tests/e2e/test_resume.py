@@ -464,6 +464,7 @@ def halted_run(box: Box, *more: object) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             assert process.stderr is not None
+            assert process.stderr.readline().startswith("planning ")
             line = process.stderr.readline()
             assert line.startswith("shard 1/"), line + process.stderr.read()
             yield process
@@ -489,7 +490,7 @@ def test_signals(bigger: Box, stop: signal.Signals) -> None:
             for more in ((), ("--fresh",), ("--plan",), ("--fresh", "--plan")):
                 refused = box.run(*SHARDED, *more)
                 assert refused.code == 3, refused
-                assert refused.err.startswith("error: another run is writing here\n"), refused.err
+                assert refused.later.startswith("error: another run is writing here\n"), refused.err
             assert snapshot(box.root / "model") == before
         process.send_signal(stop)
         out, err = process.communicate()

@@ -65,7 +65,7 @@ def verify(*words: Any) -> Result:
 
 def test_a_sound_one(dynamic: Path) -> None:
     plain = verify(dynamic)
-    assert (plain.code, plain.err) == (0, "")
+    assert (plain.code, plain.err) == (0, f"verifying {dynamic}: structure\n")
     assert plain.out.splitlines()[-1].startswith(f"passed: {dynamic}: structure")
     deep = verify(dynamic, "--full", "--against", MODEL, "--tp", "1,2", "--json")
     assert deep.code == 0, deep.out
@@ -373,7 +373,7 @@ def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> 
 def test_bad_options(dynamic: Path, words: tuple[Any, ...], what: str, fix: str | None) -> None:
     done = verify(dynamic, *words)
     assert done.code == 2, done.out
-    assert done.err.startswith("error: "), done.err
+    assert done.later.startswith("error: "), done.err
     assert what in done.err
     assert fix is None or fix in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
@@ -420,7 +420,7 @@ def test_nothing_to_verify(tmp_path: Path, what: str) -> None:
     (tmp_path / "file").touch()
     done = verify(places.get(what, tmp_path / "file"))
     assert done.code == 2
-    assert done.err.startswith("error: ")
+    assert done.later.startswith("error: ")
     assert "fix: " in done.err
 
 

@@ -21,6 +21,7 @@ from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.resources import Resources
 from quantcli.calibration.store import (
     Key,
     Store,
@@ -53,16 +54,6 @@ from quantcli.recipe.fields import Calibration
 from quantcli.schemes.base import Scheme
 
 PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Limits of a calibration. max_memory: bytes above the imports; None: most that is free."""
-
-    device: str = "cpu"
-    workers: int = 1
-    max_memory: int | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

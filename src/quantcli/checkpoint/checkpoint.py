@@ -31,6 +31,7 @@ from quantcli.checkpoint.files import (
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
 
 CONFIG = "config.json"
@@ -48,6 +49,8 @@ _STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
 _BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
+_FEW_SHARDS = 16
+_SHORT = 2**19  # bytes of an index or of a header: some 4,000 tensors
 _MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 
@@ -113,9 +116,9 @@ class Checkpoint:
         return (stored.spec for stored in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
     """The checkpoint at `path`. InputError for its first fault."""
-    checkpoint = scan_checkpoint(path)
+    checkpoint = scan_checkpoint(path, progress)
     if checkpoint.problems:
         raise checkpoint.problems[0]
     return checkpoint
@@ -151,8 +154,10 @@ def _changed(path: Path) -> InputError:
     )
 
 
-def scan_checkpoint(path: Path) -> Checkpoint:
+def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
     """The checkpoint at `path`; its faults are listed in `problems`.
+
+    progress: gets a line before many headers are read.
 
     Raises InputError only if nothing can be shown: no directory, no weights, a damaged header.
     """
@@ -175,6 +180,8 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     stamps = {name: _stamp(root / name) for name in files}
     if PART in files:
         raise _is_part(read_json_file(root / PART), root)
+    if _is_large(root, files):
+        progress.say(f"reading the headers of {path}")
     index = _read_index(root, files)
     shards = _choose_shards(root, files, index, problems, left_out)
     below = _weights_below(root, files)
@@ -194,6 +201,24 @@ def scan_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         root, tensors, tuple(shards), config, aux, left_out, problems, notes, None, stamps
     )
+
+
+def _is_large(root: Path, files: dict[str, int]) -> bool:
+    """Whether headers may take longer to read than a user waits without a word: more than a few files,
+    or thousands of tensors."""
+    shards = [name for name in files if name.endswith(".safetensors")]
+    if len(shards) > _FEW_SHARDS or INDEX in files:
+        return len(shards) > _FEW_SHARDS or files[INDEX] > _SHORT
+    return any(_SHORT < _header_nbytes(root / name) < files[name] for name in shards)
+
+
+def _header_nbytes(file: Path) -> int:
+    """Bytes of a header as the file says; more than the file has, if it is damaged."""
+    try:
+        with file.open("rb") as stream:
+            return int.from_bytes(stream.read(8), "little")
+    except OSError as error:
+        raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
 
 
 def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:

@@ -8,18 +8,20 @@ from pathlib import Path
 
 from quantcli.checkpoint.files import PICKLES
 from quantcli.core.errors import InputError, MachineError, closest
+from quantcli.core.events import SILENT, Progress
 
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, progress: Progress = SILENT) -> Path:
     """The directory of `model`; a Hub id is fetched into the Hub's own cache first.
 
     A Hub id may name a branch, a tag or a commit: ORG/NAME@REVISION.
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. Pickle files
-    are never fetched. Raises InputError or MachineError with one sentence.
+    are never fetched. `progress` gets a line before the Hub is asked. Raises InputError or MachineError
+    with one sentence.
     """
     try:
         path = Path(model).expanduser()
@@ -28,6 +30,7 @@ def find_model(model: str) -> Path:
             return path
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
         raise InputError(f"not the name of a model: {error}", where=model[:200]) from None
+    progress.say(f"looking for {model} on the Hub, or in its cache")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if os.isatty(2) else "1")
     import huggingface_hub
     from huggingface_hub import errors

@@ -30,6 +30,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return table
 
 
+def tool_text(tool: Any) -> str:
+    """The versions in a manifest that wrote it, as text; the manifest may be damaged."""
+    table = tool if isinstance(tool, dict) else {}
+    packages = table.get("packages")
+    names = [("quantcli", table.get("version"))]
+    names += sorted(packages.items()) if isinstance(packages, dict) else []
+    return " with ".join(f"{name:.40} {version!s:.40}" for name, version in names)
+
+
 def read_sealed(path: Path, what: str, fix: str) -> dict[str, Any]:
     """The table that `encode_manifest` wrote. InputError if the file was changed since."""
     table = read_json_file(path)

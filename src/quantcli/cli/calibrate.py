@@ -39,10 +39,12 @@ def calibrate(
     from quantcli.commands import calibrate as commands
 
     output = Output(as_json=as_json, quiet=quiet)
-    session = commands.plan_calibration(
-        recipe, model=model, out=out, overrides=tuple(set_ or ()), fresh=fresh
-    )
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
+    overrides = tuple(set_ or ())
+    with watch(output) as planning:
+        session = commands.plan_calibration(
+            recipe, model=model, out=out, overrides=overrides, fresh=fresh, progress=planning
+        )
     began = time.monotonic()
     with watch(output) as progress:
         report = commands.calibrate(session, resources, progress, fresh=fresh)

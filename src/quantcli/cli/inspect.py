@@ -47,7 +47,9 @@ def inspect(
                 "--support takes neither a model nor an option other than --json",
                 fix="quantcli inspect --support",
             )
-        out.result(commands.support(), show_support)
+        with watch(out) as progress:
+            cells = commands.support(progress)
+        out.result(cells, show_support)
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
@@ -61,7 +63,8 @@ def inspect(
             ranking = commands.outliers(model, progress, page)
         out.result(ranking, show_outliers)
         return
-    contents = commands.inspect(model, tensors)
+    with watch(out) as progress:
+        contents = commands.inspect(model, tensors, progress)
     out.result(contents, show_inspection)
     if contents["problems"]:
         raise typer.Exit(Exit.ANSWER_NO)

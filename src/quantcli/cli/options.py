@@ -15,7 +15,7 @@ import typer
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
-    from quantcli.calibration.session import Resources
+    from quantcli.calibration.resources import Resources
 
 Recipe = Annotated[
     str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
@@ -58,8 +58,7 @@ Report = Annotated[
 
 def resources_of(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
     """The resources for calibration: --device, --workers, --max-memory and --trust-remote-code."""
-    from quantcli.calibration.replay.devices import check_device
-    from quantcli.calibration.session import Resources
+    from quantcli.calibration.resources import Resources, check_device
     from quantcli.core.threads import default_workers
     from quantcli.recipe.fields import parse_size
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from quantcli import __version__
+from quantcli.cli.streams import drop
 from quantcli.core.errors import Exit, QuantError
 
 R = TypeVar("R")
@@ -30,7 +31,8 @@ class Output:
 
     def document(self, value: Any) -> None:
         """Print the one JSON document of a `--json` run."""
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self._put(lambda: sys.stdout.write(text))
 
     def result(self, data: R, show: Callable[[Output, R], None]) -> None:
         """Print the result of a command: as JSON, or with `show`."""
@@ -41,12 +43,16 @@ class Output:
         self._show(literal(text))
 
     def _show(self, text: Text) -> None:
+        self._put(lambda: self._data.print(text, soft_wrap=True))
+
+    @staticmethod
+    def _put(write: Callable[[], object]) -> None:
         """Print data. If its reader has gone (`| head`), stop printing but continue the work."""
         try:
-            self._data.print(text, soft_wrap=True)
+            write()
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop(sys.stdout)
 
     def message(self, text: str) -> None:
         """Print a message for people, unless --quiet."""

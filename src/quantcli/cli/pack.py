@@ -70,6 +70,7 @@ def pack(
 
         parts = [Path(folder) for folder in folders]
         merge_job = merging.plan_merge(parts, out, workers=workers, fresh=fresh, force=force)
+        output.message(f"joining {count(parts, 'part')} as {out}")
         convert(
             output,
             plan,
@@ -84,18 +85,21 @@ def pack(
     if len(folders) > 1:
         what = "`quantcli pack` takes one checkpoint"
         raise InputError(what, where=folders[1], fix=f"{_PACK}, or {_MERGE}")
+    from quantcli.cli.progress import watch
     from quantcli.commands import pack as packing
 
-    job = packing.plan_pack(
-        folders[0],
-        target,
-        out,
-        options=set_ or (),
-        workers=workers,
-        checksum=checksum,
-        fresh=fresh,
-        force=force,
-    )
+    with watch(output) as planning:
+        job = packing.plan_pack(
+            folders[0],
+            target,
+            out,
+            options=set_ or (),
+            workers=workers,
+            checksum=checksum,
+            fresh=fresh,
+            force=force,
+            progress=planning,
+        )
     modules = count(sum(line.modules for line in job.plan.lines), "module")
     convert(
         output,

@@ -55,23 +55,26 @@ def quantize(
     On several machines: run parts 1/N to N/N with --part, in any order, and join them with
     `quantcli pack --merge`. If the recipe calibrates, all parts need the same --calibration.
     """
+    from quantcli.cli.progress import watch
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
 
     output = Output(as_json=as_json, quiet=quiet)
-    job = commands.plan(
-        recipe,
-        model=model,
-        out=out,
-        overrides=tuple(set_ or ()),
-        workers=workers,
-        checksum=checksum,
-        fresh=fresh,
-        force=force,
-        calibration=calibration,
-        part=part,
-    )
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
+    with watch(output) as planning:
+        job = commands.plan(
+            recipe,
+            model=model,
+            out=out,
+            overrides=tuple(set_ or ()),
+            workers=workers,
+            checksum=checksum,
+            fresh=fresh,
+            force=force,
+            calibration=calibration,
+            part=part,
+            progress=planning,
+        )
 
     def run(progress: Progress) -> Written[Plan]:
         written = commands.quantize(job, progress, resources)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.commands.job import _calibration_folder, _default_name, _load
+from quantcli.commands.job import calibration_folder, default_name, open_both
 from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import check_calibration
 
 if TYPE_CHECKING:
-    from quantcli.calibration.session import Resources, Session
-    from quantcli.core.events import Progress
+    from quantcli.calibration.resources import Resources
+    from quantcli.calibration.session import Session
 
 
 def plan_calibration(
@@ -20,6 +22,7 @@ def plan_calibration(
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
     fresh: bool = False,
+    progress: Progress = SILENT,
 ) -> Session:
     """Check everything that can be checked before a calibration reads weights.
 
@@ -28,18 +31,23 @@ def plan_calibration(
     overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
     Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.
     """
+    opened = open_both(recipe, model, overrides, "calibrate", progress)
+    written = opened.written
+    folder = out or calibration_folder(Path(written.file.output or default_name(opened.model, recipe)))
+    check_calibration(folder, opened.checkpoint.path, None)
+    progress.say(f"planning {recipe} for {opened.model}")
+
     from quantcli.calibration.session import prepare_session
     from quantcli.planning.planner import make_plan
+    from quantcli.recipe.recipe import resolve
 
-    loaded, model_name, checkpoint = _load(recipe, model, overrides, "calibrate")
-    plan = make_plan(loaded, checkpoint)
+    plan = make_plan(resolve(written), opened.checkpoint)
     if not plan.needs_calibration:
         raise InputError(
             "nothing in this recipe needs a calibration",
             where=str(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    folder = out or _calibration_folder(Path(loaded.file.output or _default_name(model_name, recipe)))
     return prepare_session(plan, folder, fresh=fresh)
 
 
@@ -51,8 +59,8 @@ def calibrate(
     fresh: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a calibration, unless it is complete. Returns its report as JSON-able data."""
-    from quantcli.calibration.session import Resources, run, summary
-    from quantcli.core.events import SILENT
+    from quantcli.calibration.resources import Resources
+    from quantcli.calibration.session import run, summary
 
     if not session.complete:
         run(session, resources or Resources(), progress or SILENT, fresh=fresh)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
 from quantcli.checkpoint.hub import find_model
 from quantcli.checkpoint.inspection import inspect_checkpoint
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
-
-if TYPE_CHECKING:
-    from quantcli.core.events import Progress
+from quantcli.core.events import SILENT, Progress
 
 
-def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
+def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
     """The contents of a checkpoint, from its headers alone, as JSON-able data.
 
     tensors: a glob; the tensors that match are listed one by one.
     """
-    checkpoint = scan_checkpoint(find_model(model))
+    checkpoint = scan_checkpoint(find_model(model, progress), progress)
     summary = inspect_checkpoint(checkpoint, tensors)
     if summary["quantization"] is None and "quantization_config" in checkpoint.config:
         # a stale block, or codes that only a target knows by their names: targets load torch
+        progress.say("looking for the format of the weights")
         from quantcli.targets.base import quantization_of
 
         if (found := quantization_of(checkpoint)) is not None:
@@ -32,12 +31,13 @@ def inspect(model: str, tensors: str | None = None) -> dict[str, Any]:
     return summary
 
 
-def support() -> list[dict[str, Any]]:
+def support(progress: Progress = SILENT) -> list[dict[str, Any]]:
     """Every pair of scheme and target, tried by quantizing and packing a weight without data.
 
     Each entry has `scheme`, `target` and `supported`, and either `label`, `loads_on` and the `tensors`
     of a weight [256, 256], or `why` it is not supported.
     """
+    progress.say("trying each scheme with each target")
     from quantcli.checkpoint.spec import TensorSpec
     from quantcli.core.registry import discover
     from quantcli.planning.items import dry_run
@@ -62,24 +62,25 @@ def support() -> list[dict[str, Any]]:
     return cells
 
 
-def outliers(model: str, progress: Progress | None = None, page: Path | None = None) -> dict[str, Any]:
+def outliers(model: str, progress: Progress = SILENT, page: Path | None = None) -> dict[str, Any]:
     """The weights of a checkpoint, hardest to quantize first: see `planning.outliers`.
 
     page: an HTML file for the same result with charts. InputError if it cannot be written.
     """
-    from quantcli.core.events import SILENT
-    from quantcli.core.registry import discover
-    from quantcli.planning.outliers import inspect_outliers
-    from quantcli.targets.base import Target
-
     if page is not None:
         from quantcli.verification.report.page import require_plotly
 
         require_plotly()
         check_file("--report", page)
+    checkpoint = open_checkpoint(find_model(model, progress), progress)
+    progress.say(f"ranking the weights of {model}")
+
+    from quantcli.core.registry import discover
+    from quantcli.planning.outliers import inspect_outliers
+    from quantcli.targets.base import Target
+
     target = discover(Target)["ascend"]()
-    checkpoint = open_checkpoint(find_model(model))
-    ranking = inspect_outliers(checkpoint, target, progress=progress or SILENT)
+    ranking = inspect_outliers(checkpoint, target, progress=progress)
     if page is not None:
         from quantcli.verification.report.outliers import outliers_page
 

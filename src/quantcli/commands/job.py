@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
-    from quantcli.recipe.recipe import Recipe
+    from quantcli.recipe.written import WrittenRecipe
 
 W = TypeVar("W", bound="Work")
 
@@ -157,25 +157,40 @@ def describe(session: Session) -> dict[str, Any]:
     }
 
 
-def _load(
-    recipe: str | Path, model: str | None, overrides: tuple[str, ...], verb: str = "quantize"
-) -> tuple[Recipe, str, Checkpoint]:
-    """The recipe, how the model was named, and the model."""
-    from quantcli.recipe.recipe import load_recipe
+@dataclass(frozen=True)
+class Opened:
+    """A recipe and a model that were read, and the name of the model as it was given."""
 
-    loaded = load_recipe(recipe, overrides, command=verb)
-    named = model or loaded.file.model
+    written: WrittenRecipe
+    model: str
+    checkpoint: Checkpoint
+
+
+def open_both(
+    recipe: str | Path,
+    model: str | None,
+    overrides: tuple[str, ...],
+    verb: str,
+    progress: Progress,
+) -> Opened:
+    """Read a recipe and open the model. InputError for what is wrong without schemes and targets, which
+    need torch."""
+    from quantcli.recipe.written import read_recipe
+
+    written = read_recipe(recipe, overrides, command=verb)
+    named = model or written.file.model
     if named is None:
         raise InputError(
             f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
         )
-    return loaded, named, open_checkpoint(find_model(named))
+    return Opened(written, named, open_checkpoint(find_model(named, progress), progress))
 
 
-def _default_name(model: str, recipe: str | Path) -> str:
+def default_name(model: str, recipe: str | Path) -> str:
+    """The name of the folder to write, if the user gives none."""
     return f"{Path(os.path.abspath(model)).name}-{Path(recipe).stem}"  # noqa: PTH100 - keeps links
 
 
-def _calibration_folder(out: Path) -> Path:
+def calibration_folder(out: Path) -> Path:
     """The default folder for the calibration of a checkpoint in `out`."""
     return out.with_name(out.name + ".calibration")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.hub import find_model
 from quantcli.commands.job import Job, job_json, make_job, run_job
-from quantcli.convert.execute import RunOptions, Written
-from quantcli.convert.publish import check_destination
 from quantcli.core.errors import InputError, one_of
-from quantcli.core.events import Progress
+from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
 from quantcli.core.threads import default_workers
-from quantcli.planning.repack import Repacking, plan_repacking
-from quantcli.targets.base import Target
+
+if TYPE_CHECKING:
+    from quantcli.convert.execute import Written
+    from quantcli.planning.repack import Repacking
+    from quantcli.targets.base import Target
 
 
 def plan_pack(
@@ -32,22 +30,30 @@ def plan_pack(
     checksum: bool = True,
     fresh: bool = False,
     force: bool = False,
+    progress: Progress = SILENT,
 ) -> Job[Repacking]:
     """Check everything that can be checked before the first byte of weights is read.
 
     options: of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot hold.
     """
-    chosen = _target(target, options)
-    opened = open_checkpoint(find_model(checkpoint))
-    plan = plan_repacking(opened, chosen)
+    from quantcli.convert.publish import check_destination
+
+    values = _values(options)
+    opened = open_checkpoint(find_model(checkpoint, progress), progress)
     check_destination(out, opened.path, force=force, what="the checkpoint")
+    progress.say(f"planning {checkpoint} in the format {target}")
+
+    from quantcli.convert.execute import RunOptions
+    from quantcli.planning.repack import plan_repacking
+
+    plan = plan_repacking(opened, _target(target, values))
     return make_job(plan, out, RunOptions(workers or default_workers(), fresh, force, checksum))
 
 
-def _target(name: str, options: Sequence[str]) -> Target:
-    targets = discover(Target)
-    if name not in targets:
-        raise InputError(f"no target `{name}`", where=f"--target {name}", fix=one_of(name, targets))
+def _values(options: Sequence[str]) -> dict[str, Any]:
+    """The options of a target by their keys. InputError for one that is not KEY=VALUE."""
+    import yaml
+
     values: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition("=")
@@ -58,6 +64,18 @@ def _target(name: str, options: Sequence[str]) -> Target:
             values[key] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             raise InputError("value is no YAML", where=f"--set {option}", fix="quote it") from None
+    return values
+
+
+def _target(name: str, values: dict[str, Any]) -> Target:
+    """The target `name` with its options. InputError for one that there is not."""
+    from pydantic import ValidationError
+
+    from quantcli.targets.base import Target
+
+    targets = discover(Target)
+    if name not in targets:
+        raise InputError(f"no target `{name}`", where=f"--target {name}", fix=one_of(name, targets))
     try:
         chosen: Target = targets[name].model_validate(values)
         return chosen

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.commands.calibrate import calibrate
-from quantcli.commands.job import Job, _calibration_folder, _default_name, _load, make_job, run_job
+from quantcli.commands.job import (
+    Job,
+    calibration_folder,
+    default_name,
+    make_job,
+    open_both,
+    run_job,
+)
 from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
-    from quantcli.calibration.session import Resources
+    from quantcli.calibration.resources import Resources
     from quantcli.convert.execute import Written
-    from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
 
@@ -33,6 +40,7 @@ def plan(
     force: bool = False,
     calibration: Path | None = None,
     part: str | None = None,
+    progress: Progress = SILENT,
 ) -> Job[Plan]:
     """Check everything that can be checked before the first byte of weights is read.
 
@@ -40,27 +48,33 @@ def plan(
     `expect` block: see `check`. recipe: a file, or the name of a shipped one. part: as in "2/3"; it
     goes to `out`.part-2-of-3.
     """
-    from quantcli.convert.execute import RunOptions
     from quantcli.convert.publish import check_destination
     from quantcli.core.threads import default_workers
     from quantcli.planning.parts import parse_part
-    from quantcli.planning.planner import make_plan
 
-    loaded, named, checkpoint = _load(recipe, model, overrides)
-    plan = make_plan(loaded, checkpoint)
+    opened = open_both(recipe, model, overrides, "quantize", progress)
+    checkpoint = opened.checkpoint
     if out is None:
-        out = Path(loaded.file.output or _default_name(named, recipe))
+        out = Path(opened.written.file.output or default_name(opened.model, recipe))
     whole, share = out, None
     if part is not None:
         share = parse_part(part)
         check_destination(whole, checkpoint.path, force=True)  # it need not be free yet
         out = share.folder(whole)
     check_destination(out, checkpoint.path, force=force)
+    progress.say(f"planning {recipe} for {opened.model}")
+
+    from quantcli.convert.execute import RunOptions
+    from quantcli.planning.planner import make_plan
+    from quantcli.recipe.recipe import resolve
+
+    loaded = resolve(opened.written)
+    plan = make_plan(loaded, checkpoint)
     session = None
     if plan.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
-        folder = calibration or _calibration_folder(whole)
+        folder = calibration or calibration_folder(whole)
         session = prepare_session(plan, folder, out=out)
         if session.complete:
             plan = make_plan(loaded, checkpoint, load(session))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quantcli.checkpoint.checkpoint import scan_checkpoint
+from quantcli.checkpoint.files import PART
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
 from quantcli.verification.options import VerifyOptions
 
-if TYPE_CHECKING:
-    from quantcli.core.events import Progress
 
-
-def verify(
-    checkpoint: str | Path, *, progress: Progress | None = None, **options: Any
-) -> dict[str, Any]:
+def verify(checkpoint: str | Path, *, progress: Progress = SILENT, **options: Any) -> dict[str, Any]:
     """Verify a checkpoint, a folder or a Hub id; the report as JSON-able data, see docs/verify.md.
 
     options: the other fields of VerifyOptions, such as full=True or against="MODEL". InputError for
@@ -25,13 +23,17 @@ def verify(
     return run(VerifyOptions(checkpoint, **options), progress)
 
 
-def run(options: VerifyOptions, progress: Progress | None = None) -> dict[str, Any]:
+def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     """`verify` with its options as one object; the files that they name are written in any case."""
     from quantcli.checkpoint.hub import find_model
-    from quantcli.core.events import SILENT
-    from quantcli.verification.depths import verify as verify_depths
 
-    folder = find_model(str(options.checkpoint))
+    folder = _with_weights(find_model(str(options.checkpoint), progress))
+    if options.recipe is not None:
+        from quantcli.recipe.written import read_recipe
+
+        read_recipe(options.recipe)  # again in a moment, with its schemes
+    if options.against is not None:
+        options = replace(options, against=str(_with_weights(find_model(options.against, progress))))
     for option, file in (("--junit", options.junit), ("--report", options.page)):
         if file is not None:
             check_file(option, file)
@@ -42,7 +44,11 @@ def run(options: VerifyOptions, progress: Progress | None = None) -> dict[str, A
         from quantcli.verification.report.page import require_plotly
 
         require_plotly()
-    report = verify_depths(replace(options, checkpoint=folder), progress or SILENT).to_json()
+    progress.say(f"verifying {options.checkpoint}: {', '.join(options.depths)}")
+
+    from quantcli.verification.depths import verify as verify_depths
+
+    report = verify_depths(replace(options, checkpoint=folder), progress).to_json()
     if options.junit is not None:
         from quantcli.verification.report.junit import junit
 
@@ -52,3 +58,10 @@ def run(options: VerifyOptions, progress: Progress | None = None) -> dict[str, A
 
         write_file(options.page.resolve(), page(report).encode())
     return report
+
+
+def _with_weights(folder: Path) -> Path:
+    """The folder of a checkpoint. InputError for one without weights, or with a part of them."""
+    if (folder / PART).is_file() or not any(folder.glob("*.safetensors")):
+        scan_checkpoint(folder)
+    return folder

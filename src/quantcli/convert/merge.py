@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.convert.execute import Written, close_folder, copy_file
 from quantcli.convert.journal import Journal, check_folder, remove_folder
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
 from quantcli.convert.publish import check_destination, publish
@@ -19,7 +18,9 @@ from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
 from quantcli.core.threads import default_workers
-from quantcli.verification.structure import verified
+
+if TYPE_CHECKING:
+    from quantcli.convert.execute import Written
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
 
     Every file is read, and hashes are compared if the parts have them. InputError for a damaged file.
     """
+    from quantcli.convert.execute import Written, close_folder
+    from quantcli.verification.structure import verified
+
     partial = partial_folder(job.out)
     if job.fresh:
         remove_folder(partial)
@@ -142,6 +146,8 @@ class _Gather:
             and file_entry(destination, checksum=part.checksum) == entry
         )
         if not reused:
+            from quantcli.convert.execute import copy_file
+
             # small files are copied: a later edit of config.json must not change the part as well
             linked = name in self.shards and self._link(source, destination)
             if not linked:

@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
-from quantcli.checkpoint.manifest import read_sealed
+from quantcli.checkpoint.manifest import read_sealed, tool_text
 from quantcli.core.errors import InputError
 from quantcli.planning.parts import MOST, Part
-from quantcli.planning.plan import tool_text
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
 AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -26,6 +24,8 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     would compete with them. When the block ends, by an exception as well, jobs that have not begun are
     dropped, and running ones are awaited.
     """
+    import torch  # the number of cores is asked for long before
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _keep_freed_memory()

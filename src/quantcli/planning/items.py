@@ -14,6 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.core.kernels.machine import shapes_only
 from quantcli.core.numerics import Numerics
 from quantcli.planning.matching import Matched
 from quantcli.planning.measured import Edit, Measured
@@ -48,7 +49,7 @@ def dry_run(
 
     Statistics are those of an observer that saw no input. InputError if the target cannot store these
     numerics, and for a bias of another dtype or length. A block of no rows, or of a few zeros if rows
-    share a scale, runs the real kernels and needs no memory. The meta device would do as well, but in
+    share a scale, runs the real schemes and needs no memory. The meta device would do as well, but in
     torch 2.13 its binary operations import torch._dynamo, which costs two seconds and 80 MB.
     """
     engine_dtypes = EngineDtypes(
@@ -90,7 +91,8 @@ def dry_run(
         return target.pack(scheme.numerics, parts, (n, k))
 
     multiple = math.lcm(scheme.row_multiple, target.layout(scheme.numerics).row_multiple)
-    outputs = planned_outputs(packed, target, scheme.numerics, spec.name, (n, k), multiple)
+    with shapes_only():
+        outputs = planned_outputs(packed, target, scheme.numerics, spec.name, (n, k), multiple)
     return Outcome(engine_dtypes, outputs, frozenset(stats), multiple)
 
 

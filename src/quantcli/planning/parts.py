@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.core.errors import InputError
-from quantcli.planning.plan import Shard, Work
+
+if TYPE_CHECKING:
+    from quantcli.planning.plan import Shard, Work
 
 MOST = 100_000
 

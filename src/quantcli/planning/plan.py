@@ -175,15 +175,6 @@ def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
     return {**tool, "packages": dict(packages)} if packages else tool
 
 
-def tool_text(tool: Any) -> str:
-    """The same of a manifest, as text; it may be damaged."""
-    table = tool if isinstance(tool, dict) else {}
-    packages = table.get("packages")
-    names = [("quantcli", table.get("version"))]
-    names += sorted(packages.items()) if isinstance(packages, dict) else []
-    return " with ".join(f"{name:.40} {version!s:.40}" for name, version in names)
-
-
 def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
     """The weight files, each from its name and items. InputError for a tensor that is there twice."""
     names: set[str] = set()

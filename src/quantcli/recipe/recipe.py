@@ -5,23 +5,21 @@ from __future__ import annotations
 import operator
 import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
-from quantcli.core.expressions import too_costly
 from quantcli.core.registry import discover
-from quantcli.recipe.document import Document, Place, load_document
-from quantcli.recipe.fields import RecipeFile, matches, translate
+from quantcli.recipe.document import Document, Place
+from quantcli.recipe.fields import RecipeFile, matches
 from quantcli.recipe.methods import MethodOptions, recipe_methods
-from quantcli.recipe.shipped import find_recipe, is_sample_text
+from quantcli.recipe.shipped import is_sample_text
+from quantcli.recipe.written import SMOOTH, WrittenRecipe, check_patterns, explain, read_recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -29,7 +27,6 @@ from quantcli.targets.base import Target
 KEEP = "keep"  # the weights stay as they are
 PLAIN = "bf16"  # the weights become floats of the serving dtype
 KEYWORDS = (KEEP, PLAIN)
-_SMOOTH = ("smooth",)  # the one method that has a block of its own
 _COMPARISONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -166,7 +163,7 @@ class Recipe:
         table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
         for named in self.named_methods:
             method = named.method.model_dump(mode="json", exclude_none=True)
-            if named.place == _SMOOTH:
+            if named.place == SMOOTH:
                 table["smooth"] = method
             else:
                 table["methods"][named.place[1]] = {"name": named.method.name, **method}
@@ -188,18 +185,16 @@ def load_recipe(
     overrides: `KEY=VALUE` strings that win over the file. command: for the message if `recipe` is a
     model. Raises InputError with file:line; for a misspelt name its fix has the closest names.
     """
-    document = load_document(find_recipe(recipe, command))
-    for assignment in overrides:
-        document.override(assignment)
-    try:
-        file = RecipeFile.model_validate(document.data)
-    except ValidationError as error:
-        raise _explain(error, document, RecipeFile, ()) from None
+    return resolve(read_recipe(recipe, overrides, command=command))
+
+
+def resolve(written: WrittenRecipe) -> Recipe:
+    """A recipe with its schemes, its target and its methods. InputError as `load_recipe` raises it."""
+    file, document = written.file, written.document
     target = _resolve(file.target, discover(Target), "target", document, ("target",))
     rules = []
     for number, rule in enumerate(file.rules):
         place: Place = ("rules", number)
-        patterns = _patterns(rule.match, place, document)
         scheme = None
         keyword = rule.scheme if rule.scheme in KEYWORDS else KEEP
         if rule.scheme not in KEYWORDS:
@@ -207,6 +202,7 @@ def load_recipe(
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
+        patterns = tuple(rule.match)
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
     methods = _named_methods(file, document)
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
@@ -215,31 +211,19 @@ def load_recipe(
             rule if rule.scheme is None else replace(rule, scheme=rule.scheme.when_calibrating)
             for rule in rules
         ]
-    siblings = tuple(_siblings(file.siblings or (), document))
+    siblings = tuple(
+        SiblingPattern(text, document.where(("siblings", number)))
+        for number, text in enumerate(file.siblings or ())
+    )
     return Recipe(file, target, tuple(rules), methods, siblings, document)
-
-
-def _siblings(patterns: Sequence[str], document: Document) -> Iterator[SiblingPattern]:
-    """The patterns of siblings. InputError for one that is not a regular expression with groups."""
-    for number, text in enumerate(patterns):
-        where = document.where(("siblings", number))
-        _compilable(text, text, where, "write a regular expression over whole module names")
-        if not re.compile(text).groups:
-            raise InputError(
-                f"`{text}` captures nothing, so that all modules that it matches would be siblings",
-                where=where,
-                fix="put the part of the name that siblings share in parentheses, such as "
-                r"(.*\.mlp\.experts)\.\d+\.(?:gate|up)_proj",
-            )
-        yield SiblingPattern(text, where)
 
 
 def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, ...]:
     """The block `smooth`, then the list `methods`. InputError for one that is there twice."""
     methods: list[NamedMethod] = []
     if file.smooth is not None:
-        smooth = _validated(recipe_methods()[_SMOOTH[0]], file.smooth, document, _SMOOTH)
-        methods.append(NamedMethod(smooth, _SMOOTH))
+        smooth = _validated(recipe_methods()[SMOOTH[0]], file.smooth, document, SMOOTH)
+        methods.append(NamedMethod(smooth, SMOOTH))
     for index, entry in enumerate(file.methods or ()):
         place: Place = ("methods", index)
         method = _resolve(entry, recipe_methods(), "method", document, place)
@@ -247,7 +231,7 @@ def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, .
     first: dict[str, Place] = {}
     for method, place in ((named.method, named.place) for named in methods):
         for number, rule in enumerate(method.module_rules):
-            _patterns(rule.match, (*place, "rules", number), document)
+            check_patterns(rule.match, (*place, "rules", number), document)
         if method.name in first:
             raise InputError(
                 f"the method `{method.name}` is there twice",
@@ -256,36 +240,6 @@ def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, .
             )
         first[method.name] = place
     return tuple(methods)
-
-
-def _patterns(patterns: list[str], place: Place, document: Document) -> tuple[str, ...]:
-    """The patterns of a rule. InputError for one that is not a glob or a regular expression."""
-    for index, pattern in enumerate(patterns):
-        where = document.where((*place, "match", index))
-        if not pattern or pattern == "re:":
-            raise InputError("the pattern is empty", where=where)
-        _compilable(pattern, translate(pattern), where, "leave out `re:` for a glob, such as *_proj")
-    return tuple(patterns)
-
-
-def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
-    """InputError for a regular expression that does not compile, or whose matching may not end.
-
-    pattern: as the recipe has it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
-            re.compile(regex)
-    except (re.error, RecursionError, OverflowError, Warning) as error:
-        what = f"`{pattern}` is not a regular expression: {error}"
-        raise InputError(what, where=where, fix=fix) from None
-    if pattern.endswith(regex) and too_costly(regex):  # a glob became another text, which is cheap
-        raise InputError(
-            f"`{pattern}` is too costly to match names with",
-            where=where,
-            fix="repeat no group in which something repeats or is a choice; have at most four `.*`",
-        )
 
 
 def _resolve(
@@ -315,53 +269,4 @@ def _validated(cls: type[T], options: dict[str, Any], document: Document, place:
     try:
         return cls.model_validate(options)
     except ValidationError as error:
-        raise _explain(error, document, cls, place) from None
-
-
-def _explain(
-    error: ValidationError, document: Document, model: type[BaseModel], place: Place
-) -> InputError:
-    """The first error of pydantic as an InputError. Options are named alone, without the place of what
-    they are options of; those of a block of the recipe with the block's name."""
-    errors = error.errors(include_url=False, include_input=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    loc, kind = first["loc"], first["type"]
-    if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
-        loc = loc[:-1]  # pydantic's name for one branch of a union
-    where = document.where((*place, *loc))
-    key = ".".join(map(str, (*place, *loc) if place == _SMOOTH else loc))
-    if kind == "extra_forbidden":
-        keys = _fields(model, loc[:-1])
-        fix = one_of(str(loc[-1]), keys) if keys else "it takes no options"
-        return InputError(f"unknown key `{key}`", where=where, fix=fix)
-    if kind == "missing":
-        return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
-    message = _MESSAGES.get(kind) or first["msg"].removeprefix("Value error, ")
-    what = f"`{key}`: {message[:1].lower()}{message[1:]}"
-    return InputError(what, where=where, fix="docs/recipe.md describes each key")
-
-
-_MESSAGES = {  # pydantic's error types -> messages in terms of YAML
-    "model_type": "expected a mapping", "dict_type": "expected a mapping",
-    "list_type": "expected a list", "too_short": "must not be empty",
-    "string_type": "expected text", "bool_type": "expected true or false",
-    "int_type": "expected a whole number", "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-}  # fmt: skip
-
-
-def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """The keys of the block at `loc` below `model`."""
-    for step in loc:
-        if isinstance(step, int):
-            continue
-        model = next(_blocks(model.model_fields[step].annotation))
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in a type such as list[RuleFile] or Verify | None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _blocks(inner)
+        raise explain(error, document, cls, place) from None

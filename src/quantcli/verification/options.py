@@ -72,6 +72,12 @@ class VerifyOptions:
                 raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
 
     @property
+    def depths(self) -> tuple[str, ...]:
+        """The depths that are asked for, in their order."""
+        deeper = {"full": self.full, "against": self.against is not None, "run": self.run}
+        return ("structure", *(depth for depth, is_asked in deeper.items() if is_asked))
+
+    @property
     def tp_sizes(self) -> tuple[int, ...]:
         """The numbers in `tp`, each once."""
         parts = self.tp.split(",")

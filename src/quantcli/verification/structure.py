@@ -20,11 +20,10 @@ from quantcli.checkpoint.files import (
     has_byte_order_mark,
 )
 from quantcli.checkpoint.head import generates, lm_head
-from quantcli.checkpoint.manifest import read_manifest
+from quantcli.checkpoint.manifest import read_manifest, tool_text
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.registry import discover
-from quantcli.planning.plan import tool_text
 from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
 from quantcli.targets.layouts import own_names
 from quantcli.targets.vllm_family import uneven_experts

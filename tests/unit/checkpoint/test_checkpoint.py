@@ -19,6 +19,7 @@ from quantcli.checkpoint.checkpoint import (
     scan_checkpoint,
 )
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.events import Progress
 from tests.builders import INDEX, make_model, pack, tensor, write_safetensors
 from tests.hub_cache import MARKER, cache_model, link_files
 
@@ -829,3 +830,38 @@ def test_nothing_is_written_to_the_model(model: Path) -> None:
     assert isinstance(open_checkpoint(model), Checkpoint)
     model.chmod(stat.S_IRWXU)
     assert {path: path.stat().st_mtime_ns for path in [model, *model.iterdir()]} == before
+
+
+@pytest.mark.parametrize(
+    ("shards", "tensors", "index", "is_large"),
+    [
+        (16, 1, False, False),
+        (17, 1, False, True),
+        (16, 1, True, False),
+        (17, 1, True, True),
+        (1, 3000, False, False),
+        (1, 8000, False, True),
+        (2, 5000, False, False),
+        (2, 5000, True, True),  # the index lists all tensors
+    ],
+)
+def test_large_headers_are_announced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    tensors: int,
+    index: bool,
+    is_large: bool,
+) -> None:
+    names = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
+    one = tensor("BF16", 1)
+    tables = {
+        file: {f"layers.{n}.{k}.weight": one for k in range(tensors)} for n, file in enumerate(names)
+    }
+    model = make_model(tmp_path / "model", tables, index=index)
+    said: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    checkpoint = scan_checkpoint(model, progress)
+    assert len(checkpoint.tensors) == shards * tensors
+    assert said == [f"reading the headers of {model}"] * is_large

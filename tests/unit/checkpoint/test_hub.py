@@ -14,9 +14,13 @@ from huggingface_hub import errors
 
 from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.events import Progress
 from tests.builders import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+LOOKING = "looking for org/name on the Hub, or in its cache\n"
 
 
 def offline(home: Path, model: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +39,7 @@ def test_offline_with_an_empty_cache_is_one_clear_sentence(tmp_path: Path) -> No
     problem = "`org/name` is neither a directory nor in the Hub cache, and HF_HUB_OFFLINE is set"
     fix = "fetch it where there is a network, or give a directory"
     assert done.returncode == 3
-    assert done.stderr == f"error: {problem}\n  fix: {fix}\n"
+    assert done.stderr == f"{LOOKING}error: {problem}\n  fix: {fix}\n"
     assert json.loads(done.stdout) == {
         "ok": False,
         "error": {"what": problem, "where": None, "fix": fix},
@@ -53,7 +57,7 @@ def test_offline_with_a_filled_cache_works(tmp_path: Path) -> None:
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     done = offline(tmp_path, "org/name", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, LOOKING)
     account = json.loads(done.stdout)
     assert (account["path"], account["model_type"]) == (str(snapshot), "tiny")
     assert account["bytes"] == 16
@@ -223,7 +227,21 @@ def test_a_misspelt_path_is_not_blamed_on_the_network(tmp_path: Path) -> None:
     )
     assert found.returncode == 2
     assert found.stderr.splitlines() == [
+        "looking for models/lama on the Hub, or in its cache",
         "error: no such model directory, and no such repository in reach",
         "  --> models/lama",
         "  fix: did you mean `llama` in models?",
     ]
+
+
+def test_the_hub_is_announced_and_a_folder_is_not(
+    fetched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    assert find_model(str(tmp_path), progress) == tmp_path
+    assert said == []
+    find_model("org/name@main", progress)
+    assert said == ["looking for org/name@main on the Hub, or in its cache"]
+    assert [repo for repo, _ in fetched] == ["org/name at main"]

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import re
 
 import torch
 
-from quantcli.core.errors import InputError, MachineError
-
-
-def check_device(name: str) -> None:
-    """InputError for a name that no device has; whether this machine has it shows when it is used."""
-    if not re.fullmatch(r"(cpu|cuda|npu)(:\d{1,3})?", name):
-        fix = "give cpu, cuda or npu, or one of several, such as cuda:1"
-        raise InputError(f"unknown device `{name}`", where=f"--device {name}", fix=fix)
+from quantcli.calibration.resources import check_device
+from quantcli.core.errors import MachineError
 
 
 def open_device(name: str) -> torch.device:

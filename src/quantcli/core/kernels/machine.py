@@ -14,8 +14,9 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,11 +97,24 @@ def _callable(address: int, arguments: str) -> Function:
 
 
 _KERNELS = _Kernels()
+_SHAPES_ONLY = ContextVar("shapes_only", default=False)
 
 
 def kernel(*key: str) -> Function | None:
     """A kernel by its name in `loops`, and the words that it is made with. None: torch must serve."""
-    return None if os.environ.get(SWITCH) == "off" else _KERNELS.get(key)
+    if os.environ.get(SWITCH) == "off" or _SHAPES_ONLY.get():
+        return None
+    return _KERNELS.get(key)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let torch serve in the block: a plan wants shapes and dtypes, and need not load machine code."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
 
 
 @cache

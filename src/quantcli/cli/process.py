@@ -1,0 +1,104 @@
+"""A command line to its exit code: whatever goes wrong becomes one message."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import typer
+
+from quantcli.cli.app import app
+from quantcli.cli.output import Output
+from quantcli.cli.streams import check_stdout, drop, stdout_error
+from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
+
+
+class Signals(Protocol):
+    """How an interrupt arrives."""
+
+    command_runs: bool  # whether it is a KeyboardInterrupt
+    fix: str  # what to do after it
+
+
+def run(argv: list[str], signals: Signals) -> int:
+    """Run the command line `argv`, report its error if it has one, and return the exit code."""
+    out = Output(as_json="--json" in argv)
+    try:
+        return _guarded(argv, signals)
+    except QuantError as error:
+        return _reported(out, error)
+    except BrokenPipeError:  # quantcli inspect MODEL | head
+        drop(sys.stdout)
+        return Exit.DONE
+    except OSError as error:  # one that nothing on the way turned into a better message
+        if error.filename is None:
+            return _reported(out, stdout_error(error))
+        from quantcli.core.disk import machine_error
+
+        return _reported(out, machine_error(error, Path(error.filename)))
+    except Exception as error:
+        out.bug(error)
+        return Exit.OUR_BUG
+
+
+def _reported(out: Output, error: QuantError) -> int:
+    """Report an error, on stderr alone if standard output cannot be written."""
+    try:
+        out.error(error)
+    except OSError:
+        Output(as_json=False).error(error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        drop(sys.stdout)
+    return error.exit_code
+
+
+def _guarded(argv: list[str], signals: Signals) -> int:
+    """The exit code of a command, which interrupts as a KeyboardInterrupt reach."""
+    try:
+        signals.command_runs = True
+        return _run(argv)
+    except KeyboardInterrupt:
+        signals.command_runs = False
+        raise Interrupted("interrupted", fix=signals.fix) from None
+    finally:
+        signals.command_runs = False
+
+
+def _run(argv: list[str]) -> int:
+    """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
+    group: Any = typer.main.get_command(app)
+    try:
+        if "--json" in argv:  # not after hours of work
+            check_stdout()
+        with group.make_context("quantcli", [*argv]) as context:  # click empties its list
+            group.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as error:
+        sys.stdout.flush()
+        return error.exit_code
+    except _UsageError as error:
+        raise _usage_error(error, argv[0], group) from None
+    return Exit.DONE
+
+
+def _usage_error(error: Any, name: str, group: Any) -> InputError:
+    """An error of click as ours, with the closest option or command to a misspelt one."""
+    path = f"quantcli {name}" if name in group.commands else "quantcli"
+    message, hint = getattr(error, "format_message", error.__str__)().rstrip("."), ""
+    if hasattr(error, "possibilities"):  # an unknown option
+        message = error.message
+        options = [o for param in group.commands.get(name, group).params for o in param.opts]
+        hint = closest(error.option_name, [o for o in (*options, "--help") if o.startswith("--")], 1)
+    elif message.startswith("No such command"):
+        message = f"there is no command `{name}`"
+        hint = closest(name, group.commands, 1)
+    fix = f"did you mean {hint}? " if hint else ""
+    if name in {"calibrate", "quantize"} and "extra argument" in message:
+        fix = "the model is given as --model MODEL; "
+    message = message.removeprefix("Got ")
+    return InputError(message[:1].lower() + message[1:], fix=f"{fix}see `{path} --help`")

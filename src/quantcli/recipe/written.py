@@ -1,0 +1,143 @@
+"""A recipe as it is written: its keys, and all that can be checked without schemes and targets.
+
+Those need torch, and whoever misspelt a key need not wait for it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from quantcli.core.errors import InputError, one_of
+from quantcli.core.expressions import too_costly
+from quantcli.recipe.document import Document, Place, load_document
+from quantcli.recipe.fields import RecipeFile, translate
+from quantcli.recipe.shipped import find_recipe
+
+SMOOTH = ("smooth",)  # the one method that has a block of its own
+
+
+@dataclass(frozen=True)
+class WrittenRecipe:
+    """The keys of a recipe file, and the places of them."""
+
+    file: RecipeFile
+    document: Document
+
+
+def read_recipe(
+    recipe: str | Path, overrides: tuple[str, ...] = (), *, command: str = "quantize"
+) -> WrittenRecipe:
+    """Read a recipe, as `load_recipe` does, and check its keys, values, patterns and siblings.
+
+    Names of schemes, targets and methods, and their options, are not looked up. Raises InputError.
+    """
+    document = load_document(find_recipe(recipe, command))
+    for assignment in overrides:
+        document.override(assignment)
+    try:
+        file = RecipeFile.model_validate(document.data)
+    except ValidationError as error:
+        raise explain(error, document, RecipeFile, ()) from None
+    for number, rule in enumerate(file.rules):
+        check_patterns(rule.match, ("rules", number), document)
+    _check_siblings(file.siblings or (), document)
+    return WrittenRecipe(file, document)
+
+
+def _check_siblings(patterns: Sequence[str], document: Document) -> None:
+    """InputError for a pattern of siblings that is not a regular expression with groups."""
+    for number, text in enumerate(patterns):
+        where = document.where(("siblings", number))
+        _compilable(text, text, where, "write a regular expression over whole module names")
+        if not re.compile(text).groups:
+            raise InputError(
+                f"`{text}` captures nothing, so that all modules that it matches would be siblings",
+                where=where,
+                fix="put the part of the name that siblings share in parentheses, such as "
+                r"(.*\.mlp\.experts)\.\d+\.(?:gate|up)_proj",
+            )
+
+
+def check_patterns(patterns: list[str], place: Place, document: Document) -> None:
+    """InputError for a pattern of a rule that is not a glob or a regular expression."""
+    for index, pattern in enumerate(patterns):
+        where = document.where((*place, "match", index))
+        if not pattern or pattern == "re:":
+            raise InputError("the pattern is empty", where=where)
+        _compilable(pattern, translate(pattern), where, "leave out `re:` for a glob, such as *_proj")
+
+
+def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
+    """InputError for a regular expression that does not compile, or whose matching may not end.
+
+    pattern: as the recipe has it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
+            re.compile(regex)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        what = f"`{pattern}` is not a regular expression: {error}"
+        raise InputError(what, where=where, fix=fix) from None
+    if pattern.endswith(regex) and too_costly(regex):  # a glob became another text, which is cheap
+        raise InputError(
+            f"`{pattern}` is too costly to match names with",
+            where=where,
+            fix="repeat no group in which something repeats or is a choice; have at most four `.*`",
+        )
+
+
+def explain(
+    error: ValidationError, document: Document, model: type[BaseModel], place: Place
+) -> InputError:
+    """The first error of pydantic as an InputError. Options are named alone, without the place of what
+    they are options of; those of a block of the recipe with the block's name."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    loc, kind = first["loc"], first["type"]
+    if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
+        loc = loc[:-1]  # pydantic's name for one branch of a union
+    where = document.where((*place, *loc))
+    key = ".".join(map(str, (*place, *loc) if place == SMOOTH else loc))
+    if kind == "extra_forbidden":
+        keys = _fields(model, loc[:-1])
+        fix = one_of(str(loc[-1]), keys) if keys else "it takes no options"
+        return InputError(f"unknown key `{key}`", where=where, fix=fix)
+    if kind == "missing":
+        return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
+    message = _MESSAGES.get(kind) or first["msg"].removeprefix("Value error, ")
+    what = f"`{key}`: {message[:1].lower()}{message[1:]}"
+    return InputError(what, where=where, fix="docs/recipe.md describes each key")
+
+
+_MESSAGES = {  # pydantic's error types -> messages in terms of YAML
+    "model_type": "expected a mapping", "dict_type": "expected a mapping",
+    "list_type": "expected a list", "too_short": "must not be empty",
+    "string_type": "expected text", "bool_type": "expected true or false",
+    "int_type": "expected a whole number", "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+}  # fmt: skip
+
+
+def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """The keys of the block at `loc` below `model`."""
+    for step in loc:
+        if isinstance(step, int):
+            continue
+        model = next(_blocks(model.model_fields[step].annotation))
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a type such as list[RuleFile] or Verify | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _blocks(inner)
