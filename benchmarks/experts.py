@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from common import Line, finish, measure, parser, quantize, workplace, write_model
-
 from quantcli.checkpoint.spec import TensorSpec
 
 HIDDEN, WIDTH = 4096, 512

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -14,6 +17,29 @@ from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
+
+
+class _Memory(threading.local):
+    """Memory of closed readers, for the thread's next ones: what is freed and allocated again in other
+    sizes adds up."""
+
+    def __init__(self) -> None:
+        self.free: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        return self.free.pop() if self.free else bytearray()
+
+
+_MEMORY = _Memory()
+
+
+def _placed(memory: bytearray, shape: Sequence[int], dtype: torch.dtype) -> tuple[bytearray, Tensor]:
+    """A tensor in some memory, and that memory: another one if it was too small."""
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    if nbytes > len(memory):
+        memory = bytearray(nbytes)
+    return memory, torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
 
 
 class Columns:
@@ -30,27 +56,29 @@ class Columns:
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._strip, self._result = _MEMORY.take(), _MEMORY.take()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+        self._rows = torch.empty(0)
+        _MEMORY.free += [self._strip, self._result]
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) as rows: [stop - start, h], contiguous."""
+        """Columns [start, stop) as rows: [stop - start, h], contiguous; the next call overwrites them."""
         if not self._first <= start < stop <= self._last:
             self._load(start, stop)
-        rows = self._rows[:, start - self._first : stop - self._first].t().contiguous()
-        if stop == self._last:  # what is left of the strip is not kept while rows are worked on
-            self._rows, self._first, self._last = torch.empty(0), 0, 0
-        return rows
+        columns = self._rows[:, start - self._first : stop - self._first].t()
+        self._result, rows = _placed(self._result, columns.shape, self._dtype)
+        return rows.copy_(columns)
 
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
         height, _ = spec.shape
         fit = STRIP_BYTES // int(height * spec.itemsize)
         self._first, self._last = start, min(self._width, max(stop, start + fit))
-        self._rows = torch.empty(0)  # the old one goes first
-        self._rows = torch.empty((height, self._last - start), dtype=self._dtype)
+        sides = height, self._last - start
+        self._strip, self._rows = _placed(self._strip, sides, self._dtype)
         block = tensor_bytes(self._rows)
         size = len(block) // height
         if size == spec.row_nbytes:
