@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.engine.conftest import CT, convert
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.engine
 
 RULES = [{"match": "*_proj", "scheme": "w8a8_dynamic"}]
 E, H = 8, 64
-TRANSPOSED = ("aria_text", "qwen3_vl_moe")
+TRANSPOSED = ("aria_text", "qwen3_vl_moe", "llama4_text")
+LOADERS = {"llama4_text": "llama4", "step3p7": "step3p5"}  # of their own
 
 
 def shapes(width):
@@ -37,6 +39,9 @@ DTYPES = {name: "float32" if "scale" in name else "int8" for name in shapes(1)}
      "mlp.experts.down_proj"),
     ("qwen3_vl_moe", "model.language_model.layers.1", "mlp.experts", "mlp.experts.gate_up_proj",
      "mlp.experts.down_proj"),
+    ("llama4_text", "model.layers.1", "feed_forward.experts", "feed_forward.experts.gate_up_proj",
+     "feed_forward.experts.down_proj"),
+    ("step3p7", "model.layers.1", "moe.experts", "", "moe.down_proj.weight"),
 ])  # fmt: skip
 def test_the_loader_takes_single_experts(environment, tmp_path, family, layer, experts, gated, down):
     transposed = family in TRANSPOSED
@@ -46,7 +51,7 @@ def test_the_loader_takes_single_experts(environment, tmp_path, family, layer, e
     width = load_file(model / "model.safetensors")[f"{layer}.{down}"].shape[1 if transposed else 2]
     assert width == (96 if family in ("granitemoe", "aria_text") else 48)
     asked = {"folder": str(out), "experts": f"{layer}.{experts}", "transposed": transposed,
-             "shapes": shapes(width), "dtypes": DTYPES}  # fmt: skip
+             "shapes": shapes(width), "dtypes": DTYPES, "loader": LOADERS.get(family)}  # fmt: skip
     request.write_text(json.dumps(asked))
     script = ROOT / "tests" / "engine" / "load_experts.py"
     done = subprocess.run(
@@ -54,7 +59,11 @@ def test_the_loader_takes_single_experts(environment, tmp_path, family, layer, e
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found, source = load_file(loaded), load_file(model / "model.safetensors")
-    for name, stack in (("w13", source[f"{layer}.{gated}"]), ("w2", source[f"{layer}.{down}"])):
+    if gated:
+        first = source[f"{layer}.{gated}"]
+    else:
+        first = torch.cat([source[f"{layer}.moe.{name}_proj.weight"] for name in ("gate", "up")], 1)
+    for name, stack in (("w13", first), ("w2", source[f"{layer}.{down}"])):
         expected = (stack.mT if transposed else stack).float()
         served = found[f"{name}_weight"].float() * found[f"{name}_weight_scale"]
         assert served.shape == expected.shape
