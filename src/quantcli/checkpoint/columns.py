@@ -65,7 +65,7 @@ class Columns:
         _MEMORY.free += [self._held, self._result]
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) as rows [stop - start, h], contiguous; the next call overwrites them."""
+        """Columns [start, stop) as rows [stop - start, h], contiguous, until the next call."""
         if not self._first <= start < stop <= self._last:
             self._load(start, stop)
         columns = self._rows[:, start - self._first : stop - self._first].t()
