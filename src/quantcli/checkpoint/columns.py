@@ -56,13 +56,13 @@ class Columns:
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        self._held, self._result = _MEMORY.take(), _MEMORY.take()
+        self._memory, self._result = _MEMORY.take(), _MEMORY.take()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
         self._rows = torch.empty(0)
-        _MEMORY.free += [self._held, self._result]
+        _MEMORY.free += [self._memory, self._result]
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) as rows [stop - start, h], contiguous, until the next call."""
@@ -78,7 +78,7 @@ class Columns:
         fit = STRIP_BYTES // int(height * spec.itemsize)
         self._first, self._last = start, min(self._width, max(stop, start + fit))
         sides = height, self._last - start
-        self._held, self._rows = _placed(self._held, sides, self._dtype)
+        self._memory, self._rows = _placed(self._memory, sides, self._dtype)
         block = tensor_bytes(self._rows)
         size = len(block) // height
         if size == spec.row_nbytes:
