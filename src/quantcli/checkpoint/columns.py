@@ -17,6 +17,8 @@ from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
+_CHUNK_BYTES = 2**20  # of whole rows that are read at once
+_FEW = 4  # whole rows cost less than a call for each part if they are not more than this many times it
 
 
 class _Memory(threading.local):
@@ -84,7 +86,22 @@ class Columns:
         if size == spec.row_nbytes:
             read_into(self._fd, self._stored, 0, block)
             return
+        if size * _FEW >= spec.row_nbytes:
+            self._load_from_whole_rows()
+            return
         offset = int(start * spec.itemsize)
         for row in range(height):
             part = block[row * size : (row + 1) * size]
             read_into(self._fd, self._stored, row * spec.row_nbytes + offset, part)
+
+    def _load_from_whole_rows(self) -> None:
+        spec = self._stored.spec
+        height, width = spec.shape
+        step = max(1, _CHUNK_BYTES // spec.row_nbytes)
+        memory = _MEMORY.take()
+        for row in range(0, height, step):
+            count = min(step, height - row)
+            memory, rows = _placed(memory, (count, width), self._dtype)
+            read_into(self._fd, self._stored, row * spec.row_nbytes, tensor_bytes(rows))
+            self._rows[row : row + count].copy_(rows[:, self._first : self._last])
+        _MEMORY.free.append(memory)
