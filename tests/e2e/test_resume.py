@@ -183,7 +183,9 @@ def test_short_writes_and_reads(
 ) -> None:
     pwrite, preadv, write = os.pwrite, os.preadv, os.write
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:5]], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, into, at, *flags: preadv(fd, [into[0][:5]], at, *flags)
+    )
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
     assert box.run(*SHARDED).code == 0
     monkeypatch.undo()
@@ -191,7 +193,7 @@ def test_short_writes_and_reads(
 
 
 def test_source_that_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: 0)
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at, *flags: 0)
     result = box.run(*SHARDED)
     assert result.code == 3
     assert "model.safetensors" in result.err
@@ -433,24 +435,20 @@ def test_out_that_appears_meanwhile_is_not_replaced(
 
 # real processes and real signals
 
-# writes nothing after its first shard until it is stopped
+# writes nothing after its first shard, which is a single write, until it is stopped
 HALTED = """
-import os, sys
-from quantcli.cli import progress
+import itertools, os, sys
 from quantcli.convert import shards as streaming
-made, said, write = streaming.ShardRun.__init__, progress.ShardLines.shard, os.pwrite
-runs, first = [], []
+made, write = streaming.ShardRun.__init__, os.pwrite
+runs, writes = [], itertools.count()
 def make(self, *args):
     made(self, *args)
     runs.append(self)
-def shard(*args, **more):
-    first.append(1)  # before it is said
-    said(*args, **more)
 def pwrite(*args):
-    if first:
+    if next(writes):
         runs[0]._stop.wait()
     return write(*args)
-streaming.ShardRun.__init__, progress.ShardLines.shard, os.pwrite = make, shard, pwrite
+streaming.ShardRun.__init__, os.pwrite = make, pwrite
 from quantcli.__main__ import main
 main(sys.argv[1:])
 """
@@ -504,7 +502,8 @@ def test_signals(bigger: Box, stop: signal.Signals) -> None:
     assert not box.out.exists()
     result = box.run(*SHARDED, "--json")
     assert result.code == 0, result.err
-    assert result.json["shards_reused"] == 1
+    # a shard whose last write was under way may have been finished, but no other was begun
+    assert 1 <= result.json["shards_reused"] < len(list(box.out.glob("*.safetensors"))) - 2
     assert snapshot(box.out) == snapshot(undisturbed.out)
 
 

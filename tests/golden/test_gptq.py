@@ -16,12 +16,12 @@ SCHEMES = {
     "int4 channel": "{name: w4a16, group_size: channel, clip: none}",
 }
 DIGESTS = {  # of config.json and the weight file
-    ("int8", "gptq"): "0313a57aad61b7fb",
-    ("int8", "compressed-tensors"): "d45c8a19a1adef75",
-    ("int4", "gptq"): "6cf17459a4f03487",
-    ("int4", "compressed-tensors"): "30cc906bf041d87d",
-    ("int4 channel", "gptq"): "198cb92757b59bd7",
-    ("int4 channel", "compressed-tensors"): "f2d9a368e8669d13",
+    ("int8", "gptq"): "0a94985041f66adb",
+    ("int8", "compressed-tensors"): "97455ab7cc2785c7",
+    ("int4", "gptq"): "23bd07ed7c4ee10e",
+    ("int4", "compressed-tensors"): "110f8991144b21f9",
+    ("int4 channel", "gptq"): "75995eb9ac9a9c65",
+    ("int4 channel", "compressed-tensors"): "1683e45811ae9e8e",
 }
 
 

@@ -100,9 +100,9 @@ def test_a_search_never_ends_with_a_larger_error(weight, held, name, weighed, al
     assert bool((scale > 0).all())
     factors = torch.ones(values.shape[1]) if importance is None else importance
 
-    def error(tried):
-        squares = codes.round(values, tried).mul_(tried).sub_(values).square_()
-        return (squares * factors).sum(1, dtype=torch.float64)
+    def error(tried):  # as the search adds it
+        squares = codes.nearest(values * (1 / tried)).mul_(tried).sub_(values).square_()
+        return clipping.total(squares * factors, codes.sums)
 
     assert bool((error(scale) <= error(widest)).all())
 

@@ -244,8 +244,14 @@ def _span(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
 
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The order of tensors in a file: widest dtype first, so that each is aligned; then by name."""
-    return tuple(sorted(specs, key=lambda spec: (-spec.itemsize, spec.name)))
+    """The order of tensors in a file, in which each is aligned: by name, so that what is computed
+    together stands together; in the end those of odd sizes, the widest dtype first, then by name."""
+    return tuple(sorted(specs, key=lambda spec: (_odd_width(spec), spec.name)))
+
+
+def _odd_width(spec: TensorSpec) -> float:
+    """-inf for a tensor after which any other is aligned; else minus the bytes of its elements."""
+    return -spec.itemsize if spec.nbytes % 8 else -math.inf
 
 
 def encode_header(specs: Iterable[TensorSpec]) -> bytes:

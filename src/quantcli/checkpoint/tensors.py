@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from quantcli.core.disk import disk_errors
 from quantcli.core.errors import MachineError
 
 _CHUNK = 2**20  # bytes
+_AHEAD = 2**20  # bytes of one piece of advice
 _BLOCK = 512 * 1024  # elements that are read together
 
 
@@ -91,6 +93,19 @@ def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
             row, *rest = bad[0].tolist()
             return [start + row, *rest] if spec.shape else [], float(values[tuple(bad[0])])
     return None
+
+
+def will_read(stored: StoredTensor, begin: int, end: int) -> None:
+    """Ask the kernel to read bytes [begin, end) of a stored tensor soon, if they are not in memory."""
+    with _opened(stored) as fd, disk_errors(stored.file):
+        try:
+            os.preadv(fd, [bytearray(1)], stored.offset + begin, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in {errno.EAGAIN, errno.EOPNOTSUPP}:
+                raise
+            for start in range(begin, end, _AHEAD):  # it heeds only the beginning of a long span
+                size = min(_AHEAD, end - start)
+                os.posix_fadvise(fd, stored.offset + start, size, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from quantcli.checkpoint.header import encode_header
 from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.disk import disk_errors, sync_folder
+from quantcli.core.disk import Hashes, disk_errors, sync_folder
+from quantcli.core.extents import Buffers, ExtentFile
 
 
 class ShardWriter:
     """Writes one shard under a temporary name; `finish` renames it. Threads may share it."""
 
-    def __init__(self, folder: Path, file: str, tensors: Iterable[TensorSpec]) -> None:
-        """Create the temporary file and write its header. `tensors` in the order of their data."""
+    def __init__(
+        self,
+        folder: Path,
+        file: str,
+        tensors: Iterable[TensorSpec],
+        *,
+        buffers: Buffers | None = None,
+        by_columns: Collection[str] = (),
+        checksum: bool = False,
+        read_soon: bool = False,
+    ) -> None:
+        """Create the temporary file and write its header. `tensors` in the order of their data.
+
+        buffers:    those of the run; by default a few of its own.
+        by_columns: names of tensors that `write_columns` writes.
+        checksum:   hash the file for its entry of the manifest.
+        read_soon:  keep the file in the page cache.
+        """
         specs = tuple(tensors)
         header = encode_header(specs)
         self.path = folder / file
@@ -27,21 +43,30 @@ class ShardWriter:
             self._places[spec.name] = position, spec
             position += spec.nbytes
         self.nbytes = position
-        self._written = 0
-        self._lock = threading.Lock()
-        with disk_errors(self._temporary):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            self._fd = os.open(self._temporary, flags, 0o666)
-            try:
-                self._pwrite(header, 0)
-            except BaseException:
-                self.abandon()
-                raise
+        self._hashes = Hashes() if checksum else None
+        places = [self._places[name] for name in by_columns]
+        self._file = ExtentFile(
+            self._temporary,
+            self.nbytes,
+            buffers or Buffers(8, 2),
+            hashes=self._hashes,
+            scattered=[(begin, begin + spec.nbytes) for begin, spec in places],
+            direct=not read_soon,
+        )
+        try:
+            self._file.put(0, header)
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def backlog(self) -> int:
+        """Extents of the file that are written and wait to be hashed."""
+        return self._file.backlog
 
     def write(self, tensor: str, offset: int, data: bytes | memoryview) -> None:
         """Write `data` at byte `offset` of a tensor."""
-        with disk_errors(self._temporary):
-            self._pwrite(data, self._places[tensor][0] + offset)
+        self._file.put(self._places[tensor][0] + offset, data)
 
     def write_columns(self, tensor: str, first: int, block: memoryview) -> None:
         """Write columns of a matrix [h, w], from column `first` on: the bytes of some [h, columns].
@@ -53,34 +78,19 @@ class ShardWriter:
         run, step = block.nbytes // spec.shape[0], spec.row_nbytes
         if run == step:
             run = step = block.nbytes
-        with disk_errors(self._temporary):
-            self._pwrite(block, position, run, step)
+        self._file.put_runs(position, block, run, step)
 
-    def _pwrite(self, data: bytes | memoryview, position: int, run: int = 0, step: int = 0) -> None:
-        """Write data from a position on, or runs of `run` bytes of it at positions `step` apart."""
-        view = memoryview(data).cast("B")
-        run = run or len(view)
-        # The kernel lets one writer at a time into a file: who waits here sleeps, there it spins.
-        with self._lock:
-            for start in range(0, len(view), max(1, run)):
-                done = 0
-                while done < run:  # a write may be short
-                    part = view[start + done : start + run]
-                    done += os.pwrite(self._fd, part, position + done)
-                position += step
-            self._written += len(view)
+    def finish(self) -> dict[str, Any]:
+        """Make the shard durable and give it its name. Every byte must have been written once.
 
-    def finish(self) -> None:
-        """Make the shard durable and give it its name. Every byte must have been written once."""
-        assert self._written == self.nbytes, (self.path, self._written, self.nbytes)
+        Returns its entry of the manifest, with hashes if the writer was asked for them.
+        """
+        self._file.finish()
         with disk_errors(self._temporary):
-            os.fsync(self._fd)
-            self.abandon()
             self._temporary.rename(self.path)
             sync_folder(self.path.parent)
+        return {"bytes": self.nbytes, **(self._hashes.hex() if self._hashes else {})}
 
     def abandon(self) -> None:
         """Close the temporary file and leave it behind: the next run begins it anew."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:  # closed twice, it could be another thread's file by then
-            os.close(fd)
+        self._file.close()

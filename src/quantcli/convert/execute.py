@@ -17,6 +17,7 @@ from quantcli.convert.shards import ShardRun
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.kernels.machine import announced, problem
 from quantcli.core.place import partial_folder
 from quantcli.core.threads import thread_pool
 from quantcli.planning.parts import Part, part_head
@@ -56,7 +57,7 @@ class Written(Generic[P]):
     files: dict[str, dict[str, Any]]  # name -> {"bytes": n, "sha256": hex or None}
     shards_reused: int  # of an interrupted run
     plan: P
-    notes: tuple[str, ...]  # of verification: faults that the source has too
+    notes: tuple[str, ...]  # faults that the source has too, and why it took longer
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +101,7 @@ def execute(
     try:
         run = ShardRun(plan, partial, journal, progress, checksum, options.block_elements)
         try:
-            with thread_pool(options.workers) as pool:
+            with thread_pool(options.workers) as pool, announced(progress.say):
                 run.write(part.shards(plan) if part else plan.shards, pool, options.workers)
         except InputError:
             useless = final
@@ -132,6 +133,8 @@ def execute(
             with suppress(QuantError):  # the error that is reported is the refusal
                 discard(partial)
     notes = tuple(note.replace(str(partial), str(out)) for note in notes)  # its name by now
+    if missing := problem():
+        notes += (f"compiled kernels are not used ({missing}): the conversion takes longer",)
     return Written(out, files, run.reused, plan, notes)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ from torch import Tensor
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.journal import Journal
+from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read_ahead
 from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
+from quantcli.core.extents import EXTENT
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
+    Computed,
     Job,
     Surveys,
     compute,
-    jobs_of,
     read_calibrated,
     rows_of_job,
 )
@@ -58,7 +59,7 @@ def memory_estimate(plan: Work, workers: int) -> int:
     nbytes += block * (14 + 60 * searched) + max(0, tallest - block) * 5
     nbytes += max((_columns_nbytes(item) for shard in plan.shards for item in shard.items), default=0)
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * nbytes + tensors * 1500 + _BASE
+    return workers * nbytes + buffer_count(workers) * EXTENT + tensors * 1500 + _BASE
 
 
 def _columns_nbytes(item: Item) -> int:
@@ -88,6 +89,15 @@ class _Columns:
         """Write all that was taken."""
         for name, (start, columns) in self._gathered.items():
             writer.write_columns(name, start, tensor_bytes(columns))
+
+
+def _write(rows: Computed, writer: ShardWriter, columns: _Columns) -> None:
+    """Write computed rows, or gather them if they are columns of what is stored."""
+    for output, first, tensor in rows.written:
+        if output.axis:
+            columns.add(output, first, tensor)
+        else:
+            writer.write(output.spec.name, first * output.spec.row_nbytes, tensor_bytes(tensor))
 
 
 class ShardRun:
@@ -120,31 +130,48 @@ class ShardRun:
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
-        under_way: deque[tuple[OpenShard, list[Future[None]]]] = deque()
+        queue = JobQueue(missing, self.folder, workers, checksum=self.checksum)
         try:
-            for shard in missing:
-                jobs = list(jobs_of(shard.items))
-                open_shard = OpenShard(shard, self.folder, len(jobs))
-                futures: list[Future[None]] = []
-                under_way.append((open_shard, futures))
-                futures += [pool.submit(self._work, open_shard, job) for job in jobs]
-                if not jobs:  # nothing but empty tensors
-                    futures.append(pool.submit(self._finish, open_shard))
-                if len(under_way) > max(1, min(workers, 8)):
-                    _wait(under_way)
-            while under_way:
-                _wait(under_way)
+            for worker in [pool.submit(self._serve, queue) for _ in range(workers)]:
+                worker.result()
+            queue.raise_first()
         except BaseException:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            for open_shard, _ in under_way:
-                open_shard.writer.abandon()
             raise
+        finally:
+            queue.close()
+
+    def _serve(self, queue: JobQueue) -> None:
+        """Do jobs until none is left."""
+        while not self._stop.is_set() and (task := queue.take()) is not None:
+            try:
+                self._work(queue, task)
+            except BaseException as error:
+                queue.fail(task, error)
+
+    def _work(self, queue: JobQueue, task: Task) -> None:
+        open_shard, job = task.shard, task.job
+        if job is not None:
+            for later in task.later:
+                read_ahead(later)
+            calibrated = read_calibrated(job.item, self._surveys)
+            columns = _Columns(job)
+            for rows in compute(job, self.plan.target, calibrated, self.block_elements):
+                if self._stop.is_set() or queue.is_in_vain(task):
+                    return
+                _write(rows, open_shard.writer, columns)
+                self.progress.advance(rows.nbytes)
+                del rows  # its memory is that of the next block
+            columns.write(open_shard.writer)
+        # whoever does the last job of a shard finishes it at once
+        if queue.done(task) and not self._stop.is_set():
+            self._finish(open_shard)
+            queue.finished(open_shard)
 
     def _finish(self, open_shard: OpenShard) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
-        writer.finish()
-        entry = file_entry(writer.path, checksum=self.checksum)
+        entry = writer.finish()
         self.journal.record(file, writer.nbytes, entry.get("sha256"))
         self.files[file] = entry
         self.progress.shard(file, writer.nbytes, reused=False)
@@ -164,43 +191,3 @@ class ShardRun:
         self.reused += 1
         self.progress.shard(shard.file, done.nbytes, reused=True)
         return True
-
-    def _work(self, open_shard: OpenShard, job: Job) -> None:
-        calibrated = read_calibrated(job.item, self._surveys)
-        columns = _Columns(job)
-        for rows in compute(job, self.plan.target, calibrated, self.block_elements):
-            if self._stop.is_set():
-                return
-            for output, first, tensor in rows.written:
-                if output.axis:
-                    columns.add(output, first, tensor)
-                else:
-                    spec = output.spec
-                    open_shard.writer.write(spec.name, first * spec.row_nbytes, tensor_bytes(tensor))
-            self.progress.advance(rows.nbytes)
-        columns.write(open_shard.writer)
-        if open_shard.job_done():  # whoever does the last job of a shard finishes it at once
-            self._finish(open_shard)
-
-
-def _wait(under_way: deque[tuple[OpenShard, list[Future[None]]]]) -> None:
-    """Wait for the oldest shard; it leaves the queue when it is whole."""
-    for job in under_way[0][1]:
-        job.result()
-    under_way.popleft()
-
-
-class OpenShard:
-    """A shard being written, and how many of its jobs are left."""
-
-    def __init__(self, shard: Shard, folder: Path, jobs: int) -> None:
-        self.shard = shard
-        self.writer = ShardWriter(folder, shard.file, shard.tensors)
-        self._jobs = jobs
-        self._lock = threading.Lock()
-
-    def job_done(self) -> bool:
-        """Count a job; whether it was the last one."""
-        with self._lock:
-            self._jobs -= 1
-            return self._jobs == 0

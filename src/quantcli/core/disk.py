@@ -44,35 +44,55 @@ def check_file(option: str, file: Path) -> None:
             raise InputError(f"directory `{file.parent}` does not exist", where=where, fix=fix)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in small pieces."""
-    return _digests_of(path, hashlib.sha256())[0]
-
-
-def blake3_of(path: Path) -> str:
-    """Hex digest of a file, read in small pieces."""
-    return _digests_of(path, blake3())[0]
-
-
-def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
-    """A file as the manifest lists it: {"bytes": n}, and its hashes, from one reading, if `checksum`.
+class Hashes:
+    """The hashes of a file as the manifest lists them, from its bytes in their order.
 
     Two hashes: hubs and release notes use sha256; blake3 is as safe, and ten times as fast on
     processors without sha256 instructions, which makes `verify --full` fast.
     """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, Any] = {"sha256": hashlib.sha256(), "blake3": blake3()}
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes of the file. Other threads run meanwhile."""
+        for digest in self._digests.values():
+            digest.update(data)
+
+    def hex(self) -> dict[str, str]:
+        """The hashes of all bytes so far, by name."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in small pieces."""
+    digest = hashlib.sha256()
+    _read(path, digest)
+    return digest.hexdigest()
+
+
+def blake3_of(path: Path) -> str:
+    """Hex digest of a file, read in small pieces."""
+    digest = blake3()
+    _read(path, digest)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
+    """A file as the manifest lists it: {"bytes": n}, and if `checksum` its hashes, from one reading."""
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if checksum:
-        entry["sha256"], entry["blake3"] = _digests_of(path, hashlib.sha256(), blake3())
+        hashes = Hashes()
+        _read(path, hashes)
+        entry |= hashes.hex()
     return entry
 
 
-def _digests_of(path: Path, *digests: Any) -> list[str]:
+def _read(path: Path, digest: Any) -> None:
     with disk_errors(path), path.open("rb", buffering=0) as file:
         buffer = bytearray(_HASH_BYTES)
         while n := file.readinto(buffer):
-            for digest in digests:
-                digest.update(memoryview(buffer)[:n])
-    return [digest.hexdigest() for digest in digests]
+            digest.update(memoryview(buffer)[:n])
 
 
 def sync_folder(folder: Path) -> None:

@@ -31,8 +31,8 @@ from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
-_COMPILED = 4  # times as many if kernels serve: they go row by row, and each block costs some Python
-JOB_BYTES = 16 * 2**20  # of source in one job of the pool
+_COMPILED = 2  # times as many if kernels serve: they go row by row, and each block costs some Python
+JOB_BYTES = 4 * 2**20  # of source in one job of the pool
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def compute(
                 packed = recode(item, target, reader.rows(start, stop - start), start, bias)
             outputs = _as_planned(item, target, packed, start, stop)
             yield Computed(start, stop - start, outputs, _share(item, stop) - _share(item, start))
+            del packed, outputs  # their memory is that of the next block
 
 
 def _as_planned(
@@ -183,8 +184,9 @@ def _as_planned(
 
 def elements_of(item: Quantize | Repack) -> int:
     """Elements of a row block of an item. Larger if nothing but compiled loops goes over them."""
-    plain = isinstance(item, Quantize) and not (item.source.kind or item.edit)
-    if plain and not item.scheme.numerics.transform and machine.available():
+    if isinstance(item, Repack) or item.source.kind or item.edit or item.scheme.numerics.transform:
+        return BLOCK_ELEMENTS
+    if machine.available():
         return _COMPILED * BLOCK_ELEMENTS
     return BLOCK_ELEMENTS
 

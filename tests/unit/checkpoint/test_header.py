@@ -601,10 +601,13 @@ def test_the_longest_name_and_the_most_dimensions_pass(file: Path) -> None:
     assert (len(stored.spec.name), stored.spec.shape) == (512, (1,) * 15 + (2,))
 
 
-def test_layout_puts_the_widest_first_then_goes_by_name() -> None:
-    names = [("b", "U8"), ("f", "F4"), ("a", "U8"), ("c", "F32"), ("d", "I64"), ("e", "BF16")]
-    ordered = layout(TensorSpec(name, dtype, (2,)) for name, dtype in names)
-    assert [spec.name for spec in ordered] == ["d", "c", "e", "a", "b", "f"]
+def test_layout_goes_by_name_and_puts_odd_sizes_last_the_widest_first() -> None:
+    odd = [("b", "U8"), ("f", "F4"), ("a", "U8"), ("c", "F32"), ("e", "BF16")]
+    names = [("g.weight", "I8"), ("g.scale", "F32"), ("d", "I64"), ("h", "BF16"), ("empty", "U8")]
+    specs = [TensorSpec(name, dtype, (3 if dtype != "F4" else 2,)) for name, dtype in odd]
+    specs += [TensorSpec(name, dtype, (8 * (name != "empty"),)) for name, dtype in names]
+    ordered = [spec.name for spec in layout(specs)]
+    assert ordered == ["d", "empty", "g.scale", "g.weight", "h", "c", "e", "a", "b", "f"]
 
 
 def test_encode_header_gives_these_bytes() -> None:

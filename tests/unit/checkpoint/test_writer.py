@@ -1,6 +1,7 @@
 """Shards and small files: whole and in place, or not there."""
 
 import errno
+import hashlib
 import os
 import threading
 
@@ -10,10 +11,11 @@ from safetensors.numpy import load_file
 
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.core.disk import machine_error, write_file
+from quantcli.core.disk import file_entry, machine_error, write_file
 from quantcli.core.errors import MachineError
 
 SPECS = (TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "I8", (4,)), TensorSpec("e", "I8", (0,)))
+MATRIX = (TensorSpec("a", "I32", (5, 7)),)
 
 
 def test_shard_in_any_order_of_writes(tmp_path):
@@ -23,7 +25,7 @@ def test_shard_in_any_order_of_writes(tmp_path):
     writer.write("b", 0, memoryview(b"\x01\x02"))
     assert [path.name for path in tmp_path.iterdir()] == [".x.safetensors.writing"]
     writer.write("a", 0, bytes(12))
-    writer.finish()
+    assert writer.finish() == {"bytes": writer.nbytes}
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert writer.path.stat().st_size == writer.nbytes
     loaded = load_file(writer.path)
@@ -40,7 +42,7 @@ def test_columns_of_a_matrix(tmp_path):
     """Neighbours keep their bytes; all columns together are one write."""
     values = np.arange(5 * 7, dtype="<i4").reshape(5, 7)
     specs = (TensorSpec("a", "I32", (5, 7)), TensorSpec("b", "I8", (4,)))
-    writer = ShardWriter(tmp_path, "x.safetensors", specs)
+    writer = ShardWriter(tmp_path, "x.safetensors", specs, by_columns={"a"})
     writer.write_columns("a", 4, columns_of(values, 4, 7))
     writer.write("b", 0, b"\x01\x02\x03\x04")
     writer.write_columns("a", 0, columns_of(values, 0, 1))
@@ -52,7 +54,7 @@ def test_columns_of_a_matrix(tmp_path):
 
 
 def test_missing_columns_are_missed(tmp_path):
-    writer = ShardWriter(tmp_path, "x.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    writer = ShardWriter(tmp_path, "x.safetensors", MATRIX, by_columns={"a"})
     writer.write_columns("a", 0, columns_of(np.zeros((5, 7), "<i4"), 0, 6))
     with pytest.raises(AssertionError):
         writer.finish()
@@ -66,19 +68,35 @@ def test_all_columns_are_one_write_and_short_writes_go_on(tmp_path, monkeypatch)
         sizes.append(len(data))
         return real(fd, data[: max(1, len(data) // 2)], position)
 
-    writer = ShardWriter(tmp_path, "x.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    writer = ShardWriter(tmp_path, "x.safetensors", MATRIX, by_columns={"a"})
     monkeypatch.setattr(os, "pwrite", short)
     writer.write_columns("a", 0, columns_of(values, 0, 7))
     assert sizes[0] == 5 * 7 * 4
     writer.finish()
     assert load_file(writer.path)["a"].tolist() == values.tolist()
     sizes.clear()
-    writer = ShardWriter(tmp_path, "y.safetensors", [TensorSpec("a", "I32", (5, 7))])
+    writer = ShardWriter(tmp_path, "y.safetensors", MATRIX, by_columns={"a"})
     sizes.clear()
     writer.write_columns("a", 0, columns_of(values, 0, 3))
     assert sizes[0] == 3 * 4
     writer.write_columns("a", 3, columns_of(values, 3, 7))
     writer.finish()
+    assert load_file(writer.path)["a"].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("columns", [(), ("a",)])
+def test_entry_of_the_manifest(tmp_path, columns):
+    """The hashes are those of the file, whether it was assembled or written by runs."""
+    writer = ShardWriter(tmp_path, "x.safetensors", MATRIX, by_columns=columns, checksum=True)
+    values = np.arange(35, dtype="<i4").reshape(5, 7)
+    if columns:
+        writer.write_columns("a", 3, columns_of(values, 3, 7))
+        writer.write_columns("a", 0, columns_of(values, 0, 3))
+    else:
+        writer.write("a", 0, values.tobytes())
+    entry = writer.finish()
+    assert entry == file_entry(writer.path, checksum=True)
+    assert entry["sha256"] == hashlib.sha256(writer.path.read_bytes()).hexdigest()
     assert load_file(writer.path)["a"].tolist() == values.tolist()
 
 

@@ -64,7 +64,7 @@ class StatesWriter:
         """shapes: dtype and shape of each batch."""
         specs = [TensorSpec(_key(batch), s.dtype, s.shape) for batch, s in enumerate(shapes)]
         self._path = folder / states_file(layer)
-        self._writer = ShardWriter(folder, self._path.name, layout(specs))
+        self._writer = ShardWriter(folder, self._path.name, layout(specs), read_soon=True)
         self._states = States(budget)
 
     def put(self, batch: int, hidden: Tensor) -> None:

@@ -26,9 +26,9 @@ _OPTIONS: Any = {
 def compiled(name: str, *words: str) -> bytes:
     """A line of JSON, with the name of the function and the kinds of its arguments; then the object."""
     function, signature = KERNELS[name](*words)
-    made: Any = njit(signature, **_OPTIONS)(function)
-    (overload,) = made.overloads.values()
-    assembly = made.inspect_llvm(made.signatures[0])
+    dispatcher: Any = njit(signature, **_OPTIONS)(function)
+    (overload,) = dispatcher.overloads.values()
+    assembly = dispatcher.inspect_llvm(dispatcher.signatures[0])
     module = llvm.parse_assembly(assembly)
     target = llvm.Target.from_triple(llvm.get_process_triple())
     name, features = _CPU

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-f32, i32, u8, i8, u16 = np.float32, np.int32, np.uint8, np.int8, np.uint16
+f32, i32, u8, i8, u16, i16 = np.float32, np.int32, np.uint8, np.int8, np.uint16, np.int16
 
 
 def _bitcast(source: Any, result: Any) -> Any:
@@ -75,6 +75,26 @@ def magnitude32(value):
 
 
 @helper
+def ordered16(bits):
+    return i16(bits)
+
+
+@helper
+def negated16(bits):
+    return i16(bits ^ u16(0x8000))
+
+
+@helper
+def ordered32(value):
+    return as_i32(value)
+
+
+@helper
+def negated32(value):
+    return as_i32(-value)
+
+
+@helper
 def same(bits):
     return as_f32(bits)
 
@@ -87,6 +107,9 @@ class Dtype(NamedTuple):
     magnitude: an integer that orders as the number without its sign; NaN and Inf come out on top.
     largest:   the float32 of such an integer.
     zero:      the integer of 0.
+    ordered:   a signed integer: that of a positive number, and a negative one for all others.
+    negated:   that of the number times -1.
+    none:      a zero of these.
     """
 
     element: Any
@@ -94,12 +117,19 @@ class Dtype(NamedTuple):
     magnitude: Any
     largest: Any
     zero: Any
+    ordered: Any
+    negated: Any
+    none: Any
 
 
 DTYPES = {
-    "bfloat16": Dtype(types.uint16, bf16_value, magnitude16, bf16_value, u16(0)),
-    "float16": Dtype(types.uint16, f16_value, magnitude16, f16_value, u16(0)),
-    "float32": Dtype(types.float32, f32_value, magnitude32, same, i32(0)),
+    "bfloat16": Dtype(
+        types.uint16, bf16_value, magnitude16, bf16_value, u16(0), ordered16, negated16, i16(0)
+    ),
+    "float16": Dtype(
+        types.uint16, f16_value, magnitude16, f16_value, u16(0), ordered16, negated16, i16(0)
+    ),
+    "float32": Dtype(types.float32, f32_value, magnitude32, same, i32(0), ordered32, negated32, i32(0)),
 }
 
 
@@ -152,12 +182,14 @@ class Encoder(NamedTuple):
     nearest: float32 -> the nearest number of the type, float32; half to even, clipped.
     code:    float32 -> the code of that number.
     value:   a code -> its number, float32.
+    stored:  codes in a stored byte, the first in its low bits.
     """
 
     element: Any
     nearest: Any
     code: Any
     value: Any
+    stored: int = 1
 
 
 def _integers(least, largest):
@@ -180,57 +212,65 @@ def _integers(least, largest):
     return Encoder(types.int8, nearest, code, value)
 
 
-# The largest exponent that the steps of e4m3 go down to is -6: 2^-6 has steps of 2^-9, as all numbers
-# below have. A power of two that is 2^20 times as large has these steps in float32, so that a sum with
-# it rounds as e4m3 does, half to even.
-_LEAST_POWER = i32((127 - 6) << 23)
-_LIFT = i32(20 << 23)
-_LARGEST_E4M3 = i32(0x43E00000)  # 448
+def _floats(mantissa, least, largest, bits):
+    """Small floats with a sign, an exponent and `mantissa` bits; subnormal below 2^least.
 
+    A number between two powers of two has steps of 2^-mantissa of the lower one, and below 2^least
+    those of 2^least. The power of two that is 2^(23 - mantissa) times as large has the same steps in
+    float32, so that a sum with it is rounded to them, half to even.
+    """
+    shift = i32(23 - mantissa)
+    least_power = i32((127 + least) << 23)
+    lift = i32((23 - mantissa) << 23)
+    largest_bits = i32(np.float32(largest).view(np.int32))
+    sign = i32(1 << (bits - 1))
+    to_sign = i32(32 - bits)
+    magnitudes = sign - i32(1)
+    unit = f32(2.0 ** (126 + least))
+    nan = i32(0x7F) if bits == 8 else i32(-1)
 
-@helper
-def _clipped_e4m3(x):
-    """Bits of |x|, at most 448."""
-    bits = as_i32(x) & i32(0x7FFFFFFF)
-    return _LARGEST_E4M3 if bits > _LARGEST_E4M3 else bits
+    @helper
+    def clipped(x):
+        """Bits of |x|, clipped."""
+        found = as_i32(x) & i32(0x7FFFFFFF)
+        return largest_bits if found > largest_bits else found
 
+    @helper
+    def lifted(found):
+        """Bits of the power of two to which |x| is added."""
+        power = found & i32(0x7F800000)
+        return (least_power if power < least_power else power) + lift
 
-@helper
-def _lifted(bits):
-    """Bits of the power of two to which |x| is added."""
-    power = bits & i32(0x7F800000)
-    return (_LEAST_POWER if power < _LEAST_POWER else power) + _LIFT
+    @helper
+    def nearest(x):
+        found = clipped(x)
+        power = as_f32(lifted(found))
+        rounded = (as_f32(found) + power) - power
+        return as_f32(as_i32(rounded) | (as_i32(x) & i32(-(2**31))))
 
+    @helper
+    def code(x):
+        found = clipped(x)
+        power = lifted(found)
+        steps = as_i32(as_f32(found) + as_f32(power)) - power
+        magnitude = ((power - least_power - lift) >> shift) + steps
+        return u8(magnitude | ((as_i32(x) >> to_sign) & sign))
 
-@helper
-def nearest_e4m3(x):
-    bits = _clipped_e4m3(x)
-    power = as_f32(_lifted(bits))
-    rounded = (as_f32(bits) + power) - power
-    return as_f32(as_i32(rounded) | (as_i32(x) & i32(-(2**31))))
+    @helper
+    def value(code):
+        """Its bits, moved to where float32 has them, are the number times a power of two."""
+        wide = i32(code)
+        magnitude = i32(wide & magnitudes)
+        found = i32(as_i32(as_f32(i32(magnitude << shift)) * unit))
+        found = i32(0x7FC00000) if magnitude == nan else found
+        return as_f32(i32(found | i32(i32(wide & sign) << to_sign)))
 
-
-@helper
-def code_e4m3(x):
-    bits = _clipped_e4m3(x)
-    power = _lifted(bits)
-    steps = as_i32(as_f32(bits) + as_f32(power)) - power
-    code = ((power - _LEAST_POWER - _LIFT) >> i32(20)) + steps
-    return u8(code | ((as_i32(x) >> i32(24)) & i32(0x80)))
-
-
-@helper
-def value_e4m3(code):
-    """Its bits, moved to where float32 has them, are the number 2^-120 times as large."""
-    wide = i32(code)
-    value = as_i32(as_f32((wide & i32(0x7F)) << i32(20)) * f32(2.0**120))
-    if (wide & i32(0x7F)) == i32(0x7F):
-        value = i32(0x7FC00000)
-    return as_f32(value | ((wide & i32(0x80)) << i32(24)))
+    return Encoder(types.uint8, nearest, code, value, 8 // bits)
 
 
 ENCODERS = {
     "int4": _integers(-8, 7),
     "int8": _integers(-128, 127),
-    "fp8_e4m3": Encoder(types.uint8, nearest_e4m3, code_e4m3, value_e4m3),
+    "fp8_e4m3": _floats(3, -6, 448.0, 8),
+    "fp4_e2m1": _floats(1, 0, 6.0, 4),
 }

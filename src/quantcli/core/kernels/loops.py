@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from quantcli.core.kernels import LANES
-from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale
+from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS
+from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale, u8
 
 _COUNT = types.int64
 _FLOATS = types.CPointer(types.float32)
+_OCTETS = types.CPointer(types.uint8)
 
 
 def absmax_tiles(dtype: str) -> Any:
     """max |x| of each tile: float32."""
-    element, _, magnitude, largest, zero = DTYPES[dtype]
+    element, _, magnitude, largest, zero, *_ = DTYPES[dtype]
 
     def kernel(rows, n, k, tall, columns, out):
         groups = (k + columns - 1) // columns
@@ -43,7 +44,7 @@ def absmax_tiles(dtype: str) -> Any:
 
 def absmax_columns(dtype: str) -> Any:
     """The larger of `out` and max |x| of each column: float32 [k]. NaN is larger than all."""
-    element, _, magnitude, largest, _ = DTYPES[dtype]
+    element, _, magnitude, largest, *_ = DTYPES[dtype]
 
     def kernel(rows, n, k, out):
         for i in range(n):
@@ -76,20 +77,75 @@ def encode(dtype: str, to: str) -> Any:
     return kernel, types.void(types.CPointer(element), *counts, _FLOATS, pointer)
 
 
+def decode(of: str) -> Any:
+    """The numbers of codes times the scales of their groups: float32 [n, k]."""
+    encoder = ENCODERS[of]
+    value, stored = encoder.value, encoder.stored
+
+    def one(codes, n, k, columns, scales, out):
+        groups = (k + columns - 1) // columns
+        for i in range(n):
+            for group in range(groups):
+                first = i * k + group * columns
+                last = min(first + columns, i * k + k)
+                scale = scales[i * groups + group]
+                for j in range(first, last):
+                    out[j] = value(codes[j]) * scale
+
+    def two(codes, n, k, columns, scales, out):
+        groups = (k + columns - 1) // columns
+        for i in range(n):
+            for group in range(groups):
+                first = (i * k + group * columns) // 2
+                last = min(first + columns // 2, (i * k + k) // 2)
+                scale = scales[i * groups + group]
+                for j in range(first, last):
+                    out[2 * j] = value(codes[j] & u8(15)) * scale
+                    out[2 * j + 1] = value(codes[j] >> u8(4)) * scale
+
+    signature = types.void(types.CPointer(encoder.element), *[_COUNT] * 3, _FLOATS, _FLOATS)
+    return (one if stored == 1 else two), signature
+
+
+def pack_nibbles() -> Any:
+    """Two codes of 4 bits in a byte, the first in the low bits; `more` is added to each."""
+
+    def kernel(codes, count, more, out):
+        added = u8(more)
+        for j in range(count):
+            out[j] = (codes[2 * j] + added) | ((codes[2 * j + 1] + added) << u8(4))
+
+    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+
+
+def unpack_nibbles() -> Any:
+    """The inverse, for `count` bytes; `less` is subtracted from each code."""
+
+    def kernel(octets, count, less, out):
+        subtracted = u8(less)
+        for j in range(count):
+            octet = octets[j]
+            out[2 * j] = (octet & u8(15)) - subtracted
+            out[2 * j + 1] = (octet >> u8(4)) - subtracted
+
+    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+
+
 def extremes(dtype: str) -> Any:
     """The largest x and the largest -x of each row, or 0 if there is none: float32 [n] each."""
-    element, value, *_ = DTYPES[dtype]
+    element, _, _, largest, _, ordered, negated, none = DTYPES[dtype]
 
     def kernel(rows, n, k, above, below):
         for i in range(n):
-            high = f32(0)
-            low = f32(0)
+            high = none
+            low = none
             for j in range(i * k, i * k + k):
-                x = value(rows[j])
+                x = ordered(rows[j])
                 high = x if x > high else high
-                low = -x if -x > low else low
-            above[i] = high
-            below[i] = low
+                y = negated(rows[j])
+                low = y if y > low else low
+            above[i] = largest(high)
+            below[i] = largest(low)
 
     return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS)
 
@@ -106,8 +162,11 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
     """The scale of each row with the least squared error, see `least_error` in
     schemes/arithmetic/clipping.py.
 
-    sums: the dtype in which errors are summed. values, weights: space for a row; lanes, more: space for
-    LANES sums each.
+    sums: the dtype in which errors are summed. values, weights: space for a row, up to a multiple of
+    BLOCK numbers, zeros behind it; lanes, more: space for LANES sums each.
+
+    A block is written out as four vectors, and the first one sets the lanes: they are memory, and each
+    addition to them waits for the one before.
     """
     element, value, *_ = DTYPES[dtype]
     nearest = ENCODERS[to].nearest
@@ -120,13 +179,18 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
         return wide(error * error * weight)
 
     @helper
-    def error(values, weights, k, scale, bound, lanes):
-        """Infinite if it is NaN, or if a part of the sum reaches `bound` already."""
+    def error(values, weights, k, scale, lanes):
+        """Infinite if it is NaN."""
         inverse = f32(1) / scale
         for lane in range(LANES):
-            lanes[lane] = wide(0)
-        j = 0
-        while j + 4 * LANES <= k:  # the compiler makes one vector of the lanes
+            a, b, c, d = lane, 16 + lane, 32 + lane, 48 + lane
+            total = wide(0)
+            total += square(values[a], weights[a], scale, inverse)
+            total += square(values[b], weights[b], scale, inverse)
+            total += square(values[c], weights[c], scale, inverse)
+            total += square(values[d], weights[d], scale, inverse)
+            lanes[lane] = total
+        for j in range(BLOCK, k, BLOCK):
             for lane in range(LANES):
                 a, b, c, d = j + lane, j + 16 + lane, j + 32 + lane, j + 48 + lane
                 total = lanes[lane]
@@ -135,33 +199,43 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
                 total += square(values[c], weights[c], scale, inverse)
                 total += square(values[d], weights[d], scale, inverse)
                 lanes[lane] = total
-            j += 4 * LANES
-            if _total(lanes) >= bound:  # the rest only adds to it
-                return infinite
-        while j < k:
-            for lane in range(min(LANES, k - j)):
-                lanes[lane] += square(values[j + lane], weights[j + lane], scale, inverse)
-            j += LANES
         total = _total(lanes)
         return total if total == total else infinite
 
     @helper
-    def refined(values, weights, k, scale, engine, least, lanes, more):
-        """The best scale for the codes of `scale`."""
+    def product(x, weight, inverse):
+        rounded = nearest(x * inverse)
+        weighted = rounded * weight
+        return wide(x * weighted), wide(rounded * weighted)
+
+    @helper
+    def products(values, weights, a, inverse, mixed, square):
+        b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
+        one, other = product(values[a], weights[a], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[b], weights[b], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[c], weights[c], inverse)
+        mixed, square = mixed + one, square + other
+        one, other = product(values[d], weights[d], inverse)
+        return mixed + one, square + other
+
+    @helper
+    def fitted(values, weights, k, scale, lanes, more):
+        """The best scale for the codes of `scale`, not rounded, and how much it explains."""
         inverse = f32(1) / scale
         for lane in range(LANES):
-            lanes[lane] = wide(0)
-            more[lane] = wide(0)
-        for j in range(0, k, LANES):
-            for lane in range(min(LANES, k - j)):
-                x = values[j + lane]
-                rounded = nearest(x * inverse)
-                weighted = rounded * weights[j + lane]
-                lanes[lane] += wide(x * weighted)
-                more[lane] += wide(rounded * weighted)
-        square = _total(more)
-        found = f32(_total(lanes) / square)
-        return nearest_scale(found if square > 0 and found > 0 else scale, engine, least)
+            found = products(values, weights, lane, inverse, wide(0), wide(0))
+            lanes[lane], more[lane] = found
+        for j in range(BLOCK, k, BLOCK):
+            for lane in range(LANES):
+                found = products(values, weights, j + lane, inverse, lanes[lane], more[lane])
+                lanes[lane], more[lane] = found
+        mixed, square = _total(lanes), _total(more)
+        best = mixed / square
+        if square > 0 and mixed > 0:
+            return f32(best), best * mixed
+        return scale, wide(0)
 
     def kernel(
         rows, n, k, signs, widest, importance, period, coarse, coarses, fine, fines, engine, least,
@@ -172,26 +246,29 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
             column = (i % period) * k
             for j in range(k):
                 values[j] = value(rows[i * k + j]) * sign
+            for j in range(k):
                 weights[j] = importance[column + j]
             first = widest[i]
-            best, share = first, f32(1)
-            lowest = error(values, weights, k, best, infinite, lanes)
+            scale, most = fitted(values, weights, k, first, lanes, more)
+            share = f32(1)
             for step in range(1, coarses):
-                scale = nearest_scale(first * coarse[step], engine, least)
-                found = error(values, weights, k, scale, lowest, lanes)
-                if found < lowest:
-                    lowest, best, share = found, scale, coarse[step]
+                tried = nearest_scale(first * coarse[step], engine, least)
+                found, explained = fitted(values, weights, k, tried, lanes, more)
+                if explained > most:
+                    scale, most, share = found, explained, coarse[step]
             for step in range(fines):
-                scale = nearest_scale(first * (share + fine[step]), engine, least)
-                found = error(values, weights, k, scale, lowest, lanes)
+                tried = nearest_scale(first * (share + fine[step]), engine, least)
+                found, explained = fitted(values, weights, k, tried, lanes, more)
+                if explained > most:
+                    scale, most = found, explained
+            best, lowest = first, error(values, weights, k, first, lanes)
+            for again in range(REFINEMENTS):
+                if again:
+                    scale, _ = fitted(values, weights, k, scale, lanes, more)
+                scale = nearest_scale(scale, engine, least)
+                found = error(values, weights, k, scale, lanes)
                 if found < lowest:
-                    lowest, best = found, scale
-            for _ in range(2):
-                scale = refined(values, weights, k, best, engine, least, lanes, more)
-                found = error(values, weights, k, scale, lowest, lanes)
-                if not found < lowest:
-                    break  # the same codes would give the same scale again
-                lowest, best = found, scale
+                    best, lowest = scale, found
             out[i] = best
 
     totals = types.CPointer({"float32": types.float32, "float64": types.float64}[sums])
@@ -201,6 +278,5 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
     )  # fmt: skip
 
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (absmax_tiles, absmax_columns, extremes, encode, least_error)
-}
+_ALL = absmax_tiles, absmax_columns, extremes, encode, least_error, decode, pack_nibbles, unpack_nibbles
+KERNELS = {kernel.__name__: kernel for kernel in _ALL}

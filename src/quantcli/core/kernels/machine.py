@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 from blake3 import blake3
 
 Function: TypeAlias = Callable[..., None]
+Say: TypeAlias = Callable[[str], None]  # takes a message for people; raises nothing
 SWITCH = "QUANTCLI_KERNELS"  # environment variable: "off" leaves all work to torch
 _HASH_BYTES = 32
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -36,12 +37,13 @@ class _Kernels:
 
     def __init__(self) -> None:
         self.problem: str | None = None
+        self.say: Say | None = None
         self._functions: dict[tuple[str, ...], Function] = {}
         self._engines: list[Any] = []  # own the memory of the functions
         self._lock = threading.Lock()
 
     def get(self, key: tuple[str, ...]) -> Function | None:
-        """The function of a kernel; None if there is none here."""
+        """The function of a kernel; None if there is none here. Threads wait for the first of them."""
         function = self._functions.get(key)
         if function is not None or self.problem is not None:
             return function
@@ -49,33 +51,47 @@ class _Kernels:
             function = self._functions.get(key)
             if function is None and self.problem is None:
                 try:
-                    function = self._functions[key] = self._load(key)
+                    code = self._stored(key)
+                    function = self._functions[key] = self._load(code or self._compiled(key))
                 except Exception as error:  # a library that cannot be imported, or fails on this CPU
                     self.problem = f"{type(error).__name__}: {error}"
         return function
 
-    def _load(self, key: tuple[str, ...]) -> Function:
+    def _stored(self, key: tuple[str, ...]) -> bytes | None:
+        folder = _folder(_fingerprint())
+        return None if folder is None else _read(folder / _file(key))
+
+    def _compiled(self, key: tuple[str, ...]) -> bytes:
+        folder = _folder(_fingerprint())
+        if self.say is not None:
+            often = "once" if folder else "in each run, as no folder of this user's can keep them"
+            self.say(f"compiling kernels for this CPU, {often}: a few seconds")
+            self.say = None
+        from quantcli.core.kernels.compile import compiled
+
+        content = compiled(*key)
+        if folder is not None:
+            _write(folder / _file(key), content)
+        return content
+
+    def _load(self, content: bytes) -> Function:
         import llvmlite.binding as llvm
 
-        file = "-".join(key) + ".o"
-        folder = _folder(_fingerprint())
-        content = None if folder is None else _read(folder / file)
-        if content is None:
-            from quantcli.core.kernels.compile import compiled
-
-            content = compiled(*key)
-            if folder is not None:
-                _write(folder / file, content)
+        if not self._engines:  # numba does it, too, but is rarely imported
+            llvm.initialize_native_target()
+            llvm.initialize_native_asmprinter()
         header, _, code = content.partition(b"\n")
         symbol, arguments = json.loads(header)
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
         target = llvm.Target.from_triple(llvm.get_process_triple())
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target.create_target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         self._engines.append(engine)
         return _callable(engine.get_function_address(symbol), arguments)
+
+
+def _file(key: tuple[str, ...]) -> str:
+    return "-".join(key) + ".o"
 
 
 def _callable(address: int, arguments: str) -> Function:
@@ -132,6 +148,16 @@ def problem() -> str | None:
     return _KERNELS.problem
 
 
+@contextmanager
+def announced(say: Say) -> Iterator[None]:
+    """Call `say` if kernels have to be compiled in the block: that takes seconds."""
+    before, _KERNELS.say = _KERNELS.say, say
+    try:
+        yield
+    finally:
+        _KERNELS.say = before
+
+
 def cpu() -> tuple[str, str]:
     """Name and features of the CPU to compile for.
 
@@ -166,22 +192,33 @@ def _folder(fingerprint: str) -> Path | None:
     """Where machine code is kept: in the user's cache, or else among temporary files; None if neither
     can be written by this user, or if another user can write there.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()
-    for parent in (home / "quantcli", Path(tempfile.gettempdir()) / f"quantcli-{os.geteuid()}"):
-        folder = parent / "kernels" / fingerprint
-        with suppress(OSError, RuntimeError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if all(_private(place) for place in (parent, parent / "kernels", folder)):
-                return folder
+    for parent in _parents():
+        places = parent, parent / "kernels", parent / "kernels" / fingerprint
+        with suppress(OSError):
+            parent.parent.mkdir(parents=True, exist_ok=True)
+            for place in places:  # each by itself: `parents` would leave their modes to the umask
+                place.mkdir(mode=0o700, exist_ok=True)
+            if all(map(_private, places)):
+                return places[-1]
     return None
+
+
+def _parents() -> Iterator[Path]:
+    """Folders for machine code, the better ones first."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base and Path(base).is_absolute():
+        yield Path(base) / "quantcli"
+    else:
+        with suppress(RuntimeError):  # a user without a home
+            yield Path("~/.cache/quantcli").expanduser()
+    yield Path(tempfile.gettempdir()) / f"quantcli-{os.geteuid()}"
 
 
 def _private(folder: Path) -> bool:
     """Whether a folder is this user's, and no other may write in it: code from it is run."""
     found = folder.lstat()
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return mine and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
+    owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return owned and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _read(path: Path) -> bytes | None:

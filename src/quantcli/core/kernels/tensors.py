@@ -1,7 +1,7 @@
 """Kernels on torch tensors.
 
 Each function gives None if torch must serve: for tensors that are not contiguous, not on the CPU, of
-another dtype or part of a gradient, and if no code can be compiled.
+another dtype or part of a gradient, empty ones, and if no code can be compiled.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.core.kernels import LANES
+from quantcli.core.kernels import BLOCK, LANES
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_CODES = {"int4": torch.int8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+CODES = {"int4": torch.int8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 _ENGINES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _of(name: str, rows: Tensor, *words: str) -> Function | None:
     dtype = _NAMES.get(rows.dtype)
-    if dtype is None or not rows.is_contiguous() or rows.device.type != "cpu" or rows.requires_grad:
+    if dtype is None or not rows.numel() or not _simple(rows):
         return None
     return kernel(name, dtype, *words)
 
@@ -90,10 +90,62 @@ def encode(
     run = _of("encode", rows, element)
     if run is None:
         return None
-    codes = torch.empty(rows.shape, dtype=_CODES[element])
+    codes = torch.empty(rows.shape, dtype=CODES[element])
     scale = scale.contiguous()
     run(rows.data_ptr(), count, k, tall, columns, scale.data_ptr(), codes.data_ptr())
     return codes
+
+
+def decode(codes: Tensor, element: str, scale: Tensor | None, columns: int) -> Tensor | None:
+    """The numbers of stored codes [..., k / per_byte] times scales: float32 [..., k].
+
+    scale: float32, of groups of `columns` columns of rows [n, k]; None: 1.
+    """
+    if not _simple(codes) or not codes.numel():
+        return None
+    each = 2 if element == "fp4_e2m1" else 1
+    n, k = (1, codes.numel() * each) if scale is None else (len(codes), codes.shape[-1] * each)
+    if scale is None:
+        scale, columns = torch.ones(1), k
+    if scale.shape != (n, -(-k // columns)) and scale.numel() != 1:
+        return None
+    if columns % each or scale.dtype != torch.float32 or (n > 1 and scale.numel() == 1):
+        return None
+    run = kernel("decode", element)
+    if run is None:
+        return None
+    scale = scale.contiguous()
+    out = torch.empty((*codes.shape[:-1], codes.shape[-1] * each))
+    run(codes.data_ptr(), n, k, columns, scale.data_ptr(), out.data_ptr())
+    return out
+
+
+def pack_nibbles(codes: Tensor, more: int) -> Tensor | None:
+    """Two codes in a byte, the first in its low bits: int8 [n, k], k even -> uint8 [n, k / 2].
+
+    more: added to each.
+    """
+    run = kernel("pack_nibbles") if _simple(codes) and codes.numel() else None
+    if run is None or codes.shape[1] % 2:
+        return None
+    out = torch.empty((len(codes), codes.shape[1] // 2), dtype=torch.uint8)
+    run(codes.data_ptr(), out.numel(), more, out.data_ptr())
+    return out
+
+
+def unpack_nibbles(octets: Tensor, less: int) -> Tensor | None:
+    """The inverse: uint8 [..., w] -> uint8 [..., 2 w]. less: subtracted from each code."""
+    run = kernel("unpack_nibbles") if _simple(octets) and octets.numel() else None
+    if run is None:
+        return None
+    out = torch.empty((*octets.shape[:-1], 2 * octets.shape[-1]), dtype=torch.uint8)
+    run(octets.data_ptr(), octets.numel(), less, out.data_ptr())
+    return out
+
+
+def _simple(tensor: Tensor) -> bool:
+    """Whether compiled code can read it: one piece of this machine's memory."""
+    return tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.requires_grad
 
 
 def least_error(
@@ -116,20 +168,25 @@ def least_error(
     steps:      shares of the widest scale, and steps around the best of them.
     importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
     """
-    run = _of("least_error", rows, element, str(sums)[6:])
-    if run is None or engine_dtype not in _ENGINES or not rows.numel():
+    if engine_dtype not in _ENGINES or not rows.numel():
         return None
     k = rows.shape[-1]
     count = rows.numel() // k
-    if importance is None or importance.numel() == 1:
+    if importance is None:
         importance = torch.ones(k)
+    elif importance.numel() == 1:
+        importance = importance.expand(k)
     if importance.shape[-1] != k or count % (importance.numel() // k):
+        return None
+    run = _of("least_error", rows, element, str(sums)[6:])
+    if run is None:
         return None
     importance = importance.contiguous()
     signs = torch.ones(count) if sign is None else sign.contiguous()
     coarse, fine = (torch.tensor(each) for each in steps)
     widest = widest.contiguous()
-    values, weights, out = torch.empty(k), torch.empty(k), torch.empty_like(widest)
+    values, weights = torch.zeros(2, -(-k // BLOCK) * BLOCK)
+    out = torch.empty_like(widest)
     lanes, more = torch.empty(2, LANES, dtype=sums)
     run(
         rows.data_ptr(), count, k, signs.data_ptr(), widest.data_ptr(), importance.data_ptr(),

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.core.kernels import LANES
+from quantcli.core.kernels import LANES, REFINEMENTS
 from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS, ElementType
 from quantcli.schemes.arithmetic import rounding, tiles
-
-_REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ INT4 = Codes(
     "int4",
     _integers(_INT4),
     coarse=(1.0, 1.1, *(0.92 - 0.08 * step for step in range(7))),
-    fine=(-0.04, 0.04),
+    fine=(-0.032, -0.016, 0.016, 0.032),
     sums=torch.float32,
 )
 INT8 = Codes(
@@ -131,9 +129,13 @@ def least_error(
     importance: Tensor | None,
     sign: Tensor | None = None,
 ) -> Tensor:
-    """The scale of each row with the least squared error: a coarse grid, a finer one around its best,
-    then s = sum(h w q) / sum(h q^2), the best scale for given codes, as long as it gets better.
-    Each is tried as the number of `engine_dtype` that it becomes, and codes are round(w * (1 / s)).
+    """The scale of each row with the least squared error.
+
+    Shares of the widest scale are tried, coarse ones and then finer ones around the best. Each gives
+    codes q, and these the scale that is best for them, s = sum(h w q) / sum(h q^2), which leaves the
+    error sum(h w^2) - s sum(h w q). The s with the least error is rounded to `engine_dtype`, and
+    refined: its codes give another such s. Of both and `widest` the one with the least error is
+    chosen. Codes are round(w * (1 / s)).
 
     rows: float [..., k]; widest: positive float32 [..., 1]; importance: the h of each column, float32,
     which broadcasts against rows; sign: float32 [..., 1], which rows are multiplied with.
@@ -156,23 +158,33 @@ def least_error(
             squares.mul_(importance)
         return total(squares, codes.sums).nan_to_num_(torch.inf, torch.inf)
 
-    best, least = widest, error(widest)
+    def fitted(scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The best scale for the codes of `scale`, not rounded, and how much it explains."""
+        rounded = codes.nearest(values * (1 / scale))
+        weighted = rounded if importance is None else rounded * importance
+        square, mixed = total(rounded * weighted, codes.sums), total(values * weighted, codes.sums)
+        best, sound = mixed / square, (square > 0) & (mixed > 0)
+        return torch.where(sound, best.float(), scale), torch.where(sound, best * mixed, 0)
+
+    scale, most = fitted(widest)
     share = torch.ones_like(widest)
     for step in codes.coarse[1:]:
-        found = error(rounding.nearest(widest * step, engine_dtype))
-        better = found < least
-        least, share = torch.where(better, found, least), torch.where(better, step, share)
-    best = torch.where(share == 1, widest, rounding.nearest(widest * share, engine_dtype))
+        found, explained = fitted(rounding.nearest(widest * step, engine_dtype))
+        better = explained > most
+        scale, most = torch.where(better, found, scale), torch.where(better, explained, most)
+        share = torch.where(better, step, share)
     for step in codes.fine:
-        scale = rounding.nearest(widest * (share + step), engine_dtype)
-        found = error(scale)
-        better = found < least
-        least, best = torch.where(better, found, least), torch.where(better, scale, best)
-    for _ in range(_REFINEMENTS):
-        scale = _refined(values, best, engine_dtype, codes, importance)
-        found = error(scale)
-        better = found < least
-        least, best = torch.where(better, found, least), torch.where(better, scale, best)
+        found, explained = fitted(rounding.nearest(widest * (share + step), engine_dtype))
+        better = explained > most
+        scale, most = torch.where(better, found, scale), torch.where(better, explained, most)
+    best, lowest = widest, error(widest)
+    for again in range(REFINEMENTS):
+        if again:
+            scale, _ = fitted(scale)
+        scale = rounding.nearest(scale, engine_dtype)
+        left = error(scale)
+        better = left < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, left, lowest)
     return best
 
 
@@ -191,14 +203,3 @@ def total(values: Tensor, dtype: torch.dtype) -> Tensor:
         half = sums.shape[-1] // 2
         sums = sums[..., :half] + sums[..., half:]
     return sums
-
-
-def _refined(
-    values: Tensor, scale: Tensor, engine_dtype: torch.dtype, codes: Codes, importance: Tensor | None
-) -> Tensor:
-    """The best scale for the codes of `scale`; `scale` itself if all of them are 0."""
-    rounded = codes.nearest(values * (1 / scale))
-    weighted = rounded if importance is None else rounded * importance
-    square = total(rounded * weighted, codes.sums)
-    found = (total(values * weighted, codes.sums) / square).float()
-    return rounding.nearest(torch.where((square > 0) & (found > 0), found, scale), engine_dtype)

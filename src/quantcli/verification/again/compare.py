@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
-from quantcli.checkpoint.tensors import read_span, read_tensor
+from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
@@ -33,14 +33,11 @@ from quantcli.planning.block import (
 )
 from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work
 from quantcli.planning.recode import recode
-from quantcli.schemes.arithmetic.clipping import OTHER_SCALES, least_elsewhere
-from quantcli.schemes.arithmetic.static_int8 import row_parts
 from quantcli.schemes.base import ClippedWeights
-from quantcli.schemes.integer import IntegerWeights
 from quantcli.targets.base import StoredCheckpoint, Target
 from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
-from quantcli.verification.again.difference import CHECK, Block, Difference, StoredParts, merge
+from quantcli.verification.again.difference import CHECK, Difference, StoredParts, merge
 from quantcli.verification.outcome import CONVERT, Report
 from quantcli.verification.structure import layer_of
 
@@ -230,14 +227,8 @@ class Recomputation:
                     stored.block(output, first, expected)
                     for output, first, expected in self._in_its_format(item, rows)
                 ]
-                unlike = {
-                    block.output.spec.name: difference
-                    for block in blocks
-                    if block.output.spec.name in compared and (difference := block.difference())
-                }
-                sums = (item, rows.start, blocks, calibrated)
-                if unlike and (given or not self._only_sums_differ(*sums)):
-                    merge(differences, unlike)
+                unlike = (block.difference() for block in blocks if block.output.spec.name in compared)
+                merge(differences, {each.name: each for each in unlike if each})
                 progress.advance(rows.nbytes)
         return differences
 
@@ -320,72 +311,6 @@ class Recomputation:
             output = Output(module.tensors[suffix].spec, params[suffix].axis, params[suffix].rows)
             if rows.start == 0 or output.rows:
                 yield output, output.first(rows.start), tensor
-
-    def _only_sums_differ(
-        self, item: Item, start: int, blocks: list[Block], calibrated: Calibrated
-    ) -> bool:
-        """Whether a CPU that adds floats in another order may have made these rows.
-
-        Only clipped scales come from such sums; codes, and what goes with both, follow from the scales.
-        """
-        if not isinstance(item, Quantize) or not isinstance(item.scheme, ClippedWeights):
-            return False
-        scheme, target, constants = item.scheme, self.plan.target, calibrated.constants
-        if self.packed is not None or scheme.importance(constants, torch.device("cpu")) is None:
-            return False
-        module = self.stored.modules[item.module]
-        once = {param.suffix: read_tensor(module.tensors[param.suffix]) for param in module.constants}
-        named = [(block.output.spec.name.removeprefix(f"{item.module}."), block) for block in blocks]
-        actual = target.unpack(scheme.numerics, once | {suffix: b.actual for suffix, b in named})
-        expected = target.unpack(scheme.numerics, once | {suffix: b.expected for suffix, b in named})
-        rows = read_span(item.source, start, len(actual["weight"]))
-        edited = scheme.to_round(calibrated.edited(rows, start), dict(constants))
-        scale, usual = (parts["weight_scale"].float() for parts in (actual, expected))
-        by_data = "codes" in calibrated.row_stats
-        codes = expected["weight"] if by_data else scheme.nearest_codes(edited, scale)
-        if not torch.equal(actual["weight"].float(), codes.float()):
-            return False
-        if not self._follows(item, start, calibrated, actual, expected):
-            return False
-        dtype = torch_dtype(item.engine_dtypes.weight_scale)
-        unlike = scale != usual
-        if dtype == torch.float32:
-            unlike &= ~torch.isclose(scale, usual, rtol=OTHER_SCALES, atol=0)
-        if not bool(unlike.any()):
-            return True
-        if not isinstance(scheme, IntegerWeights):
-            return False
-        search = scheme.search(edited, dtype, constants)
-        assert search.importance is not None
-        columns = search.values.shape[-1]
-        values = search.values.reshape(-1, columns)  # by scale
-        importance = search.importance.expand_as(search.values).reshape(-1, columns)
-        widest, scale = search.widest.reshape(-1, 1), scale.reshape(-1, 1)
-        if search.sign is not None:
-            scale = scale * search.sign.reshape(-1, 1)
-        places = unlike.flatten().nonzero().flatten().tolist()
-        return all(
-            least_elsewhere(
-                values[place], widest[place], scale[place], dtype, search.codes, importance[place]
-            )
-            for place in places
-        )
-
-    def _follows(
-        self, item: Quantize, start: int, calibrated: Calibrated, actual: Parts, expected: Parts
-    ) -> bool:
-        """Whether the other parts of some rows go with their codes and scales."""
-        others = actual.keys() - {"weight", "weight_scale"}
-        if "quant_bias" in others:
-            bias = None if item.bias is None else read_span(item.bias, start, len(actual["weight"]))
-            if bias is not None and calibrated.bias_edit is not None:
-                bias = calibrated.bias_edit.apply(bias, start)
-            close = torch.isclose(actual["deq_scale"], expected["deq_scale"], rtol=OTHER_SCALES, atol=0)
-            parts = row_parts(actual["weight"], actual["deq_scale"].unsqueeze(-1), bias, actual)
-            if not bool(close.all()) or not torch.equal(parts["quant_bias"], actual["quant_bias"]):
-                return False
-            others -= {"quant_bias", "deq_scale"}
-        return all(torch.equal(actual[name], expected[name]) for name in others)
 
 
 def _change(stored: Any, planned: Any, place: str = "") -> str | None:

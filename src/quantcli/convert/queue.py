@@ -1,0 +1,167 @@
+"""The jobs of a run in the order of the output's bytes, and the shards that are under way."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from quantcli.checkpoint.tensors import will_read
+from quantcli.checkpoint.writer import ShardWriter
+from quantcli.core.extents import Buffers
+from quantcli.planning.block import Job, jobs_of
+from quantcli.planning.plan import Shard
+
+_MOST_SHARDS = 8  # under way
+
+
+class OpenShard:
+    """A shard being written, and its jobs that nobody has taken.
+
+    first: the number of its first job among those of the run.
+    """
+
+    def __init__(self, shard: Shard, first: int, writer_of: Callable[[Shard], ShardWriter]) -> None:
+        self.shard = shard
+        self.writer = writer_of(shard)
+        place = {spec.name: number for number, spec in enumerate(shard.tensors)}
+        items = sorted(shard.items, key=lambda item: min(place[out.spec.name] for out in item.outputs))
+        self.jobs: deque[Job | None] = deque(jobs_of(items))
+        if not self.jobs:  # nothing but empty tensors: the shard is still to be finished
+            self.jobs.append(None)
+        self.count = self.left = len(self.jobs)
+        self._end = first + self.count
+
+    @property
+    def number(self) -> int:
+        """The number of its next job among those of the run."""
+        return self._end - len(self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A job for a worker.
+
+    number: among the jobs of the run, in the order of the plan's shards and of their bytes.
+    later:  jobs that workers will take soon, and that were not in a `later` yet.
+    """
+
+    number: int
+    shard: OpenShard
+    job: Job | None
+    later: tuple[Job, ...]
+
+
+class JobQueue:
+    """Hands out jobs in the order of the output's bytes. Threads share it.
+
+    So the pieces of an extent come at about the same time, and extents in the order in which they are
+    hashed. If the hash of a shard falls behind, jobs of the next one are handed out: shards are hashed
+    by several threads.
+    """
+
+    def __init__(self, shards: Iterable[Shard], folder: Path, workers: int, *, checksum: bool) -> None:
+        self._shards = deque(shards)
+        self._folder = folder
+        self._workers = workers
+        self._checksum = checksum
+        self._writing = ThreadPoolExecutor(1, "quantcli-writing")
+        self._buffers = Buffers(buffer_count(workers), 2 * workers, self._writing)
+        self._open: list[OpenShard] = []
+        self._next = 0  # number of the first job of the next shard
+        self._errors: dict[int, BaseException] = {}
+        self._end = float("inf")  # jobs from this number on are in vain
+        self._lock = threading.Lock()
+
+    def take(self) -> Task | None:
+        """The next job; None if there is none left, or none before one that failed."""
+        with self._lock:
+            ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
+            shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
+            if shard is None:
+                shard = self._opened() or (ready[0] if ready else None)
+            if shard is None:
+                return None
+            number, job = shard.number, shard.jobs.popleft()
+            ahead = 2 * self._workers + 4
+            begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
+            later = tuple(islice(shard.jobs, begin, ahead))
+            return Task(number, shard, job, tuple(job for job in later if job is not None))
+
+    def _opened(self) -> OpenShard | None:
+        """The next shard, if there is one and not too many are under way."""
+        most = max(2, min(self._workers, _MOST_SHARDS))
+        if not self._shards or len(self._open) >= most or self._next >= self._end:
+            return None
+        try:
+            shard = OpenShard(self._shards.popleft(), self._next, self._writer_of)
+        except BaseException as error:
+            self._note(self._next, error)
+            return None
+        self._next += shard.count
+        self._open.append(shard)
+        return shard
+
+    def _writer_of(self, shard: Shard) -> ShardWriter:
+        outputs = (output for item in shard.items for output in item.outputs)
+        return ShardWriter(
+            self._folder,
+            shard.file,
+            shard.tensors,
+            buffers=self._buffers,
+            by_columns={output.spec.name for output in outputs if output.axis},
+            checksum=self._checksum,
+        )
+
+    def is_in_vain(self, task: Task) -> bool:
+        """Whether a job before this one failed, so that nobody needs its result."""
+        return task.number > self._end
+
+    def done(self, task: Task) -> bool:
+        """Count a job of a shard; whether it was the last one."""
+        with self._lock:
+            task.shard.left -= 1
+            return task.shard.left == 0
+
+    def finished(self, shard: OpenShard) -> None:
+        """A shard has its name."""
+        with self._lock:
+            self._open.remove(shard)
+
+    def fail(self, task: Task, error: BaseException) -> None:
+        """A job failed: jobs after it are not handed out any more. Those before it are, so that a run
+        fails with the same error for any number of workers."""
+        with self._lock:
+            self._note(task.number, error)
+
+    def _note(self, number: int, error: BaseException) -> None:
+        self._errors[number] = error
+        self._end = min(self._errors)
+
+    def raise_first(self) -> None:
+        """Raise the error of the first job that failed, if any did."""
+        if self._errors:
+            raise self._errors[min(self._errors)]
+
+    def close(self) -> None:
+        """Close the shards that are still under way. No worker may be at one."""
+        for shard in self._open:
+            shard.writer.abandon()
+        self._writing.shutdown()
+
+
+def buffer_count(workers: int) -> int:
+    """Extents that a run holds at most."""
+    return 4 * workers + 2
+
+
+def read_ahead(job: Job) -> None:
+    """Ask the kernel to read the source of a job that comes soon, while others compute."""
+    item = job.item
+    for stored in item.source.parts:
+        share = stored.nbytes * job.start // item.height, stored.nbytes * job.stop // item.height
+        will_read(stored, *share)
