@@ -1,4 +1,4 @@
-"""Peak resident memory of a conversion of experts that are stored together, above `import torch`.
+"""Peak resident memory of a conversion of stacked experts, above that of importing the libraries.
 
 One layer's stack holds 256 experts of [1024, 4096], 2 GiB, and must be read by rows or, if its experts
 are stored [in, out], by strips of columns. The output has a matrix for each expert.
@@ -6,6 +6,7 @@ are stored [in, out], by strips of columns. The output has a matrix for each exp
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from common import Line, finish, measure, parser, quantize, workplace, write_model
+from memory import COMPILER
 from quantcli.checkpoint.spec import TensorSpec
 
 HIDDEN, WIDTH = 4096, 512
@@ -53,10 +55,13 @@ def main() -> None:
     arguments.add_argument("--recipes", nargs="+", default=["w8a8_dynamic", "vllm_fp8_dynamic"])
     arguments.add_argument("--workers", type=int, default=2)
     options = arguments.parse_args()
+    imports = "import torch"
+    if importlib.util.find_spec(COMPILER):
+        imports += f"; import {COMPILER}.binding"
     lines = []
     with workplace(options.dir) as folder:
-        bare = statistics.median(measure(sys.executable, "-c", "import torch").peak for _ in range(5))
-        lines.append(Line("import torch", bare / 2**20, "MiB", None, "subtracted"))
+        bare = statistics.median(measure(sys.executable, "-c", imports).peak for _ in range(5))
+        lines.append(Line(imports, bare / 2**20, "MiB", None, "subtracted"))
         for family, how in FAMILIES.items():
             model, out = folder / "model", folder / "out"
             nbytes = write_stacks(model, family, options.experts)

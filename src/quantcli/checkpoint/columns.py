@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -17,7 +17,8 @@ from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
-_CHUNK_BYTES = 2**20  # of whole rows that are read at once
+_CHUNK_BYTES = 2**18  # of whole rows that are read at once
+_PIECE = 256  # rows that are transposed at once
 _FEW = 4  # whole rows cost less than a call for each part if they are not more than this many times it
 
 
@@ -68,40 +69,52 @@ class Columns:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) as rows [stop - start, h], contiguous, until the next call."""
-        if not self._first <= start < stop <= self._last:
+        height, width = self._stored.spec.shape
+        self._result, result = _placed(self._result, (stop - start, height), self._dtype)
+        if self._first <= start < stop <= self._last:
+            pass
+        elif (stop - start) * _FEW >= width:
+            for row, rows in self._whole_rows():
+                _turn(rows[:, start:stop], result[:, row : row + len(rows)])
+            return result
+        else:
             self._load(start, stop)
-        columns = self._rows[:, start - self._first : stop - self._first].t()
-        self._result, rows = _placed(self._result, columns.shape, self._dtype)
-        return rows.copy_(columns)
+        _turn(self._rows[:, start - self._first : stop - self._first], result)
+        return result
 
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
-        height, _ = spec.shape
+        height, width = spec.shape
         fit = STRIP_BYTES // int(height * spec.itemsize)
         self._first, self._last = start, min(self._width, max(stop, start + fit))
-        sides = height, self._last - start
-        self._memory, self._rows = _placed(self._memory, sides, self._dtype)
+        columns = self._last - start
+        self._memory, self._rows = _placed(self._memory, (height, columns), self._dtype)
+        if columns * _FEW >= width:
+            for row, rows in self._whole_rows():
+                self._rows[row : row + len(rows)].copy_(rows[:, start : self._last])
+            return
         block = tensor_bytes(self._rows)
-        size = len(block) // height
-        if size == spec.row_nbytes:
-            read_into(self._fd, self._stored, 0, block)
-            return
-        if size * _FEW >= spec.row_nbytes:
-            self._load_from_whole_rows()
-            return
-        offset = int(start * spec.itemsize)
+        size, offset = len(block) // height, int(start * spec.itemsize)
         for row in range(height):
             part = block[row * size : (row + 1) * size]
             read_into(self._fd, self._stored, row * spec.row_nbytes + offset, part)
 
-    def _load_from_whole_rows(self) -> None:
+    def _whole_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows of the matrix, some at a time: the number of the first, and [rows, w]."""
         spec = self._stored.spec
         height, width = spec.shape
         step = max(1, _CHUNK_BYTES // spec.row_nbytes)
         memory = _MEMORY.take()
         for row in range(0, height, step):
-            count = min(step, height - row)
-            memory, rows = _placed(memory, (count, width), self._dtype)
+            memory, rows = _placed(memory, (min(step, height - row), width), self._dtype)
             read_into(self._fd, self._stored, row * spec.row_nbytes, tensor_bytes(rows))
-            self._rows[row : row + count].copy_(rows[:, self._first : self._last])
+            yield row, rows
         _MEMORY.free.append(memory)
+
+
+def _turn(columns: Tensor, into: Tensor) -> None:
+    """Copy [h, w] into [w, h]. torch transposes by tiles, which is several times as fast, if both sides
+    are contiguous: so a piece of rows is made so before, and stays in the cache meanwhile."""
+    for row in range(0, len(columns), _PIECE):
+        piece = columns[row : row + _PIECE].contiguous().t().contiguous()
+        into[:, row : row + _PIECE].copy_(piece)

@@ -87,6 +87,7 @@ def dtype(request):
 def test_matrices_are_those_of_the_layout(layout, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "STRIP_BYTES", 8 * H)  # so that there are several strips
     monkeypatch.setattr(columns, "_CHUNK_BYTES", 50)  # of one or two whole rows
+    monkeypatch.setattr(columns, "_PIECE", 3)
     values, stack = drawn(SHAPES[layout], dtype), STACKS[layout]
     matrices = stack.matrices(stored_in(tmp_path, values), "l.experts", E)
     names = [matrix.spec.name for matrix in matrices]
