@@ -32,7 +32,35 @@ HYBRID = SHARED | {
     "num_hidden_layers": 4, "layer_types": _TYPES, "layers_block_type": _TYPES, "mamba_n_heads": 8,
     "mamba_d_state": 16, "mamba_n_groups": 1, "position_embedding_type": "nope",
 }  # fmt: skip
-# class of transformers, class of its config, what differs from COMMON
+# Of each also the fused experts: I is 48, unlike H and H / 2, and 2 I is 96.
+_LAYERS = {"num_hidden_layers": 4}
+_FUSED = MOE | _LAYERS | {"moe_intermediate_size": 48}
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+_TOWER = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 64,
+    "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+_TOKENS = {"image_token_id": 100, "video_token_id": 101, "vision_start_token_id": 102,
+           "vision_end_token_id": 103}  # fmt: skip
+LLAMA4 = _LAYERS | {
+    "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 48,
+    "intermediate_size_mlp": 80, "interleave_moe_layer_step": 1,
+}  # fmt: skip
+GEMMA4 = _FUSED | SLIDING | {
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 16,
+    "enable_moe_block": True, "top_k_experts": 2,
+}  # fmt: skip
+STEP = _LAYERS | {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+    "share_expert_dim": 40, "mlp_layer_types": ["sparse"] * 4, "sliding_window": 8,
+}  # fmt: skip
+_EYE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "mlp_ratio": 1.5, "max_position_embeddings": 4}  # fmt: skip
+# class of transformers, class of its config, what differs from COMMON, in `text_config` if there is one
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
@@ -53,21 +81,64 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         GRANITE | {"sliding_window": 8},
     ),
     "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", {"moe_num_experts": 8}),
+    "llama4_text": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
+    "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {"text_config": _FUSED | {"rope_scaling": _ROPE}, "vision_config": _TOWER, **_TOKENS},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        {"text_config": _FUSED | _LINEAR, "vision_config": _TOWER, **_TOKENS},
+    ),
+    "step3p7": (
+        "Step3p7ForConditionalGeneration",
+        "Step3p7Config",
+        {"text_config": STEP, "vision_config": _EYE},
+    ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
 }
 
 
 def make_tiny(
-    folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    published: bool = True,
+    **sizes: int,
 ) -> Path:
-    """Save a tiny model of `family`, other `sizes` than COMMON's if given; every weight is drawn."""
+    """Save a tiny model of `family`, other `sizes` than COMMON's if given; every weight is drawn.
+
+    published: with experts as the family's own checkpoints hold them, not as transformers saves them.
+    """
     import transformers
 
     model_class, config_class, changes = FAMILIES[family]
-    config = getattr(transformers, config_class)(**COMMON | changes | sizes)
-    save(folder, getattr(transformers, model_class)(config), dtype, seed)
+    changes = copy.deepcopy(changes)  # the library takes dictionaries over
+    table = COMMON | changes | sizes
+    if "text_config" in changes:
+        table = changes | {"text_config": COMMON | changes["text_config"] | sizes}
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**table))
+    save(folder, model, dtype, seed, as_named=published and family == "qwen3_5_moe")
+    if published and family == "qwen3_vl_moe":
+        _transpose_experts(folder / "model.safetensors")
     return folder
+
+
+def _transpose_experts(file: Path) -> None:
+    """Turn every stack of experts over."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
@@ -82,19 +153,17 @@ def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: 
     return folder
 
 
-def save(folder: Path, model: Any, dtype: torch.dtype, seed: int) -> None:
-    """Draw every weight anew and save the model."""
+def save(folder: Path, model: Any, dtype: torch.dtype, seed: int, *, as_named: bool = False) -> None:
+    """Draw every weight anew and save the model; as_named: with the names and shapes of parameters."""
     generator = torch.Generator().manual_seed(seed)
+    # norms of Gemma 2 and 3 multiply by 1 + weight
+    near_zero = any(name in type(model).__name__ for name in ("Gemma2", "Gemma3"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            around = (
-                1.0
-                if parameter.dim() == 1 and "norm" in name and "gemma" not in str(type(model)).lower()
-                else 0.0
-            )
+            around = 1.0 if parameter.dim() == 1 and "norm" in name and not near_zero else 0.0
             parameter.copy_(around + drawn * (0.3 if parameter.dim() == 1 else 0.1))
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, save_original_format=not as_named)
 
 
 BLOCKS = COMMON | {

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import Box, Result, run_cli
-from tests.tiny_models import COMMON, FAMILIES, make_multimodal, save
+from tests.tiny_models import make_multimodal, make_tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -48,19 +48,9 @@ class Models:
             if family == "multimodal":
                 make_multimodal(folder)
             else:
-                _make(folder, family)
+                make_tiny(folder, family, num_hidden_layers=4)
             write_tokenizer(folder)
         return folder
-
-
-def _make(folder: Path, family: str) -> None:
-    import torch
-    import transformers
-
-    model_class, config_class, changes = FAMILIES[family]
-    changes = {**COMMON, **changes, "num_hidden_layers": 4}
-    config = getattr(transformers, config_class)(**changes)
-    save(folder, getattr(transformers, model_class)(config), torch.bfloat16, 0)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -4,8 +4,8 @@
 
 Runs in the engine's own environment. REQUEST: {"folder": a checkpoint, "experts": the name of the set,
 "transposed": whether the family's float checkpoints are [in, out], "shapes": {parameter: shape},
-"dtypes": {parameter: dtype of torch}}. No engine is started: the loader needs no more of a layer than
-what is set here.
+"dtypes": {parameter: dtype of torch}, "loader": the name of a model whose loader is its own, or null}.
+No engine is started: the loaders need no more of a layer, or of a model, than what is set here.
 """
 
 import json
@@ -58,14 +58,38 @@ def layer_of(request: dict) -> RoutedExperts:
     return layer
 
 
+def model_of(request: dict, layer: RoutedExperts) -> nn.Module:
+    """A model with that layer alone, whose own loader can run."""
+    from vllm.model_executor.models.llama4 import Llama4Model
+    from vllm.model_executor.models.step3p5 import Step3p5Model
+
+    kind = {"llama4": Llama4Model, "step3p5": Step3p5Model}[request["loader"]]
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.num_experts = model.moe_num_experts = request["shapes"]["w13_weight"][0]
+    model.n_redundant_experts = 0
+    model.config = SimpleNamespace(num_attention_groups=2, num_hidden_layers=4)
+    parent, path = model, f"{request['experts']}.routed_experts".removeprefix("model.").split(".")
+    for name in path[:-1]:
+        child = nn.Module()
+        parent.add_module(name, child)
+        parent = child
+    parent.add_module(path[-1], layer)
+    return model
+
+
 def main() -> None:
     """Load, and save what there is then."""
     request = json.loads(Path(sys.argv[1]).read_text())
     layer, prefix = layer_of(request), request["experts"] + "."
     for file in sorted(Path(request["folder"]).glob("*.safetensors")):
         tensors = load_file(file)
-        own = [(n.removeprefix(prefix), t) for n, t in tensors.items() if n.startswith(prefix)]
-        list(layer.load_weights(iter(own)))
+        own = [name for name in tensors if name.startswith(prefix)]
+        if request["loader"] is None:
+            list(layer.load_weights((name.removeprefix(prefix), tensors[name]) for name in own))
+        else:
+            model = model_of(request, layer)
+            model.load_weights((name.removeprefix("model."), tensors[name]) for name in own)
     save_file({name: p.detach() for name, p in layer.named_parameters()}, sys.argv[2])
 
 

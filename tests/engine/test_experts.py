@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.engine.conftest import CT, convert
@@ -13,26 +14,44 @@ from tests.tiny_models import make_tiny
 pytestmark = pytest.mark.engine
 
 RULES = [{"match": "*_proj", "scheme": "w8a8_dynamic"}]
-E, H, I = 8, 64, 96  # noqa: E741
-SHAPES = {
-    "w13_weight": (E, 2 * I, H), "w13_weight_scale": (E, 2 * I, 1),
-    "w2_weight": (E, H, I), "w2_weight_scale": (E, H, 1),
-}  # fmt: skip
-DTYPES = {name: "float32" if "scale" in name else "int8" for name in SHAPES}
+E, H = 8, 64
+TRANSPOSED = ("aria_text", "qwen3_vl_moe", "llama4_text")
+LOADERS = {"llama4_text": "llama4", "step3p7": "step3p5"}  # of their own
 
 
-@pytest.mark.parametrize(("family", "experts", "gated", "down"), [
-    ("granitemoe", "block_sparse_moe.experts", "block_sparse_moe.input_linear.weight",
-     "block_sparse_moe.output_linear.weight"),
-    ("aria_text", "mlp.experts", "mlp.experts.fc1.weight", "mlp.experts.fc2.weight"),
+def shapes(width):
+    return {
+        "w13_weight": (E, 2 * width, H), "w13_weight_scale": (E, 2 * width, 1),
+        "w2_weight": (E, H, width), "w2_weight_scale": (E, H, 1),
+    }  # fmt: skip
+
+
+DTYPES = {name: "float32" if "scale" in name else "int8" for name in shapes(1)}
+
+
+@pytest.mark.parametrize(("family", "layer", "experts", "gated", "down"), [
+    ("granitemoe", "model.layers.1", "block_sparse_moe.experts",
+     "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    ("aria_text", "model.layers.1", "mlp.experts", "mlp.experts.fc1.weight",
+     "mlp.experts.fc2.weight"),
+    ("gemma4_text", "model.layers.1", "experts", "experts.gate_up_proj", "experts.down_proj"),
+    ("qwen3_5_moe", "model.language_model.layers.1", "mlp.experts", "mlp.experts.gate_up_proj",
+     "mlp.experts.down_proj"),
+    ("qwen3_vl_moe", "model.language_model.layers.1", "mlp.experts", "mlp.experts.gate_up_proj",
+     "mlp.experts.down_proj"),
+    ("llama4_text", "model.layers.1", "feed_forward.experts", "feed_forward.experts.gate_up_proj",
+     "feed_forward.experts.down_proj"),
+    ("step3p7", "model.layers.1", "moe.experts", "", "moe.down_proj.weight"),
 ])  # fmt: skip
-def test_the_loader_takes_single_experts(environment, tmp_path, family, experts, gated, down):
-    layer, transposed = "model.layers.1", family == "aria_text"
+def test_the_loader_takes_single_experts(environment, tmp_path, family, layer, experts, gated, down):
+    transposed = family in TRANSPOSED
     model = make_tiny(tmp_path / "model", family)
     out = convert(tmp_path / "out", model, CT, RULES)
     request, loaded = tmp_path / "request.json", tmp_path / "loaded.safetensors"
+    width = load_file(model / "model.safetensors")[f"{layer}.{down}"].shape[1 if transposed else 2]
+    assert width == (96 if family in ("granitemoe", "aria_text") else 48)
     asked = {"folder": str(out), "experts": f"{layer}.{experts}", "transposed": transposed,
-             "shapes": SHAPES, "dtypes": DTYPES}  # fmt: skip
+             "shapes": shapes(width), "dtypes": DTYPES, "loader": LOADERS.get(family)}  # fmt: skip
     request.write_text(json.dumps(asked))
     script = ROOT / "tests" / "engine" / "load_experts.py"
     done = subprocess.run(
@@ -40,7 +59,11 @@ def test_the_loader_takes_single_experts(environment, tmp_path, family, experts,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found, source = load_file(loaded), load_file(model / "model.safetensors")
-    for name, stack in (("w13", source[f"{layer}.{gated}"]), ("w2", source[f"{layer}.{down}"])):
+    if gated:
+        first = source[f"{layer}.{gated}"]
+    else:
+        first = torch.cat([source[f"{layer}.moe.{name}_proj.weight"] for name in ("gate", "up")], 1)
+    for name, stack in (("w13", first), ("w2", source[f"{layer}.{down}"])):
         expected = (stack.mT if transposed else stack).float()
         served = found[f"{name}_weight"].float() * found[f"{name}_weight_scale"]
         assert served.shape == expected.shape

@@ -25,7 +25,9 @@ from quantcli.calibration.replay.taps import (
     Matrices,
     Matrix,
     Tap,
+    batched_arguments,
     grouped_arguments,
+    is_batched,
     is_grouped,
     linear_arguments,
 )
@@ -103,7 +105,7 @@ class Flow(Tap):
         name = getattr(func, "__name__", "")
         used = args[:1] if name in _SAME else (args, kwargs)  # other tensors give their dtype alone
         tracked = [value for value in _tensors(used) if self._get(value) is not None]
-        if func is F.linear or is_grouped(func):
+        if func is F.linear or is_grouped(func) or self._multiplies_experts(func, args, kwargs):
             return self._read(func, types, args, kwargs)
         if not tracked:
             result = func(*args, **kwargs)
@@ -172,8 +174,20 @@ class Flow(Tap):
             self._set(rows, _Shadow(shadow.elements[start:stop], shadow.source))
         return rows
 
+    def _tokens_of(self, x: Tensor, expert: int, used: Tensor) -> Tensor:
+        rows, shadow = x[expert, used], self._get(x)
+        if shadow is not None:
+            self._set(rows, _Shadow(shadow.elements[expert, used], shadow.source))
+        return rows
+
+    def _multiplies_experts(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a function is `bmm` with the weights of experts, and not one within attention."""
+        return is_batched(func) and self._matrices.find(batched_arguments(args, kwargs)[1]) is not None
+
     def _read(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if is_grouped(func):
+        if is_batched(func):
+            x, weight = batched_arguments(args, kwargs)
+        elif is_grouped(func):
             x, weight, _ = grouped_arguments(args, kwargs)
         else:
             x, weight, _ = linear_arguments(args, kwargs)

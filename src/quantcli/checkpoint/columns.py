@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -14,13 +17,41 @@ from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
+_CHUNK_BYTES = 2**18  # of whole rows that are read at once
+_PIECE = 256  # rows that are transposed at once
+_FEW = 4  # whole rows cost less than a call for each part if they are not more than this many times it
+
+
+class _Memory(threading.local):
+    """Memory of closed readers, for the thread's next ones: what is freed and allocated again in other
+    sizes adds up."""
+
+    def __init__(self) -> None:
+        self.free: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        return self.free.pop() if self.free else bytearray()
+
+
+_MEMORY = _Memory()
+
+
+def _placed(memory: bytearray, shape: Sequence[int], dtype: torch.dtype) -> tuple[bytearray, Tensor]:
+    """A tensor in some memory, and that memory: another one if it was too small."""
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    if nbytes > len(memory):
+        memory = bytearray(nbytes)
+    return memory, torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
 
 
 class Columns:
     """Columns of a stored matrix [h, w], read a strip of them at a time."""
 
-    def __init__(self, stored: StoredTensor) -> None:
+    def __init__(self, stored: StoredTensor, width: int | None = None) -> None:
+        """width: the columns from the first that are of use; by default all."""
         self._stored = stored
+        self._width = stored.spec.shape[1] if width is None else width
         self._dtype = torch_dtype(stored.spec.dtype)
         self._rows = torch.empty(0)
         self._first = self._last = 0  # columns in the strip
@@ -28,30 +59,62 @@ class Columns:
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._memory, self._result = _MEMORY.take(), _MEMORY.take()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+        self._rows = torch.empty(0)
+        _MEMORY.free += [self._memory, self._result]
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) as rows: [stop - start, h], contiguous."""
-        if not self._first <= start < stop <= self._last:
+        """Columns [start, stop) as rows [stop - start, h], contiguous, until the next call."""
+        height, width = self._stored.spec.shape
+        self._result, result = _placed(self._result, (stop - start, height), self._dtype)
+        if self._first <= start < stop <= self._last:
+            pass
+        elif (stop - start) * _FEW >= width:
+            for row, rows in self._whole_rows():
+                _turn(rows[:, start:stop], result[:, row : row + len(rows)])
+            return result
+        else:
             self._load(start, stop)
-        return self._rows[:, start - self._first : stop - self._first].t().contiguous()
+        _turn(self._rows[:, start - self._first : stop - self._first], result)
+        return result
 
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
         height, width = spec.shape
         fit = STRIP_BYTES // int(height * spec.itemsize)
-        self._first, self._last = start, min(width, max(stop, start + fit))
-        self._rows = torch.empty(0)  # the old one goes first
-        self._rows = torch.empty((height, self._last - start), dtype=self._dtype)
-        block = tensor_bytes(self._rows)
-        size = len(block) // height
-        if size == spec.row_nbytes:
-            read_into(self._fd, self._stored, 0, block)
+        self._first, self._last = start, min(self._width, max(stop, start + fit))
+        columns = self._last - start
+        self._memory, self._rows = _placed(self._memory, (height, columns), self._dtype)
+        if columns * _FEW >= width:
+            for row, rows in self._whole_rows():
+                self._rows[row : row + len(rows)].copy_(rows[:, start : self._last])
             return
-        offset = int(start * spec.itemsize)
+        block = tensor_bytes(self._rows)
+        size, offset = len(block) // height, int(start * spec.itemsize)
         for row in range(height):
             part = block[row * size : (row + 1) * size]
             read_into(self._fd, self._stored, row * spec.row_nbytes + offset, part)
+
+    def _whole_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows of the matrix, some at a time: the number of the first, and [rows, w]."""
+        spec = self._stored.spec
+        height, width = spec.shape
+        step = max(1, _CHUNK_BYTES // spec.row_nbytes)
+        memory = _MEMORY.take()
+        for row in range(0, height, step):
+            memory, rows = _placed(memory, (min(step, height - row), width), self._dtype)
+            read_into(self._fd, self._stored, row * spec.row_nbytes, tensor_bytes(rows))
+            yield row, rows
+        _MEMORY.free.append(memory)
+
+
+def _turn(columns: Tensor, into: Tensor) -> None:
+    """Copy [h, w] into [w, h]. torch transposes by tiles, which is several times as fast, if both sides
+    are contiguous: so a piece of rows is made so before, and stays in the cache meanwhile."""
+    for row in range(0, len(columns), _PIECE):
+        piece = columns[row : row + _PIECE].contiguous().t().contiguous()
+        into[:, row : row + _PIECE].copy_(piece)

@@ -22,7 +22,8 @@ from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Q
 from quantcli.planning.siblings import Siblings
 from quantcli.recipe.recipe import PLAIN, Rule
 from quantcli.schemes.base import Scheme
-from quantcli.sources.stacked import ExpertMatrix
+from quantcli.sources.expert_stack import ExpertMatrix
+from quantcli.sources.stacked import layout_of
 from quantcli.targets.base import Target
 from quantcli.targets.layouts import Output, Param, Sides
 
@@ -245,7 +246,7 @@ def _copies(
     """An item for each source tensor that is not quantized, by its name.
 
     A stack of experts that all stay as they are is copied as it is on disk, with the first of its
-    matrices; None for the others.
+    matrices, if the family's engine takes it so; None for the others.
     """
     biases = {
         f"{module}.bias": target.bias_dtype(rule.scheme.numerics)
@@ -270,10 +271,17 @@ def _copies(
                 dtype = serving_dtype
             same = dtype == stored.spec.dtype
             copies[name] = Copy(stored, measured.edits.get(name), None if same else dtype)
-    for matrices in stacks.values():
-        if all(copies.get(matrix.spec.name) == Copy(matrix) for matrix in matrices):
-            copies |= dict.fromkeys((matrix.spec.name for matrix in matrices), None)
-            copies[matrices[0].spec.name] = Copy(matrices[0].stack)
+    whole = [
+        matrices
+        for matrices in stacks.values()
+        if all(copies.get(matrix.spec.name) == Copy(matrix) for matrix in matrices)
+    ]
+    layout = layout_of(checkpoint)
+    if layout and (layout.copies == "none" or (layout.copies == "all" and len(whole) < len(stacks))):
+        return copies
+    for matrices in whole:
+        copies |= dict.fromkeys((matrix.spec.name for matrix in matrices), None)
+        copies[matrices[0].spec.name] = Copy(matrices[0].stack)
     return copies
 
 

@@ -17,7 +17,7 @@ from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
 from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
-from quantcli.sources.stacked import layout_of
+from quantcli.sources.stacked import layouts_of
 from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.vllm_family import EXPERT
 
@@ -79,9 +79,10 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
     checkpoint: with experts one by one, whoever has split them.
     """
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    raise_first(target.check_tensors(specs), {})
+    family = checkpoint.text_config.get("model_type", checkpoint.config.get("model_type"))
+    raise_first(target.check_tensors(specs, str(family)), {})
     kind = checkpoint.config.get("model_type")
-    if layout_of(checkpoint) is None or target.takes_split_experts(str(kind)):
+    if not layouts_of(checkpoint) or target.takes_split_experts(str(kind)):
         return
     for name in checkpoint.tensors:
         if EXPERT.fullmatch(name):

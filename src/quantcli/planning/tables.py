@@ -10,7 +10,7 @@ from quantcli.checkpoint.inspection import fold
 from quantcli.planning.plan import Copy, Item, Kept, Quantize, RuleLine
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule
-from quantcli.sources.stacked import ExpertMatrix
+from quantcli.sources.expert_stack import ExpertMatrix
 
 
 def tables(

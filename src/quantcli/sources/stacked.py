@@ -8,97 +8,17 @@ name that the engine's loader takes. EXPERTS has an entry for each family; a new
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from quantcli.checkpoint.checkpoint import CONFIG, STACKED, Checkpoint
-from quantcli.checkpoint.columns import STRIP_BYTES, Columns
-from quantcli.checkpoint.header import Rows, StoredTensor
-from quantcli.checkpoint.rows import RowReader
-from quantcli.checkpoint.spec import TensorSpec
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.sources.base import AGAIN, wrong
-from quantcli.targets.vllm_family import EXPERT
+from quantcli.sources.expert_stack import ExpertMatrix, Stack
+from quantcli.targets.vllm_family import EXPERT, expert_count
 
 _GATED = ("gate_proj", "up_proj")
-_MOST_EXPERTS = 65536  # of a layer: a header must not make up more
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One stored tensor with a matrix, or several, of every expert.
-
-    name:        the end of its name.
-    projections: last parts of the names of an expert's matrices, in the order of their rows.
-    hidden:      the side of each matrix that is as wide as hidden states.
-    transposed:  whether an expert's part is stored [k, n] and not [n, k].
-    interleaved: whether rows of the projections alternate; otherwise each has its rows together.
-    flat:        whether experts follow each other in dimension 0 of a 2-D tensor; otherwise it is 3-D.
-    """
-
-    name: str
-    projections: tuple[str, ...]
-    hidden: Literal["inputs", "outputs"]
-    transposed: bool = False
-    interleaved: bool = False
-    flat: bool = False
-
-    def __str__(self) -> str:
-        several = len(self.projections)
-        sides = [f"{several} x n" if several > 1 else "n", "k"]
-        height, width = reversed(sides) if self.transposed else sides
-        return f"[experts x {height}, {width}]" if self.flat else f"[experts, {height}, {width}]"
-
-    def matrices(self, stored: StoredTensor, experts: str, count: int) -> list[ExpertMatrix] | None:
-        """The matrices in a stored stack, expert by expert; None for a shape that no such stack has.
-
-        experts: the name of the set. count: of the experts in a flat stack, whose shape does not tell.
-        """
-        spec, several = stored.spec, len(self.projections)
-        if len(spec.shape) != (2 if self.flat else 3) or not spec.numel:
-            return None
-        if self.flat:
-            if count < 1 or spec.shape[0] % count:
-                return None
-            height, width = spec.shape[0] // count, spec.shape[1]
-        else:
-            count, height, width = spec.shape
-        rows, k = (width, height) if self.transposed else (height, width)
-        if rows % several or count > _MOST_EXPERTS:
-            return None
-        n = rows // several
-        whole = TensorSpec(spec.name, spec.dtype, (height, width))
-        return [
-            ExpertMatrix(
-                TensorSpec(f"{experts}.{expert}.{projection}.weight", spec.dtype, (n, k)),
-                stored.file,
-                stored.offset + expert * whole.nbytes,
-                stack=stored,
-                whole=StoredTensor(whole, stored.file, stored.offset + expert * whole.nbytes),
-                first=number if self.interleaved else number * n,
-                step=several if self.interleaved else 1,
-                transposed=self.transposed,
-            )
-            for expert in range(count)
-            for number, projection in enumerate(self.projections)
-        ]
-
-    def merge(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The stack, from the matrices [n, k] of the first expert, then of the second and so on.
-
-        Its shape and the order of its elements are those that `matrices` reads: splitting and merging
-        give the same bytes.
-        """
-        wholes = []
-        for start in range(0, len(matrices), len(self.projections)):
-            parts = list(matrices[start : start + len(self.projections)])
-            whole = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
-            wholes.append(whole.t() if self.transposed else whole)
-        return torch.cat(wholes) if self.flat else torch.stack(wholes)
 
 
 @dataclass(frozen=True)
@@ -108,12 +28,28 @@ class ExpertLayout:
     experts: the end of the name, before the expert's number, that per-expert modules have in the
              engine's loader: `....experts.{number}.{projection}`.
     stacks:  the tensors that hold them.
-    count:   the key of config.json for the number of experts; flat stacks need it, others must agree.
+    copies:  which float stacks the engine takes as they are: "each" next to single experts of other
+             layers; only "all" of a checkpoint together; or "none". Others are written one by one.
     """
 
     experts: str
     stacks: tuple[Stack, ...]
-    count: str = "num_local_experts"
+    copies: Literal["each", "all", "none"] = "each"
+
+
+def _parameters(
+    experts: str, *, transposed: bool = False, copies: Literal["each", "all", "none"] = "each"
+) -> ExpertLayout:
+    """The layout of stacks `{experts}.gate_up_proj`, gate first, and `{experts}.down_proj`: parameters
+    of a module for all experts, whose names do not end in `.weight`."""
+    return ExpertLayout(
+        experts,
+        (
+            Stack(f"{experts}.gate_up_proj", _GATED, "inputs", transposed=transposed),
+            Stack(f"{experts}.down_proj", ("down_proj",), "outputs", transposed=transposed),
+        ),
+        copies,
+    )
 
 
 _GRANITE = ExpertLayout(
@@ -124,93 +60,100 @@ _GRANITE = ExpertLayout(
     ),
 )
 
-# By `model_type`. Sources: transformers 5.23.0, conversion_mapping.py:106-108,853-869 (names),
+# vllm 0.32.0, model_executor/layers/fused_moe/routed_experts.py:981-1082, takes both stacks and single
+# experts, layer by layer; the models that use it name `mlp.experts`: qwen3_next.py:223, which
+# qwen3_5.py:173 uses.
+_MLP = _parameters("mlp.experts")
+
+# Published checkpoints hold [in, out], and vllm 0.32.0 turns every stack over
+# (model_executor/models/qwen3_vl_moe.py:76). transformers 5.23.0 saves [out, in], which that loader
+# would misread, and loads both by their sides (conversion_mapping.py:1361-1372,
+# core_model_loading.py:349-396).
+_QWEN3_VL = (_parameters("mlp.experts", transposed=True), _parameters("mlp.experts", copies="none"))
+
+# vllm 0.32.0, model_executor/models/llama4.py:398-535,552-586: takes both, but once one stack was
+# seen, reads all that follows as stacks.
+_LLAMA4 = _parameters("feed_forward.experts", transposed=True, copies="all")
+
+# vllm 0.32.0, model_executor/models/step3p5.py: a list of names for stacks (`.moe.gate_proj.weight`)
+# and one for single experts (`.moe.experts.E.gate_proj.`). transformers 5.23.0,
+# conversion_mapping.py:1137-1152.
+_STEP = ExpertLayout(
+    "moe.experts",
+    (
+        Stack("moe.gate_proj.weight", ("gate_proj",), "inputs"),
+        Stack("moe.up_proj.weight", ("up_proj",), "inputs"),
+        Stack("moe.down_proj.weight", ("down_proj",), "outputs"),
+    ),
+)
+
+# By `model_type`: the layouts in which checkpoints of a family are found, the published one first. The
+# sides of hidden states tell which one a checkpoint has.
+# Sources: granitemoe: transformers 5.23.0, conversion_mapping.py:106-108,853-869 (names),
 # models/granitemoe/modeling_granitemoe.py:128-165 (order of rows); vllm 0.32.0, model_executor/models:
 # granitemoe.py:305-320 and granitemoehybrid.py:409-434 (names that loaders take). granitemoe_swa:
 # transformers 5.23.0, models/granitemoe_swa/modeling_granitemoe_swa.py:69-80, saved as it is; vllm
 # 0.32.0, model_executor/models/registry.py:129. aria_text: transformers 5.23.0,
 # conversion_mapping.py:843-852, models/aria/modeling_aria.py:271-313; vllm 0.32.0,
-# model_executor/models/aria.py:219-229,272-282.
-EXPERTS: Mapping[str, ExpertLayout] = {
-    "granitemoe": _GRANITE,
-    "granitemoeshared": _GRANITE,
-    "granitemoehybrid": _GRANITE,
-    "granitemoe_swa": ExpertLayout(
-        "block_sparse_moe.experts",
-        (
-            Stack("block_sparse_moe.experts.gate_up_proj", _GATED, "inputs"),
-            Stack("block_sparse_moe.experts.down_proj", ("down_proj",), "outputs"),
+# model_executor/models/aria.py:219-229,272-282. gemma4: transformers 5.23.0,
+# models/gemma4/modeling_gemma4.py:1264-1302; vllm 0.32.0, model_executor/models/gemma4.py:646-660,
+# 1405-1421 and gemma4_mm.py:1044-1057. llama4: transformers 5.23.0,
+# models/llama4/modeling_llama4.py:54-84. qwen3_5_moe: transformers 5.23.0,
+# models/qwen3_5_moe/modeling_qwen3_5_moe.py:831-872. step3p7, whose language model is a step3p5:
+# transformers 5.23.0, models/step3p7/modeling_step3p7.py:545-580.
+EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
+    "granitemoe": (_GRANITE,),
+    "granitemoeshared": (_GRANITE,),
+    "granitemoehybrid": (_GRANITE,),
+    "granitemoe_swa": (_parameters("block_sparse_moe.experts"),),
+    "aria_text": (
+        ExpertLayout(
+            "mlp.experts",
+            (
+                Stack("mlp.experts.fc1.weight", _GATED, "inputs", transposed=True),
+                Stack("mlp.experts.fc2.weight", ("down_proj",), "outputs", transposed=True),
+            ),
         ),
     ),
-    "aria_text": ExpertLayout(
-        "mlp.experts",
-        (
-            Stack("mlp.experts.fc1.weight", _GATED, "inputs", transposed=True),
-            Stack("mlp.experts.fc2.weight", ("down_proj",), "outputs", transposed=True),
-        ),
-        "moe_num_experts",
-    ),
+    "gemma4": (_parameters("experts"),),
+    "gemma4_text": (_parameters("experts"),),
+    "llama4": (_LLAMA4,),
+    "llama4_text": (_LLAMA4,),
+    "qwen3_5_moe": (_MLP,),
+    "qwen3_5_moe_text": (_MLP,),
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_vl_moe_text": _QWEN3_VL,
+    "step3p5": (_STEP,),
+    "step3p7": (_STEP,),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertMatrix(StoredTensor):
-    """A matrix [n, k] of one expert within a stack, which is read by rows like any other.
-
-    stack:      the tensor on disk.
-    whole:      what the stack holds for this expert, [h, w] as stored.
-    first, step: its rows are the rows `first`, `first` + `step`, .. of `whole`, or columns if it is
-                `transposed`.
-    """
-
-    # `field()` keeps the properties of the base class from being taken for defaults
-    stack: StoredTensor = field()
-    whole: StoredTensor = field()
-    first: int = field()
-    step: int = field()
-    transposed: bool = field()
-
-    @property
-    def buffer_nbytes(self) -> int:
-        """Bytes that a reader keeps in addition to rows: a strip of columns, or rows in between."""
-        return STRIP_BYTES if self.transposed or self.step > 1 else 0
-
-    def open(self) -> AbstractContextManager[Rows]:
-        """A reader of its rows. One reader is one thread's."""
-        return _ExpertRows(self)
-
-
-class _ExpertRows:
-    """Rows of a matrix within a stack; no more of the stack is read than they span."""
-
-    def __init__(self, matrix: ExpertMatrix) -> None:
-        self._matrix = matrix
-        self._columns = Columns(matrix.whole) if matrix.transposed else None
-        self._rows = RowReader(matrix.whole)
-        self._files = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._files.enter_context(self._columns or self._rows)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
-
-    def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count), as many as there are: [rows, k] in the stored dtype."""
-        step, last = self._matrix.step, min(start + count, self._matrix.spec.shape[0]) - 1
-        begin, end = self._matrix.first + start * step, self._matrix.first + last * step + 1
-        if self._columns is not None:
-            rows = self._columns.columns(begin, end)
-        else:
-            rows = self._rows.weight(begin, end - begin)
-        return rows if step == 1 else rows[::step].contiguous()
+def layouts_of(checkpoint: Checkpoint) -> tuple[ExpertLayout, ...]:
+    """The entry of EXPERTS for a checkpoint, by the model type of its language model; else none."""
+    types = (config.get("model_type") for config in (checkpoint.text_config, checkpoint.config))
+    return next((EXPERTS[kind] for kind in types if isinstance(kind, str) and kind in EXPERTS), ())
 
 
 def layout_of(checkpoint: Checkpoint) -> ExpertLayout | None:
-    """The entry of EXPERTS for a checkpoint, by the model type of its language model."""
-    types = (config.get("model_type") for config in (checkpoint.text_config, checkpoint.config))
-    return next((EXPERTS[kind] for kind in types if isinstance(kind, str) and kind in EXPERTS), None)
+    """The layout of the stacks on disk; the published one if none fits them all, or there are none."""
+    layouts = layouts_of(checkpoint)
+    fitting = (layout for layout in layouts if len(layouts) == 1 or _fits(layout, checkpoint))
+    return next(fitting, layouts[0] if layouts else None)
+
+
+def _fits(layout: ExpertLayout, checkpoint: Checkpoint) -> bool:
+    """Whether the sides of all stacks are those of a layout, for the hidden size in config.json."""
+    _, count = expert_count(checkpoint)
+    hidden = checkpoint.text_config.get("hidden_size")
+    for name, stored in checkpoint.on_disk.items():
+        stack, _ = _stack_of(name, layout)
+        sides = stack.sides(stored.spec.shape, count) if stack else None
+        if stack is None or sides is None:
+            continue
+        _, n, k = sides
+        if (k if stack.hidden == "inputs" else n) != hidden:
+            return False
+    return True
 
 
 def split_experts(checkpoint: Checkpoint) -> Checkpoint:
@@ -230,7 +173,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
         if stack is None:
             tensors[name] = stored
             continue
-        matrices = _matrices(stored, stack, experts, checkpoint, layout)
+        matrices = _matrices(stored, stack, experts, checkpoint)
         sets[experts].append(matrices)
         tensors |= {matrix.spec.name: matrix for matrix in matrices}
         if not notes:
@@ -272,22 +215,31 @@ def _must_be_whole(
         for other in stacks[1:]:
             # a matrix of the first stack gives what one of another takes, or takes what it gives
             counts = (len({matrix.offset for matrix in each}) for each in (first, other))
-            if first[0].spec.shape != other[0].spec.shape[::-1] or len(set(counts)) > 1:
+            shape = other[0].spec.shape
+            shape = shape if _side(other, layout) == _side(first, layout) else shape[::-1]
+            if first[0].spec.shape != shape or len(set(counts)) > 1:
                 what = f"is {other[0].stack.spec}, and does not fit `{first[0].stack.spec.name}`, "
                 raise wrong(other[0].stack, what + f"{first[0].stack.spec}")
 
 
+def _side(matrices: list[ExpertMatrix], layout: ExpertLayout) -> str:
+    """The side of the matrices in a stack that is as wide as hidden states."""
+    stack, _ = _stack_of(matrices[0].stack.spec.name, layout)
+    assert stack is not None
+    return stack.hidden
+
+
 def _matrices(
-    stored: StoredTensor, stack: Stack, experts: str, checkpoint: Checkpoint, layout: ExpertLayout
+    stored: StoredTensor, stack: Stack, experts: str, checkpoint: Checkpoint
 ) -> list[ExpertMatrix]:
     config = checkpoint.text_config
-    count = config.get(layout.count)
-    matrices = stack.matrices(stored, experts, count if type(count) is int else 0)
+    key, count = expert_count(checkpoint)
+    matrices = stack.matrices(stored, experts, count)
     expected = f"is {stored.spec}; `{config.get('model_type')!s:.40}` stores experts as {stack}"
     if matrices is None:
         raise wrong(stored, expected)
-    if type(count) is int and len(matrices) != count * len(stack.projections):
-        what = f"{expected}, and {CONFIG} has {count} in `{layout.count}`"
+    if key and len(matrices) != count * len(stack.projections):
+        what = f"{expected}, and {CONFIG} has {count} in `{key}`"
         raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")
     hidden, (n, k) = config.get("hidden_size"), matrices[0].spec.shape
     width = k if stack.hidden == "inputs" else n
@@ -310,11 +262,12 @@ class MergedExperts:
 def merged_experts(checkpoint: Checkpoint) -> Iterator[MergedExperts]:
     """The stacks that tensors with names of single experts make up; the inverse of `split_experts`.
 
-    A set that lacks a matrix of an expert makes up none.
+    They have the published layout. A set that lacks a matrix of an expert makes up none.
     """
-    layout = layout_of(checkpoint)
-    if layout is None:
+    layouts = layouts_of(checkpoint)
+    if not layouts:
         return
+    layout = layouts[0]
     sets: dict[str, dict[tuple[int, str], StoredTensor]] = defaultdict(dict)
     for name, stored in checkpoint.tensors.items():
         match = EXPERT.fullmatch(name.removesuffix(".weight"))

@@ -149,8 +149,13 @@ class Target(BaseModel, ABC):
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """All refusals of the modules of a planned checkpoint."""
 
-    def check_tensors(self, tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Refusals of tensors of the source, before rules are matched with modules."""
+    def check_tensors(
+        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+    ) -> Iterator[Refusal]:
+        """Refusals of tensors of the source, before rules are matched with modules.
+
+        model_type: of the language model, as config.json has it; "" if it is not known.
+        """
         yield from ()
 
     def takes_split_experts(self, model_type: str) -> bool:

@@ -145,10 +145,12 @@ FLOAT_LINEARS = {
 def float_linear(module: str) -> str | None:
     """The reason why engines always build a linear as float; None if they do not.
 
-    Routers of Granite are named `router.layer`. Source: vllm 0.32.0, model_executor/models/
-    granitemoe.py:96-102,305-313.
+    Routers of Granite are named `router.layer`, those of Gemma 4 `router.proj`. Sources: vllm 0.32.0,
+    model_executor/models: granitemoe.py:96-102,305-313; gemma4.py:325-331.
     """
-    return FLOAT_LINEARS.get(last_part(module.removesuffix(".layer")))
+    parent, _, last = module.rpartition(".")
+    router = last in {"layer", "proj"} and last_part(parent) == "router"
+    return FLOAT_LINEARS.get("router" if router else last)
 
 
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -193,6 +195,38 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
         return None
     head = absent_head({name: stored.spec for name, stored in checkpoint.tensors.items()})
     return head.removesuffix(".weight") if head else None
+
+
+# Families with experts whose quantized matrices the engine would misread or leave out, by `model_type`:
+# the reason, and what works.
+# Sources: vllm 0.32.0, model_executor/models/gpt_oss.py:1167-1286,1419-1441 (single `gate_proj` and
+# `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
+# openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
+# with at most one scale for each expert).
+_SKIPPED = (
+    "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
+    "(its gpt_oss.py:1167-1286)"
+)
+_MISREAD = {
+    "gpt_oss": (_SKIPPED, "serve the family's own MXFP4 checkpoint, which vLLM loads"),
+    "openai_privacy_filter": (_SKIPPED, "serve the float model"),
+    "dbrx": (
+        "vLLM 0.32 reads the experts of DBRX as whole tensors, with one scale for each expert at most "
+        "(its dbrx.py:88-141,386-420)",
+        "serve the float model",
+    ),
+}
+
+
+def misread_experts(tensors: Mapping[str, TensorSpec], model_type: str) -> Iterator[Refusal]:
+    """A refusal of experts of a family whose loader in the engine takes no single quantized experts."""
+    if model_type not in _MISREAD:
+        return
+    what, fix = _MISREAD[model_type]
+    for name, spec in tensors.items():
+        if EXPERT.fullmatch(name) or _set_of(name, spec) is not None:
+            yield Refusal(name, f"`{model_type}` cannot be quantized for this engine: {what}", fix)
+            return
 
 
 def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
@@ -246,9 +280,9 @@ def is_head(module: str) -> bool:
 
 
 # Last parts of names of stacked experts, for which engines build a module `experts` next to them.
-# Sources: vllm 0.32.0, model_executor/models/granitemoe.py:305-320; transformers 5.23.0,
-# conversion_mapping.py:853-869.
-_STACKS = frozenset({"input_linear", "output_linear"})
+# Sources: vllm 0.32.0, model_executor/models/granitemoe.py:305-320 and step3p5.py (moe.gate_proj);
+# transformers 5.23.0, conversion_mapping.py:853-869.
+_STACKS = frozenset({"input_linear", "output_linear", "gate_proj", "up_proj", "down_proj"})
 
 
 def float_linears(output: PlannedCheckpoint) -> list[str]:
@@ -270,13 +304,20 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
+def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:
+    """The key of config.json for the number of experts, and the number; "" and 0 if there is none."""
+    config = checkpoint.text_config
+    return next(((key, n) for key in _COUNTS if type(n := config.get(key)) is int), ("", 0))
+
+
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Experts that are missing, are too many, or have other tensors than the rest of their layer."""
     sets: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, stored in checkpoint.tensors.items():
         if match := EXPERT.fullmatch(name):
             sets[match["experts"]][int(match["index"])][match["rest"]] = stored
-    count = next((v for key in _COUNTS if isinstance(v := checkpoint.text_config.get(key), int)), None)
+    key, found = expert_count(checkpoint)
+    count = found if key else None
     for experts, members in sets.items():
         reference = max(members.values(), key=len)
         for index in range(max(len(members), count or 0)):
@@ -342,9 +383,12 @@ class VllmTarget(Target):
         """q, k and v; gate and up, also of experts."""
         return fused_siblings(module)
 
-    def check_tensors(self, tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
-        """Stacked experts."""
-        return stacked_experts(tensors)
+    def check_tensors(
+        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+    ) -> Iterator[Refusal]:
+        """Experts of families whose loaders misread single ones; stacked experts."""
+        yield from misread_experts(tensors, model_type)
+        yield from stacked_experts(tensors)
 
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""

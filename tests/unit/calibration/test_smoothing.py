@@ -36,6 +36,12 @@ EXPECTED = {
     "granitemoe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "aria_text": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
     "granitemoe_swa": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "llama4_text": {"input_layernorm", "post_attention_layernorm", "gate_up_proj", "up_proj"},
+    "gemma4_text": {"input_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm_2",
+                    "gate_up_proj", "up_proj"},
+    "qwen3_vl_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
+    "qwen3_5_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
+    "step3p7": {*ATTENTION, "post_attention_layernorm"},  # gate and up are clamped
     "granitemoeshared": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "input_linear"},
     # without rotary embeddings q, k and v come to attention as they are, which is not told apart
     "granitemoehybrid": {"input_layernorm", "post_attention_layernorm", "gate_up_proj",
@@ -219,24 +225,56 @@ def test_readers_get_what_the_norm_was_really_divided_by(norm, offset, dtype):
         assert torch.allclose(made["bias"].double() * real.double(), norm.bias.double(), rtol=2**-8)
 
 
-def test_a_tap_hears_of_each_expert(tmp_path):
-    path, batches = make_tiny(tmp_path / "m", "mixtral"), make_batches(padded=False)
+@pytest.mark.parametrize(("family", "experts", "chosen"), [
+    ("mixtral", "mlp.experts", 2), ("llama4_text", "feed_forward.experts", 1)
+])  # fmt: skip
+def test_a_tap_hears_of_each_expert(tmp_path, family, experts, chosen):
+    """Of the tokens that the router gave it, also if all experts multiply all tokens."""
+    path, batches = make_tiny(tmp_path / "m", family), make_batches(padded=False)
     run = Replayed(path, batches, workers=1)
     heard = {}
 
     class Listener:
         def linear(self, matrix, x, bias):
+            assert bool(x.any(-1).all())
             heard[matrix] = heard.get(matrix, 0) + x.numel() // x.shape[-1]
 
     def taps(index, layer):
         return lambda _: Tap(Matrices(run.skeleton.layers[index][0], layer), Listener())
 
     run.layer(0, taps)
-    path = "model.layers.0.mlp.experts"
+    path = f"model.layers.0.{experts}"
     for parameter in (f"{path}.gate_up_proj", f"{path}.down_proj"):
         counts = [n for matrix, n in heard.items() if matrix.parameter == parameter]
-        assert len(counts) == 4
-        assert sum(counts) == 2 * (2 * 20 + 3 * 13)  # top 2
+        assert len(counts) == run.skeleton.model.config.num_local_experts
+        assert sum(counts) == chosen * (2 * 20 + 3 * 13)
+
+
+def test_results_of_single_experts_are_taken(tmp_path):
+    """What a listener computes for its tokens stands in the outputs; other experts' stay."""
+    run = Replayed(make_tiny(tmp_path / "m", "llama4_text", dtype=torch.float32), [PROBE], dtype="F32")
+    name, x = run.skeleton.layers[0][0], 10 * run.states[0]
+    outputs = []
+    with run.skeleton.loaded(0, run.read, CPU) as layer:
+        matrices = Matrices(name, layer, run.skeleton.transposed(0))
+        assert run.skeleton.transposed(0) == {
+            f"{name}.feed_forward.experts.{part}" for part in ("gate_up_proj", "down_proj")
+        }
+        for factor in (None, 1, 3):
+
+            class Listener:
+                def linear(self, matrix, x, bias, factor=factor):
+                    if factor is None or "experts.down_proj" not in matrix.parameter:
+                        return None
+                    return factor * torch.nn.functional.linear(x, matrices.weight(matrix))
+
+            with torch.no_grad(), Tap(matrices, Listener()):
+                experts, _ = layer.feed_forward(x)
+                outputs.append(experts - layer.feed_forward.shared_expert(x.reshape(-1, 64)))
+    alone, same, thrice = outputs
+    assert float(alone.abs().mean()) > 0.001
+    torch.testing.assert_close(same, alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(thrice, 3 * alone, rtol=1e-3, atol=1e-5)
 
 
 def test_reports_are_json(tmp_path):

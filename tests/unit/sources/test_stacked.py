@@ -13,11 +13,12 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.header import read_header
 from quantcli.checkpoint.tensors import read_rows, read_span, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
-from quantcli.sources import stacked
+from quantcli.sources import expert_stack
 from quantcli.sources.decode import decoded
-from quantcli.sources.stacked import EXPERTS, ExpertMatrix, Stack, merged_experts, split_experts
+from quantcli.sources.expert_stack import ExpertMatrix, Stack
+from quantcli.sources.stacked import EXPERTS, merged_experts, split_experts
 from tests.builders import make_model, tensor
-from tests.tiny_models import make_tiny
+from tests.tiny_models import FAMILIES, make_tiny
 
 E, H, I = 3, 10, 6  # noqa: E741 - H, I and 2 I differ
 GATED, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
@@ -85,6 +86,8 @@ def dtype(request):
 @pytest.mark.parametrize("layout", STACKS)
 def test_matrices_are_those_of_the_layout(layout, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "STRIP_BYTES", 8 * H)  # so that there are several strips
+    monkeypatch.setattr(columns, "_CHUNK_BYTES", 50)  # of one or two whole rows
+    monkeypatch.setattr(columns, "_PIECE", 3)
     values, stack = drawn(SHAPES[layout], dtype), STACKS[layout]
     matrices = stack.matrices(stored_in(tmp_path, values), "l.experts", E)
     names = [matrix.spec.name for matrix in matrices]
@@ -136,38 +139,58 @@ def test_every_byte_of_a_stack_is_in_one_matrix(tmp_path):
 # -- families ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", EXPERTS)
-def test_an_entry_is_what_the_library_makes_of_the_file(family, tmp_path):
-    """transformers renames and turns the stacks by its own table."""
+# a tiny model for each entry; those of several parts stand for their language models
+MODELS = [family for family in FAMILIES if family in EXPERTS]
+TRANSPOSED = ("aria_text", "llama4_text")  # parameters of transformers that multiply with [k, n]
+
+
+def test_every_entry_has_a_model():
+    assert {layouts for family, layouts in EXPERTS.items() if family in MODELS} == {*EXPERTS.values()}
+
+
+def model_of(checkpoint):
+    """The model that transformers itself makes of a checkpoint."""
     import transformers
 
-    path = make_tiny(tmp_path / "m", family)
+    (name,) = checkpoint.config["architectures"]
+    return getattr(transformers, name).from_pretrained(checkpoint.path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "saved"])
+@pytest.mark.parametrize("family", MODELS)
+def test_an_entry_is_what_the_library_makes_of_the_file(family, published, tmp_path):
+    """transformers renames and turns the stacks by its own table."""
+    path = make_tiny(tmp_path / "m", family, published=published)
     checkpoint = split_experts(open_checkpoint(path))
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model_of(checkpoint).named_parameters())
     found = 0
     for name, stored in checkpoint.tensors.items():
         if not isinstance(stored, ExpertMatrix):
             continue
         experts, expert, projection, _ = name.rsplit(".", 3)
+        if family == "step3p7":  # parameters have other names than tensors
+            experts = experts.replace(".moe.", ".mlp.").replace("model.", "model.language_model.")
         fused = "down_proj" if projection == "down_proj" else "gate_up_proj"
         expected = parameters[f"{experts}.{fused}"][int(expert)]
-        if family == "aria_text":  # multiplies with [k, n]
+        if family in TRANSPOSED:
             expected = expected.t()
         if projection != "down_proj":
             expected = expected.chunk(2)[projection == "up_proj"]
         assert torch.equal(read_tensor(stored), expected), name
         found += 1
-    assert found == checkpoint.config["num_hidden_layers"] * 8 * 3  # experts, projections
+    one_by_one = family == "qwen3_5_moe" and not published
+    layers = 0 if one_by_one else checkpoint.text_config["num_hidden_layers"]
+    assert found == layers * 8 * 3  # experts, projections
 
 
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", MODELS)
 def test_names_of_single_experts_are_merged_to_what_is_on_disk(family, tmp_path):
     checkpoint = open_checkpoint(make_tiny(tmp_path / "m", family))
     on_disk = load_file(tmp_path / "m" / "model.safetensors")
     split = split_experts(checkpoint)
     merged = list(merged_experts(split))
-    assert len(merged) == 2 * checkpoint.config["num_hidden_layers"]
+    stacks = EXPERTS[family][0].stacks
+    assert len(merged) == len(stacks) * checkpoint.text_config["num_hidden_layers"]
     for stack in merged:
         values = stack.stack.merge([read_tensor(matrix) for matrix in stack.matrices])
         assert torch.equal(values, on_disk[stack.name])
@@ -218,7 +241,7 @@ def test_a_split_checkpoint_is_the_same_model(tmp_path):
         ((2, 3, 12, 8), r"is BF16 \[2, 3, 12, 8\]"),
         ((0, 12, 8), r"is BF16 \[0, 12, 8\]"),
         ((2, 8, 12), r"with k the `hidden_size` of config.json, 8"),  # transposed
-        ((stacked._MOST_EXPERTS + 1, 2, 1), r"is BF16 \[65537"),
+        ((expert_stack._MOST_EXPERTS + 1, 2, 1), r"is BF16 \[65537"),
     ],
 )
 def test_shapes_that_no_such_stack_has_are_refused(tmp_path, shape, says):

@@ -201,6 +201,7 @@ REFUSED = {
     "q alone": ([(f"{L}.mlp.q_proj", SQUARE, INT8), (f"{L}.mlp.k_proj", SQUARE, None)], "fuses"),
     "up static": ([(f"{L}.gate_proj", SQUARE, INT8), (f"{L}.up_proj", SQUARE, STATIC)], "fuses"),
     "router": ([(f"{L}.mlp.gate", SQUARE, INT8)], "routers as float"),
+    "router of Gemma 4": ([("model.layers.0.router.proj", SQUARE, INT8)], "routers as float"),
     "draft layer": ([(f"{L}.eh_proj", SQUARE, INT8)], "eh_proj of draft layers as float"),
     "indexer": ([(f"{L}.self_attn.indexer.weights_proj", SQUARE, INT8)], "indexer as float"),
     "indexer wk": ([(f"{L}.self_attn.indexer.wk", SQUARE, INT8)], "indexer as float"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.replay.skeleton import Read, Skeleton
@@ -37,6 +37,12 @@ class _Rows(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _without_memory(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    """One NaN that stands for all numbers of a table: models move ids to the device of their table."""
+    one = torch.full((), float("nan"), dtype=parameter.dtype, device=device)
+    return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+
+
 @contextmanager
 def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
     """Within it the model runs without its decoder layers, which are the caller's."""
@@ -48,10 +54,14 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
             names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
             paths = [f"{path}.{name}".lstrip(".") for name in names]
             paths = [name for name in paths if skeleton.outside(name) is not None]
-            if isinstance(module, nn.Embedding) and paths:
+            weight = module._parameters.get("weight")
+            if isinstance(module, nn.Embedding) and weight is not None and paths:
                 group = skeleton.outside(paths[0])
                 if group is not None and group.renamed is not None:
-                    tables[id(module.weight)] = group.renamed
+                    table = _without_memory(weight, device)
+                    tables[id(table)] = group.renamed
+                    stack.callback(module.register_parameter, "weight", weight)
+                    module._parameters["weight"] = table
                     continue
             if paths:
                 hook = _load_at_first_call(module, paths, skeleton, read, device, stack)

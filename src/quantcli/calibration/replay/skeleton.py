@@ -78,10 +78,20 @@ class Group:
         if self.converter is None:
             return {self.target: value(self.sources[0][2])}
         converter = copy.deepcopy(self.converter)
+        if any(isinstance(source, MergedExperts) for _, _, source in self.sources):
+            _turn_over(converter)
         for name, pattern, source in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda s=source: value(s))
         converted = converter.convert(self.target, model=model, config=model.config)
         return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
+
+
+def _turn_over(converter: Any) -> None:
+    """Let a converter transpose in any case: merged stacks have the published layout, and the library
+    would tell it by sides, which may be equal."""
+    for operation in converter.operations:
+        if getattr(operation, "check_dims", False):
+            operation.check_dims = False
 
 
 class Skeleton:

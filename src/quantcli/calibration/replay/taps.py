@@ -1,7 +1,7 @@
 """Listening to the matrix multiplications of a layer while it runs, whoever calls them.
 
-A torch function mode sees `linear` and its grouped form for experts with the very tensors, so nothing
-has to be known of modules: a weight is recognised by its memory.
+A torch function mode sees `linear` and its forms for all experts at once with the very tensors, so
+nothing has to be known of modules: a weight is recognised by its memory.
 """
 
 from __future__ import annotations
@@ -87,6 +87,17 @@ def grouped_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
     return args[0], args[1], [int(end) for end in offsets.tolist()]
 
 
+def batched_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """x [e, tokens, k] and weight [e, k, n] of a call of `bmm`."""
+    arguments = dict(zip(("input", "mat2"), args, strict=False)) | dict(kwargs)
+    return arguments["input"], arguments["mat2"]
+
+
+def is_batched(func: Any) -> bool:
+    """Whether a torch function multiplies x [e, tokens, k] with weights [e, k, n] of all experts."""
+    return getattr(func, "__name__", "") == "bmm"
+
+
 def is_grouped(func: Any) -> bool:
     """Whether a torch function multiplies sorted tokens with the weights of several experts."""
     return getattr(func, "__name__", "") in _GROUPED
@@ -116,6 +127,12 @@ class Tap(TorchFunctionMode):
                 return self._grouped(
                     self._listener, matrix.parameter, x, ends, lambda: func(*args, **kwargs)
                 )
+        elif is_batched(func) and self._listener is not None:
+            x, weight = batched_arguments(args, kwargs)
+            matrix = self._matrices.find(weight)
+            if matrix is not None:
+                y: Tensor = func(*args, **kwargs)
+                return self._batched(self._listener, matrix.parameter, x, y)
         return func(*args, **kwargs)
 
     def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -141,4 +158,17 @@ class Tap(TorchFunctionMode):
             if piece is not None:
                 y[start:end] = piece
             start = end
+        return y
+
+    def _tokens_of(self, x: Tensor, expert: int, used: Tensor) -> Tensor:
+        return x[expert, used]
+
+    def _batched(self, listener: Listener, parameter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Tokens that the router gave to other experts are rows of zeros, and no inputs of this one."""
+        for expert in range(len(x)):
+            used = x[expert].ne(0).any(-1)
+            rows = self._tokens_of(x, expert, used)
+            piece = listener.linear(Matrix(parameter, expert), rows, None)
+            if piece is not None:
+                y[expert, used] = piece
         return y

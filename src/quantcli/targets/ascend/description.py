@@ -16,7 +16,7 @@ from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
 from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
-from quantcli.targets.vllm_family import MERGED, absent_head
+from quantcli.targets.vllm_family import MERGED, absent_head, expert_set, stacked_sets
 
 SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
 # Keys for the checkpoint as a whole by which the engine rounds the cache, attention or the indexer.
@@ -115,6 +115,11 @@ class Description:
         names = self.checkpoint.tensors
         return {name.partition(".experts.")[0] for name in names if ".experts." in name}
 
+    @cached_property
+    def _stacks(self) -> frozenset[str]:
+        """Names of sets of experts that are stored together."""
+        return stacked_sets(self.checkpoint.tensors)
+
     def _only_asked(self, key: str) -> bool:
         """Whether an entry is for a name that the engine looks up although no file holds a tensor."""
         parent, _, last = key.removesuffix(".weight").rpartition(".")
@@ -123,6 +128,8 @@ class Description:
         for stored, siblings in MERGED.items():
             if last in siblings and f"{parent}.{stored}.weight" in self.checkpoint.tensors:
                 return True
+        if expert_set(key) in self._stacks:  # the engine looks up float experts one by one
+            return True
         return last == "experts" and key.removesuffix(".experts.weight") in self._with_experts
 
 

@@ -16,7 +16,7 @@ from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
-from quantcli.targets.vllm_family import EXPERT
+from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
 # Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
 # one for each row. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633 and 1041,
@@ -104,6 +104,15 @@ class AscendCheckpoint(StoredFormat):
         """The skip rule for beginnings of names, and look-ups of experts by the name of their set."""
         yield from as_findings("loader", skip_rule(self.labels))
         if str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS:
+            for experts in sorted(stacked_sets(self.checkpoint.tensors)):
+                # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:776-808
+                name = f"{experts}.0.gate_proj"
+                if name not in self.labels:
+                    what = (
+                        f"does not describe `{name}.weight`, which the engine looks up for the experts"
+                    )
+                    fix = f'add it, and those of other experts, as "{FLOAT}"'
+                    yield failed("loader", what, DESCRIPTION, fix)
             return
         sets = {match["experts"] for name in self.modules if (match := EXPERT.fullmatch(name))}
         for experts in sorted(sets - self.labels.keys()):

@@ -233,8 +233,9 @@ class Ascend(VllmTarget):
             parent = module.name.rpartition(".")[0]
             for sibling in MERGED.get(last_part(module.name), ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels[module.name])
-        if output.config.get("model_type") not in LISTED_EXPERTS:
-            for module in output.modules:
-                if match := EXPERT.fullmatch(module.name):
-                    table[f"{match['experts']}.weight"] = labels[module.name]
+        listed = output.config.get("model_type") in LISTED_EXPERTS
+        for module in output.modules:
+            if match := EXPERT.fullmatch(module.name):  # also of float experts that stay in their stack
+                name = module.name if listed else match["experts"]
+                table[f"{name}.weight"] = labels[module.name]
         return table

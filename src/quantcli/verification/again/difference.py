@@ -38,7 +38,7 @@ class StoredParts:
             name = output.spec.name
             if name not in self.columns:
                 self.columns[name] = self.stack.enter_context(Columns(stored))
-            actual = self.columns[name].columns(first, first + count).t()
+            actual = self.columns[name].columns(first, first + count).t().clone()
             return Block(output, first, expected, actual, shape)
         if len(shape) > 2:
             stored = replace(stored, spec=replace(stored.spec, shape=output.spec.shape))
