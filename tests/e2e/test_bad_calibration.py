@@ -762,7 +762,7 @@ def test_inf_in_a_norm(bench: Bench) -> None:
 # the machine
 
 
-@pytest.mark.parametrize("writes", [0, 1, 5, 9, 13])
+@pytest.mark.parametrize("writes", range(4))
 def test_full_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     monkeypatch.setattr(session, "BATCH_TOKENS", LENGTH)
     bench.edit_recipe(SMOOTH)
@@ -784,14 +784,14 @@ def test_full_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch, writes: int) -
     assert result.code == 3
     what, where, fix = result.later.splitlines()
     assert what == "error: no space left on device"
-    assert where == f"  --> {bench.store}/.states-0000{writes // 5}.safetensors.writing"
+    assert where == f"  --> {bench.store}/.states-0000{writes}.safetensors.writing"
     assert fix == (
         "  fix: free some space and run the same command again: it continues where it stopped"
     )
     assert not bench.out.exists()
     again = bench.run()
     assert again.code == 0, again.err
-    assert ("layer 1/4" in again.err) == (writes < 10)
+    assert ("layer 1/4" in again.err) == (writes < 2)
     assert snapshot(bench.store) == snapshot(wanted.store)
     assert snapshot(bench.out) == snapshot(wanted.out)
 

@@ -47,12 +47,12 @@ def no_tensor(packed: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (without_scale, "it gives weight, not I8 [16, 16]"),
-        (with_another, "it gives weight, weight_scale, more, not I8 [16, 16]"),
-        (another_dtype, "it gives U8 [16, 16], not I8 [16, 16]"),
-        (transposed, "it gives I8 [16, 32], not I8 [32, 16]"),
+        (without_scale, "it gives weight, not I8 [16, 32]"),
+        (with_another, "it gives weight, weight_scale, more, not I8 [16, 32]"),
+        (another_dtype, "it gives U8 [16, 32], not I8 [16, 32]"),
+        (transposed, "it gives I8 [32, 16], not I8 [16, 32]"),
         (as_many_bytes, "it gives F64 [8, 1], not F32 [16, 1]"),
-        (no_tensor, "not I8 [16, 16]"),
+        (no_tensor, "not I8 [16, 32]"),
     ],
 )
 def test_other_tensors_than_planned(

@@ -193,7 +193,7 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
     memory = re.search(r"about ([\d.]+) MB of memory", line)
     assert memory is not None
-    assert 40 < float(memory[1]) < 120  # the plan's own, a layer of 0.1 MB, two threads' batches
+    assert 40 < float(memory[1]) < 130  # the plan's own, a layer of 0.1 MB, two threads' batches
     assert line == (
         "calibration  runs first: ranges of 28 modules, clips of 28 modules and smoothing from 4 "
         "samples of 16 tokens of "

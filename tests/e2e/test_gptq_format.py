@@ -227,7 +227,8 @@ def test_a_side_that_words_do_not_divide_is_refused_before_work(box: Box) -> Non
     box.edit_recipe(
         'target: gptq\nrules: [{match: "*_proj", scheme: {name: w4a16, group_size: channel}}]\n'
     )
-    result = run_cli("quantize", box.recipe, "--model", model, "--out", box.out, "--plan")
+    other = box.out.with_name("other")
+    result = run_cli("quantize", box.recipe, "--model", model, "--out", other, "--plan")
     assert result.code == 2
     assert "packs 8 columns together; there are 36" in result.err
 

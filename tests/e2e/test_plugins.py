@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import make_llama
+from tests.rewritten import rewrite
 
 SUFFIXES = ("weight", "weight_scale", "weight_global_scale")
 Q = "model.layers.0.self_attn.q_proj"
@@ -212,7 +213,7 @@ def test_damaged_scales_of_two_levels(
     name = f"model.layers.1.mlp.down_proj.{suffix}"
     tensor = made[name].view(torch.uint8) if suffix == "weight_scale" else made[name]
     tensor[(3, 1) if suffix == "weight_scale" else 0] = code
-    save_file(made, file, metadata={"format": "pt"})
+    rewrite(file, made)
     report = json.loads(quantcli(site, "verify", out, "--full", "--json").stdout)
     (error,) = (finding for finding in report["findings"] if finding["severity"] == "error")
     assert (error["check"], error["what"], error["where"]) == ("values", said, f"`{name}`{place}")

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import CHECKS, Report
+from tests.rewritten import rewrite
 from tests.verify.stock import TEXT, Good, Stock
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
@@ -91,7 +92,7 @@ class Copy:
         for path, part in files.items():
             now = {n: t.contiguous() for n, t in table.items() if place.get(n, last) == path}
             if now.keys() != part.keys() or any(now[n] is not before[n] for n in now):
-                save_file(now, path, metadata={"format": "pt"})
+                rewrite(path, now)
         if (self.path / INDEX).exists():
             with self.json(INDEX) as index:
                 index["weight_map"] = {name: place.get(name, last).name for name in sorted(table)}
