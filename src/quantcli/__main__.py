@@ -111,6 +111,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     signals = _Signals(argv)
 
+    # numpy's linear algebra is not used here, and its threads take a tenth of a second to wait for work
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import gc
 
     # A plan has up to a million small objects that stay. With the default threshold, the search for

@@ -77,11 +77,20 @@ class _Extent:
     memory: memoryview | None
 
 
+@dataclass(slots=True, eq=False)
+class _Whole:
+    """An extent whose bytes are all there. `memory` is None if they must be read back from the file."""
+
+    memory: memoryview | None
+    unused: int  # of being written and being hashed, what is still to be done with the memory
+
+
 class ExtentFile:
     """A new file of a known size. Threads may put pieces into it in any order.
 
-    The file is hashed in the order of its bytes by whichever thread has made an extent whole. An
-    extent that comes too early for that, while buffers are few, is read back later.
+    The file is hashed in the order of its bytes by whichever thread has made an extent whole. While
+    buffers are few, other threads wait for it. If it waits for an extent itself, those that come too
+    early are read back later.
     """
 
     def __init__(
@@ -108,7 +117,7 @@ class ExtentFile:
             number for begin, end in scattered if begin < end for number in _numbers(begin, end)
         }
         self._extents: dict[int, _Extent] = {}
-        self._written: dict[int, memoryview | None] = {}  # whole ones, not hashed yet
+        self._whole: dict[int, _Whole] = {}  # not hashed yet
         self._next = 0  # to hash
         self._hashing = False
         self._missing = nbytes
@@ -132,8 +141,8 @@ class ExtentFile:
 
     @property
     def backlog(self) -> int:
-        """Extents that are written and wait to be hashed."""
-        return len(self._written)
+        """Extents that are whole and wait to be hashed."""
+        return len(self._whole)
 
     def put(self, position: int, data: bytes | memoryview) -> None:
         """Put bytes at a position."""
@@ -188,7 +197,7 @@ class ExtentFile:
             os.ftruncate(self._fd, self._nbytes)  # the last extent was filled up with zeros
             os.fsync(self._fd)
         while self._hashes is not None and self._next < self._count:
-            self._hash_next()
+            self._hash_whole()
             with self._lock:
                 while self._hashing:  # another thread is at an extent
                     self._lock.wait()
@@ -227,19 +236,26 @@ class ExtentFile:
         """Write an extent that is whole, if it was assembled in memory; hash what can be hashed."""
         if self._error is not None:
             raise self._error
-        writing = self._buffers.writing if self._buffers.plenty else None
-        if memory is not None and writing is not None:
+        whole = _Whole(memory, 1 if self._hashes is None else 2)
+        if self._hashes is not None:
             with self._lock:
-                self._pending += 1
-            writing.submit(self._write_later, number, memory)
-        else:
-            self._store(number, memory)
-        while self._hash_next():
-            pass
+                self._whole[number] = whole
+                # who hashes needs no buffer to go on
+                while memory is not None and self._hashing and not self._buffers.plenty:
+                    self._lock.wait()
+        if memory is not None:
+            writing = self._buffers.writing if self._buffers.plenty else None
+            if writing is None:
+                self._store(number, memory, whole)
+            else:
+                with self._lock:
+                    self._pending += 1
+                writing.submit(self._write_later, number, memory, whole)
+        self._hash_whole()
 
-    def _write_later(self, number: int, memory: memoryview) -> None:
+    def _write_later(self, number: int, memory: memoryview, whole: _Whole) -> None:
         try:
-            self._store(number, memory)
+            self._store(number, memory, whole)
         except BaseException as error:  # raised by whoever works on the file next
             self._error = self._error or error
         finally:
@@ -247,16 +263,20 @@ class ExtentFile:
                 self._pending -= 1
                 self._lock.notify_all()
 
-    def _store(self, number: int, memory: memoryview | None) -> None:
-        if memory is not None:
-            self._write_extent(number, memory)
-            is_next = self._hashes is not None and number == self._next
-            if not is_next and (self._hashes is None or not self._buffers.plenty):
+    def _store(self, number: int, memory: memoryview, whole: _Whole) -> None:
+        self._write_extent(number, memory)
+        with self._lock:
+            waits = self._whole.get(number) is whole
+            if waits and not self._hashing and number != self._next and not self._buffers.plenty:
+                whole.memory, whole.unused = None, 1
+        self._used(whole, memory)
+
+    def _used(self, whole: _Whole, memory: memoryview) -> None:
+        """Count a use of an extent's memory, which the last one gives back."""
+        with self._lock:
+            whole.unused -= 1
+            if not whole.unused:
                 self._buffers.give(memory)
-                memory = None
-        if self._hashes is not None:
-            with self._lock:
-                self._written[number] = memory
 
     def _wait(self) -> None:
         """Wait until no extent is being written by another thread."""
@@ -298,28 +318,33 @@ class ExtentFile:
                 self._piece_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             return self._piece_fd
 
-    def _hash_next(self) -> bool:
-        """Hash the next extent, if it is written and no other thread is at it; whether it was so."""
+    def _hash_whole(self) -> None:
+        """Hash all extents that are whole and come next, unless another thread is at it."""
         with self._lock:
-            if self._hashing or self._next not in self._written:
-                return False
+            if self._hashing or self._next not in self._whole:
+                return
             self._hashing = True
-            memory = self._written.pop(self._next)
-        try:
-            self._hash(self._next, memory)
-            self._next += 1
-        finally:
+            after: _Whole | None = self._whole.pop(self._next)
+        while after is not None:
+            try:
+                self._hash(self._next, after)
+            except BaseException:
+                with self._lock:
+                    self._hashing = False
+                    self._lock.notify_all()
+                raise
             with self._lock:
-                self._hashing = False
+                self._next += 1
+                after = self._whole.pop(self._next, None)
+                self._hashing = after is not None
                 self._lock.notify_all()
-        return True
 
-    def _hash(self, number: int, memory: memoryview | None) -> None:
+    def _hash(self, number: int, whole: _Whole) -> None:
         assert self._hashes is not None
-        size = self._size(number)
+        size, memory = self._size(number), whole.memory
         if memory is not None:
             self._hashes.update(memory[:size])
-            self._buffers.give(memory)
+            self._used(whole, memory)
             return
         block, done, fd = memoryview(bytearray(min(size, _READ))), 0, self._pieces()
         while done < size:

@@ -31,7 +31,7 @@ from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
-_COMPILED = 2  # times as many if kernels serve: they go row by row, and each block costs some Python
+_COMPILED = 4  # times as many if kernels serve: they go row by row, and each block costs some Python
 JOB_BYTES = 4 * 2**20  # of source in one job of the pool
 
 
