@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,9 @@ RECIPES = [
 def convert(out: Path, recipe: str, workers: int) -> dict[str, str]:
     result = run_cli("quantize", recipe, "--model", MODEL, "--out", out, "--workers", workers)
     assert result.code == 0, result.err
-    assert "compiled kernels" not in result.err
+    off = "note: compiled kernels are not used (QUANTCLI_KERNELS=off): the conversion takes longer"
+    assert (off in result.err.splitlines()) == (os.environ.get(machine.SWITCH) == "off")
+    assert result.err.count("compiled kernels") == (os.environ.get(machine.SWITCH) == "off")
     return snapshot(out)
 
 
@@ -43,6 +46,16 @@ def test_the_same_files(tmp_path, monkeypatch, recipe):
 
 def test_the_list_of_recipes_has_all_kinds():
     assert {"w8a8_dynamic", "fp8_dynamic", "fp8_block", "mxfp8", "vllm_w4a16"} <= {*RECIPES}
+
+
+def test_a_switch_that_means_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.SWITCH, "of")
+    result = run_cli("quantize", "w8a8_dynamic", "--model", MODEL, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "error: environment variable QUANTCLI_KERNELS is `of`",
+        "  fix: set it to on or off, or unset it",
+    ]
 
 
 def test_a_user_hears_that_torch_serves(tmp_path, monkeypatch):
@@ -74,7 +87,8 @@ def test_a_user_hears_that_kernels_are_compiled(tmp_path, monkeypatch):
         second = run_cli(*arguments, "--out", tmp_path / "second")
     finally:
         machine._folder.cache_clear()
-    said = "compiling kernels for this CPU, once: a few seconds"
+    kept = tmp_path / "cache" / "quantcli" / "kernels"
+    said = f"compiling kernels for this CPU, kept in {kept}: a few seconds"
     assert first.err.splitlines().count(said) == 1
     assert said not in second.err
     assert (first.code, second.code) == (0, 0)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from quantcli.commands import quantize as commands
 from quantcli.convert.execute import RunOptions, execute
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize
+from tests.builders import make_model, tensor
 from tests.families import FAMILIES, make_family, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -302,3 +305,31 @@ def test_a_reader_that_has_gone_does_not_stop_the_work(tmp_path, command):
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert out.exists() == (command == "quantize")
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (4, 3), (8,), (2, 5, 2), (3_000_000,)])
+def test_elements_of_half_a_byte_are_copied(tmp_path, shape):
+    """A row may end within a byte, so that rows cannot be copied."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    count = math.prod(shape) // 2
+    data = random.Random(count).randbytes(count)
+    model = make_model(
+        tmp_path / "m",
+        {
+            "model.safetensors": {
+                "model.layers.0.self_attn.q_proj.weight": tensor("BF16", 16, 16),
+                "model.t": ("F4", shape, data),
+            }
+        },
+        config=config,
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('target: compressed-tensors\nrules: [{match: "*q_proj", scheme: w8a8_dynamic}]\n')
+    job = commands.plan(recipe, model=str(model), out=tmp_path / "out", workers=2)
+    commands.quantize(job)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8 : 8 + length])["model.t"]
+    begin, end = (8 + length + offset for offset in entry["data_offsets"])
+    assert (entry["dtype"], entry["shape"], raw[begin:end]) == ("F4", list(shape), data)

@@ -96,13 +96,16 @@ def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
 
 
 def will_read(stored: StoredTensor, begin: int, end: int) -> None:
-    """Ask the kernel to read bytes [begin, end) of a stored tensor soon, if they are not in memory."""
+    """Ask the kernel to read bytes [begin, end) of a stored tensor soon, if they are not in memory.
+
+    It is advice: nothing depends on it, and it fails silently.
+    """
     with _opened(stored) as fd, disk_errors(stored.file):
         try:
             os.preadv(fd, [bytearray(1)], stored.offset + begin, os.RWF_NOWAIT)
         except OSError as error:
-            if error.errno not in {errno.EAGAIN, errno.EOPNOTSUPP}:
-                raise
+            if error.errno != errno.EAGAIN:
+                return
             for start in range(begin, end, _AHEAD):  # it heeds only the beginning of a long span
                 size = min(_AHEAD, end - start)
                 os.posix_fadvise(fd, stored.offset + start, size, os.POSIX_FADV_WILLNEED)

@@ -65,7 +65,8 @@ def convert(
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
     out.line(f"disk         needs {decimal(job.nbytes)}, {decimal(job.disk_free)} free")
-    out.line(f"memory       about {decimal(job.memory)} with {count(job.options.workers, 'worker')}")
+    workers = count(job.options.workers, "worker")
+    out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
     out.line(f"output       {job.out}")
     for fact in facts:
         out.line(fact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +73,10 @@ def _guarded(argv: list[str], signals: Signals) -> int:
 def _run(argv: list[str]) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
     group: Any = typer.main.get_command(app)
+    switch = os.environ.get("QUANTCLI_KERNELS", "on")
+    if switch not in {"on", "off"}:
+        what = f"environment variable QUANTCLI_KERNELS is `{switch}`"
+        raise InputError(what, fix="set it to on or off, or unset it")
     try:
         if "--json" in argv:  # not after hours of work
             check_stdout()

@@ -163,9 +163,11 @@ def _remove_strangers(folder: Path, expected: set[str]) -> None:
 def copy_file(source: Path, destination: Path, *, checksum: bool) -> dict[str, Any]:
     """Copy a file's bytes, with the permissions of a new file. Returns its entry of the manifest."""
     temporary = destination.with_name(f".{destination.name}.writing")
-    with disk_errors(destination):
+    with disk_errors(source):
+        reader = source.open("rb")
+    with reader, disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as reader, temporary.open("wb") as writer:
+        with temporary.open("wb") as writer:
             while chunk := reader.read(_CHUNK):
                 writer.write(chunk)
             writer.flush()

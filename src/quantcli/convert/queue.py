@@ -16,7 +16,8 @@ from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
 
-_MOST_SHARDS = 8  # under way
+_MOST_SHARDS = 8  # with jobs that nobody has taken
+_WORTH_ADVICE = 64 * 1024  # bytes
 
 
 class OpenShard:
@@ -95,7 +96,8 @@ class JobQueue:
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
         most = max(2, min(self._workers, _MOST_SHARDS))
-        if not self._shards or len(self._open) >= most or self._next >= self._end:
+        waiting = sum(1 for shard in self._open if shard.jobs)
+        if not self._shards or waiting >= most or self._next >= self._end:
             return None
         try:
             shard = OpenShard(self._shards.popleft(), self._next, self._writer_of)
@@ -163,5 +165,6 @@ def read_ahead(job: Job) -> None:
     """Ask the kernel to read the source of a job that comes soon, while others compute."""
     item = job.item
     for stored in item.source.parts:
-        share = stored.nbytes * job.start // item.height, stored.nbytes * job.stop // item.height
-        will_read(stored, *share)
+        begin, end = (stored.nbytes * row // item.height for row in (job.start, job.stop))
+        if end - begin >= _WORTH_ADVICE:
+            will_read(stored, begin, end)

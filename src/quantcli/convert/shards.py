@@ -17,8 +17,10 @@ from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read
 from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
+from quantcli.core.kernels.machine import available
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
+    COMPILED,
     Computed,
     Job,
     Surveys,
@@ -29,16 +31,18 @@ from quantcli.planning.block import (
 from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
 from quantcli.targets.layouts import Output
 
-_BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan, buffers
+_BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan
+_COMPILER = 52 * 2**20  # bytes of the library that loads kernels
 
 
 def memory_estimate(plan: Work, workers: int) -> int:
     """Peak bytes above a bare torch import: each worker's row block in its several forms, and the plan.
 
-    A block is held as stored, as float32 and as codes, with two temporaries while it is rounded, and
-    with more while scales are searched for (`benchmarks/memory.py` measures vllm_w4a16). If
-    rows share a scale, a block has at least all of them; only some of their columns are float32 at a
-    time. Outputs with the rows of a weight in their columns are held for a whole job.
+    Compiled kernels hold a block as stored, and as codes before and after they are packed. In torch a
+    block is smaller, and held as stored, as float32 and as codes, with two temporaries while it is
+    rounded, and with more while scales are searched for. If rows share a scale, a block has at least
+    all of them; only some of their columns are float32 at a time. Outputs with the rows of a weight in
+    their columns are held for a whole job.
     """
     widest = max(
         (s.spec.shape[-1] for s in plan.checkpoint.tensors.values() if s.spec.shape), default=1
@@ -56,10 +60,16 @@ def memory_estimate(plan: Work, workers: int) -> int:
     nbytes = max((stored.buffer_nbytes for stored in plan.checkpoint.tensors.values()), default=0)
     items = (item for shard in plan.shards for item in shard.items)
     searched = any(isinstance(item, Quantize) and item.scheme.searches_scales for item in items)
-    nbytes += block * (14 + 60 * searched) + max(0, tallest - block) * 5
+    compiled = available()
+    if compiled:
+        nbytes += COMPILED * block * 5
+    else:
+        nbytes += block * (14 + 60 * searched)
+    nbytes += max(0, tallest - block * (COMPILED if compiled else 1)) * 5
     nbytes += max((_columns_nbytes(item) for shard in plan.shards for item in shard.items), default=0)
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
-    return workers * nbytes + buffer_count(workers) * EXTENT + tensors * 1500 + _BASE
+    shared = _BASE + _COMPILER * compiled + tensors * 1500
+    return workers * nbytes + buffer_count(workers) * EXTENT + shared
 
 
 def _columns_nbytes(item: Item) -> int:

@@ -55,7 +55,12 @@ class Buffers:
             self._left -= 1
             if self._free:
                 return self._free.pop()
-        return memoryview(mmap.mmap(-1, EXTENT))
+        try:
+            return memoryview(mmap.mmap(-1, EXTENT))
+        except OSError:  # no memory
+            with self._lock:
+                self._left += 1
+            return None
 
     def give(self, memory: memoryview) -> None:
         """Take a buffer back."""
@@ -248,10 +253,16 @@ class ExtentFile:
             if writing is None:
                 self._store(number, memory, whole)
             else:
-                with self._lock:
-                    self._pending += 1
-                writing.submit(self._write_later, number, memory, whole)
+                self._submit(writing, number, memory, whole)
         self._hash_whole()
+
+    def _submit(self, writing: Executor, number: int, memory: memoryview, whole: _Whole) -> None:
+        with self._lock:
+            self._pending += 1
+        try:
+            writing.submit(self._write_later, number, memory, whole)
+        except RuntimeError:  # no thread can be started
+            self._write_later(number, memory, whole)
 
     def _write_later(self, number: int, memory: memoryview, whole: _Whole) -> None:
         try:

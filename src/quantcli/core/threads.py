@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
+
+from quantcli.core.errors import MachineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -16,20 +19,34 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class _Pool(ThreadPoolExecutor):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit work; MachineError if no thread can be started."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            raise MachineError(
+                "no thread can be started",
+                fix="raise the limit of processes (ulimit -u), or give fewer --workers",
+            ) from None
+
+
 @contextmanager
 def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of `workers` threads in which every torch operation stays on its own thread.
 
     Torch releases the GIL while it computes, so that these threads use all cores; torch's own threads
     would compete with them. When the block ends, by an exception as well, jobs that have not begun are
-    dropped, and running ones are awaited.
+    dropped, and running ones are awaited. MachineError if a thread cannot be started.
     """
     import torch  # the number of cores is asked for long before
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _keep_freed_memory()
-    pool = ThreadPoolExecutor(workers, "quantcli", initializer=torch.set_num_threads, initargs=(1,))
+    pool = _Pool(workers, "quantcli", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import safetensors_dtype, torch_dtype
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.kernels import machine
@@ -31,7 +31,7 @@ from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 
 BLOCK_ELEMENTS = 512 * 1024  # of a row block: its float32 copy, 2 MB, stays in the cache of a core
-_COMPILED = 4  # times as many if kernels serve: they go row by row, and each block costs some Python
+COMPILED = 4  # times as many if kernels serve: they go row by row, and each block costs some Python
 JOB_BYTES = 4 * 2**20  # of source in one job of the pool
 
 
@@ -88,7 +88,7 @@ def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
         spec = item.source.spec
         if spec.nbytes == 0:
             continue
-        step = rows_of_job(item)
+        step = rows_of_job(item) if spec.itemsize >= 1 else item.height
         for start in range(0, item.height, step):
             yield Job(item, start, min(start + step, item.height))
 
@@ -187,7 +187,7 @@ def elements_of(item: Quantize | Repack) -> int:
     if isinstance(item, Repack) or item.source.kind or item.edit or item.scheme.numerics.transform:
         return BLOCK_ELEMENTS
     if machine.available():
-        return _COMPILED * BLOCK_ELEMENTS
+        return COMPILED * BLOCK_ELEMENTS
     return BLOCK_ELEMENTS
 
 
@@ -204,6 +204,9 @@ def row_blocks(job: Job, elements: int | None = None) -> Iterator[tuple[int, int
 
 def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -> Iterator[Computed]:
     (out,), source = item.outputs, item.source
+    if source.spec.itemsize < 1:
+        yield from _copied_bytes(out, source)
+        return
     each = 1
     if len(source.spec.shape) > 2 and not source.kind and item.edit is None:
         # a row of a stack is all of an expert: cut it into the rows of its matrix
@@ -219,6 +222,16 @@ def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -
             copied = copy_block(item, reader.weight(start, stop - start), start, calibrated)
             nbytes = _share(item, stop, each) - _share(item, start, each)
             yield Computed(start, stop - start, [(out, start, copied)], nbytes)
+
+
+def _copied_bytes(out: Output, source: StoredTensor) -> Iterator[Computed]:
+    """All bytes of a tensor whose elements are smaller than a byte: a row may end within one."""
+    spec = TensorSpec(source.spec.name, "U8", (source.spec.nbytes,))
+    out, source = Output(spec), replace(source, spec=spec)
+    with source.open() as reader:
+        for start in range(0, spec.nbytes, BLOCK_ELEMENTS):
+            copied = reader.weight(start, BLOCK_ELEMENTS)
+            yield Computed(start, len(copied), [(out, start, copied)], len(copied))
 
 
 def _share(item: Item, rows: int, each: int = 1) -> int:

@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
@@ -310,3 +312,68 @@ def test_a_file_is_not_closed_under_the_thread_that_writes(tmp_path, monkeypatch
     go.set()
     closing.join()
     assert done == [EXTENT]
+
+
+def test_no_thread_and_no_memory(tmp_path, monkeypatch):
+    """The file is written by who made it, and piece by piece."""
+    monkeypatch.setattr(extents, "EXTENT", 8192)
+
+    class Refuses(Executor):
+        def submit(self, *_):
+            raise RuntimeError("can't start new thread")
+
+    data = bytes(range(256)) * 100
+    for kind in ("thread", "memory"):
+        if kind == "memory":
+            monkeypatch.setattr(extents.mmap, "mmap", refuse_memory)
+        hashes = Hashes()
+        buffers = Buffers(8, 2, Refuses())
+        file = ExtentFile(tmp_path / kind, len(data), buffers, hashes=hashes)
+        for start in range(0, len(data), 1000):
+            file.put(start, data[start : start + 1000])
+        file.finish()
+        assert (tmp_path / kind).read_bytes() == data
+        assert hashes.hex()["sha256"] == hashlib.sha256(data).hexdigest()
+        assert buffers._left == 8
+
+
+def refuse_memory(*_):
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_others_wait_for_the_hash(tmp_path, monkeypatch):
+    """With few buffers nothing is read back, as long as the next extent to hash is there."""
+    monkeypatch.setattr(extents, "EXTENT", 8192)
+    data = random.Random(1).randbytes(100 * 8192)
+    slow, began = threading.Event(), threading.Event()
+
+    class Slow(Hashes):
+        def update(self, piece):
+            began.set()
+            slow.wait()
+            super().update(piece)
+
+    def no_reading(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(os, "preadv", no_reading)
+    hashes = Slow()
+    buffers = Buffers(6, 2)
+    file = ExtentFile(tmp_path / "file", len(data), buffers, hashes=hashes)
+
+    def put(numbers):
+        for number in numbers:
+            file.put(number * 8192, data[number * 8192 : (number + 1) * 8192])
+
+    first = threading.Thread(target=put, args=([0],))
+    first.start()
+    began.wait()
+    second = threading.Thread(target=put, args=(range(1, 100),))
+    second.start()
+    while buffers.plenty:
+        time.sleep(0.001)
+    slow.set()
+    first.join()
+    second.join()
+    file.finish()
+    assert hashes.hex()["sha256"] == hashlib.sha256(data).hexdigest()

@@ -34,7 +34,7 @@ def compiled(name: str, *words: str) -> bytes:
     name, features = _CPU
     machine = target.create_target_machine(cpu=name, features=features, opt=3)
     code: bytes = machine.emit_object(module)
-    header = [overload.fndesc.llvm_func_name, "".join(map(_kind, signature.args))]
+    header = [overload.fndesc.llvm_func_name, "".join(map(_kind, signature.args)), len(code)]
     return json.dumps(header).encode() + b"\n" + code
 
 

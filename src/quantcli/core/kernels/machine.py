@@ -29,7 +29,7 @@ Say: TypeAlias = Callable[[str], None]  # takes a message for people; raises not
 SWITCH = "QUANTCLI_KERNELS"  # environment variable: "off" leaves all work to torch
 _HASH_BYTES = 32
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_SOURCES = ("formulas.py", "loops.py", "machine.py", "compile.py")
+_SOURCES = ("__init__.py", "formulas.py", "loops.py", "machine.py", "compile.py")
 
 
 class _Kernels:
@@ -62,13 +62,13 @@ class _Kernels:
         return None if folder is None else _read(folder / _file(key))
 
     def _compiled(self, key: tuple[str, ...]) -> bytes:
-        folder = _folder(_fingerprint())
-        if self.say is not None:
-            often = "once" if folder else "in each run, as no folder of this user's can keep them"
-            self.say(f"compiling kernels for this CPU, {often}: a few seconds")
-            self.say = None
         from quantcli.core.kernels.compile import compiled
 
+        folder = _folder(_fingerprint())
+        if self.say is not None:
+            kept = f"kept in {folder.parent}" if folder else "which no folder of this user's can keep"
+            self.say(f"compiling kernels for this CPU, {kept}: a few seconds")
+            self.say = None
         content = compiled(*key)
         if folder is not None:
             _write(folder / _file(key), content)
@@ -80,14 +80,25 @@ class _Kernels:
         if not self._engines:  # numba does it, too, but is rarely imported
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
-        header, _, code = content.partition(b"\n")
-        symbol, arguments = json.loads(header)
+        symbol, arguments, code = _parts(content)
         target = llvm.Target.from_triple(llvm.get_process_triple())
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target.create_target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
+        address = engine.get_function_address(symbol)
+        if not address:
+            raise ValueError(f"no function {symbol}")
         self._engines.append(engine)
-        return _callable(engine.get_function_address(symbol), arguments)
+        return _callable(address, arguments)
+
+
+def _parts(content: bytes) -> tuple[str, str, bytes]:
+    """Symbol, kinds of arguments, and object file. ValueError if they are not whole."""
+    header, _, code = content.partition(b"\n")
+    symbol, arguments, nbytes = json.loads(header)
+    if nbytes != len(code):
+        raise ValueError("object file is cut off")
+    return symbol, arguments, code
 
 
 def _file(key: tuple[str, ...]) -> str:
@@ -144,7 +155,11 @@ def available() -> bool:
 
 
 def problem() -> str | None:
-    """The reason why this process has no kernels, if one was asked for and could not be had."""
+    """The reason why this process has no kernels, if that is so, with what to do about it."""
+    if os.environ.get(SWITCH) == "off":
+        return f"{SWITCH}=off"
+    if _KERNELS.problem is not None and not _installed():
+        return f"{_KERNELS.problem}; `pip install numba` brings them"
     return _KERNELS.problem
 
 
@@ -190,7 +205,7 @@ def _fingerprint() -> str:
 @cache
 def _folder(fingerprint: str) -> Path | None:
     """Where machine code is kept: in the user's cache, or else among temporary files; None if neither
-    can be written by this user, or if another user can write there.
+    can be written by this user, nor has any, or if another user can write there.
     """
     for parent in _parents():
         places = parent, parent / "kernels", parent / "kernels" / fingerprint
@@ -198,7 +213,10 @@ def _folder(fingerprint: str) -> Path | None:
             parent.parent.mkdir(parents=True, exist_ok=True)
             for place in places:  # each by itself: `parents` would leave their modes to the umask
                 place.mkdir(mode=0o700, exist_ok=True)
-            if all(map(_private, places)):
+            # one that cannot be written may be part of a container's image, with all it needs
+            if all(map(_private, places)) and (
+                os.access(places[-1], os.W_OK) or any(places[-1].iterdir())
+            ):
                 return places[-1]
     return None
 
@@ -218,7 +236,7 @@ def _private(folder: Path) -> bool:
     """Whether a folder is this user's, and no other may write in it: code from it is run."""
     found = folder.lstat()
     owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return owned and not found.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
+    return owned and not found.st_mode & 0o022 and os.access(folder, os.X_OK)
 
 
 def _read(path: Path) -> bytes | None:
@@ -228,6 +246,10 @@ def _read(path: Path) -> bytes | None:
     except OSError:
         return None
     digest, content = raw[:_HASH_BYTES], raw[_HASH_BYTES:]
+    try:
+        _parts(content)
+    except (ValueError, TypeError):
+        return None
     return content if blake3(content).digest() == digest else None
 
 
