@@ -259,7 +259,7 @@ def test_ascend_does_not_list_the_family(make: Callable[..., Bench], family: str
 def test_families_that_the_engine_would_misread_are_refused(
     tmp_path: Path, target: str, family: str, name: str, shape: tuple[int, ...], says: str
 ) -> None:
-    """With the reason and a word on what works, before a byte of weights is read."""
+    """The message gives the reason and says what works. No byte of a weight is read before."""
     names = {name: tensor("BF16", *shape, fill=255), "a.q_proj.weight": tensor("BF16", 8, 8, fill=255)}
     model = make_model(tmp_path / "m", {"model.safetensors": names}, config={"model_type": family})
     scheme = "fp8_tensor" if target == "fp8" else "w8a8_dynamic"

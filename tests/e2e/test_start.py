@@ -1,4 +1,4 @@
-"""The start of the process: what is imported, what is said first, and interrupts at any moment."""
+"""The start of the process: its imports, its first line, and interrupts at any moment."""
 
 from __future__ import annotations
 

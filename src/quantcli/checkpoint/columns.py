@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.rows import BUFFERS
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_into, tensor_bytes
 from quantcli.core.disk import disk_errors
@@ -20,20 +20,6 @@ STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are n
 _CHUNK_BYTES = 2**18  # of whole rows that are read at once
 _PIECE = 256  # rows that are transposed at once
 _FEW = 4  # whole rows cost less than a call for each part if they are not more than this many times it
-
-
-class _Memory(threading.local):
-    """Memory of closed readers, for the thread's next ones: what is freed and allocated again in other
-    sizes adds up."""
-
-    def __init__(self) -> None:
-        self.free: list[bytearray] = []
-
-    def take(self) -> bytearray:
-        return self.free.pop() if self.free else bytearray()
-
-
-_MEMORY = _Memory()
 
 
 def _placed(memory: bytearray, shape: Sequence[int], dtype: torch.dtype) -> tuple[bytearray, Tensor]:
@@ -59,25 +45,24 @@ class Columns:
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        self._memory, self._result = _MEMORY.take(), _MEMORY.take()
+        self._memory, self._result = BUFFERS.take(), BUFFERS.take()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
         self._rows = torch.empty(0)
-        _MEMORY.free += [self._memory, self._result]
+        BUFFERS.free += [self._memory, self._result]
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) as rows [stop - start, h], contiguous, until the next call."""
         height, width = self._stored.spec.shape
         self._result, result = _placed(self._result, (stop - start, height), self._dtype)
-        if self._first <= start < stop <= self._last:
-            pass
-        elif (stop - start) * _FEW >= width:
+        loaded = self._first <= start < stop <= self._last
+        if not loaded and (stop - start) * _FEW >= width:
             for row, rows in self._whole_rows():
                 _turn(rows[:, start:stop], result[:, row : row + len(rows)])
             return result
-        else:
+        if not loaded:
             self._load(start, stop)
         _turn(self._rows[:, start - self._first : stop - self._first], result)
         return result
@@ -104,12 +89,12 @@ class Columns:
         spec = self._stored.spec
         height, width = spec.shape
         step = max(1, _CHUNK_BYTES // spec.row_nbytes)
-        memory = _MEMORY.take()
+        memory = BUFFERS.take()
         for row in range(0, height, step):
             memory, rows = _placed(memory, (min(step, height - row), width), self._dtype)
             read_into(self._fd, self._stored, row * spec.row_nbytes, tensor_bytes(rows))
             yield row, rows
-        _MEMORY.free.append(memory)
+        BUFFERS.free.append(memory)
 
 
 def _turn(columns: Tensor, into: Tensor) -> None:

@@ -16,13 +16,18 @@ from quantcli.core.disk import disk_errors
 
 
 class _Buffers(threading.local):
-    """Buffers of closed readers, for the next readers of the thread."""
+    """Buffers of closed readers, for the next readers of the thread: what is freed and allocated again
+    in other sizes adds up."""
 
     def __init__(self) -> None:
         self.free: list[bytearray] = []
 
+    def take(self) -> bytearray:
+        """One of them, or an empty one."""
+        return self.free.pop() if self.free else bytearray()
 
-_BUFFERS = _Buffers()
+
+BUFFERS = _Buffers()
 
 
 class RowReader:
@@ -38,12 +43,12 @@ class RowReader:
     def __enter__(self) -> Self:
         with disk_errors(self._stored.file):
             self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        self._buffer = _BUFFERS.free.pop() if _BUFFERS.free else bytearray()
+        self._buffer = BUFFERS.take()
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
-        _BUFFERS.free.append(self._buffer)
+        BUFFERS.free.append(self._buffer)
 
     def weight(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count), as many as there are: [rows, ...] in the stored dtype.
