@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
+from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import AnswerNo
@@ -46,6 +47,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     own = {RECIPE_FILE: text.encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
     calibrates = bool(need or recipe.methods)
+    if calibrates:
+        must_run_alone(checkpoint)
     if not calibrates and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")

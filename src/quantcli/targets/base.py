@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.detect import Quantization, quantization
+from quantcli.checkpoint.detect import Draft, Quantization, quantization
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
@@ -156,6 +156,10 @@ class Target(BaseModel, ABC):
 
         model_type: of the language model, as config.json has it; "" if it is not known.
         """
+        yield from ()
+
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """Refusals of a stand-alone draft, before its tensors are looked at."""
         yield from ()
 
     def takes_split_experts(self, model_type: str) -> bool:

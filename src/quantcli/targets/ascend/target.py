@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
@@ -32,6 +33,7 @@ from quantcli.targets.base import (
     StoredCheckpoint,
     cannot_store,
 )
+from quantcli.targets.drafts import FLOAT_DRAFT
 from quantcli.targets.sidecars import flat_json
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import (
@@ -174,6 +176,19 @@ class Ascend(VllmTarget):
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
+
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """All: the description cannot have the names that the engine looks up.
+
+        Sources: vllm-ascend 182b75ea84, quantization/modelslim_config.py:709-808 (whole names);
+        vllm 0.32.0, model_executor/models/llama_eagle3.py:186-195,347-351.
+        """
+        what = (
+            f"a draft ({draft.kind}) cannot be quantized for this engine: it looks layers up in the "
+            "description by whole names, and numbers them after those of the draft's target "
+            "(vLLM-Ascend's modelslim_config.py:709-808; vLLM's llama_eagle3.py:186-195)"
+        )
+        yield Refusal("architectures", what, FLOAT_DRAFT)
 
     def takes_split_experts(self, model_type: str) -> bool:
         """Those of families whose experts it finds by itself; others have not been tried."""
