@@ -85,6 +85,11 @@ class Target(BaseModel, ABC):
     files: ClassVar[Mapping[str, str]] = {}
 
     @property
+    def served_in(self) -> str | None:
+        """The only dtype, "BF16" or "F16", that the engine computes in; None: that of config.json."""
+        return None
+
+    @property
     def article(self) -> str:
         """The target's name with an article, for messages."""
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"

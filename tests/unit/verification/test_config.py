@@ -16,8 +16,9 @@ def model(config, tensors=()):
     return SimpleNamespace(config=config, tensors=dict(tensors), path="OUT")
 
 
-def differences(ours, reference, *, sealed=True):
-    findings = list(compare_config(model(ours), model(reference), sealed=sealed))
+def differences(ours, reference, *, sealed=True, serving=None):
+    manifest = {"serving_dtype": serving} if sealed else None
+    findings = list(compare_config(model(ours), model(reference), manifest))
     assert {f.check for f in findings} <= {"source"}
     assert all(f.severity == "error" and f.fix for f in findings)
     return [f.what for f in findings]
@@ -177,3 +178,11 @@ def test_a_head_that_engines_leave_out(config, places):
     ]
     assert {note.severity for note in notes} <= {"note"}
     assert list(check_tied(model(config))) == []
+
+
+def test_an_engine_that_serves_in_float16_alone():
+    """The manifest has the dtype; an engine of another target reads that of the model."""
+    ours, reference = {"dtype": "float16"}, {"dtype": "bfloat16"}
+    assert differences(ours, reference, serving="F16") == []
+    assert len(differences(ours, reference, serving="BF16")) == 1
+    assert len(differences(reference, reference, serving="F16")) == 1

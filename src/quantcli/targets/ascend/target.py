@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,11 +13,13 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import scale_values, scales_to_store
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
+    ON_310P,
     TRANSFORM,
     TYPES,
     WRITTEN,
@@ -42,6 +44,7 @@ from quantcli.targets.vllm_family import (
     VllmTarget,
     absent_head,
     fused_name,
+    is_head,
     last_part,
 )
 
@@ -56,6 +59,11 @@ class Ascend(VllmTarget):
     name: ClassVar[str] = "ascend"
     files: ClassVar[Mapping[str, str]] = {DESCRIPTION: "description"}
     float_label: ClassVar[str] = FLOAT
+    device: Literal["310P"] | None = Field(
+        None,
+        description="310P: Atlas 300I DUO and others with that chip, which serve in float16 and have "
+        "W8A8 and W8A8_DYNAMIC; left out: Atlas A2 and later",
+    )
     tp: int | None = Field(
         None,
         ge=1,
@@ -67,11 +75,27 @@ class Ascend(VllmTarget):
         """The quantization type; its label is that in the description, such as W8A8_DYNAMIC."""
         if numerics not in WRITTEN:
             raise cannot_store(self.name, numerics)
-        return WRITTEN[numerics]
+        quant_type = WRITTEN[numerics]
+        if self.device and quant_type.label not in ON_310P:
+            raise InputError(
+                f"the engine has no {quant_type.label} on the {self.device}, only "
+                f"{' and '.join(ON_310P)} (vLLM-Ascend's _310p/quantization/methods)",
+                fix="use w8a8_static or w8a8_dynamic",
+            )
+        return quant_type
 
     def loads_on(self, label: str) -> str:
         """First engine version and hardware."""
-        return TYPES[label].loads_on
+        return ON_310P[label] if self.device else TYPES[label].loads_on
+
+    @property
+    def served_in(self) -> str | None:
+        """Float16 on the 310P, also for models in bfloat16; its loader has no deq_scale in float32.
+
+        Source: vllm-ascend 182b75ea84, _310p/quantization/methods/w8a8_static.py:36-42;
+        tests/e2e/pull_request/one_card/_310p/test_dense_model_310p.py:46.
+        """
+        return "F16" if self.device else None
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Loaders round input_scale to the serving dtype, and weight_scale of int8 types except W8A8.
@@ -80,7 +104,10 @@ class Ascend(VllmTarget):
         """
         if part == "weight_scale" and numerics.weight.scale_type:
             return numerics.weight.scale_type.dtype
-        in_float32 = part == "weight_scale" and self.layout(numerics).scale_in_float32
+        quant_type = self.layout(numerics)
+        # 310P: vllm-ascend 182b75ea84, _310p/quantization/methods/w8a8_dynamic.py:60-69,134-143
+        keeps = quant_type.scale_in_float32 or bool(self.device)
+        in_float32 = part == "weight_scale" and keeps
         return "F32" if in_float32 else serving_dtype
 
     def bias_dtype(self, numerics: Numerics) -> str | None:
@@ -157,6 +184,8 @@ class Ascend(VllmTarget):
             yield reason, KEEP
         if EXPERT.fullmatch(module.name) and not TYPES[label].experts:
             yield f"the engine has no {label} for experts", "use w8a8_dynamic for them"
+        if self.device and is_head(module.name):
+            yield "the engine builds lm_head as float on the 310P", KEEP
         if label.startswith("W4A4") and k % 8:
             yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
