@@ -73,7 +73,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         recipe_text=text,
         rules=rules,
         kept=kept,
-        notes=(*checkpoint.notes, *notes, *target.advise(matched.modules)),
+        notes=(
+            *checkpoint.notes,
+            *notes,
+            *target.advise(matched.modules, str(checkpoint.config.get("model_type", ""))),
+        ),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
         measured=tuple(sorted(need)),

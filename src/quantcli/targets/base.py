@@ -174,8 +174,8 @@ class Target(BaseModel, ABC):
         """
         return True
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """Notes for the plan on modules that load."""
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
+        """Notes for the plan on modules that load. model_type: as config.json has it, or ""."""
         yield from ()
 
     @abstractmethod

@@ -85,7 +85,7 @@ def _renamed(module: str) -> list[str]:
     """Other names of a module in engines that build it under another one."""
     if not _MAY_BE_RENAMED.search(module):  # most are not: there may be very many experts
         return []
-    found = [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
+    found = built_as(module)
     if _DEEPSEEK_V4.search(module):
         name = module
         for pattern, new in _PARTS_OF_DEEPSEEK_V4:
@@ -94,6 +94,13 @@ def _renamed(module: str) -> list[str]:
     if _LEFT_OUT.search(module):
         found.append(_LEFT_OUT.sub("", module))
     return found
+
+
+def built_as(module: str) -> list[str]:
+    """Names under which vLLM builds a module, other than that of its tensor."""
+    if not _MAY_BE_RENAMED.search(module):
+        return []
+    return [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
 
 
 def spellings(module: str) -> tuple[str, ...]:

@@ -419,7 +419,7 @@ class VllmTarget(Target):
         labels: of all modules, by name.
         """
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """A note on a quantized head."""
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"

@@ -5,6 +5,7 @@ Engines build the model from it: sizes, positions, activations and dtypes all co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from quantcli.targets.sidecars import declared_dtype, named_dtype, quantization_
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of new and of old versions of transformers
 _TEXT = "text_config"
 _SERVED = frozenset({"BF16", "F16"})
+# A recipe for an engine that serves in float16 alone: the ascend target's option.
+_FLOAT16_ALONE = re.compile(r"\bdevice\b\W+310P\b")
 _ABSENT = object()
 # Keys that tell of the program that saved a file.
 OF_PRODUCER = frozenset({"transformers_version", "_name_or_path"})
@@ -84,7 +87,7 @@ def compare_config(
     """Findings for each key that is not the other model's, but for those that a conversion sets.
 
     They are the quantization that engines read, and the dtype if the other model's is not served.
-    manifest: of the checkpoint, if it has one: it may be served in the dtype that is there.
+    manifest: of the checkpoint, if it has one: its recipe may be for an engine of one dtype.
     """
     try:
         return list(_compare_config(ours, reference, manifest))
@@ -189,8 +192,8 @@ def _added_quantization(ours: dict[str, Any], reference: dict[str, Any]) -> Iter
 def _serving(reference: Checkpoint, manifest: Mapping[str, Any] | None) -> frozenset[str]:
     """The dtypes in which a conversion of a model may be served."""
     declared = declared_dtype(reference.config)
-    if manifest is not None and manifest.get("serving_dtype") in _SERVED:
-        return frozenset({str(manifest["serving_dtype"])})
+    if manifest is not None and _FLOAT16_ALONE.search(str(manifest.get("recipe"))):
+        return frozenset({"F16"})
     if declared in _SERVED:
         return frozenset({declared})
     return frozenset({"BF16"}) if manifest is not None and declared == "F32" else _SERVED

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
-from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
+from quantcli.targets.ascend.loader import (
+    DESCRIPTION,
+    FLOAT,
+    LISTED_EXPERTS,
+    also_asked,
+    float_only,
+    skip_rule,
+    unlisted,
+    unreachable,
+)
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
@@ -206,6 +216,13 @@ class Ascend(VllmTarget):
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
 
+    def check_tensors(
+        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+    ) -> Iterator[Refusal]:
+        """As for all engines of the family; and families whose modules no entry can name."""
+        yield from super().check_tensors(tensors, model_type)
+        yield from unreachable(model_type)
+
     def check_draft(self, draft: Draft) -> Iterator[Refusal]:
         """All: the description cannot have the names that the engine looks up.
 
@@ -219,12 +236,11 @@ class Ascend(VllmTarget):
         )
         yield Refusal("architectures", what, FLOAT_DRAFT)
 
-    def takes_split_experts(self, model_type: str) -> bool:
-        """Those of families whose experts it finds by itself; others have not been tried."""
-        return model_type in LISTED_EXPERTS
-
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
+        """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
+        and experts of families that the engine does not list."""
+        if model_type not in LISTED_EXPERTS and any(EXPERT.fullmatch(m.name) for m in modules):
+            yield unlisted(model_type)
         rows: dict[str, int] = defaultdict(int)
         for module in modules:
             if module.numerics and (fused := self.fused_name(module.name)):
@@ -238,7 +254,7 @@ class Ascend(VllmTarget):
         rotated = [m.name for m in modules if m.numerics and m.numerics.transform]
         if any(map(splits_inputs, rotated)):
             yield "loads on one device alone: inputs of o_proj or down_proj are transformed"
-        yield from super().advise(modules)
+        yield from super().advise(modules, model_type)
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """The description, config.json without quantization, and the index."""
@@ -277,7 +293,11 @@ class Ascend(VllmTarget):
             parent = module.name.rpartition(".")[0]
             for sibling in MERGED.get(last_part(module.name), ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels[module.name])
-        listed = output.config.get("model_type") in LISTED_EXPERTS
+        kind = str(output.config.get("model_type"))
+        for module in output.modules:
+            for name in also_asked(module.name, kind):
+                table.setdefault(f"{name}.weight", labels[module.name])
+        listed = kind in LISTED_EXPERTS
         for module in output.modules:
             if match := EXPERT.fullmatch(module.name):  # also of float experts that stay in their stack
                 name = module.name if listed else match["experts"]
