@@ -50,9 +50,12 @@ _LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
     "num_decoder_layers",
 )  # fmt: skip
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim")
 _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp")
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+# Blocks of config.json for two stacks of one model; next to a language model they describe a tower.
+_STACKS = ("encoder", "decoder", "encoder_config", "decoder_config")
+_BOTH = frozenset({"encoder", "decoder"})
 _HEADS = ("linear_num_value_heads", "num_attention_heads")
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -96,19 +99,16 @@ class _Sizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Sizes:
-        text = checkpoint.text_config
-        levels = [
-            text,
-            *(text[key] for key in ("encoder", "decoder") if isinstance(text.get(key), dict)),
-        ]
+        text, config = checkpoint.text_config, checkpoint.config
+        stacks = [text[key] for key in _STACKS if isinstance(text.get(key), dict)]
         heads = {n for key in _HEADS for n in _whole(text, (key,))}
         return cls(
-            width=frozenset(n for level in levels for n in _whole(level, _WIDTHS)),
-            layers=frozenset(n for level in levels for n in _whole(level, _LAYERS)),
+            width=frozenset(n for level in (text, *stacks) for n in _whole(level, _WIDTHS)),
+            layers=frozenset(n for level in (text, *stacks) for n in _whole(level, _LAYERS)),
             drafts=max(_whole(text, _DRAFTS), default=0),
             experts=max(_whole(text, _EXPERTS), default=0),
             gates=frozenset(heads | {2 * n for n in heads}),
-            towers=tuple(_others(checkpoint.config, text)),
+            towers=tuple(n for n in _others(config, text) if config is not text or n not in _BOTH),
         )
 
 
@@ -192,8 +192,13 @@ class _Roles:
         self._stacks = tuple(stacks)
         sizes = self.sizes
         own = [s for s in stacks if not self._is_tower(s) and not _MTP.search(s)]
+        own = [s for s in own if not _HEAD.fullmatch(s)]
+        own = own or list(stacks)  # a speech model, say, whose names begin with its own
         wide = [s for s in own if sizes.width & widths[s]] if sizes.width else own
-        body = [s for s in wide if self._main(len(stacks[s])) is not None]
+        if not sizes.towers and len(own) == len(stacks):
+            body = wide  # there is nothing but the language model
+        else:
+            body = [s for s in wide if self._main(len(stacks[s])) is not None]
         if not body and (wide or own):
             body = [max(wide or own, key=lambda stack: sum(stacks[stack].values()))]
         counts = {s: self._main(len(stacks[s])) for s in body}
@@ -239,9 +244,9 @@ class _Roles:
 
     def _is_router(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a matrix gives a number for each expert, or few numbers for a token."""
-        rows, experts = shape[-2], self.sizes.experts
+        least, experts = min(shape[-2:]), self.sizes.experts
         most = 2 * experts if experts else 1024  # identity experts may be added to the count
-        return min(shape[-2:]) < _LEAST_SIDE or (_ROUTER.search(name) is not None and rows <= most)
+        return least < _LEAST_SIDE or (_ROUTER.search(name) is not None and least <= most)
 
     def _within(self, rest: str, shape: tuple[int, ...], mixer: bool, with_experts: bool) -> Role:
         """The role of a matrix in a layer of the language model; rest: its name in there."""
