@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import lm_head
+from quantcli.checkpoint.roles import roles_of
 from quantcli.cli.app import app
 from quantcli.commands import quantize as commands
 from quantcli.commands.inspect import inspect
@@ -63,6 +64,16 @@ def test_drafts_are_found_and_named(tmp_path: Path, name: str) -> None:
     assert inspect(str(model))["draft"] == ENGINE[name].kind
     stored = any(tensor.startswith("lm_head.") for tensor in load_file(model / "model.safetensors"))
     assert lm_head(open_checkpoint(model)) == ("stored" if stored else "none")
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3", "eagle3_speculators", "eagle3_deepseek"])
+def test_roles_of_the_one_layer(tmp_path: Path, name: str) -> None:
+    """A recipe by roles finds it, under its own name."""
+    found = roles_of(open_checkpoint(make_draft(tmp_path / "draft", name)))
+    layer = "midlayer" if name in ("eagle3", "eagle3_deepseek") else "layers.0"
+    assert found[f"{layer}.self_attn.o_proj"] == "attention.out"
+    assert found[f"{layer}.mlp.down_proj"].startswith("mlp")
+    assert ("layers.0.mlp.down_proj" in found) == (layer == "layers.0")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
