@@ -54,6 +54,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     if recipe.siblings and not siblings.have_effect(assigned):
         notes.append("`siblings` has no effect: the schemes of these modules share nothing")
     modules = list(_modules(checkpoint, assigned))
+    raise_first(recipe.target.check_family(modules, family_of(checkpoint)), assigned)
     raise_first(recipe.target.check(modules), assigned)
     return Matched(assigned, modules, siblings, notes)
 
@@ -79,8 +80,8 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
     checkpoint: with experts one by one, whoever has split them.
     """
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    family = checkpoint.text_config.get("model_type", checkpoint.config.get("model_type"))
-    raise_first(target.check_tensors(specs, str(family)), {})
+    config = {**checkpoint.text_config, "model_type": family_of(checkpoint)}
+    raise_first(target.check_tensors(specs, config), {})
     kind = checkpoint.config.get("model_type")
     if not layouts_of(checkpoint) or target.takes_split_experts(str(kind)):
         return
@@ -92,6 +93,11 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
                 where=f"`{name}`",
                 fix=f"use {' or '.join(_takers(str(kind)))}",
             )
+
+
+def family_of(checkpoint: Checkpoint) -> str:
+    """The model type of the language model, as config.json has it; else that of the whole model."""
+    return str(checkpoint.text_config.get("model_type", checkpoint.config.get("model_type")))
 
 
 def _takers(model_type: str) -> Iterator[str]:

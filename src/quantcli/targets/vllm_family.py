@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -197,53 +197,91 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
     return head.removesuffix(".weight") if head else None
 
 
-# Families with experts whose quantized matrices the engine would misread or leave out, by `model_type`:
-# the reason, and what works.
+# Families with experts whose quantized matrices the engine would misread, refuse or leave out, by
+# `model_type`: the reason, and what works.
 # Sources: vllm 0.32.0, model_executor/models/gpt_oss.py:1167-1286,1419-1441 (single `gate_proj` and
 # `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
 # openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
-# with at most one scale for each expert).
+# with at most one scale for each expert); models/inkling/nvidia/moe.py (load_expert_weight);
+# model_executor/models/transformers/moe.py:186 (the width of experts is that of hidden states).
 _SKIPPED = (
     "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
     "(its gpt_oss.py:1167-1286)"
 )
+_ELSE_FLOAT = "put a rule with `scheme: keep` for its experts before the others: they are copied as stacks"
+_WHOLE = (
+    "vLLM 0.32 reads the experts of Inkling as whole stacks, quantized or not (load_expert_weight of its "
+    "models/inkling/nvidia/moe.py:546-617), and this version writes single ones"
+)
 _MISREAD = {
-    "gpt_oss": (_SKIPPED, "serve the family's own MXFP4 checkpoint, which vLLM loads"),
-    "openai_privacy_filter": (_SKIPPED, "serve the float model"),
+    "gpt_oss": (_SKIPPED, f"{_ELSE_FLOAT}; or serve the family's own MXFP4 checkpoint"),
+    "openai_privacy_filter": (_SKIPPED, _ELSE_FLOAT),
     "dbrx": (
         "vLLM 0.32 reads the experts of DBRX as whole tensors, with one scale for each expert at most "
         "(its dbrx.py:88-141,386-420)",
-        "serve the float model",
+        _ELSE_FLOAT,
     ),
+    "inkling_text": (_WHOLE, _ELSE_FLOAT),
+    "inkling_mm_model": (_WHOLE, _ELSE_FLOAT),
+    "muse_spark_text": (
+        "vLLM 0.32 has no class for it, and its Transformers backend builds experts as wide as hidden "
+        "states (model_executor/models/transformers/moe.py:186); these are narrower",
+        "serve the float model with transformers",
+    ),
+}
+# Families none of whose experts an engine builds: the reason.
+# Source: vllm 0.32.0, model_executor/models/registry.py and transformers/moe.py:255-265 (experts are
+# found by the name `experts`, with parameters of three dimensions alone).
+_NO_CLASS = {
+    "jetmoe": "vLLM 0.32 has no class for JetMoE, and its Transformers backend finds no experts under "
+    "the names `input_linear` and `output_linear`"
 }
 
 
-def misread_experts(tensors: Mapping[str, TensorSpec], model_type: str) -> Iterator[Refusal]:
-    """A refusal of experts of a family whose loader in the engine takes no single quantized experts."""
+def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refusal]:
+    """A refusal of quantized experts of a family whose loader in the engine takes no single ones."""
     if model_type not in _MISREAD:
         return
     what, fix = _MISREAD[model_type]
-    for name, spec in tensors.items():
-        if EXPERT.fullmatch(name) or _set_of(name, spec) is not None:
-            yield Refusal(name, f"`{model_type}` cannot be quantized for this engine: {what}", fix)
+    for module in modules:
+        if module.numerics is not None and EXPERT.fullmatch(module.name):
+            yield Refusal(module.name, f"experts of `{model_type}` cannot be quantized: {what}", fix)
             return
 
 
-def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+def stacked_experts(
+    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
+) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
     They would stay float, while the engine builds the experts of their layer as quantized.
+    config: that of the language model.
     """
+    family = str(config.get("model_type"))
     for name, spec in tensors.items():
-        if _set_of(name, spec) is not None:
+        if _set_of(name, spec) is None and not _as_many_as_experts(name, spec, config):
+            continue
+        what = f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, "
+        if family in _NO_CLASS:
+            fix = "serve the float model with transformers"
+            yield Refusal(name, f"{what}and {_NO_CLASS[family]}", fix)
+        else:
             yield Refusal(
                 name,
-                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, in an order "
-                "that is not known for this model type",
+                f"{what}in an order that is not known for the model type `{family:.40}`",
                 "add an entry for it to EXPERTS in quantcli/sources/stacked.py, or save one 2-D tensor "
                 "per expert, as save_pretrained of transformers 5 does for most families",
             )
-            return
+        return
+
+
+def _as_many_as_experts(name: str, spec: TensorSpec, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of an unknown name has the shape of a stack: [experts, hidden size, any], or the
+    last two exchanged. A convolution has not."""
+    if len(spec.shape) != 3 or "conv" in name.lower():
+        return False
+    count, hidden = count_in(config)[1], config.get("hidden_size")
+    return spec.shape[0] == count > 1 and hidden in spec.shape[1:] and min(spec.shape) > 1
 
 
 def stacked_sets(tensors: Mapping[str, StoredTensor]) -> frozenset[str]:
@@ -292,6 +330,9 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
     names = [module.name for module in floats if is_linear(module.name, module.shape)]
     stacks = [m.name for m in floats if len(m.shape) == 3 and last_part(m.name) in _STACKS]
     names += dict.fromkeys(f"{name.rpartition('.')[0]}.experts" for name in stacks)
+    # the engine looks up gate and up apart, also if the family's experts have them as one matrix
+    fused = [n for n in names if EXPERT.fullmatch(n) and last_part(n) in MERGED]
+    names += [f"{n.rpartition('.')[0]}.{part}" for n in fused for part in MERGED[last_part(n)]]
     if head := absent_head(output.tensors):
         names.append(head.removesuffix(".weight"))
         if any(name.endswith("encoder.conv1.weight") for name in output.tensors):
@@ -301,13 +342,20 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
 
 # Keys of config.json for the number of experts.
 # Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:
     """The key of config.json for the number of experts, and the number; "" and 0 if there is none."""
-    config = checkpoint.text_config
-    return next(((key, n) for key in _COUNTS if type(n := config.get(key)) is int), ("", 0))
+    return count_in(checkpoint.text_config)
+
+
+def count_in(config: Mapping[str, Any]) -> tuple[str, int]:
+    """The same, in the config of a language model."""
+    nested = config.get("ffn_config")  # of DBRX
+    levels = (config, nested if isinstance(nested, dict) else {})
+    found = ((key, n) for level in levels for key in COUNTS if type(n := level.get(key)) is int)
+    return next(found, ("", 0))
 
 
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -384,11 +432,14 @@ class VllmTarget(Target):
         return fused_siblings(module)
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
     ) -> Iterator[Refusal]:
-        """Experts of families whose loaders misread single ones; stacked experts."""
-        yield from misread_experts(tensors, model_type)
-        yield from stacked_experts(tensors)
+        """Stacked experts."""
+        return stacked_experts(tensors, config or {})
+
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
+        """Experts of families whose loaders misread single ones."""
+        return misread_experts(modules, model_type)
 
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""
