@@ -285,7 +285,21 @@ def _copies(
         assert copy is not None
         copies |= dict.fromkeys((matrix.spec.name for matrix in matrices), None)
         copies[matrices[0].spec.name] = Copy(matrices[0].stack, None, copy.dtype)
+    if layout and layout.copies == "only":
+        _must_be_stacks(copies)
     return copies
+
+
+def _must_be_stacks(copies: Mapping[str, Copy | None]) -> None:
+    """InputError for a float expert that would be written by itself."""
+    for name, copy in copies.items():
+        if copy is not None and isinstance(copy.source, ExpertMatrix):
+            raise InputError(
+                "a method changes this float expert, or a rule stores it apart from others of its layer, "
+                "and the engine takes float experts of this family as stacks alone",
+                where=f"`{name}`",
+                fix="leave experts out of the recipe's methods, and keep all of a layer alike",
+            )
 
 
 def _same_copy(copy: Copy | None, matrix: ExpertMatrix) -> tuple[bool, str | None]:

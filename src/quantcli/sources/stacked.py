@@ -20,6 +20,7 @@ from quantcli.sources.base import AGAIN, wrong
 from quantcli.sources.expert_stack import ExpertMatrix, Stack
 from quantcli.targets.vllm_family import COUNTS, EXPERT, expert_count
 
+Copies = Literal["each", "all", "none", "only"]
 _GATED = ("gate_proj", "up_proj")
 
 
@@ -32,12 +33,13 @@ class ExpertLayout:
     stacks:  the tensors that hold them.
     copies:  which float stacks the engine takes as they are: "each" next to single experts of other
              layers; only "all" of a checkpoint together; or "none". Others are written one by one.
+             "only": it takes no float experts one by one.
     hidden:  the key of config.json for the width of the hidden states that experts read.
     """
 
     experts: str
     stacks: tuple[Stack, ...]
-    copies: Literal["each", "all", "none"] = "each"
+    copies: Copies = "each"
     hidden: str = "hidden_size"
 
 
@@ -46,7 +48,7 @@ def _parameters(
     *,
     transposed: bool = False,
     joined: bool = False,
-    copies: Literal["each", "all", "none"] = "each",
+    copies: Copies = "each",
 ) -> ExpertLayout:
     """The layout of stacks `{experts}.gate_up_proj`, gate first, and `{experts}.down_proj`: parameters
     of a module for all experts, whose names do not end in `.weight`."""
@@ -98,7 +100,7 @@ _STEP = ExpertLayout(
 
 # Rows of gate and up alternate, and the engine wants them so: they are one matrix.
 # transformers 5.23.0, models/gpt_oss/modeling_gpt_oss.py:67-88.
-_GPT_OSS = _parameters("mlp.experts", transposed=True, joined=True)
+_GPT_OSS = _parameters("mlp.experts", transposed=True, joined=True, copies="only")
 
 # transformers 5.23.0, conversion_mapping.py:218-226,322-330: gate and up alternate.
 _INKLING = ExpertLayout(
@@ -107,6 +109,7 @@ _INKLING = ExpertLayout(
         Stack("mlp.experts.w13_weight", _GATED, "inputs", interleaved=True),
         Stack("mlp.experts.w2_weight", ("down_proj",), "outputs"),
     ),
+    "only",
 )
 
 # transformers 5.23.0, models/dbrx/modeling_dbrx.py:253-301: experts follow each other in 2-D tensors;
@@ -118,6 +121,7 @@ _DBRX = ExpertLayout(
         Stack("ffn.experts.mlp.v1", ("up_proj",), "inputs", flat=True),
         Stack("ffn.experts.mlp.w2", ("down_proj",), "outputs", transposed=True, flat=True),
     ),
+    "only",
     hidden="d_model",
 )
 
@@ -175,8 +179,8 @@ EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
     "llama4": (_LLAMA4,),
     "llama4_text": (_LLAMA4,),
     "mistral4": (_MLP,),
-    "muse_spark": (replace(_MLP, hidden="moe_hidden_size"),),
-    "muse_spark_text": (replace(_MLP, hidden="moe_hidden_size"),),
+    "muse_spark": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
+    "muse_spark_text": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
     "openai_privacy_filter": (_GPT_OSS,),
     "qwen3_5_moe": (_MLP,),
     "qwen3_5_moe_text": (_MLP,),

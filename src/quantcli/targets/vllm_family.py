@@ -203,7 +203,7 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
 # `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
 # openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
 # with at most one scale for each expert); models/inkling/nvidia/moe.py (load_expert_weight);
-# model_executor/models/transformers/moe.py:186 (the width of experts is that of hidden states).
+# model_executor/models/transformers/moe.py:255-265 (experts have parameters of three dimensions alone).
 _SKIPPED = (
     "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
     "(its gpt_oss.py:1167-1286)"
@@ -224,9 +224,9 @@ _MISREAD = {
     "inkling_text": (_WHOLE, _ELSE_FLOAT),
     "inkling_mm_model": (_WHOLE, _ELSE_FLOAT),
     "muse_spark_text": (
-        "vLLM 0.32 has no class for it, and its Transformers backend builds experts as wide as hidden "
-        "states (model_executor/models/transformers/moe.py:186); these are narrower",
-        "serve the float model with transformers",
+        "vLLM 0.32 has no class for it, and its Transformers backend leaves experts that have a norm as "
+        "float stacks (model_executor/models/transformers/moe.py:255-265)",
+        _ELSE_FLOAT,
     ),
 }
 # Families none of whose experts an engine builds: the reason.
@@ -330,9 +330,10 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
     names = [module.name for module in floats if is_linear(module.name, module.shape)]
     stacks = [m.name for m in floats if len(m.shape) == 3 and last_part(m.name) in _STACKS]
     names += dict.fromkeys(f"{name.rpartition('.')[0]}.experts" for name in stacks)
-    # the engine looks up gate and up apart, also if the family's experts have them as one matrix
-    fused = [n for n in names if EXPERT.fullmatch(n) and last_part(n) in MERGED]
-    names += [f"{n.rpartition('.')[0]}.{part}" for n in fused for part in MERGED[last_part(n)]]
+    # the engine looks gate and up of experts up apart, also if the family has them as one matrix
+    joined = {expert_set(name) for name in names if EXPERT.fullmatch(name) and last_part(name) in MERGED}
+    if joined:
+        names = [name for name in names if expert_set(name) not in joined] + sorted(joined)
     if head := absent_head(output.tensors):
         names.append(head.removesuffix(".weight"))
         if any(name.endswith("encoder.conv1.weight") for name in output.tensors):
