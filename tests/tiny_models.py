@@ -193,6 +193,28 @@ def _transpose_experts(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def make_mxfp4(folder: Path) -> Path:
+    """A gpt-oss whose experts are stored as published: MXFP4, of widths 64 and 96."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    make_tiny(folder, "gpt_oss", intermediate_size=96)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, k, n = tensors.pop(name).shape
+        sides = (experts, n, k // 32)
+        draw = {"generator": generator, "dtype": torch.uint8}
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*sides, 16), **draw)
+        tensors[f"{name}_scales"] = torch.randint(119, 123, sides, **draw)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """A Gemma 3 with a vision tower that has more parameters in its stack than the language model."""
     import transformers
