@@ -199,7 +199,7 @@ def make_mxfp4(folder: Path) -> Path:
 
     from safetensors.torch import load_file, save_file
 
-    make_tiny(folder, "gpt_oss", intermediate_size=96)
+    make_tiny(folder, "gpt_oss", intermediate_size=96, head_dim=32)  # as engines take it
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(7)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
