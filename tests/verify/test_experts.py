@@ -21,7 +21,9 @@ ATTENTION = {f"model.layers.0.self_attn.{name}_proj": (H, H) for name in "qkvo"}
 
 
 def codes(n, k):
-    return torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        -127, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def quantized(modules):
@@ -69,7 +71,9 @@ def build(folder, kind, tensors, targets=("Linear",), ignore=("lm_head", "re:.*\
         table[f"{name}.weight"] = torch.ones(128, H, dtype=torch.bfloat16)
     table["model.layers.0.mlp.gate.weight"] = torch.ones(E, H, dtype=torch.bfloat16)
     folder.mkdir(exist_ok=True)
-    save_file({name: values.contiguous() for name, values in table.items()}, folder / "model.safetensors")
+    save_file(
+        {name: values.contiguous() for name, values in table.items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder

@@ -295,8 +295,8 @@ def _must_be_stacks(copies: Mapping[str, Copy | None]) -> None:
     for name, copy in copies.items():
         if copy is not None and isinstance(copy.source, ExpertMatrix):
             raise InputError(
-                "a method changes this float expert, or a rule stores it apart from others of its layer, "
-                "and the engine takes float experts of this family as stacks alone",
+                "a method changes this float expert, or a rule stores it apart from others of its "
+                "layer, and the engine takes float experts of this family as stacks alone",
                 where=f"`{name}`",
                 fix="leave experts out of the recipe's methods, and keep all of a layer alike",
             )

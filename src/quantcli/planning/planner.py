@@ -38,8 +38,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     matched = match(recipe, checkpoint, measured)
     notes += matched.notes
     items = make_items(checkpoint, matched, target, serving, measured or Measured())
-    schemes = ((name, rule.scheme) for name, rule in matched.rules.items() if rule)
-    need = {name for name, scheme in schemes if scheme and scheme.needs_data}
+    rules = {rule.key: rule for rule in matched.rules.values() if rule}
+    with_data = {key for key, rule in rules.items() if rule.scheme and rule.scheme.needs_data}
+    need = {name for name, rule in matched.rules.items() if rule and rule.key in with_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, matched.modules, shards, serving)
     text = recipe.effective()
@@ -58,7 +59,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
-    rules, kept = tables(recipe, checkpoint, items, matched.rules)
+    lines, kept = tables(recipe, checkpoint, items, matched.rules)
     return Plan(
         checkpoint=checkpoint,
         target=target,
@@ -68,7 +69,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         sidecars=sidecars,
         serving_dtype=serving,
         recipe_text=text,
-        rules=rules,
+        rules=lines,
         kept=kept,
         notes=(*checkpoint.notes, *notes, *target.advise(matched.modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),

@@ -1,8 +1,8 @@
 """Experts of gpt-oss in MXFP4: four-bit floats with an exponent for every 32 inputs.
 
 `X_blocks` is uint8 [experts, n, k / 32, 16], two codes in a byte, that of the even column in the low
-four bits; `X_scales` is uint8 [experts, n, k / 32], an exponent: 2^(byte - 127). Together they stand for
-the float stack `X` [experts, k, n]. Source: transformers 5.23.0, integrations/mxfp4.py:109-300.
+four bits; `X_scales` is uint8 [experts, n, k / 32], an exponent: 2^(byte - 127). Together they stand
+for the float stack `X` [experts, k, n]. Source: transformers 5.23.0, integrations/mxfp4.py:109-300.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import EXPERT, last_part, misread_experts, stacked_sets
 
-_STACK = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj|w13|w2)(?P<end>.*)")
+_STACK = re.compile(
+    r"(?P<experts>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj|w13|w2)(?P<end>.*)"
+)
 _ENDS = ("", "_scale", "_scale_inv", "_bias")  # after the name of a stack
 _SCALES = ("_scale", "_scale_inv")
 # Families whose loaders are their own: only the names of `_ENDS[0]` and of biases, or other ones.
@@ -51,7 +53,9 @@ class StoredExperts:
             yield from self._names()
             yield from self._stacks()
         yield from self._mixed()
-        modules = [Module(module.name, module.shape, module.numerics) for module in self.modules.values()]
+        modules = [
+            Module(module.name, module.shape, module.numerics) for module in self.modules.values()
+        ]
         for refusal in misread_experts(modules, self.model_type):
             yield failed("experts", refusal.what, f"`{refusal.module}`", refusal.fix)
         yield from self._skipped()
@@ -95,7 +99,9 @@ class StoredExperts:
             elif not match["end"] and stored.spec.dtype not in FLOATS:
                 codes[name] = match["experts"]
         for name in codes.keys() - scaled:
-            what = f"there is no `{last_part(name)}_scale`: the engine would take what memory holds for it"
+            what = (
+                f"there is no `{last_part(name)}_scale`: the engine would take what memory holds for it"
+            )
             yield failed("experts", what, f"`{name}`", AGAIN)
         for experts in sorted(stacked_sets(self.checkpoint.tensors)):
             first = f"{experts}.0.gate_proj"

@@ -39,6 +39,7 @@ FUSED = (
     ("query", "key", "value"),
     ("c_fc_0", "c_fc_1"),
 )
+_GROUPS = {last: [group for group in FUSED if last in group] for group in FUSED for last in group}
 # The engine's names for fused siblings, under which it looks up how they are quantized.
 # Source: as for FUSED, the keys of packed_modules_mapping.
 _FUSED_NAMES: dict[tuple[str, ...], str] = {
@@ -75,13 +76,10 @@ def has_later_sibling(module: str, modules: Collection[str]) -> bool:
 
 def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
     """Siblings with different labels: the engine raises on some, and takes the last label of others."""
-    for group in FUSED:
-        first = group[0]
-        for name in labels:
-            parent, _, last = name.rpartition(".")
-            if last not in group:
-                continue
-            if last != first and f"{parent}.{first}" in labels:
+    for name in labels:
+        parent, _, last = name.rpartition(".")
+        for group in _GROUPS.get(last, ()):
+            if last != group[0] and f"{parent}.{group[0]}" in labels:
                 continue  # seen from the first sibling
             siblings = {f"{parent}.{sibling}" for sibling in group} & labels.keys()
             if len({labels[sibling] for sibling in siblings}) > 1:
@@ -208,10 +206,12 @@ _SKIPPED = (
     "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
     "(its gpt_oss.py:1167-1286)"
 )
-_ELSE_FLOAT = "put a rule with `scheme: keep` for its experts before the others: they are copied as stacks"
+_ELSE_FLOAT = (
+    "put a rule with `scheme: keep` for its experts before the others: they are copied as stacks"
+)
 _WHOLE = (
-    "vLLM 0.32 reads the experts of Inkling as whole stacks, quantized or not (load_expert_weight of its "
-    "models/inkling/nvidia/moe.py:546-617), and this version writes single ones"
+    "vLLM 0.32 reads the experts of Inkling as whole stacks, quantized or not (load_expert_weight of "
+    "its models/inkling/nvidia/moe.py:546-617), and this version writes single ones"
 )
 _MISREAD = {
     "gpt_oss": (_SKIPPED, f"{_ELSE_FLOAT}; or serve the family's own MXFP4 checkpoint"),
@@ -224,8 +224,8 @@ _MISREAD = {
     "inkling_text": (_WHOLE, _ELSE_FLOAT),
     "inkling_mm_model": (_WHOLE, _ELSE_FLOAT),
     "muse_spark_text": (
-        "vLLM 0.32 has no class for it, and its Transformers backend leaves experts that have a norm as "
-        "float stacks (model_executor/models/transformers/moe.py:255-265)",
+        "vLLM 0.32 has no class for it, and its Transformers backend leaves experts that have a norm "
+        "as float stacks (model_executor/models/transformers/moe.py:255-265)",
         _ELSE_FLOAT,
     ),
 }
@@ -249,9 +249,7 @@ def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refu
             return
 
 
-def stacked_experts(
-    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
-) -> Iterator[Refusal]:
+def stacked_experts(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
     They would stay float, while the engine builds the experts of their layer as quantized.
@@ -331,7 +329,9 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
     stacks = [m.name for m in floats if len(m.shape) == 3 and last_part(m.name) in _STACKS]
     names += dict.fromkeys(f"{name.rpartition('.')[0]}.experts" for name in stacks)
     # the engine looks gate and up of experts up apart, also if the family has them as one matrix
-    joined = {expert_set(name) for name in names if EXPERT.fullmatch(name) and last_part(name) in MERGED}
+    joined = {
+        expert_set(name) for name in names if EXPERT.fullmatch(name) and last_part(name) in MERGED
+    }
     if joined:
         names = [name for name in names if expert_set(name) not in joined] + sorted(joined)
     if head := absent_head(output.tensors):
@@ -445,12 +445,23 @@ class VllmTarget(Target):
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""
         labels = self.labels(modules)
+        sound: set[tuple[str, str, tuple[int, ...], int]] = set()
         for module in modules:
-            if module.numerics is not None:
-                if mamba_1(module.name, labels):
-                    yield Refusal(module.name, "the engine builds Mamba 1 as float", KEEP)
-                for what, fix in self.faults(module, labels):
-                    yield Refusal(module.name, what, fix)
+            if module.numerics is None:
+                continue
+            # experts of a set come in hundreds, which differ in their number alone
+            expert = EXPERT.fullmatch(module.name)
+            kind = None
+            if expert:
+                kind = expert["experts"], expert["rest"], module.shape, id(module.numerics)
+                if kind in sound:
+                    continue
+            refusals = [Refusal(module.name, what, fix) for what, fix in self.faults(module, labels)]
+            if mamba_1(module.name, labels):
+                refusals.insert(0, Refusal(module.name, "the engine builds Mamba 1 as float", KEEP))
+            if kind and not refusals:
+                sound.add(kind)
+            yield from refusals
         yield from fused_groups(
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )

@@ -1,5 +1,5 @@
-"""Float experts that are stored together, next to quantized modules: the engine reads them as the family
-stores them."""
+"""Float experts that are stored together, next to quantized modules: the engine reads them in the order
+of their family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_stacks(checkpoint: Checkpoint) -> Iterator[Finding]:
     layout = layout_of(checkpoint)
     if stack is not None and layout is not None and layout.copies == "none":
         what = (
-            f"is {stack.spec}: the engine does not take a stack in this order, and would read it with its "
-            "sides exchanged or not at all"
+            f"is {stack.spec}: the engine does not take a stack in this order, and would read it "
+            "with its sides exchanged or not at all"
         )
         yield failed("experts", what, f"`{stack.spec.name}`", f"store experts one by one: {AGAIN}")

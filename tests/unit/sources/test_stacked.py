@@ -149,9 +149,7 @@ TRANSPOSED = ("aria_text", "llama4_text", "gpt_oss")
 
 
 def test_every_entry_has_a_model():
-    stacks = {
-        family: tuple(layout.stacks for layout in layouts) for family, layouts in EXPERTS.items()
-    }
+    stacks = {family: tuple(layout.stacks for layout in layouts) for family, layouts in EXPERTS.items()}
     assert {stacks[family] for family in MODELS} == {*stacks.values()}
 
 
@@ -203,7 +201,9 @@ def test_the_flat_experts_of_dbrx_are_what_the_library_multiplies_with(tmp_path)
             read_tensor(split.tensors[f"transformer.blocks.2.ffn.experts.{expert}.{name}_proj.weight"])
             for name in ("gate", "up", "down")
         )
-        ours = torch.nn.functional.linear(layer.mlp.activation_fn(unit @ gate.t()) * (unit @ up.t()), down)
+        ours = torch.nn.functional.linear(
+            layer.mlp.activation_fn(unit @ gate.t()) * (unit @ up.t()), down
+        )
         chosen = torch.full((64, 1), expert)
         theirs = layer(unit, chosen, torch.ones(64, 1, dtype=torch.bfloat16))
         assert torch.equal(ours, theirs.squeeze(1))
@@ -253,7 +253,9 @@ def test_split_and_merged_are_the_bytes_of_any_sizes(layouts, sizes, seed, tmp_p
         split = split_experts(open_checkpoint(folder))
         assert not split.tensors.keys() & values.keys()
         numbers = {name: read_tensor(stored) for name, stored in split.tensors.items()}
-        assert sum(matrix.numel() for matrix in numbers.values()) == sum(v.numel() for v in values.values())
+        assert sum(matrix.numel() for matrix in numbers.values()) == sum(
+            v.numel() for v in values.values()
+        )
         for stack in layout.stacks:
             names = [
                 f"l.{layout.experts}.{expert}.{projection}.weight"
