@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
+from quantcli.checkpoint.roles import ROLES, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module, Numerics
@@ -29,12 +30,16 @@ class Matched:
     modules:  all of these, as the target sees them.
     siblings: of quantized modules.
     notes:    on modules that take another scheme than their rule has, and on siblings.
+    roles:    of matrices, by module.
+    refused:  modules that a rule by role leaves float -> what the engine has against them.
     """
 
     rules: dict[str, Rule | None]
     modules: list[Module]
     siblings: Siblings
     notes: list[str]
+    roles: Mapping[str, Role]
+    refused: Mapping[str, Refusal]
 
 
 def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> Matched:
@@ -44,9 +49,11 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     and for siblings that do not fit together.
     """
     must_be_taken(checkpoint, recipe.target)  # before rules that would miss these tensors
-    assigned = _assign(recipe, checkpoint)
+    roles = roles_of(checkpoint)
+    assigned = _assign(recipe, checkpoint, roles)
     _must_be_stored(assigned, recipe.target)
     assigned, notes = _served(checkpoint, assigned, recipe.target)
+    assigned, refused = _taken(recipe, checkpoint, assigned)
     if measured is not None:
         assigned, more = _without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]
@@ -56,7 +63,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     modules = list(_modules(checkpoint, assigned))
     raise_first(recipe.target.check_family(modules, family_of(checkpoint)), assigned)
     raise_first(recipe.target.check(modules), assigned)
-    return Matched(assigned, modules, siblings, notes)
+    return Matched(assigned, modules, siblings, notes, roles, refused)
 
 
 def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
@@ -122,7 +129,9 @@ def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -
         )
 
 
-def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
+def _assign(
+    recipe: Recipe, checkpoint: Checkpoint, roles: Mapping[str, Role]
+) -> dict[str, Rule | None]:
     """First matching rule of every module that has a `.weight`; only matrices are quantized.
 
     Raises InputError for a rule that takes nothing, and for a matrix that is not float.
@@ -134,7 +143,7 @@ def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     used: set[int] = set()  # rule numbers
     for name in names:
         spec = checkpoint.tensors[f"{name}.weight"].spec
-        rule = recipe.rule_of(name)
+        rule = recipe.rule_of(name, roles.get(name))
         if rule is not None and rule.scheme is not None:
             if len(spec.shape) == 2:
                 _must_be_float(spec, rule)
@@ -145,7 +154,7 @@ def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
             used.add(rule.number)
     for rule in recipe.rules:
         if rule.number not in used and not rule.optional:
-            raise _dead_rule(rule, recipe, names, checkpoint)
+            raise _dead_rule(rule, recipe, names, checkpoint, roles)
     quantized = [name for name, rule in assigned.items() if rule and rule.scheme]
     for named in recipe.named_methods:
         _check_method(recipe, named, quantized)
@@ -261,7 +270,7 @@ def _served(
         assert rule.scheme.unserved is not None
         for name in names:
             module = Module(name, _spec(checkpoint, name).shape, rule.scheme.numerics)
-            refusal = next(target.refusals(module), None)
+            refusal = next(target.refusals(module, assigned.keys()), None)
             if refusal is not None:
                 scheme = discover(Scheme)[rule.scheme.unserved]()
                 instead |= dict.fromkeys(names, replace(rule, scheme=scheme))
@@ -273,6 +282,57 @@ def _served(
         for (scheme, reason), names in reasons.items()
     ]
     return assigned | instead, notes
+
+
+def _taken(
+    recipe: Recipe, checkpoint: Checkpoint, assigned: dict[str, Rule | None]
+) -> tuple[dict[str, Rule | None], dict[str, Refusal]]:
+    """`assigned` without modules that a rule by role selects and that the engine does not take by their
+    name or width, with all that is merged with them; and the reasons.
+
+    InputError if a rule that is not optional takes nothing then.
+    """
+    target, names = recipe.target, assigned.keys()
+    refused: dict[str, Refusal] = {}
+    sets: dict[tuple[int, str], list[str]] = defaultdict(list)  # what must have one scheme
+    numerics = {}  # of rules: slow to make
+    # experts of a layer come in hundreds, which differ in their number alone
+    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str]], Refusal | None] = {}
+    for name, rule in assigned.items():
+        if rule and rule.scheme and rule.roles and not rule.patterns:
+            expert = EXPERT.fullmatch(name)
+            together = expert["experts"] if expert else target.fused_name(name) or name
+            sets[rule.number, together].append(name)
+            spec = _spec(checkpoint, name)
+            key = None
+            if expert is not None:
+                key = expert["experts"], expert["rest"], spec.shape, rule.key
+            if key in alike:
+                refusal = alike[key]
+            else:
+                if rule.key not in numerics:
+                    numerics[rule.key] = rule.scheme.numerics
+                module = Module(name, spec.shape, numerics[rule.key])
+                found = (r for r in target.refusals(module, names) if r.by != "numbers")
+                refusal = next(found, None)
+                if key is not None:
+                    alike[key] = refusal
+            if refusal is not None:
+                refused[name] = replace(refusal, module=name)
+    for members in sets.values() if refused else ():
+        if (first := next((refused[name] for name in members if name in refused), None)) is not None:
+            for name in members:
+                refused.setdefault(name, first)
+    for rule in recipe.rules:
+        taken = [name for name, other in assigned.items() if other and other.number == rule.number]
+        if taken and not rule.optional and all(name in refused for name in taken):
+            raise InputError(
+                f"the engine takes none of the {len(taken)} modules that `rules.{rule.number - 1}` "
+                f"selects: {refused[taken[0]].what}",
+                where=f"{rule.where}   {rule.selector}",
+                fix=refused[taken[0]].fix,
+            )
+    return {name: None if name in refused else rule for name, rule in assigned.items()}, refused
 
 
 def _spec(checkpoint: Checkpoint, module: str) -> TensorSpec:
@@ -296,10 +356,16 @@ def refuse_transposed(checkpoint: Checkpoint) -> None:
         )
 
 
-def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
-    matching = [name for name in names if rule.matches(name)]
+def _dead_rule(
+    rule: Rule,
+    recipe: Recipe,
+    names: list[str],
+    checkpoint: Checkpoint,
+    roles: Mapping[str, Role],
+) -> InputError:
+    matching = [name for name in names if rule.matches(name, roles.get(name))]
     earlier = recipe.rules[: rule.number - 1]
-    shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
+    shadow = next((r for name in matching for r in earlier if r.matches(name, roles.get(name))), None)
     what = f"`rules.{rule.number - 1}` matches no module"
     if shadow is not None:
         what = f"`rules.{rule.number - 1}` matches only modules that earlier rules take"
@@ -308,6 +374,9 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
         spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
         what = f"`rules.{rule.number - 1}` matches no matrix; only matrices can be quantized"
         fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
+    elif not rule.patterns:
+        there = ", ".join(role for role in ROLES if role in roles.values())
+        fix = f"this model has {there}; `optional: true` allows a rule that matches nothing"
     elif rule.patterns[0].endswith(".weight"):
         fix = "leave out `.weight`: patterns match module names"
     else:
@@ -316,7 +385,7 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
         near = closest(core, {".".join(n.split(".")[-1 - core.count(".") :]): 0 for n in names[:2000]})
         hint = f"closest names: {near}; " if near else ""
         fix = f"{hint}patterns match whole names; `optional: true` allows a rule that matches nothing"
-    return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
+    return InputError(what, where=f"{rule.where}   {rule.selector}", fix=fix)
 
 
 def _must_be_float(spec: TensorSpec, rule: Rule) -> None:

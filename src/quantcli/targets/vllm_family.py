@@ -18,7 +18,8 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
 from quantcli.targets import sidecars
-from quantcli.targets.base import AGAIN, KEEP, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import AGAIN, KEEP, Fault, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.misread import MISREAD, NO_CLASS
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
 # Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
@@ -29,7 +30,6 @@ FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkvz", "in_proj_ba"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
     ("w1", "w3"),
@@ -195,54 +195,11 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
     return head.removesuffix(".weight") if head else None
 
 
-# Families with experts whose quantized matrices the engine would misread, refuse or leave out, by
-# `model_type`: the reason, and what works.
-# Sources: vllm 0.32.0, model_executor/models/gpt_oss.py:1167-1286,1419-1441 (single `gate_proj` and
-# `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
-# openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
-# with at most one scale for each expert); models/inkling/nvidia/moe.py (load_expert_weight);
-# model_executor/models/transformers/moe.py:255-265 (experts have parameters of three dimensions alone).
-_SKIPPED = (
-    "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
-    "(its gpt_oss.py:1167-1286)"
-)
-_ELSE_FLOAT = (
-    "put a rule with `scheme: keep` for its experts before the others: they are copied as stacks"
-)
-_WHOLE = (
-    "vLLM 0.32 reads the experts of Inkling as whole stacks, quantized or not (load_expert_weight of "
-    "its models/inkling/nvidia/moe.py:546-617), and this version writes single ones"
-)
-_MISREAD = {
-    "gpt_oss": (_SKIPPED, f"{_ELSE_FLOAT}; or serve the family's own MXFP4 checkpoint"),
-    "openai_privacy_filter": (_SKIPPED, _ELSE_FLOAT),
-    "dbrx": (
-        "vLLM 0.32 reads the experts of DBRX as whole tensors, with one scale for each expert at most "
-        "(its dbrx.py:88-141,386-420)",
-        _ELSE_FLOAT,
-    ),
-    "inkling_text": (_WHOLE, _ELSE_FLOAT),
-    "inkling_mm_model": (_WHOLE, _ELSE_FLOAT),
-    "muse_spark_text": (
-        "vLLM 0.32 has no class for it, and its Transformers backend leaves experts that have a norm "
-        "as float stacks (model_executor/models/transformers/moe.py:255-265)",
-        _ELSE_FLOAT,
-    ),
-}
-# Families none of whose experts an engine builds: the reason.
-# Source: vllm 0.32.0, model_executor/models/registry.py and transformers/moe.py:255-265 (experts are
-# found by the name `experts`, with parameters of three dimensions alone).
-_NO_CLASS = {
-    "jetmoe": "vLLM 0.32 has no class for JetMoE, and its Transformers backend finds no experts under "
-    "the names `input_linear` and `output_linear`"
-}
-
-
 def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refusal]:
     """A refusal of quantized experts of a family whose loader in the engine takes no single ones."""
-    if model_type not in _MISREAD:
+    if model_type not in MISREAD:
         return
-    what, fix = _MISREAD[model_type]
+    what, fix = MISREAD[model_type]
     for module in modules:
         if module.numerics is not None and EXPERT.fullmatch(module.name):
             yield Refusal(module.name, f"experts of `{model_type}` cannot be quantized: {what}", fix)
@@ -260,9 +217,9 @@ def stacked_experts(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
         if _set_of(name, spec) is None and not _as_many_as_experts(name, spec, config):
             continue
         what = f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, "
-        if family in _NO_CLASS:
+        if family in NO_CLASS:
             fix = "serve the float model with transformers"
-            yield Refusal(name, f"{what}and {_NO_CLASS[family]}", fix)
+            yield Refusal(name, f"{what}and {NO_CLASS[family]}", fix)
         else:
             yield Refusal(
                 name,
@@ -389,10 +346,10 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
 _DOWN = frozenset({"down_proj", "w2"})
 
 
-def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Refusals and fixes for a module with block scales: each part of a fused parameter begins a block.
+def check_blocks(module: Module, names: Collection[str]) -> Iterator[Fault]:
+    """Faults of a module with block scales: each part of a fused parameter begins a block.
 
-    labels: of all modules, by name.
+    names: of all modules with a weight.
     Source: vllm 0.32.0, model_executor/layers/quantization/utils/fp8_utils.py:1296-1373.
     """
     if module.numerics is None or module.numerics.weight.per != "block":
@@ -402,13 +359,16 @@ def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[st
     n, k = module.shape
     last = last_part(module.name)
     fix = "use a scheme without blocks for these modules"
-    if n % rows and has_later_sibling(module.name, labels):
-        yield f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}", fix
+    what = ""
+    if n % rows and has_later_sibling(module.name, names):
+        what = f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}"
     elif last in {"gate_up_proj", "gate_up"} and n % (2 * rows):
-        yield f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}", fix
+        what = f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}"
     elif EXPERT.fullmatch(module.name) and (k % columns if last in _DOWN else n % rows):
         width = k if last in _DOWN else n
-        yield f"inner widths of experts must be multiples of {rows}; this one is {width}", fix
+        what = f"inner widths of experts must be multiples of {rows}; this one is {width}"
+    if what:
+        yield Fault(what, fix, "width")
 
 
 class VllmTarget(Target):
@@ -450,15 +410,12 @@ class VllmTarget(Target):
             if module.numerics is None:
                 continue
             # experts of a set come in hundreds, which differ in their number alone
-            expert = EXPERT.fullmatch(module.name)
-            kind = None
+            expert, kind = EXPERT.fullmatch(module.name), None
             if expert:
                 kind = expert["experts"], expert["rest"], module.shape, id(module.numerics)
                 if kind in sound:
                     continue
-            refusals = [Refusal(module.name, what, fix) for what, fix in self.faults(module, labels)]
-            if mamba_1(module.name, labels):
-                refusals.insert(0, Refusal(module.name, "the engine builds Mamba 1 as float", KEEP))
+            refusals = list(self.refusals(module, labels))
             if kind and not refusals:
                 sound.add(kind)
             yield from refusals
@@ -467,11 +424,28 @@ class VllmTarget(Target):
         )
         yield from expert_sets(labels)
 
-    @abstractmethod
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Reasons why the engine would not load one quantized module, each with a fix.
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
+        if last_part(module) in EMBEDDINGS:
+            return "the engine has no quantized embedding of this kind"
+        if mamba_1(module, names):
+            return "the engine builds Mamba 1 as float"
+        return float_linear(module)
 
-        labels: of all modules, by name.
+    def refusals(self, module: Module, names: Collection[str]) -> Iterator[Refusal]:
+        """What the engine builds as float, and faults."""
+        if module.numerics is None:
+            return
+        if reason := self.built_float(module.name, names):
+            yield Refusal(module.name, reason, KEEP, "name")
+        for fault in self.faults(module, names):
+            yield Refusal(module.name, *fault)
+
+    @abstractmethod
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """Reasons why the engine would not load a quantized module, from its numbers and widths.
+
+        names: of all modules with a weight.
         """
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every family of transformers with experts in one parameter is known: none is left out, none silent."""
+"""Every family of transformers with experts in one parameter is known: none is left out."""
 
 from __future__ import annotations
 
