@@ -38,9 +38,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     matched = match(recipe, checkpoint, measured)
     notes += matched.notes
     items = make_items(checkpoint, matched, target, serving, measured or Measured())
-    rules = {rule.key: rule for rule in matched.rules.values() if rule}
-    with_data = {key for key, rule in rules.items() if rule.scheme and rule.scheme.needs_data}
-    need = {name for name, rule in matched.rules.items() if rule and rule.key in with_data}
+    schemes = {name: rule.scheme for name, rule in matched.rules.items() if rule and rule.scheme}
+    with_data = {id(s) for s in {id(s): s for s in schemes.values()}.values() if s.needs_data}
+    need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, matched.modules, shards, serving)
     text = recipe.effective()
