@@ -39,8 +39,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     matched = match(recipe, checkpoint, measured)
     notes += matched.notes
     items = make_items(checkpoint, matched, target, serving, measured or Measured())
-    schemes = ((name, rule.scheme) for name, rule in matched.rules.items() if rule)
-    need = {name for name, scheme in schemes if scheme and scheme.needs_data}
+    schemes = {name: rule.scheme for name, rule in matched.rules.items() if rule and rule.scheme}
+    with_data = {id(s) for s in {id(s): s for s in schemes.values()}.values() if s.needs_data}
+    need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, matched.modules, shards, serving)
     text = recipe.effective()
@@ -61,7 +62,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
-    rules, kept, coverage = tables(recipe, checkpoint, items, matched)
+    lines, kept, coverage = tables(recipe, checkpoint, items, matched)
     return Plan(
         checkpoint=checkpoint,
         target=target,
@@ -71,7 +72,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         sidecars=sidecars,
         serving_dtype=serving,
         recipe_text=text,
-        rules=rules,
+        rules=lines,
         kept=kept,
         coverage=coverage,
         notes=(

@@ -178,11 +178,18 @@ class Target(BaseModel, ABC):
         """All refusals of the modules of a planned checkpoint."""
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
     ) -> Iterator[Refusal]:
         """Refusals of tensors of the source, before rules are matched with modules.
 
-        model_type: of the language model, as config.json has it; "" if it is not known.
+        config: that of the language model, untrusted; None if there is none.
+        """
+        yield from ()
+
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
+        """Refusals of modules, quantized or not, that depend on the family of the model.
+
+        model_type: of the language model, as config.json has it.
         """
         yield from ()
 

@@ -123,6 +123,10 @@ class CompressedTensorsCheckpoint(StoredFormat):
             sides = n, k
         yield from self.check_layout(module, layout, group.numerics, sides, faults)
 
+    def builds_quantized(self, module: str) -> bool | None:
+        """By its group."""
+        return not self._matcher.ignored(module) and self._matcher.group(module) is not None
+
     def check_siblings(self) -> Iterator[Finding]:
         """A module's own name is in the group in which the engine puts its siblings."""
         for name, module in self.modules.items():

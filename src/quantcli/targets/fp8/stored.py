@@ -105,6 +105,10 @@ class Fp8Checkpoint(StoredFormat):
         if head := tied_head(self.checkpoint):
             yield from self._float_head(head)
 
+    def builds_quantized(self, module: str) -> bool | None:
+        """Unless config.json names it."""
+        return not self._ignored(module)
+
     def _ignored(self, module: str) -> bool:
         """Whether config.json has a module's full name, in any spelling; for an expert, the name of any
         of its layer."""
