@@ -1,13 +1,14 @@
 """What the tensors of a checkpoint are, as transformers' own modules say it: an independent judge.
 
-transformers builds the model without weights (device `meta`), each parameter gets a kind from the module
-that owns it, and the library's conversion table tells which parameter a stored tensor goes into.
+transformers builds the model without weights (device `meta`), each parameter gets a kind from the
+module that owns it, and the library's conversion table tells which parameter a stored tensor becomes.
 Nothing of quantcli is used here, so that what quantcli says of a checkpoint can be held against it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ LINEARS = ("linear", "expert")
 
 _ROUTER = re.compile(r"router|gate|topk", re.IGNORECASE)
 _COUNTS = re.compile(r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts")
-# What formats of quantized checkpoints append to the name of a module in place of `weight`.
-_CODES = ("_packed", "_blocks")
+# What formats of quantized checkpoints append to the name of a weight, and codes in an element.
+_CODES = {"_packed": 8, "_blocks": 2}
 _SCALES = re.compile(r"(_scale|_scale_inv|_scales|_shape|_zero_point|activation_scale|input_scale)$")
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A stored tensor: what it is, how many weights it holds, and its parameter in transformers."""
+    """A stored tensor: what it is, how many weights it holds, its parameter if it has one."""
 
     kind: Kind
     count: int
@@ -58,19 +59,24 @@ def judge(checkpoint: Path) -> dict[str, Judged]:
 
 
 def headers(checkpoint: Path) -> dict[str, list[int]]:
-    """The shape of every tensor, from the headers of the files in the index, or of all."""
+    """The shape of every tensor of a checkpoint, by its name."""
+    return {name: shape for name, (_, shape) in entries(checkpoint).items()}
+
+
+def entries(checkpoint: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor, from the headers of the files in the index, or of all."""
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
         files = {checkpoint / name for name in json.loads(index.read_text())["weight_map"].values()}
     else:
         files = set(checkpoint.glob("*.safetensors"))
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, tuple[str, list[int]]] = {}
     for file in sorted(files):
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         header.pop("__metadata__", None)
-        shapes |= {name: entry["shape"] for name, entry in header.items()}
-    return shapes
+        found |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    return found
 
 
 def build(checkpoint: Path) -> Any:
@@ -210,9 +216,7 @@ def judge_names(model: Any, shapes: Mapping[str, list[int]]) -> dict[str, Judged
     judged: dict[str, Judged] = {}
     by_end: dict[str, Kind] = {}  # the kind of `self_attn.q_proj.weight` and the like in any layer
     for name, shape in shapes.items():
-        count = 1
-        for side in shape:
-            count *= side
+        count = math.prod(shape) * next((n for end, n in _CODES.items() if name.endswith(end)), 1)
         plain = _plain(name)
         parameter = target(plain) if plain else None
         kind: Kind = "other" if plain is None else kinds.get(parameter or "", "unlisted")
@@ -307,9 +311,7 @@ def write_headers(model_type: str, folder: Path) -> dict[str, list[int]]:
     header: dict[str, Any] = {}
     offset = 0
     for name, shape in sorted(shapes.items()):
-        count = 2
-        for side in shape:
-            count *= side
+        count = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + count]}
         offset += count
     text = json.dumps(header).encode()
@@ -365,3 +367,28 @@ def names_on_disk(model: Any) -> dict[str, list[int]]:
     for name in getattr(model, "all_tied_weights_keys", None) or {}:
         state.pop(name, None)
     return {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+# -- what a converted checkpoint stores quantized ------------------------------------------------------
+
+_FLOATS = {"BF16", "F16", "F32"}
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+\.weight")
+
+
+def share_quantized(model: Path, converted: Path) -> float:
+    """The share of the weights of all linears and experts of a model, without heads and routers, that
+    a conversion of it does not store as floats; errors as of `linears_of`.
+
+    A float linear keeps its name in a conversion. Experts may be taken out of stacks.
+    """
+    judged = judge(model)
+    counts = {name: found.count for name, found in judged.items() if found.kind in LINEARS}
+    plain = {_plain(name) or name: name for name in counts}
+    floats = 0
+    for name, (dtype, shape) in entries(converted).items():
+        if dtype not in _FLOATS:
+            continue
+        taken_out = name not in plain and _EXPERT.fullmatch(name) and len(shape) == 2
+        if name in plain or taken_out:
+            floats += math.prod(shape)
+    return 1 - floats / sum(counts.values())
