@@ -19,16 +19,20 @@ from typing import Any, Literal, TypeAlias, get_args
 from quantcli.checkpoint.checkpoint import Checkpoint
 
 Role: TypeAlias = Literal[
-    "attention", "mlp", "expert", "shared_expert", "ssm",
+    "attention", "attention.out", "mlp", "mlp.out", "expert", "shared_expert", "ssm",
     "router", "head", "embedding", "tower", "mtp", "other",
 ]  # fmt: skip
 ROLES: tuple[Role, ...] = get_args(Role)
 # Linears in the layers of the language model, nearly all of its weights.
-BODY: frozenset[Role] = frozenset({"attention", "mlp", "expert", "shared_expert", "ssm"})
+BODY: frozenset[Role] = frozenset(
+    {"attention", "attention.out", "mlp", "mlp.out", "expert", "shared_expert", "ssm"}
+)
 LINEAR: frozenset[Role] = BODY | {"head", "tower", "mtp", "other"}
 MEANINGS: Mapping[Role, str] = {
     "attention": "linears of attention, latent and linear attention without a convolution included",
+    "attention.out": "of these, the last one, whose outputs are added to the hidden states",
     "mlp": "linears of an MLP that every token passes, and others in a layer",
+    "mlp.out": "of these, the last one, such as down_proj",
     "expert": "routed experts",
     "shared_expert": "experts that every token passes",
     "ssm": "linears of recurrent mixers: Mamba, gated delta rule, short convolutions",
@@ -67,6 +71,11 @@ _HEAD = re.compile(
     r"|output_layer|pre_classifier|logits_proj|cls|predictions|summary|v_head)(?:\.[^.]+)*"
 )
 _ATTENTION = re.compile(r"(?i:attn|attention)|\b(?:q|k|v|o|qkv)_proj$")
+# Last parts of names that tell the last linear of a square attention or MLP, and the first ones.
+_OUT = re.compile(
+    r"(?:^|\.)(?:\w*out\w*|w?o|o_proj|w?o_b|down_proj|w2|fc2|c_proj|proj|lin2|dense|\w*4h_to_h)$"
+)
+_IN = re.compile(r"(?:^|\.)(?:q|k|v|query|key|value)(?:_proj|_lin)?$")
 _SHARED = re.compile(r"(?:^|\.)shared_(?:expert|mlp|moe)\w*(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)\w*experts(?:\.|$)")
 _ROUTER = re.compile(r"(?:^|\.)(?:\w*router|w?gate|gating|switch|\w*expert_gate)(?:\.[^.]+)?$")
@@ -88,7 +97,10 @@ class _Sizes:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Sizes:
         text = checkpoint.text_config
-        levels = [text, *(text[key] for key in ("encoder", "decoder") if isinstance(text.get(key), dict))]
+        levels = [
+            text,
+            *(text[key] for key in ("encoder", "decoder") if isinstance(text.get(key), dict)),
+        ]
         heads = {n for key in _HEADS for n in _whole(text, (key,))}
         return cls(
             width=frozenset(n for level in levels for n in _whole(level, _WIDTHS)),
@@ -128,7 +140,7 @@ class _Roles:
         self.sizes = _Sizes.of(checkpoint)
         self._matrices: dict[str, tuple[int, ...]] = {}  # by module
         self._mixers: set[str] = set()  # modules with a recurrence
-        self._with_experts: set[str] = set()
+        self._with_experts: set[str] = set()  # parents of modules `experts`
         for stored in checkpoint.tensors.values():
             spec = stored.spec
             module, _, suffix = spec.name.rpartition(".")
@@ -155,7 +167,7 @@ class _Roles:
             index, rest = int(match["index"]), match["rest"]
             layer = module[: len(module) - len(rest)]
             if index >= self.body[match["stack"] or ""] or layer in self._drafts:
-                self.found[module] = "mtp"
+                self.found[module] = self._in_draft(module, shape)
                 continue
             parent = module.rpartition(".")[0]
             mixer = parent in self._mixers or parent.rpartition(".")[0] in self._mixers
@@ -197,13 +209,17 @@ class _Roles:
 
     def _is_tower(self, prefix: str) -> bool:
         parts = prefix.split(".")
-        named = (part == tower or part.startswith(f"{tower}_") for part in parts for tower in self.sizes.towers)
+        named = (
+            part == tower or part.startswith(f"{tower}_")
+            for part in parts
+            for tower in self.sizes.towers
+        )
         return _TOWERS.search(prefix) is not None or any(named)
 
     def _outside(self, module: str, in_list: bool) -> Role:
         """The role of a matrix that is in no layer of the language model."""
         if _MTP.search(module):
-            return "mtp"
+            return self._in_draft(module, self._matrices[module])
         if self._is_tower(module):
             return "embedding" if _is_embedding(module) else "tower"
         if _HEAD.fullmatch(module):
@@ -213,26 +229,39 @@ class _Roles:
         near = any(not parent or module.startswith(f"{parent}.") for parent in self._parents)
         return "tower" if self._several and (in_list or not near) else "other"
 
+    def _in_draft(self, module: str, shape: tuple[int, ...]) -> Role:
+        """The role of a matrix in a draft layer."""
+        if _is_embedding(module):
+            return "embedding"
+        if _HEAD.fullmatch(module.rpartition(".layers.")[2]):
+            return "head"
+        return "router" if self._is_router(module, shape) else "mtp"
+
+    def _is_router(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix gives a number for each expert, or few numbers for a token."""
+        rows, experts = shape[-2], self.sizes.experts
+        most = 2 * experts if experts else 1024  # identity experts may be added to the count
+        return min(shape[-2:]) < _LEAST_SIDE or (_ROUTER.search(name) is not None and rows <= most)
+
     def _within(self, rest: str, shape: tuple[int, ...], mixer: bool, with_experts: bool) -> Role:
         """The role of a matrix in a layer of the language model; rest: its name in there."""
         rows = shape[-2]
         if _is_embedding(rest):
             return "embedding"
         if _SHARED.search(rest) and rows > 1:
-            return "shared_expert"
+            return "shared_expert" if self._with_experts else "mlp"
         if _EXPERT.search(rest):
             return "expert"
-        gate = with_experts and rows == self.sizes.experts
-        if gate or min(shape[-2:]) < _LEAST_SIDE or (_ROUTER.search(rest) and rows <= _most_rows(self.sizes)):
+        if (with_experts and rows == self.sizes.experts) or self._is_router(rest, shape):
             return "router"
         if mixer:
             return "router" if rows in self.sizes.gates else "ssm"
-        return "attention" if _ATTENTION.search(rest) else "mlp"
-
-
-def _most_rows(sizes: _Sizes) -> int:
-    """More rows than a router has; identity experts may be added to the count in config.json."""
-    return 2 * sizes.experts if sizes.experts else 1024
+        out = rows in self.sizes.width and (
+            shape[-1] not in self.sizes.width or _OUT.search(rest) is not None
+        )
+        if _ATTENTION.search(rest):
+            return "attention.out" if out and not _IN.search(rest) else "attention"
+        return "mlp.out" if out else "mlp"
 
 
 @lru_cache(4096)
