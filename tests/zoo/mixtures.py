@@ -86,7 +86,7 @@ MIXTURES: dict[str, Family] = {
         MOE, layer_types=["conv", "conv", "full_attention"], num_dense_layers=1)),
     "longcat_flash": Family("LongcatFlashConfig", text(
         LATENT, num_layers=2, num_hidden_layers=4, ffn_hidden_size=WIDTH, head_dim=32, moe_topk=2,
-        n_routed_experts=EXPERTS, zero_expert_num=2, expert_ffn_hidden_size=EXPERT_WIDTH)),
+        n_routed_experts=EXPERTS, zero_expert_num=0, expert_ffn_hidden_size=EXPERT_WIDTH)),
     "hy_v3": Family("HYV3Config", text(MOE, HEADS, _SPARSE, num_shared_experts=1)),
     "hy_v4": Family("HYV4Config", text(
         ROUTED, LATENT, INDEXER, _SPARSE, head_dim=96, hc_mult=2)),

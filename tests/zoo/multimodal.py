@@ -110,7 +110,7 @@ MULTIMODAL: dict[str, Family] = {
         "text_config": {"model_type": "mistral", **text(HEADS)}, **_IMAGE,
         "vision_config": {"model_type": "pixtral", **VISION, "head_dim": 32}}),
     "glm4v": Family("Glm4vConfig", {
-        "text_config": text(HEADS, _ROPE), "vision_config": GLM_VISION, **IMAGES}),
+        "text_config": text(HEADS, MROPE), "vision_config": GLM_VISION, **IMAGES}),
     "glm4_5v": Family("Glm4vMoeConfig", {
         "text_config": text(GROUPED, HEADS, _ROPE, n_group=1), "vision_config": GLM_VISION, **IMAGES}),
     "kimi_k25": Family("Kimi_K25Config", {
