@@ -123,7 +123,8 @@ DENSE: dict[str, Family] = {
         num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], n_mamba_heads=8,
         mamba_d_state=16, use_mamba_kernels=False)),
     "lfm2": Family("Lfm2Config", text(
-        layer_types=["conv", "conv", "full_attention"], block_auto_adjust_ff_dim=False)),
+        layer_types=["conv", "conv", "full_attention"], block_auto_adjust_ff_dim=False,
+        conv_dim=HIDDEN, conv_dim_out=HIDDEN)),
     "olmo_hybrid": Family("OlmoHybridConfig", text(
         LINEAR, layer_types=["linear_attention"] * 3 + ["full_attention"])),
     "recurrent_gemma": Family("RecurrentGemmaConfig", text(HEADS, lru_width=HIDDEN)),

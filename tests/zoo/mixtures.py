@@ -42,7 +42,7 @@ MIXTURES: dict[str, Family] = {
         indexer_compress_ratio=1)),
     "deepseek_v2": Family("DeepseekV2Config", text(GROUPED, LATENT, n_group=1)),
     "deepseek_v2_lite": Family("DeepseekV2Config", text(GROUPED, LATENT, n_group=1, q_lora_rank=None)),
-    "deepseek_v3": Family("DeepseekV3Config", text(GROUPED, LATENT)),
+    "deepseek_v3": Family("DeepseekV3Config", text(GROUPED, LATENT, topk_method="noaux_tc")),
     "deepseek_v32": Family("DeepseekV32Config", text(GROUPED, LATENT, INDEXER)),
     "deepseek_v4": Family("DeepseekV4Config", text(
         ROUTED, HEADS, num_key_value_heads=1, q_lora_rank=128)),
@@ -51,7 +51,7 @@ MIXTURES: dict[str, Family] = {
     "glm5_dsa": Family("GlmMoeDsaConfig", text(GROUPED, LATENT, INDEXER)),
     "minimax": Family("MiniMaxConfig", text(
         LOCAL, HEADS, layer_types=["linear_attention", "linear_attention", "full_attention"])),
-    "minimax_m2": Family("MiniMaxM2Config", text(LOCAL, HEADS)),
+    "minimax_m2": Family("MiniMaxM2Config", text(LOCAL, HEADS, rotary_dim=32)),
     "minimax_m3_text": Family("MiniMaxM3VLTextConfig", text(
         LOCAL, HEADS, _SPARSE, _FULL, dense_intermediate_size=WIDTH, intermediate_size=EXPERT_WIDTH,
         shared_intermediate_size=EXPERT_WIDTH, rotary_dim=32, index_n_heads=2, index_head_dim=64)),
@@ -80,13 +80,14 @@ MIXTURES: dict[str, Family] = {
         LOCAL, MAMBA, shared_intermediate_size=512, layer_types=_GRANITE_TYPES,
         layers_block_type=_GRANITE_TYPES, position_embedding_type="nope", tie_word_embeddings=True)),
     "afmoe": Family("AfmoeConfig", text(
-        MOE, HEADS, MIXED, num_shared_experts=1, num_dense_layers=1)),
+        MOE, HEADS, MIXED, num_shared_experts=1, num_dense_layers=1, score_func="sigmoid")),
     "dots1": Family("Dots1Config", text(GROUPED, HEADS, n_group=1, **SLIDING)),
     "lfm2_moe": Family("Lfm2MoeConfig", text(
         MOE, layer_types=["conv", "conv", "full_attention"], num_dense_layers=1)),
     "longcat_flash": Family("LongcatFlashConfig", text(
         LATENT, num_layers=2, num_hidden_layers=4, ffn_hidden_size=WIDTH, head_dim=32, moe_topk=2,
-        n_routed_experts=EXPERTS, zero_expert_num=0, expert_ffn_hidden_size=EXPERT_WIDTH)),
+        n_routed_experts=EXPERTS, zero_expert_num=0, expert_ffn_hidden_size=EXPERT_WIDTH,
+        mla_scale_q_lora=True, mla_scale_kv_lora=True)),
     "hy_v3": Family("HYV3Config", text(MOE, HEADS, _SPARSE, num_shared_experts=1)),
     "hy_v4": Family("HYV4Config", text(
         ROUTED, LATENT, INDEXER, _SPARSE, head_dim=96, hc_mult=2)),

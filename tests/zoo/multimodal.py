@@ -33,6 +33,7 @@ _QWEN = {"model_type": "qwen2", **BASE}
 _CLIP = {"model_type": "clip_vision_model", "projection_dim": 64, **VISION}
 _SIGLIP = {"model_type": "siglip_vision_model", **VISION}
 _IMAGE = {"image_token_index": 500}
+_EYE3_5 = QWEN3_VISION | {"deepstack_visual_indexes": []}
 _IMAGE_ID = {"image_token_id": 500}
 _SHARED = {"shared_expert_intermediate_size": EXPERT_WIDTH}
 _ROPE = {"rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [4, 6, 6],
@@ -60,11 +61,12 @@ MULTIMODAL: dict[str, Family] = {
     "qwen3_vl": Family("Qwen3VLConfig", {
         "text_config": text(HEADS, MROPE), "vision_config": QWEN3_VISION, **IMAGES}),
     "qwen3_vl_moe": Family("Qwen3VLMoeConfig", {
-        "text_config": text(HEADS, MOE, MROPE), "vision_config": QWEN3_VISION, **IMAGES}),
+        "text_config": text(HEADS, MOE, MROPE, norm_topk_prob=True), **IMAGES,
+        "vision_config": QWEN3_VISION}),
     "qwen3_5": Family("Qwen3_5Config", {
-        "text_config": text(HEADS, LINEAR), "vision_config": QWEN3_VISION, **IMAGES}),
+        "text_config": text(HEADS, LINEAR), "vision_config": _EYE3_5, **IMAGES}),
     "qwen3_5_moe": Family("Qwen3_5MoeConfig", {
-        "text_config": text(MOE, HEADS, _SHARED, LINEAR), "vision_config": QWEN3_VISION, **IMAGES}),
+        "text_config": text(MOE, HEADS, _SHARED, LINEAR), "vision_config": _EYE3_5, **IMAGES}),
     "gemma3_mm": Family("Gemma3Config", {
         "text_config": text(HEADS, SLIDING), "vision_config": VISION, "mm_tokens_per_image": 4,
         "image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502}),

@@ -50,8 +50,8 @@ GROUPED = ROUTED | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_rope_head_dim": 32,
           "qk_nope_head_dim": 64, "v_head_dim": 64}  # fmt: skip
 INDEXER = {"index_n_heads": 2, "index_head_dim": 64, "index_topk": 32}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
-          "linear_value_head_dim": 32, "num_hidden_layers": 4}  # fmt: skip
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+          "linear_value_head_dim": 64, "num_hidden_layers": 4}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1}
 MROPE = {"rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [8, 12, 12],
                           "rope_theta": 10000.0}}  # fmt: skip

@@ -182,6 +182,11 @@ def qwen3_5_moe_pub(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     return stacked(qwen_draft(tensors, "model.language_model.layers.3.")), config
 
 
+@layout("qwen3_5_moe_text")
+def qwen3_5_moe_stacks(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
+    return stacked(tensors), config
+
+
 @layout("qwen3_5_moe")
 def qwen3_5_moe_fp8(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     small = r"\.gate\.|shared_expert_gate|in_proj_[ab]\.|conv1d"
@@ -374,6 +379,11 @@ def chatglm(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     config |= {"ffn_hidden_size": config["intermediate_size"], "num_layers": 3,
                "multi_query_attention": True, "multi_query_group_num": 2}  # fmt: skip
     return out, remote(config, "chatglm", "ChatGLMForConditionalGeneration", "chatglm")
+
+
+@layout("gemma3_mm")
+def gemma3_pub(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
+    return renamed(tensors, (r"^vision_tower\.", "vision_tower.vision_model.")), config
 
 
 # -- towers in layouts of their own ---------------------------------------------------------------
