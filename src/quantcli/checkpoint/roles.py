@@ -50,13 +50,16 @@ _LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
     "num_decoder_layers",
 )  # fmt: skip
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim")
 _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp")
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+# Blocks of config.json for both halves of one model; next to a language model they describe a tower.
+_HALVES = ("encoder", "decoder", "encoder_config", "decoder_config")
+_BOTH = frozenset({"encoder", "decoder"})
 _HEADS = ("linear_num_value_heads", "num_attention_heads")
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
-_STACK = re.compile(r"(?:(?P<stack>.+?)\.)?(?P<index>\d+)\.(?P<rest>.+)")
+_LISTED = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)\.(?P<rest>.+)")
 # Parts of names before the first layer's number.
 _TOWERS = re.compile(
     r"vis(?:ion|ual)|audio|image|img|video|speech|talker|code2wav|codec|projector|connector|merger"
@@ -80,7 +83,7 @@ _SHARED = re.compile(r"(?:^|\.)shared_(?:expert|mlp|moe)\w*(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)\w*experts(?:\.|$)")
 _ROUTER = re.compile(r"(?:^|\.)(?:\w*router|w?gate|gating|switch|\w*expert_gate)(?:\.[^.]+)?$")
 _DECAY = frozenset({"A_log", "dt_bias", "a_log"})  # parameters of a recurrence
-_LEAST_SIDE = 16  # of a linear: attention with fewer values per token than that is not found
+_LEAST_SIDE = 16  # of a linear, unless hidden states are narrower
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,16 @@ class _Sizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Sizes:
-        text = checkpoint.text_config
-        levels = [
-            text,
-            *(text[key] for key in ("encoder", "decoder") if isinstance(text.get(key), dict)),
-        ]
+        text, config = checkpoint.text_config, checkpoint.config
+        halves = [text[key] for key in _HALVES if isinstance(text.get(key), dict)]
         heads = {n for key in _HEADS for n in _whole(text, (key,))}
         return cls(
-            width=frozenset(n for level in levels for n in _whole(level, _WIDTHS)),
-            layers=frozenset(n for level in levels for n in _whole(level, _LAYERS)),
+            width=frozenset(n for level in (text, *halves) for n in _whole(level, _WIDTHS)),
+            layers=frozenset(n for level in (text, *halves) for n in _whole(level, _LAYERS)),
             drafts=max(_whole(text, _DRAFTS), default=0),
             experts=max(_whole(text, _EXPERTS), default=0),
             gates=frozenset(heads | {2 * n for n in heads}),
-            towers=tuple(_others(checkpoint.config, text)),
+            towers=tuple(n for n in _others(config, text) if config is not text or n not in _BOTH),
         )
 
 
@@ -155,18 +155,18 @@ class _Roles:
             if (at := spec.name.find(".experts.")) >= 0:
                 self._with_experts.add(spec.name[:at])
         self.body = self._body()
-        self._several = bool(self.sizes.towers) or any(map(_TOWERS.search, self._stacks))
-        self._parents = {stack.rpartition(".")[0] for stack in self.body}
+        self._several = bool(self.sizes.towers) or any(map(_TOWERS.search, self._lists))
+        self._parents = {name.rpartition(".")[0] for name in self.body}
         self.found: dict[str, Role] = {}
         alike: dict[tuple[object, ...], Role] = {}
         for module, shape in self._matrices.items():
-            match = _STACK.fullmatch(module)
-            if match is None or (match["stack"] or "") not in self.body:
+            match = _LISTED.fullmatch(module)
+            if match is None or (match["list"] or "") not in self.body:
                 self.found[module] = self._outside(module, match is not None)
                 continue
             index, rest = int(match["index"]), match["rest"]
             layer = module[: len(module) - len(rest)]
-            if index >= self.body[match["stack"] or ""] or layer in self._drafts:
+            if index >= self.body[match["list"] or ""] or layer in self._drafts:
                 self.found[module] = self._in_draft(module, shape)
                 continue
             parent = module.rpartition(".")[0]
@@ -178,26 +178,31 @@ class _Roles:
 
     def _body(self) -> dict[str, int]:
         """The lists of layers of the language model, and the number of layers that are not drafts."""
-        stacks: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # layer -> weights
+        lists: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # layer -> weights
         widths: dict[str, set[int]] = defaultdict(set)
         self._drafts = set()
         for module, shape in self._matrices.items():
-            if (match := _STACK.fullmatch(module)) is None:
+            if (match := _LISTED.fullmatch(module)) is None:
                 continue
-            stack = match["stack"] or ""
-            stacks[stack][int(match["index"])] += shape[-1] * shape[-2]
-            widths[stack].update(shape[-2:])
+            name = match["list"] or ""
+            lists[name][int(match["index"])] += shape[-1] * shape[-2]
+            widths[name].update(shape[-2:])
             if match["rest"] == "eh_proj":
                 self._drafts.add(module.removesuffix("eh_proj"))
-        self._stacks = tuple(stacks)
+        self._lists = tuple(lists)
         sizes = self.sizes
-        own = [s for s in stacks if not self._is_tower(s) and not _MTP.search(s)]
+        own = [s for s in lists if not self._is_tower(s) and not _MTP.search(s)]
+        own = [s for s in own if not _HEAD.fullmatch(s)]
+        own = own or list(lists)  # a speech model, say, whose names begin with its own
         wide = [s for s in own if sizes.width & widths[s]] if sizes.width else own
-        body = [s for s in wide if self._main(len(stacks[s])) is not None]
+        if not sizes.towers and len(own) == len(lists):
+            body = wide  # there is nothing but the language model
+        else:
+            body = [s for s in wide if self._main(len(lists[s])) is not None]
         if not body and (wide or own):
-            body = [max(wide or own, key=lambda stack: sum(stacks[stack].values()))]
-        counts = {s: self._main(len(stacks[s])) for s in body}
-        return {s: n if n is not None else 1 + max(stacks[s]) for s, n in counts.items()}
+            body = [max(wide or own, key=lambda name: sum(lists[name].values()))]
+        counts = {s: self._main(len(lists[s])) for s in body}
+        return {s: n if n is not None else 1 + max(lists[s]) for s, n in counts.items()}
 
     def _main(self, found: int) -> int | None:
         """The number of layers of a list without its drafts; None for a list of another length."""
@@ -239,9 +244,10 @@ class _Roles:
 
     def _is_router(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a matrix gives a number for each expert, or few numbers for a token."""
-        rows, experts = shape[-2], self.sizes.experts
+        least, experts = min(shape[-2:]), self.sizes.experts
         most = 2 * experts if experts else 1024  # identity experts may be added to the count
-        return min(shape[-2:]) < _LEAST_SIDE or (_ROUTER.search(name) is not None and rows <= most)
+        few = min(_LEAST_SIDE, *self.sizes.width) if self.sizes.width else _LEAST_SIDE
+        return least < few or (_ROUTER.search(name) is not None and least <= most)
 
     def _within(self, rest: str, shape: tuple[int, ...], mixer: bool, with_experts: bool) -> Role:
         """The role of a matrix in a layer of the language model; rest: its name in there."""

@@ -115,7 +115,7 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
         f"{plan.quantized_params_pct:.1f} % of {plan.params:,} parameters quantized"
     )
     out.line(
-        f"coverage     {plan.coverage.quantizable_pct:.1f} % of what the engine can quantize with these "
+        f"coverage     {plan.coverage.quantizable_pct:.1f} % of what the engine takes with these "
         f"schemes, {plan.coverage.linear_pct:.1f} % of all linear weights"
     )
     for loads_on in dict.fromkeys(f"{r.label}: {r.loads_on}" for r in plan.rules if r.modules):

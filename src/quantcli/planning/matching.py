@@ -354,7 +354,7 @@ def _dead_rule(
         fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
     elif not rule.patterns:
         there = ", ".join(role for role in ROLES if role in roles.values())
-        fix = f"this model has modules of these roles: {there}; `optional: true` allows a rule without any"
+        fix = f"this model has {there}; `optional: true` allows a rule that matches nothing"
     elif rule.patterns[0].endswith(".weight"):
         fix = "leave out `.weight`: patterns match module names"
     else:

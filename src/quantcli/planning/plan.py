@@ -219,8 +219,8 @@ class RuleLine:
 class Kept:
     """Tensors that stay as they are, and why.
 
-    linears:     weights of linears and of stacked experts among them; routers and embeddings are none.
-    quantizable: those of `linears` in layers of the language model that the engine would take quantized.
+    linears:     number of weights in linears and experts among them; routers and embeddings are none.
+    quantizable: those of `linears` in layers of the language model that the engine would take.
     """
 
     reason: str

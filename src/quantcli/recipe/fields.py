@@ -89,10 +89,7 @@ Match = Annotated[
 Roles = Annotated[
     list[Role],
     BeforeValidator(_listed, json_schema_input_type=Role | list[Role]),
-    Field(
-        min_length=1,
-        description="roles of modules in the model; what the engine builds as float is left out",
-    ),
+    Field(min_length=1),
 ]
 Size = Annotated[
     int,
@@ -152,10 +149,12 @@ class Verify(Block):
 class RuleFile(Block):
     """One rule of a recipe file. With both `match` and `role`, it takes what both select."""
 
-    match: Match | None = None
+    match: Match | None = Field(None, description='globs over full module names, or "re:REGEX"')
     scheme: str | dict[str, Any] = Field(description="keep, bf16, a scheme, or {name: ..., options}")
     optional: bool = Field(False, description="do not fail when nothing matches")
-    role: Roles | None = None
+    role: Roles | None = Field(
+        None, description="roles of modules; what the engine builds as float is left out"
+    )
 
     @model_validator(mode="after")
     def _selects(self) -> RuleFile:

@@ -56,7 +56,7 @@ class Rule:
     keyword: str = KEEP
     roles: frozenset[Role] = frozenset()
 
-    def matches(self, module: str, role: Role | None) -> bool:
+    def matches(self, module: str, role: Role | None = None) -> bool:
         """Whether the rule selects a module: by its role, by its whole name, or by both.
 
         role: None for a module that has none, such as a norm.
@@ -138,7 +138,7 @@ class Recipe:
         """file:line of a key, for messages."""
         return self.document.where(place)
 
-    def rule_of(self, module: str, role: Role | None) -> Rule | None:
+    def rule_of(self, module: str, role: Role | None = None) -> Rule | None:
         """The first rule that matches a module with this role."""
         key = module, role
         if key not in self._rules_of:  # asked again by the plan after a calibration
