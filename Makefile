@@ -61,7 +61,7 @@ $(ENGINE)/ready: constraints-engine.txt
 	@touch $@
 
 # A process for each core. tests/zoo/expected.txt says what each pair should come to.
-zoo: $(READY)   ## convert 208 tiny checkpoints of all families with six recipes each, and verify them
+zoo: $(READY)   ## convert 210 tiny checkpoints of all families with six recipes each, and verify them
 	@$(BIN)/python -m tests.zoo.run
 	@$(BIN)/python -m tests.zoo.logits
 
