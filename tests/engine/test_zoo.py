@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Answer, distance, serve
+from tests.tiny_models import make_tiny
 from tests.zoo.make import make
 from tests.zoo.pairs import command
 
@@ -11,7 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 # Int8 experts are computed by a stand-in (stand_ins.py) if the CPU has no AMX; all else is vLLM's own.
 EXPERTS = {"qwen3_moe", "qwen3_5_moe_stacks", "granitemoe"}
-SERVED = ("gemma3_text", "falcon_h1", *sorted(EXPERTS))
+SERVED = ("gemma3", "falcon_h1", *sorted(EXPERTS))
 MOST = 0.05  # mean |difference| of log-probabilities, in nats a token
 
 
@@ -20,7 +21,11 @@ def answers(environment, tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     folders = {}
     for name in SERVED:
-        folders[name], out = make(name, root / name), root / f"{name}-int8"
+        out = root / f"{name}-int8"
+        if name == "gemma3":  # that of the zoo shares large embeddings with its head
+            folders[name] = make_tiny(root / name, name, hidden_size=128, head_dim=32)
+        else:
+            folders[name] = make(name, root / name)
         code, _, said = command("quantize", "vllm_int8_dynamic", "--model", folders[name], "--out", out)
         assert code == 0, said
         folders[out.name] = out

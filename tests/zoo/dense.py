@@ -124,7 +124,7 @@ DENSE: dict[str, Family] = {
         mamba_d_state=16, use_mamba_kernels=False)),
     "lfm2": Family("Lfm2Config", text(
         layer_types=["conv", "conv", "full_attention"], block_auto_adjust_ff_dim=False,
-        conv_dim=HIDDEN, conv_dim_out=HIDDEN)),
+        conv_dim=HIDDEN, conv_dim_out=HIDDEN, block_dim=HIDDEN, block_ff_dim=WIDTH)),
     "olmo_hybrid": Family("OlmoHybridConfig", text(
         LINEAR, layer_types=["linear_attention"] * 3 + ["full_attention"])),
     "recurrent_gemma": Family("RecurrentGemmaConfig", text(HEADS, lru_width=HIDDEN)),
