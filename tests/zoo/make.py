@@ -65,7 +65,9 @@ def build(family: Family) -> Any:
 
 # Of what a unit of inputs becomes in a matrix. Layers then add little to the hidden states, as those of
 # trained models do; with 1.0 random ones amplify any rounding fivefold in three layers.
-GAIN = 0.8
+GAIN = 0.5
+_EMBEDDINGS = ("embed", "shared.weight", "wte", "wpe")
+_UNSCALED = ("SelfAttention.q.", "EncDecAttention.q.")  # of T5, which does not divide by the root of 64
 
 
 def draw(model: Any) -> None:
@@ -75,7 +77,9 @@ def draw(model: Any) -> None:
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             if parameter.dim() == 2:
-                spread = 4.0 if "embed" in name else GAIN * parameter.shape[-1] ** -0.5
+                large = any(part in name for part in _EMBEDDINGS)
+                spread = 4.0 if large else GAIN * parameter.shape[-1] ** -0.5
+                spread /= 8 if any(part in name for part in _UNSCALED) else 1
             elif parameter.dim() == 3 and "conv" not in name:
                 spread = GAIN * max(parameter.shape[1:]) ** -0.5
             else:

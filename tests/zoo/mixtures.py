@@ -51,7 +51,8 @@ MIXTURES: dict[str, Family] = {
     "glm5_dsa": Family("GlmMoeDsaConfig", text(GROUPED, LATENT, INDEXER)),
     "minimax": Family("MiniMaxConfig", text(
         LOCAL, HEADS, layer_types=["linear_attention", "linear_attention", "full_attention"])),
-    "minimax_m2": Family("MiniMaxM2Config", text(LOCAL, HEADS, rotary_dim=32, scoring_func="sigmoid", use_routing_bias=True)),
+    "minimax_m2": Family("MiniMaxM2Config", text(
+        LOCAL, HEADS, rotary_dim=32, scoring_func="sigmoid", use_routing_bias=True)),
     "minimax_m3_text": Family("MiniMaxM3VLTextConfig", text(
         LOCAL, HEADS, _SPARSE, _FULL, dense_intermediate_size=WIDTH, intermediate_size=EXPERT_WIDTH,
         shared_intermediate_size=EXPERT_WIDTH, rotary_dim=32, index_n_heads=2, index_head_dim=64)),

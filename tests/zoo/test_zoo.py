@@ -44,6 +44,7 @@ def test_the_table_has_every_pair_and_no_other():
 
 
 def test_the_table_has_no_word_that_is_not_a_reason():
-    words = {word for word in run.expectations().values() if not word[0].isdigit()}
+    """WRONG is a word as well, of which `make zoo` says that it must not be."""
+    words = {word for word in run.expectations().values() if not word[0].isdigit()} - {"WRONG"}
     assert words <= set(REASONS)
     assert set(REASONS) <= words  # a reason that nobody gives any more is dead
