@@ -47,8 +47,12 @@ _NOT_THE_MODEL = re.compile(
 )
 # Places of the language model in config.json, next to towers.
 # Sources: transformers 5.23.0, models/*/configuration_*.py, such as qwen3_omni_moe; remote code of
-# InternVL and of DeepSeek-VL.
-_TEXT = (("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",))
+# InternVL and of DeepSeek-VL; for drafts, vllm 0.32.0,
+# transformers_utils/configs/speculators/base.py:59-93.
+_TEXT = (
+    ("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",),
+    ("transformer_layer_config",),
+)  # fmt: skip
 _STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"

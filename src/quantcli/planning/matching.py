@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.roles import ROLES, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -85,6 +86,8 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
 
     checkpoint: with experts one by one, whoever has split them.
     """
+    if draft := draft_of(checkpoint):
+        raise_first(target.check_draft(draft), {})
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     family = checkpoint.text_config.get("model_type", checkpoint.config.get("model_type"))
     raise_first(target.check_tensors(specs, str(family)), {})

@@ -99,7 +99,11 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         sidecars=sidecars,
         serving_dtype=stored.serving_dtype,
         recipe_text=recipe,
-        notes=(*checkpoint.notes, *target.advise(modules), *_to_be_checked(items, target)),
+        notes=(
+            *checkpoint.notes,
+            *target.advise(modules, str(checkpoint.config.get("model_type", ""))),
+            *_to_be_checked(items, target),
+        ),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,

@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
-from quantcli.targets import sidecars
+from quantcli.targets import drafts, sidecars
 from quantcli.targets.base import AGAIN, KEEP, Fault, PlannedCheckpoint, Refusal, Target
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
@@ -191,6 +192,8 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
     names = checkpoint.config.get("architectures")
     classes = names if isinstance(names, list) else []
     if not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
+        return None
+    if draft_of(checkpoint):
         return None
     head = absent_head({name: stored.spec for name, stored in checkpoint.tensors.items()})
     return head.removesuffix(".weight") if head else None
@@ -392,6 +395,10 @@ class VllmTarget(Target):
         yield from misread_experts(tensors, model_type)
         yield from stacked_experts(tensors)
 
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """Drafts that the engine builds by another quantization than their own, or by none."""
+        yield from drafts.refused(draft)
+
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""
         labels = self.labels(modules)
@@ -402,6 +409,7 @@ class VllmTarget(Target):
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )
         yield from expert_sets(labels)
+        yield from drafts.uneven(labels)
 
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
@@ -427,7 +435,7 @@ class VllmTarget(Target):
         names: of all modules with a weight.
         """
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """A note on a quantized head."""
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"
