@@ -242,23 +242,35 @@ def test_ascend_looks_experts_up_one_by_one(make: Callable[..., Bench], family: 
     assert f"does not describe `{first}.gate_proj.weight`" in error["what"]
 
 
+E, H, N = 2, 8, 6  # experts, hidden states, inner width
+GPT_OSS = {
+    "gate_up_proj": (E, H, 2 * N), "gate_up_proj_bias": (E, 2 * N),
+    "down_proj": (E, N, H), "down_proj_bias": (E, H),
+}  # fmt: skip
+DBRX = dict.fromkeys(("w1", "v1", "w2"), (E * N, H))
+MISREAD = {
+    "gpt_oss": ("model.layers.0.mlp.experts.", GPT_OSS, "gpt_oss.py:1167-1286"),
+    "openai_privacy_filter": ("model.layers.0.mlp.experts.", GPT_OSS, "uninitialised memory"),
+    "dbrx": ("transformer.blocks.0.ffn.experts.mlp.", DBRX, "dbrx.py:88-141,386-420"),
+}
+
+
 @pytest.mark.parametrize("target", ["compressed-tensors", "fp8", "ascend"])
-@pytest.mark.parametrize(("family", "name", "shape", "says"), [
-    ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 12), "gpt_oss.py:1167-1286"),
-    ("gpt_oss", "model.layers.0.mlp.experts.0.gate_proj.weight", (6, 8), "gpt_oss.py:1167-1286"),
-    ("openai_privacy_filter", "model.layers.0.mlp.experts.down_proj", (2, 6, 8), "the float model"),
-    ("dbrx", "transformer.blocks.0.ffn.experts.mlp.w1", (12, 8), "dbrx.py:88-141,386-420"),
-])  # fmt: skip
+@pytest.mark.parametrize("family", MISREAD)
 def test_families_that_the_engine_would_misread_are_refused(
-    tmp_path: Path, target: str, family: str, name: str, shape: tuple[int, ...], says: str
+    tmp_path: Path, target: str, family: str
 ) -> None:
     """The message gives the reason and says what works. No byte of a weight is read before."""
-    names = {name: tensor("BF16", *shape, fill=255), "a.q_proj.weight": tensor("BF16", 8, 8, fill=255)}
-    model = make_model(tmp_path / "m", {"model.safetensors": names}, config={"model_type": family})
+    prefix, shapes, says = MISREAD[family]
+    table = {prefix + name: tensor("BF16", *shape, fill=255) for name, shape in shapes.items()}
+    table["a.q_proj.weight"] = tensor("BF16", 8, 8, fill=255)
+    config = {"model_type": family, "hidden_size": H, "num_local_experts": E, "d_model": H,
+              "ffn_config": {"moe_num_experts": E, "ffn_hidden_size": N}}  # fmt: skip
+    model = make_model(tmp_path / "m", {"model.safetensors": table}, config=config)
     scheme = "fp8_tensor" if target == "fp8" else "w8a8_dynamic"
-    bench = make_bench(tmp_path, model, DYNAMIC.format(target=target, scheme=scheme))
+    recipe = f"target: {target}\nrules: [{{role: [attention, mlp, expert], scheme: {scheme}}}]\n"
+    bench = make_bench(tmp_path, model, recipe)
     result = bench.run()
     refused(result, bench, says)
-    assert f"`{family}` cannot be quantized for this engine" in result.err
-    assert f"`{name}`" in result.err
-    assert "fix: serve the" in result.err
+    assert f"{prefix.rpartition('experts.')[0]}experts" in result.err
+    assert "`scheme: keep` for its experts" in result.err
