@@ -44,6 +44,7 @@ class Rule:
     """One rule: patterns of modules, and their scheme, or None if they stay float.
 
     keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
+    choice:  the number of the scheme among the `choices` of the recipe's, from 1; 0 if it has none.
     """
 
     patterns: tuple[str, ...]
@@ -52,15 +53,17 @@ class Rule:
     number: int  # from 1
     scheme: Scheme | None
     keyword: str = KEEP
+    choice: int = 0
 
     def matches(self, module: str) -> bool:
         """Whether any pattern matches the whole module name."""
         return matches(self.patterns, module)
 
     @property
-    def key(self) -> tuple[int, str]:
-        """The identity of a rule; another one if its scheme was replaced because data was missing."""
-        return self.number, self.scheme.name if self.scheme else self.keyword
+    def key(self) -> tuple[int, str, int]:
+        """The identity of a rule; another one if its scheme was replaced because data was missing, and
+        for each choice."""
+        return self.number, self.scheme.name if self.scheme else self.keyword, self.choice
 
 
 @dataclass(frozen=True)

@@ -390,6 +390,12 @@ class VllmTarget(Target):
         yield from misread_experts(tensors, model_type)
         yield from stacked_experts(tensors)
 
+    def refusals(self, module: Module) -> Iterator[Refusal]:
+        """Refusals by the module's name and its sizes."""
+        if module.numerics is not None:
+            for what, fix in self.faults(module, {}):
+                yield Refusal(module.name, what, fix)
+
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""
         labels = self.labels(modules)

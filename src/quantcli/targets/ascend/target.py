@@ -141,12 +141,6 @@ class Ascend(VllmTarget):
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
-    def refusals(self, module: Module) -> Iterator[Refusal]:
-        """Refusals by the module's name, its sizes, and the split of its inputs over devices."""
-        if module.numerics is not None:
-            for what, fix in self.faults(module, {}):
-                yield Refusal(module.name, what, fix)
-
     def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """By the module's name, its sizes, and the split of transformed inputs over devices."""
         assert module.numerics is not None

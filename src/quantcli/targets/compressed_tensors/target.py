@@ -124,7 +124,7 @@ class CompressedTensors(VllmTarget):
             )
         group = module.numerics.weight.group_size
         if group and k % group:
-            yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
+            yield f"groups of {group} columns do not divide {k}", "use `group_size: auto`, or channel"
         yield from check_blocks(module, labels)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:

@@ -84,7 +84,7 @@ class Gptq(VllmTarget):
         if kind.group > 0 and k % kind.group:
             yield (
                 f"groups of {kind.group} columns do not divide {k}",
-                "use another group_size, or channel",
+                "use `group_size: auto`, or channel",
             )
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
