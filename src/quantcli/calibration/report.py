@@ -10,6 +10,7 @@ from typing import Any
 class ModuleReport:
     """A module. tokens: rows of its input.
 
+    routed:  those that the router gave it, if it was shown all tokens; else None.
     numbers: its stats of one number, and those that methods add, such as relative errors, by name.
     remarks: what methods have to say about it, by name.
     """
@@ -17,10 +18,12 @@ class ModuleReport:
     tokens: int
     numbers: dict[str, float]
     remarks: dict[str, str] = field(default_factory=dict)
+    routed: int | None = None
 
     def document(self) -> dict[str, Any]:
         """JSON-able data."""
-        return {"tokens": self.tokens, **self.numbers, **self.remarks}
+        routed = {} if self.routed is None else {"routed": self.routed}
+        return {"tokens": self.tokens, **routed, **self.numbers, **self.remarks}
 
 
 @dataclass

@@ -139,6 +139,13 @@ def _check_running(plan: Plan) -> None:
     """InputError for a method that cannot take inputs that depend on the order of the samples."""
     if _block(plan).inputs != "running":
         return
+    if _block(plan).all_tokens:
+        raise InputError(
+            "`all_tokens` does not go together with `inputs: running`, whose ranges are of the tokens "
+            "that experts are given",
+            where=plan.recipe.where("calibration", "all_tokens"),
+            fix="set calibration.inputs to quantized or float, or leave out one of the two",
+        )
     for method in methods_of(plan):
         if method.against_running is None:
             continue
@@ -249,6 +256,7 @@ def _policy(plan: Plan) -> Policy:
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
         seed=block.seed,
+        all_tokens=block.all_tokens,
     )
 
 
