@@ -21,6 +21,7 @@ from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.store import (
     Key,
@@ -324,6 +325,12 @@ def summary(session: Session) -> dict[str, Any]:
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
+        "experts": expert_tokens(modules),
+        "taken_from": {
+            name: donor
+            for report in layer_reports
+            for name, donor in report.get(TAKEN_FROM, {}).items()
+        },
         **edited,
         "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
         "no_tokens": sorted(

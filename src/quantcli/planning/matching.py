@@ -237,8 +237,15 @@ def _unseen(
         for name in measured.no_tokens
         if (rule := assigned.get(name)) and rule.scheme and rule is before[name]
     ]
-    if names:
-        yield f"no token of the calibration text reached {_few(names)}"
+    if alone := [name for name in names if name not in measured.taken_from]:
+        yield f"no token of the calibration text reached {_few(alone)}"
+    if taken := [name for name in measured.taken_from if assigned.get(name)]:
+        donor = f"`{taken[0]}` those of `{measured.taken_from[taken[0]]}`"
+        yield (
+            f"no token of the calibration text reached {_few(taken)}: they take the statistics of "
+            f"experts that it reached, such as {donor}"
+        )
+    yield from measured.starved_experts()
 
 
 def _few(names: Collection[str]) -> str:

@@ -78,6 +78,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
             i.module for i in items if isinstance(i, Quantize) and i.module in need and not i.stats
         ),
         edited=measured.edited if measured else {},
+        taken_from=measured.taken_from if measured else {},
+        experts=measured.experts if measured else {},
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quantcli.calibration.channels import shape_of
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
+from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.methods.hessians import (
     HESSIANS_NBYTES,
     Hessian,
@@ -48,6 +49,7 @@ from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, g
 from quantcli.schemes.base import Scheme, maxima
 
 _ROWS = 1024  # that one job rounds
+_ALL = -1  # in place of an expert's number: all experts that tokens reached
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
 
@@ -97,6 +99,8 @@ class RoundingPass(Measurement):
         self.layer, self.layout, self.run = work.layer, work.layout, work.run
         self.edits, self.stats, self.reports = work.edits, work.stats, work.report.modules
         self._left: set[str] = set()  # not rounded yet
+        # the matrices whose inputs a leader stands for, if these are others than its own
+        self._sources: dict[Matrix, list[Matrix]] = {}
 
     def choose(self) -> None:
         """Round all modules that are rounded by data. InputError for NaN and Inf."""
@@ -132,10 +136,12 @@ class RoundingPass(Measurement):
         """Modules to round by the matrix that stands for their input; groups in data's order."""
         leaders = self.layout.leaders()
         modules_of: dict[Matrix, list[str]] = defaultdict(list)
+        stand_ins = self._stand_ins(leaders)
         for matrix, segments in self.layout.matrices():
             for module in dict.fromkeys(s.module for s in segments):
                 if self._wants_codes(module):
-                    modules_of[leaders.get(matrix, matrix)].append(module)
+                    leader = stand_ins.get(module, leaders.get(matrix, matrix))
+                    modules_of[leader].append(module)
         if self.run.policy.inputs == "float":
             if modules_of:
                 yield modules_of
@@ -147,6 +153,24 @@ class RoundingPass(Measurement):
         for leader, modules in modules_of.items():
             by_place[places.get(shape_of(leader.parameter), len(places))][leader] = modules
         yield from (by_place[place] for place in sorted(by_place))
+
+    def _stand_ins(self, leaders: Mapping[Matrix, Matrix]) -> dict[str, Matrix]:
+        """The leader of each module that no token reached and that is rounded by inputs of others."""
+        inputs = {
+            module: leaders.get(matrix, matrix)
+            for matrix, segments in self.layout.matrices()
+            for module in (s.module for s in segments)
+            if self._wants_codes(module)
+        }
+        reached = {module for module in inputs if self.reports[module].tokens}
+        stand_ins = {}
+        for module, others in donors_of(self.work, inputs.keys() - reached, reached).items():
+            sources = sorted({inputs[name] for name in others}, key=lambda m: (m.parameter, m.expert))
+            stand_ins[module] = sources[0]
+            if len(sources) > 1:
+                stand_ins[module] = Matrix(sources[0].parameter, _ALL)
+                self._sources[stand_ins[module]] = sources
+        return stand_ins
 
     def _wants_codes(self, module: str) -> bool:
         """Whether a module's codes are chosen here."""
@@ -216,7 +240,11 @@ class RoundingPass(Measurement):
             for leader, k in leaders.items()
         }
         seen = {leader: Inputs() for leader in leaders}
-        watch = Watch({leader: [inputs] for leader, inputs in seen.items()}, engine)
+        lookers: dict[Matrix, list[Inputs]] = defaultdict(list)
+        for leader, inputs in seen.items():
+            for source in self._sources.get(leader, [leader]):
+                lookers[source].append(inputs)
+        watch = Watch(lookers, engine)
         count, step = len(self.run.batches), self.run.workers
         for start in range(0, count, step):
             self.layer.watch(watch, None, range(start, min(start + step, count)))
