@@ -24,6 +24,7 @@ from quantcli.planning.tables import tables
 from quantcli.recipe.recipe import Recipe, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_family import EXPERT
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -49,6 +50,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     if not calibrates and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")
+    block = recipe.file.calibration
+    if calibrates and block and block.all_tokens and not any(map(EXPERT.fullmatch, matched.rules)):
+        notes.append("calibration.all_tokens has no effect: the model has no experts")
     if calibrates and recipe.calibrates_on_sample():
         notes.append(
             "the calibration text is the sample that comes with quantcli, for a trial only: set "

@@ -47,7 +47,8 @@ def donors_of(
         expert = EXPERT.fullmatch(module)
         if policy == "group" or expert is None:
             found[module] = others
-            entries[module] = ".".join(part or "*" for part in _alike(module))
+            pattern = ".".join(part or "*" for part in _alike(module))
+            entries[module] = f"{expert['experts']}.*.{expert['rest']}" if expert else pattern
             continue
         layer = expert["experts"]
         if layer not in similar:
