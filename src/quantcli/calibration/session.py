@@ -214,7 +214,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     _check_reached(layers, policy, methods)
     _check_siblings(layers, policy)
     states_budget = memory.states_budget(
-        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan)
+        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan, resources.workers)
     )
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]

@@ -8,7 +8,9 @@ If a scheme also rounds inputs (`as_rounded`), their errors count, too: outputs 
 inputs are brought near to those of the weight and inputs before rounding.
 
 Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
-bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
+bytes each; 12 k^2 for the widest while it is factorized; for each worker the inputs of a batch, up to
+INPUTS_NBYTES; the codes of a layer; blocks of rows. A layer with more runs over the samples again: 256
+experts that read 4096 inputs each take 16 runs, or one if all of them are shown the same tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import shape_of
+from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.methods.hessians import (
     HESSIANS_NBYTES,
+    INPUTS_NBYTES,
     Hessian,
     InputRounding,
     Inputs,
@@ -86,6 +90,12 @@ class Rounding(Method):
         learned = any(scheme.schedule for scheme in schemes)
         return (24 if learned else 12) * widest + (2 if learned else 1) * sums
 
+    def worker_nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
+        """Inputs of a batch."""
+        widths = [k for scheme, k in weights if self.name in scheme.methods]
+        kept = 4 * BATCH_TOKENS * sum(widths)
+        return max(min(kept, INPUTS_NBYTES), 4 * BATCH_TOKENS * max(widths, default=0))
+
     def measure(self, work: LayerWork) -> RoundingPass:
         """Round all modules, once their other stats are there."""
         return RoundingPass(work)
@@ -112,7 +122,7 @@ class RoundingPass(Measurement):
         with jobs(self.run.workers, self.run.device) as each:
             for group in groups:
                 engine = self._engine()
-                for leaders in fitting(group, self._inputs_of):
+                for leaders in fitting(group, self._inputs_of, self._tokens_of):
                     hessians = self._collect(group, leaders, engine, each)
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
@@ -190,6 +200,14 @@ class RoundingPass(Measurement):
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
+
+    def _tokens_of(self, leader: Matrix) -> float:
+        """Tokens that are kept of a batch, on average."""
+        tokens = 0
+        for source in self._sources.get(leader, [leader]):
+            modules = self.layout.modules([source])
+            tokens += max((self.reports[module].tokens for module in modules), default=0)
+        return tokens / len(self.run.batches)
 
     def _scheme(self, module: str) -> Scheme:
         return self.run.policy.quantized[module].scheme
