@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from quantcli.core.text import count
 from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.recipe import Recipe, Rule
 from quantcli.targets.base import Target
-from quantcli.targets.vllm_family import EXPERT
+from quantcli.targets.vllm_family import expert_set
 
 
 def choose(
@@ -40,7 +40,7 @@ def choose(
     smaller: dict[tuple[int, str], list[str]] = defaultdict(list)
     for (_, key), names in groups.items():
         modules = [(name, checkpoint.tensors[f"{name}.weight"].spec.shape) for name in names]
-        rule, reason = _first(options[key], modules, recipe.target)
+        rule, reason = _first(options[key], modules, recipe.target, assigned.keys())
         chosen |= dict.fromkeys(names, rule)
         if reason:
             smaller[rule.choice, f"{_changes(options[key][0], rule)}, as {reason}"] += names
@@ -59,9 +59,7 @@ def _group_of(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Callable[[
     def name_of(module: str) -> str:
         if siblings is not None and siblings.given_to(module):
             return siblings.group(module) or module
-        if expert := EXPERT.fullmatch(module):
-            return expert["experts"]
-        return recipe.target.fused_name(module) or module
+        return expert_set(recipe.target.fused_name(module) or module)
 
     return name_of
 
@@ -76,17 +74,26 @@ def _options(rule: Rule, target: Target) -> Iterator[Rule]:
 
 
 def _first(
-    options: Sequence[Rule], modules: Sequence[tuple[str, tuple[int, ...]]], target: Target
+    options: Sequence[Rule],
+    modules: Sequence[tuple[str, tuple[int, ...]]],
+    target: Target,
+    names: Collection[str],
 ) -> tuple[Rule, str]:
-    """The first choice that the engine takes for all of some modules, and why not one before it."""
+    """The first choice that the engine takes for all of some modules, and why not one before it.
+
+    names: of all modules. What the engine builds as float by its name is so with every choice.
+    """
     reason = ""
     for rule in options:
         assert rule.scheme is not None
         numerics = rule.scheme.numerics
         refusals = (
-            next(target.refusals(Module(name, shape, numerics)), None) for name, shape in modules
+            refusal
+            for name, shape in modules
+            for refusal in target.refusals(Module(name, shape, numerics), names)
+            if refusal.by != "name"
         )
-        refusal = next(filter(None, refusals), None)
+        refusal = next(refusals, None)
         if refusal is None:
             return rule, reason
         reason = refusal.what
