@@ -41,7 +41,7 @@ MEANINGS: Mapping[Role, str] = {
     "embedding": "tables of embeddings and positions",
     "tower": "vision, audio and speech models next to the language model, and what joins them to it",
     "mtp": "draft layers that predict further tokens",
-    "other": "linears outside of layers",
+    "other": "linears outside of layers, and adapters",
 }
 
 # Keys of config.json for the number of layers and for the width of hidden states.
@@ -82,6 +82,7 @@ _IN = re.compile(r"(?:^|\.)(?:q|k|v|query|key|value)(?:_proj|_lin)?$")
 _SHARED = re.compile(r"(?:^|\.)shared_(?:expert|mlp|moe)\w*(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)\w*experts(?:\.|$)")
 _ROUTER = re.compile(r"(?:^|\.)(?:\w*router|w?gate|gating|switch|\w*expert_gate)(?:\.[^.]+)?$")
+_ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
 _DECAY = frozenset({"A_log", "dt_bias", "a_log"})  # parameters of a recurrence
 _LEAST_SIDE = 16  # of a linear, unless hidden states are narrower
 
@@ -251,7 +252,9 @@ class _Roles:
 
     def _within(self, rest: str, shape: tuple[int, ...], mixer: bool, with_experts: bool) -> Role:
         """The role of a matrix in a layer of the language model; rest: its name in there."""
-        rows = shape[-2]
+        rows, rest = shape[-2], rest.removesuffix(".base_layer")  # of a linear with adapters
+        if _ADAPTER.search(rest):
+            return "other"
         if _is_embedding(rest):
             return "embedding"
         if _SHARED.search(rest) and rows > 1:

@@ -67,6 +67,14 @@ CASES = {
             "model.layers.{i}.self_attn.gate": ((H, H), "attention"),
         },
     ),
+    "adapters": (
+        CONFIG,
+        {
+            "model.layers.{i}.self_attn.o_proj.base_layer": ((H, H), "attention.out"),
+            "model.layers.{i}.self_attn.o_proj.lora_A.vision": ((32, H), "other"),
+            "model.layers.{i}.self_attn.o_proj.lora_B.vision": ((H, 32), "other"),
+        },
+    ),
     "a shared MLP without experts": (
         CONFIG,
         {"model.layers.{i}.shared_mlp.input_linear": ((N, H), "mlp")},
