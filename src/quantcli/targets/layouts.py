@@ -78,9 +78,7 @@ class Output:
 
     def of(self, module: str) -> Output:
         """The same tensor with the name of a module in front of its own."""
-        spec = self.spec  # asked for every expert: `replace` takes several times longer
-        named = TensorSpec(f"{module}.{spec.name}", spec.dtype, spec.shape)
-        return Output(named, self.axis, self.rows)
+        return Output(self.spec.named(f"{module}.{self.spec.name}"), self.axis, self.rows)
 
     def first(self, row: int) -> int:
         """Its element along `axis` for a row of the weight; row: a multiple of `rows`."""

@@ -17,6 +17,7 @@ from torch import nn
 from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError
 
 
@@ -27,6 +28,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     """
     import transformers
 
+    must_run_alone(checkpoint)
     where = str(checkpoint.path / CONFIG)
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
