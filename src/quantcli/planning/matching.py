@@ -316,7 +316,7 @@ def _taken(
     sets: dict[tuple[int, str], list[str]] = defaultdict(list)  # what must have one scheme
     numerics = {}  # of rules: slow to make
     # experts of a layer come in hundreds, which differ in their number alone
-    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str]], Refusal | None] = {}
+    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str, int]], Refusal | None] = {}
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.roles and not rule.patterns:
             expert = EXPERT.fullmatch(name)
