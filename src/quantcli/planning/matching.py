@@ -20,7 +20,6 @@ from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
 from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
-from quantcli.sources.stacked import layouts_of
 from quantcli.targets.base import Refusal, Target, others_that_store
 from quantcli.targets.vllm_family import EXPERT
 
@@ -95,29 +94,11 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
     config = {**checkpoint.text_config, "model_type": family_of(checkpoint)}
     raise_first(target.check_tensors(specs, config), {})
-    kind = checkpoint.config.get("model_type")
-    if not layouts_of(checkpoint) or target.takes_split_experts(str(kind)):
-        return
-    for name in checkpoint.tensors:
-        if EXPERT.fullmatch(name):
-            raise InputError(
-                f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
-                "with quantized experts",
-                where=f"`{name}`",
-                fix=f"use {' or '.join(_takers(str(kind)))}",
-            )
 
 
 def family_of(checkpoint: Checkpoint) -> str:
     """The model type of the language model, as config.json has it; else that of the whole model."""
     return str(checkpoint.text_config.get("model_type", checkpoint.config.get("model_type")))
-
-
-def _takers(model_type: str) -> Iterator[str]:
-    """The targets whose engines take single experts of a family, as text."""
-    for name, cls in discover(Target).items():
-        if cls().takes_split_experts(model_type):
-            yield f"`target: {name}`"
 
 
 def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -> None:

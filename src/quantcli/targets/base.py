@@ -197,13 +197,6 @@ class Target(BaseModel, ABC):
         """Refusals of a stand-alone draft, before its tensors are looked at."""
         yield from ()
 
-    def takes_split_experts(self, model_type: str) -> bool:
-        """Whether the engine takes single experts of a family whose float models store them together.
-
-        model_type: as config.json has it.
-        """
-        return True
-
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes for the plan on modules that load. model_type: as config.json has it, or ""."""
         yield from ()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
-from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
@@ -216,11 +215,9 @@ class Ascend(VllmTarget):
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
 
-    def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
-    ) -> Iterator[Refusal]:
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
         """As for all engines of the family; and families whose modules no entry can name."""
-        yield from super().check_tensors(tensors, model_type)
+        yield from super().check_family(modules, model_type)
         yield from unreachable(model_type)
 
     def check_draft(self, draft: Draft) -> Iterator[Refusal]:
