@@ -47,9 +47,13 @@ class Producer:
 class LayerLayout:
     """Data flow in a layer, as one forward has shown it."""
 
-    def __init__(self, segments: Segments, flow: Flow) -> None:
+    def __init__(
+        self, segments: Segments, flow: Flow, together: Iterable[Collection[str]] = ()
+    ) -> None:
+        """together: sets of parameters of experts that are all shown the very same tokens."""
         self.segments = segments
         self._flow = flow
+        self._together = together
 
     def matrices(self) -> Iterator[tuple[Matrix, list[Segment]]]:
         """Every matrix of the layer, each expert on its own, and the stored weights in it."""
@@ -69,6 +73,15 @@ class LayerLayout:
             for expert in range(len(self.segments.get(parameter, []))):
                 matrix = Matrix(parameter, expert)
                 leaders[matrix] = first.setdefault((key, expert), matrix)
+        for parameters in self._together:
+            for source in self._flow.norms.values():  # what reads a norm reads the tokens
+                places = {shape_of(name) for name in source.readers}
+                matrices = [
+                    matrix
+                    for matrix, _ in self.matrices()
+                    if matrix.parameter in parameters and shape_of(matrix.parameter) in places
+                ]
+                leaders |= dict.fromkeys(matrices, matrices[0]) if matrices else {}
         return leaders
 
     def producers(self) -> Iterator[Producer]:

@@ -44,6 +44,8 @@ _MOVED = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unfla
 _LIKE = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like",
                    "ones_like", "full_like"})  # fmt: skip
 _SCALED = frozenset({"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "divide"})
+# Other values of the same tokens in the same places:
+_BOUNDED = frozenset({"clamp", "clamp_min", "clamp_max", "clip"})
 _ATTENTION = frozenset({"scaled_dot_product_attention"})
 _MATMUL = frozenset({"matmul", "__matmul__", "bmm"})
 _current: ContextVar[Flow | None] = ContextVar("flow", default=None)
@@ -115,13 +117,15 @@ class Flow(Tap):
         result = func(*args, **kwargs)
         if name in _LIKE or not any(True for _ in _tensors(result)):
             return result  # no values are read: a question for shape, dtype, device
-        first = tracked[0]
-        shadow = self._get(first)
-        assert shadow is not None
-        if len(tracked) == 1 and self._follow(name, first, shadow, args, kwargs, result):
+        shadows = [(tensor, shadow) for tensor in tracked if (shadow := self._get(tensor))]
+        sources = [entry for entry in shadows if entry[1].source is not None]
+        first, shadow = (sources or shadows)[0]
+        if len(sources) < 2 and self._follow(name, first, shadow, args, kwargs, result):
             return result
         for tensor in tracked:
             self._escape(tensor)
+        if name in _BOUNDED and isinstance(result, Tensor) and result.shape == first.shape:
+            self._set(result, _Shadow(shadow.elements, None))  # its rows are still those of tokens
         return result
 
     def _follow(

@@ -80,7 +80,8 @@ class LayerRun:
             self.run.replay.run(
                 layer.index, layer.module, first, tap=lambda _: flow, only=probe, check=False
             )
-        return LayerLayout(layer.segments, flow)
+        together = [block for block in layer.experts_everywhere if block.together]
+        return LayerLayout(layer.segments, flow, [block.parameters for block in together])
 
     def _check_siblings(self, layout: LayerLayout) -> None:
         leaders = layout.leaders()
@@ -111,16 +112,18 @@ class LayerRun:
                 lookers[matrix] += its_observers
         inputs = self.run.policy.inputs
         engine = self.layer.engine(running(self.run.policy)) if inputs == "running" else None
-        watch = Watch(lookers, engine)
+        watch = Watch(lookers, engine, counts=True)
         as_quantized = inputs == "quantized" and sink is not None
         self.layer.watch(watch, None if as_quantized else sink)
         for measurement in measurements:
             measurement.settle()
+        everywhere = {name for block in self.layer.experts_everywhere for name in block.parameters}
         for matrix, segments in work.layout.matrices():
             for module in (segment.module for segment in segments):
                 tensors = work.stats.get(module, NO_STATS).items()
                 numbers = {name: float(tensor) for name, tensor in tensors if tensor.shape == (1,)}
-                self.report.modules[module] = ModuleReport(watch.tokens[matrix], numbers)
+                routed = watch.routed[matrix] if matrix.parameter in everywhere else None
+                self.report.modules[module] = ModuleReport(watch.tokens[matrix], numbers, routed=routed)
         for measurement in measurements:
             measurement.choose()
         for measurement in measurements:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from quantcli.calibration.channels import Producer, fold, norm_offset, scale_norm
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.engine import EngineLinears, Quantizer
+from quantcli.calibration.replay.experts import Experts, experts_of
 from quantcli.calibration.replay.replay import Replay, Sink, Tap
 from quantcli.calibration.replay.skeleton import Segments, Skeleton
 from quantcli.calibration.replay.states import States
@@ -89,6 +91,13 @@ class LoadedLayer:
         """The stored weights in each matrix."""
         return self.run.skeleton.segments(self.index)
 
+    @cached_property
+    def experts_everywhere(self) -> list[Experts]:
+        """The experts that are shown all tokens, if the recipe wants that."""
+        if not self.run.policy.all_tokens:
+            return []
+        return experts_of(self.name, self.module, self.segments)
+
     def loaded(self, edits: Mapping[str, EditFactors]) -> AbstractContextManager[nn.Module]:
         """Within it the module has its weights, edited; edits: by stored tensor."""
 
@@ -114,9 +123,14 @@ class LoadedLayer:
 
     def watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
         """The same, and show inputs to observers."""
-        batches, matrices = self.run.batches, self.matrices()
-        with layer_watched(self.name, self.module, batches):
-            self.forward(sink, lambda number: watched(watch, matrices, number, batches[number]), only)
+        batches, matrices, experts = self.run.batches, self.matrices(), self.experts_everywhere
+        names = frozenset(name for block in experts for name in block.parameters)
+
+        def tap(number: int) -> AbstractContextManager[None]:
+            return watched(watch, matrices, number, batches[number], names)
+
+        with layer_watched(self.name, self.module, batches, experts):
+            self.forward(sink, tap, only)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A matrix as it is loaded: [n, k]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from quantcli.calibration.methods.base import methods_of
@@ -12,6 +12,7 @@ from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Plan, quantized_items
+from quantcli.schemes.base import Scheme
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
 _COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length
@@ -23,13 +24,27 @@ def needed(plan: Plan, workers: int) -> int:
     for name, stored in plan.checkpoint.tensors.items():
         if block := re.match(r"\D+\.\d+\.", name):
             layers[block[0]] += stored.spec.nbytes
-    return max(layers.values(), default=0) + _working(plan.checkpoint, workers) + of_methods(plan)
+    working = _working(plan.checkpoint, workers) + of_methods(plan, workers)
+    return max(layers.values(), default=0) + working
 
 
-def of_methods(plan: Plan) -> int:
-    """Bytes that methods take next to a layer; they work one after the other."""
-    weights = [(item.scheme, item.source.spec.shape[1]) for item in quantized_items(plan)]
-    return max((method.nbytes(weights) for method in methods_of(plan)), default=0)
+def of_methods(plan: Plan, workers: int) -> int:
+    """Bytes that methods take next to a layer, with the codes that they choose; they work one after
+    the other."""
+    items = quantized_items(plan)
+    codes = Counter[str]()
+    layers: dict[str, list[tuple[Scheme, int]]] = defaultdict(list)
+    for item in items:
+        block = re.match(r"\D+\.\d+\.", item.module)
+        name, (_, k) = block[0] if block else "", item.source.spec.shape
+        layers[name].append((item.scheme, k))
+        codes[name] += item.source.spec.numel if item.scheme.rounded_by_data else 0
+    weights = [weight for own in layers.values() for weight in own]
+    most = 0
+    for method in methods_of(plan):
+        each = max((method.worker_nbytes(own) for own in layers.values()), default=0)
+        most = max(most, method.nbytes(weights) + workers * each)
+    return most + max(codes.values(), default=0)
 
 
 def states_budget(skeleton: Skeleton, workers: int, limit: int | None, methods: int) -> int:

@@ -30,9 +30,10 @@ class Policy:
 
     quantized:        by module.
     siblings:         the modules that share what is measured of their inputs.
-    uncalibrated:     error | dynamic | group: treatment of a module that no token reaches.
+    uncalibrated:     error | dynamic | nearest | group: treatment of a module that no token reaches.
     inputs:           float | quantized | running: inputs of a layer, see `shown`.
     seed:             of learning.
+    all_tokens:       whether every expert is shown all tokens, and not just those that it is given.
     """
 
     quantized: Mapping[str, Quantized]
@@ -40,6 +41,7 @@ class Policy:
     uncalibrated: str
     inputs: str
     seed: int = 0
+    all_tokens: bool = False
 
     def scheme(self, module: str) -> Scheme | None:
         """A module's scheme; None if it stays float."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from quantcli.targets.vllm_family import EXPERT
+
+TAKEN_FROM = "taken_from"  # in a layer's report: whose statistics modules without tokens take
+FEW = (5, 10)  # percent of the mean of a layer's experts
 
 
 @dataclass
 class ModuleReport:
     """A module. tokens: rows of its input.
 
+    routed:  those that the router gave it, if it was shown all tokens; else None.
     numbers: its stats of one number, and those that methods add, such as relative errors, by name.
     remarks: what methods have to say about it, by name.
     """
@@ -17,10 +25,12 @@ class ModuleReport:
     tokens: int
     numbers: dict[str, float]
     remarks: dict[str, str] = field(default_factory=dict)
+    routed: int | None = None
 
     def document(self) -> dict[str, Any]:
         """JSON-able data."""
-        return {"tokens": self.tokens, **self.numbers, **self.remarks}
+        routed = {} if self.routed is None else {"routed": self.routed}
+        return {"tokens": self.tokens, **routed, **self.numbers, **self.remarks}
 
 
 @dataclass
@@ -45,10 +55,42 @@ class LayerReport:
 
     def document(self) -> dict[str, Any]:
         """JSON-able data."""
+        modules = {name: module.document() for name, module in self.modules.items()}
         return {
             "layer": self.layer,
-            "modules": {name: module.document() for name, module in self.modules.items()},
+            "modules": modules,
+            "experts": expert_tokens(modules),
             "edits": self.edits,
             "uncalibrated": self.uncalibrated,
             **asdict(self)["results"],
         }
+
+
+def expert_tokens(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The tokens that the router gave to each expert, by the name of a layer's experts: JSON-able.
+
+    modules: documents of modules. `tokens`: by the expert's number; `mean`: of these; `below_5_pct` and
+    `below_10_pct`: numbers of the experts with fewer tokens than so much of the mean. `shown`: tokens
+    that each of them was shown, if these were all.
+    """
+    counts: dict[str, dict[int, int]] = defaultdict(dict)
+    everywhere: dict[str, int] = {}
+    for name, module in modules.items():
+        if expert := EXPERT.fullmatch(name):
+            numbers, number = counts[expert["experts"]], int(expert["index"])
+            numbers[number] = max(numbers.get(number, 0), module.get("routed", module["tokens"]))
+            if "routed" in module:
+                everywhere[expert["experts"]] = module["tokens"]
+    table: dict[str, Any] = {}
+    for name, numbers in sorted(counts.items()):
+        mean = sum(numbers.values()) / len(numbers)
+        table[name] = {
+            "tokens": {str(number): n for number, n in sorted(numbers.items())},
+            "mean": mean,
+            **{
+                f"below_{p}_pct": [e for e, n in sorted(numbers.items()) if 100 * n < p * mean]
+                for p in FEW
+            },
+            **({"shown": everywhere[name]} if name in everywhere else {}),
+        }
+    return table

@@ -21,6 +21,7 @@ from quantcli.calibration.policy import Policy, Quantized, unreached
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
+from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.store import (
     Key,
@@ -139,6 +140,13 @@ def _check_running(plan: Plan) -> None:
     """InputError for a method that cannot take inputs that depend on the order of the samples."""
     if _block(plan).inputs != "running":
         return
+    if _block(plan).all_tokens:
+        raise InputError(
+            "`all_tokens` does not go together with `inputs: running`, whose ranges are of the tokens "
+            "that experts are given",
+            where=plan.recipe.where("calibration", "all_tokens"),
+            fix="set calibration.inputs to quantized or float, or leave out one of the two",
+        )
     for method in methods_of(plan):
         if method.against_running is None:
             continue
@@ -206,7 +214,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     _check_reached(layers, policy, methods)
     _check_siblings(layers, policy)
     states_budget = memory.states_budget(
-        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan)
+        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan, resources.workers)
     )
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
@@ -249,6 +257,7 @@ def _policy(plan: Plan) -> Policy:
         uncalibrated=block.uncalibrated,
         inputs=block.inputs,
         seed=block.seed,
+        all_tokens=block.all_tokens,
     )
 
 
@@ -316,6 +325,12 @@ def summary(session: Session) -> dict[str, Any]:
         "calibration": str(session.folder),
         "layers": layers,
         "modules": modules,
+        "experts": expert_tokens(modules),
+        "taken_from": {
+            name: donor
+            for report in layer_reports
+            for name, donor in report.get(TAKEN_FROM, {}).items()
+        },
         **edited,
         "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
         "no_tokens": sorted(

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.calibration.report import LayerReport
+from quantcli.calibration.report import TAKEN_FROM, LayerReport, expert_tokens
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -217,6 +217,7 @@ def load_measured(folder: Path, layers: int) -> Measured:
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     edited, no_tokens = Counter[str](), list[str]()
+    taken_from, experts = dict[str, str](), dict[str, Any]()
     for index, report in enumerate(reports(folder, layers)):
         vectors, path = {}, folder / layer_file(index)
         with _whole(path):
@@ -241,7 +242,9 @@ def load_measured(folder: Path, layers: int) -> Measured:
         no_tokens += (
             name for name, module_report in report["modules"].items() if not module_report["tokens"]
         )
-    return Measured(stats, edits, edited, tuple(sorted(no_tokens)))
+        taken_from |= report.get(TAKEN_FROM, {})
+        experts |= expert_tokens(report["modules"])
+    return Measured(stats, edits, edited, tuple(sorted(no_tokens)), taken_from, experts)
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:

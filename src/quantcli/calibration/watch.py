@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from quantcli.calibration.flow import Flow, norms_followed
+from quantcli.calibration.replay.experts import Experts, before_experts, must_be_rows
 from quantcli.calibration.replay.taps import Listener, Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
+from quantcli.core.errors import InputError
 
 
 class Looker(Protocol):
@@ -23,68 +26,142 @@ class Looker(Protocol):
 
 
 class Watch:
-    """The observers of a layer's matrices, and the number of tokens of each matrix."""
+    """The observers of a layer's matrices, and the number of tokens of each matrix.
+
+    routed: tokens that the router gave to matrices of experts, if these are shown all tokens.
+    """
 
     def __init__(
-        self, lookers: Mapping[Matrix, Sequence[Looker]], engine: Listener | None = None
+        self,
+        lookers: Mapping[Matrix, Sequence[Looker]],
+        engine: Listener | None = None,
+        *,
+        counts: bool = False,
     ) -> None:
-        """engine: computes the multiplications, after inputs were shown; None: the layer does."""
+        """engine: computes the multiplications, after inputs were shown; None: the layer does. counts:
+        whether tokens of matrices without observers count, too."""
         self.engine = engine
         self.tokens: Counter[Matrix] = Counter()
+        self.routed: Counter[Matrix] = Counter()
         self._lookers = lookers
+        self._counts = counts
         self._lock = threading.Lock()
 
-    def count(self, tokens: Counter[Matrix]) -> None:
+    def count(self, tokens: Counter[Matrix], routed: Counter[Matrix]) -> None:
         """Add the tokens of one batch."""
         with self._lock:
             self.tokens.update(tokens)
+            self.routed.update(routed)
 
     def show(self, matrix: Matrix, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding."""
         for looker in self._lookers.get(matrix, ()):
             looker.update(x, batch)
 
+    def numbers(self, experts: Experts) -> Iterable[int]:
+        """The experts that need to be shown tokens."""
+        return experts.matrices if self._counts else experts.with_any(self._lookers.keys())
+
 
 class _BatchWatch:
     """The listener of one batch, on the thread that runs it."""
 
-    def __init__(self, watch: Watch, number: int, batch: Batch) -> None:
+    def __init__(self, watch: Watch, number: int, batch: Batch, experts: Collection[str]) -> None:
+        """experts: parameters of experts that are shown all tokens, in place of those given to them."""
         self.flow: Flow | None = None  # if there is padding: knows which token a row is
         self.tokens: Counter[Matrix] = Counter()
+        self.routed: Counter[Matrix] = Counter()
         self._watch = watch
         self._number = number
         self._mask = batch.mask
+        self._experts = experts
+        self._everywhere = False
+        self._block_tokens: dict[nn.Module, Tensor] = {}  # the last tokens of each module of experts
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         rows = x.reshape(-1, x.shape[-1])
-        if self._mask is not None and self.flow is not None:
+        if self._mask is not None and self.flow is not None and not self._everywhere:
             tokens = self.flow.rows_of(x)
             if tokens is not None:
                 rows = rows[self._mask.flatten()[tokens.cpu()].to(rows.device)]
-        self.tokens[matrix] += len(rows)
-        self._watch.show(matrix, rows, self._number)
+        if self._everywhere == (matrix.parameter in self._experts):
+            self.tokens[matrix] += len(rows)
+            self._watch.show(matrix, rows, self._number)
+        elif not self._everywhere:
+            self.routed[matrix] += len(rows)
         engine = self._watch.engine
         return None if engine is None else engine.linear(matrix, x, bias)
 
+    def everywhere(self, experts: Experts, tokens: Tensor) -> None:
+        """Show all tokens [n, k] to experts. InputError if these are others than the batch's."""
+        if self._everywhere:
+            return  # within a block that is run again
+        self._block_tokens[experts.host] = tokens
+        if self._mask is not None:
+            mask = self._mask.flatten().to(tokens.device)
+            if len(mask) != len(tokens):
+                raise InputError(
+                    f"experts are given {len(tokens)} tokens of a batch of {len(mask)}",
+                    where="calibration.all_tokens",
+                    fix="set calibration.all_tokens to false",
+                )
+            tokens = tokens[mask]
+        self._everywhere = True
+        try:
+            experts.run(tokens, self._watch.numbers(experts))
+        finally:
+            self._everywhere = False
+
+    def check(self, experts: Experts, rows: Tensor) -> None:
+        """InputError if an expert is given rows [n, k] on its own that are not among the tokens."""
+        if not self._everywhere:
+            must_be_rows(experts, rows, self._block_tokens[experts.host])
+
+
+_listening: ContextVar[_BatchWatch | None] = ContextVar("listening", default=None)
+
 
 @contextmanager
-def watched(watch: Watch, matrices: Matrices, number: int, batch: Batch) -> Iterator[None]:
-    """Within it `watch` sees the matrix multiplications of a batch's forward on this thread."""
-    listener = _BatchWatch(watch, number, batch)
+def watched(
+    watch: Watch, matrices: Matrices, number: int, batch: Batch, experts: Collection[str] = ()
+) -> Iterator[None]:
+    """Within it `watch` sees the matrix multiplications of a batch's forward on this thread.
+
+    experts: parameters that are shown all tokens within `layer_watched`.
+    """
+    listener = _BatchWatch(watch, number, batch, experts)
     if batch.mask is None:
         tap = Tap(matrices, listener)
     else:
         tap = listener.flow = Flow(matrices, listener, batch.input_ids.numel())
-    with tap:
-        yield
-    watch.count(listener.tokens)
+    token = _listening.set(listener)
+    try:
+        with tap:
+            yield
+    finally:
+        _listening.reset(token)
+    watch.count(listener.tokens, listener.routed)
 
 
 @contextmanager
-def layer_watched(name: str, layer: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
-    """Around all batches: norms are followed if a batch has padding."""
-    if any(batch.mask is not None for batch in batches):
-        with norms_followed(name, layer):
-            yield
-    else:
+def layer_watched(
+    name: str, layer: nn.Module, batches: Sequence[Batch], experts: Sequence[Experts] = ()
+) -> Iterator[None]:
+    """Around all batches: norms are followed if a batch has padding. experts: to show all tokens."""
+    with ExitStack() as stack:
+        if any(batch.mask is not None for batch in batches):
+            stack.enter_context(norms_followed(name, layer))
+        stack.enter_context(before_experts(experts, _show_all, _check))
         yield
+
+
+def _show_all(experts: Experts, tokens: Tensor) -> None:
+    listener = _listening.get()
+    if listener is not None:
+        listener.everywhere(experts, tokens)
+
+
+def _check(experts: Experts, rows: Tensor) -> None:
+    listener = _listening.get()
+    if listener is not None:
+        listener.check(experts, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ import typer
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.text import count
+
+_LAYERS = 8  # in the table of experts
+_EXPERTS = 8  # numbers in a cell of it
 
 
 def calibrate(
@@ -70,6 +74,7 @@ def show_calibration(out: Output, report: dict[str, Any]) -> None:
         inputs = f"{min(lows):.4g} to {max(highs):.4g}" if lows else "-"
         rows.append([name, f"{len(modules)}", tokens, inputs, _span(scales, "{:.4g}")])
     out.table(["modules", "count", "tokens", "inputs", "input scale"], rows, {"count", "tokens"})
+    show_experts(out, report["experts"])
     out.line()
     out.line(f"samples      {report['samples']} of up to {report['length']} tokens")
     for edited in {method.edited_as: None for method in recipe_methods().values()}:
@@ -80,6 +85,41 @@ def show_calibration(out: Output, report: dict[str, Any]) -> None:
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             out.line(f"{title:<13}{count(names, 'module')}: {', '.join(names[:5])}{more}")
+    taken = list(report["taken_from"].items())
+    for name, donor in taken[:5]:
+        out.line(f"{'':<13}{name} takes the statistics of {donor}")
+    if len(taken) > 5:
+        out.line(f"{'':<13}and {len(taken) - 5} more, see --json")
+
+
+def show_experts(out: Output, experts: Mapping[str, Any]) -> None:
+    """Print how many tokens the router gave to experts, the most uneven layers first."""
+    if not experts:
+        return
+
+    def least(layer: dict[str, Any]) -> float:
+        smallest: int = min(layer["tokens"].values())
+        return smallest / layer["mean"] if layer["mean"] else 0.0
+
+    worst = sorted(experts.items(), key=lambda item: (least(item[1]), item[0]))
+    rows = []
+    for name, layer in worst[:_LAYERS]:
+        few = [_numbers(layer[key]) for key in ("below_5_pct", "below_10_pct")]
+        smallest = f"{min(layer['tokens'].values()):,}"
+        rows.append([name, f"{len(layer['tokens'])}", f"{layer['mean']:,.1f}", smallest, *few])
+    out.line()
+    columns = ["tokens by the router", "experts", "mean", "least", "below 5 %", "below 10 %"]
+    out.table(columns, rows, {"experts", "mean", "least"})
+    if len(worst) > _LAYERS:
+        out.line(
+            f"and {count(len(worst) - _LAYERS, 'layer')} more, less uneven; --json has all numbers"
+        )
+
+
+def _numbers(experts: list[int]) -> str:
+    """The numbers of some experts, in short."""
+    few = ", ".join(map(str, experts[:_EXPERTS]))
+    return (few + (f" and {len(experts) - _EXPERTS} more" if len(experts) > _EXPERTS else "")) or "-"
 
 
 def _span(values: list[Any], form: str) -> str:

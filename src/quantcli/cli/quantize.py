@@ -10,6 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from quantcli.cli import options
+from quantcli.cli.calibrate import show_experts
 from quantcli.cli.conversion import convert, show_job
 from quantcli.cli.output import Output
 from quantcli.core.text import count
@@ -76,8 +77,11 @@ def quantize(
             progress=planning,
         )
 
+    calibrated: list[Plan] = []
+
     def run(progress: Progress) -> Written[Plan]:
         written = commands.quantize(job, progress, resources)
+        calibrated.append(written.plan)
         notes = (*written.plan.notes, *written.notes)  # the plan's own are on the screen already
         return replace(written, notes=tuple(note for note in notes if note not in job.plan.notes))
 
@@ -90,6 +94,9 @@ def quantize(
         report=lambda written: jobs.to_json(replace(job, plan=written.plan) if written else job),
         closing=_closing(job),
     )
+    for final in calibrated:
+        if not (as_json or quiet or job.plan.experts):
+            show_experts(output, final.experts)
 
 
 def show_plan(out: Output, job: Job[Plan]) -> None:
@@ -108,6 +115,7 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
     for kept in plan.kept:
         share = f" ({_percent(kept.linears, plan.coverage.linears)} of linear weights)"
         out.line(f"{kept.reason}{share if kept.linears else ''}: {', '.join(kept.names)}")
+    show_experts(out, plan.experts)
     out.line()
     before, after = decimal(plan.checkpoint.nbytes), decimal(plan.weight_nbytes)
     out.line(

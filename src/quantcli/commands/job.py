@@ -133,6 +133,8 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
         "quantized_modules": plan.quantized_modules,
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
         "calibration": None if job.session is None else describe(job.session),
+        "experts": dict(plan.experts),
+        "taken_from": dict(plan.taken_from),
         "part": None
         if job.part is None
         else {

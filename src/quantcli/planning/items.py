@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def _items(
 ) -> Iterator[Item]:
     assigned, siblings = matched.rules, matched.siblings
     # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
-    outcomes: dict[tuple[tuple[int, str], str, tuple[int, ...], str, tuple[int, ...]], Outcome] = {}
+    outcomes: dict[tuple[Any, ...], Outcome] = {}
     amax_groups = _amax_groups(checkpoint, assigned, siblings, measured)
     copies = _copies(checkpoint, assigned, target, serving_dtype, measured)
     for name, stored in checkpoint.tensors.items():

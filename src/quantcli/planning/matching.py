@@ -14,6 +14,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import discover
+from quantcli.planning.choices import choose
 from quantcli.planning.measured import Measured
 from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
@@ -50,13 +51,15 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     """
     must_be_taken(checkpoint, recipe.target)  # before rules that would miss these tensors
     roles = roles_of(checkpoint)
-    assigned = _assign(recipe, checkpoint, roles)
+    assigned, chosen = choose(recipe, checkpoint, _assign(recipe, checkpoint, roles))
     _must_be_stored(assigned, recipe.target)
     assigned, notes = _served(checkpoint, assigned, recipe.target)
+    notes += chosen
     assigned, refused = _taken(recipe, checkpoint, assigned)
     if measured is not None:
+        served = assigned
         assigned, more = _without_data(recipe, assigned, measured)
-        notes += [*more, *_unseen(recipe, assigned, measured)]
+        notes += [*more, *_unseen(served, assigned, measured)]
     siblings = siblings_of(recipe, assigned)
     if recipe.siblings and not siblings.have_effect(assigned):
         notes.append("`siblings` has no effect: the schemes of these modules share nothing")
@@ -68,7 +71,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
 
 def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
     """Every module with a weight, as the target sees it."""
-    cache: dict[tuple[int, str], tuple[Numerics, str]] = {}  # few are different, and slow to make
+    cache: dict[tuple[int, str, int], tuple[Numerics, str]] = {}  # few are different, and slow to make
     for name, rule in assigned.items():
         shape = checkpoint.tensors[f"{name}.weight"].spec.shape
         if rule is None or rule.scheme is None:
@@ -223,12 +226,25 @@ def _without_inputs(
     return assigned | instead, [note]
 
 
-def _unseen(recipe: Recipe, assigned: dict[str, Rule | None], measured: Measured) -> Iterator[str]:
-    """A note on quantized modules that no token reached: it shows whether the samples are any good."""
-    quantized = [rule for rule in recipe.rules if rule.scheme]
-    names = [name for name in measured.no_tokens if assigned.get(name) in quantized]
-    if names:
-        yield f"no token of the calibration text reached {_few(names)}"
+def _unseen(
+    before: Mapping[str, Rule | None], assigned: Mapping[str, Rule | None], measured: Measured
+) -> Iterator[str]:
+    """A note on quantized modules that no token reached, and that keep the scheme that they had
+    before: it shows whether the samples are any good."""
+    names = [
+        name
+        for name in measured.no_tokens
+        if (rule := assigned.get(name)) and rule.scheme and rule is before[name]
+    ]
+    if alone := [name for name in names if name not in measured.taken_from]:
+        yield f"no token of the calibration text reached {_few(alone)}"
+    if taken := [name for name in measured.taken_from if assigned.get(name)]:
+        donor = f"`{taken[0]}` those of `{measured.taken_from[taken[0]]}`"
+        yield (
+            f"no token of the calibration text reached {_few(taken)}: they take the statistics of "
+            f"experts that it reached, such as {donor}"
+        )
+    yield from measured.starved_experts()
 
 
 def _few(names: Collection[str]) -> str:
@@ -243,7 +259,7 @@ def _served(
     scheme names one; what is merged stays together. And what there is to say about it."""
     instead: dict[str, Rule | None] = {}
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
-    merged: dict[tuple[str, tuple[int, str]], list[str]] = defaultdict(list)
+    merged: dict[tuple[str, tuple[int, str, int]], list[str]] = defaultdict(list)
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.unserved:
             merged[target.fused_name(name) or name, rule.key].append(name)
@@ -281,7 +297,7 @@ def _taken(
     sets: dict[tuple[int, str], list[str]] = defaultdict(list)  # what must have one scheme
     numerics = {}  # of rules: slow to make
     # experts of a layer come in hundreds, which differ in their number alone
-    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str]], Refusal | None] = {}
+    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str, int]], Refusal | None] = {}
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.roles and not rule.patterns:
             expert = EXPERT.fullmatch(name)

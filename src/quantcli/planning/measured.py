@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
+from quantcli.core.text import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,33 @@ class Measured:
     edits:     by stored tensor.
     edited:    groups of channels that methods have edited, counted by `MethodOptions.edited_as`.
     no_tokens: modules inside of the decoder stack that no token reached.
+    taken_from: those of them that take statistics of others, and of which: a module, or a pattern.
+    experts:   of each layer's experts the tokens that the router gave them, see `expert_tokens`.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     edits: Mapping[str, Edit] = field(default_factory=dict)
     edited: Mapping[str, int] = field(default_factory=dict)
     no_tokens: tuple[str, ...] = ()
+    taken_from: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
+
+    def starved_experts(self) -> Iterator[str]:
+        """A note on experts that the router gave few tokens, if they were not shown all of them."""
+        starved = {
+            name: layer["below_5_pct"]
+            for name, layer in self.experts.items()
+            if layer["below_5_pct"] and "shown" not in layer
+        }
+        if not starved:
+            return
+        numbers = [
+            f"{', '.join(map(str, few[:5]))}{' and others' if len(few) > 5 else ''} of `{name}`"
+            for name, few in list(starved.items())[:3]
+        ]
+        more = f" and {count(len(starved) - 3, 'layer')} more" if len(starved) > 3 else ""
+        experts = count(sum(map(len, starved.values())), "expert")
+        yield (
+            f"{experts} got less than 5 % of the tokens that the experts of a layer get on average: "
+            f"{'; '.join(numbers)}{more}. More samples help, or calibration.all_tokens"
+        )

@@ -368,6 +368,8 @@ class Plan(Work):
     measured: tuple[str, ...]  # modules whose schemes measure inputs
     needs_data: tuple[str, ...]  # those that are not measured yet; the plan cannot run if there are any
     edited: Mapping[str, int]  # groups of channels, see `Measured`
+    taken_from: Mapping[str, str]  # see `Measured`
+    experts: Mapping[str, Any]  # likewise
 
     @cached_property
     def methods(self) -> tuple[MethodOptions, ...]:

@@ -25,6 +25,7 @@ from quantcli.planning.tables import tables
 from quantcli.recipe.recipe import Recipe, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_family import EXPERT
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -53,6 +54,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     if not calibrates and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")
+    block = recipe.file.calibration
+    if calibrates and block and block.all_tokens and not any(map(EXPERT.fullmatch, matched.rules)):
+        notes.append("calibration.all_tokens has no effect: the model has no experts")
     if calibrates and recipe.calibrates_on_sample():
         notes.append(
             "the calibration text is the sample that comes with quantcli, for a trial only: set "
@@ -87,6 +91,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
             i.module for i in items if isinstance(i, Quantize) and i.module in need and not i.stats
         ),
         edited=measured.edited if measured else {},
+        taken_from=measured.taken_from if measured else {},
+        experts=measured.experts if measured else {},
     )
 
 

@@ -39,12 +39,15 @@ def tables(
 def _rule_lines(
     recipe: Recipe, items: list[Item], assigned: Mapping[str, Rule | None]
 ) -> Iterator[RuleLine]:
-    by_rule: dict[tuple[int, str], list[Quantize]] = defaultdict(list)
+    by_rule: dict[tuple[int, str, int], list[Quantize]] = defaultdict(list)
     for item in items:
         if isinstance(item, Quantize) and (rule := assigned[item.module]):
             by_rule[rule.key].append(item)
-    instead = {rule.key: rule for rule in assigned.values() if rule and rule not in recipe.rules}
-    for rule in sorted([*recipe.rules, *instead.values()], key=lambda rule: rule.number):
+    used = {id(rule): rule for rule in assigned.values() if rule}
+    instead = {rule.key: rule for rule in used.values() if rule not in recipe.rules}
+    chosen = {number for number, _, choice in instead if choice}
+    rules = [rule for rule in recipe.rules if rule.number not in chosen]
+    for rule in sorted([*rules, *instead.values()], key=lambda rule: (rule.number, rule.choice)):
         if rule.scheme is not None:
             rule_items = by_rule[rule.key]
             label = recipe.target.label(rule.scheme.numerics)

@@ -131,8 +131,14 @@ class Calibration(Block):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype to compute in; auto: the serving dtype"
     )
-    uncalibrated: Literal["error", "dynamic", "group"] = Field(
-        "error", description="what to do with a module that no token reaches"
+    uncalibrated: Literal["error", "dynamic", "nearest", "group"] = Field(
+        "error",
+        description="a module that no token reaches is an error, takes a scheme without data, or the "
+        "statistics of the expert with the nearest router weights, or of all experts of its layer",
+    )
+    all_tokens: bool = Field(
+        False,
+        description="show every expert all tokens, for statistics alone: what flows on is routed",
     )
 
 

@@ -45,6 +45,7 @@ class Rule:
     """One rule: patterns or roles of modules, and their scheme, or None if they stay float.
 
     keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
+    choice:  the number of the scheme among the `choices` of the recipe's, from 1; 0 if it has none.
     roles: those that it takes; empty for a rule that selects by patterns alone.
     """
 
@@ -55,6 +56,7 @@ class Rule:
     scheme: Scheme | None
     keyword: str = KEEP
     roles: frozenset[Role] = frozenset()
+    choice: int = 0
 
     def matches(self, module: str, role: Role | None = None) -> bool:
         """Whether the rule selects a module: by its role, by its whole name, or by both.
@@ -77,9 +79,10 @@ class Rule:
         return "   ".join(filter(None, (patterns, roles)))
 
     @property
-    def key(self) -> tuple[int, str]:
-        """The identity of a rule; another one if its scheme was replaced because data was missing."""
-        return self.number, self.scheme.name if self.scheme else self.keyword
+    def key(self) -> tuple[int, str, int]:
+        """The identity of a rule; another one if its scheme was replaced because data was missing, and
+        for each choice."""
+        return self.number, self.scheme.name if self.scheme else self.keyword, self.choice
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,12 @@ class Scheme(BaseModel, ABC):
         return self
 
     @property
+    def choices(self) -> tuple[Self, ...]:
+        """The schemes to choose from for each module, the best first, if an option leaves that to the
+        module's shape; the planner takes the first that the engine loads. Else empty."""
+        return ()
+
+    @property
     def unserved(self) -> str | None:
         """Name of the fallback scheme for a module that the engine cannot serve with this one; None:
         that is an error."""

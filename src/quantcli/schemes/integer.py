@@ -18,6 +18,7 @@ from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.base import Bias, ClippedWeights
 
 LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
+GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from, in this order
 
 
 class Search(NamedTuple):
@@ -178,8 +179,10 @@ class Int4Weights(IntegerWeights):
 class Int4Groups(Int4Weights):
     """Int4 weights with a scale for each group of columns of a row, or for the whole row."""
 
-    group_size: Literal[32, 64, 128, "channel"] = Field(
-        128, description="columns of a row that share a scale; channel: all of them"
+    group_size: Literal[32, 64, 128, "channel", "auto"] = Field(
+        128,
+        description="columns of a row that share a scale; channel: all of them; auto: the first of "
+        "128, 64 and 32 that the engine loads for a module, its siblings, the experts of its layer",
     )
 
     @classmethod
@@ -193,16 +196,30 @@ class Int4Groups(Int4Weights):
         return scheme if scheme.numerics == numerics else None
 
     @property
+    def choices(self) -> tuple[Self, ...]:
+        """Large groups first: they take the least memory."""
+        if self.group_size != "auto":
+            return ()
+        return tuple(self.model_copy(update={"group_size": size}) for size in GROUP_SIZES)
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of a group; None: whole rows. Of `auto` those of its first choice."""
+        if self.group_size == "channel":
+            return None
+        return GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
+
+    @property
     def weights(self) -> Operand:
         """How weights are quantized."""
-        if self.group_size == "channel":
+        if self.columns is None:
             return Operand("int4", "channel")
-        return Operand("int4", "group", block=(1, self.group_size))
+        return Operand("int4", "group", block=(1, self.columns))
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales of groups [..., n, groups, columns]. A scale is negative if the largest weight
         of its group is positive: then that is at -8, one step further than codes reach above zero."""
-        columns = None if self.group_size == "channel" else self.group_size
+        columns = self.columns
         groups = rows if columns is None else tiles.cut(rows, columns)
         sign, above = clipping.facing_down(groups)
         widest = clipping.widest_int4(rounding.absmax(groups), above, engine_dtype)
@@ -216,21 +233,21 @@ class Int4Groups(Int4Weights):
         search = self.search(rows, engine_dtype, constants)
         scale = search.scale(engine_dtype)
         codes = clipping.INT4.codes(search.rows, scale)
-        if self.group_size == "channel":
+        if self.columns is None:
             return codes, scale
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
 
     def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
         """int8 [..., n, k] for the scales of groups, or of rows."""
-        if self.group_size == "channel":
+        if self.columns is None:
             return super().nearest_codes(rows, scale)
-        codes = clipping.INT4.codes(tiles.cut(rows, self.group_size), scale.unsqueeze(-1))
+        codes = clipping.INT4.codes(tiles.cut(rows, self.columns), scale.unsqueeze(-1))
         return codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""
         codes = parts["weight"].float()
-        if self.group_size == "channel":
+        if self.columns is None:
             return codes * parts["weight_scale"]
-        block = (1, self.group_size)
+        block = (1, self.columns)
         return codes * tiles.spread(parts["weight_scale"], block, *codes.shape[-2:])

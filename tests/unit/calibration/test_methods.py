@@ -2,11 +2,12 @@
 
 import pytest
 
-from quantcli.calibration.methods.hessians import HESSIANS_NBYTES
+from quantcli.calibration.methods.hessians import HESSIANS_NBYTES, INPUTS_NBYTES, fitting
 from quantcli.calibration.methods.learning import Learning
 from quantcli.calibration.methods.ranges import Ranges
 from quantcli.calibration.methods.rounding import Rounding
 from quantcli.calibration.methods.smoothing import Smoothing
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.errors import MachineError
 from quantcli.recipe.methods import methods_for, recipe_methods
 from quantcli.schemes.fp8_static import Fp8Static
@@ -56,6 +57,22 @@ def test_memory_of_rounding():
     many = [(GPTQ, 8192)] * 100
     assert Rounding().nbytes(many) == 12 * 8192**2 + HESSIANS_NBYTES
     assert Learning().nbytes(weights) == Smoothing().nbytes(weights) == 0
+    # inputs of a batch of 2048 tokens in float32, for each worker
+    assert Rounding().worker_nbytes(weights) == 4 * 2048 * (64 + 128)
+    assert Rounding().worker_nbytes(many) == INPUTS_NBYTES
+    assert Rounding().worker_nbytes([(GPTQ, 65536)]) == 4 * 2048 * 65536
+    assert Rounding().worker_nbytes([(W8A8Dynamic(), 4096)]) == 0
+
+
+def test_runs_of_rounding_fit_the_memory():
+    """256 experts that read 4096 inputs: 16 runs of 64 MiB each; fewer if more inputs are kept."""
+    experts = {Matrix("experts", number): [f"experts.{number}"] for number in range(256)}
+    for tokens, each in ((64, 16), (2048, 8), (2**20, 1)):
+        runs = list(fitting(experts, lambda modules: 4096, lambda leader, n=tokens: n))
+        assert [len(run) for run in runs] == [each] * (256 // each)
+        assert [leader for run in runs for leader in run] == list(experts)
+        assert all(4 * 4096**2 * len(run) <= HESSIANS_NBYTES for run in runs)
+        assert each == 1 or all(4 * 4096 * tokens * len(run) <= INPUTS_NBYTES for run in runs)
 
 
 def test_a_step_of_learning_is_two_batches():

@@ -22,6 +22,7 @@ def test_results_of_methods_stand_next_to_the_modules():
     assert report.document() == {
         "layer": "model.layers.0",
         "modules": {"a": {"tokens": 1}},
+        "experts": {},
         "edits": {},
         "uncalibrated": [],
     }

@@ -48,6 +48,7 @@ calibration:
   inputs: quantized
   dtype: float32
   uncalibrated: group
+  all_tokens: true
 smooth:
   alpha: 0.6
   rules:

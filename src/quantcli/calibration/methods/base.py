@@ -103,6 +103,13 @@ class Method(MethodOptions):
         """
         return 0
 
+    def worker_nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
+        """Bytes of memory for each thread that runs batches of BATCH_TOKENS, at most.
+
+        weights: of one layer, likewise.
+        """
+        return 0
+
     def edit(self, work: LayerWork) -> None:
         """Add edits of float weights to `work.edits`, and stats that were found on the way.
 

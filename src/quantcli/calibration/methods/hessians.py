@@ -18,7 +18,8 @@ from quantcli.core.threads import thread_pool
 from quantcli.schemes.arithmetic.gptq import Each, in_turn
 
 InputRounding = Callable[[Tensor], tuple[Tensor, Tensor]]
-HESSIANS_NBYTES = 2**30
+HESSIANS_NBYTES = 2**30  # of sums at a time
+INPUTS_NBYTES = 2**28  # of the inputs of a batch at a time
 _ENOUGH = 4  # tokens a column: fewer would fit the weights to the noise of the samples
 _TILE = 512  # columns that one job adds up
 
@@ -120,17 +121,25 @@ def jobs(workers: int, device: torch.device) -> Iterator[Each]:
 
 
 def fitting(
-    group: Mapping[Matrix, list[str]], inputs_of: Callable[[Sequence[str]], int]
+    group: Mapping[Matrix, list[str]],
+    inputs_of: Callable[[Sequence[str]], int],
+    tokens_of: Callable[[Matrix], float],
 ) -> Iterator[dict[Matrix, int]]:
-    """The matrices of a group, and how many inputs each has, in runs that fit the memory."""
+    """The matrices of a group, and how many inputs each has, in runs that fit the memory.
+
+    tokens_of: how many tokens of a batch a matrix reads, on average. A run has at least one matrix, and
+    no more than HESSIANS_NBYTES of sums and INPUTS_NBYTES of the inputs of a batch.
+    """
     run: dict[Matrix, int] = {}
-    nbytes = 0
+    sums = inputs = 0.0
     for leader, modules in group.items():
         k = inputs_of(modules)
-        if run and nbytes + 4 * k * k > HESSIANS_NBYTES:
+        more, kept = 4 * k * k, 4 * k * tokens_of(leader)
+        if run and (sums + more > HESSIANS_NBYTES or inputs + kept > INPUTS_NBYTES):
             yield run
-            run, nbytes = {}, 0
+            run, sums, inputs = {}, 0, 0
         run[leader] = k
-        nbytes += 4 * k * k
+        sums += more
+        inputs += kept
     if run:
         yield run

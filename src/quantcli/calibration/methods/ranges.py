@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
+from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.policy import Policy, not_finite, unreached
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.numerics import NO_STATS
@@ -81,8 +82,13 @@ class RangesPass(Measurement):
         self._finite(self._observers)
         fill_in(self._work, join(self._work.run.policy, self._observers))
         self._finite(self._squares_of)
-        stats = self._work.stats
-        for module, square in self._squares_of.items():
+        stats, squares = self._work.stats, dict(self._squares_of)
+        reached = {module for module, square in squares.items() if square.tokens}
+        for module, others in donors_of(self._work, squares.keys() - reached, reached).items():
+            squares[module] = Observer(ChannelSquare())
+            for other in dict.fromkeys(self._squares_of[name] for name in others):
+                squares[module].absorb(other)
+        for module, square in squares.items():
             if square.tokens:
                 stats[module] = {**stats.get(module, NO_STATS), **square.stats()}
 
@@ -113,26 +119,21 @@ def join(policy: Policy, observers: Mapping[str, Observer]) -> dict[str, Observe
 def fill_in(work: LayerWork, observers: Mapping[str, Observer]) -> None:
     """Add the stats of every module's observer; modules that saw no token follow the recipe's policy.
 
-    InputError if that is `error`, or `group` and none of its like has seen one.
+    InputError if that is `error`, or if none of its like has seen one.
     """
     policy = work.run.policy
     stats_of = {o: o.stats() for o in dict.fromkeys(observers.values()) if o.tokens}  # once if shared
     stats = {module: stats_of[o] for module, o in observers.items() if o in stats_of}
     empty = sorted(observers.keys() - stats.keys())
     work.report.uncalibrated = empty
-    if empty and policy.uncalibrated == "error":
-        raise unreached(empty, policy.quantized[empty[0]].rule)
-    for module in empty if policy.uncalibrated == "group" else ():
-        others = [observers[m] for m in stats if _alike(m) == _alike(module)]
+    donors = donors_of(work, empty, stats.keys())
+    missing = [module for module in empty if module not in donors]
+    if missing and policy.uncalibrated != "dynamic":
+        raise unreached(missing, policy.quantized[missing[0]].rule)
+    for module, others in donors.items():
         union = policy.observer(module)
-        if not others or union is None:
-            raise unreached([module], policy.quantized[module].rule)
-        for other in dict.fromkeys(others):
+        assert union is not None
+        for other in dict.fromkeys(observers[name] for name in others):
             union.absorb(other)
         stats[module] = union.stats()
     work.stats |= stats
-
-
-def _alike(module: str) -> tuple[str, ...]:
-    """A module's name without its numbers: the same for the same part of all experts."""
-    return tuple("" if part.isdigit() else part for part in module.split("."))

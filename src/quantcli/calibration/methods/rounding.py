@@ -8,7 +8,9 @@ If a scheme also rounds inputs (`as_rounded`), their errors count, too: outputs 
 inputs are brought near to those of the weight and inputs before rounding.
 
 Memory: the sums of products of as many inputs at a time as fit HESSIANS_NBYTES, at least one, 4 k^2
-bytes each; 12 k^2 for the widest while it is factorized; some batches of inputs; blocks of rows.
+bytes each; 12 k^2 for the widest while it is factorized; for each worker the inputs of a batch, up to
+INPUTS_NBYTES; the codes of a layer; blocks of rows. A layer with more runs over the samples again: 256
+experts that read 4096 inputs each take 16 runs, or one if all of them are shown the same tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.channels import shape_of
+from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
+from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.methods.hessians import (
     HESSIANS_NBYTES,
+    INPUTS_NBYTES,
     Hessian,
     InputRounding,
     Inputs,
@@ -48,6 +53,7 @@ from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, g
 from quantcli.schemes.base import Scheme, maxima
 
 _ROWS = 1024  # that one job rounds
+_ALL = -1  # in place of an expert's number: all experts that tokens reached
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
 
@@ -84,6 +90,12 @@ class Rounding(Method):
         learned = any(scheme.schedule for scheme in schemes)
         return (24 if learned else 12) * widest + (2 if learned else 1) * sums
 
+    def worker_nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
+        """Inputs of a batch."""
+        widths = [k for scheme, k in weights if self.name in scheme.methods]
+        kept = 4 * BATCH_TOKENS * sum(widths)
+        return max(min(kept, INPUTS_NBYTES), 4 * BATCH_TOKENS * max(widths, default=0))
+
     def measure(self, work: LayerWork) -> RoundingPass:
         """Round all modules, once their other stats are there."""
         return RoundingPass(work)
@@ -97,6 +109,8 @@ class RoundingPass(Measurement):
         self.layer, self.layout, self.run = work.layer, work.layout, work.run
         self.edits, self.stats, self.reports = work.edits, work.stats, work.report.modules
         self._left: set[str] = set()  # not rounded yet
+        # the matrices whose inputs a leader stands for, if these are others than its own
+        self._sources: dict[Matrix, list[Matrix]] = {}
 
     def choose(self) -> None:
         """Round all modules that are rounded by data. InputError for NaN and Inf."""
@@ -108,7 +122,7 @@ class RoundingPass(Measurement):
         with jobs(self.run.workers, self.run.device) as each:
             for group in groups:
                 engine = self._engine()
-                for leaders in fitting(group, self._inputs_of):
+                for leaders in fitting(group, self._inputs_of, self._tokens_of):
                     hessians = self._collect(group, leaders, engine, each)
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
@@ -132,10 +146,12 @@ class RoundingPass(Measurement):
         """Modules to round by the matrix that stands for their input; groups in data's order."""
         leaders = self.layout.leaders()
         modules_of: dict[Matrix, list[str]] = defaultdict(list)
+        stand_ins = self._stand_ins(leaders)
         for matrix, segments in self.layout.matrices():
             for module in dict.fromkeys(s.module for s in segments):
                 if self._wants_codes(module):
-                    modules_of[leaders.get(matrix, matrix)].append(module)
+                    leader = stand_ins.get(module, leaders.get(matrix, matrix))
+                    modules_of[leader].append(module)
         if self.run.policy.inputs == "float":
             if modules_of:
                 yield modules_of
@@ -147,6 +163,24 @@ class RoundingPass(Measurement):
         for leader, modules in modules_of.items():
             by_place[places.get(shape_of(leader.parameter), len(places))][leader] = modules
         yield from (by_place[place] for place in sorted(by_place))
+
+    def _stand_ins(self, leaders: Mapping[Matrix, Matrix]) -> dict[str, Matrix]:
+        """The leader of each module that no token reached and that is rounded by inputs of others."""
+        inputs = {
+            module: leaders.get(matrix, matrix)
+            for matrix, segments in self.layout.matrices()
+            for module in (s.module for s in segments)
+            if self._wants_codes(module)
+        }
+        reached = {module for module in inputs if self.reports[module].tokens}
+        stand_ins = {}
+        for module, others in donors_of(self.work, inputs.keys() - reached, reached).items():
+            sources = sorted({inputs[name] for name in others}, key=lambda m: (m.parameter, m.expert))
+            stand_ins[module] = sources[0]
+            if len(sources) > 1:
+                stand_ins[module] = Matrix(sources[0].parameter, _ALL)
+                self._sources[stand_ins[module]] = sources
+        return stand_ins
 
     def _wants_codes(self, module: str) -> bool:
         """Whether a module's codes are chosen here."""
@@ -166,6 +200,14 @@ class RoundingPass(Measurement):
 
     def _inputs_of(self, modules: Sequence[str]) -> int:
         return self._stored(modules[0]).spec.shape[1]
+
+    def _tokens_of(self, leader: Matrix) -> float:
+        """Tokens that are kept of a batch, on average."""
+        tokens = 0
+        for source in self._sources.get(leader, [leader]):
+            modules = self.layout.modules([source])
+            tokens += max((self.reports[module].tokens for module in modules), default=0)
+        return tokens / len(self.run.batches)
 
     def _scheme(self, module: str) -> Scheme:
         return self.run.policy.quantized[module].scheme
@@ -216,7 +258,11 @@ class RoundingPass(Measurement):
             for leader, k in leaders.items()
         }
         seen = {leader: Inputs() for leader in leaders}
-        watch = Watch({leader: [inputs] for leader, inputs in seen.items()}, engine)
+        lookers: dict[Matrix, list[Inputs]] = defaultdict(list)
+        for leader, inputs in seen.items():
+            for source in self._sources.get(leader, [leader]):
+                lookers[source].append(inputs)
+        watch = Watch(lookers, engine)
         count, step = len(self.run.batches), self.run.workers
         for start in range(0, count, step):
             self.layer.watch(watch, None, range(start, min(start + step, count)))

@@ -149,8 +149,10 @@ class Tap(TorchFunctionMode):
         pieces: list[Tensor | None] = []
         start = 0
         for expert, end in enumerate(ends):
-            rows = self._rows(x, start, end)
-            pieces.append(listener.linear(Matrix(parameter, expert), rows, None))
+            piece = None
+            if start < end:
+                piece = listener.linear(Matrix(parameter, expert), self._rows(x, start, end), None)
+            pieces.append(piece)
             start = end
         y = compute()
         start = 0

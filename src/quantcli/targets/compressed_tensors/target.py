@@ -121,7 +121,7 @@ class CompressedTensors(VllmTarget):
         group = module.numerics.weight.group_size
         if group and k % group:
             what = f"groups of {group} columns do not divide {k}"
-            yield Fault(what, "use another group_size, or channel", "width")
+            yield Fault(what, "use `group_size: auto`, or channel", "width")
         if last_part(module.name) == "kv_b_proj" and static_inputs(module.numerics):
             # vllm 0.32.0, model_executor/layers/attention/mla_attention.py:416 and
             # layers/quantization/utils/quant_utils.py:511-572

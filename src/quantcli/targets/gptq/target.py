@@ -80,7 +80,7 @@ class Gptq(VllmTarget):
                 yield Fault(what, KEEP, "width")
         if kind.group > 0 and k % kind.group:
             what = f"groups of {kind.group} columns do not divide {k}"
-            yield Fault(what, "use another group_size, or channel", "width")
+            yield Fault(what, "use `group_size: auto`, or channel", "width")
 
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """None for a head of 4 bits, which vLLM serves."""
