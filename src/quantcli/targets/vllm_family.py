@@ -5,6 +5,7 @@ Each table names the source in which its facts are read: a project, its version,
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import abstractmethod
 from collections import defaultdict
@@ -319,31 +320,57 @@ def count_in(config: Mapping[str, Any]) -> tuple[str, int]:
     return next(found, ("", 0))
 
 
+# Families whose list of experts holds those for text and then as many for vision, of another width.
+# Source: transformers 5.23.0, conversion_mapping.py:1465-1483; vllm 0.32.0,
+# model_executor/models/ernie45_vl_moe.py:207-303.
+_TWO_SETS = frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"})
+
+
+def _sizes_of_sets(checkpoint: Checkpoint) -> list[int]:
+    """Numbers of experts that are alike, in the order of a layer's list; empty if it is not known."""
+    config = checkpoint.text_config
+    key, count = expert_count(checkpoint)
+    for listed in (config.get(name) for name in COUNTS):
+        if isinstance(listed, list) and listed and all(type(n) is int and n > 0 for n in listed):
+            return listed
+    if not key:
+        return []
+    return [count, count] if config.get("model_type") in _TWO_SETS else [count]
+
+
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Experts that are missing, are too many, or have other tensors than the rest of their layer."""
     sets: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, stored in checkpoint.tensors.items():
         if match := EXPERT.fullmatch(name):
             sets[match["experts"]][int(match["index"])][match["rest"]] = stored
-    key, found = expert_count(checkpoint)
-    count = found if key else None
+    sizes = _sizes_of_sets(checkpoint)
+    count = sum(sizes)
     for experts, members in sets.items():
-        reference = max(members.values(), key=len)
-        for index in range(max(len(members), count or 0)):
-            if index not in members:
-                yield failed("experts", f"expert {index} is missing", f"`{experts}`", AGAIN)
-                break
-            if missing := sorted(reference.keys() - members[index].keys()):
-                what = f"lacks {missing[0]}, which other experts have"
-                yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
-            for rest, stored in members[index].items():
-                spec, other = stored.spec, reference[rest].spec if rest in reference else None
-                if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
-                    what = f"is {spec}, unlike other experts' {other}"
-                    yield failed("experts", what, f"`{spec.name}`", AGAIN)
-        if count is not None and len(members) > count:
+        every = range(max(len(members), count))
+        if (gap := next((index for index in every if index not in members), None)) is not None:
+            yield failed("experts", f"expert {gap} is missing", f"`{experts}`", AGAIN)
+        ends = sizes if len(members) == count and gap is None else [1 + max(members)]
+        for begin, end in itertools.pairwise(itertools.accumulate(ends, initial=0)):
+            alike = {index: members[index] for index in range(begin, end) if index in members}
+            yield from _unlike(experts, alike)
+        if sizes and len(members) > count:
             what = f"there are {len(members)} experts; config.json says {count}"
             yield failed("experts", what, f"`{experts}`", AGAIN)
+
+
+def _unlike(experts: str, members: Mapping[int, Mapping[str, StoredTensor]]) -> Iterator[Finding]:
+    """Experts of one set with other tensors than the others."""
+    reference = max(members.values(), key=len)
+    for index, tensors in members.items():
+        if missing := sorted(reference.keys() - tensors.keys()):
+            what = f"lacks {missing[0]}, which other experts have"
+            yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
+        for rest, stored in tensors.items():
+            spec, other = stored.spec, reference[rest].spec if rest in reference else None
+            if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
+                what = f"is {spec}, unlike other experts' {other}"
+                yield failed("experts", what, f"`{spec.name}`", AGAIN)
 
 
 _DOWN = frozenset({"down_proj", "w2"})
