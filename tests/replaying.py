@@ -18,10 +18,20 @@ CPU = torch.device("cpu")
 
 
 class Memory(dict):
-    """Hidden states by batch."""
+    """Hidden states, and what is carried next to them, by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.carries = {}
 
     def get(self, batch):
         return self[batch]
+
+    def carried(self, batch):
+        return self.carries[batch]
+
+    def put(self, batch, hidden, carry):
+        self[batch], self.carries[batch] = hidden, carry
 
 
 def make_batches(vocabulary=128, *, padded=True, seed=0):
@@ -48,18 +58,21 @@ class Replayed:
         self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)
         self.read = read
         self.states = Memory()
-        self.replay.begin(self.states.__setitem__)
+        self.replay.begin(self.states.put)
 
     def layers(self, taps=None):
         """Run all layers; `taps(index, layer)` is the tap of a layer."""
         for index in range(len(self.skeleton.layers)):
+            if index in [stack.start for stack in self.skeleton.stacks[1:]]:
+                final, self.states = self.states, Memory()
+                self.replay.onward(self.states.put, final)
             self.layer(index, taps)
 
     def layer(self, index, taps=None):
         after = Memory()
         with self.skeleton.loaded(index, self.read, CPU) as layer:
             tap = None if taps is None else taps(index, layer)
-            self.replay.run(index, layer, self.states, after.__setitem__, tap)
+            self.replay.run(index, layer, self.states, after.put, tap)
         self.states = after
 
     def logits(self):

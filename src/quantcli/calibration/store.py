@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +119,11 @@ class Store:
         text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(self.folder / _report(index), text.encode())
 
-    def drop_states(self, keep: int | None = None) -> None:
-        """Delete hidden states, but for those before layer `keep`."""
+    def drop_states(self, keep: Collection[Path] = ()) -> None:
+        """Delete hidden states, but for some files."""
         with disk_errors(self.folder):
             for path in self.folder.glob("*states-*"):
-                if keep is None or f"-{keep:05d}." not in path.name:
+                if path not in keep:
                     path.unlink()
 
     def close(self) -> None:

@@ -127,6 +127,8 @@ def _layers(
     progress.begin_layers(len(names), 0, tokens)
     layers = []
     for index, name in enumerate(names):
+        for model in (reference, ours):
+            model.enter(index)
         try:
             own = ours.layer(index, reference.states, batches[:_OWN])
         except InputError as error:  # NaN or Inf

@@ -49,7 +49,7 @@ def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[No
     tables: dict[int, StoredTensor] = {}
     with ExitStack() as stack:
         for path, module in skeleton.model.named_modules():
-            if path.startswith(f"{skeleton.stack}."):
+            if skeleton.in_stack(f"{path}."):
                 continue
             names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
             paths = [f"{path}.{name}".lstrip(".") for name in names]
