@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 class Memory(dict):
     """Hidden states, and what is carried next to them, by batch."""
 
-    def __init__(self):
-        super().__init__()
-        self.carries = {}
+    def __init__(self, states=None):
+        super().__init__(states or {})
+        self.carries = dict(states.carries) if states else {}
 
     def get(self, batch):
         return self[batch]

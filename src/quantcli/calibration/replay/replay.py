@@ -68,15 +68,18 @@ class Replay:
         self._read = read
         skeleton.move_buffers(device)
         self._workers = workers if device.type == "cpu" else 1
-        modules = [layer for _, layer in skeleton.layers]
-        head = skeleton.head
-        self._outlines = [
-            Outline(modules[stack.start : stack.stop], [*modules[stack.stop :], *head])
-            for stack in skeleton.stacks
-        ]
         self._finals: list[BatchSource] = []  # the outputs of the stacks before the present one
         self._calls: list[list[Call]] = [[] for _ in batches]
         self._shared = Shared()
+
+    @cached_property
+    def _outlines(self) -> list[Outline]:
+        """Of each stack; what the model calls after it are later stacks, and the head."""
+        modules, head = [layer for _, layer in self.skeleton.layers], self.skeleton.head
+        return [
+            Outline(modules[stack.start : stack.stop], [*modules[stack.stop :], *head])
+            for stack in self.skeleton.stacks
+        ]
 
     @property
     def arguments_nbytes(self) -> int:
