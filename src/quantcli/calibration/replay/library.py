@@ -30,9 +30,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     where = str(checkpoint.path / CONFIG)
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
-            config = transformers.AutoConfig.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
             named = (getattr(config, "architectures", None) or [""])[0]
             native = getattr(transformers, str(named), None)
             custom = trust_remote_code and hasattr(config, "auto_map")
@@ -48,6 +46,26 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     return built
+
+
+def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> Any:
+    """The config of a model: of the library's class for its type, or else for its architecture.
+
+    A model may come with code of its own, and have a class in the library all the same: Kimi K2 has
+    the architecture of DeepSeek V3 under a type of its own.
+    """
+    import transformers
+
+    table = checkpoint.config
+    if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
+        known = getattr(native, "config_class", None)
+        if known is not None:
+            changed = {**table, "model_type": known.model_type}
+            return known.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
+    return transformers.AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class Replay:
                 stack.enter_context(outline.ending(final.get(number).to(self.device)))
             yield
 
-    def _forward(self, batch: Batch) -> Any:
+    def _forward(self, batch: Batch, model: Any = None) -> Any:
         ids = batch.input_ids.to(self.device)
         mask = None if batch.mask is None else batch.mask.to(self.device, torch.int64)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -149,7 +149,7 @@ class Replay:
         if "use_cache" in signature(self.skeleton.model.forward).parameters:
             inputs["use_cache"] = False
         with torch.no_grad():
-            return self.skeleton.model(**inputs)
+            return (model or self.skeleton.model)(**inputs)
 
     def run(
         self,
@@ -244,13 +244,24 @@ class Replay:
 
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
         """What the model puts out for every batch, in order: logits [batch, length, vocabulary], logits
-        of classes, or hidden states [batch, length, hidden], as the model does."""
+        of classes, or, if there is no tensor for a head, hidden states [batch, length, hidden]."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
                 final = states.get(number).to(self.device)
                 with self._ending(number), self._outlines[-1].ending(final):
-                    out = self._forward(batch)
-                yield out.logits if hasattr(out, "logits") else out[0]
+                    yield self._put_out(batch)
+
+    def _put_out(self, batch: Batch) -> Tensor:
+        """InputError if the model's own forward fails behind its layers."""
+        model = self.skeleton.model if self.skeleton.head_stored else self.skeleton.model.base_model
+        try:
+            out = self._forward(batch, model)
+        except QuantError:
+            raise
+        except Exception as error:  # code of the library, or of the model
+            raise self._failed(f"the forward of `{type(model).__name__}`", error) from error
+        result: Tensor = out.logits if hasattr(out, "logits") else out[0]
+        return result
 
 
 @contextmanager

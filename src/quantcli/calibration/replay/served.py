@@ -205,13 +205,18 @@ class Forward:
         return aside
 
     def logits(self) -> Iterator[Tensor]:
-        """Logits [batch, length, vocabulary] of every batch, in order."""
+        """Logits [batch, length, vocabulary] of every batch, in order, or what else the model puts out:
+        see `Replay.endings`."""
         return self._replay.endings(self.states)
 
 
-def token_log_probs(logits: Tensor, batch: Batch) -> Tensor:
-    """The log-probability of every token but the first of each sample: float32 [batch, length - 1]."""
-    scores = logits[:, :-1].float().log_softmax(-1)
+def token_log_probs(logits: Tensor, batch: Batch, *, ahead: int = 1) -> Tensor:
+    """The log-probability of every token but the first of each sample: float32 [batch, length - 1].
+
+    ahead: 1 if logits are of the next token; 0 if they are of the token itself, as an encoder's decoder
+    is given the tokens before it.
+    """
+    scores = (logits[:, :-1] if ahead else logits[:, 1:]).float().log_softmax(-1)
     return scores.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.replay.library import build_model, conversions
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.head import generates
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
@@ -228,6 +229,21 @@ class Skeleton:
         return [head] if isinstance(head, nn.Module) else []
 
     @property
+    def predicts_text(self) -> bool:
+        """Whether the model puts out logits of tokens that follow, and has a head for them."""
+        return self.head_stored and bool(self.head) and generates(self.checkpoint)
+
+    @property
+    def head_stored(self) -> bool:
+        """Whether the head has tensors in the checkpoint, if there is one. A model of a class that the
+        library does not know, such as a reward model, may be built as one with another head."""
+        return all(
+            self.outside(name) is not None
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if any(parameter is its for module in self.head for its in module.parameters())
+        )
+
+    @property
     def start_token(self) -> int:
         """The token that a decoder is given before the first one of a text."""
         config = self.model.config
@@ -341,9 +357,9 @@ def _stacks(model: Any, checkpoint: Checkpoint) -> list[list[tuple[str, nn.Modul
     where = str(checkpoint.path / "config.json")
     if model.main_input_name != "input_ids":
         raise InputError(
-            f"`{type(model).__name__}` takes `{model.main_input_name}`, and calibration gives it text",
+            f"`{type(model).__name__}` takes `{model.main_input_name}`, and cannot be run on text",
             where=where,
-            fix=NO_DATA,
+            fix=f"{NO_DATA}, and verify without --run",
         )
     parts = [model.get_decoder() if hasattr(model, "get_decoder") else model]
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
