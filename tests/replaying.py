@@ -12,6 +12,7 @@ from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.text.dataset import Batch, quiet
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.planning.reach import next_token_layer
 from quantcli.sources.decode import decoded
 
 CPU = torch.device("cpu")
@@ -53,8 +54,12 @@ def make_batches(vocabulary=128, *, padded=True, seed=0):
 class Replayed:
     """A model's layers run over batches, from disk."""
 
-    def __init__(self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor):
-        self.skeleton = Skeleton(decoded(open_checkpoint(path)), dtype, trust_remote_code=False)
+    def __init__(
+        self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor, next_token=False
+    ):
+        checkpoint = decoded(open_checkpoint(path))
+        layer = next_token_layer(checkpoint) if next_token else None
+        self.skeleton = Skeleton(checkpoint, dtype, trust_remote_code=False, next_token=layer)
         self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)
         self.read = read
         self.states = Memory()

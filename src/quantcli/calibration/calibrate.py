@@ -90,7 +90,7 @@ class Calibrator:
 
     def _enter(self, stack: int, final: States | None, *, write: bool = True) -> States:
         """Note the calls of a stack; the inputs of its first layer, written if there is no better."""
-        batches, specs, replay = self.calibration.replay.batches, self._specs, self.calibration.replay
+        specs, replay = self._specs, self.calibration.replay
         specs.clear()
         self._stack = stack
         writers: list[StatesWriter] = []
@@ -98,7 +98,7 @@ class Calibrator:
 
             def note(number: int, hidden: Tensor, carry: Carry) -> None:
                 if not specs:
-                    specs.extend(_specs(hidden, batches))
+                    specs.extend(_specs(hidden, replay.batches))
                     if write:
                         self._check_space(2 * sum(spec.nbytes for spec in specs))
                         file = states_file(self._skeleton.stacks[stack].start)

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantcli.calibration.replay.next_token import add_layer, attach
 from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.core.errors import InputError
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, next_token: bool = False
+) -> nn.Module:
     """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
 
-    Raises InputError if transformers does not know it, or its config does not fit.
+    next_token: build one more decoder layer, as a next-token layer. Raises InputError if transformers does not know it, or its config does not fit.
     """
     import transformers
 
@@ -31,6 +34,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
             config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
+            if next_token:
+                add_layer(config)
             named = (getattr(config, "architectures", None) or [""])[0]
             native = getattr(transformers, str(named), None)
             custom = trust_remote_code and hasattr(config, "auto_map")
@@ -41,6 +46,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()
+            if next_token:
+                attach(model.get_decoder().layers[-1], dtype)
             _keep_in_float32(model, dtype)
     except Exception as error:
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None

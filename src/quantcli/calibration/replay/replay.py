@@ -63,7 +63,7 @@ class Replay:
         """read: gives stored tensors outside of the layers. workers: batches at a time, each computed
         by one thread on its own, so that results do not depend on their number."""
         self.skeleton = skeleton
-        self.batches = batches
+        self.batches = self._samples = batches
         self.device = device
         self._read = read
         skeleton.move_buffers(device)
@@ -93,13 +93,45 @@ class Replay:
         Raises InputError if the model's layers cannot be called one by one.
         """
         self._finals = []
+        self.batches = self._samples
         self._calls = [[] for _ in self.batches]
         self._note_calls(sink)
 
     def onward(self, sink: Sink, final: BatchSource) -> None:
         """The same for the next stack; the one before has put out `final`, which must stay readable."""
         self._finals.append(final)
-        self._note_calls(sink)
+        if self.skeleton.next_token is None:
+            self._note_calls(sink)
+        else:
+            self._note_next_token(sink, self.skeleton.next_token.layout.masked)
+
+    def _note_next_token(self, sink: Sink, masked: bool) -> None:
+        """Note how the layer is called for all tokens but the last of each sample; `sink` takes the
+        embeddings of the tokens that follow, and behind them the model's last hidden states.
+
+        masked: the first embedding is zeros.
+        """
+        model: Any = self.skeleton.model
+        self.batches = [
+            Batch(batch.input_ids[:, :-1], None if batch.mask is None else batch.mask[:, 1:])
+            for batch in self._samples
+        ]
+        last = self._outlines[-1]
+        with outside(self.skeleton, self._read, self.device), _one_thread():
+            for number, (samples, batch) in enumerate(zip(self._samples, self.batches, strict=True)):
+                final = self._finals[-1].get(number).to(self.device)[:, :-1]
+                with self._outlines[0].ending(final), torch.no_grad():
+                    noted = last.note(partial(self._forward, batch))
+                    assert noted is not None, "the layer is called with hidden states"
+                    with last.ending(final):
+                        hidden = self._forward(batch, model.base_model).last_hidden_state
+                    following = samples.input_ids[:, 1:].to(self.device)
+                    embedding = model.get_input_embeddings()(following)
+                    if masked:
+                        embedding[:, :1] = 0
+                self._calls[number] += [call.map(self._shared) for call in noted[1]]
+                self._shared.forget()
+                sink(number, torch.cat([embedding, hidden], -1), NOTHING_CARRIED)
 
     def _note_calls(self, sink: Sink) -> None:
         with outside(self.skeleton, self._read, self.device), _one_thread():

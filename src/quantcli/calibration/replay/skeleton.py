@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.calibration.replay.library import build_model, conversions
+from quantcli.calibration.replay.next_token import library_names
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.head import generates
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.planning.reach import NextTokenLayer
 from quantcli.sources.stacked import MergedExperts, merged_experts
 
 Read = Callable[[StoredTensor], Tensor]  # a stored tensor's values, edited as the caller likes
@@ -107,16 +109,32 @@ class Skeleton:
     unused: stored tensors that the model has no parameter for, such as draft layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool) -> None:
-        """dtype: safetensors name of the dtype to compute in.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        *,
+        trust_remote_code: bool,
+        next_token: NextTokenLayer | None = None,
+    ) -> None:
+        """dtype: safetensors name of the dtype to compute in. next_token: a layer that is to be a stack
+        of its own, behind the decoder's.
 
         Raises InputError if transformers cannot build the model, no decoder stack is found, or a
         parameter of a decoder layer has no stored tensor.
         """
         self.checkpoint = checkpoint
         self.dtype = torch_dtype(dtype)
-        self.model = build_model(checkpoint, self.dtype, trust_remote_code=trust_remote_code)
+        self.next_token = next_token
+        self.model = build_model(
+            checkpoint,
+            self.dtype,
+            trust_remote_code=trust_remote_code,
+            next_token=next_token is not None,
+        )
         stacks = _stacks(self.model, checkpoint)
+        if next_token is not None:
+            stacks[-1:] = [stacks[-1][:-1], stacks[-1][-1:]]
         self.layers = [layer for stack in stacks for layer in stack]
         ends = list(accumulate(map(len, stacks)))
         self.stacks = [range(end - len(stack), end) for end, stack in zip(ends, stacks, strict=True)]
@@ -133,6 +151,10 @@ class Skeleton:
             for stored in merged.matrices:
                 del sources[stored.spec.name]
             sources[merged.name] = merged
+        if self.next_token is not None:
+            number = self.stacks[-1].start
+            renamed = library_names(self.checkpoint, self.next_token, sources, number)
+            sources = {renamed.get(name, name): source for name, source in sources.items()}
         groups: dict[int, list[Group]] = defaultdict(list)
         by_label: dict[str, Group] = {}
         unused = []
@@ -155,7 +177,10 @@ class Skeleton:
     @cached_property
     def _lists(self) -> dict[str, int]:
         """The module list of each stack, with a dot, and the place of its first layer."""
-        return {self.layers[r.start][0].rpartition(".")[0] + ".": r.start for r in self.stacks}
+        lists: dict[str, int] = {}
+        for stack in self.stacks:
+            lists.setdefault(self.layers[stack.start][0].rpartition(".")[0] + ".", stack.start)
+        return lists
 
     def in_stack(self, path: str) -> bool:
         """Whether a module or a parameter is in a layer of a stack."""
@@ -164,7 +189,7 @@ class Skeleton:
     @property
     def two_stacks(self) -> bool:
         """Whether an encoder's outputs go into the decoder."""
-        return len(self.stacks) > 1
+        return len(self.stacks) > 1 and self.next_token is None
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of each parameter and buffer, as from_pretrained would make it."""
