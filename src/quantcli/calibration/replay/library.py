@@ -26,7 +26,8 @@ def build_model(
 ) -> nn.Module:
     """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
 
-    next_token: build one more decoder layer, as a next-token layer. Raises InputError if transformers does not know it, or its config does not fit.
+    next_token: build one decoder layer more, as a next-token layer. Raises InputError if transformers
+    does not know the model, or its config does not fit.
     """
     import transformers
 

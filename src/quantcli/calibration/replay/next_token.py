@@ -1,7 +1,7 @@
 """A next-token layer as one more layer of the model's own class, behind two norms and a projection.
 
 The library leaves such layers out. Here the model is built with one decoder layer more, which gets what
-stands before it in the engine: x = projection([norm(embedding of the next token), norm(hidden states)]).
+stands before it in the engine: x = projection([norm(embedding of the next token), norm(states)])
 """
 
 from __future__ import annotations
