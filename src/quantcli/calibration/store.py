@@ -3,7 +3,8 @@
     calibration.json           the key: model, recipe, data; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
-    states-00003.safetensors   inputs of the next layer; only while a run is under way
+    states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
+                               of a whole stack and tensors that layers hand on next to these
 
 A layer counts as done when its report is there: it is written last.
 """
@@ -36,7 +37,8 @@ from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
 _VERSION = 1
-_FILES = r"(layer-\d{5}\.(safetensors|json)|states-\d{5}\.safetensors|calibration\.json)"
+_STATES = r"(final-)?states-\d{5}\.(safetensors|carried\.json)|states-[0-9a-f]{64}\.safetensors"
+_FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
 
