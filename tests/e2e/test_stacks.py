@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcli.commands import quantize as commands
 from quantcli.calibration.session import Resources
+from quantcli.commands import quantize as commands
 from quantcli.core.events import Progress
 from tests.e2e.calibrating import RECIPE, Bench, make_bench, write_tokenizer
 from tests.e2e.conftest import run_cli

@@ -45,6 +45,10 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter|optimizer|scheduler|ema|value_head)[^/]*\.safetensors"
 )
+# Places of the language model in config.json, next to towers.
+# Sources: transformers 5.23.0, models/*/configuration_*.py, such as qwen3_omni_moe; remote code of
+# InternVL and of DeepSeek-VL.
+_TEXT = (("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",))
 _STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
@@ -80,8 +84,13 @@ class Checkpoint:
     @property
     def text_config(self) -> dict[str, Any]:
         """The part of config.json that describes the language model."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        for path in _TEXT:
+            nested: Any = self.config
+            for key in path:
+                nested = nested.get(key) if isinstance(nested, dict) else None
+            if isinstance(nested, dict):
+                return nested
+        return self.config
 
     @cached_property
     def nbytes(self) -> int:

@@ -6,17 +6,21 @@ import fnmatch
 import itertools
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import quantization
 from quantcli.checkpoint.head import lm_head, tied
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.roles import Role, roles_of
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError, closest
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NO_ROLES: Mapping[str, Role] = MappingProxyType({})
 _HOLE = "\0"  # stands for a number in a folded name; no tensor name holds it
 
 
@@ -29,6 +33,7 @@ class TensorGroup:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    role: Role | None = None
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> dict[str, Any]:
@@ -72,8 +77,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
                 "dtype": group.dtype,
                 "shape": list(group.shape),
                 "bytes": group.nbytes,
+                "role": group.role,
             }
-            for group in fold(specs)
+            for group in fold(specs, roles_of(checkpoint))
         ],
         "other_files": checkpoint.aux,
         "left_out": checkpoint.left_out,
@@ -127,19 +133,25 @@ def tied_embeddings(checkpoint: Checkpoint) -> str:
     }[lm_head(checkpoint)]
 
 
-def fold(specs: list[TensorSpec]) -> list[TensorGroup]:
-    """Group tensors that differ only in layer or expert numbers, in order of their names."""
-    families: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = defaultdict(list)
+def fold(specs: list[TensorSpec], roles: Mapping[str, Role] = _NO_ROLES) -> list[TensorGroup]:
+    """Group tensors that differ only in layer or expert numbers, in order of their names.
+
+    roles: by module, or by the whole name of a stack; those of a group are the same.
+    """
+    families: dict[tuple[str, str, tuple[int, ...], Role | None], list[TensorSpec]]
+    families = defaultdict(list)
     for spec in specs:
-        families[_NUMBER.sub(_HOLE, spec.name), spec.dtype, spec.shape].append(spec)
+        role = roles.get(spec.name.removesuffix(".weight"))
+        families[_NUMBER.sub(_HOLE, spec.name), spec.dtype, spec.shape, role].append(spec)
     groups = []
-    for (name, dtype, shape), members in families.items():
+    for (name, dtype, shape, role), members in families.items():
         numbers = zip(*(_NUMBER.findall(spec.name) for spec in members), strict=True)
         spans = [_span(sorted({int(n) for n in column})) for column in numbers]
         pieces = itertools.zip_longest(name.split(_HOLE), spans, fillvalue="")
         folded = "".join(itertools.chain.from_iterable(pieces))
         nbytes = sum(spec.nbytes for spec in members)
-        groups.append(TensorGroup(folded.removesuffix(".weight"), len(members), dtype, shape, nbytes))
+        name = folded.removesuffix(".weight")
+        groups.append(TensorGroup(name, len(members), dtype, shape, nbytes, role))
     return sorted(groups, key=_place)
 
 

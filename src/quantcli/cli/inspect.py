@@ -80,10 +80,10 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
         out.table(["tensor", "dtype", "shape", "size", "shard"], rows, {"size"})
         return
     rows = [
-        [g["name"], f"{g['count']} x {g['dtype']} {g['shape']}", decimal(g["bytes"])]
+        [g["name"], f"{g['count']} x {g['dtype']} {g['shape']}", decimal(g["bytes"]), g["role"] or ""]
         for g in contents["groups"]
     ]
-    out.table(["module", "tensors", "size"], rows, {"size"})
+    out.table(["module", "tensors", "size", "role"], rows, {"size"})
     out.line()
     kind = contents["model_type"] or "unknown"
     classes = ", ".join(contents["architectures"] or []) or "no architecture named"

@@ -106,12 +106,17 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
     out.table(columns, rows, {"count", "before", "after"})
     out.line()
     for kept in plan.kept:
-        out.line(f"{kept.reason}: {', '.join(kept.names)}")
+        share = f" ({_percent(kept.linears, plan.coverage.linears)} of linear weights)"
+        out.line(f"{kept.reason}{share if kept.linears else ''}: {', '.join(kept.names)}")
     out.line()
     before, after = decimal(plan.checkpoint.nbytes), decimal(plan.weight_nbytes)
     out.line(
         f"weights      {before} -> {after} in {count(plan.shards, 'shard')}; "
         f"{plan.quantized_params_pct:.1f} % of {plan.params:,} parameters quantized"
+    )
+    out.line(
+        f"coverage     {plan.coverage.quantizable_pct:.1f} % of what the engine takes with these "
+        f"schemes, {plan.coverage.linear_pct:.1f} % of all linear weights"
     )
     for loads_on in dict.fromkeys(f"{r.label}: {r.loads_on}" for r in plan.rules if r.modules):
         out.line(f"loads on     {loads_on}")
@@ -122,6 +127,12 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
         out.line(f"{job.part!s:<13}{files}{others if job.part.carries else ''}")
     facts = [] if job.session is None else [f"calibration  {_calibration_text(job)}"]
     show_job(out, job, *facts)
+
+
+def _percent(part: int, of: int) -> str:
+    """Such as 12.5 %; of a part that rounds to nothing: < 0.1 %."""
+    share = 100 * part / of
+    return f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
 
 
 def _calibration_text(job: Job[Plan]) -> str:

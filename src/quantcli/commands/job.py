@@ -122,10 +122,14 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
                 "bytes_before": k.nbytes_before,
                 "bytes": k.nbytes,
                 "names": k.names,
+                "linear_params": k.linears,
+                "quantizable_params": k.quantizable,
             }
             for k in plan.kept
         ],
         "quantized_params_pct": round(plan.quantized_params_pct, 4),
+        "quantizable_pct": round(plan.coverage.quantizable_pct, 4),
+        "linear_pct": round(plan.coverage.linear_pct, 4),
         "quantized_modules": plan.quantized_modules,
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
         "calibration": None if job.session is None else describe(job.session),

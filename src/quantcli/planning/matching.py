@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
+from quantcli.checkpoint.roles import ROLES, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module, Numerics
@@ -20,7 +21,7 @@ from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.sources.stacked import layouts_of
 from quantcli.targets.base import Refusal, Target, others_that_store
-from quantcli.targets.vllm_family import EXPERT
+from quantcli.targets.vllm_family import EXPERT, expert_set
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Matched:
     modules:  all of these, as the target sees them.
     siblings: of quantized modules.
     notes:    on modules that take another scheme than their rule has, and on siblings.
+    roles:    of matrices, by module.
+    refused:  modules that a rule by role leaves float -> what the engine has against them.
     """
 
     rules: dict[str, Rule | None]
     modules: list[Module]
     siblings: Siblings
     notes: list[str]
+    roles: Mapping[str, Role]
+    refused: Mapping[str, Refusal]
 
 
 def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> Matched:
@@ -45,10 +50,12 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     and for siblings that do not fit together.
     """
     must_be_taken(checkpoint, recipe.target)  # before rules that would miss these tensors
-    assigned, beyond = _within_reach(checkpoint, _assign(recipe, checkpoint))
+    roles = roles_of(checkpoint)
+    assigned, beyond = _within_reach(checkpoint, _assign(recipe, checkpoint, roles), roles)
     _must_be_stored(assigned, recipe.target)
     assigned, notes = _served(checkpoint, assigned, recipe.target)
     notes += beyond
+    assigned, refused = _taken(recipe, checkpoint, assigned)
     if measured is not None:
         assigned, more = _without_data(recipe, assigned, measured)
         notes += [*more, *_unseen(recipe, assigned, measured)]
@@ -57,7 +64,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
         notes.append("`siblings` has no effect: the schemes of these modules share nothing")
     modules = list(_modules(checkpoint, assigned))
     raise_first(recipe.target.check(modules), assigned)
-    return Matched(assigned, modules, siblings, notes)
+    return Matched(assigned, modules, siblings, notes, roles, refused)
 
 
 def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterator[Module]:
@@ -118,7 +125,9 @@ def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -
         )
 
 
-def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
+def _assign(
+    recipe: Recipe, checkpoint: Checkpoint, roles: Mapping[str, Role]
+) -> dict[str, Rule | None]:
     """First matching rule of every module that has a `.weight`; only matrices are quantized.
 
     Raises InputError for a rule that takes nothing, and for a matrix that is not float.
@@ -130,7 +139,7 @@ def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
     used: set[int] = set()  # rule numbers
     for name in names:
         spec = checkpoint.tensors[f"{name}.weight"].spec
-        rule = recipe.rule_of(name)
+        rule = recipe.rule_of(name, roles.get(name))
         if rule is not None and rule.scheme is not None:
             if len(spec.shape) == 2:
                 _must_be_float(spec, rule)
@@ -141,7 +150,7 @@ def _assign(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Rule | None]:
             used.add(rule.number)
     for rule in recipe.rules:
         if rule.number not in used and not rule.optional:
-            raise _dead_rule(rule, recipe, names, checkpoint)
+            raise _dead_rule(rule, recipe, names, checkpoint, roles)
     quantized = [name for name, rule in assigned.items() if rule and rule.scheme]
     for named in recipe.named_methods:
         _check_method(recipe, named, quantized)
@@ -200,11 +209,11 @@ def _without_data(
 
 
 def _within_reach(
-    checkpoint: Checkpoint, assigned: dict[str, Rule | None]
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], roles: Mapping[str, Role]
 ) -> tuple[dict[str, Rule | None], list[str]]:
     """`assigned` with another scheme for modules of next-token layers that no token can reach, and what
     there is to say about it. It is known before a calibration begins."""
-    instead = _data_free(assigned, beyond_text(checkpoint, assigned))
+    instead = _data_free(assigned, beyond_text(checkpoint, roles))
     if not instead:
         return assigned, []
     note = f"calibration cannot follow next-token layers here: {_few(instead)} take a scheme that needs"
@@ -215,7 +224,7 @@ def _data_free(assigned: Mapping[str, Rule | None], modules: Iterable[str]) -> d
     """Some modules with the data-free scheme that theirs names, if it names one."""
     instead: dict[str, Rule | None] = {}
     for name in modules:
-        rule = assigned[name]
+        rule = assigned.get(name)
         if rule and rule.scheme and rule.scheme.without_data:
             scheme = rule.scheme.without_data
             if isinstance(scheme, str):
@@ -276,7 +285,7 @@ def _served(
         assert rule.scheme.unserved is not None
         for name in names:
             module = Module(name, _spec(checkpoint, name).shape, rule.scheme.numerics)
-            refusal = next(target.refusals(module), None)
+            refusal = next(target.refusals(module, assigned.keys()), None)
             if refusal is not None:
                 scheme = discover(Scheme)[rule.scheme.unserved]()
                 instead |= dict.fromkeys(names, replace(rule, scheme=scheme))
@@ -288,6 +297,41 @@ def _served(
         for (scheme, reason), names in reasons.items()
     ]
     return assigned | instead, notes
+
+
+def _taken(
+    recipe: Recipe, checkpoint: Checkpoint, assigned: dict[str, Rule | None]
+) -> tuple[dict[str, Rule | None], dict[str, Refusal]]:
+    """`assigned` without modules that a rule by role selects and that the engine does not take by their
+    name or width, with all that is merged with them; and the reasons.
+
+    InputError if a rule that is not optional takes nothing then.
+    """
+    target, names = recipe.target, assigned.keys()
+    refused: dict[str, Refusal] = {}
+    sets: dict[str, list[str]] = defaultdict(list)  # what must have one scheme
+    for name, rule in assigned.items():
+        if rule and rule.scheme and rule.roles and not rule.patterns:
+            sets[f"{rule.number} {expert_set(target.fused_name(name) or name)}"].append(name)
+            spec = _spec(checkpoint, name)
+            module = Module(name, spec.shape, rule.scheme.numerics)
+            found = (r for r in target.refusals(module, names) if r.by != "numbers")
+            if (refusal := next(found, None)) is not None:
+                refused[name] = refusal
+    for members in sets.values() if refused else ():
+        if (first := next((refused[name] for name in members if name in refused), None)) is not None:
+            for name in members:
+                refused.setdefault(name, first)
+    for rule in recipe.rules:
+        taken = [name for name, other in assigned.items() if other and other.number == rule.number]
+        if taken and not rule.optional and all(name in refused for name in taken):
+            raise InputError(
+                f"the engine takes none of the {len(taken)} modules that `rules.{rule.number - 1}` "
+                f"selects: {refused[taken[0]].what}",
+                where=f"{rule.where}   {rule.selector}",
+                fix=refused[taken[0]].fix,
+            )
+    return {name: None if name in refused else rule for name, rule in assigned.items()}, refused
 
 
 def _spec(checkpoint: Checkpoint, module: str) -> TensorSpec:
@@ -311,10 +355,16 @@ def refuse_transposed(checkpoint: Checkpoint) -> None:
         )
 
 
-def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpoint) -> InputError:
-    matching = [name for name in names if rule.matches(name)]
+def _dead_rule(
+    rule: Rule,
+    recipe: Recipe,
+    names: list[str],
+    checkpoint: Checkpoint,
+    roles: Mapping[str, Role],
+) -> InputError:
+    matching = [name for name in names if rule.matches(name, roles.get(name))]
     earlier = recipe.rules[: rule.number - 1]
-    shadow = next((r for name in matching for r in earlier if r.matches(name)), None)
+    shadow = next((r for name in matching for r in earlier if r.matches(name, roles.get(name))), None)
     what = f"`rules.{rule.number - 1}` matches no module"
     if shadow is not None:
         what = f"`rules.{rule.number - 1}` matches only modules that earlier rules take"
@@ -323,6 +373,9 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
         spec = checkpoint.tensors[f"{matching[0]}.weight"].spec
         what = f"`rules.{rule.number - 1}` matches no matrix; only matrices can be quantized"
         fix = f"`{matching[0]}` is {spec}; use `scheme: keep` or another pattern"
+    elif not rule.patterns:
+        there = ", ".join(role for role in ROLES if role in roles.values())
+        fix = f"this model has {there}; `optional: true` allows a rule that matches nothing"
     elif rule.patterns[0].endswith(".weight"):
         fix = "leave out `.weight`: patterns match module names"
     else:
@@ -331,7 +384,7 @@ def _dead_rule(rule: Rule, recipe: Recipe, names: list[str], checkpoint: Checkpo
         near = closest(core, {".".join(n.split(".")[-1 - core.count(".") :]): 0 for n in names[:2000]})
         hint = f"closest names: {near}; " if near else ""
         fix = f"{hint}patterns match whole names; `optional: true` allows a rule that matches nothing"
-    return InputError(what, where=f"{rule.where}   match: {', '.join(rule.patterns)}", fix=fix)
+    return InputError(what, where=f"{rule.where}   {rule.selector}", fix=fix)
 
 
 def _must_be_float(spec: TensorSpec, rule: Rule) -> None:

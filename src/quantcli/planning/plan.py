@@ -217,13 +217,45 @@ class RuleLine:
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors that stay as they are, and why."""
+    """Tensors that stay as they are, and why.
+
+    linears:     number of weights in linears and experts among them; routers and embeddings are none.
+    quantizable: those of `linears` in layers of the language model that the engine would take.
+    """
 
     reason: str
     tensors: int
     nbytes_before: int  # as stored, codes with their scales
     nbytes: int
     names: tuple[str, ...]  # folded: model.layers.{0..35}.input_layernorm
+    linears: int = 0
+    quantizable: int = 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model is quantized, as numbers of weights.
+
+    quantized:   in linears in layers of the language model. quantizable: these, and those that the
+                 engine would take with these schemes.
+    linears:     in all linears, those of heads, towers and draft layers among them; routers and
+                 embeddings are none. quantized_linears: quantized ones of them.
+    """
+
+    quantized: int
+    quantizable: int
+    quantized_linears: int
+    linears: int
+
+    @property
+    def quantizable_pct(self) -> float:
+        """Percentage of quantizable weights that are quantized; 100 if there are none."""
+        return 100 * self.quantized / self.quantizable if self.quantizable else 100.0
+
+    @property
+    def linear_pct(self) -> float:
+        """Percentage of the weights of all linears that are quantized; 100 if there are none."""
+        return 100 * self.quantized_linears / self.linears if self.linears else 100.0
 
 
 @dataclass(frozen=True)
@@ -332,6 +364,7 @@ class Plan(Work):
     siblings: Siblings
     rules: tuple[RuleLine, ...]
     kept: tuple[Kept, ...]
+    coverage: Coverage
     measured: tuple[str, ...]  # modules whose schemes measure inputs
     needs_data: tuple[str, ...]  # those that are not measured yet; the plan cannot run if there are any
     edited: Mapping[str, int]  # groups of channels, see `Measured`

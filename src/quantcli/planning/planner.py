@@ -58,7 +58,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
-    rules, kept = tables(recipe, checkpoint, items, matched.rules)
+    rules, kept, coverage = tables(recipe, checkpoint, items, matched)
     return Plan(
         checkpoint=checkpoint,
         target=target,
@@ -70,6 +70,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         recipe_text=text,
         rules=rules,
         kept=kept,
+        coverage=coverage,
         notes=(*checkpoint.notes, *notes, *target.advise(matched.modules)),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
@@ -124,6 +125,7 @@ def check_expectations(plan: Plan) -> None:
     """AnswerNo if the plan misses a limit of the recipe's `expect` block."""
     values = {
         "quantized_params_pct": plan.quantized_params_pct,
+        "quantizable_pct": plan.coverage.quantizable_pct,
         "quantized_modules": plan.quantized_modules,
         "bits_per_param": 8 * plan.weight_nbytes / plan.params if plan.params else 0.0,
         "output_gib": plan.weight_nbytes / 2**30,

@@ -7,10 +7,11 @@ The library leaves them out. Their layouts are listed here, with the families wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.roles import Role
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class NextToken:
     numbered:  whether layers are counted on from those of the model.
     names:     the stored names of the norm of embeddings, the norm of hidden states and the projection
                of both, one after the other; `{layer}` is the layer's beginning.
-    own:       regular expressions of all other names that belong to next-token layers.
     masked:    whether the engine puts zeros in place of the embedding at the first position.
     """
 
@@ -30,7 +30,6 @@ class NextToken:
     layer: str
     numbered: bool
     names: tuple[str, str, str]
-    own: tuple[str, ...]
     masked: bool
 
 
@@ -42,7 +41,6 @@ LAYOUTS = (
         layer=r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.",
         numbered=True,
         names=("{layer}enorm.weight", "{layer}hnorm.weight", "{layer}eh_proj.weight"),
-        own=(),
         masked=True,
     ),
     NextToken(
@@ -52,7 +50,6 @@ LAYOUTS = (
         layer=r"mtp\.layers\.(\d+)\.",
         numbered=False,
         names=("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.fc.weight"),
-        own=(r"mtp\.",),
         masked=False,
     ),
 )
@@ -94,25 +91,11 @@ def next_token_layer(checkpoint: Checkpoint) -> NextTokenLayer | None:
     return None
 
 
-def beyond_text(checkpoint: Checkpoint, modules: Iterable[str]) -> list[str]:
-    """Those of some modules that are in next-token layers, and that a replay does not reach."""
-    first = _layers(checkpoint)
+def beyond_text(checkpoint: Checkpoint, roles: Mapping[str, Role]) -> list[str]:
+    """The modules of draft layers that a replay does not reach. roles: of all modules."""
     layer = next_token_layer(checkpoint)
-    return [
-        module
-        for module in modules
-        if _is_next_token(module, first) and (layer is None or not layer.reads(module))
-    ]
-
-
-def _is_next_token(module: str, first: int | None) -> bool:
-    for layout in LAYOUTS:
-        match = re.match(layout.layer, f"{module}.")
-        if match and (not layout.numbered or (first is not None and int(match[1]) >= first)):
-            return True
-        if any(re.match(own, module) for own in layout.own):
-            return True
-    return False
+    drafts = (module for module, role in roles.items() if role == "mtp")
+    return [module for module in drafts if layer is None or not layer.reads(module)]
 
 
 def _layers(checkpoint: Checkpoint) -> int | None:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
-from quantcli.planning.plan import Copy, Item, Kept, Quantize, RuleLine
+from quantcli.checkpoint.roles import BODY, LINEAR
+from quantcli.planning.matching import Matched
+from quantcli.planning.plan import Copy, Coverage, Item, Kept, Quantize, RuleLine
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule
 from quantcli.sources.expert_stack import ExpertMatrix
 
 
 def tables(
-    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], assigned: Mapping[str, Rule | None]
-) -> tuple[tuple[RuleLine, ...], tuple[Kept, ...]]:
-    """Both tables of a plan. assigned: the rule of each module with a weight."""
-    lines = _rule_lines(recipe, items, assigned)
-    return tuple(lines), tuple(_kept(recipe, checkpoint, items, assigned))
+    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], matched: Matched
+) -> tuple[tuple[RuleLine, ...], tuple[Kept, ...], Coverage]:
+    """Both tables of a plan, and how much of the model is quantized."""
+    lines = _rule_lines(recipe, items, matched.rules)
+    kept = tuple(_kept(recipe, checkpoint, items, matched))
+    body = linears = 0
+    for item in items:
+        if isinstance(item, Quantize):
+            role = matched.roles.get(item.module)
+            body += item.source.spec.numel if role in BODY else 0
+            linears += item.source.spec.numel if role in LINEAR else 0
+    coverage = Coverage(
+        quantized=body,
+        quantizable=body + sum(group.quantizable for group in kept),
+        quantized_linears=linears,
+        linears=linears + sum(group.linears for group in kept),
+    )
+    return tuple(lines), kept, coverage
 
 
 def _rule_lines(
@@ -45,8 +60,9 @@ def _rule_lines(
 
 
 def _kept(
-    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], assigned: Mapping[str, Rule | None]
+    recipe: Recipe, checkpoint: Checkpoint, items: list[Item], matched: Matched
 ) -> Iterator[Kept]:
+    assigned, roles, names = matched.rules, matched.roles, matched.rules.keys()
     schemes = {item.scheme: None for item in items if isinstance(item, Quantize)}
     edited = dict.fromkeys(method.edited_as for method in methods_for(recipe.methods, schemes))
     matrices = {  # in each stack of experts
@@ -55,16 +71,28 @@ def _kept(
         if isinstance(stored, ExpertMatrix)
     }
     groups: dict[str, list[Copy]] = defaultdict(list)
+    linears: Counter[str] = Counter()  # weights by reason
+    quantizable: Counter[str] = Counter()
     for item in items:
         if isinstance(item, Copy):
             spec = item.outputs[0].spec
             module, _, suffix = matrices.get(spec.name, spec.name).rpartition(".")
             rule = assigned.get(module) if suffix == "weight" else None
+            role = roles.get(module) if suffix == "weight" else roles.get(spec.name)
+            refusal = matched.refused.get(module) if suffix == "weight" else None
+            built_float = None
             if rule is not None and rule.scheme is None:
                 reason = f"rules.{rule.number - 1}: {rule.keyword}"
+            elif refusal is not None:
+                reason = built_float = refusal.what
+            elif role is None:
+                reason = "not a matrix"
             else:
-                matrix = spec.name in matrices or (suffix == "weight" and len(spec.shape) == 2)
-                reason = "no rule matches" if matrix else "not a matrix"
+                reason = f"no rule matches: {role}"
+            if role in LINEAR:
+                linears[reason] += spec.numel
+                if role in BODY and not (built_float or recipe.target.built_float(module, names)):
+                    quantizable[reason] += spec.numel
             if item.edit is not None:
                 reason = f"{' or '.join(filter(None, edited))}; else as it is"
             if item.source.kind:
@@ -72,6 +100,7 @@ def _kept(
             groups[reason].append(item)
     for reason, copies in sorted(groups.items()):
         specs = [out.spec for copy in copies for out in copy.outputs]
-        names = tuple(group.name for group in fold(specs))
+        folded = tuple(group.name for group in fold(specs))
         before = sum(copy.source.nbytes for copy in copies)
-        yield Kept(reason, len(specs), before, sum(spec.nbytes for spec in specs), names)
+        nbytes = sum(spec.nbytes for spec in specs)
+        yield Kept(reason, len(specs), before, nbytes, folded, linears[reason], quantizable[reason])

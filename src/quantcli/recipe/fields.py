@@ -16,8 +16,10 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
+    model_validator,
 )
 
+from quantcli.checkpoint.roles import Role
 from quantcli.core.text import count
 
 _SIZE = TypeAdapter(ByteSize)
@@ -84,6 +86,11 @@ Match = Annotated[
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
     Field(min_length=1, description='globs over full module names, or "re:REGEX"'),
 ]
+Roles = Annotated[
+    list[Role],
+    BeforeValidator(_listed, json_schema_input_type=Role | list[Role]),
+    Field(min_length=1),
+]
 Size = Annotated[
     int,
     BeforeValidator(parse_size, json_schema_input_type=str | Annotated[int, Field(ge=LEAST_SIZE)]),
@@ -94,6 +101,11 @@ class Expect(Block):
     """Limits of the plan; a run that would miss one is refused before it begins."""
 
     quantized_params_pct: Limit | None = Field(None, description="percentage of all parameters")
+    quantizable_pct: Limit | None = Field(
+        None,
+        description="percentage of the weights that the engine takes with these schemes: linears in "
+        "the layers of the language model",
+    )
     quantized_modules: Limit | None = Field(None, description="number of quantized modules")
     bits_per_param: Limit | None = Field(None, description="bits of output per parameter")
     output_gib: Limit | None = Field(None, description="GiB of weights written")
@@ -135,11 +147,20 @@ class Verify(Block):
 
 
 class RuleFile(Block):
-    """One rule of a recipe file."""
+    """One rule of a recipe file. With both `match` and `role`, it takes what both select."""
 
-    match: Match
+    match: Match | None = Field(None, description='globs over full module names, or "re:REGEX"')
     scheme: str | dict[str, Any] = Field(description="keep, bf16, a scheme, or {name: ..., options}")
     optional: bool = Field(False, description="do not fail when nothing matches")
+    role: Roles | None = Field(
+        None, description="roles of modules; what the engine builds as float is left out"
+    )
+
+    @model_validator(mode="after")
+    def _selects(self) -> RuleFile:
+        if self.match is None and self.role is None:
+            raise ValueError("a rule needs `match` or `role`, such as role: [attention, mlp]")
+        return self
 
 
 class RecipeFile(Block):

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place
@@ -41,9 +42,10 @@ T = TypeVar("T", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: patterns of modules, and their scheme, or None if they stay float.
+    """One rule: patterns or roles of modules, and their scheme, or None if they stay float.
 
     keyword: in place of a scheme that is None: `keep`, or `bf16` for the serving dtype.
+    roles: those that it takes; empty for a rule that selects by patterns alone.
     """
 
     patterns: tuple[str, ...]
@@ -52,10 +54,27 @@ class Rule:
     number: int  # from 1
     scheme: Scheme | None
     keyword: str = KEEP
+    roles: frozenset[Role] = frozenset()
 
-    def matches(self, module: str) -> bool:
-        """Whether any pattern matches the whole module name."""
-        return matches(self.patterns, module)
+    def matches(self, module: str, role: Role | None = None) -> bool:
+        """Whether the rule selects a module: by its role, by its whole name, or by both.
+
+        role: None for a module that has none, such as a norm.
+        """
+        if self.roles and not self._has(role):
+            return False
+        return not self.patterns or matches(self.patterns, module)
+
+    def _has(self, role: Role | None) -> bool:
+        """Whether a role is among those of the rule, or a part of one: `mlp.out` of `mlp`."""
+        return role is not None and (role in self.roles or role.partition(".")[0] in self.roles)
+
+    @property
+    def selector(self) -> str:
+        """What it selects by, as in the recipe."""
+        roles = f"role: {', '.join(sorted(self.roles))}" if self.roles else ""
+        patterns = f"match: {', '.join(self.patterns)}" if self.patterns else ""
+        return "   ".join(filter(None, (patterns, roles)))
 
     @property
     def key(self) -> tuple[int, str]:
@@ -119,15 +138,16 @@ class Recipe:
         """file:line of a key, for messages."""
         return self.document.where(place)
 
-    def rule_of(self, module: str) -> Rule | None:
-        """The first rule that matches a module."""
-        if module not in self._rules_of:  # asked again by the plan after a calibration
-            first = next((rule for rule in self.rules if rule.matches(module)), None)
-            self._rules_of[module] = first
-        return self._rules_of[module]
+    def rule_of(self, module: str, role: Role | None = None) -> Rule | None:
+        """The first rule that matches a module with this role."""
+        key = module, role
+        if key not in self._rules_of:  # asked again by the plan after a calibration
+            first = next((rule for rule in self.rules if rule.matches(module, role)), None)
+            self._rules_of[key] = first
+        return self._rules_of[key]
 
     @cached_property
-    def _rules_of(self) -> dict[str, Rule | None]:
+    def _rules_of(self) -> dict[tuple[str, Role | None], Rule | None]:
         return {}
 
     def data_path(self) -> str:
@@ -202,8 +222,8 @@ def resolve(written: WrittenRecipe) -> Recipe:
         where = document.where(place)
         flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
         where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
-        patterns = tuple(rule.match)
-        rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword)))
+        patterns, roles = tuple(rule.match or ()), frozenset(rule.role or ())
+        rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword), roles))
     methods = _named_methods(file, document)
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
     if methods or any(scheme.needs_data for scheme in schemes):

@@ -46,7 +46,7 @@ def read_recipe(
     except ValidationError as error:
         raise explain(error, document, RecipeFile, ()) from None
     for number, rule in enumerate(file.rules):
-        check_patterns(rule.match, ("rules", number), document)
+        check_patterns(rule.match or [], ("rules", number), document)
     _check_siblings(file.siblings or (), document)
     return WrittenRecipe(file, document)
 

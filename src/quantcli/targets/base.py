@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -27,6 +27,19 @@ KEEP = "put a rule with `scheme: keep` for it before the others"
 SUPPORT = "see `quantcli inspect --support` for what goes together"
 
 
+# What a refusal follows from: the module's name, whatever its numbers; its width with these numbers; or
+# these numbers, whatever the width.
+Cause: TypeAlias = Literal["name", "width", "numbers"]
+
+
+class Fault(NamedTuple):
+    """A reason why an engine would not load a quantized module, and a fix."""
+
+    what: str
+    fix: str | None = None
+    by: Cause = "numbers"
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A reason why an engine would not load one module, or would misread it."""
@@ -34,6 +47,7 @@ class Refusal:
     module: str
     what: str
     fix: str | None = None
+    by: Cause = "numbers"
 
 
 @dataclass(frozen=True)
@@ -138,10 +152,19 @@ class Target(BaseModel, ABC):
         """Parts that `Scheme.forward` takes, that no file holds and that only this engine knows."""
         return {}
 
-    def refusals(self, module: Module) -> Iterator[Refusal]:
-        """Refusals of one quantized module that do not depend on others.
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """The reason why the engine builds a module as float whatever a checkpoint says, if it does.
 
-        The planner asks for them before it settles on schemes: a scheme may name one to use instead.
+        names: of all modules with a weight.
+        """
+        return None
+
+    def refusals(self, module: Module, names: Collection[str]) -> Iterator[Refusal]:
+        """Refusals of one quantized module that do not depend on how others are quantized.
+
+        The planner asks for them before it settles on schemes: a scheme may name one to use instead,
+        and a rule by role leaves float what the engine does not take by name or by width.
+        names: as for `built_float`.
         """
         yield from ()
 

@@ -18,7 +18,7 @@ from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
 from quantcli.targets import sidecars
-from quantcli.targets.base import AGAIN, KEEP, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import AGAIN, KEEP, Fault, PlannedCheckpoint, Refusal, Target
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
 # Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
@@ -29,7 +29,6 @@ FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkvz", "in_proj_ba"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
     ("w1", "w3"),
@@ -340,10 +339,10 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
 _DOWN = frozenset({"down_proj", "w2"})
 
 
-def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Refusals and fixes for a module with block scales: each part of a fused parameter begins a block.
+def check_blocks(module: Module, names: Collection[str]) -> Iterator[Fault]:
+    """Faults of a module with block scales: each part of a fused parameter begins a block.
 
-    labels: of all modules, by name.
+    names: of all modules with a weight.
     Source: vllm 0.32.0, model_executor/layers/quantization/utils/fp8_utils.py:1296-1373.
     """
     if module.numerics is None or module.numerics.weight.per != "block":
@@ -353,13 +352,16 @@ def check_blocks(module: Module, labels: Mapping[str, str]) -> Iterator[tuple[st
     n, k = module.shape
     last = last_part(module.name)
     fix = "use a scheme without blocks for these modules"
-    if n % rows and has_later_sibling(module.name, labels):
-        yield f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}", fix
+    what = ""
+    if n % rows and has_later_sibling(module.name, names):
+        what = f"the engine fuses it with others, and its {n} rows are not a multiple of {rows}"
     elif last in {"gate_up_proj", "gate_up"} and n % (2 * rows):
-        yield f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}", fix
+        what = f"it holds two projections of {n // 2} rows, which are not a multiple of {rows}"
     elif EXPERT.fullmatch(module.name) and (k % columns if last in _DOWN else n % rows):
         width = k if last in _DOWN else n
-        yield f"inner widths of experts must be multiples of {rows}; this one is {width}", fix
+        what = f"inner widths of experts must be multiples of {rows}; this one is {width}"
+    if what:
+        yield Fault(what, fix, "width")
 
 
 class VllmTarget(Target):
@@ -395,20 +397,34 @@ class VllmTarget(Target):
         labels = self.labels(modules)
         for module in modules:
             if module.numerics is not None:
-                if mamba_1(module.name, labels):
-                    yield Refusal(module.name, "the engine builds Mamba 1 as float", KEEP)
-                for what, fix in self.faults(module, labels):
-                    yield Refusal(module.name, what, fix)
+                yield from self.refusals(module, labels)
         yield from fused_groups(
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )
         yield from expert_sets(labels)
 
-    @abstractmethod
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Reasons why the engine would not load one quantized module, each with a fix.
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
+        if last_part(module) in EMBEDDINGS:
+            return "the engine has no quantized embedding of this kind"
+        if mamba_1(module, names):
+            return "the engine builds Mamba 1 as float"
+        return float_linear(module)
 
-        labels: of all modules, by name.
+    def refusals(self, module: Module, names: Collection[str]) -> Iterator[Refusal]:
+        """What the engine builds as float, and faults."""
+        if module.numerics is None:
+            return
+        if reason := self.built_float(module.name, names):
+            yield Refusal(module.name, reason, KEEP, "name")
+        for fault in self.faults(module, names):
+            yield Refusal(module.name, *fault)
+
+    @abstractmethod
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """Reasons why the engine would not load a quantized module, from its numbers and widths.
+
+        names: of all modules with a weight.
         """
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:

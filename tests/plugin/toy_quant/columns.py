@@ -10,11 +10,11 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.findings import Finding
 from quantcli.core.numerics import Module, Numerics, Operand, Parts
-from quantcli.targets.base import KEEP, PlannedCheckpoint, ScalePart, StoredCheckpoint, cannot_store
+from quantcli.targets.base import Fault, PlannedCheckpoint, ScalePart, StoredCheckpoint, cannot_store
 from quantcli.targets.layouts import FLOAT_PARAM, Blocks, Layout, Param
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.stored_format import StoredFormat
-from quantcli.targets.vllm_family import VllmTarget, float_linear, is_linear
+from quantcli.targets.vllm_family import VllmTarget, is_linear
 
 NAME = "columns"
 NUMERICS = Numerics(Operand("int8", "channel"), None)
@@ -63,10 +63,9 @@ class Columns(VllmTarget):
         """The same codes; scales in float32."""
         return {"weight": stored["codes"].t(), "weight_scale": stored["scales"].t().float()}
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """By the module's name."""
-        if reason := float_linear(module.name):
-            yield reason, KEEP
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """None."""
+        yield from ()
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The name."""

@@ -15,7 +15,7 @@ from quantcli.core.findings import Finding
 from quantcli.core.numerics import NO_STATS, Module, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding, tiles
 from quantcli.schemes.base import Bias, Scheme
-from quantcli.targets.base import ScalePart, StoredCheckpoint, cannot_store
+from quantcli.targets.base import Fault, ScalePart, StoredCheckpoint, cannot_store
 from quantcli.targets.layouts import Blocks, Layout, code_sides, codes_param, module_scale, row_scale
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.stored_format import StoredFormat
@@ -116,10 +116,10 @@ class TwoLevelTensors(VllmTarget):
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
         return {**stored, "weight": codes, "weight_scale": scale_values(stored["weight_scale"])}
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
         """Groups that do not divide a row."""
         if module.shape[1] % SIDE:
-            yield "groups do not divide its rows", "keep it"
+            yield Fault("groups do not divide its rows", "keep it", "width")
 
     def config_block(self, output: object, used: Collection[Numerics]) -> dict[str, Any]:
         """The name."""

@@ -231,9 +231,10 @@ def test_modules_that_no_text_reaches_are_known_by_name(tmp_path):
     modules = ["model.layers.2.self_attn.o_proj", inside, "model.layers.3.eh_proj"]
     head = "model.layers.3.shared_head.head"
     assert next_token_layer(checkpoint).prefix == "model.layers.3."
-    assert beyond_text(checkpoint, [*modules, head]) == [head]
+    roles = dict.fromkeys([*modules[1:], head], "mtp") | {modules[0]: "attention"}
+    assert beyond_text(checkpoint, roles) == [head]
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
     other = open_checkpoint(path)
     assert next_token_layer(other) is None
-    assert beyond_text(other, modules) == modules[1:]
+    assert beyond_text(other, roles) == [*modules[1:], head]

@@ -26,9 +26,9 @@ def met(monkeypatch):
     counts = Counter()
     usual = recipes.Rule.matches
 
-    def counted(rule, module):
+    def counted(rule, module, role=None):
         counts[rule.number, module] += 1
-        return usual(rule, module)
+        return usual(rule, module, role)
 
     monkeypatch.setattr(recipes.Rule, "matches", counted)
     return counts

@@ -32,7 +32,9 @@ rules:
     optional: true
   - match: ["*_proj", "re:x.*"]
     scheme: {name: w8a16}
+    role: [mlp, attention.out]
 expect:
+  quantizable_pct: ">= 95"
   quantized_params_pct: ">= 1"
   quantized_modules: ">= 1"
   bits_per_param: "<= 16"
@@ -113,6 +115,7 @@ def test_the_full_recipe_is_full(load):
     assert recipe.file.max_shard == 5 * 10**9
     assert [rule.patterns for rule in recipe.rules] == [("*.q_proj",), ("*_proj", "re:x.*")]
     assert [rule.scheme and rule.scheme.name for rule in recipe.rules] == [None, "w8a16"]
+    assert [rule.roles for rule in recipe.rules] == [set(), {"mlp", "attention.out"}]
     assert [rule.where.rpartition(":")[2] for rule in recipe.rules] == ["6", "9"]
     jsonschema.validate(yaml.safe_load(FULL), SCHEMA)
 

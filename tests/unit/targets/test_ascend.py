@@ -38,7 +38,6 @@ REFUSED = {
     "v left out": ([f"{L}.self_attn.{p}_proj" for p in "qk"], [f"{L}.self_attn.v_proj"], "fuses"),
     "gate alone": ([f"{L}.mlp.gate_proj"], [f"{L}.mlp.up_proj"], "fuses"),
     "q_a alone": ([f"{L}.self_attn.q_a_proj"], [f"{L}.self_attn.kv_a_proj_with_mqa"], "fuses"),
-    "in_proj": ([f"{L}.linear_attn.in_proj_qkvz"], [f"{L}.linear_attn.in_proj_ba"], "fuses"),
     "in_proj z": ([f"{L}.linear_attn.in_proj_qkv"], [f"{L}.linear_attn.in_proj_z"], "fuses"),
     "w1 alone": ([f"{L}.feed_forward.w1"], [f"{L}.feed_forward.w3"], "fuses"),
     "one expert float": (

@@ -188,8 +188,8 @@ class _Notes:
         finished = []
         for index, call in enumerate(self.calls):
             onward = [name for name, last in self.last_use.items() if last > index]
-            mine = [name for name in onward if name.startswith(f"{index}.")]
-            outputs = tuple(int(name.rpartition(".")[2]) for name in mine)
+            its_own = [name for name in onward if name.startswith(f"{index}.")]
+            outputs = tuple(int(name.rpartition(".")[2]) for name in its_own)
             finished.append(Call(call.args, call.kwargs, call.place, index, outputs, tuple(onward)))
         return finished
 
@@ -234,10 +234,10 @@ class Outline:
                 return handed
 
             def marks(index: int, outputs: int = outputs, notes: _Notes = notes) -> tuple[Tensor, ...]:
-                made = tuple(torch.zeros(()) for _ in range(outputs))
-                for number, mark in enumerate(made, 1):
+                zeros = tuple(torch.zeros(()) for _ in range(outputs))
+                for number, mark in enumerate(zeros, 1):
                     notes.marks[id(mark)] = f"{index}.{number}", mark
-                return made
+                return zeros
 
             try:
                 with self._replaced(answer, outputs, marks), self._to_the_end():

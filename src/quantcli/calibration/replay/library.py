@@ -67,10 +67,10 @@ def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) ->
     table = checkpoint.config
     if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
         native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
-        known = getattr(native, "config_class", None)
-        if known is not None:
-            changed = {**table, "model_type": known.model_type}
-            return known.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
+        config_class = getattr(native, "config_class", None)
+        if config_class is not None:
+            changed = {**table, "model_type": config_class.model_type}
+            return config_class.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
     return transformers.AutoConfig.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from quantcli.targets.ascend.types import (
 )
 from quantcli.targets.base import (
     KEEP,
+    Fault,
     PlannedCheckpoint,
     Refusal,
     ScalePart,
@@ -141,31 +142,30 @@ class Ascend(VllmTarget):
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
-    def refusals(self, module: Module) -> Iterator[Refusal]:
-        """Refusals by the module's name, its sizes, and the split of its inputs over devices."""
-        if module.numerics is not None:
-            for what, fix in self.faults(module, {}):
-                yield Refusal(module.name, what, fix)
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """Also kv_b_proj."""
+        return float_only(module) or super().built_float(module, names)
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """By the module's name, its sizes, and the split of transformed inputs over devices."""
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """By sizes, and by the split of transformed inputs over devices; experts of some types."""
         assert module.numerics is not None
         label, (n, k) = self.label(module.numerics), module.shape
-        if reason := float_only(module.name):
-            yield reason, KEEP
+        fix = "use w8a8_dynamic for it"
         if EXPERT.fullmatch(module.name) and not TYPES[label].experts:
-            yield f"the engine has no {label} for experts", "use w8a8_dynamic for them"
+            yield Fault(f"the engine has no {label} for experts", "use w8a8_dynamic for them")
         if label.startswith("W4A4") and k % 8:
-            yield f"{label} takes inputs in multiples of 8; there are {k}", "use w8a8_dynamic for it"
+            yield Fault(f"{label} takes inputs in multiples of 8; there are {k}", fix, "width")
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
-            yield f"{label}: {reason}", "use w8a8_dynamic for it"
+            yield Fault(f"{label}: {reason}", fix, "width")
         size, step = module.numerics.weight.group_size, pairs_of_groups(module.numerics.weight)
         if size and k % size:
-            yield f"groups of {size} columns do not divide {k}", "use w8a8_dynamic for it"
+            yield Fault(f"groups of {size} columns do not divide {k}", fix, "width")
         elif step and EXPERT.fullmatch(module.name) and k % step:
-            yield f"{label} takes inputs of experts in multiples of {step}; there are {k}", KEEP
+            what = f"{label} takes inputs of experts in multiples of {step}; there are {k}"
+            yield Fault(what, KEEP, "width")
         if max(n, k) > MAX_SIDE:
-            yield f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side", KEEP
+            what = f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side"
+            yield Fault(what, KEEP, "width")
 
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """As for all engines of the family; also the split over `tp` devices, and the skip rule."""

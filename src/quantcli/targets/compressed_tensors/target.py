@@ -12,7 +12,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import (
-    KEEP,
+    Fault,
     PlannedCheckpoint,
     ScalePart,
     StoredCheckpoint,
@@ -25,12 +25,10 @@ from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoi
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
-    EMBEDDINGS,
     EXPERT,
     FLOAT_LINEARS,
     VllmTarget,
     check_blocks,
-    float_linear,
     last_part,
 )
 
@@ -105,27 +103,31 @@ class CompressedTensors(VllmTarget):
                 parts["input_offset"] = offset.float().reshape(1)
         return parts
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """By the module's name, and by widths that blocks, groups and packed codes do not divide."""
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """Also `indexer.wk`, which the engine fuses with weights_proj."""
+        if module.endswith(".indexer.wk"):
+            return FLOAT_LINEARS["weights_proj"]
+        return super().built_float(module, names)
+
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """By widths that blocks, groups and packed codes do not divide; experts of some kinds."""
         assert module.numerics is not None
-        kind, last, k = self._kind(module.numerics), last_part(module.name), module.shape[1]
-        if last in EMBEDDINGS:
-            yield "the engine has no quantized embedding of this kind", KEEP
-        if reason := float_linear(module.name):
-            yield reason, KEEP
-        if module.name.endswith(".indexer.wk"):  # the engine fuses it with weights_proj
-            yield FLOAT_LINEARS["weights_proj"], KEEP
+        kind, k = self._kind(module.numerics), module.shape[1]
         if EXPERT.fullmatch(module.name) and not kind.experts:
-            yield f"the engine has no {kind.label} for experts", "use a dynamic scheme for them"
+            yield Fault(f"the engine has no {kind.label} for experts", "use a dynamic scheme for them")
         if kind.packed and k % (32 // kind.bits):
-            yield (
-                f"{kind.label} packs {32 // kind.bits} columns together; there are {k}",
-                "use an 8-bit scheme for it",
-            )
+            what = f"{kind.label} packs {32 // kind.bits} columns together; there are {k}"
+            yield Fault(what, "use an 8-bit scheme for it", "width")
         group = module.numerics.weight.group_size
         if group and k % group:
-            yield f"groups of {group} columns do not divide {k}", "use another group_size, or channel"
-        yield from check_blocks(module, labels)
+            what = f"groups of {group} columns do not divide {k}"
+            yield Fault(what, "use another group_size, or channel", "width")
+        if last_part(module.name) == "kv_b_proj" and static_inputs(module.numerics):
+            # vllm 0.32.0, model_executor/layers/attention/mla_attention.py:416 and
+            # layers/quantization/utils/quant_utils.py:511-572
+            what = "the engine decodes kv_b_proj by an identity matrix, which a measured scale clips"
+            yield Fault(what, "use a dynamic scheme for it", "width")
+        yield from check_blocks(module, names)
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""

@@ -180,7 +180,7 @@ class Fp8Checkpoint(StoredFormat):
     def check_siblings(self) -> Iterator[Finding]:
         """Blocks that siblings would share; scales for which codes are rounded again."""
         for name, module in self.modules.items():
-            for what, _ in check_blocks(Module(name, module.shape, module.numerics), self.labels):
+            for what, *_ in check_blocks(Module(name, module.shape, module.numerics), self.labels):
                 yield failed("siblings", what, f"`{name}`", AGAIN)
         yield from self._rounded_again()
 

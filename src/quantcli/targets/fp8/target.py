@@ -9,19 +9,16 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.numerics import Module, Numerics, Parts
-from quantcli.targets.base import KEEP, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
+from quantcli.targets.base import Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
 from quantcli.targets.fp8.kinds import LOADS_ON, label_of, layout_of
 from quantcli.targets.fp8.stored import Fp8Checkpoint
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
-    EMBEDDINGS,
     VllmTarget,
     check_blocks,
-    float_linear,
     is_head,
-    last_part,
 )
 
 
@@ -88,13 +85,15 @@ class Fp8(VllmTarget):
                 yield Refusal(name, what, "use `target: compressed-tensors`, which can mix")
         yield from super().check(modules)
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """By the module's name, and by blocks that siblings would share."""
-        if last_part(module.name) in EMBEDDINGS or is_head(module.name):
-            yield "the engine has no fp8 embedding or head", KEEP
-        if reason := float_linear(module.name):
-            yield reason, KEEP
-        yield from check_blocks(module, labels)
+    def built_float(self, module: str, names: Collection[str]) -> str | None:
+        """Also the head."""
+        if is_head(module):
+            return "the engine has no fp8 head"
+        return super().built_float(module, names)
+
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """By blocks that siblings would share."""
+        yield from check_blocks(module, names)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The scheme, and the names of float linears."""

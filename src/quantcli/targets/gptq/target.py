@@ -11,13 +11,13 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.numerics import Module, Numerics, Parts
-from quantcli.targets.base import KEEP, PlannedCheckpoint, ScalePart, StoredCheckpoint
+from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, ScalePart, StoredCheckpoint
 from quantcli.targets.gptq.config import FILE, METHOD, quantization_config, settings_of
 from quantcli.targets.gptq.kinds import kind_of, layout_of, loads_on, word_of_zero_points
 from quantcli.targets.gptq.stored import GptqCheckpoint
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import to_json
-from quantcli.targets.vllm_family import EMBEDDINGS, VllmTarget, float_linear, is_head, last_part
+from quantcli.targets.vllm_family import VllmTarget, is_head
 
 # Rows of a head, to a multiple of which vLLM pads it; its loader then finds rows along dimension 0.
 # Source: vllm 0.32.0, model_executor/layers/vocab_parallel_embedding.py:36 and 515-520.
@@ -67,25 +67,20 @@ class Gptq(VllmTarget):
             "weight_scale": stored["scales"].t().float(),
         }
 
-    def faults(self, module: Module, labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """By the module's name, and by widths that groups and packed codes do not divide."""
+    def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
+        """By widths that groups and packed codes do not divide."""
         assert module.numerics is not None
-        kind, last, (n, k) = kind_of(module.numerics), last_part(module.name), module.shape
-        if last in EMBEDDINGS:
-            yield "the engine has no quantized embedding of this kind", KEEP
-        if reason := float_linear(module.name):
-            yield reason, KEEP
+        kind, (n, k) = kind_of(module.numerics), module.shape
         if is_head(module.name) and n % VOCABULARY:
             what = f"the engine pads a head to a multiple of {VOCABULARY} rows, and then loads none of "
-            yield what + f"this layout; there are {n}", KEEP
+            yield Fault(what + f"this layout; there are {n}", KEEP, "width")
         for side, what in ((k, "columns"), (n, "rows")):
             if side % kind.each:
-                yield f"{kind.label} packs {kind.each} {what} together; there are {side}", KEEP
+                what = f"{kind.label} packs {kind.each} {what} together; there are {side}"
+                yield Fault(what, KEEP, "width")
         if kind.group > 0 and k % kind.group:
-            yield (
-                f"groups of {kind.group} columns do not divide {k}",
-                "use another group_size, or channel",
-            )
+            what = f"groups of {kind.group} columns do not divide {k}"
+            yield Fault(what, "use another group_size, or channel", "width")
 
     def advise(self, modules: Sequence[Module]) -> Iterator[str]:
         """None for a head of 4 bits, which vLLM serves."""
