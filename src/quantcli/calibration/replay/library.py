@@ -20,6 +20,23 @@ from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.core.errors import InputError
 
+# Models of several, of which one takes text: its class, its part of the config, and the beginning of
+# the names of its tensors. Source: transformers 5.23, models/qwen2_5_omni and qwen3_omni_moe.
+_PARTS = {
+    whole: (f"{family}ThinkerForConditionalGeneration", "thinker_config", "thinker.")
+    for family, whole in (
+        ("Qwen2_5Omni", "Qwen2_5OmniModel"),
+        ("Qwen2_5Omni", "Qwen2_5OmniForConditionalGeneration"),
+        ("Qwen3OmniMoe", "Qwen3OmniMoeForConditionalGeneration"),
+    )
+}
+
+
+def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
+    """The part of a model that takes text: its class, its key in config.json, and the beginning of the
+    names of its tensors. None if that is the whole model."""
+    return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+
 
 def build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, next_token: bool = False
@@ -34,10 +51,16 @@ def build_model(
     where = str(checkpoint.path / CONFIG)
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
-            config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
+            part = part_of(checkpoint)
+            if part is None:
+                config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
+                named = (getattr(config, "architectures", None) or [""])[0]
+            else:  # the class of a whole may not be built, and puts out speech
+                named, key, _ = part
+                config_class = getattr(transformers, named).config_class
+                config = config_class.from_dict(checkpoint.config.get(key) or {})
             if next_token:
                 add_layer(config)
-            named = (getattr(config, "architectures", None) or [""])[0]
             native = getattr(transformers, str(named), None)
             custom = trust_remote_code and hasattr(config, "auto_map")
             if native is not None and not custom:

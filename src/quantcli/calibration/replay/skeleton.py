@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.replay.library import build_model, conversions
+from quantcli.calibration.replay.library import build_model, conversions, part_of
 from quantcli.calibration.replay.next_token import library_names
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.head import generates
@@ -151,6 +151,9 @@ class Skeleton:
             for stored in merged.matrices:
                 del sources[stored.spec.name]
             sources[merged.name] = merged
+        part = part_of(self.checkpoint)
+        if part is not None:
+            sources = {name.removeprefix(part[2]): source for name, source in sources.items()}
         if self.next_token is not None:
             number = self.stacks[-1].start
             renamed = library_names(self.checkpoint, self.next_token, sources, number)
