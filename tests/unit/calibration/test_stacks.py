@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from quantcli.calibration.flow import Flow
 from quantcli.calibration.replay.calls import Outline
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.planning.reach import beyond_text, next_token_layer
@@ -100,6 +102,32 @@ def test_what_is_carried_lives_as_long_as_layers_need_it(tmp_path):
         run.layer(index)
         names.append(sorted(run.states.carries[0]))
     assert [bool(n) for n in names] == [True, True, True, False]
+
+
+def test_groups_of_rows_with_inputs_of_their_own():
+    """As the output projection of DeepSeek V4: a matrix of rows in groups, each with its own inputs."""
+    layer = torch.nn.Module()
+    generator = torch.Generator().manual_seed(0)
+    layer.weight = torch.nn.Parameter(torch.randn(6, 4, generator=generator), requires_grad=False)
+    x = torch.randn(3, 5, 4, generator=generator)
+    seen = []
+
+    class Twice:
+        def linear(self, matrix, rows, bias):
+            seen.append((matrix, rows))
+            return 2 * rows @ layer.weight.T
+
+    matrices = Matrices("l", layer)
+    with Tap(matrices, Twice()):
+        y = torch.bmm(x, layer.weight.view(3, 2, 4).transpose(1, 2))
+    assert seen[0][0] == Matrix("l.weight")
+    assert torch.equal(seen[0][1], x.reshape(15, 4))
+    expected = torch.stack([2 * x[g] @ layer.weight[2 * g : 2 * g + 2].T for g in range(3)])
+    assert torch.allclose(y, expected, atol=1e-6)
+    flow = Flow(matrices, None, 5)
+    with flow:
+        torch.bmm(x, layer.weight.view(3, 2, 4).transpose(1, 2))
+    assert not flow.rows
 
 
 def test_layers_that_run_twice_are_refused():
