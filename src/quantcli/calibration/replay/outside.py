@@ -49,7 +49,7 @@ def _without_memory(parameter: Tensor, device: torch.device) -> nn.Parameter:
 def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
     """Within it the model runs without its decoder layers, which are the caller's."""
     tables: dict[int, StoredTensor] = {}
-    first: Any = skeleton.model.get_input_embeddings()  # type: ignore[operator]
+    first = skeleton.embedding
     with ExitStack() as stack:
         for path, module in skeleton.model.named_modules():
             if skeleton.in_stack(f"{path}."):

@@ -178,7 +178,8 @@ class Replay:
             start = ids.new_full((len(ids), 1), self.skeleton.start_token)
             inputs |= {"decoder_input_ids": torch.cat([start, ids[:, :-1]], 1)}
             inputs |= {"decoder_attention_mask": mask}
-        if "use_cache" in signature(self.skeleton.model.forward).parameters:
+        taken = signature(self.skeleton.model.forward).parameters.values()
+        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in taken):
             inputs["use_cache"] = False
         with torch.no_grad():
             return (model or self.skeleton.model)(**inputs)

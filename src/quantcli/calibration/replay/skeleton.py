@@ -253,8 +253,20 @@ class Skeleton:
     @property
     def head(self) -> list[nn.Module]:
         """The module that makes logits of hidden states, if the model has one."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return [head] if isinstance(head, nn.Module) else []
+        head = self._given("get_output_embeddings")
+        return [] if head is None else [head]
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The table of tokens, if the model's code says which it is."""
+        return self._given("get_input_embeddings")
+
+    def _given(self, method: str) -> nn.Module | None:
+        try:
+            module = getattr(self.model, method)()
+        except (AttributeError, NotImplementedError):  # code of its own may leave it out
+            return None
+        return module if isinstance(module, nn.Module) else None
 
     @property
     def predicts_text(self) -> bool:
