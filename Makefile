@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-isa test-engine check lint types docs format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-isa test-engine zoo check lint types docs format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,11 @@ $(ENGINE)/ready: constraints-engine.txt
 	@$(PYTHON) -m venv $(ENGINE)
 	@$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-engine.txt
 	@touch $@
+
+# A process for each core. tests/zoo/expected.txt says what each pair should come to.
+zoo: $(READY)   ## convert 210 tiny checkpoints of all families with six recipes each, and verify them
+	@$(BIN)/python -m tests.zoo.run
+	@$(BIN)/python -m tests.zoo.logits
 
 check: lint types
 

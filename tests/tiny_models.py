@@ -101,6 +101,58 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {"use_qkv_bias": True}),
 }
+# Families whose experts alone are tested: stacks that no other family has.
+STACKED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _LAYERS
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48}
+        | {"sliding_window": 8},
+    ),
+    "dbrx": (
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 256,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+    ),
+    "inkling2_text": (
+        "Inkling2ForCausalLM",
+        "Inkling2TextConfig",
+        _LAYERS | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
+    "mistral4": (
+        "Mistral4ForCausalLM",
+        "Mistral4Config",
+        LATENT | _LAYERS | {"moe_intermediate_size": 48, "first_k_dense_replace": 0},
+    ),
+    "zaya": (
+        "ZayaForCausalLM",
+        "ZayaConfig",
+        _FUSED | {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    ),
+    "muse_spark": (
+        "MuseSparkForConditionalGeneration",
+        "MuseSparkConfig",
+        {
+            "text_config": _LAYERS
+            | {"num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            | {"moe_hidden_size": 40},
+            "audio_config": {
+                "out_hidden_size": 64, "hidden_sizes": [8, 8], "patch_sizes": [2, 2],
+                "depths": [1, 1], "num_hidden_layers": 2,
+            },
+            "vision_config": {
+                "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 40,
+            },
+            "out_hidden_size": 32, "projector_hidden_size": 32,
+        },
+    ),
+}  # fmt: skip
 
 
 def make_tiny(
@@ -118,7 +170,7 @@ def make_tiny(
     """
     import transformers
 
-    model_class, config_class, changes = FAMILIES[family]
+    model_class, config_class, changes = (FAMILIES | STACKED)[family]
     changes = copy.deepcopy(changes)  # the library takes dictionaries over
     table = COMMON | changes | sizes
     if "text_config" in changes:
@@ -139,6 +191,28 @@ def _transpose_experts(file: Path) -> None:
         if ".experts." in name:
             tensors[name] = tensors[name].mT.contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def make_mxfp4(folder: Path) -> Path:
+    """A gpt-oss whose experts are stored as published: MXFP4, of widths 64 and 96."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    make_tiny(folder, "gpt_oss", intermediate_size=96, head_dim=32)  # as engines take it
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, k, n = tensors.pop(name).shape
+        sides = (experts, n, k // 32)
+        draw = {"generator": generator, "dtype": torch.uint8}
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*sides, 16), **draw)
+        tensors[f"{name}_scales"] = torch.randint(119, 123, sides, **draw)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def make_multimodal(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:

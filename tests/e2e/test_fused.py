@@ -242,13 +242,6 @@ def test_ascend_looks_experts_up_one_by_one(make: Callable[..., Bench], family: 
     assert f"does not describe `{first}.gate_proj.weight`" in error["what"]
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "step3p7"])
-def test_ascend_does_not_list_the_family(make: Callable[..., Bench], family: str) -> None:
-    bench = make(DYNAMIC, family, target="ascend")
-    what = f"does not list `{family}` among the families with quantized experts"
-    refused(bench.run(), bench, what)
-
-
 @pytest.mark.parametrize("target", ["compressed-tensors", "fp8", "ascend"])
 @pytest.mark.parametrize(("family", "name", "shape", "says"), [
     ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 12), "gpt_oss.py:1167-1286"),

@@ -328,28 +328,39 @@ def test_nan_in_a_stack_names_the_expert(make: Callable[..., Bench]) -> None:
 # -- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recipe", "family"), [
-    (DYNAMIC, "granitemoe"), (KEPT, "granitemoe"), (KEPT, "aria_text")
-])  # fmt: skip
-def test_ascend_does_not_list_the_family(make: Callable[..., Bench], recipe: str, family: str) -> None:
-    bench = make(recipe.replace("compressed-tensors", "ascend"), family)
-    refused = bench.run()
-    assert refused.code == 2
-    assert f"does not list `{family}` among the families with quantized experts" in refused.err
-    assert not bench.out.exists()
+@pytest.mark.parametrize("family", ["granitemoe", "llama4_text"])
+def test_ascend_looks_up_the_set_of_a_family_that_it_does_not_list(
+    make: Callable[..., Bench], family: str
+) -> None:
+    """The description has an entry for the set, and the plan says what would happen without it."""
+    bench = make(DYNAMIC.replace("compressed-tensors", "ascend"), family)
+    told = bench.run()
+    done(told)
+    assert f"does not list the experts of `{family}`" in " ".join((told.out + told.err).split())
+    path = bench.out / "quant_model_description.json"
+    description = json.loads(path.read_text())
+    sets = [key for key in description if key.endswith(".experts.weight")]
+    assert len(sets) >= 2
+    assert {description[key] for key in sets} == {"W8A8_DYNAMIC"}
+    path.write_text(json.dumps({k: v for k, v in description.items() if k != sets[0]}))
+    found = run_cli("verify", bench.out, "--json")
+    assert found.code == 1
+    assert any(f"does not describe `{sets[0]}`" in one["what"] for one in found.json["findings"])
 
 
-def test_single_experts_are_not_packed_for_ascend(make: Callable[..., Bench], tmp_path: Path) -> None:
-    """Nor are they quantized again for it."""
-    bench = make(DYNAMIC)
+def test_single_experts_are_quantized_again_for_ascend(
+    make: Callable[..., Bench], tmp_path: Path
+) -> None:
+    """They are not packed: its engine holds scales in bfloat16."""
+    bench, out = make(DYNAMIC), tmp_path / "again"
     done(bench.run())
     packed = run_cli("pack", bench.out, "--target", "ascend", "--out", tmp_path / "packed")
+    assert packed.code == 2
+    assert "would be rounded: ascend holds it in bfloat16" in packed.err
     recipe = bench.root / "again.yaml"
     recipe.write_text(DYNAMIC.replace("compressed-tensors", "ascend"))
-    again = run_cli("quantize", recipe, "--model", bench.out, "--out", tmp_path / "again")
-    for refused in (packed, again):
-        assert refused.code == 2
-        assert "does not list `granitemoe` among" in refused.err
+    done(run_cli("quantize", recipe, "--model", bench.out, "--out", out))
+    done(run_cli("verify", out, "--full"))
 
 
 def test_a_quantized_model_is_quantized_again(make: Callable[..., Bench], tmp_path: Path) -> None:

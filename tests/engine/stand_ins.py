@@ -4,6 +4,10 @@ They compute what the names say and are noted in `used` when they do: what an an
 needed one is that vLLM took every tensor to its place, not that a CPU serves the format.
 """
 
+import importlib.machinery
+import sys
+import types
+
 import torch
 from vllm import _custom_ops
 from vllm.model_executor.kernels import linear
@@ -13,6 +17,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 )
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.quantization.utils import mxfp8_utils
+from vllm.model_executor.models import registry
 from vllm.platforms import PlatformEnum
 
 used: set = set()
@@ -106,8 +111,31 @@ def _linear(x, weight, scale):
     return (codes @ weight.float().mT) * step * scale.float().view(1, -1)
 
 
+class _Names(types.ModuleType):
+    """A module that has any name, of which nothing is called here."""
+
+    __path__: tuple = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def _without_torchvision() -> None:
+    """Let modules be imported that name torchvision, which has no build for this torch: the language
+    models of multimodal families are served here, and no image."""
+    for name in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
+        module = _Names(f"torchvision{name}")
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+
+
 def install() -> None:
     """Where vLLM looks for them; kernels of its own go first."""
+    _without_torchvision()
+    # vLLM asks a process of its own what a class can do; that would import all of vLLM, and no stand-in
+    registry._run_in_subprocess = lambda inspect: inspect()
     if not torch.cpu._is_amx_tile_supported():
         cpu_moe.CPUExpertsInt8 = Int8Experts
     _custom_ops.scaled_fp8_quant = scaled_fp8_quant

@@ -13,6 +13,7 @@ from quantcli.calibration.replay.served import Served
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.sources.decode import decoded
+from quantcli.targets.layouts import stray_signs
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import run_cli
@@ -385,6 +386,14 @@ def test_a_single_negative_scale_is_damage(tmp_path, encode, block):
     assert errors(examine(path))[0].startswith("values: a scale is not a positive number: -")
     with pytest.raises(InputError, match="a scale is a positive number"):
         weight(open_checkpoint(path), K)
+
+
+@pytest.mark.parametrize(("count", "stray"), [(2, []), (7, []), (8, []), (9, [4]), (64, [4])])
+def test_one_negative_scale_is_stray_only_among_many(count, stray):
+    """If signs are free, half of them are negative: of two scales none, one or both."""
+    scale = torch.ones(count, 1)
+    scale[min(4, count - 1)] = -1
+    assert stray_signs(scale).nonzero()[:, 0].tolist() == stray
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

@@ -47,8 +47,12 @@ _NOT_THE_MODEL = re.compile(
 )
 # Places of the language model in config.json, next to towers.
 # Sources: transformers 5.23.0, models/*/configuration_*.py, such as qwen3_omni_moe; remote code of
-# InternVL and of DeepSeek-VL.
-_TEXT = (("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",))
+# InternVL and of DeepSeek-VL; for drafts, vllm 0.32.0,
+# transformers_utils/configs/speculators/base.py:59-93.
+_TEXT = (
+    ("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",),
+    ("transformer_layer_config",),
+)  # fmt: skip
 _STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
@@ -280,9 +284,12 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
         raise InputError("index has no `weight_map` of tensor names to files", where=where)
     if not weight_map:
         raise InputError("`weight_map` of the index is empty", where=where)
+    sound: set[str] = set()
     for tensor, shard in weight_map.items():
         if fault := name_fault(tensor):
             raise InputError(fault, where=where)
+        if isinstance(shard, str) and shard in sound:
+            continue
         place, shard_text = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
         if not isinstance(shard, str):
             raise InputError(f"{shard_text} is not the name of a file", where=place)
@@ -292,6 +299,7 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
             raise InputError(f"`{shard}` is not a safetensors file", where=place)
+        sound.add(shard)
     return index
 
 

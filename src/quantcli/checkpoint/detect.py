@@ -1,10 +1,14 @@
-"""The quantization that a checkpoint has already, read from its headers and files. No torch here."""
+"""What a checkpoint is, read from its headers and files: quantized already, or a stand-alone draft.
+
+A draft guesses the next tokens of another model, its target, from that model's hidden states. No torch.
+"""
 
 from __future__ import annotations
 
 import re
 import reprlib
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,21 @@ _CACHE = re.compile(
     r"|[kvq]_proj\.output_scale)"
 )
 _CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4"})
+
+
+# The one layer of EAGLE3, or numbered ones: vLLM puts `model.` before the names of a draft's tensors.
+# Source: vllm 0.32.0, model_executor/models/llama_eagle3.py:255-263,378-388.
+LAYER = re.compile(r"(?:midlayer|layers\.\d+)\.(?P<rest>.+)")
+# The classes of drafts: the kind of draft, and the class of its layers.
+# Sources: vllm 0.32.0, model_executor/models/registry.py:625-700, transformers_utils/configs:
+# eagle.py:43-77 and speculators/algos.py:14-160.
+_CLASS = re.compile(
+    r"(?P<kind>Eagle3|Eagle|PEagle|Peagle|DFlash|DFlash2|DSpark|LiLiCorr)(?=[A-Z]).*"
+    r"|.*(?P<end>Eagle3|DFlash|DSparkModel)"
+)
+_KINDS = {"Eagle": "EAGLE", "Eagle3": "EAGLE3", "PEagle": "P-EAGLE", "Peagle": "P-EAGLE"}
+_SPECULATORS = {"eagle": "EAGLE", "eagle3": "EAGLE3", "peagle": "P-EAGLE", "dflash": "DFlash"}
+_MEDUSA_HEAD = re.compile(r"(medusa_heads\.)?\d+\.\d+\.(linear\.)?(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -98,3 +117,77 @@ def _printable(value: Any) -> str:
     if isinstance(value, str) and value.isprintable():
         return value[:40]
     return reprlib.repr(value)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """kind: such as EAGLE3. engine: vLLM's class for it, such as Eagle3LlamaForCausalLM."""
+
+    kind: str
+    engine: str
+
+
+def must_run_alone(checkpoint: Checkpoint) -> None:
+    """InputError for a draft: what it reads are hidden states of its target."""
+    if draft := draft_of(checkpoint):
+        raise InputError(
+            f"this is a draft ({draft.kind}), whose inputs are the hidden states of another model: it "
+            "cannot be run alone",
+            where=str(checkpoint.path),
+            fix="take a scheme that needs no data, such as w8a8_dynamic, and no calibration method",
+        )
+
+
+def of_draft(names: Collection[str]) -> bool:
+    """Whether names of tensors or modules are those of a draft: `fc` joins what it reads.
+
+    Names of layers have no `model.` before them.
+    """
+    if not any(name == "fc" or name.startswith(("fc.", "midlayer.")) for name in names):
+        return False
+    return any(LAYER.match(name) for name in names)
+
+
+def draft_of(checkpoint: Checkpoint) -> Draft | None:
+    """The draft that a checkpoint holds; None if it is a model of its own."""
+    config, names = checkpoint.config, checkpoint.tensors
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else None
+    own = first if isinstance(first, str) and first.isprintable() else "no class"
+    kind = str(config.get("model_type"))
+    if kind == "medusa" or own.startswith("Medusa") or _medusa(config, names):
+        return Draft("Medusa", "MedusaModel")
+    if kind == "mlp_speculator" or own.startswith("MLPSpeculator"):
+        return Draft("MLP speculator", "MLPSpeculatorPreTrainedModel")
+    if (algorithm := config.get("speculators_model_type")) is not None:
+        layers = config.get("transformer_layer_config")
+        inner = layers.get("model_type", "llama") if isinstance(layers, dict) else "llama"
+        return _of_speculators(str(algorithm), str(inner))
+    match = _CLASS.fullmatch(own)
+    if match is None and not of_draft(names):
+        return None
+    kind = (match["kind"] or match["end"]) if match else ""
+    if kind == "DFlash" or "dflash_config" in config:
+        return Draft("DFlash", own if match else f"DFlash{own}")
+    if kind not in ("", *_KINDS):
+        return Draft(kind.removesuffix("Model"), own)
+    if not kind:
+        parts = {part for name in names for part in name.split(".")}
+        kind = "Eagle3" if parts & {"d2t", "midlayer", "hidden_norm"} else "Eagle"
+    return Draft(_KINDS[kind], own if match else f"{kind}{own}")
+
+
+def _of_speculators(algorithm: str, layers: str) -> Draft:
+    """A draft of the project speculators. layers: the `model_type` of its layers."""
+    kind = _SPECULATORS.get(algorithm, algorithm)
+    beginning = {"EAGLE3": "Eagle3", "P-EAGLE": "Peagle"}.get(kind)
+    if beginning and layers in ("llama", "qwen3"):
+        return Draft(kind, f"{beginning}{layers.capitalize()}ForCausalLM")
+    return Draft(kind, "DFlashDraftModel" if kind == "DFlash" else f"{kind} of {layers}")
+
+
+def _medusa(config: dict[str, Any], names: Collection[str]) -> bool:
+    """Whether names are those of Medusa's own repository, with a number for each head."""
+    if not names or not all(_MEDUSA_HEAD.fullmatch(name) for name in names):
+        return False
+    return "medusa_num_heads" in config or any(name.startswith("medusa_heads.") for name in names)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.header import Rows, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,42 @@ class Encoded(StoredTensor):
     def open(self) -> AbstractContextManager[Rows]:
         """A reader of its rows, decoded to float32. One reader is one thread's."""
         return self.decoder()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedStack(Encoded):
+    """Encoded matrices of several experts as one float tensor [experts, h, w].
+
+    decoder: gives a reader of rows [w] of all matrices, one below the other.
+    matrix:  gives the matrix of an expert as it is stored, [h, w] or [w, h].
+    """
+
+    matrix: Callable[[int], Encoded] = field(kw_only=True)
+
+    def open(self) -> AbstractContextManager[Rows]:
+        """A reader of its rows, which are matrices of experts; or rows of these, if `spec` is 2-D."""
+        opened = self.decoder()
+        return opened if len(self.spec.shape) == 2 else _opened(opened, self.spec.shape)
+
+
+@contextmanager
+def _opened(opened: AbstractContextManager[Rows], shape: tuple[int, ...]) -> Iterator[_Matrices]:
+    """Matrices of a stack, as long as its files are open."""
+    with opened as rows:
+        yield _Matrices(rows, shape)
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """Matrices [h, w] that are read by rows. shape: of the stack."""
+
+    rows: Rows
+    shape: tuple[int, ...]
+
+    def weight(self, start: int, count: int) -> Tensor:
+        """Matrices [start, start + count), as many as there are: [matrices, h, w]."""
+        _, height, width = self.shape
+        return self.rows.weight(start * height, count * height).view(-1, height, width)
 
 
 def decoded_kinds(tensors: Iterable[StoredTensor]) -> list[dict[str, Any]]:

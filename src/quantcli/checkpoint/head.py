@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.spec import TensorSpec
 
 Head: TypeAlias = Literal["stored", "tied", "none", "lost"]
 
 # ends of names of tensors that go with codes
 _OF_CODES = ("scale", "scales", "scale_inv", "offset", "zero_point", "qzeros", "scale_second")
-# Classes of models that put out the next token. Drafts take the head of the model that they draft for.
+# Classes of models that put out the next token.
 # Source: transformers 5.23, models/auto/modeling_auto.py, the names of the mappings for generation.
 _GENERATES = re.compile(
-    r"(?!.*(Eagle|Medusa|MTP)).*(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForVision2Seq"
-    r"|ForImageTextToText)"
+    r"(?!.*MTP).*(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForVision2Seq|ForImageTextToText)"
 )
 # Last parts of the names of heads that are not an lm_head: under another name, or with other outputs.
 # Sources: transformers 5.23, models/gpt_neox, models/rwkv and its ...ForSequenceClassification,
@@ -39,7 +39,7 @@ def lm_head(checkpoint: Checkpoint) -> Head:
     """
     if head_weight(stored.spec for stored in checkpoint.tensors.values()):
         return "stored"
-    if tied(checkpoint) is not False:
+    if tied(checkpoint) is not False and not draft_of(checkpoint):
         return "tied"
     if not generates(checkpoint) or (checkpoint.path / _EMBEDDING_MODEL).is_file():
         return "none"
@@ -69,7 +69,12 @@ def tied(checkpoint: Checkpoint) -> bool | None:
 
 
 def generates(checkpoint: Checkpoint) -> bool:
-    """Whether a class in `architectures` has an lm_head; true if config.json names no class."""
+    """Whether a class in `architectures` has an lm_head; true if config.json names no class.
+
+    A draft takes the head and the embeddings of the model that it drafts for, unless it has its own.
+    """
+    if draft_of(checkpoint):
+        return False
     classes = checkpoint.config.get("architectures")
     names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
     return not names or any(_GENERATES.fullmatch(name) for name in names)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.detect import draft_of, quantization
 from quantcli.checkpoint.head import lm_head, tied
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import Role, roles_of
@@ -50,6 +50,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
         "path": str(checkpoint.path),
         "model_type": next(iter(_words(checkpoint.config.get("model_type"))), None),
         "architectures": _words(checkpoint.config.get("architectures")),
+        "draft": draft.kind if (draft := draft_of(checkpoint)) else None,
         "tensors": len(specs),
         "parameters": sum(spec.numel for spec in specs),
         "bytes": checkpoint.nbytes,

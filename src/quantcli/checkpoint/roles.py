@@ -134,6 +134,11 @@ def roles_of(checkpoint: Checkpoint) -> dict[str, Role]:
     return _Roles(checkpoint).found
 
 
+def _numbered(module: str) -> str:
+    """A module's name; the one layer of an EAGLE3 draft gets a number."""
+    return f"layers.0.{module[9:]}" if module.startswith("midlayer.") else module
+
+
 class _Roles:
     """The roles of a checkpoint; a name is judged once for all layers that have it."""
 
@@ -146,7 +151,7 @@ class _Roles:
             spec = stored.spec
             module, _, suffix = spec.name.rpartition(".")
             if suffix == "weight" and len(spec.shape) == 2:
-                self._matrices[module] = spec.shape
+                self._matrices[_numbered(module)] = spec.shape
             elif len(spec.shape) == 3 and _EXPERT.search(spec.name):
                 self._matrices[spec.name] = spec.shape
             elif len(spec.shape) == 3 and suffix == "weight" and 1 in spec.shape[1:]:
@@ -176,6 +181,10 @@ class _Roles:
             if key not in alike:
                 alike[key] = self._within(rest, shape, mixer, parent in self._with_experts)
             self.found[module] = alike[key]
+        for stored in checkpoint.tensors.values():
+            module = stored.spec.name.removesuffix(".weight")
+            if (numbered := _numbered(module)) != module and numbered in self.found:
+                self.found[module] = self.found.pop(numbered)
 
     def _body(self) -> dict[str, int]:
         """The lists of layers of the language model, and the number of layers that are not drafts."""

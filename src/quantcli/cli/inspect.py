@@ -89,6 +89,8 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
     classes = ", ".join(contents["architectures"] or []) or "no architecture named"
     dtypes = ", ".join(f"{d} {decimal(t['bytes'])}" for d, t in contents["dtypes"].items())
     out.line(f"model         {kind} ({classes})")
+    if contents["draft"]:
+        out.line(f"draft         {contents['draft']}: it reads the hidden states of another model")
     # packed codes, scales and zero points are elements of tensors, but not parameters
     unit = "parameters" if contents["quantization"] is None else "elements"
     out.line(f"{unit:<14}{contents['parameters']:,} in {contents['tensors']:,} tensors")

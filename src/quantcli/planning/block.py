@@ -208,7 +208,7 @@ def _copied(job: Job, item: Copy, calibrated: Calibrated, block_elements: int) -
         yield from _copied_bytes(out, source)
         return
     each = 1
-    if len(source.spec.shape) > 2 and not source.kind and item.edit is None:
+    if len(source.spec.shape) > 2 and item.edit is None:
         # a row of a stack is all of an expert: cut it into the rows of its matrix
         each, shape = source.spec.shape[1], source.spec.shape
         rows = (shape[0] * each, *shape[2:])

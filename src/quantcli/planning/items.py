@@ -271,18 +271,40 @@ def _copies(
                 dtype = serving_dtype
             same = dtype == stored.spec.dtype
             copies[name] = Copy(stored, measured.edits.get(name), None if same else dtype)
-    whole = [
-        matrices
-        for matrices in stacks.values()
-        if all(copies.get(matrix.spec.name) == Copy(matrix) for matrix in matrices)
-    ]
+    whole = {
+        name: matrices
+        for name, matrices in stacks.items()
+        if len({_same_copy(copies.get(matrix.spec.name), matrix) for matrix in matrices}) == 1
+        and _same_copy(copies.get(matrices[0].spec.name), matrices[0])[0]
+    }
     layout = layout_of(checkpoint)
     if layout and (layout.copies == "none" or (layout.copies == "all" and len(whole) < len(stacks))):
         return copies
-    for matrices in whole:
+    for matrices in whole.values():
+        copy = copies[matrices[0].spec.name]
+        assert copy is not None
         copies |= dict.fromkeys((matrix.spec.name for matrix in matrices), None)
-        copies[matrices[0].spec.name] = Copy(matrices[0].stack)
+        copies[matrices[0].spec.name] = Copy(matrices[0].stack, None, copy.dtype)
+    if layout and layout.copies == "only":
+        _must_be_stacks(copies)
     return copies
+
+
+def _must_be_stacks(copies: Mapping[str, Copy | None]) -> None:
+    """InputError for a float expert that would be written by itself."""
+    for name, copy in copies.items():
+        if copy is not None and isinstance(copy.source, ExpertMatrix):
+            raise InputError(
+                "a method changes this float expert, or a rule stores it apart from others of its "
+                "layer, and the engine takes float experts of this family as stacks alone",
+                where=f"`{name}`",
+                fix="leave experts out of the recipe's methods, and keep all of a layer alike",
+            )
+
+
+def _same_copy(copy: Copy | None, matrix: ExpertMatrix) -> tuple[bool, str | None]:
+    """Whether a matrix is copied without an edit, and the dtype to store it in."""
+    return copy is not None and copy.edit is None, copy.dtype if copy else None
 
 
 def _amax_groups(

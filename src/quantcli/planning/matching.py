@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.roles import ROLES, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -19,9 +20,8 @@ from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
 from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
 from quantcli.schemes.base import Scheme
-from quantcli.sources.stacked import layouts_of
 from quantcli.targets.base import Refusal, Target, others_that_store
-from quantcli.targets.vllm_family import EXPERT, expert_set
+from quantcli.targets.vllm_family import EXPERT
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     if recipe.siblings and not siblings.have_effect(assigned):
         notes.append("`siblings` has no effect: the schemes of these modules share nothing")
     modules = list(_modules(checkpoint, assigned))
+    raise_first(recipe.target.check_family(modules, family_of(checkpoint)), assigned)
     raise_first(recipe.target.check(modules), assigned)
     return Matched(assigned, modules, siblings, notes, roles, refused)
 
@@ -87,27 +88,16 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
 
     checkpoint: with experts one by one, whoever has split them.
     """
+    if draft := draft_of(checkpoint):
+        raise_first(target.check_draft(draft), {})
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    family = checkpoint.text_config.get("model_type", checkpoint.config.get("model_type"))
-    raise_first(target.check_tensors(specs, str(family)), {})
-    kind = checkpoint.config.get("model_type")
-    if not layouts_of(checkpoint) or target.takes_split_experts(str(kind)):
-        return
-    for name in checkpoint.tensors:
-        if EXPERT.fullmatch(name):
-            raise InputError(
-                f"the engine of target `{target.name}` does not list `{kind!s:.40}` among the families "
-                "with quantized experts",
-                where=f"`{name}`",
-                fix=f"use {' or '.join(_takers(str(kind)))}",
-            )
+    config = {**checkpoint.text_config, "model_type": family_of(checkpoint)}
+    raise_first(target.check_tensors(specs, config), {})
 
 
-def _takers(model_type: str) -> Iterator[str]:
-    """The targets whose engines take single experts of a family, as text."""
-    for name, cls in discover(Target).items():
-        if cls().takes_split_experts(model_type):
-            yield f"`target: {name}`"
+def family_of(checkpoint: Checkpoint) -> str:
+    """The model type of the language model, as config.json has it; else that of the whole model."""
+    return str(checkpoint.text_config.get("model_type", checkpoint.config.get("model_type")))
 
 
 def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -> None:
@@ -309,15 +299,31 @@ def _taken(
     """
     target, names = recipe.target, assigned.keys()
     refused: dict[str, Refusal] = {}
-    sets: dict[str, list[str]] = defaultdict(list)  # what must have one scheme
+    sets: dict[tuple[int, str], list[str]] = defaultdict(list)  # what must have one scheme
+    numerics = {}  # of rules: slow to make
+    # experts of a layer come in hundreds, which differ in their number alone
+    alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str]], Refusal | None] = {}
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.roles and not rule.patterns:
-            sets[f"{rule.number} {expert_set(target.fused_name(name) or name)}"].append(name)
+            expert = EXPERT.fullmatch(name)
+            together = expert["experts"] if expert else target.fused_name(name) or name
+            sets[rule.number, together].append(name)
             spec = _spec(checkpoint, name)
-            module = Module(name, spec.shape, rule.scheme.numerics)
-            found = (r for r in target.refusals(module, names) if r.by != "numbers")
-            if (refusal := next(found, None)) is not None:
-                refused[name] = refusal
+            key = None
+            if expert is not None:
+                key = expert["experts"], expert["rest"], spec.shape, rule.key
+            if key in alike:
+                refusal = alike[key]
+            else:
+                if rule.key not in numerics:
+                    numerics[rule.key] = rule.scheme.numerics
+                module = Module(name, spec.shape, numerics[rule.key])
+                found = (r for r in target.refusals(module, names) if r.by != "numbers")
+                refusal = next(found, None)
+                if key is not None:
+                    alike[key] = refusal
+            if refusal is not None:
+                refused[name] = replace(refusal, module=name)
     for members in sets.values() if refused else ():
         if (first := next((refused[name] for name in members if name in refused), None)) is not None:
             for name in members:

@@ -71,7 +71,7 @@ def inspect_outliers(
     checkpoint = decoded(checkpoint)
     refuse_transposed(checkpoint)
     matrices, left_out = _choose(checkpoint)
-    methods, operands = _methods(target, serving_dtype(checkpoint)[0])
+    methods, operands = _methods(target, serving_dtype(checkpoint, target.served_in)[0])
     files = {file: list(group) for file, group in itertools.groupby(matrices, lambda m: m.file.name)}
     progress.begin(sum(stored.nbytes for stored in matrices), len(files))
     stop = threading.Event()

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
+from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
-from quantcli.checkpoint.spec import FLOATS
+from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.errors import AnswerNo
 from quantcli.planning.items import make_items
 from quantcli.planning.matching import match
@@ -33,19 +34,22 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     for output that the engine could not load, and for a recipe that does not fit the model.
     """
     checkpoint = decoded(checkpoint)
-    serving, notes = serving_dtype(checkpoint)
     target = recipe.target
+    serving, notes = serving_dtype(checkpoint, target.served_in)
     matched = match(recipe, checkpoint, measured)
     notes += matched.notes
     items = make_items(checkpoint, matched, target, serving, measured or Measured())
-    schemes = ((name, rule.scheme) for name, rule in matched.rules.items() if rule)
-    need = {name for name, scheme in schemes if scheme and scheme.needs_data}
+    schemes = {name: rule.scheme for name, rule in matched.rules.items() if rule and rule.scheme}
+    with_data = {id(s) for s in {id(s): s for s in schemes.values()}.values() if s.needs_data}
+    need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
     shards = _shards(items, recipe.file.max_shard)
     output = as_planned(checkpoint, matched.modules, shards, serving)
     text = recipe.effective()
     own = {RECIPE_FILE: text.encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
     calibrates = bool(need or recipe.methods)
+    if calibrates:
+        must_run_alone(checkpoint)
     if not calibrates and recipe.file.calibration is not None:
         why = "no scheme of this recipe measures data"
         notes.append(f"the recipe's `calibration` block has no effect: {why}")
@@ -58,7 +62,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
-    rules, kept, coverage = tables(recipe, checkpoint, items, matched)
+    lines, kept, coverage = tables(recipe, checkpoint, items, matched)
     return Plan(
         checkpoint=checkpoint,
         target=target,
@@ -68,10 +72,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         sidecars=sidecars,
         serving_dtype=serving,
         recipe_text=text,
-        rules=rules,
+        rules=lines,
         kept=kept,
         coverage=coverage,
-        notes=(*checkpoint.notes, *notes, *target.advise(matched.modules)),
+        notes=(
+            *checkpoint.notes,
+            *notes,
+            *target.advise(matched.modules, str(checkpoint.config.get("model_type", ""))),
+        ),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),
         measured=tuple(sorted(need)),
@@ -82,8 +90,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     )
 
 
-def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
-    """The dtype that the engine will compute in, and notes about it.
+def serving_dtype(checkpoint: Checkpoint, only: str | None = None) -> tuple[str, list[str]]:
+    """The dtype that the engine will compute in, and notes about it. only: the one that it has.
 
     Engines take it from config.json. Float32 is not served on the accelerators that this is for, so
     float32 models are served as bfloat16, which has the same range, and config.json says so.
@@ -95,6 +103,12 @@ def serving_dtype(checkpoint: Checkpoint) -> tuple[str, list[str]]:
             sizes[tensor.spec.dtype] += tensor.nbytes
     stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
     dtype = declared or stored
+    if only is not None and dtype != only:
+        name = next(name for name, short in FLOAT_NAMES.items() if short == only)
+        note = (
+            f"the engine serves in {name} alone, and config.json will say so: float weights are rounded"
+        )
+        return only, [f"{note} to it as they are loaded"]
     if dtype == "F32":
         return "BF16", ["the model is float32; it will be served in bfloat16, and config.json says so"]
     if declared is None:

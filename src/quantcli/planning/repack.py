@@ -19,7 +19,7 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.planning.items import planned_outputs
-from quantcli.planning.matching import must_be_taken, raise_first
+from quantcli.planning.matching import family_of, must_be_taken, raise_first
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
 from quantcli.planning.recode import WORDS, recode
 from quantcli.targets.base import (
@@ -83,6 +83,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     _no_cache_scales(specs)
     must_be_taken(checkpoint, target)
     modules = list(_modules(checkpoint, stored))
+    raise_first(target.check_family(modules, family_of(checkpoint)), {})
     raise_first(target.check(modules), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
     recipe = _recipe(checkpoint)
@@ -99,7 +100,11 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         sidecars=sidecars,
         serving_dtype=stored.serving_dtype,
         recipe_text=recipe,
-        notes=(*checkpoint.notes, *target.advise(modules), *_to_be_checked(items, target)),
+        notes=(
+            *checkpoint.notes,
+            *target.advise(modules, str(checkpoint.config.get("model_type", ""))),
+            *_to_be_checked(items, target),
+        ),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,

@@ -71,13 +71,17 @@ def translate(pattern: str) -> str:
 
 
 @lru_cache(4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(translate(pattern))
+def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """Expressions for some patterns; one for all globs together, which have no groups of their own."""
+    globs = [translate(pattern) for pattern in patterns if not pattern.startswith("re:")]
+    others = [translate(pattern) for pattern in patterns if pattern.startswith("re:")]
+    together = ["|".join(f"(?:{glob})" for glob in globs)] if globs else []
+    return tuple(re.compile(expression) for expression in (*together, *others))
 
 
 def matches(patterns: Iterable[str], module: str) -> bool:
     """Whether any pattern matches the whole module name."""
-    return any(_compiled(pattern).fullmatch(module) for pattern in patterns)
+    return any(expression.fullmatch(module) for expression in _compiled(tuple(patterns)))
 
 
 Limit = Annotated[str, BeforeValidator(_check_limit)]

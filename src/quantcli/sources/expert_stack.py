@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.columns import STRIP_BYTES, Columns
+from quantcli.checkpoint.encoded import EncodedStack
 from quantcli.checkpoint.header import Rows, StoredTensor
-from quantcli.checkpoint.rows import RowReader
 from quantcli.checkpoint.spec import TensorSpec
 
 _MOST_EXPERTS = 65536  # of a layer: a header must not make up more
@@ -32,6 +32,7 @@ class Stack:
     transposed:  whether an expert's part is stored [k, n] and not [n, k].
     interleaved: whether rows of the projections alternate; otherwise each has its rows together.
     flat:        whether experts follow each other in dimension 0 of a 2-D tensor; otherwise it is 3-D.
+    joined:      whether its one projection holds gate and up, and so has an even number of rows.
     """
 
     name: str
@@ -40,9 +41,10 @@ class Stack:
     transposed: bool = False
     interleaved: bool = False
     flat: bool = False
+    joined: bool = False
 
     def __str__(self) -> str:
-        several = len(self.projections)
+        several = 2 if self.joined else len(self.projections)
         sides = [f"{several} x n" if several > 1 else "n", "k"]
         height, width = reversed(sides) if self.transposed else sides
         return f"[experts x {height}, {width}]" if self.flat else f"[experts, {height}, {width}]"
@@ -61,7 +63,7 @@ class Stack:
             shape = (count, shape[0] // count, shape[1])
         experts, height, width = shape
         rows, k = (width, height) if self.transposed else (height, width)
-        if rows % len(self.projections) or experts > _MOST_EXPERTS:
+        if rows % (2 if self.joined else len(self.projections)) or experts > _MOST_EXPERTS:
             return None
         return experts, rows // len(self.projections), k
 
@@ -75,20 +77,29 @@ class Stack:
         if sides is None:
             return None
         count, n, k = sides
-        height, width = (k, several * n) if self.transposed else (several * n, k)
-        whole = TensorSpec(spec.name, spec.dtype, (height, width))
+        if isinstance(stored, EncodedStack):
+            wholes: list[StoredTensor] = [stored.matrix(expert) for expert in range(count)]
+            transposed = False
+        else:
+            height, width = (k, several * n) if self.transposed else (several * n, k)
+            whole = TensorSpec(spec.name, spec.dtype, (height, width))
+            wholes = [
+                StoredTensor(whole, stored.file, stored.offset + expert * whole.nbytes)
+                for expert in range(count)
+            ]
+            transposed = self.transposed
         return [
             ExpertMatrix(
                 TensorSpec(f"{experts}.{expert}.{projection}.weight", spec.dtype, (n, k)),
-                stored.file,
-                stored.offset + expert * whole.nbytes,
+                whole.file,
+                whole.offset,
                 stack=stored,
-                whole=StoredTensor(whole, stored.file, stored.offset + expert * whole.nbytes),
+                whole=whole,
                 first=number if self.interleaved else number * n,
                 step=several if self.interleaved else 1,
-                transposed=self.transposed,
+                transposed=transposed,
             )
-            for expert in range(count)
+            for expert, whole in enumerate(wholes)
             for number, projection in enumerate(self.projections)
         ]
 
@@ -110,7 +121,7 @@ class Stack:
 class ExpertMatrix(StoredTensor):
     """A matrix [n, k] of one expert within a stack, which is read by rows like any other.
 
-    stack:      the tensor on disk.
+    stack:      the tensor on disk, or what several there stand for.
     whole:      what the stack holds for this expert, [h, w] as stored.
     first, step: its rows are the rows `first`, `first` + `step`, .. of `whole`, or columns if it is
                 `transposed`.
@@ -122,6 +133,23 @@ class ExpertMatrix(StoredTensor):
     first: int = field()
     step: int = field()
     transposed: bool = field()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on disk."""
+        if not self.stack.kind:
+            return self.spec.nbytes
+        return self.stack.nbytes * self.spec.numel // self.stack.spec.numel
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """What is read for it: itself, or the parts of `whole` if the stack is encoded."""
+        return self.whole.parts if self.stack.kind else (self,)
+
+    @property
+    def kind(self) -> str:
+        """The format of an encoded stack as text; empty for any other."""
+        return self.stack.kind
 
     @property
     def buffer_nbytes(self) -> int:
@@ -140,11 +168,13 @@ class _ExpertRows:
         self._matrix = matrix
         width = matrix.first + (matrix.spec.shape[0] - 1) * matrix.step + 1
         self._columns = Columns(matrix.whole, width) if matrix.transposed else None
-        self._rows = RowReader(matrix.whole)
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
-        self._files.enter_context(self._columns or self._rows)
+        if self._columns is not None:
+            self._files.enter_context(self._columns)
+        else:
+            self._rows = self._files.enter_context(self._matrix.whole.open())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,6 +7,7 @@ name that the engine's loader takes. EXPERTS has an entry for each family; a new
 
 from __future__ import annotations
 
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from typing import Literal
 
 from quantcli.checkpoint.checkpoint import CONFIG, STACKED, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, wrong
 from quantcli.sources.expert_stack import ExpertMatrix, Stack
-from quantcli.targets.vllm_family import EXPERT, expert_count
+from quantcli.targets.vllm_family import COUNTS, EXPERT, expert_count
 
+Copies = Literal["each", "all", "none", "only"]
 _GATED = ("gate_proj", "up_proj")
 
 
@@ -30,22 +33,30 @@ class ExpertLayout:
     stacks:  the tensors that hold them.
     copies:  which float stacks the engine takes as they are: "each" next to single experts of other
              layers; only "all" of a checkpoint together; or "none". Others are written one by one.
+             "only": it takes no float experts one by one.
+    hidden:  the key of config.json for the width of the hidden states that experts read.
     """
 
     experts: str
     stacks: tuple[Stack, ...]
-    copies: Literal["each", "all", "none"] = "each"
+    copies: Copies = "each"
+    hidden: str = "hidden_size"
 
 
 def _parameters(
-    experts: str, *, transposed: bool = False, copies: Literal["each", "all", "none"] = "each"
+    experts: str,
+    *,
+    transposed: bool = False,
+    joined: bool = False,
+    copies: Copies = "each",
 ) -> ExpertLayout:
     """The layout of stacks `{experts}.gate_up_proj`, gate first, and `{experts}.down_proj`: parameters
     of a module for all experts, whose names do not end in `.weight`."""
+    gated = ("gate_up_proj",) if joined else _GATED
     return ExpertLayout(
         experts,
         (
-            Stack(f"{experts}.gate_up_proj", _GATED, "inputs", transposed=transposed),
+            Stack(f"{experts}.gate_up_proj", gated, "inputs", transposed=transposed, joined=joined),
             Stack(f"{experts}.down_proj", ("down_proj",), "outputs", transposed=transposed),
         ),
         copies,
@@ -87,6 +98,33 @@ _STEP = ExpertLayout(
     ),
 )
 
+# Rows of gate and up alternate, and the engine wants them so: they are one matrix.
+# transformers 5.23.0, models/gpt_oss/modeling_gpt_oss.py:67-88.
+_GPT_OSS = _parameters("mlp.experts", transposed=True, joined=True, copies="only")
+
+# transformers 5.23.0, conversion_mapping.py:218-226,322-330: gate and up alternate.
+_INKLING = ExpertLayout(
+    "mlp.experts",
+    (
+        Stack("mlp.experts.w13_weight", _GATED, "inputs", interleaved=True),
+        Stack("mlp.experts.w2_weight", ("down_proj",), "outputs"),
+    ),
+    "only",
+)
+
+# transformers 5.23.0, models/dbrx/modeling_dbrx.py:253-301: experts follow each other in 2-D tensors;
+# w2 is multiplied with untransposed.
+_DBRX = ExpertLayout(
+    "ffn.experts",
+    (
+        Stack("ffn.experts.mlp.w1", ("gate_proj",), "inputs", flat=True),
+        Stack("ffn.experts.mlp.v1", ("up_proj",), "inputs", flat=True),
+        Stack("ffn.experts.mlp.w2", ("down_proj",), "outputs", transposed=True, flat=True),
+    ),
+    "only",
+    hidden="d_model",
+)
+
 # By `model_type`: the layouts in which checkpoints of a family are found, the published one first. The
 # sides of hidden states tell which one a checkpoint has.
 # Sources: granitemoe: transformers 5.23.0, conversion_mapping.py:106-108,853-869 (names),
@@ -100,7 +138,19 @@ _STEP = ExpertLayout(
 # 1405-1421 and gemma4_mm.py:1044-1057. llama4: transformers 5.23.0,
 # models/llama4/modeling_llama4.py:54-84. qwen3_5_moe: transformers 5.23.0,
 # models/qwen3_5_moe/modeling_qwen3_5_moe.py:831-872. step3p7, whose language model is a step3p5:
-# transformers 5.23.0, models/step3p7/modeling_step3p7.py:545-580.
+# transformers 5.23.0, models/step3p7/modeling_step3p7.py:545-580. qwen4_exp: transformers 5.23.0,
+# models/qwen4_exp/modeling_qwen4_exp.py:915-947; vllm 0.32.0, models/qwen4_exp/nvidia/model.py:178.
+# hy_v4: transformers 5.23.0, models/hy_v4/modeling_hy_v4.py:541-572; vllm 0.32.0,
+# models/hy_v4/nvidia/model.py:430-470. diffusion_gemma: transformers 5.23.0,
+# models/diffusion_gemma/modeling_diffusion_gemma.py:544-576; vllm 0.32.0,
+# model_executor/models/diffusion_gemma.py:157-165,236 (the layers of gemma4.py). mistral4, zaya,
+# inkling2: transformers 5.23.0, models/mistral4/modeling_mistral4.py:171-205,
+# models/zaya/modeling_zaya.py:570-602, models/inkling2/modeling_inkling2.py:657-694; vllm 0.32.0,
+# model_executor/models/transformers/moe.py:117-137 (names) and base.py:323-326 (tensors that
+# transformers converts, and does not only rename, stay under their names on disk). muse_spark:
+# transformers 5.23.0, models/muse_spark/modeling_muse_spark.py:210-268.
+# openai_privacy_filter: transformers 5.23.0,
+# models/openai_privacy_filter/modeling_openai_privacy_filter.py (halves of columns, as one matrix).
 EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
     "granitemoe": (_GRANITE,),
     "granitemoeshared": (_GRANITE,),
@@ -115,16 +165,32 @@ EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
             ),
         ),
     ),
+    "dbrx": (_DBRX,),
+    "diffusion_gemma": (_parameters("experts"),),
+    "diffusion_gemma_text": (_parameters("experts"),),
     "gemma4": (_parameters("experts"),),
     "gemma4_text": (_parameters("experts"),),
+    "gpt_oss": (_GPT_OSS,),
+    "hy_v4": (_MLP,),
+    "inkling_mm_model": (_INKLING,),
+    "inkling_text": (_INKLING,),
+    "inkling2": (replace(_INKLING, copies="none"),),
+    "inkling2_text": (replace(_INKLING, copies="none"),),
     "llama4": (_LLAMA4,),
     "llama4_text": (_LLAMA4,),
+    "mistral4": (_MLP,),
+    "muse_spark": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
+    "muse_spark_text": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
+    "openai_privacy_filter": (_GPT_OSS,),
     "qwen3_5_moe": (_MLP,),
     "qwen3_5_moe_text": (_MLP,),
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_vl_moe_text": _QWEN3_VL,
+    "qwen4_exp": (_MLP,),
+    "qwen4_exp_text": (_MLP,),
     "step3p5": (_STEP,),
     "step3p7": (_STEP,),
+    "zaya": (_MLP,),
 }
 
 
@@ -144,7 +210,7 @@ def layout_of(checkpoint: Checkpoint) -> ExpertLayout | None:
 def _fits(layout: ExpertLayout, checkpoint: Checkpoint) -> bool:
     """Whether the sides of all stacks are those of a layout, for the hidden size in config.json."""
     _, count = expert_count(checkpoint)
-    hidden = checkpoint.text_config.get("hidden_size")
+    hidden = checkpoint.text_config.get(layout.hidden)
     for name, stored in checkpoint.on_disk.items():
         stack, _ = _stack_of(name, layout)
         sides = stack.sides(stored.spec.shape, count) if stack else None
@@ -162,6 +228,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
     As it is if its family has no entry in EXPERTS, or no stack. A note names the tensors. InputError
     for a stack whose shape does not fit the entry or config.json.
     """
+    _must_be_counts(checkpoint)
     layout = layout_of(checkpoint)
     if layout is None:
         return checkpoint
@@ -173,7 +240,7 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
         if stack is None:
             tensors[name] = stored
             continue
-        matrices = _matrices(stored, stack, experts, checkpoint)
+        matrices = _matrices(stored, stack, experts, checkpoint, layout.hidden)
         sets[experts].append(matrices)
         tensors |= {matrix.spec.name: matrix for matrix in matrices}
         if not notes:
@@ -185,6 +252,17 @@ def split_experts(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     _must_be_whole(checkpoint, layout, sets)
     return replace(checkpoint, tensors=tensors, undecoded=checkpoint.on_disk, notes=notes)
+
+
+def _must_be_counts(checkpoint: Checkpoint) -> None:
+    """InputError for a number of experts in config.json that is not a number, or a list of numbers."""
+    for config in (checkpoint.config, checkpoint.text_config):
+        for key in COUNTS:
+            value = config.get(key)
+            counts = value if isinstance(value, list) else [0 if value is None else value]
+            if any(type(count) is not int or count < 0 for count in counts):
+                what = f"`{key}` is {reprlib.repr(value)}, not a number of experts"
+                raise InputError(what, where=str(checkpoint.path / CONFIG), fix=AGAIN)
 
 
 def _stack_of(name: str, layout: ExpertLayout) -> tuple[Stack | None, str]:
@@ -213,24 +291,22 @@ def _must_be_whole(
             missing = next(name for name in names if name not in checkpoint.tensors)
             raise wrong(first[0].stack, f"experts lack a part: `{missing}` is missing")
         for other in stacks[1:]:
-            # a matrix of the first stack gives what one of another takes, or takes what it gives
-            counts = (len({matrix.offset for matrix in each}) for each in (first, other))
-            shape = other[0].spec.shape
-            shape = shape if _side(other, layout) == _side(first, layout) else shape[::-1]
-            if first[0].spec.shape != shape or len(set(counts)) > 1:
+            if _widths(other, layout) != _widths(first, layout):
                 what = f"is {other[0].stack.spec}, and does not fit `{first[0].stack.spec.name}`, "
                 raise wrong(other[0].stack, what + f"{first[0].stack.spec}")
 
 
-def _side(matrices: list[ExpertMatrix], layout: ExpertLayout) -> str:
-    """The side of the matrices in a stack that is as wide as hidden states."""
+def _widths(matrices: list[ExpertMatrix], layout: ExpertLayout) -> tuple[int, int, int]:
+    """The number of experts in a stack, the width of hidden states, and that within an expert."""
     stack, _ = _stack_of(matrices[0].stack.spec.name, layout)
     assert stack is not None
-    return stack.hidden
+    n, k = matrices[0].spec.shape
+    experts, rows = len(matrices) // len(stack.projections), 2 if stack.joined else 1
+    return (experts, k, n // rows) if stack.hidden == "inputs" else (experts, n, k)
 
 
 def _matrices(
-    stored: StoredTensor, stack: Stack, experts: str, checkpoint: Checkpoint
+    stored: StoredTensor, stack: Stack, experts: str, checkpoint: Checkpoint, key_of_hidden: str
 ) -> list[ExpertMatrix]:
     config = checkpoint.text_config
     key, count = expert_count(checkpoint)
@@ -241,11 +317,11 @@ def _matrices(
     if key and len(matrices) != count * len(stack.projections):
         what = f"{expected}, and {CONFIG} has {count} in `{key}`"
         raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")
-    hidden, (n, k) = config.get("hidden_size"), matrices[0].spec.shape
+    hidden, (n, k) = config.get(key_of_hidden), matrices[0].spec.shape
     width = k if stack.hidden == "inputs" else n
     if type(hidden) is int and width != hidden:
         side = "k" if stack.hidden == "inputs" else "n"
-        what = f"{expected}, with {side} the `hidden_size` of {CONFIG}, {hidden}"
+        what = f"{expected}, with {side} the `{key_of_hidden}` of {CONFIG}, {hidden}"
         raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")
     return matrices
 

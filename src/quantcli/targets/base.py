@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.detect import Quantization, quantization
+from quantcli.checkpoint.detect import Draft, Quantization, quantization
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
@@ -99,6 +99,11 @@ class Target(BaseModel, ABC):
     files: ClassVar[Mapping[str, str]] = {}
 
     @property
+    def served_in(self) -> str | None:
+        """The only dtype, "BF16" or "F16", that the engine computes in; None: that of config.json."""
+        return None
+
+    @property
     def article(self) -> str:
         """The target's name with an article, for messages."""
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
@@ -173,23 +178,27 @@ class Target(BaseModel, ABC):
         """All refusals of the modules of a planned checkpoint."""
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
     ) -> Iterator[Refusal]:
         """Refusals of tensors of the source, before rules are matched with modules.
 
-        model_type: of the language model, as config.json has it; "" if it is not known.
+        config: that of the language model, untrusted; None if there is none.
         """
         yield from ()
 
-    def takes_split_experts(self, model_type: str) -> bool:
-        """Whether the engine takes single experts of a family whose float models store them together.
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
+        """Refusals of modules, quantized or not, that depend on the family of the model.
 
-        model_type: as config.json has it.
+        model_type: of the language model, as config.json has it.
         """
-        return True
+        yield from ()
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """Notes for the plan on modules that load."""
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """Refusals of a stand-alone draft, before its tensors are looked at."""
+        yield from ()
+
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
+        """Notes for the plan on modules that load. model_type: as config.json has it, or ""."""
         yield from ()
 
     @abstractmethod

@@ -78,9 +78,7 @@ class Output:
 
     def of(self, module: str) -> Output:
         """The same tensor with the name of a module in front of its own."""
-        spec = self.spec  # asked for every expert: `replace` takes several times longer
-        named = TensorSpec(f"{module}.{spec.name}", spec.dtype, spec.shape)
-        return Output(named, self.axis, self.rows)
+        return Output(self.spec.named(f"{module}.{self.spec.name}"), self.axis, self.rows)
 
     def first(self, row: int) -> int:
         """Its element along `axis` for a row of the weight; row: a multiple of `rows`."""
@@ -202,10 +200,11 @@ def stray_signs(scale: Tensor) -> Tensor:
     """Which of some scales are negative although nearly all others are positive: damage, in any shape.
 
     Some producers give a row whose largest weight is positive a negative scale, as codes reach one step
-    further below zero: half of all rows, so that a share of an eighth is far from chance.
+    further below zero: half of all rows, so that a share of an eighth is far from chance. Of fewer than
+    eight scales none is stray: with both signs among so few, either may be right.
     """
     negative = scale < 0
-    frequent = scale.numel() >= 8 and 8 * int(negative.sum()) >= scale.numel()
+    frequent = 8 * int(negative.sum()) >= scale.numel()
     return negative & (not frequent)
 
 

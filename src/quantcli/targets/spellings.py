@@ -16,7 +16,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from quantcli.targets.vllm_family import expert_set
+from quantcli.checkpoint.detect import LAYER, Draft
+from quantcli.targets.vllm_family import expert_set, last_part, looked_up_as
 
 # A text model next to towers; transformers before 4.52 wrote the second.
 # Sources: vllm 0.32.0, model_executor/models/gemma3_mm.py, llava.py, qwen2_vl.py, internvl.py, whose
@@ -84,7 +85,7 @@ def _renamed(module: str) -> list[str]:
     """Other names of a module in engines that build it under another one."""
     if not _MAY_BE_RENAMED.search(module):  # most are not: there may be very many experts
         return []
-    found = [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
+    found = built_as(module)
     if _DEEPSEEK_V4.search(module):
         name = module
         for pattern, new in _PARTS_OF_DEEPSEEK_V4:
@@ -93,6 +94,13 @@ def _renamed(module: str) -> list[str]:
     if _LEFT_OUT.search(module):
         found.append(_LEFT_OUT.sub("", module))
     return found
+
+
+def built_as(module: str) -> list[str]:
+    """Names under which vLLM builds a module, other than that of its tensor."""
+    if not _MAY_BE_RENAMED.search(module):
+        return []
+    return [pattern.sub(new, module) for pattern, new in _RENAMED if pattern.search(module)]
 
 
 def spellings(module: str) -> tuple[str, ...]:
@@ -108,6 +116,45 @@ def spellings(module: str) -> tuple[str, ...]:
         else:
             found.append(f"model.{name}")
     return tuple(dict.fromkeys(found))
+
+
+def draft_name(module: str, draft: Draft) -> str:
+    """The name under which vLLM looks up a module of a draft; its layer's number is that of any target.
+
+    Siblings have only the name under which they are fused: vLLM gives a draft's configuration no table
+    of them. Sources: vllm 0.32.0, model_executor/models: utils.py:985-1007,
+    llama_eagle3.py:186-195,347-351, qwen3_eagle3.py:72-80 (qkv_proj).
+    """
+    name = looked_up_as(module) or module
+    if match := LAYER.fullmatch(name):
+        rest = match["rest"]
+        if rest == _QKV and draft.engine in ("Eagle3Qwen3ForCausalLM", "PeagleQwen3ForCausalLM"):
+            rest = last_part(_QKV)
+        return f"model.layers.{_OF_A_TARGET}.{rest}"
+    return name if name == "lm_head" else f"model.{name}"
+
+
+_OF_A_TARGET = 1_000_000  # more layers than any model has
+_QKV = "self_attn.qkv_proj"
+
+
+def draft_expressions(modules: Iterable[str]) -> list[str]:
+    """Regular expressions for the names of a draft's modules: the checkpoint's, vLLM's and SGLang's.
+
+    Layers have any number: `uneven` in targets/drafts.py sees that they are alike.
+    """
+    found: dict[str, None] = {}
+    for module in modules:
+        for name in (module, looked_up_as(module)):
+            if name and (match := LAYER.fullmatch(name)):
+                layer = r"(?:midlayer|layers\.[0-9]+)"
+                rest = re.escape(match["rest"])
+                if match["rest"] == _QKV:
+                    rest = r"(?:self_attn\.)?qkv_proj"
+                found[rf"(?:.*\.)?{layer}\.{rest}$"] = None
+            elif name:
+                found[rf"(?:.*\.)?{re.escape(name)}$"] = None
+    return list(found)
 
 
 def float_towers(floats: Iterable[str], quantized: Iterable[str]) -> list[str]:

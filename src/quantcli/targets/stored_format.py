@@ -17,6 +17,7 @@ from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
 from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule, Values
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.stored_experts import StoredExperts
 from quantcli.targets.vllm_family import (
     EXPERT,
     expert_sets,
@@ -101,6 +102,10 @@ class StoredFormat(ABC):
         """The reason why the engine always builds this module as float; None if it does not."""
         return float_linear(module)
 
+    def builds_quantized(self, module: str) -> bool | None:
+        """Whether the engine builds a module of this name with quantized weights; None: not known."""
+        return None
+
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """Of suffixes that a layout does not register, those to report."""
         return suffixes
@@ -179,6 +184,11 @@ class StoredFormat(ABC):
         yield from as_findings("experts", expert_sets(self.labels))
         self.checked["experts"] += sum(bool(EXPERT.fullmatch(name)) for name in self.modules)
         yield from uneven_experts(self.checkpoint)
+        config = self.checkpoint.text_config
+        family = str(config.get("model_type", self.checkpoint.config.get("model_type")))
+        yield from StoredExperts(
+            self.checkpoint, family, self.modules, self.builds_quantized
+        ).findings()
 
     def _loader(self) -> Iterator[Finding]:
         """The engine finds every label, and has the quantized modules quantized."""

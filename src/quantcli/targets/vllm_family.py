@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
-from quantcli.targets import sidecars
+from quantcli.targets import drafts, sidecars
 from quantcli.targets.base import AGAIN, KEEP, Fault, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.misread import MISREAD, NO_CLASS
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
 # Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
@@ -38,6 +40,7 @@ FUSED = (
     ("query", "key", "value"),
     ("c_fc_0", "c_fc_1"),
 )
+_GROUPS = {last: [group for group in FUSED if last in group] for group in FUSED for last in group}
 # The engine's names for fused siblings, under which it looks up how they are quantized.
 # Source: as for FUSED, the keys of packed_modules_mapping.
 _FUSED_NAMES: dict[tuple[str, ...], str] = {
@@ -74,13 +77,10 @@ def has_later_sibling(module: str, modules: Collection[str]) -> bool:
 
 def fused_groups(labels: Mapping[str, str]) -> Iterator[Refusal]:
     """Siblings with different labels: the engine raises on some, and takes the last label of others."""
-    for group in FUSED:
-        first = group[0]
-        for name in labels:
-            parent, _, last = name.rpartition(".")
-            if last not in group:
-                continue
-            if last != first and f"{parent}.{first}" in labels:
+    for name in labels:
+        parent, _, last = name.rpartition(".")
+        for group in _GROUPS.get(last, ()):
+            if last != group[0] and f"{parent}.{group[0]}" in labels:
                 continue  # seen from the first sibling
             siblings = {f"{parent}.{sibling}" for sibling in group} & labels.keys()
             if len({labels[sibling] for sibling in siblings}) > 1:
@@ -192,57 +192,54 @@ def tied_head(checkpoint: Checkpoint) -> str | None:
     classes = names if isinstance(names, list) else []
     if not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
         return None
+    if draft_of(checkpoint):
+        return None
     head = absent_head({name: stored.spec for name, stored in checkpoint.tensors.items()})
     return head.removesuffix(".weight") if head else None
 
 
-# Families with experts whose quantized matrices the engine would misread or leave out, by `model_type`:
-# the reason, and what works.
-# Sources: vllm 0.32.0, model_executor/models/gpt_oss.py:1167-1286,1419-1441 (single `gate_proj` and
-# `up_proj` match no name and are skipped; `down_proj.weight` is taken for [in, out]), which
-# openai_privacy_filter.py:83,122-127 uses; dbrx.py:88-141,386-420 (whole `w1`, `v1` and `w2` alone,
-# with at most one scale for each expert).
-_SKIPPED = (
-    "vLLM 0.32 would skip the gates of single experts without a word and serve uninitialised memory "
-    "(its gpt_oss.py:1167-1286)"
-)
-_MISREAD = {
-    "gpt_oss": (_SKIPPED, "serve the family's own MXFP4 checkpoint, which vLLM loads"),
-    "openai_privacy_filter": (_SKIPPED, "serve the float model"),
-    "dbrx": (
-        "vLLM 0.32 reads the experts of DBRX as whole tensors, with one scale for each expert at most "
-        "(its dbrx.py:88-141,386-420)",
-        "serve the float model",
-    ),
-}
-
-
-def misread_experts(tensors: Mapping[str, TensorSpec], model_type: str) -> Iterator[Refusal]:
-    """A refusal of experts of a family whose loader in the engine takes no single quantized experts."""
-    if model_type not in _MISREAD:
+def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refusal]:
+    """A refusal of quantized experts of a family whose loader in the engine takes no single ones."""
+    if model_type not in MISREAD:
         return
-    what, fix = _MISREAD[model_type]
-    for name, spec in tensors.items():
-        if EXPERT.fullmatch(name) or _set_of(name, spec) is not None:
-            yield Refusal(name, f"`{model_type}` cannot be quantized for this engine: {what}", fix)
+    what, fix = MISREAD[model_type]
+    for module in modules:
+        if module.numerics is not None and EXPERT.fullmatch(module.name):
+            yield Refusal(module.name, f"experts of `{model_type}` cannot be quantized: {what}", fix)
             return
 
 
-def stacked_experts(tensors: Mapping[str, TensorSpec]) -> Iterator[Refusal]:
+def stacked_experts(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
     They would stay float, while the engine builds the experts of their layer as quantized.
+    config: that of the language model.
     """
+    family = str(config.get("model_type"))
     for name, spec in tensors.items():
-        if _set_of(name, spec) is not None:
+        if _set_of(name, spec) is None and not _as_many_as_experts(name, spec, config):
+            continue
+        what = f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, "
+        if family in NO_CLASS:
+            fix = "serve the float model with transformers"
+            yield Refusal(name, f"{what}and {NO_CLASS[family]}", fix)
+        else:
             yield Refusal(
                 name,
-                f"experts are stored as one {len(spec.shape)}-D tensor {list(spec.shape)}, in an order "
-                "that is not known for this model type",
+                f"{what}in an order that is not known for the model type `{family:.40}`",
                 "add an entry for it to EXPERTS in quantcli/sources/stacked.py, or save one 2-D tensor "
                 "per expert, as save_pretrained of transformers 5 does for most families",
             )
-            return
+        return
+
+
+def _as_many_as_experts(name: str, spec: TensorSpec, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of an unknown name has the shape of a stack: [experts, hidden size, any], or the
+    last two exchanged. A convolution has not."""
+    if len(spec.shape) != 3 or "conv" in name.lower():
+        return False
+    count, hidden = count_in(config)[1], config.get("hidden_size")
+    return spec.shape[0] == count > 1 and hidden in spec.shape[1:] and min(spec.shape) > 1
 
 
 def stacked_sets(tensors: Mapping[str, StoredTensor]) -> frozenset[str]:
@@ -291,6 +288,12 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
     names = [module.name for module in floats if is_linear(module.name, module.shape)]
     stacks = [m.name for m in floats if len(m.shape) == 3 and last_part(m.name) in _STACKS]
     names += dict.fromkeys(f"{name.rpartition('.')[0]}.experts" for name in stacks)
+    # the engine looks gate and up of experts up apart, also if the family has them as one matrix
+    joined = {
+        expert_set(name) for name in names if EXPERT.fullmatch(name) and last_part(name) in MERGED
+    }
+    if joined:
+        names = [name for name in names if expert_set(name) not in joined] + sorted(joined)
     if head := absent_head(output.tensors):
         names.append(head.removesuffix(".weight"))
         if any(name.endswith("encoder.conv1.weight") for name in output.tensors):
@@ -300,13 +303,20 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
 
 # Keys of config.json for the number of experts.
 # Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:
     """The key of config.json for the number of experts, and the number; "" and 0 if there is none."""
-    config = checkpoint.text_config
-    return next(((key, n) for key in _COUNTS if type(n := config.get(key)) is int), ("", 0))
+    return count_in(checkpoint.text_config)
+
+
+def count_in(config: Mapping[str, Any]) -> tuple[str, int]:
+    """The same, in the config of a language model."""
+    nested = config.get("ffn_config")  # of DBRX
+    levels = (config, nested if isinstance(nested, dict) else {})
+    found = ((key, n) for level in levels for key in COUNTS if type(n := level.get(key)) is int)
+    return next(found, ("", 0))
 
 
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -386,22 +396,41 @@ class VllmTarget(Target):
         return fused_siblings(module)
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], model_type: str = ""
+        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
     ) -> Iterator[Refusal]:
-        """Experts of families whose loaders misread single ones; stacked experts."""
-        yield from misread_experts(tensors, model_type)
-        yield from stacked_experts(tensors)
+        """Stacked experts."""
+        return stacked_experts(tensors, config or {})
+
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
+        """Experts of families whose loaders misread single ones."""
+        return misread_experts(modules, model_type)
+
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """Drafts that the engine builds by another quantization than their own, or by none."""
+        yield from drafts.refused(draft)
 
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """Modules one by one, fused siblings, experts."""
         labels = self.labels(modules)
+        sound: set[tuple[str, str, tuple[int, ...], int]] = set()
         for module in modules:
-            if module.numerics is not None:
-                yield from self.refusals(module, labels)
+            if module.numerics is None:
+                continue
+            # experts of a set come in hundreds, which differ in their number alone
+            expert, kind = EXPERT.fullmatch(module.name), None
+            if expert:
+                kind = expert["experts"], expert["rest"], module.shape, id(module.numerics)
+                if kind in sound:
+                    continue
+            refusals = list(self.refusals(module, labels))
+            if kind and not refusals:
+                sound.add(kind)
+            yield from refusals
         yield from fused_groups(
             {m.name: labels[m.name] + (f" ({m.measured})" if m.measured else "") for m in modules}
         )
         yield from expert_sets(labels)
+        yield from drafts.uneven(labels)
 
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
@@ -427,7 +456,7 @@ class VllmTarget(Target):
         names: of all modules with a weight.
         """
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """A note on a quantized head."""
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"

@@ -5,6 +5,7 @@ Engines build the model from it: sizes, positions, activations and dtypes all co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from quantcli.targets.sidecars import declared_dtype, named_dtype, quantization_
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of new and of old versions of transformers
 _TEXT = "text_config"
 _SERVED = frozenset({"BF16", "F16"})
+# A recipe for an engine that serves in float16 alone: the ascend target's option.
+_FLOAT16_ALONE = re.compile(r"\bdevice\b\W+310P\b")
 _ABSENT = object()
 # Keys that tell of the program that saved a file.
 OF_PRODUCER = frozenset({"transformers_version", "_name_or_path"})
@@ -78,28 +81,32 @@ def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield noted("config", what, CONFIG)
 
 
-def compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool = False) -> list[Finding]:
+def compare_config(
+    ours: Checkpoint, reference: Checkpoint, manifest: Mapping[str, Any] | None = None
+) -> list[Finding]:
     """Findings for each key that is not the other model's, but for those that a conversion sets.
 
     They are the quantization that engines read, and the dtype if the other model's is not served.
-    sealed: the checkpoint has a manifest: quantcli serves float32 models in bfloat16.
+    manifest: of the checkpoint, if it has one: its recipe may be for an engine of one dtype.
     """
     try:
-        return list(_compare_config(ours, reference, sealed=sealed))
+        return list(_compare_config(ours, reference, manifest))
     except RecursionError:
         what = f"{CONFIG} is nested too deeply to be compared"
         return [failed("source", what, str(ours.path), "take the other model's file")]
 
 
-def _compare_config(ours: Checkpoint, reference: Checkpoint, *, sealed: bool) -> Iterator[Finding]:
+def _compare_config(
+    ours: Checkpoint, reference: Checkpoint, manifest: Mapping[str, Any] | None
+) -> Iterator[Finding]:
     first, second = ours.config, reference.config
-    if not sealed:  # saved by another producer
+    if manifest is None:  # saved by another producer
         first, second = ({k: v for k, v in c.items() if k not in OF_PRODUCER} for c in (first, second))
         if len({any(_ROPE in level for _, level in _text_levels(c)) for c in (first, second)}) > 1:
             first, second = _with_rope(first), _with_rope(second)
     yield from _differences(first, second)
     yield from _added_quantization(ours.config, reference.config)
-    serving = _serving(reference, sealed=sealed)
+    serving = _serving(reference, manifest)
     places = {place for place, _ in _text_levels(ours.config)}
     others = dict(_levels(reference.config))
     for place, level in _levels(ours.config):
@@ -182,12 +189,14 @@ def _added_quantization(ours: dict[str, Any], reference: dict[str, Any]) -> Iter
                 yield failed("source", what, CONFIG, "remove it")
 
 
-def _serving(reference: Checkpoint, *, sealed: bool) -> frozenset[str]:
+def _serving(reference: Checkpoint, manifest: Mapping[str, Any] | None) -> frozenset[str]:
     """The dtypes in which a conversion of a model may be served."""
     declared = declared_dtype(reference.config)
+    if manifest is not None and _FLOAT16_ALONE.search(str(manifest.get("recipe"))):
+        return frozenset({"F16"})
     if declared in _SERVED:
         return frozenset({declared})
-    return frozenset({"BF16"}) if sealed and declared == "F32" else _SERVED
+    return frozenset({"BF16"}) if manifest is not None and declared == "F32" else _SERVED
 
 
 def _levels(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

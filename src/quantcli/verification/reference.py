@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,22 +173,32 @@ def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
     byte, and writes a manifest; other producers load and save the model, and leave out files that
     nothing reads.
     """
-    sealed = (ours.path / MANIFEST).is_file()
+    manifest = _manifest(ours)
     for name in sorted(reference.aux):
         own, other = ours.path / name, reference.path / name
         if not own.is_file():
             what, fix = "file of the other model is missing", "copy it from the other model"
-            read = sealed or use_of(name) is not None
+            read = manifest is not None or use_of(name) is not None
             yield failed("source", what, name, fix) if read else noted("source", what, name)
         elif sha256_of(own) != sha256_of(other):
             if name == CONFIG:
-                yield from compare_config(ours, reference, sealed=sealed)
-            elif sealed or not _same_settings(own, other):
+                yield from compare_config(ours, reference, manifest)
+            elif manifest is not None or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
     for name in sorted(present - {*reference.aux, *ours.shards, *written()}):
         if not _is_own_index(ours, name):  # the check of files has a note on it
             yield _added(name, ours.path / name, reference.path / name)
+
+
+def _manifest(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The manifest; empty if it cannot be read, None if there is none."""
+    if not (checkpoint.path / MANIFEST).is_file():
+        return None
+    try:
+        return read_json_file(checkpoint.path / MANIFEST)
+    except InputError:
+        return {}
 
 
 def _is_own_index(checkpoint: Checkpoint, name: str) -> bool:

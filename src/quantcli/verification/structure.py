@@ -32,6 +32,7 @@ from quantcli.verification.kinds import TOKENIZERS, use_of
 from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, COPY, Report
 from quantcli.verification.sizes import Model, check_sizes
+from quantcli.verification.stacks import check_stacks
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
@@ -162,6 +163,7 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
         report.count(check, things)
     report.add(check_dtypes(stored, structure.manifest))
     report.add(check_tied(checkpoint))
+    report.add(check_stacks(checkpoint))
     report.add(_files(checkpoint, structure.manifest))
     report.count("files", len(checkpoint.aux))
     if structure.whole:

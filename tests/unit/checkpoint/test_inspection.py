@@ -137,6 +137,7 @@ def test_the_whole_account(model: Path) -> None:
         "path": str(model),
         "model_type": "tiny",
         "architectures": ["TinyForCausalLM"],
+        "draft": None,
         "tensors": 4,
         "parameters": 24,
         "bytes": 56,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint import columns
@@ -18,7 +21,7 @@ from quantcli.sources.decode import decoded
 from quantcli.sources.expert_stack import ExpertMatrix, Stack
 from quantcli.sources.stacked import EXPERTS, merged_experts, split_experts
 from tests.builders import make_model, tensor
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.tiny_models import FAMILIES, STACKED, make_tiny
 
 E, H, I = 3, 10, 6  # noqa: E741 - H, I and 2 I differ
 GATED, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
@@ -140,12 +143,14 @@ def test_every_byte_of_a_stack_is_in_one_matrix(tmp_path):
 
 
 # a tiny model for each entry; those of several parts stand for their language models
-MODELS = [family for family in FAMILIES if family in EXPERTS]
-TRANSPOSED = ("aria_text", "llama4_text")  # parameters of transformers that multiply with [k, n]
+MODELS = [family for family in (*FAMILIES, *STACKED) if family in EXPERTS]
+# parameters of transformers that multiply with [k, n]
+TRANSPOSED = ("aria_text", "llama4_text", "gpt_oss")
 
 
 def test_every_entry_has_a_model():
-    assert {layouts for family, layouts in EXPERTS.items() if family in MODELS} == {*EXPERTS.values()}
+    stacks = {family: tuple(layout.stacks for layout in layouts) for family, layouts in EXPERTS.items()}
+    assert {stacks[family] for family in MODELS} == {*stacks.values()}
 
 
 def model_of(checkpoint):
@@ -157,7 +162,7 @@ def model_of(checkpoint):
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["published", "saved"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "dbrx"])
 def test_an_entry_is_what_the_library_makes_of_the_file(family, published, tmp_path):
     """transformers renames and turns the stacks by its own table."""
     path = make_tiny(tmp_path / "m", family, published=published)
@@ -170,17 +175,38 @@ def test_an_entry_is_what_the_library_makes_of_the_file(family, published, tmp_p
         experts, expert, projection, _ = name.rsplit(".", 3)
         if family == "step3p7":  # parameters have other names than tensors
             experts = experts.replace(".moe.", ".mlp.").replace("model.", "model.language_model.")
+        if family == "inkling2_text":
+            experts = experts.replace("model.llm.", "model.")
         fused = "down_proj" if projection == "down_proj" else "gate_up_proj"
         expected = parameters[f"{experts}.{fused}"][int(expert)]
         if family in TRANSPOSED:
             expected = expected.t()
-        if projection != "down_proj":
+        if projection not in ("down_proj", "gate_up_proj"):
             expected = expected.chunk(2)[projection == "up_proj"]
         assert torch.equal(read_tensor(stored), expected), name
         found += 1
     one_by_one = family == "qwen3_5_moe" and not published
     layers = 0 if one_by_one else checkpoint.text_config["num_hidden_layers"]
-    assert found == layers * 8 * 3  # experts, projections
+    assert found == layers * 8 * (2 if family == "gpt_oss" else 3)  # experts, projections
+
+
+def test_the_flat_experts_of_dbrx_are_what_the_library_multiplies_with(tmp_path):
+    """By what each expert makes of the rows of a unit matrix."""
+    path = make_tiny(tmp_path / "m", "dbrx")
+    split = split_experts(open_checkpoint(path))
+    layer = model_of(split).transformer.blocks[2].ffn.experts
+    unit = torch.eye(64, dtype=torch.bfloat16)
+    for expert in range(8):
+        gate, up, down = (
+            read_tensor(split.tensors[f"transformer.blocks.2.ffn.experts.{expert}.{name}_proj.weight"])
+            for name in ("gate", "up", "down")
+        )
+        ours = torch.nn.functional.linear(
+            layer.mlp.activation_fn(unit @ gate.t()) * (unit @ up.t()), down
+        )
+        chosen = torch.full((64, 1), expert)
+        theirs = layer(unit, chosen, torch.ones(64, 1, dtype=torch.bfloat16))
+        assert torch.equal(ours, theirs.squeeze(1))
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -190,13 +216,54 @@ def test_names_of_single_experts_are_merged_to_what_is_on_disk(family, tmp_path)
     split = split_experts(checkpoint)
     merged = list(merged_experts(split))
     stacks = EXPERTS[family][0].stacks
-    assert len(merged) == len(stacks) * checkpoint.text_config["num_hidden_layers"]
+    layers = checkpoint.text_config["n_layers" if family == "dbrx" else "num_hidden_layers"]
+    assert len(merged) == len(stacks) * layers
     for stack in merged:
         values = stack.stack.merge([read_tensor(matrix) for matrix in stack.matrices])
         assert torch.equal(values, on_disk[stack.name])
     kept = {n for n, t in split.tensors.items() if not isinstance(t, ExpertMatrix)}
     assert kept | {stack.name for stack in merged} == on_disk.keys()
     assert list(merged_experts(checkpoint)) == []  # nothing to merge
+
+
+@given(
+    layouts=st.sampled_from(sorted(EXPERTS.values(), key=repr)),
+    sizes=st.lists(st.integers(1, 9), min_size=3, max_size=3, unique=True),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_split_and_merged_are_the_bytes_of_any_sizes(layouts, sizes, seed, tmp_path_factory):
+    """H, I and 2 I all differ."""
+    experts, hidden, width = sizes
+    assume(2 * width != hidden)
+    generator = torch.Generator().manual_seed(seed)
+    for layout in layouts:
+        values = {}
+        for stack in layout.stacks:
+            inner = width * (2 if stack.joined else len(stack.projections))
+            sides = (inner, hidden) if stack.hidden == "inputs" else (hidden, width)
+            sides = sides[::-1] if stack.transposed else sides
+            shape = (experts * sides[0], sides[1]) if stack.flat else (experts, *sides)
+            values[f"l.{stack.name}"] = torch.randn(shape, generator=generator).bfloat16()
+        folder = tmp_path_factory.mktemp("stacks")
+        save_file(values, folder / "model.safetensors")
+        kind = next(kind for kind, entry in EXPERTS.items() if entry == layouts)
+        config = {"model_type": kind, layout.hidden: hidden, "num_experts": experts}
+        (folder / "config.json").write_text(json.dumps(config))
+        split = split_experts(open_checkpoint(folder))
+        assert not split.tensors.keys() & values.keys()
+        numbers = {name: read_tensor(stored) for name, stored in split.tensors.items()}
+        assert sum(matrix.numel() for matrix in numbers.values()) == sum(
+            v.numel() for v in values.values()
+        )
+        for stack in layout.stacks:
+            names = [
+                f"l.{layout.experts}.{expert}.{projection}.weight"
+                for expert in range(experts)
+                for projection in stack.projections
+            ]
+            merged = stack.merge([numbers[name] for name in names])
+            assert bytes(tensor_bytes(merged)) == bytes(tensor_bytes(values[f"l.{stack.name}"]))
 
 
 def test_a_set_that_lacks_a_matrix_is_not_merged(tmp_path):
@@ -292,6 +359,14 @@ def test_another_number_of_experts_in_config_is_refused(tmp_path, count):
 def test_other_families_are_left_alone(tmp_path, kind):
     checkpoint = model_with(tmp_path, 2, 11, 8, config={**CONFIG, "model_type": kind})
     assert split_experts(checkpoint) is checkpoint
+
+
+@pytest.mark.parametrize("count", ["2", 2.0, True, -1, {"a": 2}, [2, "2"], [[2]]])
+@pytest.mark.parametrize("kind", ["granitemoe", "llama"])
+def test_a_number_of_experts_of_another_type_is_refused(tmp_path, kind, count):
+    config = {**CONFIG, "num_local_experts": count, "model_type": kind}
+    with pytest.raises(InputError, match=r"`num_local_experts` is .*, not a number of experts"):
+        decoded(model_with(tmp_path, 2, 12, 8, config=config, **OTHER))
 
 
 def test_the_language_model_of_several_parts_decides(tmp_path):

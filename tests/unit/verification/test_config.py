@@ -16,8 +16,9 @@ def model(config, tensors=()):
     return SimpleNamespace(config=config, tensors=dict(tensors), path="OUT")
 
 
-def differences(ours, reference, *, sealed=True):
-    findings = list(compare_config(model(ours), model(reference), sealed=sealed))
+def differences(ours, reference, *, sealed=True, recipe="target: ascend"):
+    manifest = {"serving_dtype": "F16", "recipe": recipe} if sealed else None
+    findings = list(compare_config(model(ours), model(reference), manifest))
     assert {f.check for f in findings} <= {"source"}
     assert all(f.severity == "error" and f.fix for f in findings)
     return [f.what for f in findings]
@@ -177,3 +178,12 @@ def test_a_head_that_engines_leave_out(config, places):
     ]
     assert {note.severity for note in notes} <= {"note"}
     assert list(check_tied(model(config))) == []
+
+
+def test_an_engine_that_serves_in_float16_alone():
+    """The recipe says so; the manifest's dtype alone is not enough."""
+    ours, reference = {"dtype": "float16"}, {"dtype": "bfloat16"}
+    recipe = "target:\n  name: ascend\n  device: 310P\n"
+    assert differences(ours, reference, recipe=recipe) == []
+    assert len(differences(ours, reference)) == 1
+    assert len(differences(reference, reference, recipe=recipe)) == 1

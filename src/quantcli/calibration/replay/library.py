@@ -18,6 +18,7 @@ from quantcli.calibration.replay.next_token import add_layer, attach
 from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError
 
 # Models of several, of which one takes text: its class, its part of the config, and the beginning of
@@ -48,6 +49,7 @@ def build_model(
     """
     import transformers
 
+    must_run_alone(checkpoint)
     where = str(checkpoint.path / CONFIG)
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():

@@ -12,7 +12,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
-from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, also_asked
 from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
@@ -116,12 +116,21 @@ class Description:
         return {name.partition(".experts.")[0] for name in names if ".experts." in name}
 
     @cached_property
+    def _also_asked(self) -> set[str]:
+        """Entries for names that only the engine has."""
+        kind = str(self.checkpoint.config.get("model_type"))
+        names = [name[:-7] for name in self.checkpoint.tensors if name.endswith(".weight")]
+        return {f"{other}.weight" for name in names for other in also_asked(name, kind)}
+
+    @cached_property
     def _stacks(self) -> frozenset[str]:
         """Names of sets of experts that are stored together."""
         return stacked_sets(self.checkpoint.tensors)
 
     def _only_asked(self, key: str) -> bool:
         """Whether an entry is for a name that the engine looks up although no file holds a tensor."""
+        if key in self._also_asked:
+            return True
         parent, _, last = key.removesuffix(".weight").rpartition(".")
         if last == "lm_head" or key == "lm_head.weight":
             return True

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import scale_values, scales_to_store
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
-from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
+from quantcli.targets.ascend.loader import (
+    DESCRIPTION,
+    FLOAT,
+    LISTED_EXPERTS,
+    also_asked,
+    float_only,
+    skip_rule,
+    unlisted,
+    unreachable,
+)
 from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
+    ON_310P,
     TRANSFORM,
     TYPES,
     WRITTEN,
@@ -33,6 +45,7 @@ from quantcli.targets.base import (
     StoredCheckpoint,
     cannot_store,
 )
+from quantcli.targets.drafts import FLOAT_DRAFT
 from quantcli.targets.sidecars import flat_json
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import (
@@ -41,6 +54,7 @@ from quantcli.targets.vllm_family import (
     VllmTarget,
     absent_head,
     fused_name,
+    is_head,
     last_part,
 )
 
@@ -55,6 +69,11 @@ class Ascend(VllmTarget):
     name: ClassVar[str] = "ascend"
     files: ClassVar[Mapping[str, str]] = {DESCRIPTION: "description"}
     float_label: ClassVar[str] = FLOAT
+    device: Literal["310P"] | None = Field(
+        None,
+        description="310P: Atlas 300I DUO and others with that chip, which serve in float16 and have "
+        "W8A8 and W8A8_DYNAMIC; left out: Atlas A2 and later",
+    )
     tp: int | None = Field(
         None,
         ge=1,
@@ -66,11 +85,27 @@ class Ascend(VllmTarget):
         """The quantization type; its label is that in the description, such as W8A8_DYNAMIC."""
         if numerics not in WRITTEN:
             raise cannot_store(self.name, numerics)
-        return WRITTEN[numerics]
+        quant_type = WRITTEN[numerics]
+        if self.device and quant_type.label not in ON_310P:
+            raise InputError(
+                f"the engine has no {quant_type.label} on the {self.device}, only "
+                f"{' and '.join(ON_310P)} (vLLM-Ascend's _310p/quantization/methods)",
+                fix="use w8a8_static or w8a8_dynamic",
+            )
+        return quant_type
 
     def loads_on(self, label: str) -> str:
         """First engine version and hardware."""
-        return TYPES[label].loads_on
+        return ON_310P[label] if self.device else TYPES[label].loads_on
+
+    @property
+    def served_in(self) -> str | None:
+        """Float16 on the 310P, also for models in bfloat16; its loader has no deq_scale in float32.
+
+        Source: vllm-ascend 182b75ea84, _310p/quantization/methods/w8a8_static.py:36-42;
+        tests/e2e/pull_request/one_card/_310p/test_dense_model_310p.py:46.
+        """
+        return "F16" if self.device else None
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Loaders round input_scale to the serving dtype, and weight_scale of int8 types except W8A8.
@@ -79,7 +114,10 @@ class Ascend(VllmTarget):
         """
         if part == "weight_scale" and numerics.weight.scale_type:
             return numerics.weight.scale_type.dtype
-        in_float32 = part == "weight_scale" and self.layout(numerics).scale_in_float32
+        quant_type = self.layout(numerics)
+        # 310P: vllm-ascend 182b75ea84, _310p/quantization/methods/w8a8_dynamic.py:60-69,134-143
+        keeps = quant_type.scale_in_float32 or bool(self.device)
+        in_float32 = part == "weight_scale" and keeps
         return "F32" if in_float32 else serving_dtype
 
     def bias_dtype(self, numerics: Numerics) -> str | None:
@@ -143,7 +181,9 @@ class Ascend(VllmTarget):
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
     def built_float(self, module: str, names: Collection[str]) -> str | None:
-        """Also kv_b_proj."""
+        """Also kv_b_proj; the head on the 310P."""
+        if self.device and is_head(module):
+            return "the engine builds lm_head as float on the 310P"
         return float_only(module) or super().built_float(module, names)
 
     def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
@@ -175,12 +215,29 @@ class Ascend(VllmTarget):
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
 
-    def takes_split_experts(self, model_type: str) -> bool:
-        """Those of families whose experts it finds by itself; others have not been tried."""
-        return model_type in LISTED_EXPERTS
+    def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
+        """As for all engines of the family; and families whose modules no entry can name."""
+        yield from super().check_family(modules, model_type)
+        yield from unreachable(model_type)
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
-        """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head."""
+    def check_draft(self, draft: Draft) -> Iterator[Refusal]:
+        """All: the description cannot have the names that the engine looks up.
+
+        Sources: vllm-ascend 182b75ea84, quantization/modelslim_config.py:709-808 (whole names);
+        vllm 0.32.0, model_executor/models/llama_eagle3.py:186-195,347-351.
+        """
+        what = (
+            f"a draft ({draft.kind}) cannot be quantized for this engine: it looks layers up in the "
+            "description by whole names, and numbers them after those of the draft's target "
+            "(vLLM-Ascend's modelslim_config.py:709-808; vLLM's llama_eagle3.py:186-195)"
+        )
+        yield Refusal("architectures", what, FLOAT_DRAFT)
+
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
+        """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
+        and experts of families that the engine does not list."""
+        if model_type not in LISTED_EXPERTS and any(EXPERT.fullmatch(m.name) for m in modules):
+            yield unlisted(model_type)
         rows: dict[str, int] = defaultdict(int)
         for module in modules:
             if module.numerics and (fused := self.fused_name(module.name)):
@@ -194,7 +251,7 @@ class Ascend(VllmTarget):
         rotated = [m.name for m in modules if m.numerics and m.numerics.transform]
         if any(map(splits_inputs, rotated)):
             yield "loads on one device alone: inputs of o_proj or down_proj are transformed"
-        yield from super().advise(modules)
+        yield from super().advise(modules, model_type)
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """The description, config.json without quantization, and the index."""
@@ -233,7 +290,11 @@ class Ascend(VllmTarget):
             parent = module.name.rpartition(".")[0]
             for sibling in MERGED.get(last_part(module.name), ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels[module.name])
-        listed = output.config.get("model_type") in LISTED_EXPERTS
+        kind = str(output.config.get("model_type"))
+        for module in output.modules:
+            for name in also_asked(module.name, kind):
+                table.setdefault(f"{name}.weight", labels[module.name])
+        listed = kind in LISTED_EXPERTS
         for module in output.modules:
             if match := EXPERT.fullmatch(module.name):  # also of float experts that stay in their stack
                 name = module.name if listed else match["experts"]

@@ -209,6 +209,14 @@ WRITTEN: dict[Numerics, QuantType] = {
     Numerics(_INT8, None): TYPES["W8A16"],
     **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }
+# Types for the 310P that are written, and what loads them there. The engine has methods of its own for
+# that chip: deq_scale is int64 whatever the serving dtype, and weight_scale of W8A8_DYNAMIC float32.
+# Source: vllm-ascend 182b75ea84, _310p/quantization/methods/__init__.py, w8a8_static.py:29-42,
+# w8a8_dynamic.py:32-70,120-143.
+ON_310P = {
+    "W8A8": "vLLM-Ascend 0.18 and later on Atlas 310P",
+    "W8A8_DYNAMIC": "vLLM-Ascend 0.18 and later on Atlas 310P",
+}
 # Types that the engine has, but whose tensors this tool cannot check: transforms whose sizes depend on
 # the tensor parallel size, tensors of compressed-tensors, and sparse types of the 310P.
 # Source: vllm-ascend 182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py, w4a16.py and

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.detect import of_draft
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.number_types import ELEMENTS, SCALES
@@ -15,6 +16,7 @@ from quantcli.core.numerics import Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, kind_of
 from quantcli.targets.names import entry_fault, fold, ignored
+from quantcli.targets.spellings import draft_expressions
 from quantcli.targets.vllm_family import float_linears, is_head
 
 _ANY = "naive-quantized"  # of codes that are not packed
@@ -207,6 +209,7 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
         if module.numerics is not None:
             groups[module.numerics].append(module.name)
     floats = float_linears(output)
+    draft = of_draft(output.tensors)
     formats = {kinds[numerics].format for numerics in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -215,7 +218,7 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
         "kv_cache_scheme": None,
         "config_groups": {
             f"group_{number}": {
-                "targets": _targets(names, [n for other in groups.values() for n in other], floats),
+                "targets": _targets(names, [n for other in groups.values() for n in other], draft),
                 "format": kinds[numerics].format,
                 "weights": arguments(numerics.weight),
                 "input_activations": arguments(numerics.input) if numerics.input else None,
@@ -223,13 +226,22 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
             }
             for number, (numerics, names) in enumerate(groups.items())
         },
-        "ignore": ignored(floats, [n for names in groups.values() for n in names]),
+        "ignore": _of_draft(floats)
+        if draft
+        else ignored(floats, [n for names in groups.values() for n in names]),
     }
 
 
-def _targets(modules: Sequence[str], quantized: Sequence[str], floats: Iterable[str]) -> list[str]:
+def _targets(modules: Sequence[str], quantized: Sequence[str], draft: bool) -> list[str]:
     """`Linear` if no other group is quantized; otherwise names, as engines match those first."""
     if len(modules) == len(quantized):
         return ["Linear", *filter(is_head, modules)]
+    if draft:
+        return _of_draft(modules)
     members = set(modules)
     return fold(modules, [name for name in quantized if name not in members])
+
+
+def _of_draft(modules: Iterable[str]) -> list[str]:
+    """Entries for modules of a draft."""
+    return [f"re:{expression}" for expression in draft_expressions(modules)]

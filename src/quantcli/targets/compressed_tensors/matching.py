@@ -1,4 +1,7 @@
-"""The config group of a module, as vLLM looks it up: by its name, its siblings' names, its class."""
+"""The config group of a module, as vLLM looks it up: by its name, its siblings' names, its class.
+
+Modules of a stand-alone draft have one name only: see `draft_name`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
+from quantcli.checkpoint.detect import Draft
 from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups
 from quantcli.targets.names import entry_fault
-from quantcli.targets.spellings import spellings
+from quantcli.targets.spellings import draft_name, spellings
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
     is_head,
@@ -53,11 +57,14 @@ class _Patterns:
 class GroupMatcher:
     """Looks up the groups of modules. Fused siblings of experts are looked up one by one.
 
-    modules: names of all modules in the checkpoint.
+    modules: names of all modules in the checkpoint. draft: what it is, if it is one.
     """
 
-    def __init__(self, groups: ConfigGroups, modules: Collection[str]) -> None:
+    def __init__(
+        self, groups: ConfigGroups, modules: Collection[str], draft: Draft | None = None
+    ) -> None:
         self._modules = modules
+        self._draft = draft
         self._targets = _Patterns(groups.patterns())
         self._ignore = _Patterns(groups.ignore)
         self._names = groups.patterns()
@@ -67,6 +74,8 @@ class GroupMatcher:
 
     def ignored(self, module: str) -> bool:
         """Whether `ignore` has a module's name in any spelling, or its fused name."""
+        if self._draft:
+            return self._ignore.first(draft_name(module, self._draft)) is not None
         fused = looked_up_as(module)
         return any(map(self._ignore.first, [*([fused] if fused else []), *spellings(module)]))
 
@@ -80,10 +89,12 @@ class GroupMatcher:
     def _group(self, module: str) -> ConfigGroup | None:
         """The group of a module that is not ignored; None if it has none and stays float."""
         fused, parts = looked_up_as(module), self._parts(module)
+        if self._draft:
+            fused, parts = draft_name(module, self._draft), []
         if target := (self._targets.first(fused) if fused else None):
             return self._of(target)
         matches = [self._targets.first(part) for part in parts]
-        if all(matches):
+        if matches and all(matches):
             return self._of(str(matches[0]))
         kinds = _LINEARS
         if is_head(module):
@@ -99,7 +110,7 @@ class GroupMatcher:
 
     def alone(self, module: str) -> ConfigGroup | None:
         """The group of the module's own name, whatever its siblings are in."""
-        target = self._targets.first(module)
+        target = self._targets.first(draft_name(module, self._draft) if self._draft else module)
         return self._of(target) if target else None
 
     def _parts(self, module: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
@@ -40,7 +41,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
             name for name, tensors in self.by_module.items() if tensors.keys() & {"weight", *SUFFIXES}
         }
         groups = read_groups(quantization_block(self.checkpoint.config))
-        self._matcher = GroupMatcher(groups, self._names)
+        self._matcher = GroupMatcher(groups, self._names, draft_of(self.checkpoint))
         self._ignore = groups.ignore
         return groups.findings
 
@@ -121,6 +122,10 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 faults.append(failed("parameters", what, f"`{module}`", AGAIN))
             sides = n, k
         yield from self.check_layout(module, layout, group.numerics, sides, faults)
+
+    def builds_quantized(self, module: str) -> bool | None:
+        """By its group."""
+        return not self._matcher.ignored(module) and self._matcher.group(module) is not None
 
     def check_siblings(self) -> Iterator[Finding]:
         """A module's own name is in the group in which the engine puts its siblings."""

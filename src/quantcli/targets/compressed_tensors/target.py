@@ -129,7 +129,7 @@ class CompressedTensors(VllmTarget):
             yield Fault(what, "use a dynamic scheme for it", "width")
         yield from check_blocks(module, names)
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
         sizes = {g for m in modules if m.numerics and (g := m.numerics.weight.group_size)}
         if slow := sorted(sizes.difference(_MARLIN_GROUPS)):
@@ -137,7 +137,7 @@ class CompressedTensors(VllmTarget):
                 f"groups of {', '.join(map(str, slow))} load, but the fast kernel takes only "
                 f"{', '.join(map(str, _MARLIN_GROUPS))} or whole rows"
             )
-        yield from super().advise(modules)
+        yield from super().advise(modules, model_type)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """A group for each of the numerics."""

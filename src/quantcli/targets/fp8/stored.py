@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
@@ -16,7 +17,7 @@ from quantcli.targets.fp8.config import read_config
 from quantcli.targets.fp8.kinds import SUFFIXES, layout_of
 from quantcli.targets.layouts import static_inputs
 from quantcli.targets.sidecars import quantization_block
-from quantcli.targets.spellings import of_no_module, spellings
+from quantcli.targets.spellings import draft_name, of_no_module, spellings
 from quantcli.targets.stored_format import StoredFormat, orphan, some
 from quantcli.targets.vllm_family import (
     EXPERT,
@@ -55,6 +56,7 @@ class Fp8Checkpoint(StoredFormat):
         config = read_config(quantization_block(self.checkpoint.config))
         self._numerics, self._ignored_names = config.numerics, config.ignored
         self._skipped = config.skipped
+        self._draft = draft_of(self.checkpoint)
         self.readable = config.numerics is not None
         return [*config.findings, *(self._rename() if self.readable else ())]
 
@@ -103,12 +105,17 @@ class Fp8Checkpoint(StoredFormat):
         if head := tied_head(self.checkpoint):
             yield from self._float_head(head)
 
+    def builds_quantized(self, module: str) -> bool | None:
+        """Unless config.json names it."""
+        return not self._ignored(module)
+
     def _ignored(self, module: str) -> bool:
         """Whether config.json has a module's full name, in any spelling; for an expert, the name of any
         of its layer."""
         if expert := EXPERT.fullmatch(module):
             return any("experts" in name and expert["experts"] in name for name in self._ignored_names)
-        return not self._ignored_names.isdisjoint(spellings(module))
+        names = (draft_name(module, self._draft),) if self._draft else spellings(module)
+        return not self._ignored_names.isdisjoint(names)
 
     def _unlisted(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         """The finding for a float linear that the engine builds as fp8."""
@@ -120,7 +127,7 @@ class Fp8Checkpoint(StoredFormat):
             return
         what = f"is {weight.spec.dtype} and not in modules_to_not_convert"
         in_tower = _STACKED.search(module) and not self._skipped_by_transformers(module)
-        if ".layers." in module or in_tower:
+        if ".layers." in module or in_tower or self._draft:
             what += ": the engine would cast it to fp8, with a scale of uninitialised memory"
             yield failed("loader", what, f"`{module}`", "add its name to modules_to_not_convert")
         else:

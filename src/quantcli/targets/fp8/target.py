@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import LAYER, of_draft
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets.base import Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
@@ -19,6 +20,7 @@ from quantcli.targets.vllm_family import (
     VllmTarget,
     check_blocks,
     is_head,
+    is_linear,
 )
 
 
@@ -84,6 +86,8 @@ class Fp8(VllmTarget):
                 )
                 yield Refusal(name, what, "use `target: compressed-tensors`, which can mix")
         yield from super().check(modules)
+        if labels and of_draft([module.name for module in modules]):
+            yield from _unnamed(modules)
 
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Also the head."""
@@ -110,3 +114,22 @@ class Fp8(VllmTarget):
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of any producer, as vLLM would load it."""
         return Fp8Checkpoint(checkpoint)
+
+
+def _unnamed(modules: Iterable[Module]) -> Iterator[Refusal]:
+    """Float linears in layers of a draft: the engine would quantize them.
+
+    It compares whole names, with numbers after those of the target's layers. Source: vllm 0.32.0,
+    model_executor: layers/quantization/fp8.py:117-120,180-187, models/llama_eagle3.py:186-195.
+    """
+    for module in modules:
+        if (
+            module.numerics is None
+            and is_linear(module.name, module.shape)
+            and LAYER.match(module.name)
+        ):
+            what = (
+                "it stays float, and this format can only name it in full: vLLM numbers layers of a "
+                "draft after those of its target (its fp8.py:180-187, llama_eagle3.py:186-195)"
+            )
+            yield Refusal(module.name, what, "use `target: compressed-tensors`, or quantize it, too")

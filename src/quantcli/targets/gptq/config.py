@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
+from quantcli.checkpoint.detect import LAYER, Draft, of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
@@ -16,7 +17,7 @@ from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.gptq.kinds import VERSIONS, WHOLE_ROWS, Kind
 from quantcli.targets.names import expression_fault, expressions
 from quantcli.targets.sidecars import quantization_block
-from quantcli.targets.spellings import spellings
+from quantcli.targets.spellings import draft_expressions, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, float_linears, is_head, looked_up_as
 
 METHOD = "gptq"
@@ -42,14 +43,15 @@ def quantization_config(output: PlannedCheckpoint, kinds: Mapping[Numerics, Kind
     heads = any(is_head(name) for names in members.values() for name in names)
     # `lm_head` is for those; sorted, as packing finds modules in another order
     floats = sorted((name for name in float_linears(output) if not is_head(name)), key=_in_order)
+    draft = of_draft(output.tensors)
     rules: dict[str, dict[str, int]] = {
-        f"-:{expression}": {} for expression in _expressions(floats, members.values())
+        f"-:{expression}": {} for expression in _expressions(floats, members.values(), draft)
     }
     for kind, names in members.items():
         if kind != usual:
             others = [other for key, other in members.items() if key != kind]
             change = {"bits": kind.bits, "group_size": kind.group}
-            rules |= {f"+:{expression}": change for expression in _expressions(names, others)}
+            rules |= {f"+:{expression}": change for expression in _expressions(names, others, draft)}
     table: dict[str, Any] = {
         "quant_method": METHOD,
         "checkpoint_format": usual.version,
@@ -59,7 +61,18 @@ def quantization_config(output: PlannedCheckpoint, kinds: Mapping[Numerics, Kind
         "sym": True,
         "lm_head": heads,
     }
+    if draft:  # vLLM would look for names of tensors, which are not those of its modules
+        table["modules_in_block_to_quantize"] = _parts_of_names(members.values())
     return table | ({"dynamic": rules} if rules else {})
+
+
+def _parts_of_names(members: Iterable[Sequence[str]]) -> list[str]:
+    """Parts of the names of a draft's quantized modules, in the checkpoint and in vLLM."""
+    names = (name for modules in members for name in modules)
+    both = (name for own in names for name in (own, looked_up_as(own)) if name)
+    matches = ((name, LAYER.fullmatch(name)) for name in both)
+    parts = {match["rest"] if match else name for name, match in matches}
+    return sorted(part.replace("self_attn.qkv_proj", "qkv_proj") for part in parts)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -67,8 +80,10 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in name.split(".")]
 
 
-def _expressions(modules: Sequence[str], others: Iterable[Sequence[str]]) -> list[str]:
+def _expressions(modules: Sequence[str], others: Iterable[Sequence[str]], draft: bool) -> list[str]:
     """Expressions for all names of these modules, and no other's."""
+    if draft:
+        return draft_expressions(modules)
     rest = [name for names in others for name in names]
     return expressions(_all_names(modules), _all_names(rest))
 
@@ -148,8 +163,10 @@ class GptqConfig:
     rules: list[_Rule] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
-    def kind_for_engine(self, module: str) -> Kind | None:
-        """The kind that vLLM gives a module; None if it builds it as float."""
+    def kind_for_engine(self, module: str, draft: Draft | None = None) -> Kind | None:
+        """The kind that vLLM gives a module, or one of a draft; None if it builds it as float."""
+        if draft:
+            return self.kind_of([draft_name(module, draft)])
         return self.kind_of(spellings(_engine_name(module) or module))
 
     def kind_of(self, names: Iterable[str]) -> Kind | None:

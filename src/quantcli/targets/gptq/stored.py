@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_span, read_tensor
@@ -17,7 +18,7 @@ from quantcli.targets.base import AGAIN
 from quantcli.targets.gptq.config import METHOD, differences, read_config, settings_of
 from quantcli.targets.gptq.kinds import OWN_SUFFIXES, Kind, layout_of, word_of_zero_points
 from quantcli.targets.layouts import Sides, StoredModule
-from quantcli.targets.spellings import spellings
+from quantcli.targets.spellings import draft_name, spellings
 from quantcli.targets.stored_format import StoredFormat
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, is_head, is_linear
@@ -33,6 +34,7 @@ class GptqCheckpoint(StoredFormat):
         """The usual kind, and the rules for other modules."""
         self._config = read_config(settings_of(self.checkpoint) or {"quant_method": METHOD})
         self._kinds: dict[str, Kind] = {}
+        self._draft = draft_of(self.checkpoint)
         self.readable = self._config.usual is not None or self._config.unchecked is not None
         return [*self._config.findings, *differences(self.checkpoint)]
 
@@ -67,7 +69,7 @@ class GptqCheckpoint(StoredFormat):
         """The reason why vLLM builds a module with codes as float; None if it does not."""
         if is_head(module) and not self._config.lm_head:
             return "`lm_head` in quantization_config is not true"
-        if self._config.kind_for_engine(module) is None:
+        if self._kind(module) is None:
             return "`dynamic` in quantization_config excludes it"
         if not self._listed(module):
             return "`modules_in_block_to_quantize` does not name it"
@@ -76,16 +78,22 @@ class GptqCheckpoint(StoredFormat):
     def _listed(self, module: str) -> bool:
         """Whether vLLM takes a module for quantized by name; it derives a missing list from codes."""
         named = self._config.named
+        if self._draft:
+            return any(entry in draft_name(module, self._draft) for entry in named or ())
         if named is None or EXPERT.fullmatch(module):
             return True
         return any(entry in name for name in spellings(module) for entry in named)
+
+    def _kind(self, module: str) -> Kind | None:
+        """The kind that vLLM gives a module; None if it builds it as float."""
+        return self._config.kind_for_engine(module, self._draft)
 
     def _float(self, module: str, weight: StoredTensor) -> Iterator[Finding]:
         """The finding for a float linear that the engine builds as quantized, or for codes in it."""
         if weight.spec.dtype not in FLOATS:
             what = f"is {weight.spec}, which this format does not have"
             yield failed("parameters", what, f"`{weight.spec.name}`", AGAIN)
-        if self._config.kind_for_engine(module) is None or self.float_only(module):
+        if self._kind(module) is None or self.float_only(module):
             return
         listed = self._config.named is not None and self._listed(module) and not is_head(module)
         if listed or EXPERT.fullmatch(module):
@@ -94,7 +102,7 @@ class GptqCheckpoint(StoredFormat):
             yield failed("loader", what, f"`{module}`", fix)
 
     def _quantized(self, module: str, codes: StoredTensor) -> Iterator[Finding]:
-        kind = self._config.kind_for_engine(module)
+        kind = self._kind(module)
         assert kind is not None  # `_excluded` has looked
         faults = []
         if len(codes.spec.shape) == 2:
@@ -135,7 +143,7 @@ class GptqCheckpoint(StoredFormat):
     def check_siblings(self) -> Iterator[Finding]:
         """A module's own name has the kind that vLLM finds by the name of its siblings."""
         for name, kind in self._kinds.items():
-            own = self._config.kind_of(spellings(name))
+            own = self._kind(name) if self._draft else self._config.kind_of(spellings(name))
             if own != replace(kind, act_order=False):
                 what = f"`dynamic` makes it {own.label if own else 'float'} by its own name, and "
                 what += f"{kind.label} by that under which vLLM fuses it"

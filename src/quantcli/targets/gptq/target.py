@@ -82,7 +82,7 @@ class Gptq(VllmTarget):
             what = f"groups of {kind.group} columns do not divide {k}"
             yield Fault(what, "use another group_size, or channel", "width")
 
-    def advise(self, modules: Sequence[Module]) -> Iterator[str]:
+    def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """None for a head of 4 bits, which vLLM serves."""
         yield from super().advise(
             [m for m in modules if not (m.numerics and m.numerics.weight.dtype == "int4")]
