@@ -12,16 +12,27 @@ from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.text.dataset import Batch, quiet
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.planning.reach import next_token_layer
 from quantcli.sources.decode import decoded
 
 CPU = torch.device("cpu")
 
 
 class Memory(dict):
-    """Hidden states by batch."""
+    """Hidden states, and what is carried next to them, by batch."""
+
+    def __init__(self, states=None):
+        super().__init__(states or {})
+        self.carries = dict(states.carries) if states else {}
 
     def get(self, batch):
         return self[batch]
+
+    def carried(self, batch):
+        return self.carries[batch]
+
+    def put(self, batch, hidden, carry):
+        self[batch], self.carries[batch] = hidden, carry
 
 
 def make_batches(vocabulary=128, *, padded=True, seed=0):
@@ -43,23 +54,30 @@ def make_batches(vocabulary=128, *, padded=True, seed=0):
 class Replayed:
     """A model's layers run over batches, from disk."""
 
-    def __init__(self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor):
-        self.skeleton = Skeleton(decoded(open_checkpoint(path)), dtype, trust_remote_code=False)
+    def __init__(
+        self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor, next_token=False
+    ):
+        checkpoint = decoded(open_checkpoint(path))
+        layer = next_token_layer(checkpoint) if next_token else None
+        self.skeleton = Skeleton(checkpoint, dtype, trust_remote_code=False, next_token=layer)
         self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)
         self.read = read
         self.states = Memory()
-        self.replay.begin(self.states.__setitem__)
+        self.replay.begin(self.states.put)
 
     def layers(self, taps=None):
         """Run all layers; `taps(index, layer)` is the tap of a layer."""
         for index in range(len(self.skeleton.layers)):
+            if index in [stack.start for stack in self.skeleton.stacks[1:]]:
+                final, self.states = self.states, Memory()
+                self.replay.onward(self.states.put, final)
             self.layer(index, taps)
 
     def layer(self, index, taps=None):
         after = Memory()
         with self.skeleton.loaded(index, self.read, CPU) as layer:
             tap = None if taps is None else taps(index, layer)
-            self.replay.run(index, layer, self.states, after.__setitem__, tap)
+            self.replay.run(index, layer, self.states, after.put, tap)
         self.states = after
 
     def logits(self):

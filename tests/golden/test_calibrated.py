@@ -201,7 +201,7 @@ def errors(model, folder, inputs):
     for index, (name, _) in enumerate(run.skeleton.layers):
         exact, quantized = Memory(), Memory()
         with run.skeleton.loaded(index, run.read, CPU) as layer:
-            run.replay.run(index, layer, run.states, exact.__setitem__)
+            run.replay.run(index, layer, run.states, exact.put)
         with run.skeleton.loaded(index, served.read, CPU) as layer:
             matrices = Matrices(name, layer)
             engine = EngineLinears(matrices, run.skeleton.segments(index), served.quantizer)
@@ -209,7 +209,7 @@ def errors(model, folder, inputs):
                 index,
                 layer,
                 run.states,
-                quantized.__setitem__,
+                quantized.put,
                 lambda _, m=matrices, e=engine: Tap(m, e),
             )
         found.append(sum(float((exact[n] - quantized[n]).square().sum()) for n in exact))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,9 +11,17 @@ from torch import Tensor
 
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
-from quantcli.calibration.replay.states import States, StatesWriter, load_states
+from quantcli.calibration.replay.calls import Carry
+from quantcli.calibration.replay.states import (
+    States,
+    StatesWriter,
+    final_file,
+    load_states,
+    states_file,
+)
 from quantcli.calibration.report import LayerReport
 from quantcli.calibration.store import Store
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
@@ -28,7 +37,10 @@ class Calibrator:
 
     def __post_init__(self) -> None:
         self._skeleton = self.calibration.skeleton
-        self._specs: list[TensorSpec] = []
+        self._specs: list[TensorSpec] = []  # of the hidden states in the present stack
+        self._stack = 0
+        self._starts = {stack.start: number for number, stack in enumerate(self._skeleton.stacks)}
+        self._finals: list[States] = []  # outputs of the stacks before the present one
 
     def run(self) -> None:
         """Measure all layers that are not done yet. The files are the same after any interruption."""
@@ -41,6 +53,8 @@ class Calibrator:
         if done <= last:
             start, states = self._begin(done)
             for index in range(start, last + 1):
+                if index in self._starts and self._starts[index] > self._stack:
+                    states = self._enter(self._starts[index], states)
                 states = self._layer(index, states, onward=index < last)
         for index in range(max(done, last + 1), total):
             self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
@@ -52,27 +66,52 @@ class Calibrator:
         return any(method.has_work(modules, self.calibration.policy) for method in methods)
 
     def _begin(self, done: int) -> tuple[int, States]:
-        """Note the layers' calls; the layer to continue with, and its inputs."""
-        batches, specs = self.calibration.batches, self._specs
+        """Note the calls of the first stack; the layer to continue with, and its inputs. What an
+        interrupted run has left is used if all of it is there."""
+        left = self._continue(done) if done else None
+        if left is not None:
+            return done, left
+        self._finals = []
+        return 0, self._enter(0, None)
+
+    def _continue(self, done: int) -> States | None:
+        """The inputs of layer `done`, if an interrupted run has left them and all finals before."""
+        self._enter(0, None, write=False)
+        for stack in range(1, len(self._skeleton.stacks)):
+            if self._skeleton.stacks[stack].start > done:
+                break
+            final = self._load(final_file(stack - 1))
+            if final is None:
+                return None
+            if self._skeleton.stacks[stack].start == done:
+                return final  # the stack is entered when its first layer is measured
+            self._enter(stack, final, write=False)
+        return self._load(states_file(done))
+
+    def _enter(self, stack: int, final: States | None, *, write: bool = True) -> States:
+        """Note the calls of a stack; the inputs of its first layer, written if there is no better."""
+        specs, replay = self._specs, self.calibration.replay
+        specs.clear()
+        self._stack = stack
         writers: list[StatesWriter] = []
-        with ExitStack() as stack:
+        with ExitStack() as contexts:
 
-            def note(number: int, hidden: Tensor) -> None:
+            def note(number: int, hidden: Tensor, carry: Carry) -> None:
                 if not specs:
-                    dtype, rest = safetensors_dtype(hidden.dtype), tuple(hidden.shape[2:])
-                    specs.extend(TensorSpec("", dtype, (*b.input_ids.shape, *rest)) for b in batches)
-                    if self._left(done) is None:
+                    specs.extend(_specs(hidden, replay.batches))
+                    if write:
                         self._check_space(2 * sum(spec.nbytes for spec in specs))
-                        writers.append(stack.enter_context(self._writer(0)))
-                if writers and number < len(batches):
-                    writers[0].put(number, hidden)
+                        file = states_file(self._skeleton.stacks[stack].start)
+                        writers.append(contexts.enter_context(self._writer(file)))
+                if writers:
+                    writers[0].put(number, hidden, carry)
 
-            self.calibration.replay.begin(note)
-            if writers:
-                return 0, writers[0].finish()
-        left = self._left(done)
-        assert left is not None
-        return done, left
+            if final is None:
+                replay.begin(note)
+            else:
+                self._finals.append(final)
+                replay.onward(note, final)
+            return writers[0].finish() if writers else States(0)
 
     def _check_space(self, nbytes: int) -> None:
         """Two layers' hidden states are on disk at a time."""
@@ -84,20 +123,21 @@ class Calibrator:
                 fix="free some space, or take fewer or shorter samples",
             )
 
-    def _left(self, done: int) -> States | None:
-        """The inputs of layer `done`, if an interrupted run has left them."""
-        budget = self.calibration.budget
-        return load_states(self.store.folder, done, self._specs, budget) if done else None
+    def _load(self, file: str) -> States | None:
+        """States that an interrupted run has left."""
+        return load_states(self.store.folder, file, self._specs, self.calibration.budget)
 
-    def _writer(self, index: int) -> StatesWriter:
-        return StatesWriter(self.store.folder, index, self._specs, self.calibration.budget)
+    def _writer(self, file: str) -> StatesWriter:
+        return StatesWriter(self.store.folder, file, self._specs, self.calibration.budget)
 
     def _layer(self, index: int, states: States, *, onward: bool) -> States:
         """Measure a layer and save its statistics; returns the inputs of the next layer."""
         layer = LayerRun(LoadedLayer(self.calibration, index, states))
         following = states
         if onward:
-            with self._writer(index + 1) as writer:
+            ends = index + 1 in self._starts
+            file = final_file(self._stack) if ends else states_file(index + 1)
+            with self._writer(file) as writer:
                 tensors = layer.measure(writer.put)
                 following = writer.finish()
         else:
@@ -106,5 +146,18 @@ class Calibrator:
         for line in layer.report.messages:
             self.progress.say(line)
         self.progress.layer(self._skeleton.layers[index][0], index, layer.report.note)
-        self.store.drop_states(keep=index + 1)
+        self.store.drop_states({file for kept in (following, *self._finals) for file in kept.files})
         return following
+
+
+def _specs(hidden: Tensor, batches: Sequence[Batch]) -> list[TensorSpec]:
+    """dtype and shape of the hidden states of all batches, from those of the first."""
+    dtype, shape = safetensors_dtype(hidden.dtype), tuple(hidden.shape)
+    sides = tuple(batches[0].input_ids.shape)
+    place = next(
+        (n for n in range(len(shape)) if shape[n : n + 2] == sides), 0
+    )  # [streams, batch, ...]
+    return [
+        TensorSpec("", dtype, (*shape[:place], *batch.input_ids.shape, *shape[place + 2 :]))
+        for batch in batches
+    ]

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -126,10 +127,14 @@ def shape_of(parameter: str) -> str:
 
 
 def norm_offset(norm: nn.Module) -> int | None:
-    """The c of a norm that multiplies by (c + weight): 0, or 1 as in Gemma. None if it does not.
+    """The c of a norm that multiplies by (c + weight): 0, or 1 as in Gemma. None if it does not, or if
+    it takes more than its input, such as a gate.
 
     Tried on a copy of the norm with other weights and random inputs.
     """
+    required = [p for p in signature(norm.forward).parameters.values() if p.default is p.empty]
+    if len(required) > 1:
+        return None
     probe: Any = copy.deepcopy(norm).float().cpu()
     k = len(probe.weight)
     generator = torch.Generator().manual_seed(0)

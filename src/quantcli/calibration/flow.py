@@ -200,7 +200,13 @@ class Flow(Tap):
         if matrix is None and cast is not None and cast[0]() is weight:
             matrix = cast[1]
         result = super().__torch_function__(func, types, args, kwargs)
-        if matrix is None:
+        # groups of rows of one matrix, each with inputs of its own, are not followed
+        grouped = (
+            matrix is not None
+            and is_batched(func)
+            and len(self._matrices.shapes[matrix.parameter]) == 2
+        )
+        if matrix is None or grouped:
             self._escape(x)
             return result
         name = matrix.parameter

@@ -19,7 +19,6 @@ from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.methods.base import LayerWork
 from quantcli.calibration.replay.replay import Sink
-from quantcli.calibration.replay.states import States
 from quantcli.calibration.replay.taps import Matrix, Tap
 from quantcli.calibration.report import LayerReport, ModuleReport
 from quantcli.calibration.shown import quantized, running
@@ -75,10 +74,10 @@ class LayerRun:
         """Run a few tokens and follow their tensors."""
         layer, ids = self.layer, self.run.probe.input_ids
         flow = Flow(layer.matrices(), None, ids.numel())
-        first, probe = _First(layer.states, ids.shape[1]), [len(self.run.batches)]
+        probe = [len(self.run.batches)]
         with norms_followed(layer.name, layer.module):
             self.run.replay.run(
-                layer.index, layer.module, first, tap=lambda _: flow, only=probe, check=False
+                layer.index, layer.module, layer.states, tap=lambda _: flow, only=probe, check=False
             )
         together = [block for block in layer.experts_everywhere if block.together]
         return LayerLayout(layer.segments, flow, [block.parameters for block in together])
@@ -139,15 +138,3 @@ class LayerRun:
 
 def _changed(before: Mapping[str, EditFactors], after: Mapping[str, EditFactors]) -> bool:
     return any(before.get(name) is not factors for name, factors in after.items())
-
-
-@dataclass(frozen=True)
-class _First:
-    """The first tokens of the first sample."""
-
-    states: States
-    length: int
-
-    def get(self, batch: int) -> Tensor:
-        """Hidden states [1, length, ...]."""
-        return self.states.get(0)[:1, : self.length]

@@ -117,9 +117,14 @@ class LoadedLayer:
         return EngineLinears(self.matrices(), self.segments, quantizer)
 
     def forward(self, sink: Sink | None, tap: Tap, only: Sequence[int] | None = None) -> None:
-        """Run the loaded module over all samples, or some batches; `sink` takes outputs."""
-        numbers = range(len(self.run.batches)) if only is None else only
-        self.run.replay.run(self.index, self.module, self.states, sink, tap, numbers)
+        """Run the loaded module over all samples, or some batches; `sink` takes outputs, those of the
+        probe too."""
+        run = self.run.replay.run
+        probe = len(self.run.batches)
+        numbers = range(probe) if only is None else only
+        run(self.index, self.module, self.states, sink, tap, numbers)
+        if sink is not None and only is None:
+            run(self.index, self.module, self.states, sink, only=[probe], check=False)
 
     def watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
         """The same, and show inputs to observers."""

@@ -51,6 +51,7 @@ from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
+from quantcli.planning.reach import next_token_layer
 from quantcli.recipe.fields import Calibration
 from quantcli.schemes.base import Scheme
 
@@ -199,7 +200,14 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     plan = session.plan
     device = open_device(resources.device)
     # before the tokenizer, which reads config.json as well and would be blamed for it
-    skeleton = Skeleton(plan.checkpoint, _dtype(plan), trust_remote_code=resources.trust_remote_code)
+    layer = next_token_layer(plan.checkpoint)
+    followed = layer is not None and any(layer.reads(module) for module in plan.measured)
+    skeleton = Skeleton(
+        plan.checkpoint,
+        _dtype(plan),
+        trust_remote_code=resources.trust_remote_code,
+        next_token=layer if followed else None,
+    )
     positions, vocabulary = model_limits(plan.checkpoint.text_config)
     dataset = load_dataset(
         session.source,

@@ -3,7 +3,8 @@
     calibration.json           the key: model, recipe, data; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
-    states-00003.safetensors   inputs of the next layer; only while a run is under way
+    states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
+                               of a whole stack and tensors that layers hand on next to these
 
 A layer counts as done when its report is there: it is written last.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
 _VERSION = 1
-_FILES = r"(layer-\d{5}\.(safetensors|json)|states-\d{5}\.safetensors|calibration\.json)"
+_STATES = r"(final-)?states-\d{5}\.(safetensors|carried\.json)|states-[0-9a-f]{64}\.safetensors"
+_FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
 
@@ -119,11 +121,11 @@ class Store:
         text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(self.folder / _report(index), text.encode())
 
-    def drop_states(self, keep: int | None = None) -> None:
-        """Delete hidden states, but for those before layer `keep`."""
+    def drop_states(self, keep: Collection[Path] = ()) -> None:
+        """Delete hidden states, but for some files."""
         with disk_errors(self.folder):
             for path in self.folder.glob("*states-*"):
-                if keep is None or f"-{keep:05d}." not in path.name:
+                if path not in keep:
                     path.unlink()
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import discover
 from quantcli.planning.choices import choose
 from quantcli.planning.measured import Measured
+from quantcli.planning.reach import beyond_text
 from quantcli.planning.siblings import Siblings, siblings_of
 from quantcli.recipe.fields import matches
 from quantcli.recipe.recipe import NamedMethod, Recipe, Rule
@@ -51,10 +52,11 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     """
     must_be_taken(checkpoint, recipe.target)  # before rules that would miss these tensors
     roles = roles_of(checkpoint)
-    assigned, chosen = choose(recipe, checkpoint, _assign(recipe, checkpoint, roles))
+    assigned, beyond = _within_reach(checkpoint, _assign(recipe, checkpoint, roles), roles)
+    assigned, chosen = choose(recipe, checkpoint, assigned)
     _must_be_stored(assigned, recipe.target)
     assigned, notes = _served(checkpoint, assigned, recipe.target)
-    notes += chosen
+    notes += [*beyond, *chosen]
     assigned, refused = _taken(recipe, checkpoint, assigned)
     if measured is not None:
         served = assigned
@@ -193,16 +195,35 @@ def _without_data(
     block = recipe.file.calibration
     if block is None or block.uncalibrated != "dynamic":
         return assigned, notes
+    instead = _data_free(assigned, [name for name in assigned if name not in measured.stats])
+    if instead:
+        notes.append(f"no token reached {_few(instead)}: they take a scheme that needs no data")
+    return assigned | instead, notes
+
+
+def _within_reach(
+    checkpoint: Checkpoint, assigned: dict[str, Rule | None], roles: Mapping[str, Role]
+) -> tuple[dict[str, Rule | None], list[str]]:
+    """`assigned` with another scheme for modules of next-token layers that no token can reach, and what
+    there is to say about it. It is known before a calibration begins."""
+    instead = _data_free(assigned, beyond_text(checkpoint, roles))
+    if not instead:
+        return assigned, []
+    note = f"calibration cannot follow next-token layers here: {_few(instead)} take a scheme that needs"
+    return assigned | instead, [f"{note} no data"]
+
+
+def _data_free(assigned: Mapping[str, Rule | None], modules: Iterable[str]) -> dict[str, Rule | None]:
+    """Some modules with the data-free scheme that theirs names, if it names one."""
     instead: dict[str, Rule | None] = {}
-    for name, rule in assigned.items():
-        if rule and rule.scheme and rule.scheme.without_data and name not in measured.stats:
+    for name in modules:
+        rule = assigned.get(name)
+        if rule and rule.scheme and rule.scheme.without_data:
             scheme = rule.scheme.without_data
             if isinstance(scheme, str):
                 scheme = discover(Scheme)[scheme]()
             instead[name] = replace(rule, scheme=scheme)
-    if instead:
-        notes.append(f"no token reached {_few(instead)}: they take a scheme that needs no data")
-    return assigned | instead, notes
+    return instead
 
 
 def _without_inputs(

@@ -80,9 +80,6 @@ def verify_run(
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
-    ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
-    kl = structure.limits.most("max_kl", MAX_KL)
-    report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
     ours = Served(structure.stored, structure.target)
     other: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
@@ -100,16 +97,27 @@ def verify_run(
         layers = _layers(report, models[0], models[1], progress)
         if layers is None:
             return
-        sums = _Sums()
-        logits = zip(models[0].logits(), models[1].logits(), batches, strict=True)
-        for expected, actual, batch in logits:
+        sums = _Sums(ahead=0 if models[0].skeleton.two_stacks else 1)
+        outputs = _Outputs()
+        predicts = models[0].skeleton.predicts_text
+        for expected, actual, batch in zip(
+            models[0].logits(), models[1].logits(), batches, strict=True
+        ):
             if expected.shape != actual.shape:
-                report.add([_other_model("vocabularies", expected.shape[-1], actual.shape[-1])])
+                report.add([_other_model("numbers of outputs", expected.shape[-1], actual.shape[-1])])
                 return
-            sums.add(expected, actual, batch)
-    report.run = sums.report(layers)
-    report.add(_findings(sums, report, structure.limits))
+            (sums if predicts else outputs).add(expected, actual, batch)
     report.count("layer outputs", len(layers))
+    if not predicts:
+        report.run = outputs.report(layers)
+        report.add([*_layer_findings(layers), *outputs.findings()])
+        report.count("outputs", outputs.numbers)
+        return
+    ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
+    kl = structure.limits.most("max_kl", MAX_KL)
+    report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
+    report.run = sums.report(layers)
+    report.add([*_layer_findings(layers), *_findings(sums, report, structure.limits)])
     report.count("perplexity", sums.tokens)
     report.count("kl", sums.tokens)
 
@@ -127,6 +135,8 @@ def _layers(
     progress.begin_layers(len(names), 0, tokens)
     layers = []
     for index, name in enumerate(names):
+        for model in (reference, ours):
+            model.enter(index)
         try:
             own = ours.layer(index, reference.states, batches[:_OWN])
         except InputError as error:  # NaN or Inf
@@ -155,16 +165,53 @@ def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         x = expected.double()
         signal += float(x.square().sum())
         noise += float((actual.double() - x).square().sum())
+    return _decibels(signal, noise)
+
+
+def _decibels(signal: float, noise: float) -> float:
     if not noise:
         return 200.0
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
 
 
+class _Outputs:
+    """What models put out that predict no text: logits of classes, or hidden states."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self._tokens = 0
+        self._signal = self._noise = 0.0
+
+    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
+        """Outputs of a batch, of one shape."""
+        x = expected.double()
+        self.numbers += x.numel()
+        self._tokens += batch.input_ids.numel()
+        self._signal += float(x.square().sum())
+        self._noise += float((actual.double() - x).square().sum())
+
+    @property
+    def _sqnr(self) -> float:
+        return _decibels(self._signal, self._noise)
+
+    def report(self, layers: list[LayerReport]) -> RunReport:
+        """Figures of a run without predictions."""
+        return RunReport(self._tokens, None, None, None, None, [], layers, round(self._sqnr, 3))
+
+    def findings(self) -> Iterator[Finding]:
+        """An error if the outputs are far from the other model's."""
+        if not self._sqnr >= LEAST_LAYER_SQNR:
+            what = f"the model puts out {self._sqnr:.3f} dB on the same text, at least "
+            yield failed("outputs", f"{what}{LEAST_LAYER_SQNR:g} dB are expected", None, _FINER)
+
+
 class _Sums:
     """Sums over tokens, one batch at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int = 1) -> None:
+        """ahead: see `token_log_probs`."""
         self.tokens = 0
+        self._ahead = ahead
         self._expected: list[Tensor] = []  # log-probabilities of the text: one tensor for each window
         self._actual: list[Tensor] = []
         self._kl: list[Tensor] = []
@@ -178,8 +225,8 @@ class _Sums:
             self._kl.append((p.exp() * (p - q)).sum(-1))
             self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             self._predicted += len(p)
-        self._expected += token_log_probs(expected, batch)
-        self._actual += token_log_probs(actual, batch)
+        self._expected += token_log_probs(expected, batch, ahead=self._ahead)
+        self._actual += token_log_probs(actual, batch, ahead=self._ahead)
         self.tokens += int(batch.input_ids.numel()) - len(batch.input_ids)
 
     @property
@@ -216,13 +263,15 @@ def _perplexity(scores: list[Tensor]) -> float:
     return math.exp(min(-mean, 700.0))  # JSON has no infinity
 
 
-def _findings(sums: _Sums, report: Report, limits: Limits) -> Iterator[Finding]:
-    assert report.run is not None
-    for layer in report.run.layers:
+def _layer_findings(layers: Iterable[LayerReport]) -> Iterator[Finding]:
+    for layer in layers:
         if not layer.ok:
             what = f"puts out {layer.sqnr_db} dB on the other model's inputs, at least "
             what += f"{LEAST_LAYER_SQNR:g} dB are expected"
             yield failed("layer outputs", what, f"`{layer.layer}`", _FINER)
+
+
+def _findings(sums: _Sums, report: Report, limits: Limits) -> Iterator[Finding]:
     ratio, kl = report.limits.max_ppl_ratio, report.limits.max_kl
     if ratio is not None and not sums.ratio <= ratio:
         what = f"perplexity is {sums.ratio:.4f} times the other model's, the limit is {ratio:g}"

@@ -40,6 +40,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "sqnr": ("against", "each weight is as near to the other model's as its type allows"),
     "recomputed": ("against", "codes and scales are, bit by bit, what the recipe makes of the source"),
     "layer outputs": ("run", "the outputs of each layer are near to those of the other model"),
+    "outputs": ("run", "the outputs of a model that predicts no text are near to the other model's"),
     "perplexity": ("run", "perplexity on the text has not grown beyond the limit"),
     "kl": ("run", "predictions have not moved beyond the limit"),
 }  # fmt: skip
@@ -152,15 +153,20 @@ class Divergence:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Both models on text; windows are the pieces of it that ran."""
+    """Both models on text; windows are the pieces of it that ran.
+
+    outputs_db: SQNR of what the models put out, such as logits of classes, if they predict no text; the
+                figures of predictions are None then.
+    """
 
     tokens: int
-    ppl: PerplexityRatio
-    kl: Divergence
-    top1_agreement: float
-    mean_abs_logprob_change: float
+    ppl: PerplexityRatio | None
+    kl: Divergence | None
+    top1_agreement: float | None
+    mean_abs_logprob_change: float | None
     windows: list[Perplexity]
     layers: list[LayerReport]
+    outputs_db: float | None = None
 
 
 @dataclass

@@ -81,7 +81,7 @@ def test_the_function_stays(tmp_path, family):
     layer_run = LayerRun(LoadedLayer(everything(run, index), index, states))
     before, after = Memory(), Memory()
     with run.skeleton.loaded(index, read_tensor, CPU) as layer:
-        run.replay.run(index, layer, states, before.__setitem__)
+        run.replay.run(index, layer, states, before.put)
     tensors = layer_run.measure(None)
     report = layer_run.report.document()
     kinds = {group["producer"].partition("[")[0].rpartition(".")[2] for group in report["smoothed"]}
@@ -103,7 +103,7 @@ def test_the_function_stays(tmp_path, family):
               report["edits"]]  # fmt: skip
     assert len(edited) == len(report["edits"]) >= 4
     with run.skeleton.loaded(index, read, CPU) as layer:
-        run.replay.run(index, layer, states, after.__setitem__)
+        run.replay.run(index, layer, states, after.put)
     for number in before:
         difference = (before[number] - after[number]).abs().max() / before[number].abs().max()
         assert 0 <= difference < 1e-5

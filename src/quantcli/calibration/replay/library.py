@@ -14,17 +14,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantcli.calibration.replay.next_token import add_layer, attach
 from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError
 
+# Models of several, of which one takes text: its class, its part of the config, and the beginning of
+# the names of its tensors. Source: transformers 5.23, models/qwen2_5_omni and qwen3_omni_moe.
+_PARTS = {
+    whole: (f"{family}ThinkerForConditionalGeneration", "thinker_config", "thinker.")
+    for family, whole in (
+        ("Qwen2_5Omni", "Qwen2_5OmniModel"),
+        ("Qwen2_5Omni", "Qwen2_5OmniForConditionalGeneration"),
+        ("Qwen3OmniMoe", "Qwen3OmniMoeForConditionalGeneration"),
+    )
+}
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
+
+def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
+    """The part of a model that takes text: its class, its key in config.json, and the beginning of the
+    names of its tensors. None if that is the whole model."""
+    return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+
+
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, next_token: bool = False
+) -> nn.Module:
     """The model that config.json names, in evaluation mode: parameters on meta, buffers real.
 
-    Raises InputError if transformers does not know it, or its config does not fit.
+    next_token: build one decoder layer more, as a next-token layer. Raises InputError if transformers
+    does not know the model, or its config does not fit.
     """
     import transformers
 
@@ -32,10 +53,16 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     where = str(checkpoint.path / CONFIG)
     try:
         with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
-            config = transformers.AutoConfig.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            named = (getattr(config, "architectures", None) or [""])[0]
+            part = part_of(checkpoint)
+            if part is None:
+                config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
+                named = (getattr(config, "architectures", None) or [""])[0]
+            else:  # the class of a whole may not be built, and puts out speech
+                named, key, _ = part
+                config_class = getattr(transformers, named).config_class
+                config = config_class.from_dict(checkpoint.config.get(key) or {})
+            if next_token:
+                add_layer(config)
             native = getattr(transformers, str(named), None)
             custom = trust_remote_code and hasattr(config, "auto_map")
             if native is not None and not custom:
@@ -45,11 +72,33 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()
+            if next_token:
+                attach(model.get_decoder().layers[-1], dtype)
             _keep_in_float32(model, dtype)
     except Exception as error:
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     return built
+
+
+def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> Any:
+    """The config of a model: of the library's class for its type, or else for its architecture.
+
+    A model may come with code of its own, and have a class in the library all the same: Kimi K2 has
+    the architecture of DeepSeek V3 under a type of its own.
+    """
+    import transformers
+
+    table = checkpoint.config
+    if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
+        config_class = getattr(native, "config_class", None)
+        if config_class is not None:
+            changed = {**table, "model_type": config_class.model_type}
+            return config_class.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
+    return transformers.AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from quantcli.calibration.replay.skeleton import Read, Skeleton
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_rows
 
+_LARGE = 2**24  # bytes of a table of which only rows are read
+
 
 class _Rows(TorchFunctionMode):
     """Embedding look-ups read just the rows that they need: tables are larger than decoder layers."""
@@ -47,15 +49,20 @@ def _without_memory(parameter: Tensor, device: torch.device) -> nn.Parameter:
 def outside(skeleton: Skeleton, read: Read, device: torch.device) -> Iterator[None]:
     """Within it the model runs without its decoder layers, which are the caller's."""
     tables: dict[int, StoredTensor] = {}
+    first = skeleton.embedding
     with ExitStack() as stack:
         for path, module in skeleton.model.named_modules():
-            if path.startswith(f"{skeleton.stack}."):
+            if skeleton.in_stack(f"{path}."):
                 continue
             names = [*module._parameters, *(n for n, b in module._buffers.items() if b is not None)]
             paths = [f"{path}.{name}".lstrip(".") for name in names]
             paths = [name for name in paths if skeleton.outside(name) is not None]
             weight = module._parameters.get("weight")
             if isinstance(module, nn.Embedding) and weight is not None and paths:
+                if weight.nbytes < _LARGE and module is not first:
+                    # a model may take the weight itself, such as that of relative positions
+                    stack.enter_context(skeleton.filled(paths, read, device))
+                    continue
                 group = skeleton.outside(paths[0])
                 if group is not None and group.renamed is not None:
                     table = _without_memory(weight, device)

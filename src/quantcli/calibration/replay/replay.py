@@ -1,8 +1,9 @@
 """Run a model one decoder layer at a time, weights from disk: any architecture, one layer of memory.
 
-The model's own forward runs twice without its layers: at the start, where each layer only notes how it
-is called, and at the end, where the stack returns the outputs of its last layer. In between each layer
-is called as it was noted, over all batches, with its weights just read.
+The model's own forward runs twice without its layers: at the start, when each layer only notes how it
+is called, and at the end, when the stack returns the outputs of its last layer. In between each layer
+is called as it was noted, over all batches, with its weights just read. If there are two stacks, the
+forward runs between them too: the first returns its outputs, and the second notes its calls.
 """
 
 from __future__ import annotations
@@ -10,30 +11,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.replay.calls import Call, Outline, Shared
+from quantcli.calibration.replay.calls import (
+    NOTHING_CARRIED,
+    Call,
+    Carry,
+    Outline,
+    Shared,
+    map_tensors,
+)
 from quantcli.calibration.replay.outside import outside
-from quantcli.calibration.replay.skeleton import Read, Skeleton
+from quantcli.calibration.replay.skeleton import NO_DATA, Read, Skeleton
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
-Sink = Callable[[int, Tensor], None]  # takes the output of a batch
+Sink = Callable[[int, Tensor, Carry], None]  # takes the output of a batch, and what is carried on
 
 
 class BatchSource(Protocol):
-    """The hidden states of batches."""
+    """The hidden states of batches, and what earlier layers hand on next to them."""
 
     def get(self, batch: int) -> Tensor:
         """Hidden states of a batch."""
+
+    def carried(self, batch: int) -> Carry:
+        """What else the layers that follow are given of earlier ones."""
 
 
 class Replay:
@@ -51,14 +63,23 @@ class Replay:
         """read: gives stored tensors outside of the layers. workers: batches at a time, each computed
         by one thread on its own, so that results do not depend on their number."""
         self.skeleton = skeleton
-        self.batches = batches
+        self.batches = self._samples = batches
         self.device = device
         self._read = read
         skeleton.move_buffers(device)
         self._workers = workers if device.type == "cpu" else 1
-        self._outline = Outline([layer for _, layer in skeleton.layers])
-        self._calls: list[list[Call]] = []
+        self._finals: list[BatchSource] = []  # the outputs of the stacks before the present one
+        self._calls: list[list[Call]] = [[] for _ in batches]
         self._shared = Shared()
+
+    @cached_property
+    def _outlines(self) -> list[Outline]:
+        """Of each stack; what the model calls after it are later stacks, and the head."""
+        modules, head = [layer for _, layer in self.skeleton.layers], self.skeleton.head
+        return [
+            Outline(modules[stack.start : stack.stop], [*modules[stack.stop :], *head])
+            for stack in self.skeleton.stacks
+        ]
 
     @property
     def arguments_nbytes(self) -> int:
@@ -66,30 +87,102 @@ class Replay:
         return self._shared.nbytes
 
     def begin(self, sink: Sink) -> None:
-        """Note how every layer is called for every batch; `sink` takes the inputs of the first.
+        """Note how every layer of the first stack is called for every batch; `sink` takes the inputs of
+        the first layer.
 
         Raises InputError if the model's layers cannot be called one by one.
         """
+        self._finals = []
+        self.batches = self._samples
+        self._calls = [[] for _ in self.batches]
+        self._note_calls(sink)
+
+    def onward(self, sink: Sink, final: BatchSource) -> None:
+        """The same for the next stack; the one before has put out `final`, which must stay readable."""
+        self._finals.append(final)
+        if self.skeleton.next_token is None:
+            self._note_calls(sink)
+        else:
+            self._note_next_token(sink, self.skeleton.next_token.layout.masked)
+
+    def _note_next_token(self, sink: Sink, masked: bool) -> None:
+        """Note how the layer is called for all tokens but the last of each sample; `sink` takes the
+        embeddings of the tokens that follow, and behind them the model's last hidden states.
+
+        masked: the first embedding is zeros.
+        """
+        model: Any = self.skeleton.model
+        self.batches = [
+            Batch(batch.input_ids[:, :-1], None if batch.mask is None else batch.mask[:, 1:])
+            for batch in self._samples
+        ]
+        last = self._outlines[-1]
+        with outside(self.skeleton, self._read, self.device), _one_thread():
+            for number, (samples, batch) in enumerate(zip(self._samples, self.batches, strict=True)):
+                final = self._finals[-1].get(number).to(self.device)[:, :-1]
+                with self._outlines[0].ending(final), torch.no_grad():
+                    noted = last.note(partial(self._forward, batch))
+                    assert noted is not None, "the layer is called with hidden states"
+                    with last.ending(final):
+                        hidden = self._forward(batch, model.base_model).last_hidden_state
+                    following = samples.input_ids[:, 1:].to(self.device)
+                    embedding = model.get_input_embeddings()(following)
+                    if masked:
+                        embedding[:, :1] = 0
+                self._calls[number] += [call.map(self._shared) for call in noted[1]]
+                self._shared.forget()
+                sink(number, torch.cat([embedding, hidden], -1), NOTHING_CARRIED)
+
+    def _note_calls(self, sink: Sink) -> None:
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
-                noted = self._outline.note(partial(self._forward, batch))
+                noted = self._note(number, batch)
                 if noted is None:
                     raise InputError(
                         f"the layers of `{type(self.skeleton.model).__name__}` cannot be run one by "
-                        "one: they do not pass hidden states on as they come",
+                        "one: they do not pass hidden states on as they come, or run more than once",
                         where=str(self.skeleton.checkpoint.path),
-                        fix="use schemes that need no data, such as w8a8_dynamic",
+                        fix=NO_DATA,
                     )
                 hidden, calls = noted
-                self._calls.append([call.map(self._shared) for call in calls])
+                self._calls[number] += [call.map(self._shared) for call in calls]
                 self._shared.forget()
-                sink(number, hidden)
+                sink(number, hidden, NOTHING_CARRIED)
 
-    def _forward(self, batch: Batch) -> Any:
+    def _note(self, number: int, batch: Batch) -> tuple[Tensor, list[Call]] | None:
+        """InputError if the model's own forward fails."""
+        outline = self._outlines[len(self._finals)]
+        try:
+            with self._ending(number):
+                return outline.note(partial(self._forward, batch))
+        except QuantError:
+            raise
+        except Exception as error:  # code of the library, or of the model
+            raise self._failed(
+                f"the forward of `{type(self.skeleton.model).__name__}`", error
+            ) from error
+
+    @contextmanager
+    def _ending(self, number: int) -> Iterator[None]:
+        """Within it the stacks before the present one return their outputs."""
+        with ExitStack() as stack:
+            for outline, final in zip(self._outlines, self._finals, strict=False):
+                stack.enter_context(outline.ending(final.get(number).to(self.device)))
+            yield
+
+    def _forward(self, batch: Batch, model: Any = None) -> Any:
         ids = batch.input_ids.to(self.device)
         mask = None if batch.mask is None else batch.mask.to(self.device, torch.int64)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self.skeleton.two_stacks:  # the decoder is to put out what the encoder was given
+            start = ids.new_full((len(ids), 1), self.skeleton.start_token)
+            inputs |= {"decoder_input_ids": torch.cat([start, ids[:, :-1]], 1)}
+            inputs |= {"decoder_attention_mask": mask}
+        taken = signature(self.skeleton.model.forward).parameters.values()
+        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in taken):
+            inputs["use_cache"] = False
         with torch.no_grad():
-            return self.skeleton.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return (model or self.skeleton.model)(**inputs)
 
     def run(
         self,
@@ -106,11 +199,11 @@ class Replay:
 
         def work(number: int) -> None:
             with torch.no_grad():
-                out = self.forward(index, layer, states, number, tap)
+                out, onward = self._outputs(index, layer, states, number, tap)
             if check and not bool(torch.isfinite(out).all()):
                 raise self._not_finite(name, out, number)
             if sink is not None:
-                sink(number, out)
+                sink(number, out, onward)
 
         self.each(work, range(len(self.batches)) if only is None else only)
 
@@ -118,12 +211,23 @@ class Replay:
         self, index: int, layer: nn.Module, states: BatchSource, number: int, tap: Tap | None = None
     ) -> Tensor:
         """A loaded layer over one batch, with or without gradients as the caller has it."""
+        return self._outputs(index, layer, states, number, tap)[0]
+
+    def _outputs(
+        self, index: int, layer: nn.Module, states: BatchSource, number: int, tap: Tap | None
+    ) -> tuple[Tensor, Carry]:
         hidden = states.get(number).to(self.device)
+        carry = {
+            name: map_tensors(item, lambda tensor: tensor.to(self.device))
+            for name, item in states.carried(number).items()
+        }
         try:
             with nullcontext() if tap is None else tap(number):
-                return self._calls[number][index].run(layer, hidden)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise self._failed(self.skeleton.layers[index][0], error) from error
+                return self._calls[number][index].run(layer, hidden, carry)
+        except QuantError:
+            raise
+        except Exception as error:  # code of the library, or of the model
+            raise self._failed(f"`{self.skeleton.layers[index][0]}`", error) from error
 
     def each(self, work: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
         """The results of `work` for some batches, in their order; each is computed by one thread."""
@@ -148,18 +252,18 @@ class Replay:
             self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def _failed(self, layer: str, error: Exception) -> QuantError:
-        """The error of a layer: too little memory, or it needs more than its own arguments."""
+    def _failed(self, who: str, error: Exception) -> QuantError:
+        """The error of a layer or a forward: too little memory, or what it said."""
         message = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
             return MachineError(
-                f"memory does not suffice for `{layer}`: {message}",
+                f"memory does not suffice for {who}: {message}",
                 fix="take fewer --workers or a shorter calibration.length",
             )
         return InputError(
-            f"`{layer}` cannot be run on its own: {type(error).__name__}: {message}",
+            f"{who} fails on text: {type(error).__name__}: {message}",
             where=str(self.skeleton.checkpoint.path),
-            fix="use schemes that need no data, such as w8a8_dynamic",
+            fix=NO_DATA,
         )
 
     def _not_finite(self, layer: str, out: Tensor, batch: int) -> InputError:
@@ -172,12 +276,25 @@ class Replay:
         )
 
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
-        """Logits [batch, length, vocabulary] of every batch, in order."""
+        """What the model puts out for every batch, in order: logits [batch, length, vocabulary], logits
+        of classes, or, if there is no tensor for a head, hidden states [batch, length, hidden]."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
-                with self._outline.ending(states.get(number).to(self.device)):
-                    out = self._forward(batch)
-                yield out.logits if hasattr(out, "logits") else out[0]
+                final = states.get(number).to(self.device)
+                with self._ending(number), self._outlines[-1].ending(final):
+                    yield self._put_out(batch)
+
+    def _put_out(self, batch: Batch) -> Tensor:
+        """InputError if the model's own forward fails behind its layers."""
+        model = self.skeleton.model if self.skeleton.head_stored else self.skeleton.model.base_model
+        try:
+            out = self._forward(batch, model)
+        except QuantError:
+            raise
+        except Exception as error:  # code of the library, or of the model
+            raise self._failed(f"the forward of `{type(model).__name__}`", error) from error
+        result: Tensor = out.logits if hasattr(out, "logits") else out[0]
+        return result
 
 
 @contextmanager

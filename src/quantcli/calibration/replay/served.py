@@ -11,10 +11,16 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from quantcli.calibration.replay.calls import Carry
 from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Replay, Sink
 from quantcli.calibration.replay.skeleton import Skeleton
-from quantcli.calibration.replay.states import States, StatesWriter
+from quantcli.calibration.replay.states import (
+    States,
+    StatesWriter,
+    final_file,
+    states_file,
+)
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -124,19 +130,42 @@ class Forward:
             self.skeleton, batches, device=self._device, workers=workers, read=self._read
         )
         self._folder = folder
+        self._finals: list[States] = []
+        self.states = self._begin(0)
+
+    def _begin(self, stack: int) -> States:
+        """Note the calls of a stack; the inputs of its first layer."""
         first: dict[int, Tensor] = {}
-        self._replay.begin(first.__setitem__)
+
+        def note(number: int, hidden: Tensor, carry: Carry) -> None:
+            first[number] = hidden
+
+        if stack:
+            self._replay.onward(note, self._finals[-1])
+        else:
+            self._replay.begin(note)
         self.specs = [
             TensorSpec("", safetensors_dtype(first[number].dtype), tuple(first[number].shape))
-            for number in range(len(batches))
+            for number in range(len(first))
         ]
-        writer = self._writer(0)
+        writer = self._writer(states_file(self.skeleton.stacks[stack].start))
         for number, hidden in first.items():
             writer.put(number, hidden)
-        self.states = writer.finish()
+        return writer.finish()
 
-    def _writer(self, layer: int) -> StatesWriter:
-        return StatesWriter(self._folder, layer, self.specs, 0)
+    def _writer(self, file: str) -> StatesWriter:
+        return StatesWriter(self._folder, file, self.specs, 0)
+
+    @property
+    def _starts(self) -> list[int]:
+        """The first layer of each stack."""
+        return [stack.start for stack in self.skeleton.stacks]
+
+    def enter(self, index: int) -> None:
+        """Layer `index` is next: `states` become its inputs, if it begins another stack."""
+        if index in self._starts[1:]:
+            self._finals.append(self.states)
+            self.states = self._begin(self._starts.index(index))
 
     def layer(
         self, index: int, other: States | None = None, only: Sequence[int] | None = None
@@ -147,6 +176,10 @@ class Forward:
         """
         name = self.skeleton.layers[index][0]
         aside: dict[int, Tensor] = {}
+
+        def put_aside(number: int, hidden: Tensor, carry: Carry) -> None:
+            aside[number] = hidden
+
         with self.skeleton.loaded(index, self._read, self._device) as layer:
             matrices = Matrices(name, layer, self.skeleton.transposed(index))
             engine = None
@@ -159,23 +192,31 @@ class Forward:
                 self._replay.run(index, layer, states, sink, tap, only)
 
             if other is not None:
-                run(other, aside.__setitem__, only)
-            with self._writer(index + 1) as writer:
+                run(other, put_aside, only)
+            ends = index + 1 in self._starts
+            file = final_file(self._starts.index(index + 1) - 1) if ends else states_file(index + 1)
+            with self._writer(file) as writer:
                 run(self.states, writer.put)
                 outputs = writer.finish()
-        for old in self.states.files:
-            old.unlink()
+        kept = {file for states in (outputs, *self._finals) for file in states.files}
+        for old in self.states.files - kept:
+            old.unlink(missing_ok=True)
         self.states = outputs
         return aside
 
     def logits(self) -> Iterator[Tensor]:
-        """Logits [batch, length, vocabulary] of every batch, in order."""
+        """Logits [batch, length, vocabulary] of every batch, in order, or what else the model puts out:
+        see `Replay.endings`."""
         return self._replay.endings(self.states)
 
 
-def token_log_probs(logits: Tensor, batch: Batch) -> Tensor:
-    """The log-probability of every token but the first of each sample: float32 [batch, length - 1]."""
-    scores = logits[:, :-1].float().log_softmax(-1)
+def token_log_probs(logits: Tensor, batch: Batch, *, ahead: int = 1) -> Tensor:
+    """The log-probability of every token but the first of each sample: float32 [batch, length - 1].
+
+    ahead: 1 if logits are of the next token; 0 if they are of the token itself, as an encoder's decoder
+    is given the tokens before it.
+    """
+    scores = (logits[:, :-1] if ahead else logits[:, 1:]).float().log_softmax(-1)
     return scores.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
 
 
@@ -186,5 +227,6 @@ def log_probs(
     with TemporaryDirectory(prefix="quantcli-") as folder:
         forward = Forward(model, batches, Path(folder), dtype=dtype, workers=workers)
         for index in range(len(forward.skeleton.layers)):
+            forward.enter(index)
             forward.layer(index)
         return [token_log_probs(y, b) for y, b in zip(forward.logits(), batches, strict=True)]

@@ -13,19 +13,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.replay.library import build_model, conversions
+from quantcli.calibration.replay.library import build_model, conversions, part_of
+from quantcli.calibration.replay.next_token import library_names
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.head import generates
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
+from quantcli.planning.reach import NextTokenLayer
 from quantcli.sources.stacked import MergedExperts, merged_experts
 
 Read = Callable[[StoredTensor], Tensor]  # a stored tensor's values, edited as the caller likes
+
+
+NO_DATA = "use schemes that need no data, such as w8a8_dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +104,40 @@ def _turn_over(converter: Any) -> None:
 class Skeleton:
     """The modules of a model, their parameters on the meta device, and their sources.
 
-    layers: the decoder stack, (name, module) in order.
+    layers: of the decoder stack, (name, module) in order; before it of an encoder's, if there is one.
+    stacks: the layers of each stack, by their places in `layers`.
     unused: stored tensors that the model has no parameter for, such as draft layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool) -> None:
-        """dtype: safetensors name of the dtype to compute in.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        *,
+        trust_remote_code: bool,
+        next_token: NextTokenLayer | None = None,
+    ) -> None:
+        """dtype: safetensors name of the dtype to compute in. next_token: a layer that is to be a stack
+        of its own, behind the decoder's.
 
         Raises InputError if transformers cannot build the model, no decoder stack is found, or a
         parameter of a decoder layer has no stored tensor.
         """
         self.checkpoint = checkpoint
         self.dtype = torch_dtype(dtype)
-        self.model = build_model(checkpoint, self.dtype, trust_remote_code=trust_remote_code)
-        self.layers = _decoder_layers(self.model, checkpoint)
+        self.next_token = next_token
+        self.model = build_model(
+            checkpoint,
+            self.dtype,
+            trust_remote_code=trust_remote_code,
+            next_token=next_token is not None,
+        )
+        stacks = _stacks(self.model, checkpoint)
+        if next_token is not None:
+            stacks[-1:] = [stacks[-1][:-1], stacks[-1][-1:]]
+        self.layers = [layer for stack in stacks for layer in stack]
+        ends = list(accumulate(map(len, stacks)))
+        self.stacks = [range(end - len(stack), end) for end, stack in zip(ends, stacks, strict=True)]
         self._groups, self.unused = self._map()
         self._dtype_of = self._dtypes()
         self._segments: dict[int, dict[str, list[list[Segment]]]] = {}
@@ -124,6 +151,13 @@ class Skeleton:
             for stored in merged.matrices:
                 del sources[stored.spec.name]
             sources[merged.name] = merged
+        part = part_of(self.checkpoint)
+        if part is not None:
+            sources = {name.removeprefix(part[2]): source for name, source in sources.items()}
+        if self.next_token is not None:
+            number = self.stacks[-1].start
+            renamed = library_names(self.checkpoint, self.next_token, sources, number)
+            sources = {renamed.get(name, name): source for name, source in sources.items()}
         groups: dict[int, list[Group]] = defaultdict(list)
         by_label: dict[str, Group] = {}
         unused = []
@@ -138,15 +172,27 @@ class Skeleton:
         return groups, unused
 
     def _owner(self, parameter: str) -> int:
-        prefix = self.stack + "."
-        if not parameter.startswith(prefix):
-            return -1
-        return int(parameter.removeprefix(prefix).partition(".")[0])
+        for path, first in self._lists.items():
+            if parameter.startswith(path):
+                return first + int(parameter.removeprefix(path).partition(".")[0])
+        return -1
 
     @cached_property
-    def stack(self) -> str:
-        """Name of the module list that holds the decoder layers."""
-        return self.layers[0][0].rpartition(".")[0]
+    def _lists(self) -> dict[str, int]:
+        """The module list of each stack, with a dot, and the place of its first layer."""
+        lists: dict[str, int] = {}
+        for stack in self.stacks:
+            lists.setdefault(self.layers[stack.start][0].rpartition(".")[0] + ".", stack.start)
+        return lists
+
+    def in_stack(self, path: str) -> bool:
+        """Whether a module or a parameter is in a layer of a stack."""
+        return any(path.startswith(name) for name in self._lists)
+
+    @property
+    def two_stacks(self) -> bool:
+        """Whether an encoder's outputs go into the decoder."""
+        return len(self.stacks) > 1 and self.next_token is None
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of each parameter and buffer, as from_pretrained would make it."""
@@ -204,6 +250,46 @@ class Skeleton:
                 segments[parameter] = [_runs(expert, modules) for expert in rows]
         return segments
 
+    @property
+    def head(self) -> list[nn.Module]:
+        """The module that makes logits of hidden states, if the model has one."""
+        head = self._given("get_output_embeddings")
+        return [] if head is None else [head]
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The table of tokens, if the model's code says which it is."""
+        return self._given("get_input_embeddings")
+
+    def _given(self, method: str) -> nn.Module | None:
+        try:
+            module = getattr(self.model, method)()
+        except (AttributeError, NotImplementedError):  # code of its own may leave it out
+            return None
+        return module if isinstance(module, nn.Module) else None
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether the model puts out logits of tokens that follow, and has a head for them."""
+        return self.head_stored and bool(self.head) and generates(self.checkpoint)
+
+    @property
+    def head_stored(self) -> bool:
+        """Whether the head has tensors in the checkpoint, if there is one. A model of a class that the
+        library does not know, such as a reward model, may be built as one with another head."""
+        return all(
+            self.outside(name) is not None
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if any(parameter is its for module in self.head for its in module.parameters())
+        )
+
+    @property
+    def start_token(self) -> int:
+        """The token that a decoder is given before the first one of a text."""
+        config = self.model.config
+        named = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
+        return next((token for token in named if isinstance(token, int)), 0)
+
     def source(self, parameter: str) -> str | None:
         """The stored tensor that a parameter is, but for its name; None if it is made of more."""
         for group in self._groups[self._owner(parameter)]:
@@ -251,10 +337,11 @@ class Skeleton:
         try:
             for group in groups:
                 filled = group.convert(read, self.model)
-                if parameters is not None and not filled.keys() & set(parameters):
-                    filled = dict(
-                        zip(parameters, filled.values(), strict=True)
-                    )  # tied: by another name
+                names = (
+                    [] if parameters is None else [n for n in parameters if self.outside(n) is group]
+                )
+                if names and not filled.keys() & set(names):  # tied: by another name
+                    filled = dict(zip(names, filled.values(), strict=True))
                 for name, tensor in filled.items():
                     path, _, local = name.rpartition(".")
                     module = self.model.get_submodule(path)
@@ -305,12 +392,29 @@ def _runs(labels: Tensor, modules: list[str]) -> list[Segment]:
     return segments
 
 
-def _decoder_layers(model: Any, checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
-    """The decoder stack: of the module lists in the language model that are in no other, the one with
-    the most parameters. Towers of multimodal models have stacks too; `get_decoder` leaves them out."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(module) for module in decoder.modules()}
-    best: tuple[int, str, Any] = (0, "", None)
+def _stacks(model: Any, checkpoint: Checkpoint) -> list[list[tuple[str, nn.Module]]]:
+    """The stacks of layers that text goes through: a decoder's, and before it that of an encoder."""
+    where = str(checkpoint.path / "config.json")
+    if model.main_input_name != "input_ids":
+        raise InputError(
+            f"`{type(model).__name__}` takes `{model.main_input_name}`, and cannot be run on text",
+            where=where,
+            fix=f"{NO_DATA}, and verify without --run",
+        )
+    parts = [model.get_decoder() if hasattr(model, "get_decoder") else model]
+    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+        parts.insert(0, model.get_encoder())
+    stacks = [_layers_of(model, part) or _layers_of(model, model.base_model) for part in parts]
+    if not all(stacks):
+        raise InputError(f"no stack of layers in `{type(model).__name__}`", where=where, fix=NO_DATA)
+    return stacks
+
+
+def _layers_of(model: Any, part: Any) -> list[tuple[str, nn.Module]]:
+    """The stack of a part of a model: of the module lists in it that are in no other, the one with the
+    most parameters. Towers of multimodal models have stacks too; `get_decoder` leaves them out."""
+    inside = {id(module) for module in part.modules()} if isinstance(part, nn.Module) else set()
+    best: tuple[int, str, Any] = (0, "", [])
     outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or id(module) not in inside:
@@ -320,11 +424,4 @@ def _decoder_layers(model: Any, checkpoint: Checkpoint) -> list[tuple[str, nn.Mo
         outer.append(name)
         size = sum(parameter.numel() for parameter in module.parameters())
         best = max(best, (size, name, module), key=lambda entry: entry[0])
-    size, name, stack = best
-    if stack is None:
-        raise InputError(
-            f"no stack of decoder layers in `{type(model).__name__}`",
-            where=str(checkpoint.path / "config.json"),
-            fix="schemes that need no data work without one, such as w8a8_dynamic",
-        )
-    return [(f"{name}.{index}", layer) for index, layer in enumerate(stack)]
+    return [(f"{best[1]}.{index}", layer) for index, layer in enumerate(best[2])]

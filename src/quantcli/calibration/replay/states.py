@@ -5,23 +5,38 @@ An interrupted run continues from the file, and it is read if memory does not su
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
+from quantcli.calibration.replay.calls import NOTHING_CARRIED, Carry
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
-from quantcli.checkpoint.spec import TensorSpec
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
+from quantcli.core.disk import disk_errors
 from quantcli.core.errors import QuantError
 
 
 def states_file(layer: int) -> str:
     """Name of the file with the inputs of a layer, by its index; the last one holds the outputs."""
     return f"states-{layer:05d}.safetensors"
+
+
+def final_file(stack: int) -> str:
+    """Name of the file with the outputs of a whole stack that another one follows."""
+    return f"final-states-{stack:05d}.safetensors"
+
+
+def _carried_file(file: str) -> str:
+    """Name of the file that lists what is carried next to the states of a file; its tensors have files
+    of their own, named after their content: batches and layers often share them."""
+    return file.removesuffix(".safetensors") + ".carried.json"
 
 
 class States:
@@ -32,6 +47,7 @@ class States:
 
     def __init__(self, budget: int) -> None:
         self.stored: dict[int, StoredTensor] = {}
+        self.listed: Listed = Listed(Path(), {})
         self._cache: dict[int, Tensor] = {}
         self._left = budget
         self._lock = threading.Lock()
@@ -41,10 +57,15 @@ class States:
         cached = self._cache.get(batch)
         return read_tensor(self.stored[batch]) if cached is None else cached
 
+    def carried(self, batch: int) -> Carry:
+        """What is carried next to the hidden states of a batch, read from disk."""
+        return self.listed.read(batch)
+
     @property
     def files(self) -> set[Path]:
         """The files that hold them."""
-        return {stored.file for stored in self.stored.values()}
+        files = {stored.file for stored in self.stored.values()}
+        return files | self.listed.files | {file.with_name(_carried_file(file.name)) for file in files}
 
     def hold(self, batch: int, hidden: Tensor) -> None:
         """Keep a batch in memory, if it fits."""
@@ -54,27 +75,85 @@ class States:
                 self._cache[batch] = hidden
 
 
+class Listed:
+    """What is carried to a layer, by batch: items whose tensors are named after their content."""
+
+    def __init__(self, folder: Path, batches: dict[str, dict[str, Any]]) -> None:
+        """batches: by number; an item is None, a file's name, or a list of items."""
+        self.batches = batches
+        self._folder = folder
+
+    def read(self, batch: int) -> Carry:
+        """The items of a batch, on the CPU."""
+        listed = self.batches.get(str(batch))
+        return {name: self._read(item) for name, item in listed.items()} if listed else NOTHING_CARRIED
+
+    def _read(self, item: Any) -> Any:
+        if isinstance(item, str):
+            (stored,) = read_header(self._folder / item)[0]
+            return read_tensor(stored)
+        return None if item is None else tuple(map(self._read, item))
+
+    @property
+    def files(self) -> set[Path]:
+        """The files of all tensors."""
+        return {
+            self._folder / name for items in self.batches.values() for name in _names(items.values())
+        }
+
+
+def _names(items: Iterable[Any]) -> set[str]:
+    names = set()
+    for item in items:
+        names |= {item} if isinstance(item, str) else set() if item is None else _names(item)
+    return names
+
+
 class StatesWriter:
     """Writes the states of one place; `finish` makes them durable and readable.
 
     A context; an error within it leaves the file behind under its temporary name.
     """
 
-    def __init__(self, folder: Path, layer: int, shapes: Sequence[TensorSpec], budget: int) -> None:
-        """shapes: dtype and shape of each batch."""
+    def __init__(self, folder: Path, file: str, shapes: Sequence[TensorSpec], budget: int) -> None:
+        """file: its name. shapes: dtype and shape of each batch."""
         specs = [TensorSpec(_key(batch), s.dtype, s.shape) for batch, s in enumerate(shapes)]
-        self._path = folder / states_file(layer)
+        self._folder, self._path = folder, folder / file
         self._writer = ShardWriter(folder, self._path.name, layout(specs), read_soon=True)
         self._states = States(budget)
+        self._listed: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
 
-    def put(self, batch: int, hidden: Tensor) -> None:
-        """Write the hidden states of a batch."""
+    def put(self, batch: int, hidden: Tensor, carry: Carry = NOTHING_CARRIED) -> None:
+        """Write the hidden states of a batch, and what is carried next to them."""
         hidden = hidden.cpu().contiguous()
         self._writer.write(_key(batch), 0, tensor_bytes(hidden))
         self._states.hold(batch, hidden)
+        if carry:
+            self._listed[batch] = {name: self._keep(item) for name, item in carry.items()}
+
+    def _keep(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return None if item is None else [self._keep(part) for part in item]
+        tensor = item.detach().cpu().contiguous()
+        spec = TensorSpec("carried", safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        content = hashlib.sha256(f"{spec.dtype} {spec.shape} ".encode() + bytes(tensor_bytes(tensor)))
+        name = f"states-{content.hexdigest()}.safetensors"
+        with self._lock:  # other threads may carry the same
+            if not (self._folder / name).exists():
+                writer = ShardWriter(self._folder, name, [spec], read_soon=True)
+                writer.write("carried", 0, tensor_bytes(tensor))
+                writer.finish()
+        return name
 
     def finish(self) -> States:
         """All batches are there: give the file its name."""
+        if self._listed:
+            batches = {str(batch): self._listed[batch] for batch in sorted(self._listed)}
+            self._states.listed = Listed(self._folder, batches)
+            path = self._folder / _carried_file(self._path.name)
+            with disk_errors(path):
+                path.write_text(json.dumps(batches))
         self._writer.finish()
         self._states.stored = _stored(self._path)
         return self._states
@@ -90,18 +169,27 @@ def _stored(path: Path) -> dict[int, StoredTensor]:
     return {int(s.spec.name.rpartition(".")[2]): s for s in read_header(path)[0]}
 
 
-def load_states(folder: Path, layer: int, shapes: Sequence[TensorSpec], budget: int) -> States | None:
-    """The states that an earlier run left; None if there are none of these shapes."""
-    path = folder / states_file(layer)
+def _load_listed(folder: Path, file: str) -> Listed | None:
+    """What is carried next to states, as an earlier run has listed it; None if a tensor is missing."""
+    path = folder / _carried_file(file)
     try:
-        stored = _stored(path)
+        listed = Listed(folder, json.loads(path.read_text()) if path.exists() else {})
+    except (OSError, ValueError):
+        return None
+    return listed if all(file.exists() for file in listed.files) else None
+
+
+def load_states(folder: Path, file: str, shapes: Sequence[TensorSpec], budget: int) -> States | None:
+    """The states that an earlier run left in a file; None if there are none of these shapes."""
+    try:
+        stored, listed = _stored(folder / file), _load_listed(folder, file)
     except (QuantError, ValueError):
         return None
     stored_shapes = [(stored[b].spec.dtype, stored[b].spec.shape) for b in sorted(stored)]
-    if stored_shapes != [(spec.dtype, spec.shape) for spec in shapes]:
+    if listed is None or stored_shapes != [(spec.dtype, spec.shape) for spec in shapes]:
         return None
     states = States(budget)
-    states.stored = stored
+    states.stored, states.listed = stored, listed
     return states
 
 

@@ -132,6 +132,8 @@ class Tap(TorchFunctionMode):
             matrix = self._matrices.find(weight)
             if matrix is not None:
                 y: Tensor = func(*args, **kwargs)
+                if len(self._matrices.shapes[matrix.parameter]) == 2:
+                    return self._by_groups(self._listener, matrix.parameter, x, y)
                 return self._batched(self._listener, matrix.parameter, x, y)
         return func(*args, **kwargs)
 
@@ -161,6 +163,15 @@ class Tap(TorchFunctionMode):
                 y[start:end] = piece
             start = end
         return y
+
+    def _by_groups(self, listener: Listener, parameter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Groups of rows of one matrix that multiply inputs of their own: x [groups, tokens, k]."""
+        groups, tokens = x.shape[:2]
+        result = listener.linear(Matrix(parameter), x.reshape(groups * tokens, -1), None)
+        if result is None:
+            return y
+        blocks = result.view(groups, tokens, groups, -1)
+        return torch.stack([blocks[group, :, group] for group in range(groups)])
 
     def _tokens_of(self, x: Tensor, expert: int, used: Tensor) -> Tensor:
         return x[expert, used]

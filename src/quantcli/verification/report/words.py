@@ -171,6 +171,8 @@ def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         limit = limits_.get("max_kl")
         value = f"mean {number(kl.get('mean'))}, max {number(kl.get('max'))}"
         facts.append(("KL divergence", value + ("" if limit is None else f" (limit {number(limit)})")))
+    if run.get("outputs_db") is not None:
+        facts.append(("outputs", f"{decibels(run['outputs_db'])} of the other model's"))
     if run.get("top1_agreement") is not None:
         facts.append(("same first choice", f"{100 * run['top1_agreement']:.2f} % of tokens"))
     if run.get("mean_abs_logprob_change") is not None:
