@@ -242,12 +242,12 @@ def test_ascend_looks_experts_up_one_by_one(make: Callable[..., Bench], family: 
     assert f"does not describe `{first}.gate_proj.weight`" in error["what"]
 
 
-E, H, N = 2, 8, 6  # experts, hidden states, inner width
+FEW, WIDTH, INNER = 2, 8, 6  # experts, hidden states, inner width
 GPT_OSS = {
-    "gate_up_proj": (E, H, 2 * N), "gate_up_proj_bias": (E, 2 * N),
-    "down_proj": (E, N, H), "down_proj_bias": (E, H),
+    "gate_up_proj": (FEW, WIDTH, 2 * INNER), "gate_up_proj_bias": (FEW, 2 * INNER),
+    "down_proj": (FEW, INNER, WIDTH), "down_proj_bias": (FEW, WIDTH),
 }  # fmt: skip
-DBRX = dict.fromkeys(("w1", "v1", "w2"), (E * N, H))
+DBRX = dict.fromkeys(("w1", "v1", "w2"), (FEW * INNER, WIDTH))
 MISREAD = {
     "gpt_oss": ("model.layers.0.mlp.experts.", GPT_OSS, "gpt_oss.py:1167-1286"),
     "openai_privacy_filter": ("model.layers.0.mlp.experts.", GPT_OSS, "uninitialised memory"),
@@ -264,8 +264,8 @@ def test_families_that_the_engine_would_misread_are_refused(
     prefix, shapes, says = MISREAD[family]
     table = {prefix + name: tensor("BF16", *shape, fill=255) for name, shape in shapes.items()}
     table["a.q_proj.weight"] = tensor("BF16", 8, 8, fill=255)
-    config = {"model_type": family, "hidden_size": H, "num_local_experts": E, "d_model": H,
-              "ffn_config": {"moe_num_experts": E, "ffn_hidden_size": N}}  # fmt: skip
+    config = {"model_type": family, "hidden_size": WIDTH, "num_local_experts": FEW, "d_model": WIDTH,
+              "ffn_config": {"moe_num_experts": FEW, "ffn_hidden_size": INNER}}  # fmt: skip
     model = make_model(tmp_path / "m", {"model.safetensors": table}, config=config)
     scheme = "fp8_tensor" if target == "fp8" else "w8a8_dynamic"
     recipe = f"target: {target}\nrules: [{{role: [attention, mlp, expert], scheme: {scheme}}}]\n"

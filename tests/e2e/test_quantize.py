@@ -86,7 +86,8 @@ def test_plan_is_what_is_written(tmp_path, family, recipe):
     description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     assert set(written) <= description.keys()
     extra = {k for k in description if k.endswith(".weight")} - set(written)
-    assert all(name.endswith(("lm_head.weight", ".experts.weight")) for name in extra)
+    only_looked_up = ("lm_head.weight", ".experts.weight", "qkv_proj.weight", "gate_up_proj.weight")
+    assert all(name.endswith(only_looked_up) for name in extra), extra
 
 
 def test_what_families_keep_and_quantize(tmp_path):
@@ -199,7 +200,7 @@ def test_without_checksum_the_weights_are_the_same(tmp_path):
 
 def test_the_effective_recipe_makes_the_same_plan(tmp_path):
     model = make_family(tmp_path / "model", "llama")
-    job = convert("w8a8_dynamic", model, tmp_path / "out", "rules.1.scheme=fp8_dynamic")
+    job = convert("w8a8_dynamic", model, tmp_path / "out", "rules.0.scheme=fp8_dynamic")
     again = commands.plan(
         tmp_path / "out" / "quantcli_recipe.yaml", model=str(model), out=tmp_path / "again"
     )
@@ -250,7 +251,8 @@ def test_what_deserves_a_word_is_said(tmp_path):
     model = make_family(tmp_path / "model", "llama")
     recipe = ROOT / "recipes/w8a8_dynamic.yaml"
     assert notes(recipe, model, tmp_path / "out") == ()
-    (word,) = notes(recipe, model, tmp_path / "out", "rules.1.scheme=keep")
+    nothing = ("rules.0.scheme=keep", "expect.quantizable_pct=< 1")
+    (word,) = notes(recipe, model, tmp_path / "out", *nothing)
     assert "nothing is quantized" in word
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
@@ -272,7 +274,7 @@ def test_transposed_weights_are_refused(tmp_path):
 
 def test_experts_that_stay_float_are_described_by_their_set_too(tmp_path):
     model = make_family(tmp_path / "model", "mixtral")
-    convert("w8a16", model, tmp_path / "out")
+    convert("w8a16", model, tmp_path / "out", "rules.0.role=attention", "expect.quantizable_pct=>= 1")
     table = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     asked = {k: v for k, v in table.items() if k.endswith(".experts.weight")}
     assert asked == {f"model.layers.{n}.block_sparse_moe.experts.weight": "FLOAT" for n in (0, 1)}

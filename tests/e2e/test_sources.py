@@ -154,7 +154,7 @@ def test_a_plain_float_model(box: Box, kind: str, how: str) -> None:
     assert {
         "bf16": "rules.0: bf16, decoded",
         "keep": "rules.0: keep, decoded",
-        "no rule": "no rule matches, decoded",
+        "no rule": "no rule matches: attention, decoded",
     }[how] in reasons
     assert run_cli("verify", box.out, "--full", "--against", source).code == 0
 

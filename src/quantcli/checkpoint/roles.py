@@ -274,9 +274,8 @@ class _Roles:
             return "router"
         if mixer:
             return "router" if rows in self.sizes.gates else "ssm"
-        out = rows in self.sizes.width and (
-            shape[-1] not in self.sizes.width or _OUT.search(rest) is not None
-        )
+        widths, named = self.sizes.width, _OUT.search(rest) is not None
+        out = rows in widths and (shape[-1] not in widths or named) if widths else named
         if _ATTENTION.search(rest):
             return "attention.out" if out and not _IN.search(rest) else "attention"
         return "mlp.out" if out else "mlp"

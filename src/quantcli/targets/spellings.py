@@ -47,7 +47,6 @@ _RENAMED = tuple(
         (r"\bimage_projector\.w2$", "image_projector.down_proj"),
         (r"\.mamba\.(in_proj|out_proj)$", r".mixer.\1"),
         (r"^head$", "lm_head"),
-        (r"\.block_sparse_moe\.gate$", ".mlp.router"),
     )
 )
 # Names of DeepSeek-V4, each part of which transformers 5 renames.
@@ -73,7 +72,7 @@ _PARTS_OF_DEEPSEEK_V4 = tuple(
 _LEFT_OUT = re.compile(r"\.(?:vision_model|text_model)(?=\.)")
 _MAY_BE_RENAMED = re.compile(
     r"\.(?:vision_model|text_model|ffn|attn)\.|"
-    r"(?:\.(?:fc[12]|base_layer|dense|w[123]|mamba\.(?:in|out)_proj|block_sparse_moe\.gate)|_linear\.[02]|^head)$"
+    r"(?:\.(?:fc[12]|base_layer|dense|w[123]|mamba\.(?:in|out)_proj)|_linear\.[02]|^head)$"
 )
 
 

@@ -335,7 +335,7 @@ def _sizes_of_sets(checkpoint: Checkpoint) -> list[int]:
             return listed
     if not key:
         return []
-    return [count, count] if config.get("model_type") in _TWO_SETS else [count]
+    return [count, count] if str(config.get("model_type")) in _TWO_SETS else [count]
 
 
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -60,7 +60,7 @@ def all_layers(path, all_tokens):
     probe = Batch(batches[0].input_ids[:1, :8], None)
     replay = Replay(skeleton, [*batches, probe], device=CPU, workers=2)
     states = Memory()
-    replay.begin(states.__setitem__)
+    replay.begin(states.put)
     policy = Policy({}, Siblings({}), "error", "float", all_tokens=all_tokens)
     run = CalibrationRun(replay, policy, (), workers=2)
     for index in range(len(skeleton.layers)):
@@ -73,7 +73,7 @@ def all_layers(path, all_tokens):
                 for expert in range(len(experts))
             }
             watch = Watch({matrix: [one] for matrix, one in seen.items()}, counts=True)
-            layer.watch(watch, after.__setitem__)
+            layer.watch(watch, after.put)
         experts = {
             Matrix(parameter, expert)
             for parameter, parts in layer.segments.items()
@@ -98,7 +98,7 @@ def test_all_tokens_reach_all_experts_and_outputs_stay(models, family):
     layers = zip(all_layers(models(family), False), all_layers(models(family), True), strict=True)
     with_experts = 0
     for (seen, watch, after, experts), (seen_all, watch_all, after_all, _) in layers:
-        assert after.keys() == after_all.keys() == {0, 1, 2}
+        assert after.keys() == after_all.keys() == {0, 1, 2, 3}  # the last one is the probe
         for number, hidden in after.items():
             assert torch.equal(hidden, after_all[number])
         with_experts += bool(experts)
