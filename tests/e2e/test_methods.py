@@ -366,7 +366,7 @@ def test_observers_share_a_pass_and_edits_cost_one_load(
     monkeypatch.setattr(session, "methods_of", lambda plan: (*real(plan), Counting()))
     bench = make(RECIPE)
     assert bench.calibrate().code == 0
-    # a few tokens; then ranges, squares for clips, and counts together; the few tokens go on to the next
+    # a few tokens; then ranges, squares for clips, and counts together; the few tokens go on
     assert calls == (["load", "pass", "pass", "pass"] * LAYERS)[:-1]
     reports = [json.loads(path.read_text()) for path in sorted(bench.store.glob("layer-*.json"))]
     assert [report["counted"] for report in reports] == [TOKENS] * LAYERS
