@@ -64,6 +64,7 @@ $(ENGINE)/ready: constraints-engine.txt
 zoo: $(READY)   ## convert 210 tiny checkpoints of all families with six recipes each, and verify them
 	@$(BIN)/python -m tests.zoo.run
 	@$(BIN)/python -m tests.zoo.logits
+	@$(BIN)/python -m tests.zoo.roles
 
 check: lint types
 
