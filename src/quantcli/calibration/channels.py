@@ -122,8 +122,9 @@ class LayerLayout:
 
 
 def shape_of(parameter: str) -> str:
-    """A parameter's name without its numbers: the same for all experts of a layer."""
-    return re.sub(r"\d+", "*", parameter)
+    """A parameter's name without numbers of experts: the same for all of a layer, but not for fc1 and
+    fc2."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter)
 
 
 def norm_offset(norm: nn.Module) -> int | None:

@@ -26,7 +26,7 @@ from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.registry import discover
 from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
 from quantcli.targets.layouts import own_names
-from quantcli.targets.vllm_family import uneven_experts
+from quantcli.targets.stored_experts import uneven_experts
 from quantcli.verification.config import check_dtypes, check_tied
 from quantcli.verification.kinds import TOKENIZERS, use_of
 from quantcli.verification.limits import Limits
