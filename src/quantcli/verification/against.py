@@ -32,6 +32,7 @@ from quantcli.verification.edits import (
     Candidate,
     Edited,
     answers_of,
+    block_of,
     candidates,
     check_layer,
     choose,
@@ -213,7 +214,7 @@ class _Layer:
             rows = matrix.factors.rows
             if bool((rows == 1).all()) or answers_of(matrix, self.edited):
                 continue
-            block = matrix.module.rpartition(".")[0]
+            block = block_of(matrix.module)
             for module in (name for name in self.bounds if name not in fitted):
                 weights = self.reference.weight(module), self.ours.weight(module)
                 if module.startswith(f"{block}.") and shape_of(weights[0]) == shape_of(weights[1]):

@@ -202,9 +202,15 @@ def check_layer(
             yield failed("edits", what, f"`{matrix.module}`", CONVERT)
 
 
+def block_of(module: str) -> str:
+    """The module that a matrix and its readers are in. BERT has values in `attention.self`, and their
+    reader in `attention.output`."""
+    return module.rpartition(".")[0].removesuffix(".self")
+
+
 def answers_of(matrix: Edited, matrices: Sequence[Edited]) -> set[str]:
     """Names of the matrices next to a matrix whose columns undo the factors of its rows."""
-    block = matrix.module.rpartition(".")[0]
+    block = block_of(matrix.module)
     neighbours = [m for m in matrices if m.module.startswith(f"{block}.") and m is not matrix]
     return {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
 
