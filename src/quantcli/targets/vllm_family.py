@@ -156,6 +156,10 @@ def float_linear(module: str) -> str | None:
     return FLOAT_LINEARS.get("router" if router else last)
 
 
+# Sources: vllm 0.32.0, model_executor/models/bert.py:111,575-578,807,867, roberta.py:103-104.
+_OUTPUTS = re.compile(r"(?:^|\.)(?:pooler|classifier|cls|qa_outputs|mlm)(?:\.|$)")
+
+
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
     """Name of a tied lm_head's weight: the engine looks it up although no tensor is stored."""
     if head_weight(tensors.values()):
@@ -413,6 +417,8 @@ class VllmTarget(Target):
         """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
         if last_part(module) in EMBEDDINGS:
             return "the engine has no quantized embedding of this kind"
+        if _OUTPUTS.search(module):
+            return "the engine builds poolers and classifiers as float"
         if mamba_1(module, names):
             return "the engine builds Mamba 1 as float"
         return float_linear(module)
