@@ -29,13 +29,13 @@ BODY: frozenset[Role] = frozenset(
 )
 LINEAR: frozenset[Role] = BODY | {"head", "tower", "mtp", "other"}
 MEANINGS: Mapping[Role, str] = {
-    "attention": "linears of attention, latent and linear attention without a convolution included",
-    "attention.out": "of these, the last one, whose outputs are added to the hidden states",
-    "mlp": "linears of an MLP that every token passes, and others in a layer",
-    "mlp.out": "of these, the last one, such as down_proj",
+    "attention": "linears of attention, its last one included",
+    "attention.out": "the last linear of attention alone, such as o_proj",
+    "mlp": "linears of an MLP outside of experts, its last one included, and others in a layer",
+    "mlp.out": "the last linear of an MLP alone, such as down_proj",
     "expert": "routed experts",
-    "shared_expert": "experts that every token passes",
-    "ssm": "linears of recurrent mixers: Mamba, gated delta rule, short convolutions",
+    "shared_expert": "experts that every token passes, beside routed ones",
+    "ssm": "linears of mixers with a recurrence or a short convolution: Mamba, gated delta rule, LFM2",
     "router": "routers of experts, and gates that give a few numbers for each token",
     "head": "lm_head, classifiers and poolers",
     "embedding": "tables of embeddings and positions",

@@ -57,7 +57,7 @@ def match(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None) -> 
     _must_be_stored(assigned, recipe.target)
     assigned, notes = _served(checkpoint, assigned, recipe.target)
     notes += [*beyond, *chosen]
-    assigned, refused = _taken(recipe, checkpoint, assigned)
+    assigned, refused = _taken(recipe, checkpoint, assigned, roles)
     if measured is not None:
         served = assigned
         assigned, more = _without_data(recipe, assigned, measured)
@@ -306,7 +306,10 @@ def _served(
 
 
 def _taken(
-    recipe: Recipe, checkpoint: Checkpoint, assigned: dict[str, Rule | None]
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    assigned: dict[str, Rule | None],
+    roles: Mapping[str, Role],
 ) -> tuple[dict[str, Rule | None], dict[str, Refusal]]:
     """`assigned` without modules that a rule by role selects and that the engine does not take by their
     name or width, with all that is merged with them; and the reasons.
@@ -328,7 +331,9 @@ def _taken(
             key = None
             if expert is not None:
                 key = expert["experts"], expert["rest"], spec.shape, rule.key
-            if key in alike:
+            if roles.get(name) == "embedding":
+                refusal = Refusal(name, "the engine has no quantized embedding of this kind")
+            elif key in alike:
                 refusal = alike[key]
             else:
                 if rule.key not in numerics:
