@@ -32,7 +32,6 @@ BAR = 95.0  # percent of the weights that engine and scheme can take
 REASONS: dict[str, str] = {
     "dbrx": "reads the experts of DBRX as whole tensors",
     "gpt-oss": "would skip the gates of single experts",
-    "groups": r"groups of \d+ columns do not divide",
     "mamba-1": "builds Mamba 1 as float",
     "forward": "the forward of `.*` fails on text",
     "lora": r"begins the name of `.*\.lora_A",
@@ -42,9 +41,7 @@ REASONS: dict[str, str] = {
     "own-code": "comes with code of its own",
     "shared-layer": "has no tensor for parameter `.*shared_transformer",
     "stack": "in an order that is not known for the model type",
-    "talker": "transformers cannot build this model: 'Qwen3OmniMoeTalker",
     "transposed": "are stored transposed, which this version does not quantize",
-    "unlisted": "does not list .* among the families with quantized experts",
     "unreached": "no token reached",
 }
 

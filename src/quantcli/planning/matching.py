@@ -322,6 +322,7 @@ def _taken(
     numerics = {}  # of rules: slow to make
     # experts of a layer come in hundreds, which differ in their number alone
     alike: dict[tuple[str, str, tuple[int, ...], tuple[int, str, int]], Refusal | None] = {}
+    refusal: Refusal | None
     for name, rule in assigned.items():
         if rule and rule.scheme and rule.roles and not rule.patterns:
             expert = EXPERT.fullmatch(name)
