@@ -204,9 +204,22 @@ def check_layer(
 
 def answers_of(matrix: Edited, matrices: Sequence[Edited]) -> set[str]:
     """Names of the matrices next to a matrix whose columns undo the factors of its rows."""
-    block = matrix.module.rpartition(".")[0]
-    neighbours = [m for m in matrices if m.module.startswith(f"{block}.") and m is not matrix]
-    return {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
+    others = [m for m in matrices if m is not matrix]
+    for block in blocks_of(matrix.module):
+        neighbours = [m for m in others if m.module.startswith(block)]
+        found = {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
+        if found:
+            return found
+    return set()
+
+
+def blocks_of(module: str) -> tuple[str, str]:
+    """What the names of matrices next to a module begin with: its block, then the one around it.
+
+    The reader of `attention.self.value` is `attention.output.dense` in models that follow BERT.
+    """
+    block = module.rpartition(".")[0]
+    return f"{block}.", f"{block.rpartition('.')[0]}."
 
 
 def hidden_columns(pair: Pair, rows: Tensor) -> Tensor | None:

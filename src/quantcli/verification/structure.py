@@ -35,7 +35,7 @@ from quantcli.verification.sizes import Model, check_sizes
 from quantcli.verification.stacks import check_stacks
 
 _PART = re.compile(r"\d{5,}(?=-of-\d{5,}\.safetensors$)")
-_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)")
+_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?(?:layers?|h|blocks?))\.(?P<index>\d+)\.(?P<rest>.+)")
 _ADDED = "remove it, or copy the checkpoint again"
 # checks that fail if the source itself was incomplete
 _OF_SOURCE = {"layers", "sizes", "experts", "files", "tp"}
