@@ -5,8 +5,8 @@ import pytest
 from tests.zoo.roles import LEAST, LESS, compare_type
 
 TYPES = (
-    "bert", "deepseek_v3", "falcon_h1", "gpt_neox", "granitemoehybrid", "jamba", "lfm2", "mamba2", "mpt",
-    "nemotron_h", "qwen3_5_moe", "qwen3_next", "t5", "whisper",
+    "bert", "deepseek_v3", "falcon_h1", "gpt_neox", "granitemoehybrid", "jamba", "lfm2", "mamba2",
+    "mpt", "nemotron_h", "qwen3_5_moe", "qwen3_next", "t5", "whisper",
 )  # fmt: skip
 
 

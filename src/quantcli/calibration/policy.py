@@ -93,5 +93,6 @@ def unreached(modules: Sequence[str], where: str) -> InputError:
         f"no token reached {few}{more}, and {whose} data",
         where=where,
         fix="`keep` them or give them a scheme with dynamic inputs, by a rule before this one; or set "
-        "calibration.uncalibrated to `dynamic`",
+        "calibration.uncalibrated to `dynamic`; experts may take `nearest`, `group`, or more text or "
+        "`all_tokens: true`",
     )

@@ -233,6 +233,9 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(plan), fresh=fresh)
     try:
         Calibrator(calibration, store, progress).run()
+    except InputError:
+        store.forget()  # there is nothing to continue with
+        raise
     finally:
         store.close()
 

@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,16 @@ class Store:
             for path in self.folder.glob("*states-*"):
                 if path not in keep:
                     path.unlink()
+
+    def forget(self) -> None:
+        """Delete the folder, if no layer is done and it holds nothing else."""
+        if self.done:
+            return
+        self.drop_states()
+        with suppress(OSError):
+            for name in (*_BEGUN, HEAD):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def close(self) -> None:
         """Release the lock."""

@@ -15,7 +15,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import draft_of, quantization
 from quantcli.checkpoint.head import lm_head, tied
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.roles import Role, roles_of
+from quantcli.checkpoint.roles import WEIGHTS, Role, roles_of
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError, closest
 
@@ -142,7 +142,8 @@ def fold(specs: list[TensorSpec], roles: Mapping[str, Role] = _NO_ROLES) -> list
     families: dict[tuple[str, str, tuple[int, ...], Role | None], list[TensorSpec]]
     families = defaultdict(list)
     for spec in specs:
-        role = roles.get(spec.name.removesuffix(".weight"))
+        module, _, suffix = spec.name.rpartition(".")
+        role = roles.get(module if suffix in WEIGHTS else spec.name)
         families[_NUMBER.sub(_HOLE, spec.name), spec.dtype, spec.shape, role].append(spec)
     groups = []
     for (name, dtype, shape, role), members in families.items():

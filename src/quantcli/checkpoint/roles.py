@@ -67,7 +67,7 @@ _TOWERS = re.compile(
 )
 _MTP = re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|\w*_mtp|medusa\w*|eagle\w*|draft\w*)(?:\.|$)")
 _EMBEDDING = re.compile(
-    r"(?:.*\.)?(?:\w*embed\w*|wte|wpe|shared|\w*position\w*|\w*_bias|token_type\w*)"
+    r"(?:.*\.)?(?:(?!\w*proj)\w*embed\w*|wte|wpe|shared|\w*position\w*|\w*_bias|token_type\w*)"
 )
 _HEAD = re.compile(
     r"(?:.*\.)?(?:\w*head\w*|score|\w*classifier\w*|\w*pooler\w*|qa_outputs|embed_out|proj_out|output"
@@ -83,6 +83,7 @@ _SHARED = re.compile(r"(?:^|\.)shared_(?:expert|mlp|moe)\w*(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)\w*experts(?:\.|$)")
 _ROUTER = re.compile(r"(?:^|\.)(?:\w*router|w?gate|gating|switch|\w*expert_gate)(?:\.[^.]+)?$")
 _ADAPTER = re.compile(r"\.lora_[AB](?:\.|$)")
+WEIGHTS = frozenset({"weight", "weight_packed", "qweight"})  # floats, or codes of other formats
 _DECAY = frozenset({"A_log", "dt_bias", "a_log"})  # parameters of a recurrence
 _LEAST_SIDE = 16  # of a linear, unless hidden states are narrower
 
@@ -150,10 +151,10 @@ class _Roles:
         for stored in checkpoint.tensors.values():
             spec = stored.spec
             module, _, suffix = spec.name.rpartition(".")
-            if suffix == "weight" and len(spec.shape) == 2:
+            if suffix in WEIGHTS and len(spec.shape) == 2:
                 self._matrices[_numbered(module)] = spec.shape
-            elif len(spec.shape) == 3 and _EXPERT.search(spec.name):
-                self._matrices[spec.name] = spec.shape
+            elif len(spec.shape) > 2 and (_EXPERT.search(spec.name) or self._is_stack(spec.shape)):
+                self._matrices[spec.name.removesuffix(".weight")] = spec.shape
             elif len(spec.shape) == 3 and suffix == "weight" and 1 in spec.shape[1:]:
                 self._mixers.add(module.rpartition(".")[0])  # depthwise: [channels, 1, width]
             elif suffix in _DECAY:
@@ -185,6 +186,11 @@ class _Roles:
             module = stored.spec.name.removesuffix(".weight")
             if (numbered := _numbered(module)) != module and numbered in self.found:
                 self.found[module] = self.found.pop(numbered)
+
+    def _is_stack(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of three sides has a matrix for each expert."""
+        experts = self.sizes.experts
+        return experts > 1 and shape[0] == experts and 1 not in shape[1:]
 
     def _body(self) -> dict[str, int]:
         """The lists of layers of the language model, and the number of layers that are not drafts."""
@@ -267,8 +273,8 @@ class _Roles:
         if _is_embedding(rest):
             return "embedding"
         if _SHARED.search(rest) and rows > 1:
-            return "shared_expert" if self._with_experts else "mlp"
-        if _EXPERT.search(rest):
+            return "shared_expert" if self._with_experts or self.sizes.experts > 1 else "mlp"
+        if _EXPERT.search(rest) or len(shape) > 2:
             return "expert"
         if (with_experts and rows == self.sizes.experts) or self._is_router(rest, shape):
             return "router"

@@ -25,6 +25,7 @@ from quantcli.planning.tables import tables
 from quantcli.recipe.recipe import Recipe, compare
 from quantcli.sources.decode import decoded
 from quantcli.targets.sidecars import declared_dtype
+from quantcli.targets.vllm_classes import without_class
 from quantcli.targets.vllm_family import EXPERT
 
 
@@ -62,7 +63,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
             "the calibration text is the sample that comes with quantcli, for a trial only: set "
             "calibration.data to text of the kind that the model will see"
         )
-    if not any(module.numerics for module in matched.modules):
+    quantized = any(module.numerics for module in matched.modules)
+    if not quantized:
         notes.append("nothing is quantized: every weight stays float")
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
@@ -82,6 +84,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         notes=(
             *checkpoint.notes,
             *notes,
+            *filter(None, [without_class(checkpoint.config) if quantized else None]),
             *target.advise(matched.modules, str(checkpoint.config.get("model_type", ""))),
         ),
         params=sum(spec.numel for spec in checkpoint.specs()),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.roles import BODY, LINEAR
-from quantcli.planning.matching import Matched
+from quantcli.planning.matching import Matched, family_of
 from quantcli.planning.plan import Copy, Coverage, Item, Kept, Quantize, RuleLine
 from quantcli.recipe.methods import methods_for
 from quantcli.recipe.recipe import Recipe, Rule
@@ -62,6 +63,16 @@ def _rule_lines(
             )
 
 
+def _refuses_experts(recipe: Recipe, checkpoint: Checkpoint, matched: Matched) -> bool:
+    """Whether the engine takes no quantized experts of the family, with any scheme of the recipe."""
+    experts = [module for module in matched.modules if matched.roles.get(module.name) == "expert"]
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme]
+    if not experts or not schemes:
+        return False
+    first = replace(experts[0], numerics=schemes[0].numerics)
+    return any(recipe.target.check_family([first], family_of(checkpoint)))
+
+
 def _kept(
     recipe: Recipe, checkpoint: Checkpoint, items: list[Item], matched: Matched
 ) -> Iterator[Kept]:
@@ -73,6 +84,7 @@ def _kept(
         for name, stored in checkpoint.tensors.items()
         if isinstance(stored, ExpertMatrix)
     }
+    experts_refused = _refuses_experts(recipe, checkpoint, matched)
     groups: dict[str, list[Copy]] = defaultdict(list)
     linears: Counter[str] = Counter()  # weights by reason
     quantizable: Counter[str] = Counter()
@@ -83,23 +95,23 @@ def _kept(
             rule = assigned.get(module) if suffix == "weight" else None
             role = roles.get(module) if suffix == "weight" else roles.get(spec.name)
             refusal = matched.refused.get(module) if suffix == "weight" else None
-            built_float = None
             if rule is not None and rule.scheme is None:
                 reason = f"rules.{rule.number - 1}: {rule.keyword}"
             elif refusal is not None:
-                reason = built_float = refusal.what
+                reason = refusal.what
             elif role is None:
                 reason = "not a matrix"
             else:
                 reason = f"no rule matches: {role}"
-            if role in LINEAR:
-                linears[reason] += spec.numel
-                if role in BODY and not (built_float or recipe.target.built_float(module, names)):
-                    quantizable[reason] += spec.numel
             if item.edit is not None:
                 reason = f"{' or '.join(filter(None, edited))}; else as it is"
             if item.source.kind:
                 reason += ", decoded"
+            if role in LINEAR:
+                linears[reason] += spec.numel
+                never = refusal or recipe.target.built_float(module, names)
+                if role in BODY and not never and not (role == "expert" and experts_refused):
+                    quantizable[reason] += spec.numel
             groups[reason].append(item)
     for reason, copies in sorted(groups.items()):
         specs = [out.spec for copy in copies for out in copy.outputs]

@@ -137,7 +137,8 @@ _DBRX = ExpertLayout(
 # models/gemma4/modeling_gemma4.py:1264-1302; vllm 0.32.0, model_executor/models/gemma4.py:646-660,
 # 1405-1421 and gemma4_mm.py:1044-1057. llama4: transformers 5.23.0,
 # models/llama4/modeling_llama4.py:54-84. qwen3_5_moe: transformers 5.23.0,
-# models/qwen3_5_moe/modeling_qwen3_5_moe.py:831-872. step3p7, whose language model is a step3p5:
+# models/qwen3_5_moe/modeling_qwen3_5_moe.py:831-872. minimax_m3_vl_text: transformers 5.23.0,
+# models/minimax_m3_vl/modeling_minimax_m3_vl.py:189-217. step3p7, whose language model is a step3p5:
 # transformers 5.23.0, models/step3p7/modeling_step3p7.py:545-580. qwen4_exp: transformers 5.23.0,
 # models/qwen4_exp/modeling_qwen4_exp.py:915-947; vllm 0.32.0, models/qwen4_exp/nvidia/model.py:178.
 # hy_v4: transformers 5.23.0, models/hy_v4/modeling_hy_v4.py:541-572; vllm 0.32.0,
@@ -181,6 +182,7 @@ EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
     "mistral4": (_MLP,),
     "muse_spark": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
     "muse_spark_text": (replace(_MLP, copies="only", hidden="moe_hidden_size"),),
+    "minimax_m3_vl_text": (_MLP,),
     "openai_privacy_filter": (_GPT_OSS,),
     "qwen3_5_moe": (_MLP,),
     "qwen3_5_moe_text": (_MLP,),

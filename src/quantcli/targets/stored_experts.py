@@ -6,6 +6,7 @@ unless a rule says otherwise.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,14 @@ from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import StoredModule
-from quantcli.targets.vllm_family import EXPERT, last_part, misread_experts, stacked_sets
+from quantcli.targets.vllm_family import (
+    COUNTS,
+    EXPERT,
+    expert_count,
+    last_part,
+    misread_experts,
+    stacked_sets,
+)
 
 _STACK = re.compile(
     r"(?P<experts>(?:.*\.)?experts)\.(?P<name>gate_up_proj|down_proj|w13|w2)(?P<end>.*)"
@@ -153,3 +161,56 @@ def _input_scales(modules: Mapping[str, StoredModule]) -> Iterator[Finding]:
             (first, a), (second, b), *_ = scales.items()
             what = f"is {a:.6g}, and that of `{second}` {b:.6g}: the engine refuses two for one input"
             yield failed("experts", what, f"`{first}.input_scale`", AGAIN)
+
+
+# Families whose list of experts holds those for text and then as many for vision, of another width.
+# Source: transformers 5.23.0, conversion_mapping.py:1465-1483; vllm 0.32.0,
+# model_executor/models/ernie45_vl_moe.py:207-303.
+_TWO_SETS = frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"})
+
+
+def _sizes_of_sets(checkpoint: Checkpoint) -> list[int]:
+    """Numbers of experts that are alike, in the order of a layer's list; empty if it is not known."""
+    config = checkpoint.text_config
+    key, count = expert_count(checkpoint)
+    for listed in (config.get(name) for name in COUNTS):
+        if isinstance(listed, list) and listed and all(type(n) is int and n > 0 for n in listed):
+            return listed
+    if not key:
+        return []
+    return [count, count] if str(config.get("model_type")) in _TWO_SETS else [count]
+
+
+def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Experts that are missing, are too many, or have other tensors than the rest of their layer."""
+    sets: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(lambda: defaultdict(dict))
+    for name, stored in checkpoint.tensors.items():
+        if match := EXPERT.fullmatch(name):
+            sets[match["experts"]][int(match["index"])][match["rest"]] = stored
+    sizes = _sizes_of_sets(checkpoint)
+    count = sum(sizes)
+    for experts, members in sets.items():
+        every = range(max(len(members), count))
+        if (gap := next((index for index in every if index not in members), None)) is not None:
+            yield failed("experts", f"expert {gap} is missing", f"`{experts}`", AGAIN)
+        ends = sizes if len(members) == count and gap is None else [1 + max(members)]
+        for begin, end in itertools.pairwise(itertools.accumulate(ends, initial=0)):
+            alike = {index: found for index, found in members.items() if begin <= index < end}
+            yield from _unlike(experts, alike)
+        if sizes and len(members) > count:
+            what = f"there are {len(members)} experts; config.json says {count}"
+            yield failed("experts", what, f"`{experts}`", AGAIN)
+
+
+def _unlike(experts: str, members: Mapping[int, Mapping[str, StoredTensor]]) -> Iterator[Finding]:
+    """Experts of one set with other tensors than the others."""
+    reference = max(members.values(), key=len)
+    for index, tensors in members.items():
+        if missing := sorted(reference.keys() - tensors.keys()):
+            what = f"lacks {missing[0]}, which other experts have"
+            yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
+        for rest, stored in tensors.items():
+            spec, other = stored.spec, reference[rest].spec if rest in reference else None
+            if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
+                what = f"is {spec}, unlike other experts' {other}"
+                yield failed("experts", what, f"`{spec.name}`", AGAIN)

@@ -17,7 +17,7 @@ from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
 from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule, Values
 from quantcli.targets.sidecars import declared_dtype
-from quantcli.targets.stored_experts import StoredExperts
+from quantcli.targets.stored_experts import StoredExperts, uneven_experts
 from quantcli.targets.vllm_family import (
     EXPERT,
     expert_sets,
@@ -25,7 +25,6 @@ from quantcli.targets.vllm_family import (
     fused_groups,
     fused_name,
     fused_siblings,
-    uneven_experts,
 )
 
 

@@ -5,10 +5,8 @@ Each table names the source in which its facts are read: a project, its version,
 
 from __future__ import annotations
 
-import itertools
 import re
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,10 +15,9 @@ from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Module, Numerics
 from quantcli.targets import drafts, sidecars
-from quantcli.targets.base import AGAIN, KEEP, Fault, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, Target
 from quantcli.targets.misread import MISREAD, NO_CLASS
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
@@ -54,6 +51,9 @@ _FUSED_NAMES: dict[tuple[str, ...], str] = {
 # Names under which some checkpoints store siblings that are already fused.
 # Source: vllm 0.32.0, model_executor/models/phi3.py:11.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Attention of a decoder to what an encoder has put out.
+# Source: vllm 0.32.0, model_executor/models/whisper.py:311-339 (q_proj, and kv_proj of k and v).
+_CROSS = re.compile(r"(?:encoder_attn|cross_?attn|cross_?attention|EncDecAttention)(?:\.\w+)?$")
 EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
@@ -64,8 +64,11 @@ def last_part(module: str) -> str:
 
 def sibling_names(module: str) -> tuple[str, ...]:
     """Last parts of the names that the engine fuses with this one, in order, itself among them."""
-    last = last_part(module)
-    return next((group for group in FUSED if last in group), ())
+    parent, _, last = module.rpartition(".")
+    group = next((group for group in FUSED if last in group), ())
+    if len(group) == 3 and _CROSS.search(parent):
+        return group[1:] if last != group[0] else ()  # queries have inputs of their own
+    return group
 
 
 def has_later_sibling(module: str, modules: Collection[str]) -> bool:
@@ -151,6 +154,10 @@ def float_linear(module: str) -> str | None:
     parent, _, last = module.rpartition(".")
     router = last in {"layer", "proj"} and last_part(parent) == "router"
     return FLOAT_LINEARS.get("router" if router else last)
+
+
+# Sources: vllm 0.32.0, model_executor/models/bert.py:111,575-578,807,867, roberta.py:103-104.
+_OUTPUTS = re.compile(r"(?:^|\.)(?:pooler|classifier|cls|qa_outputs|mlm)(?:\.|$)")
 
 
 def absent_head(tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -320,59 +327,6 @@ def count_in(config: Mapping[str, Any]) -> tuple[str, int]:
     return next(found, ("", 0))
 
 
-# Families whose list of experts holds those for text and then as many for vision, of another width.
-# Source: transformers 5.23.0, conversion_mapping.py:1465-1483; vllm 0.32.0,
-# model_executor/models/ernie45_vl_moe.py:207-303.
-_TWO_SETS = frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"})
-
-
-def _sizes_of_sets(checkpoint: Checkpoint) -> list[int]:
-    """Numbers of experts that are alike, in the order of a layer's list; empty if it is not known."""
-    config = checkpoint.text_config
-    key, count = expert_count(checkpoint)
-    for listed in (config.get(name) for name in COUNTS):
-        if isinstance(listed, list) and listed and all(type(n) is int and n > 0 for n in listed):
-            return listed
-    if not key:
-        return []
-    return [count, count] if str(config.get("model_type")) in _TWO_SETS else [count]
-
-
-def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Experts that are missing, are too many, or have other tensors than the rest of their layer."""
-    sets: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(lambda: defaultdict(dict))
-    for name, stored in checkpoint.tensors.items():
-        if match := EXPERT.fullmatch(name):
-            sets[match["experts"]][int(match["index"])][match["rest"]] = stored
-    sizes = _sizes_of_sets(checkpoint)
-    count = sum(sizes)
-    for experts, members in sets.items():
-        every = range(max(len(members), count))
-        if (gap := next((index for index in every if index not in members), None)) is not None:
-            yield failed("experts", f"expert {gap} is missing", f"`{experts}`", AGAIN)
-        ends = sizes if len(members) == count and gap is None else [1 + max(members)]
-        for begin, end in itertools.pairwise(itertools.accumulate(ends, initial=0)):
-            alike = {index: members[index] for index in range(begin, end) if index in members}
-            yield from _unlike(experts, alike)
-        if sizes and len(members) > count:
-            what = f"there are {len(members)} experts; config.json says {count}"
-            yield failed("experts", what, f"`{experts}`", AGAIN)
-
-
-def _unlike(experts: str, members: Mapping[int, Mapping[str, StoredTensor]]) -> Iterator[Finding]:
-    """Experts of one set with other tensors than the others."""
-    reference = max(members.values(), key=len)
-    for index, tensors in members.items():
-        if missing := sorted(reference.keys() - tensors.keys()):
-            what = f"lacks {missing[0]}, which other experts have"
-            yield failed("experts", what, f"`{experts}.{index}`", AGAIN)
-        for rest, stored in tensors.items():
-            spec, other = stored.spec, reference[rest].spec if rest in reference else None
-            if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
-                what = f"is {spec}, unlike other experts' {other}"
-                yield failed("experts", what, f"`{spec.name}`", AGAIN)
-
-
 _DOWN = frozenset({"down_proj", "w2"})
 
 
@@ -463,6 +417,8 @@ class VllmTarget(Target):
         """Embeddings, routers, Mamba 1 and others that the engine gives no quantization config."""
         if last_part(module) in EMBEDDINGS:
             return "the engine has no quantized embedding of this kind"
+        if _OUTPUTS.search(module):
+            return "the engine builds poolers and classifiers as float"
         if mamba_1(module, names):
             return "the engine builds Mamba 1 as float"
         return float_linear(module)

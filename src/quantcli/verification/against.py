@@ -32,7 +32,7 @@ from quantcli.verification.edits import (
     Candidate,
     Edited,
     answers_of,
-    blocks_of,
+    block_of,
     candidates,
     check_layer,
     choose,
@@ -216,10 +216,10 @@ class _Layer:
             rows = matrix.factors.rows
             if bool((rows == 1).all()) or answers_of(matrix, self.edited):
                 continue
-            _, block = blocks_of(matrix.module)
+            block = block_of(matrix.module)
             for module in (name for name in self.bounds if name not in fitted):
                 weights = self.reference.weight(module), self.ours.weight(module)
-                if module.startswith(block) and shape_of(weights[0]) == shape_of(weights[1]):
+                if module.startswith(f"{block}.") and shape_of(weights[0]) == shape_of(weights[1]):
                     pair = Pair.of(*weights)
                     if (columns := hidden_columns(pair, rows)) is not None:
                         factors = FittedFactors(torch.ones(pair.n), columns)

@@ -202,24 +202,17 @@ def check_layer(
             yield failed("edits", what, f"`{matrix.module}`", CONVERT)
 
 
+def block_of(module: str) -> str:
+    """The module that a matrix and its readers are in. BERT has values in `attention.self`, and their
+    reader in `attention.output`; Moshi has `v_proj.linear` and `o_proj.linear`."""
+    return module.removesuffix(".linear").rpartition(".")[0].removesuffix(".self")
+
+
 def answers_of(matrix: Edited, matrices: Sequence[Edited]) -> set[str]:
     """Names of the matrices next to a matrix whose columns undo the factors of its rows."""
-    others = [m for m in matrices if m is not matrix]
-    for block in blocks_of(matrix.module):
-        neighbours = [m for m in others if m.module.startswith(block)]
-        found = {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
-        if found:
-            return found
-    return set()
-
-
-def blocks_of(module: str) -> tuple[str, str]:
-    """What the names of matrices next to a module begin with: its block, then the one around it.
-
-    The reader of `attention.self.value` is `attention.output.dense` in models that follow BERT.
-    """
-    block = module.rpartition(".")[0]
-    return f"{block}.", f"{block.rpartition('.')[0]}."
+    block = block_of(matrix.module)
+    neighbours = [m for m in matrices if m.module.startswith(f"{block}.") and m is not matrix]
+    return {m.module for m in neighbours if _answers(matrix.factors.rows, _read_by(m.factors))}
 
 
 def hidden_columns(pair: Pair, rows: Tensor) -> Tensor | None:

@@ -195,11 +195,12 @@ class Expert(nn.Module):
 
 
 class Numbered(nn.Module):
-    """An MLP behind a norm, and experts of which the first gets all tokens."""
+    """An MLP like that of CTRL behind a norm, and experts of which the first gets all tokens."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(8), Expert()
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         self.experts = nn.ModuleList([Expert(), Expert()])
 
     def forward(self, x):
@@ -208,17 +209,17 @@ class Numbered(nn.Module):
 
 
 def test_numbers_in_names_tell_experts_and_not_linears_apart():
-    """fc2 reads what fc1 made, and is left alone; fc1 of the expert without tokens is not."""
+    """`mlp.2` reads what `mlp.0` made, and is left alone; fc1 of the expert without tokens is not."""
     layer = Numbered()
     flow = Flow(Matrices("l", layer), None, 6)
     with torch.no_grad(), norms_followed("l", layer), flow:
         layer(torch.randn(2, 3, 8))
-    modules = ["mlp.fc1", "mlp.fc2"]
+    modules = ["mlp.0", "mlp.2"]
     modules += [f"experts.{expert}.{name}" for expert in (0, 1) for name in ("fc1", "fc2")]
     segments = {f"l.{name}.weight": [[Segment(0, 8, f"l.{name}")]] for name in modules}
     (norm,) = LayerLayout(segments, flow).producers()
     assert [reader.matrix.parameter for reader in norm.readers] == [
-        "l.mlp.fc1.weight", "l.experts.0.fc1.weight", "l.experts.1.fc1.weight"
+        "l.mlp.0.weight", "l.experts.0.fc1.weight", "l.experts.1.fc1.weight"
     ]  # fmt: skip
 
 

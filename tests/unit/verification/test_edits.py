@@ -71,3 +71,12 @@ def test_a_reader_may_stand_in_the_next_block():
     assert len(list(check_layer([], [value, other], {}))) == 2
     far = Edited("layer.0.output.dense", columns, None)
     assert len(list(check_layer([], [value, far], {}))) == 2
+
+
+def test_linears_may_be_wrapped_one_by_one():
+    """As in Moshi: `v_proj.linear` and `o_proj.linear`."""
+    rows = FittedFactors(torch.tensor([2.0, 1, 1, 4]), torch.ones(4))
+    columns = FittedFactors(torch.ones(4), 1 / rows.rows)
+    names = [f"layers.0.self_attn.{name}_proj.linear" for name in "vo"]
+    edited = [Edited(names[0], rows, None), Edited(names[1], columns, None)]
+    assert not list(check_layer([], edited, {}))

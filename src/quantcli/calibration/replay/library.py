@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,11 @@ def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """The part of a model that takes text: its class, its key in config.json, and the beginning of the
     names of its tensors. None if that is the whole model."""
     return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+
+
+# Linears that multiply by the transposed weight themselves, which taps do not see.
+# Source: transformers 5.23.0, models/falcon/modeling_falcon.py:59-64.
+_AS_LINEAR = frozenset({"FalconLinear"})
 
 
 def build_model(
@@ -78,6 +84,9 @@ def build_model(
     except Exception as error:
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
+    for module in built.modules():
+        if type(module).__name__ in _AS_LINEAR and isinstance(module, nn.Linear):
+            module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]
     return built
 
 

@@ -116,10 +116,10 @@ class StatesWriter:
     """
 
     def __init__(self, folder: Path, file: str, shapes: Sequence[TensorSpec], budget: int) -> None:
-        """file: its name. shapes: dtype and shape of each batch."""
-        specs = [TensorSpec(_key(batch), s.dtype, s.shape) for batch, s in enumerate(shapes)]
+        """file: its name. shapes: of each batch; the dtype is that of what is put."""
+        self._shapes = [spec.shape for spec in shapes]
         self._folder, self._path = folder, folder / file
-        self._writer = ShardWriter(folder, self._path.name, layout(specs), read_soon=True)
+        self._opened: ShardWriter | None = None
         self._states = States(budget)
         self._listed: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -127,10 +127,19 @@ class StatesWriter:
     def put(self, batch: int, hidden: Tensor, carry: Carry = NOTHING_CARRIED) -> None:
         """Write the hidden states of a batch, and what is carried next to them."""
         hidden = hidden.cpu().contiguous()
-        self._writer.write(_key(batch), 0, tensor_bytes(hidden))
+        self._writer(hidden).write(_key(batch), 0, tensor_bytes(hidden))
         self._states.hold(batch, hidden)
         if carry:
             self._listed[batch] = {name: self._keep(item) for name, item in carry.items()}
+
+    def _writer(self, hidden: Tensor) -> ShardWriter:
+        """The writer of the file. Layers may hand on another dtype than embeddings, as Mamba 2 does."""
+        with self._lock:
+            if self._opened is None:
+                dtype = safetensors_dtype(hidden.dtype)
+                specs = [TensorSpec(_key(b), dtype, shape) for b, shape in enumerate(self._shapes)]
+                self._opened = ShardWriter(self._folder, self._path.name, layout(specs), read_soon=True)
+            return self._opened
 
     def _keep(self, item: Any) -> Any:
         if not isinstance(item, Tensor):
@@ -154,7 +163,8 @@ class StatesWriter:
             path = self._folder / _carried_file(self._path.name)
             with disk_errors(path):
                 path.write_text(json.dumps(batches))
-        self._writer.finish()
+        assert self._opened is not None, "nothing was put"
+        self._opened.finish()
         self._states.stored = _stored(self._path)
         return self._states
 
@@ -162,7 +172,8 @@ class StatesWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.abandon()  # closes the file if it was not finished
+        if self._opened is not None:
+            self._opened.abandon()  # closes the file if it was not finished
 
 
 def _stored(path: Path) -> dict[int, StoredTensor]:
@@ -185,8 +196,7 @@ def load_states(folder: Path, file: str, shapes: Sequence[TensorSpec], budget: i
         stored, listed = _stored(folder / file), _load_listed(folder, file)
     except (QuantError, ValueError):
         return None
-    stored_shapes = [(stored[b].spec.dtype, stored[b].spec.shape) for b in sorted(stored)]
-    if listed is None or stored_shapes != [(spec.dtype, spec.shape) for spec in shapes]:
+    if listed is None or [stored[b].spec.shape for b in sorted(stored)] != [s.shape for s in shapes]:
         return None
     states = States(budget)
     states.stored, states.listed = stored, listed

@@ -127,12 +127,14 @@ def skip_rule(labels: Mapping[str, str]) -> Iterator[Refusal]:
         if label == FLOAT or prefix in seen or (not expert and sibling_names(name)):
             continue
         seen.add(prefix)
-        position = bisect_left(floats, prefix)
-        if position < len(floats) and floats[position].startswith(prefix):
+        for looked_up in (prefix, *built_as(prefix)):
+            position = bisect_left(floats, looked_up)
+            if position == len(floats) or not floats[position].startswith(looked_up):
+                continue
             other = floats[position].removesuffix(".weight")
             yield Refusal(
                 name,
-                f"`{prefix}` begins the name of `{other}`, which stays float: the engine would take "
+                f"`{looked_up}` begins the name of `{other}`, which stays float: the engine would take "
                 "both for float and misread the codes",
                 "give both the same scheme",
             )
