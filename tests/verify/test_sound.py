@@ -117,3 +117,21 @@ def test_edits_of_one_row_and_the_same_of_two_norms(tmp_path):
     columns = [name for name, edit in edits.items() if edit == "1 columns x 2..2"]
     readers = ("mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{letter}_proj" for letter in "kqo"))
     assert sorted(columns) == sorted([*(f"0.{reader}" for reader in readers), "1.self_attn.o_proj"])
+
+
+@pytest.mark.parametrize(("family", "place", "what"), [
+    ("llama", "layers", "layer 3 is missing"), ("qwen3_moe", "experts", "expert 8 is missing"),
+])  # fmt: skip
+def test_a_huge_number_in_a_name_takes_neither_memory_nor_time(tmp_path, family, place, what):
+    """A name of a few bytes must not make up more layers or experts than there are."""
+    model = make_tiny(tmp_path / "model", family)
+    file = next(model.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if f".{place}.0." in name and name.endswith("up_proj.weight"))
+    tensors[name.replace(f"{place}.0", f"{place}.{10**20}")] = tensors[name].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    (model / "model.safetensors.index.json").unlink(missing_ok=True)
+    few = ("expect.quantizable_pct=>= 1",)
+    quantize(plan("w8a8_dynamic", model=str(model), out=tmp_path / "out", overrides=few))
+    report = verify(VerifyOptions(tmp_path / "out"))
+    assert what in [f.what for f in report.findings if f.check == place]

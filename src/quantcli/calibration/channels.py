@@ -17,6 +17,8 @@ from quantcli.calibration.replay.skeleton import Segment, Segments
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.planning.measured import EditFactors
 
+_EXPERT = re.compile(r"(?<=experts\.)(?:expert_)?\d+(?=\.)")
+
 
 @dataclass(frozen=True)
 class ChannelReader:
@@ -76,11 +78,11 @@ class LayerLayout:
                 leaders[matrix] = first.setdefault((key, expert), matrix)
         for parameters in self._together:
             for source in self._flow.norms.values():  # what reads a norm reads the tokens
-                places = {shape_of(name) for name in source.readers}
+                read = self._parameters(source, alike=True)
                 matrices = [
                     matrix
                     for matrix, _ in self.matrices()
-                    if matrix.parameter in parameters and shape_of(matrix.parameter) in places
+                    if matrix.parameter in parameters and matrix.parameter in read
                 ]
                 leaders |= dict.fromkeys(matrices, matrices[0]) if matrices else {}
         return leaders
@@ -89,7 +91,7 @@ class LayerLayout:
         """Sources of channels that can be scaled without changing the layer's function, norms first."""
         for name, source in self._flow.norms.items():
             if not bool(source.escaped.any()) and source.readers:
-                readers = self._readers(source, None)
+                readers = self._readers(source, None, alike=True)
                 yield Producer(readers, torch.ones_like(source.escaped), norm=name)
         for name, source in self._flow.rows.items():
             for expert in range(len(self.segments.get(name, []))):
@@ -107,24 +109,37 @@ class LayerLayout:
             modules += self.modules([producer.matrix])
         return any(module not in quantized for module in modules)
 
-    def _readers(self, source: ChannelSource, expert: int | None) -> tuple[ChannelReader, ...]:
-        """Every matrix that reads a source, and those like it that had no token (other experts)."""
+    def _readers(
+        self, source: ChannelSource, expert: int | None, *, alike: bool = False
+    ) -> tuple[ChannelReader, ...]:
+        """Every matrix that reads a source. expert, alike: see `_parameters`; None for all experts."""
+        return tuple(
+            ChannelReader(Matrix(parameter, number), channels)
+            for parameter, channels in self._parameters(source, alike=alike).items()
+            for number in range(len(self.segments[parameter]))
+            if expert is None or len(self.segments[parameter]) == 1 or number == expert
+        )
+
+    def _parameters(self, source: ChannelSource, *, alike: bool) -> dict[str, Tensor]:
+        """The parameters that read a source, with the channel of each column.
+
+        alike: also those of experts that had no token, if their like of another expert reads it. What
+        had tokens and did not read the source is not like it, such as `ffn.2` next to `ffn.0`.
+        """
         shapes = {shape_of(name): channels for name, channels in source.readers.items()}
-        readers = []
-        for parameter, experts in self.segments.items():
-            channels = shapes.get(shape_of(parameter))
-            if channels is None:
-                continue
-            for number in range(len(experts)):
-                if expert is None or len(experts) == 1 or number == expert:
-                    readers.append(ChannelReader(Matrix(parameter, number), channels))
-        return tuple(readers)
+        found: dict[str, Tensor] = {}
+        for parameter in self.segments:
+            channels = source.readers.get(parameter)
+            if channels is None and alike and parameter not in self._flow.inputs:
+                channels = shapes.get(shape_of(parameter))
+            if channels is not None:
+                found[parameter] = channels
+        return found
 
 
 def shape_of(parameter: str) -> str:
-    """A parameter's name without numbers of experts: the same for all of a layer, but not for fc1 and
-    fc2."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter)
+    """A parameter's name without the number of an expert: the same for all experts of a layer."""
+    return _EXPERT.sub("*", parameter)
 
 
 def norm_offset(norm: nn.Module) -> int | None:

@@ -374,7 +374,7 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer
 
 def refuse_transposed(checkpoint: Checkpoint) -> None:
     """InputError for a family whose weights are [in, out]."""
-    kind = checkpoint.config.get("model_type")
+    kind = str(checkpoint.config.get("model_type"))
     if kind in _TRANSPOSED:
         raise InputError(
             f"weights of `{kind}` are stored transposed, which this version does not quantize",

@@ -78,7 +78,7 @@ class NextTokenLayer:
 
 def next_token_layer(checkpoint: Checkpoint) -> NextTokenLayer | None:
     """The next-token layer that a replay can follow; None if there is none, or if it cannot."""
-    kinds = {level.get("model_type") for level in (checkpoint.config, checkpoint.text_config)}
+    kinds = {str(level.get("model_type")) for level in (checkpoint.config, checkpoint.text_config)}
     first = _layers(checkpoint)
     for layout in LAYOUTS:
         if first is None or not kinds & layout.families:

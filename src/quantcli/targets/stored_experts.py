@@ -195,7 +195,7 @@ def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield failed("experts", f"expert {gap} is missing", f"`{experts}`", AGAIN)
         ends = sizes if len(members) == count and gap is None else [1 + max(members)]
         for begin, end in itertools.pairwise(itertools.accumulate(ends, initial=0)):
-            alike = {index: members[index] for index in range(begin, end) if index in members}
+            alike = {index: found for index, found in members.items() if begin <= index < end}
             yield from _unlike(experts, alike)
         if sizes and len(members) > count:
             what = f"there are {len(members)} experts; config.json says {count}"

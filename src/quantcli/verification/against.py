@@ -51,6 +51,8 @@ from quantcli.verification.reference import (
 )
 from quantcli.verification.structure import Structure, faults_of_model, layer_of
 
+# Ends of names of a norm's weight; older checkpoints of BERT and its kin have `gamma` and `beta`.
+_OF_NORMS = (".weight", ".gamma")
 _LARGE = 1000  # modules: in a larger model, only the worst keep their histograms in the report
 
 
@@ -128,7 +130,7 @@ class _Layer:
         """Compare all tensors: first those that are copied, then matrices, then edits of both."""
         for name in names:
             yield from self._sort(name)
-        norms = {name: pair for name, pair in self.vectors.items() if name.endswith(".weight")}
+        norms = {name: pair for name, pair in self.vectors.items() if name.endswith(_OF_NORMS)}
         options = candidates(norms)
         for group in _siblings(self.bounds):
             # of norms that were divided alike, each group takes one that no other group has
@@ -282,12 +284,13 @@ def _vectors(
     """Findings for biases that were not multiplied like their module: rows of a matrix, or a norm."""
     rows = {matrix.module: matrix.factors.rows for matrix in edited}
     for name, (before, after) in vectors.items():
-        if name.endswith(".weight"):
+        if name.endswith(_OF_NORMS):
             continue
         module = name.rpartition(".")[0]
         factors = rows.get(module, torch.ones(1))
-        if module not in rows and f"{module}.weight" in vectors:
-            old, new = vectors[f"{module}.weight"]
+        weight = next((module + end for end in _OF_NORMS if module + end in vectors), None)
+        if module not in rows and weight is not None:
+            old, new = vectors[weight]
             factors = torch.where(old != 0, new.float() / old.float(), 1.0)
         if not torch.allclose(after.float(), before.float() * factors, rtol=2.0**-6, atol=1e-30):
             what = "changed in another way than the weight of its module"

@@ -204,8 +204,8 @@ def check_layer(
 
 def block_of(module: str) -> str:
     """The module that a matrix and its readers are in. BERT has values in `attention.self`, and their
-    reader in `attention.output`."""
-    return module.rpartition(".")[0].removesuffix(".self")
+    reader in `attention.output`; Moshi has `v_proj.linear` and `o_proj.linear`."""
+    return module.removesuffix(".linear").rpartition(".")[0].removesuffix(".self")
 
 
 def answers_of(matrix: Edited, matrices: Sequence[Edited]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -280,9 +281,9 @@ def _layers(stored: Model) -> Iterator[Finding]:
             rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", match["rest"])
             stacks[match["stack"]][int(match["index"])].add(rest.removesuffix(".weight"))
     for stack, layers in stacks.items():
-        absent = sorted(set(range(max(layers) + 1)) - layers.keys())
-        if absent:
-            yield failed("layers", f"layer {absent[0]} is missing", f"`{stack}`", CONVERT)
+        absent = next(index for index in itertools.count() if index not in layers)
+        if absent < max(layers):
+            yield failed("layers", f"layer {absent} is missing", f"`{stack}`", CONVERT)
         yield from _incomplete(checkpoint, stack, layers)
     yield from check_sizes(stored, [len(layers) for layers in stacks.values()])
     if lm_head(checkpoint) == "lost":
@@ -307,7 +308,8 @@ def _incomplete(checkpoint: Checkpoint, stack: str, layers: dict[int, set[str]])
             _, lacking = min((len(kind - modules), sorted(kind - modules)) for kind in larger)
             what, where = f"lacks `{lacking[0]}`, which other layers have", f"`{stack}.{index}`"
             norms = all("norm" in name.lower() for name in lacking)
-            if not any(described[index] == described[i] for kind in larger for i in kinds[kind]):
+            own = described.get(index)
+            if not any(own == described.get(i) for kind in larger for i in kinds[kind]):
                 yield noted("layers", f"{what}; config.json describes it in another way", where)
             elif norms and index == 0 and not generates(checkpoint):
                 yield noted("layers", f"{what}; its input may be normalized before", where)
@@ -322,8 +324,8 @@ _LISTS = (
 )  # fmt: skip
 
 
-def _described(checkpoint: Checkpoint, count: int) -> list[list[object]]:
+def _described(checkpoint: Checkpoint, count: int) -> dict[int, tuple[object, ...]]:
     """For each of `count` layers, the entries of the lists in config.json that have as many."""
     values = [checkpoint.text_config.get(key) for key in _LISTS]
     lists = [value for value in values if isinstance(value, (list, str)) and len(value) == count]
-    return [list(entries) for entries in zip(*lists, strict=True)] if lists else [[]] * count
+    return dict(enumerate(zip(*lists, strict=True)))

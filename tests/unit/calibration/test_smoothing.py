@@ -13,6 +13,7 @@ from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.methods.smoothing import Smoothing
 from quantcli.calibration.policy import Policy, Quantized
+from quantcli.calibration.replay.skeleton import Segment
 from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
@@ -180,6 +181,46 @@ def test_what_counts_as_reading(use, readers):
         assert not bool(norm.escaped.any())
         assert len(norm.readers) == readers
         assert all(torch.equal(c, torch.arange(8)) for c in norm.readers.values())
+
+
+class Expert(nn.Module):
+    """Two linears whose names differ in a number, and whose shapes do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, h):
+        return self.fc2(torch.relu(self.fc1(h)))
+
+
+class Numbered(nn.Module):
+    """An MLP like that of CTRL behind a norm, and experts of which the first gets all tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.experts = nn.ModuleList([Expert(), Expert()])
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.mlp(h) + self.experts[0](h)
+
+
+def test_numbers_in_names_tell_experts_and_not_linears_apart():
+    """`mlp.2` reads what `mlp.0` made, and is left alone; fc1 of the expert without tokens is not."""
+    layer = Numbered()
+    flow = Flow(Matrices("l", layer), None, 6)
+    with torch.no_grad(), norms_followed("l", layer), flow:
+        layer(torch.randn(2, 3, 8))
+    modules = ["mlp.0", "mlp.2"]
+    modules += [f"experts.{expert}.{name}" for expert in (0, 1) for name in ("fc1", "fc2")]
+    segments = {f"l.{name}.weight": [[Segment(0, 8, f"l.{name}")]] for name in modules}
+    (norm,) = LayerLayout(segments, flow).producers()
+    assert [reader.matrix.parameter for reader in norm.readers] == [
+        "l.mlp.0.weight", "l.experts.0.fc1.weight", "l.experts.1.fc1.weight"
+    ]  # fmt: skip
 
 
 class Gemma(nn.Module):

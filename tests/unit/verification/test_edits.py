@@ -59,3 +59,24 @@ def test_few_columns_under_the_noise_of_4_bits(k, head):
     assert torch.equal(found, columns)
     assert hidden_columns(pair_of(weight, weight + noise), rows) is None
     assert hidden_columns(pair_of(weight[:, :40], weight[:, :40]), rows) is None
+
+
+def test_a_reader_may_stand_in_the_next_block():
+    """As in BERT: the reader of `self.value` is `output.dense` of the same attention."""
+    rows = FittedFactors(torch.tensor([2.0, 1, 1, 4]), torch.ones(4))
+    columns = FittedFactors(torch.ones(4), 1 / rows.rows)
+    value, reader = Edited("layer.0.attention.self.value", rows, None), "layer.0.attention.output.dense"
+    assert not list(check_layer([], [value, Edited(reader, columns, None)], {}))
+    other = Edited(reader, FittedFactors(torch.ones(4), columns.columns.flip(0)), None)
+    assert len(list(check_layer([], [value, other], {}))) == 2
+    far = Edited("layer.0.output.dense", columns, None)
+    assert len(list(check_layer([], [value, far], {}))) == 2
+
+
+def test_linears_may_be_wrapped_one_by_one():
+    """As in Moshi: `v_proj.linear` and `o_proj.linear`."""
+    rows = FittedFactors(torch.tensor([2.0, 1, 1, 4]), torch.ones(4))
+    columns = FittedFactors(torch.ones(4), 1 / rows.rows)
+    names = [f"layers.0.self_attn.{name}_proj.linear" for name in "vo"]
+    edited = [Edited(names[0], rows, None), Edited(names[1], columns, None)]
+    assert not list(check_layer([], edited, {}))
