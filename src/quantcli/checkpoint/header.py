@@ -202,8 +202,6 @@ def name_fault(name: str) -> str | None:
     """What is wrong with the name of a tensor, as it came with a model; None for a good name."""
     if not name:
         return "a tensor has an empty name"
-    if name.startswith("."):
-        return f"tensor name {name[:40]!r} begins with a dot"
     if len(name.encode()) > MAX_NAME:
         return f"tensor name starting {name[:40]!r} is over {MAX_NAME} bytes"
     if not name.isprintable():  # NUL, newlines, escape codes, bidirectional overrides

@@ -416,6 +416,12 @@ def _dead_rule(
 
 
 def _must_be_float(spec: TensorSpec, rule: Rule) -> None:
+    if spec.name == ".weight":
+        raise InputError(
+            "the weight of a module without a name cannot be quantized",
+            where=f"`{spec.name}` ({rule.where})",
+            fix="rename the tensor; no engine looks for such a name",
+        )
     if spec.dtype not in FLOATS or spec.numel == 0:
         raise InputError(
             f"cannot quantize {spec}; it must be bfloat16, float16 or float32, and not empty",

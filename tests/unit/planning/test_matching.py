@@ -8,6 +8,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.planning.plan import Quantize
 from quantcli.planning.planner import make_plan
 from quantcli.recipe import recipe as recipes
+from tests.builders import tensor, write_safetensors
 from tests.e2e.conftest import make_llama
 
 RECIPE = """\
@@ -58,3 +59,12 @@ def test_items_name_their_rules(tmp_path):
     lines = {i.module.rpartition(".")[2]: i.where.rpartition(":")[2] for i in items}
     assert lines["q_proj"] == lines["v_proj"] == "5"
     assert lines["down_proj"] == "6"
+
+
+def test_a_weight_of_no_module_is_refused(tmp_path):
+    make_llama(tmp_path / "m")
+    table = {".weight": tensor("BF16", 16, 16), "a.q_proj.weight": tensor("BF16", 16, 16)}
+    write_safetensors(tmp_path / "m" / "model.safetensors", table)
+    (tmp_path / "r.yaml").write_text("target: ascend\nrules: [{match: '*', scheme: w8a8_dynamic}]\n")
+    with pytest.raises(InputError, match="module without a name"):
+        make_plan(recipes.load_recipe(tmp_path / "r.yaml"), open_checkpoint(tmp_path / "m"))
