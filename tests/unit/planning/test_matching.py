@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.core.errors import InputError
 from quantcli.planning.plan import Quantize
 from quantcli.planning.planner import make_plan
 from quantcli.recipe import recipe as recipes
