@@ -148,11 +148,16 @@ class _Roles:
         self._matrices: dict[str, tuple[int, ...]] = {}  # by module
         self._mixers: set[str] = set()  # modules with a recurrence
         self._with_experts: set[str] = set()  # parents of modules `experts`
+        self._listed: dict[str, re.Match[str] | None] = {}  # of each matrix, its place in a list
+        renamed: dict[str, str] = {}
         for stored in checkpoint.tensors.values():
             spec = stored.spec
             module, _, suffix = spec.name.rpartition(".")
             if suffix in WEIGHTS and len(spec.shape) == 2:
-                self._matrices[_numbered(module)] = spec.shape
+                numbered = _numbered(module)
+                if numbered != module:
+                    renamed[numbered] = module
+                self._matrices[numbered] = spec.shape
             elif len(spec.shape) > 2 and (_EXPERT.search(spec.name) or self._is_stack(spec.shape)):
                 self._matrices[spec.name.removesuffix(".weight")] = spec.shape
             elif len(spec.shape) == 3 and suffix == "weight" and 1 in spec.shape[1:]:
@@ -167,7 +172,7 @@ class _Roles:
         self.found: dict[str, Role] = {}
         alike: dict[tuple[object, ...], Role] = {}
         for module, shape in self._matrices.items():
-            match = _LISTED.fullmatch(module)
+            match = self._listed[module]
             if match is None or (match["list"] or "") not in self.body:
                 self.found[module] = self._outside(module, match is not None)
                 continue
@@ -182,10 +187,8 @@ class _Roles:
             if key not in alike:
                 alike[key] = self._within(rest, shape, mixer, parent in self._with_experts)
             self.found[module] = alike[key]
-        for stored in checkpoint.tensors.values():
-            module = stored.spec.name.removesuffix(".weight")
-            if (numbered := _numbered(module)) != module and numbered in self.found:
-                self.found[module] = self.found.pop(numbered)
+        for numbered, module in renamed.items():
+            self.found[module] = self.found.pop(numbered)
 
     def _is_stack(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of three sides has a matrix for each expert."""
@@ -198,7 +201,8 @@ class _Roles:
         widths: dict[str, set[int]] = defaultdict(set)
         self._drafts = set()
         for module, shape in self._matrices.items():
-            if (match := _LISTED.fullmatch(module)) is None:
+            match = self._listed[module] = _LISTED.fullmatch(module)
+            if match is None:
                 continue
             name = match["list"] or ""
             lists[name][int(match["index"])] += shape[-1] * shape[-2]

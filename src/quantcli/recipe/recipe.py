@@ -78,7 +78,7 @@ class Rule:
         patterns = f"match: {', '.join(self.patterns)}" if self.patterns else ""
         return "   ".join(filter(None, (patterns, roles)))
 
-    @property
+    @cached_property  # experts come in tens of thousands
     def key(self) -> tuple[int, str, int]:
         """The identity of a rule; another one if its scheme was replaced because data was missing, and
         for each choice."""
