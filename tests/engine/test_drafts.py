@@ -74,7 +74,7 @@ def loaded(environment, tmp_path_factory):
 
 
 def misnamed(folder, source):
-    """A copy whose `ignore` has the names of tensors, as a tool without a word on drafts writes it."""
+    """A copy whose `ignore` has the names of tensors, as tools that do not know drafts do."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

@@ -33,7 +33,7 @@ TOKENS = 48
 
 @dataclass(frozen=True)
 class Compared:
-    """The relative error of a converted model's outputs; or None, and why there is no number."""
+    """The relative error of a converted model's outputs. If there is none: None, and the reason."""
 
     name: str
     recipe: str

@@ -4,7 +4,7 @@
 
 A model of each type's default config, without weights, gives the names and shapes of a checkpoint. The
 run fails if less than 95 % of the weights of linears outside of towers and draft layers have a role in
-the layers of the language model, or if a role there is given to what is no linear.
+the layers of the language model, or if an embedding, router, head or convolution has such a role.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LESS = {
     "blt": "projections between its encoder and its decoder are outside of layers",
     "fnet": "the head's transform and the pooler of a model with two layers",
     "fsmt": "its head is called output_projection",
-    "ibert": "its linears are no modules of torch, and its tensors have other names",
+    "ibert": "the judge does not know its class of linears, and judges its head alone",
     "jetmoe": "its attention experts are refused",
     "mobilebert": "the head's transform of a model with few layers",
     "modernvbert": "what joins its tower is called connector and proj",

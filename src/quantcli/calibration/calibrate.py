@@ -89,7 +89,7 @@ class Calibrator:
         return self._load(states_file(done))
 
     def _enter(self, stack: int, final: States | None, *, write: bool = True) -> States:
-        """Note the calls of a stack; the inputs of its first layer, written if there is no better."""
+        """Note the calls of a stack. Returns the inputs of its first layer; `write`: also to a file."""
         specs, replay = self._specs, self.calibration.replay
         specs.clear()
         self._stack = stack

@@ -52,7 +52,9 @@ _LAYERS = (
 )  # fmt: skip
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim")
 _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp")
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+# Keys of config.json for the number of experts.
+# Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 # Blocks of config.json for both halves of one model; next to a language model they describe a tower.
 _HALVES = ("encoder", "decoder", "encoder_config", "decoder_config")
 _BOTH = frozenset({"encoder", "decoder"})
@@ -108,7 +110,7 @@ class _Sizes:
             width=frozenset(n for level in (text, *halves) for n in _whole(level, _WIDTHS)),
             layers=frozenset(n for level in (text, *halves) for n in _whole(level, _LAYERS)),
             drafts=max(_whole(text, _DRAFTS), default=0),
-            experts=max(_whole(text, _EXPERTS), default=0),
+            experts=max(_whole(text, COUNTS), default=0),
             gates=frozenset(heads | {2 * n for n in heads}),
             towers=tuple(n for n in _others(config, text) if config is not text or n not in _BOTH),
         )

@@ -15,10 +15,11 @@ from typing import Literal
 
 from quantcli.checkpoint.checkpoint import CONFIG, STACKED, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.roles import COUNTS
 from quantcli.core.errors import InputError
 from quantcli.sources.base import AGAIN, wrong
 from quantcli.sources.expert_stack import ExpertMatrix, Stack
-from quantcli.targets.vllm_family import COUNTS, EXPERT, expert_count
+from quantcli.targets.vllm_family import EXPERT, expert_count
 
 Copies = Literal["each", "all", "none", "only"]
 _GATED = ("gate_proj", "up_proj")

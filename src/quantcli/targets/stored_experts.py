@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed
@@ -21,7 +22,6 @@ from quantcli.core.numerics import Module
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import (
-    COUNTS,
     EXPERT,
     expert_count,
     last_part,

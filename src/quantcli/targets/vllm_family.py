@@ -14,6 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics
 from quantcli.targets import drafts, sidecars
@@ -307,11 +308,6 @@ def float_linears(output: PlannedCheckpoint) -> list[str]:
         if any(name.endswith("encoder.conv1.weight") for name in output.tensors):
             names.append("proj_out")  # of Whisper
     return names
-
-
-# Keys of config.json for the number of experts.
-# Source: vllm 0.32.0, transformers_utils/model_arch_config_convertor.py:190-196.
-COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:

@@ -276,8 +276,8 @@ class Replay:
         )
 
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
-        """What the model puts out for every batch, in order: logits [batch, length, vocabulary], logits
-        of classes, or, if there is no tensor for a head, hidden states [batch, length, hidden]."""
+        """What the model puts out for every batch, in order: logits [batch, length, vocabulary], or
+        logits of classes. If the head has no tensor: hidden states [batch, length, hidden]."""
         with outside(self.skeleton, self._read, self.device), _one_thread():
             for number, batch in enumerate(self.batches):
                 final = states.get(number).to(self.device)
