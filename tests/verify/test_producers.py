@@ -434,27 +434,6 @@ def test_float_routers_that_ignore_lacks(tmp_path):
     assert "model.layers.0.mlp.gate.weight" in decoded(open_checkpoint(path)).tensors
 
 
-SMALL = {
-    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
-    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
-}
-
-
-@pytest.mark.parametrize("form", SMALL)
-def test_formats_that_cannot_be_checked_are_noted(tmp_path, source, form):
-    def encode(weight):
-        parts = mxfp4(weight)
-        return {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}
-
-    block = producers.groups(f"{form}-pack-quantized", SMALL[form], None)
-    path = quantized(tmp_path / "q", encode, block)
-    report = examine(path, source)
-    assert errors(report) == []
-    assert notes(report)[0].endswith(f"more: {form}")
-    with pytest.raises(InputError, match=f"cannot decode {form}"):
-        decoded(open_checkpoint(path))
-
-
 # -- MXFP8 ---------------------------------------------------------------------------------------------
 
 
