@@ -62,7 +62,7 @@ class NvFp4FloatInputs(EmulationNvFp4LinearKernel):
     """Weights decoded by vLLM's own function, float inputs: for the kernel that it insists on."""
 
     def apply_weights(self, layer, x, bias=None):
-        """weight uint8 [n, k / 2], weight_scale e4m3 [n, k / 16], weight_global_scale [], multiplied."""
+        """weight uint8 [n, k / 2], weight_scale e4m3 [n, k / 16], weight_global_scale []."""
         used.add("nvfp4_float_inputs")
         parts = layer.weight.data, layer.weight_scale.data, layer.weight_global_scale
         weight = nvfp4_emulation_utils.dequantize_to_dtype(*parts, x.dtype, swizzle=False)
