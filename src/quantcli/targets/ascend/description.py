@@ -32,6 +32,7 @@ class Description:
     labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
              whose type the engine does not have.
     cache:   the type of the cache of keys and values; None if it stays float.
+    group_size, version: as they are there; None if they are missing.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -39,6 +40,7 @@ class Description:
         self.findings: list[Finding] = []
         table = self._read()
         self.cache = table.get("kv_cache_type")
+        self.group_size, self.version = table.get("group_size"), table.get("version")
         self.entries: dict[str, Any] = {
             key: value
             for key, value in table.items()
@@ -74,11 +76,12 @@ class Description:
         for key, value in self.entries.items():
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
-            elif key.endswith(".weight"):
+            elif key.endswith((".weight", ".weight_packed")):
                 if value not in {FLOAT, *TYPES, *UNCHECKED}:
                     unknown[value].append(key)
                 if MISNAMED.get(value, value) in {FLOAT, *TYPES, *UNCHECKED}:
-                    self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
+                    # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:1029-1031
+                    self.labels[key.rpartition(".")[0]] = MISNAMED.get(value, value)
         for value, keys in unknown.items():
             yield _unknown_type(value, keys)
         for key, value in self.entries.items():

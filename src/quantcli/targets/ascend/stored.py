@@ -6,16 +6,17 @@ from collections.abc import Collection, Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
-from quantcli.core.findings import Finding, failed
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
-from quantcli.targets.ascend.tensor_parallel import limits
-from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN
+from quantcli.targets.ascend.tensor_parallel import SLICES, limits
+from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN, QuantType, w4a16
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import Sides, StoredModule
-from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
+from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, recorded_shape
+from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
 # Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
@@ -37,6 +38,7 @@ class AscendCheckpoint(StoredFormat):
         description = Description(self.checkpoint)
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
+        self._group_size, self._version = description.group_size, description.version
         self._with_cache = description.cache == "C8"
         self.readable = bool(description.entries)
         return description.findings
@@ -48,13 +50,15 @@ class AscendCheckpoint(StoredFormat):
             yield from self._cache(module)
             if label in UNCHECKED:
                 self.unchecked[module] = f"type {label}"
+            elif label in TYPES and TYPES[label].weight.suffix in tensors:
+                yield from self._quantized(module, label)
             elif "weight" not in tensors:
                 if suffixes := sorted(tensors.keys() & SUFFIXES):
                     yield orphan(module, suffixes[0])
             elif label == FLOAT:
                 yield from self._float(module)
             elif label in TYPES:
-                yield from self._quantized(module, label)
+                yield self.missing(module, TYPES[label].weight.suffix)
 
     def _float(self, module: str) -> Iterator[Finding]:
         tensors = self.by_module[module]
@@ -88,10 +92,12 @@ class AscendCheckpoint(StoredFormat):
         return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
-        layout, tensors = TYPES[label], self.by_module[module]
-        numerics = next((numerics for numerics, t in WRITTEN.items() if t.label == label), None)
-        yield from self.check_layout(module, layout, numerics)
-        if len(tensors["weight"].spec.shape) != 2:
+        layout, tensors = self._layout(label), self.by_module[module]
+        numerics = next((numerics for numerics, t in WRITTEN.items() if t is layout), None)
+        codes = tensors[layout.weight.suffix].spec
+        faults = list(self._shapes(module, layout)) if len(codes.shape) == 2 else []
+        yield from self.check_layout(module, layout, numerics, faults=faults)
+        if len(codes.shape) != 2:
             return
         self.checked["parameters"] += sum(param.suffix in tensors for param in layout.params)
         deq = tensors.get("deq_scale")
@@ -100,8 +106,62 @@ class AscendCheckpoint(StoredFormat):
             what = f"is {deq.spec.dtype}; an engine that serves in {name} reads {right}"
             yield failed("parameters", what, f"`{module}.deq_scale`", AGAIN)
 
+    def _layout(self, label: str) -> QuantType:
+        """The type; W4A16 has its group_size in the description."""
+        size = self._group_size
+        if label == "W4A16" and type(size) is int and size > 0:
+            return w4a16(size)
+        return TYPES[label]
+
+    def _shapes(self, module: str, layout: QuantType) -> Iterator[Finding]:
+        """Findings of shapes that the name of a module decides, or a tensor records."""
+        tensors, (n, k) = self.by_module[module], layout.sides(self._codes_shape(module, layout))
+        bias = tensors.get("scale_bias")
+        slices, other = (SLICES, 1) if splits_inputs(module) else (1, SLICES)
+        if bias is not None and bias.spec.shape == (n, other):
+            what = (
+                f"is {list(bias.spec.shape)}; the engine has [{n}, {slices}] for a module of this name"
+            )
+            yield failed("parameters", what, f"`{module}.scale_bias`", AGAIN)
+        shape = tensors.get("weight_shape")
+        if layout.packed and shape is not None and (sides := recorded_shape(shape)) != (n, k):
+            what = f"says {list(sides) if sides else 'no shape'}; the codes are for {n} x {k}"
+            yield failed("parameters", what, f"`{module}.weight_shape`", AGAIN)
+        if layout.packed and layout.described_group and k % layout.described_group:
+            what = f"groups of {layout.described_group} columns do not divide {k}"
+            yield failed("parameters", what, f"`{module}`", AGAIN)
+
+    def _codes_shape(self, module: str, layout: QuantType) -> tuple[int, ...]:
+        return self.by_module[module][layout.weight.suffix].spec.shape
+
+    def _by_type(self) -> Iterator[Finding]:
+        """Findings of a group_size or a version in the description that types cannot have, and of types
+        that the engine has for experts alone."""
+        first: dict[str, str] = {}
+        for name, module in self.modules.items():
+            first.setdefault(module.layout.label, name)
+            quant_type = self._layout(module.layout.label)
+            if not quant_type.linears and not quant_type.note and not EXPERT.fullmatch(name):
+                what = f"the engine has {quant_type.label} for experts alone"
+                yield failed("loader", what, f"`{name}`", AGAIN)
+        for label, name in first.items():
+            needed = self._layout(label).described_group
+            if needed is not None and self._group_size not in {None, needed}:
+                what = (
+                    f"says group_size {self._group_size!r:.20}; {label} needs {needed}, as of `{name}`"
+                )
+                yield failed("description", what, DESCRIPTION, AGAIN)
+            if label == "W4A8_DYNAMIC" and self._version != "1.0.0":
+                # Source: vllm-ascend 0.25.1rc1, quantization/methods/w4a8.py:96-98
+                what = (
+                    'has no "version": "1.0.0": vLLM-Ascend up to 0.25.1 then takes a byte of '
+                    f"{label} for one code, and stops"
+                )
+                yield noted("description", what, DESCRIPTION)
+
     def check_loader(self) -> Iterator[Finding]:
         """The skip rule for beginnings of names, and look-ups of experts by the name of their set."""
+        yield from self._by_type()
         yield from as_findings("loader", skip_rule(self.labels))
         if str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS:
             for experts in sorted(stacked_sets(self.checkpoint.tensors)):

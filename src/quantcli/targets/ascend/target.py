@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
-from quantcli.core.codes import scale_values, scales_to_store
+from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import (
@@ -26,7 +26,7 @@ from quantcli.targets.ascend.loader import (
     unreachable,
 )
 from quantcli.targets.ascend.stored import AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import SLICES, pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     ON_310P,
     TRANSFORM,
@@ -35,6 +35,9 @@ from quantcli.targets.ascend.types import (
     QuantType,
     deq_from_stored,
     deq_to_store,
+    nibbles,
+    pairs,
+    scale_bias,
 )
 from quantcli.targets.base import (
     KEEP,
@@ -136,15 +139,26 @@ class Ascend(VllmTarget):
         weight_scale [n, ceil(k / group_size)] in the stored form of its type, and no offset.
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
+        W4A8_DYNAMIC has codes of two rows in a byte, int8 [n / 2, k], and scale_bias float32 [n, 1].
+        W4A16 has weight_packed int32 [n, k / 8], see pack_signed, weight_scale [n, k / group_size] in
+        the serving dtype, and weight_shape int32 [2], n and k.
         """
         quant_type = self.layout(numerics)
-        stored = {"weight": parts["weight"]}
+        if quant_type.packed:
+            return {
+                "weight_packed": pack_signed(parts["weight"], numerics.weight.element.bits),
+                "weight_scale": parts["weight_scale"],
+                "weight_shape": torch.tensor(shape, dtype=torch.int32),
+            }
+        stored = {"weight": pairs(parts["weight"]) if quant_type.paired else parts["weight"]}
         if quant_type.stores_scale:
             typed = numerics.weight.scale_type is not None
             scale = scales_to_store(parts["weight_scale"]) if typed else parts["weight_scale"].float()
             stored["weight_scale"] = scale
             if quant_type.has_offset:
                 stored["weight_offset"] = torch.zeros_like(scale)
+            if quant_type.paired:
+                stored["scale_bias"] = scale_bias(parts["weight"], scale, 1)
         if quant_type.static:
             serving = parts["input_scale"].dtype
             stored["input_scale"] = parts["input_scale"].float()
@@ -155,10 +169,25 @@ class Ascend(VllmTarget):
             stored |= {name: parts[name] for name in TRANSFORM}
         return stored
 
+    def pack_module(
+        self, module: str, numerics: Numerics, parts: Parts, shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Where devices share inputs, as of down_proj, scale_bias is float32 [n, 16]: each device adds
+        up the slices of its inputs."""
+        stored = self.pack(numerics, parts, shape)
+        if "scale_bias" in stored and splits_inputs(module):
+            stored["scale_bias"] = scale_bias(parts["weight"], stored["weight_scale"], SLICES)
+        return stored
+
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """Codes and scales as stored; the weight_scale of W8A8 is computed from its deq_scale."""
         quant_type = self.layout(numerics)
-        parts = {"weight": stored["weight"]}
+        if quant_type.packed:
+            packed = stored["weight_packed"]
+            bits = numerics.weight.element.bits
+            codes = unpack_signed(packed, bits, packed.shape[1] * 32 // bits)
+            return {"weight": codes, "weight_scale": scale_values(stored["weight_scale"])}
+        parts = {"weight": nibbles(stored["weight"]) if quant_type.paired else stored["weight"]}
         if quant_type.stores_scale:
             parts["weight_scale"] = scale_values(stored["weight_scale"])
         if quant_type.static:
@@ -175,7 +204,9 @@ class Ascend(VllmTarget):
     def engine_parts(self, numerics: Numerics) -> Parts:
         """`input_scale_alg` 0, int64 [1], for inputs whose scales are powers of two: the engine rounds
         these down, except for MiniMax-M3. Source: vllm-ascend 182b75ea84,
-        quantization/methods/w8a8_mxfp8.py:95-99."""
+        quantization/methods/w8a8_mxfp8.py:95-99. `symmetric_inputs`, int64 [1], for W4A8_DYNAMIC."""
+        if numerics in WRITTEN and WRITTEN[numerics].paired:
+            return {"symmetric_inputs": torch.ones(1, dtype=torch.int64)}
         if numerics.input is None or numerics.input.scale != "e8m0":
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
@@ -189,10 +220,14 @@ class Ascend(VllmTarget):
     def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
         """By sizes, and by the split of transformed inputs over devices; experts of some types."""
         assert module.numerics is not None
-        label, (n, k) = self.label(module.numerics), module.shape
+        quant_type, (n, k) = self.layout(module.numerics), module.shape
+        label, expert = quant_type.label, EXPERT.fullmatch(module.name)
         fix = "use w8a8_dynamic for it"
-        if EXPERT.fullmatch(module.name) and not TYPES[label].experts:
+        if expert and not quant_type.experts:
             yield Fault(f"the engine has no {label} for experts", "use w8a8_dynamic for them")
+        if not expert and not quant_type.linears:
+            yield Fault(f"the engine has {label} for experts alone", fix)
+        yield from _unpaired(module, quant_type)
         if label.startswith("W4A4") and k % 8:
             yield Fault(f"{label} takes inputs in multiples of 8; there are {k}", fix, "width")
         elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
@@ -200,7 +235,7 @@ class Ascend(VllmTarget):
         size, step = module.numerics.weight.group_size, pairs_of_groups(module.numerics.weight)
         if size and k % size:
             yield Fault(f"groups of {size} columns do not divide {k}", fix, "width")
-        elif step and EXPERT.fullmatch(module.name) and k % step:
+        elif step and expert and k % step:
             what = f"{label} takes inputs of experts in multiples of {step}; there are {k}"
             yield Fault(what, KEEP, "width")
         if max(n, k) > MAX_SIDE:
@@ -210,10 +245,28 @@ class Ascend(VllmTarget):
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
         """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
         yield from super().check(modules)
+        yield from self._one_group_size(modules)
         for module in modules:
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
         yield from skip_rule(self.labels(modules))
+
+    def _one_group_size(self, modules: Sequence[Module]) -> Iterator[Refusal]:
+        """A refusal of types that need different values of `group_size`: the description has one."""
+        needed: dict[int, tuple[str, str]] = {}
+        for module in {id(m.numerics): m for m in modules}.values():
+            if module.numerics is not None:
+                quant_type = self.layout(module.numerics)
+                if quant_type.described_group is not None:
+                    entry = module.name, quant_type.label
+                    needed.setdefault(quant_type.described_group, entry)
+        if len(needed) > 1:
+            (size, (name, label)), (other_size, (other, other_label)) = list(needed.items())[:2]
+            what = (
+                f"{other_label} needs group_size {other_size} in the description, and `{name}` "
+                f"({label}) needs {size}: there is one for all modules"
+            )
+            yield Refusal(other, what, "use w8a8_dynamic for one of them, or groups of one size")
 
     def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
         """As for all engines of the family; and families whose modules no entry can name."""
@@ -298,5 +351,21 @@ class Ascend(VllmTarget):
         for module in output.modules:
             if match := EXPERT.fullmatch(module.name):  # also of float experts that stay in their stack
                 name = module.name if listed else match["experts"]
-                table[f"{name}.weight"] = labels[module.name]
+                # the engine takes an entry for weight_packed for that of the weight
+                if not listed or f"{name}.weight_packed" not in table:
+                    table[f"{name}.weight"] = labels[module.name]
         return table
+
+
+def _unpaired(module: Module, quant_type: QuantType) -> Iterator[Fault]:
+    """Faults of sides that codes in pairs of rows, or slices of their scale_bias, do not divide.
+
+    Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:313-319 (four bytes of eight rows).
+    """
+    (n, k), label = module.shape, quant_type.label
+    if quant_type.paired and n % 8:
+        what = f"{label} takes outputs in multiples of 8; there are {n}"
+        yield Fault(what, "use w8a8_dynamic for it", "width")
+    if quant_type.paired and splits_inputs(module.name) and k % SLICES:
+        what = f"{label} has a bias for each of {SLICES} slices, which do not divide {k} inputs"
+        yield Fault(what, "use w8a8_dynamic for it", "width")

@@ -19,7 +19,7 @@ _LARGEST_SIDE = 256
 # op_plugin/ops/opapi/KroneckerQuantKernelNpuOpApi.cpp:39-41.
 _STEP = 8
 # Slices of k in a scale_bias. Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:130-131.
-_SLICES = 16
+SLICES = 16
 
 
 def unfit(module: str, k: int, tp: int | None) -> str | None:
@@ -44,8 +44,8 @@ def unfit(module: str, k: int, tp: int | None) -> str | None:
 
 
 def pairs_of_groups(weight: Operand) -> int | None:
-    """Columns that the loader takes together; None for weights without groups."""
-    return weight.group_size and _GROUPS * weight.group_size
+    """Columns that the loader takes together; None for weights without groups of small scales."""
+    return _GROUPS * weight.group_size if weight.group_size and weight.scale else None
 
 
 def unsplit(module: Module, size: int) -> Iterator[Refusal]:
@@ -83,5 +83,5 @@ def limits(module: StoredModule, k: int, devices: int) -> Iterator[str]:
     if step and k % step:
         yield f"{label} needs inputs in multiples of {step} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")
-    if bias is not None and bias.spec.shape[1] > 1 and _SLICES % devices:
-        yield f"its scale_bias has {_SLICES} slices, which do not split over {devices} devices"
+    if bias is not None and bias.spec.shape[1] > 1 and SLICES % devices:
+        yield f"its scale_bias has {SLICES} slices, which do not split over {devices} devices"
