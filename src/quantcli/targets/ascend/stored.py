@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
@@ -12,7 +13,14 @@ from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.tensor_parallel import SLICES, limits
-from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN, QuantType, w4a16
+from quantcli.targets.ascend.types import (
+    TYPES,
+    UNCHECKED,
+    WRITTEN,
+    QuantType,
+    mxfp4_flatquant,
+    type_of,
+)
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, recorded_shape
@@ -40,6 +48,7 @@ class AscendCheckpoint(StoredFormat):
         self.labels = description.labels
         self._group_size, self._version = description.group_size, description.version
         self._with_cache = description.cache == "C8"
+        self._largest_tp = description.largest_tp
         self.readable = bool(description.entries)
         return description.findings
 
@@ -92,13 +101,22 @@ class AscendCheckpoint(StoredFormat):
         return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
-        layout, tensors = self._layout(label), self.by_module[module]
+        layout, tensors = type_of(label, self._group_size), self.by_module[module]
         numerics = next((numerics for numerics, t in WRITTEN.items() if t is layout), None)
+        if layout == mxfp4_flatquant(1) and numerics and splits_inputs(module):
+            layout = mxfp4_flatquant(self._largest_tp)
+            numerics = replace(numerics, blocks=self._largest_tp)
         codes = tensors[layout.weight.suffix].spec
         faults = list(self._shapes(module, layout)) if len(codes.shape) == 2 else []
         yield from self.check_layout(module, layout, numerics, faults=faults)
         if len(codes.shape) != 2:
             return
+        if not layout.linears and not layout.note and not EXPERT.fullmatch(module):
+            what = f"is {label}, which the engine has for experts alone"
+            yield failed("loader", what, f"`{module}`", AGAIN)
+        if not layout.biases and "bias" in tensors:
+            what = f"the matmul of {label} takes biases in float32, and the engine gives it another"
+            yield noted("loader", what, f"`{module}.bias`")
         self.checked["parameters"] += sum(param.suffix in tensors for param in layout.params)
         deq = tensors.get("deq_scale")
         if deq is not None and deq.spec.dtype != (right := _DEQ_DTYPES.get(self.serving_dtype, "F32")):
@@ -106,18 +124,12 @@ class AscendCheckpoint(StoredFormat):
             what = f"is {deq.spec.dtype}; an engine that serves in {name} reads {right}"
             yield failed("parameters", what, f"`{module}.deq_scale`", AGAIN)
 
-    def _layout(self, label: str) -> QuantType:
-        """The type; W4A16 has its group_size in the description."""
-        size = self._group_size
-        if label == "W4A16" and type(size) is int and size > 0:
-            return w4a16(size)
-        return TYPES[label]
-
     def _shapes(self, module: str, layout: QuantType) -> Iterator[Finding]:
         """Findings of shapes that the name of a module decides, or a tensor records."""
-        tensors, (n, k) = self.by_module[module], layout.sides(self._codes_shape(module, layout))
-        bias = tensors.get("scale_bias")
+        tensors = self.by_module[module]
+        n, k = layout.sides(tensors[layout.weight.suffix].spec.shape)
         slices, other = (SLICES, 1) if splits_inputs(module) else (1, SLICES)
+        bias = tensors.get("scale_bias")
         if bias is not None and bias.spec.shape == (n, other):
             what = (
                 f"is {list(bias.spec.shape)}; the engine has [{n}, {slices}] for a module of this name"
@@ -131,37 +143,20 @@ class AscendCheckpoint(StoredFormat):
             what = f"groups of {layout.described_group} columns do not divide {k}"
             yield failed("parameters", what, f"`{module}`", AGAIN)
 
-    def _codes_shape(self, module: str, layout: QuantType) -> tuple[int, ...]:
-        return self.by_module[module][layout.weight.suffix].spec.shape
-
-    def _by_type(self) -> Iterator[Finding]:
-        """Findings of a group_size or a version in the description that types cannot have, and of types
-        that the engine has for experts alone."""
-        first: dict[str, str] = {}
-        for name, module in self.modules.items():
-            first.setdefault(module.layout.label, name)
-            quant_type = self._layout(module.layout.label)
-            if not quant_type.linears and not quant_type.note and not EXPERT.fullmatch(name):
-                what = f"the engine has {quant_type.label} for experts alone"
-                yield failed("loader", what, f"`{name}`", AGAIN)
-        for label, name in first.items():
-            needed = self._layout(label).described_group
-            if needed is not None and self._group_size not in {None, needed}:
-                what = (
-                    f"says group_size {self._group_size!r:.20}; {label} needs {needed}, as of `{name}`"
-                )
-                yield failed("description", what, DESCRIPTION, AGAIN)
-            if label == "W4A8_DYNAMIC" and self._version != "1.0.0":
-                # Source: vllm-ascend 0.25.1rc1, quantization/methods/w4a8.py:96-98
-                what = (
-                    'has no "version": "1.0.0": vLLM-Ascend up to 0.25.1 then takes a byte of '
-                    f"{label} for one code, and stops"
-                )
-                yield noted("description", what, DESCRIPTION)
+    def _old_versions(self) -> Iterator[Finding]:
+        """A note on a description that older versions of the engine misread."""
+        names = (n for n, m in self.modules.items() if m.layout.label == "W4A8_DYNAMIC")
+        if self._version != "1.0.0" and (name := next(names, None)):
+            # Source: vllm-ascend 0.25.1rc1, quantization/methods/w4a8.py:96-98
+            what = (
+                'has no "version": "1.0.0": vLLM-Ascend up to 0.25.1 then takes each byte of '
+                f"`{name}.weight` for one code, and stops"
+            )
+            yield noted("description", what, DESCRIPTION)
 
     def check_loader(self) -> Iterator[Finding]:
         """The skip rule for beginnings of names, and look-ups of experts by the name of their set."""
-        yield from self._by_type()
+        yield from self._old_versions()
         yield from as_findings("loader", skip_rule(self.labels))
         if str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS:
             for experts in sorted(stacked_sets(self.checkpoint.tensors)):
@@ -207,4 +202,4 @@ class AscendCheckpoint(StoredFormat):
 
     def limits(self, module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
         """Widths of kernels, transforms of all inputs, slices of scale_bias."""
-        return limits(module, sides[1], devices)
+        return limits(module, sides[1], devices, self._largest_tp)
