@@ -86,8 +86,8 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
         asked = own.settings.get("sym")
         kind = Kind(bits, group, usual.symmetric if asked is None else asked is True)
         if bits not in _BITS[layout]:
-            known = " and ".join(map(str, _BITS[layout]))
-            what = f"`{name}` has {bits} bits: this version decodes {known} of {layout.upper()}"
+            choices = " and ".join(map(str, _BITS[layout]))
+            what = f"`{name}` has {bits} bits: this version decodes {choices} of {layout.upper()}"
             raise source.refused(what, float8.FLOAT)
         return kind
 

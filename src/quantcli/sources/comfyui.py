@@ -71,16 +71,16 @@ class ComfyUi(SourceFormat):
 
     def read(self, source: Source) -> Iterator[Encoded]:
         """Every module with a format."""
-        told = _metadata(source.checkpoint)
+        by_header = _metadata(source.checkpoint)
         for module, tensors in source.modules.items():
             mark = tensors.get(_MARK)
-            if mark is None and module not in told:
+            if mark is None and module not in by_header:
                 continue
             if "weight" not in tensors:
                 if mark is None:
                     continue
                 raise wrong(mark, f"names a format, and `{module}.weight` is missing")
-            settings = told[module] if mark is None else _json(mark)
+            settings = by_header[module] if mark is None else _json(mark)
             yield _module(source, module, tensors, settings)
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints of AMD Quark: config.json describes the weights of a module by its name, its class, or
-all of them.
+"""Checkpoints of AMD Quark, whose config.json has settings for modules by name, by class, or for all.
 
 Floats lie in rows: e4m3 with a scale per tensor, row or block; four bits with an exponent for every 32
 columns; NVFP4 with `weight_scale_2` on top. int4 in groups lies [k, n / 8] as in AWQ, with the eight
@@ -122,9 +121,8 @@ def _module(settings: _Settings, module: str, tensors: Tensors) -> Encoded:
         blocks = Blocks(weight, "fp4_e2m1", scale, (1, size), whole)
         return blocks.encoded(module, kind, unused)
     if element not in _ROWS or len(entries) > 1:
-        known = "fp8_e4m3, fp4, int8, and int4 and uint4 in groups"
-        what = f"`{module}` has weights of {element!r:.40}: this version decodes {known}"
-        raise source.refused(what, FLOAT)
+        what = f"`{module}` has weights of {element!r:.40}: this version decodes fp8_e4m3, fp4, int8, "
+        raise source.refused(what + "and int4 and uint4 in groups", FLOAT)
     if weight.spec.dtype != {"fp8_e4m3": "F8_E4M3", "int8": "I8"}[element]:
         raise source.contradicted(weight, f"weights are {element}")
     if element == "int8" and entry.get("symmetric") is not True:

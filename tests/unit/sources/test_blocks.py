@@ -51,7 +51,7 @@ def halves(octets, high_first=False):
 
 
 def swizzled(scales):
-    """As tensor cores read scales: of each 128 x 4, row r and column c at 16 (r % 32) + 4 (r // 32) + c."""
+    """As tensor cores read scales: of each 128 x 4, [r, c] at place 16 (r % 32) + 4 (r // 32) + c."""
     rows, groups = scales.shape
     height, width = rows + -rows % 128, groups + -groups % 4
     out = np.full(height * width, 0x38, scales.dtype)
