@@ -66,8 +66,6 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 self.labels[module] = self.float_label
                 if quantized:
                     without_group[_codes_as_float(tensors, ignored)].append(module)
-            elif group.unchecked and quantized:
-                self.labels[module] = self.unchecked[module] = group.unchecked
             elif group.kind is None or group.numerics is None:
                 continue  # `read` reports the group
             elif not quantized and self.float_only(module):
