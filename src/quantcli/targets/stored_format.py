@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
-from quantcli.checkpoint.tensors import read_bytes
+from quantcli.checkpoint.tensors import read_bytes, read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets import tensor_parallel
@@ -225,6 +225,14 @@ def some(names: Collection[str]) -> str:
     return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
+    """n and k in a `weight_shape`; None if it is not two integers."""
+    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
+        return None
+    n, k = read_tensor(stored).tolist()
+    return n, k
+
+
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
     """Findings of a parameter's dtype and shape, for a weight of n x k."""
     where = f"`{spec.name}`"
@@ -260,16 +268,19 @@ def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:
-        if name := fused_name(module.name):
+        if name := fused_siblings(module.name):
             groups[name, module.layout.label].append(module)
     for siblings in groups.values():
-        for suffix in (param.suffix for param in siblings[0].constants if param.shared):
+        fused = fused_name(siblings[0].name) is not None
+        for param in siblings[0].constants:
+            if not param.shared or not (fused or param.of_experts):
+                continue
             names_by_bytes: dict[bytes, list[str]] = defaultdict(list)
             for module in siblings:
-                stored = module.tensors[suffix]
-                names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
+                if stored := module.tensors.get(param.suffix):
+                    names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
             (first, *_), *others = sorted(names_by_bytes.values(), key=len, reverse=True)
             for name in (name for names in others for name in names):
-                what = f"differs from that of `{first}`: the engine keeps one for both, "
-                what += "whichever it reads last"
-                yield failed("siblings", what, f"`{name}.{suffix}`", AGAIN)
+                what = f"differs from that of `{first}`: the engine keeps one for both"
+                what += "" if param.of_experts else ", whichever it reads last"
+                yield failed("siblings", what, f"`{name}.{param.suffix}`", AGAIN)
