@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
-from quantcli.checkpoint.tensors import read_bytes
+from quantcli.checkpoint.tensors import read_bytes, read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets import tensor_parallel
@@ -223,6 +223,14 @@ def some(names: Collection[str]) -> str:
     """The first name, and the number of others."""
     first = next(iter(names))
     return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
+    """n and k in a `weight_shape`; None if it is not two integers."""
+    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
+        return None
+    n, k = read_tensor(stored).tolist()
+    return n, k
 
 
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
