@@ -8,9 +8,8 @@ from functools import cache
 from torch import Tensor
 
 from quantcli.core.codes import code_values, fp8_values, scale_groups, scale_values
-from quantcli.core.errors import InputError
 from quantcli.core.numerics import Numerics, Operand
-from quantcli.targets.base import others_that_store
+from quantcli.targets.base import cannot_store
 from quantcli.targets.layouts import (
     FLOAT_PARAM,
     Blocks,
@@ -107,10 +106,9 @@ SUFFIXES = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quan
 
 def kind_of(numerics: Numerics) -> Kind:
     """The kind of these numerics. InputError for others."""
-    if numerics in _BY_NUMERICS:
-        return _BY_NUMERICS[numerics]
-    what = f"target `modelopt` cannot store {numerics}"
-    raise InputError(what, fix=others_that_store(numerics))
+    if numerics not in _BY_NUMERICS:
+        raise cannot_store("modelopt", numerics)
+    return _BY_NUMERICS[numerics]
 
 
 @cache

@@ -32,8 +32,8 @@ _NUMBERED = re.compile(r"\.\d+\.")  # within a layer of any stack
 # Source: vllm 0.32.0, model_executor/layers/quantization/modelopt.py:237-247.
 _ALWAYS_FLOAT = ("vision_tower", "vision_model", "vit_large_projector")
 # Algorithms of ggml's blocks, which vLLM has next to those of Model-Optimizer.
-# Source: vllm 0.32.0, model_executor/layers/quantization/modelopt.py:1830-1844.
-_OF_GGML = re.compile(r"I?Q\d.*")
+# Source: vllm 0.32.0, model_executor/layers/quantization/modelopt.py:1831-1847, utils/b12x.py:15.
+_OF_GGML = frozenset({"IQ2_XS", "IQ2_XXS", "Q8_0"})
 
 
 def always_float(module: str) -> str | None:
@@ -90,9 +90,9 @@ class ModelOptCheckpoint(StoredFormat):
                 yield failed("loader", reason, f"`{module}`", AGAIN)
                 continue
             algorithm = self._lookup.algorithm(module)
-            if algorithm and algorithm not in KINDS and _OF_GGML.fullmatch(algorithm):
+            if algorithm in _OF_GGML:
                 self.labels[module] = self.unchecked[module] = algorithm
-            elif algorithm not in KINDS:
+            elif algorithm is None or algorithm not in KINDS:
                 self.labels[module] = self.float_label
                 if has_codes:
                     as_float[_codes_as_float(tensors, scales, self._lookup.reason(module))].append(
