@@ -15,8 +15,15 @@ from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, Kind
 from quantcli.targets.modelopt.matching import engine_names
 from quantcli.targets.sidecars import quantization_block
-from quantcli.targets.spellings import draft_expressions, float_towers, skip_list
-from quantcli.targets.vllm_family import EXPERT, expert_set, float_linears, fused_siblings, looked_up_as
+from quantcli.targets.spellings import draft_expressions, float_towers, skip_list, spellings
+from quantcli.targets.vllm_family import (
+    EXPERT,
+    expert_set,
+    float_linears,
+    fused_siblings,
+    is_head,
+    looked_up_as,
+)
 
 METHOD = "modelopt"
 FILE = "hf_quant_config.json"
@@ -127,21 +134,23 @@ def exclude_list(floats: Sequence[str], quantized: Sequence[str], *, draft: bool
         if name not in taken:
             entries[name] = None
         elif name in own:
-            entries[_bracketed(name)] = None
+            entries |= dict.fromkeys(_bracketed(name))
     for name in single:
         if (fused_siblings(name) or name) in bracketed:
-            entries[_bracketed(name)] = None
+            entries |= dict.fromkeys(_bracketed(name))
             if fused := looked_up_as(name):
-                entries[_bracketed(fused)] = None
+                entries |= dict.fromkeys(_bracketed(fused))
     entries |= dict.fromkeys(f"{name}.*" for name in sets)
     towers = float_towers(single, quantized)
     entries |= dict.fromkeys(f"{prefix}{tower}.*" for tower in towers for prefix in ("model.", ""))
     return list(entries)
 
 
-def _bracketed(name: str) -> str:
-    """A wildcard that matches a name alone, and is a part of no other name."""
-    return f"{name[:-1]}[{name[-1]}]"
+def _bracketed(module: str) -> Iterator[str]:
+    """Wildcards for a name that are a part of no other name. The engine may rename its beginning, and
+    so does not know a head by its wildcard."""
+    for name in spellings(module) if is_head(module) else (module,):
+        yield f"{name[:-1]}[{name[-1]}]"
 
 
 def _wildcard(expression: str) -> str:
@@ -233,8 +242,8 @@ def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> Mod
     name = table.get("quant_algo")
     algorithm = name.upper() if isinstance(name, str) else ""
     if algorithm not in {*KINDS, MIXED}:
-        known = ", ".join([*KINDS, MIXED])
-        wrong(f"`quant_algo` is {name!r:.40}; vLLM 0.32 has {known}")
+        names = ", ".join([*KINDS, MIXED])
+        wrong(f"`quant_algo` is {name!r:.40}; vLLM 0.32 has {names}")
         return config
     if algorithm == "NVFP4" and _weights_alone(groups):
         algorithm = "W4A16_NVFP4"
