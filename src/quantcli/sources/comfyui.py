@@ -90,10 +90,8 @@ def _module(source: Source, module: str, tensors: Tensors, settings: Any) -> Enc
     name = settings.get("format") if isinstance(settings, dict) else None
     form = _FORMATS.get(name) if isinstance(name, str) else None
     if form is None:
-        known = ", ".join(_FORMATS)
-        raise wrong(
-            weight, f"has the format {reprlib.repr(name)}: this version decodes {known}", _FLOAT
-        )
+        what = f"has the format {reprlib.repr(name)}: this version decodes {', '.join(_FORMATS)}"
+        raise wrong(weight, what, _FLOAT)
     params = settings.get("params")
     rotated = settings.get("convrot") or (isinstance(params, dict) and params.get("convrot"))
     if rotated or "pre_quant_scale" in tensors:

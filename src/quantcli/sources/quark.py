@@ -1,8 +1,8 @@
 """Checkpoints of AMD Quark, whose config.json has settings for modules by name, by class, or for all.
 
 Floats lie in rows: e4m3 with a scale per tensor, row or block; four bits with an exponent for every 32
-columns; NVFP4 with `weight_scale_2` on top. int4 in groups lies [k, n / 8] as in AWQ, with the eight
-nibbles of a word in AWQ's order or in their own, by `pack_method`; without `u` they are signed.
+columns; NVFP4 with `weight_scale_2` on top. int4 in groups lies [k, n / 8] as in AWQ, eight nibbles in
+an int32, in AWQ's order or one after the other, by `pack_method`; those of `int4` are signed.
 Sources: Quark 1d27b558, quark/torch/utils/pack.py and export/nn/modules/realquantizer.py; vllm 0.32.0,
 model_executor/layers/quantization/quark/quark.py:420-830 and quark/schemes/.
 """
