@@ -225,6 +225,14 @@ def some(names: Collection[str]) -> str:
     return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
+    """n and k in a `weight_shape`; None if it is not two integers."""
+    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
+        return None
+    n, k = read_tensor(stored).tolist()
+    return n, k
+
+
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
     """Findings of a parameter's dtype and shape, for a weight of n x k."""
     where = f"`{spec.name}`"

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.targets.base import AGAIN
 from quantcli.targets.compressed_tensors.config import ConfigGroup, read_groups
@@ -16,7 +15,7 @@ from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
-from quantcli.targets.stored_format import StoredFormat, some
+from quantcli.targets.stored_format import StoredFormat, recorded_shape, some
 from quantcli.targets.vllm_family import (
     QUANTIZED_ROUTERS,
     is_head,
@@ -104,7 +103,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
         if len(codes.spec.shape) == 2:
             n, k = layout.sides(codes.spec.shape)
             if "weight_shape" in {param.suffix for param in layout.params} & tensors.keys():
-                shape = _recorded_shape(tensors["weight_shape"])
+                shape = recorded_shape(tensors["weight_shape"])
                 if shape is not None and shape[0] == n and 0 <= k - shape[1] < 32 // group.kind.bits:
                     k = shape[1]
                 else:
@@ -147,11 +146,3 @@ def _codes_as_float(tensors: Mapping[str, StoredTensor], ignored: bool) -> str:
     has = f"has {suffixes[0]}" if suffixes else f"is {tensors['weight'].spec.dtype}"
     reason = "is in `ignore`" if ignored else "is in no group of quantization_config"
     return f"{reason}, but {has}: the engine would take codes for weights"
-
-
-def _recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
-    """n and k in a `weight_shape`; None if it is not two integers."""
-    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
-        return None
-    n, k = read_tensor(stored).tolist()
-    return n, k
