@@ -79,6 +79,16 @@ def comfyui(module: str, n: int, k: int, seed: int) -> Made:
     } | mark(module, format="nvfp4"), weight
 
 
+def modelopt(module: str, n: int, k: int, seed: int) -> Made:
+    octets, scales = every_byte(n, k // 2, seed), e4m3_scales(n, k // 16)
+    return {
+        f"{module}.weight": u8(octets),
+        f"{module}.weight_scale": of("F8_E4M3", scales),
+        f"{module}.weight_scale_2": quantized.f32(GLOBAL.reshape(())),
+        f"{module}.input_scale": quantized.f32(GLOBAL.reshape(())),
+    }, halves(octets) * np.repeat(quantized.FP8[scales], 16, 1) * GLOBAL
+
+
 def e5m2(module: str, n: int, k: int, seed: int) -> Made:
     codes = quantized.fp8_codes(n, k, seed) & 0xBF
     weight = E5M2[codes] * GLOBAL
@@ -111,6 +121,8 @@ KINDS: dict[str, tuple[Callable[[str, int, int, int], Made], dict[str, Any] | st
     "quark mxfp4": (unpacked, quark(FP4_GROUPS)),
     "auto-round": (gptq, _ROUND),
     "comfyui": (comfyui, None),
+    "modelopt nvfp4": (modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}),
+    "modelopt mxfp8": (mxfp8, {"quant_method": "modelopt", "quant_algo": "MXFP8", "ignore": []}),
     "e5m2": (e5m2, {"quant_method": "fp8"}),
 }
 
@@ -168,7 +180,7 @@ def test_mxfp4_becomes_nvfp4_without_any_loss(box: Box, kind: str, workers: int)
     box.edit_recipe(NVFP4)
     done = run_cli("quantize", box.recipe, "--model", source, "--out", box.out, "--workers", workers)
     assert done.code == 0, done.err
-    assert "7 modules such as `model.layers.0.mlp.down_proj` are MXFP4: no value changes" in done.out
+    assert "7 modules such as `model.layers.0.self_attn.q_proj` are MXFP4: no value changes" in done.out
     back = box.root / "back"
     box.edit_recipe(PLAIN)
     assert run_cli("quantize", box.recipe, "--model", box.out, "--out", back).code == 0
