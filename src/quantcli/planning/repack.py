@@ -134,6 +134,7 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
     return origin
 
 
+_OF_SCALES = frozenset({"positive", "signed", "divisor", "multiplier"})  # rules for their numbers
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale", ".kv_cache_offset")
 
 
@@ -284,7 +285,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[Output, ...]:
             elif param.suffix == "deq_scale" and dtype == torch.int64:  # bits of a float32
                 stored[param.suffix] = torch.ones(shape).view(torch.int32).to(dtype)
             else:
-                value = float(param.values in {"positive", "signed"} or param.suffix == "deq_scale")
+                value = float(param.values in _OF_SCALES or param.suffix == "deq_scale")
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 
