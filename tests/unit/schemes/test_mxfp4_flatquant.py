@@ -1,4 +1,4 @@
-"""The arithmetic of mxfp4_flatquant: the kernel's roundings, blocks that devices keep, what is learned."""
+"""The arithmetic of mxfp4_flatquant: the kernel's roundings, blocks of devices, what is learned."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_the_engine_takes_any_clip_ratio_alike():
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_devices_with_their_blocks_compute_the_whole(devices):
-    """Each has a slice of inputs, of codes and of scales, and the part of the diagonal that is its own."""
+    """Each has a slice of inputs, codes and scales, and its own part of the diagonal."""
     k, blocks = 512, 4
     parts = make_parts(draw(12, k, seed=6) / 20, BF16, blocks)
     x = draw(9, k, seed=7).to(BF16)
