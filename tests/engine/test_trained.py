@@ -58,6 +58,8 @@ EMULATED = ("mxfp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4-fp8")
 # where weights alone are coarse; inputs are rounded again wherever bfloat16 around them rounded
 CORRELATED = {"w4a16": 0.97, "w4a16-channel": 0.97, "nvfp4a16": 0.97, "mixed": 0.6}
 OTHERS_CORRELATED = 0.35
+# how far perplexities may be apart; inputs of four bits are rounded otherwise at many places
+APART = {"nvfp4": 1.5e-2, "mxfp4": 1.5e-2}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,8 @@ def test_computes_what_verify_run_computes(trained, replayed, name):
     theirs = tensor(answer) - tensor(trained.answer("float"))
     both = torch.stack([theirs.flatten(), (scores - replayed).flatten()])
     assert float(torch.corrcoef(both)[0, 1]) > CORRELATED.get(name, OTHERS_CORRELATED)
-    assert abs(answer.perplexity / math.exp(-float(scores.mean())) - 1) < 2.5e-3
+    ratio = answer.perplexity / math.exp(-float(scores.mean()))
+    assert ratio == pytest.approx(1, abs=APART.get(name, 2.5e-3))
 
 
 @pytest.mark.parametrize("name", EMULATED)
