@@ -141,6 +141,7 @@ REFUSED = {
     ),
     "latent keys": ([(f"{L}.self_attn.kv_b_proj", SQUARE, NV)], "by an identity matrix"),
     "latent keys, static": ([(f"{L}.self_attn.kv_b_proj", SQUARE, STATIC)], "by an identity matrix"),
+    "next tokens": ([("mtp.fc", SQUARE, NV16)], "builds `mtp.fc` as float if the model is W4A16_NVFP4"),
     "two schemes of a draft": (
         [
             ("fc", SQUARE, MX),
@@ -167,6 +168,7 @@ def test_what_is_taken():
     assert [refusals(expert) for expert in experts] == [[]] * 4
     assert refusals((f"{L}.self_attn.o_proj", (200, 256), BLOCK)) == []
     assert refusals((f"{L}.self_attn.kv_b_proj", SQUARE, MX)) == []
+    assert refusals(("mtp.fc", SQUARE, MX)) == []
 
 
 # -- both descriptions ---------------------------------------------------------------------------
