@@ -119,7 +119,7 @@ def stood_for(codes: torch.Tensor, parameters: dict, name: str) -> torch.Tensor:
         values = E2M1[(nibbles & 7).long()] * (1 - 2.0 * (nibbles >> 3))
     if scale.dtype == torch.uint8:
         scale = torch.exp2(scale.float() - 127)
-    scale = scale.float()
+    scale = scale.float().unsqueeze(1) if scale.shape == codes.shape[:1] else scale.float()
     if scale.dim() == codes.dim() and scale.shape[-1] > 1:
         scale = scale.repeat_interleave(values.shape[-1] // scale.shape[-1], -1)
     if last is not None:  # the same for all parts

@@ -11,7 +11,13 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Module
 from quantcli.targets.base import AGAIN
-from quantcli.targets.modelopt.config import FILE, ModelOptConfig, own_settings, read_settings
+from quantcli.targets.modelopt.config import (
+    FILE,
+    ModelOptConfig,
+    nameless_head,
+    own_settings,
+    read_settings,
+)
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, SUFFIXES, Kind, float_in_four_bits, layout_of
 from quantcli.targets.modelopt.matching import Entries, Layers
 from quantcli.targets.spellings import of_no_module
@@ -20,6 +26,7 @@ from quantcli.targets.vllm_family import (
     QUANTIZED_ROUTERS,
     check_blocks,
     float_linear,
+    is_head,
     is_linear,
     last_part,
     stacked_sets,
@@ -183,12 +190,15 @@ class _Lookup:
 
     def __init__(self, config: ModelOptConfig, stored: ModelOptCheckpoint) -> None:
         self._mixed = config.algorithm == MIXED
+        self._nameless_head = nameless_head(stored.checkpoint.config)
         self._usual = config.algorithm
         self._entries = Entries(config.excluded, stored.by_module, stored._draft)
         self._layers = Layers(config.layers, stored.by_module)
 
     def algorithm(self, module: str) -> str | None:
         """In capitals; None if the engine builds the module as float."""
+        if self._nameless_head and is_head(module):
+            return None if self._mixed else self._usual
         if self._entries.excluded(module):
             return None
         if self._mixed:
