@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.core.kernels import BLOCK, LANES
+from quantcli.core.kernels import BLOCK, LANES, WIDE
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -94,6 +94,51 @@ def encode(
     scale = scale.contiguous()
     run(rows.data_ptr(), count, k, tall, columns, scale.data_ptr(), codes.data_ptr())
     return codes
+
+
+def encode_groups(
+    rows: Tensor,
+    element: str,
+    by: str,
+    columns: int,
+    whole: Tensor | None,
+    first: tuple[float, bool],
+    count: int,
+    table: Tensor,
+    least: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Packed codes and scales of groups: float [..., n, k] -> uint8 [..., n, ceil(k / 2)], float32 [...,
+    n, ceil(k / columns)]. See `quantize` in schemes/arithmetic/fp4.py.
+
+    by:    the type of the scales.
+    whole: float32 [1], on top of them; None: 1.
+    first: what the largest value over the scale is near to for the first scale that is tried, and
+           whether it may not be over that.
+    count: how many are tried, up to WIDE.
+    table: the scales by their codes, float32; least: the code of the smallest that a group may have.
+    """
+    if whole is not None and (whole.device.type != "cpu" or whole.numel() != 1):
+        return None
+    run = _of("encode_groups", rows, element, by, str(columns))
+    if run is None:
+        return None
+    k = rows.shape[-1]
+    n, groups = rows.numel() // k, -(-k // columns)
+    scale = torch.empty((*rows.shape[:-1], groups))
+    packed = torch.empty((*rows.shape[:-1], -(-k // 2)), dtype=torch.uint8)
+    last = len(table) - 1
+    table = torch.cat([table, table[-1:].expand(WIDE - 1), torch.full((1,), torch.nan)])
+    inverses = 1 / (table if whole is None else table * whole)
+    sizes, steps = torch.zeros(2, groups * columns)
+    left, lanes = torch.full((2, WIDE), torch.inf)
+    codes = torch.zeros(groups * columns, dtype=torch.uint8)
+    firsts = torch.empty(groups, dtype=torch.int32)
+    run(
+        rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), *first, count, least, last,
+        table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(), left.data_ptr(),
+        lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(), packed.data_ptr(),
+    )  # fmt: skip
+    return packed, scale
 
 
 def decode(codes: Tensor, element: str, scale: Tensor | None, columns: int) -> Tensor | None:
