@@ -284,3 +284,25 @@ def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
                 what = f"differs from that of `{first}`: the engine keeps one for both"
                 what += "" if param.of_experts else ", whichever it reads last"
                 yield failed("siblings", what, f"`{name}.{param.suffix}`", AGAIN)
+
+
+def unlike_scales(modules: Iterable[StoredModule]) -> Iterator[Finding]:
+    """A note on siblings of which each has one scale, and not the same.
+
+    Sources: vllm 0.32.0, model_executor/layers/quantization/utils/w8a8_utils.py:75-107,
+    modelopt.py:2146-2157 and, for experts, utils/fp8_utils.py (process_fp8_weight_tensor_strategy_moe).
+    """
+    groups: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for module in modules:
+        scale = float(read_tensor(module.tensors["weight_scale"]).reshape(()))
+        groups[fused_siblings(module.name) or module.name].append((module.name, scale))
+    unlike = [names for names in groups.values() if len({scale for _, scale in names}) > 1]
+    if unlike:
+        first, a = unlike[0][0]
+        second, b = next(entry for entry in unlike[0] if entry[1] != a)
+        more = f" ({len(unlike) - 1} more like it)" if len(unlike) > 1 else ""
+        what = (
+            f"`{first}` has weight_scale {a:.6g} and `{second}` {b:.6g}{more}: the engine fuses "
+            "them, and rounds codes again to the larger scale"
+        )
+        yield noted("siblings", what)

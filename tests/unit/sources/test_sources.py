@@ -523,7 +523,7 @@ FP8_CODES = ("F8_E4M3", (2, 2), bytes(4))
         (fp8(), {"quant_method": "gguf"}, "this version decodes ascend, auto-round, awq, comfyui"),
         (fp8(), {"quant_method": ["fp8"]}, "already quantized"),
         (fp8(), None, "has no quantization_config for its fp8 weights"),
-        (fp8(), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "`quant_algo` is 'NVFP4': this"),
+        (fp8(), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "`a.weight_scale` is missing"),
         (fp8(), {"quant_method": "modelopt"}, "`quant_algo` is ''"),
         (fp8(), "fp8", "`quantization_config` is 'fp8', not an object"),
         (without(AWQ_TENSORS, "scales"), AWQ, "`a.scales` is missing"),

@@ -57,11 +57,13 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
     def dequantize(blocks: Blocks) -> Tensor:
         codes = _unpacked(blocks, kind, numerics)
         scale = scale_values(blocks["weight_scale"])
-        if weight.global_scale:
-            scale = scale * multiplier(blocks["weight_global_scale"])
         if scale.numel() == 1:
-            return codes * scale.reshape(())
-        return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
+            values = codes * scale.reshape(())
+        else:
+            values = scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
+        if weight.global_scale:  # last: products of a code and its scale are exact
+            values /= blocks["weight_global_scale"].float().reshape(())
+        return values
 
     def words(shape: tuple[int, ...]) -> Sides:
         """n and k; packed codes may have fewer columns, which only weight_shape records."""

@@ -17,17 +17,13 @@ from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, recorded_shape, some
 from quantcli.targets.vllm_family import (
+    QUANTIZED_ROUTERS,
     is_head,
     is_linear,
     stacked_sets,
     tied_head,
 )
 
-# Model types whose routers the engine gives a quant_config.
-# Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
-_QUANTIZED_ROUTERS = frozenset(
-    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "lfm2_moe", "k2_horizon"}
-)
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
 
@@ -69,7 +65,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 continue  # `read` reports the group
             elif not quantized and self.float_only(module):
                 self.labels[module] = self.float_label
-                if str(self.checkpoint.text_config.get("model_type")) in _QUANTIZED_ROUTERS:
+                if str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS:
                     routers.append(module)
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
