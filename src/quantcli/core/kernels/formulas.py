@@ -298,7 +298,7 @@ ENCODERS = {
 class Grid(NamedTuple):
     """A type of scales in compiled code.
 
-    above:   positive float32 -> the code of the least scale that is not below it, or one after the last.
+    above:   positive float32 -> the code of the least scale that is not below it, or a larger one.
     nearest: the code of the nearest scale.
     """
 

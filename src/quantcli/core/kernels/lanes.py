@@ -17,11 +17,12 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from quantcli.core.kernels import WIDE as COUNT
 
+_compiled: Any = intrinsic  # for callers a function of lanes
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, COUNT), ir.VectorType(_INT, COUNT)
 
 
-class _Lanes(types.Type):  # type: ignore[misc]  # numba has no types
+class _Lanes(types.Type):
     """The type of such a value."""
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ LANES_TYPE = _Lanes()
 
 
 @register_model(_Lanes)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _FLOATS)
 
@@ -47,7 +48,7 @@ def _place(builder: Any, pointer: Any, index: Any) -> Any:
     return builder.bitcast(builder.gep(pointer, [index]), _FLOATS.as_pointer())
 
 
-@intrinsic
+@_compiled
 def load(typing: Any, pointer: Any, index: Any) -> Any:
     """COUNT numbers from `pointer[index]` on."""
 
@@ -57,7 +58,7 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
     return LANES_TYPE(types.CPointer(types.float32), types.int64), generate
 
 
-@intrinsic
+@_compiled
 def store(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
     """The inverse."""
 
@@ -69,7 +70,7 @@ def store(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
     return types.void(types.CPointer(types.float32), types.int64, LANES_TYPE), generate
 
 
-@intrinsic
+@_compiled
 def spread(typing: Any, number: Any) -> Any:
     """One number in every lane."""
 
@@ -82,7 +83,7 @@ def spread(typing: Any, number: Any) -> Any:
 def _arithmetic(symbol: Any, name: str) -> None:
     """An operator of Python: IEEE arithmetic lane by lane."""
 
-    @intrinsic
+    @_compiled
     def compute(typing: Any, a: Any, b: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(*arguments)
@@ -105,7 +106,7 @@ for _symbol, _name in (
 def _on_bits(compute: Callable[[Any, Any, Any], Any]) -> Any:
     """A function of the bits of each lane and of an int32, the same for all."""
 
-    @intrinsic
+    @_compiled
     def on_bits(typing: Any, lanes: Any, number: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             lanes, number = arguments
@@ -129,7 +130,7 @@ def _halved(builder: Any, lanes: Any, choose: Callable[[Any, Any], Any]) -> Any:
     return builder.extract_element(lanes, ir.Constant(_INT, 0))
 
 
-@intrinsic
+@_compiled
 def largest_bits(typing: Any, lanes: Any) -> Any:
     """The largest int32 among the bits of the lanes."""
 
@@ -139,7 +140,7 @@ def largest_bits(typing: Any, lanes: Any) -> Any:
     return types.int32(LANES_TYPE), generate
 
 
-@intrinsic
+@_compiled
 def place_of_least(typing: Any, lanes: Any) -> Any:
     """The place of the smallest number; of equals the first, and 0 if there is NaN among them."""
 
@@ -163,7 +164,7 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.bitcast(found, _FLOATS)
 
 
-@intrinsic
+@_compiled
 def bits_larger(typing: Any, a: Any, b: Any) -> Any:
     """Of each lane the one whose bits are the larger int32."""
 

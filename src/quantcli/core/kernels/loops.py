@@ -300,7 +300,7 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
 
 
 def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
-    """Codes of groups of 16 or 32 columns and their scales, see `quantize` in schemes/arithmetic/fp4.py.
+    """Codes of groups of 16 or 32 columns, and scales, see `quantize` in schemes/arithmetic/fp4.py.
 
     wide: the columns of a group. Of 16 no number is over the largest one by more than half a step.
     up: whether the first scale is the least that is not too small, or the nearest one; count: how many
@@ -328,7 +328,9 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
     def by_scales(x, start, inverses):
         """The errors of 16 columns, with a scale in each lane."""
         one = pair(x, start, start + 8, inverses) + pair(x, start + 4, start + 12, inverses)
-        one = one + (pair(x, start + 2, start + 10, inverses) + pair(x, start + 6, start + 14, inverses))
+        one = one + (
+            pair(x, start + 2, start + 10, inverses) + pair(x, start + 6, start + 14, inverses)
+        )
         other = pair(x, start + 1, start + 9, inverses) + pair(x, start + 5, start + 13, inverses)
         more = pair(x, start + 3, start + 11, inverses) + pair(x, start + 7, start + 15, inverses)
         return one + (other + more)
@@ -378,8 +380,8 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
                 firsts[group] = largest_bits(most)
             for group in range(groups):
                 amax = as_f32(firsts[group])
-                wanted = amax / whole / reach
-                code = above(wanted) if up else nearest(wanted)
+                ideal = amax / whole / reach
+                code = above(ideal) if up else nearest(ideal)
                 code = min(max(code, i32(least)), i32(last))
                 firsts[group] = code if firsts[group] < i32(0x7F800000) else i32(last + WIDE)
             for group in range(groups):

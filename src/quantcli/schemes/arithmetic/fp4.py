@@ -138,12 +138,16 @@ def quantize(rows: Tensor, whole: Tensor | None, grid: Grid, *, search: bool) ->
     search: of the scales tried, the one with the least squared error; of equals the smallest. Else
     e4m3 scales are the nearest to amax / 6, and powers of two those that clip nothing.
     """
-    reach = grid.reach if search else LARGEST
-    up = search or grid.scale == "e8m0"
-    compiled = kernels.encode_groups(
-        rows, _FP4.name, grid.scale, grid.columns, whole, (reach, up), grid.count if search else 1,
-        grid.table, grid.code(SCALES[grid.scale].least),
-    )  # fmt: skip
+    by = kernels.Groups(
+        grid.columns,
+        grid.scale,
+        grid.table,
+        grid.code(SCALES[grid.scale].least),
+        reach=grid.reach if search else LARGEST,
+        up=search or grid.scale == "e8m0",
+        count=grid.count if search else 1,
+    )
+    compiled = kernels.encode_groups(rows, _FP4.name, by, whole)
     if compiled is not None:
         return compiled
     groups = tiles.cut(rows, grid.columns)
