@@ -6,7 +6,7 @@ another dtype or part of a gradient, empty ones, and if no code can be compiled.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ def encode(
     return codes
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Groups of columns, and the scales that they may have.
 
     columns: of a group.
@@ -144,9 +145,10 @@ def encode_groups(
     codes = torch.zeros(groups * by.columns, dtype=torch.uint8)
     firsts = torch.empty(groups, dtype=torch.int32)
     run(
-        rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), by.reach, by.up, by.count, by.least,
-        last, table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(), left.data_ptr(),
-        lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(), packed.data_ptr(),
+        rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), by.reach, by.up, by.count,
+        by.least, last, table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(),
+        left.data_ptr(), lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(),
+        packed.data_ptr(),
     )  # fmt: skip
     return packed, scale
 

@@ -85,7 +85,7 @@ def multiplier(divisor: Tensor) -> Tensor:
     """A global scale as the engine multiplies with it: float32 [1]. divisor: as stored, [1] or [].
 
     Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/
-    compressed_tensors_w4a4_nvfp4.py:99-119.
+    compressed_tensors_w4a4_nvfp4.py:101-137.
     """
     return 1 / divisor.float().reshape(1)
 
