@@ -455,11 +455,12 @@ def cache_items(
                 if given:
                     what = f"the statistics of its cache lack {tensor.part}"
                     raise InputError(what, where=f"`{layer.name}`", fix="calibrate again")
-                yield CacheScale(StoredTensor(spec, Path(), 0), layer=layer.name, ready=False)
+                nothing = StoredTensor(spec, Path(), 0)
+                yield CacheScale(nothing, layer=layer.name, part=tensor.part, ready=False)
                 continue
             if stored.spec.numel != spec.numel:
                 what = f"its cache has {stored.spec.numel} numbers as {tensor.part}, not {spec.numel}"
                 raise InputError(what, where=f"`{layer.name}`", fix="calibrate again")
             there = StoredTensor(replace(spec, dtype=stored.spec.dtype), stored.file, stored.offset)
             dtype = None if stored.spec.dtype == "F32" else "F32"
-            yield CacheScale(there, dtype=dtype, layer=layer.name)
+            yield CacheScale(there, None, dtype, layer.name, tensor.part)

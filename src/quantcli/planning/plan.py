@@ -25,7 +25,7 @@ from quantcli.recipe.methods import MethodOptions, methods_for
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
-from quantcli.targets.kv_cache import AttentionLayer
+from quantcli.targets.kv_cache import AttentionLayer, CachePart
 from quantcli.targets.layouts import Output, StoredModule
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
@@ -59,11 +59,12 @@ class CacheScale(Copy):
     """A scale or an offset of the cache of keys and values: measured, or of the source.
 
     source: the numbers, under the name and in the shape that they get.
-    layer:  the name of its layer of attention.
+    layer:  the name of its layer of attention. part: what it is there.
     ready:  whether there are numbers; there are none yet before a calibration.
     """
 
     layer: str = ""
+    part: CachePart = "k_scale"
     ready: bool = True
 
 
@@ -432,6 +433,12 @@ class Plan(Work):
             for method in methods
             for result in method.results
         }
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the scales and offsets of the cache."""
+        items = (item for shard in self.shards for item in shard.items if isinstance(item, CacheScale))
+        return sum(item.outputs[0].spec.nbytes for item in items)
 
     @property
     def quantized_modules(self) -> int:

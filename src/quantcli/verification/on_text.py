@@ -10,7 +10,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.replay.served import Forward, Served, token_log_probs
+from quantcli.calibration.replay.served import (
+    Forward,
+    Served,
+    ServedCache,
+    decibels,
+    token_log_probs,
+)
 from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
@@ -108,6 +114,9 @@ def verify_run(
                 return
             (sums if predicts else outputs).add(expected, actual, batch)
     report.count("layer outputs", len(layers))
+    if ours.cache is not None:
+        report.add(_cache_findings(ours.cache))
+        report.count("rounded cache", len(ours.cache.sqnr()))
     if not predicts:
         report.run = outputs.report(layers)
         report.add([*_layer_findings(layers), *outputs.findings()])
@@ -153,6 +162,17 @@ def _layers(
     return layers
 
 
+def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
+    """Scales with which keys or values come out of the cache with a larger error than their type has."""
+    least = cache.cache.element.sqnr_db
+    for (layer, part), sqnr in cache.sqnr().items():
+        if not sqnr >= least:
+            side = "keys" if part == "k_scale" else "values"
+            what = f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
+            fix = "its scale is of another layer or model, or was measured on other text: measure it anew"
+            yield failed("rounded cache", what, f"`{layer}`, {part}", fix)
+
+
 def _other_model(what: str, expected: int, ours: int) -> Finding:
     text = f"the models have different {what}, {expected} and {ours}: they cannot be run side by side"
     return failed("layer outputs", text, None, "give the model that the checkpoint was made from")
@@ -165,13 +185,7 @@ def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         x = expected.double()
         signal += float(x.square().sum())
         noise += float((actual.double() - x).square().sum())
-    return _decibels(signal, noise)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not noise:
-        return 200.0
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
+    return decibels(signal, noise)
 
 
 class _Outputs:
@@ -192,7 +206,7 @@ class _Outputs:
 
     @property
     def _sqnr(self) -> float:
-        return _decibels(self._signal, self._noise)
+        return decibels(self._signal, self._noise)
 
     def report(self, layers: list[LayerReport]) -> RunReport:
         """Figures of a run without predictions."""
