@@ -40,11 +40,16 @@ def linears(modifier: Callable[..., Any], scheme: str | dict[str, Any]) -> Any:
     return modifier(config_groups={"all": {"targets": ["Linear"], **scheme}}, ignore=ignore)
 
 
-# cell -> how its modifiers are made; only the first three need no data
+# cell -> how its modifiers are made; those in DATA_FREE need no data
 CELLS: dict[str, Callable[[], list[Any]]] = {
     "int8-dynamic": lambda: [linears(QuantizationModifier, "W8A8")],
     "fp8-dynamic": lambda: [linears(QuantizationModifier, "FP8_DYNAMIC")],
     "int4-g64": lambda: [linears(QuantizationModifier, INT4_G64)],
+    "nvfp4a16": lambda: [linears(QuantizationModifier, "NVFP4A16")],
+    "mxfp4a16": lambda: [linears(QuantizationModifier, "MXFP4A16")],
+    "mxfp4": lambda: [linears(QuantizationModifier, "MXFP4")],
+    "mxfp8": lambda: [linears(QuantizationModifier, "MXFP8")],
+    "nvfp4": lambda: [linears(QuantizationModifier, "NVFP4")],
     "int8-dynamic-smooth": lambda: [SmoothQuantModifier(), linears(QuantizationModifier, "W8A8")],
     "int8-static": lambda: [linears(QuantizationModifier, INT8_STATIC)],
     "int8-static-smooth": lambda: [
@@ -54,7 +59,9 @@ CELLS: dict[str, Callable[[], list[Any]]] = {
     "int4-g64-gptq": lambda: [linears(GPTQModifier, INT4_G64)],
     "int4-g64-awq": lambda: [AWQModifier(), linears(QuantizationModifier, INT4_G64)],
 }
-DATA_FREE = {"int8-dynamic", "fp8-dynamic", "int4-g64"}
+DATA_FREE = {
+    "int8-dynamic", "fp8-dynamic", "int4-g64", "nvfp4a16", "mxfp4a16", "mxfp4", "mxfp8",
+}  # fmt: skip
 
 
 def main(model: str, out: str, cell: str, windows: str) -> None:

@@ -1,7 +1,9 @@
 """Operators that vLLM's CPU build lacks without AMX, in torch, so that its loader goes on to the end.
 
 They compute what the names say and are noted in `used` when they do: what an answer is worth that
-needed one is that vLLM took every tensor to its place, not that a CPU serves the format.
+needed one is that vLLM took every tensor to its place, not that a CPU serves the format. Formats with
+scales of eight bits are computed by vLLM's own emulation, which it has in torch and does not list for a
+CPU; of what that lacks here, stand-ins are noted, too.
 """
 
 import importlib.machinery
@@ -11,12 +13,17 @@ import types
 import torch
 from vllm import _custom_ops
 from vllm.model_executor.kernels import linear
-from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
+from vllm.model_executor.kernels.linear.mxfp4 import emulation as mxfp4_emulation
+from vllm.model_executor.kernels.linear.mxfp4.emulation import EmulationMxfp4LinearKernel
+from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
     Fp8BlockScaledMMLinearKernel,
 )
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-from vllm.model_executor.layers.quantization.utils import mxfp8_utils
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils import nvfp4_emulation_utils
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
 from vllm.model_executor.models import registry
 from vllm.platforms import PlatformEnum
 
@@ -51,33 +58,61 @@ class BlockScaledMM(Fp8BlockScaledMMLinearKernel):
         return x @ weight.mT
 
 
-class Mxfp8Linear(Mxfp8LinearKernel):
-    """Groups of 32 with powers of two as scales; inputs by vLLM's own function, products in float32."""
-
-    @classmethod
-    def is_supported(cls, compute_capability=None):
-        """Everywhere."""
-        return True, None
-
-    @classmethod
-    def can_implement(cls, c):
-        """All of them."""
-        return True, None
-
-    def process_weights_after_loading(self, layer):
-        """Nothing: scales stay in rows."""
+class NvFp4FloatInputs(EmulationNvFp4LinearKernel):
+    """Weights decoded by vLLM's own function, float inputs: for the kernel that it insists on."""
 
     def apply_weights(self, layer, x, bias=None):
-        """weight e4m3 [n, k], weight_scale uint8 [n, k / 32]: 2^(byte - 127)."""
-        used.add("mxfp8_mm")
-        codes, exponents = mxfp8_utils._mxfp8_e4m3_quantize_torch(x)
-        y = _powers(codes, exponents) @ _powers(layer.weight, layer.weight_scale).mT
-        return (y if bias is None else y + bias.float()).to(x.dtype)
+        """weight uint8 [n, k / 2], weight_scale e4m3 [n, k / 16], weight_global_scale []."""
+        used.add("nvfp4_float_inputs")
+        parts = layer.weight.data, layer.weight_scale.data, layer.weight_global_scale
+        weight = nvfp4_emulation_utils.dequantize_to_dtype(*parts, x.dtype, swizzle=False)
+        return torch.nn.functional.linear(x, weight, bias)
 
 
-def _powers(codes, exponents):
+def dequant_mxfp4(codes, exponents, dtype):
+    """uint8 [n, k / 2], the even column in the low bits, and [n, k / 32] -> [n, k]: what amd-quark does
+    for vLLM's emulation."""
+    used.add("dequant_mxfp4")
+    numbers = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = numbers[torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()]
     scale = torch.ldexp(torch.ones(()), exponents.float() - 127)
-    return codes.float() * scale.repeat_interleave(32, -1)
+    return (values * scale.repeat_interleave(32, -1)).to(dtype)
+
+
+def quant_dequant_mxfp4(x):
+    """Inputs in groups of 32, rounded to e2m1; the scale is the power of two under the largest one,
+    after that is rounded to one bit of mantissa, over 4. As vLLM's code for GPUs, in mxfp4_utils."""
+    used.add("quant_dequant_mxfp4")
+    groups = x.float().unflatten(-1, (-1, 32))
+    amax = groups.abs().amax(-1, keepdim=True)
+    power = ((amax.view(torch.int32) + 0x200000) & 0x7F800000).view(torch.float32)
+    scale = (power / 4).clamp_min(2.0**-127)
+    codes = nvfp4_emulation_utils.cast_to_fp4(groups / scale)
+    return (codes * scale).flatten(-2).to(x.dtype)
+
+
+class Mxfp4Fp8Inputs(EmulationMxfp4LinearKernel):
+    """Inputs in fp8 by vLLM's own function, products in the dtype of x."""
+
+    @classmethod
+    def can_implement(cls, config):
+        """The inputs that the other emulation has not."""
+        key = config.activation_quant_key
+        return key is not None and key.dtype == FP8, "only fp8"
+
+    def __init__(self, config):
+        self.config = config
+        self.quantize = QuantFP8(
+            static=False, group_shape=config.activation_quant_key.scale.group_shape
+        )
+
+    def apply_weights(self, layer, x, bias=None):
+        """weight uint8 [n, k / 2], weight_scale uint8 [n, k / 32]."""
+        used.add("mxfp4_fp8_inputs")
+        codes, scale = self.quantize.forward_native(x.flatten(0, -2))
+        rounded = codes.float() * scale.repeat_interleave(x.shape[-1] // scale.shape[-1], -1)
+        weight = dequant_mxfp4(layer.weight, layer.weight_scale, x.dtype)
+        return torch.nn.functional.linear(rounded.to(x.dtype).view_as(x), weight, bias)
 
 
 class Int8Experts(cpu_moe.CPUExpertsInt8):
@@ -140,4 +175,13 @@ def install() -> None:
         cpu_moe.CPUExpertsInt8 = Int8Experts
     _custom_ops.scaled_fp8_quant = scaled_fp8_quant
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(BlockScaledMM)
-    linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(Mxfp8Linear)
+    # vLLM's own emulation, which it lists for other platforms
+    linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(EmulationMxfp8LinearKernel)
+    linear._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CPU, []).append(EmulationNvFp4LinearKernel)
+    linear._POSSIBLE_MXFP4_KERNELS.setdefault(PlatformEnum.CPU, []).extend(
+        [EmulationMxfp4LinearKernel, Mxfp4Fp8Inputs]
+    )
+    linear.MarlinNvFp4LinearKernel = NvFp4FloatInputs
+    mxfp4_emulation.has_quark = lambda: True
+    mxfp4_emulation.dequant_mxfp4 = dequant_mxfp4
+    mxfp4_emulation._ACTIVATION_QUANT_DEQUANT_FUNCS[kMxfp4Dynamic] = quant_dequant_mxfp4

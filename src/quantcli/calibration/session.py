@@ -307,7 +307,7 @@ def _check_reached(layers: Mapping[str, int], policy: Policy, methods: Sequence[
     inside = {module.rpartition(".")[0] for module in layers}
     if unseen := [name for name in policy.attention if name not in inside]:
         raise InputError(
-            f"`{unseen[0]}` is in no layer that a replay of the model runs: its cache cannot be measured",
+            f"`{unseen[0]}` is in no layer that a replay runs: its cache cannot be measured",
             where="kv_cache",
             fix="leave `kv_cache` out",
         )

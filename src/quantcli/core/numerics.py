@@ -79,17 +79,21 @@ class Numerics:
     prefill:   how the engine quantizes inputs during prefill, if that differs from decoding.
     transform: a transform that the engine applies to inputs before it quantizes them; the weight
                contains its inverse.
+    blocks:    equal blocks on the diagonal of the left transform, outside of which it is zero: inputs
+               can be split between them.
     """
 
     weight: Operand
     input: Operand | None
     prefill: Operand | None = None
     transform: Literal["kronecker"] | None = None
+    blocks: int = 1
 
     def __str__(self) -> str:
         inputs = str(self.input) if self.input else "float inputs"
         more = f" ({self.prefill} in prefill)" if self.prefill else ""
-        transform = f", inputs transformed ({self.transform})" if self.transform else ""
+        blocks = f" in {self.blocks} blocks" if self.blocks > 1 else ""
+        transform = f", inputs transformed ({self.transform}{blocks})" if self.transform else ""
         return f"{self.weight} x {inputs}{more}{transform}"
 
 
@@ -99,12 +103,14 @@ class Module:
 
     measured: a description of how its input is measured. Siblings that share the result, such as one
               input_scale, must have the same.
+    biased:   whether it has a `.bias`.
     """
 
     name: str  # without ".weight"
     shape: tuple[int, ...]  # of the weight: [out_features, in_features] for a linear
     numerics: Numerics | None
     measured: str = ""
+    biased: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +118,8 @@ class Cache:
     """How the cache of keys and values is quantized: symmetric, by scales that the checkpoint holds.
 
     dtype: of the codes, by its name in ELEMENTS.
-    per:   the keys of a layer that share a scale, and likewise the values: all of them, those of a head,
-           or those of a channel of a head.
+    per:   the keys of a layer that share a scale, and likewise the values: all of them, those of a
+           head, or those of a channel of a head.
     """
 
     dtype: str
@@ -146,16 +152,33 @@ def multiplier(input_scale: torch.Tensor) -> torch.Tensor:
     return (1 / input_scale.float()).to(input_scale.dtype).float()
 
 
-def decompose(k: int) -> tuple[int, int]:
+# Of a Kronecker transform. Source: ops-nn e5c3fa93, quant/flat_quant/op_host/flat_quant_tiling.cpp:369.
+LARGEST_SIDE = 256
+
+
+def decompose(k: int, blocks: int = 1) -> tuple[int, int]:
     """The sides (L, R) of Kronecker transforms for k = L R inputs, as the engine computes them.
 
-    L = a - b and R = a + b for the smallest a >= sqrt(k) with a^2 - k = b^2 (Fermat's factorization).
-    The search ends for every k: a = (k + 1) / 2 is a solution for odd k, a = k / 4 + 1 for multiples
-    of 4. k = 2 mod 4 has no solution: (0, 0). Source: get_decompose_dim in vllm-ascend 182b75ea84,
-    quantization/methods/w4a4_flatquant.py:39-50.
+    Of one block: L = a - b and R = a + b for the smallest a >= sqrt(k) with a^2 - k = b^2 (Fermat's
+    factorization). The search ends for every k: a = (k + 1) / 2 is a solution for odd k, a = k / 4 + 1
+    for multiples of 4. k = 2 mod 4 has no solution: (0, 0).
+    Of more blocks: R is that of k / blocks inputs, and L = k / R; (256, k / 256) if L were over 256.
+    (0, 0) if k does not split into blocks and sides; a side over 256 is one that the engine refuses.
+
+    Sources: get_decompose_dim in vllm-ascend 182b75ea84, quantization/methods/w4a4_flatquant.py:39-50
+    and w4a4_mxfp4_flatquant.py:34-63,90-103.
     """
-    if k % 4 == 2:
+    if k % blocks or k // blocks % 4 == 2:
         return 0, 0
+    left, right = _fermat(k // blocks)
+    if left * blocks <= LARGEST_SIDE or blocks == 1 or right > LARGEST_SIDE:
+        return left * blocks, right
+    if k % LARGEST_SIDE or LARGEST_SIDE % blocks:
+        return 0, 0
+    return LARGEST_SIDE, k // LARGEST_SIDE
+
+
+def _fermat(k: int) -> tuple[int, int]:
     a = math.isqrt(k - 1) + 1 if k > 1 else 1
     while math.isqrt(a * a - k) ** 2 != a * a - k:
         a += 1

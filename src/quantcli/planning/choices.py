@@ -10,7 +10,7 @@ from dataclasses import replace
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.inspection import fold
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Module
+from quantcli.core.numerics import Module, Numerics
 from quantcli.core.text import count
 from quantcli.planning.siblings import siblings_of
 from quantcli.recipe.recipe import Recipe, Rule
@@ -39,7 +39,7 @@ def choose(
     chosen: dict[str, Rule | None] = {}
     smaller: dict[tuple[int, str], list[str]] = defaultdict(list)
     for (_, key), names in groups.items():
-        modules = [(name, checkpoint.tensors[f"{name}.weight"].spec.shape) for name in names]
+        modules = [module_of(checkpoint, name) for name in names]
         rule, reason = _first(options[key], modules, recipe.target, assigned.keys())
         chosen |= dict.fromkeys(names, rule)
         if reason:
@@ -50,6 +50,14 @@ def choose(
         listing = ", ".join(group.name for group in folded)
         notes.append(f"{listing} ({count(names, 'module')}): {what}")
     return assigned | chosen, notes
+
+
+def module_of(
+    checkpoint: Checkpoint, name: str, numerics: Numerics | None = None, measured: str = ""
+) -> Module:
+    """A module of a checkpoint with a weight, as a target sees it."""
+    shape = checkpoint.tensors[f"{name}.weight"].spec.shape
+    return Module(name, shape, numerics, measured, f"{name}.bias" in checkpoint.tensors)
 
 
 def _group_of(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Callable[[str], str]:
@@ -75,7 +83,7 @@ def _options(rule: Rule, target: Target) -> Iterator[Rule]:
 
 def _first(
     options: Sequence[Rule],
-    modules: Sequence[tuple[str, tuple[int, ...]]],
+    modules: Sequence[Module],
     target: Target,
     names: Collection[str],
 ) -> tuple[Rule, str]:
@@ -89,8 +97,8 @@ def _first(
         numerics = rule.scheme.numerics
         refusals = (
             refusal
-            for name, shape in modules
-            for refusal in target.refusals(Module(name, shape, numerics), names)
+            for module in modules
+            for refusal in target.refusals(replace(module, numerics=numerics), names)
             if refusal.by != "name"
         )
         refusal = next(refusals, None)

@@ -367,7 +367,7 @@ def plan_cache(
     """The checkpoint without scales of a cache, the cache of the output, those scales, and notes.
 
     Scales of the source are taken over if the recipe measures none and the target has a place for them.
-    InputError for a cache that the target's engine does not have, or of which a layer would lack scales.
+    InputError for a cache that the target's engine does not have, or whose scales would be incomplete.
     """
     names = [name for name in checkpoint.on_disk if of_cache(name)]
     if target_of(checkpoint) is None and all(name in checkpoint.tensors for name in names):
@@ -393,9 +393,13 @@ def plan_cache(
     try:
         planned = _taken_over(recipe, checkpoint, matched, source)
     except InputError as error:
-        what = f"dropped {count(names, 'scale')} of the cache of keys and values, such as `{names[0]}`: "
+        what = (
+            f"dropped {count(names, 'scale')} of the cache of keys and values, such as `{names[0]}`: "
+        )
         return checkpoint, None, None, [f"{what}{error.what}"]
-    note = f"the source's scales of the cache are taken over ({planned.cache}): as they are, not measured"
+    note = (
+        f"the source's scales of the cache are taken over ({planned.cache}): as they are, not measured"
+    )
     more = recipe.target.cache_note(planned.cache)
     return checkpoint, planned, source, [note, more] if more else [note]
 

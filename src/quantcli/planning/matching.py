@@ -14,7 +14,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, closest
 from quantcli.core.numerics import Module, Numerics
 from quantcli.core.registry import discover
-from quantcli.planning.choices import choose
+from quantcli.planning.choices import choose, module_of
 from quantcli.planning.measured import Measured
 from quantcli.planning.reach import beyond_text
 from quantcli.planning.siblings import Siblings, siblings_of
@@ -75,15 +75,14 @@ def _modules(checkpoint: Checkpoint, assigned: dict[str, Rule | None]) -> Iterat
     """Every module with a weight, as the target sees it."""
     cache: dict[tuple[int, str, int], tuple[Numerics, str]] = {}  # few are different, and slow to make
     for name, rule in assigned.items():
-        shape = checkpoint.tensors[f"{name}.weight"].spec.shape
         if rule is None or rule.scheme is None:
-            yield Module(name, shape, None)
+            yield module_of(checkpoint, name)
             continue
         scheme = rule.scheme
         if rule.key not in cache:
             options = ", ".join(f"{key}: {value}" for key, value in scheme.model_dump().items())
             cache[rule.key] = scheme.numerics, options if scheme.shares_data else ""
-        yield Module(name, shape, *cache[rule.key])
+        yield module_of(checkpoint, name, *cache[rule.key])
 
 
 def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
@@ -290,7 +289,7 @@ def _served(
         assert rule.scheme is not None
         assert rule.scheme.unserved is not None
         for name in names:
-            module = Module(name, _spec(checkpoint, name).shape, rule.scheme.numerics)
+            module = module_of(checkpoint, name, rule.scheme.numerics)
             refusal = next(target.refusals(module, assigned.keys()), None)
             if refusal is not None:
                 scheme = discover(Scheme)[rule.scheme.unserved]()
@@ -339,7 +338,7 @@ def _taken(
             else:
                 if rule.key not in numerics:
                     numerics[rule.key] = rule.scheme.numerics
-                module = Module(name, spec.shape, numerics[rule.key])
+                module = module_of(checkpoint, name, numerics[rule.key])
                 found = (r for r in target.refusals(module, names) if r.by != "numbers")
                 refusal = next(found, None)
                 if key is not None:

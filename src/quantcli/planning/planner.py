@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     with_data = {id(s) for s in {id(s): s for s in schemes.values()}.values() if s.needs_data}
     need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
     shards = _shards([*items, *scales], recipe.file.max_shard)
-    output = as_planned(checkpoint, matched.modules, shards, serving, cache and cache.cache)
+    output = as_planned(checkpoint, matched.modules, shards, serving, cache.cache if cache else None)
     text = recipe.effective()
     own = {RECIPE_FILE: text.encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}

@@ -42,8 +42,8 @@ class MethodOptions(BaseModel):
                  noun in the singular, such as smoothing.
     edited_as:   a participle for channels that it edits, which also names the list of them in reports,
                  such as smoothed. Empty if it edits nothing.
-    of_weights:  whether it is of use to weights. A recipe with such a method calibrates for them anyway,
-                 so that schemes may use the text, too.
+    of_weights:  whether it is of use to weights. A recipe with such a method has a text for them, which
+                 schemes may use, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

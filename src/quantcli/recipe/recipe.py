@@ -242,7 +242,9 @@ def resolve(written: WrittenRecipe) -> Recipe:
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword), roles))
     methods = _named_methods(file, document)
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
-    if any(named.method.of_weights for named in methods) or any(scheme.needs_data for scheme in schemes):
+    if any(named.method.of_weights for named in methods) or any(
+        scheme.needs_data for scheme in schemes
+    ):
         rules = [
             rule if rule.scheme is None else replace(rule, scheme=rule.scheme.when_calibrating)
             for rule in rules

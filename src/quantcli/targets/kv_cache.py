@@ -214,7 +214,9 @@ class StoredCache:
         return [stored for parts in self.layers.values() for stored in parts.values()]
 
 
-def stored_cache(tensors: Mapping[str, StoredTensor], served: Cache | None = None) -> StoredCache | None:
+def stored_cache(
+    tensors: Mapping[str, StoredTensor], served: Cache | None = None
+) -> StoredCache | None:
     """The scales among some tensors; None if there are none and none are needed.
 
     served: what the checkpoint says of its cache.
@@ -250,7 +252,9 @@ def check_cache(
     """
     if stored.cache is None:
         first = stored.tensors[0].spec
-        yield failed(CHECK, f"is {first}: no engine takes scales of this shape", f"`{first.name}`", _FIX)
+        yield failed(
+            CHECK, f"is {first}: no engine takes scales of this shape", f"`{first.name}`", _FIX
+        )
         return
     if not stored.layers:
         what = f"the cache is declared {stored.cache}, and no file holds a scale: the engine takes 1.0"
@@ -258,9 +262,11 @@ def check_cache(
         return
     for name, parts in stored.layers.items():
         if name not in layers:
-            first = next(iter(parts.values())).spec.name
-            what = f"`{name}` has no keys and values of its own, so that the engine has no place for this"
-            yield failed(CHECK, what, f"`{first}`", _FIX)
+            name_of_first = next(iter(parts.values())).spec.name
+            what = (
+                f"`{name}` has no keys and values of its own, so that the engine has no place for this"
+            )
+            yield failed(CHECK, what, f"`{name_of_first}`", _FIX)
             continue
         for part, tensor in parts.items():
             yield from _shape(stored.cache, part, tensor, layers[name])
@@ -268,7 +274,7 @@ def check_cache(
         parts = stored.layers.get(name, {})
         absent = [part for part in ("k_scale", "v_scale") if part not in parts]
         if absent:
-            what = f"{' and '.join(absent)} of this layer is missing: the engine takes 1.0, and says nothing"
+            what = f"{' and '.join(absent)} of this layer is missing: the engine takes 1.0 in silence"
             yield failed(CHECK, what, f"`{name}`", _FIX)
     twice: dict[tuple[str, str], str] = {}
     for name in names:
@@ -295,7 +301,7 @@ def _shape(
 def unused(stored: StoredCache) -> Finding:
     """The note on scales that the engine does not use by itself."""
     what = (
-        f"{count(stored.tensors, 'scale')} of the cache, which stays float unless the engine is started "
-        "with --kv-cache-dtype fp8"
+        f"{count(stored.tensors, 'scale')} of the cache, which stays float unless the engine is "
+        "started with --kv-cache-dtype fp8"
     )
     return noted(CHECK, what, f"`{stored.tensors[0].spec.name}`")

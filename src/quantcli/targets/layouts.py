@@ -20,7 +20,9 @@ Sides: TypeAlias = tuple[int, int]  # n and k of the weight
 # dtypes of a parameter that loaders copy by value: a wider float is rounded
 FLOAT_PARAM = ("F32", "BF16", "F16")
 # rules for the numbers of a tensor: see verification/full.py
-Values: TypeAlias = CodeRule | ScaleRule | Literal["bits", "zero", "integer", "finite", "ratio"]
+Values: TypeAlias = (
+    CodeRule | ScaleRule | Literal["bits", "zero", "integer", "finite", "ratio", "divisor"]
+)
 Blocks: TypeAlias = Mapping[str, Tensor]  # by suffix
 
 
@@ -35,7 +37,8 @@ class Param:
     axis:     the dimension along which rows of the weight lie: 0, or 1 of a matrix.
     part:     the part of a scheme that it holds, if that has another name: "weight_scale".
     required: the engine's memory stays uninitialised if no file holds it.
-    shared:   the engine keeps one for all fused siblings.
+    shared:   the engine keeps one for all fused siblings; and
+    of_experts: also for the gate and up matrices of an expert. It takes one of different values.
     spread:   `dequantize` takes a row that many rows share once for each of them.
     scalar:   one number, which may also be stored without a dimension.
     serving:  the engine casts it to the serving dtype before it computes with it.
@@ -50,6 +53,7 @@ class Param:
     part: str = ""
     required: bool = True
     shared: bool = False
+    of_experts: bool = False
     spread: bool = False
     scalar: bool = False
     serving: bool = False
@@ -188,6 +192,12 @@ def row_scale(operand: Operand) -> Param:
 def module_scale(suffix: str, dtypes: tuple[str, ...] = FLOAT_PARAM, *, shared: bool = False) -> Param:
     """A scale [1] of a whole module."""
     return Param(suffix, dtypes, lambda n, k: (1,), "positive", 0, shared=shared, scalar=True)
+
+
+def global_scale(suffix: str, values: Values = "positive") -> Param:
+    """A scale [1] on top of a module's other scales, of weights or of inputs."""
+    one = lambda n, k: (1,)  # noqa: E731
+    return Param(suffix, FLOAT_PARAM, one, values, 0, shared=True, of_experts=True, scalar=True)
 
 
 def block_scale(suffix: str, dtypes: tuple[str, ...], rows: int, columns: int) -> Param:

@@ -303,16 +303,19 @@ def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
     """
     groups: dict[tuple[str, str], list[StoredModule]] = defaultdict(list)
     for module in modules:
-        if name := fused_name(module.name):
+        if name := fused_siblings(module.name):
             groups[name, module.layout.label].append(module)
     for siblings in groups.values():
-        for suffix in (param.suffix for param in siblings[0].constants if param.shared):
+        fused = fused_name(siblings[0].name) is not None
+        for param in siblings[0].constants:
+            if not param.shared or not (fused or param.of_experts):
+                continue
             names_by_bytes: dict[bytes, list[str]] = defaultdict(list)
             for module in siblings:
-                stored = module.tensors[suffix]
-                names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
+                if stored := module.tensors.get(param.suffix):
+                    names_by_bytes[read_bytes(stored, 0, stored.spec.nbytes)].append(module.name)
             (first, *_), *others = sorted(names_by_bytes.values(), key=len, reverse=True)
             for name in (name for names in others for name in names):
-                what = f"differs from that of `{first}`: the engine keeps one for both, "
-                what += "whichever it reads last"
-                yield failed("siblings", what, f"`{name}.{suffix}`", AGAIN)
+                what = f"differs from that of `{first}`: the engine keeps one for both"
+                what += "" if param.of_experts else ", whichever it reads last"
+                yield failed("siblings", what, f"`{name}.{param.suffix}`", AGAIN)

@@ -157,6 +157,10 @@ _FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
     "exponent": (lambda block: _first(block == 255), "an E8M0 scale is NaN"),
     "positive": (_not_positive, "a scale is not a positive number"),
     "signed": (_not_a_scale, "a scale is not a positive number"),
+    "divisor": (
+        lambda block: _first(~((block >= 1) & torch.isfinite(block))),
+        "a divisor of weights is not a finite number from 1 on, as if it were their multiplier",
+    ),
     "bits": (_bad_bits, "an integer does not hold the bits of a positive float32"),
     "zero": (lambda block: _first(block != 0), "an offset is not zero"),
     "integer": (_bad_integer, "an offset is not an int8"),

@@ -163,13 +163,17 @@ def _layers(
 
 
 def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
-    """Scales with which keys or values come out of the cache with a larger error than their type has."""
+    """Scales with which keys or values have a larger error than their type explains."""
     least = cache.cache.element.sqnr_db
     for (layer, part), sqnr in cache.sqnr().items():
         if not sqnr >= least:
             side = "keys" if part == "k_scale" else "values"
-            what = f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
-            fix = "its scale is of another layer or model, or was measured on other text: measure it anew"
+            what = (
+                f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
+            )
+            fix = (
+                "its scale is of another layer or model, or was measured on other text: measure it anew"
+            )
             yield failed("rounded cache", what, f"`{layer}`, {part}", fix)
 
 

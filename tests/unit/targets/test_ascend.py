@@ -255,9 +255,9 @@ def test_static_modules_are_described_tensor_by_tensor():
     table, _ = described([*names, f"{module.name}.bias", f"{other.name}.weight"], [module, other])
     assert [table[name] for name in names] == ["W8A8"] * 5
     assert table[f"{module.name}.bias"] == "FLOAT"
-    assert table["model_quant_type"] == "W8A8_DYNAMIC"
-    table, _ = described(names, [module])
     assert table["model_quant_type"] == "W8A8"
+    table, _ = described([f"{other.name}.weight"], [other])
+    assert table["model_quant_type"] == "W8A8_DYNAMIC"
 
 
 def described(tensors, modules=(), config=None, serving="BF16"):

@@ -408,23 +408,62 @@ def test_arguments_of_mxfp8():
     assert arguments(numerics.input) == MXFP8 | {"dynamic": True}
 
 
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+         "symmetric": True, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip
+LOCAL = NVFP4 | {"dynamic": "local", "observer": "static_minmax"}
+MXFP4 = MXFP8 | {"num_bits": 4}
+FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+FP8_GROUPS = FP8_TOKEN | {"strategy": "group", "group_size": 128}
+INT8_TOKEN = FP8_TOKEN | {"type": "int"}
+NV, MX4, MX8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+
+
 @pytest.mark.parametrize(
-    ("changes", "inputs", "form", "label", "unchecked", "said"),
+    ("weights", "inputs", "form", "label", "said"),
     [
-        ({}, MXFP8 | {"dynamic": True}, "mxfp8-quantized", "mxfp8", None, None),
-        ({"dynamic": False}, None, "mxfp8-quantized", "mxfp8 float inputs", None, None),
-        # the engine loads these and takes no notice of inputs and of the name of the format
-        ({}, {"num_bits": 8, "type": "int", "dynamic": True}, "mxfp8-quantized", None, "mxfp8", None),
-        ({}, None, "float-quantized", None, "mxfp8", None),
-        ({"scale_dtype": None}, None, "mxfp8-quantized", None, None, "no scheme for"),
-        ({"scale_dtype": "torch.float8_e8m0fnu"}, None, "mxfp8-quantized", None, None, "has scales of"),
-        ({"group_size": 16}, None, "mxfp8-quantized", None, None, "no scheme for"),
-        ({"type": "int"}, None, "mxfp8-quantized", None, None, "no scheme for"),
+        (MXFP8, MXFP8 | {"dynamic": True}, MX8, "mxfp8", None),
+        (MXFP8 | {"dynamic": False}, None, MX8, "mxfp8 float inputs", None),
+        (MXFP4, MXFP4 | {"dynamic": True}, MX4, "mxfp4", None),
+        (MXFP4, None, MX4, "mxfp4 float inputs", None),
+        (MXFP4, FP8_TOKEN, MX4, "mxfp4 fp8 inputs", None),
+        (MXFP4, FP8_GROUPS, MX4, "mxfp4 fp8 inputs in groups", None),
+        (NVFP4, LOCAL, NV, "nvfp4", None),
+        (NVFP4, None, NV, "nvfp4 float inputs", None),
+        # fields that producers leave out, or fill with what counts for nothing
+        (
+            NVFP4 | {"scale_dtype": None},
+            LOCAL | {"zp_dtype": None, "actorder": None},
+            NV,
+            "nvfp4",
+            None,
+        ),
+        (MXFP4 | {"scale_dtype": None, "observer_kwargs": {}}, None, MX4, "mxfp4 float inputs", None),
+        (NVFP4, NVFP4 | {"dynamic": True}, NV, "nvfp4", None),
+        # the engine takes no notice of these inputs, and of the name of the format
+        (MXFP8, INT8_TOKEN, MX8, "mxfp8", None),
+        (MXFP4, INT8_TOKEN, MX4, "mxfp4", None),
+        (MXFP8, None, "float-quantized", "mxfp8 float inputs", "vLLM goes by its weights"),
+        (NVFP4, LOCAL, MX4, "nvfp4", "has the format mxfp4-pack-quantized; vLLM goes by its weights"),
+        # it has no scheme for these, or would take bytes of scales by their values
+        (NVFP4, INT8_TOKEN, NV, None, "no scheme for"),
+        (NVFP4, MXFP4 | {"dynamic": True}, NV, None, "no scheme for"),
+        (NVFP4 | {"strategy": "group"}, None, NV, None, "knows NVFP4 by the strategy tensor_group"),
+        (NVFP4 | {"group_size": 32}, None, NV, None, "no scheme for"),
+        (NVFP4 | {"symmetric": False}, None, NV, None, "no scheme for"),
+        (NVFP4 | {"dynamic": "local"}, None, NV, None, "no scheme for"),
+        (NVFP4 | {"scale_dtype": "torch.uint8"}, None, NV, None, "no scheme for"),
+        (NVFP4 | {"dynamic": "global"}, None, NV, None, "says symmetric True, dynamic 'global'"),
+        (MXFP4 | {"dynamic": "local"}, None, MX4, None, "says symmetric True, dynamic 'local'"),
+        (MXFP4 | {"group_size": 16}, None, MX4, None, "no scheme for"),
+        (MXFP8 | {"scale_dtype": None}, None, MX8, None, "knows MXFP8 by the scale_dtype torch.uint8"),
+        (MXFP8 | {"scale_dtype": "torch.float8_e8m0fnu"}, None, MX8, None, "has scales of"),
+        (MXFP8 | {"group_size": 16}, None, MX8, None, "no scheme for"),
+        (MXFP8 | {"type": "int"}, None, MX8, None, "no scheme for"),
     ],
 )
-def test_mxfp8_of_other_producers(changes, inputs, form, label, unchecked, said):
-    group, findings = grouped(MXFP8 | changes, inputs, form)
-    assert (group.kind.label if group.kind else None, group.unchecked) == (label, unchecked)
+def test_small_scales_of_other_producers(weights, inputs, form, label, said):
+    group, findings = grouped(weights, inputs, form)
+    assert (group.kind.label if group.kind else None) == label
     assert [said in finding for finding in findings] == [True] * bool(said)
 
 
@@ -439,7 +478,7 @@ def test_other_formats_have_float_scales(label, side, dtype):
     assert grouped(*tables.values(), form)[0].kind.label == label
     tables[side] |= {"scale_dtype": dtype}
     group, findings = grouped(*tables.values(), form)
-    assert (group.kind, group.unchecked) == (None, None)
+    assert group.kind is None
     assert "no scheme for" in findings[0]
 
 

@@ -138,8 +138,7 @@ class CachePass(Measurement):
         rope = config.get("rope_parameters")
         if share is None and isinstance(rope, dict):
             share = rope.get("partial_rotary_factor")
-        whole = not isinstance(share, float) or not 0 < share < 1
-        return width if whole else int(width * share)
+        return int(width * share) if isinstance(share, float) and 0 < share < 1 else width
 
     def _must_fit(self, layer: AttentionLayer, side: str) -> None:
         heads, width = self._shapes[layer.name, side]

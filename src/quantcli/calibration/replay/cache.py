@@ -1,7 +1,7 @@
-"""Keys and values of a layer as they enter the cache: after rotary embeddings, before heads are repeated.
+"""Keys and values as they enter the cache: after rotary embeddings, before heads are repeated.
 
-Every attention of the library hands both to the cache that it is given, and goes on with what that gives
-back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
+Every attention of the library hands both to the cache that it is given, and goes on with what that
+gives back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def entering(
             module = layer.get_submodule(path)
             argument = _argument(module)
             if argument is not None:
-                hook = module.register_forward_pre_hook(_given(argument, stored, enter), with_kwargs=True)
+                hook = module.register_forward_pre_hook(
+                    _given(argument, stored, enter), with_kwargs=True
+                )
                 stack.callback(hook.remove)
                 found.add(stored)
         yield found
@@ -73,14 +75,21 @@ def _passing() -> Callable[[str, Enter], Any]:
     """The class of a cache that keeps nothing: what enters it comes out."""
     from transformers import DynamicCache
 
-    class Passing(DynamicCache):  # type: ignore[misc]
+    class Passing(DynamicCache):
         def __init__(self, layer: str, enter: Enter) -> None:
             super().__init__()
             self._layer = layer
             self._enter = enter
 
-        def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int = 0,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:
             """Keys and values [batch, heads, length, width], as `enter` gives them back."""
-            return self._enter(self._layer, key, value)
+            return self._enter(self._layer, key_states, value_states)
 
     return Passing

@@ -148,7 +148,7 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def _cache(stored: StoredCheckpoint) -> ServedCache | None:
-    """The cache of a checkpoint; None if it stays float, or lacks scales, which verification reports."""
+    """The cache of a checkpoint; None if it stays float, or lacks scales, which is reported."""
     cache = stored.cache
     if cache is None or cache.cache is None or not cache.layers:
         return None

@@ -1,7 +1,7 @@
-"""Scales of a cache of keys and values from what was seen, and the numbers that come out of the cache.
+"""Scales of a cache of keys and values from what was seen, and the numbers that come out of it.
 
-Keys [tokens, heads, width] of one layer are in units that share a scale: all of it, a head, or a channel
-of a head. Values likewise.
+Keys [tokens, heads, width] of one layer are in units that share a scale: all of them, a head, or a
+channel of a head. Values likewise.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Magnitudes(Summary):
         drop = self._dropped(self._dtype)
         bits = torch.arange(2 ** (15 - drop), dtype=torch.int32) << drop
         middle = bits + (2**drop >> 1) * (bits > 0)
-        return middle.to(torch.int16).view(self._dtype).float()
+        values: Tensor = middle.to(torch.int16).view(self._dtype).float()
+        return values
 
 
 def scales_of(amax: Tensor, cache: Cache, engine_dtype: torch.dtype) -> Tensor:
@@ -126,7 +127,7 @@ def scales_of(amax: Tensor, cache: Cache, engine_dtype: torch.dtype) -> Tensor:
 def _least_error(
     values: Tensor, counts: Tensor, amax: Tensor, cache: Cache, engine_dtype: torch.dtype
 ) -> Tensor:
-    """The scale with the least squared error over the numbers of a unit, float32; of equals the widest."""
+    """The scale of a unit with the least squared error, float32; that of minmax if it is as good."""
     seen = counts.nonzero().squeeze(-1)
     whole = scales_of(amax, cache, engine_dtype)
     values, weight = values[seen].minimum(amax), counts[seen].double()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import COPY_AGAIN, Finding, failed
-from quantcli.targets.ascend.types import deq_from_stored
+from quantcli.targets.ascend.types import QuantType, deq_from_stored
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.module_rows import ModuleReader
 
@@ -37,9 +37,24 @@ def _wrong(module: StoredModule, what: str) -> Finding:
 
 
 def _transforms(module: StoredModule) -> Iterator[Finding]:
-    """Kronecker transforms can be inverted. Numbers that are not finite are left to `values`."""
+    """Kronecker transforms can be inverted, and left ones are zero outside of their blocks: on several
+    devices each keeps its part of the diagonal. Numbers that are not finite are left to `values`.
+    """
+    layout = module.layout
+    assert isinstance(layout, QuantType)
     for suffix in ("left_trans", "right_trans"):
         matrix = read_tensor(module.tensors[suffix]).double()
+        if suffix == "left_trans" and layout.blocks > 1:
+            side = len(matrix) // layout.blocks
+            block = torch.arange(len(matrix)) // side
+            outside = matrix.masked_fill(block.unsqueeze(1) == block, 0)
+            if bool((outside != 0).any()):
+                row, column = divmod(int((outside != 0).int().argmax()), len(matrix))
+                yield _wrong(
+                    module,
+                    f"its left_trans is not zero at [{row}, {column}], outside of the {layout.blocks} "
+                    f"blocks of {side} on its diagonal that devices keep",
+                )
         if bool(torch.isfinite(matrix).all()):
             condition = float(torch.linalg.cond(matrix))
             if not condition < _CONDITION:

@@ -12,7 +12,9 @@ from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
-from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, also_asked
+from quantcli.core.numerics import LARGEST_SIDE
+from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LARGEST_TP, also_asked
+from quantcli.targets.ascend.tensor_parallel import USUAL_TP
 from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
@@ -32,6 +34,7 @@ class Description:
     labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
              whose type the engine does not have.
     cache:   the type of the cache of keys and values; None if it stays float.
+    largest_tp: the largest tensor parallel size that transforms of MXFP4 are made for.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -39,6 +42,7 @@ class Description:
         self.findings: list[Finding] = []
         table = self._read()
         self.cache = table.get("kv_cache_type")
+        self.largest_tp = self._largest_tp(table)
         self.entries: dict[str, Any] = {
             key: value
             for key, value in table.items()
@@ -47,6 +51,7 @@ class Description:
         self.labels: dict[str, str] = {}
         if self.entries:
             self.findings += self._types()
+            self.findings += self._group_size(table)
             self.findings += self._tensors()
 
     def _read(self) -> dict[str, Any]:
@@ -66,11 +71,29 @@ class Description:
                 self.findings.append(noted("description", what, DESCRIPTION))
         cache = table.get("kv_cache_type")
         if cache not in (None, "C8"):
-            what = f"`kv_cache_type` is {cache!r:.40}; the engine knows C8, and takes all else for float"
+            what = f"`kv_cache_type` is {cache!r:.40}; the engine knows C8 alone"
             self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table
+
+    def _largest_tp(self, table: dict[str, Any]) -> int:
+        size = table.get(LARGEST_TP, USUAL_TP)
+        if isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= LARGEST_SIDE:
+            return size
+        what = f"has {size!r:.60} as `{LARGEST_TP}`, not a number from 1 to {LARGEST_SIDE}"
+        self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
+        return USUAL_TP
+
+    def _group_size(self, table: dict[str, Any]) -> Iterator[Finding]:
+        """A finding for a `group_size` other than a type of the description needs."""
+        size = table.get("group_size")
+        for label in dict.fromkeys(self.labels.values()):
+            needed = TYPES[label].described_group if label in TYPES else None
+            if needed is None or size is None or (size == needed and size is not True):
+                continue
+            what = f"has `group_size` {size!r:.60}; {label} needs {needed}"
+            yield failed("description", what, DESCRIPTION, AGAIN)
 
     def _types(self) -> Iterator[Finding]:
         """Findings of types that do not exist, and of tensors whose type is not their module's."""

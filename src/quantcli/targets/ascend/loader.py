@@ -19,6 +19,8 @@ from quantcli.targets.vllm_family import (
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
+# Its key for the largest tensor parallel size that transforms of W4A4_MXFP4_FLATQUANT are made for.
+LARGEST_TP = "max_supported_tp"
 # Model types whose experts the engine finds by itself; for others it looks up the name of the set.
 # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:105-363, entries with `experts`.
 LISTED_EXPERTS = frozenset(

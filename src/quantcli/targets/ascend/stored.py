@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.findings import Finding, failed
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import CACHES, Cache
 from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
 from quantcli.targets.ascend.tensor_parallel import limits
-from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN
+from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN, mxfp4_flatquant
 from quantcli.targets.base import AGAIN
 from quantcli.targets.kv_cache import StoredCache, is_scale
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
+from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
 # Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
@@ -42,6 +44,7 @@ class AscendCheckpoint(StoredFormat):
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
         self._with_cache = description.cache == "C8"
+        self._largest_tp = description.largest_tp
         self.readable = bool(description.entries)
         return description.findings
 
@@ -84,10 +87,11 @@ class AscendCheckpoint(StoredFormat):
             if not self._with_cache:
                 what = f'there is no "kv_cache_type": "C8" in the description: {self.unregistered}'
                 yield failed("cache", what, f"`{name}`", AGAIN)
-            elif not is_scale(name) and 0 < size < _MOST and stored.spec.dtype in FLOATS:
-                if bool(read_tensor(stored).any()):
-                    what = "is not 0: the engine adds it to keys and values, and never takes it off again"
-                    yield failed("cache", what, f"`{name}`", AGAIN)
+            elif is_scale(name) or size > _MOST or stored.spec.dtype not in FLOATS:
+                continue
+            elif bool(read_tensor(stored).any()):
+                what = "is not 0: the engine adds it as it writes keys and values, and reads without it"
+                yield failed("cache", what, f"`{name}`", AGAIN)
 
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """All but those of the cache, which have a check of their own."""
@@ -96,9 +100,18 @@ class AscendCheckpoint(StoredFormat):
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
         layout, tensors = TYPES[label], self.by_module[module]
         numerics = next((numerics for numerics, t in WRITTEN.items() if t.label == label), None)
+        if layout == mxfp4_flatquant(1) and numerics and splits_inputs(module):
+            layout = mxfp4_flatquant(self._largest_tp)
+            numerics = replace(numerics, blocks=self._largest_tp)
         yield from self.check_layout(module, layout, numerics)
         if len(tensors["weight"].spec.shape) != 2:
             return
+        if not layout.linears and not layout.note and not EXPERT.fullmatch(module):
+            what = f"is {label}, which the engine has for experts alone"
+            yield failed("loader", what, f"`{module}`", AGAIN)
+        if not layout.biases and "bias" in tensors:
+            what = f"the matmul of {label} takes biases in float32, and the engine gives it another"
+            yield noted("loader", what, f"`{module}.bias`")
         self.checked["parameters"] += sum(param.suffix in tensors for param in layout.params)
         deq = tensors.get("deq_scale")
         if deq is not None and deq.spec.dtype != (right := _DEQ_DTYPES.get(self.serving_dtype, "F32")):
@@ -153,4 +166,4 @@ class AscendCheckpoint(StoredFormat):
 
     def limits(self, module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
         """Widths of kernels, transforms of all inputs, slices of scale_bias."""
-        return limits(module, sides[1], devices)
+        return limits(module, sides[1], devices, self._largest_tp)

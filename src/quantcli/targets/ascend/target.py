@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts, multi
 from quantcli.targets.ascend.loader import (
     DESCRIPTION,
     FLOAT,
+    LARGEST_TP,
     LISTED_EXPERTS,
     also_asked,
     float_only,
@@ -27,7 +29,7 @@ from quantcli.targets.ascend.loader import (
     unreachable,
 )
 from quantcli.targets.ascend.stored import CACHE, AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import pairs_of_groups, unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import USUAL_TP, pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     ON_310P,
     TRANSFORM,
@@ -36,6 +38,7 @@ from quantcli.targets.ascend.types import (
     QuantType,
     deq_from_stored,
     deq_to_store,
+    mxfp4_flatquant,
 )
 from quantcli.targets.base import (
     KEEP,
@@ -99,14 +102,17 @@ class Ascend(VllmTarget):
         None,
         ge=1,
         le=1024,
-        description="tensor parallel size to serve with; 1 allows transforms of o_proj and down_proj",
+        description="tensor parallel size to serve with; 1 allows int4 transforms of o_proj and "
+        "down_proj; MXFP4 ones are made for it, else for 4",
     )
 
     def layout(self, numerics: Numerics) -> QuantType:
         """The quantization type; its label is that in the description, such as W8A8_DYNAMIC."""
-        if numerics not in WRITTEN:
+        quant_type = WRITTEN.get(replace(numerics, blocks=1))
+        if quant_type is not None and numerics.blocks != 1:
+            quant_type = mxfp4_flatquant(numerics.blocks) if quant_type == mxfp4_flatquant(1) else None
+        if quant_type is None:
             raise cannot_store(self.name, numerics)
-        quant_type = WRITTEN[numerics]
         if self.device and quant_type.label not in ON_310P:
             raise InputError(
                 f"the engine has no {quant_type.label} on the {self.device}, only "
@@ -150,7 +156,8 @@ class Ascend(VllmTarget):
         return fused_name(module)
 
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """weight [n, k], and of these the parameters that the engine registers:
+        """weight [n, k], or [n, k / 2] with two fp4 codes in a byte, the even column in the low four
+        bits, and of these the parameters that the engine registers:
 
         weight_scale, weight_offset: float32 [n, 1]. The offset is zero: W8A16 adds it, and without it
         would read uninitialised memory; the others register it as a parameter. Types with groups have
@@ -196,7 +203,7 @@ class Ascend(VllmTarget):
     def engine_parts(self, numerics: Numerics) -> Parts:
         """`input_scale_alg` 0, int64 [1], for inputs whose scales are powers of two: the engine rounds
         these down, except for MiniMax-M3. Source: vllm-ascend 182b75ea84,
-        quantization/methods/w8a8_mxfp8.py:95-99."""
+        quantization/methods/w8a8_mxfp8.py:95-99, w4a4_mxfp4.py:86-88, w4a8_mxfp4.py:81."""
         if numerics.input is None or numerics.input.scale != "e8m0":
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
@@ -210,30 +217,39 @@ class Ascend(VllmTarget):
     def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
         """By sizes, and by the split of transformed inputs over devices; experts of some types."""
         assert module.numerics is not None
-        label, (n, k) = self.label(module.numerics), module.shape
-        fix = "use w8a8_dynamic for it"
-        if EXPERT.fullmatch(module.name) and not TYPES[label].experts:
-            yield Fault(f"the engine has no {label} for experts", "use w8a8_dynamic for them")
-        if label.startswith("W4A4") and k % 8:
-            yield Fault(f"{label} takes inputs in multiples of 8; there are {k}", fix, "width")
-        elif module.numerics.transform and (reason := unfit(module.name, k, self.tp)):
-            yield Fault(f"{label}: {reason}", fix, "width")
-        size, step = module.numerics.weight.group_size, pairs_of_groups(module.numerics.weight)
+        quant_type, (n, k) = self.layout(module.numerics), module.shape
+        label, weight = quant_type.label, module.numerics.weight
+        expert = EXPERT.fullmatch(module.name)
+        fix = f"use {'mxfp8' if weight.group_size else 'w8a8_dynamic'} for it"
+        if expert and not quant_type.experts:
+            yield Fault(f"the engine has no {label} for experts", f"{fix[:-2]}them")
+        elif not expert and not quant_type.linears:
+            yield Fault(f"the engine has {label} for experts alone", fix, "name")
+        if module.biased and not quant_type.biases:
+            yield Fault(f"{label} has a bias in float32 alone, and the engine gives it another", fix)
+        size, step = weight.group_size, pairs_of_groups(weight)
         if size and k % size:
             yield Fault(f"groups of {size} columns do not divide {k}", fix, "width")
-        elif step and EXPERT.fullmatch(module.name) and k % step:
+        elif step and expert and k % step:
             what = f"{label} takes inputs of experts in multiples of {step}; there are {k}"
             yield Fault(what, KEEP, "width")
+        elif k % quant_type.inputs:
+            what = f"{label} takes inputs in multiples of {quant_type.inputs}; there are {k}"
+            yield Fault(what, fix, "width")
+        elif module.numerics.transform and (reason := unfit(module, k, self.tp)):
+            yield Fault(f"{label}: {reason}", fix, "width")
         if max(n, k) > MAX_SIDE:
             what = f"[{n}, {k}] is over the matmul's limit of {MAX_SIDE} a side"
             yield Fault(what, KEEP, "width")
 
     def check(self, modules: Sequence[Module]) -> Iterator[Refusal]:
-        """As for all engines of the family; also the split over `tp` devices, and the skip rule."""
+        """As for all engines of the family; also the split over `tp` devices, the one `group_size` of
+        the description, and the skip rule."""
         yield from super().check(modules)
         for module in modules:
             if module.numerics and self.tp is not None:
                 yield from unsplit(module, self.tp)
+        yield from self._two_group_sizes(modules)
         yield from skip_rule(self.labels(modules))
 
     def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
@@ -262,7 +278,9 @@ class Ascend(VllmTarget):
         if self.device:
             return f"the engine has no int8 cache on the {self.device}"
         width = next((w // layer.heads for w in layer.widths if w // layer.heads % 32), None)
-        return f"the engine's int8 cache has heads in multiples of 32; one is {width}" if width else None
+        return (
+            f"the engine's int8 cache has heads in multiples of 32; one is {width}" if width else None
+        )
 
     def cache_note(self, cache: Cache) -> str | None:
         """On nodes that only prefill."""
@@ -283,8 +301,10 @@ class Ascend(VllmTarget):
                 f"`{name}` has {n} rows once the engine has fused it; the matmul takes {MAX_SIDE}: "
                 f"serve with tensor parallel size {-(-n // MAX_SIDE)} or more"
             )
-        rotated = [m.name for m in modules if m.numerics and m.numerics.transform]
-        if any(map(splits_inputs, rotated)):
+        rotated = [m for m in modules if m.numerics and m.numerics.transform]
+        if devices := self._largest_tp(modules):
+            yield f"transforms are made for tensor parallel sizes that divide {devices}"
+        elif any(splits_inputs(module.name) for module in rotated):
             yield "loads on one device alone: inputs of o_proj or down_proj are transformed"
         yield from super().advise(modules, model_type)
 
@@ -303,20 +323,51 @@ class Ascend(VllmTarget):
         """A checkpoint of any producer, as vLLM-Ascend would load it."""
         return AscendCheckpoint(checkpoint)
 
+    def _group_sizes(self, modules: Sequence[Module]) -> dict[int, str]:
+        """The `group_size` that types read in the description -> the first module of such a type."""
+        sizes: dict[int, str] = {}
+        for numerics, module in {m.numerics: m for m in reversed(modules) if m.numerics}.items():
+            size = self.layout(numerics).described_group
+            if size is not None:
+                sizes.setdefault(size, module.name)
+        return sizes
+
+    def _two_group_sizes(self, modules: Sequence[Module]) -> Iterator[Refusal]:
+        """A refusal of types that read different ones: the engine stops at a size, or divides by zero.
+
+        Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:115-120, w4a16.py:186,
+        w8a8_mxfp8.py:65,235.
+        """
+        (size, module), *others = [*self._group_sizes(modules).items(), (0, "")]
+        for other, name in others[:-1]:
+            what = (
+                f"the description has one `group_size` for all modules: `{module}` reads {size}, and "
+                f"this one {other}"
+            )
+            yield Refusal(name, what, "take a scheme with the same groups for both")
+
+    def _largest_tp(self, modules: Sequence[Module]) -> int | None:
+        """The largest number of devices that MXFP4 transforms are made for; None if there are none."""
+        numerics = {m.numerics for m in modules if m.numerics and m.numerics.transform}
+        mx = any(self.layout(each).label == mxfp4_flatquant(1).label for each in numerics)
+        return (self.tp or USUAL_TP) if mx else None
+
     def _description(self, output: PlannedCheckpoint) -> dict[str, object]:
         """One entry for each tensor, by its name on disk, and entries that only the engine looks up."""
         labels = self.labels(output.modules)
         used = set(labels.values())
-        sizes = (module.numerics.weight.group_size for module in output.modules if module.numerics)
+        sizes = self._group_sizes(output.modules)
         table: dict[str, object] = {
             "version": "1.0.0",
             "model_quant_type": next((t.label for t in WRITTEN.values() if t.label in used), FLOAT),
             "metadata": {},
-            "group_size": next(filter(None, sizes), 0),
+            "group_size": next(iter(sizes), 0),
             "optional": {},
         }
         if output.cache is not None:
             table |= {"kv_cache_type": _C8, "kv_quant_type": _C8}
+        if devices := self._largest_tp(output.modules):
+            table[LARGEST_TP] = devices
         for name in sorted(output.tensors):
             owner, _, suffix = name.rpartition(".")
             if suffix in CACHE and output.cache is not None:

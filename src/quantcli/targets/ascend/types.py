@@ -6,7 +6,8 @@ Types that this tool does not write are here, too, for checkpoints of other prod
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,10 +49,16 @@ def _once(suffix: str, values: Values, *more_dtypes: str) -> Param:
     return Param(suffix, dtypes, lambda n, k: (1,), values, 0, shared=True)
 
 
-def _transform(suffix: str, side: int) -> Param:
+def _transform(suffix: str, side: int, blocks: int = 1) -> Param:
     """A Kronecker transform of side 0 (left) or 1 (right), square."""
-    shape = lambda n, k: (decompose(k)[side],) * 2  # noqa: E731
+    shape = lambda n, k: (decompose(k, blocks)[side],) * 2  # noqa: E731
     return Param(suffix, FLOAT_PARAM, shape, "finite", 0, shared=True, serving=True)
+
+
+def _flatquant(blocks: int = 1) -> tuple[Param, ...]:
+    """What transforms inputs, and the share of their range that int4 keeps."""
+    left, right = _transform("left_trans", 0, blocks), _transform("right_trans", 1, blocks)
+    return left, right, _once("clip_ratio", "ratio")
 
 
 _STATIC = (
@@ -59,11 +66,6 @@ _STATIC = (
     _once("input_offset", "integer", "I8"),  # loaders copy by value: an integral float becomes int8
     Param("quant_bias", ("I32",), lambda n, k: (n,), "codes"),
     Param("deq_scale", ("F32", "I64"), lambda n, k: (n,), "bits", part="weight_scale"),
-)
-_FLATQUANT = (
-    _transform("left_trans", 0),
-    _transform("right_trans", 1),
-    _once("clip_ratio", "ratio"),
 )
 
 
@@ -110,11 +112,18 @@ def _groups(operand: Operand) -> Callable[[Blocks], Tensor]:
     return dequantize
 
 
-def kronecker(blocks: Blocks) -> Tensor:
-    """W = L W' R^T for each row as a matrix [L, R]: the engine transforms inputs to L^T X R."""
-    rows = per_row(blocks)
-    left, right = blocks["left_trans"].float(), blocks["right_trans"].float()
-    return (left @ rows.view(-1, len(left), len(right)) @ right.mT).flatten(1)
+def kronecker(dequantize: Callable[[Blocks], Tensor]) -> Callable[[Blocks], Tensor]:
+    """W = L W' R^T for each row as a matrix [L, R]: the engine transforms inputs to L^T X R.
+
+    dequantize: what gives the rows of W'.
+    """
+
+    def undone(blocks: Blocks) -> Tensor:
+        left, right = blocks["left_trans"].float(), blocks["right_trans"].float()
+        rows = dequantize(blocks).view(-1, len(left), len(right))
+        return (left @ rows @ right.mT).flatten(1)
+
+    return undone
 
 
 @dataclass(frozen=True)
@@ -124,10 +133,20 @@ class QuantType(Layout):
     loads_on:         engine versions and hardware, for types that this tool writes.
     scale_in_float32: the engine keeps weight_scale in float32; otherwise its loader rounds it to the
                       serving dtype.
+    linears:          the engine has it for linears; if not, for experts alone.
+    described_group:  the `group_size` that it reads in the description; None: it does not look.
+    inputs:           linears have a multiple of so many inputs.
+    blocks:           of the left transform, if there is one.
+    biases:           linears may have a bias.
     """
 
     loads_on: str = ""
     scale_in_float32: bool = False
+    linears: bool = True
+    described_group: int | None = None
+    inputs: int = 1
+    blocks: int = 1
+    biases: bool = True
 
     @property
     def static(self) -> bool:
@@ -150,10 +169,30 @@ def _type(label: str, operand: Operand, *params: Param, **more: Any) -> QuantTyp
     return QuantType(label, operand, params, **{"dequantize": per_row, **more})
 
 
-def _grouped(label: str, operand: Operand, **more: Any) -> QuantType:
-    """A type with a scale for each group of columns."""
+def _mx(label: str, operand: Operand, version: str, **more: Any) -> QuantType:
+    """A type with a power of two as a scale for each group of columns."""
     params = (codes_param(operand), row_scale(operand))
-    return QuantType(label, operand, params, _groups(operand), code_sides(operand), True, **more)
+    usual = {"dequantize": _groups(operand), "sides": code_sides(operand), "experts": True}
+    usual |= {"scale_in_float32": True, "described_group": operand.group_size}
+    usual |= {"loads_on": f"vLLM-Ascend {version} and later on A5 (Ascend 950)"}
+    return QuantType(label, operand, **{"params": params, **usual, **more})
+
+
+@cache
+def mxfp4_flatquant(blocks: int) -> QuantType:
+    """MXFP4 of both sides after a transform of inputs, for so many blocks of its left matrix.
+
+    Modules whose inputs are split over devices have `max_supported_tp` blocks, others one: the loader
+    keeps its own part of the diagonal. It pairs the scales of a row. The bias goes to the matmul in the
+    serving dtype, which takes biases in float32 alone for such operands. Sources: vllm-ascend
+    182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py:90-177; ops-nn e5c3fa93,
+    matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5.md:922.
+    """
+    params = (codes_param(_MXFP4), row_scale(_MXFP4), *_flatquant(blocks))
+    return _mx(
+        "W4A4_MXFP4_FLATQUANT", _MXFP4, "0.20.2rc1", params=params, experts=False, biases=False,
+        dequantize=kronecker(_groups(_MXFP4)), inputs=64, blocks=blocks,
+    )  # fmt: skip
 
 
 def _a2_a3(version: str) -> str:
@@ -180,34 +219,41 @@ TYPES = {
         _type("W8A16", _INT8, _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
         _type("W8A8FP8_DYNAMIC", _FP8, _F8, *_SCALES, experts=True, scale_in_float32=True,
               loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
-        _grouped("W8A8_MXFP8", _MXFP8,
-                 loads_on="vLLM-Ascend 0.13 (experts: 0.18) and later on A5 (Ascend 950)"),
-        _grouped("W4A4_MXFP4", _MXFP4),
-        _grouped("W4A8_MXFP", _MXFP4),
-        _grouped("W4A16_MXFP4", _MXFP4, note="the engine has W4A16_MXFP4 for experts alone"),
+        _mx("W8A8_MXFP8", _MXFP8, "0.13 (experts: 0.18)"),
+        _mx("W4A4_MXFP4", _MXFP4, "0.19.1rc1"),
+        # its loader pairs the scales of a row: w4a8_mxfp4.py:63-105
+        _mx("W4A8_MXFP", _MXFP4, "0.21.0rc1", inputs=64),
+        _mx("W4A16_MXFP4", _MXFP4, "0.23", linears=False),
+        mxfp4_flatquant(1),
         _type("W4A8_DYNAMIC", _INT4, _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
               sides=_pairs, experts=True, note=_OLD_W4A8),
-        _type("W4A4_DYNAMIC", _INT4, _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True),
-        _type("W4A4_FLATQUANT_DYNAMIC", _INT4, _I4, *_SCALES, *_FLATQUANT, dequantize=kronecker,
-              loads_on=_a2_a3("0.11"), scale_in_float32=True),
+        _type("W4A4_DYNAMIC", _INT4, _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True,
+              inputs=8),
+        _type("W4A4_FLATQUANT_DYNAMIC", _INT4, _I4, *_SCALES, *_flatquant(),
+              dequantize=kronecker(per_row), loads_on=_a2_a3("0.11"), scale_in_float32=True, inputs=8),
     )
 }  # fmt: skip
 _INT8_TOKEN = Operand("int8", "token", dynamic=True)
 _INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
 _INT4_BOTH = (_INT4, Operand("int4", "token", dynamic=True))
-_MXFP8_TOKEN = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 32), scale="e8m0")
+_MXFP8_INPUTS, _MXFP4_INPUTS = replace(_MXFP8, dynamic=True), replace(_MXFP4, dynamic=True)
 _FP8_BOTH = (_FP8, Operand("fp8_e4m3", "token", dynamic=True))
 # The types that are written, in the order in which `model_quant_type` prefers them.
-# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:167-181.
+# Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:164-181; a transform is
+# named by its older tool alone.
 WRITTEN: dict[Numerics, QuantType] = {
+    Numerics(_MXFP4, _MXFP4_INPUTS, transform="kronecker"): TYPES["W4A4_MXFP4_FLATQUANT"],
+    Numerics(_MXFP4, _MXFP4_INPUTS): TYPES["W4A4_MXFP4"],
     Numerics(*_INT4_BOTH, transform="kronecker"): TYPES["W4A4_FLATQUANT_DYNAMIC"],
     Numerics(*_INT4_BOTH): TYPES["W4A4_DYNAMIC"],
+    Numerics(_MXFP4, None): TYPES["W4A16_MXFP4"],
+    Numerics(_MXFP4, _MXFP8_INPUTS): TYPES["W4A8_MXFP"],
+    Numerics(_MXFP8, _MXFP8_INPUTS): TYPES["W8A8_MXFP8"],
+    Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
+    **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
     **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
     Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
-    Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
-    Numerics(_MXFP8, _MXFP8_TOKEN): TYPES["W8A8_MXFP8"],
     Numerics(_INT8, None): TYPES["W8A16"],
-    **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
 }
 # Types for the 310P that are written, and what loads them there. The engine has methods of its own for
 # that chip: deq_scale is int64 whatever the serving dtype, and weight_scale of W8A8_DYNAMIC float32.
@@ -217,11 +263,10 @@ ON_310P = {
     "W8A8": "vLLM-Ascend 0.18 and later on Atlas 310P",
     "W8A8_DYNAMIC": "vLLM-Ascend 0.18 and later on Atlas 310P",
 }
-# Types that the engine has, but whose tensors this tool cannot check: transforms whose sizes depend on
-# the tensor parallel size, tensors of compressed-tensors, and sparse types of the 310P.
-# Source: vllm-ascend 182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py, w4a16.py and
+# Types that the engine has, but whose tensors this tool cannot check: tensors of compressed-tensors,
+# and sparse types of the 310P. Source: vllm-ascend 182b75ea84, quantization/methods/w4a16.py and
 # _310p/quantization/methods/w8a8s.py, w8a8sc.py.
-UNCHECKED = frozenset({"W4A4_MXFP4_FLATQUANT", "W4A16", "W8A8S", "W8A8SC"})
+UNCHECKED = frozenset({"W4A16", "W8A8S", "W8A8SC"})
 # Types of other producers, and the engine's name for each.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
 MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}

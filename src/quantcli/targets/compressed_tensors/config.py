@@ -14,7 +14,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.number_types import ELEMENTS, SCALES
 from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
-from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, kind_of
+from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, as_served, kind_of
 from quantcli.targets.names import entry_fault, fold, ignored
 from quantcli.targets.spellings import draft_expressions
 from quantcli.targets.vllm_family import float_linears, is_head
@@ -24,16 +24,12 @@ _ANY = "naive-quantized"  # of codes that are not packed
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One of `config_groups`. kind is None if this version does not know how engines load it.
-
-    unchecked: the format that engines load, but whose tensors this version cannot read.
-    """
+    """One of `config_groups`. kind is None if this version does not know how engines load it."""
 
     name: str
     targets: tuple[str, ...]
     numerics: Numerics | None
     kind: Kind | None
-    unchecked: str | None = None
 
 
 @dataclass
@@ -67,14 +63,15 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
         if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
             config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
-        numerics = kind = unchecked = None
+        numerics = kind = None
         try:
             numerics, kind = _group(table, top)
+            if (other := table.get("format") or top) not in {kind.format, _ANY}:
+                named = f"`{place}` has the format {other}; vLLM goes by its weights, of {kind.format}"
+                config.findings.append(noted("config", named, CONFIG))
         except _Unknown as reason:
-            unchecked = _unchecked(table)
-            if unchecked is None:
-                config.findings.append(_wrong(f"`{place}` {reason}"))
-        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind, unchecked))
+            config.findings.append(_wrong(f"`{place}` {reason}"))
+        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind))
     ignore = block.get("ignore")
     if ignore is not None and not _strings(ignore) and ignore != []:
         config.findings.append(_wrong("`ignore` is not a list of names"))
@@ -115,31 +112,21 @@ def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
         raise _Unknown(
             f"orders columns by activations (actorder {actorder!r:.20}), which engines refuse"
         )
-    numerics = Numerics(_operand(weights), None if inputs is None else _operand(inputs))
+    numerics = as_served(Numerics(_operand(weights), None if inputs is None else _operand(inputs)))
     kind = kind_of(numerics, form == "pack-quantized")
-    if kind is None or form not in {kind.format, _ANY}:
-        raise _Unknown(f"is a combination that the engine has no scheme for, in {form}")
+    if kind is None or not (kind.any_format or form in {kind.format, _ANY}):
+        more = _near_miss(numerics.weight)
+        raise _Unknown(f"is a combination that the engine has no scheme for, in {form}{more}")
     return numerics, kind
 
 
-# Weights with scales of eight bits that the engine loads, by type, bits, strategy and group size. It
-# does not look at `format` for them. Source: vllm 0.32.0,
-# model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:420-510.
-_SMALL_SCALES: dict[tuple[object, ...], str] = {
-    ("float", 4, "tensor_group", 16): "nvfp4",
-    ("float", 4, "group", 32): "mxfp4",
-    ("float", 8, "group", 32): "mxfp8",
-}
-
-
-def _unchecked(table: Mapping[str, Any]) -> str | None:
-    """The format of weights with scales of eight bits, in a group that cannot be read; else None."""
-    weights = table.get("weights")
-    if not isinstance(weights, dict):
-        return None
-    key = tuple(weights.get(name) for name in ("type", "num_bits", "strategy", "group_size"))
-    form = _SMALL_SCALES.get(key) if all(isinstance(part, (str, int)) for part in key) else None
-    return None if form == "mxfp8" and weights.get("scale_dtype") != "torch.uint8" else form
+def _near_miss(weight: Operand) -> str:
+    """What the engine knows one of the formats with small scales by, if that alone is missing."""
+    if weight.dtype == "fp4_e2m1" and weight.group_size == 16 and not weight.global_scale:
+        return "; it knows NVFP4 by the strategy tensor_group"
+    if weight.dtype == "fp8_e4m3" and weight.group_size == 32 and not weight.scale:
+        return "; it knows MXFP8 by the scale_dtype torch.uint8"
+    return ""
 
 
 _NAMES: dict[tuple[str, int], str] = {
@@ -155,7 +142,8 @@ _SCALES = {None: None} | {
 def _operand(table: Any) -> Operand:
     """QuantizationArgs as compressed-tensors reads them: keys left out follow from the others.
 
-    Source: compressed-tensors 0.17.0, quantization/quant_args.py:169-345.
+    Sources: compressed-tensors 0.17.0, quantization/quant_args.py:169-345; compressed-tensors 0.20.0,
+    compressors/nvfp4/base.py:49-54 and compressors/mxfp4/base.py:45-50, for the scales of fp4.
     """
     if not isinstance(table, dict):
         raise _Unknown(f"describes numbers with {table!r:.40}")
@@ -168,12 +156,18 @@ def _operand(table: Any) -> Operand:
     scales = table.get("scale_dtype")
     if not isinstance(scales, str | None) or scales not in _SCALES:
         raise _Unknown(f"has scales of {scales!r:.40}, which this version does not know")
+    scale: str | None = _SCALES[scales]
     if group is not None and (type(group) is not int or group < -1 or group == 0):
         raise _Unknown(f"has a group_size of {group!r:.20}")
     per = table.get("strategy") or (
         "tensor" if group is None else "channel" if group == -1 else "group"
     )
     block = None
+    global_scale = per == "tensor_group"
+    if global_scale:
+        per = "group"
+    if dtype == "fp4_e2m1" and scales is None:
+        scale = "e4m3" if global_scale else "e8m0"
     if per == "group":
         if group is None or group < 1:
             raise _Unknown("has groups without a size")
@@ -188,9 +182,11 @@ def _operand(table: Any) -> Operand:
     elif per not in ("tensor", "channel", "token"):
         raise _Unknown(f"has the strategy {per!r:.40}, which this version does not know")
     symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
+    if dynamic == "local" and global_scale:
+        dynamic = True  # the scales of groups; the global one is measured, as engines always take it
     if type(symmetric) is not bool or type(dynamic) is not bool:
         raise _Unknown(f"says symmetric {symmetric!r:.20}, dynamic {dynamic!r:.20}")
-    return Operand(dtype, per, symmetric, dynamic, block, _SCALES[scales])  # type: ignore[arg-type]
+    return Operand(dtype, per, symmetric, dynamic, block, scale, global_scale)  # type: ignore[arg-type]
 
 
 def _strings(value: Any) -> bool:
@@ -258,8 +254,9 @@ def declared_cache(block: Mapping[str, Any]) -> tuple[Cache | None, Iterator[Fin
         return None, iter(())
     if not isinstance(scheme, dict):
         return None, iter([_wrong(f"has a `kv_cache_scheme` that is {scheme!r:.40}, not an object")])
-    found = next((cache for cache in CACHES.values() if cache.per in _STRATEGIES
-                  and cache_scheme(cache).items() <= {"dynamic": False, **scheme}.items()), None)  # fmt: skip
+    given = {"dynamic": False, **scheme}
+    caches = (cache for cache in CACHES.values() if cache.per in _STRATEGIES)
+    found = next((c for c in caches if cache_scheme(c).items() <= given.items()), None)
     if found is not None:
         return found, iter(())
     words = ", ".join(f"{key} {scheme.get(key)!r:.20}" for key in cache_scheme(CACHES["fp8"]))

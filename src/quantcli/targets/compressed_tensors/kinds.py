@@ -8,7 +8,14 @@ from typing import Any, Literal, TypeAlias, get_args
 from quantcli.checkpoint.spec import DTYPES
 from quantcli.core.numerics import Numerics, Operand
 
-Format: TypeAlias = Literal["int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized"]
+Format: TypeAlias = Literal[
+    "int-quantized",
+    "float-quantized",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -30,6 +37,11 @@ class Kind:
     experts: bool = False
 
     @property
+    def any_format(self) -> bool:
+        """Whether the engine takes it under any `format`."""
+        return any(self.format == form for _, form in _FORMATS.values())
+
+    @property
     def packed(self) -> bool:
         """Whether each int32 holds 32 / bits codes."""
         return self.format == "pack-quantized"
@@ -38,12 +50,20 @@ class Kind:
 _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
+_NVFP4 = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
+_MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
 _MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
 # Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
 # 182b75ea84, quantization/compressed_tensors_config.py.
 _LOADS_ON = (
+    ("nvfp4 float", f"vLLM 0.32 and later; {_NVIDIA} (Turing and later)"),
+    ("nvfp4", f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD"),
+    (
+        "mxfp4",
+        f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Ampere and later with float inputs), AMD, Intel",
+    ),
     (
         "mxfp8",
         f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD, Intel",
@@ -76,9 +96,11 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
     weight, x = numerics.weight, numerics.input
     if numerics.prefill or numerics.transform or weight.dynamic or weight.per == "token":
         return None
-    if weight != _MXFP8 and (weight.scale or (x and x.scale)):
+    if weight in _FORMATS:
+        kind = _small_scales(weight, x)
+    elif weight.scale or (x and x.scale):
         return None
-    if weight.element.family == "float":
+    elif weight.element.family == "float":
         kind = _fp8(weight, x)
     elif x is None:
         kind = _weight_only(weight)
@@ -87,11 +109,36 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
     return None if kind is None or packed not in {None, kind.packed} else kind
 
 
+# vLLM goes by the weights alone. Source: vllm 0.32.0,
+# model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:794-816.
+_FORMATS: dict[Operand, tuple[str, Format]] = {
+    _NVFP4: ("nvfp4", "nvfp4-pack-quantized"),
+    _MXFP4: ("mxfp4", "mxfp4-pack-quantized"),
+    _MXFP8: ("mxfp8", "mxfp8-quantized"),
+}
+
+
+def _small_scales(weight: Operand, x: Operand | None) -> Kind | None:
+    """Weights with scales of eight bits; inputs as the weights are, float, or fp8 for mxfp4."""
+    inputs = {None: " float inputs", replace(weight, dynamic=True): ""}
+    if weight == _MXFP4:
+        inputs |= {_FP8_TOKEN: " fp8 inputs", _FP8_GROUPS: " fp8 inputs in groups"}
+    if x not in inputs:
+        return None
+    name, form = _FORMATS[weight]
+    return Kind(name + inputs[x], form, weight.element.bits, experts=True)
+
+
+def as_served(numerics: Numerics) -> Numerics:
+    """Numerics of a checkpoint as the engine takes them: next to mxfp4 and mxfp8 weights, inputs that
+    it has no kernel for count as such codes, too."""
+    weight = numerics.weight
+    if weight not in {_MXFP4, _MXFP8} or _small_scales(weight, numerics.input):
+        return numerics
+    return Numerics(weight, replace(weight, dynamic=True))
+
+
 def _fp8(weight: Operand, x: Operand | None) -> Kind | None:
-    if weight == _MXFP8 and x in {None, replace(_MXFP8, dynamic=True)}:
-        # the engine does not look at inputs: it quantizes them where its kernel can
-        label = "mxfp8" if x else "mxfp8 float inputs"
-        return Kind(label, "mxfp8-quantized", 8, experts=True)
     if x is None or {weight.dtype, x.dtype} != {"fp8_e4m3"}:
         return None
     if not (weight.symmetric and x.symmetric):
@@ -154,15 +201,18 @@ def loads_on(label: str) -> str:
 
 def arguments(operand: Operand) -> dict[str, Any]:
     """An operand as QuantizationArgs of compressed-tensors, for config.json."""
+    measured = operand.dynamic and operand.global_scale  # scales of groups alone are dynamic
     table: dict[str, Any] = {
         "num_bits": operand.element.bits,
         "type": operand.element.family,
-        "strategy": operand.per,
+        "strategy": "tensor_group" if operand.global_scale else operand.per,
         "symmetric": operand.symmetric,
-        "dynamic": operand.dynamic,
+        "dynamic": "local" if measured else operand.dynamic,
     }
     if operand.per == "group" and operand.block:
         table["group_size"] = operand.block[1]
+    if measured:
+        table["observer"] = "static_minmax"
     if operand.per == "block" and operand.block:
         table["block_structure"] = list(operand.block)
     if operand.scale_type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from torch import Tensor
@@ -16,7 +17,9 @@ from quantcli.targets.layouts import (
     Param,
     Sides,
     block_scale,
+    code_sides,
     codes_param,
+    global_scale,
     module_scale,
     row_scale,
     static_inputs,
@@ -41,6 +44,10 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
         params.append(Param("weight_shape", ("I64", "I32"), lambda n, k: (2,), "codes", 0))
     if not weight.symmetric:
         params.append(_zero_point(numerics, kind))
+    if weight.global_scale:
+        params.append(global_scale("weight_global_scale", "divisor"))
+    if numerics.input and numerics.input.global_scale:
+        params.append(global_scale("input_global_scale"))
     if static_inputs(numerics):
         params.append(module_scale("input_scale", shared=True))
         if numerics.input and not numerics.input.symmetric:
@@ -50,14 +57,17 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
     def dequantize(blocks: Blocks) -> Tensor:
         codes = _unpacked(blocks, kind, numerics)
         scale = scale_values(blocks["weight_scale"])
+        if weight.global_scale:
+            scale = scale * multiplier(blocks["weight_global_scale"])
         if scale.numel() == 1:
             return codes * scale.reshape(())
         return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
 
-    def sides(shape: tuple[int, ...]) -> Sides:
+    def words(shape: tuple[int, ...]) -> Sides:
         """n and k; packed codes may have fewer columns, which only weight_shape records."""
-        return shape[0], shape[1] * (32 // kind.bits if kind.packed else 1)
+        return shape[0], shape[1] * (32 // kind.bits)
 
+    sides = words if kind.packed else code_sides(weight)
     return Layout(kind.label, weight, tuple(params), dequantize, sides, experts=kind.experts)
 
 
@@ -65,7 +75,17 @@ def _codes(numerics: Numerics, kind: Kind) -> Param:
     bits = kind.bits
     if kind.packed:
         return Param("weight_packed", ("I32",), lambda n, k: (n, -(-k * bits // 32)), "codes")
-    return codes_param(numerics.weight)
+    codes = codes_param(numerics.weight)
+    return replace(codes, suffix="weight_packed") if numerics.weight.element.per_byte > 1 else codes
+
+
+def multiplier(divisor: Tensor) -> Tensor:
+    """A global scale as the engine multiplies with it: float32 [1]. divisor: as stored, [1] or [].
+
+    Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/
+    compressed_tensors_w4a4_nvfp4.py:99-119.
+    """
+    return 1 / divisor.float().reshape(1)
 
 
 def _weight_scale(numerics: Numerics) -> Param:
@@ -88,7 +108,9 @@ def _zero_point(numerics: Numerics, kind: Kind) -> Param:
 def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     """Codes minus their zero points: float32 [rows, k]."""
     if not kind.packed:
-        return code_values(blocks["weight"], numerics.weight.element)
+        codes = blocks.get("weight_packed", blocks.get("weight"))
+        assert codes is not None
+        return code_values(codes, numerics.weight.element)
     k = int(blocks["weight_shape"][1])
     codes = unpack_signed(blocks["weight_packed"], kind.bits, k).float()
     if "weight_zero_point" not in blocks:

@@ -10,8 +10,8 @@ from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.targets.base import AGAIN
 from quantcli.core.numerics import Cache
+from quantcli.targets.base import AGAIN
 from quantcli.targets.compressed_tensors.config import ConfigGroup, declared_cache, read_groups
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
@@ -73,8 +73,6 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 self.labels[module] = self.float_label
                 if quantized:
                     without_group[_codes_as_float(tensors, ignored)].append(module)
-            elif group.unchecked and quantized:
-                self.labels[module] = self.unchecked[module] = group.unchecked
             elif group.kind is None or group.numerics is None:
                 continue  # `read` reports the group
             elif not quantized and self.float_only(module):

@@ -12,6 +12,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import (
+    KEEP,
     Fault,
     PlannedCheckpoint,
     ScalePart,
@@ -20,7 +21,7 @@ from quantcli.targets.base import (
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
 from quantcli.targets.compressed_tensors.kinds import Kind, kind_of, loads_on
-from quantcli.targets.compressed_tensors.layouts import layout_of
+from quantcli.targets.compressed_tensors.layouts import layout_of, multiplier
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.kv_cache import CacheTensor, plain_tensors
 from quantcli.targets.layouts import Layout, static_inputs
@@ -36,6 +37,7 @@ from quantcli.targets.vllm_family import (
 # Values of group_size for which vLLM has the fast kernel for packed codes.
 # Source: vllm 0.32.0, model_executor/layers/quantization/utils/marlin_utils.py:37.
 _MARLIN_GROUPS = (32, 64, 128)
+_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
 
 class CompressedTensors(VllmTarget):
@@ -67,9 +69,12 @@ class CompressedTensors(VllmTarget):
 
         weight:           int8 or float8_e4m3fn [n, k]; int4 codes are -8..7, one in each byte.
         weight_packed:    int32 [n, k * bits / 32] instead, see pack_signed; and
-        weight_shape:     int64 [2], n and k.
+        weight_shape:     int64 [2], n and k. Or for fp4 uint8 [n, k / 2], the even column in the low
+                          four bits.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
                           [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
+        weight_global_scale, input_global_scale: float32 [1], what the engine divides by: 1 over the
+                          scheme's.
         input_scale:      float32 [1] if inputs are static.
         input_zero_point: int8 [1] if they are asymmetric: x ~ (xq - zero_point) * input_scale.
         """
@@ -84,7 +89,8 @@ class CompressedTensors(VllmTarget):
                 "weight_shape": torch.tensor(shape, dtype=torch.int64),
             }
         else:
-            stored = {"weight": parts["weight"], "weight_scale": scale}
+            stored = {self._codes(numerics): parts["weight"], "weight_scale": scale}
+        stored |= {name: 1 / parts[name].float() for name in _GLOBAL_SCALES if name in parts}
         if static_inputs(numerics):
             stored["input_scale"] = parts["input_scale"].float()
         if static_inputs(numerics) and numerics.input and not numerics.input.symmetric:
@@ -93,11 +99,12 @@ class CompressedTensors(VllmTarget):
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The same codes; scales in float32, input_offset float32 [1] for all int8 static inputs."""
-        if "weight_packed" in stored:
+        if "weight_shape" in stored:
             bits, k = numerics.weight.element.bits, int(stored["weight_shape"][1])
             parts = {"weight": unpack_signed(stored["weight_packed"], bits, k)}
         else:
-            parts = {"weight": stored["weight"]}
+            parts = {"weight": stored[self._codes(numerics)]}
+        parts |= {name: multiplier(stored[name]) for name in _GLOBAL_SCALES if name in stored}
         parts["weight_scale"] = scale_values(stored["weight_scale"])
         if numerics.weight.per == "tensor":
             parts["weight_scale"] = parts["weight_scale"].reshape(1)
@@ -126,8 +133,10 @@ class CompressedTensors(VllmTarget):
         group = module.numerics.weight.group_size
         if group and k % group:
             what = f"groups of {group} columns do not divide {k}"
-            yield Fault(what, "use `group_size: auto`, or channel", "width")
-        if last_part(module.name) == "kv_b_proj" and static_inputs(module.numerics):
+            fixed = module.numerics.weight.scale_type is not None
+            yield Fault(what, KEEP if fixed else "use `group_size: auto`, or channel", "width")
+        measured = module.numerics.input and module.numerics.input.global_scale
+        if last_part(module.name) == "kv_b_proj" and (static_inputs(module.numerics) or measured):
             # vllm 0.32.0, model_executor/layers/attention/mla_attention.py:416 and
             # layers/quantization/utils/quant_utils.py:511-572
             what = "the engine decodes kv_b_proj by an identity matrix, which a measured scale clips"
@@ -136,7 +145,8 @@ class CompressedTensors(VllmTarget):
 
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on groups that only slower kernels take, and on a quantized head."""
-        sizes = {g for m in modules if m.numerics and (g := m.numerics.weight.group_size)}
+        weights = [m.numerics.weight for m in modules if m.numerics]
+        sizes = {g for weight in weights if not weight.scale and (g := weight.group_size)}
         if slow := sorted(sizes.difference(_MARLIN_GROUPS)):
             yield (
                 f"groups of {', '.join(map(str, slow))} load, but the fast kernel takes only "
@@ -155,6 +165,10 @@ class CompressedTensors(VllmTarget):
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of any producer, as vLLM would load it."""
         return CompressedTensorsCheckpoint(checkpoint)
+
+    def _codes(self, numerics: Numerics) -> str:
+        """The suffix of codes."""
+        return self.layout(numerics).weight.suffix
 
     def _kind(self, numerics: Numerics) -> Kind:
         kind = kind_of(numerics)

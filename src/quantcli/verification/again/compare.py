@@ -153,9 +153,9 @@ class Recomputation:
         spec = item.outputs[0].spec
         if isinstance(item, CacheScale) and isinstance(self.plan, Plan) and self.plan.cache:
             layer = self.plan.cache.layers[item.layer]
-            tensors = self.packed.cache_tensors(self.plan.cache.cache)
-            tensor = next(tensor for tensor in tensors if tensor.part == item.part)
-            return (TensorSpec(tensor.name(layer.name), spec.dtype, tensor.shape_of(layer)),)
+            kinds = self.packed.cache_tensors(self.plan.cache.cache)
+            kind = next(kind for kind in kinds if kind.part == item.part)
+            return (TensorSpec(kind.name(layer.name), spec.dtype, kind.shape_of(layer)),)
         owner, _, suffix = spec.name.rpartition(".")
         module = self.stored.modules.get(owner)
         if suffix != "bias" or module is None or module.numerics is None:
