@@ -202,11 +202,13 @@ class StoredCache:
     cache:  its numerics; None if their shapes do not tell them.
     layers: parts of each layer.
     served: whether the engine quantizes its cache because the checkpoint says so.
+    attention: the layers of the model, if they are known.
     """
 
     cache: Cache | None
     layers: Mapping[str, Mapping[CachePart, StoredTensor]] = field(default_factory=dict)
     served: bool = False
+    attention: Mapping[str, AttentionLayer] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[StoredTensor]:

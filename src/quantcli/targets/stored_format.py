@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
@@ -217,7 +218,8 @@ class StoredFormat(ABC):
         self.cache = cache = stored_cache(tensors, self.declared_cache())
         if cache is None:
             return
-        self.values |= {t.spec.name: "positive" for t in tensors.values() if is_scale(t.spec.name)}
+        specs = (t.spec for name, t in tensors.items() if is_scale(name))
+        self.values |= {spec.name: "positive" for spec in specs if spec.dtype in FLOATS}
         self.checked["cache"] += len(tensors)
         shapes = {name: t.spec.shape for name, t in self.checkpoint.tensors.items()}
         weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
@@ -227,6 +229,7 @@ class StoredFormat(ABC):
         except InputError as error:
             yield noted("cache", f"scales of the cache were not checked: {error.what}", error.where)
             return
+        self.cache = replace(cache, attention=layers)
         yield from check_cache(cache, layers, tensors)
         yield from self.check_offsets(cache)
         if not cache.served and cache.tensors:
