@@ -80,7 +80,7 @@ class _BatchWatch:
 
     @property
     def batch(self) -> tuple[int, Tensor | None]:
-        """Its number, and which tokens are no padding."""
+        """Its number, and its mask: false for padding."""
         return self._number, self._mask
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -170,9 +170,9 @@ def _cache_of(stored: StoredCheckpoint, target: Target) -> PlannedCache | None:
             where=f"`{(other or names)[0]}`",
             fix="quantize the float model for the other engine",
         )
-    wanted = {tensor.part for tensor in target.cache_tensors(source.cache)}
+    taken = {tensor.part for tensor in target.cache_tensors(source.cache)}
     for part, tensor in ((part, t) for parts in source.layers.values() for part, t in parts.items()):
-        if part not in wanted and bool(read_tensor(tensor).any()):
+        if part not in taken and bool(read_tensor(tensor).any()):
             what = f"target `{target.name}` has no offsets of the cache, and this one is not 0"
             raise InputError(what, where=f"`{tensor.spec.name}`", fix="keep the checkpoint as it is")
     return PlannedCache(source.cache, source.attention, measured=False)

@@ -109,7 +109,7 @@ class StoredFormat(ABC):
         yield from ()
 
     def declared_cache(self) -> Cache | None:
-        """The cache of keys and values that the engine is told to have; None: it is told of none."""
+        """The cache of keys and values that the checkpoint declares; None: a float one."""
         return None
 
     def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:

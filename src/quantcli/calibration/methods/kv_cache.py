@@ -89,17 +89,18 @@ class CachePass(Measurement):
             number, mask = batch
             for side, states in zip(_SIDES, (key, value), strict=True):
                 rows = states.detach().transpose(1, 2)
-                shown = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
-                self._observer(layer, side, shown).update(shown, number)
+                tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+                self._observer(layer, side, tokens).update(tokens, number)
         return key, value
 
-    def _observer(self, layer: str, side: str, shown: Tensor) -> Observer:
+    def _observer(self, layer: str, side: str, tokens: Tensor) -> Observer:
         with self._lock:
             if (layer, side) not in self._observers:
                 method = self._method
                 summary = Magnitudes(method.cache, counted=method.chosen_by != "minmax")
                 self._observers[layer, side] = summary, Observer(summary)
-                self._shapes[layer, side] = shown.shape[1], shown.shape[1] * shown.shape[2]
+                heads, width = tokens.shape[1:]
+                self._shapes[layer, side] = heads, heads * width
             return self._observers[layer, side][1]
 
     def settle(self) -> None:

@@ -1,7 +1,7 @@
 """Keys and values as they enter the cache: after rotary embeddings, before heads are repeated.
 
-Every attention of the library hands both to the cache that it is given, and goes on with what that
-gives back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
+Every attention of the library hands both to the cache that it is given, and reads what that gives
+back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.replay.skeleton import Segments
 
-# (layer of attention, keys, values), [batch, heads, length, width] -> the same, or others to go on with
+# (layer of attention, keys, values), [batch, heads, length, width] -> the same, or others instead
 Enter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 _ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 

@@ -104,9 +104,9 @@ class ServedCache:
         """layers: scales by layer of attention. dtype: that of the engine, such as "BF16"."""
         self.cache = cache
         self.layers = layers.keys()
-        held = torch_dtype(dtype) if cache.element.family == "int" else torch.float32
+        engine_dtype = torch_dtype(dtype) if cache.element.family == "int" else torch.float32
         self._scales = {
-            (name, side): read_tensor(parts[side]).to(held).flatten()
+            (name, side): read_tensor(parts[side]).to(engine_dtype).flatten()
             for name, parts in layers.items()
             for side in _SIDES
         }

@@ -98,23 +98,25 @@ class Magnitudes(Summary):
         """
         if chosen_by == "minmax" or self._counts is None:
             return scales_of(self.amax, self._cache, engine_dtype)
-        values = self._values()
         if chosen_by == "percentile":
+            values = self._values(1).squeeze(-1)
             below = self._counts.cumsum(-1).double() / self._counts.sum(-1, keepdim=True)
             place = (below >= percent / 100).int().argmax(-1)
             amax = values[place].minimum(self.amax)
             return scales_of(torch.where(amax > 0, amax, self.amax), self._cache, engine_dtype)
+        values = self._values(2 ** self._dropped(torch.bfloat16))
         return torch.stack([
             _least_error(values, counts, amax, self._cache, engine_dtype)
             for counts, amax in zip(self._counts, self.amax, strict=True)
         ])  # fmt: skip
 
-    def _values(self) -> Tensor:
-        """The number that each count is of: float32 [magnitudes]."""
+    def _values(self, each: int) -> Tensor:
+        """Numbers that a count is of, evenly chosen: float32 [magnitudes, each]."""
         drop = self._dropped(self._dtype)
-        bits = torch.arange(2 ** (15 - drop), dtype=torch.int32) << drop
-        middle = bits + (2**drop >> 1) * (bits > 0)
-        values: Tensor = middle.to(torch.int16).view(self._dtype).float()
+        bits = torch.arange(2 ** (15 - drop), dtype=torch.int32).unsqueeze(-1) << drop
+        step = 2**drop // each
+        inner = bits + step // 2 + step * torch.arange(each, dtype=torch.int32)
+        values: Tensor = inner.to(torch.int16).view(self._dtype).float()
         return values
 
 
@@ -130,7 +132,8 @@ def _least_error(
     """The scale of a unit with the least squared error, float32; that of minmax if it is as good."""
     seen = counts.nonzero().squeeze(-1)
     whole = scales_of(amax, cache, engine_dtype)
-    values, weight = values[seen].minimum(amax), counts[seen].double()
+    weight = counts[seen].double().repeat_interleave(values.shape[-1])
+    values = values[seen].flatten().minimum(amax)
     best, least = whole, math.inf
     order = sorted(range(-_NARROWER * _STEPS, _WIDER * _STEPS + 1), key=lambda step: (step != 0, -step))
     for step in order:

@@ -233,7 +233,7 @@ _STRATEGIES: Mapping[str, str] = {"tensor": "tensor", "head": "attn_head"}
 
 
 def cache_scheme(cache: Cache) -> dict[str, Any]:
-    """`kv_cache_scheme`: with it, vLLM quantizes its cache unless it is told otherwise."""
+    """`kv_cache_scheme`: with it, vLLM quantizes its cache, unless an option overrides it."""
     return {
         "num_bits": cache.element.bits,
         "type": cache.element.family,
