@@ -130,9 +130,9 @@ def test_an_error_in_an_installed_package_is_its_authors(
 
 
 def test_scales_of_two_levels(site: Path, model: Path, tmp_path: Path) -> None:
-    """Types of codes and scales that no scheme of quantcli has, through plan, stream and all checks."""
+    """Scales of two levels in a format that only the package knows: plan, stream and all checks."""
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: two_level}]\n')
+    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: nvfp4a16}]\n')
     source = load_file(model / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj"
     source[f"{name}.weight"] *= 3  # siblings of other sizes share a scale
@@ -205,7 +205,7 @@ def test_damaged_scales_of_two_levels(
     site: Path, model: Path, tmp_path: Path, suffix: str, code: float, place: str, said: str
 ) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: two_level}]\n')
+    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: nvfp4a16}]\n')
     done = quantcli(site, "quantize", recipe, "--model", model, "--out", out, "--no-checksum")
     assert done.returncode == 0, done.stderr
     (file,) = out.glob("*.safetensors")

@@ -55,6 +55,8 @@ GOODS: dict[str, tuple[str, ...]] = {
     "gptq mixed": ("llama", "gptq_mixed"),
     "gptq moe": ("qwen3_moe", "gptq_int4"),
     "w4a8": ("w4a8_dynamic",),
+    "w4a8 moe": ("qwen3_moe", "w4a8_experts"),
+    "w4a16 moe": ("qwen3_moe", "w4a16_experts"),
     "mxfp8": ("w8a8_mxfp8",),
     "flatquant": ("w4a4_flatquant_dynamic",),
     "reference": ("w8a8_static",),

@@ -27,6 +27,14 @@ OWN = {
     "mixed": 'rules:\n  - {match: "*.0.*", scheme: keep}\n  - {match: "*.self_attn.*", scheme: w8a16}\n'
     '  - {match: "*_proj", scheme: w8a8_dynamic}\n',
     "int4": 'rules: [{match: "*_proj", scheme: w4a4_dynamic}]\n',
+    "w4a8_experts": """rules:
+- {match: "*.experts.*", scheme: {name: w4a8, group_size: channel}}
+- {match: "*_proj", scheme: w8a8_dynamic}
+""",
+    "w4a16_experts": """rules:
+- {match: "*.experts.*", scheme: {name: w4a16, group_size: 32}}
+- {match: "*_proj", scheme: w8a8_dynamic}
+""",
     "head": 'rules: [{match: ["*_proj", lm_head], scheme: w8a8_dynamic}]\n',
     "mlp": 'rules: [{match: "*.mlp.*_proj", scheme: fp8_dynamic}]\n',
     "ct_dynamic": """rules:

@@ -21,6 +21,7 @@ from tests.verify.damage import (
     put,
     raw,
     row,
+    swap,
     table,
     ulp,
 )
@@ -28,6 +29,7 @@ from tests.verify.damage import (
 LAYER = "model.layers.1"
 Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+EXPERT = f"{LAYER}.mlp.experts.3"
 NORM, EMBEDDING = f"{LAYER}.input_layernorm.weight", "model.embed_tokens.weight"
 INF, NAN = math.inf, math.nan
 POSITIVE = "not a positive number"
@@ -146,6 +148,19 @@ VALUES = [
         "scale_bias of row", f"`{Q}`"),
     row("rows of both halves in one byte", "w4a8", change(f"{Q}.weight", row_halves), "arithmetic",
         "scale_bias of row", f"`{Q}`"),
+    row("scale_bias of another expert", "w4a8 moe", swap(f"{EXPERT}.down_proj",
+        f"{LAYER}.mlp.experts.2.down_proj", "scale_bias"), "arithmetic", f"`{EXPERT}.down_proj`", also={
+        "arithmetic"}, most=2),
+    row("scale_bias of another slice", "w4a8 moe",
+        change(f"{EXPERT}.down_proj.scale_bias", lambda t: t.roll(1, 1)), "arithmetic",
+        "scale_bias", f"`{EXPERT}.down_proj`"),
+    row("scale_bias without the factor 8", "w4a8 moe",
+        change(f"{EXPERT}.up_proj.scale_bias", lambda t: t / 8), "arithmetic", f"`{EXPERT}.up_proj`"),
+    row("nibbles of an expert swapped", "w4a8 moe", change(f"{EXPERT}.up_proj.weight", nibbles_swapped),
+        "arithmetic", f"`{EXPERT}.up_proj`"),
+    row("a negative scale of W4A8", "w4a8 moe",
+        change(f"{EXPERT}.up_proj.weight_scale", lambda t: -t), "values", POSITIVE,
+        also={"arithmetic"}, most=3),
 ]  # fmt: skip
 
 OPEN = {"sealed": False}

@@ -29,6 +29,7 @@ CASES = [
     *((family, "mix") for family in ("qwen2", "stablelm", "llama:float16")),
     *((family, "smooth") for family in ("qwen2", "gemma2", "llama:float16")),
     *((family, "mixed") for family in ("llama", "gemma2", "qwen2")),
+    ("qwen3_moe", "w4a8_experts"), ("qwen3_moe", "w4a16_experts"),
     ("qwen3", "int4"), ("llama", "symmetric"), ("llama", "head"), ("multimodal", "mlp"),
     ("llama:float32", "w8a8_dynamic"),
     ("llama:float16", "w8a8_dynamic"), ("llama", "w8a8_dynamic", "max_shard=1MB"),

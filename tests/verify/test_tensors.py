@@ -5,6 +5,7 @@ import torch
 
 from tests.verify.damage import (
     CONFIG,
+    DESCRIPTION,
     add,
     assert_caught,
     bit,
@@ -162,6 +163,36 @@ ROWS = [
     row("float name that begins with a quantized one", "dynamic",
         add(f"{DOWN}_gate.weight", torch.ones(64, 96, dtype=torch.bfloat16)), "loader",
         f"{DOWN}_gate", "both for float"),
+    # int4 experts
+    row("one scale_bias for down", "w4a8 moe",
+        change(f"{EXPERT}.down_proj.scale_bias", lambda t: t.sum(1, keepdim=True)), "parameters",
+        f"{EXPERT}.down_proj.scale_bias", "has [64, 16]",
+        also={"experts"}, most=3),
+    row("slices of scale_bias for up", "w4a8 moe",
+        change(f"{EXPERT}.up_proj.scale_bias", lambda t: t.repeat(1, 16) / 16), "parameters",
+        f"{EXPERT}.up_proj.scale_bias", ", 1] for a module of this name",
+        also={"experts"}, most=3),
+    row("no scale_bias of an expert", "w4a8 moe", drop(f"{EXPERT}.up_proj.scale_bias"), "parameters",
+        f"{EXPERT}.up_proj.scale_bias", "which no file holds",
+        also={"experts"}, most=3),
+    row("a group_size for W4A8", "w4a8 moe", describe(group_size=32), "description",
+        "W4A8_DYNAMIC needs 0"),
+    row("another group_size for W4A16", "w4a16 moe", describe(group_size=64), "parameters",
+        "W4A16 has", most=999),
+    row("group_size 0 for W4A16", "w4a16 moe", describe(group_size=0), "description", "W4A16 needs 32"),
+    row("W4A16 by the name of the weight", "w4a16 moe",
+        lambda copy: renamed(copy), "parameters",
+        f"{EXPERT}.up_proj.weight_packed",
+        also={"experts"}, most=9),
+    row("a weight_shape the other way round", "w4a16 moe",
+        change(f"{EXPERT}.up_proj.weight_shape", lambda t: t.flip(0)), "parameters",
+        f"{EXPERT}.up_proj.weight_shape", "the codes are for"),
+    row("no scales of W4A16", "w4a16 moe", drop(f"{EXPERT}.up_proj.weight_scale"), "parameters",
+        f"{EXPERT}.up_proj.weight_scale",
+        also={"experts"}, most=3),
+    row("scales of W4A16 per channel", "w4a16 moe",
+        change(f"{EXPERT}.up_proj.weight_scale", lambda t: t[:, :1]), "parameters", "W4A16 has",
+        also={"experts"}, most=3),
     # layers
     row("a layer is missing", "dynamic", drop(f"{LAYER}.", everything=True), "layers",
         "layer 1 is missing", also={"sizes"}, most=2),
@@ -216,6 +247,14 @@ def flat_output(copy):
         tensors[f"{OUT}.weight"] = tensors[f"{OUT}.weight"].clamp(-8, 7)
     names = ("weight", "weight_scale", "weight_offset", "left_trans", "right_trans", "clip_ratio")
     describe(**{f"{OUT}.{name}": "W4A4_FLATQUANT_DYNAMIC" for name in names})(copy)
+
+
+def renamed(copy):
+    """Packed codes under the name of others."""
+    name = f"{EXPERT}.up_proj.weight"
+    with copy.tensors() as tensors, copy.json(DESCRIPTION) as table_:
+        tensors[name] = tensors.pop(f"{name}_packed")
+        table_[name] = table_.pop(f"{name}_packed")
 
 
 def w8a16_experts(copy):

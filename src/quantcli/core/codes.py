@@ -47,6 +47,17 @@ def code_values(stored: Tensor, element: ElementType) -> Tensor:
     return fp8_values(stored) if stored.dtype == torch.float8_e4m3fn else stored.float()
 
 
+def scaled_values(stored: Tensor, element: ElementType, scale: Tensor, columns: int) -> Tensor:
+    """The values of codes times the scales of their groups: [r, k / per_byte] -> float32 [r, k].
+
+    scale: float32 [r, ceil(k / columns)]; `columns` is even for codes that are two in a byte.
+    """
+    if element.name == "fp8_e4m3":
+        return fp8_values(stored, scale, columns)
+    compiled = kernels.decode(stored, element.name, scale, columns) if element.values else None
+    return scale_groups(code_values(stored, element), scale, columns) if compiled is None else compiled
+
+
 def scale_values(stored: Tensor) -> Tensor:
     """Stored scales as float32, in any shape. Of uint8 each is an exponent (E8M0): 2^(byte - 127), NaN
     for 255."""

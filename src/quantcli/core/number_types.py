@@ -76,8 +76,8 @@ def _table(*types: ElementType) -> Mapping[str, ElementType]:
 
 
 _HALF_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Sources of fp8_e4m3, fp4_e2m1 and e8m0: OCP Microscaling Formats (MX) Specification 1.0, sections 5.3
-# and 5.4. Bounds: `Bounds` says what they stand for.
+# Sources of fp8_e4m3, fp8_e5m2, fp4_e2m1 and e8m0: OCP Microscaling Formats (MX) Specification 1.0,
+# sections 5.3 and 5.4. Bounds: `Bounds` says what they stand for.
 ELEMENTS = _table(
     ElementType(
         "int4", "int", 4, -8.0, 7.0, step=1.0, dtype="I8", rule="int4", scales="signed",
@@ -86,6 +86,11 @@ ELEMENTS = _table(
     ElementType(
         "int8", "int", 8, -128.0, 127.0, step=1.0, dtype="I8", rule="codes", scales="signed",
         sqnr_db=20.0, row_db=3.0, error=0.1,
+    ),
+    # before fp8_e4m3, which formats mean by floats of eight bits; infinities and NaN above the largest
+    ElementType(
+        "fp8_e5m2", "float", 8, -57344.0, 57344.0, step=2.0**-16, dtype="F8_E5M2", rule="fp8",
+        scales="positive", sqnr_db=19.0, row_db=9.0, error=0.5,
     ),
     ElementType(
         "fp8_e4m3", "float", 8, -448.0, 448.0, step=2.0**-9, dtype="F8_E4M3", rule="fp8",

@@ -290,7 +290,7 @@ def quantize_block(
         raise _not_finite(source, source_bias, first_row, item)
     parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.engine_dtypes.weight_scale))
     n, k = item.source.spec.shape
-    return target.pack(item.scheme.numerics, parts, (n, k))
+    return target.pack_module(item.module, item.scheme.numerics, parts, (n, k))
 
 
 def measured_constants(item: Quantize) -> Parts:

@@ -102,7 +102,8 @@ def dry_run(
                     fix="use another scheme, or mend this one",
                 )
         parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(engine_dtypes.weight_scale))
-        return target.pack(scheme.numerics, parts, (n, k))
+        module = spec.name.removesuffix(".weight")
+        return target.pack_module(module, scheme.numerics, parts, (n, k))
 
     multiple = math.lcm(scheme.row_multiple, target.layout(scheme.numerics).row_multiple)
     with shapes_only():
@@ -194,7 +195,7 @@ def _items(
     checkpoint: Checkpoint, matched: Matched, target: Target, serving_dtype: str, measured: Measured
 ) -> Iterator[Item]:
     assigned, siblings = matched.rules, matched.siblings
-    # by rule, dtypes and shapes: experts come in tens of thousands of equal ones
+    # by rule, last part of the name, dtypes and shapes: experts come in tens of thousands of equal ones
     outcomes: dict[tuple[Any, ...], Outcome] = {}
     amax_groups = _amax_groups(checkpoint, assigned, siblings, measured)
     copies = _copies(checkpoint, assigned, target, serving_dtype, measured)
@@ -212,7 +213,7 @@ def _items(
         bias = checkpoint.tensors.get(f"{module}.bias")
         added = bias.spec if bias else None
         also = (added.dtype, added.shape) if added else ("", ())
-        key = (rule.key, spec.dtype, spec.shape, *also)
+        key = (rule.key, module.rpartition(".")[2], spec.dtype, spec.shape, *also)
         if key not in outcomes:
             outcomes[key] = dry_run(scheme, target, spec, serving_dtype, added)
         outcome = outcomes[key]

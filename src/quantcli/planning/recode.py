@@ -43,7 +43,7 @@ def recode(
     elif "input_scale" in parts:
         parts["input_scale"] = _cast(parts, "input_scale", item, target, 0)
     parts["weight_scale"] = _cast(parts, "weight_scale", item, target, first_row)
-    packed = target.pack(numerics, parts, item.module.shape)
+    packed = target.pack_module(item.module.name, numerics, parts, item.module.shape)
     again = target.unpack(numerics, packed)
     for name, tensor in again.items():
         expected = parts.get(name)

@@ -299,7 +299,7 @@ def _repack(
     bias = module.tensors.get("bias")
     item = Repack(codes, module, origin, (), row_multiple=multiple, bias=bias)
     kinds = tuple((s, t.spec.dtype, t.spec.shape) for s, t in sorted(module.tensors.items()))
-    key = (module.layout.label, module.numerics, kinds)
+    key = (module.layout.label, module.name.rpartition(".")[2], module.numerics, kinds)
     if key not in cache:
         cache[key] = _dry_run(item, target)
     return replace(item, outputs=tuple(output.of(module.name) for output in cache[key]))

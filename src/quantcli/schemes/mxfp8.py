@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import rounding, tiles
+from quantcli.schemes.arithmetic import mx, rounding, tiles
 from quantcli.schemes.base import Bias, Scheme
 
-_SIDE = 32
 _SCALES = torch.float8_e8m0fnu
-_EXPONENT = 0x7F800000  # the bits of a float32's exponent
 
 
 class Mxfp8(Scheme):
@@ -29,7 +27,7 @@ class Mxfp8(Scheme):
     @property
     def numerics(self) -> Numerics:
         """Fp8 e4m3 per group of 32 x fp8 e4m3 per token and group of 32, dynamic; scales e8m0."""
-        block = (1, _SIDE)
+        block = (1, mx.SIDE)
         return Numerics(
             Operand("fp8_e4m3", "group", block=block, scale="e8m0"),
             Operand("fp8_e4m3", "group", dynamic=True, block=block, scale="e8m0"),
@@ -40,7 +38,7 @@ class Mxfp8(Scheme):
     ) -> Parts:
         """Codes float8_e4m3fn [..., n, k], weight_scale float32 [..., n, ceil(k / 32)], powers of two
         from 2^-127 on, whatever `engine_dtype` is."""
-        groups = tiles.cut(rows, _SIDE)
+        groups = tiles.cut(rows, mx.SIDE)
         scale = rounding.scale_of(rounding.absmax(groups), rounding.FP8_E4M3_MAX, _SCALES)
         codes = rounding.to_fp8_e4m3(groups, scale).flatten(-2)[..., : rows.shape[-1]]
         return {"weight": codes.contiguous(), "weight_scale": scale.squeeze(-1)}
@@ -48,25 +46,10 @@ class Mxfp8(Scheme):
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""
         codes = parts["weight"].float()
-        return codes * tiles.spread(parts["weight_scale"], (1, _SIDE), *codes.shape[-2:])
+        return codes * tiles.spread(parts["weight_scale"], (1, mx.SIDE), *codes.shape[-2:])
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k xq wq) * group_scale * weight_scale + bias in float32, rounded
-        once to x.dtype.
-
-        Scales of inputs are rounded up, as those of weights; down to 2^(floor(log2 amax) - 8), which
-        clips, if a part `input_scale_alg` is 0. Sources: vllm 0.32.0,
-        model_executor/layers/quantization/utils/mxfp8_utils.py:44-74; vllm-ascend 182b75ea84,
-        quantization/methods/w8a8_mxfp8.py:95-113, and ops-nn e5c3fa93, quant/dynamic_mx_quant/docs/
-        aclnnDynamicMxQuantV2.md:31-49, for both values of scale_alg.
-        """
-        groups = tiles.cut(x.float(), _SIDE)
-        amax = groups.abs().amax(-1, keepdim=True)
-        if "input_scale_alg" in parts and not bool(parts["input_scale_alg"]):
-            power = (amax.view(torch.int32) & _EXPONENT).view(torch.float32)
-            scale = rounding.nearest(power / 2**8, _SCALES)
-        else:
-            scale = rounding.scale_of(amax, rounding.FP8_E4M3_MAX, _SCALES)
-        codes = rounding.to_fp8_e4m3(groups, scale, clip=True).float()
-        rounded = (codes * scale).flatten(-2)[..., : x.shape[-1]]
+        once to x.dtype. The engine's way to round inputs is in the parts, see `mx.fp8_inputs`."""
+        rounded = mx.fp8_inputs(x, parts)
         return rounding.add_bias(rounded @ self.dequantize(parts).mT, bias, x.dtype)

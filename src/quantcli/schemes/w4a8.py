@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.core.numerics import Numerics, Operand, Parts
+from quantcli.core.numerics import Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.base import Bias
-from quantcli.schemes.integer import Int4Groups
+from quantcli.schemes.integer import Int4Groups, Int4Weights, Search
 
 
 class W4A8(Int4Groups):
@@ -23,13 +23,24 @@ class W4A8(Int4Groups):
         """Int4 per group or channel x int8 per token, dynamic."""
         return Numerics(self.weights, Operand("int8", "token", dynamic=True))
 
+    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
+        """Scales of whole rows are positive: kernels for Ascend are not known to take others."""
+        if self.columns is None:
+            return Int4Weights.search(self, rows, engine_dtype, constants)
+        return super().search(rows, engine_dtype, constants)
+
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k (xq - zero) wq) * weight_scale / r + bias in float32, rounded
         once to x.dtype.
 
         As torch's `_dyn_quant_matmul_4bit`, with which vLLM computes it on CPUs: whatever config.json
-        says of symmetry, it gives each token's inputs all 255 steps between their extremes.
+        config.json says of symmetry, it gives each token's inputs all 255 steps between their extremes.
+        With a part `symmetric_inputs`, and scales of whole rows, as vLLM-Ascend: the zero is 0, and the
+        sum exact, as its product of halves of inputs comes to that. Source: vllm-ascend 182b75ea84,
+        csrc/gmm/grouped_matmul_swiglu_quant_v2/op_kernel, a8w4_msd_pre.h:169-198, a8w4_msd_post.h.
         """
+        if "symmetric_inputs" in parts:
+            return rounding.linear_int8_tokens(x, parts["weight"], parts["weight_scale"], bias)
         codes, zero, r = _token_codes(x)
         y = (codes - zero) @ self.dequantize(parts).mT / r
         return rounding.add_bias(y, bias, x.dtype)

@@ -7,7 +7,7 @@ stand in a word, in the order that the kernel unpacks pairs: nibble i, from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources.base import Source, SourceFormat, encoded
 from quantcli.sources.grouped import FLOAT, grouped_modules, open_rows
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel of each nibble
 
 
 class Awq(SourceFormat):
@@ -37,20 +37,25 @@ class Awq(SourceFormat):
             what = f"AWQ in the layout `{version:.40}`: this version decodes `gemm`"
             raise source.refused(what, FLOAT)
         group = source.whole("group_size", "q_group_size")
-        for module in grouped_modules(source, "AWQ", lambda _: (bits, group), packed_along_k=False):
-            opened = partial(open_rows, module, _unpack)
-            yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
+        yield from read(source, lambda _: (bits, group))
+
+
+def read(source: Source, numbers: Callable[[str], tuple[int, int]]) -> Iterator[Encoded]:
+    """Every module with a `qweight`. numbers: 4 bits, and the columns of its groups, by its name."""
+    for module in grouped_modules(source, "AWQ", numbers, packed_along_k=False):
+        opened = partial(open_rows, module, _unpack)
+        yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
 
 
 def _unpack(codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:
     first, last = start // 8, -(-stop // 8)
     rows = slice(start - 8 * first, stop - 8 * first)
-    return _nibbles(codes.columns(first, last))[rows], _nibbles(zeros.columns(first, last))[rows]
+    return nibbles(codes.columns(first, last))[rows], nibbles(zeros.columns(first, last))[rows]
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """int32 [n / 8, k] -> float32 [n, k]."""
+def nibbles(packed: Tensor, order: Sequence[int] = ORDER) -> Tensor:
+    """Words of eight channels: int32 [n / 8, k] -> float32 [n, k]."""
     codes = torch.empty((len(packed), 8, packed.shape[1]))
-    for place, channel in enumerate(_ORDER):
+    for place, channel in enumerate(order):
         codes[:, channel] = (packed >> (4 * place)).bitwise_and_(15)
     return codes.flatten(0, 1)

@@ -146,7 +146,8 @@ def check_scales(
     signed: bool = False,
 ) -> None:
     """InputError for a scale below zero, and for one of zero with codes that are not: its weights are
-    lost. NaN shows in the decoded values.
+    lost. An e4m3 scale may be zero, as it is if all values of its group are tiny. NaN shows in the
+    decoded values.
 
     scale:  float32, a row for rows `first`, `first` + 1, .. of the weight, or for `each` of them.
     each:   how many rows of the weight one row of `stored` is for; 0: it is for all.
@@ -156,7 +157,7 @@ def check_scales(
     bad = stray_signs(scale) if signed else scale < 0
     if not bool(bad.any()):
         bad = scale == 0
-        if not bool(bad.any()) or not bool(decode(bad.float()).any()):
+        if stored.spec.dtype == "F8_E4M3" or not bool(bad.any()) or not bool(decode(bad.float()).any()):
             return
     index = [int(place) for place in bad.nonzero()[0]]
     value = float(scale[tuple(index)])

@@ -104,7 +104,7 @@ def _read(
         own = target.open_stored(replace(checkpoint, tensors=_with_columns(checkpoint.tensors)))
         must_be_readable(own)
         return list(_read_own(own, target.name)), own
-    names = sorted({*(m for each in _formats() for m in each.methods), *discover(Target)})
+    names = sorted({*(each.name for each in _formats()), *discover(Target)})
     modules = count(source_format.modules, "module")
     raise InputError(
         f"model is already quantized: {source_format.format}, {modules}; "
@@ -224,6 +224,7 @@ _BESIDE = frozenset(
     {
         "weight_scale", "weight_scale_inv", "input_scale", "weight_offset", "weight_zero_point",
         "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx", "scale_weight", "scale_input",
+        "weight_scale_2", "weight_global_scale", "input_scale_2", "input_global_scale",
     }
 )  # fmt: skip
 

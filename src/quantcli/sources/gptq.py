@@ -49,36 +49,43 @@ class Gptq(SourceFormat):
             raise source.refused(
                 f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
             )
-        group = source.whole("group_size")
-        symmetric = source.settings.get("sym") is True
-        checked = False
-        usual = Kind(bits, group, symmetric)
+        usual = Kind(bits, source.whole("group_size"), source.settings.get("sym") is True)
         kind_of = _by_name(source) if source.settings.get("dynamic") else lambda _: usual
+        yield from read(source, kind_of, stored_as)
 
-        def numbers(name: str) -> tuple[int, int]:
-            return kind_of(name).bits, kind_of(name).group
 
-        for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
-            n, k = module.shape
-            symmetric = kind_of(module.name).symmetric
-            middle = 2 ** (module.bits - 1) if symmetric else None
-            if not checked and symmetric:
-                stored_as = _layout_of(source, module, stored_as)
-            elif not checked:
-                source.notes.extend(_doubt(module, stored_as, source.where))
-            checked = True
-            parts: tuple[StoredTensor, ...] = module.parts
-            index = module.tensors.get("g_idx")
-            if index is not None:
-                parts = (*parts, index)
-                if index.spec.numel:
-                    must_be(index, ("I32", "I64"), (k,), f"GPTQ of {n} x {k}")
-                else:
-                    index = None
-            kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
-            unpack = _Unpack(module, VERSIONS[stored_as], middle)
-            opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
-            yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
+def read(source: Source, kind_of: Callable[[str], Kind], stored_as: str) -> Iterator[Encoded]:
+    """Every module with a `qweight`.
+
+    kind_of:   the kind of a module by its name.
+    stored_as: the key of VERSIONS that the settings name.
+    """
+    checked = False
+
+    def numbers(name: str) -> tuple[int, int]:
+        return kind_of(name).bits, kind_of(name).group
+
+    for module in grouped_modules(source, "GPTQ", numbers, packed_along_k=True):
+        n, k = module.shape
+        symmetric = kind_of(module.name).symmetric
+        middle = 2 ** (module.bits - 1) if symmetric else None
+        if not checked and symmetric:
+            stored_as = _layout_of(source, module, stored_as)
+        elif not checked:
+            source.notes.extend(_doubt(module, stored_as, source.where))
+        checked = True
+        parts: tuple[StoredTensor, ...] = module.parts
+        index = module.tensors.get("g_idx")
+        if index is not None:
+            parts = (*parts, index)
+            if index.spec.numel:
+                must_be(index, ("I32", "I64"), (k,), f"GPTQ of {n} x {k}")
+            else:
+                index = None
+        kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
+        unpack = _Unpack(module, VERSIONS[stored_as], middle)
+        opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
+        yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
 
 
 def _by_name(source: Source) -> Callable[[str], Kind]:

@@ -7,8 +7,9 @@ is (q - zero) * scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +20,10 @@ from quantcli.core.codes import scale_groups, spread
 from quantcli.sources.base import Source, Tensors, matrix, must_be, needed
 
 FLOAT = "start from the float checkpoint, or from one in another format"
-# (qweight, qzeros, start, stop) -> these rows: codes [rows, k], zero points [rows, groups], float32
-Unpack = Callable[[Columns, Columns, int, int], tuple[Tensor, Tensor]]
+# (qweight, qzeros, start, stop) -> these rows: codes [rows, k], zero points [rows, groups], float32;
+# None for zero points of 0
+Unpack = Callable[[Columns, Any, int, int], tuple[Tensor, "Tensor | None"]]
+NAMES = ("qweight", "scales", "qzeros")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class GroupedModule:
 
     name: str
     tensors: Tensors
-    parts: tuple[StoredTensor, StoredTensor, StoredTensor]  # qweight, scales, qzeros
+    parts: tuple[StoredTensor, ...]  # qweight, scales, qzeros if there are any
     shape: tuple[int, int]
     group: int
     kind: str  # the format, such as "awq int4 in groups of 128"
@@ -42,16 +45,20 @@ def grouped_modules(
     numbers: Callable[[str], tuple[int, int]],
     *,
     packed_along_k: bool,
+    names: tuple[str, str, str] = NAMES,
+    zeros: bool = True,
 ) -> Iterator[GroupedModule]:
-    """Every module with a `qweight`. InputError for tensors that do not fit.
+    """Every module with codes. InputError for tensors that do not fit.
 
     method: its name. numbers: the bits of a module's codes, and the columns of its groups; -1: all.
     packed_along_k: whether the codes in an int32 of qweight are of neighbouring inputs; else of
     neighbouring outputs.
+    names: the suffixes of codes, which are a module's if they are int32, of scales and of zero points.
+    zeros: there must be zero points.
     """
     for name, tensors in source.modules.items():
-        codes = tensors.get("qweight")
-        if codes is None:
+        codes = tensors.get(names[0])
+        if codes is None or (names != NAMES and codes.spec.dtype != "I32"):
             continue
         bits, group = numbers(name)
         if group != -1 and group < 1:
@@ -60,16 +67,20 @@ def grouped_modules(
         height, width = matrix(codes)
         k, n = (height * 32 // bits, width) if packed_along_k else (height, width * 32 // bits)
         must_be(codes, ("I32",), (height, width), method)
-        scales, zeros = (needed(name, tensors, suffix, codes) for suffix in ("scales", "qzeros"))
+        scales = needed(name, tensors, names[1], codes)
+        points = needed(name, tensors, names[2], codes) if zeros else tensors.get(names[2])
         columns = k if group == -1 else group
         groups = -(-k // columns)
         if scales.spec.shape != (groups, n):
             expected = f"a weight of {n} x {k} [{groups}, {n}] scales"
             raise source.contradicted(scales, f"{bits} bits in groups of {group} give {expected}")
         must_be(scales, sorted(FLOATS), (groups, n), method)
-        must_be(zeros, ("I32",), (groups, -(-n * bits // 32)), f"{method} of {n} x {k}")
+        parts: tuple[StoredTensor, ...] = (codes, scales)
+        if points is not None:
+            must_be(points, ("I32",), (groups, -(-n * bits // 32)), f"{method} of {n} x {k}")
+            parts = (codes, scales, points)
         kind = f"{method.lower()} int{bits} {where}"
-        yield GroupedModule(name, tensors, (codes, scales, zeros), (n, k), columns, kind, bits)
+        yield GroupedModule(name, tensors, parts, (n, k), columns, kind, bits)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class GroupedRows:
     module: GroupedModule
     codes: Columns
     scales: Columns
-    zeros: Columns
+    zeros: Columns | None
     unpack: Unpack
     group_of: Tensor | None
 
@@ -90,9 +101,12 @@ class GroupedRows:
         values, zeros = self.unpack(self.codes, self.zeros, start, stop)
         scales = self.scales.columns(start, stop).float()
         if self.group_of is not None:
-            values -= zeros.index_select(1, self.group_of)
+            if zeros is not None:
+                values -= zeros.index_select(1, self.group_of)
             values *= scales.index_select(1, self.group_of)
             return values
+        if zeros is None:
+            return scale_groups(values, scales, group)
         if k % group:
             values -= spread(zeros, group, k)
         else:
@@ -106,6 +120,6 @@ def open_rows(
 ) -> Iterator[GroupedRows]:
     """Rows of a weight, as long as its files are open."""
     groups = group_of()
-    codes, scales, zeros = map(Columns, module.parts)
-    with codes, scales, zeros:
-        yield GroupedRows(module, codes, scales, zeros, unpack, groups)
+    with ExitStack() as stack:
+        codes, scales, *zeros = (stack.enter_context(Columns(part)) for part in module.parts)
+        yield GroupedRows(module, codes, scales, zeros[0] if zeros else None, unpack, groups)

@@ -1,4 +1,8 @@
-"""FP8 as ModelOpt writes it."""
+"""What Model-Optimizer writes, decoded by the tensors that each module has.
+
+Sources: Model-Optimizer a2fbac7b, modelopt/torch/export/quant_utils.py:263-346 and 836-938,
+quantization/qtensor/nvfp4_tensor.py, mxfp8_tensor.py and mxfp4_tensor.py.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,27 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.sources.base import Source, SourceFormat
-from quantcli.sources.float8 import FLOAT, read
+from quantcli.checkpoint.header import StoredTensor
+from quantcli.sources.base import Source, SourceFormat, Tensors, matrix, needed, wrong
+from quantcli.sources.blocks import Blocks, grouped, one_number, tiles_of
+from quantcli.sources.float8 import FLOAT
 
-# Names of formats, and the sides of a block.
-# Source: Model-Optimizer a2fbac7b, modelopt/torch/export/quant_utils.py; vllm 0.32.0,
-# model_executor/layers/quantization/modelopt.py:320-403.
-_BLOCKS: dict[str, list[int] | None] = {
-    "fp8": None,
-    "fp8_per_channel_per_token": None,
-    "fp8_pb_wo": [128, 128],
-}
+# Algorithms whose weights are codes times scales; others multiply inputs with scales of columns, too.
+_ALGORITHMS = (
+    "fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4", "w4a16_nvfp4", "w4a8_nvfp4_fp8",
+    "w4a8_mxfp4_fp8", "mxfp8", "mixed_precision",
+)  # fmt: skip
+_BLOCK = (128, 128)
+_EXPONENTS = ("U8", "F8_E8M0")
 
 
 class ModelOpt(SourceFormat):
-    """FP8 with a scale per tensor, row or block; settings in config.json or in a file of their own."""
+    """FP8, NVFP4, MXFP8 and MXFP4; settings in config.json or in a file of their own."""
 
     name: ClassVar[str] = "modelopt"
-    methods: ClassVar[frozenset[str]] = frozenset({"modelopt"})
+    methods: ClassVar[frozenset[str]] = frozenset(
+        {"modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"}
+    )
     own_file: ClassVar[str] = "hf_quant_config.json"
 
     def settings_of(self, table: Mapping[str, Any]) -> Any:
@@ -32,10 +39,45 @@ class ModelOpt(SourceFormat):
         return table.get("quantization")
 
     def read(self, source: Source) -> Iterator[Encoded]:
-        """Every FP8 module. InputError for other formats."""
+        """Every quantized module. InputError for other algorithms."""
+        if isinstance(table := source.settings.get("quantization"), dict):
+            source = replace(source, settings=table)
         algorithm = source.word("quant_algo", "")
-        if algorithm not in _BLOCKS:
-            formats = ", ".join(name.upper() for name in _BLOCKS)
+        if algorithm not in _ALGORITHMS:
+            formats = ", ".join(name.upper() for name in _ALGORITHMS)
             what = f"`quant_algo` is {algorithm.upper()!r:.40}: this version decodes {formats}"
             raise source.refused(what, FLOAT)
-        return read(replace(source, settings={"weight_block_size": _BLOCKS[algorithm]}))
+        for module, tensors in source.modules.items():
+            weight = tensors.get("weight")
+            if weight is None or weight.spec.dtype not in {"F8_E4M3", "U8"}:
+                continue
+            if "pre_quant_scale" in tensors:
+                what = "its inputs are scaled by columns, which is not decoded"
+                raise wrong(tensors["pre_quant_scale"], what, FLOAT)
+            scale = needed(module, tensors, "weight_scale", weight)
+            unused = [tensors["input_scale"]] if "input_scale" in tensors else []
+            blocks, kind = _blocks(source, module, tensors, weight, scale)
+            yield blocks.encoded(module, kind, unused)
+
+
+def _blocks(
+    source: Source, module: str, tensors: Tensors, weight: StoredTensor, scale: StoredTensor
+) -> tuple[Blocks, str]:
+    """The weight of a module, and its format as text."""
+    if weight.spec.dtype == "U8":
+        if scale.spec.dtype in _EXPONENTS:
+            grouped(weight, scale, "fp4_e2m1", 32, _EXPONENTS)
+            return Blocks(weight, "fp4_e2m1", scale, (1, 32)), "mxfp4 in groups of 32"
+        size = source.whole("group_size", default=16) or 16
+        if size < 1:
+            raise source.refused(f"NVFP4 in groups of {size}")
+        grouped(weight, scale, "fp4_e2m1", size, ("F8_E4M3",))
+        whole = one_number(needed(module, tensors, "weight_scale_2", weight))
+        return Blocks(weight, "fp4_e2m1", scale, (1, size), whole), f"nvfp4 in groups of {size}"
+    if scale.spec.dtype in _EXPONENTS:
+        grouped(weight, scale, "fp8_e4m3", 32, _EXPONENTS)
+        return Blocks(weight, "fp8_e4m3", scale, (1, 32)), "mxfp8 in groups of 32"
+    sides = matrix(weight)
+    in_blocks = source.word("quant_algo", "") == "fp8_pb_wo" or len(scale.spec.shape) == 4
+    scale, tile, shared = tiles_of(source, scale, sides, _BLOCK if in_blocks else None)
+    return Blocks(weight, "fp8_e4m3", scale, tile), f"fp8 {shared}"

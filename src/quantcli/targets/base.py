@@ -155,6 +155,15 @@ class Target(BaseModel, ABC):
         `row_multiple`, except at a weight's end.
         """
 
+    def pack_module(
+        self, module: str, numerics: Numerics, parts: Parts, shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """`pack` for a module of this name, which is what the planner calls. Here the name is not used.
+
+        Of the name only the last part may matter: modules with the same one are planned alike.
+        """
+        return self.pack(numerics, parts, shape)
+
     @abstractmethod
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The inverse of `pack`."""

@@ -21,7 +21,9 @@ Sides: TypeAlias = tuple[int, int]  # n and k of the weight
 FLOAT_PARAM = ("F32", "BF16", "F16")
 # rules for the numbers of a tensor: see verification/full.py
 Values: TypeAlias = (
-    CodeRule | ScaleRule | Literal["bits", "zero", "integer", "finite", "ratio", "divisor"]
+    CodeRule
+    | ScaleRule
+    | Literal["bits", "zero", "integer", "finite", "ratio", "divisor", "multiplier"]
 )
 Blocks: TypeAlias = Mapping[str, Tensor]  # by suffix
 

@@ -13,7 +13,7 @@ from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
-from quantcli.checkpoint.tensors import read_bytes
+from quantcli.checkpoint.tensors import read_bytes, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Cache, Numerics
@@ -271,6 +271,14 @@ def some(names: Collection[str]) -> str:
     return f"`{first}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
+    """n and k in a `weight_shape`; None if it is not two integers."""
+    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
+        return None
+    n, k = read_tensor(stored).tolist()
+    return n, k
+
+
 def _check_param(param: Param, spec: TensorSpec, label: str, n: int, k: int) -> Iterator[Finding]:
     """Findings of a parameter's dtype and shape, for a weight of n x k."""
     where = f"`{spec.name}`"
@@ -322,3 +330,25 @@ def _check_shared(modules: Iterable[StoredModule]) -> Iterator[Finding]:
                 what = f"differs from that of `{first}`: the engine keeps one for both"
                 what += "" if param.of_experts else ", whichever it reads last"
                 yield failed("siblings", what, f"`{name}.{param.suffix}`", AGAIN)
+
+
+def unlike_scales(modules: Iterable[StoredModule]) -> Iterator[Finding]:
+    """A note on siblings of which each has one scale, and not the same.
+
+    Sources: vllm 0.32.0, model_executor/layers/quantization/utils/w8a8_utils.py:75-107,
+    modelopt.py:2146-2157 and, for experts, utils/fp8_utils.py (process_fp8_weight_tensor_strategy_moe).
+    """
+    groups: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for module in modules:
+        scale = float(read_tensor(module.tensors["weight_scale"]).reshape(()))
+        groups[fused_siblings(module.name) or module.name].append((module.name, scale))
+    unlike = [names for names in groups.values() if len({scale for _, scale in names}) > 1]
+    if unlike:
+        first, a = unlike[0][0]
+        second, b = next(entry for entry in unlike[0] if entry[1] != a)
+        more = f" ({len(unlike) - 1} more like it)" if len(unlike) > 1 else ""
+        what = (
+            f"`{first}` has weight_scale {a:.6g} and `{second}` {b:.6g}{more}: the engine fuses "
+            "them, and rounds codes again to the larger scale"
+        )
+        yield noted("siblings", what)

@@ -146,6 +146,13 @@ FLOAT_LINEARS = {
 }
 
 
+# Model types whose routers the engine gives a quant_config.
+# Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
+QUANTIZED_ROUTERS = frozenset(
+    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "lfm2_moe", "k2_horizon"}
+)
+
+
 def float_linear(module: str) -> str | None:
     """The reason why engines always build a linear as float; None if they do not.
 

@@ -157,6 +157,10 @@ _FAULTS: dict[str, tuple[Callable[[Tensor], int | None], str]] = {
     "exponent": (lambda block: _first(block == 255), "an E8M0 scale is NaN"),
     "positive": (_not_positive, "a scale is not a positive number"),
     "signed": (_not_a_scale, "a scale is not a positive number"),
+    "multiplier": (
+        lambda block: _first(~((block > 0) & (block <= 1))),
+        "a multiplier of weights is not a number above 0 and up to 1, as if it were their divisor",
+    ),
     "divisor": (
         lambda block: _first(~((block >= 1) & torch.isfinite(block))),
         "a divisor of weights is not a finite number from 1 on, as if it were their multiplier",

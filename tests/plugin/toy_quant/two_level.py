@@ -1,20 +1,17 @@
-"""Four-bit floats in groups of 16 with e4m3 scales, and a float32 scale of the whole weight on top."""
+"""A format of two levels of scales: what quantcli's scheme `nvfp4a16` makes, under names of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.codes import code_values, scale_groups, scale_values
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
-from quantcli.core.numerics import NO_STATS, Module, Numerics, Operand, Parts, Stats
-from quantcli.schemes.arithmetic import rounding, tiles
-from quantcli.schemes.base import Bias, Scheme
+from quantcli.core.numerics import Module, Numerics, Operand, Parts
 from quantcli.targets.base import Fault, ScalePart, StoredCheckpoint, cannot_store
 from quantcli.targets.layouts import Blocks, Layout, code_sides, codes_param, module_scale, row_scale
 from quantcli.targets.sidecars import quantization_block
@@ -25,45 +22,6 @@ SIDE = 16
 WEIGHT = Operand("fp4_e2m1", "group", block=(1, SIDE), scale="e4m3", global_scale=True)
 NUMERICS = Numerics(WEIGHT, None)
 NAME = "two-level"
-
-
-class TwoLevel(Scheme):
-    """Codes fp4 e2m1, one to a byte until they are stored; all that the engine fuses has one scale."""
-
-    name: ClassVar[str] = "two_level"
-    needs_weight_amax: ClassVar[bool] = True
-
-    @property
-    def numerics(self) -> Numerics:
-        """Float inputs."""
-        return NUMERICS
-
-    def quantize(
-        self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
-    ) -> Parts:
-        """Codes uint8 [n, k], weight_scale [n, k / 16], weight_global_scale float32 [1]."""
-        largest = WEIGHT.element.largest
-        whole = constants["weight_amax"] / (largest * torch.finfo(engine_dtype).max)
-        whole = whole.clamp_min(torch.finfo(torch.float32).tiny)
-        groups = tiles.cut(rows.float(), SIDE)
-        scale = rounding.scale_of(rounding.absmax(groups) / whole, largest, engine_dtype)
-        values = (groups / (scale * whole)).flatten(-2)
-        numbers = torch.tensor(WEIGHT.element.values)
-        codes = torch.empty(values.shape, dtype=torch.uint8)
-        for start in range(0, len(values), 64):
-            part = values[start : start + 64].unsqueeze(-1)
-            codes[start : start + 64] = (part - numbers).abs().argmin(-1).to(torch.uint8)
-        return {"weight": codes, "weight_scale": scale.squeeze(-1), "weight_global_scale": whole}
-
-    def dequantize(self, parts: Parts) -> Tensor:
-        """Float32 [n, k]."""
-        numbers = torch.tensor(WEIGHT.element.values)[parts["weight"].long()]
-        scale = parts["weight_scale"] * parts["weight_global_scale"]
-        return numbers * tiles.spread(scale, (1, SIDE), *numbers.shape)
-
-    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
-        """With float inputs."""
-        return rounding.linear_float_inputs(x, self.dequantize(parts), bias)
 
 
 def _weight(blocks: Blocks) -> Tensor:
@@ -107,14 +65,11 @@ class TwoLevelTensors(VllmTarget):
 
     def pack(self, numerics: Numerics, parts: Parts, shape: tuple[int, int]) -> dict[str, Tensor]:
         """weight uint8 [n, k / 2], weight_scale e4m3 [n, k / 16], weight_global_scale float32 [1]."""
-        codes = parts["weight"]
-        return parts | {"weight": codes[:, 0::2] | codes[:, 1::2] << 4}
+        return dict(parts)
 
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """The same codes; scales in float32."""
-        packed = stored["weight"]
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-        return {**stored, "weight": codes, "weight_scale": scale_values(stored["weight_scale"])}
+        return {**stored, "weight_scale": scale_values(stored["weight_scale"])}
 
     def faults(self, module: Module, names: Collection[str]) -> Iterator[Fault]:
         """Groups that do not divide a row."""

@@ -16,6 +16,11 @@ def numbers(element):
     """The number of each code, by the definition of its type."""
     if element.name == "fp8_e4m3":
         return [fp8_number(code) for code in range(256)]
+    if element.name == "fp8_e5m2":  # two bits of a fraction; the highest exponent is Inf and NaN
+        pairs = [(e, f) for e in range(31) for f in range(4)]
+        positive = [(4 + f if e else f) * 2.0 ** (max(e, 1) - 17) for e, f in pairs]
+        rest = [math.inf, math.nan, math.nan, math.nan]
+        return [*positive, *rest, *(-value for value in [*positive, *rest])]
     if element.name == "fp4_e2m1":  # one bit of a fraction; the lowest exponent is subnormal
         halves = [(e, f) for e in range(4) for f in range(2)]
         positive = [(1 + f / 2) * 2.0 ** (e - 1) if e else f / 2 for e, f in halves]
@@ -42,6 +47,13 @@ def test_codes_of_four_bits_are_read_two_from_a_byte():
     values = numbers(element)
     assert found.shape == (8, 64)
     assert found.flatten().tolist() == [values[n] for b in range(256) for n in (b & 15, b >> 4)]
+
+
+def test_every_e5m2_code():
+    element = ELEMENTS["fp8_e5m2"]
+    stored = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)
+    expected = torch.tensor(numbers(element))
+    assert torch.equal(code_values(stored, element).nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def test_every_exponent():

@@ -20,7 +20,8 @@ from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
 
 INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"
-MXFP8 = "fp8_e4m3 e8m0 per group"
+MXFP8, GROUPS = "fp8_e4m3 e8m0 per group", "int4 per group"
+FOUR = [INT4, GROUPS]
 CONFIG = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
 
@@ -113,6 +114,7 @@ def check(module: dict[str, Any], w: np.ndarray) -> None:
     assert {key: module[key] for key in expected(w)} == pytest.approx(expected(w), rel=1e-9, abs=1e-12)
     shown = dict(module["sqnr_db"])
     int4 = shown.pop(INT4)
+    assert shown.pop(GROUPS) >= int4
     assert shown == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w), MXFP8: mxfp8_db(w)}, abs=1e-4)
     # at least what a scale of amax / 7 gives, and no more than a tenth of the steps can
     assert int4_db(w) - 1e-4 <= int4 < shown[INT8] - 15
@@ -200,7 +202,8 @@ def test_zeros_are_stored_exactly_and_have_no_ratios(tmp_path: Path) -> None:
     module = of_one(tmp_path, np.zeros((4, 6), "<f4"))
     assert module == {
         "module": "a", "shape": [4, 6], "amax_over_rms": None, "kurtosis": None, "channel_ratio": None,
-        "channel": None, "sqnr_db": dict.fromkeys([FP8, MXFP8, INT4, INT8], 200.0), "not_finite": None,
+        "channel": None, "not_finite": None,
+        "sqnr_db": dict.fromkeys([FP8, MXFP8, *FOUR, INT8], 200.0),
     }  # fmt: skip
 
 
@@ -228,7 +231,8 @@ def test_nan_and_inf_are_named_and_come_first(
     bad, good = statistics_of(tmp_path, tensors, block_elements=block)["modules"]
     assert bad == {
         "module": "bad", "shape": [12, 10], "amax_over_rms": None, "kurtosis": None,
-        "channel_ratio": None, "channel": None, "sqnr_db": dict.fromkeys([FP8, MXFP8, INT4, INT8]),
+        "channel_ratio": None, "channel": None,
+        "sqnr_db": dict.fromkeys([FP8, MXFP8, *FOUR, INT8]),
         "not_finite": {"value": name, "index": [7, 4]},
     }  # fmt: skip
     assert good["module"] == "good"
@@ -300,6 +304,7 @@ def test_operands_name_every_scheme_that_stores_weights_so(tmp_path: Path) -> No
         FP8: ["fp8_dynamic"],
         MXFP8: ["mxfp8"],
         INT4: ["w4a4_dynamic"],
+        GROUPS: ["w4a16", "w4a8"],
         INT8: ["w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static"],
     }
 

@@ -149,3 +149,19 @@ def test_w4a8_computes_as_torchs_own_kernel(size, with_bias):
     y = scheme.forward(x, parts, bias)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
     assert float((x @ rows.float().T - y).abs().max()) < 0.4 * float(y.abs().max())
+
+
+def test_w4a8_for_ascend_multiplies_codes_of_tokens_exactly():
+    """Token by token: inputs have 127 steps to either side, whatever their extremes."""
+    scheme, rows = W4A8(group_size="channel"), weight(32)
+    parts = quantize(scheme, rows, torch.bfloat16)
+    assert bool((parts["weight_scale"] > 0).all())
+    x = torch.randn(5, rows.shape[1], generator=torch.Generator().manual_seed(4)) + 0.5
+    y = scheme.forward(x, parts | {"symmetric_inputs": torch.ones(1, dtype=torch.int64)})
+    for token, found in zip(x, y, strict=True):
+        step = token.abs().max().double() / 127
+        codes = (token.double() / step).round()
+        exact = (parts["weight"].double() @ codes) * parts["weight_scale"].squeeze(1).double() * step
+        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-6)
+    asymmetric = scheme.forward(x, parts)
+    assert not torch.allclose(asymmetric, y, rtol=1e-3, atol=1e-4)

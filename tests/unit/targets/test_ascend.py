@@ -22,6 +22,8 @@ STATIC = discover(Scheme)["w8a8_static"]().numerics
 SYMMETRIC = discover(Scheme)["w8a8_static"](symmetric=True).numerics
 MXFP8 = discover(Scheme)["mxfp8"]().numerics
 MIX = discover(Scheme)["w8a8_mix"]().numerics
+W4A8 = discover(Scheme)["w4a8"](group_size="channel").numerics
+W4A16 = {size: discover(Scheme)["w4a16"](group_size=size).numerics for size in (32, 64, 128)}
 TARGET = Ascend()
 
 
@@ -152,6 +154,7 @@ def test_widths_of_mx_groups(name, k, tp, said):
 def test_only_ascend_rounds_exponents_of_inputs_down():
     assert TARGET.engine_parts(MXFP8).keys() == {"input_scale_alg"}
     assert int(TARGET.engine_parts(MXFP8)["input_scale_alg"]) == 0
+    assert TARGET.engine_parts(W4A8).keys() == {"symmetric_inputs"}
     assert TARGET.engine_parts(FP8) == {} == CompressedTensors().engine_parts(MXFP8)
 
 
@@ -369,3 +372,47 @@ def test_int4_inputs_come_in_eights():
     assert "multiples of 8; there are 60" in refusal.what
     (expert,) = TARGET.check([Module(f"{L}.mlp.experts.0.up_proj", (64, 64), INT4)])
     assert "no W4A4_DYNAMIC for experts" in expert.what
+
+
+EXPERTS = [
+    f"{L}.mlp.experts.{number}.{name}_proj" for number in (0, 1) for name in ("gate", "up", "down")
+]
+INT4_REFUSED = {
+    "linear W4A8": ([f"{L}.self_attn.o_proj"], (64, 64), W4A8, "for experts alone"),
+    "linear W4A16": ([f"{L}.self_attn.o_proj"], (64, 64), W4A16[32], "for experts alone"),
+    "odd outputs": (EXPERTS, (65, 64), W4A8, "outputs in multiples of 8; there are 65"),
+    "outputs not in eights": (EXPERTS, (68, 64), W4A8, "outputs in multiples of 8; there are 68"),
+    "slices": (EXPERTS, (64, 56), W4A8, "16 slices, which do not divide 56 inputs"),
+    "groups": (EXPERTS, (64, 96), W4A16[64], "groups of 64 columns do not divide 96"),
+}
+
+
+@pytest.mark.parametrize("case", INT4_REFUSED)
+def test_refused_int4(case):
+    names, shape, numerics, why = INT4_REFUSED[case]
+    found = refusals(names, shape=shape, numerics=numerics)
+    assert found
+    assert all(why in refusal.what for refusal in found)
+    if case == "slices":  # gate and up have a sum of the whole row
+        assert {refusal.module.rpartition(".")[2] for refusal in found} == {"down_proj"}
+
+
+@pytest.mark.parametrize("size", sorted(W4A16))
+def test_int4_experts_are_taken(size):
+    assert refusals(EXPERTS, shape=(128, 256), numerics=W4A16[size]) == []
+    assert refusals(EXPERTS, shape=(72, 48), numerics=W4A8) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (W4A8, W4A16[32]), (W4A8, MXFP8), (W4A16[64], MXFP8), (W4A16[64], W4A16[32]),
+])  # fmt: skip
+def test_one_group_size_for_all(one, other):
+    """Experts of two layers of types that read different values in the description."""
+    second = [name.replace("layers.0", "layers.1") for name in EXPERTS]
+    modules = [Module(name, (128, 256), one) for name in EXPERTS]
+    modules += [Module(name, (128, 256), other) for name in second]
+    (found,) = TARGET.check(modules)
+    assert found.module in {EXPERTS[0], second[0]}
+    assert "one `group_size` for all modules" in found.what
+    alike = [Module(module.name, module.shape, W4A16[32]) for module in modules[:6]]
+    assert list(TARGET.check(alike + [Module(n, (128, 256), MXFP8) for n in second])) == []

@@ -15,7 +15,7 @@ from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.numerics import LARGEST_SIDE
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LARGEST_TP, also_asked
 from quantcli.targets.ascend.tensor_parallel import USUAL_TP
-from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED
+from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED, type_of
 from quantcli.targets.base import AGAIN
 from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head, expert_set, stacked_sets
@@ -34,6 +34,7 @@ class Description:
     labels:  types by the names of modules, FLOAT ones too, under the engine's names; none for a module
              whose type the engine does not have.
     cache:   the type of the cache of keys and values; None if it stays float.
+    group_size, version: as they are there; None if they are missing.
     largest_tp: the largest tensor parallel size that transforms of MXFP4 are made for.
     """
 
@@ -42,6 +43,7 @@ class Description:
         self.findings: list[Finding] = []
         table = self._read()
         self.cache = table.get("kv_cache_type")
+        self.group_size, self.version = table.get("group_size"), table.get("version")
         self.largest_tp = self._largest_tp(table)
         self.entries: dict[str, Any] = {
             key: value
@@ -89,7 +91,7 @@ class Description:
         """A finding for a `group_size` other than a type of the description needs."""
         size = table.get("group_size")
         for label in dict.fromkeys(self.labels.values()):
-            needed = TYPES[label].described_group if label in TYPES else None
+            needed = type_of(label, size).described_group if label in TYPES else None
             if needed is None or size is None or (size == needed and size is not True):
                 continue
             what = f"has `group_size` {size!r:.60}; {label} needs {needed}"
@@ -101,11 +103,12 @@ class Description:
         for key, value in self.entries.items():
             if not isinstance(value, str):
                 yield failed("description", f"`{key}` is {value!r:.60}, not a type", DESCRIPTION, AGAIN)
-            elif key.endswith(".weight"):
+            elif key.endswith((".weight", ".weight_packed")):
                 if value not in {FLOAT, *TYPES, *UNCHECKED}:
                     unknown[value].append(key)
                 if MISNAMED.get(value, value) in {FLOAT, *TYPES, *UNCHECKED}:
-                    self.labels[key.removesuffix(".weight")] = MISNAMED.get(value, value)
+                    # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:1029-1031
+                    self.labels[key.rpartition(".")[0]] = MISNAMED.get(value, value)
         for value, keys in unknown.items():
             yield _unknown_type(value, keys)
         for key, value in self.entries.items():

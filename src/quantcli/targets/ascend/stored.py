@@ -14,12 +14,19 @@ from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
-from quantcli.targets.ascend.tensor_parallel import limits
-from quantcli.targets.ascend.types import TYPES, UNCHECKED, WRITTEN, mxfp4_flatquant
+from quantcli.targets.ascend.tensor_parallel import SLICES, limits
+from quantcli.targets.ascend.types import (
+    TYPES,
+    UNCHECKED,
+    WRITTEN,
+    QuantType,
+    mxfp4_flatquant,
+    type_of,
+)
 from quantcli.targets.base import AGAIN
 from quantcli.targets.kv_cache import StoredCache, is_scale
 from quantcli.targets.layouts import Sides, StoredModule
-from quantcli.targets.stored_format import StoredFormat, as_findings, orphan
+from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, recorded_shape
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
@@ -43,6 +50,7 @@ class AscendCheckpoint(StoredFormat):
         description = Description(self.checkpoint)
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
+        self._group_size, self._version = description.group_size, description.version
         self._with_cache = description.cache == "C8"
         self._largest_tp = description.largest_tp
         self.readable = bool(description.entries)
@@ -54,13 +62,15 @@ class AscendCheckpoint(StoredFormat):
             label = self.labels.get(module)
             if label in UNCHECKED:
                 self.unchecked[module] = f"type {label}"
+            elif label in TYPES and TYPES[label].weight.suffix in tensors:
+                yield from self._quantized(module, label)
             elif "weight" not in tensors:
                 if suffixes := sorted(tensors.keys() & SUFFIXES):
                     yield orphan(module, suffixes[0])
             elif label == FLOAT:
                 yield from self._float(module)
             elif label in TYPES:
-                yield from self._quantized(module, label)
+                yield self.missing(module, TYPES[label].weight.suffix)
 
     def _float(self, module: str) -> Iterator[Finding]:
         tensors = self.by_module[module]
@@ -98,13 +108,15 @@ class AscendCheckpoint(StoredFormat):
         return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
-        layout, tensors = TYPES[label], self.by_module[module]
-        numerics = next((numerics for numerics, t in WRITTEN.items() if t.label == label), None)
+        layout, tensors = type_of(label, self._group_size), self.by_module[module]
+        numerics = next((numerics for numerics, t in WRITTEN.items() if t is layout), None)
         if layout == mxfp4_flatquant(1) and numerics and splits_inputs(module):
             layout = mxfp4_flatquant(self._largest_tp)
             numerics = replace(numerics, blocks=self._largest_tp)
-        yield from self.check_layout(module, layout, numerics)
-        if len(tensors["weight"].spec.shape) != 2:
+        codes = tensors[layout.weight.suffix].spec
+        faults = list(self._shapes(module, layout)) if len(codes.shape) == 2 else []
+        yield from self.check_layout(module, layout, numerics, faults=faults)
+        if len(codes.shape) != 2:
             return
         if not layout.linears and not layout.note and not EXPERT.fullmatch(module):
             what = f"is {label}, which the engine has for experts alone"
@@ -119,8 +131,39 @@ class AscendCheckpoint(StoredFormat):
             what = f"is {deq.spec.dtype}; an engine that serves in {name} reads {right}"
             yield failed("parameters", what, f"`{module}.deq_scale`", AGAIN)
 
+    def _shapes(self, module: str, layout: QuantType) -> Iterator[Finding]:
+        """Findings of shapes that the name of a module decides, or a tensor records."""
+        tensors = self.by_module[module]
+        n, k = layout.sides(tensors[layout.weight.suffix].spec.shape)
+        slices, other = (SLICES, 1) if splits_inputs(module) else (1, SLICES)
+        bias = tensors.get("scale_bias")
+        if bias is not None and bias.spec.shape == (n, other):
+            what = (
+                f"is {list(bias.spec.shape)}; the engine has [{n}, {slices}] for a module of this name"
+            )
+            yield failed("parameters", what, f"`{module}.scale_bias`", AGAIN)
+        shape = tensors.get("weight_shape")
+        if layout.packed and shape is not None and (sides := recorded_shape(shape)) != (n, k):
+            what = f"says {list(sides) if sides else 'no shape'}; the codes are for {n} x {k}"
+            yield failed("parameters", what, f"`{module}.weight_shape`", AGAIN)
+        if layout.packed and layout.described_group and k % layout.described_group:
+            what = f"groups of {layout.described_group} columns do not divide {k}"
+            yield failed("parameters", what, f"`{module}`", AGAIN)
+
+    def _old_versions(self) -> Iterator[Finding]:
+        """A note on a description that older versions of the engine misread."""
+        names = (n for n, m in self.modules.items() if m.layout.label == "W4A8_DYNAMIC")
+        if self._version != "1.0.0" and (name := next(names, None)):
+            # Source: vllm-ascend 0.25.1rc1, quantization/methods/w4a8.py:96-98
+            what = (
+                'has no "version": "1.0.0": vLLM-Ascend up to 0.25.1 then takes each byte of '
+                f"`{name}.weight` for one code, and stops"
+            )
+            yield noted("description", what, DESCRIPTION)
+
     def check_loader(self) -> Iterator[Finding]:
         """The skip rule for beginnings of names, and look-ups of experts by the name of their set."""
+        yield from self._old_versions()
         yield from as_findings("loader", skip_rule(self.labels))
         if str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS:
             for experts in sorted(stacked_sets(self.checkpoint.tensors)):

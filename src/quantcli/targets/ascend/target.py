@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
-from quantcli.core.codes import scale_values, scales_to_store
+from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import (
@@ -29,7 +29,7 @@ from quantcli.targets.ascend.loader import (
     unreachable,
 )
 from quantcli.targets.ascend.stored import CACHE, AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import USUAL_TP, pairs_of_groups, unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import SLICES, USUAL_TP, pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     ON_310P,
     TRANSFORM,
@@ -39,6 +39,9 @@ from quantcli.targets.ascend.types import (
     deq_from_stored,
     deq_to_store,
     mxfp4_flatquant,
+    nibbles,
+    pairs,
+    scale_bias,
 )
 from quantcli.targets.base import (
     KEEP,
@@ -164,15 +167,26 @@ class Ascend(VllmTarget):
         weight_scale [n, ceil(k / group_size)] in the stored form of its type, and no offset.
         input_scale, input_offset: float32 [1]; quant_bias: int32 [n]; deq_scale: [n], see deq_to_store.
         left_trans [l, l], right_trans [r, r] in the serving dtype; clip_ratio: float32 [1].
+        W4A8_DYNAMIC has codes of two rows in a byte, int8 [n / 2, k], and scale_bias float32 [n, 1].
+        W4A16 has weight_packed int32 [n, k / 8], see pack_signed, weight_scale [n, k / group_size] in
+        the serving dtype, and weight_shape int32 [2], n and k.
         """
         quant_type = self.layout(numerics)
-        stored = {"weight": parts["weight"]}
+        if quant_type.packed:
+            return {
+                "weight_packed": pack_signed(parts["weight"], numerics.weight.element.bits),
+                "weight_scale": parts["weight_scale"],
+                "weight_shape": torch.tensor(shape, dtype=torch.int32),
+            }
+        stored = {"weight": pairs(parts["weight"]) if quant_type.paired else parts["weight"]}
         if quant_type.stores_scale:
             typed = numerics.weight.scale_type is not None
             scale = scales_to_store(parts["weight_scale"]) if typed else parts["weight_scale"].float()
             stored["weight_scale"] = scale
             if quant_type.has_offset:
                 stored["weight_offset"] = torch.zeros_like(scale)
+            if quant_type.paired:
+                stored["scale_bias"] = scale_bias(parts["weight"], scale, 1)
         if quant_type.static:
             serving = parts["input_scale"].dtype
             stored["input_scale"] = parts["input_scale"].float()
@@ -183,10 +197,24 @@ class Ascend(VllmTarget):
             stored |= {name: parts[name] for name in TRANSFORM}
         return stored
 
+    def pack_module(
+        self, module: str, numerics: Numerics, parts: Parts, shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Where devices share inputs, as of down_proj, scale_bias is float32 [n, 16]: each device adds
+        up the slices of its inputs."""
+        stored = self.pack(numerics, parts, shape)
+        if "scale_bias" in stored and splits_inputs(module):
+            stored["scale_bias"] = scale_bias(parts["weight"], stored["weight_scale"], SLICES)
+        return stored
+
     def unpack(self, numerics: Numerics, stored: Mapping[str, Tensor]) -> Parts:
         """Codes and scales as stored; the weight_scale of W8A8 is computed from its deq_scale."""
         quant_type = self.layout(numerics)
-        parts = {"weight": stored["weight"]}
+        if quant_type.packed:
+            packed, bits = stored["weight_packed"], numerics.weight.element.bits
+            codes = unpack_signed(packed, bits, packed.shape[1] * 32 // bits)
+            return {"weight": codes, "weight_scale": scale_values(stored["weight_scale"])}
+        parts = {"weight": nibbles(stored["weight"]) if quant_type.paired else stored["weight"]}
         if quant_type.stores_scale:
             parts["weight_scale"] = scale_values(stored["weight_scale"])
         if quant_type.static:
@@ -203,7 +231,10 @@ class Ascend(VllmTarget):
     def engine_parts(self, numerics: Numerics) -> Parts:
         """`input_scale_alg` 0, int64 [1], for inputs whose scales are powers of two: the engine rounds
         these down, except for MiniMax-M3. Source: vllm-ascend 182b75ea84,
-        quantization/methods/w8a8_mxfp8.py:95-99, w4a4_mxfp4.py:86-88, w4a8_mxfp4.py:81."""
+        quantization/methods/w8a8_mxfp8.py:95-99, w4a4_mxfp4.py:86-88, w4a8_mxfp4.py:81.
+        `symmetric_inputs`, int64 [1], for W4A8_DYNAMIC."""
+        if numerics in WRITTEN and WRITTEN[numerics].paired:
+            return {"symmetric_inputs": torch.ones(1, dtype=torch.int64)}
         if numerics.input is None or numerics.input.scale != "e8m0":
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
@@ -220,13 +251,14 @@ class Ascend(VllmTarget):
         quant_type, (n, k) = self.layout(module.numerics), module.shape
         label, weight = quant_type.label, module.numerics.weight
         expert = EXPERT.fullmatch(module.name)
-        fix = f"use {'mxfp8' if weight.group_size else 'w8a8_dynamic'} for it"
+        fix = f"use {'mxfp8' if weight.scale else 'w8a8_dynamic'} for it"
         if expert and not quant_type.experts:
             yield Fault(f"the engine has no {label} for experts", f"{fix[:-2]}them")
         elif not expert and not quant_type.linears:
             yield Fault(f"the engine has {label} for experts alone", fix, "name")
         if module.biased and not quant_type.biases:
             yield Fault(f"{label} has a bias in float32 alone, and the engine gives it another", fix)
+        yield from _unpaired(module, quant_type)
         size, step = weight.group_size, pairs_of_groups(weight)
         if size and k % size:
             yield Fault(f"groups of {size} columns do not divide {k}", fix, "width")
@@ -389,5 +421,21 @@ class Ascend(VllmTarget):
         for module in output.modules:
             if match := EXPERT.fullmatch(module.name):  # also of float experts that stay in their stack
                 name = module.name if listed else match["experts"]
-                table[f"{name}.weight"] = labels[module.name]
+                # the engine takes an entry for weight_packed for that of the weight
+                if not listed or f"{name}.weight_packed" not in table:
+                    table[f"{name}.weight"] = labels[module.name]
         return table
+
+
+def _unpaired(module: Module, quant_type: QuantType) -> Iterator[Fault]:
+    """Faults of sides that codes in pairs of rows, or slices of their scale_bias, do not divide.
+
+    Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:313-319 (four bytes of eight rows).
+    """
+    (n, k), label = module.shape, quant_type.label
+    if quant_type.paired and n % 8:
+        what = f"{label} takes outputs in multiples of 8; there are {n}"
+        yield Fault(what, "use w8a8_dynamic for it", "width")
+    if quant_type.paired and splits_inputs(module.name) and k % SLICES:
+        what = f"{label} has a bias for each of {SLICES} slices, which do not divide {k} inputs"
+        yield Fault(what, "use w8a8_dynamic for it", "width")

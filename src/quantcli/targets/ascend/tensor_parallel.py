@@ -20,7 +20,7 @@ _STEPS = {"int4": 8, "fp4_e2m1": 2}
 # vllm-ascend 182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py:73.
 USUAL_TP = 4
 # Slices of k in a scale_bias. Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:130-131.
-_SLICES = 16
+SLICES = 16
 
 
 def unfit(module: Module, k: int, tp: int | None) -> str | None:
@@ -64,8 +64,8 @@ def no_sides(weight: Operand, k: int, blocks: int = 1) -> str | None:
 
 
 def pairs_of_groups(weight: Operand) -> int | None:
-    """Columns that the loader takes together; None for weights without groups."""
-    return weight.group_size and _GROUPS * weight.group_size
+    """Columns that the loader takes together; None for weights without groups of small scales."""
+    return _GROUPS * weight.group_size if weight.group_size and weight.scale else None
 
 
 def unsplit(module: Module, size: int) -> Iterator[Refusal]:
@@ -113,5 +113,5 @@ def limits(module: StoredModule, k: int, devices: int, largest_tp: int) -> Itera
     if step and k % step and step != layout.inputs:
         yield f"{label} needs inputs in multiples of {step} on each device; there are {k}"
     bias = module.tensors.get("scale_bias")
-    if bias is not None and bias.spec.shape[1] > 1 and _SLICES % devices:
-        yield f"its scale_bias has {_SLICES} slices, which do not split over {devices} devices"
+    if bias is not None and bias.spec.shape[1] > 1 and SLICES % devices:
+        yield f"its scale_bias has {SLICES} slices, which do not split over {devices} devices"

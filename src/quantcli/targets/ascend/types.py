@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.core.codes import code_values, scale_groups, scale_values
+from quantcli.core.codes import code_values, scale_groups, scale_values, unpack_signed
 from quantcli.core.numerics import Numerics, Operand, decompose, multiplier
 from quantcli.targets.layouts import (
     FLOAT_PARAM,
@@ -92,8 +92,25 @@ def nibbles(packed: Tensor) -> Tensor:
     return torch.stack([low, high], 1).view(-1, packed.shape[1])
 
 
+def pairs(codes: Tensor) -> Tensor:
+    """The inverse: codes -8..7, int8 [n, k], n even -> int8 [n / 2, k]."""
+    return codes[0::2] & 15 | codes[1::2] << 4
+
+
 def _w4a8(blocks: Blocks) -> Tensor:
     return nibbles(blocks["weight"]).float() * blocks["weight_scale"].float()
+
+
+def scale_bias(codes: Tensor, scale: Tensor, slices: int) -> Tensor:
+    """8 * sum of codes * scale over each slice of k: float32 [n, slices].
+
+    codes: int8 [n, k], k a multiple of `slices`; scale: float32 [n, 1]. The kernel splits an int8 input
+    into 16 * high + low + 8, where low is an int4 number too, and adds this for the 8. Sums of codes
+    are exact, as k is below 2^20. Source: vllm-ascend 182b75ea84, quantization/methods/w4a8.py:385-421.
+    """
+    n, k = codes.shape
+    sums = codes.reshape(n, slices, k // slices).sum(2, dtype=torch.int32)
+    return 8 * sums.float() * scale
 
 
 def _groups(operand: Operand) -> Callable[[Blocks], Tensor]:
@@ -159,6 +176,16 @@ class QuantType(Layout):
         return any(param.suffix == "weight_offset" for param in self.params)
 
     @property
+    def packed(self) -> bool:
+        """Whether codes stand in int32 as compressed-tensors has them."""
+        return self.weight.suffix == "weight_packed"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a byte holds codes of two rows."""
+        return self.weight.rows == 2
+
+    @property
     def stores_scale(self) -> bool:
         """Whether the engine computes with weight_scale."""
         return any(param.suffix == "weight_scale" and param.required for param in self.params)
@@ -195,6 +222,32 @@ def mxfp4_flatquant(blocks: int) -> QuantType:
     )  # fmt: skip
 
 
+@cache
+def w4a16(columns: int) -> QuantType:
+    """Int4 in groups of so many columns, in the tensors of compressed-tensors.
+
+    Source: vllm-ascend 182b75ea84, quantization/methods/w4a16.py:186-236. `weight_shape` is loaded, and
+    nothing reads it.
+    """
+    operand = Operand("int4", "group", block=(1, columns))
+    params = (
+        Param("weight_packed", ("I32",), lambda n, k: (n, -(-k // 8)), "codes"),
+        row_scale(operand),
+        Param("weight_shape", ("I32", "I64"), lambda n, k: (2,), "codes", 0),
+    )
+
+    def dequantize(blocks: Blocks) -> Tensor:
+        packed = blocks["weight_packed"]
+        codes = unpack_signed(packed, 4, 8 * packed.shape[1]).float()
+        return scale_groups(codes, blocks["weight_scale"].float(), columns)
+
+    sides = lambda shape: (shape[0], 8 * shape[1])  # noqa: E731
+    return QuantType(
+        "W4A16", operand, params, dequantize, sides, True, loads_on=_a2_a3("0.13") + ", experts",
+        linears=False, described_group=columns,
+    )  # fmt: skip
+
+
 def _a2_a3(version: str) -> str:
     return f"vLLM-Ascend {version} and later on Atlas A2, A3 (910B, 910C)"
 
@@ -226,13 +279,26 @@ TYPES = {
         _mx("W4A16_MXFP4", _MXFP4, "0.23", linears=False),
         mxfp4_flatquant(1),
         _type("W4A8_DYNAMIC", _INT4, _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
-              sides=_pairs, experts=True, note=_OLD_W4A8),
+              sides=_pairs, experts=True, note=_OLD_W4A8, linears=False, described_group=0,
+              loads_on=_a2_a3("0.11") + ", experts"),
+        w4a16(32),
         _type("W4A4_DYNAMIC", _INT4, _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True,
               inputs=8),
         _type("W4A4_FLATQUANT_DYNAMIC", _INT4, _I4, *_SCALES, *_flatquant(),
               dequantize=kronecker(per_row), loads_on=_a2_a3("0.11"), scale_in_float32=True, inputs=8),
     )
 }  # fmt: skip
+
+
+def type_of(label: str, group_size: object) -> QuantType:
+    """The type with a label of TYPES. group_size: of the description, untrusted; W4A16 goes by it."""
+    if label == "W4A16" and type(group_size) is int and group_size > 0:
+        return w4a16(group_size)
+    return TYPES[label]
+
+
+# Columns of groups of W4A16 that are written; the engine takes any that divide the sides of experts.
+_W4A16_GROUPS = (32, 64, 128)
 _INT8_TOKEN = Operand("int8", "token", dynamic=True)
 _INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
 _INT4_BOTH = (_INT4, Operand("int4", "token", dynamic=True))
@@ -254,6 +320,9 @@ WRITTEN: dict[Numerics, QuantType] = {
     **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},
     Numerics(_INT8, _INT8_TOKEN): TYPES["W8A8_DYNAMIC"],
     Numerics(_INT8, None): TYPES["W8A16"],
+    # the reference's order has no place for these
+    Numerics(_INT4, _INT8_TOKEN): TYPES["W4A8_DYNAMIC"],
+    **{Numerics(w4a16(columns).operand, None): w4a16(columns) for columns in _W4A16_GROUPS},
 }
 # Types for the 310P that are written, and what loads them there. The engine has methods of its own for
 # that chip: deq_scale is int64 whatever the serving dtype, and weight_scale of W8A8_DYNAMIC float32.
@@ -263,10 +332,9 @@ ON_310P = {
     "W8A8": "vLLM-Ascend 0.18 and later on Atlas 310P",
     "W8A8_DYNAMIC": "vLLM-Ascend 0.18 and later on Atlas 310P",
 }
-# Types that the engine has, but whose tensors this tool cannot check: tensors of compressed-tensors,
-# and sparse types of the 310P. Source: vllm-ascend 182b75ea84, quantization/methods/w4a16.py and
-# _310p/quantization/methods/w8a8s.py, w8a8sc.py.
-UNCHECKED = frozenset({"W4A16", "W8A8S", "W8A8SC"})
+# Types that the engine has, but whose tensors this tool cannot check: sparse types of the 310P.
+# Source: vllm-ascend 182b75ea84, _310p/quantization/methods/w8a8s.py, w8a8sc.py.
+UNCHECKED = frozenset({"W8A8S", "W8A8SC"})
 # Types of other producers, and the engine's name for each.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:393-403.
 MISNAMED = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}

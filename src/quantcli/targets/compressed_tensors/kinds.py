@@ -69,7 +69,17 @@ _LOADS_ON = (
         f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD, Intel",
     ),
     ("W8A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later)"),
-    ("W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("channel W4A16", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    ("W4A16 asymmetric", f"vLLM 0.32 and later; {_NVIDIA} (Turing and later), CPUs"),
+    (
+        "W4A16",
+        f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs; experts alone: vLLM-Ascend, "
+        "Atlas A2, A3",
+    ),
+    (
+        "channel W4A8",
+        "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs; experts alone: vLLM-Ascend, Atlas A2, A3",
+    ),
     ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
     ("int8 W8A8 static", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
     ("block", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Ada, Hopper and later), AMD; CPUs with AMX"),

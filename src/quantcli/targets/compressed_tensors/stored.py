@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Cache
 from quantcli.targets.base import AGAIN
@@ -17,19 +16,15 @@ from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import of_no_module
-from quantcli.targets.stored_format import StoredFormat, some
+from quantcli.targets.stored_format import StoredFormat, recorded_shape, some
 from quantcli.targets.vllm_family import (
+    QUANTIZED_ROUTERS,
     is_head,
     is_linear,
     stacked_sets,
     tied_head,
 )
 
-# Model types whose routers the engine gives a quant_config.
-# Source: vllm 0.32.0, model_executor/models: qwen3_moe.py:173, lfm2_moe.py:131, k2_horizon.py:498.
-_QUANTIZED_ROUTERS = frozenset(
-    {"qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "lfm2_moe", "k2_horizon"}
-)
 _CODES = frozenset({"I8", "U8", "I32", "F8_E4M3"})
 
 
@@ -77,7 +72,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 continue  # `read` reports the group
             elif not quantized and self.float_only(module):
                 self.labels[module] = self.float_label
-                if str(self.checkpoint.text_config.get("model_type")) in _QUANTIZED_ROUTERS:
+                if str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS:
                     routers.append(module)
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label
@@ -115,7 +110,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
         if len(codes.spec.shape) == 2:
             n, k = layout.sides(codes.spec.shape)
             if "weight_shape" in {param.suffix for param in layout.params} & tensors.keys():
-                shape = _recorded_shape(tensors["weight_shape"])
+                shape = recorded_shape(tensors["weight_shape"])
                 if shape is not None and shape[0] == n and 0 <= k - shape[1] < 32 // group.kind.bits:
                     k = shape[1]
                 else:
@@ -158,11 +153,3 @@ def _codes_as_float(tensors: Mapping[str, StoredTensor], ignored: bool) -> str:
     has = f"has {suffixes[0]}" if suffixes else f"is {tensors['weight'].spec.dtype}"
     reason = "is in `ignore`" if ignored else "is in no group of quantization_config"
     return f"{reason}, but {has}: the engine would take codes for weights"
-
-
-def _recorded_shape(stored: StoredTensor) -> tuple[int, int] | None:
-    """n and k in a `weight_shape`; None if it is not two integers."""
-    if stored.spec.shape != (2,) or stored.spec.dtype not in {"I64", "I32"}:
-        return None
-    n, k = read_tensor(stored).tolist()
-    return n, k

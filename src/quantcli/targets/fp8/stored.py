@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG
@@ -18,12 +17,11 @@ from quantcli.targets.fp8.kinds import SUFFIXES, layout_of
 from quantcli.targets.layouts import static_inputs
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import draft_name, of_no_module, spellings
-from quantcli.targets.stored_format import StoredFormat, orphan, some
+from quantcli.targets.stored_format import StoredFormat, orphan, some, unlike_scales
 from quantcli.targets.vllm_family import (
     EXPERT,
     check_blocks,
     float_linear,
-    fused_siblings,
     is_head,
     is_linear,
     last_part,
@@ -193,22 +191,10 @@ class Fp8Checkpoint(StoredFormat):
 
     def _rounded_again(self) -> Iterator[Finding]:
         """Notes on scales of whole weights for which the engine rounds codes a second time."""
-        groups: dict[str, list[tuple[str, float]]] = defaultdict(list)
-        for name, module in self.modules.items():
-            if stored := module.tensors.get("weight_scale"):
-                scale = float(read_tensor(stored).reshape(()))
-                groups[fused_siblings(name) or name].append((name, scale))
-        unlike = [names for names in groups.values() if len({scale for _, scale in names}) > 1]
-        small = [(name, s) for names in groups.values() for name, s in names if 0 < s < _SMALLEST]
-        if unlike:
-            first, a = unlike[0][0]
-            second, b = next(entry for entry in unlike[0] if entry[1] != a)
-            more = f" ({len(unlike) - 1} more like it)" if len(unlike) > 1 else ""
-            what = (
-                f"`{first}` has weight_scale {a:.6g} and `{second}` {b:.6g}{more}: the engine fuses "
-                "them, and rounds codes again to the larger scale"
-            )
-            yield noted("siblings", what)
+        modules = [module for module in self.modules.values() if "weight_scale" in module.tensors]
+        yield from unlike_scales(modules)
+        scales = {m.name: float(read_tensor(m.tensors["weight_scale"]).reshape(())) for m in modules}
+        small = [(name, scale) for name, scale in scales.items() if 0 < scale < _SMALLEST]
         if small:
             name, scale = min(small, key=lambda entry: entry[1])
             what = (

@@ -288,7 +288,8 @@ class Recomputation:
                 rows = read_span(item.source, start, stop - start)
                 codes = scheme.nearest_codes(rows, parts["weight_scale"].float())
                 parts |= {"weight": codes, "weight_scale": parts["weight_scale"].to(dtype)}
-                packed = target.pack(scheme.numerics, parts, (shape[0], shape[1]))
+                sides = shape[0], shape[1]
+                packed = target.pack_module(item.module, scheme.numerics, parts, sides)
                 named = {f"{item.module}.{suffix}": tensor for suffix, tensor in packed.items()}
                 compared = {spec.name for spec in self._compared(item)}
                 outputs = [

@@ -33,7 +33,7 @@ class StoredParts:
         Rows of a stack are counted as those of its matrices.
         """
         stored = self.tensors[output.spec.name]
-        shape, count = stored.spec.shape, expected.shape[output.axis]
+        shape, count = stored.spec.shape, expected.shape[output.axis] if expected.dim() else 1
         if output.axis:
             name = output.spec.name
             if name not in self.columns:
@@ -71,7 +71,7 @@ class Block:
 
     def _index(self, place: int) -> tuple[int, ...]:
         """The index in the whole tensor of an element of this part."""
-        each = self.actual[0].numel() if len(self.actual) else 1
+        each = self.actual[0].numel() if self.actual.dim() and len(self.actual) else 1
         if self.output.axis:
             row, column = divmod(place, each)
             return row, self.first + column

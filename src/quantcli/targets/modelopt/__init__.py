@@ -1,0 +1,1 @@
+"""The format of NVIDIA's Model-Optimizer, which TensorRT-LLM, vLLM and SGLang load."""

@@ -1,0 +1,114 @@
+"""How vLLM looks modules up in a ModelOpt configuration: by exact names, parts of names and wildcards.
+
+It looks siblings up by the name under which it fuses them, and experts by the name of their set.
+Sources: vllm 0.32.0, model_executor/layers/quantization/modelopt.py:187-228 (float modules) and
+1717-1811 (MIXED_PRECISION), utils/quant_utils.py:617-692.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import translate
+from functools import cache
+
+from quantcli.checkpoint.detect import Draft
+from quantcli.targets.spellings import draft_name, spellings
+from quantcli.targets.vllm_family import EXPERT, is_head, last_part, looked_up_as, sibling_names
+
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def engine_name(module: str) -> str:
+    """The name under which the engine looks a module up: that of its siblings, or of all experts."""
+    expert = EXPERT.fullmatch(module)
+    return expert["experts"] if expert else looked_up_as(module) or module
+
+
+def engine_names(module: str, draft: Draft | None = None) -> tuple[str, ...]:
+    """That name in all spellings; of a draft there is one."""
+    return (draft_name(module, draft),) if draft else spellings(engine_name(module))
+
+
+class Entries:
+    """A list of float modules, as the engine reads it.
+
+    modules: names of all modules of the checkpoint.
+    """
+
+    def __init__(
+        self, entries: Iterable[str], modules: Collection[str], draft: Draft | None = None
+    ) -> None:
+        self.all = tuple(dict.fromkeys(entries))
+        self._modules = modules
+        self._draft = draft
+        self._exact = frozenset(self.all)
+        self._by_length = sorted(self.all, key=len)
+        self._lengths = [len(entry) for entry in self._by_length]
+        self._wild = [re.compile(translate(entry)) for entry in self.all if _WILDCARDS.search(entry)]
+        self._of_experts = [entry for entry in self.all if "experts" in entry]
+        self._named = cache(self._matches)
+
+    def excluded(self, module: str) -> bool | None:
+        """Whether the engine builds a module as float; None: only some of its siblings are listed, at
+        which it stops."""
+        if any(map(self._named, engine_names(module, self._draft))):
+            return True
+        if self._draft or engine_name(module) == module or EXPERT.fullmatch(module):
+            return False
+        prefix = module.removesuffix(last_part(module))
+        parts = [prefix + part for part in sibling_names(module)]
+        parts = [part for part in parts if part in self._modules or part == module]
+        listed = {not self._exact.isdisjoint(spellings(part)) for part in parts}
+        return listed.pop() if len(listed) == 1 else None
+
+    def _matches(self, name: str) -> bool:
+        """Whether some entry matches a name of the engine."""
+        if name in self._exact:
+            return True
+        if "experts" in name and any(name in entry for entry in self._of_experts):
+            return True
+        shorter = self._by_length[: bisect_left(self._lengths, len(name))]
+        if any(entry in name for entry in shorter):
+            return True
+        return any(pattern.match(name) for pattern in self._wild)
+
+
+class Layers:
+    """`quantized_layers` of MIXED_PRECISION: the algorithm of each module. Others are float."""
+
+    def __init__(self, layers: Mapping[str, str], modules: Collection[str]) -> None:
+        self._layers = layers
+        self._modules = modules
+        self._parents: dict[str, str] = {}  # the first algorithm below each name
+        for key, algorithm in layers.items():
+            for place in _ends_of_parts(key):
+                self._parents.setdefault(key[:place], algorithm)
+
+    def algorithms(self, module: str) -> frozenset[str]:
+        """The algorithm of a module; none if it is float; several if its siblings are listed with
+        different ones, at which the engine stops."""
+        names = engine_names(module)
+        if is_head(module):
+            names = (*names, "lm_head")
+        if found := next((self._layers[name] for name in names if name in self._layers), None):
+            return frozenset({found})
+        if engine_name(module) != module and not EXPERT.fullmatch(module):
+            prefix = module.removesuffix(last_part(module))
+            parts = (other for part in sibling_names(module) for other in spellings(prefix + part))
+            found_in_parts = frozenset(self._layers[part] for part in parts if part in self._layers)
+            if found_in_parts:
+                return found_in_parts
+        for name in names:
+            if name in self._parents:
+                return frozenset({self._parents[name]})
+        for name in names:
+            parent = name.removesuffix(".experts")
+            if parent != name and parent in self._parents:
+                return frozenset({self._parents[parent]})
+        return frozenset()
+
+
+def _ends_of_parts(name: str) -> Iterator[int]:
+    return (place for place, character in enumerate(name) if character == ".")
