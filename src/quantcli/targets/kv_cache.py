@@ -87,6 +87,12 @@ def plain_tensors(shape: Callable[[int, int], tuple[int, ...]]) -> tuple[CacheTe
     )
 
 
+def not_alone() -> InputError:
+    """The error of a format that does not describe a model whose cache alone is quantized."""
+    what = "this format has no config for a model whose cache alone is quantized"
+    return InputError(what, fix="use `target: compressed-tensors`, or quantize some weights, too")
+
+
 # -- the layers of a model -----------------------------------------------------------------------
 
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import LAYER, of_draft
-from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
 from quantcli.targets.fp8.kinds import LOADS_ON, label_of, layout_of
 from quantcli.targets.fp8.stored import Fp8Checkpoint
-from quantcli.targets.kv_cache import CacheTensor, plain_tensors
+from quantcli.targets.kv_cache import CacheTensor, not_alone, plain_tensors
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
@@ -107,8 +106,7 @@ class Fp8(VllmTarget):
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The scheme, and the names of float linears."""
         if not used:
-            what = "this format has no config for a model whose cache alone is quantized"
-            raise InputError(what, fix="use `target: compressed-tensors`")
+            raise not_alone()
         (numerics,) = used  # `check` refuses a second one
         return quantization_config(output, numerics)
 
