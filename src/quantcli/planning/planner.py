@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.errors import AnswerNo
+from quantcli.core.text import count
 from quantcli.planning.items import cache_items, make_items, plan_cache
 from quantcli.planning.matching import match
 from quantcli.planning.measured import Measured
@@ -28,6 +30,9 @@ from quantcli.sources.decode import decoded
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.vllm_classes import without_class
 from quantcli.targets.vllm_family import EXPERT
+
+# Formats of sources whose weights are e2m1 numbers times powers of two.
+_OF_POWERS = re.compile(r"mxfp4(?!_flatquant)|w4a8_mxfp\b", re.IGNORECASE)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -73,6 +78,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     if not quantized:
         alone = ", and only the cache of keys and values is quantized" if cache else ""
         notes.append(f"nothing is quantized: every weight stays float{alone}")
+    notes += _exact(items)
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
     lines, kept, coverage = tables(recipe, checkpoint, items, matched)
@@ -106,6 +112,25 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         experts=measured.experts if measured else {},
         cache=cache,
     )
+
+
+def _exact(items: Sequence[Item]) -> Iterator[str]:
+    """A note on weights of four-bit floats with powers of two as scales, stored with e4m3 scales."""
+    exact = [
+        item.module
+        for item in items
+        if isinstance(item, Quantize)
+        and item.scheme.numerics.weight.global_scale
+        and item.scheme.searches_scales
+        and not item.edit
+        and _OF_POWERS.search(item.source.kind)
+    ]
+    if exact:
+        modules = count(exact, "module")
+        yield (
+            f"{modules} such as `{exact[0]}` {'is' if len(exact) == 1 else 'are'} MXFP4: no value "
+            "changes, unless scales of a weight and its siblings differ by more than a factor of 2^17"
+        )
 
 
 def serving_dtype(checkpoint: Checkpoint, only: str | None = None) -> tuple[str, list[str]]:
