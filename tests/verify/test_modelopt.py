@@ -159,8 +159,9 @@ def test_an_input_scale_of_older_exports_is_of_no_use(tmp_path, source):
 
 def test_scales_of_the_cache_are_no_parameters_of_weights(tmp_path):
     path = checkpoint(tmp_path / "q", "FP8")
-    tensors = load_file(path / "model.safetensors") | {f"{K}.k_scale": torch.tensor(0.5)}
-    save_file(tensors, path / "model.safetensors")
+    layers = [f"model.layers.{n}.self_attn" for n in range(4)]
+    cache = {f"{a}.{x}_proj.{x}_scale": torch.tensor(0.5) for a in layers for x in "kv"}
+    save_file(load_file(path / "model.safetensors") | cache, path / "model.safetensors")
     assert errors(examine(path)) == []
 
 
