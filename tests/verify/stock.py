@@ -73,6 +73,35 @@ OWN = {
     '  - {match: "*.0.*", scheme: keep}\n  - {match: "*.1.self_attn.*", scheme: fp8_tensor}\n'
     '  - {match: "*.self_attn.*", scheme: fp8_dynamic}\n  - {match: "*_proj", scheme: w8a8_dynamic}\n',
 }
+OWN |= {
+    f"{target}_nvfp4_moe": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: nvfp4}]\n'
+    for target in ("ct", "mo")
+}
+# Schemes of four-bit and eight-bit floats in blocks, on any projection or expert.
+OWN |= {
+    f"{target}_{scheme}": f'rules: [{{match: ["*_proj", "*.experts.*"], scheme: {scheme}}}]\n'
+    for target, schemes in {
+        "ct": ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp4_fp8", "mxfp8"),
+        "mo": ("nvfp4", "nvfp4a16", "mxfp8", "fp8_static"),
+    }.items()
+    for scheme in schemes
+}
+# A quantized cache of keys and values, next to quantized weights.
+OWN |= {
+    f"{target}_kv_{kind}": f'kv_cache: {kind}\nrules: [{{match: "*_proj", scheme: {scheme}}}]\n'
+    for target, kind, scheme in (
+        ("ct", "fp8", "fp8_dynamic"),
+        ("ct", "fp8_per_head", "nvfp4a16"),
+        ("mo", "fp8", "mxfp8"),
+        ("ascend", "c8", "w8a8_dynamic"),
+    )
+}
+OWN |= {
+    "mx_flatquant": """rules:
+- {match: "*.experts.*", scheme: mxfp4_fp8, optional: true}
+- {match: "*_proj", scheme: {name: mxfp4_flatquant, epochs: 1, batch: 4}}
+""",
+}
 CLIPPED = {"dynamic_inputs", "fp8_inputs", "ct_dynamic_inputs", "ct_w4a16_inputs", "ct_fp8_inputs",
            "ct_block_inputs", "gptq_inputs"}  # fmt: skip
 MEASURED = CLIPPED | {
@@ -83,6 +112,14 @@ MEASURED = CLIPPED | {
     "ct_static",
     "ct_symmetric",
     "ct_fp8_static",
+    "ct_nvfp4",
+    "mo_nvfp4",
+    "mo_fp8_static",
+    "mx_flatquant",
+    "ct_kv_fp8",
+    "ct_kv_fp8_per_head",
+    "mo_kv_fp8",
+    "ascend_kv_c8",
 }
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
@@ -105,8 +142,8 @@ class Stock:
         (root / "models").mkdir()
 
     def model(self, family: str) -> Path:
-        """A float model: `llama`, `llama:float16`, `names:vlm` by names and shapes alone,
-        `mini` of one layer."""
+        """A float model: `llama`, `llama:float16`, `llama:wide`, `names:vlm` by names and shapes
+        alone, `mini` of one layer."""
         head, _, kind = family.partition(":")
         folder = self.root / "models" / family.replace(":", "-")
         if family == "mini":
@@ -116,6 +153,11 @@ class Stock:
             self._models(family)
         elif head == "names" and not folder.exists():
             make_family(folder, kind)
+        elif kind == "wide" and not folder.exists():  # every width is a multiple of 64
+            experts = {"moe_intermediate_size": 64} if "moe" in head else {}
+            sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128} | experts
+            make_tiny(folder, head, **sizes)
+            write_tokenizer(folder)
         elif not folder.exists():
             make_tiny(folder, head, dtype=getattr(torch, kind))
             write_tokenizer(folder)
@@ -131,9 +173,12 @@ class Stock:
             path = RECIPES / f"{recipe}.yaml"
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
-                targets = {"ct": "compressed-tensors", "gptq": "gptq"}
+                targets = {"ct": "compressed-tensors", "gptq": "gptq", "mo": "modelopt"}
+                targets["mx"] = "{name: ascend, tp: 2}"
                 target = targets.get(recipe.partition("_")[0], "ascend")
                 lines = CALIBRATION * (recipe in MEASURED) + OWN[recipe]
+                if recipe.endswith("_nvfp4_moe"):
+                    lines = CALIBRATION.replace("}", ", all_tokens: true}") + OWN[recipe]
                 path.write_text(f"target: {target}\n{lines}")
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)
