@@ -44,7 +44,7 @@ def discover(base: type[T]) -> dict[str, type[T]]:
     for entry in entries:
         _PACKAGES[_loaded(entry, base)] = _package(entry)
     classes: dict[str, type[T]] = {}
-    for cls in _descendants(base):
+    for cls in dict.fromkeys(_descendants(base)):  # a class may have two bases
         name = cls.__dict__.get("name")
         if isinstance(name, str):
             if name in classes:

@@ -15,7 +15,7 @@ os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = _CPU
 import llvmlite.binding as llvm  # noqa: E402
 from numba import njit, types  # noqa: E402
 
-from quantcli.core.kernels.loops import KERNELS  # noqa: E402
+from quantcli.core.kernels import loops, zero_points  # noqa: E402
 
 # exact arithmetic, and no code that would call Python
 _OPTIONS: Any = {
@@ -25,7 +25,7 @@ _OPTIONS: Any = {
 
 def compiled(name: str, *words: str) -> bytes:
     """A line of JSON, with the name of the function and the kinds of its arguments; then the object."""
-    function, signature = KERNELS[name](*words)
+    function, signature = (loops.KERNELS | zero_points.KERNELS)[name](*words)
     dispatcher: Any = njit(signature, **_OPTIONS)(function)
     (overload,) = dispatcher.overloads.values()
     assembly = dispatcher.inspect_llvm(dispatcher.signatures[0])
