@@ -17,6 +17,7 @@ from numba import njit, types  # noqa: E402
 
 from quantcli.core.kernels import loops, zero_points  # noqa: E402
 
+KERNELS = loops.KERNELS | zero_points.KERNELS
 # exact arithmetic, and no code that would call Python
 _OPTIONS: Any = {
     "fastmath": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
@@ -25,7 +26,7 @@ _OPTIONS: Any = {
 
 def compiled(name: str, *words: str) -> bytes:
     """A line of JSON, with the name of the function and the kinds of its arguments; then the object."""
-    function, signature = (loops.KERNELS | zero_points.KERNELS)[name](*words)
+    function, signature = KERNELS[name](*words)
     dispatcher: Any = njit(signature, **_OPTIONS)(function)
     (overload,) = dispatcher.overloads.values()
     assembly = dispatcher.inspect_llvm(dispatcher.signatures[0])

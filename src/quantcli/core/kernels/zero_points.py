@@ -18,17 +18,23 @@ _CODES = types.CPointer(types.int8)
 
 
 @helper
-def _nearest(x, least, largest):
-    """A quotient, rounded and clipped: a code less its zero point."""
+def _nearest(x, ends):
+    """A quotient, rounded and clipped: a code less its zero point. ends: the least and the largest."""
     y = np.rint(x)
-    y = least if y < least else y
-    return largest if y > largest else y
+    y = ends[0] if y < ends[0] else y
+    return ends[1] if y > ends[1] else y
+
+
+@helper
+def _ends(zero):
+    """Of codes less a zero point."""
+    return f32(-8) - zero, f32(7) - zero
 
 
 @helper
 def _zero(below, share, scale):
     """The zero point for a range that reaches down to -below * share; 0 if that is NaN."""
-    zero = _nearest(below * share / scale - f32(8), f32(-8), f32(7))
+    zero = _nearest(below * share / scale - f32(8), (f32(-8), f32(7)))
     return zero if zero == zero else f32(0)
 
 
@@ -40,9 +46,9 @@ def encode_shifted(dtype: str) -> Any:
         for i in range(n):
             scale = scales[i]
             zero = f32(zeros[i])
-            least, largest = f32(-8) - zero, f32(7) - zero
+            ends = _ends(zero)
             for j in range(i * k, i * k + k):
-                codes[j] = i8(i32(_nearest(value(rows[j]) / scale, least, largest) + zero))
+                codes[j] = i8(i32(_nearest(value(rows[j]) / scale, ends) + zero))
 
     pointer = types.CPointer(element)
     return kernel, types.void(pointer, COUNT, COUNT, FLOATS, _CODES, _CODES)
@@ -55,64 +61,61 @@ def least_error_shifted(dtype: str) -> Any:
     infinite = f32(np.inf)
 
     @helper
-    def square(x, weight, scale, inverse, least, largest):
-        error = _nearest(x * inverse, least, largest) * scale - x
+    def square(x, weight, scale, inverse, ends):
+        error = _nearest(x * inverse, ends) * scale - x
         return error * error * weight
 
     @helper
-    def squares(values, weights, a, scale, inverse, least, largest, total):
+    def squares(values, weights, a, scale, ends, total):
         b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
-        total += square(values[a], weights[a], scale, inverse, least, largest)
-        total += square(values[b], weights[b], scale, inverse, least, largest)
-        total += square(values[c], weights[c], scale, inverse, least, largest)
-        return total + square(values[d], weights[d], scale, inverse, least, largest)
+        inverse = f32(1) / scale
+        total += square(values[a], weights[a], scale, inverse, ends)
+        total += square(values[b], weights[b], scale, inverse, ends)
+        total += square(values[c], weights[c], scale, inverse, ends)
+        return total + square(values[d], weights[d], scale, inverse, ends)
 
     @helper
     def error(values, weights, k, scale, zero, lanes):
         """Infinite if it is NaN."""
-        inverse = f32(1) / scale
-        least, largest = f32(-8) - zero, f32(7) - zero
+        ends = _ends(zero)
         for lane in range(LANES):
-            lanes[lane] = squares(values, weights, lane, scale, inverse, least, largest, f32(0))
+            lanes[lane] = squares(values, weights, lane, scale, ends, f32(0))
         for j in range(BLOCK, k, BLOCK):
             for lane in range(LANES):
-                lanes[lane] = squares(
-                    values, weights, j + lane, scale, inverse, least, largest, lanes[lane]
-                )
+                lanes[lane] = squares(values, weights, j + lane, scale, ends, lanes[lane])
         total = folded(lanes)
         return total if total == total else infinite
 
     @helper
-    def product(x, weight, inverse, least, largest):
-        rounded = _nearest(x * inverse, least, largest)
+    def product(x, weight, inverse, ends):
+        rounded = _nearest(x * inverse, ends)
         weighted = rounded * weight
         return x * weighted, rounded * weighted
 
     @helper
-    def products(values, weights, a, inverse, least, largest, mixed, square):
+    def products(values, weights, a, inverse, ends, sums):
         b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
-        one, other = product(values[a], weights[a], inverse, least, largest)
+        mixed, square = sums
+        one, other = product(values[a], weights[a], inverse, ends)
         mixed, square = mixed + one, square + other
-        one, other = product(values[b], weights[b], inverse, least, largest)
+        one, other = product(values[b], weights[b], inverse, ends)
         mixed, square = mixed + one, square + other
-        one, other = product(values[c], weights[c], inverse, least, largest)
+        one, other = product(values[c], weights[c], inverse, ends)
         mixed, square = mixed + one, square + other
-        one, other = product(values[d], weights[d], inverse, least, largest)
+        one, other = product(values[d], weights[d], inverse, ends)
         return mixed + one, square + other
 
     @helper
     def fitted(values, weights, k, scale, zero, lanes, more):
         """The best scale for the codes of `scale`, not rounded, and how much it explains."""
         inverse = f32(1) / scale
-        least, largest = f32(-8) - zero, f32(7) - zero
+        ends = _ends(zero)
         for lane in range(LANES):
-            found = products(values, weights, lane, inverse, least, largest, f32(0), f32(0))
+            found = products(values, weights, lane, inverse, ends, (f32(0), f32(0)))
             lanes[lane], more[lane] = found
         for j in range(BLOCK, k, BLOCK):
             for lane in range(LANES):
-                found = products(
-                    values, weights, j + lane, inverse, least, largest, lanes[lane], more[lane]
-                )
+                found = products(values, weights, j + lane, inverse, ends, (lanes[lane], more[lane]))
                 lanes[lane], more[lane] = found
         mixed, square = folded(lanes), folded(more)
         best = mixed / square

@@ -170,6 +170,11 @@ class Rounded(NamedTuple):
     signal: Tensor
 
 
+def squares(rows: Tensor, hessian: Tensor) -> Tensor:
+    """The sum of squares of the outputs of each row of a weight: float32 [n, k] -> float64 [n]."""
+    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
+
+
 def gptq(
     rows: Tensor,
     hessian: Tensor,
@@ -178,22 +183,17 @@ def gptq(
     least: float,
     largest: float,
     feedback: Feedback | None,
-    zero: Tensor | None = None,
 ) -> Rounded:
     """Codes of a block of rows: for each row those of GPTQ, or `nearest` if they are better.
 
     rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step: as in `Feedback.round`; nearest:
-    int8 [n, k]. feedback: of this hessian; None: nearest. zero: of each column, as `step`: codes stand
-    for (code - zero) * step. Errors are sums of squares over the inputs.
+    int8 [n, k]. feedback: of this hessian; None: nearest. Errors are sums of squares over the inputs.
     """
-    signal = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
-    if zero is not None:
-        rows = torch.addcmul(rows, zero.float().expand_as(rows), step.expand_as(rows))
 
     def error(codes: Tensor) -> Tensor:
-        lost = torch.addcmul(rows, codes.float(), step.expand_as(rows), value=-1)
-        return ((lost @ hessian) * lost).sum(1, dtype=torch.float64).clamp_min(0)
+        return squares(torch.addcmul(rows, codes.float(), step.expand_as(rows), value=-1), hessian)
 
+    signal = squares(rows, hessian)
     plain = error(nearest)
     if feedback is None:
         return Rounded(nearest, plain, plain, signal)
