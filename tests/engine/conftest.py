@@ -67,7 +67,7 @@ def convert(folder: Path, model: Path, target: str, rules: list[dict[str, object
     """Convert a model; returns the checkpoint's folder."""
     recipe = folder.with_name(folder.name + ".yaml")
     made: dict[str, object] = {"target": target, "rules": rules}
-    if "static" in json.dumps(rules):
+    if any(name in json.dumps(rules) for name in ("static", '"nvfp4"')):
         made["calibration"] = CALIBRATION
     recipe.write_text(json.dumps(made))
     commands.quantize(commands.plan(recipe, model=str(model), out=folder))

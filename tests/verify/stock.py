@@ -78,6 +78,19 @@ OWN = {
     '  - {match: "*.0.*", scheme: keep}\n  - {match: "*.1.self_attn.*", scheme: fp8_tensor}\n'
     '  - {match: "*.self_attn.*", scheme: fp8_dynamic}\n  - {match: "*_proj", scheme: w8a8_dynamic}\n',
 }
+OWN |= {
+    f"{target}_nvfp4_moe": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: nvfp4}]\n'
+    for target in ("ct", "mo")
+}
+# Schemes of four-bit and eight-bit floats in blocks, on any projection or expert.
+OWN |= {
+    f"{target}_{scheme}": f'rules: [{{match: ["*_proj", "*.experts.*"], scheme: {scheme}}}]\n'
+    for target, schemes in {
+        "ct": ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp4_fp8", "mxfp8"),
+        "mo": ("nvfp4", "nvfp4a16", "mxfp8", "fp8_static"),
+    }.items()
+    for scheme in schemes
+}
 CLIPPED = {"dynamic_inputs", "fp8_inputs", "ct_dynamic_inputs", "ct_w4a16_inputs", "ct_fp8_inputs",
            "ct_block_inputs", "gptq_inputs"}  # fmt: skip
 MEASURED = CLIPPED | {
@@ -88,6 +101,9 @@ MEASURED = CLIPPED | {
     "ct_static",
     "ct_symmetric",
     "ct_fp8_static",
+    "ct_nvfp4",
+    "mo_nvfp4",
+    "mo_fp8_static",
 }
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
@@ -136,9 +152,11 @@ class Stock:
             path = RECIPES / f"{recipe}.yaml"
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
-                targets = {"ct": "compressed-tensors", "gptq": "gptq"}
+                targets = {"ct": "compressed-tensors", "gptq": "gptq", "mo": "modelopt"}
                 target = targets.get(recipe.partition("_")[0], "ascend")
                 lines = CALIBRATION * (recipe in MEASURED) + OWN[recipe]
+                if recipe.endswith("_nvfp4_moe"):
+                    lines = CALIBRATION.replace("}", ", all_tokens: true}") + OWN[recipe]
                 path.write_text(f"target: {target}\n{lines}")
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)

@@ -494,14 +494,27 @@ def test_damaged_mxfp8(tmp_path, source, target, suffix, to, said):
 
 
 def test_mxfp8_in_use(tmp_path, source):
-    """Served with float inputs it is read, and is not run: no scheme has that arithmetic."""
+    """With float inputs it is run as it is with inputs alike, which vLLM's emulation leaves float."""
     block = producers.groups("mxfp8-quantized", MXFP8["config_groups"]["group_0"]["weights"], None)
     path = quantized(tmp_path / "q", mxfp8, block)
     report = examine(path, source)
     assert errors(report) == []
     assert {module.label for module in report.modules} == {"mxfp8 float inputs"}
-    with pytest.raises(InputError, match="cannot compute as the engine does with mxfp8 float inputs"):
-        Served.open(path)
+    other = quantized(tmp_path / "both", mxfp8, MXFP8)
+    alone, both = Served.open(path), Served.open(other)
+    assert alone.notes == []
+    assert [note[:36] for note in both.notes] == ["inputs of mxfp8 stay float in this r"]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    (scheme, parts), (full, more) = (s.quantizer(K, torch.zeros(0), None) for s in (alone, both))
+    y = x @ by_powers(parts).mT
+    assert torch.equal(scheme.forward(x, parts), y)
+    assert torch.equal(full.forward(x, more), y)
+    assert not torch.equal(full.forward(x, parts), y)
+
+
+def by_powers(parts):
+    """float32 [n, k]."""
+    return parts["weight"].float() * parts["weight_scale"].repeat_interleave(32, 1)
 
 
 # -- a model that was loaded and saved again --------------------------------------------------------

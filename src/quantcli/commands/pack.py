@@ -105,7 +105,7 @@ def to_json(job: Job[Repacking]) -> dict[str, Any]:
         "checkpoint": str(plan.checkpoint.path),
         "from": plan.origin.name,
         **job_json(job),
-        "state": "lossless",
+        "state": plan.state,
         "modules": [
             {
                 "before": line.before,

@@ -44,7 +44,7 @@ def discover(base: type[T]) -> dict[str, type[T]]:
     for entry in entries:
         _PACKAGES[_loaded(entry, base)] = _package(entry)
     classes: dict[str, type[T]] = {}
-    for cls in dict.fromkeys(_descendants(base)):  # a class may have two bases
+    for cls in dict.fromkeys(_descendants(base)):  # one with two bases is met twice
         name = cls.__dict__.get("name")
         if isinstance(name, str):
             if name in classes:

@@ -330,12 +330,13 @@ class Surveys:
     """
 
     def __init__(self) -> None:
-        self._found: OrderedDict[str, Tensor] = OrderedDict()
+        self._found: OrderedDict[str, Stats] = OrderedDict()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
 
     def of(self, item: Quantize) -> Stats:
-        """The constants that an item's scheme asks for: `weight_amax` float32 [1], `column_amax` [k].
+        """The constants that an item's scheme asks for: `column_amax` float32 [k]; or `weight_amax`
+        [1] and `weight_coarse` bool [1], whether each number is 0, or 1 or 1.5 times a power of two.
 
         InputError for NaN and Inf.
         """
@@ -347,23 +348,26 @@ class Surveys:
         with lock:
             found = self._found.get(key)
             if found is None:
-                amax = [_column_amax(stored, edit) for stored, edit in item.surveyed]
-                found = amax[0]
+                surveys = [_survey(stored, edit) for stored, edit in item.surveyed]
+                found = {"column_amax": surveys[0][0]}
                 if item.scheme.needs_weight_amax:
-                    found = torch.stack([each.amax() for each in amax]).amax().view(1)
+                    amax = torch.stack([amax.amax() for amax, _ in surveys]).amax().view(1)
+                    coarse = torch.tensor([all(coarse for _, coarse in surveys)])
+                    found = {"weight_amax": amax, "weight_coarse": coarse}
                 with self._lock:
                     self._found[key] = found
                     while len(self._found) > _KEPT:
                         self._locks.pop(self._found.popitem(last=False)[0], None)
-        return {"column_amax" if item.scheme.needs_column_amax else "weight_amax": found}
+        return found
 
 
-def _column_amax(stored: StoredTensor, edit: Edit | None) -> Tensor:
-    """max |w| of each column of a weight, edited: float32 [k]."""
+def _survey(stored: StoredTensor, edit: Edit | None) -> tuple[Tensor, bool]:
+    """max |w| of each column of a weight, edited: float32 [k]; whether its numbers are coarse."""
     n, k = stored.spec.shape
     factors = edit.load() if edit else None
     step = max(1, BLOCK_ELEMENTS // k)
     amax = torch.zeros(1, k)
+    coarse = True
     for start in range(0, n, step):
         rows = read_span(stored, start, min(step, n - start))
         edited = rows if factors is None else factors.apply(rows, start)
@@ -374,7 +378,13 @@ def _column_amax(stored: StoredTensor, edit: Edit | None) -> Tensor:
                 where=f"`{stored.spec.name}`, rows from {start}, in {stored.file.name}",
                 fix="leave it out of `smooth`, or of what else edits it, or keep this module float",
             )
-    return amax.squeeze(0)
+        coarse = coarse and _coarse(edited[:1]) and _coarse(edited)
+    return amax.squeeze(0), coarse
+
+
+def _coarse(rows: Tensor) -> bool:
+    """Whether each number is 0, or 1 or 1.5 times a power of two: at most one bit after the first."""
+    return not bool((rows.float().view(torch.int32) & 0x3FFFFF).any())
 
 
 def not_finite(kind: str, rows: Tensor, stored: StoredTensor, first_row: int) -> InputError | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.errors import AnswerNo
+from quantcli.core.text import count
 from quantcli.planning.items import make_items
 from quantcli.planning.matching import match
 from quantcli.planning.measured import Measured
@@ -27,6 +29,9 @@ from quantcli.sources.decode import decoded
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.vllm_classes import without_class
 from quantcli.targets.vllm_family import EXPERT
+
+# Formats of sources whose weights are e2m1 numbers times powers of two.
+_OF_POWERS = re.compile(r"mxfp4(?!_flatquant)|w4a8_mxfp\b", re.IGNORECASE)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None = None) -> Plan:
@@ -66,6 +71,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     quantized = any(module.numerics for module in matched.modules)
     if not quantized:
         notes.append("nothing is quantized: every weight stays float")
+    notes += _exact(items)
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
     lines, kept, coverage = tables(recipe, checkpoint, items, matched)
@@ -97,6 +103,25 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         taken_from=measured.taken_from if measured else {},
         experts=measured.experts if measured else {},
     )
+
+
+def _exact(items: Sequence[Item]) -> Iterator[str]:
+    """A note on weights of four-bit floats with powers of two as scales, stored with e4m3 scales."""
+    exact = [
+        item.module
+        for item in items
+        if isinstance(item, Quantize)
+        and item.scheme.numerics.weight.global_scale
+        and item.scheme.searches_scales
+        and not item.edit
+        and _OF_POWERS.search(item.source.kind)
+    ]
+    if exact:
+        modules = count(exact, "module")
+        yield (
+            f"{modules} such as `{exact[0]}` {'is' if len(exact) == 1 else 'are'} MXFP4: no value "
+            "changes, unless scales of a weight and its siblings differ by more than a factor of 2^17"
+        )
 
 
 def serving_dtype(checkpoint: Checkpoint, only: str | None = None) -> tuple[str, list[str]]:

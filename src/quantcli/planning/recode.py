@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Parts, multiplier
+from quantcli.core.numerics import Numerics, Parts, multiplier
 from quantcli.planning.plan import Repack
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, row_parts
 from quantcli.targets.base import ScalePart, Target
@@ -23,6 +23,7 @@ from quantcli.targets.layouts import stray_signs
 # How far two steps of inputs may be apart, relatively, and still be one: some last bits of float32.
 # At 127 steps that is a ten thousandth of a step.
 _SAME_STEP = 2.0**-20
+_LAST_BIT = 2.0**-23  # of a float32, relative to it, at most
 WORDS = {"BF16": "bfloat16", "F16": "float16"}
 _NEIGHBOURS = 8  # floats on either side of the nearest that are tried
 
@@ -33,7 +34,7 @@ def recode(
     """Stored tensors of some rows of a module, by suffix -> those of `target`.
 
     bias: of these rows [n]. InputError with tensor and row for a number that `target` cannot hold.
-    The result was unpacked again and is equal.
+    The result was unpacked again and is equal; a global scale may be next to it, see `moved_scales`.
     """
     numerics = item.numerics
     parts = item.origin.unpack(numerics, stored)
@@ -47,7 +48,11 @@ def recode(
     again = target.unpack(numerics, packed)
     for name, tensor in again.items():
         expected = parts.get(name)
-        if expected is not None and not _equal(tensor, expected):
+        if (
+            expected is not None
+            and not _equal(tensor, expected)
+            and not _neighbours(name, tensor, expected)
+        ):
             raise InputError(
                 f"target `{target.name}` cannot hold this {name} as it is",
                 where=_place(item, name, first_row),
@@ -241,6 +246,24 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype == b.dtype == torch.float8_e4m3fn:
         return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     return a.shape == b.shape and torch.equal(a.double(), b.double())
+
+
+def _neighbours(name: str, a: Tensor, b: Tensor) -> bool:
+    """Whether two global scales are next to each other."""
+    if not name.endswith("_global_scale"):
+        return False
+    return bool(((a.double() - b.double()).abs() <= b.double() * _LAST_BIT).all())
+
+
+def moved_scales(numerics: Numerics, parts: Parts, target: Target) -> list[str]:
+    """The global scales among `parts`, float32 [1] each, that `target` cannot hold as they are.
+
+    One format stores the number with which engines multiply, another its reciprocal, and some float32
+    are the reciprocal of none: the engine then multiplies with a number next to it.
+    """
+    again = target.unpack(numerics, target.pack(numerics, parts, (0, 0)))
+    names = [name for name in parts if name.endswith("_global_scale")]
+    return [name for name in names if not _equal(again[name], parts[name])]
 
 
 def _place(item: Repack, name: str, first_row: int, row: int = 0) -> str:

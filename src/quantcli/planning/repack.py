@@ -16,12 +16,14 @@ from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.checkpoint.spec import torch_dtype
+from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
+from quantcli.core.text import count
 from quantcli.planning.items import planned_outputs
 from quantcli.planning.matching import family_of, must_be_taken, raise_first
 from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
-from quantcli.planning.recode import WORDS, recode
+from quantcli.planning.recode import WORDS, moved_scales, recode
 from quantcli.targets.base import (
     ScalePart,
     StoredCheckpoint,
@@ -53,13 +55,14 @@ class Repacking(Work):
     origin: Target
     lines: tuple[Packed, ...]
     floats: int  # tensors that are copied
+    state: str  # "lossless", or what is not
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest without its files; `state` says that no number was rounded."""
+        """The manifest without its files; `state` says whether a number was rounded."""
         head = super().manifest()
         first = {key: head.pop(key) for key in ("manifest_version", "tool", "plan")}
         source = {**head.pop("source"), "target": self.origin.name}
-        return {**first, "state": "lossless", "source": source, **head}
+        return {**first, "state": self.state, "source": source, **head}
 
 
 def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
@@ -91,6 +94,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     if recipe is not None:
         sidecars[SOURCE_RECIPE] = recipe.encode()
     items = [item for shard in shards for item in shard.items]
+    last_bits = tuple(_last_bits(items, target))
     plain = sum(i.source.spec.numel for i in items if isinstance(i, Copy))
     coded = sum(math.prod(i.module.shape) for i in items if isinstance(i, Repack))
     return Repacking(
@@ -104,12 +108,14 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
             *checkpoint.notes,
             *target.advise(modules, str(checkpoint.config.get("model_type", ""))),
             *_to_be_checked(items, target),
+            *last_bits,
         ),
         params=plain + coded,
         quantized_params=coded,
         origin=origin,
         lines=tuple(_lines(items, target)),
         floats=sum(isinstance(item, Copy) for item in items),
+        state="lossless but for the last bits of global scales" if last_bits else "lossless",
     )
 
 
@@ -134,6 +140,7 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
     return origin
 
 
+_OF_SCALES = frozenset({"positive", "signed", "divisor", "multiplier"})  # rules for their numbers
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale", ".kv_cache_offset")
 
 
@@ -201,6 +208,25 @@ def _to_be_checked(items: list[Item], target: Target) -> Iterator[str]:
             if kind != "F32" and kind != origin.engine_dtype(numerics, part, serving):
                 narrow[f"{part} must fit {WORDS[kind]} as it is, which is checked while writing"] = None
     yield from sorted(narrow)
+
+
+def _last_bits(items: list[Item], target: Target) -> Iterator[str]:
+    """A note on global scales whose last bit changes, as `target` stores their reciprocals."""
+    moved: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, Repack) and item.numerics.weight.global_scale:
+            module = item.module
+            stored = {p.suffix: read_tensor(module.tensors[p.suffix]) for p in module.constants}
+            stored |= {p.suffix: read_span(module.tensors[p.suffix], 0, 0) for p in module.row_params}
+            parts = item.origin.unpack(item.numerics, stored)
+            for name in moved_scales(item.numerics, parts, target):
+                moved[name].append(module.name)
+    for name, modules in moved.items():
+        yield (
+            f"{name} of {count(modules, 'module')}, such as `{modules[0]}`, is not 1 / x for any "
+            f"float32 x, and {target.name} stores x: engines will multiply with the number next to it, "
+            "2^-23 from it at most"
+        )
 
 
 def _lines(items: list[Item], target: Target) -> Iterator[Packed]:
@@ -284,7 +310,7 @@ def _dry_run(item: Repack, target: Target) -> tuple[Output, ...]:
             elif param.suffix == "deq_scale" and dtype == torch.int64:  # bits of a float32
                 stored[param.suffix] = torch.ones(shape).view(torch.int32).to(dtype)
             else:
-                value = float(param.values in {"positive", "signed"} or param.suffix == "deq_scale")
+                value = float(param.values in _OF_SCALES or param.suffix == "deq_scale")
                 stored[param.suffix] = torch.full(shape, value).to(dtype)
         return recode(item, target, stored, 0, None)
 

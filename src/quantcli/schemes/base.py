@@ -29,7 +29,8 @@ class Scheme(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str]
     # whether the scale spans rows: `quantize` then finds `weight_amax` float32 [1] among its constants,
-    # max |w| of the whole weight and of those that the engine merges with it
+    # max |w| of the whole weight and of those that the engine merges with it; and may find
+    # `weight_coarse` bool [1], whether all their numbers are 0, or 1 or 1.5 times a power of two
     needs_weight_amax: ClassVar[bool] = False
     # stats with a value per input channel, of this module alone, which only make it better
     column_stats: ClassVar[frozenset[str]] = frozenset()

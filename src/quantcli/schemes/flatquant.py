@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +69,62 @@ def fake_quant(x: Tensor, scale: Tensor) -> Tensor:
     return rounded
 
 
-class _Side:
-    """One factor M [size, size]; at first a random rotation."""
+class Rounding(ABC):
+    """How learned transforms see a type of codes: numbers on its grid, with gradients.
 
-    def __init__(self, size: int, generator: torch.Generator, device: torch.device) -> None:
+    clips: whether a share of the range of inputs, and of rows, can be learned.
+    """
+
+    clips: ClassVar[bool]
+
+    @abstractmethod
+    def inputs(self, values: Tensor, clip: Tensor) -> Tensor:
+        """Transformed inputs [..., k] as they are rounded; clip [1]: the share of their range."""
+
+    @abstractmethod
+    def rows(self, rows: Tensor, clip: Tensor | None) -> Tensor:
+        """Transformed weights [n, k] as they are rounded; clip [n, 1]: the share of a row's range."""
+
+    def first_clips(self, rows: Tensor) -> Tensor:
+        """The shares [n, 1] with the least squared error of rows [n, k]; asked if rows are clipped."""
+        raise AssertionError(f"{type(self).__name__} has no clips")
+
+
+class Int4(Rounding):
+    """Int4, a scale for each token and each row."""
+
+    clips: ClassVar[bool] = True
+
+    def inputs(self, values: Tensor, clip: Tensor) -> Tensor:
+        """With the scale max |x| clip / 7."""
+        amax = values.abs().amax(-1, keepdim=True)
+        return fake_quant(values, (amax * clip / LARGEST).clamp_min(_TINY))
+
+    def rows(self, rows: Tensor, clip: Tensor | None) -> Tensor:
+        """With the scale max |w| clip / 7."""
+        step = rows.abs().amax(-1, keepdim=True) / LARGEST
+        return fake_quant(rows, (step if clip is None else step * clip).clamp_min(_TINY))
+
+    def first_clips(self, rows: Tensor) -> Tensor:
+        """By a search."""
+        widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
+        return least_error(rows, widest, torch.float32, INT4, None) / widest
+
+
+class _Side:
+    """One factor M [size, size], of equal blocks on the diagonal; at first each a random rotation."""
+
+    def __init__(
+        self, size: int, generator: torch.Generator, device: torch.device, blocks: int = 1
+    ) -> None:
         self.size = size
-        self._first = [_random_orthogonal(size, generator).to(device) for _ in "UV"]
-        self._above = torch.triu_indices(size, size, 1, device=device)
-        self._turns = [torch.zeros(self._above.shape[1], device=device) for _ in "UV"]
+        self._block = size // blocks
+        self._first = [
+            torch.stack([_random_orthogonal(self._block, generator) for _ in range(blocks)]).to(device)
+            for _ in "UV"
+        ]
+        self._above = torch.triu_indices(self._block, self._block, 1, device=device)
+        self._turns = [torch.zeros(blocks, self._above.shape[1], device=device) for _ in "UV"]
         self._stretch = torch.full((size,), math.log(math.e - 1), device=device)  # softplus: 1
 
     @property
@@ -87,8 +136,8 @@ class _Side:
         u, v = (
             first @ self._cayley(turn) for first, turn in zip(self._first, self._turns, strict=True)
         )
-        d = F.softplus(self._stretch)
-        return (u * d) @ v.mT, (v / d) @ u.mT
+        d = F.softplus(self._stretch).view(-1, 1, self._block)
+        return _on_diagonal((u * d) @ v.mT), _on_diagonal((v / d) @ u.mT)
 
     def condition(self) -> float:
         """max d / min d."""
@@ -96,13 +145,25 @@ class _Side:
         return float(d.amax() / d.amin())
 
     def _cayley(self, turn: Tensor) -> Tensor:
-        """(I + A / 2)^-1 (I - A / 2) of the skew matrix with `turn` above its diagonal."""
-        skew = turn.new_zeros(self.size, self.size)
-        skew = skew.index_put((self._above[0], self._above[1]), turn)
+        """(I + A / 2)^-1 (I - A / 2) of the skew matrices with `turn` above their diagonals."""
+        skew = turn.new_zeros(len(turn), self._block, self._block)
+        each = torch.arange(len(turn), device=turn.device).unsqueeze(1)
+        skew = skew.index_put((each, *self._above), turn)
         skew = (skew - skew.mT) / 2
-        one = torch.eye(self.size, device=turn.device)
+        one = torch.eye(self._block, device=turn.device)
         rotation: Tensor = torch.linalg.solve(one + skew, one - skew)
         return rotation
+
+
+def _on_diagonal(blocks: Tensor) -> Tensor:
+    """[blocks, size, size] -> [blocks size, blocks size], zero outside of the blocks."""
+    count, size, _ = blocks.shape
+    if count == 1:
+        return blocks[0]
+    rows = (
+        F.pad(block, (place * size, (count - 1 - place) * size)) for place, block in enumerate(blocks)
+    )
+    return torch.cat(list(rows))
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -116,14 +177,26 @@ def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
 class KroneckerLearner(Learner):
     """One transform, one clip of inputs, and a clip for each row of each weight."""
 
-    def __init__(self, task: LearningTask, lr: float, alpha: float, *, clips_rows: bool) -> None:
-        """lr: of the transforms. alpha: how much of outlier channels moves into the weights."""
+    def __init__(
+        self,
+        task: LearningTask,
+        rounding: Rounding,
+        lr: float,
+        alpha: float,
+        *,
+        clips_rows: bool = False,
+        blocks: int = 1,
+    ) -> None:
+        """lr: of the transforms. alpha: how much of outlier channels moves into the weights. blocks: on
+        the diagonal of the left transform."""
+        self._rounding = rounding
         self._weights = {key: weight.detach().float() for key, weight in task.weights.items()}
         self._engine_dtype = task.engine_dtype
         self._lr = lr
         first = next(iter(self._weights.values()))
-        device, sides = first.device, decompose(first.shape[1])
-        self._left, self._right = (_Side(size, task.generator, device) for size in sides)
+        device, (left, right) = first.device, decompose(first.shape[1], blocks)
+        self._left = _Side(left, task.generator, device, blocks)
+        self._right = _Side(right, task.generator, device)
         self._clip = torch.full((1,), _OPEN, device=device)
         self._rows = {
             key: torch.full((len(weight), 1), _OPEN, device=device)
@@ -154,8 +227,7 @@ class KroneckerLearner(Learner):
     def _start_clips(self) -> None:
         """The first clips of rows: those with the least squared error of their weights."""
         for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
-            widest = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_TINY)
-            share = least_error(rows, widest, torch.float32, INT4, None) / widest
+            share = self._rounding.first_clips(rows)
             self._rows[key] = share.clamp(_NARROWEST, _WIDEST).logit()
 
     def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> dict[Hashable, Tensor]:
@@ -170,7 +242,9 @@ class KroneckerLearner(Learner):
         return transformed
 
     def _all(self) -> list[Tensor]:
-        learned = [*self._left.parameters, *self._right.parameters, self._clip]
+        learned = [*self._left.parameters, *self._right.parameters]
+        if self._rounding.clips:
+            learned.append(self._clip)
         if self._clips_rows:
             learned += self._rows.values()
         if self._channels is not None and self._scalable == "freely":
@@ -179,7 +253,8 @@ class KroneckerLearner(Learner):
 
     def parameters(self) -> list[dict[str, Any]]:
         """Groups for the optimizer: clips learn ten times as fast."""
-        clips = [self._clip, *self._rows.values()] if self._clips_rows else [self._clip]
+        clips = [self._clip] if self._rounding.clips else []
+        clips += self._rows.values() if self._clips_rows else []
         others = [p for p in self._all() if not any(p is clip for clip in clips)]
         return [
             {"params": others, "lr": self._lr},
@@ -195,10 +270,8 @@ class KroneckerLearner(Learner):
         clip = self._clip.sigmoid()
         rounded = []
         for key, rows in self._transformed(left_inverse, right_inverse).items():
-            step = rows.abs().amax(-1, keepdim=True) / LARGEST
-            if self._clips_rows:
-                step = step * self._rows[key].sigmoid()
-            rounded.append(fake_quant(rows, step.clamp_min(_TINY)))
+            share = self._rows[key].sigmoid() if self._clips_rows else None
+            rounded.append(self._rounding.rows(rows, share))
         shared = [left, right, clip]
         if self._channels is not None:
             shared.append(self._channels.exp())
@@ -226,8 +299,7 @@ class KroneckerLearner(Learner):
         # (L^T X R)^T: one large product instead of many small ones
         inner = inner.transpose(1, 2) @ left
         values = inner.transpose(1, 2).reshape(x.shape)
-        amax = values.abs().amax(-1, keepdim=True)
-        return fake_quant(values, (amax * clip / LARGEST).clamp_min(_TINY))
+        return self._rounding.inputs(values, clip)
 
     def end(self, gradients: list[Tensor]) -> None:
         """Gradients of leaves -> gradients of parameters. InputError for a runaway transform."""
@@ -267,7 +339,7 @@ class KroneckerLearner(Learner):
             learned = {
                 "left_trans": self._left.both()[0].to(self._engine_dtype),
                 "right_trans": self._right.both()[0].to(self._engine_dtype),
-                "clip_ratio": self._clip.sigmoid(),
+                "clip_ratio": self._clip.sigmoid() if self._rounding.clips else torch.ones(1),
             }
             if self._clips_rows:
                 learned["weight_clip"] = self._rows[key].sigmoid()

@@ -71,8 +71,10 @@ class NvFp4Weights(Fp4Weights):
         return Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
 
     def whole(self, constants: Stats, device: torch.device) -> Tensor:
-        """From `weight_amax`."""
-        return fp4.global_scale(constants["weight_amax"].to(device))
+        """From `weight_amax`; a power of two for numbers that such scales can hold exactly."""
+        coarse = "weight_coarse" in constants and bool(constants["weight_coarse"])
+        make = fp4.power_scale if coarse else fp4.global_scale
+        return make(constants["weight_amax"].to(device))
 
 
 class MxFp4Weights(Fp4Weights):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
@@ -24,14 +26,21 @@ class Mxfp8(Scheme):
 
     name: ClassVar[str] = "mxfp8"
 
+    inputs: Literal["mx", "float"] = Field(
+        "mx", description="mx: inputs as weights, with scales made while serving; float: not rounded"
+    )
+
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> Self | None:
+        """With the inputs that they have."""
+        scheme = cls(inputs="float" if numerics.input is None else "mx")
+        return scheme if scheme.numerics == numerics else None
+
     @property
     def numerics(self) -> Numerics:
-        """Fp8 e4m3 per group of 32 x fp8 e4m3 per token and group of 32, dynamic; scales e8m0."""
-        block = (1, mx.SIDE)
-        return Numerics(
-            Operand("fp8_e4m3", "group", block=block, scale="e8m0"),
-            Operand("fp8_e4m3", "group", dynamic=True, block=block, scale="e8m0"),
-        )
+        """Fp8 e4m3 per group of 32 x the same per token and group of 32, dynamic; scales e8m0."""
+        weight = Operand("fp8_e4m3", "group", block=(1, mx.SIDE), scale="e8m0")
+        return Numerics(weight, replace(weight, dynamic=True) if self.inputs == "mx" else None)
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
@@ -50,6 +59,12 @@ class Mxfp8(Scheme):
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k xq wq) * group_scale * weight_scale + bias in float32, rounded
-        once to x.dtype. The engine's way to round inputs is in the parts, see `mx.fp8_inputs`."""
+        once to x.dtype. The engine's way to round inputs is in the parts, see `mx.fp8_inputs`.
+
+        Float inputs: y = x @ weight, dequantized in x.dtype, float32 sums, + bias; also if there is a
+        part `float_inputs`, for an engine that has only this arithmetic on every device.
+        """
+        if self.inputs == "float" or "float_inputs" in parts:
+            return rounding.linear_float_inputs(x, self.dequantize(parts), bias)
         rounded = mx.fp8_inputs(x, parts)
         return rounding.add_bias(rounded @ self.dequantize(parts).mT, bias, x.dtype)

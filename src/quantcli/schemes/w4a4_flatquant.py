@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.core.errors import InputError
-from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, decompose
+from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
-from quantcli.schemes.base import Bias, Learner, LearningTask, Schedule
+from quantcli.schemes.base import Bias, Learner, LearningTask
 from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
-
-SHARED = ("left_trans", "right_trans", "clip_ratio")
-_PRESETS = {
-    "paper": (Schedule(epochs=15, batch=4), 5e-3),
-    "fast": (Schedule(epochs=5, batch=4), 1e-2),
-}
+from quantcli.schemes.transformed import SHARED, Transformed
 
 
-class W4A4FlatQuant(Int4Weights):
+class W4A4FlatQuant(Transformed, Int4Weights):
     """FlatQuant (Sun et al. 2024): inputs x are multiplied by a learned Kronecker product L x R, which
     spreads outliers over all channels, and weights by its inverse; both are then int4."""
 
@@ -37,25 +30,6 @@ class W4A4FlatQuant(Int4Weights):
         "learned",
         description="largest weight of a row: learned with the rest, or as other int4 schemes",
     )
-    preset: Literal["paper", "fast"] = Field(
-        "paper", description="paper: 15 epochs, lr 0.005; fast: 5 epochs, lr 0.01; 4 samples a step"
-    )
-    epochs: int | None = Field(None, ge=1, le=1000, description="instead of the preset's")
-    batch: int | None = Field(
-        None, ge=1, le=1024, description="samples a step, instead of the preset's"
-    )
-    lr: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="of the transforms, instead of the preset's; clips learn 10 x as fast",
-    )
-    alpha: float = Field(
-        0.3, ge=0, le=1, description="how much of outlier channels moves into the weights at the start"
-    )
-    scale_channels: bool = Field(
-        True, description="learn a scale per input channel, folded into the norm or matrix before"
-    )
     fallback: Literal["w8a8_dynamic", "w4a4_dynamic"] = Field(
         "w8a8_dynamic", description="the scheme of modules that the kernel cannot take"
     )
@@ -67,64 +41,19 @@ class W4A4FlatQuant(Int4Weights):
         return Numerics(Operand("int4", "channel"), token, transform="kronecker")
 
     @property
-    def without_data(self) -> str:
-        """The fallback."""
-        return self.fallback
-
-    @property
-    def when_calibrating(self) -> Self:
-        """As it is: it always calibrates."""
-        return self
-
-    @property
     def unserved(self) -> str:
         """The fallback."""
         return self.fallback
 
-    @property
-    def schedule(self) -> Schedule:
-        """The preset, with the options that the recipe sets."""
-        preset = _PRESETS[self.preset][0]
-        return Schedule(self.epochs or preset.epochs, self.batch or preset.batch)
-
-    def learner(self, task: LearningTask) -> Learner:
-        """One transform for all matrices."""
-        if not self.scale_channels:
-            task = replace(task, scalable="not at all")
-        lr = self.lr or _PRESETS[self.preset][1]
-        return flatquant.KroneckerLearner(task, lr, self.alpha, clips_rows=self.clip == "learned")
+    def taught(self, task: LearningTask, lr: float) -> Learner:
+        """With clips of inputs, and of rows if the options say so."""
+        clips_rows = self.clip == "learned"
+        return flatquant.KroneckerLearner(task, flatquant.Int4(), lr, self.alpha, clips_rows=clips_rows)
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """left_trans [l, l] and right_trans [r, r] in `engine_dtype`, clip_ratio float32 [1]; by row,
-        if the options ask for them, codes int8 [0, k] and weight_clip float32 [0, 1]."""
-        left, right = decompose(k)
-        stats = {
-            **super().blank(k, engine_dtype),
-            "left_trans": torch.eye(left, dtype=engine_dtype),
-            "right_trans": torch.eye(right, dtype=engine_dtype),
-            "clip_ratio": torch.ones(1),
-        }
-        if self.clip == "learned":
-            stats["weight_clip"] = torch.ones(0, 1)
-        return stats
-
-    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """The transforms in dtype `engine_dtype`, their inverses in float64, clip_ratio float32 [1]."""
-        left, right, clip = (stats[name] for name in SHARED)
-        if left.dtype != engine_dtype or right.dtype != engine_dtype:
-            raise InputError(
-                f"transforms are {left.dtype}, not {engine_dtype}",
-                fix="calibrate again, for the dtype in which the model will be served",
-            )
-        if not 0 < float(clip) <= 1:
-            raise InputError(f"clip_ratio {float(clip)} is not in (0, 1]", fix="calibrate again")
-        return {
-            "left_trans": left,
-            "right_trans": right,
-            "clip_ratio": clip.float(),
-            "left_inverse": kronecker.inverse(left, "left_trans"),
-            "right_inverse": kronecker.inverse(right, "right_trans"),
-        }
+        """Also by row, if options ask for them: codes int8 [0, k], weight_clip float32 [0, 1]."""
+        stats = super().blank(k, engine_dtype)
+        return {**stats, "weight_clip": torch.ones(0, 1)} if self.clip == "learned" else stats
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
@@ -141,25 +70,11 @@ class W4A4FlatQuant(Int4Weights):
         shared = {name: constants[name].to(rows.device) for name in SHARED}
         return {"weight": chosen(constants, codes), "weight_scale": scale, **shared}
 
-    def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
-        """The transformed weight [..., n, k], in float32."""
-        inverses = (constants[name].to(rows.device) for name in ("left_inverse", "right_inverse"))
-        return kronecker.undo(rows, *inverses)
-
-    def as_read(self, x: Tensor, constants: Stats) -> Tensor:
-        """Transformed inputs [..., k], in float32: L^T X R."""
-        left, right = (constants[name].to(x.device) for name in ("left_trans", "right_trans"))
-        return kronecker.undo(x, left.double().mT, right.double().mT)
-
     def as_rounded(self, x: Tensor, constants: Stats) -> Tensor:
         """Transformed inputs [..., k] in 4 bits, in float32."""
         left, right, clip = (constants[name].to(x.device) for name in SHARED)
         codes, scale = flatquant.quantize_tokens(kronecker.served(x, left, right), clip)
         return codes * scale
-
-    def dequantize(self, parts: Parts) -> Tensor:
-        """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
-        return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """The kernel `npu_kronecker_quant`, then an int4 product, with all their roundings.

@@ -166,6 +166,11 @@ class Target(BaseModel, ABC):
         """Parts that `Scheme.forward` takes, that no file holds and that only this engine knows."""
         return {}
 
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """A note on kernels of the engine that compute otherwise than `engine_parts` says; None: none
+        does."""
+        return None
+
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """The reason why the engine builds a module as float whatever a checkpoint says, if it does.
 

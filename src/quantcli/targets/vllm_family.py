@@ -10,13 +10,15 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.numerics import Module, Numerics
+from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import drafts, sidecars
 from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, Target
 from quantcli.targets.misread import MISREAD, NO_CLASS
@@ -358,6 +360,12 @@ def check_blocks(module: Module, names: Collection[str]) -> Iterator[Fault]:
         yield Fault(what, fix, "width")
 
 
+def _rounds_inputs_somewhere(numerics: Numerics) -> bool:
+    """Whether numerics are those of MXFP8 with inputs alike."""
+    sides = (numerics.weight, numerics.input)
+    return all(x is not None and (x.dtype, x.scale) == ("fp8_e4m3", "e8m0") for x in sides)
+
+
 class VllmTarget(Target):
     """A target for an engine of the vLLM family: the checks and sidecars that formats share.
 
@@ -378,6 +386,21 @@ class VllmTarget(Target):
     def fused_name(self, module: str) -> str | None:
         """q, k and v; gate and up, also of experts."""
         return fused_siblings(module)
+
+    def engine_parts(self, numerics: Numerics) -> Parts:
+        """`float_inputs` float32 [1] for MXFP8: the kernels that vLLM has for every device leave inputs
+        float. Source: vllm 0.32.0, model_executor/kernels/linear/mxfp8/emulation.py:58-97, marlin.py.
+        """
+        return {"float_inputs": torch.ones(1)} if _rounds_inputs_somewhere(numerics) else {}
+
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """For MXFP8, those of Blackwell, MI350 and Intel GPUs."""
+        if not _rounds_inputs_somewhere(numerics):
+            return None
+        return (
+            "inputs of mxfp8 stay float in this run, as in vLLM's emulation; its kernels for "
+            "Blackwell, MI350 and Intel GPUs round them, too, and are less near to the other model"
+        )
 
     def check_tensors(
         self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None

@@ -15,7 +15,7 @@ from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, m
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
-from quantcli.core.findings import Finding, failed
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.verification.limits import Limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import (
@@ -81,6 +81,7 @@ def verify_run(
     assert structure.target is not None
     report.depths.append("run")
     ours = Served(structure.stored, structure.target)
+    report.add(noted("layer outputs", note) for note in ours.notes)
     other: Checkpoint | Served = reference.checkpoint
     if reference.stored is not None and reference.target is not None:
         other = Served(reference.stored, reference.target)

@@ -40,6 +40,13 @@ SCHEMES = {
     "fp8 tensor dynamic": scheme("fp8_tensor"),
     "fp8 block 128x128": scheme("fp8_block"),
     "mxfp8": scheme("mxfp8"),
+    "mxfp8 float inputs": scheme("mxfp8", inputs="float"),
+    "nvfp4": scheme("nvfp4"),
+    "nvfp4 float inputs": scheme("nvfp4a16"),
+    "mxfp4": scheme("mxfp4"),
+    "mxfp4 float inputs": scheme("mxfp4a16"),
+    "mxfp4 fp8 inputs": scheme("mxfp4_fp8", inputs="token"),
+    "mxfp4 fp8 inputs in groups": scheme("mxfp4_fp8", inputs="groups"),
     "int8 channel W8A16": scheme("w8a16"),
     "int4 g128 W4A16": scheme("w4a16"),
     "int4 g32 W4A16": scheme("w4a16", group_size=32),
@@ -57,6 +64,9 @@ INPUT = {"input_scale": ("F32", (1,))}
 CODES = {"weight": ("I8", (N, K))}
 PACKED = {"weight_packed": ("I32", (N, K // 8)), "weight_shape": ("I64", (2,))}
 FP8 = {"weight": ("F8_E4M3", (N, K))}
+FP4 = {"weight_packed": ("U8", (N, K // 2))}
+NVFP4_TENSORS = FP4 | {"weight_scale": ("F8_E4M3", (N, 16)), "weight_global_scale": ("F32", (1,))}
+MXFP4_TENSORS = FP4 | {"weight_scale": ("U8", (N, 8))}
 WANTED = {
     "int8 W8A8 dynamic": CODES | SCALE,
     "int8 W8A8 static": CODES | SCALE | INPUT,
@@ -66,6 +76,13 @@ WANTED = {
     "fp8 tensor dynamic": FP8 | {"weight_scale": ("F32", (1,))},
     "fp8 block 128x128": FP8 | {"weight_scale": ("F32", (2, 2))},
     "mxfp8": FP8 | {"weight_scale": ("U8", (N, 8))},
+    "mxfp8 float inputs": FP8 | {"weight_scale": ("U8", (N, 8))},
+    "nvfp4": NVFP4_TENSORS | {"input_global_scale": ("F32", (1,))},
+    "nvfp4 float inputs": NVFP4_TENSORS,
+    "mxfp4": MXFP4_TENSORS,
+    "mxfp4 float inputs": MXFP4_TENSORS,
+    "mxfp4 fp8 inputs": MXFP4_TENSORS,
+    "mxfp4 fp8 inputs in groups": MXFP4_TENSORS,
     "int8 channel W8A16": {"weight_packed": ("I32", (N, K // 4)), "weight_shape": ("I64", (2,)),
                            "weight_scale": ("BF16", (N, 1))},
     "int4 g128 W4A16": PACKED | {"weight_scale": ("BF16", (N, 2))},
@@ -226,6 +243,16 @@ REFUSED = {
     ),
     "groups do not divide": ([(f"{L}.self_attn.o_proj", (256, 192), GROUPS)], "groups of 128"),
     "mx groups": ([(f"{L}.self_attn.o_proj", (256, 80), SCHEMES["mxfp8"].numerics)], "groups of 32"),
+    "nvfp4 groups": (
+        [(f"{L}.self_attn.o_proj", (256, 40), SCHEMES["nvfp4"].numerics)], "groups of 16 columns"
+    ),
+    "groups of inputs": (
+        [(f"{L}.self_attn.o_proj", (256, 96), SCHEMES["mxfp4 fp8 inputs in groups"].numerics)],
+        "groups of 128 inputs do not divide 96",
+    ),
+    "an identity matrix against a measured scale": (
+        [(f"{L}.self_attn.kv_b_proj", SQUARE, SCHEMES["nvfp4"].numerics)], "decodes kv_b_proj"
+    ),
     "nibbles left over": ([(f"{L}.self_attn.o_proj", (256, 36), CHANNEL4)], "packs 8 columns"),
     "block cut by a sibling": (
         [(f"{L}.attn.{p}_proj", (n, 256), BLOCK) for p, n in (("q", 256), ("k", 64), ("v", 64))],
@@ -245,6 +272,29 @@ def test_refused(case):
     found = refusals(*modules)
     assert any(word in refusal.what for refusal in found), found
     assert all(refusal.fix for refusal in found)
+
+
+@pytest.mark.parametrize("label", ["nvfp4 float inputs", "mxfp4", "mxfp4 fp8 inputs", "mxfp8"])
+def test_small_scales_that_are_taken(label):
+    """Experts, and kv_b_proj if nothing is measured; groups of theirs are what kernels take."""
+    numerics = SCHEMES[label].numerics
+    names = (f"{L}.mlp.experts.0.up_proj", f"{L}.self_attn.kv_b_proj")
+    assert refusals(*((name, SQUARE, numerics) for name in names)) == []
+    assert list(TARGET.advise([Module(names[0], SQUARE, numerics)])) == []
+
+
+def test_a_stored_divisor_is_one_over_the_multiplier(weight):
+    """448 * 6 over the largest weight, and both directions are exact."""
+    torch.manual_seed(1)
+    for factor in torch.rand(20).tolist():
+        parts, stored = made(SCHEMES["nvfp4"], (weight.float() * factor).bfloat16())
+        amax = (weight.float() * factor).bfloat16().float().abs().max()
+        divisor = stored["weight_global_scale"]
+        assert float(divisor * amax) == pytest.approx(448 * 6, rel=1e-6)
+        back = TARGET.unpack(SCHEMES["nvfp4"].numerics, stored)
+        for name in ("weight_global_scale", "input_global_scale"):
+            assert torch.equal(back[name], parts[name])
+            assert torch.equal(1 / back[name], stored[name])
 
 
 def test_what_may_be_odd():
@@ -424,6 +474,26 @@ MXFP4 = MXFP8 | {"num_bits": 4}
 FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
 FP8_GROUPS = FP8_TOKEN | {"strategy": "group", "group_size": 128}
 INT8_TOKEN = FP8_TOKEN | {"type": "int"}
+
+
+@pytest.mark.parametrize(
+    ("label", "weights", "inputs"),
+    [
+        ("nvfp4", NVFP4, LOCAL),
+        ("nvfp4 float inputs", NVFP4, None),
+        ("mxfp4", MXFP4 | {"dynamic": False}, MXFP4 | {"dynamic": True}),
+        ("mxfp4 fp8 inputs", MXFP4 | {"dynamic": False}, FP8_TOKEN),
+        ("mxfp4 fp8 inputs in groups", MXFP4 | {"dynamic": False}, FP8_GROUPS),
+    ],
+)
+def test_arguments_of_small_scales(label, weights, inputs):
+    """As llm-compressor writes them, without what counts for nothing."""
+    numerics = SCHEMES[label].numerics
+    assert arguments(numerics.weight) == weights
+    assert (arguments(numerics.input) if numerics.input else None) == inputs
+    assert TARGET._kind(numerics).format == f"{label[:5]}-pack-quantized"
+
+
 NV, MX4, MX8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 
 

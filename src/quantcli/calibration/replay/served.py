@@ -35,13 +35,19 @@ from quantcli.targets.base import StoredCheckpoint, Target, target_of
 
 
 class Served:
-    """A quantized checkpoint of any producer, as the engine loads it."""
+    """A quantized checkpoint of any producer, as the engine loads it.
+
+    notes: on kernels of the engine that compute otherwise.
+    """
 
     def __init__(self, stored: StoredCheckpoint, target: Target) -> None:
         """InputError for a type whose arithmetic this version does not have."""
         self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
         self._target = target
+        used = {module.numerics for module in stored.modules.values() if module.numerics}
+        notes = {target.unlike_kernels(numerics) for numerics in used}
+        self.notes = sorted(note for note in notes if note)
         labels = {
             name: module.layout.label
             for name, module in stored.modules.items()

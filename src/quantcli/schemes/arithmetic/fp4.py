@@ -71,6 +71,17 @@ def global_scale(amax: Tensor) -> Tensor:
     return 1 / (1 / scale)
 
 
+def power_scale(amax: Tensor) -> Tensor:
+    """The same as a power of two: float32 [1], for weights that are e2m1 numbers times powers of two.
+
+    2^8 is the largest power of two that is a block scale, 2^-9 the smallest: all powers of two from
+    that of the largest weight down to its 2^-17 can be the step of a group, and the search finds that
+    with them nothing is lost.
+    """
+    power = rounding.round_up(amax.float() / LARGEST, torch.float8_e8m0fnu)
+    return (power * 2.0**-8).clamp_min(LEAST_GLOBAL)
+
+
 def nearest(values: Tensor) -> Tensor:
     """The nearest numbers of e2m1, float32, half to even, clipped to -6..6.
 

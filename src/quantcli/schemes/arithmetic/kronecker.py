@@ -31,15 +31,16 @@ def redo(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return undo(rows, left.double(), right.double())
 
 
-def served(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Inputs as the kernel transforms them: x [..., k] -> float32 [..., k], values of float16.
+def served(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Inputs as the kernel transforms them: x [..., k] -> float32 [..., k], values of `dtype`.
 
     Two products with float32 sums: X R, rounded to the dtype of the model, which is that of `left`;
-    then L^T (X R), rounded to float16 whatever the model is. What is over 65504 becomes infinite.
+    then L^T (X R), rounded to `dtype` whatever the model is: float16 before int4 codes, in which what
+    is over 65504 becomes infinite, bfloat16 before fp4 ones.
     """
     inner = x.float().reshape(-1, len(right)) @ right.float()
     inner = inner.to(left.dtype).float().view(-1, len(left), len(right))
-    return (left.float().mT @ inner).to(torch.float16).float().reshape(x.shape)
+    return (left.float().mT @ inner).to(dtype).float().reshape(x.shape)
 
 
 def inverse(matrix: Tensor, name: str) -> Tensor:

@@ -31,7 +31,7 @@ def fp8_inputs(x: Tensor, parts: Parts) -> Tensor:
     groups = tiles.cut(x.float(), SIDE)
     amax = groups.abs().amax(-1, keepdim=True)
     if _rounds_down(parts):
-        scale = rounding.nearest(_power(amax) / 2**8, _SCALES)
+        scale = rounded_down(amax, 2**8)
     else:
         scale = rounding.scale_of(amax, rounding.FP8_E4M3_MAX, _SCALES)
     codes = rounding.to_fp8_e4m3(groups, scale, clip=True).float()
@@ -52,11 +52,13 @@ def fp4_inputs(x: Tensor, parts: Parts) -> Tensor:
     down = _rounds_down(parts)
     if not down:
         amax = (amax.view(torch.int32) + _HALF_STEP).view(torch.float32)
-    scale = rounding.nearest(_power(amax) / 4, _SCALES)
+    scale = rounded_down(amax, 4)
     codes = (fp4.nearest_away if down else fp4.nearest)(groups / scale)
     return (codes * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-def _power(values: Tensor) -> Tensor:
-    """The power of two below each, or 0: float32 in the same shape."""
-    return (values.view(torch.int32) & _EXPONENT).view(torch.float32)
+def rounded_down(amax: Tensor, largest: float) -> Tensor:
+    """The power of two below each largest input, over that below the largest code, as a scale: float32
+    in the shape of `amax`, float32 and not negative; at least 2^-127."""
+    power = (amax.view(torch.int32) & _EXPONENT).view(torch.float32)
+    return rounding.nearest(power / largest, _SCALES)

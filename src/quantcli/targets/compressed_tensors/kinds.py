@@ -120,7 +120,7 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
 
 
 # vLLM goes by the weights alone. Source: vllm 0.32.0,
-# model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:794-816.
+# model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:794-815.
 _FORMATS: dict[Operand, tuple[str, Format]] = {
     _NVFP4: ("nvfp4", "nvfp4-pack-quantized"),
     _MXFP4: ("mxfp4", "mxfp4-pack-quantized"),

@@ -57,11 +57,13 @@ def layout_of(numerics: Numerics, kind: Kind) -> Layout:
     def dequantize(blocks: Blocks) -> Tensor:
         codes = _unpacked(blocks, kind, numerics)
         scale = scale_values(blocks["weight_scale"])
-        if weight.global_scale:
-            scale = scale * multiplier(blocks["weight_global_scale"])
         if scale.numel() == 1:
-            return codes * scale.reshape(())
-        return scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
+            values = codes * scale.reshape(())
+        else:
+            values = scale_groups(codes, scale, weight.block[1] if weight.block else codes.shape[1])
+        if weight.global_scale:  # last: products of a code and its scale are exact
+            values /= blocks["weight_global_scale"].float().reshape(())
+        return values
 
     def words(shape: tuple[int, ...]) -> Sides:
         """n and k; packed codes may have fewer columns, which only weight_shape records."""
@@ -83,7 +85,7 @@ def multiplier(divisor: Tensor) -> Tensor:
     """A global scale as the engine multiplies with it: float32 [1]. divisor: as stored, [1] or [].
 
     Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/
-    compressed_tensors_w4a4_nvfp4.py:99-119.
+    compressed_tensors_w4a4_nvfp4.py:101-137.
     """
     return 1 / divisor.float().reshape(1)
 

@@ -149,7 +149,12 @@ class CompressedTensors(VllmTarget):
             what = f"groups of {group} columns do not divide {k}"
             fixed = module.numerics.weight.scale_type is not None
             yield Fault(what, KEEP if fixed else "use `group_size: auto`, or channel", "width")
-        measured = module.numerics.input and module.numerics.input.global_scale
+        x = module.numerics.input
+        if x and group and x.group_size and k % x.group_size and not k % group:
+            # vllm 0.32.0, model_executor/layers/quantization/utils/fp8_utils.py:666
+            what = f"groups of {x.group_size} inputs do not divide {k}"
+            yield Fault(what, KEEP, "width")
+        measured = x is not None and x.global_scale
         if last_part(module.name) == "kv_b_proj" and (static_inputs(module.numerics) or measured):
             # vllm 0.32.0, model_executor/layers/attention/mla_attention.py:416 and
             # layers/quantization/utils/quant_utils.py:511-572

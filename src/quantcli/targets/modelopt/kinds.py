@@ -134,9 +134,11 @@ def layout_of(kind: Kind) -> Layout:
             return fp8_values(blocks["weight"]) * scale.unsqueeze(1)
         if weight.per == "block":
             return fp8_values(blocks["weight"], scale[:, 0, :, 0].contiguous(), _BLOCK[1])
-        if weight.global_scale:
-            scale = scale * blocks["weight_scale_2"].float().reshape(())
-        return scale_groups(code_values(blocks["weight"], weight.element), scale, kind.group_size or 1)
+        codes = code_values(blocks["weight"], weight.element)
+        values = scale_groups(codes, scale, kind.group_size or 1)
+        if weight.global_scale:  # last: products of a code and its scale are exact
+            values *= blocks["weight_scale_2"].float().reshape(())
+        return values
 
     return Layout(
         kind.algorithm,

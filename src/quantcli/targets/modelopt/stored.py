@@ -54,10 +54,11 @@ class ModelOptCheckpoint(StoredFormat):
         return [*self._config.findings, *(self._disagreement() if self.readable else ())]
 
     def _disagreement(self) -> Iterator[Finding]:
-        """The finding for a file of its own that makes other modules quantized than config.json."""
+        """Findings of a file of its own, and one if it quantizes other modules than config.json."""
         own = own_settings(self.checkpoint)
         if own is None:
             return
+        yield from (finding for finding in own.findings if finding.severity == "error")
         lookup = _Lookup(own, self)
         for module, tensors in self.by_module.items():
             weight = tensors.get("weight")
