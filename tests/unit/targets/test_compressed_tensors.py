@@ -165,7 +165,7 @@ def test_labels_are_unique_and_load_somewhere():
         scheme("w4a4_dynamic").numerics,
         scheme("w8a8_mix").numerics,
         Numerics(Operand("int8", "tensor"), Operand("int8", "token", dynamic=True)),
-        Numerics(Operand("int4", "group", symmetric=False, block=(1, 128)), None),
+        Numerics(Operand("int4", "channel", symmetric=False), Operand("int8", "token", dynamic=True)),
     ],
 )
 def test_what_it_cannot_store(numerics):
