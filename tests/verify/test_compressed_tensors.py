@@ -284,11 +284,27 @@ def test_caught(stock, tmp_path, row):
     assert_caught(stock, row, tmp_path)
 
 
-def test_a_rounded_cache_is_a_note(stock, tmp_path):
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (SCHEME, "the cache is declared fp8_e4m3 per tensor, and no file holds a scale"),
+        (SCHEME | {"type": "int"}, "`kv_cache_scheme` (num_bits 8, type 'int'"),
+        (
+            SCHEME | {"strategy": "channel"},
+            "`kv_cache_scheme` (num_bits 8, type 'float', strategy 'chan",
+        ),
+        (SCHEME | {"symmetric": False}, "`kv_cache_scheme` (num_bits 8, type 'float', strategy 'tens"),
+        ({"num_bits": 8}, "`kv_cache_scheme` (num_bits 8, type None"),
+        ("fp8", "`kv_cache_scheme` that is 'fp8', not an object"),
+    ],
+)
+def test_a_cache_without_scales_or_of_an_unknown_kind(stock, tmp_path, scheme, said):
     copy = Copy(good_of(stock, "ct dynamic"), tmp_path / "copy")
-    beside(kv_cache_scheme={"num_bits": 8})(copy)
+    beside(kv_cache_scheme=scheme)(copy)
     copy.seal()
     report = verify(VerifyOptions(copy.path))
-    assert report.ok
-    (note,) = report.findings
-    assert note.what.startswith("has a `kv_cache_scheme`")
+    (error,) = report.errors
+    assert said in error.what

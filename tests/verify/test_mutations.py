@@ -21,6 +21,7 @@ from tests.verify.damage import (
     each,
     edit,
     put,
+    relabel,
     row,
     swap,
     table,
@@ -138,6 +139,17 @@ def renamed(old: str, new: str) -> Damage:
             tensors[new] = tensors.pop(old)
 
     return damage
+
+
+def along_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Two codes of neighbouring rows in a byte: [n, k / 2] -> [n / 2, k]."""
+    codes = torch.stack([tensor & 15, tensor >> 4], -1).flatten(1)
+    return codes[0::2] | codes[1::2] << 4
+
+
+def full_left(name: str) -> Damage:
+    """A transform with a number outside of the blocks on its diagonal."""
+    return put(name, (0, -1), 0.25)
 
 
 def unscaled(copy: Copy) -> None:
@@ -280,6 +292,42 @@ ROWS = [
         "siblings", W3),
     row("inputs of w1 and w3", "mo nvfp4 moe", change(f"{W1}.input_scale", lambda t: 2 * t), "siblings",
         "input_scale", also={"experts"}, most=2),
+    # MX types of Ascend
+    row("exponent NaN", "mxfp4", byte(f"{Q}.weight_scale", 255), "values", Q),
+    row("exponents as e8m0", "mxfp4", change(f"{Q}.weight_scale", seen_as(torch.float8_e8m0fnu)),
+        "parameters", Q),
+    row("exponents in pairs", "mxfp4", change(f"{Q}.weight_scale", lambda t: t.view(len(t), -1, 2)),
+        "parameters", Q),
+    row("nibbles swapped", "mxfp4", change(f"{Q}.weight", nibbles_swapped), "sqnr", Q),
+    row("packed along rows", "mxfp4", change(f"{Q}.weight", along_rows), "parameters", Q, most=3),
+    row("codes as int8", "mxfp4", change(f"{Q}.weight", seen_as(torch.int8)), "parameters", Q),
+    row("groups of no size", "mxfp4", edit(DESCRIPTION, group_size=0), "description", "group_size",
+        most=9),
+    row("groups of 16", "mxfp4", edit(DESCRIPTION, group_size=16), "description", "group_size",
+        most=99),
+    row("W4A8_MXFP for one sibling", "mxfp4", relabel(K, "W4A8_MXFP"), "siblings", most=9),
+    row("W4A16_MXFP4 for a linear", "mxfp4", relabel(OUT, "W4A16_MXFP4"), "loader", OUT,
+        "for experts alone"),
+    row("W8A8_MXFP8 for codes of four bits", "mxfp4", relabel(OUT, "W8A8_MXFP8"), "parameters", OUT,
+        most=9),
+    row("exponents of another expert", "mxfp4 moe",
+        taken(W1, "weight_scale", f"{LAYER}.mlp.experts.4.up_proj"), "edits", W1),
+    row("w1 for w3", "mxfp4 moe", swap(W1, W3, "weight", "weight_scale"), "sqnr", most=2),
+    row("no exponents", "mxfp4 moe", drop(f"{W2}.weight_scale"), "parameters", W2, also={"experts"},
+        most=2),
+    row("exponent NaN", "mxfp4a16 moe", byte(f"{W2}.weight_scale", 255), "values", W2),
+    row("float codes", "mxfp4a16 moe", change(f"{W2}.weight", seen_as(torch.float8_e4m3fn)),
+        "parameters", W2, also={"experts"}, most=2),
+    row("left transform of one block", "mxfp4 flatquant", full_left(f"{DOWN}.left_trans"), "arithmetic",
+        DOWN),
+    row("right transform of a sibling", "mxfp4 flatquant",
+        change(f"{K}.right_trans", lambda t: t.flip(0)), "siblings", K),
+    row("transforms transposed", "mxfp4 flatquant",
+        each(*(change(f"{m}.{side}_trans", lambda t: t.mT) for m in (GATE, UP)
+               for side in ("left", "right"))),
+        "sqnr", most=9),
+    row("clip ratio of 2", "mxfp4 flatquant",
+        each(*(put(f"{m}.clip_ratio", (0,), 2.0) for m in (Q, K, V))), "values", most=3),
     # int4 experts of Ascend
     row("scale_bias of another slice", "w4a8 moe", change(f"{W2}.scale_bias", lambda t: t.roll(1, 1)),
         "arithmetic", W2, "scale_bias", "in slice"),
@@ -336,6 +384,8 @@ SOUND = [
     ("llama", "ct_nvfp4"), ("qwen3_moe", "ct_nvfp4_moe"), ("qwen2", "ct_nvfp4"), ("gemma2", "ct_mxfp4"),
     ("llama", "mo_nvfp4"), ("qwen3_moe", "mo_nvfp4_moe"), ("llama", "mo_fp8_static"),
     ("phi3", "ct_nvfp4a16"), ("phi3", "mo_nvfp4a16"), ("mixtral", "ct_nvfp4a16"),
+    ("llama:wide", "mxfp4"), ("qwen3_moe:wide", "mxfp4_fp8"), ("qwen3_moe:wide", "mxfp4a16_moe"),
+    ("qwen3_moe:wide", "mxfp4"), ("llama:wide", "mxfp8"), ("llama:wide", "mx_flatquant"),
     ("llama:float16", "ct_nvfp4a16"), ("llama:float16", "ct_mxfp4"), ("mixtral", "ct_mxfp8"),
 ]  # fmt: skip
 

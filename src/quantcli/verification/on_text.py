@@ -10,12 +10,19 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.replay.served import Forward, Served, token_log_probs
+from quantcli.calibration.replay.served import (
+    Forward,
+    Served,
+    ServedCache,
+    decibels,
+    token_log_probs,
+)
 from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import (
@@ -34,7 +41,9 @@ _OWN = 1  # batches on which a layer's own error is measured
 # Bounds that a sound int8 or fp8 conversion keeps, for limits that neither user nor recipe set.
 MAX_PPL_RATIO = 1.05
 MAX_KL = 0.1  # nats per token, on average
-LEAST_LAYER_SQNR = 8.0  # dB of a layer's own output on the same inputs
+# dB of a layer's own output on the same inputs; a random layer whose inputs are fp4 keeps 7 to 10
+LEAST_LAYER_SQNR = 8.0
+LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
 _FINER = "see which layers are worst, and keep their modules in a finer scheme"
 
@@ -95,11 +104,12 @@ def verify_run(
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
             return
-        layers = _layers(report, models[0], models[1], progress)
+        least = _least_sqnr(structure.stored.modules.values())
+        layers = _layers(report, models[0], models[1], least, progress)
         if layers is None:
             return
         sums = _Sums(ahead=0 if models[0].skeleton.two_stacks else 1)
-        outputs = _Outputs()
+        outputs = _Outputs(least)
         predicts = models[0].skeleton.predicts_text
         for expected, actual, batch in zip(
             models[0].logits(), models[1].logits(), batches, strict=True
@@ -109,6 +119,9 @@ def verify_run(
                 return
             (sums if predicts else outputs).add(expected, actual, batch)
     report.count("layer outputs", len(layers))
+    if ours.cache is not None:
+        report.add(_cache_findings(ours.cache))
+        report.count("rounded cache", len(ours.cache.sqnr()))
     if not predicts:
         report.run = outputs.report(layers)
         report.add([*_layer_findings(layers), *outputs.findings()])
@@ -124,9 +137,10 @@ def verify_run(
 
 
 def _layers(
-    report: Report, reference: Forward, ours: Forward, progress: Progress
+    report: Report, reference: Forward, ours: Forward, least: float, progress: Progress
 ) -> list[LayerReport] | None:
-    """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far.
+    """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far. least: in
+    dB.
 
     None if the checkpoint cannot be run to its end, which is reported then.
     """
@@ -148,10 +162,31 @@ def _layers(
         expected, actual = reference.states, ours.states
         sqnr = _sqnr((expected.get(batch), own[batch]) for batch in own)
         cumulative = _sqnr((expected.get(batch), actual.get(batch)) for batch in batches)
-        ok = sqnr >= LEAST_LAYER_SQNR
-        layers.append(LayerReport(name, round(sqnr, 3), round(cumulative, 3), LEAST_LAYER_SQNR, ok))
+        layers.append(LayerReport(name, round(sqnr, 3), round(cumulative, 3), least, sqnr >= least))
         progress.layer(name, index)
     return layers
+
+
+def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
+    """Scales with which keys or values have a larger error than their type explains."""
+    least = cache.cache.element.sqnr_db
+    for (layer, part), sqnr in cache.sqnr().items():
+        if not sqnr >= least:
+            side = "keys" if part == "k_scale" else "values"
+            what = (
+                f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
+            )
+            fix = (
+                "its scale is of another layer or model, or was measured on other text: measure it anew"
+            )
+            yield failed("rounded cache", what, f"`{layer}`, {part}", fix)
+
+
+def _least_sqnr(modules: Iterable[StoredModule]) -> float:
+    """What a layer of a checkpoint with such modules keeps at least, in dB."""
+    inputs = (module.numerics.input for module in modules if module.numerics)
+    fp4 = any(operand is not None and operand.dtype == "fp4_e2m1" for operand in inputs)
+    return LEAST_WITH_FP4_INPUTS if fp4 else LEAST_LAYER_SQNR
 
 
 def _other_model(what: str, expected: int, ours: int) -> Finding:
@@ -166,20 +201,16 @@ def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         x = expected.double()
         signal += float(x.square().sum())
         noise += float((actual.double() - x).square().sum())
-    return _decibels(signal, noise)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not noise:
-        return 200.0
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
+    return decibels(signal, noise)
 
 
 class _Outputs:
     """What models put out that predict no text: logits of classes, or hidden states."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: float) -> None:
+        """least: SQNR in dB."""
         self.numbers = 0
+        self._least = least
         self._tokens = 0
         self._signal = self._noise = 0.0
 
@@ -193,7 +224,7 @@ class _Outputs:
 
     @property
     def _sqnr(self) -> float:
-        return _decibels(self._signal, self._noise)
+        return decibels(self._signal, self._noise)
 
     def report(self, layers: list[LayerReport]) -> RunReport:
         """Figures of a run without predictions."""
@@ -201,9 +232,9 @@ class _Outputs:
 
     def findings(self) -> Iterator[Finding]:
         """An error if the outputs are far from the other model's."""
-        if not self._sqnr >= LEAST_LAYER_SQNR:
+        if not self._sqnr >= self._least:
             what = f"the model puts out {self._sqnr:.3f} dB on the same text, at least "
-            yield failed("outputs", f"{what}{LEAST_LAYER_SQNR:g} dB are expected", None, _FINER)
+            yield failed("outputs", f"{what}{self._least:g} dB are expected", None, _FINER)
 
 
 class _Sums:
@@ -268,7 +299,7 @@ def _layer_findings(layers: Iterable[LayerReport]) -> Iterator[Finding]:
     for layer in layers:
         if not layer.ok:
             what = f"puts out {layer.sqnr_db} dB on the other model's inputs, at least "
-            what += f"{LEAST_LAYER_SQNR:g} dB are expected"
+            what += f"{layer.limit_db:g} dB are expected"
             yield failed("layer outputs", what, f"`{layer.layer}`", _FINER)
 
 

@@ -6,10 +6,12 @@ another dtype or part of a gradient, empty ones, and if no code can be compiled.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quantcli.core.kernels import BLOCK, LANES
+from quantcli.core.kernels import BLOCK, LANES, WIDE
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -94,6 +96,61 @@ def encode(
     scale = scale.contiguous()
     run(rows.data_ptr(), count, k, tall, columns, scale.data_ptr(), codes.data_ptr())
     return codes
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of columns, and the scales that they may have.
+
+    columns: of a group.
+    scale:   the name of the type of scales.
+    table:   the scales by their codes, float32, up to the largest that a group may have.
+    least:   the code of the smallest one.
+    reach:   what the largest value over its scale is near to, for the first scale that is tried.
+    up:      whether it may not be over that.
+    count:   how many scales are tried, up to WIDE.
+    """
+
+    columns: int
+    scale: str
+    table: Tensor
+    least: int
+    reach: float
+    up: bool
+    count: int
+
+
+def encode_groups(
+    rows: Tensor, element: str, by: Groups, whole: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Packed codes and scales of groups: float [..., n, k] -> uint8 [..., n, ceil(k / 2)] and float32
+    [..., n, ceil(k / columns)]. See `quantize` in schemes/arithmetic/fp4.py.
+
+    whole: float32 [1], on top of the scales; None: 1.
+    """
+    if whole is not None and (whole.device.type != "cpu" or whole.numel() != 1):
+        return None
+    run = _of("encode_groups", rows, element, by.scale, str(by.columns))
+    if run is None:
+        return None
+    k = rows.shape[-1]
+    n, groups = rows.numel() // k, -(-k // by.columns)
+    scale = torch.empty((*rows.shape[:-1], groups))
+    packed = torch.empty((*rows.shape[:-1], -(-k // 2)), dtype=torch.uint8)
+    last = len(by.table) - 1
+    table = torch.cat([by.table, by.table[-1:].expand(WIDE - 1), torch.full((1,), torch.nan)])
+    inverses = 1 / (table if whole is None else table * whole)
+    sizes, steps = torch.zeros(2, groups * by.columns)
+    left, lanes = torch.full((2, WIDE), torch.inf)
+    codes = torch.zeros(groups * by.columns, dtype=torch.uint8)
+    firsts = torch.empty(groups, dtype=torch.int32)
+    run(
+        rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), by.reach, by.up, by.count,
+        by.least, last, table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(),
+        left.data_ptr(), lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(),
+        packed.data_ptr(),
+    )  # fmt: skip
+    return packed, scale
 
 
 def decode(codes: Tensor, element: str, scale: Tensor | None, columns: int) -> Tensor | None:

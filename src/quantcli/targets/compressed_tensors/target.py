@@ -17,7 +17,7 @@ from quantcli.core.codes import (
     unpack_columns,
     unpack_signed,
 )
-from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
     Fault,
@@ -30,6 +30,7 @@ from quantcli.targets.compressed_tensors.config import quantization_config
 from quantcli.targets.compressed_tensors.kinds import Kind, kind_of, loads_on
 from quantcli.targets.compressed_tensors.layouts import layout_of, multiplier
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
+from quantcli.targets.kv_cache import CacheTensor, plain_tensors
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
@@ -50,6 +51,10 @@ class CompressedTensors(VllmTarget):
     """`quantization_config` has a group for each scheme, and an `ignore` list of the float linears."""
 
     name: ClassVar[str] = "compressed-tensors"
+    caches: ClassVar[Mapping[Cache, tuple[CacheTensor, ...]]] = {
+        CACHES["fp8"]: plain_tensors(lambda heads, width: (1,)),
+        CACHES["fp8_per_head"]: plain_tensors(lambda heads, width: (heads, 1, 1)),
+    }
 
     def layout(self, numerics: Numerics) -> Layout:
         """Its label is such as `int8 W8A8 dynamic` or `int4 g128 W4A16`: the format has no names."""

@@ -10,7 +10,7 @@ from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Numerics, Operand
+from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, Kind
 from quantcli.targets.modelopt.matching import engine_names
@@ -76,7 +76,7 @@ def descriptions(
         **entry,
         "config_groups": groups,
         "ignore": excluded,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": CACHE_SCHEME if output.cache else None,
         **layers,
         "producer": _PRODUCER,
     }
@@ -84,12 +84,25 @@ def descriptions(
         "producer": _PRODUCER,
         "quantization": {
             **entry,
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": CACHE_ALGORITHM if output.cache else None,
             "exclude_modules": excluded,
             **layers,
         },
     }
     return block, own
+
+
+# An fp8 cache, in config.json and in the file of its own.
+# Source: vllm 0.32.0, utils/torch_utils.py:457-500.
+CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+CACHE_ALGORITHM = "FP8"
+
+
+def _is_fp8(declared: Any) -> bool:
+    """Whether vLLM makes the cache fp8 of a declaration."""
+    if isinstance(declared, dict):
+        return all(declared.get(key) == value for key, value in CACHE_SCHEME.items())
+    return isinstance(declared, str) and declared.upper() == CACHE_ALGORITHM
 
 
 def _entry(kind: Kind) -> dict[str, Any]:
@@ -166,11 +179,13 @@ class ModelOptConfig:
 
     excluded: entries for float modules.
     layers:   the algorithms of MIXED_PRECISION, in capitals, by name.
+    cache:    of keys and values; None if none is declared.
     """
 
     algorithm: str | None = None
     excluded: tuple[str, ...] = ()
     layers: dict[str, str] = field(default_factory=dict)
+    cache: Cache | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -258,9 +273,13 @@ def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> Mod
     expected = KINDS[algorithm].group_size if algorithm in KINDS else None
     if expected and size is not None and size != expected:
         wrong(f"`group_size` is {size!r:.40}; {algorithm} has groups of {expected}")
-    if table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo"):
+    declared = table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo")
+    if _is_fp8(declared):
+        config.cache = CACHES["fp8"]
+    elif declared:
         what = (
-            "the cache of keys and values is quantized, too: how the engine rounds it is not verified"
+            f"declares a cache of {declared!r:.60}: how the engine rounds it is not verified by this "
+            "version"
         )
         config.findings.append(noted("config", what, where))
     if algorithm == MIXED and not _read_layers(table.get("quantized_layers"), config, wrong):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Module
+from quantcli.core.numerics import Cache, Module
 from quantcli.targets.base import AGAIN
 from quantcli.targets.modelopt.config import FILE, ModelOptConfig, own_settings, read_settings
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, SUFFIXES, Kind, layout_of
@@ -52,6 +52,10 @@ class ModelOptCheckpoint(StoredFormat):
         self.readable = self._config.algorithm is not None
         self._lookup = _Lookup(self._config, self)
         return [*self._config.findings, *(self._disagreement() if self.readable else ())]
+
+    def declared_cache(self) -> Cache | None:
+        """By `kv_cache_scheme`, or `kv_cache_quant_algo`."""
+        return self._config.cache
 
     def _disagreement(self) -> Iterator[Finding]:
         """Findings of a file of its own, and one if it quantizes other modules than config.json."""
