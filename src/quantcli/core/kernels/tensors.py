@@ -211,9 +211,7 @@ def least_error(
     widest: Tensor,
     engine_dtype: torch.dtype,
     least: float,
-    element: str,
-    steps: tuple[tuple[float, ...], tuple[float, ...]],
-    sums: torch.dtype,
+    searched: tuple[str, tuple[tuple[float, ...], tuple[float, ...]], torch.dtype],
     importance: Tensor | None,
 ) -> Tensor | None:
     """The scale of each row with the least squared error: float [..., k] -> float32 [..., 1].
@@ -222,9 +220,11 @@ def least_error(
 
     sign:       float32 [..., 1], which the values are multiplied with.
     least:      the smallest scale.
-    steps:      shares of the widest scale, and steps around the best of them.
+    searched:   the type of codes; shares of the widest scale, and steps around the best of them; the
+                dtype of sums.
     importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
     """
+    element, steps, sums = searched
     if engine_dtype not in _ENGINES or not rows.numel():
         return None
     k = rows.shape[-1]
