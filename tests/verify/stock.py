@@ -91,6 +91,16 @@ OWN |= {
     }.items()
     for scheme in schemes
 }
+# A quantized cache of keys and values, next to quantized weights.
+OWN |= {
+    f"{target}_kv_{kind}": f'kv_cache: {kind}\nrules: [{{match: "*_proj", scheme: {scheme}}}]\n'
+    for target, kind, scheme in (
+        ("ct", "fp8", "fp8_dynamic"),
+        ("ct", "fp8_per_head", "nvfp4a16"),
+        ("mo", "fp8", "mxfp8"),
+        ("ascend", "c8", "w8a8_dynamic"),
+    )
+}
 OWN |= {
     "mx_flatquant": """rules:
 - {match: "*.experts.*", scheme: mxfp4_fp8, optional: true}
@@ -111,6 +121,10 @@ MEASURED = CLIPPED | {
     "mo_nvfp4",
     "mo_fp8_static",
     "mx_flatquant",
+    "ct_kv_fp8",
+    "ct_kv_fp8_per_head",
+    "mo_kv_fp8",
+    "ascend_kv_c8",
 }
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
