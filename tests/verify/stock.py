@@ -46,6 +46,14 @@ OWN = {
     "ct_fp8": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: fp8_dynamic}]\n',
     "ct_fp8_static": 'rules: [{match: "*_proj", scheme: {name: fp8_static, observer: minmax}}]\n',
     "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
+    "ct_asymmetric": """rules:
+- match: ["*_proj", "*.experts.*"]
+  scheme: {name: w4a16, group_size: 32, symmetric: false}
+""",
+    "ct_w8a16_groups": 'rules: [{match: "*_proj", scheme: {name: w8a16, group_size: 32}}]\n',
+    "ct_zeros": """rules:
+- {match: "*_proj", scheme: {name: w4a16, group_size: 32, symmetric: false}}
+""",
     "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
     "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
     "gptq_int4": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
@@ -86,6 +94,16 @@ OWN |= {
     }.items()
     for scheme in schemes
 }
+# A quantized cache of keys and values, next to quantized weights.
+OWN |= {
+    f"{target}_kv_{kind}": f'kv_cache: {kind}\nrules: [{{match: "*_proj", scheme: {scheme}}}]\n'
+    for target, kind, scheme in (
+        ("ct", "fp8", "fp8_dynamic"),
+        ("ct", "fp8_per_head", "nvfp4a16"),
+        ("mo", "fp8", "mxfp8"),
+        ("ascend", "c8", "w8a8_dynamic"),
+    )
+}
 OWN |= {
     "mx_flatquant": """rules:
 - {match: "*.experts.*", scheme: mxfp4_fp8, optional: true}
@@ -106,6 +124,10 @@ MEASURED = CLIPPED | {
     "mo_nvfp4",
     "mo_fp8_static",
     "mx_flatquant",
+    "ct_kv_fp8",
+    "ct_kv_fp8_per_head",
+    "mo_kv_fp8",
+    "ascend_kv_c8",
 }
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip

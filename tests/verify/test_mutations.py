@@ -20,6 +20,7 @@ from tests.verify.damage import (
     drop,
     each,
     edit,
+    harmed,
     put,
     relabel,
     row,
@@ -33,6 +34,7 @@ GATE, UP, DOWN = (f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERT = f"{LAYER}.mlp.experts.3"
 W1, W2, W3 = (f"{EXPERT}.{name}_proj" for name in ("gate", "down", "up"))
 OTHER = "model.layers.0"
+ATTENTION = f"{LAYER}.self_attn"
 HF = "hf_quant_config.json"
 
 
@@ -150,6 +152,20 @@ def along_rows(tensor: torch.Tensor) -> torch.Tensor:
 def full_left(name: str) -> Damage:
     """A transform with a number outside of the blocks on its diagonal."""
     return put(name, (0, -1), 0.25)
+
+
+def scaled(name: str, factor: float) -> Damage:
+    return change(name, lambda tensor: tensor * factor)
+
+
+def cache_scheme(**entries: Any) -> Damage:
+    """Entries of `kv_cache_scheme`."""
+
+    def damage(copy: Copy) -> None:
+        with copy.json(CONFIG) as config:
+            config["quantization_config"]["kv_cache_scheme"] |= entries
+
+    return damage
 
 
 def unscaled(copy: Copy) -> None:
@@ -328,6 +344,49 @@ ROWS = [
         "sqnr", most=9),
     row("clip ratio of 2", "mxfp4 flatquant",
         each(*(put(f"{m}.clip_ratio", (0,), 2.0) for m in (Q, K, V))), "values", most=3),
+    # int4 with zero points
+    row("zero points off by 8", "ct zeros",
+        change(f"{Q}.weight_zero_point", lambda t: t ^ -0x77777778), "sqnr", Q, most=2),
+    row("zero points packed along columns", "ct zeros",
+        change(f"{Q}.weight_zero_point", lambda t: t.T), "parameters", f"{Q}.weight_zero_point"),
+    row("zero points of another layer", "ct zeros",
+        taken(Q, "weight_zero_point", f"{OTHER}.self_attn.q_proj"), "sqnr", Q, most=2),
+    row("no zero points", "ct zeros", drop(f"{Q}.weight_zero_point", described=True), "parameters", Q),
+    row("said to be symmetric", "ct zeros", group(symmetric=True), "parameters", most=99),
+    row("zero points as int8", "ct zeros", change(f"{Q}.weight_zero_point", to(torch.int8)),
+        "parameters", f"{Q}.weight_zero_point"),
+    # the cache of keys and values
+    row("scale of another layer", "kv fp8",
+        each(taken(ATTENTION, "k_scale", f"{OTHER}.self_attn"), scaled(f"{ATTENTION}.k_scale", 1 / 64)),
+        "rounded cache", ATTENTION, most=9),
+    row("no scale of keys", "kv fp8", drop(f"{ATTENTION}.k_scale", described=True), "cache", ATTENTION,
+        also={"layers"}, most=2),
+    row("scale zero", "kv fp8", put(f"{ATTENTION}.v_scale", (0,), 0.0), "values", "v_scale"),
+    row("scale NaN", "kv fp8", put(f"{ATTENTION}.v_scale", (0,), float("nan")), "values", "v_scale"),
+    row("scale negative", "kv fp8", change(f"{ATTENTION}.k_scale", lambda t: -t), "values", "k_scale"),
+    row("scale as int32", "kv fp8", change(f"{ATTENTION}.k_scale", to(torch.int32)), "cache", "I32"),
+    row("scales of heads for one", "kv fp8", change(f"{ATTENTION}.k_scale", lambda t: t.repeat(2)),
+        "cache", ATTENTION, most=2),
+    row("a cache that is not declared", "kv fp8", block(kv_cache_scheme=None), "recomputed",
+        "kv_cache_scheme"),
+    row("an asymmetric cache", "kv fp8", cache_scheme(symmetric=False), "config", most=9),
+    row("a cache of int8", "kv fp8", cache_scheme(type="int"), "config", most=9),
+    row("a scale of a million times", "kv fp8", scaled(f"{ATTENTION}.k_scale", 2.0**20),
+        "rounded cache", ATTENTION, most=9),
+    row("values that are cut off", "kv fp8", scaled(f"{ATTENTION}.v_scale", 2.0**-6), "rounded cache",
+        ATTENTION, most=9, also={"layer outputs", "kl"}),
+    row("one scale for all heads", "kv heads", change(f"{ATTENTION}.k_scale", lambda t: t[:1]), "cache",
+        ATTENTION, most=2),
+    row("a scale NaN of one head", "kv heads", put(f"{ATTENTION}.k_scale", (1, 0, 0), float("nan")),
+        "values", "k_scale"),
+    row("no scale of values", "kv mo", drop(f"{ATTENTION}.v_proj.v_scale", described=True), "cache",
+        ATTENTION, also={"layers"}, most=2),
+    row("scale of each channel missing", "kv c8",
+        change(f"{K}.kv_cache_scale", lambda t: t[:-1]), "cache", f"{K}.kv_cache_scale"),
+    row("an offset", "kv c8", put(f"{K}.kv_cache_offset", (3,), 7.0), "cache", f"{K}.kv_cache_offset"),
+    row("no offset", "kv c8", drop(f"{K}.kv_cache_offset"), "layers", "kv_cache_offset"),
+    row("a cache of no type", "kv c8", edit(DESCRIPTION, kv_cache_type=None), "cache", most=99),
+    row("a scale of zero", "kv c8", put(f"{V}.kv_cache_scale", (0,), 0.0), "values", V),
     # int4 experts of Ascend
     row("scale_bias of another slice", "w4a8 moe", change(f"{W2}.scale_bias", lambda t: t.roll(1, 1)),
         "arithmetic", W2, "scale_bias", "in slice"),
@@ -386,6 +445,8 @@ SOUND = [
     ("phi3", "ct_nvfp4a16"), ("phi3", "mo_nvfp4a16"), ("mixtral", "ct_nvfp4a16"),
     ("llama:wide", "mxfp4"), ("qwen3_moe:wide", "mxfp4_fp8"), ("qwen3_moe:wide", "mxfp4a16_moe"),
     ("qwen3_moe:wide", "mxfp4"), ("llama:wide", "mxfp8"), ("llama:wide", "mx_flatquant"),
+    ("llama", "ct_zeros"), ("llama", "ct_kv_fp8"), ("llama", "ct_kv_fp8_per_head"),
+    ("llama", "mo_kv_fp8"), ("llama:wide", "ascend_kv_c8"),
     ("llama:float16", "ct_nvfp4a16"), ("llama:float16", "ct_mxfp4"), ("mixtral", "ct_mxfp8"),
 ]  # fmt: skip
 
@@ -396,3 +457,13 @@ def test_sound(stock, case):
     report = verify(VerifyOptions(good.path, full=True, against=str(good.source)))
     assert [(f.check, f.what, f.where) for f in report.errors] == []
     assert report.modules
+
+
+def test_a_scale_of_the_cache_is_made_again(stock, tmp_path):
+    """One a little larger than measured does no harm that a run sees; calibration tells."""
+    changed = row("", "kv fp8", scaled(f"{ATTENTION}.k_scale", 1.05), "recomputed")
+    copy = harmed(stock, changed, tmp_path)
+    measured = stock.good("llama", "ct_kv_fp8").path.with_suffix(".calibration")
+    options = VerifyOptions(copy.path, against=str(copy.source), calibration=measured)
+    found = [f for f in verify(options).errors if f.check == "recomputed"]
+    assert [f"{ATTENTION}.k_scale" in str(f.where) for f in found] == [True]

@@ -16,7 +16,7 @@ from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, Scale
 from quantcli.targets.kv_cache import CachePart, CacheTensor, not_alone, plain_name
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.modelopt.config import FILE, descriptions, settings_of
-from quantcli.targets.modelopt.kinds import KINDS, kind_of, layout_of
+from quantcli.targets.modelopt.kinds import KINDS, float_in_four_bits, kind_of, layout_of
 from quantcli.targets.modelopt.stored import ModelOptCheckpoint, always_float
 from quantcli.targets.sidecars import to_json
 from quantcli.targets.vllm_family import EXPERT, VllmTarget, check_blocks, is_head, last_part
@@ -110,6 +110,8 @@ class ModelOpt(VllmTarget):
         """By algorithms that the engine lacks for experts and heads; by widths of groups and blocks."""
         assert module.numerics is not None
         kind, k = kind_of(module.numerics), module.shape[1]
+        if reason := float_in_four_bits(module.name, kind.algorithm):
+            yield Fault(reason, KEEP, "width")
         if EXPERT.fullmatch(module.name) and not kind.experts:
             what = f"the engine has no {kind.algorithm} for experts"
             yield Fault(what, "use `fp8_static`, `mxfp8` or `nvfp4` for them")
