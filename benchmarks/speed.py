@@ -41,6 +41,8 @@ BARS: dict[str, tuple[float | None, float | None]] = {
     "w8a8_dynamic": (1.3, 0.8),
     "fp8_dynamic": (1.3, 0.8),
     "vllm_w4a16": (None, None),
+    "vllm_nvfp4a16": (4.0, None),
+    "vllm_mxfp4a16": (None, None),
 }
 
 

@@ -10,10 +10,14 @@ amax / 127.5 for int8, amax / 7.5 for int4, amax / 448 for fp8. That was compare
 every scale and code of int8 and fp8 was the same.
 
 Errors are summed in float64 over all quantized weights.
+
+Formats of micro-scaled blocks: the error of a weight of 512 x 2048 random numbers over its norm, both
+with the scales that the largest weight leads to, and with those that are searched for.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,8 @@ OTHERS: tuple[tuple[str, dict[str, Any], torch.dtype, float, tuple[int, int], fl
     ("w4a16", {}, torch.bfloat16, 7.5, (1, 128), 0.90),
     ("w4a16", {"group_size": 32}, torch.bfloat16, 7.5, (1, 32), 0.95),
 )
+# scheme -> the most relative error, of normal numbers and of Student's t with four degrees of freedom
+BLOCKS = {"nvfp4a16": (0.0815, 0.0830), "mxfp4a16": (0.1116, 0.1282), "mxfp8": (0.0266, 0.0266)}
 
 
 def main() -> None:
@@ -47,7 +53,27 @@ def main() -> None:
     lines = [against_msmodelslim(options.golden, options.dir)] if options.golden.is_dir() else []
     weights = {n: t for n, t in load(MODEL).items() if n.endswith("_proj.weight")}
     lines += [against_llm_compressor(weights, *other) for other in OTHERS]
+    lines += [line for name, bars in BLOCKS.items() for line in of_blocks(name, bars)]
     finish(lines, as_json=options.json)
+
+
+def of_blocks(name: str, bars: tuple[float, float]) -> list[Line]:
+    """One scheme, of random weights."""
+    normal = torch.randn(6, 512, 2048, generator=torch.Generator().manual_seed(0))
+    heavy = normal[1] / normal[2:].square().mean(0).sqrt()
+    cls = discover(Scheme)[name]
+    lines = []
+    for what, weight, bar in (("normal", normal[0], bars[0]), ("Student-t(4)", heavy, bars[1])):
+        errors = {}
+        for scales in ("search", "amax") if "scales" in cls.model_fields else ("",):
+            scheme = cls(**({"scales": scales} if scales else {}))
+            parts = scheme.quantize(weight, torch.float32, maxima(scheme, weight))
+            held = scheme.dequantize(parts).double()
+            errors[scales] = math.sqrt(squared(held, weight)) / float(weight.double().norm())
+        detail = f"{errors['amax']:.4f} with `scales: amax`" if "amax" in errors else ""
+        error = next(iter(errors.values()))
+        lines.append(Line(f"relative error: {name}, {what}", error, "", bar, detail))
+    return lines
 
 
 def against_msmodelslim(golden: Path, scratch: Path | None) -> Line:

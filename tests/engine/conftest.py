@@ -30,6 +30,7 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
     "fp8-dynamic": (CT, [{"match": ALL, "scheme": "fp8_dynamic"}]),
     "w4a16": (CT, [{"match": ALL, "scheme": "w4a16"}]),
     "w4a16-channel": (CT, [{"match": ALL, "scheme": {"name": "w4a16", "group_size": "channel"}}]),
+    "w4a16-asymmetric": (CT, [{"match": ALL, "scheme": {"name": "w4a16", "symmetric": False}}]),
     "mixed": (CT, [*KEEP, {"match": "*.down_proj", "scheme": "w8a8_dynamic"},
                    {"match": "*.o_proj", "scheme": "w4a16"},
                    {"match": ["*.gate_proj", "*.up_proj"], "scheme": "w8a8_static"},

@@ -33,6 +33,10 @@ torch.cpu._is_amx_tile_supported = lambda: False
 torch.cpu._is_avx512_bf16_supported = lambda: False
 
 
+EMPTY = 255  # as an exponent NaN
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
 def poison(model: torch.nn.Module) -> None:
     """NaN in floats, and in codes values that quantcli does not write: -128 and 0x7f7f7f7f."""
     for parameter in model.parameters():
@@ -40,6 +44,8 @@ def poison(model: torch.nn.Module) -> None:
             parameter.data.view(torch.uint8).fill_(0x7F)
         elif parameter.dtype.is_floating_point:
             parameter.data.fill_(float("nan"))
+        elif parameter.dtype == torch.uint8:
+            parameter.data.fill_(EMPTY)
         else:
             parameter.data.fill_(-128 if parameter.dtype == torch.int8 else 0x7F7F7F7F)
 
@@ -51,6 +57,8 @@ def empty(name: str, parameter: torch.nn.Parameter) -> bool:
         return bool((data.view(torch.uint8) == 0x7F).any())
     if data.dtype.is_floating_point:
         return bool(data.isnan().any())
+    if data.dtype == torch.uint8:  # of a power of two; each byte of four-bit codes may be stored
+        return name.endswith("_scale") and bool((data == EMPTY).any())
     return bool((data == (-128 if data.dtype == torch.int8 else 0x7F7F7F7F)).any())
 
 
@@ -94,12 +102,30 @@ def answer(model: torch.nn.Module, reference: dict[str, torch.Tensor]) -> dict:
         if found.dtype == expected.dtype:
             if not torch.equal(found, expected):
                 changed.append(name)
-        elif f"{name}_scale" in parameters and found.shape == expected.shape:
-            values = found.float() * parameters[f"{name}_scale"].float()
+        elif f"{name}_scale" in parameters and len(found) == len(expected):
+            values = stood_for(found, parameters, name)
             rows = (values - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
             apart[name] = float(rows.max())
     return {"class": type(model).__name__, "empty": left, "apart": apart, "changed": changed,
             "error": None}  # fmt: skip
+
+
+def stood_for(codes: torch.Tensor, parameters: dict, name: str) -> torch.Tensor:
+    """The weights that codes stand for: [.., n, k]. Scales of parts of a fused weight lie in a row."""
+    scale, last = parameters[f"{name}_scale"], parameters.get(f"{name}_scale_2")
+    values = codes.float()
+    if codes.dtype == torch.uint8:
+        nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        values = E2M1[(nibbles & 7).long()] * (1 - 2.0 * (nibbles >> 3))
+    if scale.dtype == torch.uint8:
+        scale = torch.exp2(scale.float() - 127)
+    scale = scale.float().unsqueeze(1) if scale.shape == codes.shape[:1] else scale.float()
+    if scale.dim() == codes.dim() and scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(values.shape[-1] // scale.shape[-1], -1)
+    if last is not None:  # the same for all parts
+        assert bool((last == last[..., :1]).all()) or last.dim() == 1
+        scale = scale * (last.max() if codes.dim() == 2 else last.view(len(codes), -1)[:, :1, None])
+    return values * scale
 
 
 def distribute() -> None:
@@ -120,11 +146,14 @@ def main() -> None:
     """One checkpoint after the other: importing vLLM takes longer than loading a few."""
     request = json.loads(Path(sys.argv[1]).read_text())
     import stand_ins
+    from vllm.model_executor.layers.quantization import modelopt
 
     stand_ins.install()
     # nothing is computed here, so that routing and widths that a CPU does not serve are of no interest
     supported = classmethod(lambda *_, **__: (True, None))
     stand_ins.cpu_moe.CPUExpertsInt8.is_supported_config = supported
+    for name in ("select_fp8_moe_backend", "select_mxfp8_moe_backend", "select_nvfp4_moe_backend"):
+        setattr(modelopt, name, lambda *_, **__: (None, None))
     answers: dict = {}
     for name, folders in request.items():
         answers[name], reference = {}, {}

@@ -19,6 +19,7 @@ NUMBERS = {
     "fp8-dynamic": ((0.997, 1.005), 0.95, (0.03, 0.06)),
     "w4a16": ((1.0, 1.03), 0.90, (0.07, 0.13)),
     "w4a16-channel": ((1.0, 1.03), 0.89, (0.08, 0.14)),
+    "w4a16-asymmetric": ((1.0, 1.03), 0.91, (0.06, 0.12)),
     "mixed": ((0.997, 1.01), 0.93, (0.02, 0.08)),
     "fp8-static": ((0.995, 1.01), 0.93, (0.03, 0.10)),
     "fp8-tensor": ((0.997, 1.006), 0.94, (0.03, 0.06)),
@@ -33,6 +34,7 @@ CLASSES = {
     "fp8-dynamic": {"W8A8Fp8": 24},
     "w4a16": {"WNA16": 24},
     "w4a16-channel": {"WNA16": 24},
+    "w4a16-asymmetric": {"WNA16": 24},
     "mixed": {"W8A8Int8": 10, "WNA16": 5, "W8A8Fp8": 5, "UnquantizedLinear": 4},
     "fp8-static": {"W8A8Fp8": 24},
     "fp8-tensor": {"W8A8Fp8": 24},
@@ -45,7 +47,7 @@ STOOD_IN = {"fp8-static", "fp8-tensor", "fp8-block"}
 
 # at least this correlated are the changes of single log-probabilities, vLLM's and ours: all but one
 # where weights alone are coarse; inputs are rounded again wherever bfloat16 around them rounded
-CORRELATED = {"w4a16": 0.97, "w4a16-channel": 0.97, "mixed": 0.6}
+CORRELATED = {"w4a16": 0.97, "w4a16-channel": 0.97, "w4a16-asymmetric": 0.97, "mixed": 0.6}
 OTHERS_CORRELATED = 0.35
 
 

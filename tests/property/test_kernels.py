@@ -25,7 +25,7 @@ from quantcli.core.kernels import machine
 from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS
 from quantcli.core.registry import discover
-from quantcli.schemes.arithmetic import clipping, rounding, tiles
+from quantcli.schemes.arithmetic import clipping, fp4, rounding, tiles, zero_points
 from quantcli.schemes.base import Scheme
 from tests.measured import constants
 from tests.property.test_rounding import fitting, weights
@@ -322,6 +322,72 @@ def test_int4_that_faces_down(paths, dtype, engine):
         )
 
 
+# --- four-bit floats ---
+
+
+GRIDS = {"nvfp4": fp4.NVFP4, "mxfp4": fp4.MXFP4}
+
+
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("search", [True, False])
+def test_four_bit_floats(paths, dtype, name, search):
+    """Also with a global scale that is much too large, or so small that every group is cut off."""
+    for shape in (*SHAPES, (64, 1000)):
+        rows = nasty(*shape, dtype)
+        amax = rows.float().abs().max().view(1)
+        scales = [fp4.global_scale(amax * factor) for factor in (1.0, 3.0, 0.01, 1e30)]
+        for whole in scales if name == "nvfp4" else [None]:
+            paths.same(
+                lambda rows=rows, whole=whole: fp4.quantize(rows, whole, GRIDS[name], search=search),
+                "encode_groups",
+            )
+    stacked = torch.stack([rows, rows.flip(0)])
+    paths.same(lambda: fp4.quantize(stacked, scales[0], GRIDS[name], search=search), "encode_groups")
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_four_bit_floats_of_every_width(paths, name):
+    for k in range(1, 301):
+        rows = nasty(3 if k % 5 else 9, k, torch.bfloat16, seed=k)
+        whole = fp4.global_scale(rows.float().abs().max().view(1)) if name == "nvfp4" else None
+        paths.same(
+            lambda rows=rows, whole=whole: fp4.quantize(rows, whole, GRIDS[name], search=True),
+            "encode_groups",
+        )
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("search", [True, False])
+def test_four_bit_floats_of_every_magnitude(paths, name, search):
+    """Around every scale, where one bit decides which are tried; and halfway numbers."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    rows = numbers[torch.isfinite(numbers)].view(-1, 1) * torch.tensor([1.0, 0.75, -0.5, 0.4375])
+    rows = rows.bfloat16().repeat(1, 12)
+    for amax in (3e38, 1.0, 1e-20) if name == "nvfp4" else (0.0,):
+        whole = fp4.global_scale(torch.tensor([amax])) if name == "nvfp4" else None
+        paths.same(
+            lambda whole=whole: fp4.quantize(rows, whole, GRIDS[name], search=search), "encode_groups"
+        )
+
+
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("search", [True, False])
+def test_groups_that_are_not_finite_have_no_finite_scale(paths, dtype, name, search):
+    for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        rows = nasty(9, 100, dtype)
+        whole = fp4.global_scale(rows.float().abs().max().view(1)) if name == "nvfp4" else None
+        rows[0, 99] = rows[4, 0] = value
+        paths.same(
+            lambda rows=rows, whole=whole: fp4.quantize(rows, whole, GRIDS[name], search=search)[1],
+            "encode_groups",
+        )
+        scale = fp4.quantize(rows, whole, GRIDS[name], search=search)[1]
+        assert int((~torch.isfinite(scale)).sum()) == 2
+        assert not bool(torch.isfinite(scale[[0, 4], [-1, 0]]).any())
+
+
 # --- stored codes ---
 
 
@@ -440,3 +506,25 @@ def test_switched_off(monkeypatch):
     monkeypatch.setenv(machine.SWITCH, "off")
     assert kernels.absmax_tiles(rows, 1, 16) is None
     assert machine.kernel("absmax_tiles", "bfloat16") is None
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weighed", ["whole range", "alike", "by columns", "in groups"])
+def test_zero_points(paths, source, engine, weighed):
+    """Scales, zero points, codes of groups, some of them of zeros, of one sign, of huge values."""
+    generator = torch.Generator().manual_seed(5)
+    for columns in (7, 32, 65):
+        groups = nasty(27, 3 * columns, source, columns).view(27, 3, columns)
+        importance = {
+            "whole range": None,
+            "alike": torch.ones(1),
+            "by columns": torch.rand(columns, generator=generator),
+            "in groups": torch.rand(3, columns, generator=generator),
+        }[weighed]
+
+        def work(groups=groups, importance=importance):
+            scale, zero = zero_points.search(groups, engine, importance)
+            return scale, zero, zero_points.codes(groups, scale, zero)
+
+        paths.same(work, "extremes", "least_error_shifted", "encode_shifted")

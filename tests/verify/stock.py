@@ -46,6 +46,11 @@ OWN = {
     "ct_fp8": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: fp8_dynamic}]\n',
     "ct_fp8_static": 'rules: [{match: "*_proj", scheme: {name: fp8_static, observer: minmax}}]\n',
     "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
+    "ct_asymmetric": """rules:
+- match: ["*_proj", "*.experts.*"]
+  scheme: {name: w4a16, group_size: 32, symmetric: false}
+""",
+    "ct_w8a16_groups": 'rules: [{match: "*_proj", scheme: {name: w8a16, group_size: 32}}]\n',
     "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
     "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
     "gptq_int4": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
@@ -86,6 +91,22 @@ OWN |= {
     }.items()
     for scheme in schemes
 }
+# A quantized cache of keys and values, next to quantized weights.
+OWN |= {
+    f"{target}_kv_{kind}": f'kv_cache: {kind}\nrules: [{{match: "*_proj", scheme: {scheme}}}]\n'
+    for target, kind, scheme in (
+        ("ct", "fp8", "fp8_dynamic"),
+        ("ct", "fp8_per_head", "nvfp4a16"),
+        ("mo", "fp8", "mxfp8"),
+        ("ascend", "c8", "w8a8_dynamic"),
+    )
+}
+OWN |= {
+    "mx_flatquant": """rules:
+- {match: "*.experts.*", scheme: mxfp4_fp8, optional: true}
+- {match: "*_proj", scheme: {name: mxfp4_flatquant, epochs: 1, batch: 4}}
+""",
+}
 CLIPPED = {"dynamic_inputs", "fp8_inputs", "ct_dynamic_inputs", "ct_w4a16_inputs", "ct_fp8_inputs",
            "ct_block_inputs", "gptq_inputs"}  # fmt: skip
 MEASURED = CLIPPED | {
@@ -99,6 +120,11 @@ MEASURED = CLIPPED | {
     "ct_nvfp4",
     "mo_nvfp4",
     "mo_fp8_static",
+    "mx_flatquant",
+    "ct_kv_fp8",
+    "ct_kv_fp8_per_head",
+    "mo_kv_fp8",
+    "ascend_kv_c8",
 }
 GOLDEN = {"w8a8_dynamic", "w8a8_static", "w4a8_dynamic", "w8a8_mxfp8", "w4a4_flatquant_dynamic",
           "w8a8_fp8_dynamic"}  # fmt: skip
@@ -121,8 +147,8 @@ class Stock:
         (root / "models").mkdir()
 
     def model(self, family: str) -> Path:
-        """A float model: `llama`, `llama:float16`, `names:vlm` by names and shapes alone,
-        `mini` of one layer."""
+        """A float model: `llama`, `llama:float16`, `llama:wide`, `names:vlm` by names and shapes
+        alone, `mini` of one layer."""
         head, _, kind = family.partition(":")
         folder = self.root / "models" / family.replace(":", "-")
         if family == "mini":
@@ -132,6 +158,11 @@ class Stock:
             self._models(family)
         elif head == "names" and not folder.exists():
             make_family(folder, kind)
+        elif kind == "wide" and not folder.exists():  # every width is a multiple of 64
+            experts = {"moe_intermediate_size": 64} if "moe" in head else {}
+            sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128} | experts
+            make_tiny(folder, head, **sizes)
+            write_tokenizer(folder)
         elif not folder.exists():
             make_tiny(folder, head, dtype=getattr(torch, kind))
             write_tokenizer(folder)
@@ -148,6 +179,7 @@ class Stock:
             if recipe in OWN:
                 path = self.root / f"{recipe}.yaml"
                 targets = {"ct": "compressed-tensors", "gptq": "gptq", "mo": "modelopt"}
+                targets["mx"] = "{name: ascend, tp: 2}"
                 target = targets.get(recipe.partition("_")[0], "ascend")
                 lines = CALIBRATION * (recipe in MEASURED) + OWN[recipe]
                 if recipe.endswith("_nvfp4_moe"):

@@ -20,7 +20,9 @@ from tests.verify.damage import (
     drop,
     each,
     edit,
+    harmed,
     put,
+    relabel,
     row,
     swap,
     table,
@@ -32,6 +34,7 @@ GATE, UP, DOWN = (f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERT = f"{LAYER}.mlp.experts.3"
 W1, W2, W3 = (f"{EXPERT}.{name}_proj" for name in ("gate", "down", "up"))
 OTHER = "model.layers.0"
+ATTENTION = f"{LAYER}.self_attn"
 HF = "hf_quant_config.json"
 
 
@@ -136,6 +139,31 @@ def renamed(old: str, new: str) -> Damage:
     def damage(copy: Copy) -> None:
         with copy.tensors() as tensors:
             tensors[new] = tensors.pop(old)
+
+    return damage
+
+
+def along_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Two codes of neighbouring rows in a byte: [n, k / 2] -> [n / 2, k]."""
+    codes = torch.stack([tensor & 15, tensor >> 4], -1).flatten(1)
+    return codes[0::2] | codes[1::2] << 4
+
+
+def full_left(name: str) -> Damage:
+    """A transform with a number outside of the blocks on its diagonal."""
+    return put(name, (0, -1), 0.25)
+
+
+def scaled(name: str, factor: float) -> Damage:
+    return change(name, lambda tensor: tensor * factor)
+
+
+def cache_scheme(**entries: Any) -> Damage:
+    """Entries of `kv_cache_scheme`."""
+
+    def damage(copy: Copy) -> None:
+        with copy.json(CONFIG) as config:
+            config["quantization_config"]["kv_cache_scheme"] |= entries
 
     return damage
 
@@ -280,6 +308,74 @@ ROWS = [
         "siblings", W3),
     row("inputs of w1 and w3", "mo nvfp4 moe", change(f"{W1}.input_scale", lambda t: 2 * t), "siblings",
         "input_scale", also={"experts"}, most=2),
+    # MX types of Ascend
+    row("exponent NaN", "mxfp4", byte(f"{Q}.weight_scale", 255), "values", Q),
+    row("exponents as e8m0", "mxfp4", change(f"{Q}.weight_scale", seen_as(torch.float8_e8m0fnu)),
+        "parameters", Q),
+    row("exponents in pairs", "mxfp4", change(f"{Q}.weight_scale", lambda t: t.view(len(t), -1, 2)),
+        "parameters", Q),
+    row("nibbles swapped", "mxfp4", change(f"{Q}.weight", nibbles_swapped), "sqnr", Q),
+    row("packed along rows", "mxfp4", change(f"{Q}.weight", along_rows), "parameters", Q, most=3),
+    row("codes as int8", "mxfp4", change(f"{Q}.weight", seen_as(torch.int8)), "parameters", Q),
+    row("groups of no size", "mxfp4", edit(DESCRIPTION, group_size=0), "description", "group_size",
+        most=9),
+    row("groups of 16", "mxfp4", edit(DESCRIPTION, group_size=16), "description", "group_size",
+        most=99),
+    row("W4A8_MXFP for one sibling", "mxfp4", relabel(K, "W4A8_MXFP"), "siblings", most=9),
+    row("W4A16_MXFP4 for a linear", "mxfp4", relabel(OUT, "W4A16_MXFP4"), "loader", OUT,
+        "for experts alone"),
+    row("W8A8_MXFP8 for codes of four bits", "mxfp4", relabel(OUT, "W8A8_MXFP8"), "parameters", OUT,
+        most=9),
+    row("exponents of another expert", "mxfp4 moe",
+        taken(W1, "weight_scale", f"{LAYER}.mlp.experts.4.up_proj"), "edits", W1),
+    row("w1 for w3", "mxfp4 moe", swap(W1, W3, "weight", "weight_scale"), "sqnr", most=2),
+    row("no exponents", "mxfp4 moe", drop(f"{W2}.weight_scale"), "parameters", W2, also={"experts"},
+        most=2),
+    row("exponent NaN", "mxfp4a16 moe", byte(f"{W2}.weight_scale", 255), "values", W2),
+    row("float codes", "mxfp4a16 moe", change(f"{W2}.weight", seen_as(torch.float8_e4m3fn)),
+        "parameters", W2, also={"experts"}, most=2),
+    row("left transform of one block", "mxfp4 flatquant", full_left(f"{DOWN}.left_trans"), "arithmetic",
+        DOWN),
+    row("right transform of a sibling", "mxfp4 flatquant",
+        change(f"{K}.right_trans", lambda t: t.flip(0)), "siblings", K),
+    row("transforms transposed", "mxfp4 flatquant",
+        each(*(change(f"{m}.{side}_trans", lambda t: t.mT) for m in (GATE, UP)
+               for side in ("left", "right"))),
+        "sqnr", most=9),
+    row("clip ratio of 2", "mxfp4 flatquant",
+        each(*(put(f"{m}.clip_ratio", (0,), 2.0) for m in (Q, K, V))), "values", most=3),
+    # the cache of keys and values
+    row("scale of another layer", "kv fp8",
+        each(taken(ATTENTION, "k_scale", f"{OTHER}.self_attn"), scaled(f"{ATTENTION}.k_scale", 1 / 64)),
+        "rounded cache", ATTENTION, most=9),
+    row("no scale of keys", "kv fp8", drop(f"{ATTENTION}.k_scale", described=True), "cache", ATTENTION,
+        also={"layers"}, most=2),
+    row("scale zero", "kv fp8", put(f"{ATTENTION}.v_scale", (0,), 0.0), "values", "v_scale"),
+    row("scale NaN", "kv fp8", put(f"{ATTENTION}.v_scale", (0,), float("nan")), "values", "v_scale"),
+    row("scale negative", "kv fp8", change(f"{ATTENTION}.k_scale", lambda t: -t), "values", "k_scale"),
+    row("scale as int32", "kv fp8", change(f"{ATTENTION}.k_scale", to(torch.int32)), "cache", "I32"),
+    row("scales of heads for one", "kv fp8", change(f"{ATTENTION}.k_scale", lambda t: t.repeat(2)),
+        "cache", ATTENTION, most=2),
+    row("a cache that is not declared", "kv fp8", block(kv_cache_scheme=None), "recomputed",
+        "kv_cache_scheme"),
+    row("an asymmetric cache", "kv fp8", cache_scheme(symmetric=False), "config", most=9),
+    row("a cache of int8", "kv fp8", cache_scheme(type="int"), "config", most=9),
+    row("a scale of a million times", "kv fp8", scaled(f"{ATTENTION}.k_scale", 2.0**20),
+        "rounded cache", ATTENTION, most=9),
+    row("values that are cut off", "kv fp8", scaled(f"{ATTENTION}.v_scale", 2.0**-6), "rounded cache",
+        ATTENTION, most=9, also={"layer outputs", "kl"}),
+    row("one scale for all heads", "kv heads", change(f"{ATTENTION}.k_scale", lambda t: t[:1]), "cache",
+        ATTENTION, most=2),
+    row("a scale NaN of one head", "kv heads", put(f"{ATTENTION}.k_scale", (1, 0, 0), float("nan")),
+        "values", "k_scale"),
+    row("no scale of values", "kv mo", drop(f"{ATTENTION}.v_proj.v_scale", described=True), "cache",
+        ATTENTION, also={"layers"}, most=2),
+    row("scale of each channel missing", "kv c8",
+        change(f"{K}.kv_cache_scale", lambda t: t[:-1]), "cache", f"{K}.kv_cache_scale"),
+    row("an offset", "kv c8", put(f"{K}.kv_cache_offset", (3,), 7.0), "cache", f"{K}.kv_cache_offset"),
+    row("no offset", "kv c8", drop(f"{K}.kv_cache_offset"), "layers", "kv_cache_offset"),
+    row("a cache of no type", "kv c8", edit(DESCRIPTION, kv_cache_type=None), "cache", most=99),
+    row("a scale of zero", "kv c8", put(f"{V}.kv_cache_scale", (0,), 0.0), "values", V),
     # int4 experts of Ascend
     row("scale_bias of another slice", "w4a8 moe", change(f"{W2}.scale_bias", lambda t: t.roll(1, 1)),
         "arithmetic", W2, "scale_bias", "in slice"),
@@ -336,6 +432,10 @@ SOUND = [
     ("llama", "ct_nvfp4"), ("qwen3_moe", "ct_nvfp4_moe"), ("qwen2", "ct_nvfp4"), ("gemma2", "ct_mxfp4"),
     ("llama", "mo_nvfp4"), ("qwen3_moe", "mo_nvfp4_moe"), ("llama", "mo_fp8_static"),
     ("phi3", "ct_nvfp4a16"), ("phi3", "mo_nvfp4a16"), ("mixtral", "ct_nvfp4a16"),
+    ("llama:wide", "mxfp4"), ("qwen3_moe:wide", "mxfp4_fp8"), ("qwen3_moe:wide", "mxfp4a16_moe"),
+    ("qwen3_moe:wide", "mxfp4"), ("llama:wide", "mxfp8"), ("llama:wide", "mx_flatquant"),
+    ("llama", "ct_kv_fp8"), ("llama", "ct_kv_fp8_per_head"), ("llama", "mo_kv_fp8"),
+    ("llama:wide", "ascend_kv_c8"),
     ("llama:float16", "ct_nvfp4a16"), ("llama:float16", "ct_mxfp4"), ("mixtral", "ct_mxfp8"),
 ]  # fmt: skip
 
@@ -346,3 +446,13 @@ def test_sound(stock, case):
     report = verify(VerifyOptions(good.path, full=True, against=str(good.source)))
     assert [(f.check, f.what, f.where) for f in report.errors] == []
     assert report.modules
+
+
+def test_a_scale_of_the_cache_is_made_again(stock, tmp_path):
+    """One a little larger than measured does no harm that a run sees; calibration tells."""
+    changed = row("", "kv fp8", scaled(f"{ATTENTION}.k_scale", 1.05), "recomputed")
+    copy = harmed(stock, changed, tmp_path)
+    measured = stock.good("llama", "ct_kv_fp8").path.with_suffix(".calibration")
+    options = VerifyOptions(copy.path, against=str(copy.source), calibration=measured)
+    found = [f for f in verify(options).errors if f.check == "recomputed"]
+    assert [f"{ATTENTION}.k_scale" in str(f.where) for f in found] == [True]

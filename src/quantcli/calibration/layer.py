@@ -113,7 +113,10 @@ class LayerRun:
         engine = self.layer.engine(running(self.run.policy)) if inputs == "running" else None
         watch = Watch(lookers, engine, counts=True)
         as_quantized = inputs == "quantized" and sink is not None
-        self.layer.watch(watch, None if as_quantized else sink)
+        with ExitStack() as stack:
+            for measurement in measurements:
+                stack.enter_context(measurement.passing())
+            self.layer.watch(watch, None if as_quantized else sink)
         for measurement in measurements:
             measurement.settle()
         everywhere = {name for block in self.layer.experts_everywhere for name in block.parameters}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from quantcli.core.numerics import Stats
 from quantcli.planning.siblings import Siblings
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme
+from quantcli.targets.kv_cache import AttentionLayer
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Policy:
     inputs:           float | quantized | running: inputs of a layer, see `shown`.
     seed:             of learning.
     all_tokens:       whether every expert is shown all tokens, and not just those that it is given.
+    attention:        layers whose cache of keys and values is quantized, by name.
+    serving_dtype:    the dtype that the engine computes in.
     """
 
     quantized: Mapping[str, Quantized]
@@ -42,6 +45,8 @@ class Policy:
     inputs: str
     seed: int = 0
     all_tokens: bool = False
+    attention: Mapping[str, AttentionLayer] = field(default_factory=dict)
+    serving_dtype: torch.dtype = torch.bfloat16
 
     def scheme(self, module: str) -> Scheme | None:
         """A module's scheme; None if it stays float."""

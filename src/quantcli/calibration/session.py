@@ -269,6 +269,8 @@ def _policy(plan: Plan) -> Policy:
         inputs=block.inputs,
         seed=block.seed,
         all_tokens=block.all_tokens,
+        attention=plan.cache.layers if plan.cache and plan.cache.measured else {},
+        serving_dtype=torch_dtype(plan.serving_dtype),
     )
 
 
@@ -302,6 +304,13 @@ def _check_siblings(layers: Mapping[str, int], policy: Policy) -> None:
 
 def _check_reached(layers: Mapping[str, int], policy: Policy, methods: Sequence[Method]) -> None:
     """Modules outside of the decoder stack are never shown a token."""
+    inside = {module.rpartition(".")[0] for module in layers}
+    if unseen := [name for name in policy.attention if name not in inside]:
+        raise InputError(
+            f"`{unseen[0]}` is in no layer that a replay runs: its cache cannot be measured",
+            where="kv_cache",
+            fix="leave `kv_cache` out",
+        )
     outside = [
         module
         for module, quantized in policy.quantized.items()

@@ -78,6 +78,11 @@ class _BatchWatch:
         self._everywhere = False
         self._block_tokens: dict[nn.Module, Tensor] = {}  # the last tokens of each module of experts
 
+    @property
+    def batch(self) -> tuple[int, Tensor | None]:
+        """Its number, and its mask: false for padding."""
+        return self._number, self._mask
+
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         rows = x.reshape(-1, x.shape[-1])
         if self._mask is not None and self.flow is not None and not self._everywhere:
@@ -119,6 +124,12 @@ class _BatchWatch:
 
 
 _listening: ContextVar[_BatchWatch | None] = ContextVar("listening", default=None)
+
+
+def current_batch() -> tuple[int, Tensor | None] | None:
+    """The number and the mask [batch, length] of the batch that this thread runs within `watched`."""
+    listener = _listening.get()
+    return None if listener is None else listener.batch
 
 
 @contextmanager

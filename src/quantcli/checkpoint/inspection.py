@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.detect import draft_of, quantization
+from quantcli.checkpoint.detect import draft_of, of_cache, quantization
 from quantcli.checkpoint.head import lm_head, tied
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import WEIGHTS, Role, roles_of
@@ -71,6 +71,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
             "modules": quantized.modules,
             "evidence": quantized.evidence,
         },
+        "kv_cache": _cache(checkpoint),
         "groups": [
             {
                 "name": group.name,
@@ -90,6 +91,12 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
     if tensors is not None:
         summary["matches"] = _matches(checkpoint, tensors)
     return summary
+
+
+def _cache(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The tensors that scale the cache of keys and values; None if there are none."""
+    names = [name for name in checkpoint.on_disk if of_cache(name)]
+    return {"tensors": len(names), "example": names[0]} if names else None
 
 
 def _words(value: Any) -> list[str]:

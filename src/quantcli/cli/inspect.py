@@ -102,6 +102,9 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
         f"{quantization['format']}, {count(quantization['modules'], 'module')}" if quantization else ""
     )
     out.line(f"quantization  {text or 'none, a float model'}")
+    if cache := contents["kv_cache"]:
+        scales = count(cache["tensors"], "tensor")
+        out.line(f"kv cache      {scales} with scales of keys and values, such as {cache['example']}")
     for name, why in contents["left_out"].items():
         if not (quantization and why == STALE):  # these files belong to quantized weights
             out.line(f"left out      {name}: {why}")

@@ -109,6 +109,10 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
     for kept in plan.kept:
         sizes = decimal(kept.nbytes_before), decimal(kept.nbytes)
         rows.append([f"stays: {kept.reason}", "", f"{kept.tensors}", *sizes])
+    if plan.cache is not None:
+        how = "measured" if plan.cache.measured else "of the source"
+        size, layers = decimal(plan.cache_nbytes), f"{len(plan.cache.layers)}"
+        rows.append([f"kv_cache: scales {how}", str(plan.cache.cache), layers, "", size])
     columns = ["weights", "engine's name", "count", "before", "after"]
     out.table(columns, rows, {"count", "before", "after"})
     out.line()

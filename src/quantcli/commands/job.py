@@ -127,6 +127,14 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
             }
             for k in plan.kept
         ],
+        "kv_cache": None
+        if plan.cache is None
+        else {
+            "cache": str(plan.cache.cache),
+            "layers": list(plan.cache.layers),
+            "measured": plan.cache.measured,
+            "bytes": plan.cache_nbytes,
+        },
         "quantized_params_pct": round(plan.quantized_params_pct, 4),
         "quantizable_pct": round(plan.coverage.quantizable_pct, 4),
         "linear_pct": round(plan.coverage.linear_pct, 4),

@@ -64,7 +64,8 @@ class Operand:
     @property
     def scale_rule(self) -> ScaleRule:
         """The rule for stored scales."""
-        return (self.scale_type and self.scale_type.rule) or self.element.scales
+        usual = self.element.scales if self.symmetric else "positive"  # zero points need no other sign
+        return (self.scale_type and self.scale_type.rule) or usual
 
     @property
     def group_size(self) -> int | None:
@@ -111,6 +112,35 @@ class Module:
     numerics: Numerics | None
     measured: str = ""
     biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How the cache of keys and values is quantized: symmetric, by scales that the checkpoint holds.
+
+    dtype: of the codes, by its name in ELEMENTS.
+    per:   the keys of a layer that share a scale, and likewise the values: all of them, those of a
+           head, or those of a channel of a head.
+    """
+
+    dtype: str
+    per: Literal["tensor", "head", "channel"]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} per {self.per}"
+
+    @property
+    def element(self) -> ElementType:
+        """The type of the codes."""
+        return ELEMENTS[self.dtype]
+
+
+# By their names in recipes.
+CACHES: Mapping[str, Cache] = {
+    "fp8": Cache("fp8_e4m3", "tensor"),
+    "fp8_per_head": Cache("fp8_e4m3", "head"),
+    "c8": Cache("int8", "channel"),
+}
 
 
 def multiplier(input_scale: torch.Tensor) -> torch.Tensor:

@@ -5,27 +5,40 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torch_dtype
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.kernels.machine import shapes_only
-from quantcli.core.numerics import Numerics
+from quantcli.core.numerics import Cache, Numerics
+from quantcli.core.text import count
 from quantcli.planning.matching import Matched
 from quantcli.planning.measured import Edit, Measured
-from quantcli.planning.plan import NOTHING_MEASURED, Copy, EngineDtypes, Item, Quantize
+from quantcli.planning.plan import (
+    NOTHING_MEASURED,
+    CacheScale,
+    Copy,
+    EngineDtypes,
+    Item,
+    PlannedCache,
+    Quantize,
+)
 from quantcli.planning.siblings import Siblings
-from quantcli.recipe.recipe import PLAIN, Rule
+from quantcli.recipe.recipe import PLAIN, Recipe, Rule
 from quantcli.schemes.base import Scheme
 from quantcli.sources.expert_stack import ExpertMatrix
 from quantcli.sources.stacked import layout_of
-from quantcli.targets.base import Target
+from quantcli.targets.base import Target, target_of
+from quantcli.targets.kv_cache import AttentionLayer, StoredCache, attention_layers, stored_cache
 from quantcli.targets.layouts import Output, Param, Sides
 
 
@@ -344,3 +357,115 @@ def _check_siblings(items: Iterable[Item], siblings: Siblings) -> None:
                     where=f"`{item.module}`",
                     fix="calibrate again; if they still differ, use a scheme that needs no data",
                 )
+
+
+# -- the cache of keys and values ------------------------------------------------------------------
+
+
+def plan_cache(
+    recipe: Recipe, checkpoint: Checkpoint, matched: Matched
+) -> tuple[Checkpoint, PlannedCache | None, StoredCache | None, list[str]]:
+    """The checkpoint without scales of a cache, the cache of the output, those scales, and notes.
+
+    Scales of the source are taken over if the recipe measures none and the target has a place for them.
+    InputError for a cache that the target's engine does not have, or whose scales would be incomplete.
+    """
+    names = [name for name in checkpoint.on_disk if of_cache(name)]
+    if target_of(checkpoint) is None and all(name in checkpoint.tensors for name in names):
+        names = []  # of a float model, whatever they are
+    source = stored_cache({name: checkpoint.on_disk[name] for name in names})
+    if names:
+        kept = {name: t for name, t in checkpoint.tensors.items() if name not in names}
+        checkpoint = replace(checkpoint, tensors=kept, undecoded=checkpoint.on_disk)
+    where = recipe.where("kv_cache")
+    if recipe.cache is not None:
+        try:
+            layers = _cached_layers(recipe.cache, recipe.target, checkpoint, matched)
+        except InputError as error:
+            raise InputError(error.what, where=error.where or where, fix=error.fix) from None
+        notes = [note] if (note := recipe.target.cache_note(recipe.cache)) else []
+        if "mtp" in matched.roles.values():
+            notes.append("the cache of next-token layers has no scales: engines take 1.0 for it")
+        if names:
+            notes.append(f"scales of the source's cache, such as `{names[0]}`, are measured anew")
+        return checkpoint, PlannedCache(recipe.cache, layers, measured=True), None, notes
+    if not names:
+        return checkpoint, None, None, []
+    try:
+        planned = _taken_over(recipe, checkpoint, matched, source)
+    except InputError as error:
+        what = (
+            f"dropped {count(names, 'scale')} of the cache of keys and values, such as `{names[0]}`: "
+        )
+        return checkpoint, None, None, [f"{what}{error.what}"]
+    note = (
+        f"the source's scales of the cache are taken over ({planned.cache}): as they are, not measured"
+    )
+    more = recipe.target.cache_note(planned.cache)
+    return checkpoint, planned, source, [note, more] if more else [note]
+
+
+def _cached_layers(
+    cache: Cache, target: Target, checkpoint: Checkpoint, matched: Matched
+) -> dict[str, AttentionLayer]:
+    """The layers with a cache. InputError for what the target's engine does not take."""
+    target.cache_tensors(cache)
+    shapes = {module.name: module.shape for module in matched.modules}
+    layers = attention_layers(checkpoint, matched.roles, shapes)
+    for layer in layers.values():
+        if (fault := target.cache_fault(cache, layer)) is not None:
+            raise InputError(fault, where=f"`{layer.name}`", fix="leave `kv_cache` out")
+    return layers
+
+
+def _taken_over(
+    recipe: Recipe, checkpoint: Checkpoint, matched: Matched, source: StoredCache | None
+) -> PlannedCache:
+    """The cache of the source. InputError, whose text is the reason, if its scales are of no use."""
+    fix = "measure them: `kv_cache` in the recipe"
+    if source is None or source.cache is None:
+        raise InputError("no engine takes scales of this kind", fix=fix)
+    if any(method.edited_as for method in recipe.methods):
+        raise InputError("methods of the recipe change what is cached", fix=fix)
+    layers = _cached_layers(source.cache, recipe.target, checkpoint, matched)
+    for layer in layers.values():
+        for tensor in recipe.target.cache_tensors(source.cache):
+            stored = source.layers.get(layer.name, {}).get(tensor.part)
+            size = math.prod(tensor.shape_of(layer))
+            if stored is None or stored.spec.numel != size or stored.spec.dtype not in FLOATS:
+                what = f"`{layer.name}` has no {tensor.part} with {count(size, 'number')}"
+                raise InputError(what, fix=fix)
+            if tensor.values == "zero" and bool(read_tensor(stored).any()):
+                raise InputError(f"`{stored.spec.name}` is not 0", fix=fix)
+    return PlannedCache(source.cache, layers, measured=False)
+
+
+def cache_items(
+    planned: PlannedCache, target: Target, measured: Measured, source: StoredCache | None = None
+) -> Iterator[CacheScale]:
+    """The tensors of the cache, layer by layer.
+
+    source: the checkpoint's own scales, if they are taken over. Those that are to be measured are not
+    ready as long as `measured` has none. InputError for statistics of another shape.
+    """
+    for layer in planned.layers.values():
+        for tensor in target.cache_tensors(planned.cache):
+            shape = tensor.shape_of(layer)
+            spec = TensorSpec(tensor.name(layer.name), "F32", shape)
+            given: Mapping[Any, StoredTensor] = measured.stats.get(layer.name, {})
+            if source is not None:
+                given = source.layers[layer.name]
+            stored = given.get(tensor.part)
+            if stored is None:
+                if given:
+                    what = f"the statistics of its cache lack {tensor.part}"
+                    raise InputError(what, where=f"`{layer.name}`", fix="calibrate again")
+                nothing = StoredTensor(spec, Path(), 0)
+                yield CacheScale(nothing, layer=layer.name, part=tensor.part, ready=False)
+                continue
+            if stored.spec.numel != spec.numel:
+                what = f"its cache has {stored.spec.numel} numbers as {tensor.part}, not {spec.numel}"
+                raise InputError(what, where=f"`{layer.name}`", fix="calibrate again")
+            there = StoredTensor(replace(spec, dtype=stored.spec.dtype), stored.file, stored.offset)
+            dtype = None if stored.spec.dtype == "F32" else "F32"
+            yield CacheScale(there, None, dtype, layer.name, tensor.part)

@@ -17,7 +17,7 @@ from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Module, Numerics
+from quantcli.core.numerics import Cache, Module, Numerics
 from quantcli.core.registry import packages_of
 from quantcli.planning.measured import Edit
 from quantcli.planning.siblings import Siblings
@@ -25,6 +25,7 @@ from quantcli.recipe.methods import MethodOptions, methods_for
 from quantcli.recipe.recipe import Recipe
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
+from quantcli.targets.kv_cache import AttentionLayer, CachePart
 from quantcli.targets.layouts import Output, StoredModule
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
@@ -51,6 +52,32 @@ class Copy:
     def height(self) -> int:
         """Rows of the tensor; those of a scalar are one."""
         return self.source.spec.shape[0] if self.source.spec.shape else 1
+
+
+@dataclass(frozen=True)
+class CacheScale(Copy):
+    """A scale or an offset of the cache of keys and values: measured, or of the source.
+
+    source: the numbers, under the name and in the shape that they get.
+    layer:  the name of its layer of attention. part: what it is there.
+    ready:  whether there are numbers; there are none yet before a calibration.
+    """
+
+    layer: str = ""
+    part: CachePart = "k_scale"
+    ready: bool = True
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """The cache of keys and values.
+
+    measured: whether calibration gives its scales; else they are those of the source.
+    """
+
+    cache: Cache
+    layers: Mapping[str, AttentionLayer]
+    measured: bool
 
 
 class EngineDtypes(NamedTuple):
@@ -190,7 +217,11 @@ def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...
 
 
 def as_planned(
-    checkpoint: Checkpoint, modules: Sequence[Module], shards: Sequence[Shard], serving_dtype: str
+    checkpoint: Checkpoint,
+    modules: Sequence[Module],
+    shards: Sequence[Shard],
+    serving_dtype: str,
+    cache: Cache | None = None,
 ) -> PlannedCheckpoint:
     """The output as a target sees it when it makes its sidecars."""
     return PlannedCheckpoint(
@@ -199,6 +230,7 @@ def as_planned(
         files={spec.name: shard.file for shard in shards for spec in shard.tensors},
         config=checkpoint.config,
         serving_dtype=serving_dtype,
+        cache=cache,
     )
 
 
@@ -350,6 +382,8 @@ class Work:
                         digest.update(f"{name}\0{stored.spec}\0{content_of(stored)}\0".encode())
                 if not isinstance(item, Repack) and item.edit is not None:
                     digest.update(item.edit.digest())
+                if isinstance(item, CacheScale) and item.ready:
+                    digest.update(tensor_bytes(read_tensor(item.source)))
         for name, content in sorted(self.sidecars.items()):
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         digest.update(json.dumps(sorted(self.copies.items())).encode())
@@ -370,6 +404,7 @@ class Plan(Work):
     edited: Mapping[str, int]  # groups of channels, see `Measured`
     taken_from: Mapping[str, str]  # see `Measured`
     experts: Mapping[str, Any]  # likewise
+    cache: PlannedCache | None = None  # of keys and values; None: it stays float
 
     @cached_property
     def methods(self) -> tuple[MethodOptions, ...]:
@@ -398,6 +433,12 @@ class Plan(Work):
             for method in methods
             for result in method.results
         }
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the scales and offsets of the cache."""
+        items = (item for shard in self.shards for item in shard.items if isinstance(item, CacheScale))
+        return sum(item.outputs[0].spec.nbytes for item in items)
 
     @property
     def quantized_modules(self) -> int:

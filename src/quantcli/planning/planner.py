@@ -12,10 +12,11 @@ from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
-from quantcli.planning.items import make_items
+from quantcli.planning.items import cache_items, make_items, plan_cache
 from quantcli.planning.matching import match
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import (
+    CacheScale,
     Item,
     Plan,
     Quantize,
@@ -45,12 +46,17 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     serving, notes = serving_dtype(checkpoint, target.served_in)
     matched = match(recipe, checkpoint, measured)
     notes += matched.notes
+    checkpoint, cache, source_scales, more = plan_cache(recipe, checkpoint, matched)
+    notes += more
     items = make_items(checkpoint, matched, target, serving, measured or Measured())
+    scales: list[CacheScale] = []
+    if cache is not None:
+        scales = list(cache_items(cache, target, measured or Measured(), source_scales))
     schemes = {name: rule.scheme for name, rule in matched.rules.items() if rule and rule.scheme}
     with_data = {id(s) for s in {id(s): s for s in schemes.values()}.values() if s.needs_data}
     need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
-    shards = _shards(items, recipe.file.max_shard)
-    output = as_planned(checkpoint, matched.modules, shards, serving)
+    shards = _shards([*items, *scales], recipe.file.max_shard)
+    output = as_planned(checkpoint, matched.modules, shards, serving, cache.cache if cache else None)
     text = recipe.effective()
     own = {RECIPE_FILE: text.encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
@@ -70,7 +76,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         )
     quantized = any(module.numerics for module in matched.modules)
     if not quantized:
-        notes.append("nothing is quantized: every weight stays float")
+        alone = ", and only the cache of keys and values is quantized" if cache else ""
+        notes.append(f"nothing is quantized: every weight stays float{alone}")
     notes += _exact(items)
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
@@ -98,10 +105,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         measured=tuple(sorted(need)),
         needs_data=tuple(
             i.module for i in items if isinstance(i, Quantize) and i.module in need and not i.stats
-        ),
+        )
+        + tuple(dict.fromkeys(scale.layer for scale in scales if not scale.ready)),
         edited=measured.edited if measured else {},
         taken_from=measured.taken_from if measured else {},
         experts=measured.experts if measured else {},
+        cache=cache,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.files import MANIFEST, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import read_manifest
@@ -20,9 +21,20 @@ from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.text import count
-from quantcli.planning.items import planned_outputs
+from quantcli.planning.items import cache_items, planned_outputs
 from quantcli.planning.matching import family_of, must_be_taken, raise_first
-from quantcli.planning.plan import Copy, Item, Repack, Shard, Work, as_planned, make_shards
+from quantcli.planning.measured import Measured
+from quantcli.planning.plan import (
+    CacheScale,
+    Copy,
+    Item,
+    PlannedCache,
+    Repack,
+    Shard,
+    Work,
+    as_planned,
+    make_shards,
+)
 from quantcli.planning.recode import WORDS, moved_scales, recode
 from quantcli.targets.base import (
     ScalePart,
@@ -82,15 +94,17 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         )
     for module in stored.modules.values():
         _must_have_label(module, origin, target)
-    specs = {tensor.spec.name: tensor.spec for tensor in checkpoint.tensors.values()}
-    _no_cache_scales(specs)
+    cache = _cache_of(stored, target)
     must_be_taken(checkpoint, target)
     modules = list(_modules(checkpoint, stored))
     raise_first(target.check_family(modules, family_of(checkpoint)), {})
     raise_first(target.check(modules), {})
     shards = _shards(repack_items(checkpoint, stored, origin, target), checkpoint)
     recipe = _recipe(checkpoint)
-    sidecars = dict(target.sidecars(as_planned(checkpoint, modules, shards, stored.serving_dtype)))
+    output = as_planned(
+        checkpoint, modules, shards, stored.serving_dtype, cache.cache if cache else None
+    )
+    sidecars = dict(target.sidecars(output))
     if recipe is not None:
         sidecars[SOURCE_RECIPE] = recipe.encode()
     items = [item for shard in shards for item in shard.items]
@@ -108,6 +122,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
             *checkpoint.notes,
             *target.advise(modules, str(checkpoint.config.get("model_type", ""))),
             *_to_be_checked(items, target),
+            *filter(None, [target.cache_note(cache.cache) if cache else None]),
             *last_bits,
         ),
         params=plain + coded,
@@ -141,17 +156,34 @@ def _origin(checkpoint: Checkpoint, target: Target) -> Target:
 
 
 _OF_SCALES = frozenset({"positive", "signed", "divisor", "multiplier"})  # rules for their numbers
-_CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_cache_scale", ".kv_cache_offset")
 
 
-def _no_cache_scales(tensors: Iterable[str]) -> None:
-    for name in tensors:
-        if name.endswith(_CACHE):
-            raise InputError(
-                "the KV cache is quantized, too, which this version packs into no other format",
-                where=f"`{name}`",
-                fix="quantize the float model for the other engine",
-            )
+def _cache_of(stored: StoredCheckpoint, target: Target) -> PlannedCache | None:
+    """The cache of keys and values. InputError if `target` has no place for its scales."""
+    names = [name for name in stored.checkpoint.tensors if of_cache(name)]
+    source = stored.cache
+    kept = {tensor.spec.name for tensor in source.tensors} if source else set[str]()
+    other = [name for name in names if name not in kept]
+    if not names:
+        return None
+    if (
+        source is None
+        or source.cache is None
+        or other
+        or not source.attention
+        or (source.cache not in target.caches)
+    ):
+        raise InputError(
+            f"the cache is quantized, too, and target `{target.name}` has no place for its scales",
+            where=f"`{(other or names)[0]}`",
+            fix="quantize the float model for the other engine",
+        )
+    taken = {tensor.part for tensor in target.cache_tensors(source.cache)}
+    for part, tensor in ((part, t) for parts in source.layers.values() for part, t in parts.items()):
+        if part not in taken and bool(read_tensor(tensor).any()):
+            what = f"target `{target.name}` has no offsets of the cache, and this one is not 0"
+            raise InputError(what, where=f"`{tensor.spec.name}`", fix="keep the checkpoint as it is")
+    return PlannedCache(source.cache, source.attention, measured=False)
 
 
 def _must_have_label(module: StoredModule, origin: Target, target: Target) -> None:
@@ -265,8 +297,16 @@ def repack_items(
         for suffix, tensor in module.tensors.items()
     }
     cache: dict[Any, tuple[Output, ...]] = {}
+    scales: dict[str, CacheScale | None] = {}
+    if stored.cache is not None and (planned := _cache_of(stored, target)) is not None:
+        scales = {tensor.spec.name: None for tensor in stored.cache.tensors}
+        for item in cache_items(planned, target, Measured(), stored.cache):
+            scales[stored.cache.layers[item.layer][item.part].spec.name] = item
     for name, tensor in checkpoint.tensors.items():
-        if name in codes:
+        if name in scales:
+            if (scale := scales[name]) is not None:
+                yield scale
+        elif name in codes:
             yield _repack(codes[name], tensor, origin, target, cache)
         elif name not in owner:
             yield Copy(tensor)

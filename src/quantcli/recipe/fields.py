@@ -191,6 +191,11 @@ class RecipeFile(Block):
         min_length=1,
         description="calibration methods that act on the model, in this order",
     )
+    kv_cache: str | dict[str, Any] | None = Field(
+        None,
+        description="quantize the cache of keys and values, too: a format by name, or a mapping with "
+        "`format` and options; scales are measured",
+    )
     verify: Verify | None = None
     siblings: list[str] | None = Field(
         None,

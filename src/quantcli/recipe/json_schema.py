@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from quantcli.core.numerics import CACHES
 from quantcli.core.registry import discover
 from quantcli.recipe.fields import RecipeFile
 from quantcli.recipe.methods import recipe_methods
@@ -24,6 +25,8 @@ def recipe_schema() -> str:
     schema["properties"]["target"] = _choices(discover(Target), "target", [], blocks)
     methods, top = recipe_methods(), schema["properties"]
     top["smooth"]["anyOf"][0] = _options(methods["smooth"], blocks)
+    top["kv_cache"]["anyOf"][0]["enum"] = [*CACHES]
+    top["kv_cache"]["anyOf"][1] = _options(methods["kv_cache"], blocks)
     top["methods"]["anyOf"][0]["items"] = _choices(methods, "method", [], blocks)
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 

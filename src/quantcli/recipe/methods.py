@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from quantcli.core.errors import MachineError
+from quantcli.core.numerics import Cache
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
 
@@ -41,6 +42,8 @@ class MethodOptions(BaseModel):
                  noun in the singular, such as smoothing.
     edited_as:   a participle for channels that it edits, which also names the list of them in reports,
                  such as smoothed. Empty if it edits nothing.
+    of_weights:  whether it is of use to weights. A recipe with such a method has a text for them, which
+                 schemes may use, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -48,6 +51,12 @@ class MethodOptions(BaseModel):
     for_schemes: ClassVar[bool] = False
     results: ClassVar[tuple[str, ...]]
     edited_as: ClassVar[str] = ""
+    of_weights: ClassVar[bool] = True
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache of keys and values that it measures scales for; None: it measures none."""
+        return None
 
     @property
     def module_rules(self) -> Sequence[ModuleRule]:

@@ -15,12 +15,20 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
+from quantcli.core.numerics import Cache
 from quantcli.core.registry import discover
 from quantcli.recipe.document import Document, Place
 from quantcli.recipe.fields import RecipeFile, matches
 from quantcli.recipe.methods import MethodOptions, recipe_methods
 from quantcli.recipe.shipped import is_sample_text
-from quantcli.recipe.written import SMOOTH, WrittenRecipe, check_patterns, explain, read_recipe
+from quantcli.recipe.written import (
+    KV_CACHE,
+    SMOOTH,
+    WrittenRecipe,
+    check_patterns,
+    explain,
+    read_recipe,
+)
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 
@@ -137,6 +145,11 @@ class Recipe:
         """The calibration methods that the recipe names, in their order."""
         return tuple(named.method for named in self.named_methods)
 
+    @property
+    def cache(self) -> Cache | None:
+        """How the cache of keys and values is to be quantized; None: it is not."""
+        return next(filter(None, (method.cache for method in self.methods)), None)
+
     def where(self, *place: str | int) -> str:
         """file:line of a key, for messages."""
         return self.document.where(place)
@@ -186,8 +199,8 @@ class Recipe:
         table["target"] = {"name": self.target.name, **self.target.model_dump(mode="json")}
         for named in self.named_methods:
             method = named.method.model_dump(mode="json", exclude_none=True)
-            if named.place == SMOOTH:
-                table["smooth"] = method
+            if named.place in {SMOOTH, KV_CACHE}:
+                table[str(named.place[0])] = method
             else:
                 table["methods"][named.place[1]] = {"name": named.method.name, **method}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
@@ -229,7 +242,9 @@ def resolve(written: WrittenRecipe) -> Recipe:
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword), roles))
     methods = _named_methods(file, document)
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
-    if methods or any(scheme.needs_data for scheme in schemes):
+    if any(named.method.of_weights for named in methods) or any(
+        scheme.needs_data for scheme in schemes
+    ):
         rules = [
             rule if rule.scheme is None else replace(rule, scheme=rule.scheme.when_calibrating)
             for rule in rules
@@ -242,7 +257,10 @@ def resolve(written: WrittenRecipe) -> Recipe:
 
 
 def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, ...]:
-    """The block `smooth`, then the list `methods`. InputError for one that is there twice."""
+    """The block `smooth`, then the list `methods`, then the block `kv_cache`.
+
+    InputError for a method that is there twice.
+    """
     methods: list[NamedMethod] = []
     if file.smooth is not None:
         smooth = _validated(recipe_methods()[SMOOTH[0]], file.smooth, document, SMOOTH)
@@ -251,6 +269,10 @@ def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, .
         place: Place = ("methods", index)
         method = _resolve(entry, recipe_methods(), "method", document, place)
         methods.append(NamedMethod(method, place))
+    if file.kv_cache is not None:
+        block = file.kv_cache if isinstance(file.kv_cache, dict) else {"format": file.kv_cache}
+        cache = _validated(recipe_methods()[KV_CACHE[0]], block, document, KV_CACHE)
+        methods.append(NamedMethod(cache, KV_CACHE))
     first: dict[str, Place] = {}
     for method, place in ((named.method, named.place) for named in methods):
         for number, rule in enumerate(method.module_rules):

@@ -20,7 +20,7 @@ from quantcli.recipe.document import Document, Place, load_document
 from quantcli.recipe.fields import RecipeFile, translate
 from quantcli.recipe.shipped import find_recipe
 
-SMOOTH = ("smooth",)  # the one method that has a block of its own
+SMOOTH, KV_CACHE = ("smooth",), ("kv_cache",)  # methods that have a block of their own
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def explain(
     if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
         loc = loc[:-1]  # pydantic's name for one branch of a union
     where = document.where((*place, *loc))
-    key = ".".join(map(str, (*place, *loc) if place == SMOOTH else loc))
+    key = ".".join(map(str, (*place, *loc) if place in {SMOOTH, KV_CACHE} else loc))
     if kind == "extra_forbidden":
         keys = _fields(model, loc[:-1])
         fix = one_of(str(loc[-1]), keys) if keys else "it takes no options"

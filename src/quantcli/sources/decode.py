@@ -59,12 +59,11 @@ def _decoded(checkpoint: Checkpoint, source_format: Quantization) -> Checkpoint:
     findings = own.findings if own else ()
     owner = {part.spec.name: weight for weight in weights for part in weight.parts}
     tensors: dict[str, StoredTensor] = {}
-    cache = []
     for name, tensor in checkpoint.tensors.items():
         weight = owner.get(name)
         if weight is None and of_cache(name):
-            cache.append(name)
-        elif weight is None:
+            continue  # of no weight: the planner takes it over, or says that it does not
+        if weight is None:
             _refuse_code(tensor, checkpoint, weights, findings)
             tensors[name] = tensor
         elif name == weight.parts[0].spec.name:
@@ -76,10 +75,6 @@ def _decoded(checkpoint: Checkpoint, source_format: Quantization) -> Checkpoint:
         must_be_sound(own, _OF_TENSORS)
     for kind in decoded_kinds(weights):
         notes.append(f"decoded from {kind['format']}: {count(kind['modules'], 'module')}")
-    if cache:
-        notes.append(
-            f"dropped {len(cache)} scales of the cache of keys and values, such as `{cache[0]}`"
-        )
     own_files = {*(each.own_file for each in _formats()), *files_of_targets()}
     stale = own_files & checkpoint.aux.keys()
     return replace(

@@ -16,8 +16,9 @@ from quantcli.checkpoint.detect import Draft, Quantization, quantization
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding
-from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.core.registry import discover
+from quantcli.targets.kv_cache import AttentionLayer, CacheTensor, StoredCache
 from quantcli.targets.layouts import Layout, StoredModule, Values
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
@@ -59,6 +60,7 @@ class PlannedCheckpoint:
     files: Mapping[str, str]  # tensor -> weight file
     config: Mapping[str, Any]  # config.json of the source
     serving_dtype: str  # "BF16" or "F16": the dtype in which the engine computes
+    cache: Cache | None = None  # of keys and values; None: it stays float
 
 
 class StoredCheckpoint(Protocol):
@@ -67,6 +69,7 @@ class StoredCheckpoint(Protocol):
     modules:   the quantized modules that are sound enough to be read, by name.
     unchecked: the format of quantized modules that engines load and this version cannot read, by name.
     values:    rules for the numbers of tensors that belong to no quantized module, by their names.
+    cache:     scales of the cache of keys and values; None if it is not quantized.
     findings:  errors that the engine would stop at or misread, and notes.
     checked:   the number of things that each check looked at, by the check's name.
     """
@@ -76,6 +79,7 @@ class StoredCheckpoint(Protocol):
     modules: dict[str, StoredModule]
     unchecked: dict[str, str]
     values: dict[str, Values]
+    cache: StoredCache | None
     findings: list[Finding]
     checked: dict[str, int]
 
@@ -97,6 +101,8 @@ class Target(BaseModel, ABC):
     name: ClassVar[str]
     # generated files that only this format has, and the check of `verify` that their faults belong to
     files: ClassVar[Mapping[str, str]] = {}
+    # the caches of keys and values that the engine takes scales for, and their tensors in each layer
+    caches: ClassVar[Mapping[Cache, tuple[CacheTensor, ...]]] = {}
 
     @property
     def served_in(self) -> str | None:
@@ -215,6 +221,23 @@ class Target(BaseModel, ABC):
         """Notes for the plan on modules that load. model_type: as config.json has it, or ""."""
         yield from ()
 
+    def cache_tensors(self, cache: Cache) -> tuple[CacheTensor, ...]:
+        """The tensors of each layer of attention whose cache is quantized so.
+
+        InputError if the engine takes no such scales from a checkpoint, with what works.
+        """
+        if cache not in self.caches:
+            raise _no_cache(self.name, cache)
+        return self.caches[cache]
+
+    def cache_fault(self, cache: Cache, layer: AttentionLayer) -> str | None:
+        """The reason why the engine cannot have a layer's cache so, if it cannot."""
+        return None
+
+    def cache_note(self, cache: Cache) -> str | None:
+        """A note for the plan on what else such a cache takes."""
+        return None
+
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """The generated files by name, such as config.json and the index."""
@@ -241,6 +264,17 @@ def others_that_store(numerics: Numerics) -> str:
             cls().label(numerics)
             choices.append(f"`target: {name}`")
     return f"use {' or '.join(choices)}, or {SUPPORT}" if choices else SUPPORT
+
+
+def _no_cache(target: str, cache: Cache) -> InputError:
+    """The error for a cache whose scales a target cannot store, with what works."""
+    choices = [
+        f"`kv_cache: {word}` with `target: {name}`"
+        for name, cls in discover(Target).items()
+        for word in (word for word, other in CACHES.items() if other in cls.caches)
+    ]
+    what = f"target `{target}` has no place for scales of a cache in {cache}"
+    return InputError(what, fix=f"use {', or '.join(choices)}")
 
 
 def cannot_store(target: str, numerics: Numerics) -> InputError:

@@ -17,7 +17,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.findings import Finding, failed
+from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Module
 from quantcli.targets.base import AGAIN
 from quantcli.targets.layouts import StoredModule
@@ -38,6 +38,9 @@ _SCALES = ("_scale", "_scale_inv")
 _GPT_OSS = frozenset({"gpt_oss", "openai_privacy_filter"})
 _OWN_NAMES = frozenset({"inkling_text", "inkling_mm_model", "dbrx"})
 _LLAMA4 = frozenset({"llama4", "llama4_text"})
+# Scales of stacks as ModelOpt names them, which the loader of Llama 4 renames.
+# Source: vllm 0.32.0, model_executor/models/mllama4.py:1065-1103.
+_OF_MODELOPT = ("_weight_scale", "_weight_scale_2", "_input_scale")
 _ALIKE = 1e-5  # the loader raises if input scales of gate and up are further apart
 
 
@@ -80,8 +83,12 @@ class StoredExperts:
         """Stacks and their scales have the names that the loader makes parameters of."""
         own = self.model_type in _GPT_OSS
         ends = ("", "_bias") if own else _ENDS
+        renamed = []
         for name, _, match in self._found():
             if match["end"] in ends:
+                continue
+            if self.model_type in _LLAMA4 and match["end"] in _OF_MODELOPT:
+                renamed.append(name)
                 continue
             fate = "stops at it: no parameter has this name"
             if own:
@@ -90,6 +97,9 @@ class StoredExperts:
             what = f"the engine reads {read} of all experts, and {fate}"
             yield failed("experts", what, f"`{name}`", AGAIN)
             return
+        if renamed:
+            what = f"this version cannot check {len(renamed)} scales of stacked experts"
+            yield noted("experts", what, f"`{renamed[0]}`")
 
     def _stacks(self) -> Iterator[Finding]:
         """A stack is quantized if the engine builds it so, and only then; codes have scales."""
@@ -104,6 +114,8 @@ class StoredExperts:
                         "does not take them for those of all experts"
                     )
                     yield failed("experts", what, f"`{name}`", AGAIN)
+            elif match["end"] == "_weight_scale" and self.model_type in _LLAMA4:
+                scaled.add(name.removesuffix(match["end"]))
             elif not match["end"] and stored.spec.dtype not in FLOATS:
                 codes[name] = match["experts"]
         for name in codes.keys() - scaled:

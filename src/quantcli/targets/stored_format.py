@@ -5,16 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.roles import roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.checkpoint.tensors import read_bytes, read_tensor
+from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Numerics
+from quantcli.core.numerics import Cache, Numerics
 from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
+from quantcli.targets.kv_cache import (
+    StoredCache,
+    attention_layers,
+    check_cache,
+    is_scale,
+    stored_cache,
+    unused,
+)
 from quantcli.targets.layouts import SLICES, Layout, Param, Sides, StoredModule, Values
 from quantcli.targets.sidecars import declared_dtype
 from quantcli.targets.stored_experts import StoredExperts, uneven_experts
@@ -38,6 +50,7 @@ class StoredFormat(ABC):
     by_module:    stored tensors by module and suffix, in the order of the files.
     unchecked:    see `StoredCheckpoint`; `check_parameters` names them.
     values:       see `StoredCheckpoint`.
+    cache:        likewise.
     readable:     `read` sets it to False if the config is too damaged to tell modules' labels.
     float_label:  the label of a module that stays float.
     unregistered: the engine's treatment of a tensor that it does not register.
@@ -53,6 +66,7 @@ class StoredFormat(ABC):
         self.modules: dict[str, StoredModule] = {}
         self.unchecked: dict[str, str] = {}
         self.values: dict[str, Values] = {}
+        self.cache: StoredCache | None = None
         self.labels: dict[str, str] = {}
         self.by_module: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stored in checkpoint.tensors.items():
@@ -61,7 +75,8 @@ class StoredFormat(ABC):
         self.readable = True
         self.findings: list[Finding] = list(self.read())
         if self.readable:
-            for check in (self.check_parameters, self._siblings, self._experts, self._loader):
+            checks = self.check_parameters, self._siblings, self._experts, self._loader, self._kv_cache
+            for check in checks:
                 self.findings += check()
             self.findings += self._unchecked()
         self.checked["config"] += 1
@@ -91,6 +106,14 @@ class StoredFormat(ABC):
 
     def check_arithmetic(self, module: StoredModule) -> Iterator[Finding]:
         """Findings for numbers of a module that do not follow from its others; here none do."""
+        yield from ()
+
+    def declared_cache(self) -> Cache | None:
+        """The cache of keys and values that the checkpoint declares; None: a float one."""
+        return None
+
+    def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:
+        """Findings of offsets of the cache; here they are not read by the engine."""
         yield from ()
 
     def fused_name(self, module: str) -> str | None:
@@ -188,6 +211,29 @@ class StoredFormat(ABC):
         yield from StoredExperts(
             self.checkpoint, family, self.modules, self.builds_quantized
         ).findings()
+
+    def _kv_cache(self) -> Iterator[Finding]:
+        """Each layer of attention has the scales of the cache that the engine reads."""
+        tensors = {name: t for name, t in self.checkpoint.tensors.items() if of_cache(name)}
+        self.cache = cache = stored_cache(tensors, self.declared_cache())
+        if cache is None:
+            return
+        specs = (t.spec for name, t in tensors.items() if is_scale(name))
+        self.values |= {spec.name: "positive" for spec in specs if spec.dtype in FLOATS}
+        self.checked["cache"] += len(tensors)
+        shapes = {name: t.spec.shape for name, t in self.checkpoint.tensors.items()}
+        weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+        weights |= {name: module.shape for name, module in self.modules.items()}
+        try:
+            layers = attention_layers(self.checkpoint, roles_of(self.checkpoint), weights)
+        except InputError as error:
+            yield noted("cache", f"scales of the cache were not checked: {error.what}", error.where)
+            return
+        self.cache = replace(cache, attention=layers)
+        yield from check_cache(cache, layers, tensors)
+        yield from self.check_offsets(cache)
+        if not cache.served and cache.tensors:
+            yield unused(cache)
 
     def _loader(self) -> Iterator[Finding]:
         """The engine finds every label, and has the quantized modules quantized."""

@@ -473,7 +473,7 @@ class VllmTarget(Target):
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """config.json, with a `quantization_config` if the format has one, and the index."""
         used = {module.numerics for module in output.modules if module.numerics}
-        block = self.config_block(output, used) if used else {}
+        block = self.config_block(output, used) if used or output.cache else {}
         additions = {"quantization_config": block} if block else {}
         return {**sidecars.config(output, additions), **sidecars.index(output)}
 

@@ -43,6 +43,7 @@ from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
 from quantcli.verification.reference import (
     Reference,
+    compare_cache,
     compare_codes,
     compare_files,
     compare_names,
@@ -75,6 +76,7 @@ def verify_against(
     report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
     ours = Reference(split_experts(stored.checkpoint), None, stored)  # experts may be stored together
     report.add(compare_names(ours, reference))
+    report.add(compare_cache(ours.cache, reference.cache))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
     layers: dict[str, list[str]] = defaultdict(list)
     reference_names = reference.names()

@@ -10,7 +10,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from quantcli.calibration.replay.served import Forward, Served, token_log_probs
+from quantcli.calibration.replay.served import (
+    Forward,
+    Served,
+    ServedCache,
+    decibels,
+    token_log_probs,
+)
 from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
@@ -113,6 +119,9 @@ def verify_run(
                 return
             (sums if predicts else outputs).add(expected, actual, batch)
     report.count("layer outputs", len(layers))
+    if ours.cache is not None:
+        report.add(_cache_findings(ours.cache))
+        report.count("rounded cache", len(ours.cache.sqnr()))
     if not predicts:
         report.run = outputs.report(layers)
         report.add([*_layer_findings(layers), *outputs.findings()])
@@ -158,6 +167,21 @@ def _layers(
     return layers
 
 
+def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
+    """Scales with which keys or values have a larger error than their type explains."""
+    least = cache.cache.element.sqnr_db
+    for (layer, part), sqnr in cache.sqnr().items():
+        if not sqnr >= least:
+            side = "keys" if part == "k_scale" else "values"
+            what = (
+                f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
+            )
+            fix = (
+                "its scale is of another layer or model, or was measured on other text: measure it anew"
+            )
+            yield failed("rounded cache", what, f"`{layer}`, {part}", fix)
+
+
 def _least_sqnr(modules: Iterable[StoredModule]) -> float:
     """What a layer of a checkpoint with such modules keeps at least, in dB."""
     inputs = (module.numerics.input for module in modules if module.numerics)
@@ -177,13 +201,7 @@ def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         x = expected.double()
         signal += float(x.square().sum())
         noise += float((actual.double() - x).square().sum())
-    return _decibels(signal, noise)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not noise:
-        return 200.0
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
+    return decibels(signal, noise)
 
 
 class _Outputs:
@@ -206,7 +224,7 @@ class _Outputs:
 
     @property
     def _sqnr(self) -> float:
-        return _decibels(self._signal, self._noise)
+        return decibels(self._signal, self._noise)
 
     def report(self, layers: list[LayerReport]) -> RunReport:
         """Figures of a run without predictions."""

@@ -15,12 +15,14 @@ from quantcli.checkpoint.detect import of_cache, quantization
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import sha256_of
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
+from quantcli.targets.kv_cache import StoredCache, stored_cache
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.targets.stored_format import some
@@ -60,7 +62,19 @@ class Reference:
 
     def names(self) -> set[str]:
         """Tensors with a meaning of their own: not the scales and other parts of modules."""
-        return own_names(self.checkpoint.tensors, self.modules, self.unchecked)
+        names = own_names(self.checkpoint.tensors, self.modules, self.unchecked)
+        return {name for name in names if not self.scales_cache(name)}
+
+    @property
+    def cache(self) -> StoredCache | None:
+        """The scales of its cache of keys and values."""
+        if self.stored is not None:
+            return self.stored.cache
+        return stored_cache({n: t for n, t in self.checkpoint.on_disk.items() if of_cache(n)})
+
+    def scales_cache(self, name: str) -> bool:
+        """Whether a tensor is a scale or an offset of the cache."""
+        return self.stored is not None and of_cache(name)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one of `names`: of its codes, if the module is quantized."""
@@ -147,23 +161,57 @@ def _scale(weight: Tensor, codes: Tensor) -> Tensor:
 def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
     """Findings for tensors that one of the models lacks; a note if the other one is quantized."""
     names, reference_names = ours.names(), reference.names()
-    for name in sorted(name for name in reference_names - names if not of_cache(name)):
+    for name in sorted(reference_names - names):
         yield failed("source", f"`{name}` of the other model is missing", None, CONVERT)
-    cache = []
     for name in sorted(names - reference_names):
-        if of_cache(name):
-            cache.append(name)
-        else:
-            yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
-    if cache:
-        what = f"the cache of keys and values is quantized: nothing is compared with {some(cache)}"
-        yield noted("source", what)
+        yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
     kinds = decoded_kinds(reference.checkpoint.tensors.values())
     if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
         what = (
             f"the other model is quantized, too ({count} modules): differences between both are shown"
         )
         yield noted("source", what, str(reference.checkpoint.path))
+
+
+_FAR = 4.0  # times another scale of the same keys, from other text or by another rule
+
+
+def compare_cache(ours: StoredCache | None, reference: StoredCache | None) -> Iterator[Finding]:
+    """Findings for scales of the cache that are far from the other model's.
+
+    A note if only one model has some, or if they differ.
+    """
+    if ours is None or not ours.layers:
+        if reference is not None and reference.layers:
+            what = "the other model has scales of a cache of keys and values, and this one has none"
+            yield noted("source", what, f"`{reference.tensors[0].spec.name}`")
+        return
+    if reference is None or reference.cache != ours.cache:
+        what = "the cache of keys and values is quantized, and the other model's is not"
+        if reference is not None:
+            what = f"the cache is quantized in {ours.cache}, the other model's in {reference.cache}"
+        named = some([tensor.spec.name for tensor in ours.tensors])
+        yield noted("source", f"{what}: nothing is compared with {named}")
+        return
+    differ = []
+    for layer, parts in ours.layers.items():
+        for part in (part for part in parts if part.endswith("_scale")):
+            other = reference.layers.get(layer, {}).get(part)
+            if other is None or other.spec.numel != parts[part].spec.numel:
+                what = f"the other model has no such {part}"
+                yield failed("source", what, f"`{parts[part].spec.name}`", CONVERT)
+                continue
+            x, y = (read_tensor(stored).flatten().double() for stored in (parts[part], other))
+            if not torch.equal(x, y):
+                differ.append(parts[part].spec.name)
+            ratio = float((x / y).log2().abs().nan_to_num(torch.inf).max().exp2())
+            if ratio > _FAR:
+                what = f"is {ratio:.3g} times the other model's, or that part of it"
+                fix = "it is of another layer or model: measure it anew"
+                yield failed("source", what, f"`{parts[part].spec.name}`", fix)
+    if differ:
+        what = "scales of the cache differ from the other model's, as if measured on other text"
+        yield noted("source", f"{what}: {some(differ)}")
 
 
 def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from quantcli.calibration.methods.kv_cache import KvCache
 from quantcli.calibration.methods.smoothing import Smoothing, SmoothRule
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import AnswerNo, InputError
@@ -56,6 +57,10 @@ smooth:
     skip: true
   - match: "*_proj"
     alpha: 0.7
+kv_cache:
+  format: c8
+  observer: percentile
+  percentile: 99.9
 verify:
   min_sqnr: 20
   max_ppl_ratio: 1.01
@@ -106,8 +111,8 @@ def edits(word):
 
 
 def blocks():
-    every = (RecipeFile, RuleFile, Expect, Calibration, Smoothing, SmoothRule, Verify)
-    return {field for block in every for field in block.model_fields}
+    every = (RecipeFile, RuleFile, Expect, Calibration, Smoothing, SmoothRule, KvCache, Verify)
+    return {f.alias or name for block in every for name, f in block.model_fields.items()}
 
 
 def test_the_full_recipe_is_full(load):
@@ -119,6 +124,40 @@ def test_the_full_recipe_is_full(load):
     assert [rule.roles for rule in recipe.rules] == [set(), {"mlp", "attention.out"}]
     assert [rule.where.rpartition(":")[2] for rule in recipe.rules] == ["6", "9"]
     jsonschema.validate(yaml.safe_load(FULL), SCHEMA)
+
+
+def test_a_cache_by_its_format_alone(load):
+    short = load(rules(("*", "keep"), kv_cache="fp8", target="compressed-tensors"))
+    assert str(short.cache) == "fp8_e4m3 per tensor"
+    long = load(rules(("*", "keep"), kv_cache={"format": "fp8"}, target="compressed-tensors"))
+    assert short.effective() == long.effective()
+    assert yaml.safe_load(short.effective())["kv_cache"] == {
+        "format": "fp8", "observer": "minmax", "percentile": 99.99,
+    }  # fmt: skip
+    assert load(rules(("*", "keep"))).cache is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("int8", "`kv_cache.format`: input should be 'fp8', 'fp8_per_head' or 'c8'"),
+        ({}, "key `kv_cache.format` is missing"),
+        ({"format": "fp8", "percentile": 99.0}, "has no effect without `observer: percentile`"),
+        ({"format": "fp8", "group": 3}, "unknown key `kv_cache.group`"),
+    ],
+)
+def test_a_wrong_cache(load, value, said):
+    with pytest.raises(InputError) as caught:
+        load(rules(("*", "keep"), kv_cache=value))
+    assert said in caught.value.what
+
+
+def test_a_cache_leaves_weights_without_text_alone(load):
+    """They are the same bytes with a cache and without."""
+    plain = load(rules(("*", "w8a8_dynamic")))
+    cached = load(rules(("*", "w8a8_dynamic"), kv_cache="c8"))
+    assert cached.rules[0].scheme == plain.rules[0].scheme
+    assert load(rules(("*", "w8a8_dynamic"), smooth={})).rules[0].scheme != plain.rules[0].scheme
 
 
 @pytest.mark.parametrize("line", [n for n, key in enumerate(KEYS, 1) if KEYS.index(key) == n - 1])

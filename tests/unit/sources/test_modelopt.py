@@ -64,14 +64,14 @@ def test_small_scales(tmp_path, algorithm, made, kind, method):
 
 
 def test_a_description_alone(tmp_path):
-    """The file of its own; scales of the cache are dropped, and the file is not carried along."""
+    """The file of its own; scales of the cache are of no weight, and the file is not carried along."""
     tensors, weight = nvfp4()
     tensors["l.self_attn.k_proj.k_scale"] = tensor("F32", 1)
     table = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": []}}
     found = opened(tmp_path, tensors, None, files={"hf_quant_config.json": json.dumps(table)})
     check(found, "a", weight)
     assert "hf_quant_config.json" not in found.aux
-    assert any("dropped 1 scale" in note for note in found.notes)
+    assert "l.self_attn.k_proj.k_scale" not in found.tensors
 
 
 def test_the_older_form_within_config_json(tmp_path):

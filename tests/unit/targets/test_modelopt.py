@@ -141,6 +141,7 @@ REFUSED = {
     ),
     "latent keys": ([(f"{L}.self_attn.kv_b_proj", SQUARE, NV)], "by an identity matrix"),
     "latent keys, static": ([(f"{L}.self_attn.kv_b_proj", SQUARE, STATIC)], "by an identity matrix"),
+    "next tokens": ([("mtp.fc", SQUARE, NV16)], "builds `mtp.fc` as float if the model is W4A16_NVFP4"),
     "two schemes of a draft": (
         [
             ("fc", SQUARE, MX),
@@ -167,18 +168,20 @@ def test_what_is_taken():
     assert [refusals(expert) for expert in experts] == [[]] * 4
     assert refusals((f"{L}.self_attn.o_proj", (200, 256), BLOCK)) == []
     assert refusals((f"{L}.self_attn.kv_b_proj", SQUARE, MX)) == []
+    assert refusals(("mtp.fc", SQUARE, MX)) == []
 
 
 # -- both descriptions ---------------------------------------------------------------------------
 
 
-def described(*modules, tied=False):
+def described(*modules, tied=False, **config):
     """config.json's object and that of the file, for modules by name, shape and numerics."""
     built = [Module(name, shape, numerics) for name, shape, numerics in modules]
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in built}
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
-    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    config = {"dtype": "bfloat16", **config}
+    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), config, "BF16")
     files = TARGET.sidecars(output)
     config = json.loads(files.get("config.json", b"{}")).get("quantization_config")
     own = files.get("hf_quant_config.json")
@@ -248,6 +251,30 @@ def test_several_algorithms_in_both_files():
 
 def test_a_tied_head_is_excluded():
     assert described((f"{L}.self_attn.o_proj", SQUARE, MX), tied=True)[0]["ignore"] == ["lm_head"]
+
+
+def test_a_head_without_a_name_is_float_in_a_mixture_alone():
+    """vLLM looks it up under "", which no list can have: an empty entry is a part of every name."""
+    modules = [(f"{L}.self_attn.o_proj", SQUARE, MX), ("lm_head", SQUARE, None)]
+    config, own = described(*modules, architectures=["ExaoneMoeForCausalLM"])
+    assert config["quant_algo"] == own["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    assert list(config["quantized_layers"]) == [f"{L}.self_attn.o_proj"]
+    assert described(*modules, architectures=["LlamaForCausalLM"])[0]["quant_algo"] == "MXFP8"
+    quantized = [(name, shape, MX) for name, shape, _ in modules]
+    config, _ = described(*quantized, architectures=["ExaoneMoeForCausalLM"])
+    assert config["quant_algo"] == "MXFP8"
+
+
+def test_experts_that_the_engine_builds_under_another_name():
+    """Those of MiniMax-M2 are `block_sparse_moe` in the checkpoint and `mlp` in the engine."""
+    expert = f"{L}.block_sparse_moe.experts.0.w1"
+    config, _ = described((expert, SQUARE, MX), (f"{L}.self_attn.o_proj", SQUARE, NV16))
+    assert f"{L}.mlp.experts.0.w1" in config["quantized_layers"]
+    config, _ = described((expert, SQUARE, None), (f"{L}.self_attn.o_proj", SQUARE, NV16))
+    assert vllm_excludes(f"{L}.mlp.experts", config["ignore"])
+    mamba = "model.layers.0.mamba.in_proj"
+    config, _ = described((mamba, SQUARE, MX), (f"{L}.self_attn.o_proj", SQUARE, NV16))
+    assert "model.layers.0.mixer.in_proj" in config["quantized_layers"]
 
 
 def test_nothing_quantized_is_described_by_nothing():

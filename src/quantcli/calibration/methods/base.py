@@ -13,6 +13,7 @@ All results must be the same bits for any number of workers: threads run batches
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,6 +59,10 @@ class Measurement:
     def observers(self) -> Mapping[Matrix, Sequence[Looker]]:
         """What is to be shown the inputs of matrices, by matrix."""
         return {}
+
+    def passing(self) -> AbstractContextManager[object]:
+        """Entered around the pass of all samples."""
+        return nullcontext()
 
     def settle(self) -> None:
         """All samples have passed: add stats that the observers give."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from quantcli.calibration.replay.cache import entering
 from quantcli.calibration.replay.calls import Carry
 from quantcli.calibration.replay.engine import EngineLinears
 from quantcli.calibration.replay.replay import Replay, Sink
@@ -25,13 +30,15 @@ from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Numerics, Parts
+from quantcli.core.numerics import Cache, Numerics, Parts
 from quantcli.core.registry import discover
+from quantcli.schemes.arithmetic.cache import rounded
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
+from quantcli.targets.kv_cache import CachePart
 
 
 class Served:
@@ -45,6 +52,7 @@ class Served:
         self.checkpoint = _unpacked(stored)
         self._modules = stored.modules
         self._target = target
+        self.cache = _cache(stored)
         used = {module.numerics for module in stored.modules.values() if module.numerics}
         notes = {target.unlike_kernels(numerics) for numerics in used}
         self.notes = sorted(note for note in notes if note)
@@ -88,6 +96,71 @@ class Served:
         tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
         parts = self._target.unpack(scheme.numerics, tensors)
         return scheme, parts | self._target.engine_parts(scheme.numerics)
+
+
+class ServedCache:
+    """The cache of keys and values as the engine has it: what enters comes out rounded.
+
+    Also if the engine's user has to ask for it, as for `quant_method: fp8`.
+    """
+
+    def __init__(
+        self, cache: Cache, layers: Mapping[str, Mapping[CachePart, StoredTensor]], dtype: str
+    ) -> None:
+        """layers: scales by layer of attention. dtype: that of the engine, such as "BF16"."""
+        self.cache = cache
+        self.layers = layers.keys()
+        engine_dtype = torch_dtype(dtype) if cache.element.family == "int" else torch.float32
+        self._scales = {
+            (name, side): read_tensor(parts[side]).to(engine_dtype).flatten()
+            for name, parts in layers.items()
+            for side in _SIDES
+        }
+        self._lock = threading.Lock()
+        self._sums: dict[tuple[str, CachePart], list[tuple[float, float]]] = defaultdict(list)
+
+    def enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, heads, length, width] as attention reads them again."""
+        return self._rounded(layer, "k_scale", key), self._rounded(layer, "v_scale", value)
+
+    def _rounded(self, layer: str, side: CachePart, states: Tensor) -> Tensor:
+        scale, heads = self._scales[layer, side], states.shape[1]
+        if scale.numel() > 1:
+            scale = scale.view(heads, 1, -1)
+        again = rounded(states, scale.to(states.device), self.cache)
+        exact = states.double()
+        sums = float(exact.square().sum()), float((again.double() - exact).square().sum())
+        with self._lock:
+            self._sums[layer, side].append(sums)
+        return again
+
+    def sqnr(self) -> dict[tuple[str, CachePart], float]:
+        """dB of the keys and of the values of each layer so far, by layer and the part that scales
+        them."""
+        return {
+            place: decibels(*map(math.fsum, zip(*sums, strict=True)))
+            for place, sums in sorted(self._sums.items())
+        }
+
+
+_SIDES: tuple[CachePart, ...] = ("k_scale", "v_scale")
+
+
+def decibels(signal: float, noise: float) -> float:
+    """SQNR in dB of sums of squares; 200 without noise, -200 without a signal."""
+    if not noise:
+        return 200.0
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -200.0
+
+
+def _cache(stored: StoredCheckpoint) -> ServedCache | None:
+    """The cache of a checkpoint; None if it stays float, or lacks scales, which is reported."""
+    cache = stored.cache
+    if cache is None or cache.cache is None or not cache.layers:
+        return None
+    if not all(side in parts for parts in cache.layers.values() for side in _SIDES):
+        return None
+    return ServedCache(cache.cache, cache.layers, stored.serving_dtype)
 
 
 def _unpacked(stored: StoredCheckpoint) -> Checkpoint:
@@ -186,12 +259,18 @@ class Forward:
         def put_aside(number: int, hidden: Tensor, carry: Carry) -> None:
             aside[number] = hidden
 
-        with self.skeleton.loaded(index, self._read, self._device) as layer:
+        with ExitStack() as stack:
+            layer = stack.enter_context(self.skeleton.loaded(index, self._read, self._device))
             matrices = Matrices(name, layer, self.skeleton.transposed(index))
             engine = None
             if self._served is not None:
                 segments = self.skeleton.segments(index)
                 engine = EngineLinears(matrices, segments, self._served.quantizer)
+
+            cache = None if self._served is None else self._served.cache
+            if cache is not None:
+                segments = self.skeleton.segments(index)
+                stack.enter_context(entering(name, layer, segments, cache.layers, cache.enter))
 
             def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
                 tap = None if engine is None else lambda _: Tap(matrices, engine)

@@ -7,3 +7,4 @@ it once for a CPU; `loops` and `formulas` are what is compiled.
 LANES = 16  # partial sums of a row: see `total` in schemes/arithmetic/clipping.py
 BLOCK = 4 * LANES  # numbers of a row that compiled sums take at once
 REFINEMENTS = 2  # of a scale: see `least_error` there
+WIDE = 8  # numbers of a vector; scales that are tried at once

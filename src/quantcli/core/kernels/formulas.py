@@ -16,6 +16,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from quantcli.core.kernels.lanes import bits_and, bits_most, bits_plus
+
 f32, i32, u8, i8, u16, i16 = np.float32, np.int32, np.uint8, np.int8, np.uint16, np.int16
 
 
@@ -38,6 +40,11 @@ as_i32 = _bitcast(types.float32, types.int32)
 def helper(function: Callable[..., Any]) -> Any:
     """Compiled into its callers."""
     return njit(function, error_model="numpy", inline="never")
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """The same, also if it is long."""
+    return njit(function, error_model="numpy", inline="never", forceinline=True)
 
 
 # --- source dtypes: value of bits, magnitude of the largest bits ---
@@ -183,6 +190,8 @@ class Encoder(NamedTuple):
     code:    float32 -> the code of that number.
     value:   a code -> its number, float32.
     stored:  codes in a stored byte, the first in its low bits.
+    rounded: lanes that are not negative -> the nearest numbers, half to even, not clipped.
+    largest: bits of the largest number.
     """
 
     element: Any
@@ -190,6 +199,8 @@ class Encoder(NamedTuple):
     code: Any
     value: Any
     stored: int = 1
+    rounded: Any = None
+    largest: Any = None
 
 
 def _integers(least, largest):
@@ -242,11 +253,16 @@ def _floats(mantissa, least, largest, bits):
         return (least_power if power < least_power else power) + lift
 
     @helper
+    def rounded(x):
+        power = bits_plus(bits_most(bits_and(x, i32(0x7F800000)), least_power), lift)
+        return (x + power) - power
+
+    @helper
     def nearest(x):
         found = clipped(x)
         power = as_f32(lifted(found))
-        rounded = (as_f32(found) + power) - power
-        return as_f32(as_i32(rounded) | (as_i32(x) & i32(-(2**31))))
+        magnitude = (as_f32(found) + power) - power
+        return as_f32(as_i32(magnitude) | (as_i32(x) & i32(-(2**31))))
 
     @helper
     def code(x):
@@ -265,7 +281,7 @@ def _floats(mantissa, least, largest, bits):
         found = i32(0x7FC00000) if magnitude == nan else found
         return as_f32(i32(found | i32(i32(wide & sign) << to_sign)))
 
-    return Encoder(types.uint8, nearest, code, value, 8 // bits)
+    return Encoder(types.uint8, nearest, code, value, 8 // bits, rounded, largest_bits)
 
 
 ENCODERS = {
@@ -273,4 +289,47 @@ ENCODERS = {
     "int8": _integers(-128, 127),
     "fp8_e4m3": _floats(3, -6, 448.0, 8),
     "fp4_e2m1": _floats(1, 0, 6.0, 4),
+}
+
+
+# --- scales of a few numbers, in the order of their codes ---
+
+
+class Grid(NamedTuple):
+    """A type of scales in compiled code.
+
+    above:   positive float32 -> the code of the least scale that is not below it, or a larger one.
+    nearest: the code of the nearest scale.
+    """
+
+    above: Any
+    nearest: Any
+
+
+_e4m3_code, _e4m3_value = ENCODERS["fp8_e4m3"].code, ENCODERS["fp8_e4m3"].value
+
+
+@helper
+def _e4m3_above(x):
+    code = i32(_e4m3_code(x))
+    return code + i32(1) if _e4m3_value(code) < x else code
+
+
+@helper
+def _e4m3_nearest(x):
+    return i32(_e4m3_code(x))
+
+
+@helper
+def _e8m0_above(x):
+    """2^-127, code 0, is a subnormal float32."""
+    bits = as_i32(x)
+    if bits < i32(0x800000):
+        return i32(bits > i32(0x400000))
+    return (bits + i32(0x7FFFFF)) >> i32(23)
+
+
+GRIDS = {
+    "e4m3": Grid(_e4m3_above, _e4m3_nearest),
+    "e8m0": Grid(_e8m0_above, _e8m0_above),
 }

@@ -12,11 +12,32 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS
-from quantcli.core.kernels.formulas import DTYPES, ENCODERS, f32, helper, nearest_scale, u8
+from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS, WIDE
+from quantcli.core.kernels.formulas import (
+    DTYPES,
+    ENCODERS,
+    GRIDS,
+    as_f32,
+    as_i32,
+    f32,
+    helper,
+    i32,
+    inlined,
+    nearest_scale,
+    u8,
+)
+from quantcli.core.kernels.lanes import (
+    bits_larger,
+    bits_least,
+    largest_bits,
+    load,
+    place_of_least,
+    spread,
+    store,
+)
 
-_COUNT = types.int64
-_FLOATS = types.CPointer(types.float32)
+COUNT = types.int64
+FLOATS = types.CPointer(types.float32)
 _OCTETS = types.CPointer(types.uint8)
 
 
@@ -39,7 +60,7 @@ def absmax_tiles(dtype: str) -> Any:
                         most = value if value > most else most
                 out[(top // tall) * groups + group] = largest(most)
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _COUNT, _COUNT, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, COUNT, COUNT, FLOATS)
 
 
 def absmax_columns(dtype: str) -> Any:
@@ -53,7 +74,7 @@ def absmax_columns(dtype: str) -> Any:
                 value = largest(magnitude(rows[start + j]))
                 out[j] = out[j] if value <= out[j] or out[j] != out[j] else value
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, FLOATS)
 
 
 def encode(dtype: str, to: str) -> Any:
@@ -72,9 +93,9 @@ def encode(dtype: str, to: str) -> Any:
                 for j in range(first, last):
                     codes[j] = code(value(rows[j]) / scale)
 
-    counts = [_COUNT] * 4
+    counts = [COUNT] * 4
     pointer = types.CPointer(encoder.element)
-    return kernel, types.void(types.CPointer(element), *counts, _FLOATS, pointer)
+    return kernel, types.void(types.CPointer(element), *counts, FLOATS, pointer)
 
 
 def decode(of: str) -> Any:
@@ -103,7 +124,7 @@ def decode(of: str) -> Any:
                     out[2 * j] = value(codes[j] & u8(15)) * scale
                     out[2 * j + 1] = value(codes[j] >> u8(4)) * scale
 
-    signature = types.void(types.CPointer(encoder.element), *[_COUNT] * 3, _FLOATS, _FLOATS)
+    signature = types.void(types.CPointer(encoder.element), *[COUNT] * 3, FLOATS, FLOATS)
     return (one if stored == 1 else two), signature
 
 
@@ -115,7 +136,7 @@ def pack_nibbles() -> Any:
         for j in range(count):
             out[j] = (codes[2 * j] + added) | ((codes[2 * j + 1] + added) << u8(4))
 
-    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+    return kernel, types.void(_OCTETS, COUNT, COUNT, _OCTETS)
 
 
 def unpack_nibbles() -> Any:
@@ -128,7 +149,7 @@ def unpack_nibbles() -> Any:
             out[2 * j] = (octet & u8(15)) - subtracted
             out[2 * j + 1] = (octet >> u8(4)) - subtracted
 
-    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+    return kernel, types.void(_OCTETS, COUNT, COUNT, _OCTETS)
 
 
 def extremes(dtype: str) -> Any:
@@ -147,11 +168,11 @@ def extremes(dtype: str) -> Any:
             above[i] = largest(high)
             below[i] = largest(low)
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, FLOATS, FLOATS)
 
 
 @helper
-def _total(lanes):
+def folded(lanes):
     """The sum of the lanes: the upper half onto the lower one, until one is left."""
     a, b, c, d = lanes[0] + lanes[8], lanes[1] + lanes[9], lanes[2] + lanes[10], lanes[3] + lanes[11]
     e, f, g, h = lanes[4] + lanes[12], lanes[5] + lanes[13], lanes[6] + lanes[14], lanes[7] + lanes[15]
@@ -199,7 +220,7 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
                 total += square(values[c], weights[c], scale, inverse)
                 total += square(values[d], weights[d], scale, inverse)
                 lanes[lane] = total
-        total = _total(lanes)
+        total = folded(lanes)
         return total if total == total else infinite
 
     @helper
@@ -231,7 +252,7 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
             for lane in range(LANES):
                 found = products(values, weights, j + lane, inverse, lanes[lane], more[lane])
                 lanes[lane], more[lane] = found
-        mixed, square = _total(lanes), _total(more)
+        mixed, square = folded(lanes), folded(more)
         best = mixed / square
         if square > 0 and mixed > 0:
             return f32(best), best * mixed
@@ -273,10 +294,121 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
 
     totals = types.CPointer({"float32": types.float32, "float64": types.float64}[sums])
     return kernel, types.void(
-        types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS, _FLOATS, _COUNT, _FLOATS, _COUNT,
-        _FLOATS, _COUNT, _COUNT, types.float32, _FLOATS, _FLOATS, totals, totals, _FLOATS,
+        types.CPointer(element), COUNT, COUNT, FLOATS, FLOATS, FLOATS, COUNT, FLOATS, COUNT,
+        FLOATS, COUNT, COUNT, types.float32, FLOATS, FLOATS, totals, totals, FLOATS,
     )  # fmt: skip
 
 
-_ALL = absmax_tiles, absmax_columns, extremes, encode, least_error, decode, pack_nibbles, unpack_nibbles
+def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
+    """Codes of groups of 16 or 32 columns, and scales, see `quantize` in schemes/arithmetic/fp4.py.
+
+    wide: the columns of a group. Of 16 no number is over the largest one by more than half a step.
+    up: whether the first scale is the least that is not too small, or the nearest one; count: how many
+    are tried. table, inverses: the scale of each code, and of scale * whole the reciprocal; behind the
+    last one that is repeated, up to NaN at `last + WIDE`. sizes, steps, codes: space for a row, up to
+    a multiple of the columns, zeros behind it; firsts: for a number of each group; left: WIDE infinite
+    numbers; lanes: space for as many.
+    """
+    element, value, *_ = DTYPES[dtype]
+    encoder, grid = ENCODERS[to], GRIDS[by]
+    rounded, largest, code_of = encoder.rounded, encoder.largest, encoder.code
+    above, nearest = grid.above, grid.nearest
+    columns = int(wide)
+
+    @inlined
+    def square(quotients):
+        error = quotients - rounded(quotients)
+        return error * error
+
+    @inlined
+    def pair(x, a, b, inverses):
+        return square(spread(x[a]) * inverses) + square(spread(x[b]) * inverses)
+
+    @inlined
+    def by_scales(x, start, inverses):
+        """The errors of 16 columns, with a scale in each lane."""
+        one = pair(x, start, start + 8, inverses) + pair(x, start + 4, start + 12, inverses)
+        one = one + (
+            pair(x, start + 2, start + 10, inverses) + pair(x, start + 6, start + 14, inverses)
+        )
+        other = pair(x, start + 1, start + 9, inverses) + pair(x, start + 5, start + 13, inverses)
+        more = pair(x, start + 3, start + 11, inverses) + pair(x, start + 7, start + 15, inverses)
+        return one + (other + more)
+
+    @inlined
+    def clipped(x, start, inverse):
+        quotients = load(x, start) * inverse
+        error = quotients - rounded(bits_least(quotients, largest))
+        return error * error
+
+    @inlined
+    def by_columns(x, start, inverse, lanes):
+        """The error of 32 columns with one scale, with a column in each lane."""
+        low = clipped(x, start, inverse) + clipped(x, start + 16, inverse)
+        high = clipped(x, start + 8, inverse) + clipped(x, start + 24, inverse)
+        store(lanes, 0, low + high)
+        a, b, c, d = lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]
+        return (a + c) + (b + d)
+
+    @inlined
+    def errors_of_16(x, start, inverses, code, count, left, lanes):
+        return by_scales(x, start, load(inverses, code))
+
+    @inlined
+    def errors_of_32(x, start, inverses, code, count, left, lanes):
+        for place in range(count):
+            left[place] = by_columns(x, start, spread(inverses[code + place]), lanes)
+        return load(left, 0)
+
+    errors = errors_of_16 if columns == 16 else errors_of_32
+
+    def kernel(
+        rows, n, k, whole, reach, up, count, least, last, table, inverses, sizes, steps, left, lanes,
+        firsts, codes, scales, packed,
+    ):  # fmt: skip
+        groups = (k + columns - 1) // columns
+        octets = (k + 1) // 2
+        for i in range(n):
+            row = i * k
+            for j in range(k):
+                sizes[j] = as_f32(as_i32(value(rows[row + j])) & i32(0x7FFFFFFF))
+            for group in range(groups):
+                start = group * columns
+                most = load(sizes, start)
+                for j in range(start + WIDE, start + columns, WIDE):
+                    most = bits_larger(most, load(sizes, j))
+                firsts[group] = largest_bits(most)
+            for group in range(groups):
+                amax = as_f32(firsts[group])
+                ideal = amax / whole / reach
+                code = above(ideal) if up else nearest(ideal)
+                code = min(max(code, i32(least)), i32(last))
+                firsts[group] = code if firsts[group] < i32(0x7F800000) else i32(last + WIDE)
+            for group in range(groups):
+                start, code = group * columns, firsts[group]
+                if count > 1 and code <= i32(last):
+                    tried = load(table, code)
+                    ratios = tried / spread(table[code])
+                    found = errors(sizes, start, inverses, code, count, left, lanes)
+                    code = code + place_of_least(found * (ratios * ratios))
+                scale = table[code]
+                scales[i * groups + group] = scale
+                step = spread(scale * whole)
+                for j in range(start, start + columns, WIDE):
+                    store(steps, j, step)
+            for j in range(k):
+                codes[j] = code_of(value(rows[row + j]) / steps[j])
+            for j in range(octets):
+                packed[i * octets + j] = codes[2 * j] | (codes[2 * j + 1] << u8(4))
+
+    return kernel, types.void(
+        types.CPointer(element), COUNT, COUNT, types.float32, types.float32, *[COUNT] * 4,
+        *[FLOATS] * 6, types.CPointer(types.int32), _OCTETS, FLOATS, _OCTETS,
+    )  # fmt: skip
+
+
+_ALL = (
+    absmax_tiles, absmax_columns, extremes, encode, encode_groups, least_error, decode, pack_nibbles,
+    unpack_nibbles,
+)  # fmt: skip
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

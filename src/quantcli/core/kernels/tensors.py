@@ -6,10 +6,12 @@ another dtype or part of a gradient, empty ones, and if no code can be compiled.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quantcli.core.kernels import BLOCK, LANES
+from quantcli.core.kernels import BLOCK, LANES, WIDE
 from quantcli.core.kernels.machine import Function, kernel
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -96,6 +98,61 @@ def encode(
     return codes
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Groups of columns, and the scales that they may have.
+
+    columns: of a group.
+    scale:   the name of the type of scales.
+    table:   the scales by their codes, float32, up to the largest that a group may have.
+    least:   the code of the smallest one.
+    reach:   what the largest value over its scale is near to, for the first scale that is tried.
+    up:      whether it may not be over that.
+    count:   how many scales are tried, up to WIDE.
+    """
+
+    columns: int
+    scale: str
+    table: Tensor
+    least: int
+    reach: float
+    up: bool
+    count: int
+
+
+def encode_groups(
+    rows: Tensor, element: str, by: Groups, whole: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Packed codes and scales of groups: float [..., n, k] -> uint8 [..., n, ceil(k / 2)] and float32
+    [..., n, ceil(k / columns)]. See `quantize` in schemes/arithmetic/fp4.py.
+
+    whole: float32 [1], on top of the scales; None: 1.
+    """
+    if whole is not None and (whole.device.type != "cpu" or whole.numel() != 1):
+        return None
+    run = _of("encode_groups", rows, element, by.scale, str(by.columns))
+    if run is None:
+        return None
+    k = rows.shape[-1]
+    n, groups = rows.numel() // k, -(-k // by.columns)
+    scale = torch.empty((*rows.shape[:-1], groups))
+    packed = torch.empty((*rows.shape[:-1], -(-k // 2)), dtype=torch.uint8)
+    last = len(by.table) - 1
+    table = torch.cat([by.table, by.table[-1:].expand(WIDE - 1), torch.full((1,), torch.nan)])
+    inverses = 1 / (table if whole is None else table * whole)
+    sizes, steps = torch.zeros(2, groups * by.columns)
+    left, lanes = torch.full((2, WIDE), torch.inf)
+    codes = torch.zeros(groups * by.columns, dtype=torch.uint8)
+    firsts = torch.empty(groups, dtype=torch.int32)
+    run(
+        rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), by.reach, by.up, by.count,
+        by.least, last, table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(),
+        left.data_ptr(), lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(),
+        packed.data_ptr(),
+    )  # fmt: skip
+    return packed, scale
+
+
 def decode(codes: Tensor, element: str, scale: Tensor | None, columns: int) -> Tensor | None:
     """The numbers of stored codes [..., k / per_byte] times scales: float32 [..., k].
 
@@ -154,9 +211,7 @@ def least_error(
     widest: Tensor,
     engine_dtype: torch.dtype,
     least: float,
-    element: str,
-    steps: tuple[tuple[float, ...], tuple[float, ...]],
-    sums: torch.dtype,
+    searched: tuple[str, tuple[tuple[float, ...], tuple[float, ...]], torch.dtype],
     importance: Tensor | None,
 ) -> Tensor | None:
     """The scale of each row with the least squared error: float [..., k] -> float32 [..., 1].
@@ -165,9 +220,11 @@ def least_error(
 
     sign:       float32 [..., 1], which the values are multiplied with.
     least:      the smallest scale.
-    steps:      shares of the widest scale, and steps around the best of them.
+    searched:   the type of codes; shares of the widest scale, and steps around the best of them; the
+                dtype of sums.
     importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
     """
+    element, steps, sums = searched
     if engine_dtype not in _ENGINES or not rows.numel():
         return None
     k = rows.shape[-1]
@@ -195,3 +252,62 @@ def least_error(
         more.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def encode_shifted(rows: Tensor, scale: Tensor, zero: Tensor) -> Tensor | None:
+    """Int4 codes with zero points, the nearest to rows / scale + zero: float [..., k] -> int8 [..., k].
+
+    scale: float32 [..., 1]; zero: int8 [..., 1].
+    """
+    run = _of("encode_shifted", rows)
+    if run is None:
+        return None
+    scale, zero = scale.contiguous(), zero.contiguous()
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    k = rows.shape[-1]
+    count = rows.numel() // k
+    run(rows.data_ptr(), count, k, scale.data_ptr(), zero.data_ptr(), codes.data_ptr())
+    return codes
+
+
+def least_error_shifted(
+    rows: Tensor,
+    ends: tuple[Tensor, Tensor],
+    engine_dtype: torch.dtype,
+    least: float,
+    steps: tuple[tuple[float, ...], tuple[tuple[float, float], ...]],
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Scale, float32 [..., 1], and zero point, int8 [..., 1], of each row: float [..., k].
+
+    See `search` in schemes/arithmetic/zero_points.py.
+
+    ends:       the largest x and the largest -x of each row, float32 [..., 1].
+    least:      the smallest scale.
+    steps:      shares of the range, and pairs of steps around the best of them.
+    importance: as in `least_error`; None: no search, but the whole range.
+    """
+    if engine_dtype not in _ENGINES or not rows.numel():
+        return None
+    k = rows.shape[-1]
+    count = rows.numel() // k
+    weighed = torch.ones(k) if importance is None else importance
+    weighed = weighed.expand(k) if weighed.numel() == 1 else weighed
+    if weighed.shape[-1] != k or count % (weighed.numel() // k):
+        return None
+    run = _of("least_error_shifted", rows)
+    if run is None:
+        return None
+    above, below = (end.contiguous() for end in ends)
+    weighed = weighed.contiguous()
+    coarse, fine = torch.tensor(steps[0]), torch.tensor(steps[1])
+    values, weights = torch.zeros(2, -(-k // BLOCK) * BLOCK)
+    lanes, more = torch.empty(2, LANES)
+    scale, zero = torch.empty_like(above), torch.empty(above.shape, dtype=torch.int8)
+    run(
+        rows.data_ptr(), count, k, above.data_ptr(), below.data_ptr(), weighed.data_ptr(),
+        weighed.numel() // k, coarse.data_ptr(), len(coarse), fine.data_ptr(), len(fine),
+        _ENGINES[engine_dtype], least, int(importance is not None), values.data_ptr(),
+        weights.data_ptr(), lanes.data_ptr(), more.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+    )  # fmt: skip
+    return scale, zero

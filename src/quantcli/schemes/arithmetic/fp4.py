@@ -7,12 +7,14 @@ largest weight of a group ends up near the largest code, 6, or is cut off a litt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.codes import code_values, scale_groups, spread
+from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS, SCALES
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 
@@ -44,6 +46,15 @@ class Grid:
     def dtype(self) -> torch.dtype:
         """Of the scales."""
         return torch_dtype(SCALES[self.scale].dtype)
+
+    def code(self, scale: float) -> int:
+        """The code of a scale."""
+        return int(torch.tensor([scale]).to(self.dtype).view(torch.uint8))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """All scales up to the largest, by their codes: float32."""
+        return self.scales(torch.arange(self.code(self.largest) + 1).to(torch.uint8))
 
     def scales(self, codes: Tensor) -> Tensor:
         """The scales of their codes, uint8: float32 in the same shape."""
@@ -82,13 +93,15 @@ def power_scale(amax: Tensor) -> Tensor:
     return (power * 2.0**-8).clamp_min(LEAST_GLOBAL)
 
 
-def nearest(values: Tensor) -> Tensor:
-    """The nearest numbers of e2m1, float32, half to even, clipped to -6..6.
+def nearest(values: Tensor, *, clip: bool = True) -> Tensor:
+    """The nearest numbers of e2m1, float32, half to even, clipped to -6..6, or going on in steps of 2.
 
     Numbers below 2 have steps of 0.5, those from 2 on steps of 1, those from 4 on steps of 2. A sum
     with a power of two that has these steps in float32 is rounded to them.
     """
-    magnitude = values.abs().clamp_max(LARGEST)
+    magnitude = values.abs()
+    if clip:
+        magnitude.clamp_max_(LARGEST)
     power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
     power = power.clamp_min(1.0) * 2.0**22
     return ((magnitude + power) - power).copysign(values)
@@ -125,6 +138,18 @@ def quantize(rows: Tensor, whole: Tensor | None, grid: Grid, *, search: bool) ->
     search: of the scales tried, the one with the least squared error; of equals the smallest. Else
     e4m3 scales are the nearest to amax / 6, and powers of two those that clip nothing.
     """
+    by = kernels.Groups(
+        grid.columns,
+        grid.scale,
+        grid.table,
+        grid.code(SCALES[grid.scale].least),
+        reach=grid.reach if search else LARGEST,
+        up=search or grid.scale == "e8m0",
+        count=grid.count if search else 1,
+    )
+    compiled = kernels.encode_groups(rows, _FP4.name, by, whole)
+    if compiled is not None:
+        return compiled
     groups = tiles.cut(rows, grid.columns)
     amax = rounding.absmax(groups)
     limit = amax if whole is None else amax / whole
@@ -156,7 +181,7 @@ def _least_error(groups: Tensor, first: Tensor, whole: Tensor | None, grid: Grid
     times it is as large as the first one.
     """
     values = groups.float().abs()
-    last = int(torch.tensor(grid.largest).to(grid.dtype).view(torch.uint8))
+    last = grid.code(grid.largest)
     smallest = grid.scales(first)
     best, lowest = first, torch.full(first.shape, torch.inf, device=first.device)
     for place in range(grid.count):
@@ -165,7 +190,7 @@ def _least_error(groups: Tensor, first: Tensor, whole: Tensor | None, grid: Grid
         step = scale if whole is None else scale * whole
         quotients = values * (1 / step)
         ratio = scale / smallest
-        error = (quotients - nearest(quotients)).square_()
+        error = (quotients - nearest(quotients, clip=grid.reach > LARGEST + 1)).square_()
         left = clipping.total(error, torch.float32) * (ratio * ratio)
         better = left < lowest
         best, lowest = torch.where(better, codes, best), torch.where(better, left, lowest)

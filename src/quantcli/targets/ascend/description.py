@@ -23,7 +23,7 @@ from quantcli.targets.vllm_family import MERGED, absent_head, expert_set, stacke
 SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
 # Keys for the checkpoint as a whole by which the engine rounds the cache, attention or the indexer.
 # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:497-500,1035-1042.
-_ROUNDS_MORE = ("kv_cache_type", "fa_quant_type", "indexer_quant_type")
+_ROUNDS_MORE = ("fa_quant_type", "indexer_quant_type")
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
 
 
@@ -71,6 +71,10 @@ class Description:
             if table.get(key):
                 what = f"has `{key}`: what the engine rounds by it, next to weights, is not verified"
                 self.findings.append(noted("description", what, DESCRIPTION))
+        cache = table.get("kv_cache_type")
+        if cache not in (None, "C8"):
+            what = f"`kv_cache_type` is {cache!r:.40}; the engine knows C8 alone"
+            self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table

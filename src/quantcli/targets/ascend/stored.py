@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
 from quantcli.checkpoint.spec import FLOATS
+from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import CACHES, Cache
 from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
@@ -22,6 +24,7 @@ from quantcli.targets.ascend.types import (
     type_of,
 )
 from quantcli.targets.base import AGAIN
+from quantcli.targets.kv_cache import StoredCache, is_scale
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, recorded_shape
 from quantcli.targets.tensor_parallel import splits_inputs
@@ -31,6 +34,7 @@ from quantcli.targets.vllm_family import EXPERT, stacked_sets
 # one for each row. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633 and 1041,
 # quantization/methods/kv_c8.py:99-139, attention/attention_v1.py:1892-1915.
 CACHE = frozenset({"kv_cache_scale", "kv_cache_offset"})
+_MOST = 2**20  # numbers of an offset that are looked at
 # dtype of deq_scale by the serving dtype
 _DEQ_DTYPES = {"BF16": "F32", "F16": "I64"}
 
@@ -56,7 +60,6 @@ class AscendCheckpoint(StoredFormat):
         """Float tensors are float, quantized modules have what their type registers."""
         for module, tensors in self.by_module.items():
             label = self.labels.get(module)
-            yield from self._cache(module)
             if label in UNCHECKED:
                 self.unchecked[module] = f"type {label}"
             elif label in TYPES and TYPES[label].weight.suffix in tensors:
@@ -80,21 +83,25 @@ class AscendCheckpoint(StoredFormat):
             what = f"`{module}` is FLOAT, but has {suffix}: the engine has no place for it"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
 
-    def _cache(self, module: str) -> Iterator[Finding]:
-        """Scales and offsets of the cache that belong to k_proj or v_proj."""
-        tensors = self.by_module[module]
-        rows = tensors["weight"].spec.shape[0] if "weight" in tensors else None
-        for suffix in sorted(CACHE & tensors.keys()):
-            spec, where = tensors[suffix].spec, f"`{module}.{suffix}`"
+    def declared_cache(self) -> Cache | None:
+        """C8, or none."""
+        return CACHES["c8"] if self._with_cache else None
+
+    def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:
+        """C8: offsets are added as keys are written, and not subtracted as they are read.
+
+        Source: vllm-ascend 182b75ea84, attention/attention_v1.py:1918-1919,1970-2035.
+        """
+        for stored in cache.tensors:
+            name, size = stored.spec.name, stored.spec.numel
             if not self._with_cache:
                 what = f'there is no "kv_cache_type": "C8" in the description: {self.unregistered}'
-                yield failed("parameters", what, where, AGAIN)
-            elif spec.dtype not in FLOATS or spec.numel not in {1, rows}:
-                what = f"is {spec}, not one float or {rows}"
-                yield failed("parameters", what, where, AGAIN)
-            elif suffix == "kv_cache_scale":
-                self.values[spec.name] = "positive"
-            self.checked["parameters"] += 1
+                yield failed("cache", what, f"`{name}`", AGAIN)
+            elif is_scale(name) or size > _MOST or stored.spec.dtype not in FLOATS:
+                continue
+            elif bool(read_tensor(stored).any()):
+                what = "is not 0: the engine adds it as it writes keys and values, and reads without it"
+                yield failed("cache", what, f"`{name}`", AGAIN)
 
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """All but those of the cache, which have a check of their own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Module, Numerics, Parts, multiplier
+from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts, multiplier
 from quantcli.targets.ascend.loader import (
     DESCRIPTION,
     FLOAT,
@@ -27,7 +28,7 @@ from quantcli.targets.ascend.loader import (
     unlisted,
     unreachable,
 )
-from quantcli.targets.ascend.stored import AscendCheckpoint
+from quantcli.targets.ascend.stored import CACHE, AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import SLICES, USUAL_TP, pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     ON_310P,
@@ -52,6 +53,8 @@ from quantcli.targets.base import (
     cannot_store,
 )
 from quantcli.targets.drafts import FLOAT_DRAFT
+from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor
+from quantcli.targets.layouts import Values
 from quantcli.targets.sidecars import flat_json
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import (
@@ -69,12 +72,30 @@ from quantcli.targets.vllm_family import (
 MAX_SIDE = 65535
 
 
+_C8 = "C8"  # the engine's name for an int8 cache with a scale for each channel
+_CACHE_PARTS: tuple[tuple[CachePart, Values], ...] = (
+    ("k_scale", "positive"), ("k_offset", "zero"), ("v_scale", "positive"), ("v_offset", "zero"),
+)  # fmt: skip
+
+
+def _cache_name(part: str, layer: str) -> str:
+    """Such as `model.layers.0.self_attn.k_proj.kv_cache_scale`."""
+    side, _, kind = part.partition("_")
+    return f"{layer}.{side}_proj.kv_cache_{kind}"
+
+
 class Ascend(VllmTarget):
     """The format that vLLM-Ascend loads; its description names every tensor."""
 
     name: ClassVar[str] = "ascend"
     files: ClassVar[Mapping[str, str]] = {DESCRIPTION: "description"}
     float_label: ClassVar[str] = FLOAT
+    caches: ClassVar[Mapping[Cache, tuple[CacheTensor, ...]]] = {
+        CACHES["c8"]: tuple(
+            CacheTensor(part, partial(_cache_name, part), lambda heads, width: (width,), values)
+            for part, values in _CACHE_PARTS
+        )
+    }
     device: Literal["310P"] | None = Field(
         None,
         description="310P: Atlas 300I DUO and others with that chip, which serve in float16 and have "
@@ -281,6 +302,22 @@ class Ascend(VllmTarget):
         )
         yield Refusal("architectures", what, FLOAT_DRAFT)
 
+    def cache_fault(self, cache: Cache, layer: AttentionLayer) -> str | None:
+        """Heads of widths that the layout of an int8 cache does not take; the 310P, which has none.
+
+        Source: vllm-ascend 182b75ea84, attention/attention_v1.py:1887-1890,2007.
+        """
+        if self.device:
+            return f"the engine has no int8 cache on the {self.device}"
+        width = next((w // layer.heads for w in layer.widths if w // layer.heads % 32), None)
+        return (
+            f"the engine's int8 cache has heads in multiples of 32; one is {width}" if width else None
+        )
+
+    def cache_note(self, cache: Cache) -> str | None:
+        """On nodes that only prefill."""
+        return "a node that only prefills keeps a float cache; others write and read int8"
+
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
         and experts of families that the engine does not list."""
@@ -359,11 +396,16 @@ class Ascend(VllmTarget):
             "group_size": next(iter(sizes), 0),
             "optional": {},
         }
+        if output.cache is not None:
+            table |= {"kv_cache_type": _C8, "kv_quant_type": _C8}
         if devices := self._largest_tp(output.modules):
             table[LARGEST_TP] = devices
         for name in sorted(output.tensors):
             owner, _, suffix = name.rpartition(".")
-            table[name] = FLOAT if suffix == "bias" else labels.get(owner, FLOAT)
+            if suffix in CACHE and output.cache is not None:
+                table[name] = _C8
+            else:
+                table[name] = FLOAT if suffix == "bias" else labels.get(owner, FLOAT)
         if head := absent_head(output.tensors):
             table[head] = FLOAT
         for module in output.modules:

@@ -12,7 +12,7 @@ from quantcli.checkpoint.detect import of_draft
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.number_types import ELEMENTS, SCALES
-from quantcli.core.numerics import Numerics, Operand
+from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, as_served, kind_of
 from quantcli.targets.names import entry_fault, fold, ignored
@@ -50,7 +50,9 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
     config = ConfigGroups()
     top = block.get("format")
     tables = block.get("config_groups")
-    if not isinstance(tables, dict) or not tables:
+    if tables == {} and block.get("kv_cache_scheme"):
+        pass  # the cache alone is quantized
+    elif not isinstance(tables, dict) or not tables:
         config.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
         tables = {}
     for name, table in tables.items():
@@ -89,9 +91,6 @@ def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
         yield _wrong("has a `sparsity_config` with targets, which engines refuse")
     if block.get("transform_config"):
         yield _wrong("has a `transform_config`, which this version cannot verify")
-    if block.get("kv_cache_scheme"):
-        what = "has a `kv_cache_scheme`: how the engine rounds its cache is not verified"
-        yield noted("config", what, CONFIG)
 
 
 class _Unknown(Exception):
@@ -209,9 +208,9 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
     formats = {kinds[numerics].format for numerics in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": (formats.pop() if len(formats) == 1 else "mixed-precision") if formats else "dense",
         "quantization_status": "compressed",
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache_scheme(output.cache) if output.cache else None,
         "config_groups": {
             f"group_{number}": {
                 "targets": _targets(names, [n for other in groups.values() for n in other], draft),
@@ -222,10 +221,47 @@ def quantization_config(output: PlannedCheckpoint, kinds: dict[Numerics, Kind]) 
             }
             for number, (numerics, names) in enumerate(groups.items())
         },
-        "ignore": _of_draft(floats)
+        "ignore": []
+        if not groups
+        else _of_draft(floats)
         if draft
         else ignored(floats, [n for names in groups.values() for n in names]),
     }
+
+
+_STRATEGIES: Mapping[str, str] = {"tensor": "tensor", "head": "attn_head"}
+
+
+def cache_scheme(cache: Cache) -> dict[str, Any]:
+    """`kv_cache_scheme`: with it, vLLM quantizes its cache, unless an option overrides it."""
+    return {
+        "num_bits": cache.element.bits,
+        "type": cache.element.family,
+        "strategy": _STRATEGIES[cache.per],
+        "symmetric": True,
+        "dynamic": False,
+    }
+
+
+def declared_cache(block: Mapping[str, Any]) -> tuple[Cache | None, Iterator[Finding]]:
+    """The cache of `kv_cache_scheme`, and the findings of its faults.
+
+    Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/
+    compressed_tensors.py:1103-1145.
+    """
+    scheme = block.get("kv_cache_scheme")
+    if scheme is None:
+        return None, iter(())
+    if not isinstance(scheme, dict):
+        return None, iter([_wrong(f"has a `kv_cache_scheme` that is {scheme!r:.40}, not an object")])
+    given = {"dynamic": False, **scheme}
+    caches = (cache for cache in CACHES.values() if cache.per in _STRATEGIES)
+    found = next((c for c in caches if cache_scheme(c).items() <= given.items()), None)
+    if found is not None:
+        return found, iter(())
+    words = ", ".join(f"{key} {scheme.get(key)!r:.20}" for key in cache_scheme(CACHES["fp8"]))
+    what = f"has a `kv_cache_scheme` ({words}) that the engine refuses or serves with other scales"
+    return None, iter([_wrong(what)])
 
 
 def _targets(modules: Sequence[str], quantized: Sequence[str], draft: bool) -> list[str]:

@@ -9,8 +9,9 @@ from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import Cache
 from quantcli.targets.base import AGAIN
-from quantcli.targets.compressed_tensors.config import ConfigGroup, read_groups
+from quantcli.targets.compressed_tensors.config import ConfigGroup, declared_cache, read_groups
 from quantcli.targets.compressed_tensors.layouts import SUFFIXES, layout_of
 from quantcli.targets.compressed_tensors.matching import GroupMatcher
 from quantcli.targets.sidecars import quantization_block
@@ -35,10 +36,16 @@ class CompressedTensorsCheckpoint(StoredFormat):
         self._names = {
             name for name, tensors in self.by_module.items() if tensors.keys() & {"weight", *SUFFIXES}
         }
-        groups = read_groups(quantization_block(self.checkpoint.config))
+        block = quantization_block(self.checkpoint.config)
+        groups = read_groups(block)
         self._matcher = GroupMatcher(groups, self._names, draft_of(self.checkpoint))
         self._ignore = groups.ignore
-        return groups.findings
+        self._cache, faults = declared_cache(block)
+        return [*groups.findings, *faults]
+
+    def declared_cache(self) -> Cache | None:
+        """By `kv_cache_scheme`."""
+        return self._cache
 
     def check_parameters(self) -> Iterator[Finding]:
         """Quantized modules are in a group, and have what the engine registers for it."""

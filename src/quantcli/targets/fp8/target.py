@@ -9,11 +9,12 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import LAYER, of_draft
-from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
 from quantcli.targets.fp8.kinds import LOADS_ON, label_of, layout_of
 from quantcli.targets.fp8.stored import Fp8Checkpoint
+from quantcli.targets.kv_cache import CacheTensor, not_alone, plain_tensors
 from quantcli.targets.layouts import Layout
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
@@ -31,6 +32,9 @@ class Fp8(VllmTarget):
     """
 
     name: ClassVar[str] = "fp8"
+    caches: ClassVar[Mapping[Cache, tuple[CacheTensor, ...]]] = {
+        CACHES["fp8"]: plain_tensors(lambda heads, width: (1,))
+    }
 
     def layout(self, numerics: Numerics) -> Layout:
         """Its label is such as `fp8 tensor static`: the format has no names of its own."""
@@ -101,8 +105,21 @@ class Fp8(VllmTarget):
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The scheme, and the names of float linears."""
+        if not used:
+            raise not_alone()
         (numerics,) = used  # `check` refuses a second one
         return quantization_config(output, numerics)
+
+    def cache_note(self, cache: Cache) -> str | None:
+        """On the option that the engine needs.
+
+        Source: vllm 0.32.0, model_executor/layers/quantization/fp8.py:205-207,
+        model_executor/layers/attention/attention.py:281-291.
+        """
+        return (
+            "serve with --kv-cache-dtype fp8: config.json of this format cannot say that the cache is "
+            "quantized, and without the option the engine leaves its scales unused"
+        )
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By `quant_method` in config.json, or, if it is lost, by scales that only this format has."""

@@ -10,10 +10,10 @@ from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Numerics, Operand
+from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, Kind
-from quantcli.targets.modelopt.matching import engine_names
+from quantcli.targets.modelopt.matching import also_built_as, engine_names
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import draft_expressions, float_towers, skip_list, spellings
 from quantcli.targets.vllm_family import (
@@ -56,40 +56,55 @@ def descriptions(
             members.setdefault(kinds[module.numerics], []).append(module.name)
     quantized = [name for names in members.values() for name in names]
     excluded = exclude_list(float_linears(output), quantized, draft=of_draft(output.tensors))
-    if len(members) == 1:
+    uniform = len(members) == 1 and (not nameless_head(output.config) or any(map(is_head, quantized)))
+    layers: dict[str, Any] = {}
+    if uniform:
         (kind,) = members
         entry = _entry(kind)
         groups = {"group_0": _group(kind, ["Linear"])}
-        layers: dict[str, Any] = {}
     else:
         entry = {"quant_algo": MIXED}
         groups = {
             f"group_{number}": _group(kind, sorted(names))
             for number, (kind, names) in enumerate(members.items())
         }
-        by_name = {name: kind for kind, names in members.items() for name in names}
-        layers = {
-            "quantized_layers": {m.name: _entry(by_name[m.name]) for m in output.modules if m.numerics}
-        }
+        for module in output.modules:
+            if module.numerics is not None:
+                names = (module.name, *also_built_as(module.name))
+                layers |= dict.fromkeys(names, _entry(kinds[module.numerics]))
+    by_name = {"quantized_layers": layers} if layers else {}
     block = {
         "quant_method": METHOD,
         **entry,
         "config_groups": groups,
         "ignore": excluded,
-        "kv_cache_scheme": None,
-        **layers,
+        "kv_cache_scheme": CACHE_SCHEME if output.cache else None,
+        **by_name,
         "producer": _PRODUCER,
     }
     own = {
         "producer": _PRODUCER,
         "quantization": {
             **entry,
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": CACHE_ALGORITHM if output.cache else None,
             "exclude_modules": excluded,
-            **layers,
+            **by_name,
         },
     }
     return block, own
+
+
+# An fp8 cache, in config.json and in the file of its own.
+# Source: vllm 0.32.0, utils/torch_utils.py:457-500.
+CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+CACHE_ALGORITHM = "FP8"
+
+
+def _is_fp8(declared: Any) -> bool:
+    """Whether vLLM makes the cache fp8 of a declaration."""
+    if isinstance(declared, dict):
+        return all(declared.get(key) == value for key, value in CACHE_SCHEME.items())
+    return isinstance(declared, str) and declared.upper() == CACHE_ALGORITHM
 
 
 def _entry(kind: Kind) -> dict[str, Any]:
@@ -112,6 +127,24 @@ def _arguments(operand: Operand) -> dict[str, Any]:
     return table | ({"group_size": operand.group_size} if operand.group_size else {})
 
 
+# Classes that give their head no name, so that no list can name it; without an entry in
+# `quantized_layers` it is float. Source: vllm 0.32.0, model_executor/models: afmoe.py,
+# exaone_moe.py:510, molmo2.py:2390, cohere_asr.py, nemotron_parse.py, qwen3_omni_moe_thinker.py:1151.
+_NAMELESS_HEADS = frozenset(
+    {
+        "AfmoeForCausalLM", "CohereAsrForConditionalGeneration", "ExaoneMoEForCausalLM",
+        "ExaoneMoeForCausalLM", "Molmo2ForConditionalGeneration",
+        "NemotronParseForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration",
+    }
+)  # fmt: skip
+
+
+def nameless_head(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM's class for a model builds its head without a name."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(str(name) in _NAMELESS_HEADS for name in classes)
+
+
 def exclude_list(floats: Sequence[str], quantized: Sequence[str], *, draft: bool = False) -> list[str]:
     """Entries for all float modules, and for no quantized one, in every engine.
 
@@ -126,9 +159,12 @@ def exclude_list(floats: Sequence[str], quantized: Sequence[str], *, draft: bool
     taken = "\n".join(dict.fromkeys(n for module in quantized for n in (module, *engine_names(module))))
     sets = dict.fromkeys(expert_set(name) for name in floats if EXPERT.fullmatch(name))
     single = [name for name in floats if not EXPERT.fullmatch(name)]
+    if not any(map(is_head, [*floats, *quantized])):
+        single.append("lm_head")  # engines call any head so, also one that is tied
     bracketed = {fused_siblings(name) or name for name in single if name in taken}
     exact = [name for name in single if (fused_siblings(name) or name) not in bracketed]
     entries: dict[str, None] = {}
+    sets |= dict.fromkeys(other for name in tuple(sets) for other in also_built_as(name))
     own = {*exact, *sets}
     for name in skip_list([*exact, *sets], quantized):
         if name not in taken:
@@ -166,11 +202,13 @@ class ModelOptConfig:
 
     excluded: entries for float modules.
     layers:   the algorithms of MIXED_PRECISION, in capitals, by name.
+    cache:    of keys and values; None if none is declared.
     """
 
     algorithm: str | None = None
     excluded: tuple[str, ...] = ()
     layers: dict[str, str] = field(default_factory=dict)
+    cache: Cache | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -258,9 +296,13 @@ def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> Mod
     expected = KINDS[algorithm].group_size if algorithm in KINDS else None
     if expected and size is not None and size != expected:
         wrong(f"`group_size` is {size!r:.40}; {algorithm} has groups of {expected}")
-    if table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo"):
+    declared = table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo")
+    if _is_fp8(declared):
+        config.cache = CACHES["fp8"]
+    elif declared:
         what = (
-            "the cache of keys and values is quantized, too: how the engine rounds it is not verified"
+            f"declares a cache of {declared!r:.60}: how the engine rounds it is not verified by this "
+            "version"
         )
         config.findings.append(noted("config", what, where))
     if algorithm == MIXED and not _read_layers(table.get("quantized_layers"), config, wrong):

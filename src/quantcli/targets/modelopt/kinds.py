@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -102,6 +103,18 @@ _BY_NUMERICS = {kind.numerics: kind for kind in KINDS.values()}
 MIXED = "MIXED_PRECISION"
 # Suffixes of parameters of quantized modules, in any algorithm of Model-Optimizer.
 SUFFIXES = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
+
+
+# A part of next-token layers that the engine builds as float under one algorithm of four bits.
+# Source: vllm 0.32.0, model_executor/models: qwen3_5_mtp.py:88-105 and qwen3_next_mtp.py:68-86.
+_FLOAT_IN_FOUR_BITS = re.compile(r"(?:.*\.)?mtp\.fc")
+
+
+def float_in_four_bits(module: str, algorithm: str | None) -> str | None:
+    """The reason why the engine builds a module as float, next to others of this algorithm, or None."""
+    if algorithm in ("NVFP4", "W4A16_NVFP4") and _FLOAT_IN_FOUR_BITS.fullmatch(module):
+        return f"the engine builds `mtp.fc` as float if the model is {algorithm}"
+    return None
 
 
 def kind_of(numerics: Numerics) -> Kind:

@@ -14,9 +14,12 @@ from fnmatch import translate
 from functools import cache
 
 from quantcli.checkpoint.detect import Draft
-from quantcli.targets.spellings import draft_name, spellings
+from quantcli.targets.spellings import built_as, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, is_head, last_part, looked_up_as, sibling_names
 
+# Experts that the engine builds under another name than that of their tensors.
+# Source: vllm 0.32.0, model_executor/models/minimax_m2.py:285-289.
+_BUILT_IN_MLP = ".block_sparse_moe.experts"
 _WILDCARDS = re.compile(r"[*?\[]")
 
 
@@ -28,7 +31,19 @@ def engine_name(module: str) -> str:
 
 def engine_names(module: str, draft: Draft | None = None) -> tuple[str, ...]:
     """That name in all spellings; of a draft there is one."""
-    return (draft_name(module, draft),) if draft else spellings(engine_name(module))
+    if draft:
+        return (draft_name(module, draft),)
+    name = engine_name(module)
+    return (*spellings(name), *also_built_as(name))
+
+
+def also_built_as(module: str) -> list[str]:
+    """Names under which the engine may build a module, and which do not follow from that of its tensor
+    by the beginning."""
+    names = built_as(module)
+    if _BUILT_IN_MLP in module:
+        names.append(module.replace(_BUILT_IN_MLP, ".mlp.experts"))
+    return names
 
 
 class Entries:

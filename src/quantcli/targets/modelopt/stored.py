@@ -9,10 +9,16 @@ from collections.abc import Collection, Iterator, Mapping
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Module
+from quantcli.core.numerics import Cache, Module
 from quantcli.targets.base import AGAIN
-from quantcli.targets.modelopt.config import FILE, ModelOptConfig, own_settings, read_settings
-from quantcli.targets.modelopt.kinds import KINDS, MIXED, SUFFIXES, Kind, layout_of
+from quantcli.targets.modelopt.config import (
+    FILE,
+    ModelOptConfig,
+    nameless_head,
+    own_settings,
+    read_settings,
+)
+from quantcli.targets.modelopt.kinds import KINDS, MIXED, SUFFIXES, Kind, float_in_four_bits, layout_of
 from quantcli.targets.modelopt.matching import Entries, Layers
 from quantcli.targets.spellings import of_no_module
 from quantcli.targets.stored_format import StoredFormat, orphan, some, unlike_scales
@@ -20,6 +26,7 @@ from quantcli.targets.vllm_family import (
     QUANTIZED_ROUTERS,
     check_blocks,
     float_linear,
+    is_head,
     is_linear,
     last_part,
     stacked_sets,
@@ -52,6 +59,10 @@ class ModelOptCheckpoint(StoredFormat):
         self.readable = self._config.algorithm is not None
         self._lookup = _Lookup(self._config, self)
         return [*self._config.findings, *(self._disagreement() if self.readable else ())]
+
+    def declared_cache(self) -> Cache | None:
+        """By `kv_cache_scheme`, or `kv_cache_quant_algo`."""
+        return self._config.cache
 
     def _disagreement(self) -> Iterator[Finding]:
         """Findings of a file of its own, and one if it quantizes other modules than config.json."""
@@ -103,9 +114,9 @@ class ModelOptCheckpoint(StoredFormat):
                 yield from self._quantized(module, KINDS[algorithm])
             else:
                 self.labels[module] = self.float_label
-                if float_linear(module) is None:
+                if self.float_only(module) is None:
                     yield from self._unlisted(module, weight, algorithm)
-                elif str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS:
+                elif float_linear(module) and self._routers_are_quantized():
                     routers.append(module)
         if routers:
             what = f"the list of float modules lacks {some(routers)}, float routers that the engine "
@@ -117,6 +128,9 @@ class ModelOptCheckpoint(StoredFormat):
             what = "is tied to the embeddings and not among the float modules: the engine has no "
             what += "scales for it"
             yield failed("loader", what, f"`{head}`", "add `lm_head` to the list of float modules")
+
+    def _routers_are_quantized(self) -> bool:
+        return str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS
 
     def builds_quantized(self, module: str) -> bool | None:
         """Unless it is excluded, or in no entry of MIXED_PRECISION."""
@@ -143,8 +157,9 @@ class ModelOptCheckpoint(StoredFormat):
 
     def float_only(self, module: str) -> str | None:
         """Routers, and under one algorithm vision towers of some names."""
-        uniform = self._config.algorithm != MIXED
-        return super().float_only(module) or (always_float(module) if uniform else None)
+        algorithm = self._config.algorithm
+        own = None if algorithm == MIXED else always_float(module)
+        return super().float_only(module) or own or float_in_four_bits(module, algorithm)
 
     def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
         """Scales of weights and inputs; those of the cache are of another module in the engine."""
@@ -179,12 +194,15 @@ class _Lookup:
 
     def __init__(self, config: ModelOptConfig, stored: ModelOptCheckpoint) -> None:
         self._mixed = config.algorithm == MIXED
+        self._nameless_head = nameless_head(stored.checkpoint.config)
         self._usual = config.algorithm
         self._entries = Entries(config.excluded, stored.by_module, stored._draft)
         self._layers = Layers(config.layers, stored.by_module)
 
     def algorithm(self, module: str) -> str | None:
         """In capitals; None if the engine builds the module as float."""
+        if self._nameless_head and is_head(module):
+            return None if self._mixed else self._usual
         if self._entries.excluded(module):
             return None
         if self._mixed:

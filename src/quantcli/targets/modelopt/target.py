@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,14 +11,27 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.codes import scale_values, scales_to_store
-from quantcli.core.numerics import Module, Numerics, Parts
+from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
+from quantcli.targets.kv_cache import CachePart, CacheTensor, not_alone, plain_name
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.modelopt.config import FILE, descriptions, settings_of
-from quantcli.targets.modelopt.kinds import KINDS, kind_of, layout_of
+from quantcli.targets.modelopt.kinds import KINDS, float_in_four_bits, kind_of, layout_of
 from quantcli.targets.modelopt.stored import ModelOptCheckpoint, always_float
 from quantcli.targets.sidecars import to_json
 from quantcli.targets.vllm_family import EXPERT, VllmTarget, check_blocks, is_head, last_part
+
+_PARTS: tuple[CachePart, ...] = ("k_scale", "v_scale")
+
+
+def _cache_name(part: str, layer: str) -> str:
+    """`k_proj.k_scale` of a layer, as the producer names it; vLLM knows that by two names of layers.
+
+    Source: vllm 0.32.0, model_executor/layers/quantization/base_config.py:230-245.
+    """
+    if layer.rpartition(".")[2] in ("self_attn", "mixer"):
+        return f"{layer}.{part[0]}_proj.{part}"
+    return plain_name(layer, part)
 
 
 class ModelOpt(VllmTarget):
@@ -28,6 +42,11 @@ class ModelOpt(VllmTarget):
 
     name: ClassVar[str] = "modelopt"
     files: ClassVar[Mapping[str, str]] = {FILE: "config"}
+    caches: ClassVar[Mapping[Cache, tuple[CacheTensor, ...]]] = {
+        CACHES["fp8"]: tuple(
+            CacheTensor(part, partial(_cache_name, part), lambda heads, width: ()) for part in _PARTS
+        )
+    }
 
     def layout(self, numerics: Numerics) -> Layout:
         """Its label is the `quant_algo`, such as NVFP4."""
@@ -91,6 +110,8 @@ class ModelOpt(VllmTarget):
         """By algorithms that the engine lacks for experts and heads; by widths of groups and blocks."""
         assert module.numerics is not None
         kind, k = kind_of(module.numerics), module.shape[1]
+        if reason := float_in_four_bits(module.name, kind.algorithm):
+            yield Fault(reason, KEEP, "width")
         if EXPERT.fullmatch(module.name) and not kind.experts:
             what = f"the engine has no {kind.algorithm} for experts"
             yield Fault(what, "use `fp8_static`, `mxfp8` or `nvfp4` for them")
@@ -134,6 +155,8 @@ class ModelOpt(VllmTarget):
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The algorithm, or that of each module, and the entries for float modules."""
+        if not used:
+            raise not_alone()
         return self._descriptions(output, used)[0]
 
     def _descriptions(

@@ -31,7 +31,7 @@ from quantcli.planning.block import (
     read_calibrated,
     row_blocks,
 )
-from quantcli.planning.plan import Copy, Item, Plan, Quantize, Repack, Work
+from quantcli.planning.plan import CacheScale, Copy, Item, Plan, Quantize, Repack, Work
 from quantcli.planning.recode import recode
 from quantcli.schemes.base import ClippedWeights
 from quantcli.targets.base import StoredCheckpoint, Target
@@ -79,8 +79,11 @@ class Recomputation:
         report.add(self._unplanned(items))
         faults = {item.source.spec.name: list(self._unlike(item)) for item in certain}
         report.add(finding for findings in faults.values() for finding in findings)
-        comparable = [item for item in certain if not faults[item.source.spec.name]]
+        comparable = [i for i in certain if not faults[i.source.spec.name] and not _unmeasured(i)]
         report.not_checked += self._taken_over(comparable)
+        if unmeasured := sum(map(_unmeasured, items)):
+            what = f"scales of the cache were not recomputed ({unmeasured} tensors)"
+            report.not_checked.append(f"{what}: {GIVE_CALIBRATION}")
         progress.begin(sum(item.source.nbytes for item in comparable), len(self.plan.shards))
         differences: dict[str, Difference] = {}
         with thread_pool(workers) as pool:
@@ -148,6 +151,11 @@ class Recomputation:
             tensors = self.stored.modules[item.module].tensors
             return tuple(tensor.spec for suffix, tensor in tensors.items() if suffix != "bias")
         spec = item.outputs[0].spec
+        if isinstance(item, CacheScale) and isinstance(self.plan, Plan) and self.plan.cache:
+            layer = self.plan.cache.layers[item.layer]
+            kinds = self.packed.cache_tensors(self.plan.cache.cache)
+            kind = next(kind for kind in kinds if kind.part == item.part)
+            return (TensorSpec(kind.name(layer.name), spec.dtype, kind.shape_of(layer)),)
         owner, _, suffix = spec.name.rpartition(".")
         module = self.stored.modules.get(owner)
         if suffix != "bias" or module is None or module.numerics is None:
@@ -198,6 +206,11 @@ class Recomputation:
             label = self.stored.modules[name].layout.label
             what = f"the recipe keeps this module float; it is {label}"
             yield failed(CHECK, what, f"`{name}`", CONVERT)
+        scales = {s.name for i in items if isinstance(i, CacheScale) for s in self._specs(i)}
+        for stored in self.stored.cache.tensors if self.stored.cache else ():
+            if stored.spec.name not in scales:
+                what = "the recipe makes no such scale of the cache"
+                yield failed(CHECK, what, f"`{stored.spec.name}`", CONVERT)
 
     def _taken_over(self, items: list[Item]) -> Iterator[str]:
         """For the report: numbers that were taken from the checkpoint itself."""
@@ -273,7 +286,8 @@ class Recomputation:
             for start, stop in row_blocks(job):
                 parts = target.unpack(scheme.numerics, reader.rows(start, stop - start))
                 rows = read_span(item.source, start, stop - start)
-                codes = scheme.nearest_codes(rows, parts["weight_scale"].float())
+                zero = parts.get("weight_zero_point")
+                codes = scheme.nearest_codes(rows, parts["weight_scale"].float(), zero)
                 parts |= {"weight": codes, "weight_scale": parts["weight_scale"].to(dtype)}
                 sides = shape[0], shape[1]
                 packed = target.pack_module(item.module, scheme.numerics, parts, sides)
@@ -295,7 +309,8 @@ class Recomputation:
         else:
             (spec,) = self._specs(item)
             for _, row, tensor in rows.outputs:
-                yield Output(spec), row, tensor.to(torch_dtype(spec.dtype))
+                shape = spec.shape if isinstance(item, CacheScale) else tensor.shape
+                yield Output(spec), row, tensor.to(torch_dtype(spec.dtype)).view(shape)
 
     def _repacked(
         self, item: Quantize, rows: Computed, packed: Target
@@ -312,6 +327,11 @@ class Recomputation:
             output = Output(module.tensors[suffix].spec, params[suffix].axis, params[suffix].rows)
             if rows.start == 0 or output.rows:
                 yield output, output.first(rows.start), tensor
+
+
+def _unmeasured(item: Item) -> bool:
+    """Whether an item is a scale of the cache that calibration would give."""
+    return isinstance(item, CacheScale) and not item.ready
 
 
 def _change(stored: Any, planned: Any, place: str = "") -> str | None:

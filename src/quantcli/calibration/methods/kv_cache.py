@@ -1,0 +1,158 @@
+"""Scales of the cache of keys and values, from both as they enter it.
+
+They are measured on the edited model, after rotary embeddings and norms of keys: weights give no bound
+for them. A layer that reads the cache of an earlier one has none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor
+
+from quantcli.calibration.methods.base import LayerWork, Measurement, Method
+from quantcli.calibration.policy import Policy, not_finite
+from quantcli.calibration.replay.cache import entering
+from quantcli.calibration.watch import current_batch
+from quantcli.core.errors import InputError
+from quantcli.core.numerics import CACHES, Cache, Stats
+from quantcli.schemes.arithmetic.cache import Magnitudes, paired
+from quantcli.schemes.arithmetic.observers import Observer
+from quantcli.schemes.base import Scheme, has_effect
+from quantcli.targets.kv_cache import AttentionLayer
+
+_SIDES = ("k", "v")
+
+
+class KvCache(Method):
+    """Measure scales of the cache of keys and values."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+    name: ClassVar[str] = "kv_cache"
+    results: ClassVar[tuple[str, ...]] = ("scales of the cache",)
+    of_weights: ClassVar[bool] = False
+
+    format: Literal["fp8", "fp8_per_head", "c8"] = Field(
+        description="fp8: one scale for the keys of a layer and one for its values; fp8_per_head: one "
+        "for each head of them; c8: int8, one for each channel, for Ascend"
+    )
+    chosen_by: Literal["minmax", "percentile", "mse"] = Field(
+        "minmax", alias="observer", description="how the range of keys and of values is chosen"
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        99.99, description="for percentile: how much of them lies in the range"
+    )
+
+    _has_effect = field_validator("percentile")(has_effect)
+
+    @property
+    def cache(self) -> Cache:
+        """That of `format`."""
+        return CACHES[self.format]
+
+    def has_work(self, modules: Sequence[str], policy: Policy) -> bool:
+        """Whether a layer of attention is among their parents."""
+        return any(module.rpartition(".")[0] in policy.attention for module in modules)
+
+    def nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
+        """Counts of keys and values: of 2,048 magnitudes of 8,192 channels, 32,768 of 256 heads."""
+        return 0 if self.chosen_by == "minmax" else 2**28
+
+    def measure(self, work: LayerWork) -> Measurement:
+        """One pass over the samples."""
+        return CachePass(self, work)
+
+
+class CachePass(Measurement):
+    """The keys and values of a layer's attention."""
+
+    def __init__(self, method: KvCache, work: LayerWork) -> None:
+        self._method = method
+        self._work = work
+        self._attention = work.run.policy.attention
+        self._observers: dict[tuple[str, str], tuple[Magnitudes, Observer]] = {}
+        self._shapes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def passing(self) -> AbstractContextManager[object]:
+        """Keys and values are seen."""
+        layer = self._work.layer
+        return entering(layer.name, layer.module, layer.segments, self._attention, self._enter)
+
+    def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if (batch := current_batch()) is not None:
+            number, mask = batch
+            for side, states in zip(_SIDES, (key, value), strict=True):
+                rows = states.detach().transpose(1, 2)
+                tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+                self._observer(layer, side, tokens).update(tokens, number)
+        return key, value
+
+    def _observer(self, layer: str, side: str, tokens: Tensor) -> Observer:
+        with self._lock:
+            if (layer, side) not in self._observers:
+                method = self._method
+                summary = Magnitudes(method.cache, counted=method.chosen_by != "minmax")
+                self._observers[layer, side] = summary, Observer(summary)
+                heads, width = tokens.shape[1:]
+                self._shapes[layer, side] = heads, heads * width
+            return self._observers[layer, side][1]
+
+    def settle(self) -> None:
+        """Add the scales of each layer of attention. InputError for NaN or Inf, and for keys of other
+        sizes than the plan has."""
+        report = self._work.report.results.setdefault("cache", {})
+        for name in dict.fromkeys(layer for layer, _ in self._observers):
+            stats: dict[str, Tensor] = {}
+            tokens = 0
+            for side in _SIDES:
+                summary, observer = self._observers[name, side]
+                if not observer.finite:
+                    raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
+                self._must_fit(self._attention[name], side)
+                stats[f"{side}_scale"] = self._scale(summary, side, self._attention[name])
+                tokens = observer.tokens
+            if self._method.cache.per == "channel":
+                stats |= {f"{side}_offset": torch.zeros_like(stats[f"{side}_scale"]) for side in _SIDES}
+            self._work.stats[name] = stats
+            report[name] = {"tokens": tokens, **_largest(stats)}
+
+    def _scale(self, summary: Magnitudes, side: str, layer: AttentionLayer) -> Tensor:
+        """Of each unit, float32."""
+        method, channels = self._method, self._method.cache.per == "channel"
+        dtype = self._work.run.policy.serving_dtype if channels else torch.float32
+        scale = summary.scales(method.chosen_by, method.percentile, dtype)
+        if channels and side == "k":
+            scale = paired(scale, layer.heads, self._rotated(layer))
+        return scale
+
+    def _rotated(self, layer: AttentionLayer) -> int:
+        """Channels of a head that rotary embeddings turn."""
+        config = self._work.run.skeleton.checkpoint.text_config
+        width = layer.widths[0] // layer.heads
+        share = config.get("partial_rotary_factor")
+        rope = config.get("rope_parameters")
+        if share is None and isinstance(rope, dict):
+            share = rope.get("partial_rotary_factor")
+        return int(width * share) if isinstance(share, float) and 0 < share < 1 else width
+
+    def _must_fit(self, layer: AttentionLayer, side: str) -> None:
+        heads, width = self._shapes[layer.name, side]
+        expected = layer.heads, layer.widths[side == "v"]
+        if (heads, width) != expected and self._method.cache.per != "tensor":
+            what = (
+                f"the cache is given {heads} heads of {width // heads} numbers; by its weights and "
+                f"config.json the engine keeps {expected[0]} of {expected[1] // expected[0]}"
+            )
+            fix = "use `kv_cache: fp8`, with one scale for all heads, or leave `kv_cache` out"
+            raise InputError(what, where=f"`{layer.name}`", fix=fix)
+
+
+def _largest(stats: Stats) -> dict[str, float]:
+    """The largest number of each scale."""
+    return {name: float(scale.max()) for name, scale in stats.items() if name.endswith("_scale")}

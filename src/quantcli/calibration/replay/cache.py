@@ -1,0 +1,95 @@
+"""Keys and values as they enter the cache: after rotary embeddings, before heads are repeated.
+
+Every attention of the library hands both to the cache that it is given, and reads what that gives
+back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcli.calibration.replay.skeleton import Segments
+
+# (layer of attention, keys, values), [batch, heads, length, width] -> the same, or others instead
+Enter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+
+@contextmanager
+def entering(
+    name: str, layer: nn.Module, segments: Segments, attention: Collection[str], enter: Enter
+) -> Iterator[set[str]]:
+    """Within it `enter` sees the keys and values of the loaded layer's forward, on any thread.
+
+    name: of the layer in the model. segments: its stored weights. attention: names of layers of
+    attention, as stored. Yields those that are in this layer.
+    """
+    owners: dict[str, str] = {}
+    for parameter, experts in segments.items():
+        parents = {s.module.rpartition(".")[0] for parts in experts for s in parts}
+        for stored in parents.intersection(attention):
+            owners[parameter.removeprefix(f"{name}.").rpartition(".")[0].rpartition(".")[0]] = stored
+    with ExitStack() as stack:
+        found = set()
+        for path, stored in owners.items():
+            module = layer.get_submodule(path)
+            argument = _argument(module)
+            if argument is not None:
+                hook = module.register_forward_pre_hook(
+                    _given(argument, stored, enter), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+                found.add(stored)
+        yield found
+
+
+def _argument(module: nn.Module) -> str | None:
+    """The name under which a module takes a cache; None if it takes none."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in _ARGUMENTS if name in parameters), None)
+
+
+def _given(argument: str, stored: str, enter: Enter) -> Callable[..., Any]:
+    """A hook that gives a module a cache in place of none."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        place = list(inspect.signature(module.forward).parameters).index(argument)
+        if place < len(args):
+            if args[place] is None:
+                args = (*args[:place], _passing()(stored, enter), *args[place + 1 :])
+        elif kwargs.get(argument) is None:
+            kwargs = {**kwargs, argument: _passing()(stored, enter)}
+        return args, kwargs
+
+    return hook
+
+
+@cache
+def _passing() -> Callable[[str, Enter], Any]:
+    """The class of a cache that keeps nothing: what enters it comes out."""
+    from transformers import DynamicCache
+
+    class Passing(DynamicCache):
+        def __init__(self, layer: str, enter: Enter) -> None:
+            super().__init__()
+            self._layer = layer
+            self._enter = enter
+
+        def update(
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int = 0,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:
+            """Keys and values [batch, heads, length, width], as `enter` gives them back."""
+            return self._enter(self._layer, key_states, value_states)
+
+    return Passing
