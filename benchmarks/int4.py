@@ -14,12 +14,15 @@ trained models: the one in examples/ and any that are named.
 
 The speed is that of one thread that quantizes a bfloat16 row block of the size of a conversion's, in GB
 of bfloat16 per CPU second.
+
+Then zero points: the relative error of weights whose rows have a mean of up to half a sigma, by
+symmetric codes with searched scales, by the whole range with zero points, by the search for both.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ Array = NDArray[np.float64]
 NEAR = 0.1  # percent above the least squared error, at most
 SPEED = 0.4  # GB per CPU second, at least
 CLIPS = ("mse", "columns")
+ASYMMETRIC = {32: 0.075, 128: 0.0925}  # relative error, at most
 LEAST, MOST = 0.44, 1.1  # of the scale that clips nothing
 REACH = 7 + 63 / 128  # the largest w / scale that still rounds to 7
 BLOCK = (256, 2048)
@@ -64,6 +68,8 @@ def main() -> None:
         for line in error(what, tensors, clip, options.group)
     ]
     lines += [speed(weights["Gaussian"][0], clip, options.group) for clip in CLIPS]
+    means = random.uniform(-0.5, 0.5, (BLOCK[0], 1))
+    lines += zero_points(to_bf16((random.standard_normal(BLOCK) + means) * 0.02))
     finish(lines, as_json=options.json)
 
 
@@ -84,9 +90,26 @@ def linears(folder: Path, group: int, count: int) -> list[Tensor]:
     return [tensor[:ROWS].to(torch.bfloat16) for tensor in fitting[::step][:count]]
 
 
-def scheme_of(clip: str, group: int) -> Any:
-    """The scheme of the recipe vllm_w4a16."""
-    return discover(Scheme)["w4a16"](group_size=group, clip=clip)
+def scheme_of(clip: str, group: int, *, symmetric: bool = True) -> Any:
+    """The scheme of the recipes vllm_w4a16 and vllm_w4a16_asym."""
+    return discover(Scheme)["w4a16"](group_size=group, clip=clip, symmetric=symmetric)
+
+
+def zero_points(weight: Tensor) -> Iterator[Line]:
+    """Relative errors in groups of 32 and 128, and the speed of the search."""
+    kinds = {
+        "symmetric, searched": ("mse", True),
+        "zero points, whole range": ("none", False),
+        "zero points, searched": ("mse", False),
+    }
+    for group in (32, 128):
+        for what, (clip, symmetric) in kinds.items():
+            scheme = scheme_of(clip, group, symmetric=symmetric)
+            parts = scheme.quantize(weight, torch.bfloat16, maxima(scheme, weight))
+            error = (scheme.dequantize(parts) - weight.float()).norm() / weight.float().norm()
+            bar = ASYMMETRIC[group] if clip == "mse" and not symmetric else None
+            yield Line(f"relative error, groups of {group}: {what}", float(error), "", bar, "")
+        yield speed(weight, "mse", group, symmetric=False)
 
 
 def error(what: str, tensors: list[Tensor], clip: str, group: int) -> list[Line]:
@@ -160,9 +183,9 @@ def number(halves: NDArray[np.uint32]) -> Array:
     return (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def speed(block: Tensor, clip: str, group: int) -> Line:
+def speed(block: Tensor, clip: str, group: int, *, symmetric: bool = True) -> Line:
     """The best of some seconds of quantizing one block over and over."""
-    scheme = scheme_of(clip, group)
+    scheme = scheme_of(clip, group, symmetric=symmetric)
     constants = maxima(scheme, block)
     scheme.quantize(block, torch.bfloat16, constants)
     seconds: list[float] = []
@@ -173,7 +196,11 @@ def speed(block: Tensor, clip: str, group: int) -> Line:
     size = block.numel() * 2 / 1e9
     median = float(np.median(seconds))
     detail = f"{len(seconds)} blocks of {block.numel() / 2**10:.0f}K, best {size / min(seconds):.3f}"
-    return Line(f"search, clip {clip}", size / median, "GB/CPU-s", None, detail, SPEED)
+    what = f"search, clip {clip}"
+    if symmetric:
+        return Line(what, size / median, "GB/CPU-s", None, detail, SPEED)
+    what = f"{what}, zero points, groups of {group}"
+    return Line(what, size / median, "GB/CPU-s", None, detail)
 
 
 if __name__ == "__main__":

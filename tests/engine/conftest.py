@@ -30,6 +30,7 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
     "fp8-dynamic": (CT, [{"match": ALL, "scheme": "fp8_dynamic"}]),
     "w4a16": (CT, [{"match": ALL, "scheme": "w4a16"}]),
     "w4a16-channel": (CT, [{"match": ALL, "scheme": {"name": "w4a16", "group_size": "channel"}}]),
+    "w4a16-asymmetric": (CT, [{"match": ALL, "scheme": {"name": "w4a16", "symmetric": False}}]),
     "mixed": (CT, [*KEEP, {"match": "*.down_proj", "scheme": "w8a8_dynamic"},
                    {"match": "*.o_proj", "scheme": "w4a16"},
                    {"match": ["*.gate_proj", "*.up_proj"], "scheme": "w8a8_static"},
@@ -38,6 +39,10 @@ CONVERTED: dict[str, tuple[str, list[dict[str, object]]]] = {
     "fp8-tensor": (CT, [{"match": ALL, "scheme": "fp8_tensor"}]),
     "fp8-block": (CT, [{"match": ALL, "scheme": "fp8_block"}]),
     "mxfp8": (CT, [{"match": ALL, "scheme": "mxfp8"}]),
+    "nvfp4": (CT, [{"match": ALL, "scheme": "nvfp4"}]),
+    "nvfp4a16": (CT, [{"match": ALL, "scheme": "nvfp4a16"}]),
+    "mxfp4": (CT, [{"match": ALL, "scheme": "mxfp4"}]),
+    "mxfp4-fp8": (CT, [{"match": ALL, "scheme": "mxfp4_fp8"}]),
 }  # fmt: skip
 # recipes for gptq, which also make a compressed-tensors file each: kinds by name, a head, whole rows
 SAME: dict[str, list[dict[str, object]]] = {
@@ -73,12 +78,17 @@ def convert(folder: Path, model: Path, target: str, rules: list[dict[str, object
     return folder
 
 
-def ours(folder: Path, ids: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities by quantcli's own arithmetic, as `verify --run` computes them."""
+def ours(folder: Path, ids: list[list[int]], dtype: str | None = None) -> torch.Tensor:
+    """Log-probabilities by quantcli's own arithmetic, as `verify --run` computes them.
+
+    dtype: of all but the quantized modules; None: as `verify --run` would.
+    """
     batches = [Batch(part, None) for part in torch.tensor(ids).split(8)]
     checkpoint = open_checkpoint(folder)
     quantized = "quantization_config" in checkpoint.config
-    return torch.cat(log_probs(Served.open(folder) if quantized else checkpoint, batches))
+    model = Served.open(folder) if quantized else checkpoint
+    dtype = dtype or (model.dtype if isinstance(model, Served) else "F32")
+    return torch.cat(log_probs(model, batches, dtype=dtype))
 
 
 Tensors = dict[str, torch.Tensor]

@@ -70,3 +70,39 @@ def test_the_loader_takes_single_experts(environment, tmp_path, family, layer, e
         rows = (served - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert 1e-4 < float(rows.mean()) < 0.01  # NaN if a parameter was not filled
         assert float(rows.max()) < 0.02
+
+
+def test_the_loader_takes_int4_experts(environment, tmp_path):
+    """Of the checkpoint for two engines: one code in a byte, scales in bfloat16, int8 next to them."""
+    model = make_tiny(tmp_path / "model", "qwen3_moe")
+    rules = [
+        {"match": "*.experts.*", "scheme": {"name": "w4a8", "group_size": "channel"}},
+        {"match": "*_proj", "scheme": "w8a8_dynamic"},
+    ]
+    out = convert(tmp_path / "out", model, CT, rules)
+    source = load_file(model / "model.safetensors")
+    experts = "model.layers.1.mlp.experts"
+    single = {side: [source[f"{experts}.{e}.{side}_proj.weight"].float() for e in range(E)]
+              for side in ("gate", "up", "down")}  # fmt: skip
+    width = len(single["gate"][0])
+    dtypes = DTYPES | {name: "bfloat16" for name in DTYPES if "scale" in name}
+    request, loaded = tmp_path / "request.json", tmp_path / "loaded.safetensors"
+    asked = {"folder": str(out), "experts": experts, "transposed": False, "shapes": shapes(width),
+             "dtypes": dtypes, "loader": None}  # fmt: skip
+    request.write_text(json.dumps(asked))
+    script = ROOT / "tests" / "engine" / "load_experts.py"
+    done = subprocess.run(
+        [PYTHON, script, request, loaded], env=kept_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(loaded)
+    gate_up = torch.stack([torch.cat(pair) for pair in zip(single["gate"], single["up"], strict=True)])
+    for name, expected in (("w13", gate_up), ("w2", torch.stack(single["down"]))):
+        codes, scale = found[f"{name}_weight"], found[f"{name}_weight_scale"]
+        assert (int(codes.min()), int(codes.max())) == (-8, 7)
+        assert scale.dtype == torch.bfloat16
+        assert bool((scale > 0).all())
+        served = codes.float() * scale.float()
+        assert served.shape == expected.shape
+        rows = (served - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(rows.max()) < 0.2

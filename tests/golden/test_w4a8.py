@@ -1,6 +1,7 @@
 """Int4 experts for vLLM-Ascend: the reference's packing and description, and the engine's sums."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -173,3 +174,47 @@ def test_the_engine_unpacks_the_codes_that_were_chosen(made):
         lost += float((weight - source[f"{module}.weight"].float()).square().sum())
         kept += float(source[f"{module}.weight"].float().square().sum())
     assert (lost / kept) ** 0.5 < 0.16
+
+
+def test_one_checkpoint_for_two_engines(tmp_path):
+    """What vLLM-Ascend asks of compressed-tensors, and what it makes of the codes when it loads them.
+
+    Source: vllm-ascend 182b75ea84, quantization/compressed_tensors_config.py:386-421 and
+    quantization/methods/w4a8.py:385-410.
+    """
+    out, recipe = tmp_path / "out", RECIPES / "vllm_w4a8_moe.yaml"
+    model = str(DATA / "model_moe")
+    commands.quantize(commands.plan(recipe, model=model, out=out, overrides=FEW))
+    block = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert block["format"] == "int-quantized"
+    groups = {group["weights"]["num_bits"]: group for group in block["config_groups"].values()}
+    assert set(groups) == {4, 8}
+    for bits, group in groups.items():
+        assert group["format"] == "int-quantized"
+        weights, inputs = group["weights"], group["input_activations"]
+        assert (weights["strategy"], weights["symmetric"], weights["dynamic"]) == (
+            "channel",
+            True,
+            False,
+        )
+        assert not weights.get("group_size")
+        assert (inputs["num_bits"], inputs["strategy"]) == (8, "token")
+        assert (inputs["symmetric"], inputs["dynamic"]) == (True, True)
+        matched = [bool(re.search(r"experts", target)) for target in group["targets"]]
+        assert set(matched) == {bits == 4}
+    ours = tensors(out)
+    names = [n.removesuffix(".weight") for n in ours if ".experts." in n and n.endswith(".weight")]
+    assert len(names) == 48
+    for name in names:
+        codes, scale = ours[f"{name}.weight"], ours[f"{name}.weight_scale"]
+        assert (codes.dtype, int(codes.min()) >= -8, int(codes.max()) <= 7) == (torch.int8, True, True)
+        assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (len(codes), 1))
+        assert bool((scale > 0).all())
+        stored = TARGET.pack_module(
+            name, W4A8.numerics, {"weight": codes, "weight_scale": scale}, tuple(codes.shape)
+        )
+        turned = codes.T.contiguous()  # the engine packs neighbours of the last dimension then
+        packed = (turned[:, 1::2] << 4) | (turned[:, 0::2] & 15)
+        assert torch.equal(packed, stored["weight"].T)
+        bias = 8 * (turned.float() * scale.float().T).sum(0)
+        assert torch.allclose(bias, stored["scale_bias"].sum(1), rtol=1e-5, atol=1e-5)

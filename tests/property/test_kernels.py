@@ -25,7 +25,7 @@ from quantcli.core.kernels import machine
 from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS
 from quantcli.core.registry import discover
-from quantcli.schemes.arithmetic import clipping, fp4, rounding, tiles
+from quantcli.schemes.arithmetic import clipping, fp4, rounding, tiles, zero_points
 from quantcli.schemes.base import Scheme
 from tests.measured import constants
 from tests.property.test_rounding import fitting, weights
@@ -506,3 +506,25 @@ def test_switched_off(monkeypatch):
     monkeypatch.setenv(machine.SWITCH, "off")
     assert kernels.absmax_tiles(rows, 1, 16) is None
     assert machine.kernel("absmax_tiles", "bfloat16") is None
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weighed", ["whole range", "alike", "by columns", "in groups"])
+def test_zero_points(paths, source, engine, weighed):
+    """Scales, zero points, codes of groups, some of them of zeros, of one sign, of huge values."""
+    generator = torch.Generator().manual_seed(5)
+    for columns in (7, 32, 65):
+        groups = nasty(27, 3 * columns, source, columns).view(27, 3, columns)
+        importance = {
+            "whole range": None,
+            "alike": torch.ones(1),
+            "by columns": torch.rand(columns, generator=generator),
+            "in groups": torch.rand(3, columns, generator=generator),
+        }[weighed]
+
+        def work(groups=groups, importance=importance):
+            scale, zero = zero_points.search(groups, engine, importance)
+            return scale, zero, zero_points.codes(groups, scale, zero)
+
+        paths.same(work, "extremes", "least_error_shifted", "encode_shifted")

@@ -46,6 +46,8 @@ GOODS: dict[str, tuple[str, ...]] = {
     "ct dynamic": ("qwen3", "ct_dynamic", SMALL),
     "ct static": ("qwen2", "ct_static"),
     "ct w4a16": ("llama", "ct_w4a16"),
+    "ct asymmetric": ("llama", "ct_asymmetric"),
+    "ct zeros": ("llama", "ct_zeros"),
     "ct w4a8": ("llama", "ct_w4a8"),
     "ct fp8 static": ("llama", "ct_fp8_static"),
     "ct mixed": ("llama", "ct_mixed"),

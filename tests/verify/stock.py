@@ -46,6 +46,14 @@ OWN = {
     "ct_fp8": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: fp8_dynamic}]\n',
     "ct_fp8_static": 'rules: [{match: "*_proj", scheme: {name: fp8_static, observer: minmax}}]\n',
     "ct_w4a16": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',
+    "ct_asymmetric": """rules:
+- match: ["*_proj", "*.experts.*"]
+  scheme: {name: w4a16, group_size: 32, symmetric: false}
+""",
+    "ct_w8a16_groups": 'rules: [{match: "*_proj", scheme: {name: w8a16, group_size: 32}}]\n',
+    "ct_zeros": """rules:
+- {match: "*_proj", scheme: {name: w4a16, group_size: 32, symmetric: false}}
+""",
     "ct_w4a8": 'rules: [{match: "*_proj", scheme: {name: w4a8, group_size: 32}}]\n',
     "ct_w8a16": 'rules: [{match: ["*_proj", lm_head], scheme: w8a16}]\n',
     "gptq_int4": 'rules: [{match: ["*_proj", "*.experts.*"], scheme: {name: w4a16, group_size: 32}}]\n',

@@ -35,6 +35,7 @@ SOUND = [
     ("llama", "ct_symmetric"), ("mixtral", "ct_fp8"), ("stablelm", "ct_fp8"),
     ("llama", "ct_fp8_static"), ("phi3", "ct_fp8_static"), ("qwen3_moe", "ct_w4a16"),
     ("llama:float16", "ct_w4a16"), ("qwen2", "ct_w4a8"), ("llama", "ct_w8a16"), ("llama", "ct_mixed"),
+    ("llama", "ct_asymmetric"), ("qwen3_moe", "ct_asymmetric"), ("qwen2", "ct_w8a16_groups"),
     ("granitemoe", "ct_dynamic"), ("granitemoehybrid", "ct_w4a16"), ("aria_text", "ct_fp8"),
 ]  # fmt: skip
 
@@ -232,6 +233,20 @@ HARM = [
         DOWN),
     row("nibbles exchanged", "ct w4a16", change(f"{DOWN}.weight_packed", lambda t: (
         ((t >> 4) & 0x0F0F0F0F) | ((t & 0x0F0F0F0F) << 4))), "sqnr", DOWN),
+    row("no zero points", "ct asymmetric", drop(f"{DOWN}.weight_zero_point", described=True),
+        "parameters", f"{DOWN}.weight_zero_point", "no file holds"),
+    row("zero points packed along columns", "ct asymmetric",
+        change(f"{DOWN}.weight_zero_point", lambda t: torch.zeros(64, 1, dtype=torch.int32)),
+        "parameters", f"{DOWN}.weight_zero_point", "[8, 3]"),
+    row("zero points off by 8", "ct asymmetric",
+        change(f"{DOWN}.weight_zero_point", lambda t: t ^ -0x77777778), "sqnr", DOWN),
+    row("zero points of rows in another order", "ct asymmetric",
+        change(f"{DOWN}.weight_zero_point", lambda t: t.roll(1, 0)), "sqnr", DOWN),
+    row("a negative scale next to a zero point", "ct asymmetric",
+        change(f"{DOWN}.weight_scale", lambda t: -t), "values", f"{DOWN}.weight_scale",
+        "not a positive"),
+    row("symmetric with zero points", "ct asymmetric", group(weights_symmetric=True), "parameters",
+        "has no weight_zero_point", most=28),
     row("modules exchanged", "ct w4a8", swap(GATE, UP, "weight", "weight_scale"), "sqnr", GATE,
         most=2),
     row("a scale with a wrong exponent", "ct w4a8", put(f"{OUT}.weight_scale", (4, 1), 1.0), "sqnr",

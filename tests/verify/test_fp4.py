@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.targets.vllm_family import fused_siblings
+from tests.e2e.conftest import run_cli
+from tests.tiny_models import make_tiny
 from tests.verify.producers import CONFIG as MODEL
 from tests.verify.producers import (
     E2M1,
@@ -212,6 +214,32 @@ def test_damaged_mxfp4(tmp_path, source, suffix, to, said):
     change(path, f"{K}.{suffix}", to)
     found = errors(examine(path, source))
     assert any(error.startswith(said) and K in error for error in found), found
+
+
+def test_gate_and_up_of_an_expert_have_one_divisor(tmp_path):
+    """Each expert has its own, and the engine takes that of gate for both."""
+    model = make_tiny(tmp_path / "model", "qwen3_moe", hidden_size=64, head_dim=16)
+    (tmp_path / "recipe.yaml").write_text(
+        'target: compressed-tensors\nrules: [{match: "*_proj", scheme: nvfp4a16}]\n'
+    )
+    out = tmp_path / "out"
+    done = run_cli("quantize", tmp_path / "recipe.yaml", "--model", model, "--out", out)
+    assert done.code == 0, done.err
+    (file,) = out.glob("*.safetensors")
+    found = {n: t for n, t in load_file(file).items() if ".experts." in n and "global" in n}
+    gates = {name: t for name, t in found.items() if "gate_proj" in name}
+    assert len(gates) >= 4
+    assert len({float(t) for t in gates.values()}) > len(gates) // 2
+    assert all(torch.equal(t, found[n.replace("gate_proj", "up_proj")]) for n, t in gates.items())
+    assert errors(examine(out)) == []
+    name = next(iter(gates)).replace("gate_proj", "up_proj")
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    siblings = [error for error in errors(examine(out)) if error.startswith("siblings")]
+    assert len(siblings) == 1
+    assert "the engine keeps one for both" in siblings[0]
+    assert name.rsplit(".", 2)[0] in siblings[0]
 
 
 def test_groups_that_devices_cannot_share(tmp_path):

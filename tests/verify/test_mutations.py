@@ -344,6 +344,17 @@ ROWS = [
         "sqnr", most=9),
     row("clip ratio of 2", "mxfp4 flatquant",
         each(*(put(f"{m}.clip_ratio", (0,), 2.0) for m in (Q, K, V))), "values", most=3),
+    # int4 with zero points
+    row("zero points off by 8", "ct zeros",
+        change(f"{Q}.weight_zero_point", lambda t: t ^ -0x77777778), "sqnr", Q, most=2),
+    row("zero points packed along columns", "ct zeros",
+        change(f"{Q}.weight_zero_point", lambda t: t.T), "parameters", f"{Q}.weight_zero_point"),
+    row("zero points of another layer", "ct zeros",
+        taken(Q, "weight_zero_point", f"{OTHER}.self_attn.q_proj"), "sqnr", Q, most=2),
+    row("no zero points", "ct zeros", drop(f"{Q}.weight_zero_point", described=True), "parameters", Q),
+    row("said to be symmetric", "ct zeros", group(symmetric=True), "parameters", most=99),
+    row("zero points as int8", "ct zeros", change(f"{Q}.weight_zero_point", to(torch.int8)),
+        "parameters", f"{Q}.weight_zero_point"),
     # the cache of keys and values
     row("scale of another layer", "kv fp8",
         each(taken(ATTENTION, "k_scale", f"{OTHER}.self_attn"), scaled(f"{ATTENTION}.k_scale", 1 / 64)),
@@ -434,8 +445,8 @@ SOUND = [
     ("phi3", "ct_nvfp4a16"), ("phi3", "mo_nvfp4a16"), ("mixtral", "ct_nvfp4a16"),
     ("llama:wide", "mxfp4"), ("qwen3_moe:wide", "mxfp4_fp8"), ("qwen3_moe:wide", "mxfp4a16_moe"),
     ("qwen3_moe:wide", "mxfp4"), ("llama:wide", "mxfp8"), ("llama:wide", "mx_flatquant"),
-    ("llama", "ct_kv_fp8"), ("llama", "ct_kv_fp8_per_head"), ("llama", "mo_kv_fp8"),
-    ("llama:wide", "ascend_kv_c8"),
+    ("llama", "ct_zeros"), ("llama", "ct_kv_fp8"), ("llama", "ct_kv_fp8_per_head"),
+    ("llama", "mo_kv_fp8"), ("llama:wide", "ascend_kv_c8"),
     ("llama:float16", "ct_nvfp4a16"), ("llama:float16", "ct_mxfp4"), ("mixtral", "ct_mxfp8"),
 ]  # fmt: skip
 

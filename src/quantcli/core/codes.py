@@ -127,6 +127,23 @@ def pack_signed(values: Tensor, bits: int) -> Tensor:
     return unsigned.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
+def pack_columns(values: Tensor, bits: int) -> Tensor:
+    """Packed along rows: int8 [n, g] -> int32 [ceil(n * bits / 32), g]; what is left of a word is 0."""
+    each = 32 // bits
+    if not len(values):  # no view takes its strides
+        return values.new_empty(values.shape, dtype=torch.int32)
+    columns = values.mT
+    if rest := -columns.shape[-1] % each:
+        empty = columns.new_full((len(columns), rest), -(2 ** (bits - 1)))
+        columns = torch.cat([columns, empty], 1)
+    return pack_signed(columns.contiguous(), bits).mT.contiguous()
+
+
+def unpack_columns(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse: int32 [ceil(n * bits / 32), g] -> int8 [n, g]."""
+    return unpack_signed(packed.mT.contiguous(), bits, n).mT
+
+
 def unpack_signed(packed: Tensor, bits: int, k: int) -> Tensor:
     """The inverse: int32 [n, ceil(k * bits / 32)] -> int8 [n, k]."""
     if bits == 4:

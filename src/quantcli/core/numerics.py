@@ -64,7 +64,8 @@ class Operand:
     @property
     def scale_rule(self) -> ScaleRule:
         """The rule for stored scales."""
-        return (self.scale_type and self.scale_type.rule) or self.element.scales
+        usual = self.element.scales if self.symmetric else "positive"  # zero points need no other sign
+        return (self.scale_type and self.scale_type.rule) or usual
 
     @property
     def group_size(self) -> int | None:

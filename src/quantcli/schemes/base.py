@@ -256,8 +256,9 @@ class ClippedWeights(Scheme):
         return shared
 
     @abstractmethod
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """The codes that are nearest to rows [..., n, k] for given scales, as `quantize` has both."""
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The codes that are nearest to rows [..., n, k] for given scales, and zero points if there are
+        any, as `quantize` has them."""
 
     def importance(
         self, constants: Stats, device: torch.device, columns: int | None = None

@@ -46,7 +46,7 @@ class Fp8Block(ClippedWeights):
         codes = tiles.to_fp8_e4m3(rows, scale, _BLOCK, clip=importance is not None)
         return {"weight": codes, "weight_scale": scale}
 
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """float8_e4m3fn [..., n, k] for the scales of blocks."""
         return tiles.to_fp8_e4m3(rows, scale, _BLOCK, clip=True)
 

@@ -33,7 +33,7 @@ class Fp8Dynamic(ClippedWeights):
         codes = rounding.to_fp8_e4m3(rows, scale, clip=importance is not None)
         return {"weight": codes, "weight_scale": scale}
 
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """float8_e4m3fn [..., n, k] for scales [..., n, 1]."""
         return rounding.to_fp8_e4m3(rows, scale, clip=True)
 

@@ -6,6 +6,7 @@ spends most codes on few values; a smaller one has less error where it counts.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from quantcli.core.number_types import ELEMENTS
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
-from quantcli.schemes.base import Bias, ClippedWeights
+from quantcli.schemes.base import Bias, ClippedWeights, Scheme
 
 LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
 GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from, in this order
@@ -105,7 +106,7 @@ class IntegerWeights(ClippedWeights):
         scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
         return self.nearest_codes(rows, scale), scale
 
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """int8 [..., n, k]. Here for a scale per row."""
         return clipping.INT8.codes(rows, scale)
 
@@ -171,19 +172,23 @@ class Int4Weights(IntegerWeights):
         scale = self.search(rows, engine_dtype, constants).scale(engine_dtype)
         return self.nearest_codes(rows, scale), scale
 
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """int8 [..., n, k] in -8..7 for scales [..., n, 1]."""
         return clipping.INT4.codes(rows, scale)
 
 
-class Int4Groups(Int4Weights):
-    """Int4 weights with a scale for each group of columns of a row, or for the whole row."""
+class Groups(Scheme):
+    """Integer weights with a scale for each group of columns of a row, or for the whole row.
+
+    Comes before a class of integer weights, which has their other options.
+    """
 
     group_size: Literal[32, 64, 128, "channel", "auto"] = Field(
         128,
         description="columns of a row that share a scale; channel: all of them; auto: the first of "
         "128, 64 and 32 that the engine loads for a module, its siblings, the experts of its layer",
     )
+    code_type: ClassVar[clipping.Codes]
 
     @classmethod
     def for_numerics(cls, numerics: Numerics) -> Self | None:
@@ -213,41 +218,58 @@ class Int4Groups(Int4Weights):
     def weights(self) -> Operand:
         """How weights are quantized."""
         if self.columns is None:
-            return Operand("int4", "channel")
-        return Operand("int4", "group", block=(1, self.columns))
+            return Operand(self.code_type.element, "channel")
+        return Operand(self.code_type.element, "group", block=(1, self.columns))
 
+    def in_groups(self, rows: Tensor) -> Tensor:
+        """[..., n, k] -> [..., n, groups, columns], the last filled up with zeros; or the rows."""
+        return rows if self.columns is None else tiles.cut(rows, self.columns)
+
+    def in_rows(self, codes: Tensor, k: int) -> Tensor:
+        """The inverse, of codes."""
+        return codes if self.columns is None else codes.flatten(-2)[..., :k].contiguous()
+
+    @abstractmethod
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
-        """Of the scales of groups [..., n, groups, columns]. A scale is negative if the largest weight
-        of its group is positive: then that is at -8, one step further than codes reach above zero."""
-        columns = self.columns
-        groups = rows if columns is None else tiles.cut(rows, columns)
-        sign, above = clipping.facing_down(groups)
-        widest = clipping.widest_int4(rounding.absmax(groups), above, engine_dtype)
-        importance = self.importance(constants, rows.device, columns)
-        return Search(groups, widest, sign, clipping.INT4, importance)
+        """Of the scales of groups [..., n, groups, columns], or of rows."""
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
     ) -> tuple[Tensor, Tensor]:
-        """Codes int8 [..., n, k] in -8..7; scale float32 [..., n, ceil(k / group_size)]."""
+        """Codes int8 [..., n, k]; scale float32 [..., n, ceil(k / group_size)]."""
         search = self.search(rows, engine_dtype, constants)
         scale = search.scale(engine_dtype)
-        codes = clipping.INT4.codes(search.rows, scale)
-        if self.columns is None:
-            return codes, scale
-        return codes.flatten(-2)[..., : rows.shape[-1]].contiguous(), scale.squeeze(-1)
+        codes = self.in_rows(self.code_type.codes(search.rows, scale), rows.shape[-1])
+        return codes, scale if self.columns is None else scale.squeeze(-1)
 
-    def nearest_codes(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def nearest_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """int8 [..., n, k] for the scales of groups, or of rows."""
+        groups = self.in_groups(rows)
+        each = scale if self.columns is None else scale.unsqueeze(-1)
+        return self.in_rows(self.code_type.codes(groups, each), rows.shape[-1])
+
+    def spread(self, values: Tensor, k: int) -> Tensor:
+        """What groups have, [..., n, groups], for each of k columns; what rows have, as it is."""
         if self.columns is None:
-            return super().nearest_codes(rows, scale)
-        codes = clipping.INT4.codes(tiles.cut(rows, self.columns), scale.unsqueeze(-1))
-        return codes.flatten(-2)[..., : rows.shape[-1]].contiguous()
+            return values
+        return tiles.spread(values, (1, self.columns), values.shape[-2], k)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """Codes times the scales of their groups: float32 [..., n, k]."""
         codes = parts["weight"].float()
-        if self.columns is None:
-            return codes * parts["weight_scale"]
-        block = (1, self.columns)
-        return codes * tiles.spread(parts["weight_scale"], block, *codes.shape[-2:])
+        return codes * self.spread(parts["weight_scale"], codes.shape[-1])
+
+
+class Int4Groups(Groups, Int4Weights):
+    """Int4 weights with a scale for each group of columns of a row, or for the whole row."""
+
+    code_type: ClassVar[clipping.Codes] = clipping.INT4
+
+    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
+        """Of the scales of groups [..., n, groups, columns]. A scale is negative if the largest weight
+        of its group is positive: then that is at -8, one step further than codes reach above zero."""
+        groups = self.in_groups(rows)
+        sign, above = clipping.facing_down(groups)
+        widest = clipping.widest_int4(rounding.absmax(groups), above, engine_dtype)
+        importance = self.importance(constants, rows.device, self.columns)
+        return Search(groups, widest, sign, clipping.INT4, importance)

@@ -83,6 +83,9 @@ def limits(module: StoredModule, sides: Sides, devices: int, modules: Collection
             yield f"{label} needs inputs in multiples of {columns} on each device; there are {k}"
     if weight.per == "group" and weight.block and k % weight.block[1]:
         yield f"{label} needs inputs in multiples of {weight.block[1]} on each device; there are {k}"
+    if "weight_zero_point" in module.tensors and outputs and n % (32 // weight.element.bits):
+        each = 32 // weight.element.bits
+        yield f"{label} needs outputs in multiples of {each} on each device; there are {n}"
     if "weight_packed" in module.tensors:
         each = 32 // weight.element.bits
         if k % each:

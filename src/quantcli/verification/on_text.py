@@ -82,8 +82,8 @@ def verify_run(
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
-    Everything around the quantized modules is computed in float32. Memory: one layer of each model;
-    hidden states are on disk.
+    Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
+    layer of each model; hidden states are on disk.
     """
     report = structure.report
     assert structure.stored is not None
@@ -99,7 +99,11 @@ def verify_run(
         for number, model in enumerate((other, ours)):
             states = Path(folder) / str(number)
             states.mkdir()
-            models.append(Forward(model, batches, states, workers=workers, trust_remote_code=trust))
+            models.append(
+                Forward(
+                    model, batches, states, dtype=ours.dtype, workers=workers, trust_remote_code=trust
+                )
+            )
         counts = [len(model.skeleton.layers) for model in models]
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
@@ -167,9 +171,13 @@ def _layers(
     return layers
 
 
+# Of the dB of a type. Scales are of other text: what passes their range is clipped.
+_CACHE_SHARE = 0.6
+
+
 def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
     """Scales with which keys or values have a larger error than their type explains."""
-    least = cache.cache.element.sqnr_db
+    least = _CACHE_SHARE * cache.cache.element.sqnr_db
     for (layer, part), sqnr in cache.sqnr().items():
         if not sqnr >= least:
             side = "keys" if part == "k_scale" else "values"

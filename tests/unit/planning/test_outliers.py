@@ -21,7 +21,8 @@ from tests.builders import Tensor, make_model, tensor
 
 INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"
 MXFP8, GROUPS = "fp8_e4m3 e8m0 per group", "int4 per group"
-FOUR = [INT4, GROUPS]
+FP4 = "fp4_e2m1 e8m0 per group"
+FOUR = [INT4, GROUPS, FP4]
 CONFIG = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
 
@@ -115,6 +116,7 @@ def check(module: dict[str, Any], w: np.ndarray) -> None:
     shown = dict(module["sqnr_db"])
     int4 = shown.pop(INT4)
     assert shown.pop(GROUPS) >= int4
+    assert 15 < shown.pop(FP4) < shown[MXFP8]
     assert shown == pytest.approx({FP8: fp8_db(w), INT8: int8_db(w), MXFP8: mxfp8_db(w)}, abs=1e-4)
     # at least what a scale of amax / 7 gives, and no more than a tenth of the steps can
     assert int4_db(w) - 1e-4 <= int4 < shown[INT8] - 15
@@ -305,6 +307,7 @@ def test_operands_name_every_scheme_that_stores_weights_so(tmp_path: Path) -> No
         MXFP8: ["mxfp8"],
         INT4: ["w4a4_dynamic"],
         GROUPS: ["w4a16", "w4a8"],
+        FP4: ["mxfp4", "mxfp4_fp8", "mxfp4a16"],
         INT8: ["w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static"],
     }
 

@@ -51,6 +51,9 @@ SCHEMES = {
     "int4 g128 W4A16": scheme("w4a16"),
     "int4 g32 W4A16": scheme("w4a16", group_size=32),
     "int4 channel W4A16": scheme("w4a16", group_size="channel"),
+    "int8 g64 W8A16": scheme("w8a16", group_size=64),
+    "int4 g32 W4A16 asymmetric": scheme("w4a16", group_size=32, symmetric=False),
+    "int4 channel W4A16 asymmetric": scheme("w4a16", group_size="channel", symmetric=False),
     "int4 g64 W4A8": scheme("w4a8", group_size=64),
     "int4 channel W4A8": scheme("w4a8", group_size="channel"),
 }
@@ -85,6 +88,12 @@ WANTED = {
     "int4 g128 W4A16": PACKED | {"weight_scale": ("BF16", (N, 2))},
     "int4 g32 W4A16": PACKED | {"weight_scale": ("BF16", (N, 8))},
     "int4 channel W4A16": PACKED | {"weight_scale": ("BF16", (N, 1))},
+    "int8 g64 W8A16": {"weight_packed": ("I32", (N, K // 4)), "weight_shape": ("I64", (2,)),
+                       "weight_scale": ("BF16", (N, 4))},
+    "int4 g32 W4A16 asymmetric": PACKED | {"weight_scale": ("BF16", (N, 8)),
+                                           "weight_zero_point": ("I32", (N // 8, 8))},
+    "int4 channel W4A16 asymmetric": PACKED | {"weight_scale": ("BF16", (N, 1)),
+                                               "weight_zero_point": ("I32", (N // 8, 1))},
     "int4 g64 W4A8": CODES | {"weight_scale": ("BF16", (N, 4))},
     "int4 channel W4A8": CODES | {"weight_scale": ("BF16", (N, 1))},
 }  # fmt: skip
@@ -156,7 +165,7 @@ def test_labels_are_unique_and_load_somewhere():
         scheme("w4a4_dynamic").numerics,
         scheme("w8a8_mix").numerics,
         Numerics(Operand("int8", "tensor"), Operand("int8", "token", dynamic=True)),
-        Numerics(Operand("int4", "group", symmetric=False, block=(1, 128)), None),
+        Numerics(Operand("int4", "channel", symmetric=False), Operand("int8", "token", dynamic=True)),
     ],
 )
 def test_what_it_cannot_store(numerics):
@@ -569,3 +578,13 @@ def test_the_engine_finds_every_zero_point_again():
         again = (high - low) / 255
         assert torch.equal(again, scale)
         assert (-128 - low / again).to(torch.int32) == zero
+
+
+def test_zero_points_come_in_words_of_eight_rows():
+    """vLLM registers as many words as there are whole ones, for each device's rows."""
+    numerics = SCHEMES["int4 g32 W4A16 asymmetric"].numerics
+    (found,) = TARGET.check([Module("model.layers.0.self_attn.q_proj", (68, 64), numerics)])
+    assert "zero points of 8 rows together; there are 68" in found.what
+    assert list(TARGET.check([Module("model.layers.0.self_attn.q_proj", (72, 64), numerics)])) == []
+    symmetric = SCHEMES["int4 g32 W4A16"].numerics
+    assert list(TARGET.check([Module("model.layers.0.self_attn.q_proj", (68, 64), symmetric)])) == []

@@ -134,7 +134,7 @@ def groups_of(size):
         (groups_of(16), "not groups of 16"),
         (scheme("w8a8_dynamic").numerics, "how inputs are quantized"),
         (scheme("fp8_dynamic").numerics, "stores int4 and int8 weights, not fp8_e4m3"),
-        (Numerics(Operand("int4", "group", symmetric=False, block=(1, 32)), None), "cannot store"),
+        (Numerics(Operand("int4", "group", symmetric=False, block=(1, 32)), None), "symmetric weights"),
         (Numerics(Operand("int8", "tensor"), None), "cannot store"),
     ],
 )

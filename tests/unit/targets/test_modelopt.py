@@ -275,6 +275,16 @@ def test_experts_that_the_engine_builds_under_another_name():
     mamba = "model.layers.0.mamba.in_proj"
     config, _ = described((mamba, SQUARE, MX), (f"{L}.self_attn.o_proj", SQUARE, NV16))
     assert "model.layers.0.mixer.in_proj" in config["quantized_layers"]
+    falcon = {"model_type": "falcon_h1", "num_hidden_layers": 10}
+    mamba = "model.layers.2.mamba.in_proj"
+    config, _ = described((mamba, SQUARE, MX), (f"{L}.self_attn.o_proj", SQUARE, NV16), **falcon)
+    assert "model.12.mixer.in_proj" in config["quantized_layers"]
+    config, _ = described((mamba, SQUARE, None), (f"{L}.self_attn.o_proj", SQUARE, NV16), **falcon)
+    assert vllm_excludes("model.12.mixer.in_proj", config["ignore"])
+    assert not vllm_excludes("model.11.mixer.in_proj", config["ignore"])
+    assert not vllm_excludes(f"{L}.o_proj", config["ignore"])
+    config, _ = described((mamba, SQUARE, MX), (f"{L}.self_attn.o_proj", SQUARE, None), **falcon)
+    assert vllm_excludes(f"{L}.o_proj", config["ignore"])
 
 
 def test_nothing_quantized_is_described_by_nothing():

@@ -49,7 +49,7 @@ from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts
 from quantcli.schemes.arithmetic import tiles
-from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq
+from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq, squares
 from quantcli.schemes.base import Scheme, maxima
 
 _ROWS = 1024  # that one job rounds
@@ -333,14 +333,20 @@ class RoundingPass(Measurement):
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
         weight_dtype = self.run.policy.quantized[module].weight_dtype
         parts = scheme.quantize(rows, weight_dtype, row_constants, bias)
-        step = parts["weight_scale"]
+        step, zero = parts["weight_scale"], parts.get("weight_zero_point")
         if tile := scheme.numerics.weight.block:  # one scale for some columns
             step = tiles.spread(step, tile, *rows.shape)
+            zero = None if zero is None else tiles.spread(zero, tile, *rows.shape)
         targets = scheme.to_round(rows, row_constants)
         if objective.toward is not None:
             targets = targets @ objective.toward
         hessian, feedback = objective.hessian, objective.feedback
-        return gptq(targets, hessian, step, parts["weight"], *scheme.code_range, feedback)
+        if zero is None:
+            return gptq(targets, hessian, step, parts["weight"], *scheme.code_range, feedback)
+        # codes less their zero points stand for weights, and so do codes for weights that are shifted
+        shifted = torch.addcmul(targets, zero.float().expand_as(targets), step.expand_as(targets))
+        rounded = gptq(shifted, hessian, step, parts["weight"], *scheme.code_range, feedback)
+        return rounded._replace(signal=squares(targets, hessian))
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""

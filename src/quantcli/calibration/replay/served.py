@@ -45,6 +45,8 @@ class Served:
     """A quantized checkpoint of any producer, as the engine loads it.
 
     notes: on kernels of the engine that compute otherwise.
+    dtype: in which to run it: float32, or the serving dtype if MXFP8 weights alone are rounded, which
+           changes little more than the serving dtype itself does.
     """
 
     def __init__(self, stored: StoredCheckpoint, target: Target) -> None:
@@ -56,6 +58,8 @@ class Served:
         used = {module.numerics for module in stored.modules.values() if module.numerics}
         notes = {target.unlike_kernels(numerics) for numerics in used}
         self.notes = sorted(note for note in notes if note)
+        fine = bool(used) and all(self._as_fine_as_floats(numerics) for numerics in used)
+        self.dtype = stored.serving_dtype if fine else "F32"
         labels = {
             name: module.layout.label
             for name, module in stored.modules.items()
@@ -67,6 +71,12 @@ class Served:
                 where=f"`{name}`",
                 fix="verify it without --run",
             )
+
+    def _as_fine_as_floats(self, numerics: Numerics) -> bool:
+        """Whether the numerics are those of MXFP8 weights next to float inputs."""
+        weight, parts = numerics.weight, self._target.engine_parts(numerics)
+        mxfp8 = weight.scale == "e8m0" and weight.element.bits == 8
+        return mxfp8 and (numerics.input is None or "float_inputs" in parts)
 
     @classmethod
     def open(cls, path: Path) -> Served:

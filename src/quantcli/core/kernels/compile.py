@@ -15,8 +15,9 @@ os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = _CPU
 import llvmlite.binding as llvm  # noqa: E402
 from numba import njit, types  # noqa: E402
 
-from quantcli.core.kernels.loops import KERNELS  # noqa: E402
+from quantcli.core.kernels import loops, zero_points  # noqa: E402
 
+KERNELS = loops.KERNELS | zero_points.KERNELS
 # exact arithmetic, and no code that would call Python
 _OPTIONS: Any = {
     "fastmath": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,

@@ -37,8 +37,8 @@ from quantcli.core.kernels.lanes import (
     store,
 )
 
-_COUNT = types.int64
-_FLOATS = types.CPointer(types.float32)
+COUNT = types.int64
+FLOATS = types.CPointer(types.float32)
 _OCTETS = types.CPointer(types.uint8)
 
 
@@ -61,7 +61,7 @@ def absmax_tiles(dtype: str) -> Any:
                         most = value if value > most else most
                 out[(top // tall) * groups + group] = largest(most)
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _COUNT, _COUNT, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, COUNT, COUNT, FLOATS)
 
 
 def absmax_columns(dtype: str) -> Any:
@@ -75,7 +75,7 @@ def absmax_columns(dtype: str) -> Any:
                 value = largest(magnitude(rows[start + j]))
                 out[j] = out[j] if value <= out[j] or out[j] != out[j] else value
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, FLOATS)
 
 
 def encode(dtype: str, to: str) -> Any:
@@ -94,9 +94,9 @@ def encode(dtype: str, to: str) -> Any:
                 for j in range(first, last):
                     codes[j] = code(value(rows[j]) / scale)
 
-    counts = [_COUNT] * 4
+    counts = [COUNT] * 4
     pointer = types.CPointer(encoder.element)
-    return kernel, types.void(types.CPointer(element), *counts, _FLOATS, pointer)
+    return kernel, types.void(types.CPointer(element), *counts, FLOATS, pointer)
 
 
 def decode(of: str) -> Any:
@@ -125,7 +125,7 @@ def decode(of: str) -> Any:
                     out[2 * j] = value(codes[j] & u8(15)) * scale
                     out[2 * j + 1] = value(codes[j] >> u8(4)) * scale
 
-    signature = types.void(types.CPointer(encoder.element), *[_COUNT] * 3, _FLOATS, _FLOATS)
+    signature = types.void(types.CPointer(encoder.element), *[COUNT] * 3, FLOATS, FLOATS)
     return (one if stored == 1 else two), signature
 
 
@@ -137,7 +137,7 @@ def pack_nibbles() -> Any:
         for j in range(count):
             out[j] = (codes[2 * j] + added) | ((codes[2 * j + 1] + added) << u8(4))
 
-    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+    return kernel, types.void(_OCTETS, COUNT, COUNT, _OCTETS)
 
 
 def unpack_nibbles() -> Any:
@@ -150,7 +150,7 @@ def unpack_nibbles() -> Any:
             out[2 * j] = (octet & u8(15)) - subtracted
             out[2 * j + 1] = (octet >> u8(4)) - subtracted
 
-    return kernel, types.void(_OCTETS, _COUNT, _COUNT, _OCTETS)
+    return kernel, types.void(_OCTETS, COUNT, COUNT, _OCTETS)
 
 
 def extremes(dtype: str) -> Any:
@@ -169,11 +169,11 @@ def extremes(dtype: str) -> Any:
             above[i] = largest(high)
             below[i] = largest(low)
 
-    return kernel, types.void(types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS)
+    return kernel, types.void(types.CPointer(element), COUNT, COUNT, FLOATS, FLOATS)
 
 
 @helper
-def _total(lanes):
+def folded(lanes):
     """The sum of the lanes: the upper half onto the lower one, until one is left."""
     a, b, c, d = lanes[0] + lanes[8], lanes[1] + lanes[9], lanes[2] + lanes[10], lanes[3] + lanes[11]
     e, f, g, h = lanes[4] + lanes[12], lanes[5] + lanes[13], lanes[6] + lanes[14], lanes[7] + lanes[15]
@@ -221,7 +221,7 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
                 total += square(values[c], weights[c], scale, inverse)
                 total += square(values[d], weights[d], scale, inverse)
                 lanes[lane] = total
-        total = _total(lanes)
+        total = folded(lanes)
         return total if total == total else infinite
 
     @helper
@@ -253,7 +253,7 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
             for lane in range(LANES):
                 found = products(values, weights, j + lane, inverse, lanes[lane], more[lane])
                 lanes[lane], more[lane] = found
-        mixed, square = _total(lanes), _total(more)
+        mixed, square = folded(lanes), folded(more)
         best = mixed / square
         if square > 0 and mixed > 0:
             return f32(best), best * mixed
@@ -295,8 +295,8 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
 
     totals = types.CPointer({"float32": types.float32, "float64": types.float64}[sums])
     return kernel, types.void(
-        types.CPointer(element), _COUNT, _COUNT, _FLOATS, _FLOATS, _FLOATS, _COUNT, _FLOATS, _COUNT,
-        _FLOATS, _COUNT, _COUNT, types.float32, _FLOATS, _FLOATS, totals, totals, _FLOATS,
+        types.CPointer(element), COUNT, COUNT, FLOATS, FLOATS, FLOATS, COUNT, FLOATS, COUNT,
+        FLOATS, COUNT, COUNT, types.float32, FLOATS, FLOATS, totals, totals, FLOATS,
     )  # fmt: skip
 
 
@@ -388,8 +388,8 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
                 packed[i * octets + j] = codes[2 * j] | (codes[2 * j + 1] << u8(4))
 
     return kernel, types.void(
-        types.CPointer(element), _COUNT, _COUNT, types.float32, types.float32, *[_COUNT] * 4,
-        *[_FLOATS] * 5, types.CPointer(types.int32), types.CPointer(types.int16), _OCTETS, _FLOATS,
+        types.CPointer(element), COUNT, COUNT, types.float32, types.float32, *[COUNT] * 4,
+        *[FLOATS] * 5, types.CPointer(types.int32), types.CPointer(types.int16), _OCTETS, FLOATS,
         _OCTETS,
     )  # fmt: skip
 

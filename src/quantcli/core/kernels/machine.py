@@ -29,7 +29,9 @@ Say: TypeAlias = Callable[[str], None]  # takes a message for people; raises not
 SWITCH = "QUANTCLI_KERNELS"  # environment variable: "off" leaves all work to torch
 _HASH_BYTES = 32
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_SOURCES = ("__init__.py", "formulas.py", "lanes.py", "loops.py", "machine.py", "compile.py")
+_SOURCES = (
+    "__init__.py", "formulas.py", "lanes.py", "loops.py", "zero_points.py", "machine.py", "compile.py",
+)  # fmt: skip
 
 
 class _Kernels:

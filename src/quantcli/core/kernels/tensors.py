@@ -217,9 +217,7 @@ def least_error(
     widest: Tensor,
     engine_dtype: torch.dtype,
     least: float,
-    element: str,
-    steps: tuple[tuple[float, ...], tuple[float, ...]],
-    sums: torch.dtype,
+    searched: tuple[str, tuple[tuple[float, ...], tuple[float, ...]], torch.dtype],
     importance: Tensor | None,
 ) -> Tensor | None:
     """The scale of each row with the least squared error: float [..., k] -> float32 [..., 1].
@@ -228,9 +226,11 @@ def least_error(
 
     sign:       float32 [..., 1], which the values are multiplied with.
     least:      the smallest scale.
-    steps:      shares of the widest scale, and steps around the best of them.
+    searched:   the type of codes; shares of the widest scale, and steps around the best of them; the
+                dtype of sums.
     importance: float32, of each column [k], or of some rows [p, k], the same for each p rows.
     """
+    element, steps, sums = searched
     if engine_dtype not in _ENGINES or not rows.numel():
         return None
     k = rows.shape[-1]
@@ -258,3 +258,62 @@ def least_error(
         more.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def encode_shifted(rows: Tensor, scale: Tensor, zero: Tensor) -> Tensor | None:
+    """Int4 codes with zero points, the nearest to rows / scale + zero: float [..., k] -> int8 [..., k].
+
+    scale: float32 [..., 1]; zero: int8 [..., 1].
+    """
+    run = _of("encode_shifted", rows)
+    if run is None:
+        return None
+    scale, zero = scale.contiguous(), zero.contiguous()
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    k = rows.shape[-1]
+    count = rows.numel() // k
+    run(rows.data_ptr(), count, k, scale.data_ptr(), zero.data_ptr(), codes.data_ptr())
+    return codes
+
+
+def least_error_shifted(
+    rows: Tensor,
+    ends: tuple[Tensor, Tensor],
+    engine_dtype: torch.dtype,
+    least: float,
+    steps: tuple[tuple[float, ...], tuple[tuple[float, float], ...]],
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Scale, float32 [..., 1], and zero point, int8 [..., 1], of each row: float [..., k].
+
+    See `search` in schemes/arithmetic/zero_points.py.
+
+    ends:       the largest x and the largest -x of each row, float32 [..., 1].
+    least:      the smallest scale.
+    steps:      shares of the range, and pairs of steps around the best of them.
+    importance: as in `least_error`; None: no search, but the whole range.
+    """
+    if engine_dtype not in _ENGINES or not rows.numel():
+        return None
+    k = rows.shape[-1]
+    count = rows.numel() // k
+    weighed = torch.ones(k) if importance is None else importance
+    weighed = weighed.expand(k) if weighed.numel() == 1 else weighed
+    if weighed.shape[-1] != k or count % (weighed.numel() // k):
+        return None
+    run = _of("least_error_shifted", rows)
+    if run is None:
+        return None
+    above, below = (end.contiguous() for end in ends)
+    weighed = weighed.contiguous()
+    coarse, fine = torch.tensor(steps[0]), torch.tensor(steps[1])
+    values, weights = torch.zeros(2, -(-k // BLOCK) * BLOCK)
+    lanes, more = torch.empty(2, LANES)
+    scale, zero = torch.empty_like(above), torch.empty(above.shape, dtype=torch.int8)
+    run(
+        rows.data_ptr(), count, k, above.data_ptr(), below.data_ptr(), weighed.data_ptr(),
+        weighed.numel() // k, coarse.data_ptr(), len(coarse), fine.data_ptr(), len(fine),
+        _ENGINES[engine_dtype], least, int(importance is not None), values.data_ptr(),
+        weights.data_ptr(), lanes.data_ptr(), more.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+    )  # fmt: skip
+    return scale, zero

@@ -144,8 +144,8 @@ def least_error(
     every machine finds the same scales.
     """
     compiled = kernels.least_error(
-        rows, sign, widest, engine_dtype, rounding.FLOOR[engine_dtype], codes.element,
-        (codes.coarse, codes.fine), codes.sums, importance,
+        rows, sign, widest, engine_dtype, rounding.FLOOR[engine_dtype],
+        (codes.element, (codes.coarse, codes.fine), codes.sums), importance,
     )  # fmt: skip
     if compiled is not None:
         return compiled

@@ -170,6 +170,11 @@ class Rounded(NamedTuple):
     signal: Tensor
 
 
+def squares(rows: Tensor, hessian: Tensor) -> Tensor:
+    """The sum of squares of the outputs of each row of a weight: float32 [n, k] -> float64 [n]."""
+    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
+
+
 def gptq(
     rows: Tensor,
     hessian: Tensor,
@@ -186,10 +191,9 @@ def gptq(
     """
 
     def error(codes: Tensor) -> Tensor:
-        lost = torch.addcmul(rows, codes.float(), step.expand_as(rows), value=-1)
-        return ((lost @ hessian) * lost).sum(1, dtype=torch.float64).clamp_min(0)
+        return squares(torch.addcmul(rows, codes.float(), step.expand_as(rows), value=-1), hessian)
 
-    signal = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
+    signal = squares(rows, hessian)
     plain = error(nearest)
     if feedback is None:
         return Rounded(nearest, plain, plain, signal)

@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
-from quantcli.core.codes import code_values, scale_groups, scale_values, unpack_signed
+from quantcli.core.codes import code_values, scale_groups, scale_values, unpack_columns, unpack_signed
 from quantcli.core.numerics import Numerics
 from quantcli.targets.compressed_tensors.kinds import Kind
 from quantcli.targets.layouts import (
@@ -120,8 +120,3 @@ def _unpacked(blocks: Blocks, kind: Kind, numerics: Numerics) -> Tensor:
     zero = unpack_columns(blocks["weight_zero_point"], kind.bits, len(codes)).float()
     width = numerics.weight.group_size or k
     return codes - zero.repeat_interleave(width, 1)[:, :k]
-
-
-def unpack_columns(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Zero points, which are packed along rows: int32 [ceil(n * bits / 32), g] -> int8 [n, g]."""
-    return unpack_signed(packed.mT.contiguous(), bits, n).mT

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
+from quantcli.core.codes import (
+    pack_columns,
+    pack_signed,
+    scale_values,
+    scales_to_store,
+    unpack_columns,
+    unpack_signed,
+)
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
@@ -73,6 +80,8 @@ class CompressedTensors(VllmTarget):
                           four bits.
         weight_scale:     [n, 1] per channel, [n, k / group_size], [1] per tensor, and for blocks
                           [ceil(n / 128), ceil(k / 128)]; in the dtype that `engine_dtype` gives.
+        weight_zero_point: int32 [ceil(n * bits / 32), k / group_size] if weights are asymmetric, see
+                          pack_columns.
         weight_global_scale, input_global_scale: float32 [1], what the engine divides by: 1 over the
                           scheme's.
         input_scale:      float32 [1] if inputs are static.
@@ -88,6 +97,8 @@ class CompressedTensors(VllmTarget):
                 "weight_scale": scale,
                 "weight_shape": torch.tensor(shape, dtype=torch.int64),
             }
+            if not numerics.weight.symmetric:
+                stored["weight_zero_point"] = pack_columns(parts["weight_zero_point"], kind.bits)
         else:
             stored = {self._codes(numerics): parts["weight"], "weight_scale": scale}
         stored |= {name: 1 / parts[name].float() for name in _GLOBAL_SCALES if name in parts}
@@ -102,6 +113,9 @@ class CompressedTensors(VllmTarget):
         if "weight_shape" in stored:
             bits, k = numerics.weight.element.bits, int(stored["weight_shape"][1])
             parts = {"weight": unpack_signed(stored["weight_packed"], bits, k)}
+            if not numerics.weight.symmetric:
+                n = len(parts["weight"])
+                parts["weight_zero_point"] = unpack_columns(stored["weight_zero_point"], bits, n)
         else:
             parts = {"weight": stored[self._codes(numerics)]}
         parts |= {name: multiplier(stored[name]) for name in _GLOBAL_SCALES if name in stored}
@@ -130,6 +144,11 @@ class CompressedTensors(VllmTarget):
         if kind.packed and k % (32 // kind.bits):
             what = f"{kind.label} packs {32 // kind.bits} columns together; there are {k}"
             yield Fault(what, "use an 8-bit scheme for it", "width")
+        if not module.numerics.weight.symmetric and module.shape[0] % (32 // kind.bits):
+            # vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/
+            # compressed_tensors_wNa16.py:140-170: as many words as whole ones
+            what = f"{kind.label} packs zero points of {32 // kind.bits} rows together; there are "
+            yield Fault(f"{what}{module.shape[0]}", "use `symmetric: true` for it", "width")
         group = module.numerics.weight.group_size
         if group and k % group:
             what = f"groups of {group} columns do not divide {k}"
@@ -177,6 +196,7 @@ class CompressedTensors(VllmTarget):
 
     def _kind(self, numerics: Numerics) -> Kind:
         kind = kind_of(numerics)
-        if kind is None or not numerics.weight.symmetric or kind.label.endswith("per tensor"):
+        shifted = kind is not None and not (numerics.weight.symmetric or kind.packed)
+        if kind is None or shifted or kind.label.endswith("per tensor"):
             raise cannot_store(self.name, numerics)
         return kind

@@ -90,6 +90,11 @@ def kind_of(numerics: Numerics) -> Kind:
         what = f"target `gptq` stores int4 and int8 weights, not {weight.dtype}"
     elif numerics.input is not None:
         what = "target `gptq` cannot store how inputs are quantized: its engines keep them float"
+    elif not weight.symmetric:
+        what = (
+            "target `gptq` stores symmetric weights: vLLM reads no others in this format "
+            "(model_executor/layers/quantization/auto_gptq.py:98-103 of 0.32.0)"
+        )
     elif numerics != Numerics(Kind(bits, group).operand, None):
         raise cannot_store("gptq", numerics)
     else:

@@ -13,7 +13,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.modelopt.kinds import KINDS, MIXED, Kind
-from quantcli.targets.modelopt.matching import also_built_as, engine_names
+from quantcli.targets.modelopt.matching import also_built_as, engine_names, falcon_names
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import draft_expressions, float_towers, skip_list, spellings
 from quantcli.targets.vllm_family import (
@@ -55,7 +55,9 @@ def descriptions(
         if module.numerics is not None:
             members.setdefault(kinds[module.numerics], []).append(module.name)
     quantized = [name for names in members.values() for name in names]
-    excluded = exclude_list(float_linears(output), quantized, draft=of_draft(output.tensors))
+    floats = float_linears(output)
+    excluded = exclude_list(floats, quantized, draft=of_draft(output.tensors))
+    excluded += [other for name in floats for other in falcon_names(name, output.config)]
     uniform = len(members) == 1 and (not nameless_head(output.config) or any(map(is_head, quantized)))
     layers: dict[str, Any] = {}
     if uniform:
@@ -70,7 +72,8 @@ def descriptions(
         }
         for module in output.modules:
             if module.numerics is not None:
-                names = (module.name, *also_built_as(module.name))
+                names = [module.name, *also_built_as(module.name)]
+                names += falcon_names(module.name, output.config)
                 layers |= dict.fromkeys(names, _entry(kinds[module.numerics]))
     by_name = {"quantized_layers": layers} if layers else {}
     block = {

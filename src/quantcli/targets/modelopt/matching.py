@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import translate
 from functools import cache
+from typing import Any
 
 from quantcli.checkpoint.detect import Draft
 from quantcli.targets.spellings import built_as, draft_name, spellings
@@ -20,6 +21,7 @@ from quantcli.targets.vllm_family import EXPERT, is_head, last_part, looked_up_a
 # Experts that the engine builds under another name than that of their tensors.
 # Source: vllm 0.32.0, model_executor/models/minimax_m2.py:285-289.
 _BUILT_IN_MLP = ".block_sparse_moe.experts"
+_OF_FALCON = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<part>mamba|self_attn)\.(?P<rest>\w+)")
 _WILDCARDS = re.compile(r"[*?\[]")
 
 
@@ -44,6 +46,18 @@ def also_built_as(module: str) -> list[str]:
     if _BUILT_IN_MLP in module:
         names.append(module.replace(_BUILT_IN_MLP, ".mlp.experts"))
     return names
+
+
+def falcon_names(module: str, config: Mapping[str, Any]) -> list[str]:
+    """Names that the engine gives to modules of Falcon-H1: `model.12.mixer.in_proj` for the mixer of
+    layer 2 of ten, and `model.layers.2.o_proj` for its attention. Source: vllm 0.32.0,
+    model_executor/models/falcon_h1.py:135,264-271,340-354."""
+    match, count = _OF_FALCON.fullmatch(module), config.get("num_hidden_layers")
+    if match is None or config.get("model_type") != "falcon_h1" or type(count) is not int:
+        return []
+    layer, rest = int(match["layer"]), match["rest"]
+    mixer = match["part"] == "mamba"
+    return [f"model.{count + layer}.mixer.{rest}" if mixer else f"model.layers.{layer}.{rest}"]
 
 
 class Entries:

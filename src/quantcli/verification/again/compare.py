@@ -286,7 +286,8 @@ class Recomputation:
             for start, stop in row_blocks(job):
                 parts = target.unpack(scheme.numerics, reader.rows(start, stop - start))
                 rows = read_span(item.source, start, stop - start)
-                codes = scheme.nearest_codes(rows, parts["weight_scale"].float())
+                zero = parts.get("weight_zero_point")
+                codes = scheme.nearest_codes(rows, parts["weight_scale"].float(), zero)
                 parts |= {"weight": codes, "weight_scale": parts["weight_scale"].to(dtype)}
                 sides = shape[0], shape[1]
                 packed = target.pack_module(item.module, scheme.numerics, parts, sides)
