@@ -122,7 +122,7 @@ def main() -> None:
             )
         growth = peaks[16] / peaks[4]
         lines.append(Line("peak memory, 16 layers over 4", growth, "x", GROWTH_BAR))
-        once = ("--set", "rules.1.scheme={name: w4a4_flatquant, epochs: 1}")
+        once = ("--set", "rules.0.scheme={name: w4a4_flatquant, epochs: 1}")
         for layers in (4, 16):
             model = folder / f"learning{layers}"
             layer_nbytes = make_model(model, layers, hidden // 2)

@@ -1,11 +1,12 @@
-"""What w4a4_flatquant loses, beside int4 rounded to nearest, with the engine's arithmetic.
+"""What learned transforms lose, beside codes rounded to nearest, with the engine's arithmetic.
 
     python benchmarks/flatquant.py [--model DIR] [--text FILE] [--data FILE] [--preset fast] [--inject]
-                                   [--golden MODEL CHECKPOINT]
+                                   [--mx] [--golden MODEL CHECKPOINT]
 
-For both recipes: perplexity over that of the float model, mean change of a token's log-probability, how
-much of the gap between nearest and float is closed, CPU seconds. --inject as in perplexity.py. --golden
-compares the layers of a checkpoint of another producer with ours of the same model, on the same inputs.
+For w4a4_flatquant and w4a4_flatquant_tp1 next to int4, or with --mx for mxfp4_flatquant next to mxfp4:
+perplexity over that of the float model, mean change of a token's log-probability, how much of the gap
+between nearest and float is closed, CPU seconds. --inject as in perplexity.py. --golden compares the
+layers of a checkpoint of another producer with ours of the same model, on the same inputs.
 """
 
 import argparse
@@ -81,9 +82,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--inject", action="store_true")
+    parser.add_argument("--mx", action="store_true")
     parser.add_argument("--golden", type=Path, nargs=2, metavar=("MODEL", "CHECKPOINT"))
     given = parser.parse_args()
-    scheme = f"rules.1.scheme={{name: w4a4_flatquant, preset: {given.preset}}}"
+    name = "mxfp4_flatquant" if given.mx else "w4a4_flatquant"
+    scheme = f"rules.{int(given.mx)}.scheme={{name: {name}, preset: {given.preset}}}"
     sets = [f"calibration.data={given.data}", f"calibration.samples={given.samples}", scheme]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -104,10 +107,13 @@ def main() -> None:
         base = torch.cat(log_probs(open_checkpoint(model), batches, workers=2))
         plain = math.exp(-base.mean())
         result = {"float": plain}
-        for kind, others in (("w4a4_flatquant", "w8a8_dynamic"), ("w4a4_flatquant_tp1", None)):
+        int4 = (("w4a4_flatquant", "w8a8_dynamic"), ("w4a4_flatquant_tp1", None))
+        for kind, others in [("mxfp4_flatquant", None)] if given.mx else int4:
             own = others or "{name: w4a4_dynamic, clip: none}"
             recipe = folder / f"{kind}-nearest.yaml"
             recipe.write_text(NEAREST.format(target="ascend", others=own))
+            if given.mx:
+                recipe = ROOT / "recipes/mxfp4.yaml"
             gap = None
             for path, options in ((recipe, []), (ROOT / f"recipes/{kind}.yaml", sets)):
                 out = folder / path.stem

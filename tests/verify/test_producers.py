@@ -257,6 +257,43 @@ def test_damaged_fp4(tmp_path, source, suffix, to, said):
     assert any(error.startswith(said) and K in error for error in found), found
 
 
+def rotated_fp4(weight):
+    """As FlatQuant transforms it: with one rotation on either side, of a whole row."""
+    sides = (8, weight.shape[1] // 8)
+    drawn = (torch.randn(s, s, generator=torch.Generator().manual_seed(s)) for s in sides)
+    left, right = (torch.linalg.qr(square)[0] for square in drawn)
+    rows = (left.mT @ weight.view(-1, *sides) @ right).reshape(weight.shape)
+    trans = {"left_trans": left, "right_trans": right, "clip_ratio": torch.tensor([0.9])}
+    return mxfp4(rows) | {name: tensor.contiguous() for name, tensor in trans.items()}
+
+
+def test_transformed_fp4_of_another_producer(tmp_path, source):
+    """It knows nothing of `max_supported_tp`, and its transforms are not in blocks."""
+    path = described(tmp_path / "q", rotated_fp4, "W4A4_MXFP4_FLATQUANT")
+    found = errors(examine(path, source))
+    assert any("is [8, 8]; for a weight of" in f and "[16, 16]" in f for f in found), found
+    edit(path, "quant_model_description.json", max_supported_tp=1)
+    assert sound(path, source) == []
+    error = (weight(open_checkpoint(path), K) - weights()[K]).norm() / weights()[K].norm()
+    assert error < 0.15
+
+
+def test_widths_that_the_loader_does_not_take(tmp_path):
+    """It pairs the scales of a row, and fills up an odd one for W4A4_MXFP4 alone."""
+    for label, fine in (("W4A8_MXFP", False), ("W4A4_MXFP4", True)):
+        path = described(tmp_path / label, mxfp4, label)
+        for suffix in ("weight", "weight_scale"):
+            change(path, f"{K}.{suffix}", lambda t: t[:, : t.shape[1] // 2].contiguous())
+        told = [f for f in errors(examine(path)) if "has 32 inputs; the engine takes multiples" in f]
+        assert bool(told) != fine
+
+
+def test_linears_of_a_type_for_experts(tmp_path):
+    path = described(tmp_path / "q", mxfp4, "W4A16_MXFP4")
+    found = errors(examine(path))
+    assert any("is W4A16_MXFP4, which the engine has for experts alone" in f for f in found)
+
+
 def test_a_type_that_cannot_be_checked_is_a_note(tmp_path, source):
     path = described(tmp_path / "q", mxfp4, "W8A8S")
     report = examine(path, source)

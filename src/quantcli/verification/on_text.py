@@ -171,9 +171,13 @@ def _layers(
     return layers
 
 
+# Of the dB of a type. Scales are of other text: what passes their range is clipped.
+_CACHE_SHARE = 0.6
+
+
 def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
     """Scales with which keys or values have a larger error than their type explains."""
-    least = cache.cache.element.sqnr_db
+    least = _CACHE_SHARE * cache.cache.element.sqnr_db
     for (layer, part), sqnr in cache.sqnr().items():
         if not sqnr >= least:
             side = "keys" if part == "k_scale" else "values"

@@ -14,7 +14,7 @@ from quantcli.targets import vllm_family
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
-from quantcli.targets.ascend.tensor_parallel import SLICES, limits
+from quantcli.targets.ascend.tensor_parallel import SLICES, limits, pairs_of_groups
 from quantcli.targets.ascend.types import (
     TYPES,
     UNCHECKED,
@@ -146,6 +146,11 @@ class AscendCheckpoint(StoredFormat):
         if layout.packed and shape is not None and (sides := recorded_shape(shape)) != (n, k):
             what = f"says {list(sides) if sides else 'no shape'}; the codes are for {n} x {k}"
             yield failed("parameters", what, f"`{module}.weight_shape`", AGAIN)
+        paired = bool(EXPERT.fullmatch(module)) and layout.operand.scale == "e8m0"
+        step = (pairs_of_groups(layout.operand) or 1) if paired else layout.inputs
+        if k % step:
+            what = f"has {k} inputs; the engine takes multiples of {step} with {layout.label}"
+            yield failed("parameters", what, f"`{module}`", AGAIN)
         if layout.packed and layout.described_group and k % layout.described_group:
             what = f"groups of {layout.described_group} columns do not divide {k}"
             yield failed("parameters", what, f"`{module}`", AGAIN)
