@@ -34,7 +34,8 @@ from torch import Tensor
 
 from common import ROOT, Line, finish, parser
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
+from weight_error import maxima
 
 Array = NDArray[np.float64]
 NEAR = 0.1  # percent above the least squared error, at most

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common import RECIPES, ROOT, Line, finish, parser, quantize_to, workplace
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
 
 _SCALE = ".weight_scale"
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -55,6 +55,13 @@ def main() -> None:
     lines += [against_llm_compressor(weights, *other) for other in OTHERS]
     lines += [line for name, bars in BLOCKS.items() for line in of_blocks(name, bars)]
     finish(lines, as_json=options.json)
+
+
+def maxima(scheme: Scheme, weight: Tensor) -> dict[str, Tensor]:
+    """What a scheme needs to know of a whole weight [n, k]."""
+    columns = weight.float().abs().amax(0)
+    found = {"column_amax": columns} if scheme.needs_column_amax else {}
+    return found | {"weight_amax": columns.amax().view(1)} if scheme.needs_weight_amax else found
 
 
 def of_blocks(name: str, bars: tuple[float, float]) -> list[Line]:

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.planning.measured import Measured
 from quantcli.schemes.arithmetic.observers import ChannelSquare, Observer
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
+
+
+def maxima(scheme: Scheme, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a scheme needs to know of a whole weight [n, k], of this weight alone."""
+    columns = weight.float().abs().amax(0)
+    found = {"column_amax": columns} if scheme.needs_column_amax else {}
+    return found | {"weight_amax": columns.amax().view(1)} if scheme.needs_weight_amax else found
 
 
 def constants(
@@ -25,7 +32,7 @@ def constants(
     found: dict[str, Any] = {}
     if scheme.needs_weight_amax or scheme.needs_column_amax:
         assert weight is not None
-        found = dict(maxima(scheme, weight))
+        found |= maxima(scheme, weight)
     if scheme.schedule is not None:  # a transform that does nothing
         k = (x if weight is None else weight).shape[-1]
         stats = scheme.blank(k, serving)

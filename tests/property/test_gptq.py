@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantcli.core.number_types import ELEMENTS
 from quantcli.schemes.arithmetic.gptq import Feedback, gptq
 
 
@@ -29,7 +30,7 @@ def test_never_worse_than_nearest(n, k, tokens, rank, bits, share, seed):
     step = w.abs().amax(1, keepdim=True) * share / largest  # clips some where share < 1
     nearest = (w / step).round().clamp(-largest - 1, largest).to(torch.int8)
     h = x.T @ x
-    found = gptq(w, h, step, nearest, -largest - 1, largest, Feedback.of(h))
+    found = gptq(w, h, step, nearest, ELEMENTS[f"int{bits}"], Feedback.of(h))
     lost = (w - found.codes * step).double() @ x.double().T
     plain = (w - nearest * step).double() @ x.double().T
     allowed = 1e-5 * plain.square().sum(1) + 1e-6 * found.signal

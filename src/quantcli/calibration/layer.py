@@ -25,7 +25,7 @@ from quantcli.calibration.shown import quantized, running
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Looker, Watch
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import NO_STATS, Stats
+from quantcli.core.numerics import NO_STATS
 from quantcli.planning.measured import EditFactors
 
 
@@ -109,8 +109,9 @@ class LayerRun:
         for measurement in measurements:
             for matrix, its_observers in measurement.observers().items():
                 lookers[matrix] += its_observers
-        inputs = self.run.policy.inputs
-        engine = self.layer.engine(running(self.run.policy)) if inputs == "running" else None
+        inputs, engine = self.run.policy.inputs, None
+        if inputs == "running":
+            engine = self.layer.engine(running(self.run.policy, self.layer.whole(work.edits)))
         watch = Watch(lookers, engine, counts=True)
         as_quantized = inputs == "quantized" and sink is not None
         with ExitStack() as stack:
@@ -131,10 +132,11 @@ class LayerRun:
         for measurement in measurements:
             measurement.review()
         if as_quantized:
-            self._run_quantized(work.stats, sink)
+            self._run_quantized(work, sink)
 
-    def _run_quantized(self, stats: Mapping[str, Stats], sink: Sink | None) -> None:
-        engine = self.layer.engine(quantized(self.run.policy, stats))
+    def _run_quantized(self, work: LayerWork, sink: Sink | None) -> None:
+        whole = self.layer.whole(work.edits)
+        engine = self.layer.engine(quantized(self.run.policy, work.stats, whole))
         matrices = self.layer.matrices()
         self.layer.forward(sink, lambda _: Tap(matrices, engine))
 

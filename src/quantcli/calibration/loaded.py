@@ -23,6 +23,8 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.core.numerics import NO_STATS, Stats
+from quantcli.planning.block import survey
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.arithmetic.observers import ChannelAmax, ChannelSquare, Observer, Summary
 
@@ -125,6 +127,28 @@ class LoadedLayer:
         run(self.index, self.module, self.states, sink, tap, numbers)
         if sink is not None and only is None:
             run(self.index, self.module, self.states, sink, only=[probe], check=False)
+
+    def whole(self, edits: Mapping[str, EditFactors]) -> Callable[[str], Stats]:
+        """The function that gives, for a quantized module, the constants that its scheme needs of whole
+        weights: of its own, edited, and of those that share its scale. Reads each of them once.
+
+        edits: by stored tensor, of this layer; not changed later.
+        """
+        policy, tensors = self.run.policy, self.run.skeleton.checkpoint.tensors
+        found: dict[str, Stats] = {}
+
+        def of(module: str) -> Stats:
+            scheme = policy.quantized[module].scheme
+            if not (scheme.needs_weight_amax or scheme.needs_column_amax):
+                return NO_STATS
+            modules = policy.sharing.get(module, [module])
+            if modules[0] not in found:
+                names = [f"{name}.weight" for name in modules]
+                weights = [(tensors[name], edits.get(name)) for name in names]
+                found[modules[0]] = survey(scheme, weights)
+            return found[modules[0]]
+
+        return of
 
     def watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
         """The same, and show inputs to observers."""

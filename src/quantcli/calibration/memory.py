@@ -38,7 +38,8 @@ def of_methods(plan: Plan, workers: int) -> int:
         block = re.match(r"\D+\.\d+\.", item.module)
         name, (_, k) = block[0] if block else "", item.source.spec.shape
         layers[name].append((item.scheme, k))
-        codes[name] += item.source.spec.numel if item.scheme.rounded_by_data else 0
+        if item.scheme.rounded_by_data:
+            codes[name] += item.source.spec.numel // item.scheme.numerics.weight.element.per_byte
     weights = [weight for own in layers.values() for weight in own]
     most = 0
     for method in methods_of(plan):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -73,6 +75,16 @@ class Policy:
         scheme = self.quantized[module].scheme
         unseen = scheme.clips_by_inputs and "input_square" not in stats
         return scheme.without_inputs if unseen else scheme
+
+    @cached_property
+    def sharing(self) -> Mapping[str, Sequence[str]]:
+        """The modules that share the scale of a weight, by each of those that share it with others."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for module, quantized in self.quantized.items():
+            name = self.siblings.group(module)
+            if name is not None and quantized.scheme.needs_weight_amax:
+                groups[name].append(module)
+        return {module: modules for modules in groups.values() for module in modules}
 
     def observer(self, module: str) -> Observer | None:
         """A new observer for a module's input, if its scheme needs data."""

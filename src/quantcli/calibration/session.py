@@ -290,13 +290,16 @@ def _check_siblings(layers: Mapping[str, int], policy: Policy) -> None:
     first: dict[str, str] = {}
     for module in policy.quantized:
         name = policy.siblings.group(module)
-        if name is None or not (policy.measures(module) and policy.siblings.given_to(module)):
+        scheme = policy.quantized[module].scheme
+        one_scale = scheme.needs_weight_amax and scheme.rounded_by_data
+        shares = policy.measures(module) or one_scale
+        if name is None or not (shares and policy.siblings.given_to(module)):
             continue
         other = first.setdefault(name, module)
         if layers.get(module) != layers.get(other):
             raise InputError(
-                f"`siblings` groups `{module}` and `{other}`, which are in different layers: inputs "
-                "are measured layer by layer",
+                f"`siblings` groups `{module}` and `{other}`, which are in different layers: "
+                "calibration goes layer by layer",
                 where=policy.quantized[module].rule,
                 fix="let a capture group contain the layer's number",
             )

@@ -9,7 +9,7 @@ samples and on every rounding before it: the same ranges take the same arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from torch import Tensor
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.engine import Arithmetic, Quantizer
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.schemes.base import maxima
+
+# a module -> what its scheme needs to know of its whole weight, as `LoadedLayer.whole` finds it
+Whole = Callable[[str], Stats]
 
 
-def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
+def quantized(policy: Policy, stats: Mapping[str, Stats], whole: Whole) -> Quantizer:
     """The engine's arithmetic, with the statistics of each module."""
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
@@ -32,16 +34,16 @@ def quantized(policy: Policy, stats: Mapping[str, Stats]) -> Quantizer:
         scheme = policy.scheme_with(module, module_stats)
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
         constants = scheme.constants(module_stats, module_policy.input_dtype)
-        constants = {**constants, **row_stats, **maxima(scheme, rows)}
+        constants = {**constants, **row_stats, **whole(module)}
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
         return scheme, scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
 
     return quantize
 
 
-def running(policy: Policy) -> Quantizer:
+def running(policy: Policy, whole: Whole) -> Quantizer:
     """Simulated, with the ranges so far; the engine's arithmetic if a scheme needs no data."""
-    without_data = quantized(policy, {})
+    without_data = quantized(policy, {}, whole)
 
     def quantize(module: str, rows: Tensor, bias: Tensor | None) -> tuple[Arithmetic, Parts] | None:
         if policy.observer(module) is None:

@@ -43,7 +43,7 @@ def code_values(stored: Tensor, element: ElementType) -> Tensor:
         compiled = kernels.decode(stored, element.name, None, 0)
         if compiled is not None:
             return compiled
-        return torch.tensor(element.values)[unpack_nibbles(stored).long()]
+        return torch.tensor(element.values, device=stored.device)[unpack_nibbles(stored).long()]
     return fp8_values(stored) if stored.dtype == torch.float8_e4m3fn else stored.float()
 
 

@@ -22,10 +22,11 @@ from quantcli.checkpoint.tensors import first_not_finite, read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.kernels import machine
 from quantcli.core.numerics import NO_STATS, Parts, Stats
-from quantcli.planning.measured import Edit, EditFactors
+from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Copy, Item, Quantize, Repack
 from quantcli.planning.recode import recode
 from quantcli.schemes.arithmetic import rounding
+from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
 from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
@@ -335,11 +336,7 @@ class Surveys:
         self._lock = threading.Lock()
 
     def of(self, item: Quantize) -> Stats:
-        """The constants that an item's scheme asks for: `column_amax` float32 [k]; or `weight_amax`
-        [1] and `weight_coarse` bool [1], whether each number is 0, or 1 or 1.5 times a power of two.
-
-        InputError for NaN and Inf.
-        """
+        """The constants that an item's scheme asks for, as `survey` finds them."""
         if not item.surveyed:
             return NO_STATS
         key = item.surveyed[0][0].spec.name
@@ -348,12 +345,8 @@ class Surveys:
         with lock:
             found = self._found.get(key)
             if found is None:
-                surveys = [_survey(stored, edit) for stored, edit in item.surveyed]
-                found = {"column_amax": surveys[0][0]}
-                if item.scheme.needs_weight_amax:
-                    amax = torch.stack([amax.amax() for amax, _ in surveys]).amax().view(1)
-                    coarse = torch.tensor([all(coarse for _, coarse in surveys)])
-                    found = {"weight_amax": amax, "weight_coarse": coarse}
+                weights = [(stored, edit.load() if edit else None) for stored, edit in item.surveyed]
+                found = survey(item.scheme, weights)
                 with self._lock:
                     self._found[key] = found
                     while len(self._found) > _KEPT:
@@ -361,10 +354,23 @@ class Surveys:
         return found
 
 
-def _survey(stored: StoredTensor, edit: Edit | None) -> tuple[Tensor, bool]:
+def survey(scheme: Scheme, weights: Iterable[tuple[StoredTensor, EditFactors | None]]) -> Stats:
+    """Constants that a scheme asks for, of weights with their edits: `weight_amax` float32 [1] and
+    `weight_coarse` bool [1], whether each number is 0, or 1 or 1.5 times a power of two; or else
+    `column_amax` float32 [k], of the first.
+
+    InputError for NaN and Inf.
+    """
+    surveys = [_survey(stored, factors) for stored, factors in weights]
+    if not scheme.needs_weight_amax:
+        return {"column_amax": surveys[0][0]}
+    amax = torch.stack([amax.amax() for amax, _ in surveys]).amax().view(1)
+    return {"weight_amax": amax, "weight_coarse": torch.tensor([all(coarse for _, coarse in surveys)])}
+
+
+def _survey(stored: StoredTensor, factors: EditFactors | None) -> tuple[Tensor, bool]:
     """max |w| of each column of a weight, edited: float32 [k]; whether its numbers are coarse."""
     n, k = stored.spec.shape
-    factors = edit.load() if edit else None
     step = max(1, BLOCK_ELEMENTS // k)
     amax = torch.zeros(1, k)
     coarse = True

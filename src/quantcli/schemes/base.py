@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
-from quantcli.schemes.arithmetic import clipping, rounding
+from quantcli.schemes.arithmetic import clipping
 from quantcli.schemes.arithmetic.observers import Observer
 
 # float [n], or [..., n] of stacked weights; None if a module has none
@@ -51,8 +51,9 @@ class Scheme(BaseModel, ABC):
     @property
     def without_data(self) -> Scheme | str | None:
         """Fallback scheme, or its name, for a module that no calibration token reached, if the recipe
-        allows fallbacks."""
-        return None
+        allows fallbacks. Here the same with options that need no data, if these are all it lacks."""
+        usual = self.without_inputs
+        return usual if self.needs_data and not usual.needs_data else None
 
     @property
     def needs_column_amax(self) -> bool:
@@ -177,13 +178,9 @@ class Scheme(BaseModel, ABC):
 
     @property
     def rounded_by_data(self) -> bool:
-        """Whether calibration chooses the codes: the stat `codes`, int8 [n, k], for each weight."""
+        """Whether calibration chooses the codes: the stat `codes` for each weight, as `quantize` gives
+        them in `weight`."""
         return False
-
-    @property
-    def code_range(self) -> tuple[float, float]:
-        """The least and the largest code, if calibration chooses codes."""
-        raise AssertionError(f"{self.name} is not rounded by data")
 
     def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
         """The weight that codes times scales are to be near: float32 [n, k]."""
@@ -233,12 +230,6 @@ class ClippedWeights(Scheme):
         return self.model_copy(update={"clip": type(self).model_fields["clip"].default})
 
     @property
-    def without_data(self) -> Scheme | str | None:
-        """The same scheme with the clip that needs no data, if nothing else needs any."""
-        usual = self.without_inputs
-        return usual if self.needs_data and not usual.needs_data else super().without_data
-
-    @property
     def when_calibrating(self) -> Self:
         """With clips by inputs, unless the recipe says otherwise."""
         return self if "clip" in self.model_fields_set else self.model_copy(update={"clip": "inputs"})
@@ -268,17 +259,6 @@ class ClippedWeights(Scheme):
         if not self.clips_by_inputs:
             return None
         return clipping.in_groups(constants["input_square"].to(device), columns)
-
-
-def maxima(scheme: Scheme, rows: Tensor) -> Parts:
-    """The maxima of a whole weight [n, k] that a scheme needs: `weight_amax` [1], `column_amax` [k].
-
-    Of this weight alone, also if the engine merges it with others.
-    """
-    if not (scheme.needs_weight_amax or scheme.needs_column_amax):
-        return {}
-    amax = rounding.absmax(rows, dim=0).squeeze(0)
-    return {"column_amax": amax} if scheme.needs_column_amax else {"weight_amax": amax.amax().view(1)}
 
 
 def has_effect(cls: type[Scheme], value: float, info: ValidationInfo) -> float:

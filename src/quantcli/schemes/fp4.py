@@ -11,11 +11,12 @@ from torch import Tensor
 
 from quantcli.core.numerics import NO_STATS, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp4
-from quantcli.schemes.base import Bias, Scheme
+from quantcli.schemes.base import Bias
+from quantcli.schemes.by_data import RoundedWeights, chosen
 
 
-class Fp4Weights(Scheme):
-    """The option that schemes with such weights share.
+class Fp4Weights(RoundedWeights):
+    """The options that schemes with such weights share.
 
     A subclass sets `grid`, the scales of its groups.
     """
@@ -50,7 +51,7 @@ class Fp4Weights(Scheme):
         `engine_dtype` is; weight_global_scale float32 [1] if the format has one."""
         whole = self.whole(constants, rows.device)
         packed, scale = fp4.quantize(rows, whole, self.grid, search=self.searches_scales)
-        parts = {"weight": packed, "weight_scale": scale}
+        parts = {"weight": chosen(constants, packed), "weight_scale": scale}
         return parts if whole is None else parts | {"weight_global_scale": whole}
 
     def dequantize(self, parts: Parts) -> Tensor:

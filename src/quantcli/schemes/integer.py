@@ -17,6 +17,7 @@ from quantcli.core.number_types import ELEMENTS
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.base import Bias, ClippedWeights, Scheme
+from quantcli.schemes.by_data import RoundedWeights, chosen
 
 LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
 GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from, in this order
@@ -48,42 +49,8 @@ class Search(NamedTuple):
         return scale if self.sign is None else scale * self.sign
 
 
-class IntegerWeights(ClippedWeights):
-    """The option that schemes with integer weights share.
-
-    With `gptq`, codes are chosen while the model is calibrated, against the very scales that `quantize`
-    finds; it is then given them as the stat `codes`, int8 [n, k], and takes them as they are.
-    """
-
-    row_stats: ClassVar[frozenset[str]] = frozenset({"codes"})
-
-    weight_rounding: Literal["nearest", "gptq"] = Field(
-        "nearest",
-        description="gptq: each column of a weight makes up for the errors of those before it, by how "
-        "inputs go together; needs calibration data",
-    )
-
-    @property
-    def rounded_by_data(self) -> bool:
-        """If an option says so."""
-        return self.weight_rounding == "gptq"
-
-    @property
-    def without_inputs(self) -> Self:
-        """Also rounded to nearest."""
-        return super().without_inputs.model_copy(update={"weight_rounding": "nearest"})
-
-    @property
-    def code_range(self) -> tuple[float, float]:
-        """The least and the largest code."""
-        element = self.numerics.weight.element
-        return element.least, element.largest
-
-    def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """Also `codes`, int8 [0, k], if data chooses them."""
-        measured = super().blank(k, engine_dtype)
-        codes = {"codes": torch.empty((0, k), dtype=torch.int8)}
-        return {**measured, **codes} if self.rounded_by_data else measured
+class IntegerWeights(RoundedWeights, ClippedWeights):
+    """Weights in int8, with a scale per row; other integers are subclasses."""
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
@@ -116,12 +83,6 @@ class IntegerWeights(ClippedWeights):
         """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
         codes, scale = self.nearest(rows, engine_dtype, constants)
         return {"weight": chosen(constants, codes), "weight_scale": scale}
-
-
-def chosen(constants: Stats, nearest: Tensor) -> Tensor:
-    """The codes of some rows: the stat `codes`, int8 in the shape of `nearest`, or else `nearest`."""
-    codes = constants.get("codes")
-    return nearest if codes is None else codes.to(nearest.device)
 
 
 class Int4Weights(IntegerWeights):

@@ -12,7 +12,8 @@ from torch import Tensor
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import rounding, zero_points
 from quantcli.schemes.base import Bias
-from quantcli.schemes.integer import Int4Groups, chosen
+from quantcli.schemes.by_data import chosen
+from quantcli.schemes.integer import Int4Groups
 
 
 class W4A16(Int4Groups):

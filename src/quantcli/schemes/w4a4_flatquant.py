@@ -12,7 +12,8 @@ from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
 from quantcli.schemes.base import Bias, Learner, LearningTask
-from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights, chosen
+from quantcli.schemes.by_data import chosen
+from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights
 from quantcli.schemes.transformed import SHARED, Transformed
 
 

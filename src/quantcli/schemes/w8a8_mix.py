@@ -11,7 +11,7 @@ from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, mu
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.arithmetic.static_int8 import deq_grid, least_deq_scale, row_parts
 from quantcli.schemes.base import Bias
-from quantcli.schemes.integer import chosen
+from quantcli.schemes.by_data import chosen
 from quantcli.schemes.w8a8_static import WEIGHT, Int8Static
 
 

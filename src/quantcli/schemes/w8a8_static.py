@@ -20,7 +20,8 @@ from quantcli.schemes.arithmetic.static_int8 import (
     to_codes,
 )
 from quantcli.schemes.base import Bias, check_input_scale, has_effect
-from quantcli.schemes.integer import IntegerWeights, chosen
+from quantcli.schemes.by_data import chosen
+from quantcli.schemes.integer import IntegerWeights
 
 WEIGHT = Operand("int8", "channel")
 

@@ -9,7 +9,8 @@ import torch
 from quantcli.core.errors import InputError
 from quantcli.core.registry import discover
 from quantcli.schemes.arithmetic import fp4
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
+from tests.measured import maxima
 from tests.quantized import FP8
 
 SCHEMES = discover(Scheme)

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from quantcli.calibration.methods import hessians
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.core.number_types import ELEMENTS
+from quantcli.schemes.arithmetic import elements, fp4
 from quantcli.schemes.arithmetic import gptq as module
 from quantcli.schemes.arithmetic.gptq import Feedback, factorize, gptq
 
 CPU = torch.device("cpu")
-LEAST, LARGEST = -8.0, 7.0
+INT4, FP4 = ELEMENTS["int4"], ELEMENTS["fp4_e2m1"]
+LEAST, LARGEST = INT4.least, INT4.largest
 
 
 def textbook(w: Tensor, h: Tensor, step: Tensor, *, act_order: bool = True) -> np.ndarray:
@@ -60,7 +63,7 @@ def nearest(w: Tensor, step: Tensor) -> Tensor:
 def test_codes_are_those_of_the_textbook(k, groups, act_order):
     w, h, step = case(16, k, dead=5, groups=groups)
     feedback = Feedback.of(h, act_order=act_order)
-    codes = feedback.round(w, step, LEAST, LARGEST)
+    codes = feedback.round(w, step, INT4)
     expected = textbook(w, h, step, act_order=act_order)
     assert np.array_equal(codes.numpy(), expected)
     assert not np.array_equal(expected, nearest(w, step).numpy())
@@ -74,7 +77,7 @@ def test_a_small_case_by_hand():
     assert torch.allclose(feedback.shares, torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
     # 0.4 -> 0, 0.4 lost; 0.4 + 0.2 -> 1: error 2 * .16 - 2 * .24 + 2 * .36 = 0.56, nearest 0.96
     w, step = torch.tensor([[0.4, 0.4]]), torch.ones(1, 1)
-    found = gptq(w, h, step, nearest(w, step), LEAST, LARGEST, feedback)
+    found = gptq(w, h, step, nearest(w, step), INT4, feedback)
     assert found.codes.tolist() == [[0, 1]]
     assert float(found.error) == pytest.approx(0.56)
     assert float(found.nearest) == pytest.approx(0.96)
@@ -84,13 +87,13 @@ def test_a_small_case_by_hand():
 def test_independent_inputs_leave_nothing_to_make_up_for():
     w, _, step = case(8, 64)
     feedback = Feedback.of(torch.eye(64) * 3)
-    assert torch.equal(feedback.round(w, step, LEAST, LARGEST), nearest(w, step))
+    assert torch.equal(feedback.round(w, step, INT4), nearest(w, step))
 
 
 def test_inputs_that_were_all_zero():
     w, _, step = case(8, 64)
     feedback = Feedback.of(torch.zeros(64, 64))
-    assert torch.equal(feedback.round(w, step, LEAST, LARGEST), nearest(w, step))
+    assert torch.equal(feedback.round(w, step, INT4), nearest(w, step))
 
 
 def test_damping_grows_until_it_factorizes(monkeypatch):
@@ -109,7 +112,7 @@ def test_what_is_no_sum_of_squares_is_rounded_to_nearest():
     h = torch.ones(8, 8) * 100 - 99 * torch.eye(8)
     assert Feedback.of(h) is None
     w, _, step = case(4, 8)
-    found = gptq(w, h.abs(), step, nearest(w, step), LEAST, LARGEST, None)
+    found = gptq(w, h.abs(), step, nearest(w, step), INT4, None)
     assert torch.equal(found.codes, nearest(w, step))
     assert torch.equal(found.error, found.nearest)
 
@@ -217,3 +220,53 @@ def test_weights_are_corrected_for_rounded_inputs():
 def test_nothing_is_corrected_where_inputs_are_not_rounded_or_say_nothing():
     assert hessians.Hessian(8, CPU).toward(0.01) is None
     assert hessians.Hessian(8, CPU, lambda x: (x, x)).toward(0.01) is None  # no token: singular
+
+
+# four-bit floats
+
+
+def textbook_fp4(w: Tensor, h: Tensor, step: Tensor) -> np.ndarray:
+    """As `textbook`, on the numbers of e2m1 by comparison with each of them."""
+    numbers = np.array([*FP4.values])
+    evens = np.abs(numbers)[:8:2]
+    weight, hessian, steps = w.double().numpy().copy(), h.double().numpy(), step.double().numpy()
+    diagonal = np.diag(hessian)
+    hessian = hessian + 0.01 * diagonal.mean() * np.eye(len(hessian))
+    order = np.argsort(-diagonal, kind="stable")
+    hessian, weight, steps = hessian[order][:, order], weight[:, order], steps[:, order]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    found = np.zeros_like(weight)
+    for i in range(weight.shape[1]):
+        quotients = weight[:, i] / steps[:, i]
+        far = np.abs(quotients[:, None] - numbers) - 1e-9 * np.isin(np.abs(numbers), evens)
+        found[:, order[i]] = numbers[far.argmin(1)]
+        error = (weight[:, i] - found[:, order[i]] * steps[:, i]) / upper[i, i]
+        weight[:, i + 1 :] -= np.outer(error, upper[i, i + 1 :])
+    return found
+
+
+@pytest.mark.parametrize(("k", "columns"), [(96, 32), (304, 16)])
+def test_four_bit_floats_are_those_of_the_textbook(k, columns):
+    w, h, step = case(16, k, groups=k // columns)
+    step = step * 7 / 6
+    codes = Feedback.of(h).round(w, step, FP4)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (16, k // 2)
+    expected = textbook_fp4(w, h, step)
+    assert np.array_equal(elements.decode(codes, FP4, k).numpy(), expected)
+    plain = fp4.nearest(w / step)
+    assert not np.array_equal(expected, plain.numpy())
+    found = gptq(w, h, step, elements.encode(plain, FP4), FP4, Feedback.of(h))
+    lost = (w - elements.decode(found.codes, FP4, k) * step).double()
+    assert torch.allclose((lost @ h.double() * lost).sum(1), found.error, rtol=1e-3)
+    assert float(found.error.sum()) < 0.7 * float(found.nearest.sum())
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "int4", "int8"])
+@pytest.mark.parametrize("k", [1, 6, 7])
+def test_numbers_as_codes_and_back(name, k):
+    element = ELEMENTS[name]
+    numbers = elements.nearest(torch.linspace(1.3 * element.least, 1.3 * element.largest, k), element)
+    codes = elements.encode(numbers.view(1, k), element)
+    assert torch.equal(elements.decode(codes, element, k)[0], numbers)
+    assert float(numbers[0]) == element.least

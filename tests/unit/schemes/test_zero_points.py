@@ -151,7 +151,9 @@ def test_gptq_with_zero_points_makes_up_for_errors():
     step = parts["weight_scale"].repeat_interleave(32, 1)
     zero = parts["weight_zero_point"].repeat_interleave(32, 1)
     feedback = Feedback.of(hessian)
-    rounded = gptq(rows + zero * step, hessian, step, parts["weight"], -8, 7, feedback)
+    rounded = gptq(
+        rows + zero * step, hessian, step, parts["weight"], scheme.numerics.weight.element, feedback
+    )
     assert int(rounded.codes.min()) >= -8
     assert int(rounded.codes.max()) <= 7
 

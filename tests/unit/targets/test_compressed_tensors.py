@@ -12,7 +12,7 @@ from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.compressed_tensors.config import read_groups
 from quantcli.targets.compressed_tensors.kinds import arguments
@@ -22,6 +22,7 @@ from quantcli.targets.compressed_tensors.layouts import (
 )
 from quantcli.targets.compressed_tensors.target import CompressedTensors
 from quantcli.targets.names import fold
+from tests.measured import maxima
 
 TARGET = CompressedTensors()
 L = "model.layers.0"

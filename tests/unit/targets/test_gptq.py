@@ -13,13 +13,14 @@ from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
 from quantcli.core.registry import discover
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint
 from quantcli.targets.gptq.config import quantization_config, read_config
 from quantcli.targets.gptq.kinds import Kind, kind_of, layout_of
 from quantcli.targets.gptq.target import Gptq
 from tests import quantized
 from tests.builders import write_safetensors
+from tests.measured import maxima
 
 TARGET = Gptq()
 L = "model.layers.{}"

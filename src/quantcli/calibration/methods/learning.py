@@ -366,7 +366,8 @@ class _ServedLoss(Measurement):
         policy = self._work.run.policy
         only = replace(policy, quantized={m: policy.quantized[m] for m in self._report.modules})
         course = Course(self._work.layer, {})
-        self._report.loss_served = course.served_loss(quantized(only, self._work.stats))
+        whole = self._work.layer.whole(self._work.edits)
+        self._report.loss_served = course.served_loss(quantized(only, self._work.stats, whole))
 
 
 def learn(

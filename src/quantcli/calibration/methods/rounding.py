@@ -50,7 +50,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Parts
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq, squares
-from quantcli.schemes.base import Scheme, maxima
+from quantcli.schemes.base import Scheme
 
 _ROWS = 1024  # that one job rounds
 _ALL = -1  # in place of an expert's number: all experts that tokens reached
@@ -108,6 +108,7 @@ class RoundingPass(Measurement):
         self.work = work
         self.layer, self.layout, self.run = work.layer, work.layout, work.run
         self.edits, self.stats, self.reports = work.edits, work.stats, work.report.modules
+        self._whole = work.layer.whole(work.edits)
         self._left: set[str] = set()  # not rounded yet
         # the matrices whose inputs a leader stands for, if these are others than its own
         self._sources: dict[Matrix, list[Matrix]] = {}
@@ -221,7 +222,7 @@ class RoundingPass(Measurement):
         """The engine's arithmetic for all modules but those that are still to be rounded here."""
         if self.run.policy.inputs == "float":
             return None
-        base = quantized(self.run.policy, self.stats)
+        base = quantized(self.run.policy, self.stats, self._whole)
 
         def quantizer(
             module: str, rows: Tensor, bias: Tensor | None
@@ -303,12 +304,12 @@ class RoundingPass(Measurement):
     def _round(self, module: str, constants: Parts, objective: _Objective, each: Each) -> None:
         stored = self._stored(module)
         n, k = stored.spec.shape
-        codes = torch.empty((n, k), dtype=torch.int8)
         errors = torch.empty((3, n), dtype=torch.float64)
-        scheme = self._scheme(module)
+        scheme, input_dtype = self._scheme(module), self.run.policy.quantized[module].input_dtype
+        blank = scheme.blank(k, input_dtype)["codes"]
+        codes = blank.new_empty((n, *blank.shape[1:]))
         own = scheme.row_stats & self.stats.get(module, NO_STATS).keys()
-        if scheme.needs_column_amax:
-            constants = {**constants, **maxima(scheme, self._rows(module, slice(0, n))[0])}
+        constants = {**constants, **self._whole(module)}
 
         def work(start: int) -> None:
             block = slice(start, min(start + _ROWS, n))
@@ -334,6 +335,8 @@ class RoundingPass(Measurement):
         weight_dtype = self.run.policy.quantized[module].weight_dtype
         parts = scheme.quantize(rows, weight_dtype, row_constants, bias)
         step, zero = parts["weight_scale"], parts.get("weight_zero_point")
+        if (whole := parts.get("weight_global_scale")) is not None:
+            step = step * whole
         if tile := scheme.numerics.weight.block:  # one scale for some columns
             step = tiles.spread(step, tile, *rows.shape)
             zero = None if zero is None else tiles.spread(zero, tile, *rows.shape)
@@ -341,11 +344,12 @@ class RoundingPass(Measurement):
         if objective.toward is not None:
             targets = targets @ objective.toward
         hessian, feedback = objective.hessian, objective.feedback
+        element = scheme.numerics.weight.element
         if zero is None:
-            return gptq(targets, hessian, step, parts["weight"], *scheme.code_range, feedback)
+            return gptq(targets, hessian, step, parts["weight"], element, feedback)
         # codes less their zero points stand for weights, and so do codes for weights that are shifted
         shifted = torch.addcmul(targets, zero.float().expand_as(targets), step.expand_as(targets))
-        rounded = gptq(shifted, hessian, step, parts["weight"], *scheme.code_range, feedback)
+        rounded = gptq(shifted, hessian, step, parts["weight"], element, feedback)
         return rounded._replace(signal=squares(targets, hessian))
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:

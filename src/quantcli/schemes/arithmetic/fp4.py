@@ -141,12 +141,16 @@ def to_packed(groups: Tensor, scale: Tensor) -> Tensor:
     groups: float [..., groups, columns]; scale: float32 [..., groups, 1]. uint8 [..., groups, columns /
     2]. A code is the sign, then the place of its number among 0, 0.5, 1, 1.5, 2, 3, 4, 6.
     """
-    rounded = nearest(groups.float() / scale)
-    magnitude = rounded.abs()
+    return packed(nearest(groups.float() / scale))
+
+
+def packed(numbers: Tensor) -> Tensor:
+    """Numbers of e2m1 as codes, two in a byte likewise: float32 [..., 2 w] -> uint8 [..., w]."""
+    magnitude = numbers.abs()
     # twice the number up to 2, then one more for each power of two, and for each half of one
     place = torch.minimum(magnitude * 2, magnitude + 2)
     place = torch.minimum(place, magnitude / 2 + 4)
-    codes = place.to(torch.uint8) | torch.signbit(rounded).to(torch.uint8) << 3
+    codes = place.to(torch.uint8) | torch.signbit(numbers).to(torch.uint8) << 3
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
@@ -182,8 +186,8 @@ def quantize(rows: Tensor, whole: Tensor | None, grid: Grid, *, search: bool) ->
         codes = _least_error(groups, codes, whole, grid)
     scale = torch.where(finite, grid.scales(codes), torch.nan)
     step = scale if whole is None else scale * whole
-    packed = to_packed(groups, step).flatten(-2)[..., : -(-rows.shape[-1] // 2)]
-    return packed.contiguous(), scale.squeeze(-1)
+    codes = to_packed(groups, step).flatten(-2)[..., : -(-rows.shape[-1] // 2)]
+    return codes.contiguous(), scale.squeeze(-1)
 
 
 def _first(amax: Tensor, grid: Grid, *, search: bool) -> Tensor:

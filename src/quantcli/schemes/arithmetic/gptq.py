@@ -6,7 +6,8 @@ the error of the output is d H d^T. Let H = R R^T with R upper triangular. Then
 
     d H d^T = sum_i (sum_{j <= i} d_j R_ji)^2
 
-so whatever the columns before i have lost, column i makes up for best as q_i = round(t_i / s_i) with
+so whatever the columns before i have lost, column i makes up for best as q_i, the number of the codes'
+type that is nearest to t_i / s_i, with
 
     t_i = w_i + sum_{j < i} d_j R_ji / R_ii
 
@@ -24,6 +25,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantcli.core.number_types import ElementType
+from quantcli.schemes.arithmetic import elements
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: samples never show all there is
 BLOCK = 128  # columns between two updates of all that follow
@@ -81,10 +85,11 @@ class Feedback:
                 return cls(order, shares)
         return None
 
-    def round(self, rows: Tensor, step: Tensor, least: float, largest: float) -> Tensor:
-        """Codes int8 [n, k] in least..largest.
+    def round(self, rows: Tensor, step: Tensor, element: ElementType) -> Tensor:
+        """Codes as `elements.encode` has them.
 
-        rows: float32 [n, k]; step: float32, the scale of each column [n, k], or of all [n, 1].
+        rows: float32 [n, k]; step: float32, the scale of each column [n, k], or of all [n, 1]; element:
+        the type of codes.
         """
         n, k = rows.shape
         columns = rows[:, self.order].T.contiguous()
@@ -92,7 +97,6 @@ class Feedback:
         if step.shape[1] == k:
             steps = steps.contiguous()
         lost = torch.empty_like(columns)
-        codes = torch.empty((k, n), dtype=torch.int8, device=rows.device)
         for start in range(0, k, BLOCK):
             block = slice(start, min(start + BLOCK, k))
             targets = columns[block] + self.shares[:start, block].T @ lost[:start]
@@ -101,12 +105,13 @@ class Feedback:
                 target = targets[place]
                 if place:
                     target = torch.addmv(target, lost[start:column].T, within[:place, place])
-                code = (target / steps[column]).round_().clamp_(least, largest)
-                codes[column] = code
-                lost[column] = torch.addcmul(columns[column], code, steps[column], value=-1)
-        in_order = torch.empty((n, k), dtype=torch.int8, device=rows.device)
-        in_order[:, self.order] = codes.T
-        return in_order
+                number = elements.nearest(target / steps[column], element)
+                lost[column] = torch.addcmul(columns[column], number, steps[column], value=-1)
+                columns[column] = number  # in place of the weights, which nothing reads any more
+        del lost, steps
+        in_order = torch.empty_like(rows)
+        in_order[:, self.order] = columns.T
+        return elements.encode(in_order, element)
 
 
 def factorize(matrix: Tensor, each: Each = in_turn) -> bool:
@@ -161,7 +166,7 @@ def _sharer(shares: Tensor, lower: Tensor) -> Callable[[int], None]:
 
 
 class Rounded(NamedTuple):
-    """Codes int8 [n, k], and of each row the error of its output, float64 [n]: of these codes, of the
+    """Codes of n rows, and of each row the error of its output, float64 [n]: of these codes, of the
     nearest ones, and without any weight."""
 
     codes: Tensor
@@ -180,24 +185,25 @@ def gptq(
     hessian: Tensor,
     step: Tensor,
     nearest: Tensor,
-    least: float,
-    largest: float,
+    element: ElementType,
     feedback: Feedback | None,
 ) -> Rounded:
     """Codes of a block of rows: for each row those of GPTQ, or `nearest` if they are better.
 
-    rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step: as in `Feedback.round`; nearest:
-    int8 [n, k]. feedback: of this hessian; None: nearest. Errors are sums of squares over the inputs.
+    rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step, element: as in `Feedback.round`;
+    nearest: codes as `elements.encode` has them. feedback: of this hessian; None: nearest. Errors are
+    sums of squares over the inputs.
     """
 
     def error(codes: Tensor) -> Tensor:
-        return squares(torch.addcmul(rows, codes.float(), step.expand_as(rows), value=-1), hessian)
+        numbers = elements.decode(codes, element, rows.shape[1])
+        return squares(torch.addcmul(rows, numbers, step.expand_as(rows), value=-1), hessian)
 
     signal = squares(rows, hessian)
     plain = error(nearest)
     if feedback is None:
         return Rounded(nearest, plain, plain, signal)
-    codes = feedback.round(rows, step, least, largest)
+    codes = feedback.round(rows, step, element)
     total = error(codes)
     better = total < plain
     return Rounded(
