@@ -1,13 +1,15 @@
 """What `weight_rounding: gptq` gains over rounding to nearest: errors of outputs, and predictions.
 
     python benchmarks/gptq.py [--model DIR] [--data FILE] [--text FILE] [--clip none] [--inputs float]
+        [--schemes NAME ...] [--predictions]
 
 Calibrated on --data, judged on --text, which it has not seen. The first lines are the error of each
 kind of layer over that of the same scheme rounded to nearest, on inputs of the float model: the root of
-summed squares over all layers of that kind. The others are of W4A16 with groups of 128, by the engine's
-arithmetic: perplexity over the float model's, how often both differ in the most likely token, by how
-much the log-probability of the text's tokens changes. Bars are what llm-compressor's GPTQ reached on
-`examples/tiny-qwen3`, calibrated on articles of WikiText-2 and judged on others.
+summed squares over all layers of that kind. The others are of W4A16 with groups of 128 and of four-bit
+floats, by the engine's arithmetic: perplexity over the float model's, how often both differ in the most
+likely token, by how much the log-probability of the text's tokens changes. Bars of W4A16 are what
+llm-compressor's GPTQ reached on `examples/tiny-qwen3`, calibrated on articles of WikiText-2 and judged
+on others. Those of four-bit floats are on the last of these numbers over that of `nearest`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ SCHEMES = {
     "int4 channel": INT4 | {"group_size": "channel"},
     "int4 g128": INT4,
     "int8 channel": {"name": "w8a16"},
+    "nvfp4a16": {"name": "nvfp4a16"},
+    "nvfp4": {"name": "nvfp4"},
+    "mxfp4a16": {"name": "mxfp4a16"},
+    "mxfp4": {"name": "mxfp4"},
 }
+# the most that GPTQ leaves of the change of log-probabilities; that by fp4 inputs stays
+FP4_BARS = {"nvfp4a16": 0.75, "nvfp4": 0.95, "mxfp4a16": 0.75, "mxfp4": 0.95}
 BARS = {"perplexity ratio": 1.0034, "other top token": 1 - 0.951, "log-prob change": 0.0658}
 
 
@@ -53,6 +61,7 @@ def main() -> None:
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument("--clip", default="inputs", choices=["inputs", "columns", "mse", "none"])
     arguments.add_argument("--inputs", default="quantized", choices=["float", "quantized"])
+    arguments.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     arguments.add_argument("--predictions", action="store_true", help="only them")
     options = arguments.parse_args()
     batches = windows(options.model, options.text, options.windows, options.length)
@@ -61,22 +70,28 @@ def main() -> None:
         "inputs": options.inputs, "dtype": "float32",
     }  # fmt: skip
     lines: list[Line] = []
+    predicted = [name for name in options.schemes if name in FP4_BARS or SCHEMES[name] is INT4]
     with workplace(options.dir) as folder:
-        for name, scheme in SCHEMES.items():
-            if options.predictions and scheme is not INT4:
-                continue
+        for name in predicted if options.predictions else options.schemes:
+            scheme = SCHEMES[name]
             clip = {"clip": options.clip} if scheme["name"] == "w4a16" else {}
             for rounding in ("nearest", "gptq"):
                 how = scheme | clip | {"weight_rounding": rounding}
                 convert(folder / f"{name}-{rounding}", options.model, how, calibration)
         if not options.predictions:
-            lines += errors(folder, options.model, batches)
+            lines += errors(folder, options.model, batches, options.schemes)
         base = predictions(options.model, batches)
-        for rounding in ("nearest", "gptq"):
-            found = compared(predictions(folder / f"int4 g128-{rounding}", batches), base)
-            for what, value in found.items():
-                bar = BARS[what] if rounding == "gptq" else None
-                lines.append(Line(f"W4A16 g128, {rounding}: {what}", value, "", bar, f"{value:.5f}"))
+        for name in predicted:
+            changes = []
+            for rounding in ("nearest", "gptq"):
+                found = compared(predictions(folder / f"{name}-{rounding}", batches), base)
+                changes.append(found["log-prob change"])
+                for what, value in found.items():
+                    bar = BARS[what] if SCHEMES[name] is INT4 and rounding == "gptq" else None
+                    lines.append(Line(f"{name}, {rounding}: {what}", value, "", bar, f"{value:.5f}"))
+            if name in FP4_BARS:
+                ratio = changes[1] / changes[0]
+                lines.append(Line(f"{name}: log-prob change, gptq", ratio, "x", FP4_BARS[name]))
     finish(lines, as_json=options.json)
 
 
@@ -117,9 +132,9 @@ class Errors:
                 self.sums[which, matrix.parameter] += error
 
 
-def errors(folder: Path, model: Path, batches: list[Batch]) -> list[Line]:
+def errors(folder: Path, model: Path, batches: list[Batch], schemes: list[str]) -> list[Line]:
     """Of each scheme and kind of layer, gptq over nearest, on inputs of the float model."""
-    names = [f"{name}-{rounding}" for name in SCHEMES for rounding in ("nearest", "gptq")]
+    names = [f"{name}-{rounding}" for name in schemes for rounding in ("nearest", "gptq")]
     served = {name: Served.open(folder / name) for name in names}
     skeleton = Skeleton(open_checkpoint(model), "F32", trust_remote_code=False)
     replay = Replay(skeleton, batches, device=CPU, workers=2)
@@ -134,7 +149,7 @@ def errors(folder: Path, model: Path, batches: list[Batch]) -> list[Line]:
         for (which, parameter), value in told.sums.items():
             sums[which, parameter.split(".")[-2]] += value
     lines = []
-    for name in SCHEMES:
+    for name in schemes:
         for kind in sorted({kind for _, kind in sums}):
             ratio = math.sqrt(sums[f"{name}-gptq", kind] / sums[f"{name}-nearest", kind])
             lines.append(Line(f"{name}: error of {kind}", ratio, "x", 0.99))
