@@ -1,7 +1,8 @@
 """Scales of the cache of keys and values, from both as they enter it.
 
 They are measured on the edited model, after rotary embeddings and norms of keys: weights give no bound
-for them. A layer that reads the cache of an earlier one has none.
+for them. A layer that reads the cache of an earlier one has none. If latents are cached, one scale is
+that of keys and of values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quantcli.calibration.policy import Policy, not_finite
 from quantcli.calibration.replay.cache import entering
 from quantcli.calibration.watch import current_batch
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import CACHES, Cache, Stats
+from quantcli.core.numerics import CACHES, LATENTS, Cache, Stats
 from quantcli.schemes.arithmetic.cache import Magnitudes, paired
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme, has_effect
@@ -75,6 +76,9 @@ class CachePass(Measurement):
         self._method = method
         self._work = work
         self._attention = work.run.policy.attention
+        latents = any(layer.queries for layer in self._attention.values())
+        self._cache = LATENTS if latents else method.cache
+        self._sides = _SIDES[:1] if latents else _SIDES
         self._observers: dict[tuple[str, str], tuple[Magnitudes, Observer]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -87,7 +91,7 @@ class CachePass(Measurement):
     def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if (batch := current_batch()) is not None:
             number, mask = batch
-            for side, states in zip(_SIDES, (key, value), strict=True):
+            for side, states in zip(self._sides, (key, value), strict=False):
                 rows = states.detach().transpose(1, 2)
                 tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
                 self._observer(layer, side, tokens).update(tokens, number)
@@ -97,7 +101,7 @@ class CachePass(Measurement):
         with self._lock:
             if (layer, side) not in self._observers:
                 method = self._method
-                summary = Magnitudes(method.cache, counted=method.chosen_by != "minmax")
+                summary = Magnitudes(self._cache, counted=method.chosen_by != "minmax")
                 self._observers[layer, side] = summary, Observer(summary)
                 heads, width = tokens.shape[1:]
                 self._shapes[layer, side] = heads, heads * width
@@ -110,24 +114,28 @@ class CachePass(Measurement):
         for name in dict.fromkeys(layer for layer, _ in self._observers):
             stats: dict[str, Tensor] = {}
             tokens = 0
-            for side in _SIDES:
+            for side in self._sides:
                 summary, observer = self._observers[name, side]
                 if not observer.finite:
                     raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
                 self._must_fit(self._attention[name], side)
                 stats[f"{side}_scale"] = self._scale(summary, side, self._attention[name])
                 tokens = observer.tokens
-            if self._method.cache.per == "channel":
-                stats |= {f"{side}_offset": torch.zeros_like(stats[f"{side}_scale"]) for side in _SIDES}
+            if self._cache == LATENTS:
+                # the engine rounds queries by token: it needs a scale of them, and does not read it
+                stats["v_scale"] = stats["k_scale"]
+                stats["q_scale"] = torch.ones(self._attention[name].queries)
+            if self._cache.element.family == "int":
+                stats |= {f"{s[0]}_offset": torch.zeros_like(scale) for s, scale in stats.items()}
             self._work.stats[name] = stats
             report[name] = {"tokens": tokens, **_largest(stats)}
 
     def _scale(self, summary: Magnitudes, side: str, layer: AttentionLayer) -> Tensor:
         """Of each unit, float32."""
-        method, channels = self._method, self._method.cache.per == "channel"
-        dtype = self._work.run.policy.serving_dtype if channels else torch.float32
+        method, codes = self._method, self._cache.element.family
+        dtype = self._work.run.policy.serving_dtype if codes == "int" else torch.float32
         scale = summary.scales(method.chosen_by, method.percentile, dtype)
-        if channels and side == "k":
+        if self._cache.per == "channel" and side == "k":
             scale = paired(scale, layer.heads, self._rotated(layer))
         return scale
 
@@ -144,7 +152,7 @@ class CachePass(Measurement):
     def _must_fit(self, layer: AttentionLayer, side: str) -> None:
         heads, width = self._shapes[layer.name, side]
         expected = layer.heads, layer.widths[side == "v"]
-        if (heads, width) != expected and self._method.cache.per != "tensor":
+        if (heads, width) != expected and self._cache.per != "tensor":
             what = (
                 f"the cache is given {heads} heads of {width // heads} numbers; by its weights and "
                 f"config.json the engine keeps {expected[0]} of {expected[1] // expected[0]}"

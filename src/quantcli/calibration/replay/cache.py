@@ -2,6 +2,9 @@
 
 Every attention of the library hands both to the cache that it is given, and reads what that gives
 back. The replay calls layers without one. Here an attention is given a cache that keeps nothing.
+
+Engines may cache latents instead, which kv_b_proj makes keys and values from. They are seen, or replaced,
+as that module is called: not every version of the library caches them.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 
 from quantcli.calibration.replay.skeleton import Segments
 
-# (layer of attention, keys, values), [batch, heads, length, width] -> the same, or others instead
+# (layer of attention, keys, values), [batch, heads, length, width] -> the same, or others instead.
+# Latents are given as the keys and the values of one head, and taken from the keys.
 Enter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+_READS_LATENTS = "kv_b_proj"
 _ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -31,13 +36,22 @@ def entering(
     attention, as stored. Yields those that are in this layer.
     """
     owners: dict[str, str] = {}
+    readers: dict[str, str] = {}  # of latents, by the layer of attention
     for parameter, experts in segments.items():
-        parents = {s.module.rpartition(".")[0] for parts in experts for s in parts}
-        for stored in parents.intersection(attention):
-            owners[parameter.removeprefix(f"{name}.").rpartition(".")[0].rpartition(".")[0]] = stored
+        modules = {s.module for parts in experts for s in parts}
+        path = parameter.removeprefix(f"{name}.").rpartition(".")[0]
+        for stored in {module.rpartition(".")[0] for module in modules}.intersection(attention):
+            owners[path.rpartition(".")[0]] = stored
+            if f"{stored}.{_READS_LATENTS}" in modules:
+                readers[stored] = path
     with ExitStack() as stack:
         found = set()
         for path, stored in owners.items():
+            if stored in readers:
+                reader = layer.get_submodule(readers[stored])
+                stack.callback(reader.register_forward_pre_hook(_latents(stored, enter)).remove)
+                found.add(stored)
+                continue
             module = layer.get_submodule(path)
             argument = _argument(module)
             if argument is not None:
@@ -53,6 +67,17 @@ def _argument(module: nn.Module) -> str | None:
     """The name under which a module takes a cache; None if it takes none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in _ARGUMENTS if name in parameters), None)
+
+
+def _latents(stored: str, enter: Enter) -> Callable[..., Any]:
+    """A hook that gives what comes out of the cache in place of the latents, [batch, length, rank] or
+    [batch, 1, length, rank]."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        latents = args[0].reshape(args[0].shape[0], 1, -1, args[0].shape[-1])
+        return (enter(stored, latents, latents)[0].reshape(args[0].shape), *args[1:])
+
+    return hook
 
 
 def _given(argument: str, stored: str, enter: Enter) -> Callable[..., Any]:
