@@ -393,7 +393,8 @@ def plan_cache(
             raise InputError(error.what, where=error.where or where, fix=error.fix) from None
         notes = [note] if (note := recipe.target.cache_note(cache)) else []
         if "mtp" in matched.roles.values():
-            notes.append("the cache of next-token layers has no scales: engines take 1.0 for it")
+            then = "it stays float" if cache == LATENTS else "engines take 1.0 for it"
+            notes.append(f"the cache of next-token layers has no scales: {then}")
         if names:
             notes.append(f"scales of the source's cache, such as `{names[0]}`, are measured anew")
         return checkpoint, PlannedCache(cache, layers, measured=True), None, notes

@@ -168,10 +168,11 @@ def _layer(
 def _of_latents(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> AttentionLayer:
     """The sizes of a layer that caches latents; shape: of the weight that reads them."""
     rank, heads = _whole(config, "kv_lora_rank"), _whole(config, "num_attention_heads")
-    if len(shape) != 2 or not heads or not rank or shape[1] != rank or shape[0] % heads:
+    keys, values = _whole(config, "qk_nope_head_dim"), _whole(config, "v_head_dim")
+    if 0 in (rank, heads, keys, values) or shape != (heads * (keys + values), rank):
         what = (
-            f"its cache is of latents, and its kv_b_proj {list(shape)} does not fit the heads "
-            f"({heads}) and the kv_lora_rank ({rank}) of config.json"
+            f"its cache is of latents, and its kv_b_proj {list(shape)} is not of the sizes in "
+            f"config.json: {heads} heads of {keys} + {values}, kv_lora_rank {rank}"
         )
         raise InputError(what, where=f"`{name}`", fix="leave `kv_cache` out")
     return AttentionLayer(name, 1, (rank, rank), heads)

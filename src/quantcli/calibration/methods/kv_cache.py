@@ -22,7 +22,7 @@ from quantcli.calibration.replay.cache import entering
 from quantcli.calibration.watch import current_batch
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, LATENTS, Cache, Stats
-from quantcli.schemes.arithmetic.cache import Magnitudes, paired
+from quantcli.schemes.arithmetic.cache import Magnitudes, absorbed_amax, paired, scales_of
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme, has_effect
 from quantcli.targets.kv_cache import AttentionLayer
@@ -40,7 +40,8 @@ class KvCache(Method):
 
     format: Literal["fp8", "fp8_per_head", "c8"] = Field(
         description="fp8: one scale for the keys of a layer and one for its values; fp8_per_head: one "
-        "for each head of them; c8: int8, one for each channel, for Ascend"
+        "for each head of them; c8: int8, one for each channel, or one for the latents of a layer, for "
+        "Ascend"
     )
     chosen_by: Literal["minmax", "percentile", "mse"] = Field(
         "minmax", alias="observer", description="how the range of keys and of values is chosen"
@@ -81,12 +82,27 @@ class CachePass(Measurement):
         self._sides = _SIDES[:1] if latents else _SIDES
         self._observers: dict[tuple[str, str], tuple[Magnitudes, Observer]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._queries: dict[str, Tensor] = {}  # max |q| of each head that reads latents
         self._lock = threading.Lock()
 
     def passing(self) -> AbstractContextManager[object]:
-        """Keys and values are seen."""
+        """Keys and values are seen, or latents of both and the queries for them."""
         layer = self._work.layer
-        return entering(layer.name, layer.module, layer.segments, self._attention, self._enter)
+        return entering(
+            layer.name, layer.module, layer.segments, self._attention, self._enter, self._see_queries
+        )
+
+    def _see_queries(self, layer: str, queries: Tensor, weight: Tensor) -> None:
+        if (batch := current_batch()) is not None:
+            mask, sizes = batch[1], self._work.run.skeleton.checkpoint.text_config
+            plain = sizes["qk_nope_head_dim"]
+            rows = queries.detach()
+            rows = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+            heads = self._attention[layer].queries
+            amax = absorbed_amax(rows, weight.detach(), heads, plain).cpu()
+            with self._lock:
+                so_far = self._queries.get(layer)
+                self._queries[layer] = amax if so_far is None else torch.maximum(so_far, amax)
 
     def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if (batch := current_batch()) is not None:
@@ -122,9 +138,12 @@ class CachePass(Measurement):
                 stats[f"{side}_scale"] = self._scale(summary, side, self._attention[name])
                 tokens = observer.tokens
             if self._cache == LATENTS:
-                # the engine rounds queries by token: it needs a scale of them, and does not read it
+                # the engine must find both, and reads neither: it rounds queries by token
                 stats["v_scale"] = stats["k_scale"]
-                stats["q_scale"] = torch.ones(self._attention[name].queries)
+                queries, dtype = self._queries[name], self._work.run.policy.serving_dtype
+                if not bool(torch.isfinite(queries).all()):
+                    raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
+                stats["q_scale"] = scales_of(queries, LATENTS, dtype)
             if self._cache.element.family == "int":
                 stats |= {f"{s[0]}_offset": torch.zeros_like(scale) for s, scale in stats.items()}
             self._work.stats[name] = stats
