@@ -239,6 +239,10 @@ class Ascend(VllmTarget):
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """None: all of its kernels round inputs as `engine_parts` says."""
+        return None
+
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Also kv_b_proj; the head on the 310P."""
         if self.device and is_head(module):
@@ -315,8 +319,11 @@ class Ascend(VllmTarget):
         )
 
     def cache_note(self, cache: Cache) -> str | None:
-        """On nodes that only prefill."""
-        return "a node that only prefills keeps a float cache; others write and read int8"
+        """On versions and hardware, and on nodes that only prefill."""
+        return (
+            "the int8 cache loads on vLLM-Ascend main (182b75ea84), Atlas A2, A3; a node that only "
+            "prefills keeps a float cache"
+        )
 
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
