@@ -47,6 +47,8 @@ def test_the_list_has_every_recipe() -> None:
 def test_the_list_knows_what_calibrates(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     model = MIXTURE if "moe" in name else make_llama(folder, side=128)
+    if load_recipe(name).cache is not None:  # the cache needs a config with heads
+        model = RECIPES[name].parents[1] / "examples" / "tiny-qwen3"
     plan = make_plan(load_recipe(name), open_checkpoint(model))
     table = {entry["name"]: entry for entry in run_cli("recipes", "--json").json["recipes"]}
     assert table[name]["calibration"] == plan.needs_calibration

@@ -141,6 +141,39 @@ def largest_bits(typing: Any, lanes: Any) -> Any:
 
 
 @_compiled
+def place_of_least_sum(typing: Any, table: Any, start: Any, places: Any, first: Any) -> Any:
+    """Of the sums over 16 rows of a table the place of the smallest, of equals the first.
+
+    table: rows of COUNT int16, of which `start` says where the first begins; places[first], ... say
+    which rows.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, start, places, first = arguments
+        kind = ir.VectorType(ir.IntType(16), COUNT)
+        wide = ir.IntType(64)
+        total = None
+        for j in range(16):
+            place = builder.load(builder.gep(places, [builder.add(first, ir.Constant(wide, j))]))
+            row = builder.add(start, builder.shl(builder.zext(place, wide), ir.Constant(wide, 3)))
+            part = builder.load(builder.bitcast(builder.gep(table, [row]), kind.as_pointer()), align=2)
+            total = part if total is None else builder.add(total, part)
+        least, width = total, COUNT // 2
+        while width:
+            upper = [*range(width, 2 * width)] + [0] * (COUNT - width)
+            order = ir.Constant(ir.VectorType(_INT, COUNT), upper)
+            other = builder.shuffle_vector(least, ir.Constant(kind, ir.Undefined), order)
+            least = builder.select(builder.icmp_signed("<", least, other), least, other)
+            width //= 2
+        least = _spread(builder, builder.extract_element(least, ir.Constant(_INT, 0)), kind)
+        equal = builder.bitcast(builder.icmp_signed("==", total, least), ir.IntType(COUNT))
+        return builder.cttz(builder.zext(equal, _INT), ir.Constant(ir.IntType(1), 1))
+
+    pointers = types.CPointer(types.int16), types.CPointer(types.uint8)
+    return types.int32(pointers[0], types.int64, pointers[1], types.int64), generate
+
+
+@_compiled
 def place_of_least(typing: Any, lanes: Any) -> Any:
     """The place of the smallest number; of equals the first, and 0 if there is NaN among them."""
 

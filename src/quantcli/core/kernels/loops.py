@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS, WIDE
+from quantcli.core.kernels import BLOCK, LANES, REFINEMENTS, ROWS, WIDE
 from quantcli.core.kernels.formulas import (
     DTYPES,
     ENCODERS,
@@ -32,6 +32,7 @@ from quantcli.core.kernels.lanes import (
     largest_bits,
     load,
     place_of_least,
+    place_of_least_sum,
     spread,
     store,
 )
@@ -302,12 +303,12 @@ def least_error(dtype: str, to: str, sums: str) -> Any:
 def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
     """Codes of groups of 16 or 32 columns, and scales, see `quantize` in schemes/arithmetic/fp4.py.
 
-    wide: the columns of a group. Of 16 no number is over the largest one by more than half a step.
-    up: whether the first scale is the least that is not too small, or the nearest one; count: how many
-    are tried. table, inverses: the scale of each code, and of scale * whole the reciprocal; behind the
-    last one that is repeated, up to NaN at `last + WIDE`. sizes, steps, codes: space for a row, up to
-    a multiple of the columns, zeros behind it; firsts: for a number of each group; left: WIDE infinite
-    numbers; lanes: space for as many.
+    wide: the columns of a group. up: whether the first scale is the least that is not too small, or the
+    nearest one; count: how many are tried. table: the scale of each code; behind the last one that is
+    repeated, up to NaN at `last + WIDE`. errors: for groups of 16, ROWS rows for each code. inverses:
+    the reciprocal of scale * whole for each code; with `errors` that of a row. sizes, steps, codes:
+    space for a row, up to a multiple of the columns, zeros behind it; firsts: for a number of each
+    group; space: WIDE infinite numbers, and as many more.
     """
     element, value, *_ = DTYPES[dtype]
     encoder, grid = ENCODERS[to], GRIDS[by]
@@ -316,55 +317,31 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
     columns = int(wide)
 
     @inlined
-    def square(quotients):
-        error = quotients - rounded(quotients)
-        return error * error
-
-    @inlined
-    def pair(x, a, b, inverses):
-        return square(spread(x[a]) * inverses) + square(spread(x[b]) * inverses)
-
-    @inlined
-    def by_scales(x, start, inverses):
-        """The errors of 16 columns, with a scale in each lane."""
-        one = pair(x, start, start + 8, inverses) + pair(x, start + 4, start + 12, inverses)
-        one = one + (
-            pair(x, start + 2, start + 10, inverses) + pair(x, start + 6, start + 14, inverses)
-        )
-        other = pair(x, start + 1, start + 9, inverses) + pair(x, start + 5, start + 13, inverses)
-        more = pair(x, start + 3, start + 11, inverses) + pair(x, start + 7, start + 15, inverses)
-        return one + (other + more)
-
-    @inlined
     def clipped(x, start, inverse):
         quotients = load(x, start) * inverse
         error = quotients - rounded(bits_least(quotients, largest))
         return error * error
 
     @inlined
-    def by_columns(x, start, inverse, lanes):
+    def by_columns(x, start, inverse, space):
         """The error of 32 columns with one scale, with a column in each lane."""
         low = clipped(x, start, inverse) + clipped(x, start + 16, inverse)
         high = clipped(x, start + 8, inverse) + clipped(x, start + 24, inverse)
-        store(lanes, 0, low + high)
-        a, b, c, d = lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]
+        store(space, WIDE, low + high)
+        a, b = space[WIDE] + space[WIDE + 4], space[WIDE + 1] + space[WIDE + 5]
+        c, d = space[WIDE + 2] + space[WIDE + 6], space[WIDE + 3] + space[WIDE + 7]
         return (a + c) + (b + d)
 
     @inlined
-    def errors_of_16(x, start, inverses, code, count, left, lanes):
-        return by_scales(x, start, load(inverses, code))
-
-    @inlined
-    def errors_of_32(x, start, inverses, code, count, left, lanes):
+    def best_of_32(x, start, table, inverses, code, count, space):
         for place in range(count):
-            left[place] = by_columns(x, start, spread(inverses[code + place]), lanes)
-        return load(left, 0)
-
-    errors = errors_of_16 if columns == 16 else errors_of_32
+            space[place] = by_columns(x, start, spread(inverses[code + place]), space)
+        ratios = load(table, code) / spread(table[code])
+        return place_of_least(load(space, 0) * (ratios * ratios))
 
     def kernel(
-        rows, n, k, whole, reach, up, count, least, last, table, inverses, sizes, steps, left, lanes,
-        firsts, codes, scales, packed,
+        rows, n, k, whole, reach, up, count, least, last, table, inverses, sizes, steps, space,
+        firsts, errors, codes, scales, packed,
     ):  # fmt: skip
         groups = (k + columns - 1) // columns
         octets = (k + 1) // 2
@@ -384,13 +361,20 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
                 code = above(ideal) if up else nearest(ideal)
                 code = min(max(code, i32(least)), i32(last))
                 firsts[group] = code if firsts[group] < i32(0x7F800000) else i32(last + WIDE)
+            if count > 1 and columns == 16:
+                for group in range(groups):
+                    inverse = spread(inverses[firsts[group]])
+                    for j in range(group * columns, group * columns + columns, WIDE):
+                        store(steps, j, inverse)
+                for j in range(groups * columns):
+                    codes[j] = u8(i32(min(sizes[j] * steps[j], f32(ROWS - 1))))
             for group in range(groups):
                 start, code = group * columns, firsts[group]
                 if count > 1 and code <= i32(last):
-                    tried = load(table, code)
-                    ratios = tried / spread(table[code])
-                    found = errors(sizes, start, inverses, code, count, left, lanes)
-                    code = code + place_of_least(found * (ratios * ratios))
+                    if columns == 16:
+                        code += place_of_least_sum(errors, code * ROWS * WIDE, codes, start)
+                    else:
+                        code += best_of_32(sizes, start, table, inverses, code, count, space)
                 scale = table[code]
                 scales[i * groups + group] = scale
                 step = spread(scale * whole)
@@ -398,12 +382,15 @@ def encode_groups(dtype: str, to: str, by: str, wide: str) -> Any:
                     store(steps, j, step)
             for j in range(k):
                 codes[j] = code_of(value(rows[row + j]) / steps[j])
+            if k % 2:
+                codes[k] = u8(0)
             for j in range(octets):
                 packed[i * octets + j] = codes[2 * j] | (codes[2 * j + 1] << u8(4))
 
     return kernel, types.void(
         types.CPointer(element), COUNT, COUNT, types.float32, types.float32, *[COUNT] * 4,
-        *[FLOATS] * 6, types.CPointer(types.int32), _OCTETS, FLOATS, _OCTETS,
+        *[FLOATS] * 5, types.CPointer(types.int32), types.CPointer(types.int16), _OCTETS, FLOATS,
+        _OCTETS,
     )  # fmt: skip
 
 

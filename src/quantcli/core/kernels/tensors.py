@@ -109,6 +109,9 @@ class Groups:
     reach:   what the largest value over its scale is near to, for the first scale that is tried.
     up:      whether it may not be over that.
     count:   how many scales are tried, up to WIDE.
+    errors:  int16 [codes, ROWS, WIDE], with the errors of numbers for the scales tried, by the code of
+             the first one; None: errors are computed.
+    per:     rows for a step of the first one.
     """
 
     columns: int
@@ -118,6 +121,8 @@ class Groups:
     reach: float
     up: bool
     count: int
+    errors: Tensor | None
+    per: float
 
 
 def encode_groups(
@@ -139,16 +144,17 @@ def encode_groups(
     packed = torch.empty((*rows.shape[:-1], -(-k // 2)), dtype=torch.uint8)
     last = len(by.table) - 1
     table = torch.cat([by.table, by.table[-1:].expand(WIDE - 1), torch.full((1,), torch.nan)])
-    inverses = 1 / (table if whole is None else table * whole)
+    inverses = by.per * (1 / (table if whole is None else table * whole))
+    errors = torch.empty(0) if by.errors is None else by.errors
     sizes, steps = torch.zeros(2, groups * by.columns)
-    left, lanes = torch.full((2, WIDE), torch.inf)
+    space = torch.full((2 * WIDE,), torch.inf)
     codes = torch.zeros(groups * by.columns, dtype=torch.uint8)
     firsts = torch.empty(groups, dtype=torch.int32)
     run(
         rows.data_ptr(), n, k, 1.0 if whole is None else float(whole), by.reach, by.up, by.count,
         by.least, last, table.data_ptr(), inverses.data_ptr(), sizes.data_ptr(), steps.data_ptr(),
-        left.data_ptr(), lanes.data_ptr(), firsts.data_ptr(), codes.data_ptr(), scale.data_ptr(),
-        packed.data_ptr(),
+        space.data_ptr(), firsts.data_ptr(), errors.data_ptr(), codes.data_ptr(),
+        scale.data_ptr(), packed.data_ptr(),
     )  # fmt: skip
     return packed, scale
 
