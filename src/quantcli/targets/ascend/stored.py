@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
@@ -102,10 +102,6 @@ class AscendCheckpoint(StoredFormat):
             elif bool(read_tensor(stored).any()):
                 what = "is not 0: the engine adds it as it writes keys and values, and reads without it"
                 yield failed("cache", what, f"`{name}`", AGAIN)
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """All but those of the cache, which have a check of their own."""
-        return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
         layout, tensors = type_of(label, self._group_size), self.by_module[module]
