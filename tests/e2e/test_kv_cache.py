@@ -136,22 +136,35 @@ def test_weights_are_the_same_with_a_cache_and_without(
 
 
 @pytest.mark.parametrize(
-    ("target", "cache", "said"),
+    ("target", "cache", "said", "fix"),
     [
-        ("ascend", "fp8", "target `ascend` has no place for scales of a cache in fp8_e4m3 per tensor"),
-        ("fp8", "fp8_per_head", "target `fp8` has no place for scales of a cache in fp8_e4m3 per head"),
-        ("compressed-tensors", "c8", "has no place for scales of a cache in int8 per channel"),
-        ("gptq", "fp8", "target `gptq` has no place for scales of a cache"),
+        ("ascend", "fp8", "fp8_e4m3 per tensor", "use `kv_cache: c8` or `target: compressed-tensors`"),
+        ("fp8", "fp8_per_head", "fp8_e4m3 per head", "use `kv_cache: fp8` or `target: compressed-"),
+        (
+            "compressed-tensors",
+            "c8",
+            "int8 per channel",
+            "`kv_cache: fp8_per_head` or `target: ascend`",
+        ),
+        ("gptq", "fp8", "fp8_e4m3 per tensor", "use `target: compressed-tensors` or `target: fp8`"),
     ],
 )
 def test_what_a_target_cannot_hold(
-    model: Path, tmp_path: Path, target: str, cache: str, said: str
+    model: Path, tmp_path: Path, target: str, cache: str, said: str, fix: str
 ) -> None:
     done = make_bench(tmp_path, model, recipe(target, cache, "keep")).run("--plan")
     assert done.code == 2
-    assert said in done.err
-    assert "use `kv_cache: " in done.err  # what works
+    assert f"target `{target}` has no place for scales of a cache in {said}" in done.err
+    assert fix in done.err  # what works, for this target first
     assert "recipe.yaml:2" in done.err
+
+
+def test_a_cache_needs_text(model: Path, tmp_path: Path) -> None:
+    text = recipe("compressed-tensors", "fp8", "keep")
+    start, _, rest = text.partition("calibration:")
+    done = make_bench(tmp_path, model, start + rest[rest.index("rules:") :]).run("--plan")
+    assert done.code == 2
+    assert "`kv_cache` needs calibration data, and the recipe names none" in done.err
 
 
 def test_narrow_heads_are_refused_for_ascend(tmp_path: Path) -> None:

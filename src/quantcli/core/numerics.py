@@ -48,7 +48,7 @@ class Operand:
         of = " of " + " x ".join(map(str, self.block)) if self.block else ""
         more = (" asymmetric" * (not self.symmetric)) + (" dynamic" * self.dynamic)
         scales = f", {self.scale} scales" if self.scale else ""
-        scales += ", one scale on top" if self.global_scale else ""
+        scales += ", a global scale" if self.global_scale else ""
         return f"{self.dtype} per {self.per}{of}{more}{scales}"
 
     @property

@@ -277,13 +277,12 @@ def others_that_store(numerics: Numerics) -> str:
 
 def _no_cache(target: str, cache: Cache) -> InputError:
     """The error for a cache whose scales a target cannot store, with what works."""
-    choices = [
-        f"`kv_cache: {word}` with `target: {name}`"
-        for name, cls in discover(Target).items()
-        for word in (word for word, other in CACHES.items() if other in cls.caches)
-    ]
+    targets = discover(Target)
+    own = targets[target].caches
+    fixes = [f"`kv_cache: {word}`" for word, other in CACHES.items() if other in own]
+    fixes += [f"`target: {name}`" for name, cls in targets.items() if cache in cls.caches]
     what = f"target `{target}` has no place for scales of a cache in {cache}"
-    return InputError(what, fix=f"use {', or '.join(choices)}")
+    return InputError(what, fix=f"use {' or '.join(fixes)}" if fixes else "leave `kv_cache` out")
 
 
 def cannot_store(target: str, numerics: Numerics) -> InputError:

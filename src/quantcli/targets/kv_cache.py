@@ -145,19 +145,15 @@ def _layer(
     """The sizes of a layer; keys: the module that gives them."""
     if keys.rpartition(".")[2] in _LATENT:
         return _of_latents(name, shapes.get(f"{name}.kv_b_proj", ()), config)
-    heads = _whole(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", "num_attention_heads",
-                   "n_head", "num_heads")  # fmt: skip
-    sizes = config.get("attn_config")
-    if not heads and isinstance(sizes, dict):  # dbrx
-        heads = _whole(sizes, "kv_n_heads")
-    width = 0
-    if keys.rpartition(".")[2] in _KEYS and len(shapes.get(keys, ())) == 2:
-        width = shapes[keys][0]
-    elif heads:
-        queries = _whole(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-        hidden = _whole(config, "hidden_size", "n_embd", "d_model")
-        width = heads * (_whole(config, "head_dim") or (hidden // queries if queries else 0))
-    if not heads or not width or width % heads:
+    rows = shapes[keys][0] if len(shapes.get(keys, ())) == 2 else 0
+    if keys.rpartition(".")[2] in _KEYS:
+        width, heads = rows, _heads_of(rows, config)
+    else:  # some configs count heads that queries share as those of keys
+        queries = 0 if keys.endswith(".kv_proj") else _whole(config, *_QUERIES)
+        head = _head_size(config)
+        heads, rest = divmod(rows - queries * head, 2 * head) if head else (0, 0)
+        width = 0 if rest else heads * head
+    if width <= 0 or not heads or width % heads:
         what = f"config.json gives no number of heads that divides the {width} numbers of a key"
         raise InputError(what, where=f"`{name}`", fix="leave `kv_cache` out")
     values = keys.rpartition(".")[0] + "." + _VALUES.get(keys.rpartition(".")[2], "")
@@ -176,6 +172,35 @@ def _of_latents(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) ->
         )
         raise InputError(what, where=f"`{name}`", fix="leave `kv_cache` out")
     return AttentionLayer(name, 1, (rank, rank), heads)
+
+
+_QUERIES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+# Of layers of another kind, with sliding windows or without them.
+_OTHER_HEADS = ("swa_num_key_value_heads", "num_global_key_value_heads")
+_OTHER_SIZES = ("swa_head_dim", "global_head_dim")
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    """Numbers of a query of a head; 0 if config.json does not say."""
+    queries, hidden = _whole(config, *_QUERIES), _whole(config, "hidden_size", "n_embd", "d_model")
+    return _whole(config, "head_dim") or (hidden // queries if queries else 0)
+
+
+def _heads_of(width: int, config: Mapping[str, Any]) -> int:
+    """The heads of keys of `width` numbers in all; 0 if config.json does not say.
+
+    Layers of a model may differ in heads and in their size: those of which the product is the width.
+    """
+    heads = _whole(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", *_QUERIES)
+    table = config.get("attn_config")
+    if not heads and isinstance(table, dict):  # dbrx
+        heads = _whole(table, "kv_n_heads")
+    sizes = {_head_size(config), *(_whole(config, key) for key in _OTHER_SIZES)}
+    for each in (heads, *(_whole(config, key) for key in _OTHER_HEADS)):
+        if each and width % each == 0 and width // each in sizes:
+            return each
+    size = _whole(config, "head_dim")
+    return width // size if size and not width % size else heads
 
 
 _VALUES = {"k_proj": "v_proj", "key": "value", "key_proj": "value_proj", "wk": "wv", "k_lin": "v_lin",

@@ -129,10 +129,6 @@ class StoredFormat(ABC):
         """Whether the engine builds a module of this name with quantized weights; None: not known."""
         return None
 
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """Of suffixes that a layout does not register, those to report."""
-        return suffixes
-
     def missing(self, module: str, suffix: str) -> Finding:
         """The finding for a required parameter that no file holds."""
         what = f"{self.labels[module]} needs `{module}.{suffix}`, which no file holds"
@@ -178,7 +174,9 @@ class StoredFormat(ABC):
         errors += _check_bias(tensors.get("bias"), n)
         yield from errors
         registered = {param.suffix for param in layout.params} | {"bias"}
-        for suffix in sorted(self.unregistered_suffixes(tensors.keys() - registered)):
+        for suffix in sorted(tensors.keys() - registered):
+            if of_cache(f"{module}.{suffix}"):
+                continue  # of another module in the engine, with a check of its own
             what = f"{layout.label} has no {suffix}: {self.unregistered}"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
         if not errors:

@@ -157,6 +157,44 @@ def test_layers_that_share_a_cache_have_none(tmp_path):
     assert list(layers_of(run)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "module", "rows", "heads", "width"),
+    [
+        ("llama", {}, "self_attn.k_proj", 64, 4, 64),  # heads are of one size, their number differs
+        ("llama", {"swa_num_key_value_heads": 8, "swa_head_dim": 8}, "self_attn.k_proj", 64, 8, 64),
+        (
+            "llama",
+            {"num_global_key_value_heads": 1, "global_head_dim": 64},
+            "self_attn.k_proj",
+            64,
+            1,
+            64,
+        ),
+        ("llama", {"head_dim": None, "hidden_size": 60}, "self_attn.k_proj", 64, 2, 64),
+        # Falcon says num_kv_heads 71 of a model whose queries share one head
+        ("phi3", {"num_key_value_heads": 4}, "self_attn.qkv_proj", 96, 1, 16),
+        ("phi3", {"num_key_value_heads": None}, "self_attn.qkv_proj", 192, 4, 64),
+    ],
+)
+def test_heads_by_layer(tmp_path, family, changes, module, rows, heads, width):
+    checkpoint = Replayed(make_tiny(tmp_path / "m", family), make_batches()).skeleton.checkpoint
+    roles, shapes = roles_of(checkpoint), {n.removesuffix(".weight"): t.spec.shape
+                                           for n, t in checkpoint.tensors.items()}  # fmt: skip
+    checkpoint.config.update(changes)
+    shapes[f"model.layers.1.{module}"] = (rows, 64)
+    layer = attention_layers(checkpoint, roles, shapes)["model.layers.1.self_attn"]
+    assert (layer.heads, layer.widths[0]) == (heads, width)
+
+
+def test_rows_that_are_no_queries_keys_and_values(tmp_path):
+    checkpoint = Replayed(make_tiny(tmp_path / "m", "phi3"), make_batches()).skeleton.checkpoint
+    roles = roles_of(checkpoint)
+    for rows in (100, 64, 32):
+        shapes = {"model.layers.1.self_attn.qkv_proj": (rows, 64)}
+        with pytest.raises(InputError, match="no number of heads"):
+            attention_layers(checkpoint, roles, shapes)
+
+
 # -- scales ------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
@@ -31,10 +31,9 @@ from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, re
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
-# Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
+# Caches by their types. Of keys and values next to k_proj and v_proj the loader takes one number or
 # one for each row. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633 and 1041,
 # quantization/methods/kv_c8.py:99-139, attention/attention_v1.py:1892-1915.
-_CACHE = frozenset({"kv_cache_scale", "kv_cache_offset"})
 _CACHES = {"C8": CACHES["c8"], latents.TYPE: LATENTS}
 _MOST = 2**20  # numbers of an offset that are looked at
 # dtype of deq_scale by the serving dtype
@@ -116,10 +115,6 @@ class AscendCheckpoint(StoredFormat):
             elif bool(read_tensor(stored).any()):
                 what = "is not 0: the engine adds it as it writes keys and values, and reads without it"
                 yield failed("cache", what, f"`{name}`", AGAIN)
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """All but those of the cache, which have a check of their own."""
-        return set(suffixes) - _CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
         layout, tensors = type_of(label, self._group_size), self.by_module[module]

@@ -241,6 +241,10 @@ class Ascend(VllmTarget):
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """None: all of its kernels round inputs as `engine_parts` says."""
+        return None
+
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Also kv_b_proj; the head on the 310P."""
         if self.device and is_head(module):
@@ -331,10 +335,16 @@ class Ascend(VllmTarget):
         return numerics.weight.dtype == "int8" and self.layout(numerics).stores_scale
 
     def cache_note(self, cache: Cache) -> str | None:
-        """On nodes that only prefill; of latents, on all but those that only decode."""
+        """On versions and hardware, and on nodes that only prefill, or only decode."""
         if cache == LATENTS:
-            return "a node that only decodes keeps int8 latents; others keep a float cache"
-        return "a node that only prefills keeps a float cache; others write and read int8"
+            return (
+                "the int8 cache of latents loads on vLLM-Ascend 0.18 and later, Atlas A3; nodes that "
+                "only decode have it, others keep a float cache"
+            )
+        return (
+            "the int8 cache loads on vLLM-Ascend main (182b75ea84), Atlas A2, A3; a node that only "
+            "prefills keeps a float cache"
+        )
 
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
