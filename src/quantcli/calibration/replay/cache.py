@@ -58,10 +58,10 @@ def entering(
                 reader = layer.get_submodule(reads)
                 stack.callback(reader.register_forward_pre_hook(_latents(stored, enter)).remove)
                 if queries is not None and (gives := paths.get(f"{stored}.{_GIVES_QUERIES}")):
-                    shown = layer.get_submodule(gives).register_forward_hook(
+                    hook = layer.get_submodule(gives).register_forward_hook(
                         _queries(stored, reader, queries)
                     )
-                    stack.callback(shown.remove)
+                    stack.callback(hook.remove)
                 found.add(stored)
                 continue
             module = layer.get_submodule(path)

@@ -72,9 +72,9 @@ class Description:
         if table.get(_INDEXER):
             what = f"has `{_INDEXER}`: what the engine rounds by it, next to weights, is not verified"
             self.findings.append(noted("description", what, DESCRIPTION))
-        for key, known in _CACHES.items():
-            if table.get(key) not in (None, "", known):
-                what = f"`{key}` is {table[key]!r:.40}; the engine knows {known} alone"
+        for key, value in _CACHES.items():
+            if table.get(key) not in (None, "", value):
+                what = f"`{key}` is {table[key]!r:.40}; the engine knows {value} alone"
                 self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
