@@ -269,6 +269,23 @@ def test_scales_of_a_source_are_taken_over(
     assert failed(bench.out, "--against", converted[source].out) == []
 
 
+def test_a_scale_of_queries_is_dropped_with_a_note(converted: dict[str, Bench], tmp_path: Path) -> None:
+    """llm-compressor has one with an attention scheme; the others are taken over."""
+    source = damaged(
+        converted["fp8"], tmp_path / "copy", lambda t: t.update({f"{A}.q_scale": torch.ones(1)})
+    )
+    index = source / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"][f"{A}.q_scale"] = "model-00001-of-00001.safetensors"
+    index.write_text(json.dumps(table))
+    bench, done = again(source, tmp_path, "compressed-tensors", "w8a8_dynamic")
+    assert done.code == 0, done.err
+    assert f"dropped `{A}.q_scale`: the target has no place" in " ".join(done.out.split())
+    stored = tensors_of(bench.out)
+    assert f"{A}.q_scale" not in stored
+    assert f"{A}.k_scale" in stored
+
+
 def test_scales_without_a_place_are_dropped_with_a_note(
     converted: dict[str, Bench], tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ def test_verify_names_models_that_the_engine_does_not_serve_so(
         (lambda t: t.pop(f"{A}.fa_q.offset"), (), "cache: q_offset of this layer is missing"),
         (lambda t: t.update({f"{A}.fa_k.scale": torch.ones(2, 1)}), (), "cache: is F32 [2, 1]"),
         (lambda t: t.update({f"{A}.fa_q.scale": torch.ones(1, 1)}), (), "cache: is F32 [1, 1]"),
-        (lambda t: t.update({f"{A}.fa_k.offset": torch.zeros(1, 1)}), (), "cache: is F32 [1, 1], and"),
+        (lambda t: t.update({f"{A}.fa_v.offset": torch.zeros(1, 1)}), (), "cache: is F32 [1, 1], and"),
         (lambda t: t[f"{A}.fa_k.offset"].add_(3), (), "cache: is not 0: the engine adds it"),
         (lambda t: t[f"{A}.fa_k.scale"].zero_(), ("--full",), "values: a scale is not"),
     ],
@@ -227,3 +227,18 @@ def test_a_scale_of_another_layer(converted: Bench, tmp_path: Path) -> None:
     )
     found = failed(again, "--against", converted.model, "--calibration", converted.store)
     assert any(error.startswith("recomputed:") for error in found), found
+
+
+def test_latents_in_fp8_of_other_producers_are_not_checked(converted: Bench, tmp_path: Path) -> None:
+    """Their offsets are float32; a scale is max / 448, so that int8 would clip."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".fa_" in name]:
+            offset = name.endswith("offset")
+            tensors[name] = tensors[name].float() if offset else tensors[name] * (127 / 448)
+
+    folder = damaged(converted, tmp_path / "copy", change)
+    more = ("--data", converted.root / "text.txt", "--samples", SAMPLES, "--length", LENGTH)
+    assert failed(folder, "--full", "--against", converted.model, "--run", *more) == []
+    found = json.loads(run_cli("verify", folder, "--json").out)["findings"]
+    assert [f["severity"] for f in found if "latents in fp8" in f["what"]] == ["note"]

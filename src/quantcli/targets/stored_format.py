@@ -113,6 +113,11 @@ class StoredFormat(ABC):
         """The cache of keys and values that the checkpoint declares; None: a float one."""
         return None
 
+    def unknown_cache(self, tensors: Mapping[str, StoredTensor]) -> str | None:
+        """The reason why tensors of the cache are not checked, if the engine has arithmetic for them
+        that this version does not have."""
+        return None
+
     def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:
         """Findings of offsets of the cache; here they are not read by the engine."""
         yield from ()
@@ -216,6 +221,10 @@ class StoredFormat(ABC):
         tensors = {name: t for name, t in self.checkpoint.tensors.items() if of_cache(name)}
         self.cache = cache = stored_cache(tensors, self.declared_cache())
         if cache is None:
+            return
+        if reason := self.unknown_cache(tensors):
+            self.cache = None
+            yield noted("cache", reason, f"`{cache.tensors[0].spec.name}`")
             return
         specs = (t.spec for name, t in tensors.items() if is_scale(name))
         self.values |= {spec.name: "positive" for spec in specs if spec.dtype in FLOATS}
