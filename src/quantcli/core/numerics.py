@@ -141,6 +141,8 @@ CACHES: Mapping[str, Cache] = {
     "fp8_per_head": Cache("fp8_e4m3", "head"),
     "c8": Cache("int8", "channel"),
 }
+# `c8` of latents, which attention makes keys and values from: one scale for a layer.
+LATENTS = Cache("int8", "tensor")
 
 
 def multiplier(input_scale: torch.Tensor) -> torch.Tensor:

@@ -230,8 +230,17 @@ class Target(BaseModel, ABC):
             raise _no_cache(self.name, cache)
         return self.caches[cache]
 
-    def cache_fault(self, cache: Cache, layer: AttentionLayer) -> str | None:
-        """The reason why the engine cannot have a layer's cache so, if it cannot."""
+    def cache_fault(
+        self,
+        cache: Cache,
+        layer: AttentionLayer,
+        modules: Mapping[str, Module],
+        config: Mapping[str, Any],
+    ) -> Fault | None:
+        """The reason why the engine cannot have a layer's cache so, if it cannot.
+
+        modules: all, by name. config: config.json of the language model.
+        """
         return None
 
     def cache_note(self, cache: Cache) -> str | None:

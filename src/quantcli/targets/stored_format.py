@@ -16,10 +16,11 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.checkpoint.tensors import read_bytes, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Cache, Numerics
+from quantcli.core.numerics import LATENTS, Cache, Numerics
 from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
 from quantcli.targets.kv_cache import (
+    LATENT,
     StoredCache,
     attention_layers,
     check_cache,
@@ -227,7 +228,11 @@ class StoredFormat(ABC):
         except InputError as error:
             yield noted("cache", f"scales of the cache were not checked: {error.what}", error.where)
             return
-        self.cache = replace(cache, attention=layers)
+        latents = next((layer.name for layer in layers.values() if layer.queries), None)
+        if latents is not None and cache.cache != LATENTS:
+            yield noted("cache", f"scales of the cache were not checked: {LATENT}", f"`{latents}`")
+            return
+        self.cache = cache = replace(cache, attention=layers)
         yield from check_cache(cache, layers, tensors)
         yield from self.check_offsets(cache)
         if not cache.served and cache.tensors:
