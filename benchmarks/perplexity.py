@@ -1,9 +1,10 @@
 """Perplexity of what recipes make of a model, with the engine's arithmetic, against the float model.
 
-    python benchmarks/perplexity.py [--model DIR] [--text FILE] [--data FILE] [--inject]
+    python benchmarks/perplexity.py [--model DIR] [--text FILE] [--data FILE] [--inject | --caches]
 
 --inject multiplies 4 channels of every norm by 50 and divides the columns that read them: the same
-function, with outlier channels as large models have them. Prints a table and one JSON document.
+function, with outlier channels as large models have them. --caches quantizes the cache of keys and
+values alone. Prints a table and one JSON document.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHES = {"fp8": "compressed-tensors", "fp8_per_head": "compressed-tensors", "c8": "ascend"}
 READERS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
            "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
 
@@ -47,6 +49,19 @@ def inject(model: Path, folder: Path) -> Path:
     return folder
 
 
+def cached(folder: Path) -> list[str]:
+    """Recipes that quantize the cache alone, in `folder`: measured on the bundled text, 64 samples."""
+    data = ROOT / "examples/calibration.txt"
+    paths = []
+    for cache, target in CACHES.items():
+        paths.append(folder / f"kv_{cache}.yaml")
+        paths[-1].write_text(
+            f"target: {target}\nkv_cache: {cache}\nrules: [{{match: '*', scheme: keep}}]\n"
+            f"calibration: {{data: {data}, samples: 64, length: 256}}\n"
+        )
+    return [str(path) for path in paths]
+
+
 def windows(model: Path, text: Path, count: int, length: int) -> list[Batch]:
     """The first `count` windows of a text, 8 a batch."""
     import transformers
@@ -64,6 +79,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--inject", action="store_true")
+    parser.add_argument("--caches", action="store_true")
     parser.add_argument("--dtype", default="F32", choices=["F32", "BF16"])
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument(
@@ -76,7 +92,7 @@ def main() -> None:
         base = torch.cat(log_probs(open_checkpoint(model), batches, dtype=given.dtype, workers=2))
         result = {"float": math.exp(-base.mean())}
         print(f"{'float':<24} {result['float']:.4f}")
-        for name in given.recipes:
+        for name in cached(Path(folder)) if given.caches else given.recipes:
             sets = list(given.set)
             if given.data and "dynamic" not in name:
                 sets.append(f"calibration.data={given.data}")
@@ -89,8 +105,8 @@ def main() -> None:
             perplexity = math.exp(-scores.mean())
             change = float((scores - base).abs().mean())
             ratio = perplexity / result["float"]
-            result[name] = {"perplexity": perplexity, "ratio": ratio, "log_prob_change": change}
-            print(f"{name:<24} {perplexity:.4f}  x {ratio:.4f}  mean |change| {change:.4f}")
+            result[path.stem] = {"perplexity": perplexity, "ratio": ratio, "log_prob_change": change}
+            print(f"{path.stem:<24} {perplexity:.4f}  x {ratio:.4f}  mean |change| {change:.4f}")
         print(json.dumps(result))
 
 

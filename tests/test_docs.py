@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from quantcli.recipe.recipe import load_recipe
+from quantcli.verification.outcome import CHECKS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -42,6 +43,13 @@ def test_readme_names_every_recipe_and_command():
         assert f"| `{recipe.stem}` |" in readme
     for command in generator().COMMANDS:
         assert f"quantcli {command}".strip() in readme
+
+
+def test_verify_md_has_a_row_for_every_check():
+    page = (ROOT / "docs" / "verify.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+`) \| (structure|full|against|run) \|", page, re.M)
+    found = {name: depth for names, depth in rows for name in re.findall("`([^`]+)`", names)}
+    assert found == {name: depth for name, (depth, _) in CHECKS.items()}
 
 
 def excerpts(text):

@@ -136,22 +136,35 @@ def test_weights_are_the_same_with_a_cache_and_without(
 
 
 @pytest.mark.parametrize(
-    ("target", "cache", "said"),
+    ("target", "cache", "said", "fix"),
     [
-        ("ascend", "fp8", "target `ascend` has no place for scales of a cache in fp8_e4m3 per tensor"),
-        ("fp8", "fp8_per_head", "target `fp8` has no place for scales of a cache in fp8_e4m3 per head"),
-        ("compressed-tensors", "c8", "has no place for scales of a cache in int8 per channel"),
-        ("gptq", "fp8", "target `gptq` has no place for scales of a cache"),
+        ("ascend", "fp8", "fp8_e4m3 per tensor", "use `kv_cache: c8` or `target: compressed-tensors`"),
+        ("fp8", "fp8_per_head", "fp8_e4m3 per head", "use `kv_cache: fp8` or `target: compressed-"),
+        (
+            "compressed-tensors",
+            "c8",
+            "int8 per channel",
+            "`kv_cache: fp8_per_head` or `target: ascend`",
+        ),
+        ("gptq", "fp8", "fp8_e4m3 per tensor", "use `target: compressed-tensors` or `target: fp8`"),
     ],
 )
 def test_what_a_target_cannot_hold(
-    model: Path, tmp_path: Path, target: str, cache: str, said: str
+    model: Path, tmp_path: Path, target: str, cache: str, said: str, fix: str
 ) -> None:
     done = make_bench(tmp_path, model, recipe(target, cache, "keep")).run("--plan")
     assert done.code == 2
-    assert said in done.err
-    assert "use `kv_cache: " in done.err  # what works
+    assert f"target `{target}` has no place for scales of a cache in {said}" in done.err
+    assert fix in done.err  # what works, for this target first
     assert "recipe.yaml:2" in done.err
+
+
+def test_a_cache_needs_text(model: Path, tmp_path: Path) -> None:
+    text = recipe("compressed-tensors", "fp8", "keep")
+    start, _, rest = text.partition("calibration:")
+    done = make_bench(tmp_path, model, start + rest[rest.index("rules:") :]).run("--plan")
+    assert done.code == 2
+    assert "`kv_cache` needs calibration data, and the recipe names none" in done.err
 
 
 def test_narrow_heads_are_refused_for_ascend(tmp_path: Path) -> None:
@@ -254,6 +267,23 @@ def test_scales_of_a_source_are_taken_over(
     before, after = tensors_of(converted[source].out), tensors_of(bench.out)
     assert float(after[f"{A}.k_scale"]) == float(before[f"{A}.{name}"])
     assert failed(bench.out, "--against", converted[source].out) == []
+
+
+def test_a_scale_of_queries_is_dropped_with_a_note(converted: dict[str, Bench], tmp_path: Path) -> None:
+    """llm-compressor has one with an attention scheme; the others are taken over."""
+    source = damaged(
+        converted["fp8"], tmp_path / "copy", lambda t: t.update({f"{A}.q_scale": torch.ones(1)})
+    )
+    index = source / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"][f"{A}.q_scale"] = "model-00001-of-00001.safetensors"
+    index.write_text(json.dumps(table))
+    bench, done = again(source, tmp_path, "compressed-tensors", "w8a8_dynamic")
+    assert done.code == 0, done.err
+    assert f"dropped `{A}.q_scale`: the target has no place" in " ".join(done.out.split())
+    stored = tensors_of(bench.out)
+    assert f"{A}.q_scale" not in stored
+    assert f"{A}.k_scale" in stored
 
 
 def test_scales_without_a_place_are_dropped_with_a_note(

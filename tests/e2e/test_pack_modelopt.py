@@ -130,3 +130,11 @@ def test_a_block_scale_of_nothing_is_refused(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors")
     refused(pack(source, CT, tmp_path / "out"), "weight_scale is 0", f"{DOWN}.weight_scale`[5]")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_no_parameter_takes_is_not_carried_along(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "MXFP8")
+    stray = {f"{DOWN}.weight_zero_point": torch.ones(1)}
+    save_file(load(source) | stray, source / "model.safetensors")
+    refused(pack(source, CT, tmp_path / "there"), f"`{DOWN}.weight_zero_point`", "MXFP8 has no")
+    assert not (tmp_path / "there").exists()

@@ -268,7 +268,7 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, 
     added = TensorSpec("bias", "F32", (len(weight),)) if with_bias else None
     planned = dry_run(scheme, target, source, serving, added)
     assert tuple(output.spec for output in planned.outputs) == specs(packed) == specs(meta)
-    constants_of_module = once(scheme) | {"input_zero_point", "weight_shape", "g_idx"}
+    constants_of_module = once(scheme) | {"input_zero_point", "weight_shape", "weight_scale_2", "g_idx"}
     without_rows = {output.spec.name for output in planned.outputs if not output.rows}
     assert without_rows == constants_of_module & packed.keys()
     assert (planned.engine_dtypes.weight_scale, planned.engine_dtypes.input_scale) == (

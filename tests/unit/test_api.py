@@ -66,15 +66,26 @@ def test_support_knows_every_cell():
     labels = {key: cell["label"] for key, cell in cells.items() if cell["supported"]}
     assert {scheme: label for (scheme, target), label in labels.items() if target == "ascend"} == {
         "fp8_dynamic": "W8A8FP8_DYNAMIC",
+        "mxfp4": "W4A4_MXFP4",
+        "mxfp4_flatquant": "W4A4_MXFP4_FLATQUANT",
+        "mxfp4_fp8": "W4A8_MXFP",
+        "mxfp4a16": "W4A16_MXFP4",
         "mxfp8": "W8A8_MXFP8",
+        "w4a16": "W4A16",
         "w4a4_dynamic": "W4A4_DYNAMIC",
         "w4a4_flatquant": "W4A4_FLATQUANT_DYNAMIC",
+        "w4a8": "W4A8_DYNAMIC",
         "w8a16": "W8A16",
         "w8a8_dynamic": "W8A8_DYNAMIC",
         "w8a8_mix": "W8A8_MIX",
         "w8a8_static": "W8A8",
     }
-    assert "target `ascend` cannot store" in cells["w4a16", "ascend"]["why"]
+    assert "target `ascend` cannot store" in cells["nvfp4", "ascend"]["why"]
+    # an option that the recipe must set is named; one that the scheme leaves to the target is not
+    assert cells["w4a8", "ascend"]["options"] == {"group_size": "channel"}
+    assert cells["w4a16", "ascend"]["options"] == {}
+    chosen = cells["mxfp4_fp8", "compressed-tensors"]
+    assert (chosen["label"], chosen["options"]) == ("mxfp4 fp8 inputs in groups", {})
     assert cells["fp8_dynamic", "ascend"]["tensors"]["weight"] == {
         "dtype": "F8_E4M3",
         "shape": (256, 256),

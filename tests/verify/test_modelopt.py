@@ -165,6 +165,16 @@ def test_scales_of_the_cache_are_no_parameters_of_weights(tmp_path):
     assert errors(examine(path)) == []
 
 
+@pytest.mark.parametrize("suffix", ["weight_zero_point", "weight_packed", "g_idx"])
+def test_a_tensor_that_no_parameter_takes(tmp_path, suffix):
+    path = checkpoint(tmp_path / "q", "MXFP8")
+    stray = {f"{K}.{suffix}": torch.ones(1)}
+    save_file(load_file(path / "model.safetensors") | stray, path / "model.safetensors")
+    assert errors(examine(path)) == [
+        f"parameters: MXFP8 has no {suffix}: the engine stops at it, or leaves it out | `{K}.{suffix}`"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "to", "said"),
     [

@@ -147,6 +147,8 @@ ENCODER = {"architectures": ["ModernBertModel"]}
     [
         (0, ENCODER, "its input may be normalized before"),
         (1, {"layer_types": ["a", "b", "a", "a"]}, "config.json describes it in another way"),
+        (3, {"num_kv_shared_layers": 1}, "config.json describes it in another way"),
+        (1, {"num_kv_shared_layers": 1}, None),
         (1, ENCODER, None),
         (0, {}, None),
         (1, {"layer_types": ["a", "b", "a", "b"]}, None),

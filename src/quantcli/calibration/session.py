@@ -115,7 +115,7 @@ def _source(plan: Plan) -> TextSource:
         need = [i.module for i in quantized_items(plan) if _must_be_reached(i.scheme, methods)]
         why = f"`{(need or plan.measured or ('',))[0]}`"
         if recipe.methods and not need:  # clips alone calibrate because a method does
-            why = recipe.methods[0].results[0]
+            why = "`kv_cache`" if recipe.cache else recipe.methods[0].results[0]
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),

@@ -107,7 +107,8 @@ def _name(checkpoint: Checkpoint, specs: list[TensorSpec]) -> str:
                 sides = block.get("weight_block_size")
                 if isinstance(sides, list) and [type(side) for side in sides] == [int, int]:
                     return f"{method} (blocks of {_printable(sides[0])} x {_printable(sides[1])})"
-                detail = sides or block.get("format") or block.get("bits")
+                words = (block.get(key) for key in ("format", "bits", "quant_algo"))
+                detail = sides or next(filter(None, words), None)
                 return f"{method} ({_printable(detail)})" if detail else method
     return "unnamed, " + ", ".join(sorted({spec.dtype for spec in specs}))
 

@@ -94,9 +94,10 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
 
 
 def _cache(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The tensors that scale the cache of keys and values; None if there are none."""
+    """The scales and offsets of the cache of keys and values; None if there are none."""
     names = [name for name in checkpoint.on_disk if of_cache(name)]
-    return {"tensors": len(names), "example": names[0]} if names else None
+    example = min(names, key=lambda name: not name.endswith("scale"), default=None)
+    return {"tensors": len(names), "example": example} if names else None
 
 
 def _words(value: Any) -> list[str]:

@@ -118,12 +118,11 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
 
 def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
     """Print which schemes each target can store, and where they load."""
-    rows = [
-        [cell["scheme"], cell["target"], cell["label"], cell["loads_on"]]
-        if cell["supported"]
-        else [cell["scheme"], cell["target"], "-", cell["why"]]
-        for cell in cells
-    ]
+    rows = []
+    for cell in cells:
+        options = (f", {option}: {value}" for option, value in cell["options"].items())
+        how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
+        rows.append([cell["scheme"] + "".join(options), cell["target"], *how])
     out.table(["scheme", "target", "engine's name", "loads on"], rows)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
 from quantcli.checkpoint.hub import find_model
@@ -12,6 +13,10 @@ from quantcli.checkpoint.inspection import inspect_checkpoint
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
+
+if TYPE_CHECKING:  # both import torch
+    from quantcli.schemes.base import Scheme
+    from quantcli.targets.base import Target
 
 
 def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
@@ -34,32 +39,57 @@ def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT)
 def support(progress: Progress = SILENT) -> list[dict[str, Any]]:
     """Every pair of scheme and target, tried by quantizing and packing a weight without data.
 
-    Each entry has `scheme`, `target` and `supported`, and either `label`, `loads_on` and the `tensors`
-    of a weight [256, 256], or `why` it is not supported.
+    Each entry has `scheme`, `target`, `supported` and `options`, and either `label`, `loads_on` and the
+    `tensors` of a weight [256, 256], or `why` it is not supported. options: those that the scheme needs
+    with this target; empty if its usual ones do.
     """
     progress.say("trying each scheme with each target")
-    from quantcli.checkpoint.spec import TensorSpec
     from quantcli.core.registry import discover
-    from quantcli.planning.items import dry_run
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
 
     cells = []
-    for scheme_name, scheme_class in discover(Scheme).items():
+    for name, scheme_class in discover(Scheme).items():
         for target_name, target_class in discover(Target).items():
-            scheme, target = scheme_class(), target_class()
-            cell: dict[str, Any] = {"scheme": scheme_name, "target": target_name}
-            try:
-                weight = TensorSpec("weight", "BF16", (256, 256))
-                outputs = dry_run(scheme, target, weight, "BF16").outputs
-                label = target.label(scheme.numerics)
-                cell |= {"supported": True, "label": label, "loads_on": target.loads_on(label)}
-                specs = [output.spec for output in outputs]
-                cell["tensors"] = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
-            except InputError as error:
-                cell |= {"supported": False, "why": error.what}
-            cells.append(cell)
+            tried = (_cell(*variant, target_class()) for variant in _variants(scheme_class))
+            usual = next(tried)
+            cell = usual if usual["supported"] else next((c for c in tried if c["supported"]), usual)
+            cells.append({"scheme": name, "target": target_name} | cell)
     return cells
+
+
+def _variants(scheme_class: type[Scheme]) -> Iterator[tuple[Scheme, dict[str, Any]]]:
+    """A scheme with its usual options, and what these leave to the target; then with each other value
+    of an option that changes its numerics. Next to each, the options to set."""
+    usual = scheme_class()
+    yield usual, {}
+    yield from ((choice, {}) for choice in usual.choices)
+    for name, field in scheme_class.model_fields.items():
+        values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        for value in values:
+            option = {field.alias or name: value}
+            scheme = scheme_class.model_validate(option)
+            if scheme.numerics != usual.numerics:
+                yield scheme, option
+
+
+def _cell(scheme: Scheme, options: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Whether a target can store a weight of a scheme, and how."""
+    from quantcli.checkpoint.spec import TensorSpec
+    from quantcli.planning.items import dry_run
+
+    try:
+        label = target.label(scheme.numerics)
+        weight = TensorSpec("weight", "BF16", (256, 256))
+        outputs = dry_run(scheme, target, weight, "BF16").outputs
+    except InputError as error:
+        return {"supported": False, "options": {}, "why": error.what}
+    specs = [output.spec for output in outputs]
+    tensors = {s.name: {"dtype": s.dtype, "shape": s.shape} for s in specs}
+    return {
+        "supported": True, "options": options, "label": label, "loads_on": target.loads_on(label),
+        "tensors": tensors,
+    }  # fmt: skip
 
 
 def outliers(model: str, progress: Progress = SILENT, page: Path | None = None) -> dict[str, Any]:

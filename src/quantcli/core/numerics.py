@@ -48,7 +48,7 @@ class Operand:
         of = " of " + " x ".join(map(str, self.block)) if self.block else ""
         more = (" asymmetric" * (not self.symmetric)) + (" dynamic" * self.dynamic)
         scales = f", {self.scale} scales" if self.scale else ""
-        scales += ", one scale on top" if self.global_scale else ""
+        scales += ", a global scale" if self.global_scale else ""
         return f"{self.dtype} per {self.per}{of}{more}{scales}"
 
     @property
@@ -141,6 +141,8 @@ CACHES: Mapping[str, Cache] = {
     "fp8_per_head": Cache("fp8_e4m3", "head"),
     "c8": Cache("int8", "channel"),
 }
+# `c8` of latents, which attention makes keys and values from: one scale for a layer.
+LATENTS = Cache("int8", "tensor")
 
 
 def multiplier(input_scale: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype, torc
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.kernels.machine import shapes_only
-from quantcli.core.numerics import Cache, Numerics
+from quantcli.core.numerics import LATENTS, Cache, Numerics
 from quantcli.core.text import count
 from quantcli.planning.matching import Matched
 from quantcli.planning.measured import Edit, Measured
@@ -38,8 +38,16 @@ from quantcli.schemes.base import Scheme
 from quantcli.sources.expert_stack import ExpertMatrix
 from quantcli.sources.stacked import layout_of
 from quantcli.targets.base import Target, target_of
-from quantcli.targets.kv_cache import AttentionLayer, StoredCache, attention_layers, stored_cache
+from quantcli.targets.kv_cache import (
+    LATENT,
+    AttentionLayer,
+    StoredCache,
+    attention_layers,
+    part_of,
+    stored_cache,
+)
 from quantcli.targets.layouts import Output, Param, Sides
+from quantcli.targets.stored_format import some
 
 
 @dataclass(frozen=True)
@@ -380,15 +388,16 @@ def plan_cache(
     where = recipe.where("kv_cache")
     if recipe.cache is not None:
         try:
-            layers = _cached_layers(recipe.cache, recipe.target, checkpoint, matched)
+            cache, layers = _cached_layers(recipe.cache, recipe.target, checkpoint, matched)
         except InputError as error:
             raise InputError(error.what, where=error.where or where, fix=error.fix) from None
-        notes = [note] if (note := recipe.target.cache_note(recipe.cache)) else []
+        notes = [note] if (note := recipe.target.cache_note(cache)) else []
         if "mtp" in matched.roles.values():
-            notes.append("the cache of next-token layers has no scales: engines take 1.0 for it")
+            then = "it stays float" if cache == LATENTS else "engines take 1.0 for it"
+            notes.append(f"the cache of next-token layers has no scales: {then}")
         if names:
             notes.append(f"scales of the source's cache, such as `{names[0]}`, are measured anew")
-        return checkpoint, PlannedCache(recipe.cache, layers, measured=True), None, notes
+        return checkpoint, PlannedCache(cache, layers, measured=True), None, notes
     if not names:
         return checkpoint, None, None, []
     try:
@@ -401,21 +410,31 @@ def plan_cache(
     note = (
         f"the source's scales of the cache are taken over ({planned.cache}): as they are, not measured"
     )
-    more = recipe.target.cache_note(planned.cache)
-    return checkpoint, planned, source, [note, more] if more else [note]
+    notes = [note, *filter(None, [recipe.target.cache_note(planned.cache)])]
+    parts = {tensor.part for tensor in recipe.target.cache_tensors(planned.cache)}
+    other = [name for name in names if (found := part_of(name)) is None or found[1] not in parts]
+    if other:
+        notes.append(f"dropped {some(other)}: the target has no place for such tensors of the cache")
+    return checkpoint, planned, source, notes
 
 
 def _cached_layers(
     cache: Cache, target: Target, checkpoint: Checkpoint, matched: Matched
-) -> dict[str, AttentionLayer]:
-    """The layers with a cache. InputError for what the target's engine does not take."""
+) -> tuple[Cache, dict[str, AttentionLayer]]:
+    """The cache, and the layers that have one. InputError for what the engine does not take."""
     target.cache_tensors(cache)
     shapes = {module.name: module.shape for module in matched.modules}
     layers = attention_layers(checkpoint, matched.roles, shapes)
+    modules = {module.name: module for module in matched.modules}
     for layer in layers.values():
-        if (fault := target.cache_fault(cache, layer)) is not None:
-            raise InputError(fault, where=f"`{layer.name}`", fix="leave `kv_cache` out")
-    return layers
+        if layer.queries:
+            if cache.element.family != "int":
+                fix = "leave `kv_cache` out: an engine that has such a cache takes 1.0"
+                raise InputError(LATENT, where=f"`{layer.name}`", fix=fix)
+            cache = LATENTS
+        if (fault := target.cache_fault(cache, layer, modules, checkpoint.text_config)) is not None:
+            raise InputError(fault.what, where=f"`{layer.name}`", fix=fault.fix)
+    return cache, layers
 
 
 def _taken_over(
@@ -427,17 +446,18 @@ def _taken_over(
         raise InputError("no engine takes scales of this kind", fix=fix)
     if any(method.edited_as for method in recipe.methods):
         raise InputError("methods of the recipe change what is cached", fix=fix)
-    layers = _cached_layers(source.cache, recipe.target, checkpoint, matched)
+    cache, layers = _cached_layers(source.cache, recipe.target, checkpoint, matched)
     for layer in layers.values():
-        for tensor in recipe.target.cache_tensors(source.cache):
+        for tensor in recipe.target.cache_tensors(cache):
             stored = source.layers.get(layer.name, {}).get(tensor.part)
             size = math.prod(tensor.shape_of(layer))
-            if stored is None or stored.spec.numel != size or stored.spec.dtype not in FLOATS:
+            dtypes = {*FLOATS, tensor.dtype}
+            if stored is None or stored.spec.numel != size or stored.spec.dtype not in dtypes:
                 what = f"`{layer.name}` has no {tensor.part} with {count(size, 'number')}"
                 raise InputError(what, fix=fix)
             if tensor.values == "zero" and bool(read_tensor(stored).any()):
                 raise InputError(f"`{stored.spec.name}` is not 0", fix=fix)
-    return PlannedCache(source.cache, layers, measured=False)
+    return PlannedCache(cache, layers, measured=False)
 
 
 def cache_items(
@@ -451,7 +471,7 @@ def cache_items(
     for layer in planned.layers.values():
         for tensor in target.cache_tensors(planned.cache):
             shape = tensor.shape_of(layer)
-            spec = TensorSpec(tensor.name(layer.name), "F32", shape)
+            spec = TensorSpec(tensor.name(layer.name), tensor.dtype, shape)
             given: Mapping[Any, StoredTensor] = measured.stats.get(layer.name, {})
             if source is not None:
                 given = source.layers[layer.name]
@@ -467,5 +487,5 @@ def cache_items(
                 what = f"its cache has {stored.spec.numel} numbers as {tensor.part}, not {spec.numel}"
                 raise InputError(what, where=f"`{layer.name}`", fix="calibrate again")
             there = StoredTensor(replace(spec, dtype=stored.spec.dtype), stored.file, stored.offset)
-            dtype = None if stored.spec.dtype == "F32" else "F32"
+            dtype = None if stored.spec.dtype == spec.dtype else spec.dtype
             yield CacheScale(there, None, dtype, layer.name, tensor.part)

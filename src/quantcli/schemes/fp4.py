@@ -68,7 +68,7 @@ class NvFp4Weights(Fp4Weights):
 
     @property
     def weights(self) -> Operand:
-        """Fp4 e2m1 per group of 16, e4m3 scales, one scale on top."""
+        """Fp4 e2m1 per group of 16, e4m3 scales, a global scale."""
         return Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
 
     def whole(self, constants: Stats, device: torch.device) -> Tensor:

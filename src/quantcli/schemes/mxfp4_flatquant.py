@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats
+from quantcli.core.numerics import LARGEST_SIDE, NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import fp4, kronecker, mx, rounding, tiles
 from quantcli.schemes.base import Bias, Learner, LearningTask
@@ -82,6 +82,13 @@ class MxFp4FlatQuant(Transformed, MxFp4Weights):
     fallback: Literal["mxfp8", "mxfp4", "mxfp4_fp8"] = Field(
         "mxfp8", description="the scheme of modules that the kernel cannot take"
     )
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _number_of_blocks(cls, value: object) -> object:
+        if value != "auto" and (type(value) is not int or not 1 <= value <= LARGEST_SIDE):
+            raise ValueError(f"expected auto, or a number of 1 to {LARGEST_SIDE}")
+        return value
 
     @classmethod
     def for_numerics(cls, numerics: Numerics) -> Self | None:

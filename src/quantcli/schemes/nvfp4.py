@@ -1,4 +1,4 @@
-"""NVFP4: e2m1 weights and inputs in blocks of 16 columns, e4m3 scales, and one scale on top of each."""
+"""NVFP4: e2m1 weights and inputs in blocks of 16 columns, e4m3 scales, and a global scale of each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class NvFp4(NvFp4Weights):
 
     @property
     def numerics(self) -> Numerics:
-        """Fp4 per group of 16 x fp4 per token and group of 16, dynamic; one scale on top of each."""
+        """Fp4 per group of 16 x fp4 per token and group of 16, dynamic; a global scale of each."""
         return Numerics(self.weights, replace(self.weights, dynamic=True))
 
     def observer(self, engine_dtype: torch.dtype) -> Observer:

@@ -230,8 +230,17 @@ class Target(BaseModel, ABC):
             raise _no_cache(self.name, cache)
         return self.caches[cache]
 
-    def cache_fault(self, cache: Cache, layer: AttentionLayer) -> str | None:
-        """The reason why the engine cannot have a layer's cache so, if it cannot."""
+    def cache_fault(
+        self,
+        cache: Cache,
+        layer: AttentionLayer,
+        modules: Mapping[str, Module],
+        config: Mapping[str, Any],
+    ) -> Fault | None:
+        """The reason why the engine cannot have a layer's cache so, if it cannot.
+
+        modules: all, by name. config: config.json of the language model.
+        """
         return None
 
     def cache_note(self, cache: Cache) -> str | None:
@@ -268,13 +277,12 @@ def others_that_store(numerics: Numerics) -> str:
 
 def _no_cache(target: str, cache: Cache) -> InputError:
     """The error for a cache whose scales a target cannot store, with what works."""
-    choices = [
-        f"`kv_cache: {word}` with `target: {name}`"
-        for name, cls in discover(Target).items()
-        for word in (word for word, other in CACHES.items() if other in cls.caches)
-    ]
+    targets = discover(Target)
+    own = targets[target].caches
+    fixes = [f"`kv_cache: {word}`" for word, other in CACHES.items() if other in own]
+    fixes += [f"`target: {name}`" for name, cls in targets.items() if cache in cls.caches]
     what = f"target `{target}` has no place for scales of a cache in {cache}"
-    return InputError(what, fix=f"use {', or '.join(choices)}")
+    return InputError(what, fix=f"use {' or '.join(fixes)}" if fixes else "leave `kv_cache` out")
 
 
 def cannot_store(target: str, numerics: Numerics) -> InputError:

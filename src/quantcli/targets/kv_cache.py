@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.head import generates
@@ -18,11 +18,11 @@ from quantcli.checkpoint.roles import Role
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Cache
+from quantcli.core.numerics import LATENTS, Cache
 from quantcli.core.text import count
 from quantcli.targets.layouts import Values
 
-CachePart: TypeAlias = Literal["k_scale", "v_scale", "k_offset", "v_offset"]
+CachePart: TypeAlias = Literal["k_scale", "v_scale", "q_scale", "k_offset", "v_offset", "q_offset"]
 CHECK = "cache"  # of verify
 _FIX = "convert the model again, or measure it again with `kv_cache` in the recipe"
 # Last parts of the names of modules that give keys, keys and values, or latents of both.
@@ -40,35 +40,40 @@ LATENT = (
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """A module of attention that writes keys and values into the cache.
+    """A module of attention that writes keys and values into the cache, or latents of both.
 
-    heads:  of keys and values.
-    widths: numbers of the keys of a token, and of its values, in all heads.
+    heads:   of keys and values; 1 for latents.
+    widths:  numbers of the keys of a token, and of its values, in all heads; of its latent, twice.
+    queries: heads of queries, if latents are cached; else 0.
     """
 
     name: str
     heads: int
     widths: tuple[int, int]
+    queries: int = 0
 
 
 @dataclass(frozen=True)
 class CacheTensor:
     """A tensor that a target stores for each layer of attention.
 
-    part:   its content: `k_scale`, `v_scale`, or an offset, which is 0.
+    part:   its content: `k_scale`, `v_scale`, that of queries, or an offset, which is 0.
     name:   the name of a layer -> that of the tensor.
     shape:  from the heads, and the width of all of them.
     values: the rule for its numbers.
+    dtype:  in which it is stored.
     """
 
     part: CachePart
     name: Callable[[str], str]
     shape: Callable[[int, int], tuple[int, ...]]
     values: Values = "positive"
+    dtype: str = "F32"
 
     def shape_of(self, layer: AttentionLayer) -> tuple[int, ...]:
         """Its shape for a layer."""
-        return self.shape(layer.heads, layer.widths[self.part[0] == "v"])
+        heads = layer.queries if self.part[0] == "q" else layer.heads
+        return self.shape(heads, layer.widths[self.part[0] == "v"])
 
 
 def plain_name(layer: str, part: str) -> str:
@@ -102,7 +107,7 @@ def attention_layers(
     """The layers that have a cache of their own, by name. Towers and draft layers are left out.
 
     shapes: of weights, by module. InputError for a model whose cache this version does not know, with
-    the reason: latents, an encoder, sizes that config.json does not give.
+    the reason: an encoder, sizes that config.json does not give.
     """
     config, where = checkpoint.text_config, str(checkpoint.path)
     if checkpoint.config.get("is_encoder_decoder") is True or not generates(checkpoint):
@@ -113,10 +118,10 @@ def attention_layers(
         parent, _, last = module.rpartition(".")
         if role != "attention" or parent.endswith("indexer"):
             continue
-        if last in _LATENT:
-            fix = "leave `kv_cache` out: an engine that has such a cache takes 1.0"
-            raise InputError(LATENT, where=f"`{module}`", fix=fix)
-        if last in _KEYS or (last in _FUSED and parent not in found):
+        kind = found.get(parent, "").rpartition(".")[2]
+        if last in _LATENT or (
+            kind not in _LATENT and (last in _KEYS or (last in _FUSED and not kind))
+        ):
             found[parent] = module
     owners = [name for name in found if not _shares(name, config)]
     if not owners:
@@ -138,24 +143,64 @@ def _layer(
     name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> AttentionLayer:
     """The sizes of a layer; keys: the module that gives them."""
-    heads = _whole(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", "num_attention_heads",
-                   "n_head", "num_heads")  # fmt: skip
-    sizes = config.get("attn_config")
-    if not heads and isinstance(sizes, dict):  # dbrx
-        heads = _whole(sizes, "kv_n_heads")
-    width = 0
-    if keys.rpartition(".")[2] in _KEYS and len(shapes.get(keys, ())) == 2:
-        width = shapes[keys][0]
-    elif heads:
-        queries = _whole(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-        hidden = _whole(config, "hidden_size", "n_embd", "d_model")
-        width = heads * (_whole(config, "head_dim") or (hidden // queries if queries else 0))
-    if not heads or not width or width % heads:
+    if keys.rpartition(".")[2] in _LATENT:
+        return _of_latents(name, shapes.get(f"{name}.kv_b_proj", ()), config)
+    rows = shapes[keys][0] if len(shapes.get(keys, ())) == 2 else 0
+    if keys.rpartition(".")[2] in _KEYS:
+        width, heads = rows, _heads_of(rows, config)
+    else:  # some configs count heads that queries share as those of keys
+        queries = 0 if keys.endswith(".kv_proj") else _whole(config, *_QUERIES)
+        head = _head_size(config)
+        heads, rest = divmod(rows - queries * head, 2 * head) if head else (0, 0)
+        width = 0 if rest else heads * head
+    if width <= 0 or not heads or width % heads:
         what = f"config.json gives no number of heads that divides the {width} numbers of a key"
         raise InputError(what, where=f"`{name}`", fix="leave `kv_cache` out")
     values = keys.rpartition(".")[0] + "." + _VALUES.get(keys.rpartition(".")[2], "")
     shape = shapes.get(values, ())
     return AttentionLayer(name, heads, (width, shape[0] if len(shape) == 2 else width))
+
+
+def _of_latents(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> AttentionLayer:
+    """The sizes of a layer that caches latents; shape: of the weight that reads them."""
+    rank, heads = _whole(config, "kv_lora_rank"), _whole(config, "num_attention_heads")
+    keys, values = _whole(config, "qk_nope_head_dim"), _whole(config, "v_head_dim")
+    if 0 in (rank, heads, keys, values) or shape != (heads * (keys + values), rank):
+        what = (
+            f"its cache is of latents, and its kv_b_proj {list(shape)} is not of the sizes in "
+            f"config.json: {heads} heads of {keys} + {values}, kv_lora_rank {rank}"
+        )
+        raise InputError(what, where=f"`{name}`", fix="leave `kv_cache` out")
+    return AttentionLayer(name, 1, (rank, rank), heads)
+
+
+_QUERIES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+# Of layers of another kind, with sliding windows or without them.
+_OTHER_HEADS = ("swa_num_key_value_heads", "num_global_key_value_heads")
+_OTHER_SIZES = ("swa_head_dim", "global_head_dim")
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    """Numbers of a query of a head; 0 if config.json does not say."""
+    queries, hidden = _whole(config, *_QUERIES), _whole(config, "hidden_size", "n_embd", "d_model")
+    return _whole(config, "head_dim") or (hidden // queries if queries else 0)
+
+
+def _heads_of(width: int, config: Mapping[str, Any]) -> int:
+    """The heads of keys of `width` numbers in all; 0 if config.json does not say.
+
+    Layers of a model may differ in heads and in their size: those of which the product is the width.
+    """
+    heads = _whole(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", *_QUERIES)
+    table = config.get("attn_config")
+    if not heads and isinstance(table, dict):  # dbrx
+        heads = _whole(table, "kv_n_heads")
+    sizes = {_head_size(config), *(_whole(config, key) for key in _OTHER_SIZES)}
+    for each in (heads, *(_whole(config, key) for key in _OTHER_HEADS)):
+        if each and width % each == 0 and width // each in sizes:
+            return each
+    size = _whole(config, "head_dim")
+    return width // size if size and not width % size else heads
 
 
 _VALUES = {"k_proj": "v_proj", "key": "value", "key_proj": "value_proj", "wk": "wv", "k_lin": "v_lin",
@@ -171,7 +216,7 @@ def _whole(config: Mapping[str, Any], *keys: str) -> int:
 # -- scales on disk ------------------------------------------------------------------------------
 
 # Spellings of producers, the layer first. Sources: vllm 0.32.0, as for `plain_name`;
-# vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633.
+# vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-643.
 _SPELLINGS = (
     re.compile(r"(?P<layer>.+?)(?:\.attn)?\.(?P<part>[kv]_(?:scale|zero_point))"),
     re.compile(r"(?P<layer>.+)\.[kv]_proj\.(?P<part>[kv]_scale)"),
@@ -179,10 +224,12 @@ _SPELLINGS = (
     re.compile(r"(?P<layer>.+)\.(?P<side>[kv])_proj\.(?:output_(?P<kind>scale))"),
     re.compile(r"(?P<layer>.+)\.(?P<side>[kv])_cache\.(?P<kind>scale)"),
     re.compile(r"(?P<layer>.+)\.(?P<side>[kv])_proj\.kv_cache_(?P<kind>scale|offset)"),
+    re.compile(r"(?P<layer>.+)\.fa_(?P<side>[kvq])\.(?P<kind>scale|offset)"),
 )
 _PARTS: Mapping[str, CachePart] = {
     "k_scale": "k_scale", "v_scale": "v_scale", "k_offset": "k_offset", "v_offset": "v_offset",
-    "k_zero_point": "k_offset", "v_zero_point": "v_offset",
+    "k_zero_point": "k_offset", "v_zero_point": "v_offset", "q_scale": "q_scale",
+    "q_offset": "q_offset",
 }  # fmt: skip
 
 
@@ -245,10 +292,20 @@ def _cache_of(
     scales = [parts[part] for parts in layers.values() for part in parts if part.endswith("_scale")]
     if any(stored.spec.name.endswith("kv_cache_scale") for stored in scales):
         return Cache("int8", "channel")
+    if any(stored.spec.name.endswith(".fa_k.scale") for stored in scales):
+        return LATENTS
     if all(stored.spec.numel == 1 for stored in scales):
         return Cache("fp8_e4m3", "tensor")
     heads = {stored.spec.shape[1:] for stored in scales}
     return Cache("fp8_e4m3", "head") if heads == {(1, 1)} else None
+
+
+def sides_of(cache: Cache | None) -> tuple[CachePart, ...]:
+    """The scales that an engine computes with: of latents, keys and values have one."""
+    return ("k_scale",) if cache == LATENTS else ("k_scale", "v_scale")
+
+
+_LATENT_PARTS = frozenset(get_args(CachePart))
 
 
 def check_cache(
@@ -278,10 +335,13 @@ def check_cache(
             continue
         for part, tensor in parts.items():
             yield from _shape(stored.cache, part, tensor, layers[name])
+        if stored.cache == LATENTS and (lost := _LATENT_PARTS - parts.keys()):
+            what = f"{' and '.join(sorted(lost))} of this layer is missing: the engine reads memory"
+            yield failed(CHECK, what, f"`{name}`", _FIX)
     for name in layers:
         parts = stored.layers.get(name, {})
         absent = [part for part in ("k_scale", "v_scale") if part not in parts]
-        if absent:
+        if absent and stored.cache != LATENTS:  # those of a layer without scales stay float
             what = f"{' and '.join(absent)} of this layer is missing: the engine takes 1.0 in silence"
             yield failed(CHECK, what, f"`{name}`", _FIX)
     twice: dict[tuple[str, str], str] = {}
@@ -296,8 +356,15 @@ def _shape(
 ) -> Iterator[Finding]:
     spec, width = tensor.spec, layer.widths[part[0] == "v"]
     sizes = {"tensor": {1}, "head": {layer.heads}, "channel": {1, width}}[cache.per]
-    if cache.per != "channel" and part.endswith("_offset"):
+    if part[0] == "q":
+        sizes = {layer.queries}
+    elif cache.per != "channel" and part.endswith("_offset"):
         sizes = {1, layer.heads}
+    if cache == LATENTS and part.endswith("_offset"):
+        if spec.dtype != "I8":
+            yield failed(CHECK, f"is {spec}, and the engine reads I8", f"`{spec.name}`", _FIX)
+    elif cache.per != "channel" and part.endswith("_offset"):
+        pass
     elif spec.dtype not in FLOATS:
         yield failed(CHECK, f"is {spec}, and the engine reads floats", f"`{spec.name}`", _FIX)
     if spec.numel not in sizes:

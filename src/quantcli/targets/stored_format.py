@@ -16,10 +16,11 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.checkpoint.tensors import read_bytes, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import Cache, Numerics
+from quantcli.core.numerics import LATENTS, Cache, Numerics
 from quantcli.targets import tensor_parallel
 from quantcli.targets.base import AGAIN, Refusal
 from quantcli.targets.kv_cache import (
+    LATENT,
     StoredCache,
     attention_layers,
     check_cache,
@@ -112,6 +113,11 @@ class StoredFormat(ABC):
         """The cache of keys and values that the checkpoint declares; None: a float one."""
         return None
 
+    def unknown_cache(self, tensors: Mapping[str, StoredTensor]) -> str | None:
+        """The reason why tensors of the cache are not checked, if the engine has arithmetic for them
+        that this version does not have."""
+        return None
+
     def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:
         """Findings of offsets of the cache; here they are not read by the engine."""
         yield from ()
@@ -127,10 +133,6 @@ class StoredFormat(ABC):
     def builds_quantized(self, module: str) -> bool | None:
         """Whether the engine builds a module of this name with quantized weights; None: not known."""
         return None
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """Of suffixes that a layout does not register, those to report."""
-        return suffixes
 
     def missing(self, module: str, suffix: str) -> Finding:
         """The finding for a required parameter that no file holds."""
@@ -177,7 +179,9 @@ class StoredFormat(ABC):
         errors += _check_bias(tensors.get("bias"), n)
         yield from errors
         registered = {param.suffix for param in layout.params} | {"bias"}
-        for suffix in sorted(self.unregistered_suffixes(tensors.keys() - registered)):
+        for suffix in sorted(tensors.keys() - registered):
+            if of_cache(f"{module}.{suffix}"):
+                continue  # of another module in the engine, with a check of its own
             what = f"{layout.label} has no {suffix}: {self.unregistered}"
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
         if not errors:
@@ -218,6 +222,10 @@ class StoredFormat(ABC):
         self.cache = cache = stored_cache(tensors, self.declared_cache())
         if cache is None:
             return
+        if reason := self.unknown_cache(tensors):
+            self.cache = None
+            yield noted("cache", reason, f"`{cache.tensors[0].spec.name}`")
+            return
         specs = (t.spec for name, t in tensors.items() if is_scale(name))
         self.values |= {spec.name: "positive" for spec in specs if spec.dtype in FLOATS}
         self.checked["cache"] += len(tensors)
@@ -229,7 +237,11 @@ class StoredFormat(ABC):
         except InputError as error:
             yield noted("cache", f"scales of the cache were not checked: {error.what}", error.where)
             return
-        self.cache = replace(cache, attention=layers)
+        latents = next((layer.name for layer in layers.values() if layer.queries), None)
+        if latents is not None and cache.cache != LATENTS:
+            yield noted("cache", f"scales of the cache were not checked: {LATENT}", f"`{latents}`")
+            return
+        self.cache = cache = replace(cache, attention=layers)
         yield from check_cache(cache, layers, tensors)
         yield from self.check_offsets(cache)
         if not cache.served and cache.tensors:

@@ -22,6 +22,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.core.numerics import LATENTS
 from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
 from quantcli.verification.options import VerifyOptions
@@ -181,6 +182,7 @@ def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
     for (layer, part), sqnr in cache.sqnr().items():
         if not sqnr >= least:
             side = "keys" if part == "k_scale" else "values"
+            side = "latents" if cache.cache == LATENTS else side
             what = (
                 f"{side} come out of the cache with {sqnr:.3f} dB, at least {least:g} dB are expected"
             )

@@ -22,7 +22,7 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.sources.decode import decoded
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
-from quantcli.targets.kv_cache import StoredCache, stored_cache
+from quantcli.targets.kv_cache import StoredCache, sides_of, stored_cache
 from quantcli.targets.layouts import StoredModule, own_names
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.targets.stored_format import some
@@ -195,7 +195,7 @@ def compare_cache(ours: StoredCache | None, reference: StoredCache | None) -> It
         return
     differ = []
     for layer, parts in ours.layers.items():
-        for part in (part for part in parts if part.endswith("_scale")):
+        for part in (part for part in parts if part in sides_of(ours.cache)):
             other = reference.layers.get(layer, {}).get(part)
             if other is None or other.spec.numel != parts[part].spec.numel:
                 what = f"the other model has no such {part}"

@@ -325,7 +325,11 @@ _LISTS = (
 
 
 def _described(checkpoint: Checkpoint, count: int) -> dict[int, tuple[object, ...]]:
-    """For each of `count` layers, the entries of the lists in config.json that have as many."""
-    values = [checkpoint.text_config.get(key) for key in _LISTS]
+    """For each of `count` layers, the entries of the lists in config.json that have as many, and
+    whether it is one of the last `num_kv_shared_layers`, which have no keys and values of their own."""
+    config = checkpoint.text_config
+    values = [config.get(key) for key in _LISTS]
     lists = [value for value in values if isinstance(value, (list, str)) and len(value) == count]
-    return dict(enumerate(zip(*lists, strict=True)))
+    shared = config.get("num_kv_shared_layers")
+    own = count - (shared if type(shared) is int else 0)
+    return dict(enumerate(zip(*lists, [index < own for index in range(count)], strict=True)))

@@ -9,14 +9,20 @@ from quantcli.calibration.replay.cache import entering
 from quantcli.checkpoint.roles import roles_of
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES
-from quantcli.schemes.arithmetic.cache import LEAST, Magnitudes, paired, rounded, units_of
+from quantcli.schemes.arithmetic.cache import (
+    LEAST,
+    Magnitudes,
+    absorbed_amax,
+    paired,
+    rounded,
+    units_of,
+)
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.targets.kv_cache import attention_layers
 from tests.replaying import CPU, Memory, Replayed, make_batches
 from tests.tiny_models import make_tiny
 
 FP8, HEADS, C8 = CACHES["fp8"], CACHES["fp8_per_head"], CACHES["c8"]
-LATENT = {"deepseek_v3", "mistral4"}
 HYBRID = {"granitemoehybrid": 3, "qwen3_5_moe": 1}  # layers of attention among others
 PLAIN = ["llama", "gemma2", "phi3", "qwen3_moe", *HYBRID, "llama4_text", "gemma4_text", "stablelm"]
 
@@ -102,15 +108,91 @@ def test_models_without_a_cache_of_a_decoder(tmp_path, changes, said):
         layers_of(run)
 
 
-def test_a_cache_of_latents_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no scale for a cache of latents"):
-        layers_of(Replayed(make_tiny(tmp_path / "m", "deepseek_v3"), make_batches()))
+def test_latents_are_seen_and_replaced(tmp_path):
+    """One head of kv_lora_rank numbers; what comes back is what attention reads."""
+    path, batches = make_tiny(tmp_path / "m", "deepseek_v3"), make_batches()
+    before = Replayed(path, batches)
+    before.layers()
+    seen = {}
+
+    def enter(layer, key, value):
+        assert torch.equal(key, value)
+        seen[layer] = (key.shape[0], *key.shape[1::2])
+        return key, value
+
+    run = Replayed(path, batches)
+    after = through(run, enter)
+    assert all(torch.equal(a, b) for a, b in zip(before.logits(), after, strict=True))
+    layers = layers_of(run)
+    assert set(seen) == set(layers)
+    for layer in layers.values():
+        assert (layer.heads, layer.widths, layer.queries) == (1, (16, 16), 4)
+        assert seen[layer.name][1:] == (1, 16)
+    zeros = through(Replayed(path, batches), lambda layer, key, value: (key * 0, value))
+    assert not any(torch.equal(a, b) for a, b in zip(after, zeros, strict=True))
+
+
+def test_latents_of_other_sizes_than_config_json_gives(tmp_path):
+    run = Replayed(make_tiny(tmp_path / "m", "deepseek_v3"), make_batches())
+    run.skeleton.checkpoint.config["v_head_dim"] = 24
+    with pytest.raises(InputError, match=r"kv_b_proj \[128, 16\] is not of the sizes"):
+        layers_of(run)
+
+
+def test_queries_that_meet_latents():
+    """Of each head the plain part alone, times the rows of the weight that make keys."""
+    draw = torch.Generator().manual_seed(3)
+    queries = torch.randn(5, 2 * (4 + 3), generator=draw)
+    weight = torch.randn(2 * (4 + 6), 8, generator=draw)
+    expected = []
+    for head in range(2):
+        q, w = queries[:, head * 7 : head * 7 + 4], weight[head * 10 : head * 10 + 4]
+        expected.append(float((q @ w).abs().max()))
+    assert torch.allclose(absorbed_amax(queries, weight, 2, 4), torch.tensor(expected), rtol=1e-6)
 
 
 def test_layers_that_share_a_cache_have_none(tmp_path):
     run = Replayed(make_tiny(tmp_path / "m", "llama"), make_batches())
     run.skeleton.checkpoint.config["num_kv_shared_layers"] = 1
     assert list(layers_of(run)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "module", "rows", "heads", "width"),
+    [
+        ("llama", {}, "self_attn.k_proj", 64, 4, 64),  # heads are of one size, their number differs
+        ("llama", {"swa_num_key_value_heads": 8, "swa_head_dim": 8}, "self_attn.k_proj", 64, 8, 64),
+        (
+            "llama",
+            {"num_global_key_value_heads": 1, "global_head_dim": 64},
+            "self_attn.k_proj",
+            64,
+            1,
+            64,
+        ),
+        ("llama", {"head_dim": None, "hidden_size": 60}, "self_attn.k_proj", 64, 2, 64),
+        # Falcon says num_kv_heads 71 of a model whose queries share one head
+        ("phi3", {"num_key_value_heads": 4}, "self_attn.qkv_proj", 96, 1, 16),
+        ("phi3", {"num_key_value_heads": None}, "self_attn.qkv_proj", 192, 4, 64),
+    ],
+)
+def test_heads_by_layer(tmp_path, family, changes, module, rows, heads, width):
+    checkpoint = Replayed(make_tiny(tmp_path / "m", family), make_batches()).skeleton.checkpoint
+    roles, shapes = roles_of(checkpoint), {n.removesuffix(".weight"): t.spec.shape
+                                           for n, t in checkpoint.tensors.items()}  # fmt: skip
+    checkpoint.config.update(changes)
+    shapes[f"model.layers.1.{module}"] = (rows, 64)
+    layer = attention_layers(checkpoint, roles, shapes)["model.layers.1.self_attn"]
+    assert (layer.heads, layer.widths[0]) == (heads, width)
+
+
+def test_rows_that_are_no_queries_keys_and_values(tmp_path):
+    checkpoint = Replayed(make_tiny(tmp_path / "m", "phi3"), make_batches()).skeleton.checkpoint
+    roles = roles_of(checkpoint)
+    for rows in (100, 64, 32):
+        shapes = {"model.layers.1.self_attn.qkv_proj": (rows, 64)}
+        with pytest.raises(InputError, match="no number of heads"):
+            attention_layers(checkpoint, roles, shapes)
 
 
 # -- scales ------------------------------------------------------------------------------------------

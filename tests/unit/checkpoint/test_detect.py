@@ -59,6 +59,12 @@ def method(**block: Any) -> dict[str, Any]:
             id="fp8-blocks",
         ),
         pytest.param(
+            {"a.weight": F8, "a.weight_scale": F32},
+            method(quant_method="modelopt", quant_algo="MIXED_PRECISION"),
+            Quantization("modelopt (MIXED_PRECISION)", 1, "`a.weight` F8_E4M3 [2, 2]"),
+            id="modelopt",
+        ),
+        pytest.param(
             {"a.qweight": tensor("I32", 2), "a.qzeros": F32, "b.qweight": tensor("I32", 3)},
             method(quant_method="gptq", bits=4),
             Quantization("gptq (4)", 2, "`a.qweight` I32 [2]"),

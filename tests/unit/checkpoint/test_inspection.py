@@ -153,6 +153,7 @@ def test_the_whole_account(model: Path) -> None:
             "modules": 1,
             "evidence": "`lm_head.weight` I8 [4, 2]",
         },
+        "kv_cache": None,
         "groups": [
             {"name": "lm_head", "count": 1, "dtype": "I8", "shape": [4, 2], "bytes": 8, "role": "head"},
             {
@@ -320,6 +321,13 @@ def test_cli_survives_a_hostile_config(tmp_path: Path, capsys: pytest.CaptureFix
         code, out, err = run(capsys, str(model), *flags)
         assert (code, err) == (0, "")
         assert "\x1b" not in out
+
+
+def test_a_scale_of_the_cache_is_named_before_an_offset(tmp_path: Path) -> None:
+    names = [f"model.layers.0.self_attn.k_proj.kv_cache_{part}" for part in ("offset", "scale")]
+    model = make_model(tmp_path, {"model.safetensors": dict.fromkeys(names, BF16)})
+    cache = inspect_checkpoint(open_checkpoint(model))["kv_cache"]
+    assert cache == {"tensors": 2, "example": names[1]}
 
 
 def test_inspect_imports_neither_torch_nor_the_hub(model: Path) -> None:

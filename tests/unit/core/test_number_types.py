@@ -80,7 +80,7 @@ def test_operands_as_text():
     assert str(group) == "fp8_e4m3 per group of 1 x 32, e8m0 scales"
     assert (group.group_size, group.scale_rule) == (32, "exponent")
     both = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
-    assert str(both) == "fp4_e2m1 per group of 1 x 16, e4m3 scales, one scale on top"
+    assert str(both) == "fp4_e2m1 per group of 1 x 16, e4m3 scales, a global scale"
     assert both.scale_rule == "positive"
     assert [Operand(name, "channel").scale_rule for name in ("int4", "fp8_e4m3")] == [
         "signed",

@@ -217,3 +217,9 @@ def test_learning_lowers_the_loss(blocks):
     assert ratio == pytest.approx(after, rel=0.15)
     place = torch.arange(len(stats["left_trans"])) // (len(stats["left_trans"]) // blocks)
     assert not stats["left_trans"][place.unsqueeze(1) != place].any()
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 257, True, 2.0, "4", None])
+def test_numbers_of_blocks_that_no_input_has(blocks):
+    with pytest.raises(ValueError, match="expected auto, or a number of 1 to 256"):
+        MxFp4FlatQuant(blocks=blocks)

@@ -159,6 +159,10 @@ def test_only_ascend_rounds_exponents_of_inputs_down():
     assert CompressedTensors().engine_parts(MXFP8).keys() == {"float_inputs"}
 
 
+def test_no_note_on_kernels_of_another_engine():
+    assert TARGET.unlike_kernels(MXFP8) is None
+
+
 def test_fused_width_is_advice():
     modules = [Module(f"{L}.mlp.{p}_proj", (53248, 8), INT8) for p in ("gate", "up")]
     (word,) = TARGET.advise(modules)

@@ -158,6 +158,24 @@ def test_labels_are_unique_and_load_somewhere():
         assert "vLLM" in TARGET.loads_on(label)
     assert "Atlas" in TARGET.loads_on("int8 W8A8 dynamic")
     assert "Ascend" not in TARGET.loads_on("int8 W8A8 static")
+    assert "humming" in TARGET.loads_on("mxfp4 fp8 inputs in groups")
+    assert "round inputs, too" in TARGET.loads_on("mxfp4 float inputs")
+
+
+@pytest.mark.parametrize(
+    ("label", "note"),
+    [
+        ("mxfp4", None),
+        ("mxfp4 float inputs", "stay float in this run"),
+        ("mxfp4 fp8 inputs", "fp8, as by the package humming"),
+        ("mxfp4 fp8 inputs in groups", "fp8, as by the package humming"),
+        ("mxfp8", "inputs of mxfp8 stay float"),
+        ("nvfp4 float inputs", None),
+    ],
+)
+def test_kernels_that_round_other_inputs_are_named(label, note):
+    found = TARGET.unlike_kernels(SCHEMES[label].numerics)
+    assert found is None if note is None else note in found
 
 
 @pytest.mark.parametrize(

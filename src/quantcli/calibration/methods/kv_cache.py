@@ -1,7 +1,8 @@
 """Scales of the cache of keys and values, from both as they enter it.
 
 They are measured on the edited model, after rotary embeddings and norms of keys: weights give no bound
-for them. A layer that reads the cache of an earlier one has none.
+for them. A layer that reads the cache of an earlier one has none. If latents are cached, one scale is
+that of keys and of values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from quantcli.calibration.policy import Policy, not_finite
 from quantcli.calibration.replay.cache import entering
 from quantcli.calibration.watch import current_batch
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import CACHES, Cache, Stats
-from quantcli.schemes.arithmetic.cache import Magnitudes, paired
+from quantcli.core.numerics import CACHES, LATENTS, Cache, Stats
+from quantcli.schemes.arithmetic.cache import Magnitudes, absorbed_amax, paired, scales_of
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme, has_effect
 from quantcli.targets.kv_cache import AttentionLayer
@@ -39,7 +40,8 @@ class KvCache(Method):
 
     format: Literal["fp8", "fp8_per_head", "c8"] = Field(
         description="fp8: one scale for the keys of a layer and one for its values; fp8_per_head: one "
-        "for each head of them; c8: int8, one for each channel, for Ascend"
+        "for each head of them; c8: int8, one for each channel, or one for the latents of a layer, for "
+        "Ascend"
     )
     chosen_by: Literal["minmax", "percentile", "mse"] = Field(
         "minmax", alias="observer", description="how the range of keys and of values is chosen"
@@ -75,19 +77,37 @@ class CachePass(Measurement):
         self._method = method
         self._work = work
         self._attention = work.run.policy.attention
+        latents = any(layer.queries for layer in self._attention.values())
+        self._cache = LATENTS if latents else method.cache
+        self._sides = _SIDES[:1] if latents else _SIDES
         self._observers: dict[tuple[str, str], tuple[Magnitudes, Observer]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._queries: dict[str, Tensor] = {}  # max |q| of each head that reads latents
         self._lock = threading.Lock()
 
     def passing(self) -> AbstractContextManager[object]:
-        """Keys and values are seen."""
+        """Keys and values are seen, or latents of both and the queries for them."""
         layer = self._work.layer
-        return entering(layer.name, layer.module, layer.segments, self._attention, self._enter)
+        return entering(
+            layer.name, layer.module, layer.segments, self._attention, self._enter, self._see_queries
+        )
+
+    def _see_queries(self, layer: str, queries: Tensor, weight: Tensor) -> None:
+        if (batch := current_batch()) is not None:
+            mask, sizes = batch[1], self._work.run.skeleton.checkpoint.text_config
+            plain = sizes["qk_nope_head_dim"]
+            rows = queries.detach()
+            rows = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+            heads = self._attention[layer].queries
+            amax = absorbed_amax(rows, weight.detach(), heads, plain).cpu()
+            with self._lock:
+                so_far = self._queries.get(layer)
+                self._queries[layer] = amax if so_far is None else torch.maximum(so_far, amax)
 
     def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if (batch := current_batch()) is not None:
             number, mask = batch
-            for side, states in zip(_SIDES, (key, value), strict=True):
+            for side, states in zip(self._sides, (key, value), strict=False):
                 rows = states.detach().transpose(1, 2)
                 tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
                 self._observer(layer, side, tokens).update(tokens, number)
@@ -97,7 +117,7 @@ class CachePass(Measurement):
         with self._lock:
             if (layer, side) not in self._observers:
                 method = self._method
-                summary = Magnitudes(method.cache, counted=method.chosen_by != "minmax")
+                summary = Magnitudes(self._cache, counted=method.chosen_by != "minmax")
                 self._observers[layer, side] = summary, Observer(summary)
                 heads, width = tokens.shape[1:]
                 self._shapes[layer, side] = heads, heads * width
@@ -110,24 +130,31 @@ class CachePass(Measurement):
         for name in dict.fromkeys(layer for layer, _ in self._observers):
             stats: dict[str, Tensor] = {}
             tokens = 0
-            for side in _SIDES:
+            for side in self._sides:
                 summary, observer = self._observers[name, side]
                 if not observer.finite:
                     raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
                 self._must_fit(self._attention[name], side)
                 stats[f"{side}_scale"] = self._scale(summary, side, self._attention[name])
                 tokens = observer.tokens
-            if self._method.cache.per == "channel":
-                stats |= {f"{side}_offset": torch.zeros_like(stats[f"{side}_scale"]) for side in _SIDES}
+            if self._cache == LATENTS:
+                # the engine must find both, and reads neither: it rounds queries by token
+                stats["v_scale"] = stats["k_scale"]
+                queries, dtype = self._queries[name], self._work.run.policy.serving_dtype
+                if not bool(torch.isfinite(queries).all()):
+                    raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
+                stats["q_scale"] = scales_of(queries, LATENTS, dtype)
+            if self._cache.element.family == "int":
+                stats |= {f"{s[0]}_offset": torch.zeros_like(scale) for s, scale in stats.items()}
             self._work.stats[name] = stats
             report[name] = {"tokens": tokens, **_largest(stats)}
 
     def _scale(self, summary: Magnitudes, side: str, layer: AttentionLayer) -> Tensor:
         """Of each unit, float32."""
-        method, channels = self._method, self._method.cache.per == "channel"
-        dtype = self._work.run.policy.serving_dtype if channels else torch.float32
+        method, codes = self._method, self._cache.element.family
+        dtype = self._work.run.policy.serving_dtype if codes == "int" else torch.float32
         scale = summary.scales(method.chosen_by, method.percentile, dtype)
-        if channels and side == "k":
+        if self._cache.per == "channel" and side == "k":
             scale = paired(scale, layer.heads, self._rotated(layer))
         return scale
 
@@ -144,7 +171,7 @@ class CachePass(Measurement):
     def _must_fit(self, layer: AttentionLayer, side: str) -> None:
         heads, width = self._shapes[layer.name, side]
         expected = layer.heads, layer.widths[side == "v"]
-        if (heads, width) != expected and self._method.cache.per != "tensor":
+        if (heads, width) != expected and self._cache.per != "tensor":
             what = (
                 f"the cache is given {heads} heads of {width // heads} numbers; by its weights and "
                 f"config.json the engine keeps {expected[0]} of {expected[1] // expected[0]}"

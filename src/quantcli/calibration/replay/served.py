@@ -38,7 +38,7 @@ from quantcli.core.registry import discover
 from quantcli.schemes.arithmetic.cache import rounded
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
-from quantcli.targets.kv_cache import CachePart
+from quantcli.targets.kv_cache import CachePart, sides_of
 
 
 class Served:
@@ -119,19 +119,22 @@ class ServedCache:
     ) -> None:
         """layers: scales by layer of attention. dtype: that of the engine, such as "BF16"."""
         self.cache = cache
+        self._sides = sides_of(cache)
         self.layers = layers.keys()
         engine_dtype = torch_dtype(dtype) if cache.element.family == "int" else torch.float32
         self._scales = {
             (name, side): read_tensor(parts[side]).to(engine_dtype).flatten()
             for name, parts in layers.items()
-            for side in _SIDES
+            for side in self._sides
         }
         self._lock = threading.Lock()
         self._sums: dict[tuple[str, CachePart], list[tuple[float, float]]] = defaultdict(list)
 
     def enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, heads, length, width] as attention reads them again."""
-        return self._rounded(layer, "k_scale", key), self._rounded(layer, "v_scale", value)
+        states = {"k_scale": key, "v_scale": value}
+        keys, *values = (self._rounded(layer, side, states[side]) for side in self._sides)
+        return keys, values[0] if values else keys
 
     def _rounded(self, layer: str, side: CachePart, states: Tensor) -> Tensor:
         scale, heads = self._scales[layer, side], states.shape[1]
@@ -153,9 +156,6 @@ class ServedCache:
         }
 
 
-_SIDES: tuple[CachePart, ...] = ("k_scale", "v_scale")
-
-
 def decibels(signal: float, noise: float) -> float:
     """SQNR in dB of sums of squares; 200 without noise, -200 without a signal."""
     if not noise:
@@ -168,7 +168,8 @@ def _cache(stored: StoredCheckpoint) -> ServedCache | None:
     cache = stored.cache
     if cache is None or cache.cache is None or not cache.layers:
         return None
-    if not all(side in parts for parts in cache.layers.values() for side in _SIDES):
+    sides = sides_of(cache.cache)
+    if not all(side in parts for parts in cache.layers.values() for side in sides):
         return None
     return ServedCache(cache.cache, cache.layers, stored.serving_dtype)
 

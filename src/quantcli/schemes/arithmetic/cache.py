@@ -145,6 +145,17 @@ def _least_error(
     return best
 
 
+def absorbed_amax(queries: Tensor, weight: Tensor, heads: int, plain: int) -> Tensor:
+    """max |q W| of each head, float32 [heads]: the queries that are multiplied with latents.
+
+    queries: [tokens, heads * (plain + rotated)], of each head the plain part first. weight: of
+    kv_b_proj, [heads * (plain + values), rank], whose rows for keys are the first of each head.
+    """
+    q = queries.reshape(len(queries), heads, -1)[..., :plain]
+    w = weight.reshape(heads, -1, weight.shape[-1])[:, :plain]
+    return torch.stack([(q[:, h].float() @ w[h].float()).abs().amax() for h in range(heads)])
+
+
 def paired(scale: Tensor, heads: int, rotated: int) -> Tensor:
     """Scales of the channels of keys [heads * width], those that are rotated into each other alike.
 

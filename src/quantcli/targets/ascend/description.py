@@ -13,6 +13,7 @@ from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.numerics import LARGEST_SIDE
+from quantcli.targets.ascend.latents import TYPE as LATENTS_TYPE
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LARGEST_TP, also_asked
 from quantcli.targets.ascend.tensor_parallel import USUAL_TP
 from quantcli.targets.ascend.types import MISNAMED, TYPES, UNCHECKED, type_of
@@ -21,9 +22,10 @@ from quantcli.targets.stored_format import some
 from quantcli.targets.vllm_family import MERGED, absent_head, expert_set, stacked_sets
 
 SUFFIXES = {param.suffix for layout in TYPES.values() for param in layout.params} - {"weight"}
-# Keys for the checkpoint as a whole by which the engine rounds the cache, attention or the indexer.
+# Keys for the checkpoint as a whole by which the engine rounds more than weights: their only values.
 # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:497-500,1035-1042.
-_ROUNDS_MORE = ("fa_quant_type", "indexer_quant_type")
+_CACHES = {"kv_cache_type": "C8", "fa_quant_type": LATENTS_TYPE}
+_INDEXER = "indexer_quant_type"
 _METADATA = re.compile(r"[a-z_]+|.*\.(indexer\.)?quant_type")
 
 
@@ -42,7 +44,7 @@ class Description:
         self.checkpoint = checkpoint
         self.findings: list[Finding] = []
         table = self._read()
-        self.cache = table.get("kv_cache_type")
+        self.cache = next((table[key] for key in _CACHES if table.get(key) == _CACHES[key]), None)
         self.group_size, self.version = table.get("group_size"), table.get("version")
         self.largest_tp = self._largest_tp(table)
         self.entries: dict[str, Any] = {
@@ -67,14 +69,13 @@ class Description:
         except InputError as error:
             self.findings.append(of_error("description", error))
             return {}
-        for key in _ROUNDS_MORE:
-            if table.get(key):
-                what = f"has `{key}`: what the engine rounds by it, next to weights, is not verified"
-                self.findings.append(noted("description", what, DESCRIPTION))
-        cache = table.get("kv_cache_type")
-        if cache not in (None, "C8"):
-            what = f"`kv_cache_type` is {cache!r:.40}; the engine knows C8 alone"
-            self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
+        if table.get(_INDEXER):
+            what = f"has `{_INDEXER}`: what the engine rounds by it, next to weights, is not verified"
+            self.findings.append(noted("description", what, DESCRIPTION))
+        for key, value in _CACHES.items():
+            if table.get(key) not in (None, "", value):
+                what = f"`{key}` is {table[key]!r:.40}; the engine knows {value} alone"
+                self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
+from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.numerics import CACHES, Cache
+from quantcli.core.numerics import CACHES, LATENTS, Cache
 from quantcli.targets import vllm_family
+from quantcli.targets.ascend import latents
 from quantcli.targets.ascend.arithmetic import check_arithmetic
 from quantcli.targets.ascend.description import SUFFIXES, Description
 from quantcli.targets.ascend.loader import DESCRIPTION, FLOAT, LISTED_EXPERTS, float_only, skip_rule
@@ -30,10 +32,10 @@ from quantcli.targets.stored_format import StoredFormat, as_findings, orphan, re
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import EXPERT, stacked_sets
 
-# Parameters of the cache of keys and values, next to k_proj and v_proj. The loader takes one number or
+# Caches by their types. Of keys and values next to k_proj and v_proj the loader takes one number or
 # one for each row. Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:624-633 and 1041,
 # quantization/methods/kv_c8.py:99-139, attention/attention_v1.py:1892-1915.
-CACHE = frozenset({"kv_cache_scale", "kv_cache_offset"})
+_CACHES = {"C8": CACHES["c8"], latents.TYPE: LATENTS}
 _MOST = 2**20  # numbers of an offset that are looked at
 # dtype of deq_scale by the serving dtype
 _DEQ_DTYPES = {"BF16": "F32", "F16": "I64"}
@@ -51,7 +53,7 @@ class AscendCheckpoint(StoredFormat):
         self.checked["description"] += len(description.entries)
         self.labels = description.labels
         self._group_size, self._version = description.group_size, description.version
-        self._with_cache = description.cache == "C8"
+        self._cache = _CACHES.get(str(description.cache))
         self._largest_tp = description.largest_tp
         self.readable = bool(description.entries)
         return description.findings
@@ -84,28 +86,46 @@ class AscendCheckpoint(StoredFormat):
             yield failed("parameters", what, f"`{module}.{suffix}`", AGAIN)
 
     def declared_cache(self) -> Cache | None:
-        """C8, or none."""
-        return CACHES["c8"] if self._with_cache else None
+        """C8, int8 latents, or none."""
+        return self._cache
+
+    def unknown_cache(self, tensors: Mapping[str, StoredTensor]) -> str | None:
+        """Latents in fp8: their producer stores offsets in float32.
+
+        Source: msmodelslim 26.1.0, core/quant_service/modelslim_v1/save/ascendv1.py:551-570.
+        """
+        offsets = (t.spec.dtype for name, t in tensors.items() if name.endswith(".fa_k.offset"))
+        if any(dtype != "I8" for dtype in offsets):
+            return "scales of latents in fp8, which the engine has on A5, were not checked"
+        return None
 
     def check_offsets(self, cache: StoredCache) -> Iterator[Finding]:
-        """C8: offsets are added as keys are written, and not subtracted as they are read.
+        """Offsets are added as keys are written, and not subtracted as they are read; latents are int8
+        where the engine has them.
 
-        Source: vllm-ascend 182b75ea84, attention/attention_v1.py:1918-1919,1970-2035.
+        Source: vllm-ascend 182b75ea84, attention/attention_v1.py:1918-1919,1970-2035; for
+        latents attention/mla_v1.py:1501-1508 and, in distributed/kv_transfer/kv_p2p,
+        mooncake_layerwise_connector.py:1957.
         """
+        int8 = {name: "weight_scale" in tensors and tensors["weight"].spec.dtype == "I8"
+                for name, tensors in self.by_module.items() if "weight" in tensors}  # fmt: skip
+        for name in cache.layers if self._cache == LATENTS else ():
+            layer = cache.attention.get(name)
+            if layer is not None and layer.queries:
+                for fault in latents.faults(layer, int8, self.checkpoint.text_config):
+                    yield failed("cache", fault.what, f"`{name}`", fault.fix)
         for stored in cache.tensors:
             name, size = stored.spec.name, stored.spec.numel
-            if not self._with_cache:
-                what = f'there is no "kv_cache_type": "C8" in the description: {self.unregistered}'
+            of_latents = _of_latents(name)
+            if self._cache is None or (self._cache == LATENTS) != of_latents:
+                entry = f'"fa_quant_type": "{latents.TYPE}"' if of_latents else '"kv_cache_type": "C8"'
+                what = f"there is no {entry} in the description: {self.unregistered}"
                 yield failed("cache", what, f"`{name}`", AGAIN)
-            elif is_scale(name) or size > _MOST or stored.spec.dtype not in FLOATS:
+            elif is_scale(name) or size > _MOST or stored.spec.dtype not in {*FLOATS, "I8"}:
                 continue
             elif bool(read_tensor(stored).any()):
                 what = "is not 0: the engine adds it as it writes keys and values, and reads without it"
                 yield failed("cache", what, f"`{name}`", AGAIN)
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """All but those of the cache, which have a check of their own."""
-        return set(suffixes) - CACHE
 
     def _quantized(self, module: str, label: str) -> Iterator[Finding]:
         layout, tensors = type_of(label, self._group_size), self.by_module[module]
@@ -215,3 +235,8 @@ class AscendCheckpoint(StoredFormat):
     def limits(self, module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
         """Widths of kernels, transforms of all inputs, slices of scale_bias."""
         return limits(module, sides[1], devices, self._largest_tp)
+
+
+def _of_latents(name: str) -> bool:
+    """Whether a tensor of the cache is one of latents."""
+    return name.rpartition(".")[0].endswith((".fa_q", ".fa_k", ".fa_v"))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts, multiplier
+from quantcli.core.numerics import CACHES, LATENTS, Cache, Module, Numerics, Parts, multiplier
+from quantcli.targets.ascend import latents
 from quantcli.targets.ascend.loader import (
     DESCRIPTION,
     FLOAT,
@@ -28,7 +29,7 @@ from quantcli.targets.ascend.loader import (
     unlisted,
     unreachable,
 )
-from quantcli.targets.ascend.stored import CACHE, AscendCheckpoint
+from quantcli.targets.ascend.stored import AscendCheckpoint
 from quantcli.targets.ascend.tensor_parallel import SLICES, USUAL_TP, pairs_of_groups, unfit, unsplit
 from quantcli.targets.ascend.types import (
     ON_310P,
@@ -53,7 +54,7 @@ from quantcli.targets.base import (
     cannot_store,
 )
 from quantcli.targets.drafts import FLOAT_DRAFT
-from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor
+from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor, part_of
 from quantcli.targets.layouts import Values
 from quantcli.targets.sidecars import flat_json
 from quantcli.targets.tensor_parallel import splits_inputs
@@ -94,7 +95,8 @@ class Ascend(VllmTarget):
         CACHES["c8"]: tuple(
             CacheTensor(part, partial(_cache_name, part), lambda heads, width: (width,), values)
             for part, values in _CACHE_PARTS
-        )
+        ),
+        LATENTS: latents.TENSORS,
     }
     device: Literal["310P"] | None = Field(
         None,
@@ -239,6 +241,10 @@ class Ascend(VllmTarget):
             return {}
         return {"input_scale_alg": torch.zeros(1, dtype=torch.int64)}
 
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """None: all of its kernels round inputs as `engine_parts` says."""
+        return None
+
     def built_float(self, module: str, names: Collection[str]) -> str | None:
         """Also kv_b_proj; the head on the 310P."""
         if self.device and is_head(module):
@@ -302,21 +308,43 @@ class Ascend(VllmTarget):
         )
         yield Refusal("architectures", what, FLOAT_DRAFT)
 
-    def cache_fault(self, cache: Cache, layer: AttentionLayer) -> str | None:
-        """Heads of widths that the layout of an int8 cache does not take; the 310P, which has none.
+    def cache_fault(
+        self,
+        cache: Cache,
+        layer: AttentionLayer,
+        modules: Mapping[str, Module],
+        config: Mapping[str, Any],
+    ) -> Fault | None:
+        """Heads of widths that the layout of an int8 cache does not take; the 310P, which has none;
+        what the engine needs for latents.
 
         Source: vllm-ascend 182b75ea84, attention/attention_v1.py:1887-1890,2007.
         """
+        leave = "leave `kv_cache` out"
         if self.device:
-            return f"the engine has no int8 cache on the {self.device}"
+            return Fault(f"the engine has no int8 cache on the {self.device}", leave)
+        if cache == LATENTS:
+            int8 = {m.name: bool(m.numerics and self._int8(m.numerics)) for m in modules.values()}
+            return next(latents.faults(layer, int8, config), None)
         width = next((w // layer.heads for w in layer.widths if w // layer.heads % 32), None)
-        return (
-            f"the engine's int8 cache has heads in multiples of 32; one is {width}" if width else None
-        )
+        what = f"the engine's int8 cache has heads in multiples of 32; one is {width}"
+        return Fault(what, leave) if width else None
+
+    def _int8(self, numerics: Numerics) -> bool:
+        """Whether weights are int8 by a scale for each row, which is stored."""
+        return numerics.weight.dtype == "int8" and self.layout(numerics).stores_scale
 
     def cache_note(self, cache: Cache) -> str | None:
-        """On nodes that only prefill."""
-        return "a node that only prefills keeps a float cache; others write and read int8"
+        """On versions and hardware, and on nodes that only prefill, or only decode."""
+        if cache == LATENTS:
+            return (
+                "the int8 cache of latents loads on vLLM-Ascend 0.18 and later, Atlas A3; nodes that "
+                "only decode have it, others keep a float cache"
+            )
+        return (
+            "the int8 cache loads on vLLM-Ascend main (182b75ea84), Atlas A2, A3; a node that only "
+            "prefills keeps a float cache"
+        )
 
     def advise(self, modules: Sequence[Module], model_type: str = "") -> Iterator[str]:
         """Notes on fused widths over the matmul's limit, transforms on one device, a quantized head,
@@ -396,14 +424,16 @@ class Ascend(VllmTarget):
             "group_size": next(iter(sizes), 0),
             "optional": {},
         }
-        if output.cache is not None:
+        if output.cache == LATENTS:
+            table["fa_quant_type"] = latents.TYPE
+        elif output.cache is not None:
             table |= {"kv_cache_type": _C8, "kv_quant_type": _C8}
         if devices := self._largest_tp(output.modules):
             table[LARGEST_TP] = devices
         for name in sorted(output.tensors):
             owner, _, suffix = name.rpartition(".")
-            if suffix in CACHE and output.cache is not None:
-                table[name] = _C8
+            if output.cache is not None and part_of(name) is not None:
+                table[name] = latents.LABEL if output.cache == LATENTS else _C8
             else:
                 table[name] = FLOAT if suffix == "bias" else labels.get(owner, FLOAT)
         if head := absent_head(output.tensors):

@@ -243,8 +243,8 @@ def w4a16(columns: int) -> QuantType:
 
     sides = lambda shape: (shape[0], 8 * shape[1])  # noqa: E731
     return QuantType(
-        "W4A16", operand, params, dequantize, sides, True, loads_on=_a2_a3("0.13") + ", experts",
-        linears=False, described_group=columns,
+        "W4A16", operand, params, dequantize, sides, True, linears=False, described_group=columns,
+        loads_on=_a2_a3("0.13") + ", for experts alone",
     )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ TYPES = {
         mxfp4_flatquant(1),
         _type("W4A8_DYNAMIC", _INT4, _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
               sides=_pairs, experts=True, note=_OLD_W4A8, linears=False, described_group=0,
-              loads_on=_a2_a3("0.11") + ", experts"),
+              loads_on=_a2_a3("0.11") + ", for experts alone"),
         w4a16(32),
         _type("W4A4_DYNAMIC", _INT4, _I4, *_SCALES, loads_on=_a2_a3("0.18"), scale_in_float32=True,
               inputs=8),

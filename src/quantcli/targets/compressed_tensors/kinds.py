@@ -51,7 +51,7 @@ _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
 _NVFP4 = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
-_MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
+MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
 _MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
@@ -60,6 +60,14 @@ _NVIDIA = "NVIDIA GPUs"
 _LOADS_ON = (
     ("nvfp4 float", f"vLLM 0.32 and later; {_NVIDIA} (Turing and later)"),
     ("nvfp4", f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Turing and later with float inputs), AMD"),
+    (
+        "mxfp4 float",
+        f"vLLM 0.32 and later; {_NVIDIA} (Ampere to Hopper); Blackwell, AMD, Intel round inputs, too",
+    ),
+    (
+        "mxfp4 fp8",
+        f"vLLM 0.32 and later; {_NVIDIA} with the package humming; without it inputs are as in mxfp4",
+    ),
     (
         "mxfp4",
         f"vLLM 0.32 and later; {_NVIDIA} (Blackwell; Ampere and later with float inputs), AMD, Intel",
@@ -123,7 +131,7 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
 # model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:794-815.
 _FORMATS: dict[Operand, tuple[str, Format]] = {
     _NVFP4: ("nvfp4", "nvfp4-pack-quantized"),
-    _MXFP4: ("mxfp4", "mxfp4-pack-quantized"),
+    MXFP4: ("mxfp4", "mxfp4-pack-quantized"),
     _MXFP8: ("mxfp8", "mxfp8-quantized"),
 }
 
@@ -131,7 +139,7 @@ _FORMATS: dict[Operand, tuple[str, Format]] = {
 def _small_scales(weight: Operand, x: Operand | None) -> Kind | None:
     """Weights with scales of eight bits; inputs as the weights are, float, or fp8 for mxfp4."""
     inputs = {None: " float inputs", replace(weight, dynamic=True): ""}
-    if weight == _MXFP4:
+    if weight == MXFP4:
         inputs |= {_FP8_TOKEN: " fp8 inputs", _FP8_GROUPS: " fp8 inputs in groups"}
     if x not in inputs:
         return None
@@ -143,7 +151,7 @@ def as_served(numerics: Numerics) -> Numerics:
     """Numerics of a checkpoint as the engine takes them: next to mxfp4 and mxfp8 weights, inputs that
     it has no kernel for count as such codes, too."""
     weight = numerics.weight
-    if weight not in {_MXFP4, _MXFP8} or _small_scales(weight, numerics.input):
+    if weight not in {MXFP4, _MXFP8} or _small_scales(weight, numerics.input):
         return numerics
     return Numerics(weight, replace(weight, dynamic=True))
 

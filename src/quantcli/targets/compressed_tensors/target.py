@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from quantcli.targets.base import (
     cannot_store,
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
-from quantcli.targets.compressed_tensors.kinds import Kind, kind_of, loads_on
+from quantcli.targets.compressed_tensors.kinds import MXFP4, Kind, kind_of, loads_on
 from quantcli.targets.compressed_tensors.layouts import layout_of, multiplier
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.kv_cache import CacheTensor, plain_tensors
@@ -63,6 +64,16 @@ class CompressedTensors(VllmTarget):
     def loads_on(self, label: str) -> str:
         """Engines and hardware."""
         return loads_on(label)
+
+    def unlike_kernels(self, numerics: Numerics) -> str | None:
+        """Also for MXFP4 weights whose inputs are not MXFP4: most kernels look at weights alone."""
+        if numerics.weight == MXFP4 and numerics.input != replace(MXFP4, dynamic=True):
+            inputs = "stay float" if numerics.input is None else "are fp8, as by the package humming,"
+            return (
+                f"inputs of mxfp4 weights {inputs} in this run; vLLM's kernels for Blackwell, MI350 "
+                "and Intel GPUs round them to mxfp4, and are less near to the other model"
+            )
+        return super().unlike_kernels(numerics)
 
     def engine_dtype(self, numerics: Numerics, part: ScalePart, serving_dtype: str) -> str:
         """Float32, except the weight_scale of int4, of packed codes, and with a type of its own."""

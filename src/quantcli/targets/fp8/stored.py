@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.detect import draft_of
@@ -155,10 +155,6 @@ class Fp8Checkpoint(StoredFormat):
             yield failed("parameters", what, f"`{weight.spec.name}`", "convert the float model")
         else:
             yield from self.check_layout(module, layout, self._numerics)
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """Scales of weights and inputs; the engine takes those of the cache from other places."""
-        return SUFFIXES.intersection(suffixes)
 
     def missing(self, module: str, suffix: str) -> Finding:
         """Also tells of a scale under the name for blocks, or for whole weights."""

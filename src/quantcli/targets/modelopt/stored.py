@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
@@ -160,10 +160,6 @@ class ModelOptCheckpoint(StoredFormat):
         algorithm = self._config.algorithm
         own = None if algorithm == MIXED else always_float(module)
         return super().float_only(module) or own or float_in_four_bits(module, algorithm)
-
-    def unregistered_suffixes(self, suffixes: Collection[str]) -> Collection[str]:
-        """Scales of weights and inputs; those of the cache are of another module in the engine."""
-        return (SUFFIXES | {"weight_scale_inv"}).intersection(suffixes)
 
     def missing(self, module: str, suffix: str) -> Finding:
         """The engine has a value of its own in the place of some."""
