@@ -87,7 +87,7 @@ def quantized_as(box: Box, config: dict[str, object], name: str, data: bytes) ->
 
 @case(
     "quantized by bitsandbytes",
-    "already quantized: bitsandbytes, 1 module; this version decodes ascend, awq",
+    "already quantized: bitsandbytes, 1 module; this version decodes ascend, auto-round, awq",
     "x.weight.absmax` U8 [4]",
     "float",
 )

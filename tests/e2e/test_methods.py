@@ -129,7 +129,8 @@ def logits(path: Path) -> torch.Tensor:
 
 
 def test_it_is_found_and_editors_know_its_options() -> None:
-    assert list(discover(Method)) == ["equalize", "learning", "ranges", "rounding", "smooth"]
+    known = ["equalize", "kv_cache", "learning", "ranges", "rounding", "smooth"]
+    assert list(discover(Method)) == known
     schema = json.loads(recipe_schema())
     recipe = {"target": "ascend", "rules": [{"match": "*", "scheme": "keep"}]}
     jsonschema.validate({**recipe, "methods": [{"name": "equalize", "strength": 1}]}, schema)
@@ -221,7 +222,7 @@ REFUSALS = {
         "methods:\n  - smooth\n  - ranges\n",
         "unknown method `ranges`",
         "recipe.yaml:8",
-        "`equalize`, `smooth`",
+        "`equalize`, `kv_cache`, `smooth`",
     ),
     "twice": (
         "methods:\n  - equalize\n  - {name: equalize, strength: 1}\n",

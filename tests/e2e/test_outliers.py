@@ -18,7 +18,7 @@ from tests.e2e.conftest import CONFIG, Box, bf16, llama, make_llama, run_cli
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-qwen3"
 INT8, FP8, INT4 = "int8 per channel", "fp8_e4m3 per channel", "int4 per channel"
-MXFP8 = "fp8_e4m3 e8m0 per group"
+MXFP8, MXFP4, GROUPS = "fp8_e4m3 e8m0 per group", "fp4_e2m1 e8m0 per group", "int4 per group"
 Q = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.3.mlp.down_proj"
 
@@ -47,14 +47,14 @@ def test_the_bundled_model() -> None:
     assert done.code == 0
     lines = done.out.splitlines()
     assert lines[0].split() == [
-        "module", "shape", *INT8.split(), *FP8.split(), *MXFP8.split(), *INT4.split(),
-        "amax/rms", "kurtosis", "channel", "of", "the", "median",
+        "module", "shape", *INT8.split(), *FP8.split(), *MXFP4.split(), *MXFP8.split(),
+        *GROUPS.split(), *INT4.split(), "amax/rms", "kurtosis", "channel", "of", "the", "median",
     ]  # fmt: skip
     assert len(lines[1:21]) == 20
     assert lines[21] == ""
     assert lines[1].split() == [
-        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "31.5", "dB",
-        "19.3", "dB", "5.2", "0.07", "545", "1.23",
+        "model.layers.4.mlp.down_proj", "[256,", "768]", "42.1", "dB", "31.6", "dB", "19.0", "dB",
+        "31.5", "dB", "20.2", "dB", "19.3", "dB", "5.2", "0.07", "545", "1.23",
     ]  # fmt: skip
     assert lines[22] == "more          24 modules; --json lists all"
     assert "schemes       int8 per channel: w8a16, w8a8_dynamic, w8a8_mix, w8a8_static" in lines
@@ -86,7 +86,8 @@ def test_the_document_of_the_bundled_model() -> None:
     assert head["channel_ratio"] == pytest.approx(2.3226, abs=1e-3)
     assert head["kurtosis"] == pytest.approx(2.5402, abs=1e-3)
     assert head["amax_over_rms"] == pytest.approx(9.1522, abs=1e-3)
-    assert head["sqnr_db"] == pytest.approx({FP8: 31.691, MXFP8: 31.6, INT8: 43.175, INT4: 19.5}, abs=1)
+    most = {FP8: 31.691, MXFP8: 31.6, INT8: 43.175, MXFP4: 19.0, GROUPS: 20.3, INT4: 19.5}
+    assert head["sqnr_db"] == pytest.approx(most, abs=1)
 
 
 def test_advice_is_a_rule_that_the_planner_takes(tmp_path: Path, box: Box) -> None:
@@ -145,7 +146,7 @@ def test_damage_is_named_and_first(tmp_path: Path) -> None:
     done = run_cli("inspect", "--outliers", model)
     assert done.code == 0
     first = done.out.splitlines()[1].split()
-    assert first == ["model.embed_tokens", "[32,", "16]", *["nan"] * 4, "-", "-", "-", "-"]
+    assert first == ["model.embed_tokens", "[32,", "16]", *["nan"] * 6, "-", "-", "-", "-"]
     assert (
         "damaged       `model.embed_tokens`[30, 5] is nan: fetch the model again"
         in done.out.splitlines()
@@ -162,7 +163,7 @@ def test_a_small_model_shows_all(tmp_path: Path) -> None:
     lines = done.out.splitlines()
     assert len(lines[1 : lines.index("")]) == 9
     last = lines[lines.index("") - 1].split()
-    assert last == ["zeros", "[4,", "4]", *["exact"] * 4, "-", "-", "-", "-"]
+    assert last == ["zeros", "[4,", "4]", *["exact"] * 6, "-", "-", "-", "-"]
 
 
 def test_names_may_hold_quotes(tmp_path: Path) -> None:

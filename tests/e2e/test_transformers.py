@@ -25,8 +25,8 @@ def all_of(scheme):
 EXACT, TOKENS_INT8, TOKENS_FP8 = 1e-6, 0.012, 0.06
 # ... and but where it computes in bfloat16, which it makes of weights with scales of eight bits; and
 # gives groups of inputs other scales, in the last bits or by rounding the global one.
-IN_BFLOAT16, GROUPS_BF16, NVFP4_BF16 = 1e-4, 0.02, 0.04
-BFLOAT16 = {IN_BFLOAT16, GROUPS_BF16, NVFP4_BF16}
+IN_BFLOAT16, NVFP4A16_BF16, GROUPS_BF16, NVFP4_BF16 = 1e-4, 1e-3, 0.02, 0.04
+BFLOAT16 = {IN_BFLOAT16, NVFP4A16_BF16, GROUPS_BF16, NVFP4_BF16}
 CASES = {
     "int8_dynamic": (all_of("w8a8_dynamic"), TOKENS_INT8),
     "int8_static": (DATA + all_of("w8a8_static, observer: minmax"), EXACT),
@@ -35,7 +35,7 @@ CASES = {
     "fp8_static": (DATA + all_of("fp8_static, observer: minmax"), EXACT),
     "mxfp8": (all_of("mxfp8"), IN_BFLOAT16),
     "nvfp4": (DATA + all_of("nvfp4"), NVFP4_BF16),
-    "nvfp4a16": (all_of("nvfp4a16"), IN_BFLOAT16),
+    "nvfp4a16": (all_of("nvfp4a16"), NVFP4A16_BF16),
     "mxfp4": (all_of("mxfp4"), IN_BFLOAT16),
     "mxfp4a16": (all_of("mxfp4a16"), IN_BFLOAT16),
     "mxfp4_fp8": (all_of("mxfp4_fp8"), GROUPS_BF16),

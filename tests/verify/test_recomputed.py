@@ -337,7 +337,8 @@ def shipped(tmp_path_factory):
         if "flatquant" in recipe:
             sets += ["rules.0.match=*.layers.1.self_attn.*_proj"]  # learning takes long
             sets += ["rules.0.scheme={name: w4a4_flatquant, epochs: 1}", "expect.quantizable_pct=> 1"]
-        model = stock.model("qwen3_moe") if "moe" in recipe else ROOT / "examples" / "tiny-qwen3"
+        wide = ":wide" if recipe.startswith("mxfp4") else ""  # groups in pairs
+        model = stock.model(f"qwen3_moe{wide}") if "moe" in recipe else ROOT / "examples" / "tiny-qwen3"
         out = folder / recipe
         commands.quantize(commands.plan(path, model=str(model), out=out, overrides=tuple(sets)))
         return Good(out, model)

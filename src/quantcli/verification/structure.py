@@ -300,7 +300,7 @@ def _incomplete(checkpoint: Checkpoint, stack: str, layers: dict[int, set[str]])
     kinds: dict[frozenset[str], list[int]] = defaultdict(list)
     for index, names in layers.items():
         kinds[frozenset(names)].append(index)
-    described = _described(checkpoint, max(layers) + 1)
+    described = _described(checkpoint, layers)
     for modules, indices in kinds.items():
         larger = [kind for kind, members in kinds.items() if modules < kind and len(members) > 1]
         if len(indices) == 1 and larger:
@@ -324,12 +324,13 @@ _LISTS = (
 )  # fmt: skip
 
 
-def _described(checkpoint: Checkpoint, count: int) -> dict[int, tuple[object, ...]]:
-    """For each of `count` layers, the entries of the lists in config.json that have as many, and
-    whether it is one of the last `num_kv_shared_layers`, which have no keys and values of their own."""
-    config = checkpoint.text_config
+def _described(checkpoint: Checkpoint, layers: Collection[int]) -> dict[int, tuple[object, ...]]:
+    """For each of the layers, the entries of the lists in config.json that have as many as there are up
+    to the last, and whether it is one of the last `num_kv_shared_layers`, which have no keys and values
+    of their own."""
+    config, count = checkpoint.text_config, max(layers) + 1  # may be any number: a name has it
     values = [config.get(key) for key in _LISTS]
     lists = [value for value in values if isinstance(value, (list, str)) and len(value) == count]
     shared = config.get("num_kv_shared_layers")
     own = count - (shared if type(shared) is int else 0)
-    return dict(enumerate(zip(*lists, [index < own for index in range(count)], strict=True)))
+    return {index: (*(values[index] for values in lists), index < own) for index in layers}
