@@ -73,6 +73,14 @@ class Operand:
         return self.block[1] if self.per == "group" and self.block else None
 
 
+# Weights of the formats that several engines load; inputs are the same, but dynamic. Sources: OCP
+# Microscaling Formats (MX) Specification 1.0, section 5.2; for NVFP4 vllm 0.32.0,
+# model_executor/layers/quantization/utils/nvfp4_emulation_utils.py.
+MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
+MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
+NVFP4 = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Numerics:
     """How both sides of a quantized linear are quantized. `input` is None if inputs stay float.

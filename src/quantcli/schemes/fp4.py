@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Operand, Parts, Stats
+from quantcli.core.numerics import MXFP4, NO_STATS, NVFP4, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp4
 from quantcli.schemes.base import Bias
 from quantcli.schemes.by_data import RoundedWeights, chosen
@@ -69,7 +69,7 @@ class NvFp4Weights(Fp4Weights):
     @property
     def weights(self) -> Operand:
         """Fp4 e2m1 per group of 16, e4m3 scales, a global scale."""
-        return Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
+        return NVFP4
 
     def whole(self, constants: Stats, device: torch.device) -> Tensor:
         """From `weight_amax`; a power of two for numbers that such scales can hold exactly."""
@@ -86,4 +86,4 @@ class MxFp4Weights(Fp4Weights):
     @property
     def weights(self) -> Operand:
         """Fp4 e2m1 per group of 32, e8m0 scales."""
-        return Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
+        return MXFP4

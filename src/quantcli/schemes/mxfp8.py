@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import MXFP8, NO_STATS, Numerics, Parts, Stats
 from quantcli.schemes.arithmetic import mx, rounding, tiles
 from quantcli.schemes.base import Bias, Scheme
 
@@ -39,8 +39,7 @@ class Mxfp8(Scheme):
     @property
     def numerics(self) -> Numerics:
         """Fp8 e4m3 per group of 32 x the same per token and group of 32, dynamic; scales e8m0."""
-        weight = Operand("fp8_e4m3", "group", block=(1, mx.SIDE), scale="e8m0")
-        return Numerics(weight, replace(weight, dynamic=True) if self.inputs == "mx" else None)
+        return Numerics(MXFP8, replace(MXFP8, dynamic=True) if self.inputs == "mx" else None)
 
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None

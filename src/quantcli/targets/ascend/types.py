@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.codes import code_values, scale_groups, scale_values, unpack_signed
-from quantcli.core.numerics import Numerics, Operand, decompose, multiplier
+from quantcli.core.numerics import MXFP4, MXFP8, Numerics, Operand, decompose, multiplier
 from quantcli.targets.layouts import (
     FLOAT_PARAM,
     SLICES,
@@ -30,8 +30,6 @@ from quantcli.targets.layouts import (
 
 _INT8, _INT4 = Operand("int8", "channel"), Operand("int4", "channel")
 _FP8 = Operand("fp8_e4m3", "channel")
-_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
-_MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
 
 
 def _scale(required: bool = True) -> Param:
@@ -215,10 +213,10 @@ def mxfp4_flatquant(blocks: int) -> QuantType:
     182b75ea84, quantization/methods/w4a4_mxfp4_flatquant.py:90-177; ops-nn e5c3fa93,
     matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5.md:922.
     """
-    params = (codes_param(_MXFP4), row_scale(_MXFP4), *_flatquant(blocks))
+    params = (codes_param(MXFP4), row_scale(MXFP4), *_flatquant(blocks))
     return _mx(
-        "W4A4_MXFP4_FLATQUANT", _MXFP4, "0.20.2rc1", params=params, experts=False, biases=False,
-        dequantize=kronecker(_groups(_MXFP4)), inputs=64, blocks=blocks,
+        "W4A4_MXFP4_FLATQUANT", MXFP4, "0.20.2rc1", params=params, experts=False, biases=False,
+        dequantize=kronecker(_groups(MXFP4)), inputs=64, blocks=blocks,
     )  # fmt: skip
 
 
@@ -272,11 +270,11 @@ TYPES = {
         _type("W8A16", _INT8, _I8, _scale(), _offset(required=True), loads_on=_a2_a3("0.13")),
         _type("W8A8FP8_DYNAMIC", _FP8, _F8, *_SCALES, experts=True, scale_in_float32=True,
               loads_on="vLLM-Ascend 0.22.1rc1 and later on A5 (Ascend 950)"),
-        _mx("W8A8_MXFP8", _MXFP8, "0.13 (experts: 0.18)"),
-        _mx("W4A4_MXFP4", _MXFP4, "0.19.1rc1"),
+        _mx("W8A8_MXFP8", MXFP8, "0.13 (experts: 0.18)"),
+        _mx("W4A4_MXFP4", MXFP4, "0.19.1rc1"),
         # its loader pairs the scales of a row: w4a8_mxfp4.py:63-105
-        _mx("W4A8_MXFP", _MXFP4, "0.21.0rc1", inputs=64),
-        _mx("W4A16_MXFP4", _MXFP4, "0.23", linears=False),
+        _mx("W4A8_MXFP", MXFP4, "0.21.0rc1", inputs=64),
+        _mx("W4A16_MXFP4", MXFP4, "0.23", linears=False),
         mxfp4_flatquant(1),
         _type("W4A8_DYNAMIC", _INT4, _I4_PAIRS, *_SCALES, _SCALE_BIAS, dequantize=_w4a8,
               sides=_pairs, experts=True, note=_OLD_W4A8, linears=False, described_group=0,
@@ -302,19 +300,19 @@ _W4A16_GROUPS = (32, 64, 128)
 _INT8_TOKEN = Operand("int8", "token", dynamic=True)
 _INT8_TENSORS = (Operand("int8", "tensor", symmetric=False), Operand("int8", "tensor"))
 _INT4_BOTH = (_INT4, Operand("int4", "token", dynamic=True))
-_MXFP8_INPUTS, _MXFP4_INPUTS = replace(_MXFP8, dynamic=True), replace(_MXFP4, dynamic=True)
+_MXFP8_INPUTS, _MXFP4_INPUTS = replace(MXFP8, dynamic=True), replace(MXFP4, dynamic=True)
 _FP8_BOTH = (_FP8, Operand("fp8_e4m3", "token", dynamic=True))
 # The types that are written, in the order in which `model_quant_type` prefers them.
 # Source: msmodelslim 3de0a3c4, core/quant_service/modelslim_v1/save/ascendv1.py:164-181; a transform is
 # named by its older tool alone.
 WRITTEN: dict[Numerics, QuantType] = {
-    Numerics(_MXFP4, _MXFP4_INPUTS, transform="kronecker"): TYPES["W4A4_MXFP4_FLATQUANT"],
-    Numerics(_MXFP4, _MXFP4_INPUTS): TYPES["W4A4_MXFP4"],
+    Numerics(MXFP4, _MXFP4_INPUTS, transform="kronecker"): TYPES["W4A4_MXFP4_FLATQUANT"],
+    Numerics(MXFP4, _MXFP4_INPUTS): TYPES["W4A4_MXFP4"],
     Numerics(*_INT4_BOTH, transform="kronecker"): TYPES["W4A4_FLATQUANT_DYNAMIC"],
     Numerics(*_INT4_BOTH): TYPES["W4A4_DYNAMIC"],
-    Numerics(_MXFP4, None): TYPES["W4A16_MXFP4"],
-    Numerics(_MXFP4, _MXFP8_INPUTS): TYPES["W4A8_MXFP"],
-    Numerics(_MXFP8, _MXFP8_INPUTS): TYPES["W8A8_MXFP8"],
+    Numerics(MXFP4, None): TYPES["W4A16_MXFP4"],
+    Numerics(MXFP4, _MXFP8_INPUTS): TYPES["W4A8_MXFP"],
+    Numerics(MXFP8, _MXFP8_INPUTS): TYPES["W8A8_MXFP8"],
     Numerics(*_FP8_BOTH): TYPES["W8A8FP8_DYNAMIC"],
     **{Numerics(_INT8, inputs): TYPES["W8A8"] for inputs in _INT8_TENSORS},
     **{Numerics(_INT8, inputs, _INT8_TOKEN): TYPES["W8A8_MIX"] for inputs in _INT8_TENSORS},

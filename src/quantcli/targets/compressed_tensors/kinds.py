@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.spec import DTYPES
-from quantcli.core.numerics import Numerics, Operand
+from quantcli.core.numerics import MXFP4, MXFP8, NVFP4, Numerics, Operand
 
 Format: TypeAlias = Literal[
     "int-quantized",
@@ -50,9 +50,6 @@ class Kind:
 _FP8_TOKEN = Operand("fp8_e4m3", "token", dynamic=True)
 _FP8_TENSOR = Operand("fp8_e4m3", "tensor")
 _FP8_GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, 128))
-_NVFP4 = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
-MXFP4 = Operand("fp4_e2m1", "group", block=(1, 32), scale="e8m0")
-_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
 _NVIDIA = "NVIDIA GPUs"
 # By a part of the label; the first that fits.
 # Sources: vllm 0.32.0, model_executor/kernels/linear/__init__.py, kernels by platform; vllm-ascend
@@ -130,9 +127,9 @@ def kind_of(numerics: Numerics, packed: bool | None = None) -> Kind | None:
 # vLLM goes by the weights alone. Source: vllm 0.32.0,
 # model_executor/layers/quantization/compressed_tensors/compressed_tensors.py:794-815.
 _FORMATS: dict[Operand, tuple[str, Format]] = {
-    _NVFP4: ("nvfp4", "nvfp4-pack-quantized"),
+    NVFP4: ("nvfp4", "nvfp4-pack-quantized"),
     MXFP4: ("mxfp4", "mxfp4-pack-quantized"),
-    _MXFP8: ("mxfp8", "mxfp8-quantized"),
+    MXFP8: ("mxfp8", "mxfp8-quantized"),
 }
 
 
@@ -151,7 +148,7 @@ def as_served(numerics: Numerics) -> Numerics:
     """Numerics of a checkpoint as the engine takes them: next to mxfp4 and mxfp8 weights, inputs that
     it has no kernel for count as such codes, too."""
     weight = numerics.weight
-    if weight not in {MXFP4, _MXFP8} or _small_scales(weight, numerics.input):
+    if weight not in {MXFP4, MXFP8} or _small_scales(weight, numerics.input):
         return numerics
     return Numerics(weight, replace(weight, dynamic=True))
 

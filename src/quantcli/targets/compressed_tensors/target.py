@@ -18,7 +18,7 @@ from quantcli.core.codes import (
     unpack_columns,
     unpack_signed,
 )
-from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
+from quantcli.core.numerics import CACHES, MXFP4, Cache, Module, Numerics, Parts
 from quantcli.targets.base import (
     KEEP,
     Fault,
@@ -28,7 +28,7 @@ from quantcli.targets.base import (
     cannot_store,
 )
 from quantcli.targets.compressed_tensors.config import quantization_config
-from quantcli.targets.compressed_tensors.kinds import MXFP4, Kind, kind_of, loads_on
+from quantcli.targets.compressed_tensors.kinds import Kind, kind_of, loads_on
 from quantcli.targets.compressed_tensors.layouts import layout_of, multiplier
 from quantcli.targets.compressed_tensors.stored import CompressedTensorsCheckpoint
 from quantcli.targets.kv_cache import CacheTensor, plain_tensors

@@ -9,7 +9,7 @@ from functools import cache
 from torch import Tensor
 
 from quantcli.core.codes import code_values, fp8_values, scale_groups, scale_values
-from quantcli.core.numerics import Numerics, Operand
+from quantcli.core.numerics import MXFP8, NVFP4, Numerics, Operand
 from quantcli.targets.base import cannot_store
 from quantcli.targets.layouts import (
     FLOAT_PARAM,
@@ -26,8 +26,6 @@ from quantcli.targets.layouts import (
 
 _BLOCK = (128, 128)
 _TENSOR = Operand("fp8_e4m3", "tensor")
-_MXFP8 = Operand("fp8_e4m3", "group", block=(1, 32), scale="e8m0")
-_NVFP4 = Operand("fp4_e2m1", "group", block=(1, 16), scale="e4m3", global_scale=True)
 _GROUPS = Operand("fp8_e4m3", "group", dynamic=True, block=(1, _BLOCK[1]))
 _HOPPER = "NVIDIA GPUs (Ada, Hopper and later)"
 _BLACKWELL = "NVIDIA GPUs (Blackwell; Turing and later with float inputs)"
@@ -84,17 +82,17 @@ KINDS = {
         ),
         Kind(
             "NVFP4",
-            Numerics(_NVFP4, replace(_NVFP4, dynamic=True)),
+            Numerics(NVFP4, replace(NVFP4, dynamic=True)),
             f"vLLM 0.32 and later, SGLang, TensorRT-LLM; {_BLACKWELL}",
         ),
         Kind(
             "W4A16_NVFP4",
-            Numerics(_NVFP4, None),
+            Numerics(NVFP4, None),
             "vLLM 0.32 and later, TensorRT-LLM; NVIDIA GPUs (Turing and later)",
         ),
         Kind(
             "MXFP8",
-            Numerics(_MXFP8, replace(_MXFP8, dynamic=True)),
+            Numerics(MXFP8, replace(MXFP8, dynamic=True)),
             f"vLLM 0.32 and later, SGLang, vLLM-Ascend; {_BLACKWELL}, AMD, Intel, Atlas A5",
         ),
     )
