@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from quantcli.calibration import session
+from quantcli.calibration.methods import hessians, rounding
+from quantcli.schemes.arithmetic import gptq
 from tests.e2e.conftest import Box, Result, run_cli
 from tests.tiny_models import make_multimodal, make_tiny
 
@@ -106,3 +111,17 @@ def make_bench(root: Path, model: Path, recipe: str) -> Bench:
     (root / "text.txt").write_text(TEXT)
     (root / "recipe.yaml").write_text(recipe)
     return Bench(root, model, root / "recipe.yaml", root / "out")
+
+
+def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches, and several jobs even for tiny matrices."""
+    monkeypatch.setattr(session, "BATCH_TOKENS", LENGTH)
+    monkeypatch.setattr(hessians, "_TILE", 24)
+    monkeypatch.setattr(gptq, "_TILE", 24)
+    monkeypatch.setattr(gptq, "BLOCK", 16)
+    monkeypatch.setattr(rounding, "_ROWS", 20)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of all files of a checkpoint."""
+    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()}

@@ -9,16 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from quantcli.calibration import session
-from quantcli.calibration.methods import hessians, rounding
+from quantcli.calibration.methods import hessians
 from quantcli.calibration.methods.rounding import RoundingPass
 from quantcli.calibration.session import Resources
 from quantcli.commands import quantize as commands
 from quantcli.core.events import Progress
 from quantcli.schemes.arithmetic import gptq
-from tests.e2e.calibrating import LENGTH, SAMPLES, TOKENS, Bench, Models, change_tensors, make_bench
+from tests.e2e.calibrating import (
+    LENGTH,
+    SAMPLES,
+    TOKENS,
+    Bench,
+    Models,
+    change_tensors,
+    make_bench,
+    small_jobs,
+    tensors,
+)
 from tests.e2e.conftest import run_cli, snapshot
 
 LAYERS = 4
@@ -55,15 +63,7 @@ def make(tmp_path: Path, models: Models) -> Callable[..., Bench]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, and several jobs even for tiny matrices."""
-    monkeypatch.setattr(session, "BATCH_TOKENS", LENGTH)
-    monkeypatch.setattr(hessians, "_TILE", 24)
-    monkeypatch.setattr(gptq, "_TILE", 24)
-    monkeypatch.setattr(gptq, "BLOCK", 16)
-    monkeypatch.setattr(rounding, "_ROWS", 20)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()}
+    small_jobs(monkeypatch)
 
 
 def report(bench: Bench, layer: int) -> dict[str, dict[str, Any]]:
