@@ -74,7 +74,7 @@ def test_halfway_numbers_go_to_the_even_code(name):
     rows = torch.cat([rows, torch.full((6, 32 - 7), 6.0)], 1)
     _, parts = quantized(name, rows * 2.0**-9 * 448, scales="amax")
     found = [[number(code) for code in row[:7]] for row in codes_of(parts["weight"])]
-    if name == "mxfp4a16":  # 448 is no power of two
+    if name == "mxfp4a16":  # 448 is not a power of two
         _, parts = quantized(name, rows * 2.0**-9, scales="amax")
         found = [[number(code) for code in row[:7]] for row in codes_of(parts["weight"])]
     even = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
