@@ -167,7 +167,7 @@ def test_the_environment_is_the_wheel_and_what_it_declares(installed: Installed)
     )
     where = installed.run("python", "-c", "import quantcli; print(quantcli.__file__)").stdout.strip()
     assert Path(where) == installed.site / "quantcli" / "__init__.py"
-    for absent in ("pytest", "compressed_tensors", "plotly"):
+    for absent in ("pytest", "compressed_tensors"):
         assert installed.run("python", "-c", f"import {absent}").returncode == 1
 
 
