@@ -15,6 +15,7 @@ from rich.text import Text
 from quantcli import __version__
 from quantcli.cli.streams import drop
 from quantcli.core.errors import Exit, QuantError
+from quantcli.core.events import Event
 
 R = TypeVar("R")
 _WIDE = 200  # columns if the output is not a terminal, so that a log has whole lines
@@ -58,6 +59,11 @@ class Output:
         """Print a message for people, unless --quiet."""
         if not self.quiet:
             self.messages.print(literal(text), soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        """Print what a run reports, as a line."""
+        if event.kind != "detail":
+            self.message(str(event))
 
     def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
         """Print a table of data, two spaces between columns; those in `right` are right-aligned."""
