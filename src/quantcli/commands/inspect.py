@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
-from quantcli.checkpoint.hub import find_headers, find_model, shown
+from quantcli.checkpoint.hub import display_name, find_headers, find_model
 from quantcli.checkpoint.inspection import inspect_checkpoint
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
@@ -28,9 +28,11 @@ def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT)
     with find_headers(model, progress) as folder:
         checkpoint = scan_checkpoint(folder, progress)
         for problem in checkpoint.problems:
-            problem.where = problem.where and problem.where.replace(str(folder), shown(folder, model))
+            problem.where = problem.where and problem.where.replace(
+                str(folder), display_name(folder, model)
+            )
         summary = inspect_checkpoint(checkpoint, tensors)
-        summary["path"] = shown(checkpoint.path, model)
+        summary["path"] = display_name(checkpoint.path, model)
         if summary["quantization"] is None and "quantization_config" in checkpoint.config:
             # a stale block, or codes that only a target knows by their names: targets load torch
             progress.say("looking for the format of the weights")

@@ -57,7 +57,7 @@ class Told(Progress):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def begin(self, nbytes: int, *_: object) -> None:
+    def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         self.total = nbytes
 
     def advance(self, nbytes: int) -> None:

@@ -90,7 +90,7 @@ def fetch_model(repository: Repository, choice: Choice, progress: Progress) -> N
         few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         size = decimal(repository.nbytes(names))
         progress.say(f"not fetched, since not needed: {count(names, 'file')}, {size}: {few}")
-    progress.begin(nbytes, len(missing))
+    progress.begin(nbytes, len(missing), noun="file")
     try:
         for files in (choice.others, choice.weights):
             fetch(repository, files, progress, progress)

@@ -81,7 +81,7 @@ def find_headers(model: str, progress: Progress = SILENT) -> Iterator[Path]:
             raise _named(error, folder, model) from None
 
 
-def shown(folder: Path, model: str) -> str:
+def display_name(folder: Path, model: str) -> str:
     """The name for people of a folder that `find_headers` gave: `model` for a temporary one."""
     return model if folder.name.endswith(HEADERS_ONLY) else str(folder)
 
