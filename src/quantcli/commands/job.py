@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
-    from quantcli.recipe.written import WrittenRecipe
+    from quantcli.recipe.written import GivenRecipe, WrittenRecipe
 
 W = TypeVar("W", bound="Work")
 
@@ -181,7 +181,7 @@ class Opened:
 
 
 def open_both(
-    recipe: str | Path,
+    recipe: GivenRecipe,
     model: str | None,
     overrides: tuple[str, ...],
     verb: str,
@@ -189,20 +189,21 @@ def open_both(
 ) -> Opened:
     """Read a recipe and open the model. InputError for what is wrong without schemes and targets, which
     need torch."""
-    from quantcli.recipe.written import read_recipe
+    from quantcli.recipe.written import name_of, read_recipe
 
     written = read_recipe(recipe, overrides, command=verb)
     named = model or written.file.model
     if named is None:
         raise InputError(
-            f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
+            f"no model to {verb}", where=name_of(recipe), fix="give --model, or `model:` in the recipe"
         )
     return Opened(written, named, open_checkpoint(find_model(named, progress), progress))
 
 
-def default_name(model: str, recipe: str | Path) -> str:
+def default_name(model: str, recipe: GivenRecipe) -> str:
     """The name of the folder to write, if the user gives none."""
-    return f"{Path(os.path.abspath(model)).name}-{Path(recipe).stem}"  # noqa: PTH100 - keeps links
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "quantized"
+    return f"{Path(os.path.abspath(model)).name}-{name}"  # noqa: PTH100 - keeps links
 
 
 def calibration_folder(out: Path) -> Path:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.convert.execute import Written
     from quantcli.planning.plan import Plan
+    from quantcli.recipe.written import GivenRecipe
 
 
 def plan(
-    recipe: str | Path,
+    recipe: GivenRecipe,
     *,
     model: str | None = None,
     out: Path | None = None,
@@ -45,12 +46,13 @@ def plan(
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
-    `expect` block: see `check`. recipe: a file, or the name of a shipped one. part: as in "2/3"; it
-    goes to `out`.part-2-of-3.
+    `expect` block: see `check`. recipe: a file, the name of a shipped one, or a mapping with a file's
+    content. part: as in "2/3"; it goes to `out`.part-2-of-3.
     """
     from quantcli.convert.publish import check_destination
     from quantcli.core.threads import default_workers
     from quantcli.planning.parts import parse_part
+    from quantcli.recipe.written import name_of
 
     opened = open_both(recipe, model, overrides, "quantize", progress)
     checkpoint = opened.checkpoint
@@ -62,7 +64,7 @@ def plan(
         check_destination(whole, checkpoint.path, force=True)  # it need not be free yet
         out = share.folder(whole)
     check_destination(out, checkpoint.path, force=force)
-    progress.say(f"planning {recipe} for {opened.model}")
+    progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
     from quantcli.convert.execute import RunOptions
     from quantcli.planning.planner import make_plan
@@ -96,10 +98,12 @@ def plan(
 
 
 def _calibrate_command(
-    recipe: str | Path, model: str | None, overrides: tuple[str, ...], folder: Path
+    recipe: GivenRecipe, model: str | None, overrides: tuple[str, ...], folder: Path
 ) -> str:
     """What to type for the calibration of a conversion that was given these options."""
-    words = ["quantcli", "calibrate", str(recipe)]
+    from quantcli.recipe.written import name_of
+
+    words = ["quantcli", "calibrate", name_of(recipe)]
     if model is not None:
         words += ["--model", model]
     for override in overrides:
@@ -122,12 +126,20 @@ def quantize(
     Interrupted, the same job continues where it stopped.
     """
     check(job)
-    plan = job.plan
     if job.session is not None and not job.session.complete:
-        from quantcli.calibration.session import load
-        from quantcli.planning.planner import check_expectations, make_plan
+        job = calibrated(job, resources, progress)
+        check(job)
+    return run_job(job, progress)
 
-        calibrate(job.session, resources, progress)
-        plan = make_plan(plan.recipe, plan.checkpoint, load(job.session))
-        check_expectations(plan)
-    return run_job(replace(job, plan=plan), progress)
+
+def calibrated(
+    job: Job[Plan], resources: Resources | None = None, progress: Progress | None = None
+) -> Job[Plan]:
+    """The job of a recipe that needs data, after its calibration: its plan has the statistics."""
+    from quantcli.calibration.session import load
+    from quantcli.planning.planner import make_plan
+
+    assert job.session is not None
+    calibrate(job.session, resources, progress)
+    plan = make_plan(job.plan.recipe, job.plan.checkpoint, load(job.session))
+    return replace(job, plan=plan, session=replace(job.session, complete=True))
