@@ -72,7 +72,7 @@ def plan(
     """
     from quantcli.commands import quantize as commands
 
-    job = _plan(recipe, model, out, on_progress, **options)
+    job = _plan(recipe, model, out, on_progress, options)
     commands.check(job)
     return _planned(job)
 
@@ -110,10 +110,7 @@ def quantize(
     or a model that cannot be converted so, and MachineError for the disk, the memory or the device.
     """
     resources = _resources(options)
-    for name in ("device", "max_memory", "trust_remote_code"):
-        del options[name]
-    job = _plan(recipe, model, out, on_progress, **options)  # type: ignore[arg-type]
-    return Job(job, resources)._run(on_progress)
+    return Job(_plan(recipe, model, out, on_progress, options), resources)._run(on_progress)
 
 
 @takes(Converting)
@@ -131,9 +128,7 @@ def prepare(
     `expect` block are checked by `convert`.
     """
     resources = _resources(options)
-    for name in ("device", "max_memory", "trust_remote_code"):
-        del options[name]
-    return Job(_plan(recipe, model, out, on_progress, **options), resources)  # type: ignore[arg-type]
+    return Job(_plan(recipe, model, out, on_progress, options), resources)
 
 
 def _plan(
@@ -141,12 +136,12 @@ def _plan(
     model: PathLike | None,
     out: PathLike | None,
     on_progress: OnProgress,
-    **options: Unpack[Planning],
+    options: Mapping[str, Any],
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
 
     return commands.plan(
-        recipe,
+        recipe if isinstance(recipe, Mapping) else str(recipe),
         model=None if model is None else str(model),
         out=path_of(out),
         overrides=assignments(options["set"]),
@@ -313,7 +308,7 @@ def calibrate(
 
     resources, progress = _resources(options), _progress(on_progress)
     session = commands.plan_calibration(
-        recipe,
+        recipe if isinstance(recipe, Mapping) else str(recipe),
         model=None if model is None else str(model),
         out=path_of(out),
         overrides=assignments(options["set"]),

@@ -18,8 +18,9 @@ from quantcli.commands.job import (
     make_job,
     open_both,
     run_job,
+    to_json,
 )
-from quantcli.core.errors import InputError
+from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -112,10 +113,17 @@ def _calibrate_command(
 
 
 def check(job: Job[Plan]) -> None:
-    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
-    from quantcli.planning.planner import check_expectations
+    """AnswerNo if the plan misses a limit of the recipe's `expect` block; its payload is the plan."""
+    from quantcli.planning.planner import compare_expected
 
-    check_expectations(job.plan)
+    for expected in compare_expected(job.plan):
+        if not expected.ok:
+            raise AnswerNo(
+                f"expected {expected.key} {expected.limit}; the plan has {expected.value:.4g}",
+                where=job.plan.recipe.where("expect", expected.key),
+                fix="see the plan's table for what stays float and why",
+                payload={"plan": to_json(job)},
+            )
 
 
 def quantize(

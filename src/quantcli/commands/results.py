@@ -41,6 +41,7 @@ class Planned(Result):
     shards_done:  whole weight files that an interrupted run left.
     rules:        the effect of each rule: its modules, and their bytes before and after.
     kept:         what stays float: the reason, tensors, bytes.
+    expected:     limits of the recipe's `expect` block, and the values compared with them.
     calibration:  the calibration that runs first or was found; None if no data is needed.
     """
 
@@ -66,6 +67,7 @@ class Planned(Result):
     quantizable_pct: float
     linear_pct: float
     quantized_modules: int
+    expected: list[Row]
     decoded: list[Row]
     calibration: Row | None
     experts: dict[str, Any]
