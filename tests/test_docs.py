@@ -115,3 +115,14 @@ def test_broken_links_are_seen():
     assert broken("recipe.md#rolls", page) == "verify.md: recipe.md has no heading #rolls"
     assert broken("missing.md", page) == "verify.md: there is no missing.md"
     assert broken("../../outside.md", page) is not None
+
+
+def test_figures_of_the_comparison_are_those_of_the_benchmarks():
+    page = (ROOT / "docs" / "compare.md").read_text()
+    measured = [line for line in page.split("## Measured")[1].splitlines() if line.startswith("| ")]
+    figures = {
+        figure for line in measured for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", line)
+    }
+    known = "".join((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "pretrained.md"))
+    assert len(figures) > 20
+    assert not {figure for figure in figures if figure not in known}

@@ -68,9 +68,7 @@ def test_links_of_the_package_page_lead_to_files_of_this_repository(installed: I
 
 
 def test_the_environment_is_the_wheel_and_what_it_declares(installed: Installed) -> None:
-    assert pip("--python", installed.folder / "bin" / "python", "check") == (
-        "No broken requirements found.\n"
-    )
+    assert pip("--python", installed.bin / "python", "check") == ("No broken requirements found.\n")
     where = installed.run("python", "-c", "import quantcli; print(quantcli.__file__)").stdout.strip()
     assert Path(where) == installed.site / "quantcli" / "__init__.py"
     for absent in ("pytest", "compressed_tensors", "plotly"):

@@ -16,6 +16,7 @@ from rich.text import Text
 from quantcli import __version__
 from quantcli.cli.streams import drop
 from quantcli.core.errors import AnswerNo, Exit, QuantError
+from quantcli.core.events import Event
 
 SCHEMA_VERSION = 1  # of the documents that --json prints
 R = TypeVar("R", bound=Mapping[str, Any])
@@ -65,6 +66,11 @@ class Output:
         """Print a message for people, unless --quiet."""
         if not self.quiet:
             self.messages.print(literal(text), soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        """Print what a run reports, as a line."""
+        if event.kind != "detail":
+            self.message(str(event))
 
     def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
         """Print a table of data, two spaces between columns; those in `right` are right-aligned."""
