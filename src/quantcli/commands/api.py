@@ -6,6 +6,7 @@ with the input or the machine is a QuantError.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
+from quantcli.commands.job import JobOptions
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
@@ -145,12 +147,14 @@ def _plan(
         model=None if model is None else str(model),
         out=path_of(out),
         overrides=assignments(options["set"]),
-        workers=options["workers"],
-        checksum=options["checksum"],
-        fresh=options["fresh"],
-        force=options["force"],
-        calibration=path_of(options["calibration"]),
-        part=options["part"],
+        options=JobOptions(
+            options["workers"],
+            options["fresh"],
+            options["force"],
+            options["checksum"],
+            path_of(options["calibration"]),
+            options["part"],
+        ),
         progress=_progress(on_progress),
     )
 
@@ -345,7 +349,7 @@ def pack(
 
         if target is not None or options["set"] or not options["checksum"]:
             raise InputError("`merge` takes no `target`, `set` or `checksum`", fix="leave them out")
-        folders = [checkpoint] if isinstance(checkpoint, PathLike) else checkpoint
+        folders = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
         parts = [Path(folder) for folder in folders]
         merge_job = merging.plan_merge(parts, Path(out), workers=workers, fresh=fresh, force=force)
         joined = merging.merge(merge_job, progress)
@@ -353,22 +357,19 @@ def pack(
         return Packed(**_files(joined), notes=list(joined.notes), plan=merged)
     from quantcli.commands import pack as commands
 
-    if target is None or not isinstance(checkpoint, PathLike):
+    if target is None or not isinstance(checkpoint, str | os.PathLike):
         raise InputError("`pack` takes one checkpoint and a `target`", fix='such as target="fp8"')
     job = commands.plan_pack(
         str(checkpoint),
         target,
         Path(out),
-        options=assignments(options["set"]),
-        workers=workers,
-        checksum=options["checksum"],
-        fresh=fresh,
-        force=force,
+        overrides=assignments(options["set"]),
+        options=JobOptions(workers, fresh, force, options["checksum"]),
         progress=progress,
     )
     written = commands.pack(job, progress)
-    data = commands.to_json(job)
-    repacked = Repacked(**{**data, "out": job.out, "origin": data.pop("from")})
+    data = {**commands.to_json(job), "out": job.out}
+    repacked = Repacked(origin=data.pop("from"), **data)
     return Packed(**_files(written), notes=list(written.notes), plan=repacked)
 
 

@@ -11,6 +11,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import find_model
 from quantcli.core.errors import InputError
+from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
@@ -46,6 +47,36 @@ class Job(Generic[W]):
     def nbytes(self) -> int:
         """Bytes of what this job writes, without the manifest."""
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a conversion is to be run.
+
+    workers:     threads; None: one for each core.
+    fresh:       delete what an interrupted run left.
+    force:       replace an output that exists.
+    checksum:    hash every file for the manifest.
+    calibration: the folder of a calibration to use or to make; None: OUT.calibration.
+    part:        as in "2/3"; it goes to OUT.part-2-of-3.
+    """
+
+    workers: int | None = None
+    fresh: bool = False
+    force: bool = False
+    checksum: bool = True
+    calibration: Path | None = None
+    part: str | None = None
+
+    def of_run(self) -> RunOptions:
+        """The options of the run itself."""
+        from quantcli.convert.execute import RunOptions
+
+        workers = self.workers or default_workers()
+        return RunOptions(workers, self.fresh, self.force, self.checksum)
+
+
+USUAL = JobOptions()
 
 
 def make_job(

@@ -110,14 +110,14 @@ def takes(options: type | None = None, defaults: Mapping[str, Any] = DEFAULTS) -
             for name, hint in hints.items()
         ]
         shown = signature.replace(parameters=[*own, *keywords])
-        types_of = {**get_type_hints(function), **hints}
+        types_of = functools.cache(lambda: {**get_type_hints(function), **hints})
 
         @functools.wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
             bound = shown.bind(*args, **given)  # TypeError for a keyword that does not exist
             for name, value in bound.arguments.items():
-                if name in types_of:
-                    check(name, value, types_of[name])
+                if name in types_of():
+                    check(name, value, types_of()[name])
             missing = {name: defaults[name] for name in hints if name not in given}
             with system_errors():
                 return function(*args, **given, **missing)
@@ -202,7 +202,7 @@ def verify_options(checkpoint: PathLike, options: Mapping[str, Any]) -> VerifyOp
 
 def _as_field(value: Any, hint: Any) -> Any:
     """A path as a field has it: as Path or as text."""
-    if isinstance(value, PathLike):
+    if isinstance(value, str | os.PathLike):
         return Path(value) if Path in get_args(hint) else str(value)
     return value
 
