@@ -109,12 +109,12 @@ def takes(options: type | None = None, defaults: Mapping[str, Any] = DEFAULTS) -
             inspect.Parameter(name, kind, default=defaults[name], annotation=hint)
             for name, hint in hints.items()
         ]
-        shown = signature.replace(parameters=[*own, *keywords])
+        public = signature.replace(parameters=[*own, *keywords])
         types_of = functools.cache(lambda: {**get_type_hints(function), **hints})
 
         @functools.wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
-            bound = shown.bind(*args, **given)  # TypeError for a keyword that does not exist
+            bound = public.bind(*args, **given)  # TypeError for a keyword that does not exist
             for name, value in bound.arguments.items():
                 if name in types_of():
                     check(name, value, types_of()[name])
@@ -122,7 +122,7 @@ def takes(options: type | None = None, defaults: Mapping[str, Any] = DEFAULTS) -
             with system_errors():
                 return function(*args, **given, **missing)
 
-        checked.__signature__ = shown  # type: ignore[attr-defined]
+        checked.__signature__ = public  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
 
     return decorate
