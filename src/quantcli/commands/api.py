@@ -435,7 +435,7 @@ def inspect(
     outliers: read the weights and rank them by how hard they are to quantize.
     report:   with `outliers`, an HTML page to write.
 
-    Raises InputError if nothing can be shown. The faults of a checkpoint that can be read are in `problems`.
+    Raises InputError if nothing can be shown. Faults that do not hide the contents are in `problems`.
     """
     from quantcli.commands import inspect as commands
 
