@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from quantcli.commands.job import JobOptions
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
+    LiveModel,
     Packing,
     PathLike,
     Planning,
@@ -45,11 +46,15 @@ from quantcli.core.events import SILENT, Event, Events, Progress
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.text.examples import Examples
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.job import Job as PlannedJob
     from quantcli.convert.execute import Written
     from quantcli.planning.plan import Plan
 
 Recipe = PathLike | Mapping[str, Any]
+Model = PathLike | LiveModel
+ExampleInputs = Iterable[Any] | Mapping[str, Any] | None
 OnProgress = Callable[[Event], None] | None
 
 
@@ -61,8 +66,10 @@ def _progress(receive: OnProgress) -> Progress:
 def plan(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: Any = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Planning],
 ) -> Planned:
@@ -74,7 +81,8 @@ def plan(
     """
     from quantcli.commands import quantize as commands
 
-    job = _plan(recipe, model, out, on_progress, options)
+    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
+    job = _plan(recipe, given, out, options)
     commands.check(job)
     return _planned(job)
 
@@ -83,8 +91,10 @@ def plan(
 def quantize(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: Any = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Converting],
 ) -> Converted:
@@ -93,9 +103,14 @@ def quantize(
     The same call again continues an interrupted run.
 
     recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping.
-    model:       a folder or a Hub id; wins over the recipe's.
+    model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from there
+                 without a copy and must not change meanwhile; wins over the recipe's.
     out:         the folder to write, which appears whole or not at all. By default the recipe's, or
                  MODEL-RECIPE here.
+    tokenizer:   of a model in memory, for its output and for text.
+    example_inputs: calibration data in place of what the recipe names: a list of texts; or token ids as
+                 lists, as tensors [tokens] or [samples, tokens], or as dicts with `input_ids` and
+                 perhaps `attention_mask`. Each is one sample, and all are taken.
     on_progress: is called with each `Event`, from any thread; `print` shows them.
     set:         changes of the recipe: {"calibration.samples": 64}, or ["calibration.samples=64"].
     workers:     threads; by default one for each core.
@@ -112,15 +127,18 @@ def quantize(
     or a model that cannot be converted so, and MachineError for the disk, the memory or the device.
     """
     resources = _resources(options)
-    return Job(_plan(recipe, model, out, on_progress, options), resources)._run(on_progress)
+    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
+    return Job(_plan(recipe, given, out, options), resources)._run(on_progress)
 
 
 @takes(Converting)
 def prepare(
     recipe: Recipe,
-    model: PathLike | None = None,
+    model: Model | None = None,
+    example_inputs: ExampleInputs = None,
     *,
     out: PathLike | None = None,
+    tokenizer: Any = None,
     on_progress: OnProgress = None,
     **options: Unpack[Converting],
 ) -> Job:
@@ -130,21 +148,40 @@ def prepare(
     `expect` block are checked by `convert`.
     """
     resources = _resources(options)
-    return Job(_plan(recipe, model, out, on_progress, options), resources)
+    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
+    return Job(_plan(recipe, given, out, options), resources)
+
+
+class _Given:
+    """The model and the data of a call, as the functions below the API take them."""
+
+    def __init__(self, model: Any, tokenizer: Any, example_inputs: Any, progress: Progress) -> None:
+        self.progress = progress
+        self.examples: Examples | None = None
+        if example_inputs is not None:
+            from quantcli.calibration.text.examples import Examples
+
+            self.examples = Examples.of(example_inputs)
+        self.model: str | Checkpoint | None = None
+        if model is None or isinstance(model, str | os.PathLike):
+            if tokenizer is not None:
+                what = "`tokenizer` is only for a model in memory"
+                raise InputError(what, where=f"model: {model}", fix="leave it out: the folder has one")
+            self.model = _text(model)
+        else:
+            from quantcli.commands.live import live_checkpoint
+
+            self.model = live_checkpoint(model, tokenizer, progress)
 
 
 def _plan(
-    recipe: Recipe,
-    model: PathLike | None,
-    out: PathLike | None,
-    on_progress: OnProgress,
-    options: Mapping[str, Any],
+    recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
 
     return commands.plan(
         recipe if isinstance(recipe, Mapping) else str(recipe),
-        model=None if model is None else str(model),
+        model=given.model,
         out=path_of(out),
         overrides=assignments(options["set"]),
         options=JobOptions(
@@ -155,7 +192,8 @@ def _plan(
             path_of(options["calibration"]),
             options["part"],
         ),
-        progress=_progress(on_progress),
+        examples=given.examples,
+        progress=given.progress,
     )
 
 
@@ -179,7 +217,10 @@ def _resources(options: Mapping[str, Any]) -> Resources:
 def _planned(job: PlannedJob[Plan]) -> Planned:
     from quantcli.commands.job import to_json
 
-    return Planned(**{**to_json(job), "out": job.out})
+    data = {**to_json(job), "out": job.out}
+    if job.plan.checkpoint.in_memory:
+        data["model"] = job.plan.checkpoint.path.name
+    return Planned(**data)
 
 
 def _files(written: Written[Any]) -> dict[str, Any]:
@@ -292,8 +333,10 @@ class Job:
 def calibrate(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: Any = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Calibrating],
 ) -> Calibrated:
@@ -301,7 +344,7 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, set, workers, device, max_memory, trust_remote_code, on_progress: as of `quantize`.
+    recipe, model, tokenizer, example_inputs, set, workers, device, max_memory, trust_remote_code, on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
 
@@ -311,12 +354,14 @@ def calibrate(
     from quantcli.commands import calibrate as commands
 
     resources, progress = _resources(options), _progress(on_progress)
+    given = _Given(model, tokenizer, example_inputs, progress)
     session = commands.plan_calibration(
         recipe if isinstance(recipe, Mapping) else str(recipe),
-        model=None if model is None else str(model),
+        model=given.model,
         out=path_of(out),
         overrides=assignments(options["set"]),
         fresh=options["fresh"],
+        examples=given.examples,
         progress=progress,
     )
     return Calibrated.of(commands.calibrate(session, resources, progress, fresh=options["fresh"]))
