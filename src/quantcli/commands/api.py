@@ -103,8 +103,8 @@ def quantize(
     The same call again continues an interrupted run.
 
     recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping.
-    model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from there
-                 without a copy and must not change meanwhile; wins over the recipe's.
+    model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from
+                 there without a copy and must not change meanwhile; wins over the recipe's.
     out:         the folder to write, which appears whole or not at all. By default the recipe's, or
                  MODEL-RECIPE here.
     tokenizer:   of a model in memory, for its output and for text.
@@ -167,7 +167,7 @@ class _Given:
             if tokenizer is not None:
                 what = "`tokenizer` is only for a model in memory"
                 raise InputError(what, where=f"model: {model}", fix="leave it out: the folder has one")
-            self.model = _text(model)
+            self.model = None if model is None else str(model)
         else:
             from quantcli.commands.live import live_checkpoint
 
@@ -344,7 +344,8 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, tokenizer, example_inputs, set, workers, device, max_memory, trust_remote_code, on_progress: as of `quantize`.
+    recipe, model, tokenizer, example_inputs, set, workers, device, max_memory, trust_remote_code,
+    on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
 

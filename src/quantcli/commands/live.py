@@ -7,6 +7,7 @@ The checkpoint is the one that `save_pretrained` would write: the same names, sh
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.header import StoredTensor, encode_header
 from quantcli.checkpoint.memory import MemoryFile, Span
-from quantcli.checkpoint.spec import DTYPES, TensorSpec, safetensors_dtype
+from quantcli.checkpoint.spec import DTYPES, TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError
 
@@ -116,7 +118,7 @@ def _write_files(folder: Path, model: Any, tokenizer: Any) -> None:
         if model.is_remote_code():
             from transformers.dynamic_module_utils import custom_object_save
 
-            custom_object_save(model, folder, config=config)  # type: ignore[no-untyped-call]
+            custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
@@ -159,16 +161,12 @@ def _checkpoint(folder: Path, saved: Mapping[str, _Saved], kept: _Folder) -> Che
 
 
 def _in_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Tensors in the order of the library's own writer, which is asked with tensors without elements."""
+    """Tensors in the order of the library's own writer, which is shown empty tensors."""
     from safetensors.torch import save
-
-    from quantcli.checkpoint.spec import torch_dtype
 
     by_name = {spec.name: spec for spec in specs}
     empty = {name: torch.empty(0, dtype=torch_dtype(spec.dtype)) for name, spec in by_name.items()}
     content = save(empty)
-    import json
-
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return [by_name[name] for name in header if name in by_name]
 
@@ -233,7 +231,7 @@ def _converted(model: Any, state: Mapping[str, Tensor], *, views: bool) -> dict[
         parameter = whole.get(_storage(tensor))
         if parameter is not None:
             view = _view(state[parameter], tensor)
-            found[name] = _Saved(tensor.shape, tensor.dtype, lambda view=view: view)
+            found[name] = _Saved(tensor.shape, tensor.dtype, partial(_itself, view))
         else:
             values = groups.reader(name, origins.of(tensor))
             found[name] = _Saved(tensor.shape, tensor.dtype, values)
@@ -247,7 +245,11 @@ def _view(parameter: Tensor, stand_in: Tensor) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Origins(TorchFunctionMode):

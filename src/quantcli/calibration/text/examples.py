@@ -48,8 +48,8 @@ class Examples:
     def of(cls, value: Any) -> Examples:
         """The samples in what a program gives.
 
-        value: texts; or samples of token ids: a list of ints, a tensor [tokens] or [samples, tokens], or
-        a dict such as a tokenizer returns, with `input_ids` and perhaps `attention_mask`. Padding is
+        value: texts; or samples of token ids: a list of ints, a tensor [tokens] or [samples, tokens],
+        or a dict such as a tokenizer returns, with `input_ids` and perhaps `attention_mask`. Padding is
         left out. Raises InputError for anything else.
         """
         if isinstance(value, str):
