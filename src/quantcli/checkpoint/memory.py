@@ -80,5 +80,7 @@ def _copy(tensor: Tensor, start: int, block: memoryview) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
-    data: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    # one element may have any stride, and still counts as contiguous
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    data: memoryview = flat.view(torch.uint8).numpy().data
     return data

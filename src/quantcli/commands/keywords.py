@@ -42,6 +42,14 @@ class LiveModel(Protocol):
         """Its parameters and buffers by name."""
 
 
+@runtime_checkable
+class LiveTokenizer(Protocol):
+    """A tokenizer or a processor of transformers."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write its files."""
+
+
 _Assignments = Sequence[str] | Mapping[str, Any]
 
 
@@ -180,8 +188,8 @@ def check(name: str, value: Any, hint: Any) -> None:
 _LIMITS = {"workers": (1, 1024), "samples": (1, 2**20), "length": (2, 2**20)}
 _NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "text", os.PathLike: "a path",
-    type(None): "None", LiveModel: "a transformers model", Iterable: "a list",
-    Sequence: "a list", Mapping: "a mapping", Callable: "a function",
+    type(None): "None", LiveModel: "a transformers model", LiveTokenizer: "a tokenizer",
+    Iterable: "a list", Sequence: "a list", Mapping: "a mapping", Callable: "a function",
 }  # fmt: skip
 
 
