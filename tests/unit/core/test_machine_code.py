@@ -71,7 +71,7 @@ def test_compiled_once_and_then_loaded(fresh, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_the_users_choice(fresh, tmp_path, monkeypatch):
-    """It may be one that others can write in, such as a volume of a container; what is in it may not."""
+    """Others may write in it, as in a volume of a container, but not in what quantcli makes there."""
     shared = tmp_path / "deep" / "shared"
     shared.mkdir(parents=True)
     shared.chmod(0o777)

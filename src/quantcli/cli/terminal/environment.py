@@ -16,7 +16,7 @@ HELP = {
     "QUANTCLI_WORKERS": "threads, if --workers is not given",
     "QUANTCLI_DEVICE": "device, if --device is not given",
     "QUANTCLI_CACHE": "folder to keep compiled code in",
-    "QUANTCLI_KERNELS": "off: nothing is compiled, torch computes",
+    "QUANTCLI_KERNELS": "off: compile nothing, use torch",
 }
 
 

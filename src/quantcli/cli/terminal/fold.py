@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import TextIO
+from typing import IO
 
 from rich.cells import cell_len
 
@@ -30,7 +30,7 @@ class Width:
     folds: bool = False
 
 
-def width_of(stream: TextIO) -> Width | None:
+def width_of(stream: IO[str]) -> Width | None:
     """The width of a stream: COLUMNS, or that of the terminal. None: lines stay whole, as in a log."""
     real = 0
     if stream.isatty():
@@ -187,7 +187,9 @@ class Table:
         pairs = list(zip(self.columns, row, strict=True))
         titles = 1 + next((i for i, (column, _) in enumerate(pairs) if column), 0)
         title = _GAP.join(cell for _, cell in pairs[:titles] if cell)
-        facts = "; ".join(f"{column} {cell}" for column, cell in pairs[titles:] if cell)
+        facts = "; ".join(
+            f"{column} {cell}" for column, cell in pairs[titles:] if cell not in {"", "-"}
+        )
         lines = fold(title, width).splitlines()
         return lines + (fold(f"  {facts}", width).splitlines() if facts else [])
 
