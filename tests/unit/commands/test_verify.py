@@ -37,12 +37,17 @@ def test_options_by_keyword(made, tmp_path):
 def test_the_document(made):
     report = quantcli.verify(made[0], against=str(made[1]), min_sqnr=99.0)
     assert [*report] == [
-        "ok", "checkpoint", "format", "against", "tool", "depths", "limits", "checks", "findings",
-        "modules", "tensors", "run", "not_checked",
+        "ok", "checkpoint", "format", "against", "tool", "made_by", "depths", "limits", "checks",
+        "findings", "modules", "sizes", "tensors", "run", "not_checked",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}
     assert report["tensors"]["quantized"] == 14
     assert report["run"] is None
+    assert report["made_by"]["recipe"] == (made[0] / "quantcli_recipe.yaml").read_text()
+    assert [(size["label"], size["modules"]) for size in report["sizes"]] == [
+        ("W8A8_DYNAMIC", 14),
+        ("FLOAT", report["tensors"]["equal"]),
+    ]
     module = report["modules"][0]
     assert [*module] == [
         "module", "label", "shape", "sqnr_db", "cosine", "max_rel_error", "worst_rows",
