@@ -20,6 +20,8 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     """Print a report: errors, the worst `modules`, the run, notes, checks, and last the verdict."""
     _errors(out, words.errors(report))
     _modules(out, report.get("modules") or [], modules)
+    if sizes := report.get("sizes"):
+        out.line(f"size         {words.nbytes(words.total_bytes(report))}: {_sizes(sizes)}")
     for what, value in words.run_facts(report):
         out.line(f"{what:<13}{value}" if len(what) < 13 else f"{what} {value}")
     _layers(out, (report.get("run") or {}).get("layers") or [])
@@ -96,6 +98,16 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
         out.line(f"codes        differ in {sum(map(bool, differ))} of {len(differ)} modules{span}")
     if modules:
         out.line()
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> str:
+    """W8A8_DYNAMIC 4.8 MB (8.2 bits per weight), FLOAT 4.2 MB."""
+    texts = []
+    for size in sizes:
+        bits = words.bits(size)
+        aside = "" if bits is None else f" ({bits:.3g} bits per weight)"
+        texts.append(f"{words.literal(size['label'])} {words.nbytes(size['bytes'])}{aside}")
+    return ", ".join(texts)
 
 
 def _layers(out: Output, layers: list[dict[str, Any]]) -> None:
