@@ -1,7 +1,7 @@
 """Make the pictures of README.md in docs/images from real output on the model in examples/tiny-qwen3.
 
-plan.svg is what `quantize --plan` prints; a test fails if it is out of date. report.png is the upper part
-of the page of `verify --report`, as chromium shows it. Run this when either has changed: `make pictures`.
+plan.svg is what `quantize --plan` prints; a test fails if it is out of date. report.png is the upper
+part of the page of `verify --report`, as chromium shows it. `make pictures` makes both again.
 """
 
 import html
