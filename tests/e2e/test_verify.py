@@ -271,7 +271,7 @@ def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     done = verify("org/name@v9")
     assert done.code == 3
-    assert "`org/name@v9` is neither a directory nor in the Hub cache" in done.err
+    assert "`org/name@v9` is neither a directory nor complete in the Hub cache" in done.err
 
 
 @pytest.mark.parametrize(
