@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 
-from tests.hub_server import Hub, _Handler
+from tests.hub_server import Handler, Hub
 
 
-class Uploads(_Handler):
+class Uploads(Handler):
     """Answers as the Hub does without its own store of chunks (HF_HUB_DISABLE_XET)."""
 
     hub: Hub
