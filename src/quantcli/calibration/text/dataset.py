@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -158,6 +158,23 @@ def _documents(source: TextSource, say: Callable[[str], None]) -> list[Document]
     if source.examples is None:
         return read_documents(source.data, source.where, say)
     return [Document(text, f"{NAME}[{n}]") for n, text in enumerate(source.examples.texts)]
+
+
+def text_of(model: Path, *, trust_remote_code: bool = False) -> Callable[[Sequence[int]], str]:
+    """A function that turns token ids into text by the tokenizer in `model`.
+
+    Ids that the tokenizer cannot decode are named by their numbers.
+    """
+    with quiet():
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+
+    def decode(ids: Sequence[int]) -> str:
+        try:
+            return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        except Exception:  # whatever its files make the library stumble over
+            return "".join(f"<{token}>" for token in ids)
+
+    return decode
 
 
 def _batch(samples: list[array[int]], pad: int) -> Batch:
