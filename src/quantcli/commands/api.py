@@ -7,10 +7,7 @@ with the input or the machine is a QuantError.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
@@ -42,25 +39,20 @@ from quantcli.commands.results import (
     Support,
     Verification,
 )
+from quantcli.commands.steps import Job, OnProgress, files_of, planned_of, progress_of
 from quantcli.core.errors import InputError
-from quantcli.core.events import SILENT, Event, Events, Progress
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.calibration.text.examples import Examples
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.job import Job as PlannedJob
-    from quantcli.convert.execute import Written
+    from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
 Recipe = PathLike | Mapping[str, Any]
 Model = PathLike | LiveModel
 ExampleInputs = Iterable[Any] | Mapping[str, Any] | None
-OnProgress = Callable[[Event], None] | None
-
-
-def _progress(receive: OnProgress) -> Progress:
-    return SILENT if receive is None else Events(receive)
 
 
 @takes(Planning)
@@ -82,10 +74,10 @@ def plan(
     """
     from quantcli.commands import quantize as commands
 
-    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
     job = _plan(recipe, given, out, options)
     commands.check(job)
-    return _planned(job)
+    return planned_of(job)
 
 
 @takes(Converting)
@@ -128,8 +120,8 @@ def quantize(
     or a model that cannot be converted so, and MachineError for the disk, the memory or the device.
     """
     resources = _resources(options)
-    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
-    return Job(_plan(recipe, given, out, options), resources)._run(on_progress)
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
+    return Job(_plan(recipe, given, out, options), resources).run(on_progress)
 
 
 @takes(Converting)
@@ -149,7 +141,7 @@ def prepare(
     `expect` block are checked by `convert`.
     """
     resources = _resources(options)
-    given = _Given(model, tokenizer, example_inputs, _progress(on_progress))
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
     return Job(_plan(recipe, given, out, options), resources)
 
 
@@ -215,121 +207,6 @@ def _resources(options: Mapping[str, Any]) -> Resources:
     return Resources(options["device"], workers, size, options["trust_remote_code"])
 
 
-def _planned(job: PlannedJob[Plan]) -> Planned:
-    from quantcli.commands.job import to_json
-
-    data = {**to_json(job), "out": job.out}
-    if job.plan.checkpoint.in_memory:
-        data["model"] = job.plan.checkpoint.path.name
-    return Planned(**data)
-
-
-def _files(written: Written[Any]) -> dict[str, Any]:
-    """What is known of every checkpoint that was written."""
-    reused = written.shards_reused
-    return {
-        "out": written.out,
-        "bytes": written.nbytes,
-        "shards_reused": reused,
-        "files": written.files,
-    }
-
-
-class Job:
-    """A conversion that was planned. `prepare` makes it; its calls belong in this order:
-
-    plan:        what will be written.
-    calibrate(): only if the recipe needs data.
-    convert():   writes the checkpoint.
-    """
-
-    def __init__(self, job: PlannedJob[Plan], resources: Resources) -> None:
-        self._job = job
-        self._resources = resources
-        self._notes = job.plan.notes  # which the user could read before
-        self._converted = False
-        self._lock = threading.Lock()
-
-    @property
-    def plan(self) -> Planned:
-        """What `convert` will write. After `calibrate` it is the plan with the statistics."""
-        return _planned(self._job)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `calibrate` must be called before `convert`."""
-        return self._job.session is not None and not self._job.session.complete
-
-    @takes()
-    def calibrate(self, on_progress: OnProgress = None) -> Calibrated:
-        """Run samples through the model and keep the statistics, in the folder that `plan.calibration`
-        names. An interrupted call continues after its last layer; a second call reads the result.
-
-        on_progress: is called with each `Event`. Raises InputError if the recipe needs no data, or for
-        data that cannot be used, and MachineError for the memory or the device.
-        """
-        from quantcli.calibration.session import summary
-        from quantcli.commands import quantize as commands
-
-        with self._one_call():
-            if self._job.session is None:
-                raise InputError(
-                    "nothing in this recipe needs a calibration", fix="call job.convert() right away"
-                )
-            if self.needs_calibration:
-                self._job = commands.calibrated(self._job, self._resources, _progress(on_progress))
-            assert self._job.session is not None
-            return Calibrated.of(summary(self._job.session))
-
-    @takes()
-    def convert(self, on_progress: OnProgress = None) -> Converted:
-        """Write the checkpoint. An interrupted call continues where it stopped.
-
-        on_progress: is called with each `Event`. Raises AnswerNo if the plan misses a limit of the
-        recipe's `expect` block, InputError before `calibrate` if the recipe needs data and for a second
-        call, and MachineError for the disk.
-        """
-        if self.needs_calibration:
-            raise InputError(
-                "the calibration has not run",
-                where=str(self._job.out),
-                fix="call job.calibrate() first",
-            )
-        return self._run(on_progress)
-
-    def _run(self, on_progress: OnProgress) -> Converted:
-        """Calibrate, if that is still to do, and convert."""
-        from quantcli.commands import quantize as commands
-
-        with self._one_call():
-            if self._converted:
-                raise InputError(
-                    "this job was converted already",
-                    where=str(self._job.out),
-                    fix="call quantcli.prepare() again for another output",
-                )
-            progress = _progress(on_progress)
-            written = commands.quantize(self._job, progress, self._resources)
-            self._job = replace(self._job, plan=written.plan)
-            self._converted = True
-        notes = dict.fromkeys((*written.plan.notes, *written.notes))
-        return Converted(
-            **_files(written),
-            notes=[note for note in notes if note not in self._notes],
-            plan=self.plan,
-        )
-
-    @contextmanager
-    def _one_call(self) -> Iterator[None]:
-        """InputError if another call of this job is running."""
-        if not self._lock.acquire(blocking=False):
-            raise InputError("another call of this job is running", fix="wait until it returns")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-
 @takes(Calibrating)
 def calibrate(
     recipe: Recipe,
@@ -355,7 +232,7 @@ def calibrate(
     """
     from quantcli.commands import calibrate as commands
 
-    resources, progress = _resources(options), _progress(on_progress)
+    resources, progress = _resources(options), progress_of(on_progress)
     given = _Given(model, tokenizer, example_inputs, progress)
     session = commands.plan_calibration(
         recipe if isinstance(recipe, Mapping) else str(recipe),
@@ -389,7 +266,7 @@ def pack(
 
     Raises InputError for a checkpoint that the format cannot hold, and for parts that make no whole.
     """
-    progress = _progress(on_progress)
+    progress = progress_of(on_progress)
     workers, fresh, force = options["workers"], options["fresh"], options["force"]
     if merge:
         from quantcli.convert import merge as merging
@@ -401,7 +278,7 @@ def pack(
         merge_job = merging.plan_merge(parts, Path(out), workers=workers, fresh=fresh, force=force)
         joined = merging.merge(merge_job, progress)
         merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out})
-        return Packed(**_files(joined), notes=list(joined.notes), plan=merged)
+        return Packed(**files_of(joined), notes=list(joined.notes), plan=merged)
     from quantcli.commands import pack as commands
 
     if target is None or not isinstance(checkpoint, str | os.PathLike):
@@ -417,7 +294,7 @@ def pack(
     written = commands.pack(job, progress)
     data = {**commands.to_json(job), "out": job.out}
     repacked = Repacked(origin=data.pop("from"), **data)
-    return Packed(**_files(written), notes=list(written.notes), plan=repacked)
+    return Packed(**files_of(written), notes=list(written.notes), plan=repacked)
 
 
 @takes(Verifying, verify_defaults())
@@ -443,7 +320,7 @@ def verify(
     from quantcli.commands import verify as commands
 
     chosen = verify_options(checkpoint, options)
-    return Verification(**commands.run(chosen, _progress(on_progress)))
+    return Verification(**commands.run(chosen, progress_of(on_progress)))
 
 
 @overload
@@ -486,7 +363,7 @@ def inspect(
     """
     from quantcli.commands import inspect as commands
 
-    progress = _progress(on_progress)
+    progress = progress_of(on_progress)
     if not outliers:
         if report is not None:
             raise InputError("`report` needs `outliers`", fix="add outliers=True")
@@ -503,4 +380,4 @@ def support(*, on_progress: OnProgress = None) -> Support:
     """Which schemes and targets go together, and how each pair is stored."""
     from quantcli.commands import inspect as commands
 
-    return Support(commands.support(_progress(on_progress)))
+    return Support(commands.support(progress_of(on_progress)))

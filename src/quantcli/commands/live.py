@@ -148,9 +148,10 @@ def _checkpoint(folder: Path, saved: Mapping[str, _Saved], kept: _Folder) -> Che
         file.write(header)
         file.truncate(position)  # a hole
     opened = open_checkpoint(folder)
-    held = MemoryFile.of(opened.path / _WEIGHTS, spans, kept)
+    weights = MemoryFile.of(opened.path / _WEIGHTS, spans, kept)
     tensors = {
-        name: StoredTensor(stored.spec, held, stored.offset) for name, stored in opened.tensors.items()
+        name: StoredTensor(stored.spec, weights, stored.offset)
+        for name, stored in opened.tensors.items()
     }
     checkpoint = replace(opened, tensors=tensors, in_memory=True)
     # An interrupted run continues if no file has another time: with other weights it has.
