@@ -17,7 +17,7 @@ from quantcli.core.text import count
 @options.on_screen
 def inspect(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,
