@@ -88,8 +88,9 @@ ROWS = [["model.layers.12.self_attn.q_proj", "8-bit weights and inputs", "1.2 GB
     [
         (None, ["name                              what                        size",
                 "model.layers.12.self_attn.q_proj  8-bit weights and inputs  1.2 GB"]),
-        (50, ["name                  what                    size",
-              "model.lay…ttn.q_proj  8-bit weights and     1.2 GB", "                      inputs"]),
+        (50, ["name                          what            size",
+              "model.layers.…lf_attn.q_proj  8-bit         1.2 GB",
+              "                              weights and", "                              inputs"]),
         (40, ["model.layers.12.self_attn.q_proj", "  what 8-bit weights and inputs; size",
               "  1.2 GB"]),
     ],

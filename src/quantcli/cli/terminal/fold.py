@@ -15,7 +15,7 @@ from rich.cells import cell_len
 
 _LEAST = 20  # cells; a terminal that is narrower folds by itself
 _GAP = "  "  # between the columns of a table
-_LEAST_TEXT = 16  # cells that a column of text or names keeps
+_LEAST_TEXT, _LEAST_NAME = 12, 28  # cells that a column of texts keeps, and one of names
 _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
@@ -159,9 +159,7 @@ class Table:
         if width is None:
             return widths
         least = [
-            natural
-            if column[0] in self.right | self.whole
-            else max(cells_of(column[0]), min(natural, _LEAST_TEXT))
+            natural if column[0] in self.right | self.whole else _least(column, natural)
             for column, natural in zip(columns, widths, strict=True)
         ]
         room = width.cells - len(_GAP) * (len(columns) - 1)
@@ -192,6 +190,13 @@ class Table:
         )
         lines = fold(title, width).splitlines()
         return lines + (fold(f"  {facts}", width).splitlines() if facts else [])
+
+
+def _least(column: Sequence[str], natural: int) -> int:
+    """The cells that a column keeps: fewer if its texts can be folded, as most have several words."""
+    title, *texts = column
+    foldable = sum(" " in text for text in texts) > len(texts) // 2
+    return max(cells_of(title), min(natural, _LEAST_TEXT if foldable else _LEAST_NAME))
 
 
 def _cell(text: str, cells: int) -> list[str]:
