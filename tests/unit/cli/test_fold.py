@@ -31,6 +31,8 @@ def test_a_command_pastes(words: list[str], cells: int) -> None:
     command = shlex.join(["quantcli", *words])
     folded = fold("  " + command, Width(cells), command=True)
     assert shlex.split(folded.replace("\\\n", "")) == ["quantcli", *words]
+    labelled = fold("next: " + command, Width(cells), command=True).removeprefix("next: ")
+    assert shlex.split(labelled.replace("\\\n", "")) == ["quantcli", *words]
     quoted = [line for line in folded.split("\n") if cells_of(line) > cells]
     assert all("'" in line for line in quoted)
 

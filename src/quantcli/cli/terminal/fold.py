@@ -19,6 +19,7 @@ _LEAST_TEXT, _LEAST_NAME = 12, 28  # cells that a column of texts keeps, and one
 _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
+_COMMAND = re.compile(r" *(?:[a-z]+: +)?")  # what stands before a command: `next: `
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a shell
 
 
@@ -55,12 +56,12 @@ def fold(text: str, width: Width | None, *, command: bool = False) -> str:
     """
     if width is None or cells_of(text) <= width.cells:
         return text
-    match = _LABEL.match(text)
+    match = (_COMMAND if command else _LABEL).match(text)
     lead = match[0] if match else ""
-    if command or cells_of(lead) > width.cells // 2:
-        lead = text[: len(text) - len(text.lstrip())]
+    if cells_of(lead) > width.cells // 2:
+        lead = ""
     indent = _GAP if cells_of(lead) > width.cells // 3 else " " * cells_of(lead)
-    lines = _Lines(width, lead, indent + _INDENT if command else indent)
+    lines = _Lines(width, lead, max(indent, _INDENT) if command else indent)
     quoted = False
     words = _WORD.findall(text[len(lead) :]) if command else text[len(lead) :].split()
     for word in words:
