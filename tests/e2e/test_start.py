@@ -274,19 +274,12 @@ def test_streams(place: Path, words: str) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_encodings(tmp_path: Path, encoding: str) -> None:
     """Names that are no text, and characters that the terminal's encoding lacks, are escaped."""
-    command = [
-        sys.executable,
-        "-m",
-        "quantcli",
-        "inspect",
-        os.fsencode(tmp_path) + "/模\U0001f600".encode() + b"\xff",
-    ]
+    name = "模\U0001f600\udcff"  # the last one is a byte that is no character
+    command = [sys.executable, "-m", "quantcli", "inspect", "--json", os.fsencode(tmp_path / name)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
-    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert (
-        json.loads(done.stdout.decode(encoding))["error"]["where"] == f"{tmp_path}/模\U0001f600\udcff"
-    )
+    assert json.loads(done.stdout.decode(encoding))["error"]["where"] == str(tmp_path / name)
     character = "模" if encoding == "utf-8" else "\\u6a21"
     assert f"  --> {tmp_path}/{character}" in done.stderr.decode(encoding)
 
