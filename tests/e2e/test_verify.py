@@ -20,7 +20,7 @@ from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.core.events import SILENT
-from quantcli.verification.on_text import text_batches
+from quantcli.verification.on_text.run import text_batches
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.hub_cache import COMMIT, cache_model

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from quantcli.cli import options
-from quantcli.cli.output import Output
+from quantcli.cli.output import OK, Output
 from quantcli.core.text import count
 
 _LAYERS = 8  # in the table of experts
@@ -34,10 +34,11 @@ def calibrate(
     ] = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Run samples through the model, one layer at a time, and keep statistics for static schemes.
+    """Run a text through the model, for recipes that need one.
 
-    `quantize` calibrates by itself if the recipe needs it; `--calibration DIR` uses a calibration of
-    this command. The same command again resumes after the last finished layer.
+    It runs one layer at a time and keeps statistics of each. `quantize` calibrates by itself if the
+    recipe needs it; its --calibration takes a calibration of this command. The same command again
+    resumes after the last finished layer.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
@@ -53,7 +54,7 @@ def calibrate(
         report = commands.calibrate(session, resources, progress, fresh=fresh)
     output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
-    output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}")
+    output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}", OK)
 
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:

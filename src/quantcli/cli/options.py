@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from quantcli.cli.terminal.environment import unknown_variables
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
 ]
-Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub id; wins over the recipe's.")]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
@@ -30,8 +31,8 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory limit of a calibration, without library imports, such as 8GB. It holds one "
-        "decoder layer and its workspace; the rest caches hidden states "
+        help="Memory that a calibration may take, such as 8GB, next to that of libraries. It must hold "
+        "one decoder layer and its workspace; what is left keeps hidden states "
         "[default: 80 % of free memory].",
     ),
 ]
@@ -81,6 +82,8 @@ def on_screen(command: Command) -> Command:
         context: typer.Context, *, quiet: bool, verbose: bool, log_file: Path | None, **values: Any
     ) -> None:
         context.obj.set_up(quiet=quiet, verbose=verbose, log_file=log_file)
+        for text in unknown_variables():
+            context.obj.warn(text)
         values.pop("as_json")  # the process looks for it itself, as errors come before options are read
         command(output=context.obj, **values)
 
