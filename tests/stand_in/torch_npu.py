@@ -32,8 +32,10 @@ if os.environ.get("STAND_IN_DRIVER") == "conflict":
 
 _setup_privateuseone_for_python_backend("npu")
 _aten = torch.ops.aten
-# matrix products are float16, bfloat16 and float32; so is sorting
-_NO_FLOAT64 = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv", "dot", "sort", "linalg_cholesky"}
+# what may be done with float64: the documentation has it for more, and not for mul, div, gt, mm, sort
+_ON_FLOAT64 = {
+    "empty", "empty_strided", "copy_", "_to_copy", "detach", "view", "t", "transpose", "slice", "expand",
+}
 _NO_KERNEL = {"linalg_cholesky_ex", "cholesky_solve", "cholesky_inverse", "linalg_inv_ex", "linalg_svd"}
 _ACROSS = {"copy_", "_to_copy", "_local_scalar_dense"}
 
@@ -122,7 +124,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     dtypes = {tensor.dtype for tensor in ours}
     if name in _NO_KERNEL:
         record.fallbacks[name] += 1
-    elif name in _NO_FLOAT64 and torch.float64 in dtypes:
+    elif name not in _ON_FLOAT64 and torch.float64 in {*dtypes, kwargs.get("dtype")}:
         raise RuntimeError(f"{name}: Tensor self not implemented for DT_DOUBLE")
     record.operations[name] += 1
     record.dtypes.setdefault(name, set()).update(dtypes)

@@ -47,6 +47,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
+from quantcli.core.exact import exact_device
 from quantcli.core.numerics import NO_STATS, Parts
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq, squares
@@ -120,11 +121,12 @@ class RoundingPass(Measurement):
                 self._rounded_to_nearest(module, _UNREACHED)
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
-        with jobs(self.run.workers, self.run.device) as each:
+        workers, device = self.run.workers, self.run.device
+        with jobs(workers, device) as adding, jobs(workers, exact_device(device)) as each:
             for group in groups:
                 engine = self._engine()
                 for leaders in fitting(group, self._inputs_of, self._tokens_of):
-                    hessians = self._collect(group, leaders, engine, each)
+                    hessians = self._collect(group, leaders, engine, adding)
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
                 self._left.difference_update(*group.values())
@@ -269,7 +271,7 @@ class RoundingPass(Measurement):
             self.layer.watch(watch, None, range(start, min(start + step, count)))
             add(hessians, seen, each)
         for hessian in hessians.values():
-            hessian.mirror()
+            hessian.complete()
         return hessians
 
     # -- codes -----------------------------------------------------------------------------------
