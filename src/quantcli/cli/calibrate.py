@@ -52,7 +52,7 @@ def calibrate(
     began = time.monotonic()
     with watch(output) as progress:
         report = commands.calibrate(session, resources, progress, fresh=fresh)
-    output.result({"ok": True, **report}, show_calibration)
+    output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}")
 

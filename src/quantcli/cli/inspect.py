@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from quantcli.checkpoint.files import STALE
 from quantcli.cli import options
 from quantcli.cli.output import Output
-from quantcli.core.errors import Exit, InputError
+from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.text import count
 
 
@@ -49,7 +49,7 @@ def inspect(
             )
         with watch(out) as progress:
             cells = commands.support(progress)
-        out.result(cells, show_support)
+        out.result({"support": cells}, show_support)
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
@@ -65,9 +65,15 @@ def inspect(
         return
     with watch(out) as progress:
         contents = commands.inspect(model, tensors, progress)
-    out.result(contents, show_inspection)
-    if contents["problems"]:
-        raise typer.Exit(Exit.ANSWER_NO)
+    out.result(contents, show_inspection, _suspicion(model, contents["problems"]))
+
+
+def _suspicion(model: str, problems: list[dict[str, Any]]) -> AnswerNo | None:
+    if not problems:
+        return None
+    what = f"the checkpoint is suspicious: {problems[0]['what']}"
+    more = f", and {count(len(problems) - 1, 'more problem')}" if len(problems) > 1 else ""
+    return AnswerNo(what + more, where=model, fix=problems[0]["fix"])
 
 
 def show_inspection(out: Output, contents: dict[str, Any]) -> None:
@@ -116,10 +122,10 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
         out.line(f"suspicious    {problem['what']}{where}{fix}")
 
 
-def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
+def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
     """Print which schemes each target can store, and where they load."""
     rows = []
-    for cell in cells:
+    for cell in report["support"]:
         options = (f", {option}: {value}" for option, value in cell["options"].items())
         how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
         rows.append([cell["scheme"] + "".join(options), cell["target"], *how])

@@ -6,17 +6,20 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from quantcli import __version__
 from quantcli.cli.streams import drop
-from quantcli.core.errors import Exit, QuantError
+from quantcli.core.errors import AnswerNo, Exit, QuantError
+from quantcli.core.events import Event
 
-R = TypeVar("R")
+SCHEMA_VERSION = 1  # of the documents that --json prints
+R = TypeVar("R", bound=Mapping[str, Any])
 _WIDE = 200  # columns if the output is not a terminal, so that a log has whole lines
 
 
@@ -29,14 +32,19 @@ class Output:
         self.messages = _console(sys.stderr)
         self._data = _console(sys.stdout)
 
-    def document(self, value: Any) -> None:
+    def document(self, payload: Mapping[str, Any], error: QuantError | None = None) -> None:
         """Print the one JSON document of a `--json` run."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=False) + "\n"
         self._put(lambda: sys.stdout.write(text))
 
-    def result(self, data: R, show: Callable[[Output, R], None]) -> None:
-        """Print the result of a command: as JSON, or with `show`."""
-        self.document(data) if self.as_json else show(self, data)
+    def result(self, data: R, show: Callable[[Output, R], None], no: AnswerNo | None = None) -> None:
+        """Print the result of a command: as JSON, or with `show`.
+
+        no: what is wrong if the answer is no; `show` prints that, too. The command then ends.
+        """
+        self.document(data, no) if self.as_json else show(self, data)
+        if no is not None:
+            raise typer.Exit(no.exit_code)
 
     def line(self, text: str = "") -> None:
         """Print a line of data."""
@@ -59,6 +67,11 @@ class Output:
         if not self.quiet:
             self.messages.print(literal(text), soft_wrap=True)
 
+    def event(self, event: Event) -> None:
+        """Print what a run reports, as a line."""
+        if event.kind != "detail":
+            self.message(str(event))
+
     def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
         """Print a table of data, two spaces between columns; those in `right` are right-aligned."""
         if not rows:
@@ -76,8 +89,7 @@ class Output:
     def error(self, error: QuantError) -> None:
         """Print one problem: what is wrong, where, how to fix it."""
         if self.as_json:
-            problem = {"what": error.what, "where": error.where, "fix": error.fix}
-            self.document({"ok": False, "error": problem, "exit_code": int(error.exit_code)})
+            self.document(error.payload, error)
         text = Text("error: ", style="bold red").append_text(literal(error.what))
         self.messages.print(text, soft_wrap=True)
         for prefix, detail in (("  --> ", error.where), ("  fix: ", error.fix)):
@@ -90,10 +102,29 @@ class Output:
         from quantcli.core.registry import blamed  # its imports would delay each command
 
         if self.as_json:
-            self.document({"ok": False, "error": {"what": repr(error)}, "exit_code": int(Exit.OUR_BUG)})
+            self.document({}, _Bug(repr(error), fix="report the traceback on stderr"))
         traceback.print_exception(error, file=sys.stderr)
         package = blamed(error) or f"quantcli {__version__}"
         sys.stderr.write(f"\nthis is a bug in {package}: please report the lines above\n")
+
+
+class _Bug(QuantError):
+    exit_code = Exit.OUR_BUG
+
+
+def envelope(payload: Mapping[str, Any], error: QuantError | None = None) -> dict[str, Any]:
+    """What every JSON document has, before the keys of a command's own.
+
+    `ok`, `schema_version`, `error` (None, or `what`, `where` and `fix`), and `exit_code`.
+    """
+    problem = error and {"what": error.what, "where": error.where, "fix": error.fix}
+    return {
+        "ok": error is None,
+        "schema_version": SCHEMA_VERSION,
+        "error": problem,
+        "exit_code": int(error.exit_code if error else Exit.DONE),
+        **payload,
+    }
 
 
 class _Console(Console):

@@ -40,14 +40,14 @@ def recipes(
             raise InputError(what, fix=f"{_SHOW}; `quantcli recipes` lists the names")
         text = recipe_text(words[1])
         if as_json:
-            out.document({"ok": True, "name": words[1], "text": text})
+            out.document({"name": words[1], "text": text})
             return
         for line in text.splitlines():
             out.line(line)
         return
     lines = [describe_recipe(name) for name in shipped_recipes()]
     if as_json:
-        out.document({"ok": True, "recipes": [asdict(line) for line in lines]})
+        out.document({"recipes": [asdict(line) for line in lines]})
         return
     rows = [[r.name, r.target, "yes" if r.calibration else "no", r.purpose] for r in lines]
     out.table(["recipe", "target", "calibrates", "for"], rows)

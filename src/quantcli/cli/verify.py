@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import typer
-
 from quantcli.cli import options
 from quantcli.cli.output import Output
-from quantcli.core.errors import Exit
+from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
@@ -48,6 +46,15 @@ def verdict(report: dict[str, Any]) -> str:
     look = f"; look at layer{'s' * (len(layers) > 1)} {words.some(layers)}" if layers else ""
     counted = f"{count(errors, 'error')} ({words.tally(errors)})"
     return f"FAILED: {report['checkpoint']}: {counted}, {notes}{look}"
+
+
+def failure(report: dict[str, Any]) -> AnswerNo | None:
+    """The answer no, with the number of errors; None if the checkpoint passed."""
+    if not words.is_failed(report):
+        return None
+    errors = words.errors(report)
+    what = f"verification failed: {count(errors, 'error')} ({words.tally(errors)})"
+    return AnswerNo(what, where=report["checkpoint"], fix="`findings` has each error with its fix")
 
 
 def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
@@ -128,6 +135,4 @@ def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options
     output = Output(as_json=as_json, quiet=quiet)
     with watch(output) as progress:
         report = commands.run(chosen, progress)
-    output.result(report, show_verification)
-    if not report["ok"]:
-        raise typer.Exit(Exit.ANSWER_NO)
+    output.result(report, show_verification, failure(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -99,6 +99,8 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
 
 def to_json(job: Job[Plan]) -> dict[str, Any]:
     """A planned job as JSON-able data."""
+    from quantcli.planning.planner import compare_expected
+
     plan = job.plan
     return {
         "model": str(plan.checkpoint.path),
@@ -139,6 +141,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
         "quantizable_pct": round(plan.coverage.quantizable_pct, 4),
         "linear_pct": round(plan.coverage.linear_pct, 4),
         "quantized_modules": plan.quantized_modules,
+        "expected": [asdict(expected) for expected in compare_expected(plan)],
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
         "calibration": None if job.session is None else describe(job.session),
         "experts": dict(plan.experts),
