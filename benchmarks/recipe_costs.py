@@ -47,16 +47,19 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", metavar="RECIPE")
     arguments.add_argument("--write", action="store_true", help="write costs.yaml of the package")
     options = arguments.parse_args()
-    changes = {}
+    changes: dict[str, float | None] = {}
+    if options.only and COSTS.exists():  # figures of the others stay
+        changes = yaml.safe_load(COSTS.read_text())["mean_change"]
     with workplace(options.dir) as folder:
         for recipe in options.only or shipped_recipes():
-            changes[recipe] = cost(recipe, folder, options.samples)
+            change = cost(recipe, folder, options.samples)
+            changes[recipe] = None if change is None else float(f"{change:.4g}")
             if not options.json:
                 print(f"{recipe:30}{changes[recipe]}", flush=True)
-    table = {
+    table: dict[str, object] = {
         "model": MODEL.name,
         "text": f"{options.samples} windows of {LENGTH} tokens of {TEXT.name}",
-        "mean_change": {name: None if c is None else float(f"{c:.4g}") for name, c in changes.items()},
+        "mean_change": dict(sorted(changes.items())),
     }
     if options.json:
         print(json.dumps(table))

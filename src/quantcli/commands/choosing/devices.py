@@ -38,6 +38,7 @@ class Device:
     formats: patterns of (target, label) of linears -> NATIVE, or what the kernel does instead.
     experts: the same for experts of a mixture.
     cache:   element types of caches of keys and values that checkpoints have scales for.
+    own:     the target that is the engine's own format; None: it has none.
     options: of the targets of the engine, such as `device` of `ascend`.
     notes:   what to know about the figures.
     """
@@ -51,6 +52,7 @@ class Device:
     experts: Mapping[tuple[str, str], str]
     cache: tuple[str, ...]
     options: Mapping[str, str]
+    own: str | None
     notes: tuple[str, ...]
     source: str
 
@@ -161,7 +163,7 @@ def _device(
     experts = _patterns(entry["experts"]) if "experts" in entry else formats
     return Device(
         name, kind, count, nbytes, entry["engine"], formats, experts,
-        tuple(entry.get("cache", ())), entry.get("options", {}), tuple(notes), source,
+        tuple(entry.get("cache", ())), entry.get("options", {}), entry.get("own"), tuple(notes), source,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from quantcli.commands.choosing.weights import (
     unquantized_nbytes,
     weight_nbytes,
 )
-from quantcli.core.errors import AnswerNo, InputError
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import LATENTS, Numerics
 from quantcli.planning.plan import Plan
-from quantcli.planning.planner import check_expectations, make_plan
+from quantcli.planning.planner import compare_expected, make_plan
 from quantcli.recipe.recipe import Recipe, resolve
 from quantcli.recipe.written import read_recipe
 from quantcli.targets.base import Target
@@ -74,6 +75,7 @@ class Candidate:
     kernels:     NATIVE, or what a kernel does instead.
     bits:        of weights and inputs, the fewest of any module.
     mean_change: of the bundled model; None: not measured.
+    own:         in the engine's own format.
     overrides:   options that the recipe needs for the device, as for `--set`.
     """
 
@@ -84,6 +86,7 @@ class Candidate:
     bits: tuple[int, int]
     needs_data: bool
     mean_change: float | None
+    own: bool = False
     overrides: tuple[str, ...] = ()
 
     @property
@@ -95,10 +98,11 @@ class Candidate:
     @property
     def order(self) -> tuple[Any, ...]:
         """Sorts candidates, the best first: those that fit; in 8 bits before those in 4; with kernels
-        for what is stored; with the least change of the bundled model."""
+        for what is stored; in the engine's own format; with the least change of the bundled model."""
         change = float("inf") if self.mean_change is None else self.mean_change
         size = 0 if self.room.fits else self.room.needed
-        return not self.room.fits, size, self.group, self.kernels != NATIVE, change, self.recipe
+        place = self.group, self.kernels != NATIVE, not self.own
+        return not self.room.fits, size, *place, change, self.recipe
 
     @property
     def reason(self) -> str:
@@ -138,7 +142,7 @@ class Places:
         hidden = config.get("hidden_size")
         self._hidden = hidden if type(hidden) is int and 0 < hidden < 2**31 else 0
         self._widest = max(whole, default=4 * self._hidden)
-        self._most = max(context, _positions(config) or 0)
+        self._most = max(context, positions(config) or 0)
 
     def room(self, devices: int, weights: int, element: int) -> Room:
         """What weights of so many bytes on each device leave. element: bytes of a cached number."""
@@ -156,8 +160,8 @@ class Places:
         return self.room(devices, weights, 2), why
 
     def candidate(self, name: str) -> Candidate:
-        """A recipe on the devices. InputError or AnswerNo, whose text is the reason, if it is not for
-        this model or for them."""
+        """A recipe on the devices. InputError, whose text is the reason, if it is not for this model
+        or for them."""
         overrides = _overrides(name, self.serving.device)
         recipe = resolve(read_recipe(name, overrides))
         _must_have_kernels(recipe, self.serving.device)
@@ -175,8 +179,17 @@ class Places:
             bits=_bits(numerics, kernels),
             needs_data=plan.needs_calibration,
             mean_change=costs()["mean_change"].get(name),
+            own=plan.target.name == self.serving.device.own,
             overrides=overrides,
         )
+
+    def fits_on(self, candidate: Candidate, devices: int) -> str | None:
+        """The name of a candidate that fits on so many devices; None if it does not, or cannot be split."""
+        device = replace(self.serving.device, count=devices)
+        places = copy(self)
+        places.serving = replace(self.serving, device=device)
+        found = places.candidate(candidate.recipe)
+        return found.recipe if found.room.fits and found.room.devices == devices else None
 
     def _largest(self, reason: Any) -> tuple[int, str | None]:
         """The most of the devices that can share a model, and why no more can; at worst 1."""
@@ -191,10 +204,12 @@ class Places:
     def _plan(self, recipe: Recipe) -> Plan:
         """The plan, which keeps what its recipe expects. Only one that is in doubt is made of all experts."""
         plan = make_plan(recipe, self.model.checkpoint)
-        if self.model.times and plan.coverage.quantizable_pct < 100:
-            check_expectations(make_plan(recipe, self.model.whole))
-        else:
-            check_expectations(plan)
+        in_doubt = self.model.times and plan.coverage.quantizable_pct < 100
+        judged = make_plan(recipe, self.model.whole) if in_doubt else plan
+        for expected in compare_expected(judged):
+            if not expected.ok:
+                what = f"it expects {expected.key} {expected.limit}; the plan has {expected.value:.4g}"
+                raise InputError(what)
         return plan
 
 
@@ -236,7 +251,7 @@ def _must_have_kernels(recipe: Recipe, device: Device) -> None:
 
 
 def _no_kernel(target: Target, label: str, device: Device, what: str = "") -> InputError:
-    return InputError(f"{device.engine} has no kernel for {label} ({target.name}){what} on this device")
+    return InputError(f"{device.engine} has no kernel for {label} ({target.name}){what}")
 
 
 def _kernels(plan: Plan, device: Device) -> str:
@@ -252,7 +267,7 @@ def _kernels(plan: Plan, device: Device) -> str:
         cache = plan.cache.cache
         word = "latents" if cache == LATENTS else cache.dtype.partition("_")[0]
         if word not in device.cache:
-            what = f"{device.engine} takes no scales of a cache in {cache} on this device"
+            what = f"{device.engine} takes no scales of a cache in {cache}"
             raise InputError(what)
     return result
 
@@ -267,7 +282,7 @@ def _bits(numerics: list[Numerics], kernels: str) -> tuple[int, int]:
 _INPUT_BITS = {"inputs stay float": 16, "inputs become mxfp4": 4, "inputs become int8": 8}
 
 
-def _positions(config: dict[str, Any]) -> int | None:
+def positions(config: dict[str, Any]) -> int | None:
     """Tokens that a model was made for; None if config.json does not say."""
     value = config.get("max_position_embeddings")
     return value if type(value) is int and 0 < value <= 2**30 else None
@@ -291,5 +306,6 @@ def row(candidate: Candidate, model: str, place: int) -> dict[str, Any]:
         "mean_change": candidate.mean_change,
         "kernels": candidate.kernels,
         "reason": candidate.reason,
+        "overrides": list(candidate.overrides),
         "command": candidate.command(model),
     }
