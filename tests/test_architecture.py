@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
 # what `--help`, `inspect` and `recipes` must not wait for
-HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "markupsafe",
+HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "jinja2", "markupsafe",
          "pydantic"}  # fmt: skip
-DRAWING = {"jinja2", "markupsafe", "plotly"}  # what only a page needs
+DRAWING = {"jinja2", "markupsafe"}  # what only a page needs
 MODULES = [m.name for m in pkgutil.walk_packages(quantcli.__path__, "quantcli.")]
 # runs a command; its last line is what was loaded, and what quantcli's own modules imported
 WATCHED = """
@@ -169,7 +169,7 @@ def quantized(tmp_path_factory):
         {"m.safetensors": {"model.layers.0.self_attn.q_proj.weight": tensor("BF16", 32, 32)}},
         config=CONFIG,
     )
-    quantcli.quantize(quantcli.plan(folder / "recipe.yaml", model=str(model), out=folder / "out"))
+    quantcli.quantize(folder / "recipe.yaml", model=model, out=folder / "out")
     return folder / "out"
 
 
@@ -185,7 +185,7 @@ def test_what_quantcli_offers_is_no_module():
     for name in MODULES:
         if name != "quantcli.__main__":
             importlib.import_module(name)
-    for name in quantcli.__all__:
+    for name in set(quantcli.__all__) - {"__version__"}:
         assert callable(getattr(quantcli, name)), name
 
 
@@ -228,7 +228,7 @@ def test_a_wheel_has_every_file_of_the_package():
     packed = {path for pattern in patterns for path in SOURCE.glob(pattern)}
     files = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert files == packed | {path for path in files if path.suffix == ".py"}
-    assert SOURCE / "verification" / "report" / "base.html.jinja" in packed
+    assert SOURCE / "verification" / "report" / "templates" / "base.html.jinja" in packed
 
 
 def test_only_the_cli_prints():

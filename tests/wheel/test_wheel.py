@@ -71,7 +71,7 @@ def test_the_environment_is_the_wheel_and_what_it_declares(installed: Installed)
     assert pip("--python", installed.bin / "python", "check") == ("No broken requirements found.\n")
     where = installed.run("python", "-c", "import quantcli; print(quantcli.__file__)").stdout.strip()
     assert Path(where) == installed.site / "quantcli" / "__init__.py"
-    for absent in ("pytest", "compressed_tensors", "plotly"):
+    for absent in ("pytest", "compressed_tensors"):
         assert installed.run("python", "-c", f"import {absent}").returncode == 1
 
 

@@ -17,7 +17,9 @@ _LAYERS = 8  # in the table of experts
 _EXPERTS = 8  # numbers in a cell of it
 
 
+@options.on_screen
 def calibrate(
+    output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
     out: Annotated[
@@ -31,8 +33,6 @@ def calibrate(
         bool, typer.Option("--fresh", help="Start over instead of resuming after the last layer.")
     ] = False,
     trust_remote_code: options.Trust = False,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Run samples through the model, one layer at a time, and keep statistics for static schemes.
 
@@ -42,7 +42,6 @@ def calibrate(
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     overrides = tuple(set_ or ())
     with watch(output) as planning:

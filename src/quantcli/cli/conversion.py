@@ -39,8 +39,7 @@ def convert(
     """
     from quantcli.cli.progress import watch
 
-    if not out.as_json and (plan_only or not out.quiet):
-        show()
+    out.show(show, on_screen=plan_only or not out.quiet)
     check()
     if plan_only:
         if out.as_json:

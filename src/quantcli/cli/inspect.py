@@ -14,7 +14,9 @@ from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.text import count
 
 
+@options.on_screen
 def inspect(
+    output: Output,
     model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
@@ -29,7 +31,6 @@ def inspect(
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
-    as_json: options.Json = False,
 ) -> None:
     """Show the contents of a checkpoint.
 
@@ -40,16 +41,15 @@ def inspect(
     from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
 
-    out = Output(as_json=as_json)
     if support:
         if model is not None or tensors is not None or outliers or page:
             raise InputError(
                 "--support takes neither a model nor an option other than --json",
                 fix="quantcli inspect --support",
             )
-        with watch(out) as progress:
+        with watch(output) as progress:
             cells = commands.support(progress)
-        out.result({"support": cells}, show_support)
+        output.result({"support": cells}, show_support)
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
@@ -59,13 +59,13 @@ def inspect(
         if tensors is not None:
             fix = f"quantcli inspect --outliers {model}"
             raise InputError("--outliers does not take --tensors", fix=fix)
-        with watch(out) as progress:
+        with watch(output) as progress:
             ranking = commands.outliers(model, progress, page)
-        out.result(ranking, show_outliers)
+        output.result(ranking, show_outliers)
         return
-    with watch(out) as progress:
+    with watch(output) as progress:
         contents = commands.inspect(model, tensors, progress)
-    out.result(contents, show_inspection, _suspicion(model, contents["problems"]))
+    output.result(contents, show_inspection, _suspicion(model, contents["problems"]))
 
 
 def _suspicion(model: str, problems: list[dict[str, Any]]) -> AnswerNo | None:

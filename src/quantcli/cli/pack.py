@@ -23,7 +23,9 @@ _MERGE = "quantcli pack --merge OUT.part-* --out OUT"
 _PACK = "quantcli pack CHECKPOINT --target TARGET --out OUT"
 
 
+@options.on_screen
 def pack(
+    output: Output,
     checkpoint: Annotated[
         list[str] | None, typer.Argument(help="Quantized checkpoint; with --merge, all parts of one.")
     ] = None,
@@ -43,8 +45,6 @@ def pack(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without rounding any number again.
 
@@ -57,7 +57,6 @@ def pack(
 
     The same command again resumes an interrupted run.
     """
-    output = Output(as_json=as_json, quiet=quiet)
     folders = checkpoint or []
     if not folders or out is None:
         what = "no checkpoint to pack" if not folders else "option --out is missing"
@@ -87,17 +86,15 @@ def pack(
         raise InputError(what, where=folders[1], fix=f"{_PACK}, or {_MERGE}")
     from quantcli.cli.progress import watch
     from quantcli.commands import pack as packing
+    from quantcli.commands.job import JobOptions
 
     with watch(output) as planning:
         job = packing.plan_pack(
             folders[0],
             target,
             out,
-            options=set_ or (),
-            workers=workers,
-            checksum=checksum,
-            fresh=fresh,
-            force=force,
+            overrides=set_ or (),
+            options=JobOptions(workers, fresh, force, checksum),
             progress=planning,
         )
     modules = count(sum(line.modules for line in job.plan.lines), "module")

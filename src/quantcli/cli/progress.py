@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from quantcli.cli.output import Output, literal
-from quantcli.core.events import Event, Events, Progress
+from quantcli.core.events import GOES_ON, Event, Events, Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,7 @@ class Bar:
 
     def receive(self, event: Event) -> None:
         """Show an event: a message above the line, others in it; a layer or a file in both."""
-        if event.kind in {"message", "detail", "file", "layer"}:
+        if event.kind not in GOES_ON:
             self._out.event(event)
         if event.kind not in {"message", "detail"}:
             self._event, self._since = event, time.monotonic()
@@ -76,7 +76,7 @@ def fitted(event: Event, width: int) -> Text:
     if event.kind in {"file", "layer"} and ": " in text:
         text = text[: text.index(": ")]  # the line above it says more
     figures = event.figures
-    room = width - 1
+    room = max(1, width - 1)
     for name in ("", *_DROPPED):
         figures.pop(name, None)
         line = literal(" · ".join(filter(None, [text, *figures.values()])))
@@ -97,7 +97,9 @@ def watch(out: Output) -> Iterator[Progress]:
         yield Events(out.event)
         return
     bar = Bar(out)
+    events = Events(bar.receive, 1 / _REFRESHES)
+    events.also(out.log_progress)
     try:
-        yield Events(bar.receive, 1 / _REFRESHES)
+        yield events
     finally:
         bar.stop()

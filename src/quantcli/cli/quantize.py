@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from quantcli.planning.plan import Plan
 
 
+@options.on_screen
 def quantize(
+    output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
     out: Annotated[
@@ -48,8 +51,6 @@ def quantize(
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     trust_remote_code: options.Trust = False,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint with a recipe. The same command again resumes an interrupted run.
 
@@ -60,7 +61,6 @@ def quantize(
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     with watch(output) as planning:
         job = commands.plan(
@@ -68,12 +68,7 @@ def quantize(
             model=model,
             out=out,
             overrides=tuple(set_ or ()),
-            workers=workers,
-            checksum=checksum,
-            fresh=fresh,
-            force=force,
-            calibration=calibration,
-            part=part,
+            options=jobs.JobOptions(workers, fresh, force, checksum, calibration, part),
             progress=planning,
         )
 
@@ -95,8 +90,9 @@ def quantize(
         closing=_closing(job),
     )
     for final in calibrated:
-        if not (as_json or quiet or job.plan.experts):
-            show_experts(output, final.experts)
+        if not job.plan.experts:
+            show = partial(show_experts, output, final.experts)
+            output.show(show, on_screen=not output.quiet)
 
 
 def show_plan(out: Output, job: Job[Plan]) -> None:

@@ -117,6 +117,7 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
         out.line(f"{depth:<13}{', '.join([*failed, *fine])}")
 
 
+@options.on_screen
 @options.fields_of(
     VerifyOptions,
     checkpoint=str,
@@ -124,7 +125,7 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
     workers=options.Workers,
     trust_remote_code=options.Trust,
 )
-def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options.Json = False) -> None:
+def verify(chosen: VerifyOptions, output: Output) -> None:
     """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
 
     Without options only headers are read. --full, --against and --run go deeper, on top of that.
@@ -132,7 +133,6 @@ def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options
     from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     with watch(output) as progress:
         report = commands.run(chosen, progress)
     output.result(report, show_verification, failure(report))

@@ -16,6 +16,7 @@ from quantcli.core.text import count, duration, of_bytes, short_number, size
 
 Kind = Literal["message", "detail", "phase", "bytes", "file", "layer", "step"]
 
+GOES_ON: frozenset[Kind] = frozenset({"phase", "bytes", "step"})  # what tells of work that is not done
 LINE_EVERY = 30.0  # seconds between lines about work that goes on
 
 

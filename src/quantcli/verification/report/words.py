@@ -12,6 +12,7 @@ NOT_REACHED = {
     "against": "nothing was compared with the source (--against MODEL)",
     "run": "no text was run through it (--run)",
 }
+_QUOTED = re.compile(r"`([^`]*)`")
 _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
 
 
@@ -69,6 +70,13 @@ def is_failed(report: dict[str, Any]) -> bool:
 def errors(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Findings that make the answer no."""
     return [f for f in report.get("findings") or [] if f["severity"] == "error"]
+
+
+def place(finding: dict[str, Any]) -> str:
+    """The module, layer, tensor or file that a finding is about, without what follows its name."""
+    where = str(finding.get("where") or "")
+    quoted = _QUOTED.match(where)
+    return quoted[1] if quoted else where
 
 
 def notes(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,6 +150,15 @@ def module_facts(module: dict[str, Any]) -> list[tuple[str, str]]:
         "outlier channels": outlier_channels(module),
     }
     return facts + [(what, value) for what, value in optional.items() if value]
+
+
+def layer_facts(layer: dict[str, Any]) -> list[tuple[str, str]]:
+    """All facts of a layer that ran but its name: (what, value)."""
+    return [
+        ("SQNR", decibels(layer.get("sqnr_db"))),
+        ("limit", decibels(layer.get("limit_db"))),
+        ("after all before it", decibels(layer.get("cumulative_db"))),
+    ]
 
 
 def worst_rows(module: dict[str, Any], limit: int = 3) -> str:
