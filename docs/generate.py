@@ -13,6 +13,7 @@ from quantcli.recipe.json_schema import recipe_schema
 DOCS = Path(__file__).parent
 COMMANDS = [
     "",
+    "recommend",
     "inspect",
     "calibrate",
     "quantize",

@@ -31,12 +31,14 @@ def inspect(
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
+    device: options.For = None,
 ) -> None:
     """Show the contents of a checkpoint.
 
     Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits with 1 if something is
     suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights as well,
     decoded if the checkpoint is quantized, and recommends which of them a recipe should keep float.
+    `--support --for DEVICE` leaves out what a device's engine has no kernels for.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
@@ -44,13 +46,19 @@ def inspect(
     if support:
         if model is not None or tensors is not None or outliers or page:
             raise InputError(
-                "--support takes neither a model nor an option other than --json",
+                "--support takes neither a model nor an option other than --for",
                 fix="quantcli inspect --support",
             )
         with watch(output) as progress:
-            cells = commands.support(progress)
+            cells = commands.support(progress, device)
         output.result({"support": cells}, show_support)
         return
+    if device is not None:
+        raise InputError(
+            "--for needs --support",
+            where=f"--for {device}",
+            fix="quantcli recommend MODEL --for DEVICE",
+        )
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
     if page is not None and not outliers:
@@ -127,9 +135,19 @@ def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for cell in report["support"]:
         options = (f", {option}: {value}" for option, value in cell["options"].items())
-        how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
+        how = [cell["label"], _where(cell)] if cell["supported"] else ["-", cell["why"]]
         rows.append([cell["scheme"] + "".join(options), cell["target"], *how])
     out.table(["scheme", "target", "engine's name", "loads on"], rows)
+
+
+def _where(cell: dict[str, Any]) -> str:
+    """Where a pair loads; if it was asked for a device, what its kernels do there."""
+    if "kernels" not in cell:
+        return str(cell["loads_on"])
+    linears, experts = cell["kernels"], cell["expert_kernels"]
+    if linears == experts:
+        return f"linears and experts, {linears}"
+    return f"linears alone, {linears}" if linears else f"experts alone, {experts}"
 
 
 _ROWS = 20  # modules in the table of outliers

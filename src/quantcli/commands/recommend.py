@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.hub import find_model
 from quantcli.commands.choosing.devices import Device, known_devices, parse_device
 from quantcli.commands.choosing.options import CONCURRENCY, CONTEXT, Serving, parse_tokens
+from quantcli.commands.results import Recommendation
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
-from quantcli.recipe.shipped import shipped_recipes
+from quantcli.recipe.shipped import AUTO, USE, shipped_recipes
 
 if TYPE_CHECKING:
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.choosing.ranking import Candidate, Places, Room
+    from quantcli.recipe.written import GivenRecipe
 
-AUTO = "auto"  # in place of a recipe's name
 _MORE = (2, 4, 8, 16, 32)  # devices that are tried if a model does not fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recommendation:
-    """Shipped recipes for a model on some devices. Sizes are in bytes, on each device.
-
-    device:      "name", "count", "kind", "memory_bytes", "engine", "notes", "source".
-    context:     tokens of each sequence. concurrency: sequences at a time.
-    positions:   tokens that the model was made for; None if config.json does not say.
-    unquantized: the float model: "fits", "devices", "weights_bytes", "cache_bytes", "max_context", ...
-    recipes:     those that the devices can serve, the best first: "recipe", "fits", "devices",
-                 "weights_bytes", "cache_bytes", "reserve_bytes", "usable_bytes", "max_context",
-                 "needs_data", "mean_change", "kernels", "reason", "command" each.
-    left_out:    {"recipe", "why"} of the others.
-    best:        the first recipe that fits; None if none does.
-    best_without_data: the first that fits and needs no data.
-    advice:      what would fit if nothing does; else None.
-    costs:       what `mean_change` was measured on: "model", "text".
-    """
-
-    model: str
-    device: dict[str, Any]
-    context: int
-    concurrency: int
-    positions: int | None
-    unquantized: dict[str, Any]
-    recipes: list[dict[str, Any]]
-    left_out: list[dict[str, str]]
-    best: str | None
-    best_without_data: str | None
-    advice: str | None
-    notes: list[str]
-    costs: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able data."""
-        return dict(vars(self))
 
 
 def recommend(
@@ -89,13 +53,38 @@ def devices() -> list[dict[str, Any]]:
     return known_devices()
 
 
-def choose(
-    model: str, device: str, *, with_data: bool, progress: Progress = SILENT
-) -> tuple[str, tuple[str, ...]]:
-    """The recipe for `auto` and what to set in it; says which and why.
+class Chosen(NamedTuple):
+    """A recipe to convert with, and what is set in it."""
 
-    with_data: the user names a calibration text. AnswerNo if nothing fits.
+    recipe: GivenRecipe
+    overrides: tuple[str, ...]
+
+
+def choose(
+    recipe: GivenRecipe,
+    model: str | None,
+    device: str | None,
+    overrides: tuple[str, ...] = (),
+    calibration: Path | None = None,
+    progress: Progress = SILENT,
+) -> Chosen:
+    """The recipe that is meant: the one that was given, or the first for a device in place of `auto`.
+
+    Recipes that need data count only if `overrides` name a text or there is a calibration. `progress`
+    gets which recipe it is, and why. AnswerNo if nothing fits, InputError for `auto` without a device
+    or a model, and for a device without `auto`.
     """
+    if recipe != AUTO:
+        if device is not None:
+            what = "--for has an effect only with `auto` in place of a recipe"
+            raise InputError(
+                what, where=f"--for {device}", fix="quantcli quantize auto ..., or leave it out"
+            )
+        return Chosen(recipe, overrides)
+    if device is None or model is None:
+        missing = "--for DEVICE" if device is None else "--model MODEL"
+        raise InputError(f"`{AUTO}` needs {missing}", fix=f"quantcli quantize {AUTO} {USE}")
+    with_data = calibration is not None or any(o.startswith("calibration.data=") for o in overrides)
     found = recommend(model, device, progress=progress)
     fitting = [row for row in found.recipes if row["fits"]]
     if not fitting:
@@ -103,14 +92,13 @@ def choose(
     chosen = next((row for row in fitting if with_data or not row["needs_data"]), None)
     if chosen is None:
         what = f"every recipe that fits {found.device['name']} needs a calibration text"
-        fix = f"add --set calibration.data=FILE for `{fitting[0]['recipe']}`"
+        fix = f"add --set calibration.data=FILE; `{fitting[0]['recipe']}` comes first"
         raise InputError(what, where=f"--for {device}", fix=fix)
-    progress.say(f"auto: {chosen['recipe']} for {found.device['name']}: {chosen['reason']}")
+    progress.say(f"{AUTO}: `{chosen['recipe']}` for {found.device['name']}: {chosen['reason']}")
     if fitting[0] is not chosen:
-        progress.say(
-            f"auto: `{fitting[0]['recipe']}` comes first, and needs a text: --set calibration.data=FILE"
-        )
-    return chosen["recipe"], tuple(chosen["overrides"])
+        first = fitting[0]["recipe"]
+        progress.say(f"{AUTO}: `{first}` comes first, but needs a text: --set calibration.data=FILE")
+    return Chosen(chosen["recipe"], (*chosen["overrides"], *overrides))
 
 
 def no_fit(found: Recommendation) -> AnswerNo:
@@ -148,12 +136,12 @@ def _ranked(model: str, checkpoint: Checkpoint, serving: Serving, progress: Prog
     notes = [*serving.device.notes, *sizes.notes]
     notes += [note for note in whole.notes if note.startswith("decoded")]
     if most is not None and context > most:
-        notes.append(f"the model was made for {most:,} tokens: engines refuse {context:,} without changes")
+        notes.append(
+            f"the model was made for {most:,} tokens: engines refuse {context:,} without changes"
+        )
     unquantized, why = places.unquantized()
     if unquantized.devices < serving.device.count:
-        notes.append(
-            f"{why}: counted on {unquantized.devices} of {serving.device.count} devices"
-        )
+        notes.append(f"{why}: counted on {unquantized.devices} of {serving.device.count} devices")
     fitting = [each for each in candidates if each.room.fits]
     free = [each for each in fitting if not each.needs_data]
     rows = [row(each, model, place) for place, each in enumerate(candidates, 1)]
@@ -175,9 +163,7 @@ def _ranked(model: str, checkpoint: Checkpoint, serving: Serving, progress: Prog
     )
 
 
-def _candidates(
-    places: Places, progress: Progress
-) -> tuple[list[Candidate], list[dict[str, str]]]:
+def _candidates(places: Places, progress: Progress) -> tuple[list[Candidate], list[dict[str, str]]]:
     """The recipes that the devices can serve, in order, and why not the others."""
     found, left_out = [], []
     for name in shipped_recipes():

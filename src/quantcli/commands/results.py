@@ -262,6 +262,39 @@ class Support(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recommendation(Result):
+    """Shipped recipes for a model on some devices. Sizes are bytes on each device.
+
+    device:      "name", "count", "kind", "memory_bytes", "engine", "notes", "source".
+    context:     tokens of each sequence. concurrency: sequences at a time.
+    positions:   tokens that the model was made for; None if config.json does not say.
+    unquantized: the float model: "fits", "devices", "weights_bytes", "cache_bytes", "max_context", ...
+    recipes:     those that the devices can serve, the best first: "recipe", "fits", "devices",
+                 "weights_bytes", "cache_bytes", "reserve_bytes", "usable_bytes", "max_context",
+                 "needs_data", "mean_change", "kernels", "reason", "command" each.
+    left_out:    {"recipe", "why"} of the others.
+    best:        the first recipe that fits; None if none does.
+    best_without_data: the first that fits and needs no data.
+    advice:      what would fit if nothing does; else None.
+    costs:       what `mean_change` was measured on: "model", "text".
+    """
+
+    model: str
+    device: Row
+    context: int
+    concurrency: int
+    positions: int | None
+    unquantized: Row
+    recipes: list[Row]
+    left_out: list[Row]
+    best: str | None
+    best_without_data: str | None
+    advice: str | None
+    notes: list[str]
+    costs: Row
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification(Result):
     """The outcome of a verification; docs/verify.md describes each key.
 

@@ -56,7 +56,8 @@ class CacheSizes:
     notes: tuple[str, ...]
 
     def nbytes(self, context: int, concurrency: int, devices: int, element: int) -> int:
-        """Bytes on one of some devices for sequences of `context` tokens; element: bytes of a number."""
+        """Bytes on one of some devices for sequences of `context` tokens; element: bytes of a cached
+        number."""
         total = 0
         for layer in self.layers:
             tokens = context if layer.window is None else min(context, layer.window)
@@ -126,7 +127,9 @@ def _state(config: Mapping[str, Any], roles: Mapping[str, Role]) -> tuple[int, l
     for keys in _MAMBA:
         heads, width, depth, groups, kernel = (_whole(config, key) for key in keys)
         if heads and width and depth:
-            numbers = heads * width * depth + (kernel - 1) * (heads * width + 2 * max(1, groups) * depth)
+            numbers = heads * width * depth + (kernel - 1) * (
+                heads * width + 2 * max(1, groups) * depth
+            )
     heads, width, key_heads, key_width, kernel = (_whole(config, key) for key in _DELTA)
     if heads and width and key_width:
         numbers = heads * width * key_width

@@ -5,6 +5,7 @@ The facts are data, `devices.yaml`, each with its source.
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import re
@@ -15,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from quantcli.core.errors import InputError, closest
+from quantcli.core.errors import InputError
 
 NATIVE = "native"
 LIST = "`quantcli recommend --devices` lists the known ones"
 _MOST = 1024  # devices
-_FORM = re.compile(r"(?:(?P<count>\d+)\s*[x×]\s*)?(?P<name>[^:]+?)(?::\s*(?P<size>[^:]+))?", re.IGNORECASE)
+_FORM = re.compile(
+    r"(?:(?P<count>\d+)\s*[x\u00d7]\s*)?(?P<name>[^:]+?)(?::\s*(?P<size>[^:]+))?", re.IGNORECASE
+)
 _CUSTOM = re.compile(r"(?P<size>\d+(?:\.\d+)?\s*g(?:i?b)?)[\s_-]+(?P<kind>[a-z0-9]+)", re.IGNORECASE)
 _MAKERS = re.compile(r"^(nvidia|amd|intel|huawei)|(ascend|geforce|tesla|instinct|rtx)")
 _CPU_KIND = "cpu"
@@ -59,7 +60,11 @@ class Device:
     def kernel(self, target: str, label: str, *, expert: bool = False) -> str | None:
         """NATIVE, or what the kernel does instead; None if the engine has none for a label."""
         patterns = self.experts if expert else self.formats
-        found = (how for (name, pattern), how in patterns.items() if name == target and fnmatchcase(label, pattern))
+        found = (
+            how
+            for (name, pattern), how in patterns.items()
+            if name == target and fnmatchcase(label, pattern)
+        )
         return next(found, None)
 
     def __str__(self) -> str:
@@ -68,6 +73,8 @@ class Device:
 
 @cache
 def _table() -> dict[str, Any]:
+    import yaml
+
     text = Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8")
     table: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return table
@@ -89,7 +96,8 @@ def _names() -> dict[str, str]:
 
 
 def known_devices() -> list[dict[str, Any]]:
-    """All devices: `name`, other names `also`, `kind`, `gb` (None: of this machine), `engine`, `source`."""
+    """All devices: `name`, other names `also`, `kind`, `gb` (None: that of this machine), `engine`,
+    `source`."""
     table = _table()
     return [
         {
@@ -139,8 +147,9 @@ def parse_device(text: str) -> Device:
 
 
 def _nearest(name: str) -> str:
-    spellings = [s for n, e in _table()["devices"].items() for s in (n, *e.get("also", ()))]
-    return closest(name.lower(), {s.lower(): s for s in spellings}) or closest(name, spellings)
+    near = difflib.get_close_matches(_plain(name), _names(), n=5, cutoff=0.5)
+    devices = dict.fromkeys(_names()[spelling] for spelling in near)
+    return ", ".join(f"`{device}`" for device in list(devices)[:3])
 
 
 def _known_fix(near: str, name: str) -> str:

@@ -14,8 +14,8 @@ _MOST_TOKENS, _MOST_SEQUENCES = 2**30, 2**20
 _TOKENS = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[km]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
-# What an engine leaves alone or uses for itself. Sources: vllm 0.32.0, config/cache.py:102 (it takes 0.92
-# of the memory by default, earlier versions 0.9); engine/arg_utils.py, `max_num_batched_tokens`.
+# What an engine leaves alone or uses for itself. Sources: vllm 0.32.0, config/cache.py:102 (it takes
+# 0.92 of the memory by default, earlier versions 0.9); engine/arg_utils.py, `max_num_batched_tokens`.
 SHARE = 0.9  # of the memory of a device
 ENGINE = 10**9  # bytes: libraries, graphs
 BATCH = 8192  # tokens whose values are in memory at a time

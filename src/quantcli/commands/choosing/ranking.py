@@ -97,12 +97,12 @@ class Candidate:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Sorts candidates, the best first: those that fit; in 8 bits before those in 4; with kernels
+        """Sorts candidates, the best first: those that fit; on most devices; in 8 bits; with kernels
         for what is stored; in the engine's own format; with the least change of the bundled model."""
         change = float("inf") if self.mean_change is None else self.mean_change
         size = 0 if self.room.fits else self.room.needed
         place = self.group, self.kernels != NATIVE, not self.own
-        return not self.room.fits, size, *place, change, self.recipe
+        return not self.room.fits, size, -self.room.devices, *place, change, self.recipe
 
     @property
     def reason(self) -> str:
@@ -167,7 +167,7 @@ class Places:
         _must_have_kernels(recipe, self.serving.device)
         plan = self._plan(recipe)
         kernels = _kernels(plan, self.serving.device)
-        devices, why = self._largest(lambda size: cannot_split(self.model, plan, size))
+        devices, _ = self._largest(lambda size: cannot_split(self.model, plan, size))
         cached = plan.cache.cache.element.bits // 8 if plan.cache else 2
         room = self.room(devices, weight_nbytes(self.model, plan, devices), cached)
         numerics = [scheme.numerics for scheme, _ in modules_by_expert(_items(plan))]
@@ -184,7 +184,8 @@ class Places:
         )
 
     def fits_on(self, candidate: Candidate, devices: int) -> str | None:
-        """The name of a candidate that fits on so many devices; None if it does not, or cannot be split."""
+        """The name of a candidate that fits on so many devices; None if it does not fit, or cannot be
+        split over them."""
         device = replace(self.serving.device, count=devices)
         places = copy(self)
         places.serving = replace(self.serving, device=device)
@@ -202,7 +203,7 @@ class Places:
         raise AssertionError("one device is always enough")
 
     def _plan(self, recipe: Recipe) -> Plan:
-        """The plan, which keeps what its recipe expects. Only one that is in doubt is made of all experts."""
+        """A plan that keeps what its recipe expects; if that is in doubt, one of all experts tells."""
         plan = make_plan(recipe, self.model.checkpoint)
         in_doubt = self.model.times and plan.coverage.quantizable_pct < 100
         judged = make_plan(recipe, self.model.whole) if in_doubt else plan
@@ -228,7 +229,7 @@ def _overrides(name: str, device: Device) -> tuple[str, ...]:
     return (f"target={{name: {written}, {options}}}",)
 
 
-def _labels(recipe: Recipe) -> Iterator[str]:
+def labels_of(recipe: Recipe) -> Iterator[str]:
     """Labels of the rules, as far as they are known without a model."""
     for rule in recipe.rules:
         if rule.scheme is not None:
@@ -241,7 +242,7 @@ def _labels(recipe: Recipe) -> Iterator[str]:
 
 def _must_have_kernels(recipe: Recipe, device: Device) -> None:
     """InputError if the device's engine has no kernel for any rule: the model need not be planned."""
-    labels = list(_labels(recipe))
+    labels = list(labels_of(recipe))
     for label in labels:
         for expert in (False, True):
             if device.kernel(recipe.target.name, label, expert=expert):
@@ -275,7 +276,9 @@ def _kernels(plan: Plan, device: Device) -> str:
 def _bits(numerics: list[Numerics], kernels: str) -> tuple[int, int]:
     """The fewest bits of weights and of inputs, as the kernels compute with them."""
     weights = min((n.weight.element.bits for n in numerics), default=_FLOAT_BITS)
-    inputs = min((n.input.element.bits if n.input else _FLOAT_BITS for n in numerics), default=_FLOAT_BITS)
+    inputs = min(
+        (n.input.element.bits if n.input else _FLOAT_BITS for n in numerics), default=_FLOAT_BITS
+    )
     return weights, _INPUT_BITS.get(kernels, inputs)
 
 

@@ -168,7 +168,7 @@ def unquantized_nbytes(model: Model, devices: int) -> int:
 
 def cannot_split(model: Model, plan: Plan, devices: int) -> str | None:
     """The reason why the engine cannot split a planned checkpoint over devices; None if it can."""
-    modules = {}
+    modules: dict[Any, Quantize] = {}
     for item in quantized_items(plan):
         alike = (_NUMBER.sub("", item.module), item.source.spec.shape, item.scheme)
         modules.setdefault(alike, item)
