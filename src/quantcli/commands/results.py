@@ -302,6 +302,8 @@ class Verification(Result):
     checks:   "name", "depth", "about", "checked", "failed" each.
     findings: "severity", "check", "what", "where", "fix" each, errors first.
     modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... each, worst first.
+    made_by:  "tool" and "recipe", as the checkpoint says.
+    sizes:    "label", "modules", "weights", "bytes" of each type of weights.
     run:      perplexity, KL divergence and layers, if both models ran on text.
     """
 
@@ -310,11 +312,13 @@ class Verification(Result):
     format: str
     against: str | None
     tool: str
+    made_by: Row | None
     depths: list[str]
     limits: Row
     checks: list[Row]
     findings: list[Row]
     modules: list[Row]
+    sizes: list[Row]
     tensors: Row | None
     run: Row | None
     not_checked: list[str]
