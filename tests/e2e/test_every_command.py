@@ -15,6 +15,7 @@ from quantcli.cli.app import app
 from quantcli.cli.terminal.fold import cells_of
 from tests.e2e.conftest import RECIPE, Result, make_llama, run_cli
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
@@ -55,6 +56,14 @@ ENDS: dict[str, tuple[Callable[[Path], list[object]], int, set[str]]] = {
     "verify": (lambda p: ["verify", p / "good"], 0, {"checks", "findings", "depths"}),
     "failed": (lambda p: ["verify", p / "damaged"], 1, {"checks", "findings", "depths"}),
     "expect": (lambda p: quantize(p, "out", "strict.yaml"), 1, {"plan"}),
+    "recommend": (lambda p: ["recommend", TINY, "--for", "2x910B"], 0, {"recipes", "best", "left_out"}),
+    "nothing fits": (lambda p: ["recommend", TINY, "--for", "4090:1GB"], 1, {"recipes", "advice"}),
+    "devices": (lambda p: ["recommend", "--devices"], 0, {"devices"}),
+    "served": (lambda p: ["inspect", "--support", "--for", "310P"], 0, {"support"}),
+    "auto": (lambda p: ["quantize", "auto", "--model", TINY, "--for", "4090", "--out", p / "out",
+                        "--plan"], 0, {"plan"}),
+    "no device": (lambda p: ["recommend", TINY, "--for", "4900"], 2, set()),
+    "auto alone": (lambda p: ["quantize", "auto", "--model", TINY], 2, set()),
     "no command": (lambda p: ["nothing"], 2, set()),
     "no recipe": (lambda p: ["recipes", "show", "nothing"], 2, set()),
     "no model": (lambda p: ["calibrate", "w8a8_static", "--model", p / "nothing"], 2, set()),

@@ -31,7 +31,7 @@ def inspect(
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
-    device: options.For = None,
+    serve_on: options.For = None,
 ) -> None:
     """Show the contents of a checkpoint.
 
@@ -50,13 +50,13 @@ def inspect(
                 fix="quantcli inspect --support",
             )
         with watch(output) as progress:
-            cells = commands.support(progress, device)
+            cells = commands.support(progress, serve_on)
         output.result({"support": cells}, show_support)
         return
-    if device is not None:
+    if serve_on is not None:
         raise InputError(
             "--for needs --support",
-            where=f"--for {device}",
+            where=f"--for {serve_on}",
             fix="quantcli recommend MODEL --for DEVICE",
         )
     if model is None:
@@ -143,12 +143,14 @@ def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
 
 def _where(cell: dict[str, Any]) -> str:
     """Where a pair loads; if it was asked for a device, what its kernels do there."""
+    from quantcli.commands.choosing.devices import NATIVE
+
     if "kernels" not in cell:
         return str(cell["loads_on"])
     linears, experts = cell["kernels"], cell["expert_kernels"]
-    if linears == experts:
-        return f"linears and experts, {linears}"
-    return f"linears alone, {linears}" if linears else f"experts alone, {experts}"
+    what = "linears and experts" if linears == experts else "linears" if linears else "experts"
+    how = linears or experts
+    return what if how == NATIVE else f"{what}; {how}"
 
 
 _ROWS = 20  # modules in the table of outliers

@@ -79,11 +79,14 @@ class Output:
         finally:
             self._on_screen = before
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """Print a line of data, folded if it is wider than the terminal. style: of its first word."""
+    def line(self, text: str = "", style: str = "", *, command: bool = False) -> None:
+        """Print a line of data, folded if it is wider than the terminal. style: of its first word.
+
+        command: it is one to be pasted into a shell.
+        """
         text = plain(text)
         self._to_log(text)
-        self._show(fold(text, width_of(self._data.file)), style)
+        self._show(fold(text, width_of(self._data.file), command=command), style)
 
     def verbatim(self, text: str) -> None:
         """Print the text of a file, whose lines stay as they are."""

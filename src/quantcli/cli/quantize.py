@@ -28,7 +28,7 @@ def quantize(
     output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
-    device_to_serve: options.For = None,
+    serve_on: options.For = None,
     out: Annotated[
         Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
     ] = None,
@@ -68,7 +68,7 @@ def quantize(
 
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     with watch(output) as planning:
-        chosen = choose(recipe, model, device_to_serve, tuple(set_ or ()), calibration, planning)
+        chosen = choose(recipe, model, serve_on, tuple(set_ or ()), calibration, planning)
         job = commands.plan(
             chosen.recipe,
             model=model,

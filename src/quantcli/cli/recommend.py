@@ -19,7 +19,7 @@ _EXAMPLE = "quantcli recommend MODEL --for 2x910B"
 def recommend(
     output: Output,
     model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
-    device: options.For = None,
+    serve_on: options.For = None,
     tokens: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +43,7 @@ def recommend(
     from quantcli.commands import recommend as commands
 
     if devices:
-        if model is not None or device is not None or tokens is not None or concurrency is not None:
+        if model is not None or serve_on is not None or tokens is not None or concurrency is not None:
             raise InputError(
                 "--devices takes neither a model nor an option", fix="quantcli recommend --devices"
             )
@@ -51,11 +51,11 @@ def recommend(
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix=_EXAMPLE)
-    if device is None:
+    if serve_on is None:
         raise InputError("--for is missing: the device to serve on", fix=_EXAMPLE)
     with watch(output) as progress:
         found = commands.recommend(
-            model, device, context=tokens, concurrency=concurrency, progress=progress
+            model, serve_on, context=tokens, concurrency=concurrency, progress=progress
         )
     no = None if found.best else commands.no_fit(found)
     output.result(found.to_dict(), show_recommendation, no)
@@ -82,16 +82,16 @@ def show_recommendation(out: Output, found: dict[str, Any]) -> None:
     out.line(f"unquantized   {_unquantized(found['unquantized'], found['context'])}")
     out.line()
     rows = [_row(row, several=several) for row in recipes]
-    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "needs text"]
+    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "text"]
     columns += ["devices"] if several else []
-    out.table(columns, rows, {*columns[2:6], "devices"})
+    out.table(columns, rows, {*columns[2:6], "devices"}, {"recipe"})
     if rows:
         out.line()
     for title, name in (("best", found["best"]), ("without text", found["best_without_data"])):
         row = next((row for row in recipes if row["recipe"] == name), None)
         if row is not None and (title == "best" or name != found["best"]):
             out.line(f"{title:<14}{name}: {row['reason']}")
-            out.line(f"              {row['command']}")
+            out.line(f"  {row['command']}", command=True)
     if found["best"] is None:
         out.line("best          none: nothing fits")
         if found["advice"]:
@@ -101,6 +101,7 @@ def show_recommendation(out: Output, found: dict[str, Any]) -> None:
     if found["left_out"]:
         recipes_left = count(found["left_out"], "recipe")
         out.line(f"left out      {recipes_left}: -v and --json say why")
+    out.line("up to         tokens of each sequence that fit; text: whether the recipe needs one")
     costs = found["costs"]
     out.line(
         f"change        mean change of a token's log-probability of {costs['model']}; other models "

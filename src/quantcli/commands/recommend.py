@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.filesize import decimal
+
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.hub import find_headers
 from quantcli.commands.choosing.devices import Device, known_devices, parse_device
-from quantcli.commands.choosing.options import CONCURRENCY, CONTEXT, Serving, parse_tokens
+from quantcli.commands.choosing.options import CONCURRENCY, CONTEXT, SHARE, Serving, parse_tokens
 from quantcli.commands.results import Recommendation
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
@@ -34,7 +37,8 @@ def recommend(
 
     device: such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada", "cpu".
     context: tokens of each sequence, such as 32768 or "32k"; by default 8192, or what the model was
-    made for. concurrency: sequences at a time; by default 8.
+    made for. concurrency: sequences at a time; by default 8. Of a model of the Hub that is not in its
+    cache, headers alone are fetched.
     InputError for an unknown device, and for a model that is not a language model.
     """
     serving = Serving(
@@ -42,10 +46,11 @@ def recommend(
         parse_tokens(str(context)) if context is not None else None,
         CONCURRENCY if concurrency is None else concurrency,
     )
-    checkpoint = open_checkpoint(find_model(model, progress), progress)
-    _must_be_language_model(checkpoint)
-    progress.say(f"planning {len(shipped_recipes())} recipes for {model} on {serving.device}")
-    return _ranked(model, checkpoint, serving, progress)
+    with find_headers(model, progress) as folder:
+        checkpoint = open_checkpoint(folder, progress)
+        _must_be_language_model(checkpoint)
+        progress.say(f"planning {len(shipped_recipes())} recipes for {model} on {serving.device}")
+        return _ranked(model, checkpoint, serving, progress)
 
 
 def devices() -> list[dict[str, Any]]:
@@ -199,16 +204,20 @@ def _of_room(room: Room) -> dict[str, Any]:
     }
 
 
-def _advice(candidates: list[Candidate], places: Places, serving: Serving) -> str | None:
-    """What would fit: less context, or more devices."""
+def _advice(candidates: list[Candidate], places: Places, serving: Serving) -> str:
+    """What would fit: less context, more devices, or devices with more memory."""
     if not candidates:
         return "`quantcli inspect --support --for DEVICE` shows what the device can serve"
     longest = max(candidates, key=lambda each: each.room.max_context)
+    smallest = candidates[0]
     ways = []
     if longest.room.max_context:
         ways.append(f"`{longest.recipe}` fits with --context {longest.room.max_context}")
     for number in _MORE:
-        if number > serving.device.count and (name := places.fits_on(candidates[0], number)):
-            ways.append(f"`{name}` fits on {number} x {serving.device.name}")
+        if number > serving.device.count and places.fits_on(smallest, number):
+            ways.append(f"`{smallest.recipe}` fits on {number} x {serving.device.name}")
             break
-    return "; ".join(ways) or f"it needs more than {_MORE[-1]} such devices"
+    if not ways:
+        needed = decimal(math.ceil(smallest.room.needed / SHARE))
+        ways.append(f"`{smallest.recipe}`, the smallest, needs {needed} of memory in each device")
+    return "; ".join(ways)

@@ -26,6 +26,7 @@ from quantcli.recipe.recipe import load_recipe
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.sources.decode import decoded
 from tests.builders import make_model, tensor
+from tests.hub_server import used
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 # of the bundled model
@@ -314,12 +315,13 @@ def test_the_order_of_recipes():
         candidate("four and four", bits=(4, 4), mean_change=0.001),
         candidate("too large", usable=15, mean_change=0.001),
     ]
-    assert sorted(in_order[::-1], key=lambda each: each.order) == in_order
+    assert sorted({*in_order}, key=lambda each: each.order) == in_order
 
 
 def test_costs_are_of_all_recipes_and_only_those():
     changes = costs()["mean_change"]
-    assert set(changes) == set(shipped_recipes())
+    learned = {name for name in shipped_recipes() if "flatquant" in name}  # takes long to measure
+    assert set(changes) | learned == set(shipped_recipes())
     refused = {name for name, change in changes.items() if change is None}
     assert refused == {name for name in shipped_recipes() if name.endswith("_moe")} | {
         "w8a8_moe_dynamic"
@@ -366,6 +368,19 @@ def test_a_chip_with_options_of_its_own():
     commands = {row["recipe"]: row["command"] for row in found.recipes}
     assert set(commands) == {"w8a8_dynamic", "w8a8_dynamic_smooth", "w8a8_static", "w8a8_static_smooth"}
     assert "--set 'target={name: ascend, device: 310P}'" in commands["w8a8_dynamic"]
+
+
+def test_headers_of_the_hub_are_enough(tmp_path):
+    served = tmp_path / "served" / "org" / "name"
+    mixture(served, stacked=False)
+    with used(tmp_path / "served", tmp_path / "cache") as hub:
+        found = quantcli.recommend("org/name", "910B")
+        assert hub.fetched()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    here = quantcli.recommend(served, "910B")
+    sizes = [(row["recipe"], row["weights_bytes"], row["cache_bytes"]) for row in found.recipes]
+    assert sizes == [(row["recipe"], row["weights_bytes"], row["cache_bytes"]) for row in here.recipes]
+    assert "--model org/name" in found.recipes[0]["command"]
 
 
 def test_a_model_without_layers_is_refused(tmp_path):

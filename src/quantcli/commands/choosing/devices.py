@@ -129,11 +129,11 @@ def parse_device(text: str) -> Device:
     custom = _CUSTOM.fullmatch(name)
     if custom is not None and size is None:
         return _device(custom["kind"].lower(), count, _size(custom["size"], where), name, where)
-    known = _names().get(_plain(name))
-    if known is None:
+    listed = _names().get(_plain(name))
+    if listed is None:
         near = _nearest(name)
         raise InputError(f"no device `{name}` is known", where=where, fix=_known_fix(near, name))
-    entry = _table()["devices"][known]
+    entry = _table()["devices"][listed]
     kind, notes = entry["kind"], [entry["note"]] if "note" in entry and size is None else []
     if size is not None:
         nbytes = _size(size, where)
@@ -143,7 +143,7 @@ def parse_device(text: str) -> Device:
         nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         kind = _own_kind() if kind == _CPU_KIND else kind
         notes = ["the memory is that of this machine"]
-    return _device(kind, count, nbytes, known, where, notes, entry["source"])
+    return _device(kind, count, nbytes, listed, where, notes, entry["source"])
 
 
 def _nearest(name: str) -> str:

@@ -183,14 +183,13 @@ class Places:
             overrides=overrides,
         )
 
-    def fits_on(self, candidate: Candidate, devices: int) -> str | None:
-        """The name of a candidate that fits on so many devices; None if it does not fit, or cannot be
-        split over them."""
+    def fits_on(self, candidate: Candidate, devices: int) -> bool:
+        """Whether a candidate can be split over so many devices, and fits on them."""
         device = replace(self.serving.device, count=devices)
         places = copy(self)
         places.serving = replace(self.serving, device=device)
         found = places.candidate(candidate.recipe)
-        return found.recipe if found.room.fits and found.room.devices == devices else None
+        return found.room.fits and found.room.devices == devices
 
     def _largest(self, reason: Any) -> tuple[int, str | None]:
         """The most of the devices that can share a model, and why no more can; at worst 1."""
