@@ -17,7 +17,7 @@ from quantcli.core.text import count
 @options.on_screen
 def inspect(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,
@@ -176,10 +176,8 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
         "channel       input channel (column) with the largest rms, and its ratio to the median rms"
     )
     out.line(
-        "inputs        not measured: their outlier channels cost int8 more, and do not show in weights;"
-    )
-    out.line(
-        "              given a text, recipes such as w8a8_dynamic_smooth move them into the weights"
+        "inputs        not measured: their outlier channels cost int8 more, and do not show in weights"
+        "; given a text, recipes such as w8a8_dynamic_smooth move them into the weights"
     )
     for others in ranking["left_out"]:
         number = count(others["tensors"], "tensor")

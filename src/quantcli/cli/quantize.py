@@ -30,7 +30,7 @@ def quantize(
     model: options.Model = None,
     serve_on: options.For = None,
     out: Annotated[
-        Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
+        Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE here].")
     ] = None,
     set_: options.Override = None,
     plan: options.PlanOnly = False,
@@ -53,7 +53,9 @@ def quantize(
     max_memory: options.MaxMemory = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Convert a checkpoint with a recipe. The same command again resumes an interrupted run.
+    """Convert a model with a recipe.
+
+    The same command again resumes an interrupted run.
 
     On several machines: run parts 1/N to N/N with --part, in any order, and join them with
     `quantcli pack --merge`. If the recipe calibrates, all parts need the same --calibration.
