@@ -56,7 +56,9 @@ class Output:
 
     def document(self, payload: Mapping[str, Any], error: QuantError | None = None) -> None:
         """Print the one JSON document of a `--json` run."""
-        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=False) + "\n"
+        escaped = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=escaped) + "\n"
+        text = text.encode(errors="backslashreplace").decode()  # halves of characters, as JSON has them
         self._put(lambda: sys.stdout.write(text))
 
     def result(self, data: R, show: Callable[[Output, R], None], no: AnswerNo | None = None) -> None:
