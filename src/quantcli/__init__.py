@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from quantcli.commands.api import (
-        Job,
         calibrate,
         inspect,
         pack,
@@ -47,13 +46,14 @@ if TYPE_CHECKING:
         Support,
         Verification,
     )
+    from quantcli.commands.steps import Job
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Job": "commands.api",
+    "Job": "commands.steps",
     "calibrate": "commands.api",
     "inspect": "commands.api",
     "pack": "commands.api",
