@@ -25,6 +25,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
+from quantcli.core.text import count
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Calibrator:
         self.progress.begin_layers(
             total, done, sum(b.input_ids.numel() for b in self.calibration.batches)
         )
+        self._keeps(done)
         last = max((index for index in range(total) if self._has_work(index)), default=-1)
         if done <= last:
             start, states = self._begin(done)
@@ -59,6 +61,11 @@ class Calibrator:
         for index in range(max(done, last + 1), total):
             self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
         self.store.drop_states()
+
+    def _keeps(self, done: int) -> None:
+        """What is there if the run ends now."""
+        layers = f"{done} of {count(self._skeleton.layers, 'layer')}"
+        self.progress.keeps(f"{layers} in {self.store.folder}; the layer in work is lost")
 
     def _has_work(self, index: int) -> bool:
         modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
@@ -143,6 +150,7 @@ class Calibrator:
         else:
             tensors = layer.measure(None)
         self.store.save(index, tensors, layer.report)
+        self._keeps(index + 1)
         for line in layer.report.messages:
             self.progress.say(line)
         self.progress.layer(self._skeleton.layers[index][0], index, layer.report.note)

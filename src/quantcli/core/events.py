@@ -33,6 +33,9 @@ class Progress:
     def phase(self, name: str) -> None:
         """What the run does from now on, such as `reading text`. Within a layer: a part of its work."""
 
+    def keeps(self, what: str) -> None:
+        """What a later run can use if this one ends now, such as `2 of 7 shards in OUT.partial`."""
+
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Work on bytes begins: bytes to read, number of files to complete; noun: what these are."""
 
@@ -186,6 +189,7 @@ class Events(Progress):
     """A Progress that makes events of its calls, and hands each to one receiver at a time.
 
     receive:  takes every event; one about work that goes on at most every `interval` seconds.
+    kept:     what a later run can use if this one ends now; empty if nothing.
     """
 
     receive: Callable[[Event], None]
@@ -196,6 +200,7 @@ class Events(Progress):
         self._receivers = [_Receiver(self.receive, self.interval, time.monotonic() + self.interval)]
         self._bytes, self._layers = _Bytes(), _Layers()
         self._in_layers = False
+        self.kept = ""
 
     def also(self, receive: Callable[[Event], None], interval: float = LINE_EVERY) -> None:
         """Hand events to one more receiver."""
@@ -218,6 +223,10 @@ class Events(Progress):
             now = time.monotonic()
             self._layers.begin_phase(name, now)
             self._send_due(now, self._step)
+
+    def keeps(self, what: str) -> None:
+        """No event: it matters if the run is interrupted, and is in `kept` then."""
+        self.kept = what
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Only the events that follow show it."""
