@@ -93,6 +93,8 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     assert "samples      4 of up to 16 tokens" in table
     assert "smoothed     16 groups of channels" in table
     assert words(result.later) == [
+        "building the model, without its weights",
+        f"reading text: 4 samples of 16 tokens of {bench.root / 'data.txt'}",
         "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s · RATE" for n in range(LAYERS)),
         f"done: {bench.store}, N s",

@@ -20,7 +20,7 @@ from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.core.events import SILENT
-from quantcli.verification.on_text import text_batches
+from quantcli.verification.on_text.run import text_batches
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.hub_cache import COMMIT, cache_model
@@ -271,7 +271,7 @@ def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     done = verify("org/name@v9")
     assert done.code == 3
-    assert "`org/name@v9` is neither a directory nor in the Hub cache" in done.err
+    assert "`org/name@v9` is neither a directory nor complete in the Hub cache" in done.err
 
 
 @pytest.mark.parametrize(
