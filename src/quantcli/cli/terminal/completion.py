@@ -133,8 +133,10 @@ def _completions(group: Any, before: list[str], word: str) -> Iterator[tuple[str
         values = _values(argument.name if argument else "", word)
         if name == "recipes":
             values = _recipes() if place else ["show"]
-        elif name == "quantize" and argument is not None:
-            values = [*values, "auto"]
+        elif name == "quantize":
+            from quantcli.recipe.shipped import AUTO
+
+            values = [*values, AUTO]
         candidates = [(value, "") for value in values]
     yield from (candidate for candidate in candidates if candidate[0].startswith(word))
 
@@ -155,12 +157,6 @@ def _recipes() -> Iterable[str]:
     return [*shipped_recipes()]
 
 
-def _recipes_or_auto() -> Iterable[str]:
-    from quantcli.recipe.shipped import AUTO
-
-    return [*_recipes(), AUTO]
-
-
 def _targets() -> Iterable[str]:
     """The targets by the names of their folders, and those of other packages."""
     from importlib.metadata import entry_points
@@ -171,12 +167,6 @@ def _targets() -> Iterable[str]:
         if module.ispkg:
             yield module.name.replace("_", "-")
     yield from (entry.name for entry in entry_points(group="quantcli.targets"))
-
-
-def _devices() -> Iterable[str]:
-    from quantcli.commands.choosing.devices import known_devices
-
-    return (device["name"].replace(" ", "-") for device in known_devices())
 
 
 def _devices(word: str) -> Iterable[str]:
