@@ -35,6 +35,7 @@ class Output:
         self.command = command
         self.quiet = self.verbose = False
         self.log: Log | None = None
+        self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
         self.messages = _console(sys.stderr)
         self._data = _console(sys.stdout)
         self._on_screen = True
@@ -144,6 +145,11 @@ class Output:
         """Only log an event about work that goes on, which a terminal shows in another way."""
         if event.kind in GOES_ON:
             self._to_log(plain(str(event)))
+
+    def log_at_once(self, text: str) -> None:
+        """Log a line while another thread may be at the log."""
+        if self.log is not None:
+            self.log.write_at_once(text)
 
     def table(
         self,
