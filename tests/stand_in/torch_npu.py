@@ -1,12 +1,11 @@
-"""A stand-in for torch_npu: torch gets a device `npu`, which computes on the CPU and is as strict as one.
+"""A stand-in for torch_npu: torch gets a device `npu` that computes on the CPU, and is strict.
 
-Its tensors say that they are on `npu:0`. An operation on tensors of two devices fails, and so does one
-in float64 for which the real package has no float64 kernel. Those for which it has no kernel at all are
-computed on the CPU, as there. `record` has what was done, `capacity` is how much memory it has.
+Its tensors say that they are on `npu:0`. An operation on tensors of two devices fails, and so does any
+arithmetic in float64, of which the real package documents only a part. `record` has what was done;
+`capacity` and `devices` are the memory of a device and how many there are.
 
-Sources: torch_npu at 9e73e708, csrc/aten/common/... (the fallback, `NPU out of memory`), docs of native
-APIs (dtypes of matmul and cholesky); op-plugin at 517f2e7d, ops/opapi/SortKernelNpuOpApi.cpp:91 (sort)
-and config/op_plugin_functions.yaml (operations that have a kernel).
+Sources: torch_npu at 9e73e708: csrc/core/npu/NPUCachingAllocator.cpp:1377 (the message on memory),
+docs/zh/api/native_api/pytorch_2-13-0/torch.md (dtypes), torch_npu/__init__.py (two accelerators).
 """
 
 from __future__ import annotations
@@ -30,14 +29,10 @@ if os.environ.get("STAND_IN_DRIVER") == "absent":
 if os.environ.get("STAND_IN_DRIVER") == "conflict":
     raise RuntimeError("Two accelerators cannot be used at the same time in PyTorch: npu and cuda.")
 
-_setup_privateuseone_for_python_backend("npu")
-_aten = torch.ops.aten
-# what may be done with float64: the documentation has it for more, and not for mul, div, gt, mm, sort
-_ON_FLOAT64 = {
-    "empty", "empty_strided", "copy_", "_to_copy", "detach", "view", "t", "transpose", "slice", "expand",
-}
-_NO_KERNEL = {"linalg_cholesky_ex", "cholesky_solve", "cholesky_inverse", "linalg_inv_ex", "linalg_svd"}
-_ACROSS = {"copy_", "_to_copy", "_local_scalar_dense"}
+capacity = 2**40
+devices = 1
+_ON_FLOAT64 = {"empty", "empty_strided", "copy_", "_to_copy", "detach", "view", "t", "transpose"}
+_ACROSS = {"copy_", "_to_copy"}
 
 
 @dataclass
@@ -45,38 +40,35 @@ class Record:
     """What the device did."""
 
     operations: Counter[str] = field(default_factory=Counter)
-    dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)  # of operations
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    float64: set[str] = field(default_factory=set)  # operations on such tensors
     used: int = 0  # bytes of tensors
     most: int = 0
 
 
 record = Record()
-capacity = int(os.environ.get("STAND_IN_BYTES", 2**40))
-devices = int(os.environ.get("STAND_IN_DEVICES", 1))
 
 
-_tensors: Counter[int] = Counter()  # of a storage, by its address
+class _Module:
+    """`torch.npu`."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return bool(devices)
+
+    def device_count(self) -> int:
+        return devices
+
+    def current_device(self) -> int:
+        return 0
+
+    def mem_get_info(self, device: object = None) -> tuple[int, int]:
+        """Bytes that are free, and all."""
+        return capacity - record.used, capacity
 
 
-def _hold(tensor: NPUTensor) -> NPUTensor:
-    """Count the memory of a tensor until nothing reads it any more."""
-    storage = tensor.inner.untyped_storage()
-    address, nbytes = storage._cdata, storage.nbytes()
-    if not _tensors[address]:
-        if record.used + nbytes > capacity:
-            raise RuntimeError(f"NPU out of memory. Tried to allocate {nbytes} bytes (NPU 0)")
-        record.used += nbytes
-        record.most = max(record.most, record.used)
-    _tensors[address] += 1
-    weakref.finalize(tensor, _release, address, nbytes)
-    return tensor
-
-
-def _release(address: int, nbytes: int) -> None:
-    _tensors[address] -= 1
-    if not _tensors[address]:
-        record.used -= nbytes
+_setup_privateuseone_for_python_backend("npu", backend_module=_Module())
 
 
 class NPUTensor(Tensor):
@@ -92,7 +84,7 @@ class NPUTensor(Tensor):
             dtype=inner.dtype, device="npu:0",
         )  # fmt: skip
         made.inner = inner
-        return made
+        return _hold(made)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -109,8 +101,41 @@ class NPUTensor(Tensor):
         """The memory, which has an address; what torch makes for tensors like this one has none."""
         return self.inner.untyped_storage()
 
+    def data_ptr(self) -> int:
+        """The address of the first number."""
+        return self.inner.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A copy on the device."""
+        copy = NPUTensor(self.inner.clone())
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return torch.nn.Parameter(copy, self.requires_grad) if is_parameter else copy
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"NPUTensor({self.inner!r})"
+
+
+_tensors: Counter[int] = Counter()  # of a storage, by its address
+
+
+def _hold(tensor: NPUTensor) -> NPUTensor:
+    """Count the memory of a tensor until nothing reads it any more."""
+    storage = tensor.inner.untyped_storage()
+    address, nbytes, owner = storage._cdata, storage.nbytes(), record
+    if not _tensors[address]:
+        if record.used + nbytes > capacity:
+            raise RuntimeError(f"NPU out of memory. Tried to allocate {nbytes} bytes (NPU 0)")
+        record.used += nbytes
+        record.most = max(record.most, record.used)
+    _tensors[address] += 1
+    weakref.finalize(tensor, _release, address, nbytes, owner)
+    return tensor
+
+
+def _release(address: int, nbytes: int, owner: Record) -> None:
+    _tensors[address] -= 1
+    if not _tensors[address]:
+        owner.used -= nbytes
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -120,26 +145,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     ours = [tensor for tensor in tensors if isinstance(tensor, NPUTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, NPUTensor) and tensor.ndim]
     if ours and others and name not in _ACROSS:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cpu and npu:0")
-    dtypes = {tensor.dtype for tensor in ours}
-    if name in _NO_KERNEL:
-        record.fallbacks[name] += 1
-    elif name not in _ON_FLOAT64 and torch.float64 in {*dtypes, kwargs.get("dtype")}:
-        raise RuntimeError(f"{name}: Tensor self not implemented for DT_DOUBLE")
+        raise RuntimeError(f"Expected all tensors to be on the same device: {name} got cpu and npu:0")
     record.operations[name] += 1
-    record.dtypes.setdefault(name, set()).update(dtypes)
+    if torch.float64 in {kwargs.get("dtype"), *(tensor.dtype for tensor in ours)}:
+        record.float64.add(name)
+        if name not in _ON_FLOAT64:
+            raise RuntimeError(f"{name}: Tensor self not implemented for DT_DOUBLE")
     target = kwargs.get("device")
-    there = torch.device(target).type == "npu" if target is not None else bool(ours)
-    inside = {key: value for key, value in kwargs.items() if key != "device"}
+    inside = kwargs if target is None else {**kwargs, "device": "cpu"}
     plain_args, plain_kwargs = tree_map(_inner, (args, inside))
-    if target is not None:
-        plain_kwargs["device"] = "cpu"
     out = func(*plain_args, **plain_kwargs)
     if name == "copy_":
         return args[0]
-    if not there:
-        return out
-    return return_and_correct_aliasing(func, args, kwargs, tree_map(_outer, out))
+    stays = bool(ours) if target is None else torch.device(target).type == "npu"
+    return return_and_correct_aliasing(func, args, kwargs, tree_map(_outer, out)) if stays else out
 
 
 def _inner(value: Any) -> Any:
@@ -147,14 +166,14 @@ def _inner(value: Any) -> Any:
 
 
 def _outer(value: Any) -> Any:
-    return _hold(NPUTensor(value)) if isinstance(value, Tensor) else value
+    return NPUTensor(value) if isinstance(value, Tensor) else value
 
 
 def _make(func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation that makes a tensor on the device."""
-    device = torch.device(kwargs.get("device") or "npu")
-    if (device.index or 0) >= devices:
-        raise RuntimeError(f"Invalid device ID {device.index}: this machine has {devices}")
+    index = torch.device(kwargs.get("device") or "npu").index or 0
+    if index >= devices:
+        raise RuntimeError(f"Invalid device ID {index}: this machine has {devices}")
     return _run(func, args, kwargs)
 
 

@@ -1,8 +1,8 @@
 """Devices without float64: what needs its digits is computed on the CPU instead.
 
-On an NPU, matrix products, sorting, and by the documentation multiplication and division too, take no
-float64. Sources: Ascend Extension for PyTorch at 9e73e708, docs/zh/api/native_api/pytorch_2-13-0/torch.md
-(mm, bmm, addmm, sort, mul, div, gt); op-plugin at 517f2e7d, op_plugin/ops/opapi/SortKernelNpuOpApi.cpp:91.
+On an NPU, matrix products, sorting, multiplication, division and comparisons take no float64.
+Sources: Ascend Extension for PyTorch at 9e73e708, docs/zh/api/native_api/pytorch_2-13-0/torch.md (mm,
+bmm, addmm, sort, mul, div, gt); op-plugin at 517f2e7d, op_plugin/ops/opapi/SortKernelNpuOpApi.cpp:91.
 """
 
 from __future__ import annotations
