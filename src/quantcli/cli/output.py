@@ -19,7 +19,6 @@ from quantcli.cli.streams import Log, drop
 from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
-SCHEMA_VERSION = 1  # of the documents that --json prints
 R = TypeVar("R", bound=Mapping[str, Any])
 _WIDE = 200  # columns if the output is not a terminal, so that a log has whole lines
 
