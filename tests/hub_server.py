@@ -147,7 +147,7 @@ def commit_of(root: Path) -> str:
     return hashlib.sha1(listed.encode(), usedforsecurity=False).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
     _path: str  # of the request; that of a stored file ends with its name
@@ -298,11 +298,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, port: int = 0) -> Iterator[Hub]:
+def serve(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> Iterator[Hub]:
     """A server of a folder of models, at a free port unless one is given."""
     hub = Hub(folder)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer((HOST, port), handler)
+    server = ThreadingHTTPServer((HOST, port), type("Own", (handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.address, hub.store = (f"http://{host}:{server.server_port}" for host in (HOST, STORE))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

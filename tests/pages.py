@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -15,9 +17,24 @@ PAGES = [
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
 
 
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a page in this language."""
     return [code for name, code in FENCE.findall(text) if name == language]
+
+
+def files(text: str) -> dict[str, str]:
+    """The fenced blocks of a page that are files: their path stands behind the language."""
+    return dict(re.findall(r"^```[a-z]+ (\S+)\n(.*?)^```$", text, re.M | re.S))
 
 
 def links(text: str) -> Iterator[str]:

@@ -46,6 +46,7 @@ from tests.e2e.calibrating import (
     write_tokenizer,
 )
 from tests.e2e.conftest import Faults, Killed, run_cli, snapshot
+from tests.pages import script
 
 LAYERS = 4
 A = "model.layers.{}.self_attn"
@@ -107,7 +108,9 @@ def test_calibrate_json(make: Callable[..., Bench]) -> None:
     result = bench.calibrate("--json")
     assert result.code == 0, result.err
     found = result.json  # one document, and nothing else
-    assert found["ok"] is True
+    generated = script("generate")
+    keys = generated.keys_of(generated.DOCUMENTS["calibrate"])
+    assert found.keys() == generated.ENVELOPE.keys() | keys.keys()
     assert (found["calibration"], found["layers"]) == (str(bench.store), LAYERS)
     assert (found["samples"], found["length"]) == (SAMPLES, LENGTH)
     assert len(found["modules"]) == 7 * LAYERS

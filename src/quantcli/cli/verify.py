@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from quantcli.cli import options
-from quantcli.cli.output import Output
+from quantcli.cli.output import FAILED, OK, WARNING, Output
 from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
@@ -28,13 +28,13 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     notes = words.spread(words.notes(report))
     for note in notes[:_FINDINGS]:
         where = f" ({note['where']})" if note.get("where") else ""
-        out.line(f"note         {note['what']}{where}")
+        out.line(f"note         {note['what']}{where}", WARNING)
     if len(notes) > _FINDINGS:
         out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
     _checks(out, report)
     if missing := words.not_reached(report):
         out.line(f"not checked  {'; '.join(missing)}")
-    out.line(verdict(report))
+    out.line(verdict(report), FAILED if words.is_failed(report) else OK)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
     spread = words.spread(errors)
     fixes: set[str] = set()
     for error in spread[:limit]:
-        out.line(f"FAILED       {error['check']}: {error['what']}")
+        out.line(f"FAILED       {error['check']}: {error['what']}", FAILED)
         if error.get("where"):
             out.line(f"  --> {error['where']}")
         fix = error.get("fix")
@@ -87,7 +87,8 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
         mark = "ok" if words.is_ok(module) else "FAILED"
         rows.append([mark, words.literal(module["module"]), *cells])
     columns = ["", "worst modules", "type", "SQNR", "limit", "cosine", "worst rows"]
-    out.table(columns, rows, {"SQNR", "limit", "cosine"})
+    styles = {"ok": OK, "FAILED": FAILED}
+    out.table(columns, rows, {"SQNR", "limit", "cosine"}, {""}, styles)
     if rest := worst[limit:]:
         failed = sum(not words.is_ok(module) for module in rest)
         out.line(f"and {count(rest, 'module')} more" + (f", {failed} of them FAILED" if failed else ""))
