@@ -9,8 +9,8 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
-- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Inspection, Outliers, Support:
-  the results
+- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
+  Outliers, Support: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from quantcli.commands.results import (
         Calibrated,
+        Comparison,
         Converted,
         Inspection,
         Merged,
@@ -60,6 +61,7 @@ _HOME = {
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
+    "Comparison": "commands.results",
     "Converted": "commands.results",
     "Inspection": "commands.results",
     "Merged": "commands.results",
@@ -78,6 +80,7 @@ _HOME = {
 __all__ = [
     "AnswerNo",
     "Calibrated",
+    "Comparison",
     "Converted",
     "Event",
     "InputError",

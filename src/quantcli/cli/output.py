@@ -17,7 +17,7 @@ from rich.text import Text
 from quantcli import __version__
 from quantcli.cli.streams import Log, drop
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
+from quantcli.core.errors import SCHEMA_VERSION, AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
 R = TypeVar("R", bound=Mapping[str, Any])

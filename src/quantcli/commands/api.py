@@ -383,13 +383,16 @@ def verify(
 
 @overload
 def verify(
-    checkpoint: Sequence[PathLike], *, on_progress: OnProgress = None, **options: Unpack[Verifying]
+    checkpoint: list[PathLike] | tuple[PathLike, ...],
+    *,
+    on_progress: OnProgress = None,
+    **options: Unpack[Verifying],
 ) -> Comparison: ...
 
 
 @takes(Verifying, verify_defaults())
 def verify(
-    checkpoint: PathLike | Sequence[PathLike],
+    checkpoint: PathLike | list[PathLike] | tuple[PathLike, ...],
     *,
     on_progress: OnProgress = None,
     **options: Unpack[Verifying],
@@ -420,10 +423,11 @@ def verify(
     for each in checkpoint:
         check("checkpoint", each, PathLike)
     if len(checkpoint) < 2:
-        raise InputError("a list of checkpoints is to be compared, and has fewer than two",
-                         where="checkpoint=", fix="give a path, or two or more in a list")
+        what, fix = "a list of checkpoints has two or more", "give one checkpoint without a list"
+        raise InputError(what, where=f"checkpoint={list(checkpoint)}", fix=fix)
     document = commands.run(verify_options(checkpoint, options), _progress(on_progress))
-    return Comparison(ok=document["ok"], checkpoints=[Verification(**each) for each in document["checkpoints"]])
+    outcomes = [Verification(**each) for each in document["checkpoints"]]
+    return Comparison(ok=document["ok"], checkpoints=outcomes)
 
 
 @overload

@@ -197,7 +197,9 @@ def verify_defaults() -> dict[str, Any]:
 def verify_options(checkpoints: Sequence[PathLike], options: Mapping[str, Any]) -> VerifyOptions:
     """The options of `verify` as the functions below the API take them."""
     first, *others = map(str, checkpoints)
-    named = {name: _as_field(options[_AS_TYPED.get(name, name)], hint) for name, hint in _FIELDS.items()}
+    named = {
+        name: _as_field(options[_AS_TYPED.get(name, name)], hint) for name, hint in _FIELDS.items()
+    }
     return VerifyOptions(first, tuple(others), **named)
 
 

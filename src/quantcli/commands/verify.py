@@ -45,7 +45,7 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     reports = []
     for folder, name in zip(folders, options.checkpoints, strict=True):
         progress.say(f"verifying {name}: {', '.join(options.depths)}")
-        reports.append(_verify(replace(options, checkpoint=folder, others=()), earlier, progress))
+        reports.append(_verify(replace(options, checkpoint=folder, others=None), earlier, progress))
     _write(options, reports)
     if len(reports) == 1:
         return reports[0]

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
-
 SCHEMA_VERSION = 1  # of the documents that --json prints
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class VerifyOptions:
     checkpoint: str | Path = field(
         metadata={"help": "Quantized checkpoint, whoever wrote it: directory or Hub id."}
     )
-    others: tuple[str | Path, ...] = ()  # more checkpoints: see `each`
+    others: Sequence[str | Path] | None = None
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
         "Compare with the float model, or another quantized one: directory or Hub id.", metavar="MODEL"
@@ -78,7 +79,7 @@ class VerifyOptions:
     @property
     def checkpoints(self) -> tuple[str | Path, ...]:
         """All checkpoints; the other options apply to each of them."""
-        return (self.checkpoint, *self.others)
+        return (self.checkpoint, *(self.others or ()))
 
     @property
     def depths(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from quantcli.checkpoint.header import parse_json
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import SCHEMA_VERSION, InputError
+from quantcli.core.text import size as size_text
 from quantcli.verification.report import words
 
 _FIX = "give what `quantcli verify --json` has printed: --baseline OLD.json"
@@ -46,7 +47,7 @@ class _Divergence(_Part):
     mean: float
 
 
-class _Run(_Part):
+class _OnText(_Part):
     ppl: _Perplexity | None
     kl: _Divergence | None
     top1_agreement: float | None
@@ -62,7 +63,7 @@ class Earlier(_Part):
     findings: list[_Finding]
     modules: list[_Module]
     sizes: list[_Size] = []
-    run: _Run | None
+    run: _OnText | None
 
     @property
     def levels(self) -> dict[str, float]:
@@ -104,7 +105,7 @@ def read_baseline(file: Path) -> Baseline:
     with disk_errors(file):
         if not file.is_file():
             raise InputError("there is no such file", where=where, fix=_FIX)
-        document = parse_json(file.read_bytes(), where)
+        document = parse_json(file.read_bytes(), where, _FIX)
     if not isinstance(document, dict):
         raise InputError("is not a report of `quantcli verify`", where=where, fix=_FIX)
     version = document.get("schema_version", SCHEMA_VERSION)
@@ -142,10 +143,7 @@ class _Figure:
     value: Callable[[Earlier], float | None]
     more_is_better: bool | None
     form: Callable[[float], str]
-
-
-def _of_run(get: Callable[[_Run], float | None]) -> Callable[[Earlier], float | None]:
-    return lambda report: None if report.run is None else get(report.run)
+    of_run: bool = False
 
 
 def _median(report: Earlier) -> float | None:
@@ -157,7 +155,14 @@ def _ratio(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    return words.nbytes(round(value))
+    return size_text(round(value))
+
+
+def _run(report: Earlier, key: str, within: str = "") -> float | None:
+    """A number of `run`, or of a group in it."""
+    group = getattr(report.run, within, None) if within else report.run
+    value: float | None = getattr(group, key, None)
+    return value
 
 
 _FIGURES = (
@@ -165,12 +170,14 @@ _FIGURES = (
     _Figure("size", lambda r: sum(s.bytes for s in r.sizes) if r.sizes else None, False, _bytes),
     _Figure("worst SQNR", lambda r: min(r.levels.values(), default=None), True, words.decibels),
     _Figure("median SQNR", _median, True, words.decibels),
-    _Figure("perplexity of the reference", _of_run(lambda r: r.ppl and r.ppl.reference), None, words.number),
-    _Figure("perplexity ratio", _of_run(lambda r: r.ppl and r.ppl.ratio), False, _ratio),
-    _Figure("mean KL divergence", _of_run(lambda r: r.kl and r.kl.mean), False, words.number),
-    _Figure("same first choice", _of_run(lambda r: r.top1_agreement), True, words.percent),
-    _Figure("mean change of a log-probability", _of_run(lambda r: r.mean_abs_logprob_change), False, words.number),
-    _Figure("outputs", _of_run(lambda r: r.outputs_db), True, words.decibels),
+    _Figure("perplexity of the reference",
+            lambda r: _run(r, "reference", "ppl"), None, words.number, True),
+    _Figure("perplexity ratio", lambda r: _run(r, "ratio", "ppl"), False, _ratio, True),
+    _Figure("mean KL divergence", lambda r: _run(r, "mean", "kl"), False, words.number, True),
+    _Figure("same first choice", lambda r: _run(r, "top1_agreement"), True, words.percent, True),
+    _Figure("mean change of a log-probability",
+            lambda r: _run(r, "mean_abs_logprob_change"), False, words.number, True),
+    _Figure("outputs", lambda r: _run(r, "outputs_db"), True, words.decibels, True),
 )  # fmt: skip
 
 
@@ -178,8 +185,10 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
     """The change of a report against the earlier one, as JSON-able data.
 
     checkpoint, tool: those of the earlier report.
-    figures: {"name", "before", "now", "change", "better"} each; better is None if nothing changed, or
-             if the figure is of the reference. Those that only one report has are left out.
+    figures: {"name", "before", "now", "change", "better"} each; better is None if nothing changed, if
+             the figure is of the reference, or of runs that differ in their text. Those that only one
+             report has are left out.
+    same_text: whether both ran one reference on one text, as far as its perplexity tells.
     modules: {"module", "before_db", "now_db", "change_db"} of each in both, largest loss first.
     only_before, only_now: names of modules that one report has.
     """
@@ -199,6 +208,7 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
         "checkpoint": before.checkpoint,
         "tool": before.tool,
         "figures": list(_changes(before, now)),
+        "same_text": _same_text(before, now),
         "modules": sorted(modules, key=lambda m: (m["change_db"], m["module"])),
         "only_before": sorted(levels[0].keys() - levels[1].keys()),
         "only_now": sorted(levels[1].keys() - levels[0].keys()),
@@ -206,15 +216,22 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
 
 
 def _changes(before: Earlier, now: Earlier) -> Iterator[dict[str, Any]]:
+    alike = _same_text(before, now)
     for figure in _FIGURES:
         old, new = figure.value(before), figure.value(now)
         if old is None or new is None:
             continue
         better = None
-        if old != new and figure.more_is_better is not None:
+        if old != new and figure.more_is_better is not None and (alike or not figure.of_run):
             better = (new > old) == figure.more_is_better
         change = round(new - old, 6)
         yield {"name": figure.name, "before": old, "now": new, "change": change, "better": better}
+
+
+def _same_text(before: Earlier, now: Earlier) -> bool:
+    """Whether both reports ran one reference on one text, as far as its perplexity tells."""
+    old, new = (_run(report, "reference", "ppl") for report in (before, now))
+    return old is None or new is None or math.isclose(old, new, rel_tol=1e-3)
 
 
 def figure_rows(change: dict[str, Any]) -> list[tuple[list[str], bool | None]]:
@@ -224,7 +241,11 @@ def figure_rows(change: dict[str, Any]) -> list[tuple[list[str], bool | None]]:
     for figure in change["figures"]:
         form, amount = forms[figure["name"]], figure["change"]
         sign = "" if not amount else "+" if amount > 0 else "-"
-        cells = [form(figure["before"]), form(figure["now"]), sign + form(abs(amount)) if sign else "none"]
+        cells = [
+            form(figure["before"]),
+            form(figure["now"]),
+            sign + form(abs(amount)) if sign else "none",
+        ]
         rows.append(([figure["name"], *cells], figure["better"]))
     return rows
 
@@ -232,7 +253,12 @@ def figure_rows(change: dict[str, Any]) -> list[tuple[list[str], bool | None]]:
 def module_rows(change: dict[str, Any], most: int) -> list[list[str]]:
     """The modules that lost most as cells: name, before, now, change. A loss is 0.01 dB or more."""
     return [
-        [m["module"], words.decibels(m["before_db"]), words.decibels(m["now_db"]), f"{m['change_db']:+.2f} dB"]
+        [
+            m["module"],
+            words.decibels(m["before_db"]),
+            words.decibels(m["now_db"]),
+            f"{m['change_db']:+.2f} dB",
+        ]
         for m in change["modules"][:most]
         if m["change_db"] <= -0.01
     ]
@@ -245,4 +271,5 @@ def summary(change: dict[str, Any]) -> str:
     texts = [f"{lost:,} of {len(amounts):,} modules lost SQNR, {gained:,} gained"]
     for key, text in (("only_before", "only in the earlier report"), ("only_now", "only in this one")):
         texts += [f"{len(change[key]):,} {text}"] if change[key] else []
+    texts += [] if change["same_text"] else ["the runs differ in their text or their reference"]
     return "; ".join(texts)

@@ -179,11 +179,15 @@ def shares(title: str, parts: Sequence[tuple[str, float, tuple[str, ...]]]) -> C
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a chart that compares: its value, the interval around it, whether it is ok."""
+    """A row of a chart that compares: its value, as text too, the interval around it, whether it is ok.
+
+    about: what the pointer shows.
+    """
 
     name: str
     value: float | None
     text: str
+    about: str
     ends: Sequence[float] | None = None
     ok: bool = True
 
@@ -198,12 +202,15 @@ def compared(title: str, entries: Sequence[Entry], *, bars: bool) -> Chart:
     marks = []
     for row, entry in enumerate(entries):
         y = 44 * row
-        tip = (entry.name, f"{title}: {entry.text}", *(() if entry.ok else ("✕ FAILED",)))
-        name = words.middle(entry.name, 30)
-        marks.append(text(name if entry.ok else f"✕ {name}", 0, y + 13, "name" if entry.ok else "name bad"))
+        tip = (entry.name, entry.about, *(() if entry.ok else ("✕ FAILED",)))
+        name = words.middle(entry.name, 26)
+        marks.append(
+            text(name if entry.ok else f"✕ {name}", 0, y + 13, "name" if entry.ok else "name bad")
+        )
         if entry.value is None:
             marks.append(text("not measured", 0, y + 31))
             continue
+        marks.append(text(entry.text, "100%", y + 13, "end"))
         x = 100 * (entry.value - low) / span
         kind = "one" if entry.ok else "failed"
         if bars:
@@ -214,9 +221,9 @@ def compared(title: str, entries: Sequence[Entry], *, bars: bool) -> Chart:
             places = [percent(100 * (end - low) / span) for end in entry.ends]
             across = {"x1": places[0], "x2": places[1], "y1": y + 27, "y2": y + 27}
             marks.append(Mark("line", {"class": "span", **across}, tip=tip))
-            for place in places:
-                marks.append(Mark("line", {"class": "span", "x1": place, "x2": place,
-                                           "y1": y + 22, "y2": y + 32}))  # fmt: skip
+            for end in places:
+                mark = {"class": "span", "x1": end, "x2": end, "y1": y + 22, "y2": y + 32}
+                marks.append(Mark("line", mark))
         if not bars:
             at_value = {"cx": percent(x), "cy": y + 27, "r": 5}
             marks.append(Mark("circle", {"class": kind, **at_value}, tip=tip))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quantcli.core.text import count
+from quantcli.core.text import size as size_text
 from quantcli.verification.report import words
 from quantcli.verification.report.charts import Chart, Entry, compared
 from quantcli.verification.report.document import render
@@ -22,7 +23,7 @@ def dashboard(reports: Sequence[dict[str, Any]]) -> str:
         "dashboard.html.jinja",
         reports=list(zip(words.short_names(reports), reports, strict=True)),
         failed=[report for report in reports if words.is_failed(report)],
-        columns={name: "name" if name == "checkpoint" else "right" if name in RIGHT else ""
+        columns={name: "name" if name == "checkpoint" else "figure" if name in RIGHT else ""
                  for name in COLUMNS},
         rows=[(cells, not words.is_failed(report))
               for cells, report in zip(rows(reports), reports, strict=True)],
@@ -32,7 +33,9 @@ def dashboard(reports: Sequence[dict[str, Any]]) -> str:
 
 def rows(reports: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A row of the table for each checkpoint; cells of what was not measured are `-`."""
-    return [_row(name, report) for name, report in zip(words.short_names(reports), reports, strict=True)]
+    return [
+        _row(name, report) for name, report in zip(words.short_names(reports), reports, strict=True)
+    ]
 
 
 def _row(name: str, report: dict[str, Any]) -> list[str]:
@@ -45,7 +48,7 @@ def _row(name: str, report: dict[str, Any]) -> list[str]:
         words.literal(name),
         f"FAILED, {count(errors, 'error')}" if words.is_failed(report) else "passed",
         words.literal(report.get("format") or "-"),
-        words.nbytes(words.total_bytes(report)) if report.get("sizes") else "-",
+        size_text(words.total_bytes(report)) if report.get("sizes") else "-",
         "-" if bits is None else f"{bits:.2f}",
         words.decibels(min(levels, default=None)),
         words.decibels(statistics.median(levels) if levels else None),
@@ -66,13 +69,16 @@ def _charts(reports: Sequence[dict[str, Any]]) -> Iterator[Chart]:
     for name, report in named:
         ok, run = not words.is_failed(report), report.get("run") or {}
         size = words.total_bytes(report) if report.get("sizes") else None
-        sizes.append(Entry(name, size, "-" if size is None else words.nbytes(size), ok=ok))
+        text = "-" if size is None else size_text(size)
+        sizes.append(Entry(name, size, text, text, ok=ok))
         own = words.levels(report)
-        ends = (own[0], own[-1]) if own else None
-        text = f"{words.decibels(own[0])} to {words.decibels(own[-1])}" if own else "-"
-        levels.append(Entry(name, statistics.median(own) if own else None, text, ends, ok))
+        ends, median = ((own[0], own[-1]), statistics.median(own)) if own else (None, None)
+        text = words.decibels(median)
+        about = f"median {text}, {words.decibels(own[0])} to {words.decibels(own[-1])}" if own else text
+        levels.append(Entry(name, median, text, about, ends, ok))
         change, ends = run.get("mean_abs_logprob_change"), run.get("change_interval")
-        changes.append(Entry(name, change, _with(words.number(change), words.span(ends)), ends, ok))
+        text = words.number(change)
+        changes.append(Entry(name, change, text, _with(text, words.span(ends)), ends, ok))
     for title, entries, bars in (
         ("Size", sizes, True),
         ("SQNR of weights in dB: the median, and from the worst to the best module", levels, False),

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.filesize import decimal
-
 NOT_REACHED = {
     "full": "weights were not read (--full)",
     "against": "nothing was compared with the source (--against MODEL)",
@@ -57,26 +55,20 @@ def ratio_span(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
-def nbytes(value: int) -> str:
-    """4.8 MB."""
-    return decimal(value)
-
-
-def bits(size: dict[str, Any]) -> float | None:
+def bits(part: dict[str, Any]) -> float | None:
     """Stored bits for each weight of a label, scales included; None if the weights are not counted."""
-    return 8 * size["bytes"] / size["weights"] if size.get("weights") else None
+    return 8 * part["bytes"] / part["weights"] if part.get("weights") else None
 
 
 def total_bytes(report: dict[str, Any]) -> int:
     """Bytes of all tensors."""
-    return sum(size["bytes"] for size in report.get("sizes") or [])
+    return sum(part["bytes"] for part in report.get("sizes") or [])
 
 
 def total_bits(report: dict[str, Any]) -> float | None:
     """Stored bits for each weight of the checkpoint; None if some weights are not counted."""
-    sizes = report.get("sizes") or []
-    weights = [size["weights"] for size in sizes]
-    return None if not all(weights) else 8 * total_bytes(report) / (sum(weights) or 1)
+    weights = [part["weights"] for part in report.get("sizes") or []]
+    return 8 * total_bytes(report) / sum(weights) if weights and all(weights) else None
 
 
 def percent(value: float) -> str:
