@@ -79,6 +79,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     undecoded: dict[str, StoredTensor] | None = None
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # file -> bytes, mtime in ns
+    in_memory: bool = False  # whether its weights are those of a model in memory
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:

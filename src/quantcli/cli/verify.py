@@ -179,10 +179,10 @@ Others = Annotated[list[str] | None, typer.Argument(help="More checkpoints, to b
     trust_remote_code=options.Trust,
 )
 def verify(chosen: VerifyOptions, output: Output) -> None:
-    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
+    """Prove that a checkpoint is whole, loadable and faithful.
 
-    Without options only headers are read. --full, --against and --run go deeper, on top of that.
-    Several checkpoints are compared in a table; all options apply to each of them.
+    Exits with 1 if it is not. Without options only headers are read; --full, --against and --run go
+    deeper. Several checkpoints are compared in a table; all options apply to each.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands
