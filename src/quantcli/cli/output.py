@@ -15,7 +15,7 @@ import typer
 from quantcli import __version__
 from quantcli.cli.streams import drop
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
+from quantcli.core.errors import SCHEMA_VERSION, AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from quantcli.cli.terminal.log import Log
 
-SCHEMA_VERSION = 1  # of the documents that --json prints
 R = TypeVar("R", bound=Mapping[str, Any])
 OK, WARNING, FAILED = "green", "yellow", "bold red"  # styles of words that say so
 
