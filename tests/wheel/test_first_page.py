@@ -69,7 +69,7 @@ def test_the_lines_for_pip(user: Installed) -> None:
 
 
 def test_four_commands_make_a_checkpoint(user: Installed, hub: Hub) -> None:
-    home = {"HOME": str(user.work / "home"), "HF_ENDPOINT": hub.address}
+    home = {"HOME": str(user.work / "home"), "HF_ENDPOINT": hub.address, "QUANTCLI_KERNELS": "off"}
     recommend, quantize, verify, serve_it = CHECKPOINT
     done = user.shell(recommend, **home)
     assert done.returncode == 0, done.stderr
