@@ -327,7 +327,7 @@ def test_inspect_writes_the_page(tmp_path):
     shown = reports.Elements((tmp_path / "page.html").read_text())
     assert f"{TINY} Weights alone were read." in shown.text
     assert shown.text.startswith(
-        f"outlier channels: {TINY} Outlier channels: not hard to quantize: of 44"
+        f"outlier channels: {TINY} Outlier channels Not hard to quantize: of 44"
     )
     assert "Advice None: no module is far below" in shown.text
     worst = max(ranking["modules"], key=lambda module: module["kurtosis"])
