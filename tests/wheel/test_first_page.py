@@ -103,7 +103,7 @@ def test_the_lines_for_uv_and_for_a_container(user: Installed) -> None:
     assert user.shell(install).returncode == 0
     assert noted(user, "uv") == ["uv", "pip", "install", "--torch-backend", "cpu", PACKAGE]
     build, run = CONTAINER
-    assert shlex.split(build)[-1] == ".", "the folder with the Dockerfile"
+    assert shlex.split(build)[-1] == f"{PACKAGE.removeprefix('git+')}.git"
     assert user.shell(run).returncode == 0
     words = noted(user, "docker")
     image = words.index(shlex.split(build)[3])
