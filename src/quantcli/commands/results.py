@@ -25,6 +25,8 @@ class Result:
 def _plain(value: Any) -> Any:
     if isinstance(value, Result):
         return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -289,6 +291,7 @@ class Outliers(Result):
     operands:  the schemes that quantize weights so, by operand.
     modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... of each.
     left_out:  "tensors", "why", "names" of weights that are not ranked.
+    verdict:   "hard" and "what": whether the weights are hard to quantize, in one sentence.
     advice:    a rule that keeps float what int8 costs most; None if no module stands out.
     """
 
@@ -297,6 +300,7 @@ class Outliers(Result):
     operands: dict[str, list[str]]
     modules: list[Row]
     left_out: list[Row]
+    verdict: Row
     advice: Row | None
 
 
@@ -363,6 +367,7 @@ class Verification(Result):
     modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... of each, worst first.
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
+    baseline: the change against an earlier report; None if none was given.
     run:      perplexity, KL divergence and layers, if both models ran on text.
     """
 
@@ -381,3 +386,12 @@ class Verification(Result):
     tensors: Row | None
     run: Row | None
     not_checked: list[str]
+    baseline: Row | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """The outcome of verifying several checkpoints: whether all passed, and the outcome of each."""
+
+    ok: bool
+    checkpoints: list[Verification]
