@@ -559,7 +559,7 @@ def test_memory_does_not_show(make: Callable[..., Bench], monkeypatch: pytest.Mo
     assert not read, "there is room for all hidden states"
     refused = wanted.at("small").run("--max-memory", "1KB", "--workers", 2)
     assert refused.code == 2
-    (least,) = re.findall(r"take ([\d,]+)$", refused.later.splitlines()[0])
+    (least,) = re.findall(r"take ([\d,]+)$", refused.later, re.MULTILINE)
     batch = LENGTH * 64 * 2  # bytes
     reads = []
     for room in (0, 2 * batch, 4 * batch):  # of inputs and of outputs

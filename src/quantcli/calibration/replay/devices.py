@@ -60,8 +60,9 @@ def is_out_of_memory(error: Exception) -> bool:
     csrc/core/npu/NPUCachingAllocator.cpp:1377, csrc/framework/utils/NpuUtils.cpp:252.
     """
     message = str(error)
-    known = "allocate memory" in message or "out of memory" in message
-    return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "allocate memory" in message or "out of memory" in message
 
 
 def too_little_memory(who: str, error: Exception, device: torch.device) -> MachineError:
