@@ -20,6 +20,7 @@ from quantcli.recipe.methods import recipe_methods
 DOCS = Path(__file__).parent
 COMMANDS = [
     "",
+    "recommend",
     "inspect",
     "calibrate",
     "quantize",
@@ -31,6 +32,10 @@ COMMANDS = [
 
 # What a document has: the class of a result, or keys with their types and what they hold.
 DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
+    "recommend MODEL": results.Recommendation,
+    "recommend --devices": {
+        "devices": ("list", "`name`, `also`, `kind`, `gb`, `engine`, `source` of each")
+    },
     "inspect MODEL": results.Inspection,
     "inspect --outliers": results.Outliers,
     "inspect --support": results.Support,

@@ -16,6 +16,7 @@ from quantcli.cli.terminal.fold import cells_of
 from tests.e2e.conftest import RECIPE, Result, make_llama, run_cli
 from tests.pages import script
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
@@ -59,6 +60,14 @@ ENDS: dict[str, tuple[Callable[[Path], list[object]], int, str | None]] = {
     "verify": (lambda p: ["verify", p / "good"], 0, "verify"),
     "failed": (lambda p: ["verify", p / "damaged"], 1, "verify"),
     "expect": (lambda p: quantize(p, "out", "strict.yaml"), 1, "quantize --plan"),
+    "recommend": (lambda p: ["recommend", TINY, "--for", "2x910B"], 0, "recommend MODEL"),
+    "nothing fits": (lambda p: ["recommend", TINY, "--for", "4090:1GB"], 1, "recommend MODEL"),
+    "devices": (lambda p: ["recommend", "--devices"], 0, "recommend --devices"),
+    "served": (lambda p: ["inspect", "--support", "--for", "310P"], 0, "inspect --support"),
+    "auto": (lambda p: ["quantize", "auto", "--model", TINY, "--for", "4090", "--out", p / "out",
+                        "--plan"], 0, "quantize --plan"),
+    "no device": (lambda p: ["recommend", TINY, "--for", "4900"], 2, None),
+    "auto alone": (lambda p: ["quantize", "auto", "--model", TINY], 2, None),
     "no command": (lambda p: ["nothing"], 2, None),
     "no recipe": (lambda p: ["recipes", "show", "nothing"], 2, None),
     "no model": (lambda p: ["calibrate", "w8a8_static", "--model", p / "nothing"], 2, None),

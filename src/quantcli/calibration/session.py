@@ -207,6 +207,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     """Calibrate. An interrupted run is continued after its last finished layer."""
     plan = session.plan
     device = open_device(resources.device)
+    progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     layer = next_token_layer(plan.checkpoint)
     followed = layer is not None and any(layer.reads(module) for module in plan.measured)
@@ -217,8 +218,10 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         next_token=layer if followed else None,
     )
     positions, vocabulary = model_limits(plan.checkpoint.text_config)
+    source = session.source
+    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
     dataset = load_dataset(
-        session.source,
+        source,
         plan.checkpoint.path,
         positions=positions,
         vocab_size=vocabulary,
@@ -235,6 +238,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
+    replay.report_to(progress, len(dataset.batches))
     # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
     copies = 2 + max((method.hidden_states for method in methods), default=0)
     calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)

@@ -26,6 +26,15 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="DEVICE",
+        help="Devices to serve on, such as 2x910B, H100, 8xH100:94GB, cpu; "
+        "`quantcli recommend --devices` lists them.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device for calibration: cpu, cuda or npu.")]
 MaxMemory = Annotated[
     str | None,

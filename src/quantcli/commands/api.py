@@ -35,6 +35,7 @@ from quantcli.commands.results import (
     Outliers,
     Packed,
     Planned,
+    Recommendation,
     Repacked,
     Support,
     Verification,
@@ -95,7 +96,9 @@ def quantize(
 
     The same call again continues an interrupted run.
 
-    recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping.
+    recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping; "auto" for the
+                 one that `recommend` puts first for `for_`.
+    for_:        with "auto", the devices to serve on, such as "2x910B".
     model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from
                  there without a copy and must not change meanwhile; wins over the recipe's.
     out:         the folder to write, which appears whole or not at all. By default the recipe's, or
@@ -171,12 +174,21 @@ def _plan(
     recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
+    from quantcli.commands.recommend import choose
 
-    return commands.plan(
+    chosen = choose(
         recipe if isinstance(recipe, Mapping) else str(recipe),
+        given.model,
+        options["for_"],
+        assignments(options["set"]),
+        with_data=given.examples is not None or options["calibration"] is not None,
+        progress=given.progress,
+    )
+    return commands.plan(
+        chosen.recipe,
         model=given.model,
         out=path_of(out),
-        overrides=assignments(options["set"]),
+        overrides=chosen.overrides,
         options=JobOptions(
             options["workers"],
             options["fresh"],
@@ -376,8 +388,37 @@ def inspect(
 
 
 @takes()
-def support(*, on_progress: OnProgress = None) -> Support:
-    """Which schemes and targets go together, and how each pair is stored."""
+def support(*, for_: str | None = None, on_progress: OnProgress = None) -> Support:
+    """Which schemes and targets go together, and how each pair is stored.
+
+    for_: a device, as of `recommend`: only pairs that its engine has kernels for.
+    """
     from quantcli.commands import inspect as commands
 
-    return Support(commands.support(progress_of(on_progress)))
+    return Support(commands.support(progress_of(on_progress), for_))
+
+
+@takes()
+def recommend(
+    model: PathLike,
+    for_: str,
+    *,
+    context: int | str | None = None,
+    concurrency: int | None = None,
+    on_progress: OnProgress = None,
+) -> Recommendation:
+    """Shipped recipes for a model on a device, the best first. Reads headers and config.json only.
+
+    model:       a folder or a Hub id.
+    for_:        devices, such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada" or "cpu".
+    context:     tokens of a sequence, such as 32768 or "32k"; by default 8192, or the model's own.
+    concurrency: sequences at a time; by default 8.
+
+    If nothing fits, `best` is None and `advice` says what would. Raises InputError for an unknown
+    device, and for a model that is not a language model.
+    """
+    from quantcli.commands import recommend as commands
+
+    return commands.recommend(
+        str(model), for_, context=context, concurrency=concurrency, progress=progress_of(on_progress)
+    )

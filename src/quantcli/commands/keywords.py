@@ -74,6 +74,7 @@ class Planning(TypedDict, total=False):
     checksum: bool
     calibration: PathLike | None
     part: str | None
+    for_: str | None
 
 
 class Converting(Planning, total=False):
@@ -117,7 +118,7 @@ class Verifying(TypedDict, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
+    "part": None, "for_": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
 }  # fmt: skip
 
 

@@ -312,6 +312,40 @@ class Support(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recommendation(Result):
+    """Shipped recipes for a model on some devices. Sizes are bytes on each device.
+
+    device:      its name, memory, engine, and how many there are.
+    context:     tokens of each sequence.
+    concurrency: sequences at a time.
+    positions:   tokens that the model was made for; None if config.json does not say.
+    unquantized: sizes of the float model, and whether it fits.
+    recipes:     those that the devices can serve, the best first: "recipe", "fits", "weights_bytes",
+                 "max_context", "needs_data", "mean_change", "reason", "command", ... each.
+    left_out:    the other recipes, and why.
+    best:        the first recipe that fits; None if none does.
+    best_without_data: the first that fits and needs no data.
+    advice:      what would fit, if nothing does.
+    notes:       remarks on the figures.
+    costs:       the model and the text of `mean_change`.
+    """
+
+    model: str
+    device: Row
+    context: int
+    concurrency: int
+    positions: int | None
+    unquantized: Row
+    recipes: list[Row]
+    left_out: list[Row]
+    best: str | None
+    best_without_data: str | None
+    advice: str | None
+    notes: list[str]
+    costs: Row
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification(Result):
     """The outcome of a verification; docs/verify.md describes each key.
 

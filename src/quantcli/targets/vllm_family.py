@@ -20,7 +20,7 @@ from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import drafts, sidecars
-from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, SplitLimits, Target
 from quantcli.targets.misread import MISREAD, NO_CLASS
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
@@ -469,6 +469,12 @@ class VllmTarget(Target):
         """A note on a quantized head."""
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+
+    def split_limits(self, modules: Collection[str]) -> SplitLimits:
+        """Of the formats of vLLM: groups, blocks and packed codes lie on one device each."""
+        from quantcli.targets.tensor_parallel import limits  # which imports this module
+
+        return lambda module, sides, devices: limits(module, sides, devices, modules)
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """config.json, with a `quantization_config` if the format has one, and the index."""
