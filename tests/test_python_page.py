@@ -14,7 +14,8 @@ PAGE = (ROOT / "docs" / "python.md").read_text()
 EXAMPLES = blocks(PAGE, "python")
 WRONG = {
     'quantcli.quantize("w8a8_dynamic", workers="two")': 'expected "int | None"',
-    'quantcli.verify("out", depth=3)': "depth",
+    'quantcli.verify("out", depth=3)': 'No overload variant of "verify"',
+    'quantcli.pack("out", "fp8", out="new", depth=3)': '"depth"',
     'quantcli.plan("w8a8_dynamic", model="m").nonsense': '"Planned" has no attribute "nonsense"',
     'quantcli.inspect("m", outliers=True).tensors': '"Outliers" has no attribute "tensors"',
 }
