@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.hub import HUB_ID, find_model
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -197,7 +197,14 @@ def open_both(
         raise InputError(
             f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
         )
-    return Opened(written, named, open_checkpoint(find_model(named, progress), progress))
+    return Opened(written, named, open_model(named, progress))
+
+
+def open_model(model: str, progress: Progress) -> Checkpoint:
+    """The checkpoint that `model` names: a folder, or a Hub id."""
+    folder = find_model(model, progress)
+    is_id = HUB_ID.fullmatch(model) and folder != Path(model)
+    return replace(open_checkpoint(folder, progress), hub_id=model if is_id else None)
 
 
 def default_name(model: str, recipe: str | Path) -> str:
