@@ -32,6 +32,8 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     if len(notes) > _FINDINGS:
         out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
     _checks(out, report)
+    if (written := report.get("card_written")) is not None:
+        out.line(f"card         {'README.md has the figures' if written else 'not changed'}")
     if missing := words.not_reached(report):
         out.line(f"not checked  {'; '.join(missing)}")
     out.line(verdict(report))

@@ -27,7 +27,15 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     """`verify` with its options as one object; the files that they name are written in any case."""
     from quantcli.checkpoint.hub import find_model
 
+    given = options
     folder = _with_weights(find_model(str(options.checkpoint), progress))
+    if options.card:
+        from quantcli.verification.report.card import check_card
+
+        if folder != Path(options.checkpoint).expanduser():
+            what, fix = "--card writes into a folder, and this is a Hub id", "give a folder"
+            raise InputError(what, where=str(options.checkpoint), fix=fix)
+        check_card(folder)
     if options.recipe is not None:
         from quantcli.recipe.written import read_recipe
 
@@ -49,6 +57,13 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     from quantcli.verification.depths import verify as verify_depths
 
     report = verify_depths(replace(options, checkpoint=folder), progress).to_json()
+    report["card_written"] = None
+    if options.card:
+        from quantcli.verification.report.card import figures, write_card
+
+        if report["ok"]:
+            write_card(folder, figures(report, given))
+        report["card_written"] = report["ok"]
     if options.junit is not None:
         from quantcli.verification.report.junit import junit
 

@@ -42,6 +42,9 @@ class VerifyOptions:
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
     max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
     max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
+    card: bool = _option(
+        "If it passes, write the figures into the checkpoint's own README.md and manifest.", False
+    )
     junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
     page: Path | None = None  # HTML
     workers: int | None = None  # None: one for each core

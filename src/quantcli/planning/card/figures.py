@@ -8,7 +8,7 @@ END = "<!-- quantcli: end of verification -->"
 
 def section(text: str) -> str:
     """The section with some text."""
-    return f"{BEGIN}\n{text.strip()}\n{END}"
+    return f"{BEGIN}\n\n{text.strip()}\n\n{END}"
 
 
 def replaced(card: str, text: str) -> str | None:

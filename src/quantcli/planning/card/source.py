@@ -50,8 +50,8 @@ def read_source_card(checkpoint: Checkpoint) -> SourceCard:
     front, body, fault = split(text)
     if fault is not None:
         notes.append(
-            f"the front matter of the model's {CARD} cannot be read ({fault}): the new card has not its "
-            "license and tags, and quotes it as it is"
+            f"the front matter of the model's {CARD} cannot be read ({fault}): the new card has no "
+            "license or tags of it, and quotes it as it is"
         )
     if ours and is_ours(front):
         body = unquote(body.partition(f"\n{SOURCE_CARD}\n")[2])
