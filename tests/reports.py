@@ -156,24 +156,34 @@ def outliers(layers=28, stack="model.layers"):
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page with their attributes, its text outside of scripts, and `pre` as it is."""
+    """The elements of a page with their attributes, and its text.
+
+    text:   outside of scripts, styles and charts; `pre` as it is.
+    labels: texts in charts.
+    tips:   what the pointer shows there.
+    """
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.text, self.scripts, self._inside = [], [], [], ""
-        self.pre = ""
+        self.elements, self.text, self.scripts, self.labels, self.tips = [], [], [], [], []
+        self.pre, self._inside, self._in_chart = "", "", False
         self.feed(text)
         self.text = " ".join(" ".join(self.text).split())
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self._inside = tag
+        self._in_chart = self._in_chart or tag == "svg"
 
     def handle_endtag(self, tag):
         self._inside = ""
+        self._in_chart = self._in_chart and tag != "svg"
 
     def handle_data(self, data):
-        if self._inside == "script":
+        if self._in_chart:
+            if data.strip():
+                (self.tips if self._inside == "title" else self.labels).append(data)
+        elif self._inside == "script":
             self.scripts.append(data)
         elif self._inside != "style":
             self.text.append(data)
@@ -181,3 +191,7 @@ class Elements(html.parser.HTMLParser):
 
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
+
+    def charts(self):
+        """The names of all charts, for those who cannot see them."""
+        return [a["aria-label"] for a in self.all("svg") if "chart" in a.get("class", "")]

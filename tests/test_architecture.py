@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
 
 # what `--help`, `inspect` and `recipes` must not wait for
-HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "plotly", "jinja2", "markupsafe",
+HEAVY = {"torch", "numpy", "transformers", "ray", "torch_npu", "jinja2", "markupsafe",
          "pydantic"}  # fmt: skip
-DRAWING = {"jinja2", "markupsafe", "plotly"}  # what only a page needs
+DRAWING = {"jinja2", "markupsafe"}  # what only a page needs
 MODULES = [m.name for m in pkgutil.walk_packages(quantcli.__path__, "quantcli.")]
 # runs a command; its last line is what was loaded, and what quantcli's own modules imported
 WATCHED = """
@@ -228,7 +228,7 @@ def test_a_wheel_has_every_file_of_the_package():
     packed = {path for pattern in patterns for path in SOURCE.glob(pattern)}
     files = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert files == packed | {path for path in files if path.suffix == ".py"}
-    assert SOURCE / "verification" / "report" / "base.html.jinja" in packed
+    assert SOURCE / "verification" / "report" / "templates" / "base.html.jinja" in packed
 
 
 def test_only_the_cli_prints():

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import textwrap
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,8 +11,8 @@ import yaml
 
 from quantcli.recipe.recipe import load_recipe
 from quantcli.verification.outcome import CHECKS
+from tests.pages import PAGES, ROOT, anchors, broken, links
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -76,7 +75,7 @@ def shows(source, runs):
 
 SHOWN = [
     pytest.param(path, runs, id=f"{page.name}-{number}")
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in PAGES
     for number, (path, runs) in enumerate(excerpts(page.read_text()))
 ]
 
@@ -95,3 +94,35 @@ def test_other_code_in_a_page_is_seen():
     assert not shows(source.replace("return x", "return y"), runs)
     assert not shows(source.replace("x = 1", "z = 1"), runs)
     assert not shows("    def f():\n        return x\nx = 1\n", runs)  # another order
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(page):
+    relative = [link for link in links(page.read_text()) if "://" not in link]
+    bad = [fault for link in relative if (fault := broken(link, page))]
+    assert not bad, "\n".join(bad)
+
+
+def test_broken_links_are_seen():
+    page, text = (
+        ROOT / "docs" / "verify.md",
+        "# Checks of `q` (a, b)\n[a](b.md#c) `[no](x)`\n```\n[n](o)\n```\n",
+    )
+    assert list(links(text)) == ["b.md#c"]
+    assert anchors(text) == {"checks-of-q-a-b"}
+    assert broken("recipe.md#roles", page) is None
+    assert broken("#limits", page) is None
+    assert broken("recipe.md#rolls", page) == "verify.md: recipe.md has no heading #rolls"
+    assert broken("missing.md", page) == "verify.md: there is no missing.md"
+    assert broken("../../outside.md", page) is not None
+
+
+def test_figures_of_the_comparison_are_those_of_the_benchmarks():
+    page = (ROOT / "docs" / "compare.md").read_text()
+    measured = [line for line in page.split("## Measured")[1].splitlines() if line.startswith("| ")]
+    figures = {
+        figure for line in measured for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", line)
+    }
+    known = "".join((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "pretrained.md"))
+    assert len(figures) > 20
+    assert not {figure for figure in figures if figure not in known}

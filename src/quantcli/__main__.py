@@ -50,6 +50,7 @@ class _Signals:
         """Report an interrupt with system calls alone: what prints otherwise may be half imported."""
         document = f"""{{
   "ok": false,
+  "schema_version": 1,
   "error": {{
     "what": "interrupted",
     "where": null,

@@ -40,7 +40,21 @@ class Result:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.out)
+        """The document of a command with --json; it has what every document has."""
+        document = json.loads(self.out)
+        error = document["error"]
+        assert list(document)[:4] == ["ok", "schema_version", "error", "exit_code"]
+        assert list(error) == ["what", "where", "fix"] if self.code else error is None
+        assert (
+            document
+            | {
+                "ok": self.code == 0,
+                "schema_version": 1,
+                "exit_code": self.code,
+            }
+            == document
+        )
+        return document
 
     @property
     def later(self) -> str:

@@ -1,115 +1,117 @@
-"""Pages in a real browser: all charts are drawn, nothing fails, nothing is fetched."""
-
-import json
-import re
-import subprocess
+"""Pages in a real browser: nothing fails, nothing is fetched, they fit, and marks say what they are."""
 
 import pytest
 
 from quantcli.verification.report.outliers import outliers_page
 from quantcli.verification.report.page import page
 from tests import reports
+from tests.browser import Browser
 
 pytestmark = pytest.mark.browser
+WIDTHS = (1400, 400)
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """Opens a page: the DOM after its scripts have run, what the console says, what was asked for."""
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(str(tmp_path_factory.mktemp("profile")))
+    yield browser
+    browser.close()
 
-    def open_(text):
-        file, log = tmp_path / "page.html", tmp_path / "net.json"
+
+@pytest.fixture(scope="module")
+def opened(browser, tmp_path_factory):
+    """Opens a page, which must say nothing, ask for nothing, and fit the window."""
+
+    def open_(text, **options):
+        file = tmp_path_factory.mktemp("page") / "page.html"
         file.write_text(text, encoding="utf-8")
-        done = subprocess.run(
-            [
-                "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                "--disable-default-apps", "--disable-domain-reliability",
-                f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}",
-                "--enable-logging=stderr", "--virtual-time-budget=10000", "--window-size=1400,2200",
-                "--dump-dom", file.as_uri(),
-            ],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        return done.stdout, said, list(requests(log))
+        browser.open(file, **options)
+        assert browser.said == []
+        assert browser.asked == []
+        wide = browser.run("document.documentElement.scrollWidth")
+        assert wide <= options.get("width", 1400)
+        return browser
 
     return open_
 
 
-@pytest.fixture
-def dom(opened):
-    """The DOM of a page that says nothing and asks for nothing."""
-
-    def dom_(text):
-        found, said, asked = opened(text)
-        assert said == []
-        assert asked == []
-        return found
-
-    return dom_
+def test_a_page_that_fails_and_fetches_is_noticed(browser, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='http://127.0.0.1:9/x'><script>absent()</script>")
+    browser.open(bad)
+    assert browser.asked == ["http://127.0.0.1:9/x"]
+    assert any("absent is not defined" in text for text in browser.said)
 
 
-def requests(log):
-    """What the page has asked for; what the browser asks for by itself has no initiator."""
-    for event in json.loads(log.read_text())["events"]:
-        parameters = event.get("params", {})
-        if parameters.get("initiator", "not an origin") != "not an origin":
-            yield parameters["url"]
+@pytest.mark.parametrize("width", WIDTHS)
+def test_all_marks_are_drawn_within_their_charts(opened, width):
+    shown = opened(page(reports.report(28, bad=["layers.13"])), width=width)
+    lost = shown.run("""[...document.querySelectorAll("svg.chart")].flatMap((chart) => {
+      const box = chart.getBoundingClientRect();
+      return [...chart.querySelectorAll("[data-tip], text")].filter((mark) => {
+        const { left, right, top, bottom, width } = mark.getBoundingClientRect();
+        const fine = getComputedStyle(mark).display === "none";
+        return !fine && (!width || left < box.left - 1 || right > box.right + 1
+          || top < box.top - 1 || bottom > box.bottom + 1);
+      }).map((mark) => mark.outerHTML);
+    })""")
+    assert lost == []
+    overlapping = shown.run("""[...document.querySelectorAll("svg.plot")].filter((chart) => {
+      const boxes = [...chart.querySelectorAll("text.middle")]
+        .map((text) => text.getBoundingClientRect()).filter((box) => box.width)
+        .sort((a, b) => a.top - b.top || a.left - b.left);
+      return boxes.some((box, i) => i && box.top === boxes[i - 1].top && box.left < boxes[i - 1].right);
+    }).length""")
+    assert overlapping == 0
 
 
-def drawn(dom, kind):
-    return len(re.findall(f'class="{kind}[" ]', dom))
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["structure", "experts", "outliers"])
+def test_pages_fit(opened, width, kind):
+    text = {
+        "structure": lambda: page(reports.structure()),
+        "experts": lambda: page(reports.report(80, 4, bad=["layers.13.mlp.experts.2"])),
+        "outliers": lambda: outliers_page("/models/x", reports.outliers(94)),
+    }[kind]()
+    shown = opened(text, width=width)
+    assert shown.run("document.querySelectorAll('.map').length") == {"experts": 1, "outliers": 5}.get(
+        kind, 0
+    )
 
 
-def test_a_page_that_fails_and_fetches_is_noticed(opened):
-    _, said, asked = opened("<img src='http://127.0.0.1:9/x'><script>absent()</script>")
-    assert asked == ["http://127.0.0.1:9/x"]
-    assert any("absent is not defined" in line for line in said)
+def test_marks_say_what_they_are(opened):
+    shown = opened(page(reports.report(28, bad=["layers.13"])))
+    tip = "document.querySelector('.tip')"
+    assert shown.run(f"{tip}.hidden") is True
+    shown.point(".map .heat path")
+    text = shown.run(f"{tip}.textContent")
+    assert text.splitlines()[0] == "self_attn.q_proj" or text.startswith(
+        "model.layers.0.self_attn.q_proj"
+    )
+    shown.run("document.querySelector('svg.heat:not(.names)').focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        shown.press(key)
+    assert shown.run(f"{tip}.textContent").startswith("model.layers.")
+    assert shown.run("document.querySelectorAll('.shown').length") == 1
+    shown.press("Escape")
+    assert shown.run(f"{tip}.hidden") is True
 
 
-def test_every_chart_is_drawn(dom):
-    report = reports.report(28, bad=["layers.13"])
-    found = dom(page(report))
-    assert 'data-drawn="11"' in found
-    texts = re.findall(r'class="heatmap-label"[^>]*>(.*?)</text>', found)
-    assert len(texts) == len(report["modules"])
-    assert sum("✕" in text for text in texts) == 7
-    assert found.count(">▼<") == 1
-    assert drawn(found, "hm") == 1
-    assert drawn(found, "trace bars") == 8 + 1
-    assert drawn(found, "point") >= 8 * 16 + 20
-    assert drawn(found, "trace scatter") == 1 + 4 + 2  # frames; outputs, limit, failed; perplexities
+def test_colours_of_the_dark_and_of_paper(opened):
+    text = page(reports.report(2))
+    back = "getComputedStyle(document.body).backgroundColor"
+    assert opened(text, scheme="dark").run(back) == "rgb(17, 22, 28)"
+    assert opened(text, scheme="dark", media="print").run(back) == "rgb(255, 255, 255)"
 
 
-def test_many_layers_and_experts(dom):
-    found = dom(page(reports.report(80, 4, bad=["layers.13.mlp.experts.2"])))
-    assert 'data-drawn="11"' in found
-    texts = re.findall(r'class="heatmap-label"[^>]*>(.*?)</text>', found)
-    assert sum("✕" in text for text in texts) == 3
-    assert {re.sub("<.*?>", "", text) for text in texts} <= {"", "✕"}  # numbers have no room
-
-
-def test_a_page_without_charts(dom):
-    assert 'data-drawn="0"' in dom(page(reports.structure()))
-
-
-def test_strangers_run_nothing_and_are_shown_as_they_are(dom):
+def test_strangers_run_nothing_and_are_shown_as_they_are(opened):
     report = reports.hostile()
-    report["modules"][2]["module"] = "model.layers.0.&lt;i&gt;%{x}$y$"
-    report["modules"][3]["module"] = 'model.layers.0."><img src=x>'
-    report["modules"][4]["module"] = "model.layers.0.</script><i>x</i>"
-    found = dom(page(report))
-    elements = reports.Elements(found)
-    assert len(elements.all("script")) == 3
-    assert not {"img", "a", "i"} & {tag for tag, _ in elements.elements}
-    # as they are, on the axis
-    assert ">&amp;lt;i&amp;gt;%{x}$y$</text>" in found
-    assert '>"&gt;&lt;img src=x&gt;</text>' in found
-    assert ">&lt;/script&gt;&lt;i&gt;x&lt;/i&gt;</text>" in found
-
-
-def test_outliers(dom):
-    found = dom(outliers_page("/models/x", reports.outliers()))
-    assert 'data-drawn="5"' in found
-    assert drawn(found, "hm") == 5
+    name = 'model.layers.0.&lt;i&gt;"><img src=x></title></svg><i>x</i>'
+    report["modules"][2]["module"] = name
+    shown = opened(page(report))
+    assert shown.run("document.querySelectorAll('script').length") == 1
+    assert shown.run("document.querySelectorAll('img, a, i').length") == 0
+    tips = shown.run(
+        "[...document.querySelectorAll('[data-tip]')].map((m) => m.getAttribute('data-tip'))"
+    )
+    assert any(tip.startswith(f"{name}\n") for tip in tips)

@@ -24,8 +24,8 @@ from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay import devices, replay, states
 from quantcli.calibration.report import LayerReport
 from quantcli.calibration.session import Resources
-from quantcli.cli import progress
 from quantcli.commands import quantize as commands
+from quantcli.core import events
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.planning.siblings import Siblings
@@ -72,7 +72,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(text: str) -> list[str]:
-    """What is on stderr, without times."""
+    """What is on stderr, without times and rates."""
+    text = re.sub(r" · \S+ tok/s · elapsed \d+:\d\d · ETA \d+:\d\d", " · RATE", text)
     return re.sub(r"\d+\.\d s", "N s", text).splitlines()
 
 
@@ -93,7 +94,7 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     assert "smoothed     16 groups of channels" in table
     assert words(result.later) == [
         "running: 4 layers, 64 tokens",
-        *(f"layer {n + 1}/4: model.layers.{n} N s" for n in range(LAYERS)),
+        *(f"layer {n + 1}/4: model.layers.{n} N s · RATE" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
     ]
     again = bench.calibrate()
@@ -458,7 +459,7 @@ def test_a_report_that_is_gone_is_made_again(make: Callable[..., Bench]) -> None
 def test_ctrl_c(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make()
     with monkeypatch.context() as patch:
-        patch.setattr(progress.ShardLines, "layer", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(events.Events, "layer", lambda *_: signal.raise_signal(signal.SIGINT))
         for run in (bench.calibrate, bench.run):
             result = run()
             assert result.code == 130
@@ -473,7 +474,7 @@ def test_sigterm_where_sigint_is_ignored(
 ) -> None:
     """As it is in what a script starts in the background."""
     bench = make()
-    monkeypatch.setattr(progress.ShardLines, "layer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(events.Events, "layer", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         result = bench.calibrate()
@@ -1098,8 +1099,8 @@ def test_a_device_that_is_not_here(
 INTERRUPTED = """
 import signal, sys
 from quantcli.cli import output as console
-from quantcli.cli import progress
-said, twice = progress.ShardLines.layer, sys.argv.pop(1) == "2"
+from quantcli.core import events
+said, twice = events.Events.layer, sys.argv.pop(1) == "2"
 def layer(*args):
     said(*args)
     while True:
@@ -1108,7 +1109,7 @@ def error(*args):
     print("it is seen to", file=sys.stderr, flush=True)
     while True:
         signal.pause()
-progress.ShardLines.layer = layer
+events.Events.layer = layer
 if twice:
     console.Output.error = error
 from quantcli.__main__ import entry

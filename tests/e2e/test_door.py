@@ -25,7 +25,7 @@ def test_version(option: str) -> None:
     assert (plain.code, plain.out, plain.err) == (0, f"quantcli {__version__}\n", "")
     for arguments in ([option, "--json"], ["--json", option]):
         result = run_cli(*arguments)
-        assert (result.code, result.json, result.err) == (0, {"ok": True, "version": __version__}, "")
+        assert (result.code, result.json["version"], result.err) == (0, __version__, "")
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,4 @@ def test_misspelt(arguments: list[str], what: str, fix: str) -> None:
     assert (result.code, result.err) == (2, f"error: {what}\n  fix: {fix}\n")
     documented = run_cli(*arguments, "--json") if arguments[-1] != "--tensors" else None
     if documented and "--json" not in arguments:
-        error = {"what": what, "where": None, "fix": fix}
-        assert documented.json == {"ok": False, "error": error, "exit_code": 2}
+        assert documented.json["error"] == {"what": what, "where": None, "fix": fix}

@@ -69,7 +69,7 @@ def test_an_installed_package_is_found_and_used(site: Path, model: Path, tmp_pat
     assert manifest["target"] == "toy-tensors"
 
     support = quantcli(site, "inspect", "--support", "--json")
-    cells = {(c["scheme"], c["target"]): c for c in json.loads(support.stdout)}
+    cells = {(c["scheme"], c["target"]): c for c in json.loads(support.stdout)["support"]}
     assert cells["pow2", "ascend"]["label"] == "W8A8_DYNAMIC"
     assert cells["w8a8_dynamic", "toy-tensors"]["label"] == "int8 W8A8 dynamic"
 

@@ -1,137 +1,24 @@
-"""The wheel, installed away from the checkout, with what it declares and nothing else.
-
-The dependencies are those of the environment that runs the tests, as links: nothing is downloaded. A
-package that the wheel does not declare, itself or by what it declares, is not there.
-"""
+"""The wheel, installed away from the checkout, with what it declares and nothing else."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
-import venv
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.e2e.conftest import make_llama, run_cli, snapshot
+from tests.pages import broken, links
+from tests.wheel.installing import Installed, install, pip
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import house  # noqa: E402
-
-FOLDERS = ("src", "recipes")
-FILES = (
-    "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-    "examples/calibration.txt",
-)
-
-
-def pip(*words: object) -> str:
-    run = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of its own: setuptools would take over what an earlier build left in `build`."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.egg-info", "*.pyc"))
-    for name in FILES:
-        (copy / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dist = tmp_path_factory.mktemp("dist")
-    pip("wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", dist, copy)
-    (built,) = dist.iterdir()
-    return built
-
-
-@dataclass(frozen=True)
-class Installed:
-    """An environment with the wheel, and an empty directory to run commands in."""
-
-    folder: Path
-    work: Path
-
-    @property
-    def site(self) -> Path:
-        (found,) = self.folder.glob("lib/python*/site-packages")
-        return found
-
-    def run(self, program: str, *words: object) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        run = [str(self.folder / "bin" / program), *map(str, words)]
-        return subprocess.run(run, capture_output=True, text=True, check=False, cwd=self.work, env=kept)
-
-    def quantcli(self, *words: object) -> str:
-        done = self.run("quantcli", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-
-def needed(requirements: list[str], extras: set[str]) -> Iterator[Requirement]:
-    """What applies here, with these extras."""
-    for requirement in map(Requirement, requirements):
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            yield requirement
-
-
-def declared(installed: Path) -> dict[str, metadata.Distribution]:
-    """What a distribution needs, and what that needs, each in a version that it asks for."""
-    found: dict[str, metadata.Distribution] = {}
-    todo = list(needed(metadata.Distribution.at(installed).requires or [], set()))
-    asked: set[tuple[str, str]] = set()
-    while todo:
-        requirement = todo.pop()
-        distribution = metadata.distribution(requirement.name)
-        assert requirement.specifier.contains(distribution.version, prereleases=True), str(requirement)
-        found[canonicalize_name(requirement.name)] = distribution
-        if (key := (requirement.name, ",".join(sorted(requirement.extras)))) not in asked:
-            asked.add(key)
-            todo += needed(distribution.requires or [], requirement.extras)
-    return found
-
-
-def install(wheel: Path, root: Path) -> Installed:
-    """A new environment with the wheel and what it declares."""
-    there = Installed(root / "environment", root / "elsewhere")
-    there.work.mkdir()
-    venv.create(there.folder, symlinks=True)
-    python = there.folder / "bin" / "python"
-    pip("--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    (own,) = there.site.glob("quantcli-*.dist-info")
-    for distribution in declared(own).values():
-        assert distribution.files is not None, distribution.name
-        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (there.site / top).exists():
-                (there.site / top).symlink_to(distribution.locate_file(top))
-    return there
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    return install(wheel, tmp_path_factory.mktemp("installed"))
 
 
 def test_the_wheel_holds_the_package_and_what_it_carries(wheel: Path) -> None:
@@ -161,13 +48,30 @@ def test_the_wheel_declares_what_it_imports(installed: Installed) -> None:
     assert not missing
 
 
+def test_links_of_the_package_page_lead_to_files_of_this_repository(installed: Installed) -> None:
+    """All are absolute, and those of README.md are there, to pages as GitHub shows them."""
+    (own,) = installed.site.glob("quantcli-*.dist-info")
+    page = metadata.Distribution.at(own).metadata
+    assert page["Description-Content-Type"] == "text/markdown"
+    homes = [url.split(", ")[1] for url in page.get_all("Project-URL", [])]
+    assert len(homes) == 5
+    shown = list(links(page.get_payload()))
+    for before, after in zip(links((ROOT / "README.md").read_text()), shown, strict=True):
+        if ":" in before or before.startswith("#"):
+            assert after == before
+        else:
+            assert after.startswith((f"{homes[0]}/blob/main/", "https://raw.githubusercontent.com/"))
+            path = after.partition("/main/")[2]
+            assert path == before
+            assert broken(path, ROOT / "README.md") is None
+    assert any("/blob/main/docs/" in link for link in shown)
+
+
 def test_the_environment_is_the_wheel_and_what_it_declares(installed: Installed) -> None:
-    assert pip("--python", installed.folder / "bin" / "python", "check") == (
-        "No broken requirements found.\n"
-    )
+    assert pip("--python", installed.bin / "python", "check") == ("No broken requirements found.\n")
     where = installed.run("python", "-c", "import quantcli; print(quantcli.__file__)").stdout.strip()
     assert Path(where) == installed.site / "quantcli" / "__init__.py"
-    for absent in ("pytest", "compressed_tensors", "plotly"):
+    for absent in ("pytest", "compressed_tensors"):
         assert installed.run("python", "-c", f"import {absent}").returncode == 1
 
 

@@ -37,7 +37,7 @@ def _root(
 ) -> None:
     """Options of the tool itself."""
     if version:
-        document = {"ok": True, "version": __version__}
+        document = {"version": __version__}
         Output(as_json=True).document(document) if as_json else typer.echo(f"quantcli {__version__}")
         raise typer.Exit
     if as_json:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.text import count
@@ -17,7 +18,9 @@ _LAYERS = 8  # in the table of experts
 _EXPERTS = 8  # numbers in a cell of it
 
 
+@options.on_screen
 def calibrate(
+    output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
     out: Annotated[
@@ -31,8 +34,6 @@ def calibrate(
         bool, typer.Option("--fresh", help="Start over instead of resuming after the last layer.")
     ] = False,
     trust_remote_code: options.Trust = False,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Run samples through the model, one layer at a time, and keep statistics for static schemes.
 
@@ -42,7 +43,6 @@ def calibrate(
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     overrides = tuple(set_ or ())
     with watch(output) as planning:
@@ -52,9 +52,10 @@ def calibrate(
     began = time.monotonic()
     with watch(output) as progress:
         report = commands.calibrate(session, resources, progress, fresh=fresh)
-    output.result({"ok": True, **report}, show_calibration)
+    output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}")
+    following.show(output, *following.after_calibrate(recipe, model, overrides, session.folder))
 
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:

@@ -39,12 +39,11 @@ def convert(
     """
     from quantcli.cli.progress import watch
 
-    if not out.as_json and (plan_only or not out.quiet):
-        show()
+    out.show(show, on_screen=plan_only or not out.quiet)
     check()
     if plan_only:
         if out.as_json:
-            out.document({"ok": True, "plan": report(None)})
+            out.document({"plan": report(None)})
         return
     began = time.monotonic()
     with watch(out) as progress:
@@ -58,7 +57,7 @@ def convert(
         f"done: {result.out}, {decimal(nbytes)}{closing[0]}, {seconds:.1f} s{earlier}{closing[1]}"
     )
     if out.as_json:
-        document = {"ok": True, "out": str(result.out), "bytes": nbytes, "shards_reused": reused}
+        document = {"out": str(result.out), "bytes": nbytes, "shards_reused": reused}
         out.document({**document, "files": result.files, "plan": report(result)})
 
 

@@ -8,13 +8,16 @@ import typer
 from rich.filesize import decimal
 
 from quantcli.checkpoint.files import STALE
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
-from quantcli.core.errors import Exit, InputError
+from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.text import count
 
 
+@options.on_screen
 def inspect(
+    output: Output,
     model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
@@ -29,7 +32,6 @@ def inspect(
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
-    as_json: options.Json = False,
 ) -> None:
     """Show the contents of a checkpoint.
 
@@ -40,16 +42,16 @@ def inspect(
     from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
 
-    out = Output(as_json=as_json)
     if support:
         if model is not None or tensors is not None or outliers or page:
             raise InputError(
                 "--support takes neither a model nor an option other than --json",
                 fix="quantcli inspect --support",
             )
-        with watch(out) as progress:
+        with watch(output) as progress:
             cells = commands.support(progress)
-        out.result(cells, show_support)
+        output.result({"support": cells}, show_support)
+        following.show(output, following.shell("quantcli", "recipes"))
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
@@ -59,15 +61,23 @@ def inspect(
         if tensors is not None:
             fix = f"quantcli inspect --outliers {model}"
             raise InputError("--outliers does not take --tensors", fix=fix)
-        with watch(out) as progress:
+        with watch(output) as progress:
             ranking = commands.outliers(model, progress, page)
-        out.result(ranking, show_outliers)
+        output.result(ranking, show_outliers)
+        following.show(output, *following.after_outliers(model))
         return
-    with watch(out) as progress:
+    with watch(output) as progress:
         contents = commands.inspect(model, tensors, progress)
-    out.result(contents, show_inspection)
-    if contents["problems"]:
-        raise typer.Exit(Exit.ANSWER_NO)
+    output.result(contents, show_inspection, _suspicion(model, contents["problems"]))
+    following.show(output, *following.after_inspect(model, contents))
+
+
+def _suspicion(model: str, problems: list[dict[str, Any]]) -> AnswerNo | None:
+    if not problems:
+        return None
+    what = f"the checkpoint is suspicious: {problems[0]['what']}"
+    more = f", and {count(len(problems) - 1, 'more problem')}" if len(problems) > 1 else ""
+    return AnswerNo(what + more, where=model, fix=problems[0]["fix"])
 
 
 def show_inspection(out: Output, contents: dict[str, Any]) -> None:
@@ -116,10 +126,10 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
         out.line(f"suspicious    {problem['what']}{where}{fix}")
 
 
-def show_support(out: Output, cells: list[dict[str, Any]]) -> None:
+def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
     """Print which schemes each target can store, and where they load."""
     rows = []
-    for cell in cells:
+    for cell in report["support"]:
         options = (f", {option}: {value}" for option, value in cell["options"].items())
         how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
         rows.append([cell["scheme"] + "".join(options), cell["target"], *how])

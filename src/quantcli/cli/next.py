@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.output import Output
@@ -16,13 +15,12 @@ if TYPE_CHECKING:
     from quantcli.commands.job import Job
     from quantcli.planning.plan import Plan
 
-# Words in capitals stand for what only the user knows.
-TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())  # the command line, without its name
 _LABEL = "next: "
 _INDENT = " " * len(_LABEL)
 _MORE = " \\"  # at the end of a line of a command that goes on
 
-Step = list[str]  # the words of a command, quoted for a shell
+# The words of a command, quoted for a shell. Those in capitals stand for what only the user knows.
+Step = list[str]
 
 
 def shell(*words: object) -> Step:
@@ -59,9 +57,9 @@ def _folded(step: Step, width: int) -> Iterator[str]:
     yield line
 
 
-def typed(*more: object, without: str) -> Step:
+def typed(out: Output, *more: object, without: str = "") -> Step:
     """This command line again, without an option that takes no value, and with more words."""
-    words = [word for word in TYPED.get() if word != without]
+    words = [word for word in shlex.split(out.command) if word != without]
     return shell("quantcli", *words, *more)
 
 
@@ -77,8 +75,6 @@ def after_recipes(name: str | None = None) -> list[Step]:
 
 def after_inspect(model: str, contents: dict[str, Any]) -> list[Step]:
     """What follows a look at a checkpoint: recipes for a float model, proof for a quantized one."""
-    if contents["problems"]:
-        return []
     if contents["quantization"] is not None:
         return [shell("quantcli", "verify", model, "--full")]
     return [
@@ -95,7 +91,9 @@ def after_outliers(model: str) -> list[Step]:
     ]
 
 
-def after_calibrate(recipe: str, model: str | None, overrides: Sequence[str], folder: Path) -> list[Step]:
+def after_calibrate(
+    recipe: str, model: str | None, overrides: Sequence[str], folder: Path
+) -> list[Step]:
     """The conversion that uses the calibration."""
     named = ("--model", model) if model is not None else ()
     options = [word for override in overrides for word in ("--set", override)]
@@ -103,13 +101,13 @@ def after_calibrate(recipe: str, model: str | None, overrides: Sequence[str], fo
     return [shell(*words)]
 
 
-def after_quantize(job: Job[Plan], model: str | None) -> list[Step]:
+def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]:
     """Proof of the checkpoint, and how to serve it; of a part, the next one and the joining.
 
     model: as the user named it; None if the recipe does.
     """
     if job.part is not None:
-        return list(_after_part(job))
+        return list(_after_part(out, job))
     source = model or job.plan.recipe.file.model
     calibration = ("--calibration", job.session.folder) if job.session is not None else ()
     verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)
@@ -126,15 +124,16 @@ def _serve(job: Job[Any]) -> list[Step]:
     return [shell(*command.words) for command in commands[:1]]
 
 
-def _after_part(job: Job[Plan]) -> Iterator[Step]:
+def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:
     part = job.part
     assert part is not None
     whole = job.out.with_name(job.out.name.removesuffix(f".part-{part.number}-of-{part.of}"))
     parts = [type(part)(number, part.of) for number in range(1, part.of + 1)]
-    if missing := [other for other in parts if other != part and not other.folder(whole).exists()]:
+    if missing := [p for p in parts if p != part and not p.folder(whole).exists()]:
         given = f"{part.number}/{part.of}"
-        words = [f"{missing[0].number}/{part.of}" if word == given else word for word in TYPED.get()]
-        yield shell("quantcli", *words)
+        other = f"{missing[0].number}/{part.of}"
+        again = {given: other, f"--part={given}": f"--part={other}"}
+        yield shell("quantcli", *(again.get(word, word) for word in shlex.split(out.command)))
     all_parts = f"{shlex.quote(str(whole))}.part-*-of-{part.of}"
     yield ["quantcli", "pack", "--merge", all_parts, *shell("--out", whole)]
 
@@ -144,16 +143,15 @@ def after_merge(out: Path) -> list[Step]:
     return [shell("quantcli", "verify", out, "--full")]
 
 
-def after_verify(checkpoint: str, report: dict[str, Any], *, page: bool) -> list[Step]:
+def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Path | None) -> list[Step]:
     """Deeper proof if only headers were read; else how to serve and publish; of a failure, a page.
 
-    page: whether one was written.
+    page: the one that was written.
     """
     if not report["ok"]:
-        again = typed("--report", "verify.html", without="--json")
-        return [*([] if page else [again]), shell("quantcli", "inspect", checkpoint)]
-    serve = [shlex.split(command["command"]) for command in report["serve"][:1]]
-    steps = [shell(*words) for words in serve]
+        again = [typed(out, "--report", "verify.html")] if page is None else []
+        return [*again, shell("quantcli", "inspect", checkpoint)]
+    steps = [shell(*shlex.split(command["command"])) for command in report["serve"][:1]]
     if report["depths"] == ["structure"]:
         return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
     return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]

@@ -25,8 +25,6 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages and no progress.")]
 Device = Annotated[str, typer.Option(help="Device for calibration: cpu, cuda or npu.")]
 MaxMemory = Annotated[
     str | None,
@@ -72,6 +70,44 @@ def resources_of(device: str, workers: int | None, max_memory: str | None, *, tr
 
 
 Command: TypeAlias = Callable[..., None]
+
+
+def on_screen(command: Command) -> Command:
+    """Give a command the options of what it prints; it takes the `Output` that follows them, as
+    `output`."""
+
+    @functools.wraps(command)
+    def parsed(
+        context: typer.Context, *, quiet: bool, verbose: bool, log_file: Path | None, **values: Any
+    ) -> None:
+        context.obj.set_up(quiet=quiet, verbose=verbose, log_file=log_file)
+        values.pop("as_json")  # the process looks for it itself, as errors come before options are read
+        command(output=context.obj, **values)
+
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters if p.name != "output"]
+    shared = inspect.signature(_screen, eval_str=True).parameters.values()
+    parsed.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    return parsed
+
+
+def _screen(
+    *,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print what is decided, and why.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages but errors.")] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append every message to a file, with the time; also those that are not printed.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    context: typer.Context,
+) -> None:
+    """The options that every command has."""
 
 
 def fields_of(options: type[Any], **shared: Any) -> Callable[[Command], Command]:

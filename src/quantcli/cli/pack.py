@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.conversion import convert, show_job
 from quantcli.cli.output import Output
@@ -23,7 +24,9 @@ _MERGE = "quantcli pack --merge OUT.part-* --out OUT"
 _PACK = "quantcli pack CHECKPOINT --target TARGET --out OUT"
 
 
+@options.on_screen
 def pack(
+    output: Output,
     checkpoint: Annotated[
         list[str] | None, typer.Argument(help="Quantized checkpoint; with --merge, all parts of one.")
     ] = None,
@@ -43,8 +46,6 @@ def pack(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without rounding any number again.
 
@@ -57,7 +58,6 @@ def pack(
 
     The same command again resumes an interrupted run.
     """
-    output = Output(as_json=as_json, quiet=quiet)
     folders = checkpoint or []
     if not folders or out is None:
         what = "no checkpoint to pack" if not folders else "option --out is missing"
@@ -79,6 +79,7 @@ def pack(
             report=lambda _: merging.to_json(merge_job),
             closing=("", "; the parts are still there"),
         )
+        _show_next(output, plan, following.after_merge(out))
         return
     if target is None:
         raise InputError("option --target is missing", fix=f"{_PACK}, or {_MERGE}")
@@ -109,6 +110,12 @@ def pack(
         report=lambda _: packing.to_json(job),
         closing=("", f"; {modules} read back with the same codes and scales"),
     )
+    _show_next(output, plan, following.after_pack(job, folders[0]))
+
+
+def _show_next(out: Output, plan: bool, steps: list[following.Step]) -> None:
+    """Show the steps after a conversion; after its plan, the conversion."""
+    following.show(out, *([following.typed(out, without="--plan")] if plan else steps))
 
 
 def show_merge(out: Output, job: Merge) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +27,9 @@ class Signals(Protocol):
 
 def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
-    out = Output(as_json="--json" in argv)
+    out = Output(as_json="--json" in argv, command=shlex.join(argv))
     try:
-        return _guarded(argv, signals)
+        return _guarded(argv, signals, out)
     except QuantError as error:
         return _reported(out, error)
     except BrokenPipeError:  # quantcli inspect MODEL | head
@@ -43,6 +44,8 @@ def run(argv: list[str], signals: Signals) -> int:
     except Exception as error:
         out.bug(error)
         return Exit.OUR_BUG
+    finally:
+        out.close()
 
 
 def _reported(out: Output, error: QuantError) -> int:
@@ -50,7 +53,7 @@ def _reported(out: Output, error: QuantError) -> int:
     try:
         out.error(error)
     except OSError:
-        Output(as_json=False).error(error)
+        out.error(error, document=False)
     try:
         sys.stdout.flush()
     except OSError:
@@ -58,11 +61,11 @@ def _reported(out: Output, error: QuantError) -> int:
     return error.exit_code
 
 
-def _guarded(argv: list[str], signals: Signals) -> int:
+def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
     """The exit code of a command, which interrupts as a KeyboardInterrupt reach."""
     try:
         signals.command_runs = True
-        return _run(argv)
+        return _run(argv, out)
     except KeyboardInterrupt:
         signals.command_runs = False
         raise Interrupted("interrupted", fix=signals.fix) from None
@@ -70,7 +73,7 @@ def _guarded(argv: list[str], signals: Signals) -> int:
         signals.command_runs = False
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], out: Output) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
     group: Any = typer.main.get_command(app)
     switch = os.environ.get("QUANTCLI_KERNELS", "on")
@@ -80,7 +83,7 @@ def _run(argv: list[str]) -> int:
     try:
         if "--json" in argv:  # not after hours of work
             check_stdout()
-        with group.make_context("quantcli", [*argv]) as context:  # click empties its list
+        with group.make_context("quantcli", [*argv], obj=out) as context:  # click empties its list
             group.invoke(context)
         sys.stdout.flush()
     except typer.Exit as error:

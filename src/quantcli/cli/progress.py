@@ -1,128 +1,105 @@
-"""Progress of a run: a bar on a terminal, otherwise one line for each shard or layer."""
+"""Progress of a run: one line at the bottom of a terminal, otherwise lines."""
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rich.filesize import decimal
+from rich.text import Text
 
 from quantcli.cli.output import Output, literal
-from quantcli.core.events import Progress
-from quantcli.core.text import count
+from quantcli.core.events import GOES_ON, Event, Events, Progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from rich.progress import ProgressColumn
+    from rich.console import RenderableType
+
+_REFRESHES = 8  # a second
+_DROPPED = ("rate", "elapsed", "loss", "done")  # in this order, if the terminal is narrow
+_CELLS = 20  # of a bar
 
 
-class ShardLines(Progress):
-    """Progress without a terminal: one line on stderr for each shard or layer."""
-
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._shards = self._done = self._layers = 0
-        self._began = 0.0
-        self._lock = threading.Lock()
-
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Print nothing; the lines that follow show the number of shards."""
-        self._shards = self._done + shards
-
-    def shard(self, file: str, nbytes: int, reused: bool) -> None:
-        """Print `shard 2/7: FILE 5.0 GB`; `kept` in place of the numbers before `begin`."""
-        with self._lock:
-            self._done += 1
-            of = f"{self._done}/{self._shards}" if self._shards else "kept"
-            origin = " (from an earlier run)" if reused else ""
-            self._out.message(f"shard {of}: {file} {decimal(nbytes)}{origin}")
-
-    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """Print the number of layers and of tokens."""
-        self._layers = layers
-        self._began = time.monotonic()
-        earlier = f", {count(done, 'layer')} done by an earlier run" if done else ""
-        self._out.message(f"running: {count(layers, 'layer')}, {tokens:,} tokens{earlier}")
-
-    def layer(self, name: str, index: int, note: str = "") -> None:
-        """Print `layer 2/32: NAME 1.5 s, NOTE`."""
-        more = f", {note}" if note else ""
-        now = time.monotonic()
-        self._out.message(f"layer {index + 1}/{self._layers}: {name} {now - self._began:.1f} s{more}")
-        self._began = now
-
-    def say(self, text: str) -> None:
-        """Print the message."""
-        self._out.message(text)
-
-
-class ProgressBar(Progress):
-    """Progress on a terminal: one bar at a time, over bytes or over layers."""
+class Bar:
+    """The bottom line of a terminal: the latest event, as far as it fits, and messages above it."""
 
     def __init__(self, out: Output) -> None:
+        from rich.live import Live
+
         self._out = out
-        self._bar: Bar | None = None
+        self._event: Event | None = None
+        self._since = 0.0
+        self._live = Live(
+            console=out.messages,
+            refresh_per_second=_REFRESHES,
+            get_renderable=self._line,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
 
-    def begin(self, nbytes: int, shards: int) -> None:
-        """Start a bar over bytes."""
-        from rich.progress import DownloadColumn, TransferSpeedColumn
-
-        self._start(count(shards, "shard"), nbytes, 0, DownloadColumn(), TransferSpeedColumn())
-
-    def advance(self, nbytes: int) -> None:
-        """Move the bar."""
-        if self._bar:
-            self._bar.advance(self._bar.task_ids[0], nbytes)
-
-    def begin_layers(self, layers: int, done: int, tokens: int) -> None:
-        """Start a bar over layers."""
-        from rich.progress import TextColumn
-
-        self._start("running", layers, done, TextColumn("{task.fields[layer]}", markup=False))
-
-    def layer(self, name: str, index: int, note: str = "") -> None:
-        """Move the bar."""
-        if self._bar:
-            layer = f"{name} is done" + (f", {note}" if note else "")
-            self._bar.update(self._bar.task_ids[0], completed=index + 1, layer=literal(layer).plain)
-
-    def say(self, text: str) -> None:
-        """Print the message above the bar."""
-        self._out.message(text)
+    def receive(self, event: Event) -> None:
+        """Show an event: a message above the line, others in it; a layer or a file in both."""
+        if event.kind not in GOES_ON:
+            self._out.event(event)
+        if event.kind not in {"message", "detail"}:
+            self._event, self._since = event, time.monotonic()
+            if not self._live.is_started:
+                self._live.start()
 
     def stop(self) -> None:
-        """Stop the bar; it stays on the terminal."""
-        if self._bar:
-            self._bar.stop()
+        """Take the line off the terminal."""
+        self._live.stop()
 
-    def _start(self, description: str, total: int, done: int, *columns: ProgressColumn) -> None:
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+    def _line(self) -> RenderableType:
+        if self._event is None:
+            return Text("")
+        passed = time.monotonic() - self._since
+        return fitted(_later(self._event, passed), self._out.messages.width)
 
-        self.stop()
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            *columns,
-            TimeRemainingColumn(),
-            console=self._out.messages,
-        )
-        self._bar.add_task(description, total=total, completed=done, layer="")
-        self._bar.start()
+
+def _later(event: Event, seconds: float) -> Event:
+    """An event as it is after a while without another one."""
+    return replace(
+        event,
+        elapsed=None if event.elapsed is None else event.elapsed + seconds,
+        eta=None if event.eta is None else max(0.0, event.eta - seconds),
+    )
+
+
+def fitted(event: Event, width: int) -> Text:
+    """An event in one line of at most `width` - 1 cells: a bar if there is room, and less important
+    figures only if they fit."""
+    text = event.text
+    if event.kind in {"file", "layer"} and ": " in text:
+        text = text[: text.index(": ")]  # the line above it says more
+    figures = event.figures
+    room = max(1, width - 1)
+    for name in ("", *_DROPPED):
+        figures.pop(name, None)
+        line = literal(" · ".join(filter(None, [text, *figures.values()])))
+        if line.cell_len <= room:
+            break
+    line.truncate(room, overflow="ellipsis")
+    if event.total and event.done is not None and line.cell_len + _CELLS + 1 <= room:
+        filled = min(_CELLS, _CELLS * event.done // event.total)
+        bar = Text("━" * filled, style="green") + Text("━" * (_CELLS - filled), style="bright_black")
+        return bar + " " + line
+    return line
 
 
 @contextmanager
 def watch(out: Output) -> Iterator[Progress]:
-    """Progress of the block: a bar on a terminal, otherwise lines, which --quiet leaves out."""
-    if out.quiet or not sys.stderr.isatty():
-        yield ShardLines(out)
+    """Progress of the block: a line on a terminal, otherwise lines, which --quiet leaves out."""
+    if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
+        yield Events(out.event)
         return
-    bar = ProgressBar(out)
+    bar = Bar(out)
+    events = Events(bar.receive, 1 / _REFRESHES)
+    events.also(out.log_progress)
     try:
-        yield bar
+        yield events
     finally:
         bar.stop()

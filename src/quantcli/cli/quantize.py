@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.calibrate import show_experts
 from quantcli.cli.conversion import convert, show_job
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from quantcli.planning.plan import Plan
 
 
+@options.on_screen
 def quantize(
+    output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
     out: Annotated[
@@ -48,8 +52,6 @@ def quantize(
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     trust_remote_code: options.Trust = False,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint with a recipe. The same command again resumes an interrupted run.
 
@@ -60,7 +62,6 @@ def quantize(
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     with watch(output) as planning:
         job = commands.plan(
@@ -95,8 +96,11 @@ def quantize(
         closing=_closing(job),
     )
     for final in calibrated:
-        if not (as_json or quiet or job.plan.experts):
-            show_experts(output, final.experts)
+        if not job.plan.experts:
+            show = partial(show_experts, output, final.experts)
+            output.show(show, on_screen=not output.quiet)
+    again = [following.typed(output, without="--plan")]
+    following.show(output, *(again if plan else following.after_quantize(output, job, model)))
 
 
 def show_plan(out: Output, job: Job[Plan]) -> None:

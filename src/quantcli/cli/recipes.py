@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import InputError, closest
@@ -14,11 +15,12 @@ from quantcli.core.errors import InputError, closest
 _SHOW = "quantcli recipes show NAME"
 
 
+@options.on_screen
 def recipes(
+    output: Output,
     words: Annotated[
         list[str] | None, typer.Argument(metavar="show NAME", help="Print this recipe instead.")
     ] = None,
-    as_json: options.Json = False,
 ) -> None:
     """List the recipes that come with quantcli.
 
@@ -27,7 +29,6 @@ def recipes(
     """
     from quantcli.recipe.shipped import describe_recipe, recipe_text, shipped_recipes
 
-    out = Output(as_json=as_json)
     if words:
         if words[0] != "show":
             what = f"`quantcli recipes` has no part `{words[0]}`"
@@ -38,16 +39,22 @@ def recipes(
         if len(words) != 2:
             what = "`quantcli recipes show` takes one name"
             raise InputError(what, fix=f"{_SHOW}; `quantcli recipes` lists the names")
-        text = recipe_text(words[1])
-        if as_json:
-            out.document({"ok": True, "name": words[1], "text": text})
-            return
-        for line in text.splitlines():
-            out.line(line)
+        output.result({"name": words[1], "text": recipe_text(words[1])}, _show_text)
+        following.show(output, *following.after_recipes(words[1]))
         return
-    lines = [describe_recipe(name) for name in shipped_recipes()]
-    if as_json:
-        out.document({"ok": True, "recipes": [asdict(line) for line in lines]})
-        return
-    rows = [[r.name, r.target, "yes" if r.calibration else "no", r.purpose] for r in lines]
+    lines = [asdict(describe_recipe(name)) for name in shipped_recipes()]
+    output.result({"recipes": lines}, _show_recipes)
+    following.show(output, *following.after_recipes())
+
+
+def _show_text(out: Output, document: dict[str, Any]) -> None:
+    for line in document["text"].splitlines():
+        out.line(line)
+
+
+def _show_recipes(out: Output, document: dict[str, Any]) -> None:
+    rows = [
+        [r["name"], r["target"], "yes" if r["calibration"] else "no", r["purpose"]]
+        for r in document["recipes"]
+    ]
     out.table(["recipe", "target", "calibrates", "for"], rows)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import typer
-
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
-from quantcli.core.errors import Exit
+from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
@@ -50,6 +49,15 @@ def verdict(report: dict[str, Any]) -> str:
     look = f"; look at layer{'s' * (len(layers) > 1)} {words.some(layers)}" if layers else ""
     counted = f"{count(errors, 'error')} ({words.tally(errors)})"
     return f"FAILED: {report['checkpoint']}: {counted}, {notes}{look}"
+
+
+def failure(report: dict[str, Any]) -> AnswerNo | None:
+    """The answer no, with the number of errors; None if the checkpoint passed."""
+    if not words.is_failed(report):
+        return None
+    errors = words.errors(report)
+    what = f"verification failed: {count(errors, 'error')} ({words.tally(errors)})"
+    return AnswerNo(what, where=report["checkpoint"], fix="`findings` has each error with its fix")
 
 
 def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
@@ -112,6 +120,7 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
         out.line(f"{depth:<13}{', '.join([*failed, *fine])}")
 
 
+@options.on_screen
 @options.fields_of(
     VerifyOptions,
     checkpoint=str,
@@ -119,7 +128,7 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
     workers=options.Workers,
     trust_remote_code=options.Trust,
 )
-def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options.Json = False) -> None:
+def verify(chosen: VerifyOptions, output: Output) -> None:
     """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
 
     Without options only headers are read. --full, --against and --run go deeper, on top of that.
@@ -127,9 +136,8 @@ def verify(chosen: VerifyOptions, quiet: options.Quiet = False, as_json: options
     from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands
 
-    output = Output(as_json=as_json, quiet=quiet)
     with watch(output) as progress:
         report = commands.run(chosen, progress)
-    output.result(report, show_verification)
-    if not report["ok"]:
-        raise typer.Exit(Exit.ANSWER_NO)
+    steps = following.after_verify(output, str(chosen.checkpoint), report, chosen.page)
+    with following.after(output, *steps):
+        output.result(report, show_verification, failure(report))

@@ -98,9 +98,6 @@ def outliers(model: str, progress: Progress = SILENT, page: Path | None = None) 
     page: an HTML file for the same result with charts. InputError if it cannot be written.
     """
     if page is not None:
-        from quantcli.verification.report.page import require_plotly
-
-        require_plotly()
         check_file("--report", page)
     checkpoint = open_checkpoint(find_model(model, progress), progress)
     progress.say(f"ranking the weights of {model}")

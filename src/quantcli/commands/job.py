@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -93,12 +93,15 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
+        "serve": [command.to_json() for command in plan.target.serve(plan.served, str(job.out))],
         "notes": list(plan.notes),
     }
 
 
 def to_json(job: Job[Plan]) -> dict[str, Any]:
     """A planned job as JSON-able data."""
+    from quantcli.planning.planner import compare_expected
+
     plan = job.plan
     return {
         "model": str(plan.checkpoint.path),
@@ -139,6 +142,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
         "quantizable_pct": round(plan.coverage.quantizable_pct, 4),
         "linear_pct": round(plan.coverage.linear_pct, 4),
         "quantized_modules": plan.quantized_modules,
+        "expected": [asdict(expected) for expected in compare_expected(plan)],
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
         "calibration": None if job.session is None else describe(job.session),
         "experts": dict(plan.experts),

@@ -18,8 +18,9 @@ from quantcli.commands.job import (
     make_job,
     open_both,
     run_job,
+    to_json,
 )
-from quantcli.core.errors import InputError
+from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -108,10 +109,17 @@ def _calibrate_command(
 
 
 def check(job: Job[Plan]) -> None:
-    """AnswerNo where the plan misses a limit of the recipe's `expect` block."""
-    from quantcli.planning.planner import check_expectations
+    """AnswerNo if the plan misses a limit of the recipe's `expect` block; its payload is the plan."""
+    from quantcli.planning.planner import compare_expected
 
-    check_expectations(job.plan)
+    for expected in compare_expected(job.plan):
+        if not expected.ok:
+            raise AnswerNo(
+                f"expected {expected.key} {expected.limit}; the plan has {expected.value:.4g}",
+                where=job.plan.recipe.where("expect", expected.key),
+                fix="see the plan's table for what stays float and why",
+                payload={"plan": to_json(job)},
+            )
 
 
 def quantize(
@@ -122,12 +130,12 @@ def quantize(
     Interrupted, the same job continues where it stopped.
     """
     check(job)
-    plan = job.plan
     if job.session is not None and not job.session.complete:
         from quantcli.calibration.session import load
-        from quantcli.planning.planner import check_expectations, make_plan
+        from quantcli.planning.planner import make_plan
 
         calibrate(job.session, resources, progress)
-        plan = make_plan(plan.recipe, plan.checkpoint, load(job.session))
-        check_expectations(plan)
-    return run_job(replace(job, plan=plan), progress)
+        plan = make_plan(job.plan.recipe, job.plan.checkpoint, load(job.session))
+        job = replace(job, plan=plan)
+        check(job)
+    return run_job(job, progress)

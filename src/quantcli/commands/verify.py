@@ -48,10 +48,6 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
             if file.resolve().is_relative_to(folder.resolve()):
                 what = "would become part of the checkpoint that is verified"
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
-    if options.page is not None:
-        from quantcli.verification.report.page import require_plotly
-
-        require_plotly()
     progress.say(f"verifying {options.checkpoint}: {', '.join(options.depths)}")
 
     from quantcli.verification.depths import verify as verify_depths

@@ -12,8 +12,9 @@ Any other exception that reaches the command line is a bug in this tool; the com
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -33,15 +34,24 @@ class QuantError(Exception):
     what:  the problem; it names the thing that is wrong, in lower case, without a full stop.
     where: the place: `file:line`, a tensor with its index, a path.
     fix:   what the user can do.
+    payload: data about it that programs read: JSON-able, by key.
     """
 
     exit_code: Exit = Exit.FIX_INPUT
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        payload: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
         self.fix = fix
+        self.payload = payload or {}
 
     def __str__(self) -> str:
         text = self.what

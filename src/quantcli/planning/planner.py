@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from quantcli.checkpoint.checkpoint import BELOW, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
-from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
 from quantcli.planning.card.card import with_card
 from quantcli.planning.card.made import conversion
@@ -183,8 +183,18 @@ def _shards(items: Iterable[Item], max_shard: int) -> tuple[Shard, ...]:
     )
 
 
-def check_expectations(plan: Plan) -> None:
-    """AnswerNo if the plan misses a limit of the recipe's `expect` block."""
+@dataclass(frozen=True)
+class Expected:
+    """A limit of the recipe's `expect` block, such as `>= 90`, and the plan's value."""
+
+    key: str
+    limit: str
+    value: float
+    ok: bool
+
+
+def compare_expected(plan: Plan) -> list[Expected]:
+    """The plan's values next to the limits of the recipe's `expect` block, in its order."""
     values = {
         "quantized_params_pct": plan.quantized_params_pct,
         "quantizable_pct": plan.coverage.quantizable_pct,
@@ -192,10 +202,8 @@ def check_expectations(plan: Plan) -> None:
         "bits_per_param": 8 * plan.weight_nbytes / plan.params if plan.params else 0.0,
         "output_gib": plan.weight_nbytes / 2**30,
     }
-    for key, limit in plan.recipe.file.expect:
-        if limit is not None and not compare(limit, values[key]):
-            raise AnswerNo(
-                f"expected {key} {limit}; the plan has {values[key]:.4g}",
-                where=plan.recipe.where("expect", key),
-                fix="see the plan's table for what stays float and why",
-            )
+    return [
+        Expected(key, limit, values[key], compare(limit, values[key]))
+        for key, limit in plan.recipe.file.expect
+        if limit is not None
+    ]

@@ -58,6 +58,10 @@ class ServeCommand:
         """The line as it is pasted into a shell."""
         return shlex.join(self.words)
 
+    def to_json(self) -> dict[str, str | None]:
+        """The line with its engine and its note, as JSON-able data."""
+        return {"engine": self.engine, "command": self.text, "note": self.note}
+
 
 def vllm(served: Served, model: str, flags: Iterable[str] = (), engine: str = "vLLM") -> ServeCommand:
     """`vllm serve` for a folder or a Hub id; a draft is served next to the model that it is for."""

@@ -42,6 +42,7 @@ def test_offline_with_an_empty_cache_is_one_clear_sentence(tmp_path: Path) -> No
     assert done.stderr == f"{LOOKING}error: {problem}\n  fix: {fix}\n"
     assert json.loads(done.stdout) == {
         "ok": False,
+        "schema_version": 1,
         "error": {"what": problem, "where": None, "fix": fix},
         "exit_code": 3,
     }

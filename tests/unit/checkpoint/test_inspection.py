@@ -265,7 +265,8 @@ def test_cli_shows_folded_modules(model: Path, capsys: pytest.CaptureFixture[str
 def test_cli_json_is_one_document(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, str(model), "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == inspect_checkpoint(open_checkpoint(model))
+    contents = inspect_checkpoint(open_checkpoint(model))
+    assert json.loads(out) == json.loads(out) | {"ok": True, "exit_code": 0, **contents}
 
 
 def test_cli_tensors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +309,7 @@ def test_cli_refusal_is_one_document_too(model: Path, capsys: pytest.CaptureFixt
     problem = f"{INDEX} must hold a JSON object"
     assert json.loads(out) == {
         "ok": False,
+        "schema_version": 1,
         "error": {"what": problem, "where": str(model / INDEX), "fix": None},
         "exit_code": 2,
     }

@@ -1,8 +1,9 @@
 """The page of a report: what is on it, and what strangers cannot do to it."""
 
+import base64
+import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,24 +11,33 @@ import pytest
 from quantcli.cli.inspect import show_outliers
 from quantcli.cli.output import Output
 from quantcli.commands.inspect import outliers as inspect_outliers
-from quantcli.core.errors import MachineError
 from quantcli.planning.outliers import keep_advice
 from quantcli.verification.report import words
+from quantcli.verification.report.charts import Scale, perplexity_lines
 from quantcli.verification.report.document import render
-from quantcli.verification.report.heatmap import lay_out
+from quantcli.verification.report.heatmap import Quantity, heat_map, lay_out
 from quantcli.verification.report.outliers import outliers_page
-from quantcli.verification.report.page import page, require_plotly
+from quantcli.verification.report.page import page
 from tests import reports
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 
 
-def figures(text):
-    return json.loads(reports.Elements(text).scripts[0])
+SQNR = Quantity("SQNR, dB", "SQNR", lambda module: module["sqnr_db"], words.decibels)
 
 
-def heat(text):
-    return next(f for f in figures(text).values() if f["data"][0]["type"] == "heatmap")
+def heat(report):
+    modules = report["modules"]
+    return heat_map(lay_out(modules, words.badness), SQNR, words.module_facts)
+
+
+def marks(chart, tag, kind=None):
+    """The marks of a chart with a tag, and a class if one is given."""
+    return [
+        m
+        for m in chart.marks
+        if m.tag == tag and kind in (None, *m.attributes.get("class", "").split())
+    ]
 
 
 def test_the_verdict_is_said_with_the_place_to_look_at():
@@ -44,21 +54,50 @@ def test_what_was_not_checked_is_said():
     text = page(reports.structure())
     shown = reports.Elements(text)
     assert "Not checked: weights were not read (--full); nothing was compared" in shown.text
-    assert figures(text) == {}
+    assert shown.charts() == []
     assert "Modules" not in shown.text
 
 
 def test_the_map_has_every_module_and_marks_those_that_failed():
-    report = reports.report(80, bad=["layers.13.mlp.down_proj", "layers.71.self_attn.q_proj"])
-    map_ = heat(page(report))
-    cells = map_["data"][0]
-    assert sum(z is not None for row in cells["z"] for z in row) == len(report["modules"])
-    assert sum("✕" in text for row in cells["text"] for text in row) == 2
-    assert [note["x"] for note in map_["layout"]["annotations"]] == [13, 71]
-    assert "<b>13</b>" in map_["layout"]["xaxis"]["ticktext"]
-    assert map_["layout"]["yaxis"]["ticktext"][0] == "<b>self_attn.q_proj</b>"
-    assert "model.layers.13.mlp.down_proj" in cells["hovertext"][6][13]
-    assert "FAILED" in cells["hovertext"][6][13]
+    report = reports.report(28, bad=["layers.13.mlp.down_proj", "layers.21.self_attn.q_proj"])
+    cells = heat(report).cells
+    squares = marks(cells, "path")
+    assert len(squares) == len(report["modules"])
+    assert sum("✕ FAILED" in square.tip for square in squares) == 2
+    numbers = [mark.text for mark in marks(cells, "text", "in")]
+    assert len(numbers) == len(squares)
+    assert sum(number.startswith("✕ ") for number in numbers) == 2
+    side = squares[1].attributes["d"].partition(" ")[0]
+    side = int(side[1:])  # the second cell begins where the first ends
+    frames = marks(cells, "rect", "frame")
+    assert [frame.attributes["x"] / side for frame in frames] == [21, 13]
+    assert [mark.attributes["x"] / side for mark in marks(cells, "text", "cross")] == [13.5, 21.5]
+    assert [mark.text for mark in marks(cells, "text", "marked") if mark.text.isdigit()] == ["13", "21"]
+    names = heat(report).names.marks
+    assert [n.text for n in names if "marked" in n.attributes["class"]] == [
+        "self_attn.q_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    failed = [square for square in squares if "✕ FAILED" in square.tip]
+    assert failed[1].tip[0] == "model.layers.13.mlp.down_proj"
+    shown = reports.Elements(page(report))
+    assert all(square.tip_text in shown.tips for square in squares)
+
+
+def test_colours_run_from_the_worst_to_the_best():
+    report = reports.report(4)
+    for module in report["modules"]:
+        module["sqnr_db"] = 40.0
+    report["modules"][0]["sqnr_db"], report["modules"][1]["sqnr_db"] = 10.0, 25.0
+    fills = [mark.attributes["fill"] for mark in marks(heat(report).cells, "path")]
+    assert fills[0] == "#a50026"
+    assert fills[4] == "#fee090"  # the second row
+    assert set(fills) == {"#a50026", "#fee090", "#74b0d9"}
+
+
+def test_a_map_of_many_layers_shows_crosses_alone():
+    cells = heat(reports.report(80, bad=["layers.13.mlp.down_proj"])).cells
+    assert [mark.text for mark in marks(cells, "text", "in")] == ["✕"]
+    assert cells.width < 1300
 
 
 def test_experts_share_a_cell_and_the_worst_stands_for_all():
@@ -70,7 +109,8 @@ def test_experts_share_a_cell_and_the_worst_stands_for_all():
     assert (cell.count, cell.failed) == (16, 2)
     failed = [m for m in report["modules"] if not m["ok"] and m["module"].endswith("up_proj")]
     assert cell.worst == min(failed, key=lambda m: m["sqnr_db"])
-    assert "the worst of 16, 2 failed" in heat(page(report))["data"][0]["hovertext"][row][2]
+    tips = [mark.tip for mark in marks(heat(report).cells, "path")]
+    assert sum("the worst of 16, 2 failed" in tip for tip in tips) == 3
 
 
 def test_stacks_of_layers_do_not_share_rows():
@@ -84,8 +124,8 @@ def test_stacks_of_layers_do_not_share_rows():
 def test_more_kinds_than_fit_leave_the_worst():
     modules = [reports.module(f"m{i}", (4, 4), 40.0 - (i == 77) * 30) for i in range(100)]
     grid = lay_out(modules, words.badness)
-    assert len(grid.rows) == 60
-    assert grid.rows_left_out == 40
+    assert len(grid.rows) == 40
+    assert grid.rows_left_out == 60
     assert "m77" in grid.rows
 
 
@@ -125,38 +165,44 @@ def test_strangers_add_no_element_script_or_link():
     harmless = reports.Elements(page(reports.report(2, bad=["layers.1.mlp.up_proj"])))
     text = page(reports.hostile())
     shown = reports.Elements(text)
-    assert len(shown.all("script")) == 3
+    assert len(shown.all("script")) == 1
     assert not {"img", "a", "iframe", "object", "link"} & {tag for tag, _ in shown.elements}
     kinds = {tag for tag, _ in harmless.elements}
     assert {tag for tag, _ in shown.elements} == kinds
     names = {name for _, attributes in shown.elements for name in attributes}
     assert names == {name for _, attributes in harmless.elements for name in attributes}
     assert not any(c in text for c in "\x00\x1b\u202e")
-    for figure in figures(text).values():
-        for string in strings(figure):
-            bare = string
-            for known in ("<b>", "</b>", "<br>"):
-                bare = bare.replace(known, "")
-            assert "<" not in bare, string
 
 
-def strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
-
-
-def test_nothing_is_fetched():
+def test_nothing_is_fetched_and_no_style_or_script_but_its_own_runs():
     text = page(reports.report(2))
     shown = reports.Elements(text)
     for _, attributes in shown.elements:
-        assert not {"src", "href", "srcset", "action"} & attributes.keys()
+        assert not {"src", "href", "srcset", "action", "style"} & attributes.keys()
+        assert not any(name.startswith("on") for name in attributes)
     policy = next(a["content"] for a in shown.all("meta") if "http-equiv" in a)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert "@import" not in text.partition("</style>")[0]
-    assert "url(" not in text.partition("</style>")[0]
+    assert "unsafe" not in policy
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    for kind, content in (("style", style), ("script", shown.scripts[0])):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert "@import" not in style
+    assert "url(" not in style
+
+
+def test_names_have_no_backticks():
+    errors = [("headers", "`a.safetensors` is cut off", "`model.layers.0.q`[5, 3]")]
+    text = page(reports.report(1, errors=errors))
+    assert "<code>a.safetensors</code> is cut off" in text
+    assert "<code>model.layers.0.q[5, 3]</code>" in text
+    assert "`" not in reports.Elements(text).text
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(36, 0), (94, 8)])
+def test_a_page_is_small(layers, experts):
+    report = reports.report(layers, experts, bad=["layers.7."])
+    assert len(page(report).encode()) < 1_500_000
 
 
 def test_the_same_report_gives_the_same_bytes():
@@ -167,11 +213,33 @@ def test_the_same_report_gives_the_same_bytes():
 
 def test_charts_have_words():
     shown = reports.Elements(page(reports.report(2)))
-    charts = [a for a in shown.all("div") if a.get("class") == "plot"]
-    assert len(charts) == 1 + 2 + 1 + 7
+    assert len(shown.charts()) == 3 + 1 + 2 + 1 + 7
+    charts = [a for a in shown.all("svg") if "chart" in a["class"]]
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     assert all("scope" in attributes for attributes in shown.all("th"))
     assert len(shown.all("caption")) == len(shown.all("table"))
+    assert "SQNR of the outputs of 2 layers, 0 below the limit" in shown.charts()
+
+
+def test_points_lie_where_their_values_are():
+    scale = Scale.of([12.0, 41.0, None], height=200)
+    assert (scale.low, scale.high, scale.step) == (10.0, 50.0, 10.0)
+    assert [scale.y(value) for value in (50.0, 30.0, 10.0)] == [0.0, 100.0, 200.0]
+    windows = [{"reference": 40.0, "checkpoint": 44.0}, {"reference": 50.0, "checkpoint": 50.0}]
+    lines, change = perplexity_lines(windows)
+    points = marks(lines, "circle", "two")
+    assert [point.attributes["cx"] for point in points] == ["25%", "75%"]
+    assert points[0].tip == ("window 0", "reference 40", "checkpoint 44", "change +10.00 %")
+    bars = marks(change, "rect")
+    assert [bar.attributes["height"] for bar in bars] == [90, 1]
+
+
+def test_many_windows_share_points():
+    windows = [{"reference": 10.0, "checkpoint": 10.0 * (4 if i % 2 else 1)} for i in range(600)]
+    points = marks(perplexity_lines(windows)[0], "circle", "two")
+    assert len(points) == 200
+    assert points[1].tip[0] == "window 3 to 5"
+    assert points[1].tip[2] == f"checkpoint {words.number(10.0 * 16 ** (1 / 3))}"
 
 
 def test_the_first_histogram_is_of_all_modules():
@@ -179,14 +247,10 @@ def test_the_first_histogram_is_of_all_modules():
     report["modules"][0]["histogram"] = None
     measured = [m["histogram"] for m in report["modules"] if m["histogram"]]
     total = sum(map(sum, (h["counts"] for h in measured)))
-    charts = figures(page(report))
-    first, single = charts["errors"], charts["errors-1"]
-    assert first["layout"]["title"]["text"] == "the worst 14 modules"
-    share = sum(h["counts"][16] for h in measured) / total
-    assert first["data"][0]["y"][16] == pytest.approx(share)
-    assert f" of {total:,} values" in first["data"][0]["hovertext"][16]
-    assert first["data"][0]["x"] == single["data"][0]["x"]
-    assert first["data"][0]["x"][0] == -3.875
+    count = sum(h["counts"][16] for h in measured)
+    shown = reports.Elements(page(report))
+    assert "Histogram of the errors of the worst 14 modules" in shown.charts()
+    assert f"0 to 0.25\n{count:,} of {total:,} values" in shown.tips
     report["modules"] = [m | {"histogram": None} for m in report["modules"]]
     assert "Histogram" not in page(report)
 
@@ -194,7 +258,7 @@ def test_the_first_histogram_is_of_all_modules():
 def test_outliers_have_a_map_for_each_quantity():
     text = outliers_page("/models/x", reports.outliers())
     shown = reports.Elements(text)
-    assert len(figures(text)) == 5
+    assert sum(name.startswith("Heat map") for name in shown.charts()) == 5
     assert "the worst is 260 in model.layers.5.mlp.down_proj" in shown.text
     assert shown.text.index("model.layers.5.mlp.down_proj 1024 x 3072 260") > 0
     assert "Largest channel ratio first. module shape channel ratio channel max / rms" in shown.text
@@ -243,24 +307,21 @@ def test_a_ranking_without_modules_has_a_page():
 
 @pytest.mark.parametrize("name", ["</script><img src=x>", '"><img src=x onerror=a>', "{{ 7 * 7 }}'<b>"])
 def test_names_of_tensors_are_shown_as_they_are(name):
-    """In the text of HTML, in attributes, and in the JSON that page.js reads."""
+    """In the text of HTML, in attributes, and in what the pointer shows."""
     report = reports.report(1)
     report["modules"][0]["module"] = report["run"]["layers"][0]["layer"] = name
     report["modules"][0]["limit_db"], report["modules"][0]["ok"] = 90.0, False
-    text = page(report)
-    shown = reports.Elements(text)
-    assert len(shown.all("script")) == 3
+    shown = reports.Elements(page(report))
+    assert len(shown.all("script")) == 1
     assert not {"img", "b"} & {tag for tag, _ in shown.elements}
     assert name in shown.text
-    charts = [a["aria-label"] for a in shown.all("div") if a.get("class") == "plot"]
-    assert f"Histogram of the errors of {name}." in charts
-    plotted = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    assert f"<b>{plotted}</b>" in heat(text)["layout"]["yaxis"]["ticktext"]
-    assert figures(text)["layers"]["data"][0]["hovertext"][0].startswith(f"<b>{plotted}</b><br>")
+    assert f"Histogram of the errors of {name}" in shown.charts()
+    assert any(tip.startswith(f"{name}\n✕ FAILED") for tip in shown.tips)
+    assert any(tip.startswith(f"{name}\nSQNR ") for tip in shown.tips)
 
     ranking = reports.outliers(6, stack=f"model.{name}.layers")
     shown = reports.Elements(outliers_page(name, ranking))
-    assert len(shown.all("script")) == 3
+    assert len(shown.all("script")) == 1
     assert not {"img", "b"} & {tag for tag, _ in shown.elements}
     assert f"Outlier channels {name} Advice" in shown.text
     assert ranking["advice"]["yaml"] in shown.pre
@@ -281,19 +342,4 @@ def test_a_value_that_a_template_lacks_is_an_error():
     import jinja2
 
     with pytest.raises(jinja2.UndefinedError, match="'model' is undefined"):
-        render("outliers.html.jinja", {}, ranking=reports.outliers(1), maps={}, columns={}, rows=[])
-
-
-def test_a_chart_that_plotly_does_not_know_is_an_error():
-    with pytest.raises(ValueError, match="colour"):
-        render("page.html.jinja", {"a": {"data": [{"type": "bar", "colour": "red"}], "layout": {}}})
-
-
-def test_without_the_library_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(MachineError) as caught:
-        require_plotly()
-    assert caught.value.fix == "pip install 'quantcli[report]'"
-    with pytest.raises(MachineError):
-        page(reports.report(1))
+        render("outliers.html.jinja", ranking=reports.outliers(1), maps=[], columns={}, rows=[])

@@ -1,152 +1,295 @@
-"""The charts of a page that are not heat maps: layer outputs, perplexity, histograms of errors.
+"""Charts as SVG: the marks they consist of. Layer outputs, perplexity, histograms, parts of a whole.
 
-A chart is a dict for plotly: traces in `data`, and `layout`. page.js draws it and holds the look that
-all charts share. Colours are names of page.css, so that a chart follows the page into dark mode and
-onto paper.
+A chart has a fixed height. Its width is that of the page: horizontal places are percentages, so that
+text keeps its size on a narrow screen. Colours are classes of page.css, so that a chart follows the
+page into dark mode and onto paper. The templates escape each text.
 """
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from quantcli.verification.report.words import decibels, is_ok, literal, number
+from quantcli.verification.report import words
+from quantcli.verification.report.words import decibels, is_ok, number
 
-Figure = dict[str, Any]
+_AROUND = 66  # pixels above and below the plotted area, for ticks: see `.plot` in page.css
+_POINTS = 200  # windows of text that a chart shows one by one
+_TICKS = 5
+_SMALL = 1e-9  # of a step between ticks
 
-BAD, TEXT, MUTED = "var(--bad)", "var(--text)", "var(--muted)"
-ONE, TWO = "var(--one)", "var(--two)"
+
+@dataclass(frozen=True)
+class Mark:
+    """An SVG element: tag, attributes, text, and lines that the pointer shows there."""
+
+    tag: str
+    attributes: Mapping[str, object]
+    text: str = ""
+    tip: tuple[str, ...] = ()
+
+    @property
+    def tip_text(self) -> str:
+        """The lines of the tip; untrusted names in them are harmless, but not escaped."""
+        return "\n".join(words.literal(line, 300) for line in self.tip)
 
 
-def layer_line(layers: Sequence[dict[str, Any]]) -> Figure:
+@dataclass(frozen=True)
+class Chart:
+    """Marks in an area of some height in pixels.
+
+    title: what it shows, for those who cannot see it.
+    kind:  its class in page.css: "plot" has room for ticks around it, "bare" has none.
+    width: in pixels; None for the width of the page.
+    keys:  the legend: class and text of each colour.
+    """
+
+    title: str
+    height: float
+    marks: list[Mark]
+    kind: str = "plot"
+    width: float | None = None
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_tips(self) -> bool:
+        """Whether the pointer shows something."""
+        return any(mark.tip for mark in self.marks)
+
+
+def layer_line(layers: Sequence[dict[str, Any]]) -> Chart:
     """SQNR in dB of each layer's output, by itself and after all before it; limits and failures."""
     own = [finite(layer.get("sqnr_db")) for layer in layers]
     after = [finite(layer.get("cumulative_db")) for layer in layers]
-    limits = [layer.get("limit_db") for layer in layers]
-    hover = [
-        f"<b>{plain(layer['layer'])}</b><br>SQNR {decibels(layer.get('sqnr_db'))}"
-        f"<br>limit {decibels(layer.get('limit_db'))}"
-        f"<br>after all before it {decibels(layer.get('cumulative_db'))}"
-        f"{'' if is_ok(layer) else '<br><b>failed</b>'}"
+    limits = [finite(layer.get("limit_db")) for layer in layers]
+    tips = [
+        (
+            layer["layer"],
+            f"SQNR {decibels(layer.get('sqnr_db'))}",
+            f"limit {decibels(layer.get('limit_db'))}",
+            f"after all before it {decibels(layer.get('cumulative_db'))}",
+            *(() if is_ok(layer) else ("✕ FAILED",)),
+        )
         for layer in layers
     ]
-    dashed = {"color": MUTED, "width": 1, "dash": "dash", "shape": "hv"}
-    traces = [
-        line("the layer by itself", own, ONE, hover),
-        line("after all layers before it", after, TWO, hover),
-        line("limit", limits, MUTED, mode="lines", line=dashed),
-    ]
-    bad = [place for place, layer in enumerate(layers) if not is_ok(layer)]
-    if bad:
-        # a layer without a finite SQNR is marked as low as the lowest
-        lowest = min((value for value in own if value is not None), default=0.0)
-        marks = [
-            None if is_ok(layer) else lowest if value is None else value
-            for layer, value in zip(layers, own, strict=True)
-        ]
-        cross = {"symbol": "x", "size": 13, "color": BAD}
-        traces.append(line("failed", marks, BAD, hover, mode="markers", marker=cross))
+    scale = Scale.of([*own, *after, *limits], height=240)
     labels = [layer["layer"].rpartition(".")[2] for layer in layers]
-    layout = {"height": 300, "xaxis": layer_axis(labels, bad), "yaxis": {"title": {"text": "dB"}}}
-    return {"data": traces, "layout": layout}
+    bad = {place for place, layer in enumerate(layers) if not is_ok(layer)}
+    marks = [*scale.grid("dB"), *ticks(labels, bad, scale.height, "layer")]
+    marks += [*line(limits, scale, "limit"), *line(after, scale, "two", tips)]
+    marks += line(own, scale, "one", tips)
+    for place in sorted(bad):
+        # a layer without a finite SQNR is marked at the bottom
+        value = own[place]
+        y = scale.height if value is None else scale.y(value)
+        marks.append(text("✕", at(place, len(layers)), y + 5, "cross", tips[place]))
+    keys = {"one": "the layer by itself", "two": "after all layers before it", "limit": "limit"}
+    title = f"SQNR of the outputs of {len(layers)} layers, {len(bad)} below the limit"
+    return Chart(title, scale.height + _AROUND, marks, keys=keys)
 
 
-def perplexity_line(windows: Sequence[dict[str, float]]) -> Figure:
-    """Perplexity of each window of text, and below it the change from the reference in percent."""
-    pairs = [(finite(w.get("reference")), finite(w.get("checkpoint"))) for w in windows]
-    change = [100 * (b / a - 1) if a and b is not None else None for a, b in pairs]
-    hover = [
-        f"window {place}<br>reference {number(a)}<br>checkpoint {number(b)}"
-        f"<br>change {'-' if c is None else f'{c:+.2f} %'}"
-        for place, ((a, b), c) in enumerate(zip(pairs, change, strict=True))
+def perplexity_lines(windows: Sequence[dict[str, float]]) -> tuple[Chart, Chart]:
+    """Perplexity of each window of text, and the change from the reference in percent.
+
+    Of more than 200 windows, neighbours share a point: the geometric mean.
+    """
+    group = -(-len(windows) // _POINTS)
+    pairs = [
+        (_mean(part, "reference"), _mean(part, "checkpoint"))
+        for part in (windows[i : i + group] for i in range(0, len(windows), group))
     ]
-    traces = [
-        line("reference", [a for a, _ in pairs], ONE, hover),
-        line("checkpoint", [b for _, b in pairs], TWO, hover, line={"color": TWO, "dash": "dot"}),
-        {"type": "bar", "name": "change in %", "y": change, "yaxis": "y2", "hovertext": hover,
-         "marker": {"color": MUTED}, "showlegend": False},
-    ]  # fmt: skip
-    layout = {
-        "height": 360,
-        "xaxis": {"title": {"text": "window of text"}, "anchor": "y2",
-                  "range": [-0.5, len(windows) - 0.5]},
-        "yaxis": {"title": {"text": "perplexity"}, "domain": [0.42, 1]},
-        "yaxis2": {"title": {"text": "change, %"}, "domain": [0, 0.32], "zerolinecolor": MUTED},
-    }  # fmt: skip
-    return {"data": traces, "layout": layout}
+    changes = [100 * (b / a - 1) if a and b is not None else None for a, b in pairs]
+    names = [f"{i * group}" if group == 1 else f"{i * group} to {(i + 1) * group - 1}"
+             for i in range(len(pairs))]  # fmt: skip
+    tips = [
+        (
+            f"window {name}",
+            f"reference {number(a)}",
+            f"checkpoint {number(b)}",
+            f"change {'-' if c is None else f'{c:+.2f} %'}",
+        )
+        for name, (a, b), c in zip(names, pairs, changes, strict=True)
+    ]
+    labels = [str(i * group) for i in range(len(pairs))]
+    scale = Scale.of([value for pair in pairs for value in pair], height=200)
+    marks = [*scale.grid("perplexity"), *ticks(labels, (), scale.height, "window of text")]
+    marks += line([a for a, _ in pairs], scale, "one", tips)
+    marks += line([b for _, b in pairs], scale, "two", tips)
+    keys = {"one": "reference", "two": "checkpoint"}
+    title = f"Perplexity of {len(windows)} windows of text, reference and checkpoint"
+    lines = Chart(title, scale.height + _AROUND, marks, keys=keys)
+    scale = Scale.of([*changes, 0.0], height=90)
+    marks = [*scale.grid("change, %"), *ticks(labels, (), scale.height, "window of text")]
+    for place, change in enumerate(changes):
+        if change is not None:
+            ends = sorted((scale.y(change), scale.y(0.0)))
+            marks.append(_bar(place, len(changes), ends, "muted", tips[place]))
+    title = f"Change of perplexity in percent, {len(windows)} windows of text"
+    return lines, Chart(title, scale.height + _AROUND, marks)
 
 
-def histogram(
-    title: str, counts: Sequence[float], edges: Sequence[float], *, ok: bool = True
-) -> Figure:
+def _mean(windows: Sequence[dict[str, float]], key: str) -> float | None:
+    """The geometric mean; None if a value is not finite."""
+    values = [finite(window.get(key)) for window in windows]
+    if len(values) == 1:
+        return values[0]
+    if not all(values):
+        return None
+    return math.exp(sum(math.log(value) for value in values if value) / len(values))
+
+
+def histogram(title: str, counts: Sequence[float], edges: Sequence[float]) -> Chart:
     """How often each error occurs: the share of `counts` between `edges`, on a logarithmic axis."""
     whole = sum(counts) or 1
-    bars = {
-        "type": "bar",
-        "x": [(a + b) / 2 for a, b in pairwise(edges)],
-        "width": [b - a for a, b in pairwise(edges)],
-        "y": [count / whole or None for count in counts],
-        "hovertext": [
-            f"{number(a)} to {number(b)}<br>{number(round(count))} of {number(round(whole))} values"
-            for (a, b), count in zip(pairwise(edges), counts, strict=True)
-        ],
-        "marker": {"color": ONE if ok else BAD, "line": {"width": 0}},
-    }
     least = min((count / whole for count in counts if count), default=1.0)
     lowest = min(-3, math.floor(math.log10(least)))
-    layout = {
-        "height": 210,
-        "title": {"text": plain(title), "font": {"size": 12, "color": TEXT if ok else BAD}, "x": 0.02},
-        "margin": {"l": 56, "r": 8, "t": 30, "b": 26},
-        "bargap": 0,
-        "yaxis": {"type": "log", "dtick": 1, "tickformat": "~%", "range": [lowest, 0]},
-        "xaxis": {"zeroline": False},
-    }
-    return {"data": [bars], "layout": layout}
+    height = 130
+    marks = []
+    for power in range(lowest, 1):
+        y = height * power / lowest
+        marks += [rule(y), text(f"{100 * 10.0**power:.4g} %", -6, y + 4, "end")]
+    span = edges[-1] - edges[0]
+    for (a, b), count in zip(pairwise(edges), counts, strict=True):
+        if count:
+            y = min(height * math.log10(count / whole) / lowest, height - 1)
+            tip = (
+                f"{number(a)} to {number(b)}",
+                f"{number(round(count))} of {number(round(whole))} values",
+            )
+            x, width = 100 * (a - edges[0]) / span, 100 * (b - a) / span
+            box = {"x": percent(x), "width": percent(width), "y": tidy(y), "height": tidy(height - y)}
+            marks.append(Mark("rect", {"class": "one", **box}, tip=tip))
+    for edge in edges[:: max(1, (len(edges) - 1) // 4)]:
+        marks.append(text(number(edge), percent(100 * (edge - edges[0]) / span), height + 16, "middle"))
+    return Chart(title, height + _AROUND, marks)
+
+
+def shares(title: str, parts: Sequence[tuple[str, float, tuple[str, ...]]]) -> Chart:
+    """One bar of parts side by side. parts: class, size, and what the pointer shows of each."""
+    whole = sum(size for _, size, _ in parts) or 1
+    marks, x = [], 0.0
+    for kind, size, tip in parts:
+        width = 100 * size / whole
+        box = {"x": percent(x), "width": percent(width), "y": 0, "height": 26}
+        marks.append(Mark("rect", {"class": f"part {kind}", **box}, tip=tip))
+        x += width
+    return Chart(title, 26, marks, "bare")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A vertical axis: values from `low` at the bottom to `high` at the top, `height` in pixels."""
+
+    low: float
+    high: float
+    step: float
+    height: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None], height: float) -> Scale:
+        """An axis that shows all these values, and ends at ticks."""
+        numbers = [value for value in values if value is not None]
+        low, high = min(numbers, default=0.0), max(numbers, default=1.0)
+        spread = high - low or abs(high) or 1.0
+        step = 10.0 ** math.floor(math.log10(spread / _TICKS))
+        step *= next(m for m in (1, 2, 5, 10) if spread / (m * step) <= _TICKS)
+        return cls(
+            math.floor(low / step + _SMALL) * step, math.ceil(high / step - _SMALL) * step, step, height
+        )
+
+    def y(self, value: float) -> float:
+        """The place of a value, in pixels from the top."""
+        return self.height * (self.high - value) / ((self.high - self.low) or 1.0)
+
+    def grid(self, unit: str) -> Iterator[Mark]:
+        """Lines with their values, and the unit above."""
+        yield text(unit, -56, -12)
+        for index in range(round((self.high - self.low) / self.step) + 1):
+            value = self.low + index * self.step
+            yield rule(self.y(value))
+            yield text(f"{value:.6g}", -6, self.y(value) + 4, "end")
 
 
 def line(
-    name: str, y: Sequence[float | None], color: str, hover: list[str] | None = None, **more: Any
-) -> dict[str, Any]:
-    """A line with a mark at each value; `hover` is what the pointer shows there, `more` comes last."""
-    texts = {"hoverinfo": "skip"} if hover is None else {"hovertext": hover}
-    colored = {"line": {"color": color}, "marker": {"color": color}}
-    return {"type": "scatter", "name": name, "y": y, **colored, **texts, **more}
-
-
-def ticks(labels: Sequence[str], marked: Collection[int], step: int = 1) -> dict[str, Any]:
-    """Ticks of an axis with untrusted labels at 0, 1, 2 ...: the marked ones, bold, and every step-th.
-
-    One that would run into a marked one is left out.
-    """
+    values: Sequence[float | None], scale: Scale, kind: str, tips: Sequence[tuple[str, ...]] = ()
+) -> Iterator[Mark]:
+    """A line through values side by side, broken where one is None; a point for each if it has tips."""
     places = [
-        place
-        for place in range(len(labels))
-        if place in marked
-        or (place % step == 0 and not any(abs(place - other) < step / 2 for other in marked))
+        None if v is None else (at(i, len(values)), tidy(scale.y(v))) for i, v in enumerate(values)
     ]
-    text = [
-        f"<b>{plain(labels[place])}</b>" if place in marked else plain(labels[place])
-        for place in places
-    ]
-    return {"tickvals": places, "ticktext": text, "tickmode": "array", "tickangle": 0}
+    for start, end in pairwise(places):
+        if start is not None and end is not None:
+            ends = {"x1": start[0], "y1": start[1], "x2": end[0], "y2": end[1]}
+            yield Mark("line", {"class": kind, **ends})
+    for place, tip in zip(places, tips, strict=False):
+        if place is not None:
+            yield Mark("circle", {"class": kind, "cx": place[0], "cy": place[1], "r": 3}, tip=tip)
 
 
-def layer_axis(labels: Sequence[str], marked: Collection[int]) -> dict[str, Any]:
-    """The horizontal axis of a chart of layers: as many labels as there is room for."""
-    columns = len(labels)
-    step = 1 if columns <= 40 else 5 if columns <= 200 else 20
-    return {"title": {"text": "layer"}, "range": [-0.5, columns - 0.5], **ticks(labels, marked, step)}
+def ticks(labels: Sequence[str], marked: Iterable[int], height: float, title: str) -> Iterator[Mark]:
+    """Labels below an area and what they are of. Those that have no room on a narrow screen are `fine`.
+
+    Marked ones are always there; others that would run into one are not.
+    """
+    bold = set(marked)
+    count = len(labels)
+    coarse = _step(count, 12)
+    step = _step(count, 40)
+    for place, label in enumerate(labels):
+        if place in bold:
+            yield text(words.literal(label, 12), at(place, count), height + 18, "middle marked")
+        elif place % step == 0 and not any(abs(place - other) < step for other in bold if step > 1):
+            near = any(abs(place - other) < coarse for other in bold)
+            kind = "middle" if place % coarse == 0 and not near else "middle fine"
+            yield text(words.literal(label, 12), at(place, count), height + 18, kind)
+    yield text(title, "50%", height + 36, "middle")
+
+
+def _step(count: int, most: int) -> int:
+    """The least of 1, 2, 5, 10 and so on that leaves at most `most` of `count`."""
+    step = 1
+    while count > most * step:
+        step = step * 5 // 2 if str(step).startswith("2") else step * 2
+    return step
+
+
+def at(place: int, count: int) -> str:
+    """The middle of one of `count` places side by side."""
+    return percent(100 * (place + 0.5) / count)
+
+
+def percent(value: float) -> str:
+    """A horizontal place, or a width."""
+    return f"{tidy(value)}%"
+
+
+def tidy(value: float) -> float:
+    """A coordinate with as many digits as can be seen."""
+    rounded = round(value, 2)
+    return round(rounded) if rounded == round(rounded) else rounded
+
+
+def rule(y: float) -> Mark:
+    """A line across the area."""
+    return Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": tidy(y), "y2": tidy(y)})
+
+
+def text(content: str, x: str | float, y: float, kind: str = "", tip: tuple[str, ...] = ()) -> Mark:
+    """Text at a place; `kind` are classes."""
+    own: dict[str, object] = {"class": kind} if kind else {}
+    return Mark("text", {**own, "x": x, "y": tidy(y)}, content, tip)
+
+
+def _bar(place: int, count: int, ends: Sequence[float], kind: str, tip: tuple[str, ...]) -> Mark:
+    width = 100 / count
+    x, height = width * (place + 0.1), max(ends[1] - ends[0], 1)
+    box = {"x": percent(x), "width": percent(0.8 * width), "y": tidy(ends[0]), "height": tidy(height)}
+    return Mark("rect", {"class": kind, **box}, tip=tip)
 
 
 def finite(value: float | None) -> float | None:
     """`value` if a chart can place it."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def plain(text: str, limit: int = 60) -> str:
-    """Untrusted text, cut after `limit` characters, for plotly, which reads some HTML and TeX."""
-    return html.escape(literal(text, limit), quote=False).replace("$", "&#36;")

@@ -1,44 +1,31 @@
-"""A page as one HTML file, which needs no network and runs only its own two scripts."""
+"""A page as one HTML file, which needs no network and runs only its own script."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
-from quantcli.core.errors import MachineError
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import Figure
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_CODE = re.compile(r"`([^`]*)`")
 
 
-def require_plotly() -> None:
-    """Raise MachineError if the plotting library is not installed."""
-    try:
-        import plotly.graph_objects  # noqa: F401
-    except ImportError as error:
-        raise MachineError(
-            "a page needs the package plotly", where=str(error), fix="pip install 'quantcli[report]'"
-        ) from None
-
-
-def render(template: str, figures: dict[str, Figure], **values: Any) -> str:
-    """The page that a template of this folder makes of `values`.
-
-    figures: charts by name; each is drawn in the element of the page that has its name as id.
+def render(template: str, **values: Any) -> str:
+    """The page that a template of this package makes of `values`.
 
     Values are untrusted: the page shows each one as `words.literal` writes it, escaped. The same values
-    give the same bytes. Raises ValueError for a chart that plotly does not know how to draw, and
-    jinja2.UndefinedError if the template names a value that is not there.
+    give the same bytes. Raises jinja2.UndefinedError if the template names a value that is not there.
     """
     # imported here: only those who ask for a page wait for them
     import jinja2
     from markupsafe import Markup
-    from plotly import graph_objects
-    from plotly.offline import get_plotlyjs
 
-    for figure in figures.values():
-        graph_objects.Figure(figure)  # checks it: a misspelt attribute would be a blank chart
-    loader = jinja2.PackageLoader(__package__, "")
+    loader = jinja2.PackageLoader(__package__)
     environment = jinja2.Environment(
         loader=loader,
         autoescape=True,
@@ -48,20 +35,30 @@ def render(template: str, figures: dict[str, Figure], **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     environment.globals["words"] = words
     environment.tests["within_limits"] = words.is_ok
+    environment.filters["code"] = _with_code
     style, script = (loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))
-    scripts = [get_plotlyjs().replace("</script", "<\\/script"), script]
     return environment.get_template(template).render(
         **values,
-        figures=figures,
         style=Markup(style),
-        scripts=[Markup(text) for text in scripts],
-        hashes=[_digest(text) for text in scripts],
+        script=Markup(script),
+        hashes={name: _digest(text) for name, text in (("style", style), ("script", script))},
     )
 
 
-def _digest(script: str) -> str:
+def _with_code(text: object) -> Markup:
+    """A message as HTML: names in backticks are set as code."""
+    from markupsafe import Markup, escape
+
+    parts = _CODE.split(words.literal(text))
+    marked = (
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
+    return Markup("").join(marked)
+
+
+def _digest(text: str) -> str:
     """SHA-256 as a content security policy writes it: base64."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

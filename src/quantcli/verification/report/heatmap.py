@@ -9,30 +9,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.verification.report.charts import (
-    BAD,
-    TEXT,
-    Figure,
-    finite,
-    layer_axis,
-    line,
-    plain,
-    ticks,
-)
-from quantcli.verification.report.words import is_ok, number, rank
+from quantcli.verification.report.charts import Chart, Mark, finite, text
+from quantcli.verification.report.words import is_ok, literal, rank
 
 Module = dict[str, Any]
 
 _PLACE = re.compile(r"(?P<stack>.*?)\.?\b(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
 _MEMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
-_OUTSIDE = "other"  # the column of modules that are in no layer
-_MOST_ROWS = 60  # a decoder has fewer kinds than that; of more, the worst are kept
+OUTSIDE = "other"  # the column of modules that are in no layer
+_MOST_ROWS = 40  # a decoder has fewer kinds than that; of more, the worst are kept
 _ORDER = ("q_a", "q_b", "kv_a", "kv_b", "q_proj", "k_proj", "v_proj", "qkv", "o_proj", "gate", "up",
           "down")  # fmt: skip
 _SPAN = 20.0  # dB that the colours cover at least: small differences must not look like large ones
 _HARD = 2.0  # logarithm of the ratio that is coloured as bad, if none is larger
-_ROOM = 16  # columns in which a number with decimals and a cross fit
-_FRAME = ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (math.nan, math.nan))
+# pixels: of the whole map, of a cell, of a label below it
+_WIDE, _NARROW, _BROAD, _TEXT, _TICK = 1150, 12, 60, 34, 26
+_ROW, _ABOVE, _NAMES = 22, 24, 170  # of a row, above the first, of the names of rows
+_STEPS = 24  # colours of the legend
+_LETTERS = 24  # of a name that fit there
+# bad to good; told apart by every kind of colour vision, and readable on white and on black
+_COLORS = ((165, 0, 38), (244, 109, 67), (254, 224, 144), (207, 229, 240), (116, 176, 217))
+_DARK = 110  # brightness, of 255, below which text is pale
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,15 @@ class Grid:
         ]
 
 
+@dataclass(frozen=True)
+class Heat:
+    """A heat map: its cells, the names of its rows, which stay when the cells scroll, its colours."""
+
+    cells: Chart
+    names: Chart
+    legend: Chart
+
+
 def lay_out(modules: Iterable[Module], badness: Callable[[Module], Any]) -> Grid:
     """Every module in its cell; of several in one cell the first by `badness` stands for all."""
     placed: dict[tuple[tuple[str, str], int | None], list[Module]] = defaultdict(list)
@@ -104,7 +110,7 @@ def lay_out(modules: Iterable[Module], badness: Callable[[Module], Any]) -> Grid
     }
     return Grid(
         [titles[row] for row in rows],
-        [_OUTSIDE if layer is None else str(layer) for layer in columns],
+        [OUTSIDE if layer is None else str(layer) for layer in columns],
         cells,
         len(titles) - len(rows),
     )
@@ -122,44 +128,83 @@ def heat_map(
     quantity: Quantity,
     facts: Callable[[Module], list[tuple[str, str]]],
     floor: float | None = None,
-) -> Figure:
+) -> Heat:
     """Layers x projections; cells that failed are framed, crossed, and pointed at from above.
 
     facts: names and values that the pointer shows of a module.
     floor: a value that is bad even if no module has it: the lowest limit.
     """
     low, high = _range(grid, quantity, floor)
+    columns = len(grid.columns)
+    side = min(max(_WIDE // max(columns, 1), _NARROW), _BROAD)
     bad = sorted(place for place, cell in grid.cells.items() if cell.failed)
     bad_rows, bad_columns = ({place[i] for place in bad} for i in (0, 1))
-    colors = _log_ticks(low, high) if quantity.ratio else {}
-    heat = {
-        "type": "heatmap",
-        "z": grid.table(lambda cell: _shade(quantity, cell, low, high), None),
-        "text": grid.table(lambda cell: _in_cell(quantity, cell, len(grid.columns)), ""),
-        "hovertext": grid.table(lambda cell: _hover(cell, facts), ""),
-        "zmin": low,
-        "zmax": high,
-        "reversescale": quantity.ratio,
-        "colorbar": {"title": {"text": plain(quantity.name), "side": "right"}, **colors},
-    }
-    # one line around all that failed, with a gap after each cell
-    x = [finite(column + dx) for _, column in bad for dx, _ in _FRAME]
-    y = [finite(row + dy) for row, _ in bad for _, dy in _FRAME]
-    thick = {"color": TEXT, "width": 3}
-    frame = line("failed", y, TEXT, x=x, mode="lines", line=thick, showlegend=False)
-    font = {"color": BAD, "size": 16 if len(grid.columns) <= 2 * _ROOM else 11}
-    arrow = {"y": -0.5, "text": "<b>▼</b>", "showarrow": False, "yshift": 12, "font": font}
-    above = 34 if bad else 10
-    bare = {"showgrid": False, "zeroline": False}
-    xaxis, yaxis = layer_axis(grid.columns, bad_columns), ticks(grid.rows, bad_rows)
-    layout = {
-        "height": 22 * max(len(grid.rows), 3) + 56 + above,
-        "margin": {"l": 10, "r": 10, "t": above, "b": 44},
-        "xaxis": {**xaxis, **bare, "title": {"text": "layer", "standoff": 8}},
-        "yaxis": {**yaxis, **bare, "range": [len(grid.rows) - 0.5, -0.5], "automargin": True},
-        "annotations": [{**arrow, "x": column} for column in sorted(bad_columns)],
-    }
-    return {"data": [heat, *([frame] if bad else [])], "layout": layout}
+    height = _ABOVE + _ROW * len(grid.rows)
+    marks = []
+    for (row, column), cell in sorted(grid.cells.items()):
+        x, y = side * column, _ABOVE + _ROW * row
+        shade = _shade(quantity, cell, low, high)
+        fill, dark = ("none", False) if shade is None else _color(shade, reverse=quantity.ratio)
+        path = f"M{x} {y}h{side - 1}v{_ROW - 1}h-{side - 1}z"
+        marks.append(Mark("path", {"d": path, "fill": fill}, tip=_tip(cell, facts)))
+        if label := _in_cell(quantity, cell, side):
+            classes = f"in{' pale' if dark else ''}{' marked' if cell.failed else ''}"
+            marks.append(text(label, x + side / 2, y + _ROW / 2 + 4, classes))
+    for row, column in bad:
+        box = {"x": side * column, "y": _ABOVE + _ROW * row, "width": side - 1, "height": _ROW - 1}
+        marks.append(Mark("rect", {"class": "frame", **box}))
+    marks += [text("▼", side * (c + 0.5), _ABOVE - 6, "middle cross") for c in sorted(bad_columns)]
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * side >= _TICK or step == 100)
+    for column, label in enumerate(grid.columns):
+        near = any(abs(column - other) < every for other in bad_columns)
+        if column in bad_columns or (column % every == 0 and not near) or label == OUTSIDE:
+            kind = "middle marked" if column in bad_columns else "middle"
+            marks.append(text(label, side * (column + 0.5), height + 16, kind))
+    marks.append(text("layer", side * columns / 2, height + 34, "middle"))
+    names = [
+        text(_middle(name), _NAMES - 8, _ABOVE + _ROW * row + _ROW / 2 + 4,
+             "end marked" if row in bad_rows else "end", (name,))
+        for row, name in enumerate(grid.rows)
+    ]  # fmt: skip
+    title = (
+        f"Heat map of {quantity.name}: {len(grid.rows)} projections by {columns} layers, "
+        f"{sum(cell.failed for cell in grid.cells.values())} modules beyond their limits"
+    )
+    whole = height + 42
+    # the last label may be wider than its cell
+    room = side * columns + (14 if grid.columns[-1:] == [OUTSIDE] else 4)
+    return Heat(
+        Chart(title, whole, marks, "heat", max(room, 60)),
+        Chart("projections", whole, names, "heat names", _NAMES),
+        _legend(quantity, low, high),
+    )
+
+
+def _legend(quantity: Quantity, low: float, high: float) -> Chart:
+    """The colours from the lowest to the highest value."""
+    marks = []
+    for step in range(_STEPS):
+        fill, _ = _color(step / (_STEPS - 1), reverse=quantity.ratio)
+        marks.append(Mark("path", {"d": f"M{10 * step} 0h10v12h-10z", "fill": fill}))
+    right = 10 * _STEPS
+    for x, kind, value in (
+        (0, "", low),
+        (right // 2, "middle", (low + high) / 2),
+        (right, "end", high),
+    ):
+        end = 10**value if quantity.ratio else value
+        marks.append(text(f"{end:.3g}", x, 26, kind))
+    return Chart(f"Colours of {quantity.name}", 30, marks, "legend", right)
+
+
+def _color(share: float, *, reverse: bool) -> tuple[str, bool]:
+    """The colour of a place from 0, bad, to 1, good, and whether it is dark; `reverse`: 1 is bad."""
+    place = (1 - share if reverse else share) * (len(_COLORS) - 1)
+    index = min(int(place), len(_COLORS) - 2)
+    ends = zip(_COLORS[index], _COLORS[index + 1], strict=True)
+    red, green, blue = (round(a + (b - a) * (place - index)) for a, b in ends)
+    brightness = 0.3 * red + 0.59 * green + 0.11 * blue
+    return f"#{red:02x}{green:02x}{blue:02x}", brightness < _DARK
 
 
 def _range(grid: Grid, quantity: Quantity, floor: float | None) -> tuple[float, float]:
@@ -178,39 +223,39 @@ def _scaled(quantity: Quantity, value: float) -> float:
 
 
 def _shade(quantity: Quantity, cell: Cell, low: float, high: float) -> float | None:
-    """The number that is coloured: what is infinite or NaN has the colour of an end."""
+    """The place between `low` and `high`, 0 to 1: what is infinite or NaN has the colour of an end."""
     value = quantity.value(cell.worst)
     if value is None:
         return None
     if not math.isfinite(value):
-        return high if (rank(value) > 0) else low
-    return _scaled(quantity, value)
+        return 1.0 if rank(value) > 0 else 0.0
+    return min(max((_scaled(quantity, value) - low) / ((high - low) or 1.0), 0.0), 1.0)
 
 
-def _in_cell(quantity: Quantity, cell: Cell, columns: int) -> str:
+def _in_cell(quantity: Quantity, cell: Cell, side: int) -> str:
+    """What a cell of so many pixels has room for."""
     cross = "✕" if cell.failed else ""
     value = quantity.value(cell.worst)
-    digits = quantity.show(value).removesuffix(" dB")
-    if quantity.ratio and value is not None:
-        digits = f"{value:.3g}"
-    elif cross and columns > _ROOM and value is not None and math.isfinite(value):
+    if value is None or side < _TEXT:
+        return cross
+    digits = f"{value:.3g}" if quantity.ratio else quantity.show(value).removesuffix(" dB")
+    if cross and math.isfinite(value):
         digits = f"{value:.0f}"
-    elif cross and cell.count > 1:
-        digits += f" ({cell.failed} of {cell.count} failed)"
-    return f"<b>{cross} {digits}</b>" if cross else digits
+    return f"{cross} {digits}".strip()
 
 
-def _hover(cell: Cell, facts: Callable[[Module], list[tuple[str, str]]]) -> str:
-    lines = [f"<b>{plain(cell.worst['module'], 160)}</b>"]
+def _tip(cell: Cell, facts: Callable[[Module], list[tuple[str, str]]]) -> tuple[str, ...]:
+    lines = [cell.worst["module"]]
     if cell.count > 1:
         failed = f", {cell.failed} failed" if cell.failed else ""
         lines.append(f"the worst of {cell.count}{failed}")
     if cell.failed:
-        lines.append("<b>✕ FAILED</b>")
-    return "<br>".join([*lines, *(f"{what}: {plain(value, 160)}" for what, value in facts(cell.worst))])
+        lines.append("✕ FAILED")
+    return (*lines, *(f"{what}: {value}" for what, value in facts(cell.worst)))
 
 
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    steps = [m * 10**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 3)]
-    ticks = [step for step in steps if low - 1e-9 <= math.log10(step) <= high + 1e-9]
-    return {"tickvals": [math.log10(s) for s in ticks], "ticktext": [number(float(s)) for s in ticks]}
+def _middle(name: str) -> str:
+    """A name that fits next to the map: the middle of a long one is cut out."""
+    whole = literal(name)
+    keep = _LETTERS // 2
+    return whole if len(whole) <= _LETTERS else f"{whole[:keep]}…{whole[-keep:]}"

@@ -9,9 +9,8 @@ from operator import methodcaller
 from typing import Any
 
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import Figure
-from quantcli.verification.report.document import render, require_plotly
-from quantcli.verification.report.heatmap import Grid, Module, Quantity, heat_map, lay_out
+from quantcli.verification.report.document import render
+from quantcli.verification.report.heatmap import Grid, Heat, Module, Quantity, heat_map, lay_out
 
 _ROWS = 500  # of the table of modules
 _RATIOS = (  # key, name, long name
@@ -24,29 +23,31 @@ _RATIOS = (  # key, name, long name
 def outliers_page(model: str, ranking: dict[str, Any]) -> str:
     """The page of a `planning.outliers` ranking: advice, a map of each quantity, modules hardest first.
 
-    model: the checkpoint's name as the page shows it. Raises MachineError if plotly is not installed.
+    model: the checkpoint's name as the page shows it.
     """
-    require_plotly()
     modules = ranking["modules"]
     quantities = _quantities(modules)
     listed = sorted(modules, key=functools.partial(_hardness, quantities[0]))[:_ROWS]
     names = [what for module in listed[:1] for what, _ in _facts(module)]
-    maps: dict[str, tuple[Quantity, Grid, Module]] = {}
-    figures: dict[str, Figure] = {}
-    for place, quantity in enumerate(quantities if modules else (), 1):
+    maps: list[tuple[Quantity, Grid, Module, Heat]] = []
+    for quantity in quantities if modules else ():
         hardest = functools.partial(_hardness, quantity)
         grid = lay_out(modules, hardest)
-        figures[f"map-{place}"] = heat_map(grid, quantity, _facts)
-        maps[f"map-{place}"] = quantity, grid, min(modules, key=hardest)
+        heat = heat_map(grid, quantity, functools.partial(_tip, quantity))
+        maps.append((quantity, grid, min(modules, key=hardest), heat))
     return render(
         "outliers.html.jinja",
-        figures,
         model=model,
         ranking=ranking,
         maps=maps,
         columns={"module": "name"} | {what: "" if what == "shape" else "right" for what in names},
         rows=[[module["module"], *dict(_facts(module)).values()] for module in listed],
     )
+
+
+def _tip(quantity: Quantity, module: Module) -> list[tuple[str, str]]:
+    """What the pointer shows of a module; its other facts are in the table."""
+    return [("shape", words.shape(module.get("shape"))), (quantity.name, quantity.text(module))]
 
 
 def _quantities(modules: Sequence[Module]) -> list[Quantity]:

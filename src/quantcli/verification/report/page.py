@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import methodcaller
 from typing import Any
 
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import Figure, histogram, layer_line, perplexity_line
-from quantcli.verification.report.document import render, require_plotly
+from quantcli.verification.report.charts import Chart, histogram, layer_line, perplexity_lines
+from quantcli.verification.report.document import render
 from quantcli.verification.report.heatmap import Module, Quantity, heat_map, lay_out
-
-__all__ = ["page", "require_plotly"]
 
 _ROWS = 200  # of the table of modules, next to those that failed
 _MOST = 2000  # rows of that table at most: a browser must open the page
 _HISTOGRAMS = 7  # of single modules
+_ERRORS = "Histogram of the errors of {}"
 _SQNR = Quantity("SQNR, dB", "SQNR of the weights", methodcaller("get", "sqnr_db"), words.decibels)
 # of the table of modules, and the classes of their cells; all other facts share one more column
 _COLUMNS = {"type": "", "shape": "right", "SQNR": "right", "limit": "right", "cosine": "right",
@@ -22,56 +22,44 @@ _COLUMNS = {"type": "", "shape": "right", "SQNR": "right", "limit": "right", "co
 
 
 def page(report: dict[str, Any]) -> str:
-    """The page of a report of `verify`, see docs/verify.md.
-
-    The same report gives the same bytes. Raises MachineError if plotly is not installed.
-    """
-    require_plotly()
+    """The page of a report of `verify`, see docs/verify.md. The same report gives the same bytes."""
     modules = sorted(report.get("modules") or [], key=words.badness)
     most = min(_MOST, _ROWS + sum(not words.is_ok(module) for module in modules))
     run = report.get("run") or {}
     layers, windows = run.get("layers") or [], run.get("windows") or []
     grid = lay_out(modules, words.badness)
     limits = [m["limit_db"] for m in modules if m.get("limit_db") is not None]
-    figures: dict[str, Figure] = {}
-    if modules:
-        figures["map"] = heat_map(grid, _SQNR, words.module_facts, min(limits, default=None))
-    if layers:
-        figures["layers"] = layer_line(layers)
-    if windows:
-        figures["perplexity"] = perplexity_line(windows)
-    histograms = _histograms(modules)
     return render(
         "page.html.jinja",
-        figures | {name: figure for name, (_, figure) in histograms.items()},
         report=report,
         checks=report.get("checks") or [],
         modules=modules,
         module_columns={"module": "name", **_COLUMNS, "other": ""},
         rows=[(_cells(m), words.is_ok(m)) for m in modules[:most]],
         grid=grid,
+        heat=heat_map(grid, _SQNR, words.module_facts, min(limits, default=None)) if modules else None,
         sqnr=_SQNR,
         layers=layers,
+        layer_chart=layer_line(layers) if layers else None,
         windows=windows,
-        histograms={name: of for name, (of, _) in histograms.items()},
+        window_charts=perplexity_lines(windows) if windows else None,
+        histograms=list(_histograms(modules)),
     )
 
 
-def _histograms(modules: list[Module]) -> dict[str, tuple[str, Figure]]:
-    """Histograms of errors, of all modules and of the worst ones: name -> what it is of, chart."""
+def _histograms(modules: list[Module]) -> Iterator[tuple[str, Chart, bool]]:
+    """Histograms of errors, of all modules and of the worst ones: of what, chart, whether it is ok."""
     measured = [m for m in modules if m.get("histogram") and any(m["histogram"]["counts"])]
     if not measured:
-        return {}
+        return
     edges = measured[0]["histogram"]["edges"]  # the same in every module
     counts = [sum(share) for share in zip(*(m["histogram"]["counts"] for m in measured), strict=True)]
     title = f"{'all' if len(measured) == len(modules) else 'the worst'} {len(measured):,} modules"
-    charts = {"errors": (title, histogram(title, counts, edges))}
-    for place, module in enumerate(measured[:_HISTOGRAMS], 1):
-        counts, ok = module["histogram"]["counts"], words.is_ok(module)
-        name = module["module"].removeprefix("model.")
-        title = ("" if ok else "✕ ") + (name if len(name) <= 44 else "…" + name[-43:])
-        charts[f"errors-{place}"] = module["module"], histogram(title, counts, edges, ok=ok)
-    return charts
+    yield title, histogram(_ERRORS.format(title), counts, edges), True
+    for module in measured[:_HISTOGRAMS]:
+        name = module["module"]
+        figure = histogram(_ERRORS.format(name), module["histogram"]["counts"], edges)
+        yield name, figure, words.is_ok(module)
 
 
 def _cells(module: Module) -> list[str]:
