@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-isa test-engine zoo check lint types docs format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-isa test-engine zoo check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,9 @@ types: $(READY) ## mypy, strict
 
 docs: $(READY)  ## regenerate docs/cli.md and docs/recipe.schema.json
 	@$(BIN)/python docs/generate.py
+
+pictures: $(READY) ## make the pictures of README.md again (needs chromium)
+	@$(BIN)/python docs/pictures.py
 
 format: $(READY) ## format the code
 	@$(BIN)/ruff format --quiet src tests benchmarks docs

@@ -93,9 +93,12 @@ def quantize_to(
 ) -> None:
     """Convert `model` in this process, with torch; `block_elements` is not on the command line."""
     from quantcli.commands import quantize as commands
+    from quantcli.commands.job import JobOptions
     from quantcli.convert.execute import RunOptions, execute
 
-    job = commands.plan(recipe, model=str(model), out=out, overrides=overrides, workers=workers)
+    job = commands.plan(
+        recipe, model=str(model), out=out, overrides=overrides, options=JobOptions(workers)
+    )
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
     execute(job.plan, out, RunOptions(workers, **blocks))
 

@@ -1,5 +1,6 @@
 """What every test can rely on, wherever the suite runs."""
 
+import os
 import signal
 
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("quantcli")
+
+# Lines are as long as they are: the width and the colours of a terminal have tests of their own.
+for _name in [*os.environ]:
+    if _name in {"COLUMNS", "FORCE_COLOR"} or _name.startswith("QUANTCLI_"):
+        del os.environ[_name]
 
 # A script's background jobs are started with SIGINT ignored, and all that they start inherits that:
 # Ctrl-C would do nothing in the tests of it.

@@ -20,6 +20,11 @@ def blocks(text: str, language: str) -> list[str]:
     return [code for name, code in FENCE.findall(text) if name == language]
 
 
+def files(text: str) -> dict[str, str]:
+    """The fenced blocks of a page that are files: their path stands behind the language."""
+    return dict(re.findall(r"^```[a-z]+ (\S+)\n(.*?)^```$", text, re.M | re.S))
+
+
 def links(text: str) -> Iterator[str]:
     """The targets of the links and pictures of a page, those in code left out."""
     prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))

@@ -97,11 +97,22 @@ def report(layers=28, experts=0, bad=(), errors=(), notes=("file is not in the m
         ],
         "findings": findings,
         "modules": modules,
+        "made_by": {"tool": "quantcli 0.1.0 with toy 1.2", "recipe": "target: ascend\n"},
+        "sizes": [
+            {"label": "W8A8_DYNAMIC", "modules": 197, "weights": 4_000_000, "bytes": 4_100_000},
+            {"label": "FLOAT", "modules": 12, "weights": 500_000, "bytes": 1_000_000},
+        ],
         "tensors": {"equal": 12, "edited": 4, "quantized": len(modules)},
         "run": {
-            "tokens": 10200, "ppl": {"reference": 45.43, "checkpoint": 45.47, "ratio": 1.0009},
-            "kl": {"mean": 0.001, "max": 0.2}, "top1_agreement": 0.981,
-            "mean_abs_logprob_change": 0.024, "layers": outputs, "windows": windows,
+            "tokens": 10200,
+            "ppl": {"reference": 45.43, "checkpoint": 45.47, "ratio": 1.0009, "interval": [1, 1.0018]},
+            "kl": {"mean": 0.001, "max": 0.2, "interval": [0.0008, 0.0012]}, "top1_agreement": 0.981,
+            "mean_abs_logprob_change": 0.024, "change_interval": [0.022, 0.026],
+            "layers": outputs, "windows": windows, "outputs_db": None,
+            "moved_tokens": [
+                {"window": 3, "position": 17, "token": " Paris", "before": "The capital of France is",
+                 "after": ".\nThat", "reference": 0.512, "checkpoint": 0.0345, "change": -2.6974},
+            ],
         },
     }  # fmt: skip
 
@@ -111,7 +122,15 @@ def structure():
     short = report(1)
     depths = {"structure"}
     checks = [check for check in short["checks"] if check["depth"] in depths]
-    absent = {"modules": [], "tensors": None, "run": None, "against": None, "limits": {}}
+    absent = {
+        "modules": [],
+        "sizes": [],
+        "made_by": None,
+        "tensors": None,
+        "run": None,
+        "against": None,
+        "limits": {},
+    }
     return {**short, **absent, "depths": ["structure"], "checks": checks}
 
 
@@ -134,6 +153,9 @@ def hostile():
     )
     made["checks"][0] |= {"about": HOSTILE}
     made["run"]["layers"][0] |= {"layer": HOSTILE}
+    made["run"]["moved_tokens"][0] |= {"token": HOSTILE, "before": HOSTILE, "after": HOSTILE}
+    made["made_by"] = {"tool": HOSTILE, "recipe": f"{HOSTILE}\n{HOSTILE}"}
+    made["sizes"][0] |= {"label": HOSTILE}
     return made
 
 

@@ -169,7 +169,7 @@ def quantized(tmp_path_factory):
         {"m.safetensors": {"model.layers.0.self_attn.q_proj.weight": tensor("BF16", 32, 32)}},
         config=CONFIG,
     )
-    quantcli.quantize(quantcli.plan(folder / "recipe.yaml", model=str(model), out=folder / "out"))
+    quantcli.quantize(folder / "recipe.yaml", model=model, out=folder / "out")
     return folder / "out"
 
 
@@ -185,7 +185,7 @@ def test_what_quantcli_offers_is_no_module():
     for name in MODULES:
         if name != "quantcli.__main__":
             importlib.import_module(name)
-    for name in quantcli.__all__:
+    for name in set(quantcli.__all__) - {"__version__"}:
         assert callable(getattr(quantcli, name)), name
 
 

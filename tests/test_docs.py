@@ -11,20 +11,22 @@ import yaml
 
 from quantcli.recipe.recipe import load_recipe
 from quantcli.verification.outcome import CHECKS
+from tests.e2e.conftest import run_cli
 from tests.pages import PAGES, ROOT, anchors, broken, links
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_generated_files_are_fresh():
-    for path, content in generator().generated().items():
+    for path, content in script("generate").generated().items():
         assert path.read_text() == content, f"{path.name} is stale: run `make docs`"
 
 
@@ -36,12 +38,29 @@ def test_shipped_recipes_load_and_fit_the_schema(recipe):
     assert recipe.read_text().startswith("#"), "a recipe says when to use it"
 
 
-def test_readme_names_every_recipe_and_command():
+def test_every_recipe_is_in_the_table():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    listed = run_cli("recipes", "--json").json["recipes"]
+    assert len(listed) == len(RECIPES)
+    for recipe in listed:
+        needs = "yes" if recipe["calibration"] else "no"
+        assert f"| `{recipe['name']}` | {needs} | {recipe['purpose']} | " in page
+
+
+def test_readme_names_every_command():
     readme = (ROOT / "README.md").read_text()
-    for recipe in RECIPES:
-        assert f"| `{recipe.stem}` |" in readme
-    for command in generator().COMMANDS:
+    for command in script("generate").COMMANDS:
         assert f"quantcli {command}".strip() in readme
+
+
+def test_the_picture_of_the_plan_is_fresh(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pictures = script("pictures")
+    shown = pictures.words_of((pictures.IMAGES / "plan.svg").read_text())
+    printed = pictures.settled(run_cli(*pictures.PLAN).out)
+    assert shown == ["quantcli", "$", "quantcli", *pictures.PLAN, *printed.split()], (
+        "run `make pictures`"
+    )
 
 
 def test_verify_md_has_a_row_for_every_check():

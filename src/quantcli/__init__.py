@@ -1,13 +1,18 @@
 """quantcli: quantize Hugging Face checkpoints for serving engines, streaming and provable.
 
-The public API. Each name is imported when it is first used, so that `import quantcli` is fast:
+The Python API; docs/python.md shows it. Each name is imported when it is first used, so that
+`import quantcli` is fast.
 
-- inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
-- plan, quantize: check a conversion; run it
-- plan_calibration, calibrate: the same for a calibration on its own
-- plan_pack, pack: the same for a checkpoint in another format
+- quantize, plan: convert a checkpoint with a recipe; what that would write
+- prepare: the same in steps, as a Job: plan, calibrate, convert
+- calibrate: keep the statistics for a conversion
+- pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
-- load_recipe, open_checkpoint, make_plan, Checkpoint: the steps of a plan
+- inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
+- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Inspection, Outliers, Support:
+  the results
+- Event: what `on_progress` is called with
+- QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
 
 from __future__ import annotations
@@ -16,24 +21,91 @@ TYPE_CHECKING = False  # typing takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
+    from quantcli.commands.api import (
+        Job,
+        calibrate,
+        inspect,
+        pack,
+        plan,
+        prepare,
+        quantize,
+        support,
+        verify,
+    )
+    from quantcli.commands.results import (
+        Calibrated,
+        Converted,
+        Inspection,
+        Merged,
+        Outliers,
+        Packed,
+        Planned,
+        Repacked,
+        Support,
+        Verification,
+    )
+    from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
+    from quantcli.core.events import Event
+
 __version__ = "0.1.0"
 
 _HOME = {
-    "inspect": "commands.inspect",
-    "support": "commands.inspect",
-    "plan": "commands.quantize",
-    "quantize": "commands.quantize",
-    "plan_calibration": "commands.calibrate",
-    "calibrate": "commands.calibrate",
-    "plan_pack": "commands.pack",
-    "pack": "commands.pack",
-    "verify": "commands.verify",
-    "load_recipe": "recipe.recipe",
-    "open_checkpoint": "checkpoint.checkpoint",
-    "make_plan": "planning.planner",
-    "Checkpoint": "checkpoint.checkpoint",
+    "Job": "commands.api",
+    "calibrate": "commands.api",
+    "inspect": "commands.api",
+    "pack": "commands.api",
+    "plan": "commands.api",
+    "prepare": "commands.api",
+    "quantize": "commands.api",
+    "support": "commands.api",
+    "verify": "commands.api",
+    "Calibrated": "commands.results",
+    "Converted": "commands.results",
+    "Inspection": "commands.results",
+    "Merged": "commands.results",
+    "Outliers": "commands.results",
+    "Packed": "commands.results",
+    "Planned": "commands.results",
+    "Repacked": "commands.results",
+    "Support": "commands.results",
+    "Verification": "commands.results",
+    "AnswerNo": "core.errors",
+    "InputError": "core.errors",
+    "MachineError": "core.errors",
+    "QuantError": "core.errors",
+    "Event": "core.events",
 }
-__all__ = [*_HOME]
+__all__ = [
+    "AnswerNo",
+    "Calibrated",
+    "Converted",
+    "Event",
+    "InputError",
+    "Inspection",
+    "Job",
+    "MachineError",
+    "Merged",
+    "Outliers",
+    "Packed",
+    "Planned",
+    "QuantError",
+    "Repacked",
+    "Support",
+    "Verification",
+    "__version__",
+    "calibrate",
+    "inspect",
+    "pack",
+    "plan",
+    "prepare",
+    "quantize",
+    "support",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import RECIPE, make_llama, run_cli, snapshot
+from tests.e2e.conftest import RECIPE, Box, make_llama, run_cli, snapshot
 from tests.hub_cache import cache_model, link_files
+from tests.hub_server import Fault, used
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs", "shared store"])
@@ -30,3 +31,28 @@ def test_commands_read_the_cache(tmp_path: Path, shared: bool, local: bool) -> N
     assert run_cli("inspect", model).code == 0
     verified = run_cli("verify", tmp_path / "out", "--full", "--against", model)
     assert verified.code == 0, verified.out + verified.err
+
+
+def test_a_model_by_its_id_is_fetched_and_converted(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a connection that is cut; the bytes are those of a conversion of the folder, and the second
+    time nobody is asked."""
+    assert box.run().code == 0
+    expected = snapshot(box.out)
+    box.model.rename((box.root / "served" / "org").mkdir(parents=True) or box.root / "served/org/name")
+    with used(box.root / "served", box.root / "cache") as hub:
+        hub.faults = [Fault("model.safetensors", cut=5000)]
+        command = ["quantize", box.recipe, "--model", "org/name", "--out"]
+        done = run_cli(*command, box.root / "fetched")
+        assert done.code == 0, done.err
+        lines = done.err.splitlines()
+        assert lines[:2] == [
+            "looking for org/name on the Hub, or in its cache",
+            "fetching 2 files of org/name, 7.2 kB",
+        ]
+        assert any("Error while downloading from a file" in line for line in lines)
+        assert [asked.status for asked in hub.fetched("model.safetensors")] == [200, 200]
+        hub.asked.clear()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert run_cli(*command, box.root / "offline").code == 0
+        assert hub.asked == []
+    assert snapshot(box.root / "fetched") == snapshot(box.root / "offline") == expected

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.commands import quantize as commands
+from quantcli.commands.job import JobOptions
 from quantcli.convert.execute import RunOptions, execute
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize
@@ -28,7 +29,11 @@ RECIPES = ("w8a8_dynamic", "fp8_dynamic", "w8a16")
 
 def convert(recipe, model, out, *sets, **options):
     job = commands.plan(
-        ROOT / "recipes" / f"{recipe}.yaml", model=str(model), out=out, overrides=sets, **options
+        ROOT / "recipes" / f"{recipe}.yaml",
+        model=str(model),
+        out=out,
+        overrides=sets,
+        options=JobOptions(**options),
     )
     commands.quantize(job)
     return job
@@ -330,7 +335,7 @@ def test_elements_of_half_a_byte_are_copied(tmp_path, shape):
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text('target: compressed-tensors\nrules: [{match: "*q_proj", scheme: w8a8_dynamic}]\n')
-    job = commands.plan(recipe, model=str(model), out=tmp_path / "out", workers=2)
+    job = commands.plan(recipe, model=str(model), out=tmp_path / "out", options=JobOptions(workers=2))
     commands.quantize(job)
     (file,) = (tmp_path / "out").glob("*.safetensors")
     raw = file.read_bytes()

@@ -20,7 +20,7 @@ from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.core.events import SILENT
-from quantcli.verification.on_text import text_batches
+from quantcli.verification.on_text.run import text_batches
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.hub_cache import COMMIT, cache_model
@@ -65,7 +65,9 @@ def verify(*words: Any) -> Result:
 
 def test_a_sound_one(dynamic: Path) -> None:
     plain = verify(dynamic)
-    assert (plain.code, plain.err) == (0, f"verifying {dynamic}: structure\n")
+    first, *following = plain.err.splitlines()
+    assert (plain.code, first) == (0, f"verifying {dynamic}: structure")
+    assert all(line.startswith("next: ") for line in following)
     assert plain.out.splitlines()[-1].startswith(f"passed: {dynamic}: structure")
     deep = verify(dynamic, "--full", "--against", MODEL, "--tp", "1,2", "--json")
     assert deep.code == 0, deep.out
@@ -271,7 +273,7 @@ def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     done = verify("org/name@v9")
     assert done.code == 3
-    assert "`org/name@v9` is neither a directory nor in the Hub cache" in done.err
+    assert "`org/name@v9` is neither a directory nor complete in the Hub cache" in done.err
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("modeling_evil.py", "manifest", "it holds code"),
         ("tokenizer.model", "manifest", "it belongs to a tokenizer"),
         ("model-extra.safetensors", "manifest", "it holds weights"),
-        ("README.md", None, "it was added later"),
+        ("NOTES.md", None, "it was added later"),
     ],
 )
 def test_a_file_that_was_added(copy: Path, file: str, check: str | None, what: str) -> None:

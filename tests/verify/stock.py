@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from quantcli.commands import quantize as commands
+from quantcli.commands.job import JobOptions
 from tests.e2e.calibrating import RECIPES, ROOT, Models, write_tokenizer
 from tests.e2e.conftest import make_llama
 from tests.families import make_family
@@ -191,7 +192,11 @@ class Stock:
             elif "\ncalibration:" in path.read_text():
                 options = (*FEW, *options)
             job = commands.plan(
-                path, model=str(model), out=out, overrides=options, workers=1, checksum=checksum
+                path,
+                model=str(model),
+                out=out,
+                overrides=options,
+                options=JobOptions(workers=1, checksum=checksum),
             )
             commands.quantize(job)
         return Good(out, model)

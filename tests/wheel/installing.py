@@ -110,10 +110,16 @@ def requirements_of(wheel: Path) -> list[str]:
 
 
 def environment(root: Path, requirements: list[str]) -> Installed:
-    """A new environment with these requirements and theirs, and their programs."""
+    """A new environment with these requirements and theirs."""
     there = Installed(root / "environment", root / "elsewhere")
     there.work.mkdir(parents=True)
     venv.create(there.folder, symlinks=True)
+    link(there, requirements)
+    return there
+
+
+def link(there: Installed, requirements: list[str]) -> None:
+    """Put these requirements and theirs into an environment, and their programs."""
     for distribution in declared(requirements).values():
         assert distribution.files is not None, distribution.name
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
@@ -128,7 +134,6 @@ def environment(root: Path, requirements: list[str]) -> Installed:
                 )
                 program.write_text(text)
                 program.chmod(0o755)
-    return there
 
 
 def install(wheel: Path, root: Path) -> Installed:

@@ -53,7 +53,7 @@ _TEXT = (
     ("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",),
     ("transformer_layer_config",),
 )  # fmt: skip
-_STAGES = "modules.json"  # of sentence-transformers
+STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
 _BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
@@ -197,15 +197,12 @@ def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
         raise _is_part(read_json_file(root / PART), root)
     if _is_large(root, files):
         progress.say(f"reading the headers of {path}")
-    index = _read_index(root, files)
-    shards = _choose_shards(root, files, index, problems, left_out)
-    below = _weights_below(root, files)
-    left_out.update({name: f"{BELOW}, {decimal(files[name])}" for name in below})
+    index, shards = choose_files(root, files, left_out, problems)
     tensors = _read_tensors(root, shards, problems)
     if index is not None:
         _compare(index, tensors, shards, problems, notes)
     config = _read_config(root, files, problems)
-    notes += [*_odd(config, tensors), *_notes_below(below, files)]
+    notes += [*_odd(config, tensors), *_notes_below(left_out, files)]
     gone = {*shards, *left_out, INDEX}  # the index is made anew
     aux = {name: size for name, size in files.items() if name not in gone}
     marked = [name for name in aux if name.endswith(".json") and has_byte_order_mark(root / name)]
@@ -311,6 +308,21 @@ _PICKLE_FIX = (
 )
 
 
+def choose_files(
+    root: Path, files: dict[str, int], left_out: dict[str, str], problems: list[QuantError]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The index, and the weight files of a model whose files are `files` (path -> bytes).
+
+    root: holds the index and `modules.json`, if `files` has them. left_out gets the weights that are
+    not the model's, and why; problems those that are missing. InputError if no weights can be read.
+    """
+    index = _read_index(root, files)
+    shards = _choose_shards(root, files, index, problems, left_out)
+    for name in _weights_below(root, files):
+        left_out[name] = f"{BELOW}, {decimal(files[name])}"
+    return index, shards
+
+
 def _choose_shards(
     root: Path,
     files: dict[str, int],
@@ -377,15 +389,16 @@ def _weights_below(root: Path, files: dict[str, int]) -> list[str]:
 
     Folders that modules.json names are parts of a pipeline of sentence embeddings, and stay.
     """
-    stages = _parse_file(root / _STAGES) if _STAGES in files else []
+    stages = _parse_file(root / STAGES) if STAGES in files else []
     entries = stages if isinstance(stages, list) else []
     kept = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     folders = {name: name.rpartition("/")[0] for name in files if name.lower().endswith(_BELOW)}
     return [name for name, folder in folders.items() if folder and folder not in kept]
 
 
-def _notes_below(names: list[str], files: dict[str, int]) -> Iterator[str]:
+def _notes_below(left_out: dict[str, str], files: dict[str, int]) -> Iterator[str]:
     """A note for each folder of such weights."""
+    names = [name for name in files if left_out.get(name, "").startswith(BELOW)]
     for folder, group in itertools.groupby(names, key=lambda name: name.rpartition("/")[0]):
         sizes = [files[name] for name in group]
         yield f"left out {count(sizes, 'file')} of `{folder}/`: {BELOW}, {decimal(sum(sizes))}"

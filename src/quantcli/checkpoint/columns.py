@@ -13,8 +13,7 @@ from torch import Tensor
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.rows import BUFFERS
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import read_into, tensor_bytes
-from quantcli.core.disk import disk_errors
+from quantcli.checkpoint.tensors import open_file, read_into, tensor_bytes
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
 _CHUNK_BYTES = 2**18  # of whole rows that are read at once
@@ -43,8 +42,7 @@ class Columns:
         self._first = self._last = 0  # columns in the strip
 
     def __enter__(self) -> Self:
-        with disk_errors(self._stored.file):
-            self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_file(self._stored)
         self._memory, self._result = BUFFERS.take(), BUFFERS.take()
         return self
 

@@ -16,7 +16,9 @@ INDEX = "model.safetensors.index.json"
 PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
+HEADERS_ONLY = ".headers-only"  # ends the name of a folder whose weight files end with their headers
 STALE = "an index or a quantization file, true only for the weights it was made for"
+_HIDDEN = "not part of the model"
 _UNPRINTABLE = "its name has control characters"
 # Files that describe the source's own quantization or shards: wrong beside new weights.
 _STALE = re.compile(
@@ -45,9 +47,9 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             if not name.isprintable():
                 folders.remove(name)
                 left_out[ascii(relative)] = _UNPRINTABLE
-            elif name.startswith(".") or name == "__pycache__":
+            elif _is_hidden(name):
                 folders.remove(name)
-                left_out[relative] = "not part of the model"
+                left_out[relative] = _HIDDEN
             elif child.is_symlink():
                 _contained(child, root)
                 left_out[relative] = "a link to a folder"
@@ -59,7 +61,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
                 left_out[ascii(relative)] = _UNPRINTABLE
                 continue
             files[relative] = _contained(child, root)
-            if reason := _why_not(relative):
+            if reason := why_left_out(relative):
                 left_out[relative] = reason
     return files, left_out
 
@@ -78,11 +80,18 @@ def has_byte_order_mark(path: Path) -> bool:
         raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
 
 
-def _why_not(name: str) -> str | None:
-    base = name.rpartition("/")[2]
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder == "__pycache__"
+
+
+def why_left_out(name: str) -> str | None:
+    """Why a file of a model, by its path, is not carried along; None if it is."""
+    *folders, base = name.split("/")
+    if any(map(_is_hidden, folders)):
+        return _HIDDEN
     if base.lower().endswith(PICKLES):
         return "may hold pickled code, which is never read or passed on"
-    if "/" in name:
+    if folders:
         return None
     if base.lower().endswith(OTHER_WEIGHTS):
         return "the same weights in another format"

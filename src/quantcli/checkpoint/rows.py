@@ -11,8 +11,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import read_into
-from quantcli.core.disk import disk_errors
+from quantcli.checkpoint.tensors import open_file, read_into
 
 
 class _Buffers(threading.local):
@@ -41,8 +40,7 @@ class RowReader:
         self._dtype = torch_dtype(stored.spec.dtype)
 
     def __enter__(self) -> Self:
-        with disk_errors(self._stored.file):
-            self._fd = os.open(self._stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_file(self._stored)
         self._buffer = BUFFERS.take()
         return self
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.files import HEADERS_ONLY
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.disk import disk_errors
-from quantcli.core.errors import MachineError
+from quantcli.core.errors import InputError, MachineError
 
 _CHUNK = 2**20  # bytes
 _AHEAD = 2**20  # bytes of one piece of advice
@@ -113,12 +114,23 @@ def will_read(stored: StoredTensor, begin: int, end: int) -> None:
 
 @contextmanager
 def _opened(stored: StoredTensor) -> Iterator[int]:
-    with disk_errors(stored.file):
-        fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_file(stored)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def open_file(stored: StoredTensor) -> int:
+    """A descriptor of the file of a stored tensor. InputError if only its header was fetched."""
+    if stored.file.parent.name.endswith(HEADERS_ONLY):
+        raise InputError(
+            "only the header of this file was fetched from the Hub, not its weights",
+            where=f"{stored.file.name}, tensor `{stored.spec.name}`",
+            fix="give a directory with the whole model",
+        )
+    with disk_errors(stored.file):
+        return os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:

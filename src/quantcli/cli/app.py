@@ -13,6 +13,8 @@ from quantcli.cli.output import Output
 from quantcli.cli.pack import pack
 from quantcli.cli.quantize import quantize
 from quantcli.cli.recipes import recipes
+from quantcli.cli.terminal import completion
+from quantcli.cli.terminal.environment import HELP
 from quantcli.cli.verify import verify
 from quantcli.core.errors import InputError
 
@@ -22,7 +24,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Hugging Face safetensors checkpoints for serving engines.",
-    epilog="Exit codes: 0 done, 1 the answer is no, 2 fix your input, 3 fix your machine, "
+    epilog="\b\nEnvironment:\n"
+    + "".join(f"  {name:<17} {text}\n" for name, text in HELP.items())
+    + "\nExit codes: 0 done, 1 the answer is no, 2 fix your input, 3 fix your machine, "
     "70 our bug, 130 interrupted.",
 )
 
@@ -34,6 +38,12 @@ def _root(
     as_json: Annotated[
         bool, typer.Option("--json", help="With --version: print one JSON document.")
     ] = False,
+    install_completion: Annotated[
+        bool, typer.Option("--install-completion", help="Install completion in your shell.")
+    ] = False,
+    show_completion: Annotated[
+        bool, typer.Option("--show-completion", help="Print the script for that.")
+    ] = False,
 ) -> None:
     """Options of the tool itself."""
     if version:
@@ -42,6 +52,14 @@ def _root(
         raise typer.Exit
     if as_json:
         raise InputError("--json needs a command before it", fix="quantcli COMMAND --json")
+    if install_completion:
+        file, start = completion.install()
+        read_by = f", which {start} reads" if start else ""
+        context.obj.message(f"wrote {file}{read_by}: completion works in the next shell that you start")
+        raise typer.Exit
+    if show_completion:
+        context.obj.verbatim(completion.script())
+        raise typer.Exit
     if context.invoked_subcommand is None:
         raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 

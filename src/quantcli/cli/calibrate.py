@@ -11,7 +11,7 @@ import typer
 
 from quantcli.cli import next as following
 from quantcli.cli import options
-from quantcli.cli.output import Output
+from quantcli.cli.output import OK, Output
 from quantcli.core.text import count
 
 _LAYERS = 8  # in the table of experts
@@ -54,7 +54,7 @@ def calibrate(
         report = commands.calibrate(session, resources, progress, fresh=fresh)
     output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
-    output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}")
+    output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}", OK)
     following.show(output, *following.after_calibrate(recipe, model, overrides, session.folder))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.filesize import decimal
 
-from quantcli.cli.output import Output
+from quantcli.cli.output import OK, WARNING, Output
 from quantcli.core.events import Progress
 from quantcli.core.text import count
 
@@ -49,12 +49,12 @@ def convert(
     with watch(out) as progress:
         result = run(progress)
     for note in result.notes:
-        out.message(f"note: {note}")
+        out.message(f"note: {note}", WARNING)
     nbytes = sum(entry["bytes"] for entry in result.files.values())
     seconds, reused = time.monotonic() - began, result.shards_reused
     earlier = f", {count(reused, 'shard')} from an earlier run" if reused else ""
     out.message(
-        f"done: {result.out}, {decimal(nbytes)}{closing[0]}, {seconds:.1f} s{earlier}{closing[1]}"
+        f"done: {result.out}, {decimal(nbytes)}{closing[0]}, {seconds:.1f} s{earlier}{closing[1]}", OK
     )
     if out.as_json:
         document = {"out": str(result.out), "bytes": nbytes, "shards_reused": reused}
@@ -78,4 +78,4 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     if job.shards_done:
         out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in job.plan.notes:
-        out.line(f"note         {note}")
+        out.line(f"note         {note}", WARNING)

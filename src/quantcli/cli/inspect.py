@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from quantcli.checkpoint.files import STALE
 from quantcli.cli import next as following
 from quantcli.cli import options
-from quantcli.cli.output import Output
+from quantcli.cli.output import FAILED, WARNING, Output
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.text import count
 
@@ -119,11 +119,11 @@ def show_inspection(out: Output, contents: dict[str, Any]) -> None:
         if not (quantization and why == STALE):  # these files belong to quantized weights
             out.line(f"left out      {name}: {why}")
     for note in contents["notes"]:
-        out.line(f"note          {note}")
+        out.line(f"note          {note}", WARNING)
     for problem in contents["problems"]:
         where = f" ({problem['where']})" if problem["where"] else ""
         fix = f"; {problem['fix']}" if problem["fix"] else ""
-        out.line(f"suspicious    {problem['what']}{where}{fix}")
+        out.line(f"suspicious    {problem['what']}{where}{fix}", FAILED)
 
 
 def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
@@ -133,7 +133,8 @@ def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
         options = (f", {option}: {value}" for option, value in cell["options"].items())
         how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
         rows.append([cell["scheme"] + "".join(options), cell["target"], *how])
-    out.table(["scheme", "target", "engine's name", "loads on"], rows)
+    columns = ["scheme", "target", "engine's name", "loads on"]
+    out.table(columns, rows, whole={"target", "engine's name"})
 
 
 _ROWS = 20  # modules in the table of outliers
@@ -170,7 +171,7 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
     for module in modules:
         if bad := module["not_finite"]:
             place = f"`{module['module']}`{bad['index']}"
-            out.line(f"damaged       {place} is {bad['value']}: fetch the model again")
+            out.line(f"damaged       {place} is {bad['value']}: fetch the model again", FAILED)
     _show_advice(out, ranking["advice"])
 
 
@@ -208,5 +209,4 @@ def _show_advice(out: Output, advice: dict[str, Any] | None) -> None:
     out.line(
         f"advice        keep {kept} float, with modules that need the same scheme; put this rule first:"
     )
-    for line in advice["yaml"].splitlines():
-        out.line(line)
+    out.verbatim(advice["yaml"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from quantcli.cli.terminal.environment import unknown_variables
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def on_screen(command: Command) -> Command:
         context: typer.Context, *, quiet: bool, verbose: bool, log_file: Path | None, **values: Any
     ) -> None:
         context.obj.set_up(quiet=quiet, verbose=verbose, log_file=log_file)
+        for text in unknown_variables():
+            context.obj.warn(text)
         values.pop("as_json")  # the process looks for it itself, as errors come before options are read
         command(output=context.obj, **values)
 

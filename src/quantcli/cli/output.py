@@ -16,12 +16,14 @@ from rich.text import Text
 
 from quantcli import __version__
 from quantcli.cli.streams import Log, drop
+from quantcli.cli.terminal.fold import Table, fold, width_of
 from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
 SCHEMA_VERSION = 1  # of the documents that --json prints
 R = TypeVar("R", bound=Mapping[str, Any])
-_WIDE = 200  # columns if the output is not a terminal, so that a log has whole lines
+OK, WARNING, FAILED = "green", "yellow", "bold red"  # styles of words that say so
+_WIDE = 200  # cells of a bar if the output is not a terminal
 
 
 class Output:
@@ -43,17 +45,14 @@ class Output:
         if quiet and verbose:
             raise InputError("--quiet and --verbose contradict each other", fix="leave one out")
         if log_file is not None:
-            self.log = Log(log_file, self._warn)
-            self._to_log(literal(f"quantcli {__version__}: {self.command}").plain)
+            self.log = Log(log_file, lambda text: self._say(f"warning: {text}", WARNING))
+            self._to_log(plain(f"quantcli {__version__}: {self.command}"))
         self.quiet, self.verbose = quiet, verbose
 
     def close(self) -> None:
         """End the log."""
         if self.log is not None:
             self.log.close()
-
-    def _warn(self, text: str) -> None:
-        self.messages.print(literal(f"warning: {text}"), soft_wrap=True)
 
     def document(self, payload: Mapping[str, Any], error: QuantError | None = None) -> None:
         """Print the one JSON document of a `--json` run."""
@@ -80,14 +79,23 @@ class Output:
         finally:
             self._on_screen = before
 
-    def line(self, text: str = "") -> None:
-        """Print a line of data."""
-        self._show(literal(text))
+    def line(self, text: str = "", style: str = "") -> None:
+        """Print a line of data, folded if it is wider than the terminal. style: of its first word."""
+        text = plain(text)
+        self._to_log(text)
+        self._show(fold(text, width_of(self._data.file)), style)
 
-    def _show(self, text: Text) -> None:
-        self._to_log(text.plain)
+    def verbatim(self, text: str) -> None:
+        """Print the text of a file, whose lines stay as they are."""
+        for line in text.splitlines():
+            self._to_log(line)
+            self._show(plain(line))
+
+    def _show(self, text: str, style: str = "", *, bold: bool = False) -> None:
         if self._on_screen:
-            self._put(lambda: self._data.print(text, soft_wrap=True))
+            styled = _styled(text, style)
+            styled.stylize("bold" if bold else "")
+            self._put(lambda: self._data.print(styled, soft_wrap=True))
 
     def _to_log(self, text: str) -> None:
         if self.log is not None:
@@ -102,41 +110,61 @@ class Output:
         except BrokenPipeError:
             drop(sys.stdout)
 
-    def message(self, text: str) -> None:
-        """Print a message for people, unless --quiet."""
-        self._to_log(literal(text).plain)
-        if not self.quiet:
-            self.messages.print(literal(text), soft_wrap=True)
+    def message(self, text: str, style: str = "", *, command: bool = False) -> None:
+        """Print a message for people, unless --quiet. style: of its first word.
+
+        command: it is one to be pasted into a shell.
+        """
+        self._say(text, style, on_screen=not self.quiet, command=command)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, unless --quiet."""
+        self.message(f"warning: {text}", WARNING)
+
+    def _say(
+        self, text: str, style: str = "", *, on_screen: bool = True, command: bool = False
+    ) -> None:
+        text = plain(text)
+        self._to_log(text)
+        if on_screen:
+            folded = fold(text, width_of(self.messages.file), command=command)
+            self.messages.print(_styled(folded, style), soft_wrap=True)
 
     def event(self, event: Event) -> None:
         """Print what a run reports, as a line; details only with --verbose."""
-        if event.kind != "detail":
-            self.message(str(event))
-            return
-        text = literal(str(event))
-        self._to_log(text.plain)
-        if self.verbose:
-            text.stylize("dim")
-            self.messages.print(text, soft_wrap=True)
+        detail = event.kind == "detail"
+        self._say(str(event), on_screen=self.verbose if detail else not self.quiet)
 
     def log_progress(self, event: Event) -> None:
         """Only log an event about work that goes on, which a terminal shows in another way."""
         if event.kind in GOES_ON:
-            self._to_log(literal(str(event)).plain)
+            self._to_log(plain(str(event)))
 
-    def table(self, columns: list[str], rows: list[list[str]], right: Set[str] = frozenset()) -> None:
-        """Print a table of data, two spaces between columns; those in `right` are right-aligned."""
+    def table(
+        self,
+        columns: list[str],
+        rows: list[list[str]],
+        right: Set[str] = frozenset(),
+        whole: Set[str] = frozenset(),
+        styles: Mapping[str, str] | None = None,
+    ) -> None:
+        """Print a table of data, two spaces between columns, narrowed to the terminal.
+
+        right, whole: columns that are right-aligned; that are never cut. styles: of a row's first word.
+        """
         if not rows:
             return
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        for number, row in enumerate([columns, *rows]):
-            cells = [
-                cell.rjust(width) if name in right else cell.ljust(width)
-                for name, cell, width in zip(columns, row, widths, strict=True)
-            ]
-            line = literal("  ".join(cells).rstrip())
-            line.stylize("bold" if number == 0 else "")
-            self._show(line)
+        table = Table(columns, [[plain(cell) for cell in row] for row in rows], right, whole)
+        if self.log is not None:
+            for (line,) in table.lines(None):
+                self._to_log(line)
+        header, *blocks = table.lines(width_of(self._data.file))
+        for line in header:
+            self._show(line, bold=True)
+        for row, (first, *others) in zip(rows, blocks, strict=True):
+            self._show(first, (styles or {}).get(row[0], ""), bold=not header)
+            for line in others:
+                self._show(line)
 
     def error(self, error: QuantError, *, document: bool = True) -> None:
         """Print one problem: what is wrong, where, how to fix it.
@@ -145,12 +173,10 @@ class Output:
         """
         if self.as_json and document:
             self.document(error.payload, error)
-        lines = [Text("error: ", style="bold red").append_text(literal(error.what))]
-        details = ("  --> ", error.where), ("  fix: ", error.fix)
-        lines += [literal(prefix + detail) for prefix, detail in details if detail]
-        for line in lines:
-            self._to_log(line.plain)
-            self.messages.print(line, soft_wrap=True)
+        self._say(f"error: {error.what}", FAILED)
+        for prefix, detail in (("  --> ", error.where), ("  fix: ", error.fix)):
+            if detail:
+                self._say(prefix + detail)
 
     def bug(self, error: BaseException) -> None:
         """Print an unforeseen error: the whole traceback, and a request to report it, to the authors of
@@ -191,11 +217,25 @@ class _Console(Console):
 
 
 def _console(stream: Any) -> Console:
-    """A rich console that prints text literally; wide if the stream is not a terminal."""
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
-    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    """A rich console that prints text literally."""
+    width = width_of(stream)
+    # with None it follows the terminal, also one that is resized
+    cells = _WIDE if width is None else None if width.folds else width.cells
+    variables = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
+    return _Console(
+        file=stream, width=cells, highlight=False, markup=False, emoji=False, _environ=variables
+    )
 
 
-def literal(text: str) -> Text:
-    """Text without control characters: names are untrusted, and could contain escape codes."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+def plain(text: str) -> str:
+    """A text without control characters: names are untrusted, and could contain escape codes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _styled(text: str, style: str) -> Text:
+    """A text whose first word has a style."""
+    styled = Text(text)
+    styled.stylize(style, 0, len(text.split(" ", 1)[0]))
+    return styled

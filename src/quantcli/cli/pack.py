@@ -88,17 +88,15 @@ def pack(
         raise InputError(what, where=folders[1], fix=f"{_PACK}, or {_MERGE}")
     from quantcli.cli.progress import watch
     from quantcli.commands import pack as packing
+    from quantcli.commands.job import JobOptions
 
     with watch(output) as planning:
         job = packing.plan_pack(
             folders[0],
             target,
             out,
-            options=set_ or (),
-            workers=workers,
-            checksum=checksum,
-            fresh=fresh,
-            force=force,
+            overrides=set_ or (),
+            options=JobOptions(workers, fresh, force, checksum),
             progress=planning,
         )
     modules = count(sum(line.modules for line in job.plan.lines), "module")

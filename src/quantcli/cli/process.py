@@ -13,6 +13,8 @@ import typer
 from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.streams import check_stdout, drop, stdout_error
+from quantcli.cli.terminal.completion import VARIABLE, complete
+from quantcli.cli.terminal.environment import defaults
 from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
@@ -76,14 +78,15 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
 def _run(argv: list[str], out: Output) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
     group: Any = typer.main.get_command(app)
-    switch = os.environ.get("QUANTCLI_KERNELS", "on")
-    if switch not in {"on", "off"}:
-        what = f"environment variable QUANTCLI_KERNELS is `{switch}`"
-        raise InputError(what, fix="set it to on or off, or unset it")
+    if VARIABLE in os.environ:
+        sys.stdout.write(complete(group, argv))
+        sys.stdout.flush()
+        return Exit.DONE
+    shared = {"obj": out, "default_map": defaults()}
     try:
         if "--json" in argv:  # not after hours of work
             check_stdout()
-        with group.make_context("quantcli", [*argv], obj=out) as context:  # click empties its list
+        with group.make_context("quantcli", [*argv], **shared) as context:  # click empties its list
             group.invoke(context)
         sys.stdout.flush()
     except typer.Exit as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from quantcli.cli.output import Output, literal
+from quantcli.cli.output import Output, plain
 from quantcli.core.events import GOES_ON, Event, Events, Progress
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def fitted(event: Event, width: int) -> Text:
     room = max(1, width - 1)
     for name in ("", *_DROPPED):
         figures.pop(name, None)
-        line = literal(" · ".join(filter(None, [text, *figures.values()])))
+        line = Text(plain(" · ".join(filter(None, [text, *figures.values()]))))
         if line.cell_len <= room:
             break
     line.truncate(room, overflow="ellipsis")

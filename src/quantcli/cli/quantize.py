@@ -69,12 +69,7 @@ def quantize(
             model=model,
             out=out,
             overrides=tuple(set_ or ()),
-            workers=workers,
-            checksum=checksum,
-            fresh=fresh,
-            force=force,
-            calibration=calibration,
-            part=part,
+            options=jobs.JobOptions(workers, fresh, force, checksum, calibration, part),
             progress=planning,
         )
 

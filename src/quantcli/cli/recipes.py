@@ -48,8 +48,7 @@ def recipes(
 
 
 def _show_text(out: Output, document: dict[str, Any]) -> None:
-    for line in document["text"].splitlines():
-        out.line(line)
+    out.verbatim(document["text"])
 
 
 def _show_recipes(out: Output, document: dict[str, Any]) -> None:
@@ -57,4 +56,4 @@ def _show_recipes(out: Output, document: dict[str, Any]) -> None:
         [r["name"], r["target"], "yes" if r["calibration"] else "no", r["purpose"]]
         for r in document["recipes"]
     ]
-    out.table(["recipe", "target", "calibrates", "for"], rows)
+    out.table(["recipe", "target", "calibrates", "for"], rows, whole={"recipe", "target"})

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantcli.cli import next as following
 from quantcli.cli import options
-from quantcli.cli.output import Output
+from quantcli.cli.output import FAILED, OK, WARNING, Output
 from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
@@ -21,13 +21,15 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     """Print a report: errors, the worst `modules`, the run, notes, checks, and last the verdict."""
     _errors(out, words.errors(report))
     _modules(out, report.get("modules") or [], modules)
+    if sizes := report.get("sizes"):
+        out.line(f"size         {words.nbytes(words.total_bytes(report))}: {_sizes(sizes)}")
     for what, value in words.run_facts(report):
         out.line(f"{what:<13}{value}" if len(what) < 13 else f"{what} {value}")
     _layers(out, (report.get("run") or {}).get("layers") or [])
     notes = words.spread(words.notes(report))
     for note in notes[:_FINDINGS]:
         where = f" ({note['where']})" if note.get("where") else ""
-        out.line(f"note         {note['what']}{where}")
+        out.line(f"note         {note['what']}{where}", WARNING)
     if len(notes) > _FINDINGS:
         out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
     _checks(out, report)
@@ -35,7 +37,7 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
         out.line(f"card         {'README.md has the figures' if written else 'not changed'}")
     if missing := words.not_reached(report):
         out.line(f"not checked  {'; '.join(missing)}")
-    out.line(verdict(report))
+    out.line(verdict(report), FAILED if words.is_failed(report) else OK)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -66,7 +68,7 @@ def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
     spread = words.spread(errors)
     fixes: set[str] = set()
     for error in spread[:limit]:
-        out.line(f"FAILED       {error['check']}: {error['what']}")
+        out.line(f"FAILED       {error['check']}: {error['what']}", FAILED)
         if error.get("where"):
             out.line(f"  --> {error['where']}")
         fix = error.get("fix")
@@ -88,7 +90,8 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
         mark = "ok" if words.is_ok(module) else "FAILED"
         rows.append([mark, words.literal(module["module"]), *cells])
     columns = ["", "worst modules", "type", "SQNR", "limit", "cosine", "worst rows"]
-    out.table(columns, rows, {"SQNR", "limit", "cosine"})
+    styles = {"ok": OK, "FAILED": FAILED}
+    out.table(columns, rows, {"SQNR", "limit", "cosine"}, {""}, styles)
     if rest := worst[limit:]:
         failed = sum(not words.is_ok(module) for module in rest)
         out.line(f"and {count(rest, 'module')} more" + (f", {failed} of them FAILED" if failed else ""))
@@ -98,6 +101,16 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
         out.line(f"codes        differ in {sum(map(bool, differ))} of {len(differ)} modules{span}")
     if modules:
         out.line()
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> str:
+    """W8A8_DYNAMIC 4.8 MB (8.2 bits per weight), FLOAT 4.2 MB."""
+    texts = []
+    for size in sizes:
+        bits = words.bits(size)
+        aside = "" if bits is None else f" ({bits:.3g} bits per weight)"
+        texts.append(f"{words.literal(size['label'])} {words.nbytes(size['bytes'])}{aside}")
+    return ", ".join(texts)
 
 
 def _layers(out: Output, layers: list[dict[str, Any]]) -> None:

@@ -13,10 +13,11 @@ from quantcli.core.place import check_calibration
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.calibration.session import Session
+    from quantcli.recipe.written import GivenRecipe
 
 
 def plan_calibration(
-    recipe: str | Path,
+    recipe: GivenRecipe,
     *,
     model: str | None = None,
     out: Path | None = None,
@@ -26,7 +27,7 @@ def plan_calibration(
 ) -> Session:
     """Check everything that can be checked before a calibration reads weights.
 
-    recipe: a file, or the name of a shipped one.
+    recipe: a file, the name of a shipped one, or a mapping with a file's content.
     out: the folder of the calibration; by default it is named after the recipe's output.
     overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
     Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.
@@ -35,7 +36,9 @@ def plan_calibration(
     written = opened.written
     folder = out or calibration_folder(Path(written.file.output or default_name(opened.model, recipe)))
     check_calibration(folder, opened.checkpoint.path, None)
-    progress.say(f"planning {recipe} for {opened.model}")
+    from quantcli.recipe.written import name_of
+
+    progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
     from quantcli.calibration.session import prepare_session
     from quantcli.planning.planner import make_plan
@@ -45,7 +48,7 @@ def plan_calibration(
     if not plan.needs_calibration:
         raise InputError(
             "nothing in this recipe needs a calibration",
-            where=str(recipe),
+            where=name_of(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
     return prepare_session(plan, folder, fresh=fresh)

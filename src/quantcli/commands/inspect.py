@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
-from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.hub import display_name, find_headers, find_model
 from quantcli.checkpoint.inspection import inspect_checkpoint
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
@@ -22,18 +22,25 @@ if TYPE_CHECKING:  # both import torch
 def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
     """The contents of a checkpoint, from its headers alone, as JSON-able data.
 
+    Only the headers are fetched of a model on the Hub that is not in its cache.
     tensors: a glob; the tensors that match are listed one by one.
     """
-    checkpoint = scan_checkpoint(find_model(model, progress), progress)
-    summary = inspect_checkpoint(checkpoint, tensors)
-    if summary["quantization"] is None and "quantization_config" in checkpoint.config:
-        # a stale block, or codes that only a target knows by their names: targets load torch
-        progress.say("looking for the format of the weights")
-        from quantcli.targets.base import quantization_of
+    with find_headers(model, progress) as folder:
+        checkpoint = scan_checkpoint(folder, progress)
+        for problem in checkpoint.problems:
+            problem.where = problem.where and problem.where.replace(
+                str(folder), display_name(folder, model)
+            )
+        summary = inspect_checkpoint(checkpoint, tensors)
+        summary["path"] = display_name(checkpoint.path, model)
+        if summary["quantization"] is None and "quantization_config" in checkpoint.config:
+            # a stale block, or codes that only a target knows by their names: targets load torch
+            progress.say("looking for the format of the weights")
+            from quantcli.targets.base import quantization_of
 
-        if (found := quantization_of(checkpoint)) is not None:
-            summary["quantization"] = asdict(found)
-    return summary
+            if (found := quantization_of(checkpoint)) is not None:
+                summary["quantization"] = asdict(found)
+        return summary
 
 
 def support(progress: Progress = SILENT) -> list[dict[str, Any]]:

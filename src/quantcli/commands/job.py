@@ -11,6 +11,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, find_model
 from quantcli.core.errors import InputError
+from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
-    from quantcli.recipe.written import WrittenRecipe
+    from quantcli.recipe.written import GivenRecipe, WrittenRecipe
 
 W = TypeVar("W", bound="Work")
 
@@ -46,6 +47,36 @@ class Job(Generic[W]):
     def nbytes(self) -> int:
         """Bytes of what this job writes, without the manifest."""
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a conversion is to be run.
+
+    workers:     threads; None: one for each core.
+    fresh:       delete what an interrupted run left.
+    force:       replace an output that exists.
+    checksum:    hash every file for the manifest.
+    calibration: the folder of a calibration to use or to make; None: OUT.calibration.
+    part:        as in "2/3"; it goes to OUT.part-2-of-3.
+    """
+
+    workers: int | None = None
+    fresh: bool = False
+    force: bool = False
+    checksum: bool = True
+    calibration: Path | None = None
+    part: str | None = None
+
+    def of_run(self) -> RunOptions:
+        """The options of the run itself."""
+        from quantcli.convert.execute import RunOptions
+
+        workers = self.workers or default_workers()
+        return RunOptions(workers, self.fresh, self.force, self.checksum)
+
+
+USUAL = JobOptions()
 
 
 def make_job(
@@ -185,7 +216,7 @@ class Opened:
 
 
 def open_both(
-    recipe: str | Path,
+    recipe: GivenRecipe,
     model: str | None,
     overrides: tuple[str, ...],
     verb: str,
@@ -193,13 +224,13 @@ def open_both(
 ) -> Opened:
     """Read a recipe and open the model. InputError for what is wrong without schemes and targets, which
     need torch."""
-    from quantcli.recipe.written import read_recipe
+    from quantcli.recipe.written import name_of, read_recipe
 
     written = read_recipe(recipe, overrides, command=verb)
     named = model or written.file.model
     if named is None:
         raise InputError(
-            f"no model to {verb}", where=str(recipe), fix="give --model, or `model:` in the recipe"
+            f"no model to {verb}", where=name_of(recipe), fix="give --model, or `model:` in the recipe"
         )
     return Opened(written, named, open_model(named, progress))
 
@@ -211,9 +242,10 @@ def open_model(model: str, progress: Progress) -> Checkpoint:
     return replace(open_checkpoint(folder, progress), hub_id=model if is_id else None)
 
 
-def default_name(model: str, recipe: str | Path) -> str:
+def default_name(model: str, recipe: GivenRecipe) -> str:
     """The name of the folder to write, if the user gives none."""
-    return f"{Path(os.path.abspath(model)).name}-{Path(recipe).stem}"  # noqa: PTH100 - keeps links
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "quantized"
+    return f"{Path(os.path.abspath(model)).name}-{name}"  # noqa: PTH100 - keeps links
 
 
 def calibration_folder(out: Path) -> Path:

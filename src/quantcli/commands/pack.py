@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.commands.job import Job, job_json, make_job, open_model, run_job
+from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, open_model, run_job
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
-from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.convert.execute import Written
@@ -23,29 +22,26 @@ def plan_pack(
     target: str,
     out: Path,
     *,
-    options: Sequence[str] = (),
-    workers: int | None = None,
-    checksum: bool = True,
-    fresh: bool = False,
-    force: bool = False,
+    overrides: Sequence[str] = (),
+    options: JobOptions = USUAL,
     progress: Progress = SILENT,
 ) -> Job[Repacking]:
     """Check everything that can be checked before the first byte of weights is read.
 
-    options: of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot hold.
+    overrides: options of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot
+    hold.
     """
     from quantcli.convert.publish import check_destination
 
-    values = _values(options)
+    values = _values(overrides)
     opened = open_model(checkpoint, progress)
-    check_destination(out, opened.path, force=force, what="the checkpoint")
+    check_destination(out, opened.path, force=options.force, what="the checkpoint")
     progress.say(f"planning {checkpoint} in the format {target}")
 
-    from quantcli.convert.execute import RunOptions
     from quantcli.planning.repack import plan_repacking
 
     plan = plan_repacking(opened, _target(target, values))
-    return make_job(plan, out, RunOptions(workers or default_workers(), fresh, force, checksum))
+    return make_job(plan, out, options.of_run())
 
 
 def _values(options: Sequence[str]) -> dict[str, Any]:

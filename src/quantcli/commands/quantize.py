@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from quantcli.commands.calibrate import calibrate
 from quantcli.commands.job import (
+    USUAL,
     Job,
+    JobOptions,
     calibration_folder,
     default_name,
     make_job,
@@ -27,45 +29,40 @@ if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.convert.execute import Written
     from quantcli.planning.plan import Plan
+    from quantcli.recipe.written import GivenRecipe
 
 
 def plan(
-    recipe: str | Path,
+    recipe: GivenRecipe,
     *,
     model: str | None = None,
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
-    workers: int | None = None,
-    checksum: bool = True,
-    fresh: bool = False,
-    force: bool = False,
-    calibration: Path | None = None,
-    part: str | None = None,
+    options: JobOptions = USUAL,
     progress: Progress = SILENT,
 ) -> Job[Plan]:
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
-    `expect` block: see `check`. recipe: a file, or the name of a shipped one. part: as in "2/3"; it
-    goes to `out`.part-2-of-3.
+    `expect` block: see `check`. recipe: a file, the name of a shipped one, or a mapping with a file's
+    content.
     """
     from quantcli.convert.publish import check_destination
-    from quantcli.core.threads import default_workers
     from quantcli.planning.parts import parse_part
+    from quantcli.recipe.written import name_of
 
     opened = open_both(recipe, model, overrides, "quantize", progress)
     checkpoint = opened.checkpoint
     if out is None:
         out = Path(opened.written.file.output or default_name(opened.model, recipe))
     whole, share = out, None
-    if part is not None:
-        share = parse_part(part)
+    if options.part is not None:
+        share = parse_part(options.part)
         check_destination(whole, checkpoint.path, force=True)  # it need not be free yet
         out = share.folder(whole)
-    check_destination(out, checkpoint.path, force=force)
-    progress.say(f"planning {recipe} for {opened.model}")
+    check_destination(out, checkpoint.path, force=options.force)
+    progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
-    from quantcli.convert.execute import RunOptions
     from quantcli.planning.planner import make_plan
     from quantcli.recipe.recipe import resolve
 
@@ -75,7 +72,7 @@ def plan(
     if plan.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
-        folder = calibration or calibration_folder(whole)
+        folder = options.calibration or calibration_folder(whole)
         session = prepare_session(plan, folder, out=out)
         if session.complete:
             plan = make_plan(loaded, checkpoint, load(session))
@@ -86,21 +83,22 @@ def plan(
                 fix=f"run `{_calibrate_command(recipe, model, overrides, folder)}` once, and give a "
                 "copy of it to every part with --calibration",
             )
-    elif calibration is not None:
+    elif options.calibration is not None:
         raise InputError(
             "nothing in this recipe needs a calibration",
-            where=f"--calibration {calibration}",
+            where=f"--calibration {options.calibration}",
             fix="leave --calibration out",
         )
-    options = RunOptions(workers or default_workers(), fresh, force, checksum)
-    return make_job(plan, out, options, session, share)
+    return make_job(plan, out, options.of_run(), session, share)
 
 
 def _calibrate_command(
-    recipe: str | Path, model: str | None, overrides: tuple[str, ...], folder: Path
+    recipe: GivenRecipe, model: str | None, overrides: tuple[str, ...], folder: Path
 ) -> str:
     """What to type for the calibration of a conversion that was given these options."""
-    words = ["quantcli", "calibrate", str(recipe)]
+    from quantcli.recipe.written import name_of
+
+    words = ["quantcli", "calibrate", name_of(recipe)]
     if model is not None:
         words += ["--model", model]
     for override in overrides:
@@ -131,11 +129,19 @@ def quantize(
     """
     check(job)
     if job.session is not None and not job.session.complete:
-        from quantcli.calibration.session import load
-        from quantcli.planning.planner import make_plan
-
-        calibrate(job.session, resources, progress)
-        plan = make_plan(job.plan.recipe, job.plan.checkpoint, load(job.session))
-        job = replace(job, plan=plan)
+        job = calibrated(job, resources, progress)
         check(job)
     return run_job(job, progress)
+
+
+def calibrated(
+    job: Job[Plan], resources: Resources | None = None, progress: Progress | None = None
+) -> Job[Plan]:
+    """The job of a recipe that needs data, after its calibration: its plan has the statistics."""
+    from quantcli.calibration.session import load
+    from quantcli.planning.planner import make_plan
+
+    assert job.session is not None
+    calibrate(job.session, resources, progress)
+    plan = make_plan(job.plan.recipe, job.plan.checkpoint, load(job.session))
+    return replace(job, plan=plan, session=replace(job.session, complete=True))

@@ -223,7 +223,7 @@ class Events(Progress):
         """Only the events that follow show it."""
         with self._lock:
             self._in_layers = False
-            kept = self._bytes.complete  # were there before
+            kept = self._bytes.complete if noun == self._bytes.noun else 0  # were there before
             self._bytes = _Bytes(nbytes, kept + files, noun, time.monotonic(), complete=kept)
 
     def advance(self, nbytes: int) -> None:

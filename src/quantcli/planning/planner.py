@@ -13,7 +13,7 @@ from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.text import count
 from quantcli.planning.card.card import with_card
-from quantcli.planning.card.made import conversion
+from quantcli.planning.card.making import conversion
 from quantcli.planning.items import cache_items, make_items, plan_cache
 from quantcli.planning.matching import match
 from quantcli.planning.measured import Measured

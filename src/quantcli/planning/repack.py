@@ -22,7 +22,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.text import count
 from quantcli.planning.card.card import with_card
-from quantcli.planning.card.made import packing
+from quantcli.planning.card.making import packing
 from quantcli.planning.items import cache_items, planned_outputs
 from quantcli.planning.matching import family_of, must_be_taken, raise_first
 from quantcli.planning.measured import Measured

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _TEXT = "a recipe is a short text file in YAML"
 _QUOTE = 'put quotes around text that begins with a star, such as "*_proj"'
+
+MAPPING = "the recipe"  # the name of one that is not a file
 
 Place = tuple[str | int, ...]
 
@@ -112,6 +116,41 @@ def load_document(path: Path) -> Document:
     return Document(path, data, places)
 
 
+def document_of(table: Mapping[str, Any]) -> Document:
+    """A recipe that a Python program made: a mapping with the content of a file.
+
+    Its places are its keys. Raises InputError for what no recipe file can hold.
+    """
+    places: dict[Place, str] = {}
+    return Document(Path(MAPPING), _copied(table, (), places), places)
+
+
+def _copied(value: Any, place: Place, places: dict[Place, str]) -> Any:
+    """Mappings as dicts and sequences as lists, as YAML would give them."""
+    where = f"{MAPPING}, `{'.'.join(map(str, place))}`" if place else MAPPING
+    places[place] = where
+    if len(place) > _MAX_DEPTH:
+        raise InputError("the recipe is nested too deeply", where=where)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or not key.isprintable():
+                raise InputError(f"key {key!r:.80} is not plain text", where=where)
+        return {key: _copied(inner, (*place, key), places) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(inner, (*place, number), places) for number, inner in enumerate(value)]
+    if value is not None and not isinstance(value, str | int | float):
+        what = f"{reprlib.repr(value)} is not text, a number, True, False or None"
+        raise InputError(what, where=where, fix="give what YAML can hold")
+    return _printable(value, where)
+
+
+def _printable(value: Any, where: str) -> Any:
+    """A value; InputError for text with control characters."""
+    if isinstance(value, str) and not value.isprintable():
+        raise InputError(f"text {value[:80]!r} has unprintable characters", where=where)
+    return value
+
+
 def load_front_matter(text: str, source: str) -> dict[str, Any]:
     """A mapping that stands at the begin of another document, `source`. Its texts may have any
     characters. Raises InputError."""
@@ -182,6 +221,4 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str],
         value = yaml.SafeLoader("").construct_object(node)
     except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
         raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
-    if isinstance(value, str) and not (anything or value.isprintable()):
-        raise InputError(f"text {value[:80]!r} has unprintable characters", where=where)
-    return value
+    return value if anything else _printable(value, where)

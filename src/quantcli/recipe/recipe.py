@@ -24,6 +24,7 @@ from quantcli.recipe.shipped import is_sample_text
 from quantcli.recipe.written import (
     KV_CACHE,
     SMOOTH,
+    GivenRecipe,
     WrittenRecipe,
     check_patterns,
     explain,
@@ -214,9 +215,9 @@ def compare(limit: str, value: float) -> bool:
 
 
 def load_recipe(
-    recipe: str | Path, overrides: tuple[str, ...] = (), *, command: str = "quantize"
+    recipe: GivenRecipe, overrides: tuple[str, ...] = (), *, command: str = "quantize"
 ) -> Recipe:
-    """Read and check a recipe: a file, or a shipped recipe by name.
+    """Read and check a recipe: a file, a shipped recipe by name, or a mapping with a file's content.
 
     overrides: `KEY=VALUE` strings that win over the file. command: for the message if `recipe` is a
     model. Raises InputError with file:line; for a misspelt name its fix has the closest names.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.expressions import too_costly
-from quantcli.recipe.document import Document, Place, load_document
+from quantcli.recipe.document import MAPPING, Document, Place, document_of, load_document
 from quantcli.recipe.fields import RecipeFile, translate
 from quantcli.recipe.shipped import find_recipe
 
@@ -31,14 +31,25 @@ class WrittenRecipe:
     document: Document
 
 
+GivenRecipe = str | Path | Mapping[str, Any]  # a name, a file, or its content
+
+
+def name_of(recipe: GivenRecipe) -> str:
+    """The name of a recipe in messages: as it was given."""
+    return MAPPING if isinstance(recipe, Mapping) else str(recipe)
+
+
 def read_recipe(
-    recipe: str | Path, overrides: tuple[str, ...] = (), *, command: str = "quantize"
+    recipe: GivenRecipe, overrides: tuple[str, ...] = (), *, command: str = "quantize"
 ) -> WrittenRecipe:
     """Read a recipe, as `load_recipe` does, and check its keys, values, patterns and siblings.
 
     Names of schemes, targets and methods, and their options, are not looked up. Raises InputError.
     """
-    document = load_document(find_recipe(recipe, command))
+    if isinstance(recipe, Mapping):
+        document = document_of(recipe)
+    else:
+        document = load_document(find_recipe(recipe, command))
     for assignment in overrides:
         document.override(assignment)
     try:

@@ -8,6 +8,7 @@ from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.compare import LOOSEST
+from quantcli.verification.content import maker_of, sizes_of
 from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
@@ -28,8 +29,11 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     report.add(notes)
     structure.limits = Limits(given, own)
     report.limits = structure.limits.to_report(LOOSEST)
+    if structure.checkpoint is not None:
+        report.made_by = maker_of(structure.manifest, structure.checkpoint.config)
     if structure.stored is None:
         return report
+    report.sizes = sizes_of(structure.stored)
     if options.full:
         from quantcli.verification.full import verify_full
 
@@ -43,7 +47,7 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     reference = open_reference(against)
     conversion = plan_again(structure, against, options.calibration)
     if options.run:
-        from quantcli.verification.on_text import text_batches, verify_run
+        from quantcli.verification.on_text.run import text_batches, verify_run
 
         # before the long comparison of weights: an error in the text is reported at once
         batches = text_batches(options, reference.checkpoint, progress)

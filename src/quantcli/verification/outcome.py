@@ -50,6 +50,27 @@ CHECKS: dict[str, tuple[Depth, str]] = {
 
 
 @dataclass(frozen=True)
+class Maker:
+    """The tool that made a checkpoint, and its recipe as YAML, as the checkpoint says."""
+
+    tool: str
+    recipe: str | None
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """The modules of one label: how many, their weights, their bytes with scales.
+
+    weights: numbers in them; None if this version cannot read the label.
+    """
+
+    label: str
+    modules: int
+    weights: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
 class RowReport:
     """A row of a weight with a low SQNR."""
 
@@ -141,23 +162,49 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityRatio(Perplexity):
-    """Both perplexities, and the checkpoint's over the other model's."""
+    """Both perplexities, and the checkpoint's over the other model's.
+
+    interval: of the ratio, 95 %, by a bootstrap over windows; None if there is one window.
+    """
 
     ratio: float
+    interval: list[float] | None
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL divergence of predictions, nats per token."""
+    """KL divergence of predictions, nats per token. interval: of the mean, as that of perplexity."""
 
     mean: float
     max: float
+    interval: list[float] | None
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """A token of the text whose log-probability moved.
+
+    window, position: its place. before, after: the text around it.
+    reference, checkpoint: its probability in the other model and in the checkpoint.
+    change: of its log-probability, in nats.
+    """
+
+    window: int
+    position: int
+    token: str
+    before: str
+    after: str
+    reference: float
+    checkpoint: float
+    change: float
 
 
 @dataclass(frozen=True)
 class RunReport:
     """Both models on text; windows are the pieces of it that ran.
 
+    change_interval: of the mean change of a log-probability, as that of perplexity.
+    moved_tokens: those whose log-probability moved most, largest change first.
     outputs_db: SQNR of what the models put out, such as logits of classes, if they predict no text; the
                 figures of predictions are None then.
     """
@@ -169,6 +216,8 @@ class RunReport:
     mean_abs_logprob_change: float | None
     windows: list[Perplexity]
     layers: list[LayerReport]
+    change_interval: list[float] | None = None
+    moved_tokens: list[TokenReport] = field(default_factory=list)
     outputs_db: float | None = None
 
 
@@ -179,12 +228,14 @@ class Report:
     checkpoint: str
     format: str = "unknown"
     against: str | None = None
+    made_by: Maker | None = None
     depths: list[Depth] = field(default_factory=list)
     limits: Verify = field(default_factory=Verify)
     _findings: dict[Finding, None] = field(default_factory=dict)  # a set in order
     checked: dict[str, int] = field(default_factory=dict)  # check -> number of things
     modules: list[ModuleReport] = field(default_factory=list)
     serve: tuple[ServeCommand, ...] = ()
+    sizes: list[SizeReport] = field(default_factory=list)
     tensors: TensorCounts | None = None
     run: RunReport | None = None
     not_checked: list[str] = field(
@@ -234,6 +285,7 @@ class Report:
             "format": self.format,
             "against": self.against,
             "tool": f"quantcli {__version__}",
+            "made_by": self.made_by and asdict(self.made_by),
             "depths": list(self.depths),
             "limits": self.limits.model_dump(),
             "checks": [
@@ -249,6 +301,7 @@ class Report:
             ],
             "findings": [asdict(f) for f in sorted(self.findings, key=lambda f: f.severity)],
             "modules": [asdict(m) for m in sorted(self.modules, key=lambda m: (m.margin_db, m.module))],
+            "sizes": [asdict(size) for size in self.sizes],
             "tensors": self.tensors and asdict(self.tensors),
             "run": self.run and asdict(self.run),
             "not_checked": list(self.not_checked),

@@ -237,8 +237,8 @@ def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
             elif manifest is not None or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
-    made = written() | ({CARD} if CARD in ours.aux and is_card(ours.path / CARD) else set())
-    for name in sorted(present - {*reference.aux, *ours.shards, *made}):
+    generated = written() | ({CARD} if CARD in ours.aux and is_card(ours.path / CARD) else set())
+    for name in sorted(present - {*reference.aux, *ours.shards, *generated}):
         if not _is_own_index(ours, name):  # the check of files has a note on it
             yield _added(name, ours.path / name, reference.path / name)
 

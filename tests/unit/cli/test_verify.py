@@ -49,7 +49,9 @@ def test_a_healthy_one(shown):
     lines = shown(reports.report(2))
     assert "FAILED" not in "\n".join(lines)
     assert "structure    headers 123, index 123, files 123" in lines
-    assert "perplexity   45.43 -> 45.47, 1.0009 x (limit 1.01 x)" in lines
+    assert "perplexity   45.43 -> 45.47, 1.0009 x (95 % 1.0000 to 1.0018 x; limit 1.01 x)" in lines
+    sizes = "W8A8_DYNAMIC 4.1 MB (8.2 bits per weight), FLOAT 1.0 MB (16 bits per weight)"
+    assert f"size         5.1 MB: {sizes}" in lines
     assert lines[-1] == "passed: /models/qwen3-w8a8: structure, full, against, run; 8 checks, 1 note"
 
 

@@ -20,29 +20,36 @@ RECIPE = Path(__file__).parents[3] / "recipes" / "w8a8_dynamic.yaml"
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     model = make_family(folder / "model", "llama")
-    quantcli.quantize(quantcli.plan(RECIPE, model=str(model), out=folder / "out"))
+    quantcli.quantize(RECIPE, model=model, out=folder / "out")
     return folder / "out", model
 
 
 def test_options_by_keyword(made, tmp_path):
     out, model = made
-    report = quantcli.verify(out, full=True, against=str(model), tp="1,2", junit=tmp_path / "junit.xml")
-    assert report["depths"] == ["structure", "full", "against"]
-    assert report["against"] == str(model)
-    assert len(report["modules"]) == 14
+    junit = str(tmp_path / "junit.xml")
+    report = quantcli.verify(out, full=True, against=model, tp="1,2", junit=junit)
+    assert report.depths == ["structure", "full", "against"]
+    assert report.against == str(model)
+    assert len(report.modules) == 14
     suites = ElementTree.parse(tmp_path / "junit.xml").getroot()
-    assert [suite.get("name") for suite in suites] == report["depths"]
+    assert [suite.get("name") for suite in suites] == report.depths
 
 
 def test_the_document(made):
-    report = quantcli.verify(made[0], against=str(made[1]), min_sqnr=99.0)
+    report = quantcli.verify(made[0], against=made[1], min_sqnr=99.0).to_dict()
     assert [*report] == [
-        "ok", "checkpoint", "format", "against", "tool", "depths", "limits", "checks", "findings",
-        "modules", "tensors", "run", "not_checked",
+        "ok", "checkpoint", "format", "against", "tool", "made_by", "depths", "limits", "checks",
+        "findings", "modules", "sizes", "tensors", "run", "not_checked",
+        "serve", "card_written",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}
     assert report["tensors"]["quantized"] == 14
     assert report["run"] is None
+    assert report["made_by"]["recipe"] == (made[0] / "quantcli_recipe.yaml").read_text()
+    assert [(size["label"], size["modules"]) for size in report["sizes"]] == [
+        ("W8A8_DYNAMIC", 14),
+        ("FLOAT", report["tensors"]["equal"]),
+    ]
     module = report["modules"][0]
     assert [*module] == [
         "module", "label", "shape", "sqnr_db", "cosine", "max_rel_error", "worst_rows",
@@ -85,6 +92,6 @@ def test_each_size_once():
 def test_the_command_line_offers_each_option():
     parameters = inspect.signature(command).parameters
     options = [field.name for field in fields(VerifyOptions)]
-    assert [*parameters] == [*options, "quiet", "as_json"]
+    assert [*parameters][: len(options)] == options
     assert parameters["samples"].default.default == VerifyOptions.samples == 32
     assert parameters["full"].default.param_decls == ("--full",)

@@ -25,6 +25,7 @@ ROWS = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).bfloat16()
 def fresh(monkeypatch, tmp_path):
     """A process that has loaded no kernels, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(machine.CACHE, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     machine._folder.cache_clear()
@@ -67,6 +68,23 @@ def test_compiled_once_and_then_loaded(fresh, tmp_path, monkeypatch):
     no_compiler(monkeypatch)
     assert works()
     assert machine.problem() is None
+
+
+def test_a_folder_of_the_users_choice(fresh, tmp_path, monkeypatch):
+    """Others may write in it, as in a volume of a container, but not in what quantcli makes there."""
+    shared = tmp_path / "deep" / "shared"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    monkeypatch.setenv(machine.CACHE, str(shared))
+    assert works()
+    (file,) = files(tmp_path)
+    assert file.parents[2] == shared
+    assert (shared / "kernels").stat().st_mode & 0o777 == 0o700
+    (shared / "kernels").chmod(0o777)
+    file.write_bytes(b"what somebody else put there")
+    again(monkeypatch)
+    assert works()
+    assert file.read_bytes() == b"what somebody else put there"
 
 
 def test_private_whatever_the_umask(fresh, tmp_path, monkeypatch):
@@ -208,7 +226,8 @@ def test_processes_at_once_and_one_that_finds_all_of_it(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    environment.pop(machine.SWITCH, None)
+    for name in (machine.SWITCH, machine.CACHE):
+        environment.pop(name, None)
     command = [sys.executable, "-c", _PROCESS]
     running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
     for process in running:

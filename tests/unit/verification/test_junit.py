@@ -4,7 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantcli.verification.report.junit import junit
+from quantcli.verification.report import words
+from quantcli.verification.report.junit import junit, junit_of_several
 from tests import reports
 
 
@@ -31,23 +32,55 @@ def test_a_suite_a_depth_and_a_case_for_each_thing():
     assert not any(case.findall("failure") for own in found.values() for case in own)
 
 
+def failed(cases):
+    return [case for case in cases if case.find("failure") is not None]
+
+
 def test_failures_say_what_where_and_how_to_fix_it():
     report = reports.report(2, bad=["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"])
     check, *modules = cases(report)["against"]
-    failure = check.find("failure")
-    assert failure.get("message").endswith("the limit is 30 dB and 1 more")
-    assert "  --> model.layers.1.mlp.up_proj\n  fix: keep the module in float" in failure.text
-    failed = [case for case in modules if case.find("failure") is not None]
-    assert [case.get("name") for case in failed] == [
+    assert check.find("failure") is None  # its errors are those of modules
+    assert [case.get("name") for case in failed(modules)] == [
         m["module"] for m in report["modules"] if not m["ok"]
     ]
-    assert "worst rows: " in failed[0].find("failure").text
+    failure = failed(modules)[1].find("failure")
+    assert failure.get("message").endswith("the limit is 30 dB")
+    assert "  --> model.layers.1.mlp.up_proj\n  fix: keep the module in float" in failure.text
+    assert "worst rows: " in failure.text
+
+
+def test_there_are_as_many_failures_as_errors():
+    wrong = [("headers", "cut off", "a.safetensors"), ("headers", "is empty", "b.safetensors"),
+             ("sqnr", "row 3 has 1 dB", "`model.layers.1.mlp.up_proj`, row 3"),
+             ("kl", "mean KL divergence is 0.2", None), ("of no list", "wrong", None)]  # fmt: skip
+    report = reports.report(2, bad=["layers.1"], errors=wrong)
+    report["findings"].append(
+        {"check": "layer outputs", "severity": "error", "what": "puts out 5 dB",
+         "where": "`model.layers.1`", "fix": None}
+    )  # fmt: skip
+    found = cases(report)
+    names = [case.get("name") for own in found.values() for case in failed(own)]
+    assert len(names) == len(set(names)) == len(words.errors(report)) == 7 + 6
+    assert {"headers", "headers, 2", "model.layers.1.mlp.up_proj, 2", "kl", "of no list",
+            "model.layers.1"} <= {*names}  # fmt: skip
 
 
 def test_limits_of_the_run_fail_with_their_checks():
     report = reports.report(2, errors=[("kl", "mean KL divergence is 0.2", None)])
-    failed = [c.get("name") for c in cases(report)["run"] if c.find("failure") is not None]
-    assert failed == ["kl", "max_kl 0.05"]
+    own = cases(report)["run"]
+    assert [c.get("name") for c in failed(own)] == ["kl"]
+    assert own[-1].get("name") == "max_ppl_ratio 1.01"
+
+
+def test_several_checkpoints_have_a_suite_each():
+    good, bad = reports.report(2), reports.report(2, bad=["layers.1"])
+    bad["checkpoint"] = "/models/other"
+    root = ElementTree.fromstring(junit_of_several([good, bad]))
+    assert [suite.get("name") for suite in root] == ["/models/qwen3-w8a8", "/models/other"]
+    assert [suite.get("failures") for suite in root] == ["0", "7"]
+    assert root.get("failures") == "7"
+    own = [case.get("name") for suite in cases(bad).values() for case in suite]
+    assert [case.get("name") for case in root[1]] == own
 
 
 def test_notes_are_no_failures():
@@ -62,8 +95,8 @@ def test_notes_are_no_failures():
      reports.report(1, errors=[("of no list", "wrong", None)])],
 )  # fmt: skip
 def test_it_is_red_where_the_answer_is_no(report):
-    failures = [c for own in cases(report).values() for c in own if c.find("failure") is not None]
-    assert bool(failures) == (not report["ok"])
+    failures = [case for own in cases(report).values() for case in failed(own)]
+    assert len(failures) == len(words.errors(report))
 
 
 def test_any_name_is_valid_xml():

@@ -141,6 +141,28 @@ def test_tables_say_the_same_as_the_report():
     assert "(31 x)" in shown.text
 
 
+def test_it_says_who_made_the_checkpoint_and_what_it_weighs():
+    text = page(reports.report(2))
+    shown = reports.Elements(text)
+    assert (
+        "Made by quantcli 0.1.0 with toy 1.2, as the checkpoint says. Checked by quantcli" in shown.text
+    )
+    assert shown.pre == "\ntarget: ascend\n"
+    assert "Size: 5.1 MB" in shown.text
+    assert "W8A8_DYNAMIC 197 4,000,000 4.1 MB 8.2 80.4 %" in shown.text
+    assert "FLOAT 12 tensors 500,000 1.0 MB 16 19.6 %" in shown.text
+    widths = [a["width"] for a in shown.all("rect") if a["class"].startswith("part part-")]
+    assert widths == ["80.39%", "19.61%"]
+
+
+def test_tokens_are_shown_in_context():
+    text = page(reports.report(2))
+    assert "The capital of France is<mark> Paris</mark>.↵That</td>" in text
+    assert (
+        "3 17 The capital of France is Paris .↵That 0.512 0.0345 -2.697" in reports.Elements(text).text
+    )
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_numbers_that_are_none(bad):
     report = reports.report(2)
@@ -213,7 +235,7 @@ def test_the_same_report_gives_the_same_bytes():
 
 def test_charts_have_words():
     shown = reports.Elements(page(reports.report(2)))
-    assert len(shown.charts()) == 3 + 1 + 2 + 1 + 7
+    assert len(shown.charts()) == 3 + 1 + 1 + 2 + 1 + 7
     charts = [a for a in shown.all("svg") if "chart" in a["class"]]
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     assert all("scope" in attributes for attributes in shown.all("th"))

@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -139,6 +139,23 @@ def load_dataset(
     groups = [samples[begin : begin + size] for begin in range(0, len(samples), size)]
     batches = tuple(_batch(group, pad) for group in groups)
     return Dataset(batches, tokens=sum(map(len, samples)), samples=len(samples))
+
+
+def text_of(model: Path, *, trust_remote_code: bool = False) -> Callable[[Sequence[int]], str]:
+    """A function that turns token ids into text by the tokenizer in `model`.
+
+    Ids that the tokenizer cannot decode are named by their numbers.
+    """
+    with quiet():
+        tokenizer = _load_tokenizer(model, trust_remote_code)
+
+    def decode(ids: Sequence[int]) -> str:
+        try:
+            return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        except Exception:  # whatever its files make the library stumble over
+            return "".join(f"<{token}>" for token in ids)
+
+    return decode
 
 
 def _batch(samples: list[array[int]], pad: int) -> Batch:

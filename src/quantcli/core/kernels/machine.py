@@ -27,6 +27,7 @@ from blake3 import blake3
 Function: TypeAlias = Callable[..., None]
 Say: TypeAlias = Callable[[str], None]  # takes a message for people; raises nothing
 SWITCH = "QUANTCLI_KERNELS"  # environment variable: "off" leaves all work to torch
+CACHE = "QUANTCLI_CACHE"  # environment variable: the folder for machine code
 _HASH_BYTES = 32
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SOURCES = (
@@ -210,7 +211,9 @@ def _folder(fingerprint: str) -> Path | None:
     can be written by this user, nor has any, or if another user can write there.
     """
     for parent in _parents():
-        places = parent, parent / "kernels", parent / "kernels" / fingerprint
+        places = [parent / "kernels", parent / "kernels" / fingerprint]
+        if str(parent) != os.environ.get(CACHE):  # that one may be shared: a volume, say
+            places.insert(0, parent)
         with suppress(OSError):
             parent.parent.mkdir(parents=True, exist_ok=True)
             for place in places:  # each by itself: `parents` would leave their modes to the umask
@@ -226,7 +229,9 @@ def _folder(fingerprint: str) -> Path | None:
 def _parents() -> Iterator[Path]:
     """Folders for machine code, the better ones first."""
     base = os.environ.get("XDG_CACHE_HOME")
-    if base and Path(base).is_absolute():
+    if chosen := os.environ.get(CACHE):
+        yield Path(chosen)
+    elif base and Path(base).is_absolute():
         yield Path(base) / "quantcli"
     else:
         with suppress(RuntimeError):  # a user without a home

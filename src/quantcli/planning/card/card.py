@@ -12,7 +12,7 @@ from quantcli.checkpoint.files import CARD
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.planning.card.figures import section
 from quantcli.planning.card.front import base_of, front_matter
-from quantcli.planning.card.made import Made
+from quantcli.planning.card.making import Making
 from quantcli.planning.card.markdown import code, fenced, plain, quote
 from quantcli.planning.card.source import SOURCE_CARD, SourceCard, not_kept, read_source_card
 from quantcli.planning.plan import Work
@@ -26,13 +26,13 @@ _NOT_MEASURED = (
 )
 
 
-def with_card(work: W, made: Made, base_model: str | None = None) -> W:
+def with_card(work: W, making: Making, base_model: str | None = None) -> W:
     """The same work with its card among the generated files, and notes on the source's card.
 
     base_model: the source's Hub id, if the recipe names it.
     """
     source = read_source_card(work.checkpoint)
-    content = _card(work, made, source, base_model)
+    content = _card(work, making, source, base_model)
     notes = source.notes
     if keys := not_kept(source.front):
         names = ", ".join(f"`{key}`" for key in keys)
@@ -42,7 +42,7 @@ def with_card(work: W, made: Made, base_model: str | None = None) -> W:
     )
 
 
-def _card(work: Work, made: Made, source: SourceCard, base_model: str | None) -> str:
+def _card(work: Work, making: Making, source: SourceCard, base_model: str | None) -> str:
     given = HUB_ID.fullmatch(work.checkpoint.hub_id or "")
     named = base_model or (given and given["repository"]) or None
     base = base_of(named, source)
@@ -57,14 +57,14 @@ def _card(work: Work, made: Made, source: SourceCard, base_model: str | None) ->
         f"{link}{at} with quantized weights, in the format {code(work.target.name)}: {labels}. "
         f"Written by quantcli {__version__}.",
         "## What is quantized",
-        made.modules,
+        making.modules,
         _sizes(work),
         "## How it was made",
-        made.steps,
+        making.steps,
     ]
     if work.recipe_text is not None:
         parts += [
-            f"The recipe, which is also in {code(made.recipe)}:",
+            f"The recipe, which is also in {code(making.recipe)}:",
             fenced(work.recipe_text, "yaml"),
         ]
     parts += ["## Verification", section(_NOT_MEASURED), "## How to serve it", _serving(work)]

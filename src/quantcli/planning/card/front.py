@@ -25,8 +25,8 @@ def base_of(named: str | None, source: SourceCard) -> str | None:
         return named
     base = source.front.get("base_model")
     quantized = source.front.get("base_model_relation") == "quantized"
-    known = quantized and isinstance(base, str) and HUB_ID.fullmatch(base)
-    return base if known else None
+    is_id = isinstance(base, str) and HUB_ID.fullmatch(base)
+    return base if quantized and is_id else None
 
 
 def front_matter(

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from quantcli.verification.report import words
-from quantcli.verification.report.words import decibels, is_ok, number
+from quantcli.verification.report.words import is_ok, number
 
 _AROUND = 66  # pixels above and below the plotted area, for ticks: see `.plot` in page.css
 _POINTS = 200  # windows of text that a chart shows one by one
@@ -68,9 +68,7 @@ def layer_line(layers: Sequence[dict[str, Any]]) -> Chart:
     tips = [
         (
             layer["layer"],
-            f"SQNR {decibels(layer.get('sqnr_db'))}",
-            f"limit {decibels(layer.get('limit_db'))}",
-            f"after all before it {decibels(layer.get('cumulative_db'))}",
+            *(f"{what} {value}" for what, value in words.layer_facts(layer)),
             *(() if is_ok(layer) else ("✕ FAILED",)),
         )
         for layer in layers

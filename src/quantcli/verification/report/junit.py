@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,30 +15,75 @@ _LIMITS = {"max_ppl_ratio": "perplexity", "max_kl": "kl"}  # the check that fail
 def junit(report: dict[str, Any]) -> bytes:
     """One suite for each depth; one case for each check, compared module, layer and limit of the run.
 
+    There are as many failures as errors in the report: an error of a module or layer fails its case,
+    any other the case of its check. What has several errors has a case for each.
+
     The same report gives the same bytes: no times, no host. Characters of untrusted names that XML
     cannot hold are escaped as Python escapes them.
     """
+    root = ElementTree.Element("testsuites", name="quantcli verify")
+    for depth, cases in _depths(report):
+        suite = ElementTree.SubElement(root, "testsuite", name=depth)
+        suite.extend(cases)
+        _count(suite, suite)
+    return _document(root)
+
+
+def junit_of_several(reports: Sequence[dict[str, Any]]) -> bytes:
+    """The same for several checkpoints: one suite for each, with the cases of all depths."""
+    root = ElementTree.Element("testsuites", name="quantcli verify")
+    for report in reports:
+        suite = ElementTree.SubElement(root, "testsuite", name=words.literal(report["checkpoint"]))
+        for _, cases in _depths(report):
+            suite.extend(cases)
+        _count(suite, suite)
+    return _document(root)
+
+
+def _document(root: ElementTree.Element) -> bytes:
+    _count(root, root)
+    ElementTree.indent(root)
+    text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"
+
+
+def _depths(report: dict[str, Any]) -> Iterator[tuple[str, list[ElementTree.Element]]]:
+    """Each depth and its cases."""
     checks = report.get("checks") or []
     # a finding of a check that is not listed is a failure all the same
     listed = {check["name"] for check in checks}
     strays = [f["check"] for f in report.get("findings") or [] if f["check"] not in listed]
     unlisted = [{"name": name, "depth": "structure"} for name in dict.fromkeys(strays)]
     depths = dict.fromkeys([*(report.get("depths") or []), *(c["depth"] for c in [*checks, *unlisted])])
-    root = ElementTree.Element("testsuites", name="quantcli verify")
     for depth in depths:
-        suite = ElementTree.SubElement(root, "testsuite", name=depth)
         own = [check for check in [*checks, *unlisted] if check["depth"] == depth]
-        cases = [_check(report, check) for check in own]
-        cases += _modules(report) if depth == "against" else []
-        cases += [*_layers(report), *_limits(report)] if depth == "run" else []
+        things = (report.get("modules") or []) if depth == "against" else []
+        things = things or ((report.get("run") or {}).get("layers") or [] if depth == "run" else [])
+        errors = _by_thing(report, own, [_name(thing) for thing in things])
+        cases = [case for check in own for case in _check(report, check, errors.pop(check["name"], []))]
+        cases += [case for thing in things for case in _thing(thing, errors.pop(_name(thing), []))]
+        cases += list(_limits(report)) if depth == "run" else []
         for case in cases:
             case.set("classname", f"quantcli.verify.{words.literal(depth).replace(' ', '_')}")
-        suite.extend(cases)
-        _count(suite, suite)
-    _count(root, root)
-    ElementTree.indent(root)
-    text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
-    return text + b"\n"
+        yield depth, cases
+
+
+def _by_thing(
+    report: dict[str, Any], checks: list[dict[str, Any]], things: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Errors of these checks, by the module or layer that they are of, or else by their check."""
+    names, names_of_checks = set(things), {check["name"] for check in checks}
+    errors: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for error in words.errors(report):
+        if error["check"] in names_of_checks:
+            place = words.place(error)
+            errors[place if place in names else error["check"]].append(error)
+    return errors
+
+
+def _name(thing: dict[str, Any]) -> str:
+    """The name of a module or layer."""
+    return str(thing["module"] if "module" in thing else thing["layer"])
 
 
 def _count(element: ElementTree.Element, of: ElementTree.Element) -> None:
@@ -59,15 +105,26 @@ def _case(name: str, failure: tuple[str, str] | None = None, output: str = "") -
     return case
 
 
-def _check(report: dict[str, Any], check: dict[str, Any]) -> ElementTree.Element:
-    name = check["name"]
-    errors = [f for f in words.errors(report) if f["check"] == name]
-    notes = [f for f in words.notes(report) if f["check"] == name]
-    failure = None
-    if errors:
-        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
-        failure = (f"{errors[0]['what']}{more}", "\n".join(map(_text, errors)))
-    return _case(name, failure, "\n".join(f"note: {_text(note)}" for note in notes))
+def _check(
+    report: dict[str, Any], check: dict[str, Any], errors: list[dict[str, Any]]
+) -> Iterator[ElementTree.Element]:
+    notes = [_text(note) for note in words.notes(report) if note["check"] == check["name"]]
+    yield from _cases(check["name"], errors, "\n".join(f"note: {note}" for note in notes))
+
+
+def _cases(
+    name: str, errors: list[dict[str, Any]], output: str = "", facts: str = ""
+) -> Iterator[ElementTree.Element]:
+    """A case for each error of a thing, numbered after the first; one that passes if there is none.
+
+    output: what the first case says. facts: of the thing, for its failures.
+    """
+    if not errors:
+        yield _case(name, None, output)
+    for number, error in enumerate(errors, 1):
+        numbered = name if number == 1 else f"{words.literal(name)}, {number}"
+        details = "\n".join(filter(None, [_text(error), facts]))
+        yield _case(numbered, (error["what"], details), output if number == 1 else "")
 
 
 def _text(finding: dict[str, Any]) -> str:
@@ -76,29 +133,18 @@ def _text(finding: dict[str, Any]) -> str:
     return text + (f"\n  fix: {words.literal(finding['fix'])}" if finding.get("fix") else "")
 
 
-def _modules(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
-    for module in report.get("modules") or []:
-        facts = "\n".join(f"{what}: {value}" for what, value in words.module_facts(module))
-        failure = None if words.is_ok(module) else (_beyond(module), facts)
-        yield _case(module["module"], failure, facts if failure is None else "")
-
-
-def _layers(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
-    for layer in (report.get("run") or {}).get("layers") or []:
-        message = _beyond(layer)
-        yield _case(layer["layer"], None if words.is_ok(layer) else (message, message))
-
-
-def _beyond(thing: dict[str, Any]) -> str:
-    return f"SQNR {words.decibels(thing.get('sqnr_db'))}, limit {words.decibels(thing.get('limit_db'))}"
+def _thing(thing: dict[str, Any], errors: list[dict[str, Any]]) -> Iterator[ElementTree.Element]:
+    """The cases of a module or layer."""
+    facts = words.module_facts(thing) if "module" in thing else words.layer_facts(thing)
+    text = "\n".join(f"{what}: {value}" for what, value in facts)
+    yield from _cases(_name(thing), errors, "" if errors else text, text)
 
 
 def _limits(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
+    """The limits that hold; one that does not is a failure of its check."""
     failed = {finding["check"] for finding in words.errors(report)}
     facts = "\n".join(f"{what}: {value}" for what, value in words.run_facts(report))
     for limit, check in _LIMITS.items():
         value = (report.get("limits") or {}).get(limit)
-        if value is not None:
-            message = f"beyond {limit} {words.number(value)}"
-            name = f"{limit} {words.number(value)}"
-            yield _case(name, (message, facts) if check in failed else None, facts)
+        if value is not None and check not in failed:
+            yield _case(f"{limit} {words.number(value)}", None, facts)

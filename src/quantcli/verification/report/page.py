@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from operator import methodcaller
 from typing import Any
 
+from quantcli.verification.content import FLOAT
 from quantcli.verification.report import words
-from quantcli.verification.report.charts import Chart, histogram, layer_line, perplexity_lines
+from quantcli.verification.report.charts import (
+    Chart,
+    histogram,
+    layer_line,
+    perplexity_lines,
+    shares,
+)
 from quantcli.verification.report.document import render
 from quantcli.verification.report.heatmap import Module, Quantity, heat_map, lay_out
 
 _ROWS = 200  # of the table of modules, next to those that failed
 _MOST = 2000  # rows of that table at most: a browser must open the page
+_COLORS = 5  # of types of weights, in page.css
 _HISTOGRAMS = 7  # of single modules
 _ERRORS = "Histogram of the errors of {}"
 _SQNR = Quantity("SQNR, dB", "SQNR of the weights", methodcaller("get", "sqnr_db"), words.decibels)
@@ -28,6 +36,7 @@ def page(report: dict[str, Any]) -> str:
     run = report.get("run") or {}
     layers, windows = run.get("layers") or [], run.get("windows") or []
     grid = lay_out(modules, words.badness)
+    sizes = list(_sizes(report))
     limits = [m["limit_db"] for m in modules if m.get("limit_db") is not None]
     return render(
         "page.html.jinja",
@@ -43,8 +52,23 @@ def page(report: dict[str, Any]) -> str:
         layer_chart=layer_line(layers) if layers else None,
         windows=windows,
         window_charts=perplexity_lines(windows) if windows else None,
+        sizes=sizes,
+        size_chart=_size_bar(sizes),
         histograms=list(_histograms(modules)),
     )
+
+
+def _sizes(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The class of the colour of each type of weights, and its sizes."""
+    for place, size in enumerate(report.get("sizes") or []):
+        yield "part-float" if size["label"] == FLOAT else f"part-{place % _COLORS}", size
+
+
+def _size_bar(sizes: list[tuple[str, dict[str, Any]]]) -> Chart:
+    parts = [
+        (kind, size["bytes"], (size["label"], words.nbytes(size["bytes"]))) for kind, size in sizes
+    ]
+    return shares("Size by type of weights", parts)
 
 
 def _histograms(modules: list[Module]) -> Iterator[tuple[str, Chart, bool]]:

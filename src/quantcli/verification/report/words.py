@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+
+from rich.filesize import decimal
 
 NOT_REACHED = {
     "full": "weights were not read (--full)",
     "against": "nothing was compared with the source (--against MODEL)",
     "run": "no text was run through it (--run)",
 }
+_QUOTED = re.compile(r"`([^`]*)`")
 _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
 
 
@@ -20,6 +24,11 @@ def literal(text: object, limit: int = 2000) -> str:
     whole = str(text)
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[:limit])
     return printable + "…" if len(whole) > limit else printable
+
+
+def one_line(text: str) -> str:
+    """Text of several lines in one, with a sign for each end of a line."""
+    return text.replace("\n", "↵")
 
 
 def decibels(value: float | None) -> str:
@@ -36,6 +45,31 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def span(ends: Sequence[float] | None) -> str:
+    """A 95 % interval: 1.0001 to 1.0012; empty for None."""
+    return "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def ratio_span(ends: Sequence[float] | None) -> str:
+    """A 95 % interval of a ratio near 1: 1.0001 to 1.0012; empty for None."""
+    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def nbytes(value: int) -> str:
+    """4.8 MB."""
+    return decimal(value)
+
+
+def bits(size: dict[str, Any]) -> float | None:
+    """Stored bits for each weight of a label, scales included; None if the weights are not counted."""
+    return 8 * size["bytes"] / size["weights"] if size.get("weights") else None
+
+
+def total_bytes(report: dict[str, Any]) -> int:
+    """Bytes of all tensors."""
+    return sum(size["bytes"] for size in report.get("sizes") or [])
 
 
 def shape(sizes: list[int] | None) -> str:
@@ -69,6 +103,13 @@ def is_failed(report: dict[str, Any]) -> bool:
 def errors(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Findings that make the answer no."""
     return [f for f in report.get("findings") or [] if f["severity"] == "error"]
+
+
+def place(finding: dict[str, Any]) -> str:
+    """The module, layer, tensor or file that a finding is about, without what follows its name."""
+    where = str(finding.get("where") or "")
+    quoted = _QUOTED.match(where)
+    return quoted[1] if quoted else where
 
 
 def notes(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -144,6 +185,15 @@ def module_facts(module: dict[str, Any]) -> list[tuple[str, str]]:
     return facts + [(what, value) for what, value in optional.items() if value]
 
 
+def layer_facts(layer: dict[str, Any]) -> list[tuple[str, str]]:
+    """All facts of a layer that ran but its name: (what, value)."""
+    return [
+        ("SQNR", decibels(layer.get("sqnr_db"))),
+        ("limit", decibels(layer.get("limit_db"))),
+        ("after all before it", decibels(layer.get("cumulative_db"))),
+    ]
+
+
 def worst_rows(module: dict[str, Any], limit: int = 3) -> str:
     """17 (20.1 dB), 3 (22.0 dB)."""
     rows = module.get("worst_rows") or []
@@ -163,20 +213,31 @@ def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     limits_ = report.get("limits") or {}
     facts = []
     if ppl:
-        limit = limits_.get("max_ppl_ratio")
         value = f"{number(ppl.get('reference'))} -> {number(ppl.get('checkpoint'))}"
         value += "" if ppl.get("ratio") is None else f", {ppl['ratio']:.4f} x"
-        facts.append(("perplexity", value + ("" if limit is None else f" (limit {number(limit)} x)")))
+        aside = _aside(ratio_span(ppl.get("interval")), limits_.get("max_ppl_ratio"), " x")
+        facts.append(("perplexity", value + aside))
     if kl:
-        limit = limits_.get("max_kl")
         value = f"mean {number(kl.get('mean'))}, max {number(kl.get('max'))}"
-        facts.append(("KL divergence", value + ("" if limit is None else f" (limit {number(limit)})")))
+        facts.append(("KL divergence", value + _aside(span(kl.get("interval")), limits_.get("max_kl"))))
     if run.get("outputs_db") is not None:
         facts.append(("outputs", f"{decibels(run['outputs_db'])} of the other model's"))
     if run.get("top1_agreement") is not None:
         facts.append(("same first choice", f"{100 * run['top1_agreement']:.2f} % of tokens"))
     if run.get("mean_abs_logprob_change") is not None:
-        facts.append(("mean change of a log-probability", number(run["mean_abs_logprob_change"])))
+        facts.append(
+            (
+                "mean change of a log-probability",
+                number(run["mean_abs_logprob_change"]) + _aside(span(run.get("change_interval"))),
+            )
+        )
     if run.get("tokens") is not None:
         facts.append(("tokens", number(run["tokens"])))
     return facts
+
+
+def _aside(interval: str, limit: float | None = None, unit: str = "") -> str:
+    """What stands in parentheses after a figure: its 95 % interval and its limit."""
+    parts = [f"95 % {interval}{unit}"] if interval else []
+    parts += [] if limit is None else [f"limit {number(limit)}{unit}"]
+    return f" ({'; '.join(parts)})" if parts else ""

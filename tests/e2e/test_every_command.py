@@ -1,4 +1,7 @@
-"""The JSON document of every command at every kind of end. `Result.json` checks what all have."""
+"""Every command at every kind of end: its JSON document, and the width of what it prints.
+
+`Result.json` checks what all documents have.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from quantcli.cli.app import app
+from quantcli.cli.terminal.fold import cells_of
 from tests.e2e.conftest import RECIPE, Result, make_llama, run_cli
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, recipes of it, a good conversion, and a damaged one."""
-    folder = tmp_path_factory.mktemp("envelope")
+    folder = tmp_path_factory.mktemp("模型" * 12)  # wide characters in a long path
     make_llama(folder / "model")
     (folder / "recipe.yaml").write_text(RECIPE)
     limits = "expect: {quantized_modules: '>= 7', bits_per_param: '< 1'}\n"
@@ -57,7 +64,7 @@ ENDS: dict[str, tuple[Callable[[Path], list[object]], int, set[str]]] = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_every_command(place: Path, name: str) -> None:
+def test_the_document(place: Path, name: str) -> None:
     arguments, code, keys = ENDS[name]
     result = run_cli(*arguments(place), "--json")
     assert result.code == code, result.err
@@ -65,6 +72,43 @@ def test_every_command(place: Path, name: str) -> None:
     if not keys:
         assert set(result.json) == ENVELOPE
         assert result.err.endswith(str(result.json["error"]["fix"] or "") + "\n")
+
+
+# command lines that print more than those above
+LONG: dict[str, Callable[[Path], list[object]]] = {
+    "help": lambda p: ["--help"],
+    **{f"{name} help": lambda p, name=name: [name, "--help"] for name in COMMANDS},
+    "tensors": lambda p: ["inspect", p / "good", "--tensors", "*"],
+    "quantized": lambda p: ["inspect", p / "good"],
+    "compared": lambda p: ["verify", p / "good", "--full", "--against", p / "model"],
+    "converted": lambda p: [*quantize(p, "again"), "--force", "--verbose"],
+    "parts": lambda p: ["pack", "--merge", p / "good", "--out", p / "merged"],
+    "option": lambda p: ["quantize", "--cheksum", p / "model"],
+    "long word": lambda p: ["recipes", "show", "x" * 100],
+}
+
+
+@pytest.mark.parametrize("name", [*ENDS, *LONG])
+def test_no_line_is_wider_than_the_terminal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name == "show":  # the text of a file stays as it is
+        return
+    arguments = LONG[name] if name in LONG else ENDS[name][0]
+    monkeypatch.setenv("COLUMNS", "60")
+    result = run_cli(*arguments(place))
+    widest = max((result.out + result.err).splitlines(), key=cells_of)
+    assert cells_of(widest) <= 60, widest
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "-1", "x", "²", "9" * 5000, ""])
+def test_a_width_that_is_none(place: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments, code in ((["inspect", place / "model"], 0), (["--help"], 0), (["verify", "x"], 2)):
+        result = run_cli(*arguments)
+        assert result.code == code, result.err
+        widest = max(map(cells_of, (result.out + result.err).splitlines()))
+        assert columns not in {"1", "20"} or arguments == ["--help"] or widest <= 20
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
 from quantcli.calibration.replay.served import (
@@ -15,9 +14,14 @@ from quantcli.calibration.replay.served import (
     Served,
     ServedCache,
     decibels,
-    token_log_probs,
 )
-from quantcli.calibration.text.dataset import Batch, TextSource, load_dataset, model_limits
+from quantcli.calibration.text.dataset import (
+    Batch,
+    TextSource,
+    load_dataset,
+    model_limits,
+    text_of,
+)
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
@@ -25,15 +29,9 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import LATENTS
 from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
+from quantcli.verification.on_text.figures import FINER, Outputs, Predictions
 from quantcli.verification.options import VerifyOptions
-from quantcli.verification.outcome import (
-    Divergence,
-    LayerReport,
-    Perplexity,
-    PerplexityRatio,
-    Report,
-    RunReport,
-)
+from quantcli.verification.outcome import LayerReport, Report
 from quantcli.verification.reference import Reference
 from quantcli.verification.structure import Structure
 
@@ -46,7 +44,6 @@ MAX_KL = 0.1  # nats per token, on average
 LEAST_LAYER_SQNR = 8.0
 LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
-_FINER = "see which layers are worst, and keep their modules in a finer scheme"
 
 
 def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progress) -> Sequence[Batch]:
@@ -113,8 +110,8 @@ def verify_run(
         layers = _layers(report, models[0], models[1], least, progress)
         if layers is None:
             return
-        sums = _Sums(ahead=0 if models[0].skeleton.two_stacks else 1)
-        outputs = _Outputs(least)
+        sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
+        outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
         for expected, actual, batch in zip(
             models[0].logits(), models[1].logits(), batches, strict=True
@@ -135,7 +132,7 @@ def verify_run(
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    report.run = sums.report(layers)
+    report.run = sums.report(layers, text_of(reference.checkpoint.path, trust_remote_code=trust))
     report.add([*_layer_findings(layers), *_findings(sums, report, structure.limits)])
     report.count("perplexity", sums.tokens)
     report.count("kl", sums.tokens)
@@ -192,6 +189,16 @@ def _cache_findings(cache: ServedCache) -> Iterator[Finding]:
             yield failed("rounded cache", what, f"`{layer}`, {part}", fix)
 
 
+def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """SQNR in dB of the second tensors of some pairs against the first ones."""
+    signal = noise = 0.0
+    for expected, actual in pairs:
+        x = expected.double()
+        signal += float(x.square().sum())
+        noise += float((actual.double() - x).square().sum())
+    return decibels(signal, noise)
+
+
 def _least_sqnr(modules: Iterable[StoredModule]) -> float:
     """What a layer of a checkpoint with such modules keeps at least, in dB."""
     inputs = (module.numerics.input for module in modules if module.numerics)
@@ -204,122 +211,21 @@ def _other_model(what: str, expected: int, ours: int) -> Finding:
     return failed("layer outputs", text, None, "give the model that the checkpoint was made from")
 
 
-def _sqnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """SQNR in dB of the second tensors of some pairs against the first ones."""
-    signal = noise = 0.0
-    for expected, actual in pairs:
-        x = expected.double()
-        signal += float(x.square().sum())
-        noise += float((actual.double() - x).square().sum())
-    return decibels(signal, noise)
-
-
-class _Outputs:
-    """What models put out that predict no text: logits of classes, or hidden states."""
-
-    def __init__(self, least: float) -> None:
-        """least: SQNR in dB."""
-        self.numbers = 0
-        self._least = least
-        self._tokens = 0
-        self._signal = self._noise = 0.0
-
-    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
-        """Outputs of a batch, of one shape."""
-        x = expected.double()
-        self.numbers += x.numel()
-        self._tokens += batch.input_ids.numel()
-        self._signal += float(x.square().sum())
-        self._noise += float((actual.double() - x).square().sum())
-
-    @property
-    def _sqnr(self) -> float:
-        return decibels(self._signal, self._noise)
-
-    def report(self, layers: list[LayerReport]) -> RunReport:
-        """Figures of a run without predictions."""
-        return RunReport(self._tokens, None, None, None, None, [], layers, round(self._sqnr, 3))
-
-    def findings(self) -> Iterator[Finding]:
-        """An error if the outputs are far from the other model's."""
-        if not self._sqnr >= self._least:
-            what = f"the model puts out {self._sqnr:.3f} dB on the same text, at least "
-            yield failed("outputs", f"{what}{self._least:g} dB are expected", None, _FINER)
-
-
-class _Sums:
-    """Sums over tokens, one batch at a time."""
-
-    def __init__(self, ahead: int = 1) -> None:
-        """ahead: see `token_log_probs`."""
-        self.tokens = 0
-        self._ahead = ahead
-        self._expected: list[Tensor] = []  # log-probabilities of the text: one tensor for each window
-        self._actual: list[Tensor] = []
-        self._kl: list[Tensor] = []
-        self._agreed = 0
-        self._predicted = 0
-
-    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
-        """Logits [batch, length, vocabulary] of both models."""
-        for row in range(len(expected)):  # the vocabulary is large
-            p, q = (logits[row].float().log_softmax(-1) for logits in (expected, actual))
-            self._kl.append((p.exp() * (p - q)).sum(-1))
-            self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self._predicted += len(p)
-        self._expected += token_log_probs(expected, batch, ahead=self._ahead)
-        self._actual += token_log_probs(actual, batch, ahead=self._ahead)
-        self.tokens += int(batch.input_ids.numel()) - len(batch.input_ids)
-
-    @property
-    def ratio(self) -> float:
-        """Perplexity over the other model's."""
-        return _perplexity(self._actual) / _perplexity(self._expected)
-
-    @property
-    def kl(self) -> float:
-        """Mean over all predictions, in nats."""
-        return float(torch.cat(self._kl).double().mean().clamp_min(0))
-
-    def report(self, layers: list[LayerReport]) -> RunReport:
-        """All figures, rounded."""
-        change = (torch.cat(self._actual) - torch.cat(self._expected)).abs().mean()
-        windows = zip(self._expected, self._actual, strict=True)
-        return RunReport(
-            tokens=self.tokens,
-            ppl=PerplexityRatio(*_rounded(self._expected, self._actual), round(self.ratio, 6)),
-            kl=Divergence(round(self.kl, 6), round(float(torch.cat(self._kl).max()), 6)),
-            top1_agreement=round(self._agreed / self._predicted, 6),
-            mean_abs_logprob_change=round(float(change), 6),
-            windows=[Perplexity(*_rounded([expected], [actual])) for expected, actual in windows],
-            layers=layers,
-        )
-
-
-def _rounded(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, float]:
-    return round(_perplexity(expected), 4), round(_perplexity(actual), 4)
-
-
-def _perplexity(scores: list[Tensor]) -> float:
-    mean = float(torch.cat(scores).double().mean())
-    return math.exp(min(-mean, 700.0))  # JSON has no infinity
-
-
 def _layer_findings(layers: Iterable[LayerReport]) -> Iterator[Finding]:
     for layer in layers:
         if not layer.ok:
             what = f"puts out {layer.sqnr_db} dB on the other model's inputs, at least "
             what += f"{layer.limit_db:g} dB are expected"
-            yield failed("layer outputs", what, f"`{layer.layer}`", _FINER)
+            yield failed("layer outputs", what, f"`{layer.layer}`", FINER)
 
 
-def _findings(sums: _Sums, report: Report, limits: Limits) -> Iterator[Finding]:
+def _findings(sums: Predictions, report: Report, limits: Limits) -> Iterator[Finding]:
     ratio, kl = report.limits.max_ppl_ratio, report.limits.max_kl
     if ratio is not None and not sums.ratio <= ratio:
         what = f"perplexity is {sums.ratio:.4f} times the other model's, the limit is {ratio:g}"
         hint = limits.hint("max_ppl_ratio", lambda limit: sums.ratio <= limit)
-        yield failed("perplexity", what, None, _FINER + hint)
+        yield failed("perplexity", what, None, FINER + hint)
     if kl is not None and not sums.kl <= kl:
         what = f"mean KL divergence is {sums.kl:.4f} nats per token, the limit is {kl:g}"
         hint = limits.hint("max_kl", lambda limit: sums.kl <= limit)
-        yield failed("kl", what, None, _FINER + hint)
+        yield failed("kl", what, None, FINER + hint)

@@ -21,7 +21,7 @@ _NAMES = 12  # of a group that stays float
 
 
 @dataclass(frozen=True)
-class Made:
+class Making:
     """How a checkpoint was made, in Markdown.
 
     modules: what is quantized, and what is not. steps: by what. recipe: the name of its file.
@@ -32,7 +32,7 @@ class Made:
     recipe: str
 
 
-def conversion(plan: Plan) -> Made:
+def conversion(plan: Plan) -> Making:
     """How a recipe makes a checkpoint."""
     rules = [line for line in plan.rules if line.modules]
     rows = [[code(line.scheme), *_row(line)] for line in rules]
@@ -50,10 +50,10 @@ def conversion(plan: Plan) -> Made:
         _loads_on((line.label, line.loads_on) for line in rules),
         f"What stays float, and why:\n\n{floats}" if floats else "",
     )
-    return Made(modules, _blocks(_source(plan), _calibration(plan)), RECIPE_FILE)
+    return Making(modules, _blocks(_source(plan), _calibration(plan)), RECIPE_FILE)
 
 
-def packing(work: Repacking) -> Made:
+def packing(work: Repacking) -> Making:
     """How packing makes a checkpoint."""
     columns = [f"in {work.origin.name}", f"in {work.target.name}", "modules", "before", "after"]
     modules = _blocks(
@@ -69,7 +69,7 @@ def packing(work: Repacking) -> Made:
         f"Packed from a checkpoint in the format {code(work.origin.name)}, {plain(work.state)}: codes "
         "and scales are those of the source."
     )
-    return Made(modules, _blocks(steps, _source(work)), SOURCE_RECIPE)
+    return Making(modules, _blocks(steps, _source(work)), SOURCE_RECIPE)
 
 
 def _row(line: RuleLine | Packed) -> list[str]:

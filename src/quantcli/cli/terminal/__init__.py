@@ -1,0 +1,1 @@
+"""What the terminal and the shell around it decide: the width of lines, variables, completion."""

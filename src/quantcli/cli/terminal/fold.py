@@ -1,0 +1,212 @@
+"""Lines that fit the terminal: text is folded at words, and tables are narrowed.
+
+Widths are in cells: a wide character, such as a Chinese one, takes two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import IO
+
+from rich.cells import cell_len
+
+_LEAST = 20  # cells; a terminal that is narrower folds by itself
+_GAP = "  "  # between the columns of a table
+_LEAST_TEXT = 16  # cells that a column of text or names keeps
+_INDENT = "    "  # of the lines that continue a command
+# what stands before a text: `weights      `, `  fix: `, `  --> `
+_LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a shell
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide lines may be, in cells. folds: the terminal itself breaks what is longer."""
+
+    cells: int
+    folds: bool = False
+
+
+def width_of(stream: IO[str]) -> Width | None:
+    """The width of a stream: COLUMNS, or that of the terminal. None: lines stay whole, as in a log."""
+    real = 0
+    if stream.isatty():
+        try:
+            real = os.get_terminal_size(stream.fileno()).columns
+        except (OSError, ValueError):
+            real = 80
+    try:
+        cells = int(os.environ.get("COLUMNS", ""))
+    except ValueError:
+        cells = 0
+    cells = cells if cells > 0 else real
+    return Width(max(cells, _LEAST), folds=cells == real) if cells > 0 else None
+
+
+def fold(text: str, width: Width | None, *, command: bool = False) -> str:
+    """A text in lines that fit: broken between words, what follows is indented as its beginning is.
+
+    A command, or one that the text quotes as in `quantcli ...`, is broken with a backslash, so that it
+    can be pasted. A word that is longer than a line, such as a path, is broken at the edge of the
+    terminal, and what follows begins at the left: if the terminal does that itself, it can be copied.
+    """
+    if width is None or cells_of(text) <= width.cells:
+        return text
+    match = _LABEL.match(text)
+    lead = match[0] if match else ""
+    if command or cells_of(lead) > width.cells // 2:
+        lead = text[: len(text) - len(text.lstrip())]
+    indent = _GAP if cells_of(lead) > width.cells // 3 else " " * cells_of(lead)
+    lines = _Lines(width, lead, indent + _INDENT if command else indent)
+    quoted = False
+    words = _WORD.findall(text[len(lead) :]) if command else text[len(lead) :].split()
+    for word in words:
+        lines.add(word, pasted=command or quoted)
+        if word.count("`") % 2:
+            quoted = not quoted and "`quantcli" in word
+    return lines.text()
+
+
+class _Lines:
+    """Lines that are filled with words."""
+
+    def __init__(self, width: Width, lead: str, indent: str) -> None:
+        self._width = width
+        self._indent = indent
+        self._text = ""
+        self._line = lead
+        self._empty = True
+
+    def add(self, word: str, *, pasted: bool) -> None:
+        """Add a word to the line, or to the next one. pasted: both lines are one command."""
+        room = self._width.cells - (2 if pasted else 0)
+        space = "" if self._empty else " "
+        if cells_of(self._line + space + word) <= room:
+            self._line += space + word
+        else:
+            if not self._empty:
+                self._text += self._line + (" \\\n" if pasted else "\n")
+                self._line = self._indent
+            self._add_pieces(word, room, pasted=pasted)
+        self._empty = False
+
+    def _add_pieces(self, word: str, room: int, *, pasted: bool) -> None:
+        """Add a word to a line that has none yet, in pieces if it is too long and not in quotes."""
+        cut = pasted and not self._width.folds
+        edge = room + 1 if cut else self._width.cells
+        while cells_of(self._line + word) > (room if cut else edge) and not (pasted and "'" in word):
+            piece = head(word, edge - cells_of(self._line))
+            self._text += self._line + piece + ("\\\n" if cut else "" if self._width.folds else "\n")
+            word, self._line = word[len(piece) :], ""
+        self._line += word
+
+    def text(self) -> str:
+        """All lines."""
+        return self._text + self._line
+
+
+def cells_of(text: str) -> int:
+    """The cells that a text takes."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def head(text: str, cells: int) -> str:
+    """As much of the beginning of a text as takes `cells`, one character at least."""
+    taken = 0
+    for index, character in enumerate(text):
+        taken += cell_len(character)
+        if taken > cells and index:
+            return text[:index]
+    return text
+
+
+def cut(text: str, cells: int) -> str:
+    """A name with its middle left out: `model.layers.…down_proj`. Both ends are kept."""
+    if cells_of(text) <= cells:
+        return text
+    left = (cells - 1) // 2
+    start = head(text, left)
+    return start + "…" + head(text[::-1], cells - 1 - cells_of(start))[::-1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in columns. right: columns that are right-aligned; whole: those that are never cut."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: Set[str] = frozenset()
+    whole: Set[str] = frozenset()
+
+    def lines(self, width: Width | None) -> list[list[str]]:
+        """The lines of the header, then those of each row; the header has none if it does not fit.
+
+        A table that is too wide is narrowed: texts are folded, and names are cut in the middle. If that
+        is not enough, each row becomes a paragraph, with the header's words in it.
+        """
+        widths = self._widths(width)
+        if widths is None:
+            assert width is not None
+            return [[], *(self._paragraph(row, width) for row in self.rows)]
+        return [self._row(row, widths) for row in (self.columns, *self.rows)]
+
+    def _widths(self, width: Width | None) -> list[int] | None:
+        columns = list(zip(self.columns, *self.rows, strict=True))
+        widths = [max(map(cells_of, column)) for column in columns]
+        if width is None:
+            return widths
+        least = [
+            natural
+            if column[0] in self.right | self.whole
+            else max(cells_of(column[0]), min(natural, _LEAST_TEXT))
+            for column, natural in zip(columns, widths, strict=True)
+        ]
+        room = width.cells - len(_GAP) * (len(columns) - 1)
+        if sum(least) > room:
+            return None
+        while sum(widths) > room:
+            widest = max(range(len(widths)), key=lambda i: widths[i] if widths[i] > least[i] else -1)
+            widths[widest] -= 1
+        return widths
+
+    def _row(self, row: Sequence[str], widths: list[int]) -> list[str]:
+        cells = [_cell(text, width) for text, width in zip(row, widths, strict=True)]
+        lines = []
+        for number in range(max(map(len, cells))):
+            parts = (
+                _pad(cell[number] if number < len(cell) else "", width, right=column in self.right)
+                for column, cell, width in zip(self.columns, cells, widths, strict=True)
+            )
+            lines.append(_GAP.join(parts).rstrip())
+        return lines
+
+    def _paragraph(self, row: Sequence[str], width: Width) -> list[str]:
+        pairs = list(zip(self.columns, row, strict=True))
+        titles = 1 + next((i for i, (column, _) in enumerate(pairs) if column), 0)
+        title = _GAP.join(cell for _, cell in pairs[:titles] if cell)
+        facts = "; ".join(
+            f"{column} {cell}" for column, cell in pairs[titles:] if cell not in {"", "-"}
+        )
+        lines = fold(title, width).splitlines()
+        return lines + (fold(f"  {facts}", width).splitlines() if facts else [])
+
+
+def _cell(text: str, cells: int) -> list[str]:
+    """The lines of one cell: a text is folded at words, and a name is cut in the middle."""
+    if cells_of(text) <= cells:
+        return [text]
+    lines = [""]
+    for word in text.split():
+        if cells_of(lines[-1] + " " + word) <= cells:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+        else:
+            lines.append(cut(word, cells))
+    return [line for line in lines if line]
+
+
+def _pad(text: str, cells: int, *, right: bool) -> str:
+    space = " " * (cells - cells_of(text))
+    return space + text if right else text + space

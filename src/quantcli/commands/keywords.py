@@ -1,0 +1,212 @@
+"""Options of the Python API by name: their types for type checkers, and their checks for everyone.
+
+Names are those of the command line, with `_` for `-`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import reprlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from quantcli.core.disk import machine_error
+from quantcli.core.errors import InputError, MachineError
+from quantcli.verification.options import VerifyOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+PathLike = str | os.PathLike[str]
+_Assignments = Sequence[str] | Mapping[str, Any]
+
+
+class Calibrating(TypedDict, total=False):
+    """Options of what calibrates."""
+
+    set: _Assignments
+    workers: int | None
+    fresh: bool
+    device: str
+    max_memory: int | str | None
+    trust_remote_code: bool
+
+
+class Planning(TypedDict, total=False):
+    """Options of a plan."""
+
+    set: _Assignments
+    workers: int | None
+    fresh: bool
+    force: bool
+    checksum: bool
+    calibration: PathLike | None
+    part: str | None
+
+
+class Converting(Planning, total=False):
+    """Options of a conversion, which may calibrate first."""
+
+    device: str
+    max_memory: int | str | None
+    trust_remote_code: bool
+
+
+class Packing(TypedDict, total=False):
+    """Options of `pack`."""
+
+    set: _Assignments
+    workers: int | None
+    fresh: bool
+    force: bool
+    checksum: bool
+
+
+class Verifying(TypedDict, total=False):
+    """Options of `verify`: the fields of VerifyOptions."""
+
+    full: bool
+    against: PathLike | None
+    calibration: PathLike | None
+    run: bool
+    data: PathLike | None
+    samples: int
+    length: int
+    tp: str
+    recipe: PathLike | None
+    min_sqnr: float | None
+    max_ppl_ratio: float | None
+    max_kl: float | None
+    card: bool
+    junit: PathLike | None
+    report: PathLike | None
+    workers: int | None
+    trust_remote_code: bool
+
+
+DEFAULTS: dict[str, Any] = {
+    "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
+    "part": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
+}  # fmt: skip
+
+
+def takes(options: type | None = None, defaults: Mapping[str, Any] = DEFAULTS) -> Callable[[F], F]:
+    """Make a function one of the API.
+
+    options: a TypedDict, whose keys the function takes as keywords; it is called with all of them.
+    Values of a wrong type are InputErrors, and errors of the system are MachineErrors.
+    """
+    hints = {} if options is None else get_type_hints(options)
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        keywords = [
+            inspect.Parameter(name, kind, default=defaults[name], annotation=hint)
+            for name, hint in hints.items()
+        ]
+        public = signature.replace(parameters=[*own, *keywords])
+        types_of = functools.cache(lambda: {**get_type_hints(function), **hints})
+
+        @functools.wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            bound = public.bind(*args, **given)  # TypeError for a keyword that does not exist
+            for name, value in bound.arguments.items():
+                if name in types_of():
+                    check(name, value, types_of()[name])
+            missing = {name: defaults[name] for name in hints if name not in given}
+            with system_errors():
+                return function(*args, **given, **missing)
+
+        checked.__signature__ = public  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise an error of the system as a MachineError, as the command line reports it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise MachineError(error.strerror or str(error)) from None
+        raise machine_error(error, Path(error.filename)) from None
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """InputError for a value that is not of a type."""
+    kinds = get_args(hint) if get_origin(hint) in {Union, types.UnionType} else (hint,)
+    plain = tuple(get_origin(kind) or kind for kind in kinds)
+    is_flag = isinstance(value, bool) and bool not in plain
+    numbers = (int, *plain) if float in plain else plain
+    if isinstance(value, numbers) and not is_flag:
+        least, most = _LIMITS.get(name, (value, value))
+        if not isinstance(value, int) or least <= value <= most:
+            return
+        fix = f"give a number from {least} to {most}"
+        raise InputError(f"`{name}` is {value}", where=f"{name}={value}", fix=fix)
+    named = [_NAMES.get(kind, kind.__name__) for kind in plain]
+    words = " or ".join(dict.fromkeys(named))
+    what = f"`{name}` is {reprlib.repr(value)}"
+    raise InputError(what, where=f"{name}={reprlib.repr(value)}", fix=f"give {words}")
+
+
+_LIMITS = {"workers": (1, 1024), "samples": (1, 2**20), "length": (2, 2**20)}
+_NAMES = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "text", os.PathLike: "a path",
+    type(None): "None", Sequence: "a list", Mapping: "a mapping", Callable: "a function",
+}  # fmt: skip
+
+
+def path_of(value: PathLike | None) -> Path | None:
+    """A path as the functions below the API take it."""
+    return None if value is None else Path(value)
+
+
+def assignments(values: _Assignments) -> tuple[str, ...]:
+    """Values of `set` as KEY=VALUE, the values as YAML. InputError for one that is not text."""
+    if isinstance(values, str):
+        return (values,)
+    if not isinstance(values, Mapping):
+        for value in values:
+            check("set", value, str)
+        return tuple(values)
+    import json
+
+    try:
+        return tuple(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"`set` has a value that YAML cannot hold: {error}", where="set=") from None
+
+
+def verify_defaults() -> dict[str, Any]:
+    """The options of `verify` as the command line names them, and their defaults."""
+    defaults = {field.name: field.default for field in fields(VerifyOptions)}
+    return {_AS_TYPED.get(name, name): default for name, default in defaults.items()}
+
+
+def verify_options(checkpoint: PathLike, options: Mapping[str, Any]) -> VerifyOptions:
+    """The options of `verify` as the functions below the API take them."""
+    named = {field: options[_AS_TYPED.get(field, field)] for field in _FIELDS.keys() - {"checkpoint"}}
+    return VerifyOptions(str(checkpoint), **{k: _as_field(v, _FIELDS[k]) for k, v in named.items()})
+
+
+def _as_field(value: Any, hint: Any) -> Any:
+    """A path as a field has it: as Path or as text."""
+    if isinstance(value, str | os.PathLike):
+        return Path(value) if Path in get_args(hint) else str(value)
+    return value
+
+
+_AS_TYPED = {"page": "report"}  # fields of VerifyOptions -> options
+_FIELDS = get_type_hints(VerifyOptions)

@@ -1,0 +1,60 @@
+"""The tokens of a text whose log-probability moved most, in context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quantcli.verification.outcome import TokenReport
+
+_MOST = 20  # tokens to report
+_BEFORE, _AFTER = 24, 8  # tokens of context
+_CHARACTERS = 160  # of a context, next to the token
+
+
+def moved_tokens(
+    windows: Sequence[Sequence[int]],
+    scores: Sequence[tuple[Tensor, Tensor]],
+    text: Callable[[Sequence[int]], str],
+) -> list[TokenReport]:
+    """The tokens whose log-probability moved most, largest change first.
+
+    windows: token ids. scores: log-probabilities [length - 1] of all tokens of a window but its first,
+    by the other model and by the checkpoint. text: of token ids.
+    """
+    found = []
+    for number, (expected, actual) in enumerate(scores):
+        change = actual.double() - expected.double()
+        order = torch.sort(change.abs(), descending=True, stable=True).indices[:_MOST]
+        found += [(-abs(float(change[place])), number, place + 1) for place in order.tolist()]
+    return [
+        _report(windows[number], number, position, scores[number], text)
+        for _, number, position in sorted(found)[:_MOST]
+    ]
+
+
+def _report(
+    ids: Sequence[int],
+    number: int,
+    position: int,
+    scores: tuple[Tensor, Tensor],
+    text: Callable[[Sequence[int]], str],
+) -> TokenReport:
+    expected, actual = (float(score[position - 1]) for score in scores)
+    begin = max(0, position - _BEFORE)
+    before, until = text(ids[begin:position]), text(ids[begin : position + 1])
+    # some tokenizers write a token without its space if nothing is in front of it
+    fits = until.startswith(before) and len(until) > len(before)
+    return TokenReport(
+        window=number,
+        position=position,
+        token=until[len(before) :] if fits else text(ids[position : position + 1]),
+        before=before[-_CHARACTERS:],
+        after=text(ids[position + 1 : position + 1 + _AFTER])[:_CHARACTERS],
+        reference=round(math.exp(expected), 6),
+        checkpoint=round(math.exp(actual), 6),
+        change=round(actual - expected, 4),
+    )
