@@ -2,7 +2,8 @@
 
 Whole child processes, medians of rounds in which all commands take turns.
 
-- Wall seconds of `--help`, and of `inspect` of a model of 10,000 tensors.
+- Wall seconds of `--help`, and of `inspect` of a model of 10,000 tensors; CPU seconds of `--help`, and
+  of `inspect` of the example model.
 - Seconds to the first byte on stderr for every command that imports torch; it is ended there.
 - CPU seconds of a plan without data, of 1,800 tensors, beside those of `import torch`. Twice:
   against a process that ends as Python does, which takes torch apart, and against one that ends at
@@ -26,6 +27,7 @@ from pathlib import Path
 from common import (
     QUANTCLI,
     RECIPES,
+    ROOT,
     Line,
     finish,
     measure,
@@ -58,6 +60,7 @@ def main() -> None:
 
 
 _BARS = {"wall": 2.0, "first": 0.5, "CPU": 0.3}
+_LIGHT = {"CPU: --help": 0.12, "CPU: inspect of the example model": 0.25}
 _PLAN, _TORCH, _BRIEF = "CPU: plan", "CPU: import torch", "CPU: import torch, ended at once"
 
 
@@ -65,7 +68,7 @@ def _lines(values: dict[str, list[float]]) -> list[Line]:
     lines = []
     for what, seconds in values.items():
         bar = 0.5 if "--help" in what else _BARS.get(what.partition(" ")[0].rstrip(":"))
-        bar = None if what.startswith("CPU") else bar
+        bar = _LIGHT.get(what) if what.startswith("CPU") else bar
         lines.append(Line(what, statistics.median(seconds), "s", bar, spread(seconds)))
     for what, other, limit in (("import torch", _TORCH, 0.3), (_BRIEF[5:], _BRIEF, None)):
         pairs = zip(values[_PLAN], values[other], strict=True)
@@ -85,11 +88,19 @@ def _light(folder: Path) -> dict[str, Measurement]:
         f"wall: inspect, {len(specs)} tensors": ("inspect", model),
         f"wall: inspect --json, {len(specs)} tensors": ("inspect", model, "--json"),
     }
-    return {what: _wall(*words) for what, words in commands.items()}
+    used = zip(_LIGHT, (("--help",), ("inspect", ROOT / "examples" / "tiny-qwen3")), strict=True)
+    return {
+        **{what: _wall(*words) for what, words in commands.items()},
+        **{what: _cpu(*words) for what, words in used},
+    }
 
 
 def _wall(*words: str | Path) -> Measurement:
     return lambda: measure(*QUANTCLI, *words).wall
+
+
+def _cpu(*words: str | Path) -> Measurement:
+    return lambda: measure(*QUANTCLI, *words).cpu
 
 
 def _first_lines(folder: Path) -> dict[str, Measurement]:

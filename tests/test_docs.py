@@ -1,6 +1,5 @@
 """What is generated is fresh; what is shipped works."""
 
-import importlib.util
 import json
 import re
 import textwrap
@@ -12,17 +11,9 @@ import yaml
 from quantcli.recipe.recipe import load_recipe
 from quantcli.verification.outcome import CHECKS
 from tests.e2e.conftest import run_cli
-from tests.pages import PAGES, ROOT, anchors, broken, links
+from tests.pages import PAGES, ROOT, anchors, broken, links, script
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-
-
-def script(name):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_generated_files_are_fresh():

@@ -155,6 +155,18 @@ STACKED: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def build_tiny(family: str, **sizes: int) -> Any:
+    """A tiny model of `family` in memory, as transformers begins it, in float32."""
+    import transformers
+
+    model_class, config_class, changes = (FAMILIES | STACKED)[family]
+    changes = copy.deepcopy(changes)  # the library takes dictionaries over
+    table = COMMON | changes | sizes
+    if "text_config" in changes:
+        table = changes | {"text_config": COMMON | changes["text_config"] | sizes}
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**table))
+
+
 def make_tiny(
     folder: Path,
     family: str,
@@ -168,14 +180,7 @@ def make_tiny(
 
     published: with experts as the family's own checkpoints hold them, not as transformers saves them.
     """
-    import transformers
-
-    model_class, config_class, changes = (FAMILIES | STACKED)[family]
-    changes = copy.deepcopy(changes)  # the library takes dictionaries over
-    table = COMMON | changes | sizes
-    if "text_config" in changes:
-        table = changes | {"text_config": COMMON | changes["text_config"] | sizes}
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**table))
+    model = build_tiny(family, **sizes)
     save(folder, model, dtype, seed, as_named=published and family == "qwen3_5_moe")
     if published and family == "qwen3_vl_moe":
         _transpose_experts(folder / "model.safetensors")

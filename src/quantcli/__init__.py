@@ -6,11 +6,12 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - quantize, plan: convert a checkpoint with a recipe; what that would write
 - prepare: the same in steps, as a Job: plan, calibrate, convert
 - calibrate: keep the statistics for a conversion
+- recommend: the shipped recipes for a model on a device, the best first
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
-- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Inspection, Outliers, Support:
-  the results
+- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Inspection, Outliers, Support,
+  Recommendation: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from quantcli.commands.api import (
-        Job,
         calibrate,
         inspect,
         pack,
         plan,
         prepare,
         quantize,
+        recommend,
         support,
         verify,
     )
@@ -40,23 +41,26 @@ if TYPE_CHECKING:
         Outliers,
         Packed,
         Planned,
+        Recommendation,
         Repacked,
         Support,
         Verification,
     )
+    from quantcli.commands.steps import Job
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Job": "commands.api",
+    "Job": "commands.steps",
     "calibrate": "commands.api",
     "inspect": "commands.api",
     "pack": "commands.api",
     "plan": "commands.api",
     "prepare": "commands.api",
     "quantize": "commands.api",
+    "recommend": "commands.api",
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
@@ -66,6 +70,7 @@ _HOME = {
     "Outliers": "commands.results",
     "Packed": "commands.results",
     "Planned": "commands.results",
+    "Recommendation": "commands.results",
     "Repacked": "commands.results",
     "Support": "commands.results",
     "Verification": "commands.results",
@@ -89,6 +94,7 @@ __all__ = [
     "Packed",
     "Planned",
     "QuantError",
+    "Recommendation",
     "Repacked",
     "Support",
     "Verification",
@@ -99,6 +105,7 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
+    "recommend",
     "support",
     "verify",
 ]

@@ -6,17 +6,21 @@ first second or more in imports, and an interrupt there ends it with a message, 
 
 from __future__ import annotations
 
+import _thread
 import os
+import select
 import signal
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
     from typing import Any, NoReturn
 
 _INTERRUPTED = 130
 _RESUMING = {"quantize", "calibrate", "pack"}
+_PATIENCE = 0.4  # seconds that a command has to tidy up, and then to say so
 
 
 class _Signals:
@@ -25,6 +29,13 @@ class _Signals:
     While a command runs, an interrupt is a KeyboardInterrupt, after which the command tidies up. At
     any other time, and inside an import, it ends the process: an import that is cut short leaves
     half a module behind, and libraries take some interrupts there for a package that is missing.
+
+    Python calls handlers between two operations of the main thread, and one of torch can take minutes.
+    So a thread of its own waits for the same signals, and ends the process if the command does not do
+    so in time. Nothing is lost by that: files are complete when they get their names, as they must be
+    for a machine that loses its power.
+
+    kept: what later runs can use of this one, for the message; log: writes to the log without waiting.
     """
 
     def __init__(self, argv: list[str]) -> None:
@@ -32,6 +43,9 @@ class _Signals:
         resumes = " continues where it stopped" if argv[0] in _RESUMING else ""
         self.fix = f"the same command again{resumes}"
         self.command_runs = False
+        self.kept: Callable[[], str] = str
+        self.log: Callable[[str], object] = str
+        self._last_words = _thread.allocate_lock()  # whoever has it writes the message
         # a script that starts a command with `&` makes it ignore SIGINT
         signals = (signal.SIGTERM, signal.SIGINT)
         self._signals = [n for n in signals if signal.getsignal(n) is not signal.SIG_IGN]
@@ -43,16 +57,50 @@ class _Signals:
             signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
         if self.command_runs and not _is_importing(frame):
             raise KeyboardInterrupt
-        self.report()
+        if self.may_report():
+            self.report()
         os._exit(_INTERRUPTED)
+
+    def wait(self) -> None:
+        """Start the thread that ends the process if the command does not."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        _thread.start_new_thread(self._wait, (reader,))
+
+    def _wait(self, reader: int) -> None:
+        while os.read(reader, 1)[0] not in self._signals:
+            pass
+        for _ in range(2):  # until the command has tidied up, and then until it has said so
+            if select.select([reader], [], [], _PATIENCE)[0]:
+                break  # a second signal
+            if self.may_report():
+                self.report()
+                break
+        os._exit(_INTERRUPTED)
+
+    def may_report(self) -> bool:
+        """Whether nobody else reports the interrupt. True once."""
+        return self._last_words.acquire(blocking=False)
+
+    @property
+    def what(self) -> str:
+        """The message."""
+        kept = self.kept()
+        return f"interrupted; kept: {kept}" if kept else "interrupted"
 
     def report(self) -> None:
         """Report an interrupt with system calls alone: what prints otherwise may be half imported."""
+        what = self.what
+        literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
+        quoted = f'"{what}"'
+        if self.kept():  # then the module is there
+            quoted = sys.modules["json"].dumps(what, ensure_ascii=False)
         document = f"""{{
   "ok": false,
   "schema_version": 1,
   "error": {{
-    "what": "interrupted",
+    "what": {quoted},
     "where": null,
     "fix": "{self.fix}"
   }},
@@ -61,8 +109,12 @@ class _Signals:
 """
         if "--json" in self._argv:
             _write(1, document)
-        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a bar hides it
-        _write(2, f"{cursor}error: interrupted\n  fix: {self.fix}\n")
+        lines = [f"error: {literal}", f"  fix: {self.fix}"]
+        # clear the line of the progress, and show the cursor that it hides
+        terminal = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
+        _write(2, terminal + "\n".join([*lines, ""]))
+        for line in lines:
+            self.log(line)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -123,13 +175,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from quantcli.cli.streams import keep_streams
 
         keep_streams()
+        signals.wait()
 
     from quantcli.cli.process import run
 
     try:
         sys.exit(run(argv, signals))
     except KeyboardInterrupt:
-        signals.report()
+        if signals.may_report():
+            signals.report()
         sys.exit(_INTERRUPTED)
 
 

@@ -46,6 +46,7 @@ from tests.e2e.calibrating import (
     write_tokenizer,
 )
 from tests.e2e.conftest import Faults, Killed, run_cli, snapshot
+from tests.pages import script
 
 LAYERS = 4
 A = "model.layers.{}.self_attn"
@@ -93,6 +94,8 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     assert "samples      4 of up to 16 tokens" in table
     assert "smoothed     16 groups of channels" in table
     assert words(result.later) == [
+        "building the model, without its weights",
+        f"reading text: 4 samples of 16 tokens of {bench.root / 'text.txt'}",
         "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s · RATE" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
@@ -107,7 +110,9 @@ def test_calibrate_json(make: Callable[..., Bench]) -> None:
     result = bench.calibrate("--json")
     assert result.code == 0, result.err
     found = result.json  # one document, and nothing else
-    assert found["ok"] is True
+    generated = script("generate")
+    keys = generated.keys_of(generated.DOCUMENTS["calibrate"])
+    assert found.keys() == generated.ENVELOPE.keys() | keys.keys()
     assert (found["calibration"], found["layers"]) == (str(bench.store), LAYERS)
     assert (found["samples"], found["length"]) == (SAMPLES, LENGTH)
     assert len(found["modules"]) == 7 * LAYERS
@@ -481,7 +486,8 @@ def test_sigterm_where_sigint_is_ignored(
     finally:
         signal.signal(signal.SIGINT, before)
     assert result.code == 130
-    assert result.later.splitlines()[1].startswith("error: interrupted")
+    kept = f"1 of 4 layers in {bench.store}; the layer in work is lost"
+    assert f"error: interrupted; kept: {kept}" in result.err.splitlines()
     assert job(bench).session.layers_done == 1
 
 

@@ -7,12 +7,15 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from quantcli.cli.next import shell, show
 from quantcli.cli.output import Output
 from tests.e2e.conftest import Box, Result, run_cli
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 
 
 def steps(result: Result) -> list[str]:
@@ -39,7 +42,9 @@ def test_from_a_recipe_to_a_served_checkpoint_by_pasting(box: Box) -> None:
     assert steps(result) == [serve, f"hf upload ORG/NAME {box.out}"]
     assert steps(run_cli("verify", box.out)) == [f"quantcli verify {box.out} --full", serve]
     assert steps(run_cli("inspect", box.out)) == [f"quantcli verify {box.out} --full"]
-    assert "quantcli recipes" in steps(run_cli("inspect", model))[0]
+    choose, plan = steps(run_cli("inspect", model))
+    assert choose == f"quantcli recommend '{model}' --for DEVICE"
+    assert plan == f"quantcli quantize RECIPE --model '{model}' --plan"
     packed = box.root / "packed"
     pack = ["pack", box.out, "--target", "compressed-tensors", "--out", packed]
     verify, serve = steps(run_cli(*pack))
@@ -60,6 +65,12 @@ def test_parts_lead_to_the_next_part_and_then_to_the_whole(box: Box) -> None:
     words = shlex.split(merge)
     result = run_cli(*words[1:3], *parts, *words[4:])
     assert steps(result) == [f"quantcli verify {box.out} --full"]
+
+
+def test_a_recommendation_leads_to_its_plan() -> None:
+    plan, run = steps(run_cli("recommend", EXAMPLE, "--for", "4090"))
+    assert plan == f"{run} --plan"
+    assert paste(plan).code == 0
 
 
 def test_recipes_lead_to_their_use() -> None:

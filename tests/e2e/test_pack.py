@@ -43,7 +43,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def there_and_back(source: Path, target: str, home: str) -> Path:
-    """Pack for `target` and back; all but the manifest and the card must be as before. The checkpoint between."""
+    """Pack for `target` and back: only the manifest and the card differ. The checkpoint between."""
     there, back = source.with_name("there"), source.with_name("back")
     for first, name, out in ((source, target, there), (there, home, back)):
         result = pack(first, name, out)

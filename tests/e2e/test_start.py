@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -268,6 +269,19 @@ def test_streams(place: Path, words: str) -> None:
         assert done.returncode == code, (redirect, done.stderr)
         assert done.stderr.startswith(err), redirect
         assert done.stderr.count("error: ") == bool(err), redirect
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    """Names that are no text, and characters that the terminal's encoding lacks, are escaped."""
+    name = "模\U0001f600\udcff"  # the last one is a byte that is no character
+    command = [sys.executable, "-m", "quantcli", "inspect", "--json", os.fsencode(tmp_path / name)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["error"]["where"] == str(tmp_path / name)
+    character = "模" if encoding == "utf-8" else "\\u6a21"
+    assert f"  --> {tmp_path}/{character}" in done.stderr.decode(encoding)
 
 
 def test_closed_streams_reach_no_file(place: Path, tmp_path: Path) -> None:

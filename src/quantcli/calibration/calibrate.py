@@ -25,6 +25,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
+from quantcli.core.text import count
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Calibrator:
         self.progress.begin_layers(
             total, done, sum(b.input_ids.numel() for b in self.calibration.batches)
         )
+        self._keeps(done)
         last = max((index for index in range(total) if self._has_work(index)), default=-1)
         if done <= last:
             start, states = self._begin(done)
@@ -60,10 +62,17 @@ class Calibrator:
             self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
         self.store.drop_states()
 
+    def _keeps(self, done: int) -> None:
+        """What is there if the run ends now."""
+        layers = f"{done} of {count(self._skeleton.layers, 'layer')}"
+        self.progress.keeps(f"{layers} in {self.store.folder}; the layer in work is lost")
+
     def _has_work(self, index: int) -> bool:
-        modules = [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
-        methods = self.calibration.methods
+        modules, methods = self._modules(index), self.calibration.methods
         return any(method.has_work(modules, self.calibration.policy) for method in methods)
+
+    def _modules(self, index: int) -> list[str]:
+        return [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
 
     def _begin(self, done: int) -> tuple[int, States]:
         """Note the calls of the first stack; the layer to continue with, and its inputs. What an
@@ -90,6 +99,7 @@ class Calibrator:
 
     def _enter(self, stack: int, final: States | None, *, write: bool = True) -> States:
         """Note the calls of a stack. Returns the inputs of its first layer; `write`: also to a file."""
+        self.progress.phase("embedding", passes=0)
         specs, replay = self._specs, self.calibration.replay
         specs.clear()
         self._stack = stack
@@ -132,7 +142,11 @@ class Calibrator:
 
     def _layer(self, index: int, states: States, *, onward: bool) -> States:
         """Measure a layer and save its statistics; returns the inputs of the next layer."""
-        layer = LayerRun(LoadedLayer(self.calibration, index, states))
+        run, name = self.calibration, self._skeleton.layers[index][0]
+        passes = 1 + sum(method.passes(self._modules(index), run.policy) for method in run.methods)
+        passes += run.policy.inputs == "quantized" and onward
+        self.progress.begin_layer(name, index, passes)
+        layer = LayerRun(LoadedLayer(run, index, states))
         following = states
         if onward:
             ends = index + 1 in self._starts
@@ -143,9 +157,10 @@ class Calibrator:
         else:
             tensors = layer.measure(None)
         self.store.save(index, tensors, layer.report)
+        self._keeps(index + 1)
         for line in layer.report.messages:
             self.progress.say(line)
-        self.progress.layer(self._skeleton.layers[index][0], index, layer.report.note)
+        self.progress.layer(name, index, layer.report.note)
         self.store.drop_states({file for kept in (following, *self._finals) for file in kept.files})
         return following
 

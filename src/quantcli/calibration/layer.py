@@ -50,6 +50,7 @@ class LayerRun:
         scale, and for modules without tokens if the recipe says so.
         """
         with ExitStack() as stack:
+            self.run.progress.phase("loading", passes=0)
             stack.enter_context(self.layer.loaded({}))
             layout = self._look()
             self._check_siblings(layout)
@@ -114,6 +115,7 @@ class LayerRun:
             engine = self.layer.engine(running(self.run.policy, self.layer.whole(work.edits)))
         watch = Watch(lookers, engine, counts=True)
         as_quantized = inputs == "quantized" and sink is not None
+        self.run.progress.phase("measuring")
         with ExitStack() as stack:
             for measurement in measurements:
                 stack.enter_context(measurement.passing())
@@ -135,6 +137,7 @@ class LayerRun:
             self._run_quantized(work, sink)
 
     def _run_quantized(self, work: LayerWork, sink: Sink | None) -> None:
+        self.run.progress.phase("running quantized")
         whole = self.layer.whole(work.edits)
         engine = self.layer.engine(quantized(self.run.policy, work.stats, whole))
         matrices = self.layer.matrices()

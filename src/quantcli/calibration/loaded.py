@@ -23,6 +23,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.core.events import Progress
 from quantcli.core.numerics import NO_STATS, Stats
 from quantcli.planning.block import survey
 from quantcli.planning.measured import EditFactors
@@ -53,6 +54,11 @@ class CalibrationRun:
     def skeleton(self) -> Skeleton:
         """The model."""
         return self.replay.skeleton
+
+    @property
+    def progress(self) -> Progress:
+        """Receives phases and steps."""
+        return self.replay.progress
 
     @property
     def device(self) -> torch.device:

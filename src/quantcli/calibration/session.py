@@ -43,6 +43,7 @@ from quantcli.calibration.text.dataset import (
     model_limits,
     source_digest,
 )
+from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
 from quantcli.checkpoint.tensors import read_bytes
@@ -83,15 +84,21 @@ class Session:
 
 
 def prepare_session(
-    plan: Plan, folder: Path, *, out: Path | None = None, fresh: bool = False
+    plan: Plan,
+    folder: Path,
+    *,
+    out: Path | None = None,
+    fresh: bool = False,
+    examples: Examples | None = None,
 ) -> Session:
-    """Run all checks that need no weights. out: the folder of the checkpoint to be written.
+    """Run all checks that need no weights. out: the folder of the checkpoint to be written. examples:
+    the data, in place of what the recipe names.
 
     InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
     calibration, or cannot hold one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
-    source = _source(plan)
+    source = _source(plan, examples)
     check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
     _check_running(plan)
@@ -108,7 +115,7 @@ def prepare_session(
     return Session(plan, folder, source, key, done, complete)
 
 
-def _source(plan: Plan) -> TextSource:
+def _source(plan: Plan, examples: Examples | None) -> TextSource:
     recipe, block = plan.recipe, _block(plan)
     if block.data is None:
         methods = methods_of(plan)
@@ -123,12 +130,13 @@ def _source(plan: Plan) -> TextSource:
         )
     return TextSource(
         data=recipe.data_path(),
-        where=recipe.where("calibration", "data"),
+        where=recipe.where("calibration", "data") if examples is None else NAME,
         samples=block.samples,
         length=block.length,
         seed=block.seed,
         pack=block.pack,
         batch_tokens=_batch_tokens(plan, block),
+        examples=examples,
     )
 
 
@@ -199,6 +207,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     """Calibrate. An interrupted run is continued after its last finished layer."""
     plan = session.plan
     device = open_device(resources.device)
+    progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     layer = next_token_layer(plan.checkpoint)
     followed = layer is not None and any(layer.reads(module) for module in plan.measured)
@@ -209,8 +218,10 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         next_token=layer if followed else None,
     )
     positions, vocabulary = model_limits(plan.checkpoint.text_config)
+    source = session.source
+    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
     dataset = load_dataset(
-        session.source,
+        source,
         plan.checkpoint.path,
         positions=positions,
         vocab_size=vocabulary,
@@ -227,6 +238,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
+    replay.report_to(progress, len(dataset.batches))
     # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
     copies = 2 + max((method.hidden_states for method in methods), default=0)
     calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)

@@ -81,6 +81,7 @@ class Checkpoint:
     undecoded: dict[str, StoredTensor] | None = None
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # file -> bytes, mtime in ns
     hub_id: str | None = None
+    in_memory: bool = False  # whether its weights are those of a model in memory
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:

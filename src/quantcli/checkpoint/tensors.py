@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.files import HEADERS_ONLY
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.memory import MemoryFile
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
@@ -101,6 +102,8 @@ def will_read(stored: StoredTensor, begin: int, end: int) -> None:
 
     It is advice: nothing depends on it, and it fails silently.
     """
+    if isinstance(stored.file, MemoryFile):
+        return
     with _opened(stored) as fd, disk_errors(stored.file):
         try:
             os.preadv(fd, [bytearray(1)], stored.offset + begin, os.RWF_NOWAIT)
@@ -139,7 +142,11 @@ def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> 
     done = 0
     with disk_errors(stored.file):
         while done < len(block):
-            n = os.preadv(fd, [block[done:]], stored.offset + offset + done)
+            place, rest = stored.offset + offset + done, block[done:]
+            if isinstance(stored.file, MemoryFile):
+                n = stored.file.read(place, rest)
+            else:
+                n = os.preadv(fd, [rest], place)
             if n == 0:
                 raise MachineError(
                     "file became shorter while it was read",

@@ -13,6 +13,7 @@ from quantcli.cli.output import Output
 from quantcli.cli.pack import pack
 from quantcli.cli.quantize import quantize
 from quantcli.cli.recipes import recipes
+from quantcli.cli.recommend import recommend
 from quantcli.cli.terminal import completion
 from quantcli.cli.terminal.environment import HELP
 from quantcli.cli.verify import verify
@@ -64,5 +65,5 @@ def _root(
         raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 
 
-for _command in (inspect, calibrate, quantize, pack, verify, recipes):
+for _command in (recommend, inspect, calibrate, quantize, pack, verify, recipes):
     app.command()(_command)

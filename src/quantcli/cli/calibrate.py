@@ -35,10 +35,11 @@ def calibrate(
     ] = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Run samples through the model, one layer at a time, and keep statistics for static schemes.
+    """Run a text through the model, for recipes that need one.
 
-    `quantize` calibrates by itself if the recipe needs it; `--calibration DIR` uses a calibration of
-    this command. The same command again resumes after the last finished layer.
+    It runs one layer at a time and keeps statistics of each. `quantize` calibrates by itself if the
+    recipe needs it; its --calibration takes a calibration of this command. The same command again
+    resumes after the last finished layer.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands

@@ -58,7 +58,8 @@ def convert(
     )
     if out.as_json:
         document = {"out": str(result.out), "bytes": nbytes, "shards_reused": reused}
-        out.document({**document, "files": result.files, "plan": report(result)})
+        document |= {"files": result.files, "notes": list(result.notes)}
+        out.document({**document, "plan": report(result)})
 
 
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:

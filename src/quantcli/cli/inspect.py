@@ -18,7 +18,7 @@ from quantcli.core.text import count
 @options.on_screen
 def inspect(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,
@@ -32,12 +32,14 @@ def inspect(
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
     ] = False,
+    serve_on: options.For = None,
 ) -> None:
     """Show the contents of a checkpoint.
 
     Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits with 1 if something is
     suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights as well,
     decoded if the checkpoint is quantized, and recommends which of them a recipe should keep float.
+    `--support --for DEVICE` leaves out what a device's engine has no kernels for.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
@@ -45,14 +47,20 @@ def inspect(
     if support:
         if model is not None or tensors is not None or outliers or page:
             raise InputError(
-                "--support takes neither a model nor an option other than --json",
+                "--support takes neither a model nor an option other than --for",
                 fix="quantcli inspect --support",
             )
         with watch(output) as progress:
-            cells = commands.support(progress)
+            cells = commands.support(progress, serve_on)
         output.result({"support": cells}, show_support)
         following.show(output, following.shell("quantcli", "recipes"))
         return
+    if serve_on is not None:
+        raise InputError(
+            "--for needs --support",
+            where=f"--for {serve_on}",
+            fix="quantcli recommend MODEL --for DEVICE",
+        )
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
     if page is not None and not outliers:
@@ -131,10 +139,22 @@ def show_support(out: Output, report: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for cell in report["support"]:
         options = (f", {option}: {value}" for option, value in cell["options"].items())
-        how = [cell["label"], cell["loads_on"]] if cell["supported"] else ["-", cell["why"]]
+        how = [cell["label"], _where(cell)] if cell["supported"] else ["-", cell["why"]]
         rows.append([cell["scheme"] + "".join(options), cell["target"], *how])
     columns = ["scheme", "target", "engine's name", "loads on"]
     out.table(columns, rows, whole={"target", "engine's name"})
+
+
+def _where(cell: dict[str, Any]) -> str:
+    """Where a pair loads; if it was asked for a device, what its kernels do there."""
+    from quantcli.commands.choosing.devices import NATIVE
+
+    if "kernels" not in cell:
+        return str(cell["loads_on"])
+    linears, experts = cell["kernels"], cell["expert_kernels"]
+    what = "linears and experts" if linears == experts else "linears" if linears else "experts"
+    how = linears or experts
+    return what if how == NATIVE else f"{what}; {how}"
 
 
 _ROWS = 20  # modules in the table of outliers
@@ -160,10 +180,8 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
         "channel       input channel (column) with the largest rms, and its ratio to the median rms"
     )
     out.line(
-        "inputs        not measured: their outlier channels cost int8 more, and do not show in weights;"
-    )
-    out.line(
-        "              given a text, recipes such as w8a8_dynamic_smooth move them into the weights"
+        "inputs        not measured: their outlier channels cost int8 more, and do not show in weights"
+        "; given a text, recipes such as w8a8_dynamic_smooth move them into the weights"
     )
     for others in ranking["left_out"]:
         number = count(others["tensors"], "tensor")

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from quantcli.commands.job import Job
     from quantcli.planning.plan import Plan
 
-_LABEL = "next: "
-_INDENT = " " * len(_LABEL)
-_MORE = " \\"  # at the end of a line of a command that goes on
 
 # The words of a command, quoted for a shell. Those in capitals stand for what only the user knows.
 Step = list[str]
@@ -29,12 +26,11 @@ def shell(*words: object) -> Step:
 
 
 def show(out: Output, *steps: Step) -> None:
-    """Print the commands, folded so that they can be pasted."""
+    """Print the commands."""
     if out.as_json:
         return
     for step in steps:
-        for line in _folded(step, out.messages.width):
-            out.message(line)
+        out.message(f"next: {' '.join(step)}", command=True)
 
 
 @contextmanager
@@ -44,17 +40,6 @@ def after(out: Output, *steps: Step) -> Iterator[None]:
         yield
     finally:
         show(out, *steps)
-
-
-def _folded(step: Step, width: int) -> Iterator[str]:
-    line = _LABEL + step[0]
-    for word in step[1:]:
-        if len(line) + 1 + len(word) + len(_MORE) > width:
-            yield line + _MORE
-            line = _INDENT + word
-        else:
-            line += f" {word}"
-    yield line
 
 
 def typed(out: Output, *more: object, without: str = "") -> Step:
@@ -73,12 +58,18 @@ def after_recipes(name: str | None = None) -> list[Step]:
     ]
 
 
+def after_recommend(recipes: Sequence[dict[str, Any]], best: str | None) -> list[Step]:
+    """The plan of the first recipe, and its run."""
+    commands = [row["command"] for row in recipes if row["recipe"] == best]
+    return [step for command in commands[:1] for step in ([command, "--plan"], [command])]
+
+
 def after_inspect(model: str, contents: dict[str, Any]) -> list[Step]:
-    """What follows a look at a checkpoint: recipes for a float model, proof for a quantized one."""
+    """What follows a look at a checkpoint: a recipe for a float model, proof for a quantized one."""
     if contents["quantization"] is not None:
         return [shell("quantcli", "verify", model, "--full")]
     return [
-        shell("quantcli", "recipes"),
+        shell("quantcli", "recommend", model, "--for", "DEVICE"),
         shell("quantcli", "quantize", "RECIPE", "--model", model, "--plan"),
     ]
 

@@ -21,18 +21,27 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
 ]
-Model = Annotated[str | None, typer.Option(help="Directory or Hub id; wins over the recipe's.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub id; wins over the recipe's.")]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
+]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="DEVICE",
+        help="Devices to serve on, such as 2x910B, H100, 8xH100:94GB, cpu; "
+        "`quantcli recommend --devices` lists them.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Device for calibration: cpu, cuda or npu.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory limit of a calibration, without library imports, such as 8GB. It holds one "
-        "decoder layer and its workspace; the rest caches hidden states "
+        help="Memory that a calibration may take, such as 8GB, next to that of libraries. It must hold "
+        "one decoder layer and its workspace; what is left keeps hidden states "
         "[default: 80 % of free memory].",
     ),
 ]

@@ -35,6 +35,7 @@ class Output:
         self.command = command
         self.quiet = self.verbose = False
         self.log: Log | None = None
+        self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
         self.messages = _console(sys.stderr)
         self._data = _console(sys.stdout)
         self._on_screen = True
@@ -56,7 +57,9 @@ class Output:
 
     def document(self, payload: Mapping[str, Any], error: QuantError | None = None) -> None:
         """Print the one JSON document of a `--json` run."""
-        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=False) + "\n"
+        escaped = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=escaped) + "\n"
+        text = text.encode(errors="backslashreplace").decode()  # halves of characters, as JSON has them
         self._put(lambda: sys.stdout.write(text))
 
     def result(self, data: R, show: Callable[[Output, R], None], no: AnswerNo | None = None) -> None:
@@ -79,11 +82,14 @@ class Output:
         finally:
             self._on_screen = before
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """Print a line of data, folded if it is wider than the terminal. style: of its first word."""
+    def line(self, text: str = "", style: str = "", *, command: bool = False) -> None:
+        """Print a line of data, folded if it is wider than the terminal. style: of its first word.
+
+        command: it is one to be pasted into a shell.
+        """
         text = plain(text)
         self._to_log(text)
-        self._show(fold(text, width_of(self._data.file)), style)
+        self._show(fold(text, width_of(self._data.file), command=command), style)
 
     def verbatim(self, text: str) -> None:
         """Print the text of a file, whose lines stay as they are."""
@@ -139,6 +145,11 @@ class Output:
         """Only log an event about work that goes on, which a terminal shows in another way."""
         if event.kind in GOES_ON:
             self._to_log(plain(str(event)))
+
+    def log_at_once(self, text: str) -> None:
+        """Log a line while another thread may be at the log."""
+        if self.log is not None:
+            self.log.write_at_once(text)
 
     def table(
         self,

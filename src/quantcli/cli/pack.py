@@ -36,7 +36,7 @@ def pack(
     merge: Annotated[
         bool, typer.Option("--merge", help="Join the parts of `quantize --part` instead.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Output directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the target."),
@@ -47,10 +47,10 @@ def pack(
     force: options.Force = False,
     checksum: options.Checksum = True,
 ) -> None:
-    """Write a quantized checkpoint in another format, without rounding any number again.
+    """Write a quantized checkpoint in another format.
 
-    Codes and scales stay the same, and this is checked; numbers that the other format cannot
-    represent are refused. Float tensors are copied byte for byte.
+    No number is rounded again: codes and scales stay the same, and this is checked. Numbers that the
+    other format cannot represent are refused. Float tensors are copied byte for byte.
 
     With --merge: join the parts of one conversion. The bytes are those of one run on one machine, and
     the model is not needed. The parts stay; on one file system their weight files are linked, not

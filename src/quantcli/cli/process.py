@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from quantcli.cli.terminal.completion import VARIABLE, complete
 from quantcli.cli.terminal.environment import defaults
 from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
 
+_LONG = 5.0  # seconds
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
 
 
@@ -25,11 +28,21 @@ class Signals(Protocol):
 
     command_runs: bool  # whether it is a KeyboardInterrupt
     fix: str  # what to do after it
+    kept: Callable[[], str]  # what later runs can use
+    log: Callable[[str], object]
+
+    @property
+    def what(self) -> str:
+        """The message."""
+
+    def may_report(self) -> bool:
+        """Whether nobody else reports the interrupt."""
 
 
 def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
     out = Output(as_json="--json" in argv, command=shlex.join(argv))
+    signals.kept, signals.log = lambda: out.kept(), out.log_at_once
     try:
         return _guarded(argv, signals, out)
     except QuantError as error:
@@ -70,7 +83,9 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
         return _run(argv, out)
     except KeyboardInterrupt:
         signals.command_runs = False
-        raise Interrupted("interrupted", fix=signals.fix) from None
+        if not signals.may_report():
+            time.sleep(_LONG)  # another thread does, and ends the process
+        raise Interrupted(signals.what, fix=signals.fix) from None
     finally:
         signals.command_runs = False
 

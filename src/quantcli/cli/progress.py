@@ -94,11 +94,14 @@ def fitted(event: Event, width: int) -> Text:
 def watch(out: Output) -> Iterator[Progress]:
     """Progress of the block: a line on a terminal, otherwise lines, which --quiet leaves out."""
     if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
-        yield Events(out.event)
+        events = Events(out.event)
+        out.kept = lambda: events.kept
+        yield events
         return
     bar = Bar(out)
     events = Events(bar.receive, 1 / _REFRESHES)
     events.also(out.log_progress)
+    out.kept = lambda: events.kept
     try:
         yield events
     finally:

@@ -29,8 +29,9 @@ def quantize(
     output: Output,
     recipe: options.Recipe,
     model: options.Model = None,
+    serve_on: options.For = None,
     out: Annotated[
-        Path | None, typer.Option(help="Output directory [default: MODEL-RECIPE here].")
+        Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE here].")
     ] = None,
     set_: options.Override = None,
     plan: options.PlanOnly = False,
@@ -53,22 +54,36 @@ def quantize(
     max_memory: options.MaxMemory = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Convert a checkpoint with a recipe. The same command again resumes an interrupted run.
+    """Convert a model with a recipe.
+
+    The same command again resumes an interrupted run.
 
     On several machines: run parts 1/N to N/N with --part, in any order, and join them with
     `quantcli pack --merge`. If the recipe calibrates, all parts need the same --calibration.
+
+    RECIPE `auto` takes the recipe that `quantcli recommend MODEL --for DEVICE` puts first; the first
+    one that needs no text, if none is set.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
+    from quantcli.commands.recommend import choose
 
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     with watch(output) as planning:
-        job = commands.plan(
+        chosen = choose(
             recipe,
+            model,
+            serve_on,
+            tuple(set_ or ()),
+            with_data=calibration is not None,
+            progress=planning,
+        )
+        job = commands.plan(
+            chosen.recipe,
             model=model,
             out=out,
-            overrides=tuple(set_ or ()),
+            overrides=chosen.overrides,
             options=jobs.JobOptions(workers, fresh, force, checksum, calibration, part),
             progress=planning,
         )

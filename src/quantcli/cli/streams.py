@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import sys
 import threading
@@ -35,6 +36,9 @@ def keep_streams() -> None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast(TextIO, _Messages(sys.stderr))
 
 
@@ -113,9 +117,7 @@ class Log:
 
     def write(self, text: str) -> None:
         """Append text; each of its lines gets the time."""
-        now = time.time()
-        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        lines = "".join(f"{stamp}  {line}\n" for line in text.splitlines())
+        lines = _stamped(text)
         with self._lock:
             if self._file is None:
                 return
@@ -127,6 +129,12 @@ class Log:
                 reason = error.strerror or str(error)
                 self._on_failure(f"the log ends here, as it cannot be written: {self._path}: {reason}")
 
+    def write_at_once(self, text: str) -> None:
+        """Append text, also if another thread waits for the disk."""
+        if self._file is not None:
+            with suppress(OSError, ValueError):
+                os.write(self._file.fileno(), _stamped(text).encode(errors="backslashreplace"))
+
     def close(self) -> None:
         """End the log."""
         with self._lock:
@@ -137,6 +145,13 @@ class Log:
         if file is not None:
             with suppress(OSError):  # of lines that could not be written
                 file.close()
+
+
+def _stamped(text: str) -> str:
+    """Lines of text behind the time."""
+    now = time.time()
+    stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+    return "".join(f"{stamp}  {line}\n" for line in text.splitlines())
 
 
 def _check_place(path: Path) -> None:

@@ -142,9 +142,10 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
     trust_remote_code=options.Trust,
 )
 def verify(chosen: VerifyOptions, output: Output) -> None:
-    """Prove that a quantized checkpoint is whole, loadable and faithful; exit 1 if it is not.
+    """Prove that a checkpoint is whole, loadable and faithful.
 
-    Without options only headers are read. --full, --against and --run go deeper, on top of that.
+    Exits with 1 if it is not. Without options only headers are read; --full, --against and --run go
+    deeper.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands

@@ -7,10 +7,7 @@ with the input or the machine is a QuantError.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
@@ -18,6 +15,8 @@ from quantcli.commands.job import JobOptions
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
+    LiveModel,
+    LiveTokenizer,
     Packing,
     PathLike,
     Planning,
@@ -36,33 +35,35 @@ from quantcli.commands.results import (
     Outliers,
     Packed,
     Planned,
+    Recommendation,
     Repacked,
     Support,
     Verification,
 )
+from quantcli.commands.steps import Job, OnProgress, files_of, planned_of, progress_of
 from quantcli.core.errors import InputError
-from quantcli.core.events import SILENT, Event, Events, Progress
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.text.examples import Examples
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.job import Job as PlannedJob
-    from quantcli.convert.execute import Written
+    from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
 Recipe = PathLike | Mapping[str, Any]
-OnProgress = Callable[[Event], None] | None
-
-
-def _progress(receive: OnProgress) -> Progress:
-    return SILENT if receive is None else Events(receive)
+Model = PathLike | LiveModel
+ExampleInputs = Iterable[Any] | Mapping[str, Any] | None
 
 
 @takes(Planning)
 def plan(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: LiveTokenizer | None = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Planning],
 ) -> Planned:
@@ -74,17 +75,20 @@ def plan(
     """
     from quantcli.commands import quantize as commands
 
-    job = _plan(recipe, model, out, on_progress, options)
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
+    job = _plan(recipe, given, out, options)
     commands.check(job)
-    return _planned(job)
+    return planned_of(job)
 
 
 @takes(Converting)
 def quantize(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: LiveTokenizer | None = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Converting],
 ) -> Converted:
@@ -92,10 +96,17 @@ def quantize(
 
     The same call again continues an interrupted run.
 
-    recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping.
-    model:       a folder or a Hub id; wins over the recipe's.
+    recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping; "auto" for the
+                 one that `recommend` puts first for `for_`.
+    for_:        with "auto", the devices to serve on, such as "2x910B".
+    model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from
+                 there without a copy and must not change meanwhile; wins over the recipe's.
     out:         the folder to write, which appears whole or not at all. By default the recipe's, or
                  MODEL-RECIPE here.
+    tokenizer:   of a model in memory, for its output and for text.
+    example_inputs: calibration data in place of what the recipe names: a list of texts; or token ids as
+                 lists, as tensors [tokens] or [samples, tokens], or as dicts with `input_ids` and
+                 perhaps `attention_mask`. Each is one sample, and all are taken.
     on_progress: is called with each `Event`, from any thread; `print` shows them.
     set:         changes of the recipe: {"calibration.samples": 64}, or ["calibration.samples=64"].
     workers:     threads; by default one for each core.
@@ -112,15 +123,18 @@ def quantize(
     or a model that cannot be converted so, and MachineError for the disk, the memory or the device.
     """
     resources = _resources(options)
-    return Job(_plan(recipe, model, out, on_progress, options), resources)._run(on_progress)
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
+    return Job(_plan(recipe, given, out, options), resources).run(on_progress)
 
 
 @takes(Converting)
 def prepare(
     recipe: Recipe,
-    model: PathLike | None = None,
+    model: Model | None = None,
+    example_inputs: ExampleInputs = None,
     *,
     out: PathLike | None = None,
+    tokenizer: LiveTokenizer | None = None,
     on_progress: OnProgress = None,
     **options: Unpack[Converting],
 ) -> Job:
@@ -130,23 +144,51 @@ def prepare(
     `expect` block are checked by `convert`.
     """
     resources = _resources(options)
-    return Job(_plan(recipe, model, out, on_progress, options), resources)
+    given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
+    return Job(_plan(recipe, given, out, options), resources)
+
+
+class _Given:
+    """The model and the data of a call, as the functions below the API take them."""
+
+    def __init__(self, model: Any, tokenizer: Any, example_inputs: Any, progress: Progress) -> None:
+        self.progress = progress
+        self.examples: Examples | None = None
+        if example_inputs is not None:
+            from quantcli.calibration.text.examples import Examples
+
+            self.examples = Examples.of(example_inputs)
+        self.model: str | Checkpoint | None = None
+        if model is None or isinstance(model, str | os.PathLike):
+            if tokenizer is not None:
+                what = "`tokenizer` is only for a model in memory"
+                raise InputError(what, where=f"model: {model}", fix="leave it out: the folder has one")
+            self.model = None if model is None else str(model)
+        else:
+            from quantcli.commands.live import live_checkpoint
+
+            self.model = live_checkpoint(model, tokenizer, progress)
 
 
 def _plan(
-    recipe: Recipe,
-    model: PathLike | None,
-    out: PathLike | None,
-    on_progress: OnProgress,
-    options: Mapping[str, Any],
+    recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
+    from quantcli.commands.recommend import choose
 
-    return commands.plan(
+    chosen = choose(
         recipe if isinstance(recipe, Mapping) else str(recipe),
-        model=None if model is None else str(model),
+        given.model,
+        options["for_"],
+        assignments(options["set"]),
+        with_data=given.examples is not None or options["calibration"] is not None,
+        progress=given.progress,
+    )
+    return commands.plan(
+        chosen.recipe,
+        model=given.model,
         out=path_of(out),
-        overrides=assignments(options["set"]),
+        overrides=chosen.overrides,
         options=JobOptions(
             options["workers"],
             options["fresh"],
@@ -155,7 +197,8 @@ def _plan(
             path_of(options["calibration"]),
             options["part"],
         ),
-        progress=_progress(on_progress),
+        examples=given.examples,
+        progress=given.progress,
     )
 
 
@@ -176,124 +219,14 @@ def _resources(options: Mapping[str, Any]) -> Resources:
     return Resources(options["device"], workers, size, options["trust_remote_code"])
 
 
-def _planned(job: PlannedJob[Plan]) -> Planned:
-    from quantcli.commands.job import to_json
-
-    return Planned(**{**to_json(job), "out": job.out})
-
-
-def _files(written: Written[Any]) -> dict[str, Any]:
-    """What is known of every checkpoint that was written."""
-    reused = written.shards_reused
-    return {
-        "out": written.out,
-        "bytes": written.nbytes,
-        "shards_reused": reused,
-        "files": written.files,
-    }
-
-
-class Job:
-    """A conversion that was planned. `prepare` makes it; its calls belong in this order:
-
-    plan:        what will be written.
-    calibrate(): only if the recipe needs data.
-    convert():   writes the checkpoint.
-    """
-
-    def __init__(self, job: PlannedJob[Plan], resources: Resources) -> None:
-        self._job = job
-        self._resources = resources
-        self._notes = job.plan.notes  # which the user could read before
-        self._converted = False
-        self._lock = threading.Lock()
-
-    @property
-    def plan(self) -> Planned:
-        """What `convert` will write. After `calibrate` it is the plan with the statistics."""
-        return _planned(self._job)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `calibrate` must be called before `convert`."""
-        return self._job.session is not None and not self._job.session.complete
-
-    @takes()
-    def calibrate(self, on_progress: OnProgress = None) -> Calibrated:
-        """Run samples through the model and keep the statistics, in the folder that `plan.calibration`
-        names. An interrupted call continues after its last layer; a second call reads the result.
-
-        on_progress: is called with each `Event`. Raises InputError if the recipe needs no data, or for
-        data that cannot be used, and MachineError for the memory or the device.
-        """
-        from quantcli.calibration.session import summary
-        from quantcli.commands import quantize as commands
-
-        with self._one_call():
-            if self._job.session is None:
-                raise InputError(
-                    "nothing in this recipe needs a calibration", fix="call job.convert() right away"
-                )
-            if self.needs_calibration:
-                self._job = commands.calibrated(self._job, self._resources, _progress(on_progress))
-            assert self._job.session is not None
-            return Calibrated.of(summary(self._job.session))
-
-    @takes()
-    def convert(self, on_progress: OnProgress = None) -> Converted:
-        """Write the checkpoint. An interrupted call continues where it stopped.
-
-        on_progress: is called with each `Event`. Raises AnswerNo if the plan misses a limit of the
-        recipe's `expect` block, InputError before `calibrate` if the recipe needs data and for a second
-        call, and MachineError for the disk.
-        """
-        if self.needs_calibration:
-            raise InputError(
-                "the calibration has not run",
-                where=str(self._job.out),
-                fix="call job.calibrate() first",
-            )
-        return self._run(on_progress)
-
-    def _run(self, on_progress: OnProgress) -> Converted:
-        """Calibrate, if that is still to do, and convert."""
-        from quantcli.commands import quantize as commands
-
-        with self._one_call():
-            if self._converted:
-                raise InputError(
-                    "this job was converted already",
-                    where=str(self._job.out),
-                    fix="call quantcli.prepare() again for another output",
-                )
-            progress = _progress(on_progress)
-            written = commands.quantize(self._job, progress, self._resources)
-            self._job = replace(self._job, plan=written.plan)
-            self._converted = True
-        notes = dict.fromkeys((*written.plan.notes, *written.notes))
-        return Converted(
-            **_files(written),
-            notes=[note for note in notes if note not in self._notes],
-            plan=self.plan,
-        )
-
-    @contextmanager
-    def _one_call(self) -> Iterator[None]:
-        """InputError if another call of this job is running."""
-        if not self._lock.acquire(blocking=False):
-            raise InputError("another call of this job is running", fix="wait until it returns")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-
 @takes(Calibrating)
 def calibrate(
     recipe: Recipe,
     *,
-    model: PathLike | None = None,
+    model: Model | None = None,
     out: PathLike | None = None,
+    tokenizer: LiveTokenizer | None = None,
+    example_inputs: ExampleInputs = None,
     on_progress: OnProgress = None,
     **options: Unpack[Calibrating],
 ) -> Calibrated:
@@ -301,7 +234,8 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, set, workers, device, max_memory, trust_remote_code, on_progress: as of `quantize`.
+    recipe, model, tokenizer, example_inputs, set, workers, device, max_memory, trust_remote_code,
+    on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
 
@@ -310,13 +244,15 @@ def calibrate(
     """
     from quantcli.commands import calibrate as commands
 
-    resources, progress = _resources(options), _progress(on_progress)
+    resources, progress = _resources(options), progress_of(on_progress)
+    given = _Given(model, tokenizer, example_inputs, progress)
     session = commands.plan_calibration(
         recipe if isinstance(recipe, Mapping) else str(recipe),
-        model=None if model is None else str(model),
+        model=given.model,
         out=path_of(out),
         overrides=assignments(options["set"]),
         fresh=options["fresh"],
+        examples=given.examples,
         progress=progress,
     )
     return Calibrated.of(commands.calibrate(session, resources, progress, fresh=options["fresh"]))
@@ -342,7 +278,7 @@ def pack(
 
     Raises InputError for a checkpoint that the format cannot hold, and for parts that make no whole.
     """
-    progress = _progress(on_progress)
+    progress = progress_of(on_progress)
     workers, fresh, force = options["workers"], options["fresh"], options["force"]
     if merge:
         from quantcli.convert import merge as merging
@@ -354,7 +290,7 @@ def pack(
         merge_job = merging.plan_merge(parts, Path(out), workers=workers, fresh=fresh, force=force)
         joined = merging.merge(merge_job, progress)
         merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out})
-        return Packed(**_files(joined), notes=list(joined.notes), plan=merged)
+        return Packed(**files_of(joined), notes=list(joined.notes), plan=merged)
     from quantcli.commands import pack as commands
 
     if target is None or not isinstance(checkpoint, str | os.PathLike):
@@ -370,7 +306,7 @@ def pack(
     written = commands.pack(job, progress)
     data = {**commands.to_json(job), "out": job.out}
     repacked = Repacked(origin=data.pop("from"), **data)
-    return Packed(**_files(written), notes=list(written.notes), plan=repacked)
+    return Packed(**files_of(written), notes=list(written.notes), plan=repacked)
 
 
 @takes(Verifying, verify_defaults())
@@ -396,7 +332,7 @@ def verify(
     from quantcli.commands import verify as commands
 
     chosen = verify_options(checkpoint, options)
-    return Verification(**commands.run(chosen, _progress(on_progress)))
+    return Verification(**commands.run(chosen, progress_of(on_progress)))
 
 
 @overload
@@ -439,7 +375,7 @@ def inspect(
     """
     from quantcli.commands import inspect as commands
 
-    progress = _progress(on_progress)
+    progress = progress_of(on_progress)
     if not outliers:
         if report is not None:
             raise InputError("`report` needs `outliers`", fix="add outliers=True")
@@ -452,8 +388,37 @@ def inspect(
 
 
 @takes()
-def support(*, on_progress: OnProgress = None) -> Support:
-    """Which schemes and targets go together, and how each pair is stored."""
+def support(*, for_: str | None = None, on_progress: OnProgress = None) -> Support:
+    """Which schemes and targets go together, and how each pair is stored.
+
+    for_: a device, as of `recommend`: only pairs that its engine has kernels for.
+    """
     from quantcli.commands import inspect as commands
 
-    return Support(commands.support(_progress(on_progress)))
+    return Support(commands.support(progress_of(on_progress), for_))
+
+
+@takes()
+def recommend(
+    model: PathLike,
+    for_: str,
+    *,
+    context: int | str | None = None,
+    concurrency: int | None = None,
+    on_progress: OnProgress = None,
+) -> Recommendation:
+    """Shipped recipes for a model on a device, the best first. Reads headers and config.json only.
+
+    model:       a folder or a Hub id.
+    for_:        devices, such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada" or "cpu".
+    context:     tokens of a sequence, such as 32768 or "32k"; by default 8192, or the model's own.
+    concurrency: sequences at a time; by default 8.
+
+    If nothing fits, `best` is None and `advice` says what would. Raises InputError for an unknown
+    device, and for a model that is not a language model.
+    """
+    from quantcli.commands import recommend as commands
+
+    return commands.recommend(
+        str(model), for_, context=context, concurrency=concurrency, progress=progress_of(on_progress)
+    )

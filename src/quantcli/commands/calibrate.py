@@ -13,16 +13,19 @@ from quantcli.core.place import check_calibration
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.calibration.session import Session
+    from quantcli.calibration.text.examples import Examples
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.recipe.written import GivenRecipe
 
 
 def plan_calibration(
     recipe: GivenRecipe,
     *,
-    model: str | None = None,
+    model: str | Checkpoint | None = None,
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
     fresh: bool = False,
+    examples: Examples | None = None,
     progress: Progress = SILENT,
 ) -> Session:
     """Check everything that can be checked before a calibration reads weights.
@@ -30,8 +33,10 @@ def plan_calibration(
     recipe: a file, the name of a shipped one, or a mapping with a file's content.
     out: the folder of the calibration; by default it is named after the recipe's output.
     overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
+    examples: the data, in place of what the recipe names.
     Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.
     """
+    overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "calibrate", progress)
     written = opened.written
     folder = out or calibration_folder(Path(written.file.output or default_name(opened.model, recipe)))
@@ -51,7 +56,7 @@ def plan_calibration(
             where=name_of(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    return prepare_session(plan, folder, fresh=fresh)
+    return prepare_session(plan, folder, fresh=fresh, examples=examples)
 
 
 def calibrate(

@@ -14,7 +14,8 @@ from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 
-if TYPE_CHECKING:  # both import torch
+if TYPE_CHECKING:  # schemes and targets import torch
+    from quantcli.commands.choosing.devices import Device
     from quantcli.schemes.base import Scheme
     from quantcli.targets.base import Target
 
@@ -43,13 +44,20 @@ def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT)
         return summary
 
 
-def support(progress: Progress = SILENT) -> list[dict[str, Any]]:
+def support(progress: Progress = SILENT, device: str | None = None) -> list[dict[str, Any]]:
     """Every pair of scheme and target, tried by quantizing and packing a weight without data.
 
     Each entry has `scheme`, `target`, `supported` and `options`, and either `label`, `loads_on` and the
     `tensors` of a weight [256, 256], or `why` it is not supported. options: those that the scheme needs
     with this target; empty if its usual ones do.
+
+    device: such as `2x910B`: only pairs that its engine has kernels for, with what these do for linears
+    as `kernels` and for experts as `expert_kernels`, each None if there is no kernel. InputError for an
+    unknown device.
     """
+    from quantcli.commands.choosing.devices import parse_device
+
+    served = None if device is None else parse_device(device)
     progress.say("trying each scheme with each target")
     from quantcli.core.registry import discover
     from quantcli.schemes.base import Scheme
@@ -62,7 +70,17 @@ def support(progress: Progress = SILENT) -> list[dict[str, Any]]:
             usual = next(tried)
             cell = usual if usual["supported"] else next((c for c in tried if c["supported"]), usual)
             cells.append({"scheme": name, "target": target_name} | cell)
-    return cells
+    return cells if served is None else list(_served(cells, served))
+
+
+def _served(cells: list[dict[str, Any]], device: Device) -> Iterator[dict[str, Any]]:
+    """The pairs that a device's engine has kernels for."""
+    for cell in cells:
+        if cell["supported"]:
+            place = cell["target"], cell["label"]
+            kernels, expert = device.kernel(*place), device.kernel(*place, expert=True)
+            if kernels or expert:
+                yield {**cell, "kernels": kernels, "expert_kernels": expert}
 
 
 def _variants(scheme_class: type[Scheme]) -> Iterator[tuple[Scheme, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, find_model
 from quantcli.core.errors import InputError
@@ -15,7 +15,6 @@ from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
-    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.convert.execute import RunOptions, Written
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
@@ -217,7 +216,7 @@ class Opened:
 
 def open_both(
     recipe: GivenRecipe,
-    model: str | None,
+    model: str | Checkpoint | None,
     overrides: tuple[str, ...],
     verb: str,
     progress: Progress,
@@ -227,6 +226,8 @@ def open_both(
     from quantcli.recipe.written import name_of, read_recipe
 
     written = read_recipe(recipe, overrides, command=verb)
+    if isinstance(model, Checkpoint):
+        return Opened(written, model.path.name, model)
     named = model or written.file.model
     if named is None:
         raise InputError(

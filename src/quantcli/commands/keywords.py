@@ -10,11 +10,21 @@ import inspect
 import os
 import reprlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from quantcli.core.disk import machine_error
 from quantcli.core.errors import InputError, MachineError
@@ -22,6 +32,24 @@ from quantcli.verification.options import VerifyOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 PathLike = str | os.PathLike[str]
+
+
+@runtime_checkable
+class LiveModel(Protocol):
+    """A transformers model in memory (PreTrainedModel)."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its parameters and buffers by name."""
+
+
+@runtime_checkable
+class LiveTokenizer(Protocol):
+    """A tokenizer or a processor of transformers."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write its files."""
+
+
 _Assignments = Sequence[str] | Mapping[str, Any]
 
 
@@ -46,6 +74,7 @@ class Planning(TypedDict, total=False):
     checksum: bool
     calibration: PathLike | None
     part: str | None
+    for_: str | None
 
 
 class Converting(Planning, total=False):
@@ -90,7 +119,7 @@ class Verifying(TypedDict, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
+    "part": None, "for_": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
 }  # fmt: skip
 
 
@@ -161,7 +190,8 @@ def check(name: str, value: Any, hint: Any) -> None:
 _LIMITS = {"workers": (1, 1024), "samples": (1, 2**20), "length": (2, 2**20)}
 _NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "text", os.PathLike: "a path",
-    type(None): "None", Sequence: "a list", Mapping: "a mapping", Callable: "a function",
+    type(None): "None", LiveModel: "a transformers model", LiveTokenizer: "a tokenizer",
+    Iterable: "a list", Sequence: "a list", Mapping: "a mapping", Callable: "a function",
 }  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.text.examples import Examples
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.convert.execute import Written
     from quantcli.planning.plan import Plan
     from quantcli.recipe.written import GivenRecipe
@@ -35,22 +37,25 @@ if TYPE_CHECKING:
 def plan(
     recipe: GivenRecipe,
     *,
-    model: str | None = None,
+    model: str | Checkpoint | None = None,
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
     options: JobOptions = USUAL,
+    examples: Examples | None = None,
     progress: Progress = SILENT,
 ) -> Job[Plan]:
     """Check everything that can be checked before the first byte of weights is read.
 
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
     `expect` block: see `check`. recipe: a file, the name of a shipped one, or a mapping with a file's
-    content.
+    content. model: its name, or the checkpoint itself. examples: the data of the calibration,
+    in place of what the recipe names.
     """
     from quantcli.convert.publish import check_destination
     from quantcli.planning.parts import parse_part
     from quantcli.recipe.written import name_of
 
+    overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "quantize", progress)
     checkpoint = opened.checkpoint
     if out is None:
@@ -73,7 +78,7 @@ def plan(
         from quantcli.calibration.session import load, prepare_session
 
         folder = options.calibration or calibration_folder(whole)
-        session = prepare_session(plan, folder, out=out)
+        session = prepare_session(plan, folder, out=out, examples=examples)
         if session.complete:
             plan = make_plan(loaded, checkpoint, load(session))
         elif share:
@@ -83,23 +88,26 @@ def plan(
                 fix=f"run `{_calibrate_command(recipe, model, overrides, folder)}` once, and give a "
                 "copy of it to every part with --calibration",
             )
-    elif options.calibration is not None:
+    elif options.calibration is not None or examples is not None:
+        option, value = "example_inputs", ""
+        if examples is None:
+            option, value = "--calibration", f" {options.calibration}"
         raise InputError(
             "nothing in this recipe needs a calibration",
-            where=f"--calibration {options.calibration}",
-            fix="leave --calibration out",
+            where=f"{option}{value}",
+            fix=f"leave {option} out",
         )
     return make_job(plan, out, options.of_run(), session, share)
 
 
 def _calibrate_command(
-    recipe: GivenRecipe, model: str | None, overrides: tuple[str, ...], folder: Path
+    recipe: GivenRecipe, model: str | Checkpoint | None, overrides: tuple[str, ...], folder: Path
 ) -> str:
     """What to type for the calibration of a conversion that was given these options."""
     from quantcli.recipe.written import name_of
 
     words = ["quantcli", "calibrate", name_of(recipe)]
-    if model is not None:
+    if isinstance(model, str):
         words += ["--model", model]
     for override in overrides:
         words += ["--set", override]

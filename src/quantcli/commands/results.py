@@ -29,24 +29,26 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned(Result):
-    """What `quantize` would write, and its cost; `plan` of its document.
+class _Plan(Result):
+    """What would be written, and its cost.
 
-    out:          the folder of the checkpoint.
-    digest:       sha256 (hex) over all that fixes the output.
-    bytes_before, bytes_after: bytes of all tensors.
-    shards:       {"file", "bytes", "tensors"} for each weight file.
-    files:        names of the other files.
-    disk_needed, disk_free, memory_needed: bytes; memory is what is needed next to torch.
-    shards_done:  whole weight files that an interrupted run left.
-    serve:        "engine", "command" and "note" of each engine that serves the output.
-    rules:        the effect of each rule: its modules, and their bytes before and after.
-    kept:         what stays float: the reason, tensors, bytes.
-    expected:     limits of the recipe's `expect` block, and the values compared with them.
-    calibration:  the calibration that runs first or was found; None if no data is needed.
+    out:           the folder of the checkpoint.
+    target:        the format that is written.
+    serving_dtype: the dtype in which an engine computes: BF16 or F16.
+    digest:        sha256 (hex) over all that fixes the output.
+    bytes_before:  bytes of all tensors that are read.
+    bytes_after:   bytes of all tensors that are written.
+    shards:        "file", "bytes", "tensors" of each weight file.
+    files:         names of the other files.
+    disk_needed:   bytes.
+    disk_free:     bytes.
+    memory_needed: bytes, next to those of torch.
+    workers:       threads.
+    shards_done:   whole weight files that an interrupted run left.
+    serve:         "engine", "command" and "note" of each engine that serves the output.
+    notes:         remarks, such as on what stays float.
     """
 
-    model: str
     out: Path
     target: str
     serving_dtype: str
@@ -62,6 +64,29 @@ class Planned(Result):
     shards_done: int
     serve: list[Row]
     notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(_Plan):
+    """What `quantize` would write, and its cost; `plan` of its document.
+
+    model:         the folder that is read.
+    rules:         "rule", "scheme", "label", "modules", "bytes_before", ..., "loads_on" of each.
+    kept:          what stays float: "reason", "tensors", "bytes_before", "bytes", "names", ... of each.
+    kv_cache:      "cache", "layers", "measured", "bytes"; None if the recipe quantizes no cache.
+    quantized_params_pct: percent of all parameters that are quantized.
+    quantizable_pct: percent of the weights that the engine takes with these schemes.
+    linear_pct:    percent of all linear weights.
+    quantized_modules: number of modules.
+    expected:      "key", "limit", "value", "ok" of each limit of the recipe's `expect` block.
+    decoded:       formats of a quantized source that is read as floats.
+    calibration:   the calibration that runs first or was found; None if no data is needed.
+    experts:       tokens that the router gave, by layer, once a calibration is there.
+    taken_from:    modules that have the statistics of another one.
+    part:          "part", "of", "shards", "files", "bytes"; None without --part.
+    """
+
+    model: str
     rules: list[Row]
     kept: list[Row]
     kv_cache: Row | None
@@ -78,26 +103,18 @@ class Planned(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repacked(Result):
-    """What `pack` writes, and its cost; `plan` of its document. origin: the format that was read."""
+class Repacked(_Plan):
+    """What `pack` writes, and its cost; `plan` of its document.
+
+    checkpoint:     the folder that is read.
+    origin:         the format that is read.
+    state:          what the source says of its codes, if it says anything.
+    modules:        "before", "label", "modules", "bytes_before", ..., "loads_on" of each kind.
+    copied_tensors: number of float tensors.
+    """
 
     checkpoint: str
     origin: str
-    out: Path
-    target: str
-    serving_dtype: str
-    digest: str
-    bytes_before: int
-    bytes_after: int
-    shards: list[Row]
-    files: list[str]
-    disk_needed: int
-    disk_free: int
-    memory_needed: int
-    workers: int
-    shards_done: int
-    serve: list[Row]
-    notes: list[str]
     state: str | None
     modules: list[Row]
     copied_tensors: int
@@ -111,7 +128,12 @@ class Repacked(Result):
 class Merged(Result):
     """The parts of a conversion that were joined; `plan` of its document.
 
-    parts: {"folder", "part", "of", "files", "bytes"} each. linked: weight files take no more space.
+    parts:   "folder", "part", "of", "files", "bytes" of each.
+    digest:  sha256 (hex) over all that fixes the output.
+    out:     the folder of the checkpoint.
+    bytes:   of all files but the manifest.
+    linked:  whether weight files take no more space.
+    workers: threads.
     """
 
     parts: list[Row]
@@ -126,9 +148,10 @@ class Merged(Result):
 class _Written(Result):
     """A checkpoint that was written.
 
+    out:           the folder of the checkpoint.
     bytes:         of all files but the manifest.
     shards_reused: weight files of an interrupted run.
-    files:         {"bytes", "sha256"} by name; sha256 is None without `checksum`.
+    files:         "bytes", "sha256" by name; sha256 is None without `checksum`.
     notes:         remarks on the run, and of the plan those that were not known before it.
     """
 
@@ -141,14 +164,20 @@ class _Written(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Converted(_Written):
-    """The checkpoint that `quantize` wrote. plan: as it was carried out, after a calibration."""
+    """The checkpoint that `quantize` wrote.
+
+    plan: as it was carried out, after a calibration.
+    """
 
     plan: Planned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed(_Written):
-    """The checkpoint that `pack` wrote."""
+    """The checkpoint that `pack` wrote.
+
+    plan: with `merge` the parts.
+    """
 
     plan: Repacked | Merged
 
@@ -158,12 +187,14 @@ class Calibrated(Result):
     """A finished calibration.
 
     calibration:  its folder.
+    layers:       number of layers.
     modules:      {"module", "tokens", ...} for each module that was measured.
     experts:      tokens that the router gave, by layer.
     taken_from:   modules that have the statistics of another one.
     edited:       groups of channels that methods changed, by how, such as "smoothed".
     uncalibrated: modules that no token reached and that were filled in.
     no_tokens:    modules that no token reached.
+    samples:      number of samples.
     length:       tokens of a sample, at most.
     """
 
@@ -203,12 +234,24 @@ class Calibrated(Result):
 class Inspection(Result):
     """The contents of a checkpoint, from its headers.
 
-    tensors, parameters, bytes: numbers of all tensors. dtypes: the same by dtype.
-    quantization: the format and the number of modules; None for a float model.
+    path:         the folder.
+    model_type:   as config.json says.
+    architectures: as config.json says.
+    draft:        the kind of draft model; None for a model that works alone.
+    tensors:      number of tensors.
+    parameters:   number of elements of all tensors.
+    bytes:        bytes of all tensors.
+    shards:       names of weight files.
+    dtypes:       "tensors", "parameters", "bytes" by dtype.
+    tied_embeddings: whether embeddings are the head, too, and how that shows.
+    quantization: "format", "modules", "evidence"; None for a float model.
+    kv_cache:     "tensors", "example" of scales of a cache; None if there are none.
     groups:       tensors whose names differ only in numbers: "name", "count", "dtype", "shape",
                   "bytes", "role".
-    other_files:  bytes by name. left_out: files that a conversion leaves out, and why.
-    problems:     {"what", "where", "fix"} of each fault; an empty list for a sound checkpoint.
+    other_files:  bytes by name.
+    left_out:     files that a conversion leaves out, and why.
+    problems:     "what", "where", "fix" of each fault; an empty list for a sound checkpoint.
+    notes:        remarks.
     matches:      the tensors that were asked for; None if none were.
     """
 
@@ -243,14 +286,17 @@ class Inspection(Result):
 class Outliers(Result):
     """The weights of a checkpoint, hardest to quantize first.
 
+    path:      the folder.
     ranked_by: the operand by whose SQNR `modules` are sorted.
-    modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... each.
+    operands:  the schemes that quantize weights so, by operand.
+    modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... of each.
+    left_out:  "tensors", "why", "names" of weights that are not ranked.
     advice:    a rule that keeps float what int8 costs most; None if no module stands out.
     """
 
     path: Path
     ranked_by: str
-    operands: dict[str, Any] | list[Any]
+    operands: dict[str, list[str]]
     modules: list[Row]
     left_out: list[Row]
     advice: Row | None
@@ -258,10 +304,47 @@ class Outliers(Result):
 
 @dataclass(frozen=True)
 class Support(Result):
-    """Every pair of scheme and target: "scheme", "target", "supported", "options", and "label",
-    "loads_on", "tensors" or "why" each."""
+    """Every pair of scheme and target.
+
+    support: "scheme", "target", "supported", "options" of each, and "label", "loads_on", "tensors" or
+             "why".
+    """
 
     support: list[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation(Result):
+    """Shipped recipes for a model on some devices. Sizes are bytes on each device.
+
+    device:      its name, memory, engine, and how many there are.
+    context:     tokens of each sequence.
+    concurrency: sequences at a time.
+    positions:   tokens that the model was made for; None if config.json does not say.
+    unquantized: sizes of the float model, and whether it fits.
+    recipes:     those that the devices can serve, the best first: "recipe", "fits", "weights_bytes",
+                 "max_context", "needs_data", "mean_change", "reason", "command", ... each.
+    left_out:    the other recipes, and why.
+    best:        the first recipe that fits; None if none does.
+    best_without_data: the first that fits and needs no data.
+    advice:      what would fit, if nothing does.
+    notes:       remarks on the figures.
+    costs:       the model and the text of `mean_change`.
+    """
+
+    model: str
+    device: Row
+    context: int
+    concurrency: int
+    positions: int | None
+    unquantized: Row
+    recipes: list[Row]
+    left_out: list[Row]
+    best: str | None
+    best_without_data: str | None
+    advice: str | None
+    notes: list[str]
+    costs: Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +352,17 @@ class Verification(Result):
     """The outcome of a verification; docs/verify.md describes each key.
 
     ok:       whether no check failed.
-    checks:   "name", "depth", "about", "checked", "failed" each.
-    findings: "severity", "check", "what", "where", "fix" each, errors first.
-    modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... each, worst first.
+    checkpoint: the folder.
+    format:   what the checkpoint is stored in.
+    against:  the other model.
+    tool:     name and version of quantcli.
+    depths:   how far it went: "structure", "full", "against", "run".
+    limits:   limits that were set for the whole checkpoint.
+    tensors:  "edited", "equal", "quantized" of the other model's.
+    not_checked: what was left out, and why.
+    checks:   "name", "depth", "about", "checked", "failed" of each.
+    findings: "severity", "check", "what", "where", "fix" of each, errors first.
+    modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... of each, worst first.
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
     run:      perplexity, KL divergence and layers, if both models ran on text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from quantcli.core.disk import disk_errors, file_entry
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_space, partial_folder
+from quantcli.core.text import count
 from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
@@ -134,6 +136,8 @@ class _Gather:
         self.journal = journal
         self.progress = progress
         self.shards = job.parts[0].whole["shards"]
+        self._done = 0
+        self._lock = threading.Lock()
 
     def gather(self, part: PartFolder, name: str) -> bool:
         """Link or copy one file of a part, and compare its hash. True for a weight file that an earlier
@@ -162,6 +166,9 @@ class _Gather:
         self.progress.advance(entry["bytes"])
         if name not in self.shards:
             return False
+        with self._lock:
+            self._done += 1
+            self.progress.keeps(f"{self._done} of {count(self.shards, 'shard')} in {self.folder}")
         self.progress.shard(name, entry["bytes"], reused=reused)
         return reused
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.kernels.machine import available
+from quantcli.core.text import count
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
     COMPILED,
@@ -129,14 +130,16 @@ class ShardRun:
         self.checksum = checksum
         self.block_elements = block_elements
         self.files: dict[str, dict[str, Any]] = {}
-        self.reused = 0
+        self.reused = self._count = 0
         self._surveys = Surveys()
         self._stop = threading.Event()
 
-    def write(self, shards: Iterable[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
+    def write(self, shards: Sequence[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
         """Write each of these shards that is not there yet. A few are under way at a time: no worker
         waits for the last job of a shard.
         """
+        self._count = len(shards)
+        self._keeps(len(self.journal.done))
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
@@ -151,6 +154,10 @@ class ShardRun:
             raise
         finally:
             queue.close()
+
+    def _keeps(self, done: int) -> None:
+        """What is there if the run ends now."""
+        self.progress.keeps(f"{done} of {count(self._count, 'shard')} in {self.folder}")
 
     def _serve(self, queue: JobQueue) -> None:
         """Do jobs until none is left."""
@@ -184,6 +191,7 @@ class ShardRun:
         entry = writer.finish()
         self.journal.record(file, writer.nbytes, entry.get("sha256"))
         self.files[file] = entry
+        self._keeps(len(self.files))
         self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:

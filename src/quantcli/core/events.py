@@ -30,8 +30,14 @@ class Progress:
     def detail(self, text: str) -> None:
         """A decision and its reason, for people who ask for it (`-v`)."""
 
-    def phase(self, name: str) -> None:
-        """What the run does from now on, such as `reading text`. Within a layer: a part of its work."""
+    def phase(self, name: str, passes: float = 1.0) -> None:
+        """What the run does from now on, such as `reading text`. Within a layer: a part of its work.
+
+        passes: how much, where running all tokens through the layer once counts as 1.
+        """
+
+    def keeps(self, what: str) -> None:
+        """What a later run can use if this one ends now, such as `2 of 7 shards in OUT.partial`."""
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Work on bytes begins: bytes to read, number of files to complete; noun: what these are."""
@@ -46,8 +52,7 @@ class Progress:
         """Layers begin to run: their number, how many an earlier run did, tokens of data."""
 
     def begin_layer(self, name: str, index: int, passes: float = 1.0) -> None:
-        """A layer begins; `index` counts from 0. passes: its work, where running all tokens through it
-        once counts as 1."""
+        """A layer begins; `index` counts from 0. passes: those of all its phases."""
 
     def step(
         self, done: int, total: int, *, noun: str = "batch", tokens: int = 0, loss: float | None = None
@@ -151,22 +156,23 @@ class _Layers:
     passes: float = 1.0
     passes_done: float = 0.0  # in phases of the layer that are over
     phase: str = ""
+    phase_passes: float = 0.0
     phase_began: float = 0.0
     phase_tokens: int = 0
     step: int = 0
     steps: int = 0
     loss: float | None = None
 
-    def begin_phase(self, name: str, now: float) -> None:
+    def begin_phase(self, name: str, passes: float, now: float) -> None:
         if self.steps:
-            self.passes_done += self.phase_tokens / self.tokens if self.tokens else 1.0
-        self.phase, self.phase_began = name, now
+            self.passes_done += self.phase_passes
+        self.phase, self.phase_passes, self.phase_began = name, passes, now
         self.phase_tokens = self.step = self.steps = 0
 
     def begin_layer(self, index: int, passes: float, now: float) -> None:
         self.index, self.passes, self.loss = index, max(passes, 1.0), None
         self.layer_began = now
-        self.begin_phase("", now)
+        self.begin_phase("", passes, now)
         self.passes_done = 0.0
 
     def eta(self, now: float) -> float | None:
@@ -176,7 +182,7 @@ class _Layers:
         left = self.total - self.index
         if done > 0:
             return max(0.0, (self.layer_began - self.began) / done * left - within)
-        passes = self.passes_done + (self.phase_tokens / self.tokens if self.tokens else 0.0)
+        passes = self.passes_done + (self.phase_passes * self.step / self.steps if self.steps else 0.0)
         share = min(passes / self.passes, 1.0)
         return within / share * left - within if share > 0 else None
 
@@ -186,6 +192,7 @@ class Events(Progress):
     """A Progress that makes events of its calls, and hands each to one receiver at a time.
 
     receive:  takes every event; one about work that goes on at most every `interval` seconds.
+    kept:     what a later run can use if this one ends now; empty if nothing.
     """
 
     receive: Callable[[Event], None]
@@ -196,6 +203,7 @@ class Events(Progress):
         self._receivers = [_Receiver(self.receive, self.interval, time.monotonic() + self.interval)]
         self._bytes, self._layers = _Bytes(), _Layers()
         self._in_layers = False
+        self.kept = ""
 
     def also(self, receive: Callable[[Event], None], interval: float = LINE_EVERY) -> None:
         """Hand events to one more receiver."""
@@ -209,15 +217,19 @@ class Events(Progress):
         """A detail."""
         self._send(Event("detail", text))
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: str, passes: float = 1.0) -> None:
         """A phase, at once; within layers it goes with the steps."""
         with self._lock:
+            now = time.monotonic()
+            self._layers.begin_phase(name, passes, now)
             if not self._in_layers:
                 self._send(Event("phase", name))
                 return
-            now = time.monotonic()
-            self._layers.begin_phase(name, now)
             self._send_due(now, self._step)
+
+    def keeps(self, what: str) -> None:
+        """No event: it matters if the run is interrupted, and is in `kept` then."""
+        self.kept = what
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Only the events that follow show it."""
@@ -293,18 +305,13 @@ class Events(Progress):
         rate = None
         if layers.phase_tokens and now > layers.phase_began:
             rate = layers.phase_tokens / (now - layers.phase_began)
+        steps = layers.step, layers.steps, noun
+        if not self._in_layers:
+            return Event("step", layers.phase, *steps, rate=rate)
         text = f"layer {layers.index + 1}/{layers.total}"
-        return Event(
-            "step",
-            " · ".join(filter(None, [text, layers.phase])),
-            layers.step,
-            layers.steps,
-            noun,
-            layers.loss,
-            rate,
-            now - layers.began,
-            layers.eta(now),
-        )
+        text = " · ".join(filter(None, [text, layers.phase]))
+        times = now - layers.began, layers.eta(now)
+        return Event("step", text, *steps, layers.loss, rate, *times)
 
     def _send(self, event: Event) -> None:
         with self._lock:

@@ -16,6 +16,8 @@ from quantcli.recipe.document import load_document
 
 _HERE = Path(__file__).parent
 _LISTED = "`quantcli recipes` lists the shipped ones"
+AUTO = "auto"  # reserved: stands for the recipe that `recommend` puts first
+USE = "--model MODEL --for 2x910B"
 _START = {"quantize": "w8a8_dynamic", "calibrate": "w8a8_static"}  # command -> a recipe to begin with
 
 
@@ -73,6 +75,11 @@ def find_recipe(recipe: str | Path, command: str = "quantize") -> Path:
 
     command: for the message if it is a model. Raises InputError if it is neither.
     """
+    if str(recipe) == AUTO:
+        what = f"`{AUTO}` stands for the first recipe for a device, and only `quantize` takes it"
+        raise InputError(
+            what, fix=f"quantcli recommend MODEL --for 2x910B, or quantcli quantize {AUTO} {USE}"
+        )
     path, recipes = Path(recipe), shipped_recipes()
     try:
         if not stat.S_ISDIR(path.stat().st_mode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
@@ -20,7 +20,7 @@ from quantcli.core.findings import Finding
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.core.registry import discover
 from quantcli.targets.kv_cache import AttentionLayer, CacheTensor, StoredCache
-from quantcli.targets.layouts import Layout, StoredModule, Values
+from quantcli.targets.layouts import Layout, Sides, StoredModule, Values
 from quantcli.targets.serving import ServeCommand, Served
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
@@ -30,6 +30,8 @@ KEEP = "put a rule with `scheme: keep` for it before the others"
 SUPPORT = "see `quantcli inspect --support` for what goes together"
 
 
+# A module, n and k on one device, and the devices that share it -> reasons why it cannot be split.
+SplitLimits: TypeAlias = Callable[[StoredModule, Sides, int], Iterator[str]]
 # What a refusal follows from: the module's name, whatever its numbers; its width with these numbers; or
 # these numbers, whatever the width.
 Cause: TypeAlias = Literal["name", "width", "numbers"]
@@ -269,6 +271,14 @@ class Target(BaseModel, ABC):
         except (LookupError, StopIteration):
             return False
         return all(engine in re.split("[ ,]+", text) for text in engines)
+
+    def split_limits(self, modules: Collection[str]) -> SplitLimits:
+        """What gives the reasons why the engine cannot split a planned module over devices.
+
+        It takes a module, its n and k on one device, and the devices that share it. modules: names of
+        all quantized modules. Here no reason is known.
+        """
+        return lambda module, sides, devices: iter(())
 
     @abstractmethod
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:

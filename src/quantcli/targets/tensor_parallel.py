@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from quantcli.core.findings import Finding, failed
+from quantcli.targets.base import SplitLimits
 from quantcli.targets.layouts import Sides, StoredModule
 from quantcli.targets.vllm_family import has_later_sibling, last_part
 
-# A module, n and k on one device, and the devices that share it -> reasons why it cannot be split.
-Limits: TypeAlias = Callable[[StoredModule, Sides, int], Iterator[str]]
 # Last parts of the names of modules whose inputs are split; of others the outputs are.
 # Source: RowParallelLinear in vllm 0.32.0, model_executor/models: llama.py, opt.py, falcon.py,
 # mixtral.py.
@@ -33,7 +32,7 @@ def _cannot_split(size: int, what: str, module: str | None) -> Finding:
 
 
 def check_tp(
-    config: Mapping[str, Any], modules: Iterable[StoredModule], size: int, limits: Limits
+    config: Mapping[str, Any], modules: Iterable[StoredModule], size: int, limits: SplitLimits
 ) -> Iterator[Finding]:
     """Findings for `size` devices; config is the language model's part of config.json."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
@@ -48,13 +47,13 @@ def check_tp(
         if by_inputs and k % size:
             yield _cannot_split(size, f"{k} inputs cannot be split over {size} devices", module.name)
             continue
-        devices = _devices(module.name, config, size)
+        devices = devices_of(module.name, config, size)
         sides = (n, k // size) if by_inputs else (n // devices, k)
         for what in limits(module, sides, devices):
             yield _cannot_split(size, what, module.name)
 
 
-def _devices(module: str, config: Mapping[str, Any], size: int) -> int:
+def devices_of(module: str, config: Mapping[str, Any], size: int) -> int:
     """The number of devices that share a module: fewer than `size` if there are fewer heads."""
     last, kv_heads = last_part(module), config.get("num_key_value_heads")
     if last in _REPLICATED:

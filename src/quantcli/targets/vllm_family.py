@@ -20,7 +20,7 @@ from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
 from quantcli.targets import drafts, serving, sidecars
-from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, Target
+from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, SplitLimits, Target
 from quantcli.targets.misread import MISREAD, NO_CLASS
 from quantcli.targets.serving import ServeCommand, Served
 
@@ -480,6 +480,12 @@ class VllmTarget(Target):
         if served.labels and alone and self.loaded_by("SGLang", served.labels):
             commands.append(serving.sglang(served, model))
         return tuple(commands)
+
+    def split_limits(self, modules: Collection[str]) -> SplitLimits:
+        """Of the formats of vLLM: groups, blocks and packed codes lie on one device each."""
+        from quantcli.targets.tensor_parallel import limits  # which imports this module
+
+        return lambda module, sides, devices: limits(module, sides, devices, modules)
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """config.json, with a `quantization_config` if the format has one, and the index."""

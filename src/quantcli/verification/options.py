@@ -24,11 +24,11 @@ class VerifyOptions:
     """
 
     checkpoint: str | Path = field(
-        metadata={"help": "Quantized checkpoint, whoever wrote it: directory or Hub id."}
+        metadata={"help": "Quantized checkpoint, whoever wrote it: folder or Hub id."}
     )
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
-        "Compare with the float model, or another quantized one: directory or Hub id.", metavar="MODEL"
+        "Compare with the float model, or another quantized one: folder or Hub id.", metavar="MODEL"
     )
     calibration: Path | None = _option(  # noqa: RUF009
         "Calibration that `quantize` kept: numbers that follow from it are recomputed.", metavar="DIR"

@@ -31,6 +31,8 @@ def test_a_command_pastes(words: list[str], cells: int) -> None:
     command = shlex.join(["quantcli", *words])
     folded = fold("  " + command, Width(cells), command=True)
     assert shlex.split(folded.replace("\\\n", "")) == ["quantcli", *words]
+    labelled = fold("next: " + command, Width(cells), command=True).removeprefix("next: ")
+    assert shlex.split(labelled.replace("\\\n", "")) == ["quantcli", *words]
     quoted = [line for line in folded.split("\n") if cells_of(line) > cells]
     assert all("'" in line for line in quoted)
 
@@ -88,8 +90,9 @@ ROWS = [["model.layers.12.self_attn.q_proj", "8-bit weights and inputs", "1.2 GB
     [
         (None, ["name                              what                        size",
                 "model.layers.12.self_attn.q_proj  8-bit weights and inputs  1.2 GB"]),
-        (50, ["name                  what                    size",
-              "model.lay…ttn.q_proj  8-bit weights and     1.2 GB", "                      inputs"]),
+        (50, ["name                          what            size",
+              "model.layers.…lf_attn.q_proj  8-bit         1.2 GB",
+              "                              weights and", "                              inputs"]),
         (40, ["model.layers.12.self_attn.q_proj", "  what 8-bit weights and inputs; size",
               "  1.2 GB"]),
     ],

@@ -75,7 +75,7 @@ def test_layers_have_their_loss_and_the_time_that_is_left(clock: Clock) -> None:
     run.phase("reading text")
     run.begin_layers(4, 1, 1000)
     run.begin_layer("layers.1", 1, passes=4)
-    run.phase("learning")
+    run.phase("learning", passes=2)
     clock.now += 5
     run.step(1, 2, noun="step", tokens=1000, loss=0.25)
     # a fourth of the first of three layers has taken 5 s

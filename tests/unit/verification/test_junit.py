@@ -4,8 +4,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from quantcli.cli.verify import verdict
 from quantcli.verification.report import words
 from quantcli.verification.report.junit import junit, junit_of_several
+from quantcli.verification.report.page import page
 from tests import reports
 
 
@@ -61,6 +63,8 @@ def test_there_are_as_many_failures_as_errors():
     found = cases(report)
     names = [case.get("name") for own in found.values() for case in failed(own)]
     assert len(names) == len(set(names)) == len(words.errors(report)) == 7 + 6
+    assert ": 13 errors (" in verdict(report)
+    assert "13 errors (" in page(report)
     assert {"headers", "headers, 2", "model.layers.1.mlp.up_proj, 2", "kl", "of no list",
             "model.layers.1"} <= {*names}  # fmt: skip
 

@@ -93,6 +93,11 @@ class Method(MethodOptions):
         schemes = filter(None, map(policy.scheme, modules))
         return any(self.name in scheme.methods or not self.for_schemes for scheme in schemes)
 
+    def passes(self, modules: Sequence[str], policy: Policy) -> float:
+        """How often it runs all samples through a layer with these modules, or an equal amount of work,
+        next to the one pass of all methods. For the time that is left; need not be exact."""
+        return 0.0
+
     def must_be_reached(self, scheme: Scheme) -> bool:
         """Whether a module whose scheme names this method cannot do without tokens."""
         return True

@@ -29,6 +29,7 @@ from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
 
+_FORWARDS = 3  # that forward and backward take together
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
 _REPORT = "learned"  # name in a layer's report
@@ -71,6 +72,8 @@ class Course:
 
         Loss: squared error of the layer's outputs over their sum of squares, on all batches.
         """
+        progress = self._layer.run.progress
+        progress.phase("loss before")
         before = self.loss()
         first = [learner.state() for learner in self._each]
         steps = self._steps(schedule.batch)
@@ -80,12 +83,17 @@ class Course:
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * n / total)) / 2
         )
-        for _ in range(schedule.epochs):
-            for place in torch.randperm(len(steps), generator=generator).tolist():
+        progress.phase("learning", passes=_FORWARDS * schedule.epochs)
+        for epoch in range(schedule.epochs):
+            places = torch.randperm(len(steps), generator=generator).tolist()
+            for done, place in enumerate(places, epoch * len(steps) + 1):
                 optimizer.zero_grad()
-                self._step(steps[place])
+                loss = self._step(steps[place])
                 optimizer.step()
                 rates.step()
+                tokens = sum(self._batches[number].input_ids.numel() for number in steps[place])
+                progress.step(done, total, noun="step", tokens=tokens, loss=loss)
+        progress.phase("loss after")
         after = self.loss()
         if not after < before:
             for learner, state in zip(self._each, first, strict=True):
@@ -104,24 +112,26 @@ class Course:
             filled += len(batch.input_ids)
         return steps
 
-    def _step(self, numbers: list[int]) -> None:
+    def _step(self, numbers: list[int]) -> float:
+        """Learn from some batches. Returns their loss before."""
         leaves_of = [learner.begin() for learner in self._each]
         leaves = [leaf for some in leaves_of for leaf in some]
 
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                error, _ = self._error(number, Tap(self._matrices, _Student(self._learners)))
+                error, size = self._error(number, Tap(self._matrices, _Student(self._learners)))
                 gradients = torch.autograd.grad(
                     error, leaves, allow_unused=True, materialize_grads=True
                 )
-            return error.detach(), *gradients
+            return error.detach(), size, *gradients
 
-        results = self._replay.each(work, numbers)
-        error, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*results, strict=True))
+        results = self._replay.each(work, numbers, counted=False)
+        error, size, *summed = (reduce(torch.add, of_leaf) for of_leaf in zip(*results, strict=True))
+        loss = error / size.clamp_min(_TINY)
         # of the logarithm of the error: hard batches do not drown easy ones
         summed = [gradient / error.clamp_min(_TINY) for gradient in summed]
-        size = sum(gradient.square().sum() for gradient in summed)
-        if not bool(torch.isfinite(torch.as_tensor(size))):
+        length = sum(gradient.square().sum() for gradient in summed)
+        if not bool(torch.isfinite(torch.as_tensor(length))):
             raise InputError(
                 f"`{self._layer.name}`: gradients are not finite",
                 where="what its scheme learns",
@@ -137,6 +147,7 @@ class Course:
                 )
                 raise InputError(error.what, where=modules, fix=error.fix) from None
             start += len(some)
+        return float(loss)
 
     def _of(self, learner: Learner) -> list[Matrix]:
         return [matrix for matrix, its in self._learners.items() if its is learner]
@@ -338,6 +349,11 @@ class Learning(Method):
         steps = (scheme.schedule.batch for scheme in schemes if scheme.schedule is not None)
         return min((-(-step // 2) * length for step in steps), default=None)
 
+    def passes(self, modules: Sequence[str], policy: Policy) -> float:
+        """Magnitudes of inputs, the loss three times, and the epochs."""
+        schedules = [s.schedule for s in map(policy.scheme, modules) if s is not None and s.schedule]
+        return 4.0 + _FORWARDS * schedules[0].epochs if schedules else 0.0
+
     def edit(self, work: LayerWork) -> None:
         """Learn, and fold learned scales of channels into their producers."""
         groups = learning_groups(work.layout, work.run.policy)
@@ -365,6 +381,7 @@ class _ServedLoss(Measurement):
     def review(self) -> None:
         policy = self._work.run.policy
         only = replace(policy, quantized={m: policy.quantized[m] for m in self._report.modules})
+        self._work.run.progress.phase("loss as the engine computes")
         course = Course(self._work.layer, {})
         whole = self._work.layer.whole(self._work.edits)
         self._report.loss_served = course.served_loss(quantized(only, self._work.stats, whole))
@@ -381,6 +398,7 @@ def learn(
     policy = layer.run.policy
     generator = torch.Generator().manual_seed(policy.seed * 2**20 + layer.index)
     widths = {g.matrices[0]: layer.weight(g.matrices[0]).shape[1] for g in groups}
+    layer.run.progress.phase("magnitudes")
     amax = layer.channel_amax(widths)
     empty = [m for g in groups if not bool(amax[g.matrices[0]].any()) for m in g.modules]
     if empty and policy.uncalibrated != "dynamic":

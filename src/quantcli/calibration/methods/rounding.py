@@ -38,7 +38,7 @@ from quantcli.calibration.methods.hessians import (
     fitting,
     jobs,
 )
-from quantcli.calibration.policy import not_finite
+from quantcli.calibration.policy import Policy, not_finite
 from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.shown import quantized
@@ -53,6 +53,7 @@ from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, g
 from quantcli.schemes.base import Scheme
 
 _ROWS = 1024  # that one job rounds
+_COLLECTING, _ROUNDING = 1.0, 1.0  # see `Method.passes`
 _ALL = -1  # in place of an expert's number: all experts that tokens reached
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
@@ -96,6 +97,10 @@ class Rounding(Method):
         kept = 4 * BATCH_TOKENS * sum(widths)
         return max(min(kept, INPUTS_NBYTES), 4 * BATCH_TOKENS * max(widths, default=0))
 
+    def passes(self, modules: Sequence[str], policy: Policy) -> float:
+        """One for the inputs, and rounding takes about as long."""
+        return _COLLECTING + _ROUNDING if self.has_work(modules, policy) else 0.0
+
     def measure(self, work: LayerWork) -> RoundingPass:
         """Round all modules, once their other stats are there."""
         return RoundingPass(work)
@@ -120,13 +125,20 @@ class RoundingPass(Measurement):
                 self._rounded_to_nearest(module, _UNREACHED)
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
+        share, progress = 1 / max(1, sum(map(len, groups))), self.run.progress
         with jobs(self.run.workers, self.run.device) as each:
             for group in groups:
                 engine = self._engine()
                 for leaders in fitting(group, self._inputs_of, self._tokens_of):
+                    progress.phase("inputs", passes=_COLLECTING * share * len(leaders))
                     hessians = self._collect(group, leaders, engine, each)
+                    progress.phase("rounding", passes=_ROUNDING * share * len(leaders))
+                    modules = sum(len(group[leader]) for leader in leaders)
+                    done = 0
                     for leader in leaders:
                         self._round_all(group[leader], hessians.pop(leader), each)
+                        done += len(group[leader])
+                        progress.step(done, modules, noun="module")
                 self._left.difference_update(*group.values())
 
     def _rounded_to_nearest(self, module: str, why: str) -> None:

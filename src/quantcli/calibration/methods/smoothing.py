@@ -114,6 +114,10 @@ class Smoothing(Method):
         """Whether any of them may be smoothed."""
         return self.strength(modules, policy) is not None
 
+    def passes(self, modules: Sequence[str], policy: Policy) -> float:
+        """One, for the magnitudes of inputs."""
+        return 1.0 if self.has_work(modules, policy) else 0.0
+
     def edit(self, work: LayerWork) -> None:
         """Scale the channels of every producer; one pass over the samples, if there are any."""
         layer, layout, policy = work.layer, work.layout, work.run.policy
@@ -128,6 +132,7 @@ class Smoothing(Method):
         if not candidates:
             return
         widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}
+        work.run.progress.phase("smoothing")
         square = layer.channel_square(widths)
         weights = {matrix: layer.weight(matrix) for matrix in widths}
         for producer, alpha in candidates:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from inspect import signature
@@ -32,6 +32,7 @@ from quantcli.calibration.replay.skeleton import NO_DATA, Read, Skeleton
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.events import SILENT, Progress
 
 T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
@@ -71,6 +72,11 @@ class Replay:
         self._finals: list[BatchSource] = []  # the outputs of the stacks before the present one
         self._calls: list[list[Call]] = [[] for _ in batches]
         self._shared = Shared()
+        self.progress, self._counted = SILENT, 0
+
+    def report_to(self, progress: Progress, batches: int) -> None:
+        """Report batches as steps, of the first `batches` of them."""
+        self.progress, self._counted = progress, batches
 
     @cached_property
     def _outlines(self) -> list[Outline]:
@@ -145,6 +151,8 @@ class Replay:
                         fix=NO_DATA,
                     )
                 hidden, calls = noted
+                if number < self._counted:
+                    self._step(number)
                 self._calls[number] += [call.map(self._shared) for call in calls]
                 self._shared.forget()
                 sink(number, hidden, NOTHING_CARRIED)
@@ -205,7 +213,7 @@ class Replay:
             if sink is not None:
                 sink(number, out, onward)
 
-        self.each(work, range(len(self.batches)) if only is None else only)
+        self.each(work, range(len(self.batches)) if only is None else only, counted=check)
 
     def forward(
         self, index: int, layer: nn.Module, states: BatchSource, number: int, tap: Tap | None = None
@@ -229,21 +237,41 @@ class Replay:
         except Exception as error:  # code of the library, or of the model
             raise self._failed(f"`{self.skeleton.layers[index][0]}`", error) from error
 
-    def each(self, work: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
-        """The results of `work` for some batches, in their order; each is computed by one thread."""
+    def each(
+        self, work: Callable[[int], T], numbers: Sequence[int], *, counted: bool = True
+    ) -> list[T]:
+        """The results of `work` for some batches, in their order; each is computed by one thread.
+
+        counted: whether each of them is a step of the present phase.
+        """
         stop = threading.Event()
 
-        def one(number: int) -> T | None:
-            return None if stop.is_set() else work(number)
+        def one(number: int) -> T:
+            if stop.is_set():
+                raise CancelledError  # nobody waits for it
+            return work(number)
 
         with _one_thread():
             futures = [self._pool.submit(one, number) for number in numbers]
             try:
-                return [future.result() for future in futures]  # type: ignore[misc]
+                return [
+                    self._result(future, number, counted=counted)
+                    for future, number in zip(futures, numbers, strict=True)
+                ]
             except BaseException:
                 stop.set()
                 wait(futures)
                 raise
+
+    def _result(self, future: Future[T], number: int, *, counted: bool) -> T:
+        result = future.result()
+        if counted and number < self._counted:
+            self._step(number)
+        return result
+
+    def _step(self, number: int) -> None:
+        tokens = self.batches[number].input_ids.numel()
+        self.progress.step(number + 1, self._counted, tokens=tokens)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -283,6 +311,8 @@ class Replay:
                 final = states.get(number).to(self.device)
                 with self._ending(number), self._outlines[-1].ending(final):
                     yield self._put_out(batch)
+                if number < self._counted:
+                    self._step(number)
 
     def _put_out(self, batch: Batch) -> Tensor:
         """InputError if the model's own forward fails behind its layers."""

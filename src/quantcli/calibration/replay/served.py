@@ -33,6 +33,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
+from quantcli.core.events import Progress
 from quantcli.core.numerics import Cache, Numerics, Parts
 from quantcli.core.registry import discover
 from quantcli.schemes.arithmetic.cache import rounded
@@ -245,6 +246,10 @@ class Forward:
 
     def _writer(self, file: str) -> StatesWriter:
         return StatesWriter(self._folder, file, self.specs, 0)
+
+    def report_to(self, progress: Progress) -> None:
+        """Report batches as steps."""
+        self._replay.report_to(progress, len(self.specs))
 
     @property
     def _starts(self) -> list[int]:

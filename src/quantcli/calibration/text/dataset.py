@@ -28,6 +28,7 @@ from quantcli.calibration.text.documents import (
     read_documents,
     sentence,
 )
+from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.header import parse_json
 from quantcli.core.errors import InputError, MachineError
 
@@ -50,6 +51,7 @@ class TextSource:
     pack: bool  # join the documents and cut windows of `length`; else each record is a sample
     batch_tokens: int  # a batch holds max(1, batch_tokens // length) samples
     option: str = "calibration."  # prefix of `samples` and `length` in messages
+    examples: Examples | None = None  # in place of `data`: each is a sample, and all are taken
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ def check_source(source: TextSource, model: Path) -> None:
 
     source: the data and its options. model: the model's folder. Raises InputError or MachineError.
     """
-    check_data(source.data, source.where)
+    if source.examples is None:
+        check_data(source.data, source.where)
+    elif source.examples.ids:
+        return  # which need no tokenizer
     if not _find(model, _VOCABULARY) and not _names_tokenizer(model / "tokenizer_config.json"):
         raise InputError("the model has no tokenizer", where=str(model), fix=_FETCH)
     if importlib.util.find_spec("transformers") is None:
@@ -94,12 +99,16 @@ def check_length(source: TextSource, positions: int | None) -> None:
     if positions is not None and source.length > positions:
         what = f"samples of {source.length} tokens are longer than the model's {positions} positions"
         fix = f"set {source.option}length to {positions} or less"
+        if source.examples is not None and source.examples.ids:
+            fix = f"give samples of {positions} tokens or less"
         raise InputError(what, where=source.where, fix=fix)
 
 
 def source_digest(source: TextSource, model: Path) -> str:
     """sha256 (hex) of all that decides the samples: text, options, tokenizer files."""
-    text = data_digest(source.data, source.where)
+    if source.examples is not None and source.examples.ids:
+        return source.examples.digest
+    text = data_digest(source.data, source.where) if source.examples is None else source.examples.digest
     options = (source.samples, source.length, source.seed, source.pack, source.batch_tokens)
     files = [(path.name, _digest(path)) for path in _find(model, _TOKENIZER_FILES)]
     return hashlib.sha256(json.dumps([text, options, files]).encode()).hexdigest()
@@ -121,12 +130,16 @@ def load_dataset(
     """
     check_source(source, model)
     check_length(source, positions)
-    with quiet():
-        tokenizer = _load_tokenizer(model, trust_remote_code)
-        documents = read_documents(source.data, source.where, say)
-        choose = _windows if source.pack else _records
-        samples = choose(tokenizer, documents, source)
-        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos = pad = None
+    if source.examples is not None and source.examples.ids:
+        samples = list(source.examples.ids)
+    else:
+        with quiet():
+            tokenizer = _load_tokenizer(model, trust_remote_code)
+            documents = _documents(source, say)
+            choose = _windows if source.pack else _records
+            samples = choose(tokenizer, documents, source)
+            eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     limit = math.inf if vocab_size is None else vocab_size
     for number, sample in enumerate(samples, 1):
         if (largest := max(sample)) >= limit:
@@ -139,6 +152,12 @@ def load_dataset(
     groups = [samples[begin : begin + size] for begin in range(0, len(samples), size)]
     batches = tuple(_batch(group, pad) for group in groups)
     return Dataset(batches, tokens=sum(map(len, samples)), samples=len(samples))
+
+
+def _documents(source: TextSource, say: Callable[[str], None]) -> list[Document]:
+    if source.examples is None:
+        return read_documents(source.data, source.where, say)
+    return [Document(text, f"{NAME}[{n}]") for n, text in enumerate(source.examples.texts)]
 
 
 def text_of(model: Path, *, trust_remote_code: bool = False) -> Callable[[Sequence[int]], str]:

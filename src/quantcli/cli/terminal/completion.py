@@ -151,6 +151,12 @@ def _recipes() -> Iterable[str]:
     return shipped_recipes()
 
 
+def _recipes_or_auto() -> Iterable[str]:
+    from quantcli.recipe.shipped import AUTO
+
+    return [*_recipes(), AUTO]
+
+
 def _targets() -> Iterable[str]:
     """The targets by the names of their folders, and those of other packages."""
     from importlib.metadata import entry_points
@@ -163,9 +169,16 @@ def _targets() -> Iterable[str]:
     yield from (entry.name for entry in entry_points(group="quantcli.targets"))
 
 
+def _devices() -> Iterable[str]:
+    from quantcli.commands.choosing.devices import known_devices
+
+    return (device["name"].replace(" ", "-") for device in known_devices())
+
+
 # values by the name of an option or argument
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
-    "recipe": _recipes,
+    "recipe": _recipes_or_auto,
+    "serve_on": _devices,
     "target": _targets,
     "device": lambda: ("cpu", "cuda", "npu"),
 }

@@ -58,7 +58,8 @@ def unknown_variables() -> list[str]:
     warnings = []
     for name in sorted(os.environ):
         if name.startswith(_PREFIX) and name not in HELP:
-            near = closest(name, HELP, 1)
-            hint = f"did you mean {near}?" if near else f"known are {', '.join(HELP)}"
+            names = {variable.removeprefix(_PREFIX): variable for variable in HELP}
+            near = closest(name.removeprefix(_PREFIX), names, 1).strip("`")
+            hint = f"did you mean {names[near]}?" if near else f"known are {', '.join(HELP)}"
             warnings.append(f"environment variable {name} is not known and does nothing; {hint}")
     return warnings

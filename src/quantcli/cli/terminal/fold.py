@@ -15,10 +15,11 @@ from rich.cells import cell_len
 
 _LEAST = 20  # cells; a terminal that is narrower folds by itself
 _GAP = "  "  # between the columns of a table
-_LEAST_TEXT = 16  # cells that a column of text or names keeps
+_LEAST_TEXT, _LEAST_NAME = 12, 28  # cells that a column of texts keeps, and one of names
 _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
+_COMMAND = re.compile(r" *(?:[a-z]+: +)?")  # what stands before a command: `next: `
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a shell
 
 
@@ -55,12 +56,12 @@ def fold(text: str, width: Width | None, *, command: bool = False) -> str:
     """
     if width is None or cells_of(text) <= width.cells:
         return text
-    match = _LABEL.match(text)
+    match = (_COMMAND if command else _LABEL).match(text)
     lead = match[0] if match else ""
-    if command or cells_of(lead) > width.cells // 2:
-        lead = text[: len(text) - len(text.lstrip())]
+    if cells_of(lead) > width.cells // 2:
+        lead = ""
     indent = _GAP if cells_of(lead) > width.cells // 3 else " " * cells_of(lead)
-    lines = _Lines(width, lead, indent + _INDENT if command else indent)
+    lines = _Lines(width, lead, max(indent, _INDENT) if command else indent)
     quoted = False
     words = _WORD.findall(text[len(lead) :]) if command else text[len(lead) :].split()
     for word in words:
@@ -159,9 +160,7 @@ class Table:
         if width is None:
             return widths
         least = [
-            natural
-            if column[0] in self.right | self.whole
-            else max(cells_of(column[0]), min(natural, _LEAST_TEXT))
+            natural if column[0] in self.right | self.whole else _least(column, natural)
             for column, natural in zip(columns, widths, strict=True)
         ]
         room = width.cells - len(_GAP) * (len(columns) - 1)
@@ -192,6 +191,13 @@ class Table:
         )
         lines = fold(title, width).splitlines()
         return lines + (fold(f"  {facts}", width).splitlines() if facts else [])
+
+
+def _least(column: Sequence[str], natural: int) -> int:
+    """The cells that a column keeps: fewer if its texts can be folded, as most have several words."""
+    title, *texts = column
+    foldable = sum(" " in text for text in texts) > len(texts) // 2
+    return max(cells_of(title), min(natural, _LEAST_TEXT if foldable else _LEAST_NAME))
 
 
 def _cell(text: str, cells: int) -> list[str]:

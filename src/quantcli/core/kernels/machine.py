@@ -147,6 +147,11 @@ def shapes_only() -> Iterator[None]:
         _SHAPES_ONLY.reset(token)
 
 
+def only_shapes() -> bool:
+    """Whether this is in a block of `shapes_only`: values are zeros, and nobody looks at them."""
+    return _SHAPES_ONLY.get()
+
+
 @cache
 def _installed() -> bool:
     return all(find_spec(library) for library in ("llvmlite", "numba"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.kernels import LANES, REFINEMENTS
 from quantcli.core.kernels import tensors as kernels
+from quantcli.core.kernels.machine import only_shapes
 from quantcli.core.number_types import ELEMENTS, ElementType
 from quantcli.schemes.arithmetic import rounding, tiles
 
@@ -149,6 +150,8 @@ def least_error(
     )  # fmt: skip
     if compiled is not None:
         return compiled
+    if only_shapes():
+        return widest  # of rows of zeros no other scale has less error
     values = rows.float() if sign is None else rows.float() * sign
 
     def error(scale: Tensor) -> Tensor:

@@ -31,7 +31,14 @@ from quantcli.targets.ascend.loader import (
     unreachable,
 )
 from quantcli.targets.ascend.stored import AscendCheckpoint
-from quantcli.targets.ascend.tensor_parallel import SLICES, USUAL_TP, pairs_of_groups, unfit, unsplit
+from quantcli.targets.ascend.tensor_parallel import (
+    SLICES,
+    USUAL_TP,
+    limits,
+    pairs_of_groups,
+    unfit,
+    unsplit,
+)
 from quantcli.targets.ascend.types import (
     ON_310P,
     TRANSFORM,
@@ -51,6 +58,7 @@ from quantcli.targets.base import (
     PlannedCheckpoint,
     Refusal,
     ScalePart,
+    SplitLimits,
     StoredCheckpoint,
     cannot_store,
 )
@@ -379,6 +387,11 @@ class Ascend(VllmTarget):
         elif any(splits_inputs(module.name) for module in rotated):
             yield "loads on one device alone: inputs of o_proj or down_proj are transformed"
         yield from super().advise(modules, model_type)
+
+    def split_limits(self, modules: Collection[str]) -> SplitLimits:
+        """Widths of kernels, transforms of all inputs, slices of scale_bias."""
+        largest = self.tp or USUAL_TP
+        return lambda module, sides, devices: limits(module, sides[1], devices, largest)
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """The description, config.json without quantization, and the index."""

@@ -169,11 +169,16 @@ class GptqCheckpoint(StoredFormat):
 
     def limits(self, module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
         """Groups and packed codes lie on one device each."""
-        kind, (n, k) = self._kinds[module.name], sides
-        inputs = devices > 1 and splits_inputs(module.name)
-        share = math.lcm(kind.each, max(1, kind.group))
-        if inputs and k % share:
-            yield f"{kind.label} needs inputs in multiples of {share} on each device; there are {k}"
-        if devices > 1 and not inputs and n % kind.each:
-            needed = f"outputs in multiples of {kind.each}"
-            yield f"{kind.label} needs {needed} on each device; there are {n}"
+        return limits(self._kinds[module.name], module.name, sides, devices)
+
+
+def limits(kind: Kind, module: str, sides: Sides, devices: int) -> Iterator[str]:
+    """Reasons why a module cannot be split; sides: n and k on one of the devices that share it."""
+    n, k = sides
+    inputs = devices > 1 and splits_inputs(module)
+    share = math.lcm(kind.each, max(1, kind.group))
+    if inputs and k % share:
+        yield f"{kind.label} needs inputs in multiples of {share} on each device; there are {k}"
+    if devices > 1 and not inputs and n % kind.each:
+        needed = f"outputs in multiples of {kind.each}"
+        yield f"{kind.label} needs {needed} on each device; there are {n}"

@@ -11,11 +11,18 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.numerics import Module, Numerics, Parts
-from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, ScalePart, StoredCheckpoint
+from quantcli.targets.base import (
+    KEEP,
+    Fault,
+    PlannedCheckpoint,
+    ScalePart,
+    SplitLimits,
+    StoredCheckpoint,
+)
 from quantcli.targets.gptq.config import FILE, METHOD, quantization_config, settings_of
 from quantcli.targets.gptq.kinds import kind_of, layout_of, loads_on, word_of_zero_points
-from quantcli.targets.gptq.stored import GptqCheckpoint
-from quantcli.targets.layouts import Layout
+from quantcli.targets.gptq.stored import GptqCheckpoint, limits
+from quantcli.targets.layouts import Layout, Sides, StoredModule
 from quantcli.targets.sidecars import to_json
 from quantcli.targets.vllm_family import VllmTarget, is_head
 
@@ -91,6 +98,15 @@ class Gptq(VllmTarget):
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The kind of most modules, and the others under `dynamic`."""
         return quantization_config(output, {numerics: kind_of(numerics) for numerics in used})
+
+    def split_limits(self, modules: Collection[str]) -> SplitLimits:
+        """Groups and packed codes lie on one device each."""
+
+        def reasons(module: StoredModule, sides: Sides, devices: int) -> Iterator[str]:
+            assert module.numerics is not None
+            return limits(kind_of(module.numerics), module.name, sides, devices)
+
+        return reasons
 
     def sidecars(self, output: PlannedCheckpoint) -> dict[str, bytes]:
         """Also the block of config.json in a file of its own, which AutoGPTQ and gptqmodel prefer.

@@ -59,6 +59,7 @@ def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progr
         option="--",
     )
     positions, vocabulary = model_limits(checkpoint.text_config)
+    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
     return load_dataset(
         source,
         checkpoint.path,
@@ -94,6 +95,7 @@ def verify_run(
         other = Served(reference.stored, reference.target)
     with TemporaryDirectory(prefix="quantcli-") as folder:
         models = []
+        progress.phase("building both models, without their weights")
         for number, model in enumerate((other, ours)):
             states = Path(folder) / str(number)
             states.mkdir()
@@ -102,6 +104,8 @@ def verify_run(
                     model, batches, states, dtype=ours.dtype, workers=workers, trust_remote_code=trust
                 )
             )
+        for forward in models:
+            forward.report_to(progress)
         counts = [len(model.skeleton.layers) for model in models]
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
@@ -113,6 +117,7 @@ def verify_run(
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
+        progress.phase("predicting tokens" if predicts else "computing outputs")
         for expected, actual, batch in zip(
             models[0].logits(), models[1].logits(), batches, strict=True
         ):
@@ -152,14 +157,17 @@ def _layers(
     progress.begin_layers(len(names), 0, tokens)
     layers = []
     for index, name in enumerate(names):
+        progress.begin_layer(name, index, passes=2)
         for model in (reference, ours):
             model.enter(index)
+        progress.phase("checkpoint")
         try:
             own = ours.layer(index, reference.states, batches[:_OWN])
         except InputError as error:  # NaN or Inf
             report.count("layer outputs", len(names))
             report.add([failed("layer outputs", error.what, report.checkpoint, _FULL)])
             return None
+        progress.phase("reference")
         reference.layer(index)
         expected, actual = reference.states, ours.states
         sqnr = _sqnr((expected.get(batch), own[batch]) for batch in own)
