@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from quantcli.cli.app import app
-from quantcli.cli.terminal import completion
+from quantcli.cli.terminal.environment import COMPLETE
+from quantcli.commands.choosing.devices import parse_device
 from quantcli.core.registry import discover
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.targets.base import Target
@@ -21,7 +22,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def completed(monkeypatch: pytest.MonkeyPatch, *words: str, shell: str = "bash") -> list[str]:
-    monkeypatch.setenv(completion.VARIABLE, shell)
+    monkeypatch.setenv(COMPLETE, shell)
     result = run_cli(*words)
     assert (result.code, result.err) == (0, "")
     return result.out.splitlines()
@@ -32,13 +33,18 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed(monkeypatch, "") == COMMANDS
     assert completed(monkeypatch, "qua") == ["quantize"]
     assert completed(monkeypatch, "--install", "") == COMMANDS
-    assert completed(monkeypatch, "quantize", "") == recipes
+    assert completed(monkeypatch, "calibrate", "") == recipes
+    assert completed(monkeypatch, "quantize", "") == sorted([*recipes, "auto"])
     assert completed(monkeypatch, "quantize", "--model", "x", "fp8_d") == [
         name for name in recipes if name.startswith("fp8_d")
     ]
     assert completed(monkeypatch, "quantize", "--model", "") == []  # the shell completes files
     assert completed(monkeypatch, "pack", "x", "--target", "") == targets
     assert completed(monkeypatch, "calibrate", "x", "--device", "c") == ["cpu", "cuda"]
+    devices = completed(monkeypatch, "recommend", "x", "--for", "")
+    assert {"910B", "RTX-4090", "H100", "cpu"} <= {*devices}
+    assert [str(parse_device(name)) for name in devices]  # each is one that --for takes
+    assert completed(monkeypatch, "quantize", "auto", "--for", "2xH10") == ["2xH100", "2xH100-NVL"]
     assert completed(monkeypatch, "recipes", "") == ["show"]
     assert completed(monkeypatch, "recipes", "show", "") == recipes
     assert completed(monkeypatch, "nothing", "x", "") == COMMANDS
@@ -47,7 +53,7 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     options = completed(monkeypatch, command, "-")
-    monkeypatch.delenv(completion.VARIABLE)
+    monkeypatch.delenv(COMPLETE)
     words = run_cli(command, "--help").out.replace(",", " ").split()
     assert options == sorted({word for word in words if word in options})
     assert {"--help", "--json", "--quiet"} <= set(options)

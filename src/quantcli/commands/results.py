@@ -25,6 +25,8 @@ class Result:
 def _plain(value: Any) -> Any:
     if isinstance(value, Result):
         return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -291,6 +293,7 @@ class Outliers(Result):
     operands:  the schemes that quantize weights so, by operand.
     modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... of each.
     left_out:  "tensors", "why", "names" of weights that are not ranked.
+    verdict:   "hard" and "what": whether the weights are hard to quantize, in one sentence.
     advice:    a rule that keeps float what int8 costs most; None if no module stands out.
     """
 
@@ -299,6 +302,7 @@ class Outliers(Result):
     operands: dict[str, list[str]]
     modules: list[Row]
     left_out: list[Row]
+    verdict: Row
     advice: Row | None
 
 
@@ -365,6 +369,7 @@ class Verification(Result):
     modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... of each, worst first.
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
+    baseline: the change against an earlier report; None if none was given.
     run:      perplexity, KL divergence and layers, if both models ran on text.
     serve:    "engine", "command" and "note" of each engine that serves it.
     card_written: whether the model card has the figures; None without `card`.
@@ -386,4 +391,13 @@ class Verification(Result):
     run: Row | None
     not_checked: list[str]
     serve: list[Row]
+    baseline: Row | None
     card_written: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """The outcome of verifying several checkpoints: whether all passed, and the outcome of each."""
+
+    ok: bool
+    checkpoints: list[Verification]
