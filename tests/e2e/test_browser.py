@@ -2,6 +2,7 @@
 
 import pytest
 
+from quantcli.verification.report.dashboard import dashboard
 from quantcli.verification.report.outliers import outliers_page
 from quantcli.verification.report.page import page
 from tests import reports
@@ -66,11 +67,12 @@ def test_all_marks_are_drawn_within_their_charts(opened, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kind", ["structure", "experts", "outliers"])
+@pytest.mark.parametrize("kind", ["structure", "experts", "outliers", "several"])
 def test_pages_fit(opened, width, kind):
     text = {
         "structure": lambda: page(reports.structure()),
         "experts": lambda: page(reports.report(80, 4, bad=["layers.13.mlp.experts.2"])),
+        "several": lambda: dashboard([reports.report(2), reports.report(2, bad=["layers.1"])]),
         "outliers": lambda: outliers_page("/models/x", reports.outliers(94)),
     }[kind]()
     shown = opened(text, width=width)

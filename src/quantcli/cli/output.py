@@ -17,10 +17,9 @@ from rich.text import Text
 from quantcli import __version__
 from quantcli.cli.streams import Log, drop
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
+from quantcli.core.errors import SCHEMA_VERSION, AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
-SCHEMA_VERSION = 1  # of the documents that --json prints
 R = TypeVar("R", bound=Mapping[str, Any])
 OK, WARNING, FAILED = "green", "yellow", "bold red"  # styles of words that say so
 _WIDE = 200  # cells of a bar if the output is not a terminal

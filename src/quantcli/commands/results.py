@@ -25,6 +25,8 @@ class Result:
 def _plain(value: Any) -> Any:
     if isinstance(value, Result):
         return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -363,6 +365,7 @@ class Verification(Result):
     modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... of each, worst first.
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
+    baseline: the change against an earlier report; None if none was given.
     run:      perplexity, KL divergence and layers, if both models ran on text.
     """
 
@@ -381,3 +384,12 @@ class Verification(Result):
     tensors: Row | None
     run: Row | None
     not_checked: list[str]
+    baseline: Row | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """The outcome of verifying several checkpoints: whether all passed, and the outcome of each."""
+
+    ok: bool
+    checkpoints: list[Verification]
