@@ -186,6 +186,8 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
         if bad := module["not_finite"]:
             place = f"`{module['module']}`{bad['index']}"
             out.line(f"damaged       {place} is {bad['value']}: fetch the model again", FAILED)
+    verdict = ranking["verdict"]
+    out.line(f"verdict       {verdict['what']}")
     _show_advice(out, ranking["advice"])
 
 

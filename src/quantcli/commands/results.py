@@ -291,6 +291,7 @@ class Outliers(Result):
     operands:  the schemes that quantize weights so, by operand.
     modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... of each.
     left_out:  "tensors", "why", "names" of weights that are not ranked.
+    verdict:   "hard" and "what": whether the weights are hard to quantize, in one sentence.
     advice:    a rule that keeps float what int8 costs most; None if no module stands out.
     """
 
@@ -299,6 +300,7 @@ class Outliers(Result):
     operands: dict[str, list[str]]
     modules: list[Row]
     left_out: list[Row]
+    verdict: Row
     advice: Row | None
 
 

@@ -15,7 +15,8 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import lm_head
 from quantcli.checkpoint.roles import roles_of
-from quantcli.cli.app import app
+from quantcli.cli.inspect import show_inspection
+from quantcli.cli.output import Output
 from quantcli.commands import quantize as commands
 from quantcli.commands.inspect import inspect
 from quantcli.commands.verify import run as verify
@@ -251,5 +252,5 @@ def test_a_draft_is_not_calibrated(tmp_path: Path) -> None:
 
 def test_inspect_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_draft(tmp_path / "draft", "eagle3")
-    app(["inspect", str(model)], standalone_mode=False)
+    show_inspection(Output(as_json=False), inspect(str(model)))
     assert "draft         EAGLE3" in capsys.readouterr().out

@@ -11,16 +11,15 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import IO
 
-from rich.cells import cell_len
-
 _LEAST = 20  # cells; a terminal that is narrower folds by itself
 _GAP = "  "  # between the columns of a table
 _LEAST_TEXT, _LEAST_NAME = 12, 28  # cells that a column of texts keeps, and one of names
 _INDENT = "    "  # of the lines that continue a command
+# Expressions are compiled when the first line is folded: few are.
 # what stands before a text: `weights      `, `  fix: `, `  --> `
-_LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
-_COMMAND = re.compile(r" *(?:[a-z]+: +)?")  # what stands before a command: `next: `
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a shell
+_LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
+_COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
+_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ def fold(text: str, width: Width | None, *, command: bool = False) -> str:
     """
     if width is None or cells_of(text) <= width.cells:
         return text
-    match = (_COMMAND if command else _LABEL).match(text)
+    match = re.match(_COMMAND if command else _LABEL, text)
     lead = match[0] if match else ""
     if cells_of(lead) > width.cells // 2:
         lead = ""
     indent = _GAP if cells_of(lead) > width.cells // 3 else " " * cells_of(lead)
     lines = _Lines(width, lead, max(indent, _INDENT) if command else indent)
     quoted = False
-    words = _WORD.findall(text[len(lead) :]) if command else text[len(lead) :].split()
+    words = re.findall(_WORD, text[len(lead) :]) if command else text[len(lead) :].split()
     for word in words:
         lines.add(word, pasted=command or quoted)
         if word.count("`") % 2:
@@ -111,14 +110,18 @@ class _Lines:
 
 def cells_of(text: str) -> int:
     """The cells that a text takes."""
-    return len(text) if text.isascii() else cell_len(text)
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def head(text: str, cells: int) -> str:
     """As much of the beginning of a text as takes `cells`, one character at least."""
     taken = 0
     for index, character in enumerate(text):
-        taken += cell_len(character)
+        taken += cells_of(character)
         if taken > cells and index:
             return text[:index]
     return text

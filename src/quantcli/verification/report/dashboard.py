@@ -14,6 +14,7 @@ from quantcli.verification.report.document import render
 
 COLUMNS = ("checkpoint", "answer", "format", "size", "bits per weight", "worst SQNR", "median SQNR",
            "perplexity ratio", "KL divergence", "change")  # fmt: skip
+_FINDINGS, _FEWEST = 800, 20  # of a kind: on the page, and of each checkpoint at least
 RIGHT = frozenset(COLUMNS[3:])
 
 
@@ -28,6 +29,7 @@ def dashboard(reports: Sequence[dict[str, Any]]) -> str:
         rows=[(cells, not words.is_failed(report))
               for cells, report in zip(rows(reports), reports, strict=True)],
         charts=list(_charts(reports)),
+        most=max(_FEWEST, _FINDINGS // len(reports)),
     )  # fmt: skip
 
 

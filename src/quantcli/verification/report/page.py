@@ -20,7 +20,7 @@ from quantcli.verification.report.document import render
 from quantcli.verification.report.heatmap import Module, Quantity, heat_map, lay_out
 
 _ROWS = 200  # of the table of modules, next to those that failed
-_MOST = 2000  # rows of that table at most: a browser must open the page
+_MOST = 1000  # rows of that table at most: a browser must open the page
 _COLORS = 5  # of types of weights, in page.css
 _HISTOGRAMS = 7  # of single modules
 _ERRORS = "Histogram of the errors of {}"
