@@ -397,7 +397,11 @@ class Verification(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Result):
-    """The outcome of verifying several checkpoints: whether all passed, and the outcome of each."""
+    """The outcome of verifying several checkpoints.
+
+    ok:          whether all passed.
+    checkpoints: the outcome of each, with the keys of one.
+    """
 
     ok: bool
     checkpoints: list[Verification]
