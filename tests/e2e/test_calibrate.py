@@ -88,6 +88,9 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     files = {f"layer-{n:05d}.{kind}" for n in range(LAYERS) for kind in ("json", "safetensors")}
     assert snapshot(bench.store).keys() == files | {"calibration.json", ".lock"}
     table = result.out.splitlines()
+    following = (
+        f"next: quantcli quantize {bench.recipe} --model {bench.model} --calibration {bench.store}"
+    )
     assert table[0].split() == ["modules", "count", "tokens", "inputs", "input", "scale"]
     rows = {line.split()[0]: line.split()[1:3] for line in table[1:8]}
     assert rows[A.format("*") + ".q_proj"] == rows["model.layers.*.mlp.down_proj"] == ["4", "64"]
@@ -99,10 +102,11 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
         "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s · RATE" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
+        following,
     ]
     again = bench.calibrate()
     assert (again.code, again.out) == (0, result.out)
-    assert words(again.later) == [f"done: {bench.store}, N s (it was there already)"]
+    assert words(again.later) == [f"done: {bench.store}, N s (it was there already)", following]
 
 
 def test_calibrate_json(make: Callable[..., Bench]) -> None:
