@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import InputError
@@ -48,6 +49,7 @@ def recommend(
                 "--devices takes neither a model nor an option", fix="quantcli recommend --devices"
             )
         output.result({"devices": commands.devices()}, show_devices)
+        following.show(output, following.shell("quantcli", "recommend", "MODEL", "--for", "DEVICE"))
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix=_EXAMPLE)
@@ -59,6 +61,7 @@ def recommend(
         )
     no = None if found.best else commands.no_fit(found)
     output.result(found.to_dict(), show_recommendation, no)
+    following.show(output, *following.after_recommend(found.recipes, found.best))
 
 
 def show_devices(out: Output, document: dict[str, Any]) -> None:

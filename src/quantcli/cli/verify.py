@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import FAILED, OK, WARNING, Output
 from quantcli.core.errors import AnswerNo
@@ -38,6 +39,8 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     if len(notes) > _FINDINGS:
         out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
     _checks(out, report)
+    if (written := report.get("card_written")) is not None:
+        out.line(f"card         {'README.md has the figures' if written else 'not changed'}")
     if missing := words.not_reached(report):
         out.line(f"not checked  {'; '.join(missing)}")
     out.line(verdict(report), FAILED if words.is_failed(report) else OK)
@@ -191,5 +194,7 @@ def verify(chosen: VerifyOptions, output: Output) -> None:
         report = commands.run(chosen, progress)
     if len(chosen.checkpoints) > 1:
         output.result(report, show_several, failure(*report["checkpoints"]))
-    else:
+        return
+    steps = following.after_verify(output, str(chosen.checkpoint), report, chosen.page)
+    with following.after(output, *steps):
         output.result(report, show_verification, failure(report))

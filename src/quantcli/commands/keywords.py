@@ -111,6 +111,7 @@ class Verifying(TypedDict, total=False):
     max_ppl_ratio: float | None
     max_kl: float | None
     baseline: PathLike | None
+    card: bool
     junit: PathLike | None
     report: PathLike | None
     workers: int | None

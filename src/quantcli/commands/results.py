@@ -47,6 +47,7 @@ class _Plan(Result):
     memory_needed: bytes, next to those of torch.
     workers:       threads.
     shards_done:   whole weight files that an interrupted run left.
+    serve:         "engine", "command" and "note" of each engine that serves the output.
     notes:         remarks, such as on what stays float.
     """
 
@@ -63,6 +64,7 @@ class _Plan(Result):
     memory_needed: int
     workers: int
     shards_done: int
+    serve: list[Row]
     notes: list[str]
 
 
@@ -369,6 +371,8 @@ class Verification(Result):
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
     baseline: the change against an earlier report; None if none was given.
     run:      perplexity, KL divergence and layers, if both models ran on text.
+    serve:    "engine", "command" and "note" of each engine that serves it.
+    card_written: whether the model card has the figures; None without `card`.
     """
 
     ok: bool
@@ -386,7 +390,9 @@ class Verification(Result):
     tensors: Row | None
     run: Row | None
     not_checked: list[str]
+    serve: list[Row]
     baseline: Row | None
+    card_written: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,13 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         what = "names a checkpoint twice"
         raise InputError(what, where=" ".join(map(str, options.checkpoints)), fix="give each once")
+    if options.card:
+        _check_cards(options, folders)
     if options.recipe is not None:
         from quantcli.recipe.written import read_recipe
 
         read_recipe(options.recipe)  # again in a moment, with its schemes
+    given = options
     if options.against is not None:
         options = replace(options, against=str(_with_weights(find_model(options.against, progress))))
     for option, file in (("--junit", options.junit), ("--report", options.page)):
@@ -45,11 +48,33 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     reports = []
     for folder, name in zip(folders, options.checkpoints, strict=True):
         progress.say(f"verifying {name}: {', '.join(options.depths)}")
-        reports.append(_verify(replace(options, checkpoint=folder, others=None), earlier, progress))
+        report = _verify(replace(options, checkpoint=folder, others=None), earlier, progress)
+        report["card_written"] = _write_card(folder, report, given) if options.card else None
+        reports.append(report)
     _write(options, reports)
     if len(reports) == 1:
         return reports[0]
     return {"ok": all(report["ok"] for report in reports), "checkpoints": reports}
+
+
+def _check_cards(options: VerifyOptions, folders: list[Path]) -> None:
+    """InputError if --card cannot write into a checkpoint."""
+    from quantcli.verification.report.card import check_card
+
+    for folder, name in zip(folders, options.checkpoints, strict=True):
+        if folder != Path(name).expanduser():
+            what, fix = "--card writes into a folder, and this is a Hub id", "give a folder"
+            raise InputError(what, where=str(name), fix=fix)
+        check_card(folder)
+
+
+def _write_card(folder: Path, report: dict[str, Any], options: VerifyOptions) -> bool:
+    """Write the figures into the card of a checkpoint that passed. Whether it did."""
+    from quantcli.verification.report.card import figures, write_card
+
+    if report["ok"]:
+        write_card(folder, figures(report, options))
+    return bool(report["ok"])
 
 
 def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:

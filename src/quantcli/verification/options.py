@@ -47,6 +47,9 @@ class VerifyOptions:
     baseline: Path | None = _option(  # noqa: RUF009
         "Also show the change against an earlier report: what --json printed.", metavar="OLD.json"
     )
+    card: bool = _option(
+        "If it passes, write the figures into the checkpoint's own README.md and manifest.", False
+    )
     junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
     page: Path | None = None  # HTML
     workers: int | None = None  # None: one for each core

@@ -42,7 +42,7 @@ def test_the_document(made):
     assert [*report] == [
         "ok", "checkpoint", "format", "against", "tool", "made_by", "depths", "limits", "checks",
         "findings", "modules", "sizes", "tensors", "run", "not_checked",
-        "baseline",
+        "serve", "baseline", "card_written",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}
     assert report["tensors"]["quantized"] == 14

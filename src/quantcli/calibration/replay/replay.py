@@ -27,11 +27,12 @@ from quantcli.calibration.replay.calls import (
     Shared,
     map_tensors,
 )
+from quantcli.calibration.replay.devices import is_out_of_memory, too_little_memory
 from quantcli.calibration.replay.outside import outside
 from quantcli.calibration.replay.skeleton import NO_DATA, Read, Skeleton
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 
 T = TypeVar("T")
@@ -283,11 +284,8 @@ class Replay:
     def _failed(self, who: str, error: Exception) -> QuantError:
         """The error of a layer or a forward: too little memory, or what it said."""
         message = " ".join(str(error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
-            return MachineError(
-                f"memory does not suffice for {who}: {message}",
-                fix="take fewer --workers or a shorter calibration.length",
-            )
+        if is_out_of_memory(error):
+            return too_little_memory(who, error, self.device)
         return InputError(
             f"{who} fails on text: {type(error).__name__}: {message}",
             where=str(self.skeleton.checkpoint.path),
