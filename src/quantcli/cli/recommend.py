@@ -85,9 +85,9 @@ def show_recommendation(out: Output, found: dict[str, Any]) -> None:
     out.line(f"unquantized   {_unquantized(found['unquantized'], found['context'])}")
     out.line()
     rows = [_row(row, several=several) for row in recipes]
-    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "text"]
+    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "rank", "text"]
     columns += ["devices"] if several else []
-    out.table(columns, rows, {*columns[2:6], "devices"}, {"recipe"})
+    out.table(columns, rows, {*columns[2:7], "devices"}, {"recipe"})
     if rows:
         out.line()
     for title, name in (("best", found["best"]), ("without text", found["best_without_data"])):
@@ -121,6 +121,7 @@ def _row(row: dict[str, Any], *, several: bool) -> list[str]:
         decimal(row["cache_bytes"]),
         _tokens(row["max_context"]),
         change,
+        f"{row['rank'] or '-'}",
         "yes" if row["needs_data"] else "no",
     ]
     return [*cells, f"{row['devices']}"] if several else cells

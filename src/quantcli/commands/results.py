@@ -327,7 +327,7 @@ class Recommendation(Result):
     positions:   tokens that the model was made for; None if config.json does not say.
     unquantized: sizes of the float model, and whether it fits.
     recipes:     those that the devices can serve, the best first: "recipe", "fits", "weights_bytes",
-                 "max_context", "needs_data", "mean_change", "reason", "command", ... each.
+                 "max_context", "needs_data", "mean_change", "rank", "reason", "command", ... each.
     left_out:    the other recipes, and why.
     best:        the first recipe that fits; None if none does.
     best_without_data: the first that fits and needs no data.
@@ -397,7 +397,11 @@ class Verification(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Result):
-    """The outcome of verifying several checkpoints: whether all passed, and the outcome of each."""
+    """The outcome of verifying several checkpoints.
+
+    ok:          whether all passed.
+    checkpoints: the outcome of each, with the keys of one.
+    """
 
     ok: bool
     checkpoints: list[Verification]
