@@ -135,6 +135,22 @@ def test_against_another_quantized_one(dynamic: Path, tmp_path: Path) -> None:
     assert "quantized, too" in done.out
 
 
+def test_several_with_a_report_of_before(dynamic: Path, copy: Path, tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    before.write_text(verify(dynamic, "--json").out)
+    (copy / "tokenizer.json").unlink()
+    done = verify(dynamic, copy, "--baseline", before, "--json")
+    assert done.code == 1
+    assert (done.json["ok"], done.json["exit_code"]) == (False, 1)
+    assert done.json["error"]["where"] == str(copy)
+    good, bad = done.json["checkpoints"]
+    assert (good["ok"], bad["ok"]) == (True, False)
+    errors = {figure["name"]: figure for figure in bad["baseline"]["figures"]}["errors"]
+    assert (errors["before"], errors["better"]) == (0, False)
+    assert errors["now"] == sum(finding["severity"] == "error" for finding in bad["findings"])
+    assert all(figure["better"] is None for figure in good["baseline"]["figures"])
+
+
 def bad_layer(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{DOWN}.weight"] = tensors[f"{DOWN}.weight"].flip(0)
 
@@ -375,7 +391,7 @@ def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> 
 def test_bad_options(dynamic: Path, words: tuple[Any, ...], what: str, fix: str | None) -> None:
     done = verify(dynamic, *words)
     assert done.code == 2, done.out
-    assert done.later.startswith("error: "), done.err
+    assert "\nerror: " in f"\n{done.later}", done.err
     assert what in done.err
     assert fix is None or fix in done.err.splitlines()[-1]
     assert "Traceback" not in done.err

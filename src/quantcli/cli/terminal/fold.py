@@ -19,6 +19,7 @@ _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
 _COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
+_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a shell word
 _WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
 
 
@@ -94,18 +95,43 @@ class _Lines:
         self._empty = False
 
     def _add_pieces(self, word: str, room: int, *, pasted: bool) -> None:
-        """Add a word to a line that has none yet, in pieces if it is too long and not in quotes."""
-        cut = pasted and not self._width.folds
-        edge = room + 1 if cut else self._width.cells
-        while cells_of(self._line + word) > (room if cut else edge) and not (pasted and "'" in word):
-            piece = head(word, edge - cells_of(self._line))
-            self._text += self._line + piece + ("\\\n" if cut else "" if self._width.folds else "\n")
+        """Add a word to a line that has none yet, in pieces if it is too long."""
+        if pasted and not self._width.folds:
+            *pieces, self._line = _shell_pieces(self._line, word, room)
+            self._text += "".join(f"{piece}\\\n" for piece in pieces)
+            return
+        while cells_of(self._line + word) > self._width.cells:
+            piece = head(word, self._width.cells - cells_of(self._line))
+            self._text += self._line + piece + ("" if self._width.folds else "\n")
             word, self._line = word[len(piece) :], ""
         self._line += word
 
     def text(self) -> str:
         """All lines."""
         return self._text + self._line
+
+
+def _shell_pieces(line: str, word: str, cells: int) -> list[str]:
+    """A line with a shell word behind it, in pieces of at most `cells`.
+
+    A shell joins them if a backslash follows each but the last. Quotes end with a piece and begin again
+    in the next one.
+    """
+    pieces = [line]
+    for part in re.findall(_PART, word):
+        while part:
+            space = cells - cells_of(pieces[-1])
+            if cells_of(part) <= space:
+                pieces[-1] += part
+                break
+            mark = part[0] if part[0] in "'\"" else ""
+            if space >= 2 + 2 * len(mark) and mark != '"':
+                inner = part.strip(mark) if mark else part
+                piece = head(inner, space - 2 * len(mark))
+                pieces[-1] += mark + piece + mark
+                part = mark + inner[len(piece) :] + mark
+            pieces.append("")
+    return pieces
 
 
 def cells_of(text: str) -> int:
