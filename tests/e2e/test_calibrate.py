@@ -199,7 +199,8 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     bench = make()
     before = snapshot(bench.root)
     planned = bench.run("--plan")
-    assert (planned.code, planned.later) == (0, "")
+    command = f"quantcli quantize {bench.recipe} --model {bench.model} --out {bench.out}"
+    assert (planned.code, planned.later) == (0, f"next: {command}\n")
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
     memory = re.search(r"about ([\d.]+) MB of memory", line)
     assert memory is not None
@@ -741,7 +742,7 @@ def test_what_no_token_reaches(make: Callable[..., Bench], module: str, policy: 
     result = bench.run()
     if policy != "dynamic":  # nothing is like it, so that `group` has nothing to give
         assert result.code == 2
-        what, where, fix = result.later.splitlines()
+        what, where, fix = result.later.splitlines()[-3:]
         assert what == f"error: no token reached `{module}`, and its scheme needs data"
         assert where == f"  --> {bench.recipe}:{6 if module == 'lm_head' else 4}"
         assert "scheme with dynamic inputs" in fix
