@@ -19,7 +19,7 @@ _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
 _COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
-_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a word of a shell
+_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a shell word
 _WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
 
 
@@ -112,7 +112,7 @@ class _Lines:
 
 
 def _shell_pieces(line: str, word: str, cells: int) -> list[str]:
-    """A line with a word of a shell behind it, in pieces of at most `cells`.
+    """A line with a shell word behind it, in pieces of at most `cells`.
 
     A shell joins them if a backslash follows each but the last. Quotes end with a piece and begin again
     in the next one.
