@@ -18,8 +18,8 @@ _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
 _COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
-_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a word of a shell
-_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
+_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of such a word
+_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # as a shell takes them
 
 
 class Width(NamedTuple):
@@ -110,7 +110,7 @@ class _Lines:
 
 
 def _shell_pieces(line: str, word: str, cells: int) -> list[str]:
-    """A line with a word of a shell behind it, in pieces of at most `cells`.
+    """A line with one word of a command behind it, in pieces of at most `cells`.
 
     A shell joins them if a backslash follows each but the last. Quotes end with a piece and begin again
     in the next one.
