@@ -106,6 +106,14 @@ def test_colours_of_the_dark_and_of_paper(opened):
     assert opened(text, scheme="dark", media="print").run(back) == "rgb(255, 255, 255)"
 
 
+@pytest.mark.parametrize("layers", [28, 126])
+def test_a_map_fits_on_paper(opened, layers):
+    """A4 across is 1031 pixels wide between its margins."""
+    shown = opened(page(reports.report(layers, bad=["layers.13"])), width=1031, media="print")
+    ends = "[...document.querySelectorAll('.map svg')].map((m) => m.getBoundingClientRect().right)"
+    assert 600 < max(shown.run(ends)) <= 1031
+
+
 def test_strangers_run_nothing_and_are_shown_as_they_are(opened):
     report = reports.hostile()
     name = 'model.layers.0.&lt;i&gt;"><img src=x></title></svg><i>x</i>'

@@ -95,6 +95,12 @@ def test_documents_of_one_and_of_several(saved, envelope):
         both.of("/models/third")
 
 
+def test_a_report_without_modules(saved):
+    change = compare(reports.structure(), saved(reports.report(2)), "x")
+    assert (change["modules"], change["only_before"], change["only_now"]) == ([], [], [])
+    assert summary(change) == "no module was measured in both reports"
+
+
 def test_numbers_that_are_not_finite_do_not_count(saved):
     now = worse()
     now["modules"][0]["sqnr_db"] = math.nan

@@ -190,7 +190,7 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
              report has are left out.
     same_text: whether both ran one reference on one text, as far as its perplexity tells.
     modules: {"module", "before_db", "now_db", "change_db"} of each in both, largest loss first.
-    only_before, only_now: names of modules that one report has.
+    only_before, only_now: names of modules that one report has, if both have measured any.
     """
     before, now = baseline.of(checkpoint), Earlier.model_validate(report)
     levels = before.levels, now.levels
@@ -210,8 +210,8 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
         "figures": list(_changes(before, now)),
         "same_text": _same_text(before, now),
         "modules": sorted(modules, key=lambda m: (m["change_db"], m["module"])),
-        "only_before": sorted(levels[0].keys() - levels[1].keys()),
-        "only_now": sorted(levels[1].keys() - levels[0].keys()),
+        "only_before": sorted(levels[0].keys() - levels[1].keys()) if levels[1] else [],
+        "only_now": sorted(levels[1].keys() - levels[0].keys()) if levels[0] else [],
     }
 
 
@@ -268,7 +268,9 @@ def summary(change: dict[str, Any]) -> str:
     """How many modules lost, gained, and are in one report only."""
     amounts = [m["change_db"] for m in change["modules"]]
     lost, gained = (sum(sign * amount >= 0.01 for amount in amounts) for sign in (-1, 1))
-    texts = [f"{lost:,} of {len(amounts):,} modules lost SQNR, {gained:,} gained"]
+    texts = ["no module was measured in both reports"]
+    if amounts:
+        texts = [f"{lost:,} of {len(amounts):,} modules lost SQNR, {gained:,} gained"]
     for key, text in (("only_before", "only in the earlier report"), ("only_now", "only in this one")):
         texts += [f"{len(change[key]):,} {text}"] if change[key] else []
     texts += [] if change["same_text"] else ["the runs differ in their text or their reference"]
