@@ -105,7 +105,8 @@ def check_reports(runner: Installed) -> None:
 
 
 def check_published(runner: Installed, hub: Hub, name: str) -> None:
-    """The Hub has the bytes of the folder, and the token is in none of the files."""
+    """The Hub has the bytes of the folder, figures in the card; the token is in none of the files."""
+    assert "perplexity" in (hub.folder / name / "README.md").read_text().lower()
     assert snapshot(hub.folder / name) == snapshot(runner.work / "out")
     written = b"".join(path.read_bytes() for path in runner.work.rglob("*") if path.is_file())
     assert not any(secret.encode() in written for secret in SECRETS.values())

@@ -386,6 +386,21 @@ def test_headers_of_the_hub_are_enough(tmp_path):
     assert "--model org/name" in found.recipes[0]["command"]
 
 
+def test_a_quantized_model_is_decoded(tmp_path, ampere):
+    out = tmp_path / "out"
+    quantcli.quantize("vllm_int8_dynamic", model=TINY, out=out)
+    found = quantcli.recommend(out, "A100")
+    assert any("quantized already (compressed-tensors" in note for note in found.notes)
+    assert found.unquantized["weights_bytes"] == TABLES + NORMS + LAYERS * sum(
+        2 * n * k for n, k in LINEARS.values()
+    )
+    assert {row["recipe"] for row in found.recipes} == {row["recipe"] for row in ampere.recipes}
+
+
+def test_a_thousand_devices_share_what_can_be_shared():
+    assert quantcli.recommend(TINY, "1000xA100").unquantized["devices"] == 8
+
+
 def test_a_model_without_layers_is_refused(tmp_path):
     folder = make_model(tmp_path / "model", config={"_class_name": "UNet2DConditionModel"})
     with pytest.raises(InputError, match="not a language model"):
