@@ -20,8 +20,8 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 MODEL = "examples/tiny-qwen3"
-RECIPE = "vllm_fp8_dynamic"
-PLAN = ("quantize", RECIPE, "--model", MODEL, "--out", "qwen3-fp8", "--workers", "2", "--plan")
+RECIPE = "vllm_int8_dynamic"
+PLAN = ("quantize", RECIPE, "--model", MODEL, "--out", "qwen3-int8", "--workers", "2", "--plan")
 COLUMNS = 100
 # dark on light, readable on pages of both kinds
 THEME = TerminalTheme(
@@ -69,7 +69,7 @@ def report_png(target: Path) -> None:
     models = Path("/tmp/models")  # the page shows paths: those of a reader might be such
     shutil.copytree(ROOT / MODEL, models / "tiny-qwen3")
     try:
-        model, out, page = (str(models / name) for name in ("tiny-qwen3", "qwen3-fp8", "page.html"))
+        model, out, page = (str(models / name) for name in ("tiny-qwen3", "qwen3-int8", "page.html"))
         command("quantize", RECIPE, "--model", model, "--out", out, "--quiet")
         text = ("--run", "--data", "examples/evaluation.txt")
         command("verify", out, "--full", "--against", model, *text, "--report", page, "--quiet")

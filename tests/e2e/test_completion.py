@@ -11,6 +11,7 @@ import pytest
 
 from quantcli.cli.app import app
 from quantcli.cli.terminal import completion
+from quantcli.commands.choosing.devices import parse_device
 from quantcli.core.registry import discover
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.targets.base import Target
@@ -32,13 +33,18 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed(monkeypatch, "") == COMMANDS
     assert completed(monkeypatch, "qua") == ["quantize"]
     assert completed(monkeypatch, "--install", "") == COMMANDS
-    assert completed(monkeypatch, "quantize", "") == recipes
+    assert completed(monkeypatch, "calibrate", "") == recipes
+    assert completed(monkeypatch, "quantize", "") == sorted([*recipes, "auto"])
     assert completed(monkeypatch, "quantize", "--model", "x", "fp8_d") == [
         name for name in recipes if name.startswith("fp8_d")
     ]
     assert completed(monkeypatch, "quantize", "--model", "") == []  # the shell completes files
     assert completed(monkeypatch, "pack", "x", "--target", "") == targets
     assert completed(monkeypatch, "calibrate", "x", "--device", "c") == ["cpu", "cuda"]
+    devices = completed(monkeypatch, "recommend", "x", "--for", "")
+    assert {"910B", "RTX-4090", "H100", "cpu"} <= {*devices}
+    assert [str(parse_device(name)) for name in devices]  # each is one that --for takes
+    assert completed(monkeypatch, "quantize", "auto", "--for", "2xH10") == ["2xH100", "2xH100-NVL"]
     assert completed(monkeypatch, "recipes", "") == ["show"]
     assert completed(monkeypatch, "recipes", "show", "") == recipes
     assert completed(monkeypatch, "nothing", "x", "") == COMMANDS

@@ -70,7 +70,14 @@ def quantize(
 
     resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
     with watch(output) as planning:
-        chosen = choose(recipe, model, serve_on, tuple(set_ or ()), calibration, planning)
+        chosen = choose(
+            recipe,
+            model,
+            serve_on,
+            tuple(set_ or ()),
+            with_data=calibration is not None,
+            progress=planning,
+        )
         job = commands.plan(
             chosen.recipe,
             model=model,

@@ -96,16 +96,11 @@ def quantize(
 
     The same call again continues an interrupted run.
 
-<<<<<<< HEAD
     recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping; "auto" for the
                  one that `recommend` puts first for `for_`.
     for_:        with "auto", the devices to serve on, such as "2x910B".
-    model:       a folder or a Hub id; wins over the recipe's.
-=======
-    recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping.
     model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from
                  there without a copy and must not change meanwhile; wins over the recipe's.
->>>>>>> main
     out:         the folder to write, which appears whole or not at all. By default the recipe's, or
                  MODEL-RECIPE here.
     tokenizer:   of a model in memory, for its output and for text.
@@ -183,19 +178,15 @@ def _plan(
 
     chosen = choose(
         recipe if isinstance(recipe, Mapping) else str(recipe),
-<<<<<<< HEAD
-        None if model is None else str(model),
+        given.model,
         options["for_"],
         assignments(options["set"]),
-        path_of(options["calibration"]),
-        _progress(on_progress),
+        with_data=given.examples is not None or options["calibration"] is not None,
+        progress=given.progress,
     )
     return commands.plan(
         chosen.recipe,
-        model=None if model is None else str(model),
-=======
         model=given.model,
->>>>>>> main
         out=path_of(out),
         overrides=chosen.overrides,
         options=JobOptions(
@@ -404,8 +395,7 @@ def support(*, for_: str | None = None, on_progress: OnProgress = None) -> Suppo
     """
     from quantcli.commands import inspect as commands
 
-<<<<<<< HEAD
-    return Support(commands.support(_progress(on_progress), for_))
+    return Support(commands.support(progress_of(on_progress), for_))
 
 
 @takes()
@@ -430,8 +420,5 @@ def recommend(
     from quantcli.commands import recommend as commands
 
     return commands.recommend(
-        str(model), for_, context=context, concurrency=concurrency, progress=_progress(on_progress)
+        str(model), for_, context=context, concurrency=concurrency, progress=progress_of(on_progress)
     )
-=======
-    return Support(commands.support(progress_of(on_progress)))
->>>>>>> main

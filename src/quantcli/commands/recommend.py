@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.filesize import decimal
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hub import find_headers
 from quantcli.commands.choosing.devices import Device, known_devices, parse_device
 from quantcli.commands.choosing.options import CONCURRENCY, CONTEXT, SHARE, Serving, parse_tokens
@@ -18,7 +17,6 @@ from quantcli.core.events import SILENT, Progress
 from quantcli.recipe.shipped import AUTO, USE, shipped_recipes
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.choosing.ranking import Candidate, Places, Room
     from quantcli.recipe.written import GivenRecipe
 
@@ -26,7 +24,7 @@ _MORE = (2, 4, 8, 16, 32)  # devices that are tried if a model does not fit
 
 
 def recommend(
-    model: str,
+    model: str | Checkpoint,
     device: str,
     *,
     context: str | int | None = None,
@@ -35,10 +33,13 @@ def recommend(
 ) -> Recommendation:
     """Rank the shipped recipes for a model on a device, from headers and config.json alone.
 
-    device: such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada", "cpu".
-    context: tokens of each sequence, such as 32768 or "32k"; by default 8192, or what the model was
-    made for. concurrency: sequences at a time; by default 8. Of a model of the Hub that is not in its
-    cache, headers alone are fetched.
+    model:       its name, or the checkpoint itself. Of a model of the Hub that is not in its cache,
+                 headers alone are fetched.
+    device:      such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada", "cpu".
+    context:     tokens of each sequence, such as 32768 or "32k"; by default 8192, or what the model was
+                 made for if that is less.
+    concurrency: sequences at a time; by default 8.
+
     InputError for an unknown device, and for a model that is not a language model.
     """
     serving = Serving(
@@ -46,11 +47,10 @@ def recommend(
         parse_tokens(str(context)) if context is not None else None,
         CONCURRENCY if concurrency is None else concurrency,
     )
+    if isinstance(model, Checkpoint):
+        return _ranked(model.path.name, model, serving, progress)
     with find_headers(model, progress) as folder:
-        checkpoint = open_checkpoint(folder, progress)
-        _must_be_language_model(checkpoint)
-        progress.say(f"planning {len(shipped_recipes())} recipes for {model} on {serving.device}")
-        return _ranked(model, checkpoint, serving, progress)
+        return _ranked(model, open_checkpoint(folder, progress), serving, progress)
 
 
 def devices() -> list[dict[str, Any]]:
@@ -67,15 +67,16 @@ class Chosen(NamedTuple):
 
 def choose(
     recipe: GivenRecipe,
-    model: str | None,
+    model: str | Checkpoint | None,
     device: str | None,
     overrides: tuple[str, ...] = (),
-    calibration: Path | None = None,
+    *,
+    with_data: bool = False,
     progress: Progress = SILENT,
 ) -> Chosen:
     """The recipe that is meant: the one that was given, or the first for a device in place of `auto`.
 
-    Recipes that need data count only if `overrides` name a text or there is a calibration. `progress`
+    Recipes that need data count only if `overrides` name a text or there is other data. `progress`
     gets which recipe it is, and why. AnswerNo if nothing fits, InputError for `auto` without a device
     or a model, and for a device without `auto`.
     """
@@ -89,7 +90,7 @@ def choose(
     if device is None or model is None:
         missing = "--for DEVICE" if device is None else "--model MODEL"
         raise InputError(f"`{AUTO}` needs {missing}", fix=f"quantcli quantize {AUTO} {USE}")
-    with_data = calibration is not None or any(o.startswith("calibration.data=") for o in overrides)
+    with_data |= any(override.startswith("calibration.data=") for override in overrides)
     found = recommend(model, device, progress=progress)
     fitting = [row for row in found.recipes if row["fits"]]
     if not fitting:
@@ -131,6 +132,8 @@ def _ranked(model: str, checkpoint: Checkpoint, serving: Serving, progress: Prog
     from quantcli.commands.choosing.weights import Model
     from quantcli.sources.decode import decoded
 
+    _must_be_language_model(checkpoint)
+    progress.say(f"planning {len(shipped_recipes())} recipes for {model} on {serving.device}")
     whole = decoded(checkpoint)
     split = Model.of(whole)
     sizes = cache_sizes(whole, split.roles)

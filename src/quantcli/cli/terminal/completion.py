@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def _completions(group: Any, before: list[str], word: str) -> Iterator[tuple[str
     options = [param for param in command.params if param.param_type_name == "option"]
     taking = next((p for p in options if before and before[-1] in p.opts and not p.is_flag), None)
     if taking is not None:
-        candidates = [(value, "") for value in _values(taking.name)]
+        candidates = [(value, "") for value in _values(taking.name, word)]
     elif word.startswith("-"):
         candidates = [(o, p.help or "") for p in options for o in (*p.opts, *p.secondary_opts)]
         candidates = [("--help", "Show this message and exit."), *candidates]
@@ -129,9 +130,14 @@ def _completions(group: Any, before: list[str], word: str) -> Iterator[tuple[str
         place = _place(before[before.index(name) + 1 :], options)
         arguments = [param for param in command.params if param.param_type_name == "argument"]
         argument = next(iter(arguments[place:] or arguments[-1:]), None)
-        candidates = [(value, "") for value in _values(argument.name if argument else "")]
+        values = _values(argument.name if argument else "", word)
         if name == "recipes":
-            candidates = [(value, "") for value in (_recipes() if place else ["show"])]
+            values = _recipes() if place else ["show"]
+        elif name == "quantize":
+            from quantcli.recipe.shipped import AUTO
+
+            values = [*values, AUTO]
+        candidates = [(value, "") for value in values]
     yield from (candidate for candidate in candidates if candidate[0].startswith(word))
 
 
@@ -148,13 +154,7 @@ def _place(words: list[str], options: list[Any]) -> int:
 def _recipes() -> Iterable[str]:
     from quantcli.recipe.shipped import shipped_recipes
 
-    return shipped_recipes()
-
-
-def _recipes_or_auto() -> Iterable[str]:
-    from quantcli.recipe.shipped import AUTO
-
-    return [*_recipes(), AUTO]
+    return [*shipped_recipes()]
 
 
 def _targets() -> Iterable[str]:
@@ -169,20 +169,25 @@ def _targets() -> Iterable[str]:
     yield from (entry.name for entry in entry_points(group="quantcli.targets"))
 
 
-def _devices() -> Iterable[str]:
+def _devices(word: str) -> Iterable[str]:
+    """The devices that `recommend` knows, with the number that `word` begins with, as in 2xH100."""
     from quantcli.commands.choosing.devices import known_devices
 
-    return (device["name"].replace(" ", "-") for device in known_devices())
+    match = re.match(r"\d+x", word)
+    for device in known_devices():
+        name = device["name"].removeprefix("Ascend ").replace(" ", "-")
+        yield (match[0] if match else "") + name
 
 
-# values by the name of an option or argument
-_VALUES: dict[str, Callable[[], Iterable[str]]] = {
-    "recipe": _recipes_or_auto,
-    "serve_on": _devices,
-    "target": _targets,
-    "device": lambda: ("cpu", "cuda", "npu"),
-}
-
-
-def _values(name: str) -> Iterable[str]:
-    return _VALUES[name]() if name in _VALUES else ()
+def _values(name: str, word: str) -> Iterable[str]:
+    """Values by the name of an option or argument."""
+    match name:
+        case "recipe":
+            return _recipes()
+        case "target":
+            return _targets()
+        case "device":
+            return "cpu", "cuda", "npu"
+        case "serve_on":
+            return _devices(word)
+    return ()
