@@ -50,6 +50,7 @@ from quantcli.checkpoint.tensors import read_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
+from quantcli.core.text import size
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.planning.reach import next_token_layer
@@ -234,6 +235,11 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     _check_siblings(layers, policy)
     states_budget = memory.states_budget(
         skeleton, resources.workers, resources.max_memory, memory.of_methods(plan, resources.workers)
+    )
+    limit = "80 % of the free memory" if resources.max_memory is None else "--max-memory"
+    progress.detail(
+        f"hidden states: up to {size(states_budget)} in memory, which {limit} leaves next to one "
+        f"layer, and the rest in {session.folder}"
     )
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
