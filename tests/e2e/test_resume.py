@@ -499,6 +499,9 @@ def test_signals(bigger: Box, stop: signal.Signals) -> None:
         assert process.returncode == 130
         assert "the same command again continues where it stopped" in err
         assert json.loads(out)["exit_code"] == 130
+        what = json.loads(out)["error"]["what"]
+        assert f"error: {what}\n" in err
+        assert re.fullmatch(rf"interrupted; kept: [12] of \d+ shards in {box.partial}", what)
     assert not box.out.exists()
     result = box.run(*SHARDED, "--json")
     assert result.code == 0, result.err
