@@ -46,7 +46,7 @@ test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
 	@echo "with AVX-512 alone:" && \
 		ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS)
 
-test-wheel: $(READY) ## build the wheel, install it elsewhere, convert with it
+test-wheel: $(READY) ## install the wheel elsewhere; run the commands of README.md, docs/ci.md, Dockerfile
 	@$(BIN)/python -m pytest tests/wheel
 
 # The tests pin vLLM to AVX-512 with VNNI: every CPU that has it answers alike (tests/engine/serve.py).
@@ -88,8 +88,8 @@ format: $(READY) ## format the code
 house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
-BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify \
-	bitflips kill calibration perplexity flatquant gptq sources experts
+BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify pages \
+	bitflips kill live calibration perplexity flatquant gptq sources experts
 
 bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
 	@for script in $(BENCHMARKS); do \

@@ -45,6 +45,7 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "pack": results.Packed,
     "pack --plan": {"plan": ("Repacked | Merged", "what would be written")},
     "verify": results.Verification,
+    "verify of several": results.Comparison,
     "recipes": {"recipes": ("list", "`name`, `purpose`, `target`, `calibration` of each")},
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},
     "--version": {"version": ("str", "of quantcli")},

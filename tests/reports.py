@@ -3,7 +3,7 @@
 import html.parser
 import random
 
-from quantcli.planning.outliers import keep_advice
+from quantcli.planning.outliers import keep_advice, verdict
 
 KINDS = {
     "self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (256, 1024), "self_attn.v_proj": (256, 1024),
@@ -173,8 +173,10 @@ def outliers(layers=28, stack="model.layers"):
                  "not_finite": None}
             )  # fmt: skip
     operands = {"int8 per channel": ["w8a8_dynamic"], "fp8 per channel": ["fp8_dynamic"]}
+    advice = keep_advice(modules)
     return {"path": "/models/x", "ranked_by": "int8 per channel", "operands": operands,
-            "modules": modules, "left_out": [], "advice": keep_advice(modules)}  # fmt: skip
+            "modules": modules, "left_out": [], "verdict": verdict(modules, advice),
+            "advice": advice}  # fmt: skip
 
 
 class Elements(html.parser.HTMLParser):

@@ -10,8 +10,8 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
-- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Inspection, Outliers, Support,
-  Recommendation: the results
+- Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
+  Outliers, Support, Recommendation: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from quantcli.commands.results import (
         Calibrated,
+        Comparison,
         Converted,
         Inspection,
         Merged,
@@ -64,6 +65,7 @@ _HOME = {
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
+    "Comparison": "commands.results",
     "Converted": "commands.results",
     "Inspection": "commands.results",
     "Merged": "commands.results",
@@ -83,6 +85,7 @@ _HOME = {
 __all__ = [
     "AnswerNo",
     "Calibrated",
+    "Comparison",
     "Converted",
     "Event",
     "InputError",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quantcli.verification.report.dashboard import dashboard
 from quantcli.verification.report.outliers import outliers_page
 from quantcli.verification.report.page import page
 from tests import reports
@@ -66,11 +67,12 @@ def test_all_marks_are_drawn_within_their_charts(opened, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kind", ["structure", "experts", "outliers"])
+@pytest.mark.parametrize("kind", ["structure", "experts", "outliers", "several"])
 def test_pages_fit(opened, width, kind):
     text = {
         "structure": lambda: page(reports.structure()),
         "experts": lambda: page(reports.report(80, 4, bad=["layers.13.mlp.experts.2"])),
+        "several": lambda: dashboard([reports.report(2), reports.report(2, bad=["layers.1"])]),
         "outliers": lambda: outliers_page("/models/x", reports.outliers(94)),
     }[kind]()
     shown = opened(text, width=width)
@@ -102,6 +104,14 @@ def test_colours_of_the_dark_and_of_paper(opened):
     back = "getComputedStyle(document.body).backgroundColor"
     assert opened(text, scheme="dark").run(back) == "rgb(17, 22, 28)"
     assert opened(text, scheme="dark", media="print").run(back) == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("layers", [28, 126])
+def test_a_map_fits_on_paper(opened, layers):
+    """A4 across is 1031 pixels wide between its margins."""
+    shown = opened(page(reports.report(layers, bad=["layers.13"])), width=1031, media="print")
+    ends = "[...document.querySelectorAll('.map svg')].map((m) => m.getBoundingClientRect().right)"
+    assert 600 < max(shown.run(ends)) <= 1031
 
 
 def test_strangers_run_nothing_and_are_shown_as_they_are(opened):

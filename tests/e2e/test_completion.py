@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.cli.app import app
-from quantcli.cli.terminal import completion
+from quantcli.cli.terminal.environment import COMPLETE
 from quantcli.commands.choosing.devices import parse_device
 from quantcli.core.registry import discover
 from quantcli.recipe.shipped import shipped_recipes
@@ -22,7 +22,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def completed(monkeypatch: pytest.MonkeyPatch, *words: str, shell: str = "bash") -> list[str]:
-    monkeypatch.setenv(completion.VARIABLE, shell)
+    monkeypatch.setenv(COMPLETE, shell)
     result = run_cli(*words)
     assert (result.code, result.err) == (0, "")
     return result.out.splitlines()
@@ -53,7 +53,7 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     options = completed(monkeypatch, command, "-")
-    monkeypatch.delenv(completion.VARIABLE)
+    monkeypatch.delenv(COMPLETE)
     words = run_cli(command, "--help").out.replace(",", " ").split()
     assert options == sorted({word for word in words if word in options})
     assert {"--help", "--json", "--quiet"} <= set(options)

@@ -58,6 +58,7 @@ ENDS: dict[str, tuple[Callable[[Path], list[object]], int, str | None]] = {
     "pack plan": (lambda p: [*pack(p), "--plan"], 0, "pack --plan"),
     "pack": (lambda p: [*pack(p), "--force"], 0, "pack"),
     "verify": (lambda p: ["verify", p / "good"], 0, "verify"),
+    "several": (lambda p: ["verify", p / "good", p / "damaged"], 1, "verify of several"),
     "failed": (lambda p: ["verify", p / "damaged"], 1, "verify"),
     "expect": (lambda p: quantize(p, "out", "strict.yaml"), 1, "quantize --plan"),
     "recommend": (lambda p: ["recommend", TINY, "--for", "2x910B"], 0, "recommend MODEL"),
@@ -105,6 +106,7 @@ LONG: dict[str, Callable[[Path], list[object]]] = {
     "compared": lambda p: ["verify", p / "good", "--full", "--against", p / "model"],
     "converted": lambda p: [*quantize(p, "again"), "--force", "--verbose"],
     "parts": lambda p: ["pack", "--merge", p / "good", "--out", p / "merged"],
+    "several compared": lambda p: ["verify", p / "good", p / "packed", "--against", p / "model"],
     "option": lambda p: ["quantize", "--cheksum", p / "model"],
     "long word": lambda p: ["recipes", "show", "x" * 100],
 }

@@ -55,4 +55,10 @@ def test_a_model_by_its_id_is_fetched_and_converted(box: Box, monkeypatch: pytes
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert run_cli(*command, box.root / "offline").code == 0
         assert hub.asked == []
-    assert snapshot(box.root / "fetched") == snapshot(box.root / "offline") == expected
+    fetched = snapshot(box.root / "fetched")
+    assert fetched == snapshot(box.root / "offline")
+    assert "base_model: org/name" in (box.root / "fetched" / "README.md").read_text()
+    named = {"README.md", "quantcli_manifest.json"}  # the card, and its hash
+    assert {k: v for k, v in fetched.items() if k not in named} == {
+        k: v for k, v in expected.items() if k not in named
+    }

@@ -33,7 +33,8 @@ def test_the_list_has_every_recipe() -> None:
     assert table["w4a4_flatquant_tp1"]["target"] == "ascend"  # written as a mapping there
     assert table["fp8_static"]["calibration"] is True
     shown = run_cli("recipes")
-    assert (shown.code, shown.err) == (0, "")
+    assert shown.code == 0
+    assert all(line.startswith("next: ") for line in shown.err.splitlines())
     header, *lines = shown.out.splitlines()
     assert header.split() == ["recipe", "target", "calibrates", "for"]
     for line, entry in zip(lines, table.values(), strict=True):
@@ -59,7 +60,8 @@ def test_the_list_knows_what_calibrates(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_show_prints_the_file(name: str) -> None:
     shown = run_cli("recipes", "show", name)
-    assert (shown.code, shown.err) == (0, "")
+    usage = f"next: quantcli quantize {name} --model MODEL --plan\n"
+    assert (shown.code, shown.err) == (0, usage)
     assert shown.out.encode() == RECIPES[name].read_bytes()
     document = run_cli("recipes", "show", name, "--json").json
     assert (document["name"], document["text"]) == (name, RECIPES[name].read_text())

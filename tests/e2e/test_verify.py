@@ -65,7 +65,9 @@ def verify(*words: Any) -> Result:
 
 def test_a_sound_one(dynamic: Path) -> None:
     plain = verify(dynamic)
-    assert (plain.code, plain.err) == (0, f"verifying {dynamic}: structure\n")
+    first, *following = plain.err.splitlines()
+    assert (plain.code, first) == (0, f"verifying {dynamic}: structure")
+    assert all(line.startswith("next: ") for line in following)
     assert plain.out.splitlines()[-1].startswith(f"passed: {dynamic}: structure")
     deep = verify(dynamic, "--full", "--against", MODEL, "--tp", "1,2", "--json")
     assert deep.code == 0, deep.out
@@ -131,6 +133,22 @@ def test_against_another_quantized_one(dynamic: Path, tmp_path: Path) -> None:
     low, high = modules["model.layers.3.mlp.up_proj"]["scale_ratio"]
     assert 0.98 < low < high < 1.02
     assert "quantized, too" in done.out
+
+
+def test_several_with_a_report_of_before(dynamic: Path, copy: Path, tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    before.write_text(verify(dynamic, "--json").out)
+    (copy / "tokenizer.json").unlink()
+    done = verify(dynamic, copy, "--baseline", before, "--json")
+    assert done.code == 1
+    assert (done.json["ok"], done.json["exit_code"]) == (False, 1)
+    assert done.json["error"]["where"] == str(copy)
+    good, bad = done.json["checkpoints"]
+    assert (good["ok"], bad["ok"]) == (True, False)
+    errors = {figure["name"]: figure for figure in bad["baseline"]["figures"]}["errors"]
+    assert (errors["before"], errors["better"]) == (0, False)
+    assert errors["now"] == sum(finding["severity"] == "error" for finding in bad["findings"])
+    assert all(figure["better"] is None for figure in good["baseline"]["figures"])
 
 
 def bad_layer(tensors: dict[str, torch.Tensor]) -> None:
@@ -280,7 +298,7 @@ def test_a_revision_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("modeling_evil.py", "manifest", "it holds code"),
         ("tokenizer.model", "manifest", "it belongs to a tokenizer"),
         ("model-extra.safetensors", "manifest", "it holds weights"),
-        ("README.md", None, "it was added later"),
+        ("NOTES.md", None, "it was added later"),
     ],
 )
 def test_a_file_that_was_added(copy: Path, file: str, check: str | None, what: str) -> None:
@@ -373,7 +391,7 @@ def test_tensors_that_cannot_be_compared_by_rows(copy: Path, tmp_path: Path) -> 
 def test_bad_options(dynamic: Path, words: tuple[Any, ...], what: str, fix: str | None) -> None:
     done = verify(dynamic, *words)
     assert done.code == 2, done.out
-    assert done.later.startswith("error: "), done.err
+    assert "\nerror: " in f"\n{done.later}", done.err
     assert what in done.err
     assert fix is None or fix in done.err.splitlines()[-1]
     assert "Traceback" not in done.err

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
-from quantcli.commands.verify import verify
+from quantcli.commands.verify import run as verify
 from quantcli.convert.execute import RunOptions, execute
 from quantcli.core.errors import InputError
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
+from quantcli.verification.options import VerifyOptions
 from tests.measured import store
 
 TARGET = {"name": "ascend", "device": "310P"}
@@ -105,7 +106,7 @@ def test_dynamic_scales_stay_float32(tmp_path):
     assert not torch.equal(scale, scale.bfloat16().float())
     assert abs(float(scale[0, 0]) * 127 - 1) < 0.004
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
-    report = verify(out, full=True, against=str(source))
+    report = verify(VerifyOptions(out, full=True, against=str(source)))
     assert report["ok"], report["findings"]
 
 

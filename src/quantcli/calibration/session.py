@@ -18,7 +18,12 @@ from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.methods.base import Method, methods_of
 from quantcli.calibration.policy import Policy, Quantized, unreached
-from quantcli.calibration.replay.devices import open_device
+from quantcli.calibration.replay.devices import (
+    free_memory,
+    is_out_of_memory,
+    open_device,
+    too_little_memory,
+)
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.report import TAKEN_FROM, expert_tokens
@@ -47,7 +52,7 @@ from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
 from quantcli.checkpoint.tensors import read_bytes
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.core.text import size
@@ -241,6 +246,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         f"hidden states: up to {size(states_budget)} in memory, which {limit} leaves next to one "
         f"layer, and the rest in {session.folder}"
     )
+    _check_memory(skeleton, device, progress)
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)
@@ -254,8 +260,27 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     except InputError:
         store.forget()  # there is nothing to continue with
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_little_memory("a layer and its work", error, device) from None
     finally:
         store.close()
+
+
+def _check_memory(skeleton: Skeleton, device: torch.device, progress: Progress) -> None:
+    """MachineError if an accelerator has no memory for the largest layer alone."""
+    free = free_memory(device)
+    if free is None:
+        return
+    largest = max((skeleton.nbytes(index) for index in range(len(skeleton.layers))), default=0)
+    progress.detail(f"memory of `{device}`: {size(free)} free; the largest layer takes {size(largest)}")
+    if free < largest:
+        raise MachineError(
+            f"memory of `{device}` does not suffice: the largest layer takes {largest:,} bytes, "
+            f"{free:,} are free",
+            fix="end what else uses the device, or take --device cpu",
+        )
 
 
 def _probe(first: Batch) -> Batch:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.engine import Arithmetic, Quantizer
+from quantcli.core.exact import exact
 from quantcli.core.numerics import NO_STATS, Parts, Stats
 
 # a module -> what its scheme needs to know of its whole weight, as `LoadedLayer.whole` finds it
@@ -35,8 +36,11 @@ def quantized(policy: Policy, stats: Mapping[str, Stats], whole: Whole) -> Quant
         row_stats = {name: tensor for name, tensor in module_stats.items() if name in scheme.row_stats}
         constants = scheme.constants(module_stats, module_policy.input_dtype)
         constants = {**constants, **row_stats, **whole(module)}
+        device, rows = rows.device, exact(rows)
         constants = {name: tensor.to(rows.device) for name, tensor in constants.items()}
-        return scheme, scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
+        bias = None if bias is None else exact(bias)
+        parts = scheme.quantize(rows, module_policy.weight_dtype, constants, bias)
+        return scheme, {name: part.to(device) for name, part in parts.items()}
 
     return quantize
 

@@ -67,6 +67,7 @@ class Checkpoint:
     """A safetensors model directory. `tensors` is in file order, then in the order of the data.
 
     undecoded: tensors as they are on disk, if `tensors` holds weights decoded from several of them.
+    hub_id:    the name by which the user gave it, if it was fetched from the Hub.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     undecoded: dict[str, StoredTensor] | None = None
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # file -> bytes, mtime in ns
+    hub_id: str | None = None
     in_memory: bool = False  # whether its weights are those of a model in memory
 
     @property

@@ -167,4 +167,6 @@ MANIFEST = "quantcli_manifest.json"
 
 RECIPE_FILE = "quantcli_recipe.yaml"
 
+CARD = "README.md"  # the model card, by the name that the Hub looks for
+
 SOURCE_RECIPE = "quantcli_source_recipe.yaml"  # of what was packed: for the other format

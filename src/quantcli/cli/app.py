@@ -14,7 +14,6 @@ from quantcli.cli.pack import pack
 from quantcli.cli.quantize import quantize
 from quantcli.cli.recipes import recipes
 from quantcli.cli.recommend import recommend
-from quantcli.cli.terminal import completion
 from quantcli.cli.terminal.environment import HELP
 from quantcli.cli.verify import verify
 from quantcli.core.errors import InputError
@@ -53,6 +52,8 @@ def _root(
         raise typer.Exit
     if as_json:
         raise InputError("--json needs a command before it", fix="quantcli COMMAND --json")
+    if install_completion or show_completion:
+        from quantcli.cli.terminal import completion
     if install_completion:
         file, start = completion.install()
         read_by = f", which {start} reads" if start else ""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import OK, Output
 from quantcli.core.text import count
@@ -55,6 +56,7 @@ def calibrate(
     output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}", OK)
+    following.show(output, *following.after_calibrate(recipe, model, overrides, session.folder))
 
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:

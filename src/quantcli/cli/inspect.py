@@ -8,6 +8,7 @@ import typer
 from rich.filesize import decimal
 
 from quantcli.checkpoint.files import STALE
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import FAILED, WARNING, Output
 from quantcli.core.errors import AnswerNo, InputError
@@ -52,6 +53,7 @@ def inspect(
         with watch(output) as progress:
             cells = commands.support(progress, serve_on)
         output.result({"support": cells}, show_support)
+        following.show(output, following.shell("quantcli", "recipes"))
         return
     if serve_on is not None:
         raise InputError(
@@ -70,10 +72,12 @@ def inspect(
         with watch(output) as progress:
             ranking = commands.outliers(model, progress, page)
         output.result(ranking, show_outliers)
+        following.show(output, *following.after_outliers(model))
         return
     with watch(output) as progress:
         contents = commands.inspect(model, tensors, progress)
     output.result(contents, show_inspection, _suspicion(model, contents["problems"]))
+    following.show(output, *following.after_inspect(model, contents))
 
 
 def _suspicion(model: str, problems: list[dict[str, Any]]) -> AnswerNo | None:
@@ -186,6 +190,8 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
         if bad := module["not_finite"]:
             place = f"`{module['module']}`{bad['index']}"
             out.line(f"damaged       {place} is {bad['value']}: fetch the model again", FAILED)
+    verdict = ranking["verdict"]
+    out.line(f"verdict       {verdict['what']}")
     _show_advice(out, ranking["advice"])
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Set
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from quantcli import __version__
-from quantcli.cli.streams import Log, drop
+from quantcli.cli.streams import drop
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.core.errors import AnswerNo, Exit, InputError, QuantError
+from quantcli.core.errors import SCHEMA_VERSION, AnswerNo, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
-SCHEMA_VERSION = 1  # of the documents that --json prints
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quantcli.cli.terminal.log import Log
+
 R = TypeVar("R", bound=Mapping[str, Any])
 OK, WARNING, FAILED = "green", "yellow", "bold red"  # styles of words that say so
-_WIDE = 200  # cells of a bar if the output is not a terminal
 
 
 class Output:
@@ -36,9 +37,22 @@ class Output:
         self.quiet = self.verbose = False
         self.log: Log | None = None
         self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
-        self.messages = _console(sys.stderr)
-        self._data = _console(sys.stdout)
         self._on_screen = True
+
+    @cached_property
+    def messages(self) -> Console:
+        """The console of messages."""
+        return self._console(sys.stderr)
+
+    @cached_property
+    def _data(self) -> Console:
+        return self._console(sys.stdout)
+
+    @staticmethod
+    def _console(stream: IO[str]) -> Console:
+        from quantcli.cli.terminal.console import console_of
+
+        return console_of(stream)
 
     def set_up(self, *, quiet: bool, verbose: bool, log_file: Path | None) -> None:
         """Follow a command's options. InputError for some that contradict each other, and for a log in
@@ -46,6 +60,8 @@ class Output:
         if quiet and verbose:
             raise InputError("--quiet and --verbose contradict each other", fix="leave one out")
         if log_file is not None:
+            from quantcli.cli.terminal.log import Log
+
             self.log = Log(log_file, lambda text: self._say(f"warning: {text}", WARNING))
             self._to_log(plain(f"quantcli {__version__}: {self.command}"))
         self.quiet, self.verbose = quiet, verbose
@@ -104,9 +120,9 @@ class Output:
 
     def _show(self, text: str, style: str = "", *, bold: bool = False) -> None:
         if self._on_screen:
-            styled = _styled(text, style)
-            styled.stylize("bold" if bold else "")
-            self._put(lambda: self._data.print(styled, soft_wrap=True))
+            from quantcli.cli.terminal.console import print_to
+
+            self._put(lambda: print_to(self._data, text, style, bold=bold))
 
     def _to_log(self, text: str) -> None:
         if self.log is not None:
@@ -138,8 +154,10 @@ class Output:
         text = plain(text)
         self._to_log(text)
         if on_screen:
+            from quantcli.cli.terminal.console import print_to
+
             folded = fold(text, width_of(self.messages.file), command=command)
-            self.messages.print(_styled(folded, style), soft_wrap=True)
+            print_to(self.messages, folded, style)
 
     def event(self, event: Event) -> None:
         """Print what a run reports, as a line; details only with --verbose."""
@@ -227,31 +245,8 @@ def envelope(payload: Mapping[str, Any], error: QuantError | None = None) -> dic
     }
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1, which here means that the answer is no
-
-
-def _console(stream: Any) -> Console:
-    """A rich console that prints text literally."""
-    width = width_of(stream)
-    # with None it follows the terminal, also one that is resized
-    cells = _WIDE if width is None else None if width.folds else width.cells
-    variables = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
-    return _Console(
-        file=stream, width=cells, highlight=False, markup=False, emoji=False, _environ=variables
-    )
-
-
 def plain(text: str) -> str:
     """A text without control characters: names are untrusted, and could contain escape codes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _styled(text: str, style: str) -> Text:
-    """A text whose first word has a style."""
-    styled = Text(text)
-    styled.stylize(style, 0, len(text.split(" ", 1)[0]))
-    return styled

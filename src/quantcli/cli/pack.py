@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.conversion import convert, show_job
 from quantcli.cli.output import Output
@@ -78,6 +79,7 @@ def pack(
             report=lambda _: merging.to_json(merge_job),
             closing=("", "; the parts are still there"),
         )
+        _show_next(output, plan, following.after_merge(out))
         return
     if target is None:
         raise InputError("option --target is missing", fix=f"{_PACK}, or {_MERGE}")
@@ -106,6 +108,12 @@ def pack(
         report=lambda _: packing.to_json(job),
         closing=("", f"; {modules} read back with the same codes and scales"),
     )
+    _show_next(output, plan, following.after_pack(job, folders[0]))
+
+
+def _show_next(out: Output, plan: bool, steps: list[following.Step]) -> None:
+    """Show the steps after a conversion; after its plan, the conversion."""
+    following.show(out, *([following.typed(out, without="--plan")] if plan else steps))
 
 
 def show_merge(out: Output, job: Merge) -> None:

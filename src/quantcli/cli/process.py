@@ -15,8 +15,7 @@ import typer
 from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.streams import check_stdout, drop, stdout_error
-from quantcli.cli.terminal.completion import VARIABLE, complete
-from quantcli.cli.terminal.environment import defaults
+from quantcli.cli.terminal.environment import COMPLETE, defaults
 from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
 
 _LONG = 5.0  # seconds
@@ -93,7 +92,9 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
 def _run(argv: list[str], out: Output) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
     group: Any = typer.main.get_command(app)
-    if VARIABLE in os.environ:
+    if COMPLETE in os.environ:
+        from quantcli.cli.terminal.completion import complete
+
         sys.stdout.write(complete(group, argv))
         sys.stdout.flush()
         return Exit.DONE

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.calibrate import show_experts
 from quantcli.cli.conversion import convert, show_job
@@ -108,6 +109,8 @@ def quantize(
         if not job.plan.experts:
             show = partial(show_experts, output, final.experts)
             output.show(show, on_screen=not output.quiet)
+    again = [following.typed(output, without="--plan")]
+    following.show(output, *(again if plan else following.after_quantize(output, job, model)))
 
 
 def show_plan(out: Output, job: Job[Plan]) -> None:

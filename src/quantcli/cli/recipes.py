@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import InputError, closest
@@ -39,9 +40,11 @@ def recipes(
             what = "`quantcli recipes show` takes one name"
             raise InputError(what, fix=f"{_SHOW}; `quantcli recipes` lists the names")
         output.result({"name": words[1], "text": recipe_text(words[1])}, _show_text)
+        following.show(output, *following.after_recipes(words[1]))
         return
     lines = [asdict(describe_recipe(name)) for name in shipped_recipes()]
     output.result({"recipes": lines}, _show_recipes)
+    following.show(output, *following.after_recipes())
 
 
 def _show_text(out: Output, document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import Output
 from quantcli.core.errors import InputError
@@ -48,6 +49,7 @@ def recommend(
                 "--devices takes neither a model nor an option", fix="quantcli recommend --devices"
             )
         output.result({"devices": commands.devices()}, show_devices)
+        following.show(output, following.shell("quantcli", "recommend", "MODEL", "--for", "DEVICE"))
         return
     if model is None:
         raise InputError("argument MODEL is missing", fix=_EXAMPLE)
@@ -59,6 +61,7 @@ def recommend(
         )
     no = None if found.best else commands.no_fit(found)
     output.result(found.to_dict(), show_recommendation, no)
+    following.show(output, *following.after_recommend(found.recipes, found.best))
 
 
 def show_devices(out: Output, document: dict[str, Any]) -> None:
@@ -82,9 +85,9 @@ def show_recommendation(out: Output, found: dict[str, Any]) -> None:
     out.line(f"unquantized   {_unquantized(found['unquantized'], found['context'])}")
     out.line()
     rows = [_row(row, several=several) for row in recipes]
-    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "text"]
+    columns = ["recipe", "fits", "weights", "cache", "up to", "change", "rank", "text"]
     columns += ["devices"] if several else []
-    out.table(columns, rows, {*columns[2:6], "devices"}, {"recipe"})
+    out.table(columns, rows, {*columns[2:7], "devices"}, {"recipe"})
     if rows:
         out.line()
     for title, name in (("best", found["best"]), ("without text", found["best_without_data"])):
@@ -118,6 +121,7 @@ def _row(row: dict[str, Any], *, several: bool) -> list[str]:
         decimal(row["cache_bytes"]),
         _tokens(row["max_context"]),
         change,
+        f"{row['rank'] or '-'}",
         "yes" if row["needs_data"] else "no",
     ]
     return [*cells, f"{row['devices']}"] if several else cells

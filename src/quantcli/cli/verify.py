@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import FAILED, OK, WARNING, Output
 from quantcli.core.errors import AnswerNo
 from quantcli.core.text import count
+from quantcli.core.text import size as size_text
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
 
 _FINDINGS = 10  # findings to show; more if more checks have errors: one of each
 _MODULES = 10
+_LOST = 5  # modules that lost SQNR against an earlier report
+_BETTER = {True: "better", False: "worse", None: ""}
 
 
 def show_verification(out: Output, report: dict[str, Any], modules: int = _MODULES) -> None:
@@ -21,10 +27,11 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     _errors(out, words.errors(report))
     _modules(out, report.get("modules") or [], modules)
     if sizes := report.get("sizes"):
-        out.line(f"size         {words.nbytes(words.total_bytes(report))}: {_sizes(sizes)}")
+        out.line(f"size         {size_text(words.total_bytes(report))}: {_sizes(sizes)}")
     for what, value in words.run_facts(report):
         out.line(f"{what:<13}{value}" if len(what) < 13 else f"{what} {value}")
     _layers(out, (report.get("run") or {}).get("layers") or [])
+    _change(out, report.get("baseline"))
     notes = words.spread(words.notes(report))
     for note in notes[:_FINDINGS]:
         where = f" ({note['where']})" if note.get("where") else ""
@@ -32,9 +39,24 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
     if len(notes) > _FINDINGS:
         out.line(f"note         and {len(notes) - _FINDINGS} more, with --json")
     _checks(out, report)
+    if (written := report.get("card_written")) is not None:
+        out.line(f"card         {'README.md has the figures' if written else 'not changed'}")
     if missing := words.not_reached(report):
         out.line(f"not checked  {'; '.join(missing)}")
     out.line(verdict(report), FAILED if words.is_failed(report) else OK)
+
+
+def show_several(out: Output, document: dict[str, Any]) -> None:
+    """Print the reports on several checkpoints: errors and verdict of each, then all in a table."""
+    from quantcli.verification.report.dashboard import COLUMNS, RIGHT, rows
+
+    reports = document["checkpoints"]
+    for report in reports:
+        _errors(out, words.errors(report))
+        _change(out, report.get("baseline"))
+        out.line(verdict(report), FAILED if words.is_failed(report) else OK)
+    out.line()
+    out.table([*COLUMNS], rows(reports), RIGHT)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -50,13 +72,15 @@ def verdict(report: dict[str, Any]) -> str:
     return f"FAILED: {report['checkpoint']}: {counted}, {notes}{look}"
 
 
-def failure(report: dict[str, Any]) -> AnswerNo | None:
-    """The answer no, with the number of errors; None if the checkpoint passed."""
-    if not words.is_failed(report):
+def failure(*reports: dict[str, Any]) -> AnswerNo | None:
+    """The answer no, with the number of errors; None if all checkpoints passed."""
+    failed = [report for report in reports if words.is_failed(report)]
+    if not failed:
         return None
-    errors = words.errors(report)
+    errors = [error for report in failed for error in words.errors(report)]
     what = f"verification failed: {count(errors, 'error')} ({words.tally(errors)})"
-    return AnswerNo(what, where=report["checkpoint"], fix="`findings` has each error with its fix")
+    where = ", ".join(report["checkpoint"] for report in failed)
+    return AnswerNo(what, where=where, fix="`findings` has each error with its fix")
 
 
 def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
@@ -100,13 +124,28 @@ def _modules(out: Output, modules: list[dict[str, Any]], limit: int) -> None:
         out.line()
 
 
+def _change(out: Output, change: dict[str, Any] | None) -> None:
+    """The change against an earlier report."""
+    if change is None:
+        return
+    from quantcli.verification.report import baseline
+
+    earlier = f"{words.literal(change['checkpoint'])}, {words.literal(change['tool'])}"
+    out.line(f"baseline     {earlier}: {baseline.summary(change)}")
+    rows = [[*cells, _BETTER[better]] for cells, better in baseline.figure_rows(change)]
+    out.table(["figure", "before", "now", "change", ""], rows, {"before", "now", "change"})
+    lost = baseline.module_rows(change, _LOST)
+    out.table(["lost most", "before", "now", "change"], lost, {"before", "now", "change"})
+    out.line()
+
+
 def _sizes(sizes: list[dict[str, Any]]) -> str:
     """W8A8_DYNAMIC 4.8 MB (8.2 bits per weight), FLOAT 4.2 MB."""
     texts = []
     for size in sizes:
         bits = words.bits(size)
         aside = "" if bits is None else f" ({bits:.3g} bits per weight)"
-        texts.append(f"{words.literal(size['label'])} {words.nbytes(size['bytes'])}{aside}")
+        texts.append(f"{words.literal(size['label'])} {size_text(size['bytes'])}{aside}")
     return ", ".join(texts)
 
 
@@ -130,10 +169,14 @@ def _checks(out: Output, report: dict[str, Any]) -> None:
         out.line(f"{depth:<13}{', '.join([*failed, *fine])}")
 
 
+Others = Annotated[list[str] | None, typer.Argument(help="More checkpoints, to be compared with it.")]
+
+
 @options.on_screen
 @options.fields_of(
     VerifyOptions,
     checkpoint=str,
+    others=Others,
     page=options.Report,
     workers=options.Workers,
     trust_remote_code=options.Trust,
@@ -142,11 +185,16 @@ def verify(chosen: VerifyOptions, output: Output) -> None:
     """Prove that a checkpoint is whole, loadable and faithful.
 
     Exits with 1 if it is not. Without options only headers are read; --full, --against and --run go
-    deeper.
+    deeper. Several checkpoints are compared in a table; all options apply to each.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import verify as commands
 
     with watch(output) as progress:
         report = commands.run(chosen, progress)
-    output.result(report, show_verification, failure(report))
+    if len(chosen.checkpoints) > 1:
+        output.result(report, show_several, failure(*report["checkpoints"]))
+        return
+    steps = following.after_verify(output, str(chosen.checkpoint), report, chosen.page)
+    with following.after(output, *steps):
+        output.result(report, show_verification, failure(report))

@@ -22,6 +22,7 @@ from quantcli.commands.keywords import (
     Planning,
     Verifying,
     assignments,
+    check,
     path_of,
     takes,
     verify_defaults,
@@ -29,6 +30,7 @@ from quantcli.commands.keywords import (
 )
 from quantcli.commands.results import (
     Calibrated,
+    Comparison,
     Converted,
     Inspection,
     Merged,
@@ -309,13 +311,32 @@ def pack(
     return Packed(**files_of(written), notes=list(written.notes), plan=repacked)
 
 
-@takes(Verifying, verify_defaults())
+@overload
 def verify(
     checkpoint: PathLike, *, on_progress: OnProgress = None, **options: Unpack[Verifying]
-) -> Verification:
+) -> Verification: ...
+
+
+@overload
+def verify(
+    checkpoint: list[PathLike] | tuple[PathLike, ...],
+    *,
+    on_progress: OnProgress = None,
+    **options: Unpack[Verifying],
+) -> Comparison: ...
+
+
+@takes(Verifying, verify_defaults())
+def verify(
+    checkpoint: PathLike | list[PathLike] | tuple[PathLike, ...],
+    *,
+    on_progress: OnProgress = None,
+    **options: Unpack[Verifying],
+) -> Verification | Comparison:
     """Check that a quantized checkpoint is whole, loadable and faithful. `ok` of the result says so.
 
-    checkpoint:  a folder or a Hub id, whoever wrote it.
+    checkpoint:  a folder or a Hub id, whoever wrote it. Several in a list are compared: the result has
+                 the outcome of each, and the options apply to all.
     full:        read every byte: hashes, NaN, ranges.
     against:     the float model, or another quantized one, to compare with.
     calibration: the folder of the calibration: numbers that follow from it are computed again.
@@ -324,6 +345,7 @@ def verify(
     tp:          tensor parallel sizes to serve with, as in "1,2,4".
     recipe:      a recipe, whose `verify` block sets limits.
     min_sqnr, max_ppl_ratio, max_kl: limits: dB, a ratio, nats per token.
+    baseline:    a JSON report of before, to show the change against it.
     junit, report: files to write: JUnit XML, and one HTML page.
     on_progress, workers, trust_remote_code: as of `quantize`.
 
@@ -331,8 +353,17 @@ def verify(
     """
     from quantcli.commands import verify as commands
 
-    chosen = verify_options(checkpoint, options)
-    return Verification(**commands.run(chosen, progress_of(on_progress)))
+    if isinstance(checkpoint, str | os.PathLike):
+        chosen = verify_options([checkpoint], options)
+        return Verification(**commands.run(chosen, progress_of(on_progress)))
+    for each in checkpoint:
+        check("checkpoint", each, PathLike)
+    if len(checkpoint) < 2:
+        what, fix = "a list of checkpoints has two or more", "give one checkpoint without a list"
+        raise InputError(what, where=f"checkpoint={list(checkpoint)}", fix=fix)
+    document = commands.run(verify_options(checkpoint, options), progress_of(on_progress))
+    outcomes = [Verification(**each) for each in document["checkpoints"]]
+    return Comparison(ok=document["ok"], checkpoints=outcomes)
 
 
 @overload

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.hub import find_model
+from quantcli.checkpoint.hub import HUB_ID, find_model
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
 
@@ -123,6 +123,7 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
+        "serve": [command.to_json() for command in plan.target.serve(plan.served, str(job.out))],
         "notes": list(plan.notes),
     }
 
@@ -232,7 +233,14 @@ def open_both(
         raise InputError(
             f"no model to {verb}", where=name_of(recipe), fix="give --model, or `model:` in the recipe"
         )
-    return Opened(written, named, open_checkpoint(find_model(named, progress), progress))
+    return Opened(written, named, open_model(named, progress))
+
+
+def open_model(model: str, progress: Progress) -> Checkpoint:
+    """The checkpoint that `model` names: a folder, or a Hub id."""
+    folder = find_model(model, progress)
+    is_id = HUB_ID.fullmatch(model) and folder != Path(model)
+    return replace(open_checkpoint(folder, progress), hub_id=model if is_id else None)
 
 
 def default_name(model: str, recipe: GivenRecipe) -> str:

@@ -110,6 +110,8 @@ class Verifying(TypedDict, total=False):
     min_sqnr: float | None
     max_ppl_ratio: float | None
     max_kl: float | None
+    baseline: PathLike | None
+    card: bool
     junit: PathLike | None
     report: PathLike | None
     workers: int | None
@@ -220,14 +222,16 @@ def assignments(values: _Assignments) -> tuple[str, ...]:
 
 def verify_defaults() -> dict[str, Any]:
     """The options of `verify` as the command line names them, and their defaults."""
-    defaults = {field.name: field.default for field in fields(VerifyOptions)}
-    return {_AS_TYPED.get(name, name): default for name, default in defaults.items()}
+    return {_AS_TYPED.get(name, name): _DEFAULTS[name] for name in _FIELDS}
 
 
-def verify_options(checkpoint: PathLike, options: Mapping[str, Any]) -> VerifyOptions:
+def verify_options(checkpoints: Sequence[PathLike], options: Mapping[str, Any]) -> VerifyOptions:
     """The options of `verify` as the functions below the API take them."""
-    named = {field: options[_AS_TYPED.get(field, field)] for field in _FIELDS.keys() - {"checkpoint"}}
-    return VerifyOptions(str(checkpoint), **{k: _as_field(v, _FIELDS[k]) for k, v in named.items()})
+    first, *others = map(str, checkpoints)
+    named = {
+        name: _as_field(options[_AS_TYPED.get(name, name)], hint) for name, hint in _FIELDS.items()
+    }
+    return VerifyOptions(first, tuple(others), **named)
 
 
 def _as_field(value: Any, hint: Any) -> Any:
@@ -238,4 +242,9 @@ def _as_field(value: Any, hint: Any) -> Any:
 
 
 _AS_TYPED = {"page": "report"}  # fields of VerifyOptions -> options
-_FIELDS = get_type_hints(VerifyOptions)
+_DEFAULTS = {field.name: field.default for field in fields(VerifyOptions)}
+_FIELDS = {  # those that are options
+    name: hint
+    for name, hint in get_type_hints(VerifyOptions).items()
+    if name not in {"checkpoint", "others"}
+}

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.hub import find_model
-from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, run_job
+from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, open_model, run_job
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
@@ -36,7 +34,7 @@ def plan_pack(
     from quantcli.convert.publish import check_destination
 
     values = _values(overrides)
-    opened = open_checkpoint(find_model(checkpoint, progress), progress)
+    opened = open_model(checkpoint, progress)
     check_destination(out, opened.path, force=options.force, what="the checkpoint")
     progress.say(f"planning {checkpoint} in the format {target}")
 

@@ -216,10 +216,9 @@ def _advice(candidates: list[Candidate], places: Places, serving: Serving) -> st
     ways = []
     if longest.room.max_context:
         ways.append(f"`{longest.recipe}` fits with --context {longest.room.max_context}")
-    for number in _MORE:
-        if number > serving.device.count and places.fits_on(smallest, number):
-            ways.append(f"`{smallest.recipe}` fits on {number} x {serving.device.name}")
-            break
+    more = (n for n in _MORE if n > serving.device.count and places.fits_on(smallest, n))
+    if number := next(more, None):
+        ways.append(f"`{smallest.recipe}` fits on {number} x {serving.device.name}")
     if not ways:
         needed = decimal(math.ceil(smallest.room.needed / SHARE))
         ways.append(f"`{smallest.recipe}`, the smallest, needs {needed} of memory in each device")

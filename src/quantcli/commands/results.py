@@ -25,6 +25,8 @@ class Result:
 def _plain(value: Any) -> Any:
     if isinstance(value, Result):
         return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -45,6 +47,7 @@ class _Plan(Result):
     memory_needed: bytes, next to those of torch.
     workers:       threads.
     shards_done:   whole weight files that an interrupted run left.
+    serve:         "engine", "command" and "note" of each engine that serves the output.
     notes:         remarks, such as on what stays float.
     """
 
@@ -61,6 +64,7 @@ class _Plan(Result):
     memory_needed: int
     workers: int
     shards_done: int
+    serve: list[Row]
     notes: list[str]
 
 
@@ -289,6 +293,7 @@ class Outliers(Result):
     operands:  the schemes that quantize weights so, by operand.
     modules:   "module", "shape", "sqnr_db" (dB by operand), "amax_over_rms", "kurtosis", ... of each.
     left_out:  "tensors", "why", "names" of weights that are not ranked.
+    verdict:   "hard" and "what": whether the weights are hard to quantize, in one sentence.
     advice:    a rule that keeps float what int8 costs most; None if no module stands out.
     """
 
@@ -297,6 +302,7 @@ class Outliers(Result):
     operands: dict[str, list[str]]
     modules: list[Row]
     left_out: list[Row]
+    verdict: Row
     advice: Row | None
 
 
@@ -321,7 +327,7 @@ class Recommendation(Result):
     positions:   tokens that the model was made for; None if config.json does not say.
     unquantized: sizes of the float model, and whether it fits.
     recipes:     those that the devices can serve, the best first: "recipe", "fits", "weights_bytes",
-                 "max_context", "needs_data", "mean_change", "reason", "command", ... each.
+                 "max_context", "needs_data", "mean_change", "rank", "reason", "command", ... each.
     left_out:    the other recipes, and why.
     best:        the first recipe that fits; None if none does.
     best_without_data: the first that fits and needs no data.
@@ -363,7 +369,10 @@ class Verification(Result):
     modules:  "module", "label", "sqnr_db", "cosine", "limit_db", "ok", ... of each, worst first.
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
+    baseline: the change against an earlier report; None if none was given.
     run:      perplexity, KL divergence and layers, if both models ran on text.
+    serve:    "engine", "command" and "note" of each engine that serves it.
+    card_written: whether the model card has the figures; None without `card`.
     """
 
     ok: bool
@@ -381,3 +390,18 @@ class Verification(Result):
     tensors: Row | None
     run: Row | None
     not_checked: list[str]
+    serve: list[Row]
+    baseline: Row | None
+    card_written: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """The outcome of verifying several checkpoints.
+
+    ok:          whether all passed.
+    checkpoints: the outcome of each, with the keys of one.
+    """
+
+    ok: bool
+    checkpoints: list[Verification]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import scan_checkpoint
 from quantcli.checkpoint.files import PART
@@ -13,47 +13,108 @@ from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.verification.options import VerifyOptions
 
-
-def verify(checkpoint: str | Path, *, progress: Progress = SILENT, **options: Any) -> dict[str, Any]:
-    """Verify a checkpoint, a folder or a Hub id; the report as JSON-able data, see docs/verify.md.
-
-    options: the other fields of VerifyOptions, such as full=True or against="MODEL". InputError for
-    options that do not go together, and for a folder or id without a checkpoint.
-    """
-    return run(VerifyOptions(checkpoint, **options), progress)
+if TYPE_CHECKING:  # pydantic is slow to load
+    from quantcli.verification.report.baseline import Baseline
 
 
 def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
-    """`verify` with its options as one object; the files that they name are written in any case."""
+    """The report on a checkpoint, see docs/verify.md; of several {"ok", "checkpoints": reports}.
+
+    The files that the options name are written in any case. InputError for options that do not go
+    together, and for a folder or id without a checkpoint.
+    """
     from quantcli.checkpoint.hub import find_model
 
-    folder = _with_weights(find_model(str(options.checkpoint), progress))
+    folders = [_with_weights(find_model(str(each), progress)) for each in options.checkpoints]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        what = "names a checkpoint twice"
+        raise InputError(what, where=" ".join(map(str, options.checkpoints)), fix="give each once")
+    if options.card:
+        _check_cards(options, folders)
     if options.recipe is not None:
         from quantcli.recipe.written import read_recipe
 
         read_recipe(options.recipe)  # again in a moment, with its schemes
+    given = options
     if options.against is not None:
         options = replace(options, against=str(_with_weights(find_model(options.against, progress))))
     for option, file in (("--junit", options.junit), ("--report", options.page)):
         if file is not None:
             check_file(option, file)
-            if file.resolve().is_relative_to(folder.resolve()):
+            if any(file.resolve().is_relative_to(folder.resolve()) for folder in folders):
                 what = "would become part of the checkpoint that is verified"
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
-    progress.say(f"verifying {options.checkpoint}: {', '.join(options.depths)}")
+    earlier = _earlier(options.baseline, folders)
+    reports = []
+    for folder, name in zip(folders, options.checkpoints, strict=True):
+        progress.say(f"verifying {name}: {', '.join(options.depths)}")
+        report = _verify(replace(options, checkpoint=folder, others=None), earlier, progress)
+        report["card_written"] = _write_card(folder, report, given) if options.card else None
+        reports.append(report)
+    _write(options, reports)
+    if len(reports) == 1:
+        return reports[0]
+    return {"ok": all(report["ok"] for report in reports), "checkpoints": reports}
 
-    from quantcli.verification.depths import verify as verify_depths
 
-    report = verify_depths(replace(options, checkpoint=folder), progress).to_json()
+def _check_cards(options: VerifyOptions, folders: list[Path]) -> None:
+    """InputError if --card cannot write into a checkpoint."""
+    from quantcli.verification.report.card import check_card
+
+    for folder, name in zip(folders, options.checkpoints, strict=True):
+        if folder != Path(name).expanduser():
+            what, fix = "--card writes into a folder, and this is a Hub id", "give a folder"
+            raise InputError(what, where=str(name), fix=fix)
+        check_card(folder)
+
+
+def _write_card(folder: Path, report: dict[str, Any], options: VerifyOptions) -> bool:
+    """Write the figures into the card of a checkpoint that passed. Whether it did."""
+    from quantcli.verification.report.card import figures, write_card
+
+    if report["ok"]:
+        write_card(folder, figures(report, options))
+    return bool(report["ok"])
+
+
+def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
+    """The earlier reports to compare with. InputError if one of the folders has none there."""
+    if file is None:
+        return None
+    from quantcli.verification.report.baseline import read_baseline
+
+    baseline = read_baseline(file)
+    for folder in folders:
+        baseline.of(str(folder))
+    return baseline
+
+
+def _verify(options: VerifyOptions, baseline: Baseline | None, progress: Progress) -> dict[str, Any]:
+    from quantcli.verification.depths import verify
+
+    report = verify(options, progress).to_json()
+    report["baseline"] = None
+    if baseline is not None:
+        from quantcli.verification.report.baseline import compare
+
+        report["baseline"] = compare(report, baseline, str(options.checkpoint))
+    return report
+
+
+def _write(options: VerifyOptions, reports: list[dict[str, Any]]) -> None:
+    """Write the files that the options name."""
     if options.junit is not None:
-        from quantcli.verification.report.junit import junit
+        from quantcli.verification.report.junit import junit, junit_of_several
 
-        write_file(options.junit.resolve(), junit(report))
+        several = len(reports) > 1
+        content = junit_of_several(reports) if several else junit(reports[0])
+        write_file(options.junit.resolve(), content)
     if options.page is not None:
+        from quantcli.verification.report.dashboard import dashboard
         from quantcli.verification.report.page import page
 
-        write_file(options.page.resolve(), page(report).encode())
-    return report
+        text = dashboard(reports) if len(reports) > 1 else page(reports[0])
+        write_file(options.page.resolve(), text.encode())
 
 
 def _with_weights(folder: Path) -> Path:

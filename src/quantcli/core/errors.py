@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+SCHEMA_VERSION = 1  # of the documents that --json prints
+
 
 class Exit(IntEnum):
     """Exit codes of every command."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,17 +42,67 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     would compete with them. When the block ends, by an exception as well, jobs that have not begun are
     dropped, and running ones are awaited. MachineError if a thread cannot be started.
     """
-    import torch  # the number of cores is asked for long before
+    with one_thread():
+        _keep_freed_memory()
+        pool = _Pool(workers, "quantcli", initializer=set_one_thread)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _keep_freed_memory()
-    pool = _Pool(workers, "quantcli", initializer=torch.set_num_threads, initargs=(1,))
+
+class _Blocks(threading.local):
+    """Blocks of `one_thread` that this thread is in."""
+
+    depth = 0
+
+
+_blocks, _lock = _Blocks(), threading.Lock()
+_users = 0  # threads that are in such a block
+_before = 0  # torch's number of threads when the first of them began
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: sums over several would depend on how many.
+
+    Torch has a number for each thread, and one for those that have not asked yet. Blocks may be nested,
+    and run in several threads: each thread gets back the number from before the first block.
+    """
+    global _users, _before
+    with _lock:
+        number = set_one_thread()
+        if not _users:
+            _before = number
+        _users += not _blocks.depth
+        _blocks.depth += 1
     try:
-        yield pool
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
+        with _lock:
+            _blocks.depth -= 1
+            _users -= not _blocks.depth
+            if not _blocks.depth:
+                _set(_before)
+                if _users:  # new threads of the other blocks
+                    other = threading.Thread(target=_set, args=(1,))
+                    other.start()
+                    other.join()
+
+
+def set_one_thread() -> int:
+    """Torch on one thread, for this thread and new ones. Returns the number from before."""
+    import torch
+
+    number = torch.get_num_threads()  # a thread that has not asked would forget what it was set to
+    torch.set_num_threads(1)
+    return number
+
+
+def _set(number: int) -> None:
+    import torch
+
+    torch.set_num_threads(number)
 
 
 def _keep_freed_memory() -> None:

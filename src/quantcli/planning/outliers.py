@@ -23,6 +23,7 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
+from quantcli.core.text import count
 from quantcli.core.threads import default_workers, thread_pool
 from quantcli.planning.matching import refuse_transposed
 from quantcli.planning.planner import serving_dtype
@@ -62,7 +63,8 @@ def inspect_outliers(
         not_finite     None, or {"value": "nan", "index": [row, column]} for the first NaN or Inf: then
                        all numbers above are None, in sqnr_db too.
     left_out:  tensors that are not float matrices: {"why", "tensors" (how many), "names" (folded)}.
-    advice:    see `advice.keep_advice`.
+    verdict:   {"hard", "what"}: whether the weights are hard to quantize, and why, in one sentence.
+    advice:    see `keep_advice`.
 
     Reads every weight once. Memory is a block of `block_elements` per worker in its several forms, or
     one row where that is wider; numbers are the same for any number of workers. A quantized checkpoint
@@ -89,13 +91,15 @@ def inspect_outliers(
             stop.set()
             raise
     modules = rank(found)
+    advice = keep_advice(modules)
     return {
         "path": str(checkpoint.path),
         "ranked_by": RANKED_BY,
         "operands": operands,
         "modules": modules,
         "left_out": left_out,
-        "advice": keep_advice(modules),
+        "verdict": verdict(modules, advice),
+        "advice": advice,
     }
 
 
@@ -284,6 +288,7 @@ def _not_finite(
 
 RANKED_BY = "int8 per channel"  # fp8 has a scale in every code, and hardly sees outliers
 
+LEAST_DB = 20.0  # what `verify` expects of int8 if nobody sets a limit
 MARGIN_DB = 6.0  # an error of twice the size: one bit
 
 
@@ -333,6 +338,26 @@ def keep_advice(modules: list[dict[str, Any]]) -> dict[str, Any] | None:
         "match": match,
         "yaml": "".join(f"  {line}\n" for line in lines),
     }
+
+
+def verdict(modules: list[dict[str, Any]], advice: dict[str, Any] | None) -> dict[str, Any]:
+    """Whether weights are hard to quantize: {"hard", "what"}. modules, advice: see above."""
+    levels = [m["sqnr_db"][RANKED_BY] for m in modules if m["not_finite"] is None]
+    damaged, low = len(modules) - len(levels), sum(level < LEAST_DB for level in levels)
+    of = f"of {count(modules, 'weight')}"
+    if damaged:
+        return {"hard": True, "what": f"damaged: {damaged} {of} hold NaN or Inf"}
+    if low:
+        what = f"hard to quantize: {low} {of} keep less than {LEAST_DB:g} dB in {RANKED_BY}"
+        return {"hard": True, "what": what}
+    if advice is not None:
+        far = len(advice["far_below"])
+        what = f"hard in places: {far} {of} lose far more in {RANKED_BY} than others of their kind"
+        return {"hard": True, "what": what}
+    if not levels:
+        return {"hard": False, "what": "there are no weights to quantize"}
+    what = f"not hard to quantize: {of} the worst keeps {min(levels):.1f} dB in {RANKED_BY}"
+    return {"hard": False, "what": what}
 
 
 def _kind(module: str) -> str:

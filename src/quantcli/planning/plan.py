@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
@@ -27,6 +28,7 @@ from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
 from quantcli.targets.kv_cache import AttentionLayer, CachePart
 from quantcli.targets.layouts import Output, StoredModule
+from quantcli.targets.serving import Served
 
 NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
 
@@ -303,6 +305,25 @@ class Work:
     notes: tuple[str, ...]
     params: int
     quantized_params: int
+    cache: PlannedCache | None  # of keys and values; None: it stays float
+
+    @cached_property
+    def served(self) -> Served:
+        """What the command that serves the output depends on."""
+        used: dict[int, Numerics] = {}  # numerics hash slowly, and experts come in tens of thousands
+        for item in self.items:
+            if isinstance(item, Quantize):
+                used[id(item.scheme)] = item.scheme.numerics
+            elif isinstance(item, Repack):
+                used[id(item.module.numerics)] = item.numerics
+        labels = frozenset(map(self.target.label, used.values()))
+        cache = self.cache.cache if self.cache else None
+        return Served(labels, self.checkpoint.config, cache, draft_of(self.checkpoint))
+
+    @property
+    def items(self) -> Iterator[Item]:
+        """Everything that is done, in the order of the files."""
+        return (item for shard in self.shards for item in shard.items)
 
     @cached_property
     def copies(self) -> dict[str, int]:
@@ -313,7 +334,7 @@ class Work:
     def packages(self) -> dict[str, str]:
         """Other people's packages that its classes come from, such as schemes, and their versions."""
         classes: set[type] = {type(self.target)}
-        for item in (item for shard in self.shards for item in shard.items):
+        for item in self.items:
             if isinstance(item, Quantize):
                 classes.add(type(item.scheme))
             elif isinstance(item, Repack):
@@ -361,8 +382,7 @@ class Work:
             digest.update(f"package {name} {version}\n".encode())
         schemes = {
             item.scheme: repr((item.scheme.name, item.scheme.model_dump()))
-            for shard in self.shards
-            for item in shard.items
+            for item in self.items
             if isinstance(item, Quantize)
         }
         for shard in self.shards:
@@ -404,7 +424,6 @@ class Plan(Work):
     edited: Mapping[str, int]  # groups of channels, see `Measured`
     taken_from: Mapping[str, str]  # see `Measured`
     experts: Mapping[str, Any]  # likewise
-    cache: PlannedCache | None = None  # of keys and values; None: it stays float
 
     @cached_property
     def methods(self) -> tuple[MethodOptions, ...]:
@@ -437,8 +456,8 @@ class Plan(Work):
     @property
     def cache_nbytes(self) -> int:
         """Bytes of the scales and offsets of the cache."""
-        items = (item for shard in self.shards for item in shard.items if isinstance(item, CacheScale))
-        return sum(item.outputs[0].spec.nbytes for item in items)
+        scales = (item for item in self.items if isinstance(item, CacheScale))
+        return sum(item.outputs[0].spec.nbytes for item in scales)
 
     @property
     def quantized_modules(self) -> int:
@@ -448,4 +467,4 @@ class Plan(Work):
 
 def quantized_items(plan: Plan) -> list[Quantize]:
     """Everything that the plan quantizes."""
-    return [item for shard in plan.shards for item in shard.items if isinstance(item, Quantize)]
+    return [item for item in plan.items if isinstance(item, Quantize)]

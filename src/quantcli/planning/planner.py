@@ -12,6 +12,8 @@ from quantcli.checkpoint.detect import must_run_alone
 from quantcli.checkpoint.files import RECIPE_FILE
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.text import count
+from quantcli.planning.card.card import with_card
+from quantcli.planning.card.making import conversion
 from quantcli.planning.items import cache_items, make_items, plan_cache
 from quantcli.planning.matching import match
 from quantcli.planning.measured import Measured
@@ -82,7 +84,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     left_out = checkpoint.left_out.items()
     notes += [f"dropped `{name}`: {why}" for name, why in left_out if not why.startswith(BELOW)]
     lines, kept, coverage = tables(recipe, checkpoint, items, matched)
-    return Plan(
+    plan = Plan(
         checkpoint=checkpoint,
         target=target,
         recipe=recipe,
@@ -112,6 +114,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         experts=measured.experts if measured else {},
         cache=cache,
     )
+    if recipe.file.card is False:
+        return plan
+    return with_card(plan, conversion(plan), recipe.file.base_model)
 
 
 def _exact(items: Sequence[Item]) -> Iterator[str]:

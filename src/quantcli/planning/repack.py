@@ -21,6 +21,8 @@ from quantcli.checkpoint.tensors import read_span, read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
 from quantcli.core.text import count
+from quantcli.planning.card.card import with_card
+from quantcli.planning.card.making import packing
 from quantcli.planning.items import cache_items, planned_outputs
 from quantcli.planning.matching import family_of, must_be_taken, raise_first
 from quantcli.planning.measured import Measured
@@ -111,7 +113,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
     last_bits = tuple(_last_bits(items, target))
     plain = sum(i.source.spec.numel for i in items if isinstance(i, Copy))
     coded = sum(math.prod(i.module.shape) for i in items if isinstance(i, Repack))
-    return Repacking(
+    plan = Repacking(
         checkpoint=checkpoint,
         target=target,
         shards=shards,
@@ -127,11 +129,13 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         ),
         params=plain + coded,
         quantized_params=coded,
+        cache=cache,
         origin=origin,
         lines=tuple(_lines(items, target)),
         floats=sum(isinstance(item, Copy) for item in items),
         state="lossless but for the last bits of global scales" if last_bits else "lossless",
     )
+    return with_card(plan, packing(plan))
 
 
 def _origin(checkpoint: Checkpoint, target: Target) -> Target:

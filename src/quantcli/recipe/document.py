@@ -151,11 +151,21 @@ def _printable(value: Any, where: str) -> Any:
     return value
 
 
-def _load(text: str, source: str, places: dict[Place, str]) -> Any:
+def load_front_matter(text: str, source: str) -> dict[str, Any]:
+    """A mapping that stands at the begin of another document, `source`. Its texts may have any
+    characters. Raises InputError."""
+    data = _load(text, source, {}, anything=True)
+    if data is not None and not isinstance(data, dict):
+        raise InputError("it is not a mapping", where=source)
+    return data or {}
+
+
+def _load(text: str, source: str, places: dict[Place, str], *, anything: bool = False) -> Any:
+    """Plain data. anything: text may have characters that are not printable."""
     try:
         _refuse_bombs(text, source)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return None if node is None else _plain(node, source, (), places)
+        return None if node is None else _plain(node, source, (), places, anything)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -182,13 +192,14 @@ def _refuse_bombs(text: str, source: str) -> None:
             raise InputError("YAML is nested too deeply", where=where)
 
 
-def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str]) -> Any:
+def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str], anything: bool) -> Any:
     where = f"{source}:{node.start_mark.line + 1}"
     places.setdefault(place, where)
     if node.tag not in _PLAIN_TAGS:
         raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where, fix="remove it")
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, source, (*place, i), places) for i, item in enumerate(node.value)]
+        items = enumerate(node.value)
+        return [_plain(item, source, (*place, i), places, anything) for i, item in items]
     if isinstance(node, yaml.MappingNode):
         table: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -202,7 +213,7 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str])
                 first = places[(*place, key)]
                 raise InputError(f"key `{key}` appears twice", where=line, fix=f"see {first}")
             places[(*place, key)] = line
-            table[key] = _plain(value_node, source, (*place, key), places)
+            table[key] = _plain(value_node, source, (*place, key), places, anything)
         return table
     if node.tag == _TIMESTAMP:  # recipes have no times: this is text that looks like one
         return str(node.value)
@@ -210,4 +221,4 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str])
         value = yaml.SafeLoader("").construct_object(node)
     except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
         raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
-    return _printable(value, where)
+    return value if anything else _printable(value, where)

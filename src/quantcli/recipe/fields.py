@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from quantcli.checkpoint.hub import HUB_ID
 from quantcli.checkpoint.roles import Role
 from quantcli.core.text import count
 
@@ -59,6 +60,13 @@ def _check_limit(value: Any) -> str:
     return text
 
 
+def _check_hub_id(value: Any) -> str:
+    match = HUB_ID.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match["revision"] is not None:
+        raise ValueError("expected a Hub id, such as ORG/NAME")
+    return match["repository"]
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -85,6 +93,7 @@ def matches(patterns: Iterable[str], module: str) -> bool:
 
 
 Limit = Annotated[str, BeforeValidator(_check_limit)]
+HubId = Annotated[str, BeforeValidator(_check_hub_id)]
 Match = Annotated[
     list[str],
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
@@ -197,6 +206,13 @@ class RecipeFile(Block):
         "`format` and options; scales are measured",
     )
     verify: Verify | None = None
+    card: bool | None = Field(
+        None,
+        description="false: no model card is made, and the README.md of the model is copied as it is",
+    )
+    base_model: HubId | None = Field(
+        None, description="the model's Hub id, for the card [default: MODEL, if it is a Hub id]"
+    )
     siblings: list[str] | None = Field(
         None,
         min_length=1,

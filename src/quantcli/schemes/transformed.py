@@ -116,7 +116,7 @@ class Transformed(Scheme):
     def as_read(self, x: Tensor, constants: Stats) -> Tensor:
         """Transformed inputs [..., k], in float32: L^T X R."""
         left, right = (constants[name].to(x.device) for name in ("left_trans", "right_trans"))
-        return kronecker.undo(x, left.double().mT, right.double().mT)
+        return kronecker.redo(x, left.mT, right.mT)
 
     def dequantize(self, parts: Parts) -> Tensor:
         """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""

@@ -36,7 +36,7 @@ class W4A4Dynamic(Int4Weights):
         The kernel puts out float16 whatever the model is served in; the sum is exact.
         """
         scaled, token_scale = rounding.scale_tokens(x, LARGEST)
-        total = rounding.exact_product(scaled.round_(), parts["weight"], 2**6).float()
+        total = rounding.exact_product(scaled.round_(), parts["weight"], 2**6).float().to(x.device)
         y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
         y = y.to(torch.float16).to(x.dtype)
         return y if bias is None else y + rounding.per_output(bias.to(x.dtype))

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from quantcli.core.errors import InputError
+from quantcli.core.exact import exact
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats, multiplier
 from quantcli.schemes.arithmetic import affine, rounding
 from quantcli.schemes.arithmetic.observers import Observer, input_observer
@@ -114,15 +115,16 @@ class Int8Static(IntegerWeights):
         codes = to_codes(x, parts["input_scale"], parts["input_offset"])
         weight = parts["weight"]
         if "quant_bias" not in parts:
-            total = rounding.exact_product(codes - parts["input_offset"], weight, 2**15).float()
+            total = rounding.exact_product(codes - parts["input_offset"], weight, 2**15)
+            total = total.float().to(x.device)
             scale = rounding.per_output(parts["weight_scale"].squeeze(-1)) * parts["input_scale"]
             return rounding.add_bias(total * scale, bias, x.dtype)
         total = rounding.exact_product(codes, weight, 2**14)
-        total += rounding.per_output(parts["quant_bias"].double())
+        total += rounding.per_output(exact(parts["quant_bias"]).double())
         deq = parts["deq_scale"]
         if parts["input_scale"].dtype == torch.float16:
             deq = honoured(deq)
-        return (total.float() * rounding.per_output(deq)).to(x.dtype)
+        return (total.float().to(x.device) * rounding.per_output(deq)).to(x.dtype)
 
 
 def _stats(scale: float, offset: float) -> Stats:

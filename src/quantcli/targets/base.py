@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
 from quantcli.core.registry import discover
 from quantcli.targets.kv_cache import AttentionLayer, CacheTensor, StoredCache
 from quantcli.targets.layouts import Layout, Sides, StoredModule, Values
+from quantcli.targets.serving import ServeCommand, Served
 
 ScalePart: TypeAlias = Literal["weight_scale", "input_scale"]
 # Fixes that several formats suggest.
@@ -248,6 +250,27 @@ class Target(BaseModel, ABC):
     def cache_note(self, cache: Cache) -> str | None:
         """A note for the plan on what else such a cache takes."""
         return None
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Words by which a model card tells of this format."""
+        return (self.name,)
+
+    def serve(self, served: Served, model: str) -> tuple[ServeCommand, ...]:
+        """The commands that serve a checkpoint of this format, one for each engine that is known.
+
+        model: the checkpoint as the user names it, a folder or a Hub id.
+        """
+        return ()
+
+    def loaded_by(self, engine: str, labels: Collection[str]) -> bool:
+        """Whether an engine loads modules with each of these labels; no for a label that is not written
+        here."""
+        try:
+            engines = [self.loads_on(label).partition(";")[0] for label in labels]
+        except (LookupError, StopIteration):
+            return False
+        return all(engine in re.split("[ ,]+", text) for text in engines)
 
     def split_limits(self, modules: Collection[str]) -> SplitLimits:
         """What gives the reasons why the engine cannot split a planned module over devices.

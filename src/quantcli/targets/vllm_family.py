@@ -19,9 +19,10 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import COUNTS
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Parts
-from quantcli.targets import drafts, sidecars
+from quantcli.targets import drafts, serving, sidecars
 from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, SplitLimits, Target
 from quantcli.targets.misread import MISREAD, NO_CLASS
+from quantcli.targets.serving import ServeCommand, Served
 
 # Last parts of the names of siblings, as the engines' packed_modules_mapping tables list them.
 # Sources: vllm 0.32.0, model_executor/models, such as llama.py (q, k, v; gate, up),
@@ -469,6 +470,16 @@ class VllmTarget(Target):
         """A note on a quantized head."""
         if any(module.numerics and is_head(module.name) for module in modules):
             yield "a quantized lm_head is accepted by the loader but has not been seen to run"
+
+    def serve(self, served: Served, model: str) -> tuple[ServeCommand, ...]:
+        """vLLM, and SGLang if it loads all labels: it is not known which scales of a cache it reads."""
+        with_npu = served.labels and self.loaded_by("vLLM-Ascend", served.labels)
+        engine = "vLLM, vLLM-Ascend" if with_npu else "vLLM"
+        commands = [serving.vllm(served, model, engine=engine)]
+        alone = served.cache is None and served.draft is None
+        if served.labels and alone and self.loaded_by("SGLang", served.labels):
+            commands.append(serving.sglang(served, model))
+        return tuple(commands)
 
     def split_limits(self, modules: Collection[str]) -> SplitLimits:
         """Of the formats of vLLM: groups, blocks and packed codes lie on one device each."""

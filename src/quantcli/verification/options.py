@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ def _option(help_: str, default: Any = None, **more: Any) -> Any:
 class VerifyOptions:
     """The checkpoint to verify, how deep, and the limits. InputError for options that exclude others.
 
-    checkpoint: a folder, or the id of a repository of the Hub.
+    checkpoint: a folder, or the id of a repository of the Hub. others: more of them.
     A limit of None is that of `recipe`, else the default, or the checkpoint's own if that is tighter.
     """
 
     checkpoint: str | Path = field(
         metadata={"help": "Quantized checkpoint, whoever wrote it: folder or Hub id."}
     )
+    others: Sequence[str | Path] | None = None
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
         "Compare with the float model, or another quantized one: folder or Hub id.", metavar="MODEL"
@@ -42,6 +44,12 @@ class VerifyOptions:
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
     max_ppl_ratio: float | None = _option("Largest ratio of the perplexity to MODEL's.")
     max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
+    baseline: Path | None = _option(  # noqa: RUF009
+        "Also show the change against an earlier report: what --json printed.", metavar="OLD.json"
+    )
+    card: bool = _option(
+        "If it passes, write the figures into the checkpoint's own README.md and manifest.", False
+    )
     junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
     page: Path | None = None  # HTML
     workers: int | None = None  # None: one for each core
@@ -70,6 +78,11 @@ class VerifyOptions:
             other = "--run" if with_run else "--against MODEL"
             if value is not None and not (self.run if with_run else self.against is not None):
                 raise InputError(f"{option} has no effect without {other}", fix=f"add {other}")
+
+    @property
+    def checkpoints(self) -> tuple[str | Path, ...]:
+        """All checkpoints; the other options apply to each of them."""
+        return (self.checkpoint, *(self.others or ()))
 
     @property
     def depths(self) -> tuple[str, ...]:

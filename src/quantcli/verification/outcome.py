@@ -10,6 +10,7 @@ from typing import Any, Literal
 from quantcli import __version__
 from quantcli.core.findings import Finding, noted
 from quantcli.recipe.fields import Verify
+from quantcli.targets.serving import ServeCommand
 
 Depth = Literal["structure", "full", "against", "run"]
 CONVERT = "convert the model again"
@@ -233,6 +234,7 @@ class Report:
     _findings: dict[Finding, None] = field(default_factory=dict)  # a set in order
     checked: dict[str, int] = field(default_factory=dict)  # check -> number of things
     modules: list[ModuleReport] = field(default_factory=list)
+    serve: tuple[ServeCommand, ...] = ()
     sizes: list[SizeReport] = field(default_factory=list)
     tensors: TensorCounts | None = None
     run: RunReport | None = None
@@ -303,4 +305,5 @@ class Report:
             "tensors": self.tensors and asdict(self.tensors),
             "run": self.run and asdict(self.run),
             "not_checked": list(self.not_checked),
+            "serve": [command.to_json() for command in self.serve],
         }

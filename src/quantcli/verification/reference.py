@@ -13,12 +13,13 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json_file
 from quantcli.checkpoint.detect import of_cache, quantization
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.files import MANIFEST
+from quantcli.checkpoint.files import CARD, MANIFEST
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.disk import sha256_of
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
+from quantcli.planning.card.source import is_card
 from quantcli.sources.decode import decoded
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.base import StoredCheckpoint, Target, target_of
@@ -231,10 +232,13 @@ def compare_files(ours: Checkpoint, reference: Checkpoint) -> Iterator[Finding]:
         elif sha256_of(own) != sha256_of(other):
             if name == CONFIG:
                 yield from compare_config(ours, reference, manifest)
+            elif name == CARD and is_card(own):
+                continue  # it quotes the other model's
             elif manifest is not None or not _same_settings(own, other):
                 yield failed("source", "file differs from the other model's", name, "copy it again")
     present = {*ours.aux, *ours.left_out}
-    for name in sorted(present - {*reference.aux, *ours.shards, *written()}):
+    generated = written() | ({CARD} if CARD in ours.aux and is_card(ours.path / CARD) else set())
+    for name in sorted(present - {*reference.aux, *ours.shards, *generated}):
         if not _is_own_index(ours, name):  # the check of files has a note on it
             yield _added(name, ours.path / name, reference.path / name)
 

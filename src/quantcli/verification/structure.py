@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
-from quantcli.checkpoint.detect import quantization
+from quantcli.checkpoint.detect import draft_of, quantization
 from quantcli.checkpoint.files import (
     INDEX,
     MANIFEST,
@@ -27,6 +27,7 @@ from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.registry import discover
 from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
 from quantcli.targets.layouts import own_names
+from quantcli.targets.serving import Served
 from quantcli.targets.stored_experts import uneven_experts
 from quantcli.verification.config import check_dtypes, check_tied
 from quantcli.verification.kinds import TOKENIZERS, use_of
@@ -158,6 +159,7 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
     report.format = target.name
     stored = target.open_stored(checkpoint)
     structure.target, structure.stored = target, stored
+    report.serve = target.serve(_served(stored), report.checkpoint)
     # if a weight file is missing, most other checks fail for that reason alone
     report.add(f for f in stored.findings if structure.whole or f.check == "config")
     for check, things in stored.checked.items():
@@ -174,6 +176,13 @@ def _check(structure: Structure, tp: Sequence[int]) -> None:
     for size in tp:
         report.add(stored.check_tp(size))
         report.count("tp", len(stored.modules))
+
+
+def _served(stored: StoredCheckpoint) -> Served:
+    """What the command that serves a checkpoint depends on."""
+    labels = frozenset(module.layout.label for module in stored.modules.values())
+    cache = stored.cache.cache if stored.cache else None
+    return Served(labels, stored.checkpoint.config, cache, draft_of(stored.checkpoint))
 
 
 def faults_of_model(stored: Model, where: str) -> Iterator[Finding]:

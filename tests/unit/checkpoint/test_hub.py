@@ -120,6 +120,16 @@ def test_the_second_time_nothing_is_fetched(hub: Hub, told: Told) -> None:
     assert told.said == [LOOKING]
 
 
+def test_a_cache_that_takes_no_note_of_a_branch(hub: Hub, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--org--name"
+    repository.mkdir(parents=True)
+    (repository / "refs").write_text("")  # where a folder would be made
+    folder = find_model("org/name")
+    hub.asked.clear()
+    assert find_model("org/name") == folder
+    assert [asked.path for asked in hub.asked] == ["/api/models/org/name"]
+
+
 def test_a_cut_connection_is_resumed_where_it_was_cut(
     hub: Hub, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from quantcli.cli.output import Output
 from quantcli.cli.progress import Bar, fitted, watch
-from quantcli.cli.streams import Log
+from quantcli.cli.terminal.log import Log
 from quantcli.core import events
 from quantcli.core.errors import InputError
 from quantcli.core.events import Event, Events

@@ -339,6 +339,9 @@ def test_a_recommendation(ampere):
     assert "calibration.data=TEXT.jsonl" in first["command"]
     assert (ampere.context, ampere.positions, ampere.concurrency) == (2048, 2048, 8)
     assert first["cache_bytes"] == 8 * 2048 * LAYERS * 2 * KEYS * 2 // 2
+    ranks = {row["recipe"]: row["rank"] for row in ampere.recipes}
+    assert ranks["gptq_int8"] == 1
+    assert 1 < ranks["vllm_int8_dynamic"] < ranks["vllm_w4a16"] == ranks["gptq_int4"]
     left_out = {row["recipe"]: row["why"] for row in ampere.left_out}
     assert "no kernel for W8A8_DYNAMIC" in left_out["w8a8_dynamic"]
     assert left_out.keys() | {row["recipe"] for row in ampere.recipes} == set(shipped_recipes())

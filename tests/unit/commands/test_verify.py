@@ -1,6 +1,8 @@
 """`quantcli.verify` as Python callers use it, and the command line's view of its options."""
 
 import inspect
+import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +42,7 @@ def test_the_document(made):
     assert [*report] == [
         "ok", "checkpoint", "format", "against", "tool", "made_by", "depths", "limits", "checks",
         "findings", "modules", "sizes", "tensors", "run", "not_checked",
+        "serve", "baseline", "card_written",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}
     assert report["tensors"]["quantized"] == 14
@@ -77,6 +80,41 @@ def test_options_without_a_meaning(options, what):
     with pytest.raises(InputError) as error:
         VerifyOptions(Path("out"), **options)
     assert error.value.what == what or error.value.what.startswith(f"{what},")
+
+
+def test_several_checkpoints(made, tmp_path):
+    out, model = made
+    (tmp_path / "copy").symlink_to(out)
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    (broken / "tokenizer.model").write_text("added")
+    files = {name: tmp_path / name for name in ("junit", "report")}
+    result = quantcli.verify([out, broken], against=model, **files)
+    assert [each.ok for each in result.checkpoints] == [True, False]
+    assert not result.ok
+    assert result.to_dict()["checkpoints"][1]["findings"][0]["severity"] == "error"
+    suites = ElementTree.parse(files["junit"]).getroot()
+    assert [suite.get("name") for suite in suites] == [str(out), str(broken)]
+    errors = sum(f["severity"] == "error" for f in result.checkpoints[1].findings)
+    assert suites.get("failures") == str(errors)
+    assert f"FAILED, {errors} error" in files["report"].read_text()
+    for wrong in ([out], [out, tmp_path / "copy"], [out, 3], []):
+        with pytest.raises(InputError):
+            quantcli.verify(wrong)
+
+
+def test_a_report_of_before(made, tmp_path):
+    out, model = made
+    old = tmp_path / "old.json"
+    report = quantcli.verify(out, against=model).to_dict()
+    report["modules"][3]["sqnr_db"] += 2
+    old.write_text(json.dumps(report))
+    change = quantcli.verify(out, against=model, baseline=old).baseline
+    assert change["modules"][0]["module"] == report["modules"][3]["module"]
+    assert change["modules"][0]["change_db"] == -2.0
+    assert {figure["better"] for figure in change["figures"]} <= {None, False}
+    with pytest.raises(InputError, match="is not a report"):
+        quantcli.verify(out, baseline=out / "config.json")
 
 
 def test_an_option_that_there_is_not():

@@ -15,7 +15,7 @@ import torch
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Progress
-from quantcli.planning.outliers import MARGIN_DB, inspect_outliers, keep_advice, rank
+from quantcli.planning.outliers import LEAST_DB, MARGIN_DB, inspect_outliers, keep_advice, rank, verdict
 from quantcli.targets.ascend.target import Ascend
 from tests.builders import Tensor, make_model, tensor
 
@@ -452,3 +452,38 @@ def test_patterns_match_nothing_but_their_module() -> None:
     advice = keep_advice(rank([module(name, 40.0 - 20 * (i == 1)) for i, name in enumerate(names)]))
     assert advice is not None
     assert advice["match"] == ["l.1.a[[]b][*]"]
+
+
+def judged(*levels, damaged=0):
+    modules = [
+        {"module": f"layers.{i}.q", "sqnr_db": {"int8 per channel": level}, "not_finite": None}
+        for i, level in enumerate(levels)
+    ]
+    modules += [
+        {"module": "bad", "sqnr_db": {"int8 per channel": None}, "not_finite": {"value": "nan"}}
+    ] * damaged
+    return verdict(modules, keep_advice(modules))
+
+
+@pytest.mark.parametrize(
+    ("found", "hard", "what"),
+    [
+        (judged(40.0, 41.0, 39.0), False,
+         "not hard to quantize: of 3 weights the worst keeps 39.0 dB in int8 per channel"),
+        (judged(40.0, 41.0, 30.0), True,
+         "hard in places: 1 of 3 weights lose far more in int8 per channel than others of their kind"),
+        (judged(19.9, 19.0, 20.0), True,
+         "hard to quantize: 2 of 3 weights keep less than 20 dB in int8 per channel"),
+        (judged(40.0, damaged=1), True, "damaged: 1 of 2 weights hold NaN or Inf"),
+        (judged(), False, "there are no weights to quantize"),
+    ],
+)  # fmt: skip
+def test_the_verdict(found, hard, what):
+    assert found == {"hard": hard, "what": what}
+
+
+def test_the_least_is_what_verify_expects():
+    from quantcli.schemes.w8a16 import W8A16
+    from quantcli.verification.compare import bounds_of
+
+    assert bounds_of(W8A16().numerics.weight).sqnr_db == LEAST_DB

@@ -66,6 +66,8 @@ verify:
   max_ppl_ratio: 1.01
   max_kl: 0.05
 siblings: ['(.*)_proj']
+card: true
+base_model: org/name
 """
 KEYS = [line.strip(" -").partition(":")[0] for line in FULL.splitlines()]
 SCHEMA = json.loads(recipe_schema())

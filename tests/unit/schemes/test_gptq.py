@@ -150,7 +150,7 @@ def collect(batches, order, each, tile=16):
         thread.start()
         thread.join()
     hessians.add(sums, seen, each)
-    sums[matrix].mirror()
+    sums[matrix].complete()
     return sums[matrix]
 
 
@@ -178,7 +178,7 @@ def test_a_batch_more_is_the_same_in_one_go_or_two():
     for number, batch in enumerate(batches):
         seen[matrix].update(batch, number)
         hessians.add(sums, seen, hessians.in_turn)
-    sums[matrix].mirror()
+    sums[matrix].complete()
     assert torch.equal(sums[matrix].sum, whole.sum)
 
 
@@ -206,7 +206,7 @@ def test_weights_are_corrected_for_rounded_inputs():
         seen.update(x, batch)
     matrix = Matrix("w")
     hessians.add({matrix: hessian}, {matrix: seen}, module.in_turn)
-    hessian.mirror()
+    hessian.complete()
     toward = hessian.toward(0.0)
     x = torch.cat(inputs).double().numpy()
     q = np.rint(2 * x) / 2

@@ -9,9 +9,10 @@ import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
-from quantcli.commands.verify import verify
+from quantcli.commands.verify import run as verify
 from quantcli.core.errors import InputError
 from quantcli.targets.ascend.loader import also_asked
+from quantcli.verification.options import VerifyOptions
 from tests.tiny_drafts import drawn, save_draft
 
 INT8, FLOAT = "W8A8_DYNAMIC", "FLOAT"
@@ -51,7 +52,7 @@ def test_every_tensor_has_an_entry_whatever_its_name(tmp_path: Path, bare: str) 
     table = description(out)
     assert open_checkpoint(out).tensors.keys() <= table.keys()
     assert table[bare] == FLOAT
-    report = verify(out, full=True, against=str(tmp_path / "model"))
+    report = verify(VerifyOptions(out, full=True, against=str(tmp_path / "model")))
     assert report["ok"], report["findings"]
 
 
@@ -74,7 +75,7 @@ def test_names_that_only_the_engine_has(
     table = description(out)
     assert table[f"{module}.weight"] == label
     assert table[f"{asked}.weight"] == label
-    report = verify(out, full=True)
+    report = verify(VerifyOptions(out, full=True))
     assert report["ok"], report["findings"]
 
 

@@ -15,11 +15,13 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import lm_head
 from quantcli.checkpoint.roles import roles_of
-from quantcli.cli.app import app
+from quantcli.cli.inspect import show_inspection
+from quantcli.cli.output import Output
 from quantcli.commands import quantize as commands
 from quantcli.commands.inspect import inspect
-from quantcli.commands.verify import verify
+from quantcli.commands.verify import run as verify
 from quantcli.core.errors import InputError
+from quantcli.verification.options import VerifyOptions
 from tests.tiny_drafts import DRAFTS, LLAMA, attention, drawn, make_draft, mlp, norms, save_draft
 from tests.tiny_models import make_tiny
 
@@ -107,7 +109,7 @@ def test_names_are_those_of_the_engine_and_of_the_checkpoint(tmp_path: Path, nam
         assert any(entry.match(kept) for entry in entries), kept
     for quantized in (f"{layer}.self_attn.o_proj", f"{layer}.mlp.gate_up_proj", "midlayer.mlp.up_proj"):
         assert not any(entry.match(quantized) for entry in entries), quantized
-    assert verify(out, full=True)["ok"]
+    assert verify(VerifyOptions(out, full=True))["ok"]
 
 
 def test_groups_have_the_names_of_the_engine(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_gptq_lists_parts_of_names(tmp_path: Path) -> None:
     assert quantized("model.layers.9.mlp.gate_up_proj")
     assert not quantized("model.layers.9.self_attn.qkv_proj")
     assert not quantized("model.fc")
-    assert verify(out, full=True)["ok"]
+    assert verify(VerifyOptions(out, full=True))["ok"]
 
 
 @pytest.mark.parametrize(("names", "lost"), [
@@ -154,7 +156,11 @@ def test_verify_finds_names_that_the_engine_does_not_look_up(
     for ignore, found in ((config["quantization_config"]["ignore"], False), (names, True)):
         config["quantization_config"]["ignore"] = ignore
         (out / "config.json").write_text(json.dumps(config))
-        errors = [one["what"] for one in verify(out)["findings"] if one["check"] == "parameters"]
+        errors = [
+            one["what"]
+            for one in verify(VerifyOptions(out))["findings"]
+            if one["check"] == "parameters"
+        ]
         assert any(lost in what for what in errors) == found, errors
 
 
@@ -173,7 +179,7 @@ def test_tables_of_tokens_and_embeddings_stay_as_they_are(tmp_path: Path, name: 
         assert torch.equal(stored[key], source[key])
         assert stored[key].dtype == source[key].dtype
     assert stored["fc.weight"].dtype == torch.int8
-    report = verify(tmp_path / "out", full=True, against=str(model))
+    report = verify(VerifyOptions(tmp_path / "out", full=True, against=str(model)))
     assert report["ok"], report["findings"]
 
 
@@ -233,7 +239,7 @@ def test_fp8_cannot_name_a_float_part_of_a_layer(tmp_path: Path) -> None:
         convert(tmp_path / "out", model, "fp8", KEPT, rule)
     whole = convert(tmp_path / "whole", model, "fp8", rule)  # `fc` has a name without a number
     assert "model.fc" in config_of(whole)["modules_to_not_convert"]
-    assert verify(whole, full=True)["ok"]
+    assert verify(VerifyOptions(whole, full=True))["ok"]
 
 
 def test_a_draft_is_not_calibrated(tmp_path: Path) -> None:
@@ -246,5 +252,5 @@ def test_a_draft_is_not_calibrated(tmp_path: Path) -> None:
 
 def test_inspect_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_draft(tmp_path / "draft", "eagle3")
-    app(["inspect", str(model)], standalone_mode=False)
+    show_inspection(Output(as_json=False), inspect(str(model)))
     assert "draft         EAGLE3" in capsys.readouterr().out

@@ -224,7 +224,17 @@ def test_names_have_no_backticks():
 @pytest.mark.parametrize(("layers", "experts"), [(36, 0), (94, 8)])
 def test_a_page_is_small(layers, experts):
     report = reports.report(layers, experts, bad=["layers.7."])
-    assert len(page(report).encode()) < 1_500_000
+    assert len(page(report).encode()) < 500_000
+
+
+def test_a_page_on_which_all_is_wrong_is_small():
+    bad = [f"layers.{layer}" for layer in range(60)]
+    report = reports.report(60, 8, bad=bad, notes=[f"note {i}" for i in range(2000)])
+    text = page(report)
+    assert len(text.encode()) < 1_500_000
+    assert f"What is wrong ({len(words.errors(report)):,})" in text
+    assert "1,995 more, the first 797 of them" not in text
+    assert "1,997 more, the first 797 of them" in text
 
 
 def test_the_same_report_gives_the_same_bytes():
@@ -315,7 +325,11 @@ def test_the_advice_is_that_of_the_terminal(far, capsys):
 def test_inspect_writes_the_page(tmp_path):
     ranking = inspect_outliers(str(TINY), page=tmp_path / "page.html")
     shown = reports.Elements((tmp_path / "page.html").read_text())
-    assert f"Outlier channels {TINY} Advice None: no module is far below" in shown.text
+    assert f"{TINY} Weights alone were read." in shown.text
+    assert shown.text.startswith(
+        f"outlier channels: {TINY} Outlier channels Not hard to quantize: of 44"
+    )
+    assert "Advice None: no module is far below" in shown.text
     worst = max(ranking["modules"], key=lambda module: module["kurtosis"])
     of = f"the worst is {words.number(worst['kurtosis'])} in {worst['module']}"
     assert f"excess kurtosis, 0 for a normal distribution: {of}" in shown.text
@@ -345,7 +359,7 @@ def test_names_of_tensors_are_shown_as_they_are(name):
     shown = reports.Elements(outliers_page(name, ranking))
     assert len(shown.all("script")) == 1
     assert not {"img", "b"} & {tag for tag, _ in shown.elements}
-    assert f"Outlier channels {name} Advice" in shown.text
+    assert f" {name} Weights alone were read." in shown.text
     assert ranking["advice"]["yaml"] in shown.pre
     assert f"model.{name}.layers.5.mlp.down_proj" in shown.text
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.core.exact import exact
 from quantcli.core.threads import thread_pool
 from quantcli.schemes.arithmetic.gptq import Each, in_turn
 
@@ -78,14 +79,16 @@ class Hessian:
         """Whether no input was NaN or Inf, or so large that its square is."""
         return bool(torch.isfinite(self.sum.diagonal()).all())
 
-    def mirror(self) -> None:
-        """All of it has been added: fill the lower triangle."""
+    def complete(self) -> None:
+        """All of it has been added: fill the lower triangle, and go where float64 is computed."""
         k = len(self.sum)
         for start in range(0, k, _TILE):
             stop = min(start + _TILE, k)
             corner = self.sum[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
             self.sum[stop:, start:stop] = self.sum[start:stop, stop:].T
+        self.sum = exact(self.sum)
+        self.cross = None if self.cross is None else exact(self.cross)
 
 
 def add(hessians: Mapping[Matrix, Hessian], seen: Mapping[Matrix, Inputs], each: Each) -> None:

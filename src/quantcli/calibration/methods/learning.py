@@ -25,6 +25,7 @@ from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.replay.taps import Matrix, Tap
 from quantcli.calibration.shown import quantized
 from quantcli.core.errors import InputError
+from quantcli.core.exact import exact
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
@@ -167,7 +168,7 @@ class Course:
         def work(number: int) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 error, size = self._error(number, tap())
-            return error.double(), size.double()
+            return exact(error).double(), exact(size).double()
 
         results = self._replay.each(work, range(len(self._batches)))
         errors, sizes = (torch.stack(values).sum() for values in zip(*results, strict=True))

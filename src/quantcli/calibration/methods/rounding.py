@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
+from quantcli.core.exact import exact_device
 from quantcli.core.numerics import NO_STATS, Parts
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq, squares
@@ -126,12 +128,12 @@ class RoundingPass(Measurement):
         groups = list(self._groups())
         self._left = {m for group in groups for modules in group.values() for m in modules}
         share, progress = 1 / max(1, sum(map(len, groups))), self.run.progress
-        with jobs(self.run.workers, self.run.device) as each:
+        with self._jobs() as (adding, each):
             for group in groups:
                 engine = self._engine()
                 for leaders in fitting(group, self._inputs_of, self._tokens_of):
                     progress.phase("inputs", passes=_COLLECTING * share * len(leaders))
-                    hessians = self._collect(group, leaders, engine, each)
+                    hessians = self._collect(group, leaders, engine, adding)
                     progress.phase("rounding", passes=_ROUNDING * share * len(leaders))
                     modules = sum(len(group[leader]) for leader in leaders)
                     done = 0
@@ -140,6 +142,17 @@ class RoundingPass(Measurement):
                         done += len(group[leader])
                         progress.step(done, modules, noun="module")
                 self._left.difference_update(*group.values())
+
+    @contextmanager
+    def _jobs(self) -> Iterator[tuple[Each, Each]]:
+        """Runners of jobs where layers run, and where float64 is computed."""
+        workers, device = self.run.workers, self.run.device
+        with jobs(workers, device) as here:
+            if exact_device(device) == device:
+                yield here, here
+                return
+            with jobs(workers, exact_device(device)) as there:
+                yield here, there
 
     def _rounded_to_nearest(self, module: str, why: str) -> None:
         self.reports[module].remarks["rounded_to_nearest"] = why
@@ -281,7 +294,7 @@ class RoundingPass(Measurement):
             self.layer.watch(watch, None, range(start, min(start + step, count)))
             add(hessians, seen, each)
         for hessian in hessians.values():
-            hessian.mirror()
+            hessian.complete()
         return hessians
 
     # -- codes -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import torch
 
@@ -14,19 +15,68 @@ def open_device(name: str) -> torch.device:
     """The device by its name: cpu, cuda, cuda:1, npu. MachineError if this machine has none."""
     check_device(name)
     if name.startswith("npu"):
-        try:
-            importlib.import_module("torch_npu")
-        except ImportError:
-            raise MachineError(
-                f"--device {name} needs torch_npu",
-                fix="pip install 'quantcli[npu]' on the Ascend machine",
-            ) from None
+        _import_torch_npu(name)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
         raise MachineError(
-            f"no device `{name}` here: {message}", fix="--device cpu works anywhere"
+            f"no device `{name}` here: {_first_line(error)}", fix="--device cpu works anywhere"
         ) from None
     return device
+
+
+def _import_torch_npu(name: str) -> None:
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # of the package, of the driver, or of another accelerator in torch
+        if isinstance(error, ImportError) and error.name in {None, "torch_npu"} and _is_absent():
+            raise MachineError(
+                f"--device {name} needs torch_npu",
+                fix="pip install 'quantcli[npu]' on the Ascend machine",
+            ) from None
+        raise MachineError(
+            f"torch_npu cannot be loaded: {_first_line(error)}",
+            fix="source the set_env.sh of the Ascend toolkit, and install the versions of torch and "
+            "torch_npu that belong together; --device cpu works anywhere",
+        ) from None
+
+
+def _is_absent() -> bool:
+    try:
+        return importlib.util.find_spec("torch_npu") is None
+    except ValueError:  # what is in its place has no specification
+        return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch is one of memory, of this machine or of a device.
+
+    Some versions of torch_npu raise a RuntimeError. Source: torch_npu at 9e73e708,
+    csrc/core/npu/NPUCachingAllocator.cpp:1377, csrc/framework/utils/NpuUtils.cpp:252.
+    """
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "allocate memory" in message or "out of memory" in message
+
+
+def too_little_memory(who: str, error: Exception, device: torch.device) -> MachineError:
+    """The error of `who`, to which a device has no memory to give."""
+    other = "" if device.type == "cpu" else ", or --device cpu"
+    return MachineError(
+        f"memory of `{device.type}` does not suffice for {who}: {' '.join(str(error).split())[:200]}",
+        fix=f"take fewer --workers or a shorter calibration.length{other}",
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that an accelerator could give; None for the CPU, and if it does not say."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None

@@ -27,12 +27,14 @@ from quantcli.calibration.replay.calls import (
     Shared,
     map_tensors,
 )
+from quantcli.calibration.replay.devices import is_out_of_memory, too_little_memory
 from quantcli.calibration.replay.outside import outside
 from quantcli.calibration.replay.skeleton import NO_DATA, Read, Skeleton
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.threads import one_thread, set_one_thread
 
 T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
@@ -123,7 +125,7 @@ class Replay:
             for batch in self._samples
         ]
         last = self._outlines[-1]
-        with outside(self.skeleton, self._read, self.device), _one_thread():
+        with outside(self.skeleton, self._read, self.device), one_thread():
             for number, (samples, batch) in enumerate(zip(self._samples, self.batches, strict=True)):
                 final = self._finals[-1].get(number).to(self.device)[:, :-1]
                 with self._outlines[0].ending(final), torch.no_grad():
@@ -140,7 +142,7 @@ class Replay:
                 sink(number, torch.cat([embedding, hidden], -1), NOTHING_CARRIED)
 
     def _note_calls(self, sink: Sink) -> None:
-        with outside(self.skeleton, self._read, self.device), _one_thread():
+        with outside(self.skeleton, self._read, self.device), one_thread():
             for number, batch in enumerate(self.batches):
                 noted = self._note(number, batch)
                 if noted is None:
@@ -251,7 +253,7 @@ class Replay:
                 raise CancelledError  # nobody waits for it
             return work(number)
 
-        with _one_thread():
+        with one_thread():
             futures = [self._pool.submit(one, number) for number in numbers]
             try:
                 return [
@@ -276,18 +278,13 @@ class Replay:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         """The same threads for all layers: new ones would each begin to fill memory of their own."""
-        return ThreadPoolExecutor(
-            self._workers, "replay", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        return ThreadPoolExecutor(self._workers, "replay", initializer=set_one_thread)
 
     def _failed(self, who: str, error: Exception) -> QuantError:
         """The error of a layer or a forward: too little memory, or what it said."""
         message = " ".join(str(error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
-            return MachineError(
-                f"memory does not suffice for {who}: {message}",
-                fix="take fewer --workers or a shorter calibration.length",
-            )
+        if is_out_of_memory(error):
+            return too_little_memory(who, error, self.device)
         return InputError(
             f"{who} fails on text: {type(error).__name__}: {message}",
             where=str(self.skeleton.checkpoint.path),
@@ -306,7 +303,7 @@ class Replay:
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
         """What the model puts out for every batch, in order: logits [batch, length, vocabulary], or
         logits of classes. If the head has no tensor: hidden states [batch, length, hidden]."""
-        with outside(self.skeleton, self._read, self.device), _one_thread():
+        with outside(self.skeleton, self._read, self.device), one_thread():
             for number, batch in enumerate(self.batches):
                 final = states.get(number).to(self.device)
                 with self._ending(number), self._outlines[-1].ending(final):
@@ -325,14 +322,3 @@ class Replay:
             raise self._failed(f"the forward of `{type(model).__name__}`", error) from error
         result: Tensor = out.logits if hasattr(out, "logits") else out[0]
         return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: sums over several would depend on how many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

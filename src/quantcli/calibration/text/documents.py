@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import PICKLES
+from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 HUB = "datasets:"
+_BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 MAX_BYTES = 2**26  # of text that is read; larger data is read in part, evenly
 PIECE = 2**20  # bytes that are read at once if only a part is read
 _GOLDEN = 11400714819323198485  # 2**64 in the golden section
@@ -192,12 +194,13 @@ def _content(message: Any) -> bool:
 def _fetch(data: str, where: str, say: Callable[[str], None]) -> list[Document]:
     """Rows of datasets:ID[:CONFIG][:SPLIT]; a split may hold colons, such as train[:10%]."""
     _, name, config, split = (*data.split(":", 3), "", "")[:4]
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if os.isatty(2) else "1")
+    bars = os.environ.get(_BARS, "0" if os.isatty(2) else "1")
     say(f"fetching `{name}` through the datasets package")
     try:
-        datasets = importlib.import_module("datasets")
-        table = datasets.load_dataset(name, config or None, split=split or "train")
-        return _rows(table, data, say)
+        with environment({_BARS: bars}):
+            datasets = importlib.import_module("datasets")
+            table = datasets.load_dataset(name, config or None, split=split or "train")
+            return _rows(table, data, say)
     except QuantError:
         raise
     except (ValueError, LookupError, FileNotFoundError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,13 +122,15 @@ def is_complete(folder: Path) -> bool:
 def remember(repository: Repository, revision: str | None) -> None:
     """Note in the cache which commit a branch or a tag is, for a time without a network.
 
-    That comes last: what the cache knows by name is complete.
+    That comes last: what the cache knows by name is complete. A cache that several users share may be
+    read-only; then nothing is noted.
     """
     reference = _home(repository.name) / "refs" / (revision or "main")
     if revision == repository.commit or ".." in reference.parts:
         return
-    reference.parent.mkdir(parents=True, exist_ok=True)
-    reference.write_text(repository.commit)
+    with suppress(OSError):
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(repository.commit)
 
 
 def _home(name: str) -> Path:

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantcli.cli.terminal.environment import COMPLETE
 from quantcli.core.errors import InputError
-
-VARIABLE = "_QUANTCLI_COMPLETE"  # the shell that asks
 
 _BASH = """\
 _quantcli() {
@@ -98,7 +97,7 @@ def _shell() -> str:
 
 def complete(group: Any, words: Sequence[str]) -> str:
     """What may stand in place of the last of `words`, a line for each; with a text for zsh and fish."""
-    shell = os.environ[VARIABLE]
+    shell = os.environ[COMPLETE]
     *before, word = words or [""]
     lines = []
     for value, about in sorted(_completions(group, before, word)):

@@ -11,16 +11,16 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import IO
 
-from rich.cells import cell_len
-
 _LEAST = 20  # cells; a terminal that is narrower folds by itself
 _GAP = "  "  # between the columns of a table
 _LEAST_TEXT, _LEAST_NAME = 12, 28  # cells that a column of texts keeps, and one of names
 _INDENT = "    "  # of the lines that continue a command
+# Expressions are compiled when the first line is folded: few are.
 # what stands before a text: `weights      `, `  fix: `, `  --> `
-_LABEL = re.compile(r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)")
-_COMMAND = re.compile(r" *(?:[a-z]+: +)?")  # what stands before a command: `next: `
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a shell
+_LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
+_COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
+_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a shell word
+_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def fold(text: str, width: Width | None, *, command: bool = False) -> str:
     """
     if width is None or cells_of(text) <= width.cells:
         return text
-    match = (_COMMAND if command else _LABEL).match(text)
+    match = re.match(_COMMAND if command else _LABEL, text)
     lead = match[0] if match else ""
     if cells_of(lead) > width.cells // 2:
         lead = ""
     indent = _GAP if cells_of(lead) > width.cells // 3 else " " * cells_of(lead)
     lines = _Lines(width, lead, max(indent, _INDENT) if command else indent)
     quoted = False
-    words = _WORD.findall(text[len(lead) :]) if command else text[len(lead) :].split()
+    words = re.findall(_WORD, text[len(lead) :]) if command else text[len(lead) :].split()
     for word in words:
         lines.add(word, pasted=command or quoted)
         if word.count("`") % 2:
@@ -95,12 +95,14 @@ class _Lines:
         self._empty = False
 
     def _add_pieces(self, word: str, room: int, *, pasted: bool) -> None:
-        """Add a word to a line that has none yet, in pieces if it is too long and not in quotes."""
-        cut = pasted and not self._width.folds
-        edge = room + 1 if cut else self._width.cells
-        while cells_of(self._line + word) > (room if cut else edge) and not (pasted and "'" in word):
-            piece = head(word, edge - cells_of(self._line))
-            self._text += self._line + piece + ("\\\n" if cut else "" if self._width.folds else "\n")
+        """Add a word to a line that has none yet, in pieces if it is too long."""
+        if pasted and not self._width.folds:
+            *pieces, self._line = _shell_pieces(self._line, word, room)
+            self._text += "".join(f"{piece}\\\n" for piece in pieces)
+            return
+        while cells_of(self._line + word) > self._width.cells:
+            piece = head(word, self._width.cells - cells_of(self._line))
+            self._text += self._line + piece + ("" if self._width.folds else "\n")
             word, self._line = word[len(piece) :], ""
         self._line += word
 
@@ -109,16 +111,43 @@ class _Lines:
         return self._text + self._line
 
 
+def _shell_pieces(line: str, word: str, cells: int) -> list[str]:
+    """A line with a shell word behind it, in pieces of at most `cells`.
+
+    A shell joins them if a backslash follows each but the last. Quotes end with a piece and begin again
+    in the next one.
+    """
+    pieces = [line]
+    for part in re.findall(_PART, word):
+        while part:
+            space = cells - cells_of(pieces[-1])
+            if cells_of(part) <= space:
+                pieces[-1] += part
+                break
+            mark = part[0] if part[0] in "'\"" else ""
+            if space >= 2 + 2 * len(mark) and mark != '"':
+                inner = part.strip(mark) if mark else part
+                piece = head(inner, space - 2 * len(mark))
+                pieces[-1] += mark + piece + mark
+                part = mark + inner[len(piece) :] + mark
+            pieces.append("")
+    return pieces
+
+
 def cells_of(text: str) -> int:
     """The cells that a text takes."""
-    return len(text) if text.isascii() else cell_len(text)
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def head(text: str, cells: int) -> str:
     """As much of the beginning of a text as takes `cells`, one character at least."""
     taken = 0
     for index, character in enumerate(text):
-        taken += cell_len(character)
+        taken += cells_of(character)
         if taken > cells and index:
             return text[:index]
     return text

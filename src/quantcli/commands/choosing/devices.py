@@ -39,7 +39,7 @@ class Device:
     formats: patterns of (target, label) of linears -> NATIVE, or what the kernel does instead.
     experts: the same for experts of a mixture.
     cache:   element types of caches of keys and values that checkpoints have scales for.
-    own:     the target that is the engine's own format; None: it has none.
+    own:     the target whose recipes come first: the format that the engine was made for.
     options: of the targets of the engine, such as `device` of `ascend`.
     notes:   what to know about the figures.
     """
@@ -53,7 +53,7 @@ class Device:
     experts: Mapping[tuple[str, str], str]
     cache: tuple[str, ...]
     options: Mapping[str, str]
-    own: str | None
+    own: str
     notes: tuple[str, ...]
     source: str
 
@@ -172,7 +172,7 @@ def _device(
     experts = _patterns(entry["experts"]) if "experts" in entry else formats
     return Device(
         name, kind, count, nbytes, entry["engine"], formats, experts,
-        tuple(entry.get("cache", ())), entry.get("options", {}), entry.get("own"), tuple(notes), source,
+        tuple(entry.get("cache", ())), entry.get("options", {}), entry["own"], tuple(notes), source,
     )  # fmt: skip
 
 

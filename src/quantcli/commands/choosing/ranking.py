@@ -105,11 +105,21 @@ class Candidate:
         return not self.room.fits, size, -self.room.devices, *place, change, self.recipe
 
     @property
+    def rank(self) -> int | None:
+        """Its place among all recipes by the change of the bundled model, from 1; equal changes share a
+        place. None: not measured."""
+        return None if self.mean_change is None else 1 + sum(c < self.mean_change for c in _changes())
+
+    @property
     def reason(self) -> str:
         """Why it has its place, as text."""
         words = [_CLASSES[self.group]]
         if self.kernels != NATIVE:
             words.append(f"here {self.kernels}")
+        if self.rank is None:
+            words.append(f"not measured on {costs()['model']}")
+        else:
+            words.append(f"number {self.rank} of {len(_changes())} by the change of {costs()['model']}")
         return "; ".join(words)
 
     def command(self, model: str) -> str:
@@ -128,6 +138,11 @@ def costs() -> dict[str, Any]:
     text = Path(__file__).with_name("costs.yaml").read_text(encoding="utf-8")
     table: dict[str, Any] = yaml.safe_load(text)
     return table
+
+
+def _changes() -> list[float]:
+    """The changes that were measured."""
+    return [change for change in costs()["mean_change"].values() if change is not None]
 
 
 class Places:
@@ -306,6 +321,7 @@ def row(candidate: Candidate, model: str, place: int) -> dict[str, Any]:
         "max_context": room["max_context"],
         "needs_data": candidate.needs_data,
         "mean_change": candidate.mean_change,
+        "rank": candidate.rank,
         "kernels": candidate.kernels,
         "reason": candidate.reason,
         "overrides": list(candidate.overrides),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
+from quantcli.core.environment import environment
 from quantcli.core.kernels.machine import cpu
 
 _CPU = cpu()
-# before numba reads them: both compilers must take the same CPU
-os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = _CPU
+# numba reads them when it is imported and when it compiles: both compilers must take the same CPU
+_VARIABLES = dict(zip(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"), _CPU, strict=True))
 
-import llvmlite.binding as llvm  # noqa: E402
-from numba import njit, types  # noqa: E402
+with environment(_VARIABLES):
+    import llvmlite.binding as llvm
+    from numba import njit, types
 
-from quantcli.core.kernels import loops, zero_points  # noqa: E402
+    from quantcli.core.kernels import loops, zero_points
 
 KERNELS = loops.KERNELS | zero_points.KERNELS
 # exact arithmetic, and no code that would call Python
@@ -27,9 +28,10 @@ _OPTIONS: Any = {
 def compiled(name: str, *words: str) -> bytes:
     """A line of JSON, with the name of the function and the kinds of its arguments; then the object."""
     function, signature = KERNELS[name](*words)
-    dispatcher: Any = njit(signature, **_OPTIONS)(function)
-    (overload,) = dispatcher.overloads.values()
-    assembly = dispatcher.inspect_llvm(dispatcher.signatures[0])
+    with environment(_VARIABLES):
+        dispatcher: Any = njit(signature, **_OPTIONS)(function)
+        (overload,) = dispatcher.overloads.values()
+        assembly = dispatcher.inspect_llvm(dispatcher.signatures[0])
     module = llvm.parse_assembly(assembly)
     target = llvm.Target.from_triple(llvm.get_process_triple())
     name, features = _CPU

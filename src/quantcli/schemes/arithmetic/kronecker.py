@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.errors import InputError
+from quantcli.core.exact import exact
 
 # Half of a float32's digits are gone at 1e4; what is stored in bfloat16 is off by far more than that.
 LARGEST_CONDITION = 1e4
@@ -21,14 +22,15 @@ LARGEST_CONDITION = 1e4
 
 def undo(rows: Tensor, left_inverse: Tensor, right_inverse: Tensor) -> Tensor:
     """W' of rows [..., n, k] in any float dtype, by the inverses float64 [l, l] and [r, r]: float32."""
-    grid = rows.double().reshape(-1, len(right_inverse)) @ right_inverse.mT
-    grid = left_inverse @ grid.view(-1, len(left_inverse), len(right_inverse))
-    return grid.reshape(rows.shape).float()
+    left, right = exact(left_inverse), exact(right_inverse)
+    grid = exact(rows).double().reshape(-1, len(right)) @ right.mT
+    grid = left @ grid.view(-1, len(left), len(right))
+    return grid.reshape(rows.shape).float().to(rows.device)
 
 
 def redo(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The inverse of `undo`: float32 [..., n, k] -> float32, L W' R^T in float64."""
-    return undo(rows, left.double(), right.double())
+    return undo(rows, exact(left).double(), exact(right).double())
 
 
 def served(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -45,12 +47,13 @@ def served(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.fl
 
 def inverse(matrix: Tensor, name: str) -> Tensor:
     """Inverse of a square matrix, float64. InputError if the matrix is numerically singular."""
-    exact = matrix.double()
-    condition = float(torch.linalg.cond(exact)) if bool(torch.isfinite(exact).all()) else float("inf")
+    numbers = exact(matrix).double()
+    finite = bool(torch.isfinite(numbers).all())
+    condition = float(torch.linalg.cond(numbers)) if finite else float("inf")
     if not condition <= 2 * LARGEST_CONDITION:
         raise InputError(
             f"{name} has a condition number of {condition:.3g}: its inverse has no digits left",
             fix="calibrate again, with a smaller lr or fewer epochs",
         )
-    inverted: Tensor = torch.linalg.inv(exact)
+    inverted: Tensor = torch.linalg.inv(numbers)
     return inverted

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.spec import torch_dtype
+from quantcli.core.exact import exact
 from quantcli.core.kernels import tensors as kernels
 from quantcli.core.number_types import ELEMENTS, SCALES
 
@@ -150,6 +151,7 @@ def linear_float_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def exact_product(codes: Tensor, weight: Tensor, largest: int) -> Tensor:
     """sum_k xq wq, exact: integers float32 [..., k] and int8 [..., n, k] -> float64 [..., n].
+    It is on the CPU if the device has no float64.
 
     largest: bound of |xq wq|. So many columns at a time that no sum passes 2^24, up to which float32
     holds every integer: the same numbers as in float64, in half the time.
@@ -158,7 +160,7 @@ def exact_product(codes: Tensor, weight: Tensor, largest: int) -> Tensor:
     total: Tensor | None = None
     for start in range(0, codes.shape[-1], step):
         columns = slice(start, start + step)
-        part = (codes[..., columns] @ weight[..., columns].float().mT).double()
+        part = exact(codes[..., columns] @ weight[..., columns].float().mT).double()
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -172,7 +174,7 @@ def linear_int8_tokens(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     exact.
     """
     scaled, token_scale = scale_tokens(x, INT8_MAX)
-    total = exact_product(scaled.round_(), weight, 2**14).float()
+    total = exact_product(scaled.round_(), weight, 2**14).float().to(x.device)
     return add_bias(total * per_output(scale.squeeze(-1)) * token_scale, bias, x.dtype)
 
 

@@ -17,6 +17,7 @@ from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, LATENTS, Cache, Module, Numerics, Parts, multiplier
+from quantcli.targets import serving
 from quantcli.targets.ascend import latents
 from quantcli.targets.ascend.loader import (
     DESCRIPTION,
@@ -64,6 +65,7 @@ from quantcli.targets.base import (
 from quantcli.targets.drafts import FLOAT_DRAFT
 from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor, part_of
 from quantcli.targets.layouts import Values
+from quantcli.targets.serving import ServeCommand, Served
 from quantcli.targets.sidecars import flat_json
 from quantcli.targets.tensor_parallel import splits_inputs
 from quantcli.targets.vllm_family import (
@@ -341,6 +343,16 @@ class Ascend(VllmTarget):
     def _int8(self, numerics: Numerics) -> bool:
         """Whether weights are int8 by a scale for each row, which is stored."""
         return numerics.weight.dtype == "int8" and self.layout(numerics).stores_scale
+
+    def serve(self, served: Served, model: str) -> tuple[ServeCommand, ...]:
+        """vLLM-Ascend: before version 0.17 it does not detect the format.
+
+        Source: vllm-ascend 182b75ea84, vllm_ascend/utils.py:151-154,178-251.
+        """
+        flags = ["--quantization", "ascend"]
+        if self.tp is not None:  # transforms are made for it
+            flags += ["--tensor-parallel-size", str(self.tp)]
+        return (serving.vllm(served, model, flags, "vLLM-Ascend"),)
 
     def cache_note(self, cache: Cache) -> str | None:
         """On versions and hardware, and on nodes that only prefill, or only decode."""

@@ -86,11 +86,12 @@ _LOADS_ON = (
         "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs; experts alone: vLLM-Ascend, Atlas A2, A3",
     ),
     ("W4A8", "vLLM 0.32 and later; CPUs (Arm, x86), Intel GPUs"),
-    ("int8 W8A8 static", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing and later), CPUs"),
+    # vLLM has no int8 inputs on Blackwell: its docs/features/quantization/llm_compressor/int8_w8a8.md
+    ("int8 W8A8 static", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Turing to Hopper), CPUs"),
     ("block", f"vLLM 0.32 and later, SGLang; {_NVIDIA} (Ada, Hopper and later), AMD; CPUs with AMX"),
     (
         "int8",
-        f"vLLM 0.32 and later, SGLang, vLLM-Ascend; {_NVIDIA} (Turing and later), CPUs, Atlas A2, A3",
+        f"vLLM 0.32 and later, SGLang, vLLM-Ascend; {_NVIDIA} (Turing to Hopper), CPUs, Atlas A2, A3",
     ),
     (
         "channel",

@@ -10,12 +10,14 @@ from torch import Tensor
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import LAYER, of_draft
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
+from quantcli.targets import serving
 from quantcli.targets.base import Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.fp8.config import METHOD, quantization_config
 from quantcli.targets.fp8.kinds import LOADS_ON, label_of, layout_of
 from quantcli.targets.fp8.stored import Fp8Checkpoint
 from quantcli.targets.kv_cache import CacheTensor, not_alone, plain_tensors
 from quantcli.targets.layouts import Layout
+from quantcli.targets.serving import ServeCommand, Served
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.vllm_family import (
     VllmTarget,
@@ -109,6 +111,12 @@ class Fp8(VllmTarget):
             raise not_alone()
         (numerics,) = used  # `check` refuses a second one
         return quantization_config(output, numerics)
+
+    def serve(self, served: Served, model: str) -> tuple[ServeCommand, ...]:
+        """As for all engines of the family; vLLM with the option of `cache_note` for a cache."""
+        if served.cache is None:
+            return super().serve(served, model)
+        return (serving.vllm(served, model, ["--kv-cache-dtype", "fp8"]),)
 
     def cache_note(self, cache: Cache) -> str | None:
         """On the option that the engine needs.

@@ -12,15 +12,20 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.codes import scale_values, scales_to_store
 from quantcli.core.numerics import CACHES, Cache, Module, Numerics, Parts
+from quantcli.targets import serving
 from quantcli.targets.base import KEEP, Fault, PlannedCheckpoint, Refusal, ScalePart, StoredCheckpoint
 from quantcli.targets.kv_cache import CachePart, CacheTensor, not_alone, plain_name
 from quantcli.targets.layouts import Layout, static_inputs
 from quantcli.targets.modelopt.config import FILE, descriptions, settings_of
 from quantcli.targets.modelopt.kinds import KINDS, float_in_four_bits, kind_of, layout_of
 from quantcli.targets.modelopt.stored import ModelOptCheckpoint, always_float
+from quantcli.targets.serving import ServeCommand, Served
 from quantcli.targets.sidecars import to_json
 from quantcli.targets.vllm_family import EXPERT, VllmTarget, check_blocks, is_head, last_part
 
+# Values of SGLang's --quantization. Source: sglang 0f4513c2f4,
+# docs/advanced_features/quantization.md, "Using Pre-Quantized Checkpoints".
+_SGLANG = {"FP8": "modelopt_fp8", "NVFP4": "modelopt_fp4"}
 _PARTS: tuple[CachePart, ...] = ("k_scale", "v_scale")
 
 
@@ -152,6 +157,18 @@ class ModelOpt(VllmTarget):
         if not used:
             return files
         return {**files, FILE: to_json(self._descriptions(output, used)[1])}
+
+    def serve(self, served: Served, model: str) -> tuple[ServeCommand, ...]:
+        """vLLM; SGLang for the algorithms that it has a flag for, one at a time; TensorRT-LLM."""
+        commands = [super().serve(served, model)[0]]
+        if served.draft is not None:
+            return tuple(commands)
+        flags = {label: _SGLANG.get(label) for label in served.labels}
+        if len(flags) == 1 and served.cache is None and (flag := next(iter(flags.values()))):
+            commands.append(serving.sglang(served, model, ["--quantization", flag]))
+        if self.loaded_by("TensorRT-LLM", served.labels):
+            commands.append(serving.tensorrt_llm(served, model))
+        return tuple(commands)
 
     def config_block(self, output: PlannedCheckpoint, used: Collection[Numerics]) -> dict[str, Any]:
         """The algorithm, or that of each module, and the entries for float modules."""

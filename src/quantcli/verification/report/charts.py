@@ -178,6 +178,59 @@ def shares(title: str, parts: Sequence[tuple[str, float, tuple[str, ...]]]) -> C
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A row of a chart that compares: its value, as text too, the interval around it, whether it is ok.
+
+    about: what the pointer shows.
+    """
+
+    name: str
+    value: float | None
+    text: str
+    about: str
+    ends: Sequence[float] | None = None
+    ok: bool = True
+
+
+def compared(title: str, entries: Sequence[Entry], *, bars: bool) -> Chart:
+    """One row for each entry, below its name: a bar from 0, or a point; and its interval."""
+    ends = [end for entry in entries for end in (entry.value, *(entry.ends or ())) if end is not None]
+    high = max(ends, default=1.0)
+    low = min([0.0, *ends]) if bars else min(ends, default=0.0)
+    pad = 0.0 if bars else 0.06 * ((high - low) or 1.0)
+    low, span = low - pad, (high - low + 2 * pad) or 1.0
+    marks = []
+    for row, entry in enumerate(entries):
+        y = 44 * row
+        tip = (entry.name, entry.about, *(() if entry.ok else ("✕ FAILED",)))
+        name = words.middle(entry.name, 26)
+        marks.append(
+            text(name if entry.ok else f"✕ {name}", 0, y + 13, "name" if entry.ok else "name bad")
+        )
+        if entry.value is None:
+            marks.append(text("not measured", 0, y + 31))
+            continue
+        marks.append(text(entry.text, "100%", y + 13, "end"))
+        x = 100 * (entry.value - low) / span
+        kind = "one" if entry.ok else "failed"
+        if bars:
+            zero = 100 * -low / span
+            place = {"x": percent(min(x, zero)), "width": percent(max(abs(x - zero), 0.3))}
+            marks.append(Mark("rect", {"class": kind, "y": y + 20, "height": 14, **place}, tip=tip))
+        if entry.ends is not None:
+            places = [percent(100 * (end - low) / span) for end in entry.ends]
+            across = {"x1": places[0], "x2": places[1], "y1": y + 27, "y2": y + 27}
+            marks.append(Mark("line", {"class": "span", **across}, tip=tip))
+            for end in places:
+                mark = {"class": "span", "x1": end, "x2": end, "y1": y + 22, "y2": y + 32}
+                marks.append(Mark("line", mark))
+        if not bars:
+            at_value = {"cx": percent(x), "cy": y + 27, "r": 5}
+            marks.append(Mark("circle", {"class": kind, **at_value}, tip=tip))
+    return Chart(title, 44 * len(entries), marks, "bare")
+
+
+@dataclass(frozen=True)
 class Scale:
     """A vertical axis: values from `low` at the bottom to `high` at the top, `height` in pixels."""
 

@@ -7,7 +7,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from quantcli.verification.report import words
+from quantcli.core.text import size
+from quantcli.verification.report import baseline, words
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -35,7 +36,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["words"] = words
+    environment.globals |= {"words": words, "baseline": baseline, "size_text": size}
     environment.tests["within_limits"] = words.is_ok
     environment.filters["code"] = _with_code
     style, script = (loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))

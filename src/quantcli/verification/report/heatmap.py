@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.verification.report.charts import Chart, Mark, finite, text
-from quantcli.verification.report.words import is_ok, literal, rank
+from quantcli.verification.report.words import is_ok, middle, rank
 
 Module = dict[str, Any]
 
@@ -162,7 +162,7 @@ def heat_map(
             marks.append(text(label, side * (column + 0.5), height + 16, kind))
     marks.append(text("layer", side * columns / 2, height + 34, "middle"))
     names = [
-        text(_middle(name), _NAMES - 8, _ABOVE + _ROW * row + _ROW / 2 + 4,
+        text(middle(name, _LETTERS), _NAMES - 8, _ABOVE + _ROW * row + _ROW / 2 + 4,
              "end marked" if row in bad_rows else "end", (name,))
         for row, name in enumerate(grid.rows)
     ]  # fmt: skip
@@ -252,10 +252,3 @@ def _tip(cell: Cell, facts: Callable[[Module], list[tuple[str, str]]]) -> tuple[
     if cell.failed:
         lines.append("✕ FAILED")
     return (*lines, *(f"{what}: {value}" for what, value in facts(cell.worst)))
-
-
-def _middle(name: str) -> str:
-    """A name that fits next to the map: the middle of a long one is cut out."""
-    whole = literal(name)
-    keep = _LETTERS // 2
-    return whole if len(whole) <= _LETTERS else f"{whole[:keep]}…{whole[-keep:]}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from operator import methodcaller
 from typing import Any
 
+from quantcli.core.text import size as size_text
 from quantcli.verification.content import FLOAT
 from quantcli.verification.report import words
 from quantcli.verification.report.charts import (
@@ -19,7 +20,7 @@ from quantcli.verification.report.document import render
 from quantcli.verification.report.heatmap import Module, Quantity, heat_map, lay_out
 
 _ROWS = 200  # of the table of modules, next to those that failed
-_MOST = 2000  # rows of that table at most: a browser must open the page
+_MOST = 1000  # rows of that table at most: a browser must open the page
 _COLORS = 5  # of types of weights, in page.css
 _HISTOGRAMS = 7  # of single modules
 _ERRORS = "Histogram of the errors of {}"
@@ -65,9 +66,7 @@ def _sizes(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _size_bar(sizes: list[tuple[str, dict[str, Any]]]) -> Chart:
-    parts = [
-        (kind, size["bytes"], (size["label"], words.nbytes(size["bytes"]))) for kind, size in sizes
-    ]
+    parts = [(kind, size["bytes"], (size["label"], size_text(size["bytes"]))) for kind, size in sizes]
     return shares("Size by type of weights", parts)
 
 

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.filesize import decimal
-
 NOT_REACHED = {
     "full": "weights were not read (--full)",
     "against": "nothing was compared with the source (--against MODEL)",
@@ -57,19 +55,46 @@ def ratio_span(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
-def nbytes(value: int) -> str:
-    """4.8 MB."""
-    return decimal(value)
-
-
-def bits(size: dict[str, Any]) -> float | None:
+def bits(part: dict[str, Any]) -> float | None:
     """Stored bits for each weight of a label, scales included; None if the weights are not counted."""
-    return 8 * size["bytes"] / size["weights"] if size.get("weights") else None
+    return 8 * part["bytes"] / part["weights"] if part.get("weights") else None
 
 
 def total_bytes(report: dict[str, Any]) -> int:
     """Bytes of all tensors."""
-    return sum(size["bytes"] for size in report.get("sizes") or [])
+    return sum(part["bytes"] for part in report.get("sizes") or [])
+
+
+def total_bits(report: dict[str, Any]) -> float | None:
+    """Stored bits for each weight of the checkpoint; None if some weights are not counted."""
+    weights = [part["weights"] for part in report.get("sizes") or []]
+    return 8 * total_bytes(report) / sum(weights) if weights and all(weights) else None
+
+
+def percent(value: float) -> str:
+    """A share as 98.10 %."""
+    return f"{100 * value:.2f} %"
+
+
+def middle(name: str, letters: int) -> str:
+    """A name of so many letters at most: the middle of a longer one is cut out."""
+    whole, keep = literal(name), letters // 2
+    return whole if len(whole) <= letters else f"{whole[:keep]}…{whole[-keep:]}"
+
+
+def short_names(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of several checkpoints: the ends of their paths that tell them apart."""
+    paths = [str(report["checkpoint"]).rstrip("/").split("/") for report in reports]
+    length = 1
+    while length < max(map(len, paths)) and len({tuple(p[-length:]) for p in paths}) < len(paths):
+        length += 1
+    return ["/".join(path[-length:]) for path in paths]
+
+
+def levels(report: dict[str, Any]) -> list[float]:
+    """SQNR in dB of all modules whose weights are finite, lowest first."""
+    found = (module.get("sqnr_db") for module in report.get("modules") or [])
+    return sorted(level for level in found if level is not None and math.isfinite(level))
 
 
 def shape(sizes: list[int] | None) -> str:
@@ -223,7 +248,7 @@ def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if run.get("outputs_db") is not None:
         facts.append(("outputs", f"{decibels(run['outputs_db'])} of the other model's"))
     if run.get("top1_agreement") is not None:
-        facts.append(("same first choice", f"{100 * run['top1_agreement']:.2f} % of tokens"))
+        facts.append(("same first choice", f"{percent(run['top1_agreement'])} of tokens"))
     if run.get("mean_abs_logprob_change") is not None:
         facts.append(
             (

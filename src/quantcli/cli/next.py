@@ -1,0 +1,148 @@
+"""The commands that follow a command, as lines to paste: on stderr, not with --quiet or --json."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantcli.cli.output import Output
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quantcli.commands.job import Job
+    from quantcli.planning.plan import Plan
+
+
+# The words of a command, quoted for a shell. Those in capitals stand for what only the user knows.
+Step = list[str]
+
+
+def shell(*words: object) -> Step:
+    """A command of these words."""
+    return [shlex.quote(str(word)) for word in words]
+
+
+def show(out: Output, *steps: Step) -> None:
+    """Print the commands."""
+    if out.as_json:
+        return
+    for step in steps:
+        out.message(f"next: {' '.join(step)}", command=True)
+
+
+@contextmanager
+def after(out: Output, *steps: Step) -> Iterator[None]:
+    """Show the commands after the block, also if the command ends in it."""
+    try:
+        yield
+    finally:
+        show(out, *steps)
+
+
+def typed(out: Output, *more: object, without: str = "") -> Step:
+    """This command line again, without an option that takes no value, and with more words."""
+    words = [word for word in shlex.split(out.command) if word != without]
+    return shell("quantcli", *words, *more)
+
+
+def after_recipes(name: str | None = None) -> list[Step]:
+    """What follows the list of recipes, or the text of one."""
+    if name is not None:
+        return [shell("quantcli", "quantize", name, "--model", "MODEL", "--plan")]
+    return [
+        shell("quantcli", "recipes", "show", "NAME"),
+        shell("quantcli", "quantize", "NAME", "--model", "MODEL", "--plan"),
+    ]
+
+
+def after_recommend(recipes: Sequence[dict[str, Any]], best: str | None) -> list[Step]:
+    """The plan of the first recipe, and its run."""
+    commands = [row["command"] for row in recipes if row["recipe"] == best]
+    return [step for command in commands[:1] for step in ([command, "--plan"], [command])]
+
+
+def after_inspect(model: str, contents: dict[str, Any]) -> list[Step]:
+    """What follows a look at a checkpoint: a recipe for a float model, proof for a quantized one."""
+    if contents["quantization"] is not None:
+        return [shell("quantcli", "verify", model, "--full")]
+    return [
+        shell("quantcli", "recommend", model, "--for", "DEVICE"),
+        shell("quantcli", "quantize", "RECIPE", "--model", model, "--plan"),
+    ]
+
+
+def after_outliers(model: str) -> list[Step]:
+    """What follows the advice: a recipe to put the rule into, and its plan."""
+    return [
+        [*shell("quantcli", "recipes", "show", "NAME"), ">", "recipe.yaml"],
+        shell("quantcli", "quantize", "recipe.yaml", "--model", model, "--plan"),
+    ]
+
+
+def after_calibrate(
+    recipe: str, model: str | None, overrides: Sequence[str], folder: Path
+) -> list[Step]:
+    """The conversion that uses the calibration."""
+    named = ("--model", model) if model is not None else ()
+    options = [word for override in overrides for word in ("--set", override)]
+    words = ("quantcli", "quantize", recipe, *named, *options, "--calibration", folder)
+    return [shell(*words)]
+
+
+def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]:
+    """Proof of the checkpoint, and how to serve it; of a part, the next one and the joining.
+
+    model: as the user named it; None if the recipe does.
+    """
+    if job.part is not None:
+        return list(_after_part(out, job))
+    source = model or job.plan.recipe.file.model
+    calibration = ("--calibration", job.session.folder) if job.session is not None else ()
+    verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)
+    return [verify, *_serve(job)]
+
+
+def after_pack(job: Job[Any], checkpoint: str) -> list[Step]:
+    """Proof of the checkpoint, and how to serve it."""
+    return [shell("quantcli", "verify", job.out, "--full", "--against", checkpoint), *_serve(job)]
+
+
+def _serve(job: Job[Any]) -> list[Step]:
+    commands = job.plan.target.serve(job.plan.served, str(job.out))
+    return [shell(*command.words) for command in commands[:1]]
+
+
+def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:
+    part = job.part
+    assert part is not None
+    whole = job.out.with_name(job.out.name.removesuffix(f".part-{part.number}-of-{part.of}"))
+    parts = [type(part)(number, part.of) for number in range(1, part.of + 1)]
+    if missing := [p for p in parts if p != part and not p.folder(whole).exists()]:
+        given = f"{part.number}/{part.of}"
+        other = f"{missing[0].number}/{part.of}"
+        again = {given: other, f"--part={given}": f"--part={other}"}
+        yield shell("quantcli", *(again.get(word, word) for word in shlex.split(out.command)))
+    all_parts = f"{shlex.quote(str(whole))}.part-*-of-{part.of}"
+    yield ["quantcli", "pack", "--merge", all_parts, *shell("--out", whole)]
+
+
+def after_merge(out: Path) -> list[Step]:
+    """Proof of the checkpoint."""
+    return [shell("quantcli", "verify", out, "--full")]
+
+
+def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Path | None) -> list[Step]:
+    """Deeper proof if only headers were read; else how to serve and publish; of a failure, a page.
+
+    page: the one that was written.
+    """
+    if not report["ok"]:
+        again = [typed(out, "--report", "verify.html")] if page is None else []
+        return [*again, shell("quantcli", "inspect", checkpoint)]
+    steps = [shell(*shlex.split(command["command"])) for command in report["serve"][:1]]
+    if report["depths"] == ["structure"]:
+        return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
+    return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]
