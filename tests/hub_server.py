@@ -277,22 +277,23 @@ class Handler(BaseHTTPRequestHandler):
         headers: dict[str, str] | None = None,
         cut: int | None = None,
     ) -> None:
-        self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
         sent = b"" if self.command == "HEAD" else body if cut is None else body[:cut]
-        try:
-            self.wfile.write(sent)
-            self.wfile.flush()
-        except OSError:  # who asked has gone
-            self.close_connection = True
+        # before the answer: who has it may look at once
         self.hub.note(
             Asked(
                 self.command, self._path, self.headers.get("Range"), self.headers.get("Authorization"),
                 status, len(sent),
             )
         )  # fmt: skip
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        try:
+            self.wfile.write(sent)
+            self.wfile.flush()
+        except OSError:  # who asked has gone
+            self.close_connection = True
         if cut is not None:
             self.close_connection = True
 

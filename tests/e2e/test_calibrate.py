@@ -88,6 +88,9 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
     files = {f"layer-{n:05d}.{kind}" for n in range(LAYERS) for kind in ("json", "safetensors")}
     assert snapshot(bench.store).keys() == files | {"calibration.json", ".lock"}
     table = result.out.splitlines()
+    following = (
+        f"next: quantcli quantize {bench.recipe} --model {bench.model} --calibration {bench.store}"
+    )
     assert table[0].split() == ["modules", "count", "tokens", "inputs", "input", "scale"]
     rows = {line.split()[0]: line.split()[1:3] for line in table[1:8]}
     assert rows[A.format("*") + ".q_proj"] == rows["model.layers.*.mlp.down_proj"] == ["4", "64"]
@@ -99,10 +102,11 @@ def test_calibrate(make: Callable[..., Bench]) -> None:
         "running: 4 layers, 64 tokens",
         *(f"layer {n + 1}/4: model.layers.{n} N s · RATE" for n in range(LAYERS)),
         f"done: {bench.store}, N s",
+        following,
     ]
     again = bench.calibrate()
     assert (again.code, again.out) == (0, result.out)
-    assert words(again.later) == [f"done: {bench.store}, N s (it was there already)"]
+    assert words(again.later) == [f"done: {bench.store}, N s (it was there already)", following]
 
 
 def test_calibrate_json(make: Callable[..., Bench]) -> None:
@@ -195,7 +199,8 @@ def test_plan_runs_nothing(make: Callable[..., Bench]) -> None:
     bench = make()
     before = snapshot(bench.root)
     planned = bench.run("--plan")
-    assert (planned.code, planned.later) == (0, "")
+    command = f"quantcli quantize {bench.recipe} --model {bench.model} --out {bench.out}"
+    assert (planned.code, planned.later) == (0, f"next: {command}\n")
     (line,) = (line for line in planned.out.splitlines() if line.startswith("calibration "))
     memory = re.search(r"about ([\d.]+) MB of memory", line)
     assert memory is not None
@@ -737,7 +742,7 @@ def test_what_no_token_reaches(make: Callable[..., Bench], module: str, policy: 
     result = bench.run()
     if policy != "dynamic":  # nothing is like it, so that `group` has nothing to give
         assert result.code == 2
-        what, where, fix = result.later.splitlines()
+        what, where, fix = result.later.splitlines()[-3:]
         assert what == f"error: no token reached `{module}`, and its scheme needs data"
         assert where == f"  --> {bench.recipe}:{6 if module == 'lm_head' else 4}"
         assert "scheme with dynamic inputs" in fix

@@ -105,7 +105,10 @@ def prepare_session(
     """
     check_calibration(folder, plan.checkpoint.path, out)
     source = _source(plan, examples)
-    check_source(source, plan.checkpoint.path)
+    if plan.checkpoint.in_memory:
+        check_source(source, plan.checkpoint.path, "give the `tokenizer` of the model, or token ids")
+    else:
+        check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
     _check_running(plan)
     key = Key(

@@ -85,8 +85,8 @@ def plan(
             raise InputError(
                 "all parts need one calibration, and this one is not done",
                 where=str(folder),
-                fix=f"run `{_calibrate_command(recipe, model, overrides, folder)}` once, and give a "
-                "copy of it to every part with --calibration",
+                fix=f"{_how_to_calibrate(recipe, model, overrides, folder)} once, and give a "
+                "copy of its folder to every part with --calibration",
             )
     elif options.calibration is not None or examples is not None:
         option, value = "example_inputs", ""
@@ -107,18 +107,19 @@ def plan(
     return job
 
 
-def _calibrate_command(
+def _how_to_calibrate(
     recipe: GivenRecipe, model: str | Checkpoint | None, overrides: tuple[str, ...], folder: Path
 ) -> str:
-    """What to type for the calibration of a conversion that was given these options."""
-    from quantcli.recipe.written import name_of
-
-    words = ["quantcli", "calibrate", name_of(recipe)]
-    if isinstance(model, str):
+    """How to run the calibration of a conversion that was given these options: the command, if a
+    command line can hold them."""
+    if not isinstance(recipe, str | Path) or not (model is None or isinstance(model, str)):
+        return "call `calibrate` with the same recipe, model and data"
+    words = ["quantcli", "calibrate", str(recipe)]
+    if model is not None:
         words += ["--model", model]
     for override in overrides:
         words += ["--set", override]
-    return shlex.join([*words, "--out", str(folder)])
+    return f"run `{shlex.join([*words, '--out', str(folder)])}`"
 
 
 def check(job: Job[Plan]) -> None:

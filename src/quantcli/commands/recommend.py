@@ -127,6 +127,7 @@ def _must_be_language_model(checkpoint: Checkpoint) -> None:
 
 
 def _ranked(model: str, checkpoint: Checkpoint, serving: Serving, progress: Progress) -> Recommendation:
+    from quantcli.checkpoint.encoded import decoded_kinds
     from quantcli.commands.choosing.caches import cache_sizes
     from quantcli.commands.choosing.ranking import Places, costs, positions, row
     from quantcli.commands.choosing.weights import Model
@@ -142,7 +143,12 @@ def _ranked(model: str, checkpoint: Checkpoint, serving: Serving, progress: Prog
     places = Places(split, sizes, serving, context)
     candidates, left_out = _candidates(places, progress)
     notes = [*serving.device.notes, *sizes.notes]
-    notes += [note for note in whole.notes if note.startswith("decoded")]
+    if kinds := decoded_kinds(whole.tensors.values()):
+        formats = " and ".join(sorted({kind["format"] for kind in kinds}))
+        notes.append(
+            f"the model is quantized already ({formats}): recipes start from its decoded values, "
+            "and its error stays in them; start from the float model if there is one"
+        )
     if most is not None and context > most:
         notes.append(
             f"the model was made for {most:,} tokens: engines refuse {context:,} without changes"

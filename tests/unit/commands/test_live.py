@@ -155,8 +155,12 @@ def test_texts_as_example_inputs(calibrated, llama, tokenizer, tmp_path):
     ids = [tokenizer(text)["input_ids"][:16] for text in texts]
     by_ids = quantcli.calibrate(STATIC, model=llama, example_inputs=ids, out=tmp_path / "ids")
     assert by_text.modules == by_ids.modules
-    with pytest.raises(quantcli.InputError, match="the model has no tokenizer"):
+    with pytest.raises(quantcli.InputError, match="the model has no tokenizer") as error:
         quantcli.calibrate(STATIC, model=llama, example_inputs=texts, out=tmp_path / "none")
+    assert error.value.fix == "give the `tokenizer` of the model, or token ids"
+    with pytest.raises(quantcli.InputError, match="all parts need one calibration") as error:
+        quantcli.plan(STATIC, model=llama, example_inputs=ids, out=tmp_path / "parts", part="1/2")
+    assert error.value.fix.startswith("call `calibrate` with the same recipe, model and data once")
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,12 @@ def test_it_says_who_made_the_checkpoint_and_what_it_weighs():
     assert widths == ["80.39%", "19.61%"]
 
 
+def test_a_recipe_of_any_length_leaves_the_page_small():
+    report = reports.report(1)
+    report["made_by"]["recipe"] = "\n".join(["x" * 50_000] * 5000)
+    assert len(page(report).encode()) < 300_000
+
+
 def test_tokens_are_shown_in_context():
     text = page(reports.report(2))
     assert "The capital of France is<mark> Paris</mark>.↵That</td>" in text

@@ -71,17 +71,18 @@ class Dataset:
     samples: int
 
 
-def check_source(source: TextSource, model: Path) -> None:
+def check_source(source: TextSource, model: Path, fix: str = _FETCH) -> None:
     """Refuse text that `load_dataset` could not use, as far as the files show it.
 
-    source: the data and its options. model: the model's folder. Raises InputError or MachineError.
+    source: the data and its options. model: the model's folder. fix: of a missing tokenizer.
+    Raises InputError or MachineError.
     """
     if source.examples is None:
         check_data(source.data, source.where)
     elif source.examples.ids:
         return  # which need no tokenizer
     if not _find(model, _VOCABULARY) and not _names_tokenizer(model / "tokenizer_config.json"):
-        raise InputError("the model has no tokenizer", where=str(model), fix=_FETCH)
+        raise InputError("the model has no tokenizer", where=str(model), fix=fix)
     if importlib.util.find_spec("transformers") is None:
         what, fix = "running a model needs the package `transformers`", "pip install transformers"
         raise MachineError(what, where=source.where, fix=fix)

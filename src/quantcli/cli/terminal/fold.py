@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 _LEAST = 20  # cells; a terminal that is narrower folds by itself
 _GAP = "  "  # between the columns of a table
@@ -19,12 +18,11 @@ _INDENT = "    "  # of the lines that continue a command
 # what stands before a text: `weights      `, `  fix: `, `  --> `
 _LABEL = r"(?: *\S(?:(?! {2}).){0,40} {2,}| *(?:[\w-]+:|-->) +| +)(?=\S)"
 _COMMAND = r" *(?:[a-z]+: +)?"  # what stands before a command: `next: `
-_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of a shell word
-_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # of a shell
+_PART = r"""'[^']*'|"[^"]*"|[^'"]+"""  # of such a word
+_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""  # as a shell takes them
 
 
-@dataclass(frozen=True)
-class Width:
+class Width(NamedTuple):
     """How wide lines may be, in cells. folds: the terminal itself breaks what is longer."""
 
     cells: int
@@ -112,7 +110,7 @@ class _Lines:
 
 
 def _shell_pieces(line: str, word: str, cells: int) -> list[str]:
-    """A line with a shell word behind it, in pieces of at most `cells`.
+    """A line with one word of a command behind it, in pieces of at most `cells`.
 
     A shell joins them if a backslash follows each but the last. Quotes end with a piece and begin again
     in the next one.
@@ -162,14 +160,17 @@ def cut(text: str, cells: int) -> str:
     return start + "…" + head(text[::-1], cells - 1 - cells_of(start))[::-1]
 
 
-@dataclass(frozen=True)
 class Table:
     """Texts in columns. right: columns that are right-aligned; whole: those that are never cut."""
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    right: Set[str] = frozenset()
-    whole: Set[str] = frozenset()
+    def __init__(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        right: Set[str] = frozenset(),
+        whole: Set[str] = frozenset(),
+    ) -> None:
+        self.columns, self.rows, self.right, self.whole = columns, rows, right, whole
 
     def lines(self, width: Width | None) -> list[list[str]]:
         """The lines of the header, then those of each row; the header has none if it does not fit.

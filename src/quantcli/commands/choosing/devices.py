@@ -120,7 +120,9 @@ def parse_device(text: str) -> Device:
     where = f"--for {text}"
     match = _FORM.fullmatch(text.strip())
     if match is None:
-        raise InputError("is not a device", where=where, fix=f"such as 2x910B or 4090; {LIST}")
+        raise InputError(
+            f"`{text}` is not a device", where=where, fix=f"such as 2x910B or 4090; {LIST}"
+        )
     count = int(match["count"][:9]) if match["count"] else 1
     if not 1 <= count <= _MOST:
         what = f"the number of devices must be from 1 to {_MOST:,}"
@@ -205,4 +207,6 @@ def _size(text: str, where: str) -> int:
     try:
         return parse_size(text if text.lower().endswith("b") else f"{text}B")
     except ValueError as error:
-        raise InputError(f"memory: {error}", where=where, fix="such as --for 8xH100:94GB") from None
+        raise InputError(
+            f"the memory of a device: {error}", where=where, fix="such as --for 8xH100:94GB"
+        ) from None

@@ -39,7 +39,7 @@ class Serving:
             ("concurrency", self.concurrency, _MOST_SEQUENCES),
         ):
             if value is not None and not 0 < value <= most:
-                what = f"must be from 1 to {most:,}"
+                what = f"the {option} must be from 1 to {most:,}"
                 raise InputError(what, where=f"--{option} {value}", fix=f"such as --{option} 8")
 
     @property
@@ -61,6 +61,6 @@ def parse_tokens(text: str) -> int:
     match = _TOKENS.fullmatch(text.strip())
     number = float(match["number"]) * _UNITS[match["unit"].lower()] if match else 0.0
     if not 1 <= number <= _MOST_TOKENS:
-        what = f"must be a number of tokens from 1 to {_MOST_TOKENS:,}"
+        what = f"the context must be a number of tokens from 1 to {_MOST_TOKENS:,}"
         raise InputError(what, where=f"--context {text}", fix="such as --context 32k")
     return int(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,9 +17,8 @@ from quantcli.commands.choosing.devices import NATIVE, Device
 from quantcli.commands.choosing.options import Serving
 from quantcli.commands.choosing.weights import (
     Model,
-    cannot_split,
-    heads_cannot_split,
     modules_by_expert,
+    split_faults,
     unquantized_nbytes,
     weight_nbytes,
 )
@@ -170,7 +169,7 @@ class Places:
 
     def unquantized(self) -> tuple[Room, str | None]:
         """The room of the float model, and why fewer devices share it than there are."""
-        devices, why = self._largest(lambda size: heads_cannot_split(self.model, size))
+        devices, why = self._largest(split_faults(self.model))
         weights = unquantized_nbytes(self.model, devices)
         return self.room(devices, weights, 2), why
 
@@ -182,7 +181,7 @@ class Places:
         _must_have_kernels(recipe, self.serving.device)
         plan = self._plan(recipe)
         kernels = _kernels(plan, self.serving.device)
-        devices, _ = self._largest(lambda size: cannot_split(self.model, plan, size))
+        devices, _ = self._largest(split_faults(self.model, plan))
         cached = plan.cache.cache.element.bits // 8 if plan.cache else 2
         room = self.room(devices, weight_nbytes(self.model, plan, devices), cached)
         numerics = [scheme.numerics for scheme, _ in modules_by_expert(_items(plan))]
@@ -206,11 +205,11 @@ class Places:
         found = places.candidate(candidate.recipe)
         return found.room.fits and found.room.devices == devices
 
-    def _largest(self, reason: Any) -> tuple[int, str | None]:
+    def _largest(self, fault: Callable[[int], str | None]) -> tuple[int, str | None]:
         """The most of the devices that can share a model, and why no more can; at worst 1."""
         why: str | None = None
         for devices in range(self.serving.device.count, 0, -1):
-            found = reason(devices)
+            found = fault(devices)
             if found is None or devices == 1:
                 return devices, why
             why = why or found

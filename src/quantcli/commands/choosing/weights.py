@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,22 +166,21 @@ def unquantized_nbytes(model: Model, devices: int) -> int:
     return total
 
 
-def cannot_split(model: Model, plan: Plan, devices: int) -> str | None:
-    """The reason why the engine cannot split a planned checkpoint over devices; None if it can."""
-    modules: dict[Any, Quantize] = {}
-    for item in quantized_items(plan):
-        alike = (_NUMBER.sub("", item.module), item.source.spec.shape, item.scheme)
-        modules.setdefault(alike, item)
-    stored = {item.module: _as_stored(plan, item) for item in modules.values()}
-    limits = plan.target.split_limits(stored)
-    finding = next(check_tp(model.config, stored.values(), devices, limits), None)
-    return None if finding is None else finding.what
+def split_faults(model: Model, plan: Plan | None = None) -> Callable[[int], str | None]:
+    """What gives, for a number of devices, the reason why they cannot share a planned checkpoint, or
+    None if they can. Without a plan only heads of attention are looked at."""
+    alike: dict[Any, Quantize] = {}
+    for item in quantized_items(plan) if plan else ():
+        key = (_NUMBER.sub("", item.module), item.source.spec.shape, item.scheme)
+        alike.setdefault(key, item)
+    stored = {item.module: _as_stored(plan, item) for item in alike.values()} if plan else {}
+    limits = plan.target.split_limits(stored) if plan else lambda module, sides, size: iter(())
 
+    def fault(devices: int) -> str | None:
+        finding = next(check_tp(model.config, stored.values(), devices, limits), None)
+        return None if finding is None else finding.what
 
-def heads_cannot_split(model: Model, devices: int) -> str | None:
-    """The reason why heads of attention cannot be split over devices; None if they can."""
-    finding = next(check_tp(model.config, (), devices, lambda module, sides, size: iter(())), None)
-    return None if finding is None else finding.what
+    return fault
 
 
 def _as_stored(plan: Plan, item: Quantize) -> StoredModule:

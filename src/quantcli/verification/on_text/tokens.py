@@ -12,7 +12,7 @@ from quantcli.verification.outcome import TokenReport
 
 _MOST = 20  # tokens to report
 _BEFORE, _AFTER = 24, 8  # tokens of context
-_CHARACTERS = 160  # of a context, next to the token
+_CHARACTERS = 160  # of the token, and of the text on each side of it
 
 
 def moved_tokens(
@@ -51,7 +51,7 @@ def _report(
     return TokenReport(
         window=number,
         position=position,
-        token=until[len(before) :] if fits else text(ids[position : position + 1]),
+        token=(until[len(before) :] if fits else text(ids[position : position + 1]))[:_CHARACTERS],
         before=before[-_CHARACTERS:],
         after=text(ids[position + 1 : position + 1 + _AFTER])[:_CHARACTERS],
         reference=round(math.exp(expected), 6),
