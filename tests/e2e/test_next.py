@@ -67,6 +67,13 @@ def test_parts_lead_to_the_next_part_and_then_to_the_whole(box: Box) -> None:
     assert steps(result) == [f"quantcli verify {box.out} --full"]
 
 
+@pytest.mark.parametrize(("device", "shared"), [("4090", False), ("2x910B", True)])
+def test_a_recommendation_explains_its_table(device: str, shared: bool) -> None:
+    out = run_cli("recommend", EXAMPLE, "--for", device).out
+    assert "\norder         what fits; then by bits" in out
+    assert ("\nweights       and cache: on each device\n" in out) == shared
+
+
 def test_a_recommendation_leads_to_its_plan() -> None:
     plan, run = steps(run_cli("recommend", EXAMPLE, "--for", "4090"))
     assert plan == f"{run} --plan"
