@@ -28,6 +28,9 @@ def test_the_log_has_all_that_the_screen_may_not_show(box: Box, mode: str) -> No
     assert sum(line.startswith("done: ") for line in lines) == 1
     if mode == "--quiet":
         assert (result.out, result.err) == ("", "")
+    for start in ("compiled kernels: ", "stays float: ", f"{box.recipe}:"):
+        assert any(line.startswith(start) for line in lines)
+        assert any(line.startswith(start) for line in result.err.splitlines()) == (mode == "--verbose")
     if mode == "--json":
         assert str(box.out) == result.json["out"]
     again = run_cli("verify", box.out, "--log-file", box.root / "log", "-q")

@@ -66,6 +66,11 @@ class Output:
             self._to_log(plain(f"quantcli {__version__}: {self.command}"))
         self.quiet, self.verbose = quiet, verbose
 
+    @property
+    def wants_details(self) -> bool:
+        """Whether details are printed or logged."""
+        return self.verbose or self.log is not None
+
     def close(self) -> None:
         """End the log."""
         if self.log is not None:

@@ -95,12 +95,14 @@ def watch(out: Output) -> Iterator[Progress]:
     """Progress of the block: a line on a terminal, otherwise lines, which --quiet leaves out."""
     if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
         events = Events(out.event)
+        events.detailed = out.wants_details
         out.kept = lambda: events.kept
         yield events
         return
     bar = Bar(out)
     events = Events(bar.receive, 1 / _REFRESHES)
     events.also(out.log_progress)
+    events.detailed = out.wants_details
     out.kept = lambda: events.kept
     try:
         yield events

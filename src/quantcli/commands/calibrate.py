@@ -56,7 +56,12 @@ def plan_calibration(
             where=name_of(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    return prepare_session(plan, folder, fresh=fresh, examples=examples)
+    session = prepare_session(plan, folder, fresh=fresh, examples=examples)
+    from quantcli.commands.explain import explain_plan, explain_session
+
+    explain_plan(plan, progress)
+    explain_session(session, progress)
+    return session
 
 
 def calibrate(

@@ -41,7 +41,11 @@ def plan_pack(
     from quantcli.planning.repack import plan_repacking
 
     plan = plan_repacking(opened, _target(target, values))
-    return make_job(plan, out, options.of_run())
+    from quantcli.commands.explain import explain_job
+
+    job = make_job(plan, out, options.of_run())
+    explain_job(job, progress)
+    return job
 
 
 def _values(options: Sequence[str]) -> dict[str, Any]:

@@ -97,7 +97,14 @@ def plan(
             where=f"{option}{value}",
             fix=f"leave {option} out",
         )
-    return make_job(plan, out, options.of_run(), session, share)
+    job = make_job(plan, out, options.of_run(), session, share)
+    from quantcli.commands.explain import explain_job, explain_plan, explain_session
+
+    explain_plan(plan, progress)
+    if session is not None:
+        explain_session(session, progress)
+    explain_job(job, progress)
+    return job
 
 
 def _how_to_calibrate(

@@ -201,9 +201,11 @@ class ShardRun:
         if done is None or not path.is_file():
             return False
         if not path.stat().st_size == done.nbytes == shard.nbytes:
+            self.progress.detail(f"{shard.file} is written again: its size has changed")
             return False
         entry = file_entry(path, checksum=self.checksum)
         if self.checksum and entry["sha256"] != done.sha256:
+            self.progress.detail(f"{shard.file} is written again: its hash has changed")
             return False
         self.files[shard.file] = entry
         self.reused += 1

@@ -22,7 +22,12 @@ LINE_EVERY = 30.0  # seconds between lines about work that goes on
 
 class Progress:
     """Receives the calls of a run, from any thread, and ignores each one that a subclass does not
-    override."""
+    override.
+
+    detailed: whether anybody wants details, which can cost time to put together.
+    """
+
+    detailed = False
 
     def say(self, text: str) -> None:
         """A message for people."""
@@ -204,6 +209,7 @@ class Events(Progress):
         self._bytes, self._layers = _Bytes(), _Layers()
         self._in_layers = False
         self.kept = ""
+        self.detailed = True
 
     def also(self, receive: Callable[[Event], None], interval: float = LINE_EVERY) -> None:
         """Hand events to one more receiver."""

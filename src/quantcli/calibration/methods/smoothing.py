@@ -150,3 +150,15 @@ class Smoothing(Method):
                     readers=sorted({r.matrix.parameter for r in producer.readers}),
                 )
             )
+        _explain(work, [producer.name for producer, _ in candidates], groups)
+
+
+def _explain(work: LayerWork, names: Sequence[str], groups: Sequence[SmoothedGroup]) -> None:
+    """Say which channels were scaled, and which were not."""
+    scaled = {group.producer: group for group in groups}
+    done = [f"{name} (by {g.least:.3g} to {g.most:.3g})" for name, g in scaled.items()]
+    left = [name for name in names if name not in scaled]
+    text = f"{work.layer.name}: smoothed {', '.join(done) or 'nothing'}"
+    if left:
+        text += f"; not {', '.join(left)}, whose channels cannot be scaled or need not be"
+    work.run.progress.detail(text)
