@@ -54,6 +54,9 @@ def test_from_a_recipe_to_a_served_checkpoint_by_pasting(box: Box) -> None:
     page, look = steps(run_cli("verify", packed))
     assert page == f"quantcli verify {packed} --report verify.html"
     assert look == f"quantcli inspect {packed}"
+    page, look = steps(run_cli("verify", box.out, packed))
+    assert page == f"quantcli verify {box.out} {packed} --report verify.html"
+    assert look == f"quantcli verify {packed} --full"
 
 
 def test_parts_lead_to_the_next_part_and_then_to_the_whole(box: Box) -> None:
