@@ -346,7 +346,8 @@ def verdict(modules: list[dict[str, Any]], advice: dict[str, Any] | None) -> dic
     damaged, low = len(modules) - len(levels), sum(level < LEAST_DB for level in levels)
     of = f"of {count(modules, 'weight')}"
     if damaged:
-        return {"hard": True, "what": f"damaged: {damaged} {of} {'holds' if damaged == 1 else 'hold'} NaN or Inf"}
+        hold = "holds" if damaged == 1 else "hold"
+        return {"hard": True, "what": f"damaged: {damaged} {of} {hold} NaN or Inf"}
     if low:
         keep = "keeps" if low == 1 else "keep"
         what = f"hard to quantize: {low} {of} {keep} less than {LEAST_DB:g} dB in {RANKED_BY}"
