@@ -491,7 +491,7 @@ def test_sigterm_where_sigint_is_ignored(
     finally:
         signal.signal(signal.SIGINT, before)
     assert result.code == 130
-    kept = f"1 of 4 layers in {bench.store}; the layer in work is lost"
+    kept = f"1 of 4 layers in {bench.store}; the unfinished layer is computed again"
     assert f"error: interrupted; kept: {kept}" in result.err.splitlines()
     assert job(bench).session.layers_done == 1
 

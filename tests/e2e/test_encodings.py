@@ -61,9 +61,10 @@ def test_marked_files_of_a_model_are_read(box: Box) -> None:
         mark(box.model / name)
     got = converted(box, "out")
     assert got.keys() == expected.keys()
-    # copied as it is; what we write has no mark
+    # copied as it is; what we write has no mark, and the card names the source by its fingerprint
     assert (box.root / "out/generation_config.json").read_bytes()[:3] == MARK
-    assert [name for name in got if got[name] != expected[name]] == ["generation_config.json"]
+    differ = [name for name in got if got[name] != expected[name]]
+    assert differ == ["README.md", "generation_config.json"]
     note = "`generation_config.json` begins with a byte order mark, at which engines stop"
     assert run_cli("inspect", box.model, "--json").json["notes"] == [note]
     assert f"note         {note}" in run_cli(*box.args("--plan", "--force")).out

@@ -54,6 +54,9 @@ def test_from_a_recipe_to_a_served_checkpoint_by_pasting(box: Box) -> None:
     page, look = steps(run_cli("verify", packed))
     assert page == f"quantcli verify {packed} --report verify.html"
     assert look == f"quantcli inspect {packed}"
+    page, look = steps(run_cli("verify", box.out, packed))
+    assert page == f"quantcli verify {box.out} {packed} --report verify.html"
+    assert look == f"quantcli verify {packed} --full"
 
 
 def test_parts_lead_to_the_next_part_and_then_to_the_whole(box: Box) -> None:
@@ -65,6 +68,13 @@ def test_parts_lead_to_the_next_part_and_then_to_the_whole(box: Box) -> None:
     words = shlex.split(merge)
     result = run_cli(*words[1:3], *parts, *words[4:])
     assert steps(result) == [f"quantcli verify {box.out} --full"]
+
+
+@pytest.mark.parametrize(("device", "shared"), [("4090", False), ("2x910B", True)])
+def test_a_recommendation_explains_its_table(device: str, shared: bool) -> None:
+    out = run_cli("recommend", EXAMPLE, "--for", device).out
+    assert "\norder         what fits; then by bits" in out
+    assert ("\nweights       and cache: on each device\n" in out) == shared
 
 
 def test_a_recommendation_leads_to_its_plan() -> None:

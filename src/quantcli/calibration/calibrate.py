@@ -65,7 +65,7 @@ class Calibrator:
     def _keeps(self, done: int) -> None:
         """What is there if the run ends now."""
         layers = f"{done} of {count(self._skeleton.layers, 'layer')}"
-        self.progress.keeps(f"{layers} in {self.store.folder}; the layer in work is lost")
+        self.progress.keeps(f"{layers} in {self.store.folder}; the unfinished layer is computed again")
 
     def _has_work(self, index: int) -> bool:
         modules, methods = self._modules(index), self.calibration.methods

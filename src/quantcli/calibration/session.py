@@ -250,6 +250,11 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         f"layer, and the rest in {session.folder}"
     )
     _check_memory(skeleton, device, progress)
+    limit = "80 % of the free memory" if resources.max_memory is None else "--max-memory"
+    progress.detail(
+        f"hidden states: up to {size(states_budget)} in memory, which {limit} leaves next to one "
+        f"layer, and the rest in {session.folder}"
+    )
     workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     replay = Replay(skeleton, batches, device=device, workers=workers)

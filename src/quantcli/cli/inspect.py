@@ -47,7 +47,7 @@ def inspect(
     if support:
         if model is not None or tensors is not None or outliers or page:
             raise InputError(
-                "--support takes neither a model nor an option other than --for",
+                "--support takes neither a model nor an option other than --for and --json",
                 fix="quantcli inspect --support",
             )
         with watch(output) as progress:

@@ -146,3 +146,10 @@ def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Pat
     if report["depths"] == ["structure"]:
         return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
     return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]
+
+
+def after_several(out: Output, reports: Sequence[dict[str, Any]], page: Path | None) -> list[Step]:
+    """A page of all if none was written, and a look at the first that failed alone."""
+    again = [typed(out, "--report", "verify.html")] if page is None else []
+    failed = [report["checkpoint"] for report in reports if not report["ok"]]
+    return [*again, *(shell("quantcli", "verify", name, "--full") for name in failed[:1])]

@@ -104,6 +104,12 @@ def show_recommendation(out: Output, found: dict[str, Any]) -> None:
     if found["left_out"]:
         recipes_left = count(found["left_out"], "recipe")
         out.line(f"left out      {recipes_left}: -v and --json say why")
+    out.line(
+        "order         what fits; then by bits, 8-bit weights and inputs first; then by kernels and "
+        "format of the engine; then by change"
+    )
+    if several:
+        out.line("weights       and cache: on each device")
     out.line("up to         tokens of each sequence that fit; text: whether the recipe needs one")
     costs = found["costs"]
     out.line(

@@ -193,7 +193,9 @@ def verify(chosen: VerifyOptions, output: Output) -> None:
     with watch(output) as progress:
         report = commands.run(chosen, progress)
     if len(chosen.checkpoints) > 1:
-        output.result(report, show_several, failure(*report["checkpoints"]))
+        steps = following.after_several(output, report["checkpoints"], chosen.page)
+        with following.after(output, *steps):
+            output.result(report, show_several, failure(*report["checkpoints"]))
         return
     steps = following.after_verify(output, str(chosen.checkpoint), report, chosen.page)
     with following.after(output, *steps):

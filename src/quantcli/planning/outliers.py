@@ -346,13 +346,16 @@ def verdict(modules: list[dict[str, Any]], advice: dict[str, Any] | None) -> dic
     damaged, low = len(modules) - len(levels), sum(level < LEAST_DB for level in levels)
     of = f"of {count(modules, 'weight')}"
     if damaged:
-        return {"hard": True, "what": f"damaged: {damaged} {of} hold NaN or Inf"}
+        hold = "holds" if damaged == 1 else "hold"
+        return {"hard": True, "what": f"damaged: {damaged} {of} {hold} NaN or Inf"}
     if low:
-        what = f"hard to quantize: {low} {of} keep less than {LEAST_DB:g} dB in {RANKED_BY}"
+        keep = "keeps" if low == 1 else "keep"
+        what = f"hard to quantize: {low} {of} {keep} less than {LEAST_DB:g} dB in {RANKED_BY}"
         return {"hard": True, "what": what}
     if advice is not None:
         far = len(advice["far_below"])
-        what = f"hard in places: {far} {of} lose far more in {RANKED_BY} than others of their kind"
+        lose, their = ("loses", "its") if far == 1 else ("lose", "their")
+        what = f"hard in places: {far} {of} {lose} far more in {RANKED_BY} than others of {their} kind"
         return {"hard": True, "what": what}
     if not levels:
         return {"hard": False, "what": "there are no weights to quantize"}

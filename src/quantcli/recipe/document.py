@@ -219,6 +219,7 @@ def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str],
         return str(node.value)
     try:
         value = yaml.SafeLoader("").construct_object(node)
+        str(value)  # a number in hexadecimal may be too long for all who show or write it
     except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
         raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
     return value if anything else _printable(value, where)

@@ -98,6 +98,7 @@ def test_a_model_without_a_card_gets_one(plan):
     [
         ("base_model: org/parent", (), None, None),  # of whoever trained the model
         ("base_model: org/parent\nbase_model_relation: quantized", (), None, "org/parent"),
+        ("base_model: org/a@refs/pr/1\nbase_model_relation: quantized", (), None, "org/a"),
         ("base_model: [org/a, org/b]\nbase_model_relation: quantized", (), None, None),
         ("base_model: x\nbase_model_relation: quantized", (), "org/own", "org/own"),
         ("license: mit", ("base_model=org/said",), "org/own", "org/said"),
@@ -117,6 +118,7 @@ def test_the_base_model_is_the_one_that_was_quantized(plan, front, overrides, hu
         ("a: [", "not valid YAML"),
         ("- a", "not a mapping"),
         ("a: 1\na: 2", "appears twice"),
+        ("license: 0x" + "f" * 5000, "cannot read the value"),
         ("a: " + "x" * 70_000, "over 65,536 characters"),
     ],
 )

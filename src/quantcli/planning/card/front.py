@@ -25,8 +25,8 @@ def base_of(named: str | None, source: SourceCard) -> str | None:
         return named
     base = source.front.get("base_model")
     quantized = source.front.get("base_model_relation") == "quantized"
-    is_id = isinstance(base, str) and HUB_ID.fullmatch(base)
-    return base if quantized and is_id else None
+    given = HUB_ID.fullmatch(base) if isinstance(base, str) else None
+    return given["repository"] if quantized and given else None  # the Hub knows no revision here
 
 
 def front_matter(
