@@ -106,7 +106,7 @@ def phases(folder: Path, model: Path, many: Path) -> list[Phase]:
     verify = ["verify", folder / "whole"]
     base, replay = "quantcli.calibration.", "quantcli.calibration.replay.replay:Replay."
     learning = base + "methods.learning:Course."
-    cold = (("XDG_CACHE_HOME", str(folder / "cold")), ("QUANTCLI_CACHE", str(folder / "cold")))
+    cold = (("QUANTCLI_CACHE", str(folder / "cold")),)
     data = ["--data", ROOT / "examples" / "evaluation.txt", "--samples", "8", "--length", "256"]
     run = [*verify, "--run", "--against", model, *data]
     return [
@@ -123,18 +123,20 @@ def phases(folder: Path, model: Path, many: Path) -> list[Phase]:
         Phase("calibrate: loading a layer", base + "layer:LayerRun.measure", learn),
         Phase("calibrate: float pass", learning + "loss", learn),
         Phase("calibrate: learning", learning + "_step", learn, nth=3),
+        Phase("calibrate: the third layer", base + "layer:LayerRun.measure", calibrate("w8a8_static"),
+              nth=3),
         Phase("calibrate: inputs for GPTQ", base + "methods.hessians:add", round_),
         Phase("calibrate: Cholesky", "quantcli.schemes.arithmetic.gptq:Feedback.of", round_),
         Phase("calibrate: rounding", base + "methods.rounding:RoundingPass._round", round_),
         Phase("quantize: converting", "quantcli.convert.shards:ShardRun._work", convert, nth=8),
-        Phase("quantize: fsync of a shard", "quantcli.core.extents:os.fsync", convert, nth=9,
+        Phase("quantize: fsync of a shard", "quantcli.core.extents:os.fsync", convert, nth=2,
               leaves=True),
         Phase("quantize: hashes of kept shards", "quantcli.convert.shards:ShardRun._reuse", convert),
         Phase("pack", "quantcli.convert.shards:ShardRun._work",
               ["pack", folder / "whole", "--target", "compressed-tensors", "--out", out], nth=8),
         Phase("pack --merge", "quantcli.convert.merge:_Gather.gather",
               ["pack", "--merge", *parts, "--out", out]),
-        Phase("verify --full", "quantcli.verification.full:_scan", [*verify, "--full"]),
+        Phase("verify --full", "quantcli.verification.full:verify_full", [*verify, "--full"]),
         Phase("verify --against", "quantcli.verification.against:verify_against",
               [*verify, "--against", model]),
         Phase("verify --run", base + "replay.served:Forward.layer", run),
@@ -154,7 +156,7 @@ def prepare(folder: Path, model: Path) -> None:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", default="", help="phases whose names have this word")
-    arguments.add_argument("--delay", type=float, default=0.3)
+    arguments.add_argument("--delay", type=float, default=0.1)
     arguments.add_argument("--layers", type=int, default=10)
     arguments.add_argument("--hidden", type=int, default=2048)
     options = arguments.parse_args()

@@ -222,6 +222,35 @@ def test_an_interrupt_during_an_import_as_json(place: Path) -> None:
     assert done.stdout == again.stdout
 
 
+# a command whose main thread stays in one operation, in which Python calls no handler
+STUCK = """
+import hashlib, os, signal, sys, threading
+times = int(sys.argv.pop(1))
+from quantcli.commands import inspect as commands
+def stuck(model, tensors, progress):
+    progress.keeps('1 of 2 "shards" in a\\nb')
+    stops = [signal.SIGINT] * times
+    threading.Timer(0.1, lambda: [os.kill(os.getpid(), stop) for stop in stops]).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+commands.inspect = stuck
+from quantcli.__main__ import entry
+entry()
+"""
+
+
+def test_an_interrupt_within_one_long_operation(place: Path) -> None:
+    """It ends the process, although the main thread does not come back to Python for many minutes."""
+    log = place / "log"
+    words = ["inspect", place / "model", "--json", "--log-file", log]
+    done = python(STUCK, 1, *words, timeout=300)
+    kept = 'interrupted; kept: 1 of 2 "shards" in a\nb'
+    lines = ["error: " + kept.replace("\n", "\\n"), "  fix: the same command again"]
+    assert (done.returncode, done.stderr.splitlines()) == (130, lines)
+    assert json.loads(done.stdout)["error"]["what"] == kept
+    assert [line.partition("Z  ")[2] for line in log.read_text().splitlines()][1:] == lines
+    assert python(STUCK, 2, *words, timeout=300).returncode == 130
+
+
 PRINTED = f"""
 import sys
 from {Output.__module__} import Output

@@ -80,10 +80,12 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
     try:
         signals.command_runs = True
         return _run(argv, out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         signals.command_runs = False
         if not signals.may_report():
             time.sleep(_LONG)  # another thread does, and ends the process
+        if isinstance(error, Interrupted):  # it says more
+            raise
         raise Interrupted(signals.what, fix=signals.fix) from None
     finally:
         signals.command_runs = False

@@ -87,6 +87,13 @@ def test_a_folder_of_the_users_choice(fresh, tmp_path, monkeypatch):
     assert file.read_bytes() == b"what somebody else put there"
 
 
+def test_a_folder_of_the_users_choice_that_is_new(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.CACHE, str(tmp_path / "deep" / "new"))
+    assert works()
+    (file,) = files(tmp_path)
+    assert file.parents[2] == tmp_path / "deep" / "new"
+
+
 def test_private_whatever_the_umask(fresh, tmp_path, monkeypatch):
     before = os.umask(0)
     try:

@@ -220,7 +220,8 @@ def _folder(fingerprint: str) -> Path | None:
         if str(parent) != os.environ.get(CACHE):  # that one may be shared: a volume, say
             places.insert(0, parent)
         with suppress(OSError):
-            parent.parent.mkdir(parents=True, exist_ok=True)
+            existing = parent.parent if parent in places else parent  # the chosen one may be new, too
+            existing.mkdir(parents=True, exist_ok=True)
             for place in places:  # each by itself: `parents` would leave their modes to the umask
                 place.mkdir(mode=0o700, exist_ok=True)
             # one that cannot be written may be part of a container's image, with all it needs
