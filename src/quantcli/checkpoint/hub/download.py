@@ -91,7 +91,7 @@ def fetch_model(repository: Repository, choice: Choice, progress: Progress) -> N
         size = decimal(repository.nbytes(names))
         progress.say(f"not fetched, since not needed: {count(names, 'file')}, {size}: {few}")
     progress.begin(nbytes, len(missing), noun="file")
-    progress.keeps("what has arrived, in the Hub's cache")
+    progress.keeps("the complete files, in the Hub's cache")
     try:
         for files in (choice.others, choice.weights):
             fetch(repository, files, progress, progress)
