@@ -49,10 +49,6 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
     for folder, name in zip(folders, options.checkpoints, strict=True):
         progress.say(f"verifying {name}: {', '.join(options.depths)}")
         report = _verify(replace(options, checkpoint=folder, others=None), earlier, progress)
-        if given.against is not None and Path(given.against).expanduser() != Path(
-            options.against or ""
-        ):
-            report["against"] = given.against  # the Hub id, not where its cache is on this machine
         report["card_written"] = _write_card(folder, report, given) if options.card else None
         reports.append(report)
     _write(options, reports)
