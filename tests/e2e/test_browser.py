@@ -85,6 +85,7 @@ def test_marks_say_what_they_are(opened):
     shown = opened(page(reports.report(28, bad=["layers.13"])))
     tip = "document.querySelector('.tip')"
     assert shown.run(f"{tip}.hidden") is True
+    shown.run("document.addEventListener('pointerover', (e) => { at = [e.clientX, e.clientY]; })")
     shown.point(".map .heat path")
     text = shown.run(f"{tip}.textContent")
     assert text.splitlines()[0] == "self_attn.q_proj" or text.startswith(
@@ -95,6 +96,12 @@ def test_marks_say_what_they_are(opened):
         shown.press(key)
     assert shown.run(f"{tip}.textContent").startswith("model.layers.")
     assert shown.run("document.querySelectorAll('.shown').length") == 1
+    # the page moves below a pointer at rest; then the pointer moves
+    for across, marks in ((0, 1), (30, 0)):
+        place = f"{{bubbles: true, clientX: at[0] + {across}, clientY: at[1]}}"
+        shown.run(f"document.body.dispatchEvent(new PointerEvent('pointerover', {place}))")
+        assert shown.run("document.querySelectorAll('.shown').length") == marks
+    shown.press("ArrowDown")
     shown.press("Escape")
     assert shown.run(f"{tip}.hidden") is True
 

@@ -51,7 +51,13 @@
     return best;
   }
 
-  document.addEventListener("pointerover", (event) => show(event.target.closest("[data-tip]")));
+  // a page that scrolls below a pointer at rest sends this event, too: it must not end what keys show
+  let rest = [-1, -1];
+  document.addEventListener("pointerover", (event) => {
+    const moved = Math.hypot(event.clientX - rest[0], event.clientY - rest[1]) >= 1;
+    if (moved) show(event.target.closest("[data-tip]"));
+    rest = [event.clientX, event.clientY];
+  });
   document.addEventListener("pointerdown", (event) => show(event.target.closest("[data-tip]")));
   document.addEventListener("focusout", () => show(null));
   document.addEventListener("keydown", (event) => {
