@@ -1,4 +1,4 @@
-"""Completion: what a shell is told, and the script that asks."""
+"""Completion: the answers to a shell, and the script that asks for them."""
 
 from __future__ import annotations
 

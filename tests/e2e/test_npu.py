@@ -107,7 +107,7 @@ def test_a_device_that_is_not_there(cases: Any, case: str, message: str) -> None
     [("absent", "libascend_hal.so: cannot open"), ("conflict", "Two accelerators cannot be used")],
 )
 def test_a_package_that_cannot_be_loaded(cases: Any, driver: str, reason: str) -> None:
-    """It is installed, so that installing it again is no help."""
+    """It is installed already, so the message does not suggest to install it."""
     error = cases[driver]
     assert error["code"] == 3
     assert error["what"].startswith(f"torch_npu cannot be loaded: {reason}")

@@ -303,7 +303,7 @@ def test_streams(place: Path, words: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_encodings(tmp_path: Path, encoding: str) -> None:
-    """Names that are no text, and characters that the terminal's encoding lacks, are escaped."""
+    """Names that are not text, and characters that the terminal's encoding lacks, are escaped."""
     name = "模\U0001f600\udcff"  # the last one is a byte that is no character
     command = [sys.executable, "-m", "quantcli", "inspect", "--json", os.fsencode(tmp_path / name)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}

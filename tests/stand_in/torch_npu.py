@@ -183,4 +183,4 @@ _library.fallback(_make, "PrivateUse1")
 
 def npu_fusion_attention(*_: Any, **__: Any) -> Any:
     """transformers imports it, for attentions that a calibration does not choose."""
-    raise NotImplementedError
+    raise AssertionError("a calibration has chosen the fused attention of an NPU")

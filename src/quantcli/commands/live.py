@@ -45,8 +45,8 @@ _CONVERTED = 2  # groups of converted tensors that are kept for the next rows
 def live_checkpoint(model: Any, tokenizer: Any, progress: Progress) -> Checkpoint:
     """The checkpoint that `model.save_pretrained` and `tokenizer.save_pretrained` would write.
 
-    The model is not changed, and must not be until the checkpoint is no longer used. Raises InputError
-    for what is not a transformers model, and for one whose weights are quantized, sharded or not all in
+    The model stays as it is. Do not change it while the checkpoint is in use. Raises InputError for
+    what is not a transformers model, and for one whose weights are quantized, sharded or not all in
     memory.
     """
     _check(model)
