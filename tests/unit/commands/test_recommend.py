@@ -320,8 +320,7 @@ def test_the_order_of_recipes():
 
 def test_costs_are_of_all_recipes_and_only_those():
     changes = costs()["mean_change"]
-    slow = {"w4a4_flatquant_tp1", "mxfp4_flatquant"}  # they take long to measure
-    assert set(changes) | slow == set(shipped_recipes())
+    assert set(changes) == set(shipped_recipes())
     refused = {name for name, change in changes.items() if change is None}
     assert refused == {name for name in shipped_recipes() if name.endswith("_moe")} | {
         "w8a8_moe_dynamic"
