@@ -2,8 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import object_server
 
 # On a busy machine, too, no example is too slow; and all are the same ones each time.
 settings.register_profile(
@@ -23,3 +27,10 @@ for _name in [*os.environ]:
 # Ctrl-C would do nothing in the tests of it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def objects() -> Iterator[object_server.Objects]:
+    """A server with the API of S3, which obstore finds by the environment of this process."""
+    with object_server.serve() as server:
+        yield server
