@@ -3,8 +3,8 @@
 The output is planned for real, from headers. What its pieces cost is measured on this machine
 (cluster_costs.py). Then the schedule of `--executor ray` runs on paper (simulate.py), on nodes whose
 cores are those of this machine. Its time is compared with a bound that no schedule can beat: the
-slowest resource, if work could be cut anywhere, or the longest chain of tasks. The start of the nodes is
-in both.
+slowest resource, if work could be cut anywhere, or the longest chain of tasks. Nodes take as long to
+start in both.
 
     python benchmarks/cluster.py [--costs FILE] [--write] [--json]
 
@@ -18,16 +18,18 @@ import gc
 import json
 import pickle
 import resource
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 import cluster_costs
 import cluster_page
 import deepseek
-from cluster_costs import LENGTH, SAMPLES, STEP, Costs
-from common import RECIPES, Line, finish, parser, workplace
+from cluster_costs import KINDS, LENGTH, SAMPLES, STEP, Conversions, Costs, tensors_of
+from common import RECIPES, Line, finish, parser, workplace, write_model
 from quantcli.planning.plan import Copy, Plan, Shard
 from simulate import Bound, Cluster, Phase, Storage, Task, bound, makespan
 
@@ -44,6 +46,7 @@ DISPATCH = 0.005  # seconds of the driver for each task
 LATENCY = 0.2  # seconds to open, sync and rename a file
 BATCHES = SAMPLES * 2 // STEP  # of a recipe that learns
 BAR = 1.10  # of the bound, on 16 nodes with a shared store
+ERROR = 0.15  # of a prediction
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Planned:
     """A plan, and what planning took."""
 
     plan: Plan
-    lines: list[Line]
+    line: Line
 
 
 def planned(recipe: str, model: Path) -> Planned:
@@ -99,7 +102,22 @@ def planned(recipe: str, model: Path) -> Planned:
     detail = f"{plan.quantized_modules} matrices, {len(plan.shards)} files, {sizes}; "
     detail += f"peak {peak:.0f} MiB; pickled {len(content) / 1e6:.0f} MB, in {sent:.1f} s; "
     detail += f"read again in {loaded:.1f} s"
-    return Planned(plan, [Line(f"plan of {recipe}", taken, "CPU s", None, detail)])
+    return Planned(plan, Line(f"plan of {recipe}", taken, "CPU s", None, detail))
+
+
+def checked(conversions: Conversions, costs: Costs, model: Path) -> Line:
+    """A real conversion of several files and all kinds, against the simulated one on this machine."""
+    write_model(model, [spec for kind in KINDS for spec in tensors_of(kind)[:6]], shards=3)
+    tasks = converting(planned("w8a8_dynamic", model).plan, costs)
+    used = conversions.of(model)
+    shutil.rmtree(model)
+    here = Cluster(1, 2, 1, Storage("this machine", inf, inf, inf))
+    predicted = sum(phase.cpu for task in tasks for phase in task.phases)
+    detail = (
+        f"{used.cpu:.2f} CPU s, predicted {predicted:.2f}; {used.wall:.2f} s on two cores, predicted "
+    )
+    detail += f"{makespan([Task((replace(t.phases[0], wait=0.0),)) for t in tasks], here):.2f}"
+    return Line("a conversion here: error of its CPU", abs(used.cpu / predicted - 1), "", ERROR, detail)
 
 
 def converting(plan: Plan, costs: Costs) -> list[Task]:
@@ -223,10 +241,13 @@ def main() -> None:
     )
     options = arguments.parse_args()
     with workplace(options.dir) as folder:
+        lines = []
         if options.costs and options.costs.exists():
             costs = Costs(**json.loads(options.costs.read_text()))
         else:
-            costs = cluster_costs.measured(folder, options.rounds)
+            conversions = cluster_costs.Conversions(folder, options.rounds)
+            costs = cluster_costs.measured(conversions, folder)
+            lines.append(checked(conversions, costs, folder / "mixed"))
             if options.costs:
                 options.costs.write_text(json.dumps(asdict(costs)))
         deepseek.write_headers(folder / "model")
@@ -249,7 +270,7 @@ def main() -> None:
     ]
     if options.write:
         cluster_page.write(facts(costs, plain.plan, learned.plan), outcomes)
-    finish([*plain.lines, *learned.lines, *results(outcomes)], as_json=options.json)
+    finish([*lines, plain.line, learned.line, *results(outcomes)], as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepseek
-from common import RECIPES, ROOT, conversion, fork, qwen3, reap, warm_up, write_model
+from common import RECIPES, ROOT, Usage, conversion, fork, qwen3, reap, warm_up, write_model
 from quantcli.checkpoint.spec import TensorSpec
-from quantcli.core.disk import file_entry
 
 KINDS = ("experts", "other matrices", "copies")
 SAMPLES, LENGTH, EPOCHS = 128, 256, 15  # of recipes/w4a4_flatquant.yaml and of its preset
@@ -36,7 +35,6 @@ class Costs:
     """Core seconds on this machine.
 
     converting: for each GB of source, by kind.
-    hashing:    for each GB of a file that is read again for its hash.
     loading:    for each GB of a layer.
     forward:    of all samples through one layer, as floats.
     learning:   of a layer: passes before and after, and all steps, which two threads share.
@@ -45,7 +43,6 @@ class Costs:
     """
 
     converting: dict[str, float]
-    hashing: float
     loading: float
     forward: float
     learning: float
@@ -53,9 +50,9 @@ class Costs:
     rounding: float
 
 
-def measured(folder: Path, rounds: int) -> Costs:
+def measured(conversions: Conversions, folder: Path) -> Costs:
     """All costs, in some minutes. folder: for models of up to 2 GB."""
-    return Costs(_converting(folder, rounds), _hashing(folder), *_learning(folder))
+    return Costs(_converting(conversions, folder), *_learning(folder))
 
 
 def tensors_of(kind: str) -> list[TensorSpec]:
@@ -70,43 +67,45 @@ def tensors_of(kind: str) -> list[TensorSpec]:
     return [*attention, *(spec for spec in dense if ".mlp." in spec.name)]
 
 
-def _converting(folder: Path, rounds: int) -> dict[str, float]:
-    """For each GB of source, by kind: the median of some rounds."""
-    empty, model, out, log = (folder / name for name in ("empty", "model", "out", "log"))
+class Conversions:
+    """Conversions to w8a8_dynamic by two threads, in forks of this process."""
 
-    def seconds(source: Path) -> float:
-        code, used = reap(fork(conversion("w8a8_dynamic", source, out), log))
+    def __init__(self, folder: Path, rounds: int) -> None:
+        self._folder, self._rounds = folder, rounds
+        empty, out = folder / "empty", folder / "out"
+        write_model(empty, qwen3(1, hidden=128, vocab=16))
+        warm_up(conversion("w8a8_dynamic", empty, out))
+        shutil.rmtree(out)
+        self._start = Usage(0.0, 0.0, 0.0, 0)
+        self._start = self.of(empty)
+
+    def of(self, model: Path) -> Usage:
+        """The median of some rounds, without what a nearly empty model takes."""
+        self._once(model)  # the next one finds the memory that this one has freed
+        used = [self._once(model) for _ in range(self._rounds)]
+        median = (
+            statistics.median(getattr(u, name) for u in used) - getattr(self._start, name)
+            for name in ("wall", "user", "system")
+        )
+        return Usage(*median, max(u.peak for u in used))
+
+    def _once(self, model: Path) -> Usage:
+        out, log = self._folder / "out", self._folder / "log"
+        code, used = reap(fork(conversion("w8a8_dynamic", model, out, "--workers", "2"), log))
         if code:
             raise SystemExit(f"conversion exits with {code}:\n{log.read_text()}")
         shutil.rmtree(out)
-        return used.cpu
+        return used
 
-    write_model(empty, qwen3(1, hidden=128, vocab=16))
-    warm_up(conversion("w8a8_dynamic", empty, out))
-    shutil.rmtree(out)
-    start = statistics.median(seconds(empty) for _ in range(rounds))
+
+def _converting(conversions: Conversions, folder: Path) -> dict[str, float]:
+    """For each GB of source, by kind."""
     costs = {}
     for kind in KINDS:
-        nbytes = write_model(model, tensors_of(kind), shards=1)
-        seconds(model)  # the next one finds the memory that this one has freed
-        taken = statistics.median(seconds(model) for _ in range(rounds))
-        costs[kind] = (taken - start) / nbytes * 1e9
-        shutil.rmtree(model)
+        nbytes = write_model(folder / "model", tensors_of(kind), shards=1)
+        costs[kind] = conversions.of(folder / "model").cpu / nbytes * 1e9
+        shutil.rmtree(folder / "model")
     return costs
-
-
-def _hashing(folder: Path) -> float:
-    """For each GB of a file in memory, as the manifest hashes it."""
-    nbytes = 2**28
-    file = folder / "file"
-    file.write_bytes(bytes(nbytes))
-    taken = []
-    for _ in range(3):
-        began = time.process_time()
-        file_entry(file, checksum=True)
-        taken.append(time.process_time() - began)
-    file.unlink()
-    return min(taken) / nbytes * 1e9
 
 
 def _learning(folder: Path) -> tuple[float, float, float, float, float]:
