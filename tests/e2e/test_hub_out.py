@@ -111,7 +111,7 @@ def test_a_run_of_something_else_goes_on_only_if_fresh(
     hub.most_commits = 99
     refused = convert(box)
     assert refused.code == 2
-    assert "unfinished work of another run is here: the recipe or version has changed" in refused.err
+    assert "unfinished work of another run: the recipe or version has changed" in refused.err
     assert convert(box, "--fresh").code == 0
     assert published(hub) == expected
 
@@ -148,8 +148,10 @@ def test_force_replaces_a_model(box: Box, hub: Shelf, expected: dict[str, str]) 
 
 def test_a_branch_of_its_own(box: Box, hub: Shelf, expected: dict[str, str]) -> None:
     assert convert(box, "--set", "max_shard=2KB").code == 0
-    done = run_cli("quantize", box.recipe, "--model", box.model, "--out", f"{URL}@int8", *SMALL)
-    assert done.code == 0, done.err
+    command = ["quantize", box.recipe, "--model", box.model, "--out", f"{URL}@int8", *SMALL, "--json"]
+    done = run_cli(*command)
+    assert done.json["plan"]["serve"][0]["command"].startswith("vllm serve org/out ")
+    assert done.json["plan"]["serve"][0]["command"].endswith(" --revision int8")
     assert published(hub, "@int8") == expected
     assert published(hub) != expected
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
     from quantcli.recipe.written import GivenRecipe, WrittenRecipe
+    from quantcli.targets.serving import ServeCommand
 
 W = TypeVar("W", bound="Work")
 
@@ -47,6 +48,13 @@ class Job(Generic[W]):
     def nbytes(self) -> int:
         """Bytes of what this job writes, without the manifest."""
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
+
+    @property
+    def serve(self) -> tuple[ServeCommand, ...]:
+        """The commands that serve the checkpoint."""
+        commands = self.plan.target.serve(self.plan.served, self.out.served_as)
+        flags = self.out.serve_flags
+        return tuple(replace(command, words=(*command.words, *flags)) for command in commands)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
-        "serve": [command.to_json() for command in plan.target.serve(plan.served, str(job.out))],
+        "serve": [command.to_json() for command in job.serve],
         "notes": list(plan.notes),
     }
 

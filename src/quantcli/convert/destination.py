@@ -101,6 +101,16 @@ class Destination(ABC):
         return self.folder or str(self)
 
     @property
+    def served_as(self) -> str:
+        """The place as an engine takes it."""
+        return str(self)
+
+    @property
+    def serve_flags(self) -> tuple[str, ...]:
+        """What an engine must be given next to it."""
+        return ()
+
+    @property
     @abstractmethod
     def draft_place(self) -> str:
         """Where a draft is before it is complete, for messages."""

@@ -65,6 +65,17 @@ class HubRepository(Destination):
         return parse(self.url)[0].rpartition("/")[2]
 
     @property
+    def served_as(self) -> str:
+        """ORG/NAME."""
+        return parse(self.url)[0]
+
+    @property
+    def serve_flags(self) -> tuple[str, ...]:
+        """The branch, if it is not main."""
+        branch = parse(self.url)[1]
+        return () if branch == "main" else ("--revision", branch)
+
+    @property
     def draft_place(self) -> str:
         """The address: a draft is where the checkpoint will be."""
         return self.url
