@@ -147,7 +147,7 @@ def check_head(lines: list[dict[str, Any]], head: dict[str, Any], where: str) ->
         source = "set of parts" if "parts" in head["source"] else "model"
         words = {"source": source, "plan": "recipe or version", "checksum": "option --checksum"}
         raise InputError(
-            f"the output holds the unfinished work of another run: the {words[changed]} has changed since",
+            f"place holds the unfinished work of another run: the {words[changed]} has changed since",
             where=where,
             fix=_FRESH,
         )
