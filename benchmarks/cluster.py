@@ -154,6 +154,24 @@ def passing(cluster: Cluster, costs: Costs) -> list[Task]:
     return tasks
 
 
+def passing_in_turn(costs: Costs) -> list[Task]:
+    """The pass as it is not done today: a task for each layer, which loads it once and runs each batch as
+    soon as the layer before has."""
+    batch = Phase(costs.forward / BATCHES, written=_STATES / BATCHES, threads=1)
+    # a task has as many threads as slots have cores: that many batches go at a time
+    several = Phase(batch.cpu * WORKERS, written=batch.written * WORKERS)
+    count = BATCHES // WORKERS
+    return [
+        Task(
+            (
+                _loading(index, costs),
+                *(replace(several, needs=(index - 1, 1 + n) if index else None) for n in range(count)),
+            )
+        )
+        for index in range(deepseek.LAYERS)
+    ]
+
+
 _STATES = SAMPLES * LENGTH * deepseek.HIDDEN * 4.0  # bytes of a layer's inputs, float32
 
 
@@ -220,8 +238,8 @@ def facts(costs: Costs, plain: Plan, learned: Plan) -> list[str]:
         f"{SAMPLES} samples of {LENGTH} tokens, {cluster_costs.EPOCHS} epochs and 256 experts: "
         f"{learning_hours:.1f} core hours for each layer. Its steps, {costs.steps / 3600:.1f} core "
         "hours of it, use two cores.",
-        f"A layer is loaded in {layer.cpu:.0f} s by one core ({layer.read / 1e9:.0f} GB); the pass "
-        f"writes {deepseek.LAYERS * _STATES / 1e9:.0f} GB of layers' inputs.",
+        f"A layer is loaded in {layer.cpu:.0f} s by one core: {layer.read / 1e9:.0f} GB, twice that in "
+        f"float32. The pass writes {deepseek.LAYERS * _STATES / 1e9:.0f} GB of layers' inputs.",
         f"A node has {CORES} cores, for {CORES // WORKERS} tasks of {WORKERS}, and a link of "
         f"{LINK / 1e9:.1f} GB/s each way. "
         + "; ".join(
@@ -230,6 +248,17 @@ def facts(costs: Costs, plain: Plan, learned: Plan) -> list[str]:
         )
         + f". Starting takes {STARTUP:.0f} s, a task {1000 * DISPATCH:.0f} ms of the driver.",
     ]
+
+
+def in_turn(costs: Costs) -> list[Line]:
+    """What the pass would take if each layer were loaded once."""
+    lines, tasks, storage = [], passing_in_turn(costs), STORAGES[0]
+    for nodes in NODES:
+        cluster = Cluster(nodes, CORES, CORES // WORKERS, storage, STARTUP, DISPATCH)
+        usual = makespan(passing(cluster, costs), cluster)
+        what = f"the pass with layers in turn, {storage.name}, {nodes} nodes"
+        lines.append(Line(what, makespan(tasks, cluster), "s", None, f"{usual:.0f} s as it is"))
+    return lines
 
 
 def main() -> None:
@@ -270,7 +299,8 @@ def main() -> None:
     ]
     if options.write:
         cluster_page.write(facts(costs, plain.plan, learned.plan), outcomes)
-    finish([*lines, plain.line, learned.line, *results(outcomes)], as_json=options.json)
+    lines += [plain.line, learned.line, *results(outcomes), *in_turn(costs)]
+    finish(lines, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Phase:
     """What goes on at one time.
 
     cpu: core seconds. read, written: bytes. wait: seconds before it. threads: the most cores it uses.
+    needs: the task and the phase of it, by numbers, that must have ended before.
     """
 
     cpu: float = 0.0
@@ -33,6 +34,7 @@ class Phase:
     written: float = 0.0
     wait: float = 0.0
     threads: float = inf
+    needs: tuple[int, int] | None = None
 
     @property
     def moved(self) -> float:
@@ -127,16 +129,24 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
     ready = [number for number, count in enumerate(missing) if not count]  # a heap: sorted
     free = [cluster.slots] * cluster.nodes
     running: list[_Running] = []
+    passed = [0] * len(tasks)  # phases that have ended
     now, driver = cluster.startup, cluster.startup
+
+    def wakes(phase: Phase, ready: float) -> float:
+        """When a phase begins; never, if it needs another one that has not ended."""
+        blocked = phase.needs is not None and passed[phase.needs[0]] <= phase.needs[1]
+        return inf if blocked else ready + phase.wait
+
     while ready or running:
         for number, node in _placed(ready, tasks, free):
             driver = max(driver, now) + cluster.dispatch
             started = _Running(number, node, list(tasks[number].phases))
-            started.wakes = driver + started.phases[0].wait
+            started.wakes = wakes(started.phases[0], driver)
             running.append(started)
         assert running, "tasks wait for each other, or for a node that is not there"
         _share([r for r in running if r.wakes <= now + _LEAST], cluster)
         step = min(_seconds(r, now) for r in running)
+        assert step < inf, "phases need each other"
         now += step
         still = []
         for r in running:
@@ -145,8 +155,9 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
                 still.append(r)
                 continue
             r.phases.pop(0)
+            passed[r.number] += 1
             if r.phases:
-                r.left, r.pace, r.wakes = 1.0, 0.0, now + r.phases[0].wait
+                r.left, r.pace, r.wakes = 1.0, 0.0, inf
                 still.append(r)
                 continue
             free[r.node] += 1
@@ -156,6 +167,9 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
                 if not missing[follower]:
                     heapq.heappush(ready, follower)
         running = still
+        for r in running:
+            if r.wakes == inf:
+                r.wakes = wakes(r.phases[0], now)
     return ends
 
 
