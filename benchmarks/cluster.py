@@ -155,8 +155,8 @@ def passing(cluster: Cluster, costs: Costs) -> list[Task]:
 
 
 def passing_in_turn(costs: Costs) -> list[Task]:
-    """The pass as it is not done today: a task for each layer, which loads it once and runs each batch as
-    soon as the layer before has."""
+    """The pass as it is not done today: a task for each layer, which loads it once and runs each batch
+    as soon as the layer before has."""
     batch = Phase(costs.forward / BATCHES, written=_STATES / BATCHES, threads=1)
     # a task has as many threads as slots have cores: that many batches go at a time
     several = Phase(batch.cpu * WORKERS, written=batch.written * WORKERS)
@@ -224,7 +224,7 @@ def results(outcomes: Sequence[Outcome]) -> list[Line]:
     return lines
 
 
-def facts(costs: Costs, plain: Plan, learned: Plan) -> list[str]:
+def facts(costs: Costs, plain: Plan) -> list[str]:
     """What the simulation stands on, in sentences."""
     gb = plain.checkpoint.nbytes / 1e9
     cpu = sum(_shard(shard, costs).cpu for shard in plain.shards) / gb
@@ -280,15 +280,15 @@ def main() -> None:
             if options.costs:
                 options.costs.write_text(json.dumps(asdict(costs)))
         deepseek.write_headers(folder / "model")
-        plain, learned = (
-            planned(recipe, folder / "model") for recipe in ("w8a8_dynamic", "w4a4_flatquant")
-        )
+        recipes = ("w8a8_dynamic", "w4a4_flatquant")
+        plans = {recipe: planned(recipe, folder / "model") for recipe in recipes}
+    tasks = {recipe: converting(each.plan, costs) for recipe, each in plans.items()}
     workloads: dict[str, Stages] = {
-        "W8A8": lambda cluster: {"conversion": converting(plain.plan, costs)},
+        "W8A8": lambda cluster: {"conversion": tasks["w8a8_dynamic"]},
         "FlatQuant": lambda cluster: {
             "pass": passing(cluster, costs),
             "layers": learning(costs),
-            "conversion": converting(learned.plan, costs),
+            "conversion": tasks["w4a4_flatquant"],
         },
     }
     outcomes = [
@@ -298,8 +298,8 @@ def main() -> None:
         for nodes in NODES
     ]
     if options.write:
-        cluster_page.write(facts(costs, plain.plan, learned.plan), outcomes)
-    lines += [plain.line, learned.line, *results(outcomes), *in_turn(costs)]
+        cluster_page.write(facts(costs, plans["w8a8_dynamic"].plan), outcomes)
+    lines += [*(each.line for each in plans.values()), *results(outcomes), *in_turn(costs)]
     finish(lines, as_json=options.json)
 
 

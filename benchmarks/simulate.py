@@ -129,6 +129,7 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
     ready = [number for number, count in enumerate(missing) if not count]  # a heap: sorted
     free = [cluster.slots] * cluster.nodes
     running: list[_Running] = []
+    capacity = cluster.storage.capacity(cluster.nodes)
     passed = [0] * len(tasks)  # phases that have ended
     now, driver = cluster.startup, cluster.startup
 
@@ -142,9 +143,10 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
             driver = max(driver, now) + cluster.dispatch
             started = _Running(number, node, list(tasks[number].phases))
             started.wakes = wakes(started.phases[0], driver)
+            _prepare(started, cluster, capacity)
             running.append(started)
         assert running, "tasks wait for each other, or for a node that is not there"
-        _share([r for r in running if r.wakes <= now + _LEAST], cluster)
+        _share([r for r in running if r.wakes <= now + _LEAST], capacity)
         step = min(_seconds(r, now) for r in running)
         assert step < inf, "phases need each other"
         now += step
@@ -157,7 +159,8 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
             r.phases.pop(0)
             passed[r.number] += 1
             if r.phases:
-                r.left, r.pace, r.wakes = 1.0, 0.0, inf
+                r.pace, r.wakes = 0.0, inf
+                _prepare(r, cluster, capacity)
                 still.append(r)
                 continue
             free[r.node] += 1
@@ -198,20 +201,31 @@ def _seconds(r: _Running, now: float) -> float:
     return r.left / r.pace if r.left > _LEAST else 0.0
 
 
-def _share(active: Sequence[_Running], cluster: Cluster) -> None:
+def _prepare(r: _Running, cluster: Cluster, capacity: Mapping[str, float]) -> None:
+    """What the present phase of a task uses, and its fastest pace."""
+    phase = r.phases[0]
+    each = cluster.storage.uses(r.node, phase.read, phase.written)
+    r.uses = {name: nbytes for name, nbytes in each.items() if nbytes}
+    r.fastest = _alone(phase, r.uses, capacity, cluster.threads)
+    r.left = 0.0 if r.fastest == inf else 1.0
+
+
+def _share(active: Sequence[_Running], capacity: Mapping[str, float]) -> None:
     """Give each task its pace: its own fastest, or what is left for it."""
-    room = cluster.storage.capacity(cluster.nodes)
-    growing = []
+    wanted: Counter[str] = Counter()
     for r in active:
-        phase = r.phases[0]
-        each = cluster.storage.uses(r.node, phase.read, phase.written)
-        r.uses = {name: nbytes for name, nbytes in each.items() if nbytes}
-        r.fastest = _alone(phase, r.uses, room, cluster.threads)
-        r.pace = 0.0 if r.uses else r.fastest
-        if r.fastest == inf:
-            r.left = 0.0
-        elif r.uses:
-            growing.append(r)
+        r.pace = r.fastest
+        for name, nbytes in r.uses.items() if r.left else ():
+            wanted[name] += nbytes * r.fastest
+    scarce = {name for name, rate in wanted.items() if rate > capacity[name]}
+    growing = [r for r in active if r.left and not scarce.isdisjoint(r.uses)]
+    room = dict(capacity)
+    for r in active:
+        if r.left and scarce.isdisjoint(r.uses):
+            for name, nbytes in r.uses.items():
+                room[name] -= nbytes * r.pace
+    for r in growing:
+        r.pace = 0.0
     while growing:
         rate: Counter[str] = Counter()  # of each resource, if each task moves a byte a second more
         for r in growing:
@@ -253,7 +267,7 @@ def bound(tasks: Sequence[Task], cluster: Cluster) -> Bound:
         chains.append(before + alone[number])
     found = [
         *_resources(total, cluster),
-        Bound(sum(alone) / (cluster.nodes * cluster.slots), "slots"),
+        Bound(sum(alone) / (cluster.nodes * cluster.slots), "tasks at a time"),
         Bound(max(chains, default=0.0), "longest chain"),
         Bound(len(tasks) * cluster.dispatch, "driver"),
     ]
