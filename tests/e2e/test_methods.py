@@ -375,4 +375,6 @@ def test_observers_share_a_pass_and_edits_cost_one_load(
     equalized = bench.at("equalized")
     equalized.edit_recipe(EQUALIZE)
     assert equalized.calibrate().code == 0
-    assert calls == (["load", "pass", "load", "pass", "pass"] * LAYERS)[:-1]
+    # this method looks at weights alone: the layer gives its outputs once before it is edited
+    onward, last = ["load", "pass", "pass", "pass", "load", "pass"], ["load", "pass", "load", "pass"]
+    assert calls == onward * (LAYERS - 1) + last

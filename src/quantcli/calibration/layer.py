@@ -2,7 +2,8 @@
 
 The layer is run several times: on a few tokens, to see which matrix reads which channels; on all
 samples for what methods need, their observers together; and, if later layers are given quantized
-inputs, on all samples with the engine's arithmetic.
+inputs, on all samples with the engine's arithmetic. If they are given float inputs, these are outputs
+of the layer before any edit, from the first time that all samples pass.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class LayerRun:
         return self.layer.run
 
     def measure(self, sink: Sink | None) -> dict[str, Tensor]:
-        """Statistics and edits by their names in the store; `sink` takes the layer's outputs.
+        """Statistics and edits by their names in the store; `sink` takes the layer's outputs: those of
+        the stored weights, or by `inputs: quantized` and `running` those of the engine's arithmetic.
 
         Raises InputError for NaN or Inf, for siblings with different inputs that the engine gives one
         scale, and for modules without tokens if the recipe says so.
         """
+        as_stored = self.run.policy.inputs == "float"
+        if as_stored:
+            self.layer.outputs.sink = sink
         with ExitStack() as stack:
             self.run.progress.phase("loading", passes=0)
             stack.enter_context(self.layer.loaded({}))
@@ -59,9 +64,11 @@ class LayerRun:
                 before = dict(work.edits)
                 method.edit(work)
                 if _changed(before, work.edits):
+                    if self.layer.outputs.sink is not None:
+                        self.layer.watch(Watch({}), None)
                     stack.close()
                     stack.enter_context(self.layer.loaded(work.edits))
-            self._measure(work, sink)
+            self._measure(work, None if as_stored else sink)
         stored = self.run.skeleton.checkpoint.tensors
         edits = {name: factors for name, factors in work.edits.items() if name in stored}
         vectors, self.report.edits = pack_edits(edits)

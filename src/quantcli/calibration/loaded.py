@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -76,13 +76,33 @@ class CalibrationRun:
         return self.replay.batches[-1]
 
 
+class FloatOutputs:
+    """Takes the outputs of a layer as it is stored, from the first pass over all samples.
+
+    So they are the same for all recipes, and later layers can be run before methods edit this one.
+    """
+
+    def __init__(self) -> None:
+        self.sink: Sink | None = None
+
+    def take(self) -> Sink | None:
+        """The sink, once."""
+        sink, self.sink = self.sink, None
+        return sink
+
+
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A layer; its module has its weights within `loaded`. states: its inputs."""
+    """A layer; its module has its weights within `loaded`.
+
+    states:  its inputs.
+    outputs: wants its outputs without edits.
+    """
 
     run: CalibrationRun
     index: int
     states: States
+    outputs: FloatOutputs = field(default_factory=FloatOutputs)
 
     @property
     def name(self) -> str:
@@ -129,6 +149,8 @@ class LoadedLayer:
         probe too."""
         run = self.run.replay.run
         probe = len(self.run.batches)
+        if only is None:
+            sink = sink or self.outputs.take()
         numbers = range(probe) if only is None else only
         run(self.index, self.module, self.states, sink, tap, numbers)
         if sink is not None and only is None:

@@ -59,7 +59,7 @@ def as_our_errors(path: Path, fix: str) -> Iterator[None]:
 
 def check_ancestor(folder: Path, fix: str) -> None:
     """InputError or MachineError if `folder`, which need not exist, cannot be created or written to."""
-    ancestor = _existing_ancestor(folder)
+    ancestor = existing_ancestor(folder)
     if not ancestor.is_dir():
         raise InputError(f"`{ancestor.name}` is not a directory", where=str(ancestor), fix=fix)
     if not os.access(ancestor, os.W_OK | os.X_OK):
@@ -69,7 +69,7 @@ def check_ancestor(folder: Path, fix: str) -> None:
 def check_space(out: Path, nbytes: int) -> int:
     """The free bytes of the file system of `out`. MachineError if they are fewer than `nbytes`."""
     partial = partial_folder(out)
-    ancestor = _existing_ancestor(partial)
+    ancestor = existing_ancestor(partial)
     with disk_errors(ancestor):
         total, _, free = shutil.disk_usage(ancestor)
         reusable = sum(f.lstat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
@@ -84,7 +84,8 @@ def check_space(out: Path, nbytes: int) -> int:
     return free
 
 
-def _existing_ancestor(path: Path) -> Path:
+def existing_ancestor(path: Path) -> Path:
+    """The path, or the folder above it that exists."""
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent

@@ -325,3 +325,14 @@ def test_reports_are_json(tmp_path):
     layer_run.measure(None)
     text = json.dumps(layer_run.report.document())
     assert '"tokens": 79' in text
+
+
+def test_later_layers_are_given_what_the_layer_gives_before_it_is_edited(tmp_path):
+    run = Replayed(make_tiny(tmp_path / "m", "llama"), [*make_batches(padded=False), PROBE])
+    layer_run = LayerRun(LoadedLayer(everything(run, 0), 0, Memory(run.states)))
+    outputs = Memory()
+    layer_run.measure(outputs.put)
+    assert layer_run.report.edits
+    run.layer(0)
+    assert outputs.keys() == run.states.keys()
+    assert all(torch.equal(outputs[number], run.states[number]) for number in outputs)

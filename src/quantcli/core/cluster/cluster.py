@@ -1,0 +1,319 @@
+"""A cluster that this process is connected to."""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.core.cluster.actors import Actors
+from quantcli.core.cluster.relay import Heard
+from quantcli.core.cluster.software import CPU, differences, software
+from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
+from quantcli.core.cluster.tasks import TaskOptions, TaskRun
+from quantcli.core.cluster.worker import Result, Setting, Shared, software_differs, task
+from quantcli.core.disk import disk_errors
+from quantcli.core.errors import InputError, MachineError
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import existing_ancestor
+
+_USUAL = TaskOptions()
+_MESSAGES = 100  # a second, that the driver reads at most
+_SLOWEST = 0.2  # seconds between messages of one task, or more
+_WAITS = (0.0, 0.5, 2.0)  # seconds
+_RECENT = 1.0  # seconds
+_NOTICED = 1.0  # seconds
+_START = 120.0  # seconds that a node may take to answer at first
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster. cpus: those that Ray may use. memory: bytes."""
+
+    id: str
+    address: str
+    cpus: int
+    memory: int
+
+
+class Cluster:
+    """Nodes that work. Not for several threads at once."""
+
+    def __init__(self, name: str) -> None:
+        """name: of the cluster, for messages."""
+        self.name = name
+        self._nodes: tuple[Node, ...] = ()
+        self._asked = -_RECENT
+        self._cpus: dict[str, str] = {}  # their kinds by address
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that are alive and have CPUs, in the order of their addresses. They may be those of
+        a second ago."""
+        if time.monotonic() - self._asked >= _RECENT:
+            self._nodes, self._asked = self._ask(), time.monotonic()
+        return self._nodes
+
+    def _ask(self) -> tuple[Node, ...]:
+        import ray
+
+        found = [
+            Node(
+                entry["NodeID"],
+                entry["NodeManagerAddress"],
+                int(entry["Resources"].get("CPU", 0)),
+                int(entry["Resources"].get("memory", 0)),
+            )
+            for entry in ray.nodes()
+            if entry["Alive"]
+        ]
+        return tuple(sorted((n for n in found if n.cpus), key=lambda node: (node.address, node.id)))
+
+    def is_gone(self, node: str) -> bool:
+        """Whether the node of this id is gone: the cluster needs a moment to notice."""
+        end = time.monotonic() + _NOTICED
+        while any(other.id == node for other in self._ask()):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        self._asked = -_RECENT
+        return True
+
+    def slots(self, cpus: int, spare: int | None = None) -> int:
+        """The number of tasks of some CPUs that may be under way: as many as can run at a time, and one
+        more for each node, which waits there. spare: in place of these."""
+        nodes = self.nodes
+        most = sum(node.cpus // cpus for node in nodes)
+        return most + (max(1, len(nodes)) if spare is None else spare)
+
+    def setting(self, progress: Progress) -> Setting:
+        """How work runs: the driver can read so many messages a second."""
+        most = sum(node.cpus for node in self.nodes)
+        return Setting(max(_SLOWEST, most / _MESSAGES), progress.detailed, software())
+
+    def share(self, common: Any) -> Shared:
+        """Put an object where all tasks find it."""
+        import ray
+
+        content = pickle.dumps(common, protocol=pickle.HIGHEST_PROTOCOL)
+        return Shared(secrets.token_hex(8), ray.put(content))
+
+    def run(
+        self,
+        work: Callable[[Any, Any, Progress], Any],
+        requests: Sequence[Any],
+        *,
+        common: Any = None,
+        options: TaskOptions = _USUAL,
+        done: Callable[[int, Any], None] = lambda index, result: None,
+        progress: Progress = SILENT,
+    ) -> list[Any]:
+        """Do `work(common, request, progress)` for each request. Results in the order of the requests.
+
+        work: a function of a module, that gives the same for the same request: it is done again if its
+        process or its node is gone, which `progress` says. It may run on any node, and its result
+        should be small. done(index, result) is called here as results come. common: an object for all.
+
+        If work fails, the error of the first such request is raised, as it would be here. MachineError
+        if a process dies again and again, or if there is no node.
+        """
+        run = TaskRun(self, work, self.share(common), options, progress)
+        return run.results(requests, done)
+
+    def everywhere(
+        self,
+        work: Callable[[Any, Any, Progress], Any],
+        *,
+        common: Any = None,
+        progress: Progress = SILENT,
+    ) -> dict[Node, Any]:
+        """Do `work(common, node, progress)` on every node, for what is little work. The error of the
+        first node that has one is raised; MachineError if one does not answer."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        shared, setting, nodes = self.share(common), self.setting(progress), self.nodes
+        remote = ray.remote(task)
+        streams = [
+            Stream(
+                remote.options(
+                    num_cpus=0,
+                    num_returns="streaming",
+                    max_retries=0,
+                    scheduling_strategy=On(node.id, soft=False),
+                ).remote(work, shared, node, setting),
+                index,
+            )
+            for index, node in enumerate(nodes)
+        ]
+        return dict(zip(nodes, _all(streams, nodes, Heard(progress)), strict=True))
+
+    def actors(
+        self,
+        make: Callable[[Any, Any, Progress], Any],
+        requests: Sequence[Any],
+        *,
+        common: Any = None,
+        cpus: int = 1,
+        progress: Progress = SILENT,
+    ) -> Actors:
+        """An actor for each request, spread over the nodes: it holds the object that
+        `make(common, request, progress)` returns there. To be used in a `with`."""
+        actors = Actors(self, len(requests), cpus)
+        try:
+            actors.make(make, self.share(common), requests, progress)
+        except BaseException:
+            actors.__exit__()
+            raise
+        return actors
+
+    def check_cpus(self, cpus: int) -> None:
+        """InputError if no node has so many CPUs for one task."""
+        most = max((node.cpus for node in self.nodes), default=0)
+        if 0 < most < cpus:
+            raise InputError(
+                f"no node has {cpus} CPUs; the largest has {most}",
+                where=f"--workers {cpus}, {self.name}",
+                fix=f"give --workers {most}, or fewer",
+            )
+
+    def check_software(self) -> None:
+        """MachineError if a node has other software than this machine."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        nodes, remote = self.nodes, ray.remote(_prober())
+        asked = [
+            remote.options(
+                num_cpus=0, max_retries=0, scheduling_strategy=On(node.id, soft=False)
+            ).remote()
+            for node in nodes
+        ]
+        there = []
+        for node, reference in zip(nodes, asked, strict=True):
+            try:
+                there.append(ray.get(reference, timeout=_START))
+            except ray.exceptions.RayError as error:
+                raise _silent(node, str(error).partition("\n")[0]) from None
+        differing = []
+        for node, found in zip(nodes, there, strict=True):
+            if isinstance(found, str):
+                raise MachineError(
+                    f"a node cannot import quantcli: {found}",
+                    where=f"node {node.address}",
+                    fix="install the same version on all nodes, such as one container image",
+                )
+            if differ := differences(software(), found):
+                differing.append((node.address, differ))
+        if differing:
+            raise software_differs(differing)
+        self._cpus = {node.address: found[CPU] for node, found in zip(nodes, there, strict=True)}
+
+    def check_alike(self) -> None:
+        """MachineError if CPUs are of several kinds: sums of floats would differ."""
+        kinds = {kind: address for address, kind in self._cpus.items()}
+        if len(kinds) > 1:
+            texts = ", ".join(f"{address} has {kind}" for kind, address in sorted(kinds.items()))
+            raise MachineError(
+                "nodes have several kinds of CPU, whose sums of floats differ",
+                where=f"{self.name}: {texts}",
+                fix="use nodes of one kind, or hide instructions with ONEDNN_MAX_CPU_ISA and "
+                "ATEN_CPU_CAPABILITY on all of them",
+            )
+
+    def check_shared(self, folder: Path, option: str) -> None:
+        """MachineError unless every node sees the files of a folder that is written, and can write
+        there. folder: need not exist. option: that names it."""
+        place = existing_ancestor(folder)
+        word = secrets.token_hex(8)
+        probe = place / f".quantcli-{word}"
+        try:
+            with disk_errors(probe):
+                probe.write_text(word)
+            found = self.everywhere(_probe, common=(probe, word))
+        finally:
+            probe.unlink(missing_ok=True)
+        for node, problem in found.items():
+            if problem:
+                raise MachineError(
+                    f"a node of the cluster {problem}",
+                    where=f"node {node.address}, {place}",
+                    fix=f"give a folder that all nodes share as {option}",
+                )
+
+
+def _prober() -> Callable[[], Any]:
+    """A function that Ray sends by its code, so that it runs on a node without quantcli, too."""
+
+    def probe() -> Any:
+        try:
+            from quantcli.core.cluster.software import software
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return dict(software())
+
+    return probe
+
+
+def _probe(common: Any, node: Node, progress: Progress) -> str:
+    """What is wrong with a folder as this node sees it; empty if nothing."""
+    probe, word = common
+    try:
+        for wait in _WAITS:  # network file systems may be late
+            time.sleep(wait)
+            if probe.exists():
+                break
+        if probe.read_text() != word:
+            return "sees another folder here"
+    except FileNotFoundError:
+        return "does not see the files here"
+    except OSError as error:
+        return f"cannot read here: {error.strerror}"
+    own = probe.with_name(f"{probe.name}-{secrets.token_hex(4)}")
+    try:
+        own.write_text(word)
+        own.unlink()
+    except OSError as error:
+        return f"cannot write here: {error.strerror}"
+    return ""
+
+
+def _all(streams: list[Stream], nodes: Sequence[Node], heard: Heard) -> list[Any]:
+    """The results of all streams, one on each node."""
+    results: list[Any] = [None] * len(streams)
+    errors: dict[int, BaseException] = {}
+    try:
+        while streams:
+            found = ready(streams, _START)
+            if not found:
+                raise _silent(nodes[streams[0].index], f"no answer in {_START:.0f} s")
+            for stream in found:
+                node = nodes[stream.index]
+                try:
+                    outcome = stream.read(heard)
+                except Lost as why:
+                    raise _silent(node, str(why)) from None
+                if outcome is None:
+                    continue
+                streams.remove(stream)
+                if isinstance(outcome, Result):
+                    results[stream.index] = outcome.value
+                else:
+                    errors[stream.index] = error_of(outcome)
+    finally:
+        cancel(streams)
+    if errors:
+        raise errors[min(errors)]
+    return results
+
+
+def _silent(node: Node, why: str) -> MachineError:
+    return MachineError(
+        "a node of the cluster does not work",
+        where=f"node {node.address}: {why}",
+        fix="look at it with `ray status` and in Ray's logs there, or remove it",
+    )

@@ -1,0 +1,222 @@
+"""The connection of this process to a Ray cluster: one at a time. Ray's own messages become details."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from quantcli.core.cluster.cluster import Cluster
+from quantcli.core.cluster.executor import Executor
+from quantcli.core.environment import environment
+from quantcli.core.errors import InputError, MachineError
+from quantcli.core.events import SILENT, Progress
+from quantcli.core.text import count
+from quantcli.core.threads import default_workers
+
+_REACH = 5.0  # seconds to reach the head of a cluster
+_STORE = 256 * 2**20  # bytes of Ray's object store on clusters of our own: no tensor goes through it
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns of a change to come
+    "RAY_DEDUP_LOGS": "0",
+}
+
+_lock = threading.RLock()
+_present: list[tuple[Executor, Cluster]] = []  # at most one
+
+
+@contextmanager
+def connect(executor: Executor, progress: Progress = SILENT) -> Iterator[Cluster]:
+    """The cluster of an executor, whose nodes have the software of this machine.
+
+    Blocks may be nested: the outermost one connects and disconnects. A cluster that it started ends
+    with it. MachineError if Ray is missing, no cluster is there, or software differs; InputError if
+    this process is connected to another cluster.
+    """
+    with _lock:
+        if _present:
+            present, cluster = _present[0]
+            if present != executor:
+                raise InputError(
+                    "this process is connected to another cluster",
+                    where=f"{present}, not {executor}",
+                    fix="give one executor for all calls",
+                )
+            yield cluster
+            return
+        with _connection(executor, progress) as cluster:
+            cluster.check_software()
+            nodes = cluster.nodes
+            cpus = sum(node.cpus for node in nodes)
+            progress.say(f"{cluster.name}: {count(nodes, 'node')}, {count(cpus, 'CPU')}")
+            _present.append((executor, cluster))
+            try:
+                yield cluster
+            finally:
+                _present.clear()
+
+
+@contextmanager
+def _connection(executor: Executor, progress: Progress) -> Iterator[Cluster]:
+    ray = _ray()
+    if ray.is_initialized():  # by the program that called us, which ends it, too
+        yield Cluster(f"Ray cluster at {ray.get_runtime_context().gcs_address}")
+        return
+    with environment(_QUIET), _own_words(ray, progress):
+        address = executor.address or os.environ.get("RAY_ADDRESS") or _started_here(ray)
+        if address in {None, "local"}:
+            with _new_cluster(ray, progress) as cluster:
+                yield cluster
+            return
+        assert address is not None
+        with _joined(ray, address) as cluster:
+            yield cluster
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MachineError("Ray is not installed", fix="pip install 'quantcli[ray]'") from None
+    return ray
+
+
+def _started_here(ray: Any) -> str | None:
+    """The address of the cluster that `ray start` began on this machine, if it answers."""
+    address = ray._private.utils.read_ray_address()
+    return address if address and _answers(address) else None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _REACH):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _joined(ray: Any, address: str) -> Iterator[Cluster]:
+    """The cluster at an address."""
+    if address.startswith("ray://"):
+        raise InputError(
+            "addresses of Ray Client cannot be used",
+            where=f"RAY_ADDRESS={address}",
+            fix="start the command on a machine of the cluster: `ray job submit -- quantcli ...`",
+        )
+    if address != "auto" and not _answers(address):
+        raise MachineError(
+            "no Ray cluster answers",
+            where=address,
+            fix="check the address and `ray status` there, or use --executor ray:local",
+        )
+    try:
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise MachineError(
+            f"cannot join the Ray cluster: {_first_line(error)}",
+            where=address,
+            fix="use the versions of Ray and Python of the cluster, and its RAY_AUTH_TOKEN",
+        ) from None
+    try:
+        yield Cluster(f"Ray cluster at {address}")
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _new_cluster(ray: Any, progress: Progress) -> Iterator[Cluster]:
+    """A cluster of this machine alone, which ends with the block. Only this process has its token."""
+    progress.say("starting a Ray cluster on this machine")
+    folder = tempfile.mkdtemp(prefix="qc-", dir="/tmp")  # paths of sockets must be short
+    try:
+        with environment(_token()):
+            try:
+                with _own_signals():
+                    ray.init(
+                        address="local",
+                        num_cpus=default_workers(),
+                        object_store_memory=_STORE,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        configure_logging=False,
+                        _temp_dir=folder,
+                    )
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise MachineError(
+                    f"Ray does not start: {_first_line(error)}",
+                    where=folder,
+                    fix="see the logs there, or use --executor threads",
+                ) from None
+            try:
+                yield Cluster("Ray cluster on this machine")
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _token() -> Mapping[str, str]:
+    """The secret of this process's clusters, which Ray reads once; none if the user chose."""
+    if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
+        return {}
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the process back its handler of SIGTERM, after Ray set one in the block."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _own_words(ray: Any, progress: Progress) -> Iterator[None]:
+    """Make details of what Ray says in the block."""
+    from ray._private import worker
+
+    class Kept(list[logging.Handler]):
+        def clear(self) -> None:
+            """Nothing: `ray.init` would let messages fall through to the screen."""
+
+    class Detail(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.detail(f"ray: {record.getMessage()}")
+
+    def detail(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        for line in data.get("lines", ()):
+            progress.detail(f"ray: {line}")
+
+    logger, show = logging.getLogger("ray"), worker.print_to_stdstream
+    before = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate = Kept([Detail(logging.WARNING)]), False
+    worker.print_to_stdstream = detail
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate, logger.level = before
+        worker.print_to_stdstream = show

@@ -1,0 +1,181 @@
+"""What runs on the nodes: work in a thread, while its progress goes to the driver piece by piece.
+
+A task is a generator. Ray hands each value that it yields to the driver at once: first a `Place`, then
+calls of the progress, and in the end a `Result` or a `Failure`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+from quantcli.core.cluster.relay import Call, Relay
+from quantcli.core.cluster.software import differences, software
+from quantcli.core.errors import MachineError, QuantError
+from quantcli.core.events import Progress
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where work runs."""
+
+    node: str  # Ray's id
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the work returned."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the work raised. trace: its traceback, if it is not an error of ours."""
+
+    error: BaseException
+    trace: str
+
+
+Message: TypeAlias = Place | list[Call] | Result | Failure
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How work runs. interval: seconds between messages; detailed: whether details are wanted;
+    software: of the driver."""
+
+    interval: float
+    detailed: bool
+    software: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An object that all tasks of a run get. It is in Ray's store, pickled, and each process reads it
+    once: `key` tells it from others."""
+
+    key: str
+    reference: Any
+
+
+_values: dict[str, Any] = {}  # the object of the last run
+
+
+def value_of(shared: Shared) -> Any:
+    """A shared object, in this process."""
+    if shared.key not in _values:
+        import ray
+
+        gc.set_threshold(200_000, 50, 100)  # see __main__
+        value = pickle.loads(ray.get(shared.reference))
+        _values.clear()
+        _values[shared.key] = value
+    return _values[shared.key]
+
+
+def task(
+    work: Callable[[Any, Any, Progress], Any], shared: Shared, request: Any, setting: Setting
+) -> Iterator[Message]:
+    """Do work as a task of Ray: `work(common, request, progress)`."""
+
+    def run(progress: Progress) -> Any:
+        return work(value_of(shared), request, progress)
+
+    yield from _messages(run, setting)
+
+
+class Host:
+    """An actor of Ray, which holds an object and calls its methods."""
+
+    def __init__(self) -> None:
+        self._object: Any = None
+
+    def make(
+        self, make: Callable[[Any, Any, Progress], Any], shared: Shared, request: Any, setting: Setting
+    ) -> Iterator[Message]:
+        """Make the object: `make(common, request, progress)`."""
+
+        def run(progress: Progress) -> None:
+            self._object = make(value_of(shared), request, progress)
+
+        yield from _messages(run, setting)
+
+    def call(self, method: str, request: Any, setting: Setting) -> Iterator[Message]:
+        """Call a method of the object: `method(request, progress)`."""
+        yield from _messages(partial(getattr(self._object, method), request), setting)
+
+
+def _messages(run: Callable[[Progress], Any], setting: Setting) -> Iterator[Message]:
+    """Run in a thread, and yield what the driver is to know."""
+    import ray
+
+    context = ray.get_runtime_context()
+    yield Place(context.get_node_id(), node_address(), os.getpid())
+    outcome: list[Result | Failure] = []
+    progress, ended = Relay(detailed=setting.detailed), threading.Event()
+
+    def thread() -> None:
+        try:
+            check_software(setting.software)
+            outcome.append(Result(run(progress)))
+        except BaseException as error:
+            outcome.append(_failure(error))
+        ended.set()
+
+    working = threading.Thread(target=thread, name="quantcli-work", daemon=True)
+    working.start()
+    while not ended.wait(setting.interval):
+        if calls := progress.take():
+            yield calls
+    working.join()
+    if calls := progress.take():
+        yield calls
+    yield outcome[0]
+
+
+def _failure(error: BaseException) -> Failure:
+    trace = "" if isinstance(error, QuantError) else "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return Failure(error, trace)
+
+
+def node_address() -> str:
+    """The address of this machine in the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def check_software(driver: Mapping[str, str]) -> None:
+    """MachineError if the software of this machine is not that of the driver."""
+    if driver is not _checked[0] and driver != _checked[0]:
+        if found := differences(driver, software()):
+            raise software_differs([(f"{node_address()} ({socket.gethostname()})", found)])
+        _checked[0] = driver
+
+
+_checked: list[Mapping[str, str] | None] = [None]  # the driver's that was found to be the same
+
+
+def software_differs(nodes: list[tuple[str, list[str]]]) -> MachineError:
+    """The error for nodes with other software than the driver has: each with its differences."""
+    texts = [f"{node} has {', '.join(found)}" for node, found in nodes[:3]]
+    more = f"; so do {len(nodes) - 3} other nodes" if len(nodes) > 3 else ""
+    return MachineError(
+        "nodes do not have the software of this machine: " + "; ".join(texts) + more,
+        fix="install the same versions on all of them, such as one container image",
+    )
