@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
     make_model(
         root / "org" / "name",
-        {file: {name: tensors[name] for name in half} for file, half in zip(SHARDS, halves, strict=True)},
+        {SHARDS[i]: {name: tensors[name] for name in half} for i, half in enumerate(halves)},
         config=CONFIG,
         index=True,
         files={

@@ -29,7 +29,7 @@ from quantcli.checkpoint.files import (
     list_files,
 )
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
-from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, known
+from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
@@ -198,7 +198,7 @@ def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
             where=str(path),
             fix="give the folder that holds config.json",
         )
-    root = known(path.resolve())
+    root = as_remote(path.resolve())
     problems: list[QuantError] = []
     notes: list[str] = [*root.notes] if isinstance(root, RemoteFolder) else []
     files, left_out = list_files(root)

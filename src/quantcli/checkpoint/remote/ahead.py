@@ -64,7 +64,7 @@ class Reader:
         self._pages: OrderedDict[tuple[Key, int], bytes] = OrderedDict()
         self._streams: OrderedDict[tuple[Key, int], int] = OrderedDict()  # an end -> bytes of the run
         self._buffers: list[bytearray] = []
-        self._held = 0  # bytes of pieces that are coming or here
+        self._nbytes = 0  # bytes of pieces that are coming or here
         self._read = 0  # bytes that were read in all
         self._threads = self._free = 0
 
@@ -116,9 +116,9 @@ class Reader:
         """The next piece to fetch, if there is memory for it."""
         if not self._waiting:
             return None
-        if self._held + self._waiting[0].nbytes > self.limit:
+        if self._nbytes + self._waiting[0].nbytes > self.limit:
             self._forget()
-        return self._waiting[0] if self._held + self._waiting[0].nbytes <= self.limit else None
+        return self._waiting[0] if self._nbytes + self._waiting[0].nbytes <= self.limit else None
 
     def _forget(self) -> None:
         """Drop pieces that nobody came for while much else was read."""
@@ -151,7 +151,7 @@ class Reader:
     def _begin(self, piece: _Piece) -> None:
         """Take memory for a piece. The lock is held."""
         piece.state = "coming"
-        self._held += piece.nbytes
+        self._nbytes += piece.nbytes
         if piece.is_page:
             piece.data = memoryview(bytearray(piece.nbytes))
             return
@@ -174,7 +174,7 @@ class Reader:
 
     def _drop(self, piece: _Piece) -> None:
         """Give the memory of a piece back. The lock is held."""
-        self._held -= piece.nbytes
+        self._nbytes -= piece.nbytes
         buffer = piece.data.obj
         piece.data = memoryview(b"")
         spare = len(self._buffers) < self._connections
@@ -220,11 +220,11 @@ class Reader:
     def _from_piece(self, piece: _Piece, at: int, rest: memoryview) -> int:
         """Copy from a piece, which the reader fetches itself if nobody has begun to."""
         with self._changed:
-            mine = piece.state == "waiting"
-            if mine:
+            own = piece.state == "waiting"
+            if own:
                 self._waiting.remove(piece)
                 self._begin(piece)
-        if mine:
+        if own:
             self._fetch(piece)
         with self._changed:
             while piece.state != "here":

@@ -147,6 +147,6 @@ class RemoteFolder(PosixPath):
 MOUNTED: dict[str, RemoteFolder] = {}  # folders of models that are elsewhere, of this process
 
 
-def known(path: Path) -> Path:
+def as_remote(path: Path) -> Path:
     """A path as the folder of a remote model, if it is one of this process."""
     return MOUNTED.get(str(path), path)

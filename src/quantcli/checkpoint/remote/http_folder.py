@@ -122,15 +122,15 @@ class WebFolder(Origin):
 def parse_folder(address: str) -> WebFolder:
     """The folder behind an address. InputError for one with a password, a query or a fragment."""
     parts = urlsplit(address)
-    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
+    clean = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
     if parts.username is not None or parts.password is not None:
         what = "an address must not hold a password: others would see it"
-        raise InputError(what, where=f"{shown!r}", fix="leave it out")
+        raise InputError(what, where=f"{clean!r}", fix="leave it out")
     if parts.query or parts.fragment:
         what = "the address of a folder has no `?` and no `#`: files are looked for below it"
-        raise InputError(what, where=f"{shown!r}", fix="give the address of the folder")
+        raise InputError(what, where=f"{clean!r}", fix="give the address of the folder")
     if not parts.hostname or not address.isascii() or not address.isprintable() or " " in address:
-        raise InputError("not an address", where=f"{shown!r}", fix="give https://HOST/FOLDER")
+        raise InputError("not an address", where=f"{clean!r}", fix="give https://HOST/FOLDER")
     return WebFolder(address.rstrip("/"))
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from quantcli.checkpoint.remote.origin import Listing, Origin, Version
+from quantcli.checkpoint.remote.origin import Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.ranges import PLAIN, range_header, read_answer, refused, tag_of
 from quantcli.checkpoint.remote.web import drain, redirected, request
 from quantcli.core.errors import InputError
@@ -17,20 +17,19 @@ from quantcli.core.events import Progress
 _FRESH = 240.0  # seconds for which an address of the storage is used: its signature expires
 _MOST_REDIRECTS = 5
 _REFUSALS = frozenset({400, 401, 403, 404, 410})  # also of a signature that has expired
-_locations: dict[
-    tuple[str, str, str], tuple[str, float]
-] = {}  # of files in the storage, and since when
-_tags: dict[tuple[str, str, str, str], str] = {}  # of files, by the host that answers
+_locations: dict[tuple[HubFolder, str], tuple[str, float]] = {}  # of files in storage; since when
+_tags: dict[tuple[HubFolder, str, str], str] = {}  # of files, by the host that answers
 _mutex = threading.Lock()
 
 
 @dataclass(frozen=True)
 class HubFolder(Origin):
-    """A commit of a repository. given: how the user named it."""
+    """A commit of a repository. given: how the user named it. endpoint: the address of the Hub."""
 
     repository: str
     commit: str
     given: str
+    endpoint: str
     immutable = True
 
     @property
@@ -53,14 +52,17 @@ class HubFolder(Origin):
     def ask(self, name: str, version: Version, first: int, block: memoryview) -> None:
         """Fill `block`, from where the storage has the file; see the base class."""
         headers = {**PLAIN, **range_header(first, len(block))}
-        place = (self.repository, self.commit, name)
-        location, since = _locations.get(place, ("", 0.0))
+        location, since = _locations.get((self, name), ("", 0.0))
         if location and time.monotonic() < since + _FRESH:
-            with request("GET", location, headers) as response:
-                if response.status not in _REFUSALS:
-                    self._take(response, location, name, version, first, block)
-                    return
-                drain(response)
+            try:
+                with request("GET", location, headers) as response:
+                    if response.status not in _REFUSALS:
+                        self._take(response, location, name, version, first, block)
+                        return
+                    drain(response)
+            except PassingError:
+                _locations.pop((self, name), None)  # the Hub may know another
+                raise
         self._ask_hub(name, version, first, block, headers)
 
     def _ask_hub(
@@ -69,7 +71,7 @@ class HubFolder(Origin):
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        url = hf_hub_url(self.repository, name, revision=self.commit)
+        url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.endpoint)
         home = urlsplit(url).netloc
         own = {**build_hf_headers(), **headers}
         for _ in range(_MOST_REDIRECTS):
@@ -82,7 +84,7 @@ class HubFolder(Origin):
                 if response.status in {401, 403}:
                     raise self._refused(name, response)
                 if not at_home:
-                    _locations[(self.repository, self.commit, name)] = url, time.monotonic()
+                    _locations[self, name] = url, time.monotonic()
                 self._take(response, url, name, version, first, block)
                 return
         raise InputError(
@@ -101,9 +103,7 @@ class HubFolder(Origin):
         if response.status in {200, 206}:
             tag = tag_of(response.headers)
             with _mutex:
-                before = _tags.setdefault(
-                    (self.repository, self.commit, name, urlsplit(url).netloc), tag
-                )
+                before = _tags.setdefault((self, name, urlsplit(url).netloc), tag)
             if before != tag:
                 raise self.changed(name)
         read_answer(response, self, name, version, first, block)

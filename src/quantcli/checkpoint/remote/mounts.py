@@ -19,7 +19,7 @@ from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import INDEX, STALE, why_left_out
 from quantcli.checkpoint.header import MAX_HEADER
 from quantcli.checkpoint.hub.repository import FIRST, choose
-from quantcli.checkpoint.remote.file import MOUNTED, Place, RemoteFolder, known
+from quantcli.checkpoint.remote.file import MOUNTED, Place, RemoteFolder, as_remote
 from quantcli.checkpoint.remote.origin import Listing, Origin, Version, check_names
 from quantcli.checkpoint.remote.reading import listed, read_range, report_to
 from quantcli.core.disk import disk_errors
@@ -154,7 +154,7 @@ def complete(folder: Path, suits: Callable[[str], bool]) -> None:
 
     suits: says by its name whether a file is needed. InputError for a very large one.
     """
-    remote = known(folder)
+    remote = as_remote(folder)
     if not isinstance(remote, RemoteFolder):
         return
     for name, place in [*remote.places.items()]:
