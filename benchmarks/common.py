@@ -100,7 +100,7 @@ def quantize_to(
         recipe, model=str(model), out=out, overrides=overrides, options=JobOptions(workers)
     )
     blocks: dict[str, Any] = {} if block_elements is None else {"block_elements": block_elements}
-    execute(job.plan, out, RunOptions(workers, **blocks))
+    execute(job.plan, job.out, RunOptions(workers, **blocks))
 
 
 def warm_up(words: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def _rows(keys: dict[str, tuple[str, str]]) -> str:
     for key, (type_, about) in keys.items():
         parts = [part.strip() for part in type_.split("|")]
         words = [_TYPES.get(part) or _container(part) for part in parts]
-        rows += f"| `{key}` | {' or '.join(words)} | {about.rstrip('.')} |\n"
+        rows += f"| `{key}` | {' or '.join(dict.fromkeys(words))} | {about.rstrip('.')} |\n"
     return rows
 
 

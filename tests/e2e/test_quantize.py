@@ -18,6 +18,7 @@ from quantcli.checkpoint.spec import torch_dtype
 from quantcli.commands import quantize as commands
 from quantcli.commands.job import JobOptions
 from quantcli.convert.execute import RunOptions, execute
+from quantcli.convert.folder import LocalFolder
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize
 from tests.builders import make_model, tensor
@@ -130,7 +131,7 @@ def test_same_bytes_for_any_workers_block_path_and_run(tmp_path):
             out=out,
             overrides=("max_shard=30000",),
         )
-        execute(job.plan, out, RunOptions(workers, block_elements=block))
+        execute(job.plan, LocalFolder(out), RunOptions(workers, block_elements=block))
         seen.add(json.dumps(hashes(out)))
     assert len(seen) == 1
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.convert.execute import RunOptions, execute
+from quantcli.convert.folder import LocalFolder
 from quantcli.core.errors import InputError
 from quantcli.planning import block as streaming
 from quantcli.planning.plan import Quantize
@@ -89,7 +90,7 @@ def test_what_is_written(tmp_path, monkeypatch, name, dtype, symmetric):
     outs = []
     for number, (workers, block, job) in enumerate([(1, 2**19, 2**24), (2, 16 * 5, 7 * 32), (3, 1, 1)]):
         monkeypatch.setattr(streaming, "JOB_BYTES", job)
-        execute(plan, tmp_path / f"{number}", RunOptions(workers, block_elements=block))
+        execute(plan, LocalFolder(tmp_path / f"{number}"), RunOptions(workers, block_elements=block))
         outs.append({f.name: f.read_bytes() for f in (tmp_path / f"{number}").iterdir()})
     assert outs[0] == outs[1] == outs[2]
     written = load_file(tmp_path / "0" / "model-00001-of-00001.safetensors")
@@ -142,7 +143,7 @@ def test_without_data_there_is_a_plan_and_no_run(setting, tmp_path):
     assert most.needs_data == (f"{A}.o_proj",)
     for incomplete, count in ((plan, 4), (most, 1)):
         with pytest.raises(InputError, match=f"{count} modules have not been measured") as caught:
-            execute(incomplete, tmp_path / "out", RunOptions(1))
+            execute(incomplete, LocalFolder(tmp_path / "out"), RunOptions(1))
         assert "quantcli calibrate" in caught.value.fix
     assert not list(tmp_path.glob("out*"))
 
@@ -189,7 +190,7 @@ def test_stats_that_make_no_sense_stop_the_run(setting, tmp_path):
     stats[f"{A}.o_proj"]["input_scale"] = torch.zeros(1)
     plan = make_plan(recipe, checkpoint, store(tmp_path / "s.safetensors", stats))
     with pytest.raises(InputError, match=r"input_scale 0\.0 is not a scale") as caught:
-        execute(plan, tmp_path / "out", RunOptions(2))
+        execute(plan, LocalFolder(tmp_path / "out"), RunOptions(2))
     assert f"{A}.o_proj" in caught.value.where
     assert "s.safetensors" in caught.value.where
 
@@ -206,7 +207,7 @@ def test_nan_and_inf_are_found_where_they_are(tmp_path, tensor, row, place, valu
     stats = store(tmp_path / "s.safetensors", measure(recipe.rules[0].scheme, torch.bfloat16))
     plan = make_plan(recipe, open_checkpoint(make_model(tmp_path / "model", source)), stats)
     with pytest.raises(InputError, match=f"^{tensor} is {value}") as caught:
-        execute(plan, tmp_path / "out", RunOptions(1, block_elements=16 * 7))
+        execute(plan, LocalFolder(tmp_path / "out"), RunOptions(1, block_elements=16 * 7))
     assert f"`{A}.k_proj.{tensor}`{place}" in caught.value.where
 
 

@@ -11,6 +11,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.commands.verify import run as verify
 from quantcli.convert.execute import RunOptions, execute
+from quantcli.convert.folder import LocalFolder
 from quantcli.core.errors import InputError
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
@@ -53,7 +54,7 @@ def static(tmp_path, dtype, target=TARGET):
     source = open_checkpoint(model(tmp_path / "model", dtype))
     measured = store(tmp_path / "stats.safetensors", {MODULE: stats})
     plan = make_plan(load_recipe(recipe(tmp_path, "w8a8_static", target)), source, measured)
-    execute(plan, tmp_path / "out", RunOptions(1))
+    execute(plan, LocalFolder(tmp_path / "out"), RunOptions(1))
     (file,) = (tmp_path / "out").glob("*.safetensors")
     return plan, {name.removeprefix(f"{MODULE}."): t for name, t in load_file(file).items()}
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.convert.execute import RunOptions, execute
+from quantcli.convert.folder import LocalFolder
 from quantcli.planning.planner import make_plan
 from quantcli.recipe.recipe import load_recipe
 from quantcli.schemes.w8a8_static import W8A8Static
@@ -66,7 +67,7 @@ def test_numbers_from_the_reference_s_input_scales(pair, tmp_path):
     }
     plan = make_plan(recipe, open_checkpoint(model), store(tmp_path / "stats.safetensors", stats))
     assert plan.needs_data == ()
-    execute(plan, tmp_path / "out", RunOptions(2))
+    execute(plan, LocalFolder(tmp_path / "out"), RunOptions(2))
     ours, source = tensors(tmp_path / "out"), tensors(model)
     assert ours.keys() == reference.keys()
     gain = [0.0, 0.0]
@@ -152,7 +153,7 @@ def test_numbers_from_given_ranges_are_the_same_bits_on_every_cpu(pair, tmp_path
         assert torch.equal(stats[module]["input_offset"], offset), module
         assert [float(stats[module][f"input_{end}"]) for end in ("min", "max")] == ends.tolist()
     plan = make_plan(recipe, open_checkpoint(model), store(tmp_path / "stats.safetensors", stats))
-    execute(plan, tmp_path / "out", RunOptions(2))
+    execute(plan, LocalFolder(tmp_path / "out"), RunOptions(2))
     ours = tensors(tmp_path / "out")
     made = ("input_scale", "input_offset", "weight", "deq_scale", "quant_bias")
     module = "model.layers.0.mlp.down_proj"

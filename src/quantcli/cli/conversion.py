@@ -64,18 +64,17 @@ def convert(
 
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
-    out.line(f"disk         needs {decimal(job.nbytes)}, {decimal(job.disk_free)} free")
+    if job.disk_free is None:
+        out.line(f"disk         needs none; uploads {decimal(job.nbytes)}")
+    else:
+        out.line(f"disk         needs {decimal(job.nbytes)}, {decimal(job.disk_free)} free")
     workers = count(job.options.workers, "worker")
     out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
     out.line(f"output       {job.out}")
     for fact in facts:
         out.line(fact)
-    if job.out.exists():
-        from quantcli.convert.publish import only_ours, replaced_folder
-
-        kept = job.out.is_dir() and not only_ours(job.out)
-        fate = f"kept as {replaced_folder(job.out)}" if kept else "deleted then"
-        out.line(f"replaces     {job.out}, which is {fate}")
+    if job.out.exists:
+        out.line(f"replaces     {job.out}, which is {job.out.fate}")
     if job.shards_done:
         out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in job.plan.notes:

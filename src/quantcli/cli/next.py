@@ -118,7 +118,9 @@ def _serve(job: Job[Any]) -> list[Step]:
 def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:
     part = job.part
     assert part is not None
-    whole = job.out.with_name(job.out.name.removesuffix(f".part-{part.number}-of-{part.of}"))
+    assert job.out.folder is not None  # no other place takes parts
+    folder = job.out.folder
+    whole = folder.with_name(folder.name.removesuffix(f".part-{part.number}-of-{part.of}"))
     parts = [type(part)(number, part.of) for number in range(1, part.of + 1)]
     if missing := [p for p in parts if p != part and not p.folder(whole).exists()]:
         given = f"{part.number}/{part.of}"
@@ -129,7 +131,7 @@ def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:
     yield ["quantcli", "pack", "--merge", all_parts, *shell("--out", whole)]
 
 
-def after_merge(out: Path) -> list[Step]:
+def after_merge(out: object) -> list[Step]:
     """Proof of the checkpoint."""
     return [shell("quantcli", "verify", out, "--full")]
 

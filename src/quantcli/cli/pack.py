@@ -36,7 +36,7 @@ def pack(
     merge: Annotated[
         bool, typer.Option("--merge", help="Join the parts of `quantize --part` instead.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PLACE", help="Folder to write.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the target."),
@@ -67,9 +67,12 @@ def pack(
         if option := next((name for name, is_given in refused.items() if is_given), None):
             raise InputError(f"--merge does not take {option}", fix=_MERGE)
         from quantcli.convert import merge as merging
+        from quantcli.convert.destination import destination_of
 
         parts = [Path(folder) for folder in folders]
-        merge_job = merging.plan_merge(parts, out, workers=workers, fresh=fresh, force=force)
+        merge_job = merging.plan_merge(
+            parts, destination_of(out), workers=workers, fresh=fresh, force=force
+        )
         output.message(f"joining {count(parts, 'part')} as {out}")
         convert(
             output,

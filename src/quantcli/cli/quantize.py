@@ -31,7 +31,8 @@ def quantize(
     model: options.Model = None,
     serve_on: options.For = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE here].")
+        str | None,
+        typer.Option(metavar="PLACE", help="Folder to write [default: MODEL-RECIPE here]."),
     ] = None,
     set_: options.Override = None,
     plan: options.PlanOnly = False,

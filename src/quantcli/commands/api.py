@@ -24,6 +24,7 @@ from quantcli.commands.keywords import (
     assignments,
     check,
     path_of,
+    place_of,
     takes,
     verify_defaults,
     verify_options,
@@ -189,7 +190,7 @@ def _plan(
     return commands.plan(
         chosen.recipe,
         model=given.model,
-        out=path_of(out),
+        out=place_of(out),
         overrides=chosen.overrides,
         options=JobOptions(
             options["workers"],
@@ -284,14 +285,15 @@ def pack(
     workers, fresh, force = options["workers"], options["fresh"], options["force"]
     if merge:
         from quantcli.convert import merge as merging
+        from quantcli.convert.destination import destination_of
 
         if target is not None or options["set"] or not options["checksum"]:
             raise InputError("`merge` takes no `target`, `set` or `checksum`", fix="leave them out")
         folders = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
-        parts = [Path(folder) for folder in folders]
-        merge_job = merging.plan_merge(parts, Path(out), workers=workers, fresh=fresh, force=force)
+        parts, place = [Path(folder) for folder in folders], destination_of(place_of(out))
+        merge_job = merging.plan_merge(parts, place, workers=workers, fresh=fresh, force=force)
         joined = merging.merge(merge_job, progress)
-        merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out})
+        merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out.value})
         return Packed(**files_of(joined), notes=list(joined.notes), plan=merged)
     from quantcli.commands import pack as commands
 
@@ -300,13 +302,13 @@ def pack(
     job = commands.plan_pack(
         str(checkpoint),
         target,
-        Path(out),
+        place_of(out),
         overrides=assignments(options["set"]),
         options=JobOptions(workers, fresh, force, options["checksum"]),
         progress=progress,
     )
     written = commands.pack(job, progress)
-    data = {**commands.to_json(job), "out": job.out}
+    data = {**commands.to_json(job), "out": job.out.value}
     repacked = Repacked(origin=data.pop("from"), **data)
     return Packed(**files_of(written), notes=list(written.notes), plan=repacked)
 

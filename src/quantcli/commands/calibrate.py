@@ -38,8 +38,11 @@ def plan_calibration(
     """
     overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "calibrate", progress)
+    from quantcli.convert.destination import destination_of
+
     written = opened.written
-    folder = out or calibration_folder(Path(written.file.output or default_name(opened.model, recipe)))
+    place = written.file.output or default_name(opened.model, recipe)
+    folder = out or calibration_folder(destination_of(place))
     check_calibration(folder, opened.checkpoint.path, None)
     from quantcli.recipe.written import name_of
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.inspection import fold
 from quantcli.core.kernels.machine import available, problem
-from quantcli.core.place import partial_folder
 from quantcli.core.text import count, size
 from quantcli.core.threads import default_workers
 from quantcli.planning.plan import Plan, quantized_items
@@ -89,14 +88,14 @@ def _run(job: Job[Any]) -> Iterator[str]:
     unused = problem() or "numba and llvmlite are not there"
     yield "compiled kernels: " + ("used" if available() else f"not used, as {unused}")
     yield f"memory: about {size(job.memory)} for row blocks and buffers"
-    partial = partial_folder(job.out)
+    place = job.out.draft_place
     if job.options.fresh:
-        yield f"{partial} is begun anew, as --fresh asks"
+        yield f"{place} is begun anew, as --fresh asks"
     elif job.shards_done:
         shards = count(job.shards_done, "shard")
-        yield f"{partial} is continued: {shards} of the same plan and source; hashes are compared first"
-    elif partial.exists():
-        yield f"{partial} is there, and no shard of it is complete"
+        yield f"{place} is continued: {shards} of the same plan and source; hashes are compared first"
+    elif job.out.begun:
+        yield f"{place} is there, and no shard of it is complete"
 
 
 def _names(specs: list[TensorSpec]) -> str:

@@ -15,6 +15,7 @@ from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
+    from quantcli.convert.destination import Destination
     from quantcli.convert.execute import RunOptions, Written
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
@@ -29,9 +30,9 @@ class Job(Generic[W]):
     """A conversion that was planned and would be accepted: the plan, its place and its cost."""
 
     plan: W
-    out: Path
+    out: Destination
     options: RunOptions
-    disk_free: int  # bytes
+    disk_free: int | None  # bytes; None if the output is not on a disk of this machine
     memory: int  # bytes above a bare torch import, estimated
     shards_done: int  # whole shards that an interrupted run left
     session: Session | None = None  # the calibration, if the recipe needs one
@@ -79,19 +80,21 @@ USUAL = JobOptions()
 
 
 def make_job(
-    plan: W, out: Path, options: RunOptions, session: Session | None = None, part: Part | None = None
+    plan: W,
+    out: Destination,
+    options: RunOptions,
+    session: Session | None = None,
+    part: Part | None = None,
 ) -> Job[W]:
     """The job of a plan whose `out` was accepted. MachineError if the disk is too small for it, and
     InputError if an unfinished run of something else is in its place."""
     from quantcli.convert.execute import run_head
-    from quantcli.convert.journal import check_folder
     from quantcli.convert.shards import memory_estimate
-    from quantcli.core.place import check_space, partial_folder
 
     unknown = options.fresh or (session is not None and not session.complete)
     head = None if unknown else run_head(plan, checksum=options.checksum)
-    done = check_folder(partial_folder(out), head)
-    free = check_space(out, part.nbytes(plan) if part else plan.nbytes)
+    done = out.done(head)
+    free = out.room(part.nbytes(plan) if part else plan.nbytes)
     memory = memory_estimate(plan, options.workers)
     return Job(plan, out, options, free, memory, done, session, part)
 
@@ -118,7 +121,7 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "bytes_after": plan.weight_nbytes,
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
         "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": job.nbytes,
+        "disk_needed": 0 if job.disk_free is None else job.nbytes,
         "disk_free": job.disk_free,
         "memory_needed": job.memory,
         "workers": job.options.workers,
@@ -250,6 +253,6 @@ def default_name(model: str, recipe: GivenRecipe) -> str:
     return f"{Path(os.path.abspath(model)).name}-{name}"  # noqa: PTH100 - keeps links
 
 
-def calibration_folder(out: Path) -> Path:
+def calibration_folder(out: Destination) -> Path:
     """The default folder for the calibration of a checkpoint in `out`."""
-    return out.with_name(out.name + ".calibration")
+    return out.sibling(".calibration")

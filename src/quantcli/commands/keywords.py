@@ -23,6 +23,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
     runtime_checkable,
 )
 
@@ -199,6 +200,19 @@ _NAMES = {
 def path_of(value: PathLike | None) -> Path | None:
     """A path as the functions below the API take it."""
     return None if value is None else Path(value)
+
+
+@overload
+def place_of(value: PathLike) -> Path | str: ...
+
+
+@overload
+def place_of(value: PathLike | None) -> Path | str | None: ...
+
+
+def place_of(value: PathLike | None) -> Path | str | None:
+    """An output as the functions below the API take it: a URL stays text."""
+    return value if isinstance(value, str) else path_of(value)
 
 
 def assignments(values: _Assignments) -> tuple[str, ...]:

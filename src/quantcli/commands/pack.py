@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plan_pack(
     checkpoint: str,
     target: str,
-    out: Path,
+    out: str | Path,
     *,
     overrides: Sequence[str] = (),
     options: JobOptions = USUAL,
@@ -28,14 +28,15 @@ def plan_pack(
 ) -> Job[Repacking]:
     """Check everything that can be checked before the first byte of weights is read.
 
-    overrides: options of the target, as KEY=VALUE. InputError for a checkpoint that `target` cannot
-    hold.
+    out: a folder, or a URL as text. overrides: options of the target, as KEY=VALUE.
+    InputError for a checkpoint that `target` cannot hold.
     """
-    from quantcli.convert.publish import check_destination
+    from quantcli.convert.destination import destination_of
 
     values = _values(overrides)
     opened = open_model(checkpoint, progress)
-    check_destination(out, opened.path, force=options.force, what="the checkpoint")
+    place = destination_of(out)
+    place.check(opened.path, force=options.force, what="the checkpoint")
     progress.say(f"planning {checkpoint} in the format {target}")
 
     from quantcli.planning.repack import plan_repacking
@@ -43,7 +44,7 @@ def plan_pack(
     plan = plan_repacking(opened, _target(target, values))
     from quantcli.commands.explain import explain_job
 
-    job = make_job(plan, out, options.of_run())
+    job = make_job(plan, place, options.of_run())
     explain_job(job, progress)
     return job
 

@@ -38,7 +38,7 @@ def plan(
     recipe: GivenRecipe,
     *,
     model: str | Checkpoint | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     overrides: tuple[str, ...] = (),
     options: JobOptions = USUAL,
     examples: Examples | None = None,
@@ -49,23 +49,22 @@ def plan(
     Succeeds exactly when `quantize` with the same arguments would begin, but for the recipe's
     `expect` block: see `check`. recipe: a file, the name of a shipped one, or a mapping with a file's
     content. model: its name, or the checkpoint itself. examples: the data of the calibration,
-    in place of what the recipe names.
+    in place of what the recipe names. out: a folder, or a URL as text.
     """
-    from quantcli.convert.publish import check_destination
+    from quantcli.convert.destination import destination_of
     from quantcli.planning.parts import parse_part
     from quantcli.recipe.written import name_of
 
     overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "quantize", progress)
     checkpoint = opened.checkpoint
-    if out is None:
-        out = Path(opened.written.file.output or default_name(opened.model, recipe))
-    whole, share = out, None
+    whole = destination_of(out or opened.written.file.output or default_name(opened.model, recipe))
+    place, share = whole, None
     if options.part is not None:
         share = parse_part(options.part)
-        check_destination(whole, checkpoint.path, force=True)  # it need not be free yet
-        out = share.folder(whole)
-    check_destination(out, checkpoint.path, force=options.force)
+        place = whole.part(share)
+        whole.check(checkpoint.path, force=True)  # it need not be free yet
+    place.check(checkpoint.path, force=options.force)
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
     from quantcli.planning.planner import make_plan
@@ -78,7 +77,7 @@ def plan(
         from quantcli.calibration.session import load, prepare_session
 
         folder = options.calibration or calibration_folder(whole)
-        session = prepare_session(plan, folder, out=out, examples=examples)
+        session = prepare_session(plan, folder, out=place.folder, examples=examples)
         if session.complete:
             plan = make_plan(loaded, checkpoint, load(session))
         elif share:
@@ -97,7 +96,7 @@ def plan(
             where=f"{option}{value}",
             fix=f"leave {option} out",
         )
-    job = make_job(plan, out, options.of_run(), session, share)
+    job = make_job(plan, place, options.of_run(), session, share)
     from quantcli.commands.explain import explain_job, explain_plan, explain_session
 
     explain_plan(plan, progress)

@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 class _Plan(Result):
     """What would be written, and its cost.
 
-    out:           the folder of the checkpoint.
+    out:           the folder of the checkpoint, or its URL.
     target:        the format that is written.
     serving_dtype: the dtype in which an engine computes: BF16 or F16.
     digest:        sha256 (hex) over all that fixes the output.
@@ -43,7 +43,7 @@ class _Plan(Result):
     shards:        "file", "bytes", "tensors" of each weight file.
     files:         names of the other files.
     disk_needed:   bytes.
-    disk_free:     bytes.
+    disk_free:     bytes; None if `out` is not on a disk of this machine.
     memory_needed: bytes, next to those of torch.
     workers:       threads.
     shards_done:   whole weight files that an interrupted run left.
@@ -51,7 +51,7 @@ class _Plan(Result):
     notes:         remarks, such as on what stays float.
     """
 
-    out: Path
+    out: Path | str
     target: str
     serving_dtype: str
     digest: str
@@ -60,7 +60,7 @@ class _Plan(Result):
     shards: list[Row]
     files: list[str]
     disk_needed: int
-    disk_free: int
+    disk_free: int | None
     memory_needed: int
     workers: int
     shards_done: int
@@ -132,7 +132,7 @@ class Merged(Result):
 
     parts:   "folder", "part", "of", "files", "bytes" of each.
     digest:  sha256 (hex) over all that fixes the output.
-    out:     the folder of the checkpoint.
+    out:     the folder of the checkpoint, or its URL.
     bytes:   of all files but the manifest.
     linked:  whether weight files take no more space.
     workers: threads.
@@ -140,7 +140,7 @@ class Merged(Result):
 
     parts: list[Row]
     digest: str
-    out: Path
+    out: Path | str
     bytes: int
     linked: bool
     workers: int
@@ -150,14 +150,14 @@ class Merged(Result):
 class _Written(Result):
     """A checkpoint that was written.
 
-    out:           the folder of the checkpoint.
+    out:           the folder of the checkpoint, or its URL.
     bytes:         of all files but the manifest.
     shards_reused: weight files of an interrupted run.
     files:         "bytes", "sha256" by name; sha256 is None without `checksum`.
     notes:         remarks on the run, and of the plan those that were not known before it.
     """
 
-    out: Path
+    out: Path | str
     bytes: int
     shards_reused: int
     files: dict[str, Row]

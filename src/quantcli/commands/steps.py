@@ -31,7 +31,7 @@ def planned_of(job: PlannedJob[Plan]) -> Planned:
     """The result that says what a job writes."""
     from quantcli.commands.job import to_json
 
-    data = {**to_json(job), "out": job.out}
+    data = {**to_json(job), "out": job.out.value}
     if job.plan.checkpoint.in_memory:
         data["model"] = job.plan.checkpoint.path.name
     return Planned(**data)
@@ -41,7 +41,7 @@ def files_of(written: Written[Any]) -> dict[str, Any]:
     """What is known of every checkpoint that was written."""
     reused = written.shards_reused
     return {
-        "out": written.out,
+        "out": written.out.value,
         "bytes": written.nbytes,
         "shards_reused": reused,
         "files": written.files,

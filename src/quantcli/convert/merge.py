@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.convert.journal import Journal, check_folder, remove_folder
+from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
-from quantcli.convert.publish import check_destination, publish
-from quantcli.core.disk import disk_errors, file_entry
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.place import check_space, partial_folder
 from quantcli.core.text import count
 from quantcli.core.threads import default_workers
 
@@ -30,14 +26,14 @@ class Merge:
     """Parts that make a whole, and the place of the result."""
 
     parts: list[PartFolder]
-    out: Path
+    out: Destination
     workers: int
     fresh: bool
     force: bool
     linked: bool  # whether weight files become further names of the parts' files, and take no space
 
     @property
-    def files(self) -> dict[str, dict[str, Any]]:
+    def files(self) -> dict[str, Entry]:
         """Every file of the checkpoint as the manifest will list it."""
         return {name: entry for part in self.parts for name, entry in part.files.items()}
 
@@ -56,7 +52,7 @@ class Merge:
 
 def plan_merge(
     folders: Sequence[Path],
-    out: Path,
+    out: Destination,
     *,
     workers: int | None = None,
     fresh: bool = False,
@@ -78,13 +74,13 @@ def plan_merge(
                     where=str(path),
                     fix=AGAIN,
                 )
-        check_destination(out, part.path.resolve(), force=force, what=f"the {part.part}")
-    linked = _one_disk(parts, out)
+        out.check(part.path.resolve(), force=force, what=f"the {part.part}")
+    linked = out.links([part.path / name for part in parts for name in part.files])
     merge = Merge(parts, out, workers or default_workers(), fresh, force, linked)
-    check_folder(partial_folder(out), None if fresh else merge.head)
+    out.done(None if fresh else merge.head)
     shards = merge.parts[0].whole["shards"]
     copied = {n: entry for n, entry in merge.files.items() if not linked or n not in shards}
-    check_space(out, sum(entry["bytes"] for entry in copied.values()))
+    out.room(sum(entry["bytes"] for entry in copied.values()))
     return merge
 
 
@@ -93,16 +89,11 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
 
     Every file is read, and hashes are compared if the parts have them. InputError for a damaged file.
     """
-    from quantcli.convert.execute import Written, close_folder
-    from quantcli.verification.structure import verified
+    from quantcli.convert.execute import Written, listing
 
-    partial = partial_folder(job.out)
-    if job.fresh:
-        remove_folder(partial)
-    journal = Journal(partial, job.head)
     whole = job.parts[0].whole
-    try:
-        run = _Gather(job, partial, journal, progress)
+    with job.out.begin(Start(job.head, [*job.files, MANIFEST], job.fresh, job.force)) as draft:
+        run = _Gather(job, draft, progress)
         work = [(part, name) for part in job.parts for name in part.files]
         progress.begin(job.nbytes, len(whole["shards"]))
         pool = ThreadPoolExecutor(job.workers, "quantcli")
@@ -110,30 +101,26 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
             reused = sum(pool.map(run.gather, *zip(*work, strict=True)))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        close_folder(partial, MANIFEST, whole["manifest"], job.files)
-        ours, notes = verified(partial)
+        draft.close_with(MANIFEST, listing(whole["manifest"], job.files), job.files)
+        ours, notes = draft.verified()
         if ours:
             raise InputError(
                 f"the parts make no sound checkpoint: {ours[0].what}",
-                where=ours[0].where or str(partial),
+                where=ours[0].where or draft.place,
                 fix="run the parts again",
             )
         for part in job.parts:
-            check_destination(job.out, part.path.resolve(), force=job.force, what=f"the {part.part}")
-        journal.remove()
-        publish(partial, job.out, force=job.force)
-    finally:
-        journal.close()
+            job.out.check(part.path.resolve(), force=job.force, what=f"the {part.part}")
+        draft.publish()
     return Written(job.out, dict(sorted(job.files.items())), reused, None, notes)
 
 
 class _Gather:
     """The files of one merge; threads share it."""
 
-    def __init__(self, job: Merge, folder: Path, journal: Journal, progress: Progress) -> None:
+    def __init__(self, job: Merge, draft: Draft, progress: Progress) -> None:
         self.job = job
-        self.folder = folder
-        self.journal = journal
+        self.draft = draft
         self.progress = progress
         self.shards = job.parts[0].whole["shards"]
         self._done = 0
@@ -142,56 +129,27 @@ class _Gather:
     def gather(self, part: PartFolder, name: str) -> bool:
         """Link or copy one file of a part, and compare its hash. True for a weight file that an earlier
         run had put there."""
-        source, destination, entry = part.path / name, self.folder / name, part.files[name]
-        done = self.journal.done.get(name)
-        reused = (
-            done is not None
-            and destination.is_file()
-            and file_entry(destination, checksum=part.checksum) == entry
-        )
+        entry = part.files[name]
+        reused = self.draft.reuse(name, entry["bytes"], checksum=part.checksum) == entry
         if not reused:
-            from quantcli.convert.execute import copy_file
-
             # small files are copied: a later edit of config.json must not change the part as well
-            linked = name in self.shards and self._link(source, destination)
-            if not linked:
-                copy_file(source, destination, checksum=False)
-            if file_entry(destination, checksum=part.checksum) != entry:
+            link = self.job.linked and name in self.shards
+            source = part.path / name
+            if self.draft.copy(source, name, checksum=part.checksum, link=link) != entry:
                 raise InputError(
                     f"{part.part} is damaged: this is not what was written",
                     where=str(source),
                     fix=AGAIN,
                 )
-            self.journal.record(name, entry["bytes"], entry.get("sha256"))
+            self.draft.record(name, entry)
         self.progress.advance(entry["bytes"])
         if name not in self.shards:
             return False
         with self._lock:
             self._done += 1
-            self.progress.keeps(f"{self._done} of {count(self.shards, 'shard')} in {self.folder}")
+            self.progress.keeps(f"{self._done} of {count(self.shards, 'shard')} in {self.draft.place}")
         self.progress.shard(name, entry["bytes"], reused=reused)
         return reused
-
-    def _link(self, source: Path, destination: Path) -> bool:
-        """Give a file a second name. False if the file system cannot."""
-        if not self.job.linked:
-            return False
-        with disk_errors(destination):
-            destination.unlink(missing_ok=True)
-        try:
-            os.link(source.resolve(), destination)
-        except OSError:  # another owner's file, or a file system without links: then it is copied
-            return False
-        return True
-
-
-def _one_disk(parts: Sequence[PartFolder], out: Path) -> bool:
-    """Whether all parts are on the file system that `out` goes to."""
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    device = place.stat().st_dev
-    return all((part.path / name).stat().st_dev == device for part in parts for name in part.files)
 
 
 def to_json(job: Merge) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from quantcli.checkpoint.tensors import will_read
-from quantcli.checkpoint.writer import ShardWriter
+from quantcli.checkpoint.writer import TensorWriter
+from quantcli.convert.destination import ShardSink
 from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
@@ -25,7 +25,7 @@ class OpenShard:
     first: the number of its first job among those of the run.
     """
 
-    def __init__(self, shard: Shard, first: int, writer_of: Callable[[Shard], ShardWriter]) -> None:
+    def __init__(self, shard: Shard, first: int, writer_of: Callable[[Shard], TensorWriter]) -> None:
         self.shard = shard
         self.writer = writer_of(shard)
         place = {spec.name: number for number, spec in enumerate(shard.tensors)}
@@ -64,13 +64,16 @@ class JobQueue:
     by several threads.
     """
 
-    def __init__(self, shards: Iterable[Shard], folder: Path, workers: int, *, checksum: bool) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], sink: ShardSink, workers: int, *, checksum: bool
+    ) -> None:
         self._shards = deque(shards)
-        self._folder = folder
+        self._sink = sink
         self._workers = workers
         self._checksum = checksum
         self._writing = ThreadPoolExecutor(1, "quantcli-writing")
-        self._buffers = Buffers(buffer_count(workers), 2 * workers, self._writing)
+        count = buffer_count(workers) + sink.extents(shards)
+        self._buffers = Buffers(count, 2 * workers, self._writing)
         self._open: list[OpenShard] = []
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
@@ -94,7 +97,7 @@ class JobQueue:
 
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
-        most = max(2, min(self._workers, _MOST_SHARDS))
+        most = max(2, min(self._workers, self._sink.most_shards))
         waiting = sum(1 for shard in self._open if shard.jobs)
         if not self._shards or waiting >= most or self._next >= self._end:
             return None
@@ -107,16 +110,8 @@ class JobQueue:
         self._open.append(shard)
         return shard
 
-    def _writer_of(self, shard: Shard) -> ShardWriter:
-        outputs = (output for item in shard.items for output in item.outputs)
-        return ShardWriter(
-            self._folder,
-            shard.file,
-            shard.tensors,
-            buffers=self._buffers,
-            by_columns={output.spec.name for output in outputs if output.axis},
-            checksum=self._checksum,
-        )
+    def _writer_of(self, shard: Shard) -> TensorWriter:
+        return self._sink.writer(shard, self._buffers, checksum=self._checksum)
 
     def is_in_vain(self, task: Task) -> bool:
         """Whether a job before this one failed, so that nobody needs its result."""

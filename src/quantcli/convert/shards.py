@@ -5,16 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from quantcli.checkpoint.tensors import tensor_bytes
-from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.journal import Journal
+from quantcli.checkpoint.writer import TensorWriter
+from quantcli.convert.destination import Draft, Entry
 from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read_ahead
-from quantcli.core.disk import file_entry
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.kernels.machine import available
@@ -96,13 +93,13 @@ class _Columns:
         columns = self._gathered[output.spec.name][1]
         columns[:, first - start : first - start + block.shape[1]] = block
 
-    def write(self, writer: ShardWriter) -> None:
+    def write(self, writer: TensorWriter) -> None:
         """Write all that was taken."""
         for name, (start, columns) in self._gathered.items():
             writer.write_columns(name, start, tensor_bytes(columns))
 
 
-def _write(rows: Computed, writer: ShardWriter, columns: _Columns) -> None:
+def _write(rows: Computed, writer: TensorWriter, columns: _Columns) -> None:
     """Write computed rows, or gather them if they are columns of what is stored."""
     for output, first, tensor in rows.written:
         if output.axis:
@@ -117,19 +114,17 @@ class ShardRun:
     def __init__(
         self,
         plan: Work,
-        folder: Path,
-        journal: Journal,
+        draft: Draft,
         progress: Progress,
         checksum: bool,
         block_elements: int | None,
     ) -> None:
         self.plan = plan
-        self.folder = folder
-        self.journal = journal
+        self.draft = draft
         self.progress = progress
         self.checksum = checksum
         self.block_elements = block_elements
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, Entry] = {}
         self.reused = self._count = 0
         self._surveys = Surveys()
         self._stop = threading.Event()
@@ -139,11 +134,11 @@ class ShardRun:
         waits for the last job of a shard.
         """
         self._count = len(shards)
-        self._keeps(len(self.journal.done))
+        self._keeps(self.draft.done)
         missing = [shard for shard in shards if not self._reuse(shard)]
         todo = sum(item.source.nbytes for shard in missing for item in shard.items)
         self.progress.begin(todo, len(missing))
-        queue = JobQueue(missing, self.folder, workers, checksum=self.checksum)
+        queue = JobQueue(missing, self.draft.sink, workers, checksum=self.checksum)
         try:
             for worker in [pool.submit(self._serve, queue) for _ in range(workers)]:
                 worker.result()
@@ -157,7 +152,7 @@ class ShardRun:
 
     def _keeps(self, done: int) -> None:
         """What is there if the run ends now."""
-        self.progress.keeps(f"{done} of {count(self._count, 'shard')} in {self.folder}")
+        self.progress.keeps(f"{done} of {count(self._count, 'shard')} in {self.draft.place}")
 
     def _serve(self, queue: JobQueue) -> None:
         """Do jobs until none is left."""
@@ -189,25 +184,20 @@ class ShardRun:
     def _finish(self, open_shard: OpenShard) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
         entry = writer.finish()
-        self.journal.record(file, writer.nbytes, entry.get("sha256"))
+        self.draft.record(file, entry)
         self.files[file] = entry
         self._keeps(len(self.files))
         self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
         """Whether an earlier run finished this shard and it has not changed since."""
-        done = self.journal.done.get(shard.file)
-        path = self.folder / shard.file
-        if done is None or not path.is_file():
+        entry = self.draft.reuse(shard.file, shard.nbytes, checksum=self.checksum)
+        if entry is None:
             return False
-        if not path.stat().st_size == done.nbytes == shard.nbytes:
-            self.progress.detail(f"{shard.file} is written again: its size has changed")
-            return False
-        entry = file_entry(path, checksum=self.checksum)
-        if self.checksum and entry["sha256"] != done.sha256:
-            self.progress.detail(f"{shard.file} is written again: its hash has changed")
+        if isinstance(entry, str):
+            self.progress.detail(f"{shard.file} is written again: {entry}")
             return False
         self.files[shard.file] = entry
         self.reused += 1
-        self.progress.shard(shard.file, done.nbytes, reused=True)
+        self.progress.shard(shard.file, shard.nbytes, reused=True)
         return True

@@ -197,6 +197,11 @@ class Shard:
         """Size of the file."""
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)
 
+    @property
+    def by_columns(self) -> set[str]:
+        """The names of tensors whose columns hold the rows of a weight."""
+        return {out.spec.name for item in self.items for out in item.outputs if out.axis}
+
 
 def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
     """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""

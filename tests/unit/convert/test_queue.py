@@ -3,6 +3,7 @@
 import pytest
 
 from quantcli.commands import quantize as commands
+from quantcli.convert.folder import FolderSink
 from quantcli.convert.queue import JobQueue
 from quantcli.core.extents import ExtentFile
 from tests.e2e.conftest import make_llama
@@ -35,7 +36,7 @@ def taken(queue):
 
 
 def test_jobs_come_in_the_order_of_the_files(tmp_path, shards):
-    queue = JobQueue(shards, tmp_path, 3, checksum=False)
+    queue = JobQueue(shards, FolderSink(tmp_path), 3, checksum=False)
     tasks = taken(queue)
     queue.close()
     assert [task.number for task in tasks] == list(range(len(tasks)))
@@ -52,7 +53,7 @@ def test_jobs_come_in_the_order_of_the_files(tmp_path, shards):
 
 
 def test_each_job_is_announced_at_most_once(tmp_path, shards):
-    queue = JobQueue(shards, tmp_path, 1, checksum=False)
+    queue = JobQueue(shards, FolderSink(tmp_path), 1, checksum=False)
     tasks = taken(queue)
     queue.close()
     announced = [id(job) for task in tasks for job in task.later]
@@ -61,7 +62,7 @@ def test_each_job_is_announced_at_most_once(tmp_path, shards):
 
 def test_a_shard_whose_hash_is_behind_lets_the_next_one_begin(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(ExtentFile, "backlog", 100)
-    queue = JobQueue(shards, tmp_path, 2, checksum=True)
+    queue = JobQueue(shards, FolderSink(tmp_path), 2, checksum=True)
     tasks = [queue.take() for _ in range(3)]
     queue.close()
     assert [shards.index(task.shard.shard) for task in tasks] == [0, 1, 0]
@@ -70,7 +71,7 @@ def test_a_shard_whose_hash_is_behind_lets_the_next_one_begin(tmp_path, shards, 
 def test_after_a_failure_only_jobs_before_it_are_handed_out(tmp_path, shards, monkeypatch):
     """Whatever order jobs fail in, the error of the first one is raised."""
     monkeypatch.setattr(ExtentFile, "backlog", 100)
-    queue = JobQueue(shards, tmp_path, 2, checksum=True)
+    queue = JobQueue(shards, FolderSink(tmp_path), 2, checksum=True)
     first, other = queue.take(), queue.take()
     assert first.number == 0 < other.number
     queue.fail(other, ValueError("later"))

@@ -1,0 +1,230 @@
+"""Where a checkpoint goes: a folder, or a place that is not on this machine.
+
+A destination is a name, and may be checked at any time. A draft is a checkpoint that is under way in
+it, with the journal of what is done; a shard sink takes its shards.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from quantcli.core.errors import InputError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from quantcli.checkpoint.writer import TensorWriter
+    from quantcli.core.extents import Buffers
+    from quantcli.core.findings import Finding
+    from quantcli.planning.parts import Part
+    from quantcli.planning.plan import Shard
+
+Entry = dict[str, Any]  # a file as the manifest lists it: {"bytes": n}, and if it was hashed its hashes
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
+
+
+def scheme_of(text: str) -> str | None:
+    """The scheme of a URL, such as `s3`; None for what names a folder."""
+    match = _URL.fullmatch(text)
+    return match[1].lower() if match else None
+
+
+def destination_of(out: str | Path) -> Destination:
+    """The destination that the user names. InputError for a URL of an unknown kind."""
+    scheme = scheme_of(out) if isinstance(out, str) else None
+    if scheme is None:
+        from quantcli.convert.folder import LocalFolder
+
+        return LocalFolder(Path(out))
+    raise InputError(
+        f"nothing can be written to {scheme}://",
+        where=f"--out {out}",
+        fix="give a folder",
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a draft begins.
+
+    head:  the head of the journal: a later run continues only if it has the same.
+    files: the names of all files that will be written, without the journal.
+    fresh: delete first what an interrupted run left.
+    force: replace a checkpoint that is there.
+    """
+
+    head: dict[str, Any]
+    files: Collection[str]
+    fresh: bool = False
+    force: bool = False
+
+
+class Destination(ABC):
+    """A place for a checkpoint; `str` gives it as the user named it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The last part of the place."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None if the place is not on this machine."""
+        return None
+
+    @property
+    def value(self) -> Path | str:
+        """The place as Python callers get it: a path, or a URL."""
+        return self.folder or str(self)
+
+    @property
+    @abstractmethod
+    def draft_place(self) -> str:
+        """Where a draft is before it is complete, for messages."""
+
+    @property
+    @abstractmethod
+    def begun(self) -> bool:
+        """Whether a draft is there."""
+
+    @property
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether something is there that `--force` would replace."""
+
+    @property
+    @abstractmethod
+    def fate(self) -> str:
+        """What `--force` does with what is there, as the end of a sentence: "deleted then"."""
+
+    @abstractmethod
+    def sibling(self, suffix: str) -> Path:
+        """The local folder that is named after the place, such as OUT.calibration."""
+
+    @abstractmethod
+    def part(self, part: Part) -> Destination:
+        """Where a part of the checkpoint goes. InputError if the place takes no parts."""
+
+    @abstractmethod
+    def check(self, model: Path, *, force: bool, what: str = "the model") -> None:
+        """InputError or MachineError for a place that a run could not or must not write.
+
+        model: the directory that is read; `what` names it in messages.
+        """
+
+    @abstractmethod
+    def room(self, nbytes: int) -> int | None:
+        """The free bytes of the local disk that the place is on; None if it is on none. MachineError if
+        they are fewer than `nbytes`."""
+
+    @abstractmethod
+    def done(self, head: dict[str, Any] | None) -> int:
+        """Number of shards that an interrupted run with this head has left.
+
+        InputError if a draft of something else is there; without a head any draft is accepted.
+        MachineError if another process is known to be at work in it.
+        """
+
+    @abstractmethod
+    def links(self, files: Sequence[Path]) -> bool:
+        """Whether local files can become files of the checkpoint without a copy."""
+
+    @abstractmethod
+    def begin(self, start: Start) -> Draft:
+        """Open or begin the draft. It must be closed.
+
+        InputError if a draft of something else is there, MachineError if another process is at work
+        in it.
+        """
+
+
+class ShardSink(ABC):
+    """Takes the shards of a draft. It can be pickled: workers in other processes write with it."""
+
+    #: shards under way at a time, at most
+    most_shards: int
+
+    @abstractmethod
+    def extents(self, shards: Sequence[Shard]) -> int:
+        """Extents that shards hold in memory at most, next to those that any worker needs."""
+
+    @abstractmethod
+    def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> TensorWriter:
+        """A writer of a whole shard; its `finish` makes the shard durable, and gives its entry."""
+
+
+class Draft(ABC):
+    """A checkpoint that is under way. Threads may share it.
+
+    sink: takes the shards.
+    """
+
+    sink: ShardSink
+
+    @property
+    @abstractmethod
+    def done(self) -> int:
+        """Number of files in the journal: those that are whole, and not changed since."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Where it is, for messages."""
+
+    @abstractmethod
+    def reuse(self, name: str, nbytes: int, *, checksum: bool) -> Entry | str | None:
+        """The entry of a file that an earlier run finished; why it cannot be used, as the end of a
+        sentence; None if there is none."""
+
+    @abstractmethod
+    def record(self, name: str, entry: Entry) -> None:
+        """Note in the journal that a file is whole. Call it when its writer has finished."""
+
+    @abstractmethod
+    def put(self, name: str, content: bytes, *, checksum: bool) -> Entry:
+        """Write a small file."""
+
+    @abstractmethod
+    def copy(self, source: Path, name: str, *, checksum: bool, link: bool = False) -> Entry:
+        """Write a file with the bytes of another one. link: without a copy, if that works."""
+
+    @abstractmethod
+    def close_with(self, listing: str, content: bytes, files: Mapping[str, Entry]) -> None:
+        """All `files` are there: remove others, and write the file that lists them."""
+
+    @abstractmethod
+    def verified(self) -> tuple[list[Finding], tuple[str, ...]]:
+        """Errors of the checkpoint, from its headers, and as text faults that its source has too.
+
+        Call it after `close_with`.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make it the checkpoint, whole or not at all, and remove the journal."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Delete all of it: no later run could continue."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it; without `publish` or `discard` a later run can continue."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
