@@ -15,12 +15,13 @@ from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
-    from quantcli.convert.destination import Destination
+    from quantcli.convert.destination import Destination, Room
     from quantcli.convert.execute import RunOptions, Written
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
     from quantcli.recipe.written import GivenRecipe, WrittenRecipe
+    from quantcli.targets.serving import ServeCommand
 
 W = TypeVar("W", bound="Work")
 
@@ -32,7 +33,7 @@ class Job(Generic[W]):
     plan: W
     out: Destination
     options: RunOptions
-    disk_free: int | None  # bytes; None if the output is not on a disk of this machine
+    room: Room | None  # on a disk of this machine; None if none is needed
     memory: int  # bytes above a bare torch import, estimated
     shards_done: int  # whole shards that an interrupted run left
     session: Session | None = None  # the calibration, if the recipe needs one
@@ -47,6 +48,13 @@ class Job(Generic[W]):
     def nbytes(self) -> int:
         """Bytes of what this job writes, without the manifest."""
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
+
+    @property
+    def serve(self) -> tuple[ServeCommand, ...]:
+        """The commands that serve the checkpoint."""
+        commands = self.plan.target.serve(self.plan.served, self.out.served_as)
+        flags = self.out.serve_flags
+        return tuple(replace(command, words=(*command.words, *flags)) for command in commands)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,10 @@ def make_job(
     unknown = options.fresh or (session is not None and not session.complete)
     head = None if unknown else run_head(plan, checksum=options.checksum)
     done = out.done(head)
-    free = out.room(part.nbytes(plan) if part else plan.nbytes)
+    shards = [shard.nbytes for shard in (part.shards(plan) if part else plan.shards)]
+    room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
     memory = memory_estimate(plan, options.workers)
-    return Job(plan, out, options, free, memory, done, session, part)
+    return Job(plan, out, options, room, memory, done, session, part)
 
 
 def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> Written[W]:
@@ -121,12 +130,12 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "bytes_after": plan.weight_nbytes,
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
         "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": 0 if job.disk_free is None else job.nbytes,
-        "disk_free": job.disk_free,
+        "disk_needed": 0 if job.room is None else job.room.needed,
+        "disk_free": None if job.room is None else job.room.free,
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
-        "serve": [command.to_json() for command in plan.target.serve(plan.served, str(job.out))],
+        "serve": [command.to_json() for command in job.serve],
         "notes": list(plan.notes),
     }
 

@@ -85,9 +85,8 @@ def execute(
             fix="run `quantcli calibrate` with this recipe and model first",
         )
     checksum = options.checksum
-    start = Start(
-        run_head(plan, checksum=checksum), planned_files(plan, part), options.fresh, options.force
-    )
+    head = run_head(plan, checksum=checksum)
+    start = Start(head, planned_files(plan, part), options.fresh, options.force, progress)
     draft = out.begin(start)
     useless = False
     try:

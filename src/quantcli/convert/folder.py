@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import JOURNAL
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.destination import Destination, Draft, Entry, ShardSink, Start
+from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
 from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
@@ -82,9 +82,10 @@ class LocalFolder(Destination):
         """InputError or MachineError for a folder that the run could not or must not write."""
         check_destination(self.path, model, force=force, what=what)
 
-    def room(self, nbytes: int) -> int:
-        """The free bytes of the disk. MachineError if they are fewer than `nbytes`."""
-        return check_space(self.path, nbytes)
+    def room(self, shards: Sequence[int], others: int) -> Room:
+        """All files, and the free bytes of the disk. MachineError if they are too few."""
+        nbytes = sum(shards) + others
+        return Room(nbytes, check_space(self.path, nbytes))
 
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of whole shards in OUT.partial. Raises what `check_folder` raises."""

@@ -145,6 +145,7 @@ class ShardRun:
             queue.raise_first()
         except BaseException:
             self._stop.set()
+            queue.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
