@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, display_name, find_model
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quantcli.targets.serving import ServeCommand
 
 W = TypeVar("W", bound="Work")
+TASK_WORKERS = 4  # threads of a task on a cluster: more of them wait for the hash of its shard
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,13 @@ class Job(Generic[W]):
 class JobOptions:
     """How a conversion is to be run.
 
-    workers:     threads; None: one for each core.
+    workers:     threads, on a cluster those of a task; None: one for each core, or a few.
     fresh:       delete what an interrupted run left.
     force:       replace an output that exists.
     checksum:    hash every file for the manifest.
     calibration: the folder of a calibration to use or to make; None: OUT.calibration.
     part:        as in "2/3"; it goes to OUT.part-2-of-3.
+    executor:    the cluster whose nodes write; None: threads of this process.
     """
 
     workers: int | None = None
@@ -75,13 +78,16 @@ class JobOptions:
     checksum: bool = True
     calibration: Path | None = None
     part: str | None = None
+    executor: Executor | None = None
 
     def of_run(self) -> RunOptions:
         """The options of the run itself."""
         from quantcli.convert.execute import RunOptions
 
         workers = self.workers or default_workers()
-        return RunOptions(workers, self.fresh, self.force, self.checksum)
+        if self.executor is not None and self.workers is None:
+            workers = min(workers, TASK_WORKERS)
+        return RunOptions(workers, self.fresh, self.force, self.checksum, executor=self.executor)
 
 
 USUAL = JobOptions()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -187,6 +188,21 @@ class ShardSink(ABC):
     @abstractmethod
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> TensorWriter:
         """A writer of a whole shard; its `finish` makes the shard durable, and gives its entry."""
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[ShardSink]:
+        """The sink for one attempt to write a shard. Others may be under way: those of processes that
+        nobody waits for any more."""
+        yield self
+
+    def on_all(self) -> ShardSink:
+        """The sink for processes on other machines."""
+        return self
+
+    @property
+    def shared(self) -> Path | None:
+        """The folder that all machines must share, if it is one."""
+        return None
 
 
 class Draft(ABC):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +131,29 @@ class FolderSink(ShardSink):
             by_columns=shard.by_columns,
             checksum=checksum,
         )
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[FolderSink]:
+        """A folder for this attempt alone. Those of others are deleted: nobody needs them."""
+        with disk_errors(self.folder):
+            for other in self.folder.glob(f".{glob.escape(file)}.*"):
+                shutil.rmtree(other, ignore_errors=True)
+            own = self.folder / f".{file}.{secrets.token_hex(4)}"
+            own.mkdir()
+        yield FolderSink(own)
+        with disk_errors(own):
+            (own / file).rename(self.folder / file)
+            sync_folder(self.folder)
+            own.rmdir()
+
+    def on_all(self) -> FolderSink:
+        """The same folder from its root: other processes work elsewhere."""
+        return FolderSink(self.folder.resolve())
+
+    @property
+    def shared(self) -> Path:
+        """The folder."""
+        return self.folder
 
 
 class FolderDraft(Draft):
