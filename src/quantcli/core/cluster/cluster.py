@@ -14,7 +14,7 @@ from quantcli.core.cluster.actors import Actors
 from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
-from quantcli.core.cluster.tasks import TaskOptions, TaskRun
+from quantcli.core.cluster.tasks import Done, TaskOptions, TaskRun
 from quantcli.core.cluster.worker import Result, Setting, Shared, software_differs, task
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
@@ -109,14 +109,15 @@ class Cluster:
         *,
         common: Any = None,
         options: TaskOptions = _USUAL,
-        done: Callable[[int, Any], None] = lambda index, result: None,
+        done: Done = lambda index, result: None,
         progress: Progress = SILENT,
     ) -> list[Any]:
         """Do `work(common, request, progress)` for each request. Results in the order of the requests.
 
         work: a function of a module, that gives the same for the same request: it is done again if its
         process or its node is gone, which `progress` says. It may run on any node, and its result
-        should be small. done(index, result) is called here as results come. common: an object for all.
+        should be small. done(index, result) is called here as results come; requests that it returns
+        are done next, and their results are behind all others. common: an object for all.
 
         If work fails, the error of the first such request is raised, as it would be here. MachineError
         if a process dies again and again, or if there is no node.
