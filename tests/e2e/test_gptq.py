@@ -295,7 +295,5 @@ def test_codes_are_of_one_scheme(make: Callable[..., Bench]) -> None:
     assert before.items() <= after.items()
     (further,) = bench.store.glob("further-*")
     assert snapshot(further).keys() == before.keys()
-    module = "model.layers.0.self_attn.q_proj"
-    codes = [tensors(folder)[f"stats.{module}.codes"] for folder in (bench.store, further)]
-    assert not torch.equal(*codes)
+    assert tensors(further).keys() == {k for k in tensors(bench.store) if k.endswith(".codes")}
     assert f"--calibration {bench.store}\n" in bench.calibrate().out
