@@ -297,4 +297,4 @@ def test_codes_are_of_one_scheme(make: Callable[..., Bench]) -> None:
     assert snapshot(further).keys() == before.keys()
     measured = {name.rpartition(".")[2] for name in tensors(further)}
     assert "codes" in measured
-    assert f"--calibration {bench.store}\n" in bench.calibrate().out
+    assert f"--calibration {bench.store}\n" in bench.calibrate().err
