@@ -100,7 +100,7 @@ class TaskRun:
             except Lost as why:
                 self._live.remove(stream)
                 self._heard.take_back(stream.nbytes)
-                lost.append((stream, str(why)))
+                lost.append((stream, why))
                 continue
             if outcome is None:
                 continue
@@ -123,7 +123,7 @@ class TaskRun:
         cancel(vain)
         self._live = [stream for stream in self._live if stream.index < first]
 
-    def _again(self, lost: list[tuple[Stream, str]], pending: list[int]) -> None:
+    def _again(self, lost: list[tuple[Stream, Lost]], pending: list[int]) -> None:
         """Do requests again whose process is gone, and say so. One that no process had begun
         is not reported."""
         gone: Counter[tuple[str, bool]] = Counter()
@@ -133,13 +133,13 @@ class TaskRun:
             pending.append(stream.index)
             if stream.place is None:
                 continue
-            node_gone = self._cluster.is_gone(stream.place.node)
+            node_gone = why.with_node or self._cluster.is_gone(stream.place.node)
             gone[stream.place.address, node_gone] += 1
             self._progress.detail(f"{self._options.noun} {stream.index + 1}: {why}")
             if not node_gone:
                 self._crashes[stream.index] += 1
                 if self._crashes[stream.index] == _MOST_CRASHES:
-                    self._fail(stream.index, self._crashed(stream.place, why), pending)
+                    self._fail(stream.index, self._crashed(stream.place, str(why)), pending)
         for (address, node_gone), number in gone.items():
             who = f"node {address} is gone" if node_gone else f"a process on node {address} has died"
             again = "is" if number == 1 else "are"
