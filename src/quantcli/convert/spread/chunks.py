@@ -56,8 +56,8 @@ def chunks_of(shard: Shard, count: int) -> list[Chunk]:
     ends = list(accumulate(_nbytes(job) for job in jobs))
     cuts = [0]
     for number in range(1, count):
-        wanted = ends[-1] * number // count
-        cut = next(index for index, end in enumerate(ends) if end > wanted)
+        target = ends[-1] * number // count
+        cut = next(index for index, end in enumerate(ends) if end > target)
         cuts.append(max(cut, cuts[-1]))
     cuts.append(len(jobs))
     return [_chunk(shard, jobs, begin, end) for begin, end in pairwise(cuts) if begin < end]
