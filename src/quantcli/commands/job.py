@@ -95,7 +95,7 @@ def make_job(
     head = None if unknown else run_head(plan, checksum=options.checksum)
     done = out.done(head)
     free = out.room(part.nbytes(plan) if part else plan.nbytes)
-    memory = memory_estimate(plan, options.workers)
+    memory = memory_estimate(plan, options.workers) + out.sink.memory(plan.shards)
     return Job(plan, out, options, free, memory, done, session, part)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.remote.stores import SCHEMES
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,10 +44,14 @@ def destination_of(out: str | Path) -> Destination:
         from quantcli.convert.folder import LocalFolder
 
         return LocalFolder(Path(out))
+    if scheme in SCHEMES:
+        from quantcli.convert.objects.place import object_place
+
+        return object_place(str(out))
     raise InputError(
         f"nothing can be written to {scheme}://",
         where=f"--out {out}",
-        fix="give a folder",
+        fix="give a folder, or an address of object storage: s3://BUCKET/FOLDER",
     )
 
 
@@ -136,6 +141,11 @@ class Destination(ABC):
     def links(self, files: Sequence[Path]) -> bool:
         """Whether local files can become files of the checkpoint without a copy."""
 
+    @property
+    @abstractmethod
+    def sink(self) -> ShardSink:
+        """What takes the shards of a draft."""
+
     @abstractmethod
     def begin(self, start: Start) -> Draft:
         """Open or begin the draft. It must be closed.
@@ -146,14 +156,22 @@ class Destination(ABC):
 
 
 class ShardSink(ABC):
-    """Takes the shards of a draft. It can be pickled: workers in other processes write with it."""
+    """Takes the shards of a draft. It can be pickled: workers in other processes write with it.
 
-    #: shards under way at a time, at most
+    most_shards: shards under way at a time, at most.
+    in_memory:   whether an extent stays in memory until its turn comes.
+    """
+
     most_shards: int
+    in_memory: bool
 
     @abstractmethod
     def extents(self, shards: Sequence[Shard]) -> int:
-        """Extents that shards hold in memory at most, next to those that any worker needs."""
+        """Extents that shards hold at most, next to those that workers fill."""
+
+    @abstractmethod
+    def memory(self, shards: Sequence[Shard]) -> int:
+        """Bytes of these extents, and of what else is held."""
 
     @abstractmethod
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> TensorWriter:

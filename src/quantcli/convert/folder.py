@@ -98,6 +98,11 @@ class LocalFolder(Destination):
         device = place.stat().st_dev
         return all(file.stat().st_dev == device for file in files)
 
+    @property
+    def sink(self) -> FolderSink:
+        """Writes into OUT.partial."""
+        return FolderSink(self.partial)
+
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
         if start.fresh:
@@ -111,9 +116,14 @@ class FolderSink(ShardSink):
 
     folder: Path
     most_shards = 8
+    in_memory = False
 
     def extents(self, shards: Sequence[Shard]) -> int:
         """None: an extent that gets no memory goes to the disk by pieces."""
+        return 0
+
+    def memory(self, shards: Sequence[Shard]) -> int:
+        """Nothing."""
         return 0
 
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> ShardWriter:
@@ -134,7 +144,7 @@ class FolderDraft(Draft):
     def __init__(self, out: LocalFolder, journal: Journal, force: bool) -> None:
         self.folder = out.partial
         self.journal = journal
-        self.sink = FolderSink(self.folder)
+        self.sink = out.sink
         self._out = out.path
         self._force = force
 

@@ -19,7 +19,7 @@ from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
 
 _FRESH = "run with --fresh to start over, or remove the directory"
-_HEAD = {"plan", "checksum", "source"}
+HEAD = {"plan", "checksum", "source"}
 _DONE = {"shard", "nbytes", "sha256"}
 
 
@@ -140,14 +140,20 @@ def _check_ours(folder: Path) -> None:
 
 
 def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path) -> None:
-    if lines and lines[0] != head:
-        changed = next(key for key in ("source", "plan", "checksum") if lines[0][key] != head[key])
+    if lines:
+        check_head(lines[0], head, str(folder), _FRESH)
+
+
+def check_head(there: dict[str, Any], head: dict[str, Any], place: str, fix: str) -> None:
+    """InputError if a journal that is there has another head than a run."""
+    if there != head:
+        changed = next(key for key in ("source", "plan", "checksum") if there[key] != head[key])
         source = "set of parts" if "parts" in head["source"] else "model"
         words = {"source": source, "plan": "recipe or version", "checksum": "option --checksum"}
         raise InputError(
             f"folder holds the unfinished work of another run: the {words[changed]} has changed since",
-            where=str(folder),
-            fix=_FRESH,
+            where=place,
+            fix=fix,
         )
 
 
@@ -162,7 +168,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             value = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, dict) or value.keys() != (_DONE if lines else _HEAD):
+        if not isinstance(value, dict) or value.keys() != (_DONE if lines else HEAD):
             break
         if lines and not isinstance(value["shard"], str):
             break

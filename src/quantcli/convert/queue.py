@@ -78,11 +78,19 @@ class JobQueue:
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
         self._end = float("inf")  # jobs from this number on are in vain
-        self._lock = threading.Lock()
+        self._taken = 0  # jobs that workers are at
+        self._lock = threading.Condition()
 
     def take(self) -> Task | None:
-        """The next job; None if there is none left, or none before one that failed."""
+        """The next job; None if there is none left, or none before one that failed. Call `let_go` when
+        nothing is left to do of it.
+
+        If extents can only stay in memory, and there is none, a worker waits until another one is
+        ready with its job. It does not wait for memory itself: only a further job may free some.
+        """
         with self._lock:
+            while self._sink.in_memory and self._buffers.exhausted and self._taken:
+                self._lock.wait()
             ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
             shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
             if shard is None:
@@ -93,6 +101,7 @@ class JobQueue:
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
+            self._taken += 1
             return Task(number, shard, job, tuple(job for job in later if job is not None))
 
     def _opened(self) -> OpenShard | None:
@@ -116,6 +125,12 @@ class JobQueue:
     def is_in_vain(self, task: Task) -> bool:
         """Whether a job before this one failed, so that nobody needs its result."""
         return task.number > self._end
+
+    def let_go(self) -> None:
+        """A worker has left its job, done or not."""
+        with self._lock:
+            self._taken -= 1
+            self._lock.notify_all()
 
     def done(self, task: Task) -> bool:
         """Count a job of a shard; whether it was the last one."""
