@@ -181,10 +181,12 @@ class ShardSink(ABC):
 class Draft(ABC):
     """A checkpoint that is under way. Threads may share it.
 
-    sink: takes the shards.
+    sink:  takes the shards.
+    notes: remarks for the user, when the work is done.
     """
 
     sink: ShardSink
+    notes: tuple[str, ...] = ()
 
     @property
     @abstractmethod

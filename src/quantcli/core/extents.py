@@ -1,5 +1,4 @@
-"""Files that are put together in memory, extent by extent, and hashed on the way.
-"""
+"""Files that are put together in memory, extent by extent, and hashed on the way."""
 
 from __future__ import annotations
 

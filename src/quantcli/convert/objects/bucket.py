@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.remote.origin import Version
 from quantcli.checkpoint.remote.stores import Place, open_store, status_of, store_errors
+from quantcli.core.errors import QuantError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -61,15 +62,18 @@ class Upload:
                 max_concurrency=PARTS_AT_ONCE,
             )
 
-    def write(self, data: memoryview | bytes) -> None:
-        """Take the next bytes. Waits for the network if parts are under way already."""
-        with store_errors(self._place, self._name):
+    def write(self, data: bytes) -> None:
+        """Take the next bytes. Waits for the network if parts are under way already.
+
+        They must not change later: the library keeps them until their part has arrived.
+        """
+        with _sending(self._place, self._name):
             self._writer.write(data)
 
     def close(self) -> None:
         """Complete the object."""
         writer, self._writer = self._writer, None
-        with store_errors(self._place, self._name):
+        with _sending(self._place, self._name):
             try:
                 writer.close()
             except BaseException as error:
@@ -81,6 +85,18 @@ class Upload:
         writer, self._writer = self._writer, None
         if writer is not None:
             _abort(writer, RuntimeError("given up"))
+
+
+@contextmanager
+def _sending(place: Place, name: str) -> Iterator[None]:
+    """Raise the errors of an upload in our words; its library raises them as errors of the system."""
+    from obstore.exceptions import GenericError
+
+    with store_errors(place, name):
+        try:
+            yield
+        except OSError as error:
+            raise GenericError(str(error)) from None
 
 
 def _abort(writer: Any, error: BaseException) -> None:
@@ -135,15 +151,16 @@ class Bucket:
     def replace(self, name: str, content: bytes, known: Known | None) -> Known:
         """Write a small object if it is still the known one, or if there is none yet (None).
 
-        Raises LostRaceError if another one is there, CannotCompareError if the store has no such request.
+        Raises LostRaceError if another one is there, CannotCompareError if the store never compares.
         """
         try:
             return self._put(name, content, known or "create")
         except LostRaceError:
             # perhaps the store took it, the answer was lost, and it was asked again
-            there, now = self.get(name)
-            if there == content:
-                return now
+            with suppress(QuantError):  # another run may have ended, and removed it
+                there, now = self.get(name)
+                if there == content:
+                    return now
             raise
 
     def _put(self, name: str, content: bytes, mode: Any) -> Known:

@@ -34,6 +34,7 @@ class ObjectDraft(Draft):
         self.bucket = bucket
         self.journal = journal
         self.sink = ObjectSink(bucket)
+        self.notes = journal.notes
         self._late: dict[str, bytes] = {}
         self._there: dict[str, Version] = {}  # files next to the shards
         self._files: Mapping[str, Entry] = {}
@@ -56,7 +57,10 @@ class ObjectDraft(Draft):
         return done.entry if done.entry["bytes"] == nbytes else "its size has changed"
 
     def record(self, name: str, entry: Entry) -> None:
-        """Note an object in the journal, after a look at what the store has."""
+        """Note an object in the journal, after a look at what the store has. What is kept back is not
+        there yet, and a later run makes it again."""
+        if name in self._late:
+            return
         self.journal.record(name, Uploaded(entry, self._sent(name, entry).tag))
 
     def put(self, name: str, content: bytes, *, checksum: bool) -> Entry:
@@ -100,7 +104,8 @@ class ObjectDraft(Draft):
         from quantcli.checkpoint.remote.mounts import Mount
         from quantcli.verification.structure import verified
 
-        mount = Mount(_Origin(self.bucket, self._versions(), self._late), SILENT)
+        origin = _Origin(self.bucket, self._versions(), self._late)
+        mount = Mount(origin, origin.list(SILENT), SILENT)
         try:
             errors, notes = verified(mount.folder)
             here = str(mount.folder)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from quantcli.planning.parts import Part
 
-_WORDS = "put nothing else below it, or choose another --out"
+_WORDS = "move them away, or choose another --out"
 
 
 def object_place(address: str) -> ObjectPlace:
@@ -93,16 +93,14 @@ class ObjectPlace(Destination):
             _check_apart(origin.place, self.bucket.place, what)
         listed = self.bucket.list()
         if JOURNAL in listed:
+            if others := sorted(listed.keys() - read_notes(self.bucket).files - {JOURNAL}):
+                raise self._foreign(others[0])
             return
         if MANIFEST in listed:
             self._check_replaced(force)
             self._files_of_manifest(listed)
         elif listed:
-            raise InputError(
-                f"there are objects that are not of a checkpoint of quantcli, such as `{min(listed)}`",
-                where=str(self),
-                fix=_WORDS,
-            )
+            raise self._foreign(min(listed))
 
     def room(self, nbytes: int) -> None:
         """No disk of this machine is needed."""
@@ -159,13 +157,15 @@ class ObjectPlace(Destination):
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             files = set()
         if others := sorted(listed.keys() - files):
-            raise InputError(
-                "what --force would replace holds more than a checkpoint of quantcli, such as "
-                f"`{others[0]}`",
-                where=str(self),
-                fix=_WORDS,
-            )
+            raise self._foreign(others[0])
         return files
+
+    def _foreign(self, name: str) -> InputError:
+        return InputError(
+            f"objects are there that quantcli did not write, such as `{ascii(name)[1:-1]}`",
+            where=str(self),
+            fix=_WORDS,
+        )
 
 
 def _whole(notes: Notes, listed: dict[str, Version]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _MOST_SHARDS = 2  # an upload holds parts in memory
 
 
 class ExtentStream(Assembly):
-    """A file of a known size that is sent in the order of its bytes. Threads may put pieces in any order.
+    """A file of a known size that is sent in the order of its bytes; pieces may come in any order.
 
     An extent always gets memory, above the limit if it must: if it waited for some, the extents before
     it might wait for it.
@@ -31,7 +31,7 @@ class ExtentStream(Assembly):
         self,
         nbytes: int,
         buffers: Buffers,
-        send: Callable[[memoryview], None],
+        send: Callable[[bytes], None],
         hashes: Hashes | None = None,
     ) -> None:
         """send: takes the next bytes of the file; one thread at a time calls it."""
@@ -77,7 +77,7 @@ class ExtentStream(Assembly):
         try:
             if self._hashes is not None:
                 self._hashes.update(memory[:size])
-            self._send(memory[:size])
+            self._send(bytes(memory[:size]))
         except BaseException as error:
             self._error = self._error or error
             raise
