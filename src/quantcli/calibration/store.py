@@ -101,6 +101,10 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
+    def has(self, index: int) -> bool:
+        """Whether a layer is done."""
+        return (self.folder / _report(index)).is_file()
+
     def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
         specs = [
@@ -226,6 +230,7 @@ def check_free(folder: Path) -> None:
 
 def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError if a file is missing or damaged."""
+    folder = folder.absolute()  # processes in other folders read it, too
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     edited, no_tokens = Counter[str](), list[str]()

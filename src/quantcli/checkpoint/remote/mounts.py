@@ -99,28 +99,13 @@ class Mount:
         self._write(name, _bytes(self._origin, name, version, 0, version.nbytes))
 
     def _header(self, name: str) -> None:
-        """The length and the JSON of a header. One that is too long, or longer than the file, is cut:
-        the reader of headers refuses it."""
-        version = self._files[name]
-        content = _bytes(self._origin, name, version, 0, min(_GUESS, version.nbytes))
-        end = 8 + int.from_bytes(content[:8], "little")
-        if len(content) >= 8 and end <= 8 + MAX_HEADER:
-            end = min(end, version.nbytes)
-            if end > len(content):
-                content += _bytes(self._origin, name, version, len(content), end - len(content))
-            content = content[:end]
+        content = read_header_bytes(self._origin, name, self._files[name])
         self._write(name, content)
 
     def _write(self, name: str, content: bytes) -> None:
-        """A file of its full size that begins with `content`."""
         version = self._files[name]
-        path = Path(self.folder, name)
         try:
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("xb") as file:
-                    file.write(content)
-                    file.truncate(version.nbytes)
+            write_stub(Path(self.folder, name), content, version.nbytes)
         except OverflowError:
             what = f"the server says that the file has {version.nbytes} bytes"
             fix = "take a model that you trust"
@@ -135,6 +120,28 @@ def close_all() -> None:
     """Remove the folders of all models that are open."""
     for mount in [*_open]:
         mount.close()
+
+
+def read_header_bytes(origin: Origin, name: str, version: Version) -> bytes:
+    """The length and the JSON of a header. One that is too long, or longer than the file, is cut: the
+    reader of headers refuses it."""
+    content = _bytes(origin, name, version, 0, min(_GUESS, version.nbytes))
+    end = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < 8 or end > 8 + MAX_HEADER:
+        return content
+    end = min(end, version.nbytes)
+    if end > len(content):
+        content += _bytes(origin, name, version, len(content), end - len(content))
+    return content[:end]
+
+
+def write_stub(path: Path, content: bytes, nbytes: int) -> None:
+    """A file of `nbytes` bytes that begins with `content`; the rest is a hole."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.truncate(nbytes)
 
 
 def _bytes(origin: Origin, name: str, version: Version, first: int, nbytes: int) -> bytes:

@@ -5,7 +5,9 @@ http.client reads into a buffer of the caller, which costs a quarter of a second
 
 from __future__ import annotations
 
+import atexit
 import http.client
+import itertools
 import os
 import ssl
 import threading
@@ -51,8 +53,16 @@ class _Idle:
                 return
         connection.close()
 
+    def close(self) -> None:
+        """Close all of them."""
+        with self._mutex:
+            for connection in itertools.chain(*self._kept.values()):
+                connection.close()
+            self._kept.clear()
+
 
 _idle = _Idle()
+atexit.register(_idle.close)
 
 
 @cache

@@ -40,10 +40,10 @@ class CannotCompareError(Exception):
     """The store cannot tell whether an object is the one that the caller knows."""
 
 
-Known = dict[str, str]  # ETag and version of an object: what a conditional request names
+Identity = dict[str, str]  # ETag and version of an object: what a conditional request names
 
 
-def _known(meta: Mapping[str, Any]) -> Known:
+def _identity(meta: Mapping[str, Any]) -> Identity:
     return {key: meta[key] for key in ("e_tag", "version") if meta.get(key)}
 
 
@@ -136,25 +136,25 @@ class Bucket:
             meta = obstore.head(_store(self.place), self.place.key(name))
         return Version(meta["size"], meta["e_tag"] or "")
 
-    def get(self, name: str) -> tuple[bytes, Known]:
+    def get(self, name: str) -> tuple[bytes, Identity]:
         """Content of a small object, and what `replace` knows it by."""
         import obstore
 
         with store_errors(self.place, name):
             answer = obstore.get(_store(self.place), self.place.key(name))
-            return bytes(answer.bytes()), _known(answer.meta)
+            return bytes(answer.bytes()), _identity(answer.meta)
 
-    def put(self, name: str, content: bytes) -> Known:
+    def put(self, name: str, content: bytes) -> Identity:
         """Write a small object."""
         return self._put(name, content, "overwrite")
 
-    def replace(self, name: str, content: bytes, known: Known | None) -> Known:
-        """Write a small object if it is still the known one, or if there is none yet (None).
+    def replace(self, name: str, content: bytes, identity: Identity | None) -> Identity:
+        """Write a small object if it is still the one with an identity, or if there is none yet (None).
 
         Raises LostRaceError if another one is there, CannotCompareError if the store never compares.
         """
         try:
-            return self._put(name, content, known or "create")
+            return self._put(name, content, identity or "create")
         except LostRaceError:
             # perhaps the store took it, the answer was lost, and it was asked again
             with suppress(QuantError):  # another run may have ended, and removed it
@@ -163,13 +163,13 @@ class Bucket:
                     return now
             raise
 
-    def _put(self, name: str, content: bytes, mode: Any) -> Known:
+    def _put(self, name: str, content: bytes, mode: Any) -> Identity:
         import obstore
         from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
 
         with store_errors(self.place, name):
             try:
-                return _known(
+                return _identity(
                     obstore.put(
                         _store(self.place),
                         self.place.key(name),

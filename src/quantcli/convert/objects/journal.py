@@ -18,7 +18,7 @@ from quantcli.checkpoint.files import JOURNAL
 from quantcli.checkpoint.remote.origin import Version
 from quantcli.convert.destination import Entry
 from quantcli.convert.journal import HEAD, check_head
-from quantcli.convert.objects.bucket import Bucket, CannotCompareError, Known, LostRaceError
+from quantcli.convert.objects.bucket import Bucket, CannotCompareError, Identity, LostRaceError
 from quantcli.core.errors import InputError, MachineError
 
 _RUN = {"run", "files", *HEAD}
@@ -43,22 +43,22 @@ class Notes:
     """What a journal holds.
 
     head:  of the run: see `run_head`. files: all names that are, or were, the run's own.
-    done:  whole files. known: the journal itself, for a conditional request.
+    done:  whole files. identity: what a conditional request names.
     """
 
     head: dict[str, Any]
     files: frozenset[str]
     done: Mapping[str, Uploaded]
-    known: Known
+    identity: Identity
 
     def check(self, head: dict[str, Any], bucket: Bucket) -> None:
         """InputError if it is of a run with another head."""
-        check_head(self.head, head, str(bucket), "run with --fresh to start over")
+        check_head([self.head], head, str(bucket))
 
 
 def read_notes(bucket: Bucket) -> Notes:
     """The journal that is there. InputError if it is damaged."""
-    content, known = bucket.get(JOURNAL)
+    content, identity = bucket.get(JOURNAL)
     try:
         first, *lines = [json.loads(line) for line in content.splitlines()]
         done = {}
@@ -76,7 +76,7 @@ def read_notes(bucket: Bucket) -> Notes:
             fix="use the version of quantcli that wrote it, or choose another --out",
         ) from None
     head = {key: first[key] for key in HEAD}
-    return Notes(head, frozenset(first["files"]), done, known)
+    return Notes(head, frozenset(first["files"]), done, identity)
 
 
 class ObjectJournal:
@@ -88,9 +88,9 @@ class ObjectJournal:
         head: dict[str, Any],
         files: Collection[str],
         done: Mapping[str, Uploaded],
-        known: Known | None,
+        identity: Identity | None,
     ) -> None:
-        """Write the journal in place of a `known` one, or as the first one (None).
+        """Write the journal in place of the one with an `identity`, or as the first one (None).
 
         files: all names that are the run's own. done: whole files of an earlier run. MachineError if
         another run was faster.
@@ -100,7 +100,7 @@ class ObjectJournal:
         self.notes: tuple[str, ...] = ()
         self._bucket = bucket
         self._first = {"run": secrets.token_hex(8), "files": sorted(files), **head}
-        self._known = known
+        self._identity = identity
         self._compares = True
         self._lock = threading.Lock()
         self._write()
@@ -127,7 +127,7 @@ class ObjectJournal:
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         try:
             if self._compares:
-                self._known = self._bucket.replace(JOURNAL, content, self._known)
+                self._identity = self._bucket.replace(JOURNAL, content, self._identity)
                 return
         except LostRaceError:
             raise MachineError(

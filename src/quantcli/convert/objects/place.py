@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantcli.planning.parts import Part
+    from quantcli.planning.plan import Shard
 
 _WORDS = "move them away, or choose another --out"
 
@@ -102,8 +103,12 @@ class ObjectPlace(Destination):
         elif listed:
             raise self._foreign(min(listed))
 
-    def room(self, nbytes: int) -> None:
+    def room(self, shards: Sequence[int], others: int) -> None:
         """No disk of this machine is needed."""
+
+    def memory(self, shards: Sequence[Shard]) -> int:
+        """The extents that wait for the last column, and the parts of uploads."""
+        return self._sink.memory(shards)
 
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of shards that an interrupted run has left, as it uploaded them."""
@@ -119,25 +124,24 @@ class ObjectPlace(Destination):
         return False
 
     @property
-    def sink(self) -> ObjectSink:
-        """Uploads to the address."""
+    def _sink(self) -> ObjectSink:
         return ObjectSink(self.bucket)
 
     def begin(self, start: Start) -> ObjectDraft:
         """Write the journal, and take away what would look like a checkpoint."""
         listed = self.bucket.list()
-        files, done, known = {*start.files}, {}, None
+        files, done, identity = {*start.files}, {}, None
         if JOURNAL in listed:
             notes = read_notes(self.bucket)
             files |= notes.files
-            known = notes.known
+            identity = notes.identity
             if not start.fresh:
                 notes.check(start.head, self.bucket)
                 done = _whole(notes, listed)
         elif MANIFEST in listed:
             self._check_replaced(start.force)
             files |= self._files_of_manifest(listed)
-        journal = ObjectJournal(self.bucket, start.head, files, done, known)
+        journal = ObjectJournal(self.bucket, start.head, files, done, identity)
         gone = {*LATE} if not start.fresh else files
         self.bucket.delete(sorted(gone & listed.keys()))
         return ObjectDraft(self.bucket, journal)

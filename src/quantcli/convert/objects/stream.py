@@ -21,7 +21,7 @@ _MOST_SHARDS = 2  # an upload holds parts in memory
 
 
 class ExtentStream(Assembly):
-    """A file of a known size that is sent in the order of its bytes; pieces may come in any order.
+    """A file that is sent in the order of its bytes; its size is given, and pieces come in any order.
 
     An extent always gets memory, above the limit if it must: if it waited for some, the extents before
     it might wait for it.
