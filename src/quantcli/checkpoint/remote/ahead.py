@@ -274,6 +274,11 @@ class Reader:
             self._want(key, end, min(bound, end + min(run, 2 * PIECE)))
 
 
+def most_memory() -> int:
+    """Bytes that the blocks and pages of a process take at most."""
+    return LIMIT + CONNECTIONS * (PIECE + PAGE) + _MOST_PAGES * PAGE
+
+
 READER = Reader()
 
 
