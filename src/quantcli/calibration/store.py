@@ -4,7 +4,8 @@
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
     states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
-                               of a whole stack and tensors that layers hand on next to these
+                               of a whole stack and tensors that layers hand on next to these;
+                               with `.000001-000004` those of 4 batches, from batch 1 on
 
 A layer counts as done when its report is there: it is written last.
 """
@@ -37,7 +38,11 @@ from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
 _VERSION = 1
-_STATES = r"(final-)?states-\d{5}\.(safetensors|carried\.json)|states-[0-9a-f]{64}\.safetensors"
+_PART = r"(\.\d{6}-\d{6})?"
+_STATES = (
+    rf"(final-)?states-\d{{5}}{_PART}\.(safetensors|carried\.json)"
+    rf"|states-[0-9a-f]{{64}}{_PART}\.safetensors"
+)
 _FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
