@@ -363,8 +363,8 @@ def test_observers_share_a_pass_and_edits_cost_one_load(
 
     monkeypatch.setattr(Replay, "run", spied_run)
     monkeypatch.setattr(Skeleton, "loaded", spied_loaded)
-    real = session.methods_of
-    monkeypatch.setattr(session, "methods_of", lambda plan: (*real(plan), Counting()))
+    real = building.methods_of
+    monkeypatch.setattr(building, "methods_of", lambda plan: (*real(plan), Counting()))
     bench = make(RECIPE)
     assert bench.calibrate().code == 0
     # a few tokens; then ranges, squares for clips, and counts together; the few tokens go on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,15 @@ import torch
 
 from quantcli import __version__
 from quantcli.calibration import memory
+from quantcli.calibration.building import block_of, dtype_of, must_be_reached, runs_of, skeleton_of
 from quantcli.calibration.calibrate import Calibrator, Share
-from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
-from quantcli.calibration.methods.base import Method, methods_of
-from quantcli.calibration.policy import Policy, Quantized, unreached
+from quantcli.calibration.methods.base import methods_of
 from quantcli.calibration.replay.devices import (
-    free_memory,
     is_out_of_memory,
     open_device,
     too_little_memory,
 )
-from quantcli.calibration.replay.replay import Replay
-from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.store import (
@@ -50,17 +45,14 @@ from quantcli.calibration.text.dataset import (
 )
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import read_bytes
-from quantcli.core.errors import InputError, MachineError
+from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
-from quantcli.core.text import size
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
-from quantcli.planning.reach import next_token_layer
 from quantcli.recipe.fields import Calibration
-from quantcli.schemes.base import Scheme
 
 PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
 
@@ -85,7 +77,7 @@ class Session:
         """Bytes of hidden states on disk at a time, at most: of two layers, as config.json has them."""
         hidden = self.plan.checkpoint.text_config.get("hidden_size")
         size = hidden if isinstance(hidden, int) and hidden > 0 else 0
-        itemsize = torch_dtype(_dtype(self.plan)).itemsize
+        itemsize = torch_dtype(dtype_of(self.plan)).itemsize
         return 2 * self.source.samples * self.source.length * size * itemsize
 
 
@@ -125,10 +117,10 @@ def prepare_session(
 
 
 def _source(plan: Plan, examples: Examples | None) -> TextSource:
-    recipe, block = plan.recipe, _block(plan)
+    recipe, block = plan.recipe, block_of(plan)
     if block.data is None:
         methods = methods_of(plan)
-        need = [i.module for i in quantized_items(plan) if _must_be_reached(i.scheme, methods)]
+        need = [i.module for i in quantized_items(plan) if must_be_reached(i.scheme, methods)]
         why = f"`{(need or plan.measured or ('',))[0]}`"
         if recipe.methods and not need:  # clips alone calibrate because a method does
             why = "`kv_cache`" if recipe.cache else recipe.methods[0].results[0]
@@ -149,16 +141,11 @@ def _source(plan: Plan, examples: Examples | None) -> TextSource:
     )
 
 
-def _must_be_reached(scheme: Scheme, methods: Sequence[Method]) -> bool:
-    """Whether a module cannot do without tokens."""
-    return any(m.name in scheme.methods and m.must_be_reached(scheme) for m in methods)
-
-
 def _check_running(plan: Plan) -> None:
     """InputError for a method that cannot take inputs that depend on the order of the samples."""
-    if _block(plan).inputs != "running":
+    if block_of(plan).inputs != "running":
         return
-    if _block(plan).all_tokens:
+    if block_of(plan).all_tokens:
         raise InputError(
             "`all_tokens` does not go together with `inputs: running`, whose ranges are of the tokens "
             "that experts are given",
@@ -188,11 +175,6 @@ def _batch_tokens(plan: Plan, block: Calibration) -> int:
     return min([BATCH_TOKENS, *(limit for limit in limits if limit is not None)])
 
 
-def _block(plan: Plan) -> Calibration:
-    """The recipe's `calibration`, or its defaults."""
-    return plan.recipe.file.calibration or Calibration()
-
-
 def load(session: Session) -> Measured:
     """A finished calibration."""
     _, layers = check_store(session.folder, session.key)
@@ -218,14 +200,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     device = open_device(resources.device)
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
-    layer = next_token_layer(plan.checkpoint)
-    followed = layer is not None and any(layer.reads(module) for module in plan.measured)
-    skeleton = Skeleton(
-        plan.checkpoint,
-        _dtype(plan),
-        trust_remote_code=resources.trust_remote_code,
-        next_token=layer if followed else None,
-    )
+    skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)
     positions, vocabulary = model_limits(plan.checkpoint.text_config)
     source = session.source
     progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
@@ -237,31 +212,8 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         trust_remote_code=resources.trust_remote_code,
         say=progress.say,
     )
-    policy, methods = _policy(plan), methods_of(plan)
-    layers = _layers(skeleton)
-    _check_reached(layers, policy, methods)
-    _check_siblings(layers, policy)
-    states_budget = memory.states_budget(
-        skeleton, resources.workers, resources.max_memory, memory.of_methods(plan, resources.workers)
-    )
-    limit = "80 % of the free memory" if resources.max_memory is None else "--max-memory"
-    progress.detail(
-        f"hidden states: up to {size(states_budget)} in memory, which {limit} leaves next to one "
-        f"layer, and the rest in {session.folder}"
-    )
-    _check_memory(skeleton, device, progress)
-    limit = "80 % of the free memory" if resources.max_memory is None else "--max-memory"
-    progress.detail(
-        f"hidden states: up to {size(states_budget)} in memory, which {limit} leaves next to one "
-        f"layer, and the rest in {session.folder}"
-    )
-    workers = 1 if policy.inputs == "running" else resources.workers
     batches = [*dataset.batches, _probe(dataset.batches[0])]
-    replay = Replay(skeleton, batches, device=device, workers=workers)
-    replay.report_to(progress, len(dataset.batches))
-    # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
-    copies = 2 + max((method.hidden_states for method in methods), default=0)
-    calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)
+    (calibration,) = runs_of([plan], skeleton, batches, resources, progress)
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(plan), fresh=fresh)
     try:
         Calibrator([Share(calibration, store)], progress).run()
@@ -276,102 +228,10 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         store.close()
 
 
-def _check_memory(skeleton: Skeleton, device: torch.device, progress: Progress) -> None:
-    """MachineError if an accelerator has no memory for the largest layer alone."""
-    free = free_memory(device)
-    if free is None:
-        return
-    largest = max((skeleton.nbytes(index) for index in range(len(skeleton.layers))), default=0)
-    progress.detail(f"memory of `{device}`: {size(free)} free; the largest layer takes {size(largest)}")
-    if free < largest:
-        raise MachineError(
-            f"memory of `{device}` does not suffice: the largest layer takes {largest:,} bytes, "
-            f"{free:,} are free",
-            fix="end what else uses the device, or take --device cpu",
-        )
-
-
 def _probe(first: Batch) -> Batch:
     """Some tokens of the first sample."""
     length = PROBE_TOKENS if first.mask is None else min(PROBE_TOKENS, int(first.mask[0].sum()))
     return Batch(first.input_ids[:1, :length], None)
-
-
-def _dtype(plan: Plan) -> str:
-    dtype = _block(plan).dtype
-    return plan.serving_dtype if dtype == "auto" else FLOAT_NAMES[dtype]
-
-
-def _policy(plan: Plan) -> Policy:
-    block = _block(plan)
-    quantized = {
-        item.module: Quantized(
-            item.scheme,
-            torch_dtype(item.engine_dtypes.weight_scale),
-            torch_dtype(item.engine_dtypes.input_scale),
-            item.where,
-        )
-        for item in quantized_items(plan)
-    }
-    return Policy(
-        quantized=quantized,
-        siblings=plan.siblings,
-        uncalibrated=block.uncalibrated,
-        inputs=block.inputs,
-        seed=block.seed,
-        all_tokens=block.all_tokens,
-        attention=plan.cache.layers if plan.cache and plan.cache.measured else {},
-        serving_dtype=torch_dtype(plan.serving_dtype),
-    )
-
-
-def _layers(skeleton: Skeleton) -> dict[str, int]:
-    """The decoder layer of each module that is in one."""
-    return {
-        segment.module: index
-        for index in range(len(skeleton.layers))
-        for experts in skeleton.segments(index).values()
-        for segments in experts
-        for segment in segments
-    }
-
-
-def _check_siblings(layers: Mapping[str, int], policy: Policy) -> None:
-    """InputError for siblings of a recipe that share what is measured, and are in several layers."""
-    first: dict[str, str] = {}
-    for module in policy.quantized:
-        name = policy.siblings.group(module)
-        scheme = policy.quantized[module].scheme
-        one_scale = scheme.needs_weight_amax and scheme.rounded_by_data
-        shares = policy.measures(module) or one_scale
-        if name is None or not (shares and policy.siblings.given_to(module)):
-            continue
-        other = first.setdefault(name, module)
-        if layers.get(module) != layers.get(other):
-            raise InputError(
-                f"`siblings` groups `{module}` and `{other}`, which are in different layers: "
-                "calibration goes layer by layer",
-                where=policy.quantized[module].rule,
-                fix="let a capture group contain the layer's number",
-            )
-
-
-def _check_reached(layers: Mapping[str, int], policy: Policy, methods: Sequence[Method]) -> None:
-    """Modules outside of the decoder stack are never shown a token."""
-    inside = {module.rpartition(".")[0] for module in layers}
-    if unseen := [name for name in policy.attention if name not in inside]:
-        raise InputError(
-            f"`{unseen[0]}` is in no layer that a replay runs: its cache cannot be measured",
-            where="kv_cache",
-            fix="leave `kv_cache` out",
-        )
-    outside = [
-        module
-        for module, quantized in policy.quantized.items()
-        if module not in layers and _must_be_reached(quantized.scheme, methods)
-    ]
-    if outside and policy.uncalibrated != "dynamic":
-        raise unreached(outside, policy.quantized[outside[0]].rule)
 
 
 def _tool(plan: Plan) -> str:
@@ -424,7 +284,7 @@ def asked(plan: Plan) -> dict[str, Any]:
     Schemes that need no data count only if later layers are given their outputs. The name of a scheme
     counts only then, and if codes are chosen against its scales.
     """
-    block = _block(plan).model_dump(exclude={"data"})
+    block = block_of(plan).model_dump(exclude={"data"})
     identity = {f"calibration.{key}": value for key, value in block.items()}
     identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
     if plan.recipe.file.siblings:

@@ -88,7 +88,7 @@ class Store:
             raise
 
     def _same_tool(self, tool: str) -> None:
-        if self.done and read_json_file(self.folder / HEAD).get("tool") != tool:
+        if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
             raise InputError(
                 "was begun by other versions of quantcli, torch or transformers",
                 where=str(self.folder),
@@ -106,40 +106,29 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
+    @property
+    def _begun(self) -> bool:
+        """Whether any layer is done."""
+        return any(self.has(index) for index in range(self.layers))
+
     def has(self, index: int) -> bool:
         """Whether a layer is done."""
         return (self.folder / _report(index)).is_file()
 
     def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
-        specs = [
-            TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
-            for name, t in sorted(tensors.items())
-        ]
-        writer = ShardWriter(self.folder, layer_file(index), layout(specs))
-        try:
-            for name, tensor in tensors.items():
-                if tensor.numel():
-                    writer.write(name, 0, tensor_bytes(tensor))
-            writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
-        document = report.document()
-        signed = {**document, "sha256": _seal(self.folder / layer_file(index), document)}
-        text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_file(self.folder / _report(index), text.encode())
+        save_layer(self.folder, index, tensors, report)
 
-    def drop_states(self, keep: Collection[Path] = ()) -> None:
-        """Delete hidden states, but for some files."""
+    def drop_states(self, keep: Collection[Path] = (), of: str = "*states-*") -> None:
+        """Delete hidden states, but for some files. of: a pattern for names of files."""
         with disk_errors(self.folder):
-            for path in self.folder.glob("*states-*"):
+            for path in self.folder.glob(of):
                 if path not in keep:
                     path.unlink()
 
     def forget(self) -> None:
         """Delete the folder, if no layer is done and it holds nothing else."""
-        if self.done:
+        if self._begun:
             return
         self.drop_states()
         with suppress(OSError):
@@ -152,6 +141,28 @@ class Store:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def save_layer(folder: Path, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
+    """A layer is done: its tensors by their names in the file, and its report. The folder is locked by
+    this process, or by the one that it works for."""
+    specs = [
+        TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
+        for name, t in sorted(tensors.items())
+    ]
+    writer = ShardWriter(folder, layer_file(index), layout(specs))
+    try:
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                writer.write(name, 0, tensor_bytes(tensor))
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    document = report.document()
+    signed = {**document, "sha256": _seal(folder / layer_file(index), document)}
+    text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_file(folder / _report(index), text.encode())
 
 
 def _report(index: int) -> str:

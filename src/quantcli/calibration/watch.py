@@ -64,7 +64,7 @@ class Hooks(Divisible, Protocol):
     def entered(
         self, name: str, layer: nn.Module, segments: Segments
     ) -> AbstractContextManager[object]:
-        """Within it the forward of a loaded layer is seen. name: in the model; segments: its weights."""
+        """Within it the forward of a loaded layer is seen. name: in the model. segments: weights."""
 
 
 class Watch:
@@ -104,7 +104,7 @@ class Watch:
             looker.update(x, batch)
 
     def part(self) -> Watch | None:
-        """The same without anything seen, to be sent to another process; None if not all in it can be."""
+        """The same without anything seen, for another process; None if not all in it can be sent."""
         seeing = [*self._seeing()]
         if self.engine is not None or not all(hasattr(one, "part") for one in seeing):
             return None

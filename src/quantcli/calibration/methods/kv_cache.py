@@ -83,7 +83,7 @@ class CacheInputs:
 
     def __init__(
         self, new: Callable[[], Magnitudes], attention: Mapping[str, AttentionLayer], plain: int
-    ):
+    ) -> None:
         """new: a summary. plain: numbers of a query's head that are not rotated, with latents."""
         self.observers: dict[tuple[str, str], Observer] = {}
         self.shapes: dict[tuple[str, str], tuple[int, int]] = {}

@@ -96,8 +96,8 @@ class Replay:
         return self._shared.nbytes
 
     def begin(self, sink: Sink, only: Collection[int] | None = None) -> None:
-        """Note how every layer of the first stack is called for every batch, or `only` some, which alone
-        can run then; `sink` takes the inputs of the first layer.
+        """Note how every layer of the first stack is called for every batch, or for `only` some, which
+        alone can run then; `sink` takes the inputs of the first layer.
 
         Raises InputError if the model's layers cannot be called one by one.
         """

@@ -17,6 +17,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from quantcli.calibration.replay.calls import NOTHING_CARRIED, Carry
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
@@ -39,6 +40,19 @@ def outputs_file(stacks: Sequence[range], layer: int) -> str:
     """Name of the file with the outputs of a layer, in a model of these stacks of layers."""
     ends = next((n for n, stack in enumerate(stacks[:-1]) if stack.stop == layer + 1), None)
     return states_file(layer + 1) if ends is None else final_file(ends)
+
+
+def state_specs(hidden: Tensor, number: int, batches: Sequence[Batch]) -> list[TensorSpec]:
+    """dtype and shape of the hidden states of all batches, from those of one, by its number."""
+    dtype, shape = safetensors_dtype(hidden.dtype), tuple(hidden.shape)
+    sides = tuple(batches[number].input_ids.shape)
+    place = next(
+        (n for n in range(len(shape)) if shape[n : n + 2] == sides), 0
+    )  # [streams, batch, ...]
+    return [
+        TensorSpec("", dtype, (*shape[:place], *batch.input_ids.shape, *shape[place + 2 :]))
+        for batch in batches
+    ]
 
 
 def _carried_file(file: str) -> str:
@@ -81,6 +95,12 @@ class States:
             if hidden.nbytes <= self._left:
                 self._left -= hidden.nbytes
                 self._cache[batch] = hidden
+
+    def hold_all(self) -> None:
+        """Read all batches that fit in memory."""
+        for batch, stored in self.stored.items():
+            if batch not in self._cache and stored.spec.nbytes <= self._left:
+                self.hold(batch, read_tensor(stored))
 
 
 class Listed:
