@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli.calibration import session
+from quantcli.calibration import building, session
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
