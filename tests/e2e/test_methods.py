@@ -300,14 +300,14 @@ def test_options_and_order_decide_what_a_calibration_is_of(make: Callable[..., B
     bench = make()
     assert bench.calibrate().code == 0
     bench.edit_recipe(EQUALIZE.replace("0.75", "0.5"))
-    assert "another recipe: equalize.strength was 0.75, is 0.5" in bench.calibrate().err
+    assert "other edits: equalize.strength was 0.75, is 0.5" in bench.calibrate().err
     bench.edit_recipe(EQUALIZE + "  - smooth\n")
-    assert "another recipe" in bench.calibrate().err
+    assert "other edits: methods differ" in bench.calibrate().err
     assert bench.calibrate("--fresh").code == 0
     report = bench.calibrate("--json").json
     assert len(report["equalized"]) == len(report["smoothed"]) == 4 * LAYERS
     bench.edit_recipe(RECIPE + "methods: [smooth, {name: equalize, strength: 0.75}]\n")
-    assert "another recipe: methods differ" in bench.calibrate().err
+    assert "other edits: methods differ" in bench.calibrate().err
 
 
 def test_the_block_smooth_is_the_method(make: Callable[..., Bench]) -> None:

@@ -14,6 +14,7 @@ from quantcli.calibration.replay.devices import free_memory, open_device
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.resources import Resources
+from quantcli.calibration.sets.identity import digest_of, edits_of
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import FLOAT_NAMES, torch_dtype
 from quantcli.core.errors import InputError, MachineError
@@ -79,7 +80,14 @@ def runs_of(
     # copies of hidden states: a layer's inputs, its outputs, and what methods hold of them
     copies = 2 + max((method.hidden_states for method in all_methods), default=0)
     return [
-        CalibrationRun(replay, policy, methods_of(plan), workers, budget // copies)
+        CalibrationRun(
+            replay,
+            policy,
+            methods_of(plan),
+            workers,
+            budget // copies,
+            digest_of(edits_of(plan)),
+        )
         for plan, policy in zip(plans, policies, strict=True)
     ]
 

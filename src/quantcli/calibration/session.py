@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,9 @@ from quantcli.calibration.replay.devices import (
 )
 from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
-from quantcli.calibration.store import (
-    Key,
-    Store,
-    check_free,
-    check_store,
-    data_of,
-    digest_of,
-    groups_of,
-    load_measured,
-    reports,
-)
+from quantcli.calibration.sets.identity import Key, key_of
+from quantcli.calibration.sets.place import Place, finished, place_of
+from quantcli.calibration.store import Store, check_free, groups_of, load_measured, reports
 from quantcli.calibration.text.dataset import (
     Batch,
     TextSource,
@@ -44,9 +37,7 @@ from quantcli.calibration.text.dataset import (
     source_digest,
 )
 from quantcli.calibration.text.examples import NAME, Examples
-from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import read_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
@@ -59,7 +50,11 @@ PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
 
 @dataclass(frozen=True)
 class Session:
-    """A calibration that was checked as far as headers and files allow."""
+    """A calibration that was checked as far as headers and files allow.
+
+    folder: its own, within the one that was given if that holds several.
+    reason: why it is not the calibration that is there; empty if there is none, or it is that.
+    """
 
     plan: Plan
     folder: Path
@@ -67,6 +62,12 @@ class Session:
     key: Key
     layers_done: int
     complete: bool
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its recipe."""
+        return Path(self.plan.recipe.document.path).stem
 
     def memory_nbytes(self, workers: int) -> int:
         """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
@@ -88,9 +89,11 @@ def prepare_session(
     out: Path | None = None,
     fresh: bool = False,
     examples: Examples | None = None,
+    others: Sequence[Session] | None = None,
 ) -> Session:
     """Run all checks that need no weights. out: the folder of the checkpoint to be written. examples:
-    the data, in place of what the recipe names.
+    the data, in place of what the recipe names. others: the sessions so far that share the folder, with
+    any text and edits; None: those that are there must have the same.
 
     InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
     calibration, or cannot hold one.
@@ -103,17 +106,19 @@ def prepare_session(
         check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
     _check_running(plan)
-    key = Key(
-        model=content_digest(plan.checkpoint),
-        recipe=asked(plan),
-        data=source_digest(source, plan.checkpoint.path),
-    )
-    done, layers = check_store(folder, key, fresh=fresh)
-    complete = 0 < layers == done and not any(folder.glob("*states-*"))  # which are to be deleted
-    if not complete:
-        check_writable(folder)
-        check_free(folder)
-    return Session(plan, folder, source, key, done, complete)
+    key = _key(plan, source_digest(source, plan.checkpoint.path))
+    taken = None if others is None else [Place(other.folder, other.key) for other in others]
+    place = place_of(folder, key, fresh=fresh, taken=taken)
+    if not place.complete:
+        check_writable(place.folder)
+        check_free(place.folder)
+    return Session(plan, place.folder, source, key, place.done, place.complete, place.reason)
+
+
+def _key(plan: Plan, data: str) -> Key:
+    block = block_of(plan)
+    batch = max(1, _batch_tokens(plan, block) // block.length)
+    return key_of(plan, block, dtype_of(plan), data=data, batch=batch)
 
 
 def _source(plan: Plan, examples: Examples | None) -> TextSource:
@@ -177,32 +182,36 @@ def _batch_tokens(plan: Plan, block: Calibration) -> int:
 
 def load(session: Session) -> Measured:
     """A finished calibration."""
-    _, layers = check_store(session.folder, session.key)
-    return load_measured(session.folder, layers)
+    folder, layers = finished(session.folder, session.key)
+    return load_measured(folder, layers, session.key.modules)
 
 
 def load_for(plan: Plan, folder: Path) -> Measured:
-    """The finished calibration in `folder`, if it is of this plan; its text may be any.
+    """The finished calibration in `folder`, if it has all that this plan needs; its text may be any.
 
     InputError for one that is not finished, damaged, or of something else.
     """
-    key = Key(content_digest(plan.checkpoint), asked(plan), data_of(folder))
-    done, layers = check_store(folder, key)
-    if not 0 < layers == done:
-        what = "no finished calibration is there"
-        raise InputError(what, where=str(folder), fix="give the folder that `quantize` kept")
-    return load_measured(folder, layers)
+    key = _key(plan, "")
+    folder, layers = finished(folder, key, any_text=True)
+    return load_measured(folder, layers, key.modules)
 
 
 def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
     """Calibrate. An interrupted run is continued after its last finished layer."""
-    plan = session.plan
+    run_together([session], resources, progress, fresh=fresh)
+
+
+def run_together(
+    sessions: Sequence[Session], resources: Resources, progress: Progress, *, fresh: bool = False
+) -> None:
+    """Calibrate for several recipes that see the same inputs (`Key.inputs`, `Key.data`), each in a
+    folder of its own. Interrupted, the same call continues after the last finished layer."""
+    plan, source = sessions[0].plan, sessions[0].source
     device = open_device(resources.device)
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)
     positions, vocabulary = model_limits(plan.checkpoint.text_config)
-    source = session.source
     progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
     dataset = load_dataset(
         source,
@@ -213,19 +222,24 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
         say=progress.say,
     )
     batches = [*dataset.batches, _probe(dataset.batches[0])]
-    (calibration,) = runs_of([plan], skeleton, batches, resources, progress)
-    store = Store(session.folder, session.key, len(skeleton.layers), _tool(plan), fresh=fresh)
-    try:
-        Calibrator([Share(calibration, store)], progress).run()
-    except InputError:
-        store.forget()  # there is nothing to continue with
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    runs = runs_of([session.plan for session in sessions], skeleton, batches, resources, progress)
+    with ExitStack() as stack:
+        shares = []
+        for session, calibration in zip(sessions, runs, strict=True):
+            tool = _tool(session.plan)
+            store = Store(session.folder, session.key, len(skeleton.layers), tool, fresh=fresh)
+            stack.callback(store.close)
+            shares.append(Share(calibration, store, session.name))
+        try:
+            Calibrator(shares, progress).run()
+        except InputError:
+            for share in shares:
+                share.store.forget()  # there is nothing to continue with
             raise
-        raise too_little_memory("a layer and its work", error, device) from None
-    finally:
-        store.close()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise too_little_memory("a layer and its work", error, device) from None
 
 
 def _probe(first: Batch) -> Batch:
@@ -243,9 +257,9 @@ def _tool(plan: Plan) -> str:
 
 def summary(session: Session) -> dict[str, Any]:
     """The reports of a finished calibration as one, JSON-able."""
-    _, layers = check_store(session.folder, session.key)
-    load_measured(session.folder, layers)  # no file is damaged
-    layer_reports = list(reports(session.folder, layers))
+    folder, layers = finished(session.folder, session.key)
+    load_measured(folder, layers)  # no file is damaged
+    layer_reports = list(reports(folder, layers))
     modules = {
         name: module_report
         for report in layer_reports
@@ -273,51 +287,3 @@ def summary(session: Session) -> dict[str, Any]:
         "samples": session.source.samples,
         "length": session.source.length,
     }
-
-
-_SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
-
-
-def asked(plan: Plan) -> dict[str, Any]:
-    """All that decides the statistics, without model and data; flat, so that a difference has a name.
-
-    Schemes that need no data count only if later layers are given their outputs. The name of a scheme
-    counts only then, and if codes are chosen against its scales.
-    """
-    block = block_of(plan).model_dump(exclude={"data"})
-    identity = {f"calibration.{key}": value for key, value in block.items()}
-    identity["target"] = [plan.recipe.target.name, plan.recipe.target.model_dump(mode="json")]
-    if plan.recipe.file.siblings:
-        identity["siblings"] = plan.recipe.file.siblings
-    identity["the serving dtype"] = plan.serving_dtype
-    options = {method.name: method.model_dump() for method in plan.recipe.methods}
-    if len(options) > 1 or not all(options.values()):  # options name a method, and order is to be named
-        identity["methods"] = list(options)
-    for name, values in options.items():
-        identity |= {f"{name}.{key}": value for key, value in values.items()}
-    edits = any(method.edited_as for method in plan.methods)
-    quantized_inputs = block["inputs"] != "float"
-    measured, others = dict[str, Any](), list[Any]()
-    for item in quantized_items(plan):
-        how = [item.scheme.model_dump(mode="json"), list(item.engine_dtypes)]
-        if item.module in plan.measured:
-            named = quantized_inputs or item.asked & item.scheme.row_stats
-            measured[item.module] = [item.scheme.name if named else "", *how]
-        elif quantized_inputs:
-            others.append([item.module, item.scheme.name, *how])
-        elif edits:
-            others.append(item.module)  # a float module may read the channels that are scaled
-    identity["the modules that are measured, and how"] = digest_of(measured)
-    identity["the modules that are quantized"] = digest_of(others)
-    return identity
-
-
-def content_digest(checkpoint: Checkpoint) -> str:
-    """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
-    digest = hashlib.sha256(checkpoint.fingerprint.encode())
-    tensors = list(checkpoint.on_disk.values())
-    step = -(-len(tensors) // _SAMPLED)
-    for stored in tensors[:: max(1, step)]:
-        size = min(_SAMPLED, stored.spec.nbytes)
-        digest.update(read_bytes(stored, (stored.spec.nbytes - size) // 2, size))
-    return digest.hexdigest()
