@@ -263,6 +263,7 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
 
     InputError if a file is missing or damaged.
     """
+    folder = folder.absolute()  # processes in other folders read it, too
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     edited, no_tokens = Counter[str](), list[str]()

@@ -60,6 +60,7 @@ class Calibrating(TypedDict, total=False):
     set: _Assignments
     workers: int | None
     fresh: bool
+    executor: str
     device: str
     max_memory: int | str | None
     trust_remote_code: bool
@@ -75,6 +76,7 @@ class Planning(TypedDict, total=False):
     checksum: bool
     calibration: PathLike | None
     part: str | None
+    executor: str
     for_: str | None
 
 
@@ -121,7 +123,8 @@ class Verifying(TypedDict, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "for_": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
+    "part": None, "executor": "threads", "for_": None, "device": "cpu", "max_memory": None,
+    "trust_remote_code": False,
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from quantcli.checkpoint.files import MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.destination import Destination, Entry, Start
 from quantcli.convert.shards import ShardRun
+from quantcli.convert.spread.run import Spread, write_spread
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.kernels.machine import announced, problem
@@ -31,6 +33,7 @@ class RunOptions:
     force:          replace an output that exists.
     checksum:       hash every file for the manifest.
     block_elements: elements of a row block; None: see `elements_of`.
+    executor:       the cluster whose nodes write shards; None: threads of this process do.
     """
 
     workers: int
@@ -38,6 +41,7 @@ class RunOptions:
     force: bool = False
     checksum: bool = True
     block_elements: int | None = None
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,19 @@ def execute(
             fix="run `quantcli calibrate` with this recipe and model first",
         )
     checksum = options.checksum
-    start = Start(
-        run_head(plan, checksum=checksum), planned_files(plan, part), options.fresh, options.force
-    )
+    head = run_head(plan, checksum=checksum)
+    start = Start(head, planned_files(plan, part), options.fresh, options.force, progress)
     draft = out.begin(start)
     useless = False
     try:
-        run = ShardRun(plan, draft, progress, checksum, options.block_elements)
+        run = ShardRun(plan.target, draft, progress, checksum, options.block_elements)
         try:
-            with thread_pool(options.workers) as pool, announced(progress.say):
-                run.write(part.shards(plan) if part else plan.shards, pool, options.workers)
+            shards = part.shards(plan) if part else plan.shards
+            if options.executor is None:
+                with thread_pool(options.workers) as pool, announced(progress.say):
+                    run.write(shards, pool, options.workers)
+            else:
+                write_spread(run, plan, shards, Spread(options.executor, options.workers))
         except InputError:
             useless = final
             raise

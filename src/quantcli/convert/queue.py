@@ -78,28 +78,31 @@ class JobQueue:
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
         self._end = float("inf")  # jobs from this number on are in vain
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
 
     def take(self) -> Task | None:
-        """The next job; None if there is none left, or none before one that failed."""
+        """The next job; None if there is none left, or none before one that failed. It waits if the
+        next shard may not be opened yet."""
         with self._lock:
-            ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
-            shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
-            if shard is None:
-                shard = self._opened() or (ready[0] if ready else None)
-            if shard is None:
-                return None
+            while (shard := self._choose()) is None:
+                if not self._open or not self._shards or self._next >= self._end:
+                    return None
+                self._lock.wait()
             number, job = shard.number, shard.jobs.popleft()
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
             return Task(number, shard, job, tuple(job for job in later if job is not None))
 
+    def _choose(self) -> OpenShard | None:
+        """The shard of the next job."""
+        ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
+        shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
+        return shard or self._opened() or (ready[0] if ready else None)
+
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
-        most = max(2, min(self._workers, self._sink.most_shards))
-        waiting = sum(1 for shard in self._open if shard.jobs)
-        if not self._shards or waiting >= most or self._next >= self._end:
+        if not self._shards or self._is_full() or self._next >= self._end:
             return None
         try:
             shard = OpenShard(self._shards.popleft(), self._next, self._writer_of)
@@ -109,6 +112,13 @@ class JobQueue:
         self._next += shard.count
         self._open.append(shard)
         return shard
+
+    def _is_full(self) -> bool:
+        """Whether no further shard may be under way."""
+        if self._sink.most_shards == 1:
+            return bool(self._open)
+        most = max(2, min(self._workers, self._sink.most_shards))
+        return sum(1 for shard in self._open if shard.jobs) >= most
 
     def _writer_of(self, shard: Shard) -> TensorWriter:
         return self._sink.writer(shard, self._buffers, checksum=self._checksum)
@@ -127,6 +137,7 @@ class JobQueue:
         """A shard has its name."""
         with self._lock:
             self._open.remove(shard)
+            self._lock.notify_all()
 
     def fail(self, task: Task, error: BaseException) -> None:
         """A job failed: jobs after it are not handed out any more. Those before it are, so that a run
@@ -137,6 +148,13 @@ class JobQueue:
     def _note(self, number: int, error: BaseException) -> None:
         self._errors[number] = error
         self._end = min(self._errors)
+        self._lock.notify_all()
+
+    def stop(self) -> None:
+        """Hand out no further job."""
+        with self._lock:
+            self._end = -1
+            self._lock.notify_all()
 
     def raise_first(self) -> None:
         """Raise the error of the first job that failed, if any did."""

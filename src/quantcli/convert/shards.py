@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from torch import Tensor
 
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import TensorWriter
-from quantcli.convert.destination import Draft, Entry
-from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read_ahead
+from quantcli.convert.destination import Entry, ShardSink
+from quantcli.convert.queue import JobQueue, Task, buffer_count, read_ahead
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.kernels.machine import available
@@ -27,6 +28,7 @@ from quantcli.planning.block import (
     rows_of_job,
 )
 from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.targets.base import Target
 from quantcli.targets.layouts import Output
 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan
@@ -108,18 +110,38 @@ def _write(rows: Computed, writer: TensorWriter, columns: _Columns) -> None:
             writer.write(output.spec.name, first * output.spec.row_nbytes, tensor_bytes(tensor))
 
 
+class Keeper(Protocol):
+    """What a run needs of a draft: see `Draft`."""
+
+    sink: ShardSink
+
+    @property
+    def done(self) -> int:
+        """Number of files that are whole."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+
+    def reuse(self, name: str, nbytes: int, *, checksum: bool) -> Entry | str | None:
+        """The entry of a file of an earlier run; why it cannot be used; None if there is none."""
+
+    def record(self, name: str, entry: Entry) -> None:
+        """Note that a file is whole."""
+
+
 class ShardRun:
     """The shards of one run: what threads share while they write them."""
 
     def __init__(
         self,
-        plan: Work,
-        draft: Draft,
+        target: Target,
+        draft: Keeper,
         progress: Progress,
         checksum: bool,
         block_elements: int | None,
     ) -> None:
-        self.plan = plan
+        self.target = target
         self.draft = draft
         self.progress = progress
         self.checksum = checksum
@@ -133,11 +155,7 @@ class ShardRun:
         """Write each of these shards that is not there yet. A few are under way at a time: no worker
         waits for the last job of a shard.
         """
-        self._count = len(shards)
-        self._keeps(self.draft.done)
-        missing = [shard for shard in shards if not self._reuse(shard)]
-        todo = sum(item.source.nbytes for shard in missing for item in shard.items)
-        self.progress.begin(todo, len(missing))
+        missing = self.missing(shards)
         queue = JobQueue(missing, self.draft.sink, workers, checksum=self.checksum)
         try:
             for worker in [pool.submit(self._serve, queue) for _ in range(workers)]:
@@ -145,10 +163,27 @@ class ShardRun:
             queue.raise_first()
         except BaseException:
             self._stop.set()
+            queue.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
             queue.close()
+
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Begin with the shards that an earlier run finished. Returns the others."""
+        self._count = len(shards)
+        self._keeps(self.draft.done)
+        missing = [shard for shard in shards if not self._reuse(shard)]
+        todo = sum(item.source.nbytes for shard in missing for item in shard.items)
+        self.progress.begin(todo, len(missing))
+        return missing
+
+    def finished(self, file: str, entry: Entry) -> None:
+        """A shard is whole: note it."""
+        self.draft.record(file, entry)
+        self.files[file] = entry
+        self._keeps(len(self.files))
+        self.progress.shard(file, entry["bytes"], reused=False)
 
     def _keeps(self, done: int) -> None:
         """What is there if the run ends now."""
@@ -169,7 +204,7 @@ class ShardRun:
                 read_ahead(later)
             calibrated = read_calibrated(job.item, self._surveys)
             columns = _Columns(job)
-            for rows in compute(job, self.plan.target, calibrated, self.block_elements):
+            for rows in compute(job, self.target, calibrated, self.block_elements):
                 if self._stop.is_set() or queue.is_in_vain(task):
                     return
                 _write(rows, open_shard.writer, columns)
@@ -178,16 +213,8 @@ class ShardRun:
             columns.write(open_shard.writer)
         # whoever does the last job of a shard finishes it at once
         if queue.done(task) and not self._stop.is_set():
-            self._finish(open_shard)
+            self.finished(open_shard.shard.file, open_shard.writer.finish())
             queue.finished(open_shard)
-
-    def _finish(self, open_shard: OpenShard) -> None:
-        writer, file = open_shard.writer, open_shard.shard.file
-        entry = writer.finish()
-        self.draft.record(file, entry)
-        self.files[file] = entry
-        self._keeps(len(self.files))
-        self.progress.shard(file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
         """Whether an earlier run finished this shard and it has not changed since."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.calibration.spread.worker import Work
@@ -39,10 +40,12 @@ class Crew(Protocol):
 class ClusterCrew:
     """The nodes of a cluster. Requests of lost nodes are done again on others."""
 
-    def __init__(self, cluster: Cluster, work: Work) -> None:
+    def __init__(self, cluster: Cluster, work: Work, workers: int | None) -> None:
+        """workers: threads of a task; None: one for each CPU of a node, which works at one task then."""
         self._cluster = cluster
-        self._cpus = work.resources.workers
-        self._work = cluster.share(work)
+        self._cpus = cluster.task_cpus(workers)
+        resources = replace(work.resources, workers=self._cpus)
+        self._work = cluster.share(replace(work, resources=resources))
         self.size = max(1, cluster.slots(self._cpus, spare=0))
 
     def run(
@@ -62,9 +65,10 @@ class ClusterCrew:
 
 
 def shares_of(count: int, size: int) -> list[tuple[int, ...]]:
-    """The numbers below `count` in as many shares as can be worked on at a time; shares are alike."""
+    """The numbers below `count` in as many runs as can be worked on at a time, of about one length."""
     size = min(count, size)
-    return [tuple(range(first, count, size)) for first in range(size)]
+    ends = [count * (n + 1) // size for n in range(size)]
+    return [tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class Steps(Progress):

@@ -46,7 +46,7 @@ def write_headers(repository: Repository, choice: Choice, folder: Path, progress
                 _write(place, b"", nbytes)
 
     def one(file: str) -> None:
-        _write(folder / file, *_header(repository, file, progress))
+        write_stub(repository, file, folder / file, progress)
 
     pool = ThreadPoolExecutor(WORKERS, "headers")
     try:
@@ -54,6 +54,11 @@ def write_headers(repository: Repository, choice: Choice, folder: Path, progress
             pass
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_stub(repository: Repository, file: str, place: Path, progress: Progress) -> None:
+    """Write the header of a weight file, and a hole for its data. Raises what `write_headers` does."""
+    _write(place, *_header(repository, file, progress))
 
 
 def _is_read(file: str, nbytes: int) -> bool:
