@@ -41,7 +41,7 @@ class ClusterCrew:
     """The nodes of a cluster. Requests of lost nodes are done again on others."""
 
     def __init__(self, cluster: Cluster, work: Work, workers: int | None) -> None:
-        """workers: threads of a task; None: one for each CPU of a node, which works at one task then."""
+        """workers: threads of a task; None: one for each CPU of a node, which has one task then."""
         self._cluster = cluster
         self._cpus = cluster.task_cpus(workers)
         resources = replace(work.resources, workers=self._cpus)
