@@ -53,11 +53,12 @@ PROBE_TOKENS = 32  # of one sample: enough to follow tensors through a layer
 class Session:
     """A calibration that was checked as far as headers and files allow.
 
-    folder: its own, within the one that was given if that holds several.
+    root:   the folder that was given. folder: its own, within that one if it holds several.
     reason: why it is not the calibration that is there; empty if there is none, or it is that.
     """
 
     plan: Plan
+    root: Path
     folder: Path
     source: TextSource
     key: Key
@@ -113,7 +114,8 @@ def prepare_session(
     if not place.complete:
         check_writable(place.folder)
         check_free(place.folder)
-    return Session(plan, place.folder, source, key, place.done, place.complete, place.reason)
+    done = place.done, place.complete, place.reason
+    return Session(plan, folder, place.folder, source, key, *done)
 
 
 def _key(plan: Plan, data: str) -> Key:

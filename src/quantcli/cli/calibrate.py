@@ -58,7 +58,7 @@ def calibrate(
     output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}", OK)
-    following.show(output, *following.after_calibrate(recipe, model, overrides, session.folder))
+    following.show(output, *following.after_calibrate(recipe, model, overrides, session.root))
 
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:
