@@ -92,7 +92,8 @@ def resources_of(
         what, where = f"`--max-memory`: {error}", f"--max-memory {max_memory}"
         raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
-    return Resources(device, workers or default_workers(), limit, trust, parse_executor(executor))
+    place = parse_executor(executor)
+    return Resources(device, workers or default_workers(), limit, trust, place, workers)
 
 
 Command: TypeAlias = Callable[..., None]
