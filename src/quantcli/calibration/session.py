@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sets.identity import Key, key_of
 from quantcli.calibration.sets.place import Place, finished, place_of
+from quantcli.calibration.spread import run as spread
 from quantcli.calibration.store import Store, check_free, groups_of, load_measured, reports
 from quantcli.calibration.text.dataset import (
     Batch,
@@ -209,7 +210,12 @@ def run_together(
     """Calibrate for several recipes that see the same inputs (`Key.inputs`, `Key.data`), each in a
     folder of its own. Interrupted, the same call continues after the last finished layer."""
     plan, source = sessions[0].plan, sessions[0].source
-    device = open_device(resources.device)
+    plans = [session.plan for session in sessions]
+    if resources.executor is not None and spread.by_layers(plans):
+        here = replace(resources, device="cpu")  # where nothing is computed then
+    else:
+        here = resources
+    device = open_device(here.device)
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)
@@ -224,7 +230,7 @@ def run_together(
         say=progress.say,
     )
     batches = [*dataset.batches, _probe(dataset.batches[0])]
-    runs = runs_of([session.plan for session in sessions], skeleton, batches, resources, progress)
+    runs = runs_of(plans, skeleton, batches, here, progress)
     with ExitStack() as stack:
         shares = []
         for session, calibration in zip(sessions, runs, strict=True):
@@ -233,7 +239,11 @@ def run_together(
             stack.callback(store.close)
             shares.append(Share(calibration, store, session.name))
         try:
-            Calibrator(shares, progress).run()
+            if resources.executor is None:
+                Calibrator(shares, progress).run()
+            else:
+                work = spread.work_of(plans, shares, batches, resources)
+                spread.on_cluster(shares, work, resources, progress)
         except InputError:
             for share in shares:
                 share.store.forget()  # there is nothing to continue with

@@ -4,7 +4,8 @@
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
     states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
-                               of a whole stack and tensors that layers hand on next to these
+                               of a whole stack and tensors that layers hand on next to these;
+                               with `.000001-000004` those of 4 batches, from batch 1 on
     further-0123456789abcdef/  one more calibration of the model, for recipes that ask for other things
 
 A layer counts as done when its report is there: it is written last.
@@ -39,7 +40,11 @@ from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
 _VERSION = 2
-_STATES = r"(final-)?states-\d{5}\.(safetensors|carried\.json)|states-[0-9a-f]{64}\.safetensors"
+_PART = r"(\.\d{6}-\d{6})?"
+_STATES = (
+    rf"(final-)?states-\d{{5}}{_PART}\.(safetensors|carried\.json)"
+    rf"|states-[0-9a-f]{{64}}{_PART}\.safetensors"
+)
 _FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
 _FURTHER = re.compile(r"further-[0-9a-f]{16}")
@@ -77,7 +82,7 @@ class Store:
             raise
 
     def _same_tool(self, tool: str) -> None:
-        if self.done and read_json_file(self.folder / HEAD).get("tool") != tool:
+        if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
             raise InputError(
                 "was begun by other versions of quantcli, torch or transformers",
                 where=str(self.folder),
@@ -95,40 +100,29 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
+    @property
+    def _begun(self) -> bool:
+        """Whether any layer is done."""
+        return any(self.has(index) for index in range(self.layers))
+
     def has(self, index: int) -> bool:
         """Whether a layer is done."""
         return (self.folder / _report(index)).is_file()
 
     def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
-        specs = [
-            TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
-            for name, t in sorted(tensors.items())
-        ]
-        writer = ShardWriter(self.folder, layer_file(index), layout(specs))
-        try:
-            for name, tensor in tensors.items():
-                if tensor.numel():
-                    writer.write(name, 0, tensor_bytes(tensor))
-            writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
-        document = report.document()
-        signed = {**document, "sha256": _seal(self.folder / layer_file(index), document)}
-        text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_file(self.folder / _report(index), text.encode())
+        save_layer(self.folder, index, tensors, report)
 
-    def drop_states(self, keep: Collection[Path] = ()) -> None:
-        """Delete hidden states, but for some files."""
+    def drop_states(self, keep: Collection[Path] = (), of: str = "*states-*") -> None:
+        """Delete hidden states, but for some files. of: a pattern for names of files."""
         with disk_errors(self.folder):
-            for path in self.folder.glob("*states-*"):
+            for path in self.folder.glob(of):
                 if path not in keep:
                     path.unlink()
 
     def forget(self) -> None:
         """Delete the folder, if no layer is done and it holds nothing else."""
-        if self.done:
+        if self._begun:
             return
         self.drop_states()
         with suppress(OSError):
@@ -141,6 +135,28 @@ class Store:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def save_layer(folder: Path, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
+    """A layer is done: its tensors by their names in the file, and its report. The folder is locked by
+    this process, or by the one that it works for."""
+    specs = [
+        TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
+        for name, t in sorted(tensors.items())
+    ]
+    writer = ShardWriter(folder, layer_file(index), layout(specs))
+    try:
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                writer.write(name, 0, tensor_bytes(tensor))
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    document = report.document()
+    signed = {**document, "sha256": _seal(folder / layer_file(index), document)}
+    text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_file(folder / _report(index), text.encode())
 
 
 def _report(index: int) -> str:

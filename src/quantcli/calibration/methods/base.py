@@ -13,7 +13,6 @@ All results must be the same bits for any number of workers: threads run batches
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.report import LayerReport
-from quantcli.calibration.watch import Looker
+from quantcli.calibration.watch import Hooks, Looker
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Plan
@@ -61,9 +60,9 @@ class Measurement:
         """What is to be shown the inputs of matrices, by matrix."""
         return {}
 
-    def passing(self) -> AbstractContextManager[object]:
-        """Entered around the pass of all samples."""
-        return nullcontext()
+    def hooks(self) -> Sequence[Hooks]:
+        """What is to see more of the layer than the inputs of matrices in this pass."""
+        return ()
 
     def settle(self) -> None:
         """All samples have passed: add stats that the observers give."""
@@ -82,6 +81,8 @@ class Method(MethodOptions):
     Methods for schemes (`for_schemes`) work on modules whose scheme names them in `Scheme.methods`.
 
     hidden_states:  how many more copies of a layer's hidden states it holds, within the memory limit.
+    divisible:      whether all that it does with samples is passes of `Measurement` and of the layer's
+                     `channel_amax` and `channel_square`, which processes can share.
     by_schemes:     whether its edits depend on schemes, and not just on which modules are quantized.
     by_layer:       whether its stats of a module depend on the schemes of others in the layer.
     against_running: why it does not go together with `inputs: running`, after a module's name, and what
@@ -89,6 +90,7 @@ class Method(MethodOptions):
     """
 
     hidden_states: ClassVar[int] = 0
+    divisible: ClassVar[bool] = False
     by_schemes: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
     against_running: ClassVar[tuple[str, str] | None] = None

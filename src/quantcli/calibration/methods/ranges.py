@@ -28,6 +28,7 @@ class Ranges(Method):
     name: ClassVar[str] = "ranges"
     for_schemes: ClassVar[bool] = True
     results: ClassVar[tuple[str, ...]] = ("ranges", "clips")
+    divisible: ClassVar[bool] = True
 
     def uses(self, scheme: Scheme) -> Collection[str]:
         """Either or both."""

@@ -10,7 +10,6 @@ from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
 from quantcli.convert.spread.task import Common, InChunks, Request, identities, see_sources, write
-from quantcli.core.cluster.cluster import Cluster
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.tasks import TaskOptions
@@ -35,7 +34,7 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
     if not missing:
         return
     with connect(spread.executor, run.progress) as cluster:
-        cpus = task_cpus(cluster, spread.workers)
+        cpus = cluster.task_cpus(spread.workers)
         run.progress.detail(f"each task has {cpus} of the CPUs of its node")
         sources = identities(sorted(_files(plan, missing)))
         cluster.everywhere(see_sources, common=sources, progress=run.progress)
@@ -91,11 +90,6 @@ class _Tasks:
         self._places.append((shard, None))
         edges = tuple(self._edges.pop(shard.file))
         return [Finish(shard.file, folder, shard.header, shard.nbytes, edges)]
-
-
-def task_cpus(cluster: Cluster, workers: int) -> int:
-    """The CPUs of a task: as many as asked for, if each node has them."""
-    return min([workers, *(node.cpus for node in cluster.nodes)])
 
 
 def check_spread(plan: Work) -> None:

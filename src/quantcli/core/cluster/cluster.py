@@ -28,7 +28,8 @@ _SLOWEST = 0.2  # seconds between messages of one task, or more
 _WAITS = (0.0, 0.5, 2.0)  # seconds
 _RECENT = 1.0  # seconds
 _NOTICED = 1.0  # seconds
-_MOST_CRASHES = 4  # of one process on a node
+_UNHEALTHY = 20.0  # seconds until a node without a heartbeat counts as gone, and some more
+_MOST_CRASHES = 2  # of processes on a node that lives on
 _START = 120.0  # seconds that a node may take to answer at first
 
 
@@ -75,9 +76,9 @@ class Cluster:
         ]
         return tuple(sorted((n for n in found if n.cpus), key=lambda node: (node.address, node.id)))
 
-    def is_gone(self, node: str) -> bool:
-        """Whether the node of this id is gone: the cluster needs a moment to notice."""
-        end = time.monotonic() + _NOTICED
+    def is_gone(self, node: str, seconds: float = _NOTICED) -> bool:
+        """Whether the node of this id is gone, or so within some seconds: the cluster has to notice."""
+        end = time.monotonic() + seconds
         while any(other.id == node for other in self._ask()):
             if time.monotonic() > end:
                 return False
@@ -91,6 +92,13 @@ class Cluster:
         nodes = self.nodes
         most = sum(node.cpus // cpus for node in nodes)
         return most + (max(1, len(nodes)) if spare is None else spare)
+
+    def task_cpus(self, workers: int | None) -> int:
+        """The CPUs of a task: as many as asked for, if each node has them; None: all of the smallest
+        node."""
+        return min(
+            [node.cpus for node in self.nodes] + ([] if workers is None else [workers]), default=1
+        )
 
     def setting(self, progress: Progress) -> Setting:
         """How work runs: the driver can read so many messages a second."""
@@ -119,12 +127,14 @@ class Cluster:
         work: a function of a module, that gives the same for the same request: it is done again if its
         process or its node is gone, which `progress` says. It may run on any node, and its result
         should be small. done(index, result) is called here as results come; requests that it returns
-        are done next, and their results are behind all others. common: an object for all.
+        are done next, and their results are behind all others. common: an object for all, or what
+        `share` has made of it.
 
         If work fails, the error of the first such request is raised, as it would be here. MachineError
         if a process dies again and again, or if there is no node.
         """
-        run = TaskRun(self, work, self.share(common), options, progress)
+        shared = common if isinstance(common, Shared) else self.share(common)
+        run = TaskRun(self, work, shared, options, progress)
         return run.results(requests, done)
 
     def everywhere(
@@ -173,7 +183,7 @@ class Cluster:
                         outcome = stream.read(heard)
                     except Lost as why:
                         streams.remove(stream)
-                        if why.with_node or self.is_gone(nodes[stream.index].id):
+                        if why.with_node or self.is_gone(nodes[stream.index].id, _UNHEALTHY):
                             continue
                         lost[stream.index] += 1
                         if lost[stream.index] == _MOST_CRASHES:
@@ -237,7 +247,7 @@ class Cluster:
             try:
                 there[node] = ray.get(reference, timeout=_START)
             except ray.exceptions.RayError as error:
-                if not self.is_gone(node.id):
+                if not self.is_gone(node.id, _UNHEALTHY):
                     raise _silent(node, str(error).partition("\n")[0]) from None
         differing = []
         for node, found in there.items():
