@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
-from quantcli.checkpoint.hub.headers import write_stub
-from quantcli.checkpoint.hub.repository import Repository
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
@@ -44,6 +42,7 @@ _HARMLESS = {*_KEPT, CARD}  # what a repository without a model may have
 _LOOKS_DONE = (MANIFEST, CONFIG, INDEX, CARD)
 _LATE = (CONFIG, MANIFEST)
 _LOCK = ".lock"
+_GUESS = 2**16  # bytes that are asked for first: most headers are shorter
 
 
 @dataclass(frozen=True)
@@ -302,14 +301,22 @@ class HubDraft(Draft):
         from quantcli.verification.structure import verified
 
         branch = self._branch
-        assert branch.commit is not None
-        sizes = {name: sent.nbytes for name, sent in self._large.items()}
-        repository = Repository(branch.name, branch.commit, sizes)
-        for name in sizes:
-            write_stub(repository, name, self._scratch.small / name, self._progress)
+        for name, sent in self._large.items():
+            self._write_stub(name, sent.nbytes)
         errors, notes = verified(self._scratch.small)
         here = str(self._scratch.small)
         return errors, tuple(note.replace(here, branch.url) for note in notes)
+
+    def _write_stub(self, name: str, size: int) -> None:
+        """Write the header of a shard, as the Hub gives it, and a hole for its data."""
+        content = self._branch.read(name, self._progress, min(_GUESS, size))
+        end = min(size, 8 + int.from_bytes(content[:8], "little"))
+        if end > len(content):
+            content = self._branch.read(name, self._progress, end)
+        place = self._scratch.small / name
+        with disk_errors(place), place.open("wb") as file:
+            file.write(content[:end])
+            file.truncate(size)
 
     def publish(self) -> None:
         """Commit the small files, the manifest and the card, in this order."""
