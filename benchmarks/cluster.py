@@ -70,7 +70,16 @@ class Outcome:
         return self.total / sum(limit.seconds for limit in self.bounds.values())
 
 
-Stages = Callable[[Cluster], dict[str, list[Task]]]
+@dataclass(frozen=True)
+class Stage:
+    """What is done before the next stage begins. least: the same work without what is done several
+    times, for the bound; None: the tasks themselves."""
+
+    tasks: list[Task]
+    least: list[Task] | None = None
+
+
+Stages = Callable[[Cluster], dict[str, Stage]]
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def passing(cluster: Cluster, costs: Costs) -> list[Task]:
         for index in range(deepseek.LAYERS):
             states = _STATES * batches / BATCHES
             forward = costs.forward * batches / BATCHES
-            phases += [_loading(index, costs), Phase(forward, written=states, threads=batches)]
+            phases += [*_loading(index, costs), Phase(forward, written=states, threads=batches)]
         tasks.append(Task(tuple(phases), node=rank % cluster.nodes))
     return tasks
 
@@ -164,8 +173,8 @@ def passing_in_turn(costs: Costs) -> list[Task]:
     return [
         Task(
             (
-                _loading(index, costs),
-                *(replace(several, needs=(index - 1, 1 + n) if index else None) for n in range(count)),
+                *_loading(index, costs),
+                *(replace(several, needs=(index - 1, 2 + n) if index else None) for n in range(count)),
             )
         )
         for index in range(deepseek.LAYERS)
@@ -175,9 +184,11 @@ def passing_in_turn(costs: Costs) -> list[Task]:
 _STATES = SAMPLES * LENGTH * deepseek.HIDDEN * 4.0  # bytes of a layer's inputs, float32
 
 
-def _loading(index: int, costs: Costs) -> Phase:
+def _loading(index: int, costs: Costs) -> tuple[Phase, Phase]:
+    """One thread reads; then all put the experts together, in float32."""
     nbytes = float(sum(spec.nbytes for spec in deepseek.layer(index)))
-    return Phase(costs.loading * nbytes / 1e9, read=nbytes, threads=1)
+    reading = Phase(costs.reading * nbytes / 1e9, read=nbytes, threads=1)
+    return reading, Phase(costs.loading * nbytes / 1e9)
 
 
 def learning(costs: Costs) -> list[Task]:
@@ -187,26 +198,29 @@ def learning(costs: Costs) -> list[Task]:
     for index in range(deepseek.LAYERS):
         load = _loading(index, costs)
         phases = (
-            load,
+            *load,
             Phase(read=_STATES),
             Phase(others),
             Phase(costs.steps, threads=2),  # a step is two batches, of a thread each
-            load,
+            *load,
             Phase(costs.rounding, threads=1),
         )
         tasks.append(Task(phases))
     return tasks
 
 
-def simulated(name: str, storage: Storage, nodes: int, stages: Stages) -> Outcome:
+def simulated(workload: str, storage: Storage, nodes: int, stages: Stages) -> Outcome:
     """A workload, stage after stage; nodes start once."""
-    seconds, bounds, startup = {}, {}, STARTUP
+    seconds: dict[str, float] = {}
+    bounds: dict[str, Bound] = {}
+    startup = STARTUP
     slots = CORES // WORKERS
-    for stage, tasks in stages(Cluster(nodes, CORES, slots, storage)).items():
+    for name, stage in stages(Cluster(nodes, CORES, slots, storage)).items():
         cluster = Cluster(nodes, CORES, slots, storage, startup, DISPATCH)
-        seconds[stage], bounds[stage] = makespan(tasks, cluster), bound(tasks, cluster)
+        seconds[name] = makespan(stage.tasks, cluster)
+        bounds[name] = bound(stage.least or stage.tasks, cluster)
         startup = 0.0
-    return Outcome(name, storage.name, nodes, seconds, bounds)
+    return Outcome(workload, storage.name, nodes, seconds, bounds)
 
 
 def results(outcomes: Sequence[Outcome]) -> list[Line]:
@@ -228,7 +242,7 @@ def facts(costs: Costs, plain: Plan) -> list[str]:
     """What the simulation stands on, in sentences."""
     gb = plain.checkpoint.nbytes / 1e9
     cpu = sum(_shard(shard, costs).cpu for shard in plain.shards) / gb
-    layer = _loading(deepseek.DENSE, costs)
+    layer, together = _loading(deepseek.DENSE, costs)
     learning_hours = (costs.learning + costs.rounding) / 3600
     return [
         f"The plan: {gb / 1e3:.2f} TB in {deepseek.FILES} files become {plain.nbytes / 1e12:.2f} TB in "
@@ -238,8 +252,10 @@ def facts(costs: Costs, plain: Plan) -> list[str]:
         f"{SAMPLES} samples of {LENGTH} tokens, {cluster_costs.EPOCHS} epochs and 256 experts: "
         f"{learning_hours:.1f} core hours for each layer. Its steps, {costs.steps / 3600:.1f} core "
         "hours of it, use two cores.",
-        f"A layer is loaded in {layer.cpu:.0f} s by one core: {layer.read / 1e9:.0f} GB, twice that in "
-        f"float32. The pass writes {deepseek.LAYERS * _STATES / 1e9:.0f} GB of layers' inputs.",
+        f"A layer has {layer.read / 1e9:.0f} GB, twice that in float32. One core reads it in "
+        f"{layer.cpu:.0f} s, and then all cores of a task load it, in {together.cpu:.0f} core seconds. "
+        f"The pass writes {deepseek.LAYERS * _STATES / 1e9:.0f} GB of layers' inputs. Its bound is "
+        "that of a pass that loads each layer once.",
         f"A node has {CORES} cores, for {CORES // WORKERS} tasks of {WORKERS}, and a link of "
         f"{LINK / 1e9:.1f} GB/s each way. "
         + "; ".join(
@@ -284,11 +300,11 @@ def main() -> None:
         plans = {recipe: planned(recipe, folder / "model") for recipe in recipes}
     tasks = {recipe: converting(each.plan, costs) for recipe, each in plans.items()}
     workloads: dict[str, Stages] = {
-        "W8A8": lambda cluster: {"conversion": tasks["w8a8_dynamic"]},
+        "W8A8": lambda cluster: {"conversion": Stage(tasks["w8a8_dynamic"])},
         "FlatQuant": lambda cluster: {
-            "pass": passing(cluster, costs),
-            "layers": learning(costs),
-            "conversion": tasks["w4a4_flatquant"],
+            "pass": Stage(passing(cluster, costs), passing_in_turn(costs)),
+            "layers": Stage(learning(costs)),
+            "conversion": Stage(tasks["w4a4_flatquant"]),
         },
     }
     outcomes = [

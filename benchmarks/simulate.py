@@ -260,14 +260,20 @@ def bound(tasks: Sequence[Task], cluster: Cluster) -> Bound:
     """The slowest resource if work could be cut anywhere, the longest chain of tasks, or the driver."""
     phases = [phase for task in tasks for phase in task.phases]
     total = Phase(*(sum(getattr(p, name) for p in phases) for name in ("cpu", "read", "written")))
-    alone = [_seconds_alone(task, cluster) for task in tasks]
+    alone = 0.0
     chains: list[float] = []
+    passed: dict[tuple[int, int], float] = {}
     for number, task in enumerate(tasks):
-        before = max((chains[earlier] for earlier in task.after), default=0.0)
-        chains.append(before + alone[number])
+        end = max((chains[earlier] for earlier in task.after), default=0.0)
+        for place, phase in enumerate(task.phases):
+            seconds = _phase_alone(phase, task.node, cluster)
+            end = max(end, passed[phase.needs] if phase.needs else 0.0) + seconds
+            passed[number, place] = end
+            alone += seconds
+        chains.append(end)
     found = [
         *_resources(total, cluster),
-        Bound(sum(alone) / (cluster.nodes * cluster.slots), "tasks at a time"),
+        Bound(alone / (cluster.nodes * cluster.slots), "tasks at a time"),
         Bound(max(chains, default=0.0), "longest chain"),
         Bound(len(tasks) * cluster.dispatch, "driver"),
     ]
@@ -275,16 +281,13 @@ def bound(tasks: Sequence[Task], cluster: Cluster) -> Bound:
     return replace(slowest, seconds=slowest.seconds + cluster.startup)
 
 
-def _seconds_alone(task: Task, cluster: Cluster) -> float:
-    """Seconds of a task that is alone in the cluster, at the best place."""
-    nodes = {0, cluster.nodes - 1} if task.node is None else {task.node}
-    return min(sum(_phase_alone(phase, node, cluster) for phase in task.phases) for node in nodes)
-
-
-def _phase_alone(phase: Phase, node: int, cluster: Cluster) -> float:
-    room = cluster.storage.capacity(cluster.nodes)
-    uses = cluster.storage.uses(node, phase.read, phase.written)
-    return phase.wait + 1 / _alone(phase, uses, room, cluster.threads)
+def _phase_alone(phase: Phase, node: int | None, cluster: Cluster) -> float:
+    """Seconds of a phase that is alone in the cluster, on its node or the best one."""
+    room, found = cluster.storage.capacity(cluster.nodes), []
+    for place in {0, cluster.nodes - 1} if node is None else {node}:
+        uses = cluster.storage.uses(place, phase.read, phase.written)
+        found.append(1 / _alone(phase, uses, room, cluster.threads))
+    return phase.wait + min(found)
 
 
 def _resources(total: Phase, cluster: Cluster) -> list[Bound]:
