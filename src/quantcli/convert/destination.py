@@ -105,6 +105,11 @@ class Destination(ABC):
         """What `--force` does with what is there, as the end of a sentence: "deleted then"."""
 
     @abstractmethod
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint of quantcli that is there whole: its files have their sizes.
+        None for anything else."""
+
+    @abstractmethod
     def sibling(self, suffix: str) -> Path:
         """The local folder that is named after the place, such as OUT.calibration."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -34,12 +34,20 @@ class OpenShard:
         if not self.jobs:  # nothing but empty tensors: the shard is still to be finished
             self.jobs.append(None)
         self.count = self.left = len(self.jobs)
+        self.taken = 0  # bytes of the source, of the jobs that were handed out
         self._end = first + self.count
 
     @property
     def number(self) -> int:
         """The number of its next job among those of the run."""
         return self._end - len(self.jobs)
+
+    def take(self) -> Job | None:
+        """Its next job."""
+        job = self.jobs.popleft()
+        if job is not None:
+            self.taken += job.item.source.nbytes * (job.stop - job.start) // job.item.height
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +73,17 @@ class JobQueue:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], sink: ShardSink, workers: int, *, checksum: bool
+        self,
+        shards: Sequence[Shard],
+        sink: ShardSink,
+        workers: int,
+        *,
+        checksum: bool,
+        begins: Mapping[str, int] | None = None,
     ) -> None:
+        """begins: bytes of the source before each shard, by file; see `position`."""
         self._shards = deque(shards)
+        self._begins = begins or {}
         self._sink = sink
         self._workers = workers
         self._checksum = checksum
@@ -89,11 +105,20 @@ class JobQueue:
                 shard = self._opened() or (ready[0] if ready else None)
             if shard is None:
                 return None
-            number, job = shard.number, shard.jobs.popleft()
+            number, job = shard.number, shard.take()
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
             return Task(number, shard, job, tuple(job for job in later if job is not None))
+
+    @property
+    def position(self) -> float:
+        """Bytes of the source before the next job, in the order of the plan."""
+        with self._lock:
+            for shard in self._open:
+                if shard.jobs:
+                    return self._begins.get(shard.shard.file, 0) + shard.taken
+            return self._begins.get(self._shards[0].file, 0) if self._shards else float("inf")
 
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
@@ -138,10 +163,10 @@ class JobQueue:
         self._errors[number] = error
         self._end = min(self._errors)
 
-    def raise_first(self) -> None:
-        """Raise the error of the first job that failed, if any did."""
-        if self._errors:
-            raise self._errors[min(self._errors)]
+    @property
+    def error(self) -> BaseException | None:
+        """The error of the first job that failed, if any did."""
+        return self._errors[min(self._errors)] if self._errors else None
 
     def close(self) -> None:
         """Close the shards that are still under way. No worker may be at one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.kernels.machine import available
-from quantcli.core.text import count
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
     COMPILED,
@@ -28,6 +27,9 @@ from quantcli.planning.block import (
 )
 from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
 from quantcli.targets.layouts import Output
+
+if TYPE_CHECKING:
+    from quantcli.convert.execute import RunOptions
 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan
 _COMPILER = 52 * 2**20  # bytes of the library that loads kernels
@@ -109,95 +111,83 @@ def _write(rows: Computed, writer: TensorWriter, columns: _Columns) -> None:
 
 
 class ShardRun:
-    """The shards of one run: what threads share while they write them."""
+    """The shards of one plan: those that are there, and a queue of the jobs of those that are not.
+
+    label: before the names of its files in messages.
+    """
 
     def __init__(
         self,
         plan: Work,
+        shards: Sequence[Shard],
         draft: Draft,
         progress: Progress,
-        checksum: bool,
-        block_elements: int | None,
+        options: RunOptions,
+        label: str = "",
     ) -> None:
         self.plan = plan
+        self.shards = shards
         self.draft = draft
         self.progress = progress
-        self.checksum = checksum
-        self.block_elements = block_elements
+        self.options = options
+        self.label = label
         self.files: dict[str, Entry] = {}
-        self.reused = self._count = 0
-        self._surveys = Surveys()
-        self._stop = threading.Event()
+        self.reused = 0
+        self.missing: list[Shard] = []
 
-    def write(self, shards: Sequence[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write each of these shards that is not there yet. A few are under way at a time: no worker
-        waits for the last job of a shard.
-        """
-        self._count = len(shards)
-        self._keeps(self.draft.done)
-        missing = [shard for shard in shards if not self._reuse(shard)]
-        todo = sum(item.source.nbytes for shard in missing for item in shard.items)
-        self.progress.begin(todo, len(missing))
-        queue = JobQueue(missing, self.draft.sink, workers, checksum=self.checksum)
-        try:
-            for worker in [pool.submit(self._serve, queue) for _ in range(workers)]:
-                worker.result()
-            queue.raise_first()
-        except BaseException:
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        finally:
-            queue.close()
+    def find(self) -> int:
+        """Take over what an earlier run finished; `missing` is the rest. Returns bytes of the source
+        that are still to be read."""
+        self.missing = [shard for shard in self.shards if not self._reuse(shard)]
+        return sum(item.source.nbytes for shard in self.missing for item in shard.items)
 
-    def _keeps(self, done: int) -> None:
-        """What is there if the run ends now."""
-        self.progress.keeps(f"{done} of {count(self._count, 'shard')} in {self.draft.place}")
+    def open(self, workers: int) -> JobQueue:
+        """The queue of the jobs of missing shards. workers: those that serve this plan, on average."""
+        begins, begin = {}, 0
+        for shard in self.shards:
+            begins[shard.file] = begin
+            begin += sum(item.source.nbytes for item in shard.items)
+        checksum = self.options.checksum
+        return JobQueue(self.missing, self.draft.sink, workers, checksum=checksum, begins=begins)
 
-    def _serve(self, queue: JobQueue) -> None:
-        """Do jobs until none is left."""
-        while not self._stop.is_set() and (task := queue.take()) is not None:
-            try:
-                self._work(queue, task)
-            except BaseException as error:
-                queue.fail(task, error)
-
-    def _work(self, queue: JobQueue, task: Task) -> None:
+    def work(self, queue: JobQueue, task: Task, surveys: Surveys, stop: threading.Event) -> bool:
+        """Do a job. Whether it completed a shard."""
         open_shard, job = task.shard, task.job
         if job is not None:
             for later in task.later:
                 read_ahead(later)
-            calibrated = read_calibrated(job.item, self._surveys)
+            calibrated = read_calibrated(job.item, surveys)
             columns = _Columns(job)
-            for rows in compute(job, self.plan.target, calibrated, self.block_elements):
-                if self._stop.is_set() or queue.is_in_vain(task):
-                    return
+            for rows in compute(job, self.plan.target, calibrated, self.options.block_elements):
+                if stop.is_set() or queue.is_in_vain(task):
+                    return False
                 _write(rows, open_shard.writer, columns)
                 self.progress.advance(rows.nbytes)
                 del rows  # its memory is that of the next block
             columns.write(open_shard.writer)
         # whoever does the last job of a shard finishes it at once
-        if queue.done(task) and not self._stop.is_set():
-            self._finish(open_shard)
-            queue.finished(open_shard)
+        if not queue.done(task) or stop.is_set():
+            return False
+        self._finish(open_shard)
+        queue.finished(open_shard)
+        return True
 
     def _finish(self, open_shard: OpenShard) -> None:
         writer, file = open_shard.writer, open_shard.shard.file
         entry = writer.finish()
         self.draft.record(file, entry)
         self.files[file] = entry
-        self._keeps(len(self.files))
-        self.progress.shard(file, writer.nbytes, reused=False)
+        self.progress.shard(self.label + file, writer.nbytes, reused=False)
 
     def _reuse(self, shard: Shard) -> bool:
         """Whether an earlier run finished this shard and it has not changed since."""
-        entry = self.draft.reuse(shard.file, shard.nbytes, checksum=self.checksum)
+        entry = self.draft.reuse(shard.file, shard.nbytes, checksum=self.options.checksum)
         if entry is None:
             return False
         if isinstance(entry, str):
-            self.progress.detail(f"{shard.file} is written again: {entry}")
+            self.progress.detail(f"{self.label}{shard.file} is written again: {entry}")
             return False
         self.files[shard.file] = entry
         self.reused += 1
-        self.progress.shard(shard.file, shard.nbytes, reused=True)
+        self.progress.shard(self.label + shard.file, shard.nbytes, reused=True)
         return True

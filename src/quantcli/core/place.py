@@ -75,7 +75,8 @@ def check_space(out: Path, nbytes: int) -> int:
 def check_spaces(needs: Sequence[tuple[Path, int]]) -> int:
     """The free bytes of the fullest file system that outputs go to; 0 without outputs.
 
-    needs: outputs, and the bytes of each. MachineError if those on one file system need more than it has.
+    needs: outputs, and the bytes of each. MachineError if those on one file system need more than
+    that has.
     """
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for out, nbytes in needs:

@@ -113,9 +113,7 @@ class Document:
         return key
 
 
-def load_document(
-    path: Path, noun: str = "recipe", keys: str = "`target` and `rules`"
-) -> Document:
+def load_document(path: Path, noun: str = "recipe", keys: str = "`target` and `rules`") -> Document:
     """Read a YAML file whose top level is a mapping. Raises InputError with file:line.
 
     noun, keys: what the file is, and what it must have, for messages.

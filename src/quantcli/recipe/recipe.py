@@ -182,7 +182,8 @@ class Recipe:
         block = self.file.calibration
         if block is None or block.data is None:
             return False
-        return not self.document.is_overridden("calibration", "data") and is_sample_text(self.data_path())
+        given = self.document.is_overridden("calibration", "data")
+        return not given and is_sample_text(self.data_path())
 
     def effective(self) -> str:
         """The applied recipe as YAML, without paths of this machine."""

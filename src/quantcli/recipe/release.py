@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -47,7 +47,7 @@ def _entry(value: Any) -> Any:
 class CheckpointEntry(Block):
     """One checkpoint of a release."""
 
-    recipe: str = Field(description="a shipped recipe by name, or a file; paths are relative to this file")
+    recipe: str = Field(description="a shipped recipe by name, or a file next to this one")
     name: Annotated[str, BeforeValidator(_check_name, json_schema_input_type=str)] | None = Field(
         None, description="its folder's name [default: the recipe's]; must be unique"
     )
@@ -79,7 +79,7 @@ class ReleaseFile(Block):
             CheckpointEntry,
             BeforeValidator(_entry, json_schema_input_type=str | CheckpointEntry),
         ]
-    ] = Field(min_length=1, description="what is written: recipes, or mappings with a recipe and options")
+    ] = Field(min_length=1, description="recipes, or mappings with a recipe and options")
     model: str | None = Field(None, description="directory, address or Hub id; --model wins")
     output: str | None = Field(
         None,
@@ -132,8 +132,8 @@ class WrittenRelease:
         known = [entry.name for entry in self.entries]
         for name in names:
             if name not in known:
-                where = f"--only {shlex.quote(name)}"
-                raise InputError(f"no checkpoint is named `{name}`", where=where, fix=one_of(name, known))
+                what, where = f"no checkpoint is named `{name}`", f"--only {shlex.quote(name)}"
+                raise InputError(what, where=where, fix=one_of(name, known))
         return tuple(entry for entry in self.entries if not names or entry.name in names)
 
     def path(self, text: str) -> str:
@@ -229,7 +229,11 @@ def _assignments(
             raise InputError(what, where=where, fix="write for example rules.0.scheme: keep")
         if key == "calibration.data" and isinstance(value, str):
             value = _from_here(document, value)
-        changes.append(Assignment.at(f"{key}={json.dumps(value, allow_nan=False)}", where))
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise InputError(f"`{key}` is not a finite number", where=where) from None
+        changes.append(Assignment.at(f"{key}={text}", where))
     return tuple(changes)
 
 
@@ -239,7 +243,9 @@ def _calibration(document: Document, block: Calibration | None) -> tuple[Assignm
     if given.get("data") is not None:
         given["data"] = _from_here(document, given["data"])
     return tuple(
-        Assignment.at(f"calibration.{key}={json.dumps(given[key])}", document.where(("calibration", key)))
+        Assignment.at(
+            f"calibration.{key}={json.dumps(given[key])}", document.where(("calibration", key))
+        )
         for key in sorted(given)
     )
 
@@ -251,7 +257,6 @@ def _check_unique(entries: Sequence[ReleaseEntry]) -> None:
         other = first.setdefault(entry.name, entry)
         if other is not entry:
             what = f"two checkpoints are named `{entry.name}`"
-            raise InputError(what, where=entry.where, fix=f"give one of them another `name`; see {other.where}")
-
-
-Outcome = Literal["written", "done", "planned", "refused", "failed"]
+            raise InputError(
+                what, where=entry.where, fix=f"give one of them another `name`; see {other.where}"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Joint:
     """Calibrations in one folder. sessions: by the plan's target and name"""
 
+    folder: Path
     sessions: tuple[Session, ...]
 
     def of(self, plan: Plan) -> Session | None:
@@ -33,7 +34,8 @@ class Joint:
 
 
 def joint_sessions(plans: Sequence[Plan], folder: Path) -> Joint:
+    """The calibration of those plans that need one."""
     needing = [plan for plan in plans if plan.needs_calibration]
     return Joint(
-        tuple(prepare_session(plan, folder / str(n)) for n, plan in enumerate(needing))
+        folder, tuple(prepare_session(plan, folder / str(n)) for n, plan in enumerate(needing))
     )

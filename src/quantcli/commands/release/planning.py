@@ -172,7 +172,8 @@ def of_entry(entry: ReleaseEntry, error: QuantError) -> QuantError:
 def _verify_options(
     written: WrittenRelease, options: ReleaseOptions, model: str
 ) -> VerifyOptions | None:
-    """How the checkpoints are verified, without their names. InputError for what does not go together."""
+    """How the checkpoints are verified, without their names. InputError for options that contradict
+    each other."""
     block = written.file.verify
     if block is None:
         return None if options.page is None else VerifyOptions("", page=options.page)

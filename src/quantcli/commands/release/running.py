@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.commands.release.planning import Member, Release, of_entry, state_of
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
@@ -96,18 +94,16 @@ def _converted(
     release: Release, outcomes: Sequence[MemberOutcome], progress: Progress
 ) -> list[MemberOutcome]:
     """Convert what is still to be written, side by side."""
-    from quantcli.convert.together import Order, execute_together
+    from quantcli.convert.execute import Order, execute_all
 
     todo = [o for o in outcomes if o.error is None and o.member.state != "done"]
-    orders = [Order(o.member.job.plan, o.member.job.out, o.member.name) for o in todo]
-    results = execute_together(orders, release.options.of_run(), progress) if orders else []
+    orders = [Order(o.member.job.plan, o.member.job.out, name=o.member.name) for o in todo]
+    results = execute_all(orders, release.options.of_run(), progress) if orders else []
     by_name = dict(zip((o.member.name for o in todo), results, strict=True))
     return [_with_result(outcome, by_name.get(outcome.member.name)) for outcome in outcomes]
 
 
-def _with_result(
-    outcome: MemberOutcome, result: Written[Plan] | QuantError | None
-) -> MemberOutcome:
+def _with_result(outcome: MemberOutcome, result: Written[Plan] | QuantError | None) -> MemberOutcome:
     if isinstance(result, QuantError):
         return replace(outcome, error=of_entry(outcome.member.entry, result))
     return replace(outcome, written=result)
