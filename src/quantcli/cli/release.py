@@ -107,7 +107,8 @@ def show_plan(out: Output, release: Release) -> None:
     out.line()
     jobs = [member.job for member in release.wanted]
     before = decimal(release.checkpoint.nbytes)
-    out.line(f"weights      {before} are read, once for all as far as their order is the same")
+    reads = f"reads        {before} of weights" + (", once for all of them" if jobs[1:] else "")
+    out.line(reads if jobs else "writes       nothing: no checkpoint is missing")
     for member in release.members:
         if member.missed is not None:
             out.line(f"not written  {member.name}: {member.missed.what}", FAILED)
@@ -128,7 +129,8 @@ def show_plan(out: Output, release: Release) -> None:
     if uploads := sum(job.nbytes for job in jobs if job.disk_free is None):
         out.line(f"uploads      {decimal(uploads)}")
     workers = count(release.options.of_run().workers, "worker")
-    out.line(f"memory       about {decimal(release.memory)} next to torch, with {workers}")
+    if jobs:
+        out.line(f"memory       about {decimal(release.memory)} next to torch, with {workers}")
     if release.verify is not None:
         out.line(f"verifies     {', '.join(release.verify.depths)}")
     for note in [*release.notes, *_plan_notes(release)]:

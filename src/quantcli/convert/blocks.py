@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,9 @@ class SharedBlocks:
     needs a block which another one is reading waits for it.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, files: Collection[Path], limit: int) -> None:
+        """files: those of the source; others are read as they would be without this."""
+        self._files = frozenset(files)
         self._limit = limit
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
         self._lock = threading.Lock()
@@ -43,6 +45,9 @@ class SharedBlocks:
         Raises what `fetch` raises; the next reader tries again.
         """
         end = offset + len(into)
+        if stored.file not in self._files:
+            fetch(offset, into)
+            return
         place = offset
         while place < end:
             number = place // BLOCK

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from quantcli.checkpoint.tensors import reading_through
-from quantcli.convert.blocks import SharedBlocks
+from quantcli.convert.blocks import BLOCK, SharedBlocks
 from quantcli.convert.queue import JobQueue, Task, buffer_count
 from quantcli.convert.shards import ShardRun, memory_estimate
 from quantcli.core.errors import QuantError
@@ -51,12 +51,13 @@ class _Together:
         self._lock = threading.Lock()
         self._keeps(sum(run.draft.done for run in runs))
         nbytes = [run.find() for run in runs]
-        self._nbytes = max(nbytes, default=0)
         progress.begin(sum(nbytes), sum(len(run.missing) for run in runs))
         self._busy = [run for run in runs if run.missing]
         self._blocks: SharedBlocks | None = None
         if len(self._busy) > 1:
-            self._blocks = SharedBlocks(shared_nbytes(workers, len(self._busy)))
+            stored = self._busy[0].plan.checkpoint.on_disk.values()
+            limit = shared_nbytes(workers, len(self._busy))
+            self._blocks = SharedBlocks({tensor.file for tensor in stored}, limit)
         share = -(-workers // max(1, len(self._busy)))
         self._queues: dict[ShardRun, JobQueue] = {run: run.open(share) for run in self._busy}
 
@@ -97,9 +98,9 @@ class _Together:
                 raise error
             errors.append(error)
         if self._blocks is not None:
-            fetched, of = size(self._blocks.fetched), size(self._nbytes)
+            fetched, of = size(self._blocks.fetched), size(self._runs[0].plan.checkpoint.nbytes)
             self._progress.detail(
-                f"read {fetched} for {len(self._queues)} checkpoints, which take {of} each"
+                f"{fetched} were read of a model of {of}, for {len(self._queues)} checkpoints"
             )
         return errors
 
@@ -111,7 +112,7 @@ class _Together:
 
 def shared_nbytes(workers: int, plans: int) -> int:
     """Bytes of blocks that plans share: of the jobs that are under way or next."""
-    return (workers + plans + 2) * JOB_BYTES
+    return (workers + plans + 2) * max(JOB_BYTES, BLOCK)
 
 
 def memory_together(plans: Sequence[Work], workers: int) -> int:

@@ -299,7 +299,7 @@ def _member(
         job = Job(plan, out, run, out.room(0), memory_estimate(plan, run.workers), 0, session)
     else:
         if state == "new":
-            out.check(plan.checkpoint.path, force=options.force)
+            check_free(plan, out, force=options.force)
         job = make_job(plan, out, run, session)
     try:
         check(job)
@@ -328,6 +328,17 @@ def state_of(plan: Plan, out: Destination, *, is_known: bool) -> State:
     if not is_known:
         return "unsure"
     return "done" if manifest.get("plan") == digest else "new"
+
+
+def check_free(plan: Plan, out: Destination, *, force: bool) -> None:
+    """InputError or MachineError if a checkpoint that is not there yet cannot go to its place."""
+    if out.exists and not force:
+        raise InputError(
+            "its place is taken, and not by the checkpoint that this release would write there",
+            where=str(out),
+            fix="move it away, give the checkpoint another `name` or `out`, or replace it with --force",
+        )
+    out.check(plan.checkpoint.path, force=force)
 
 
 def _check_room(jobs: Sequence[Job[Plan]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantcli.commands.release.planning import Member, Release, of_entry, state_of
+from quantcli.commands.release.planning import Member, Release, check_free, of_entry, state_of
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
 
@@ -81,7 +81,7 @@ def _with_statistics(
                 if state == "unsure":
                     state = state_of(plan, job.out, is_known=True)
                     if state == "new":
-                        job.out.check(plan.checkpoint.path, force=job.options.force)
+                        check_free(plan, job.out, force=job.options.force)
                     progress.detail(f"checkpoint `{member.name}` is {state}: {job.out}")
             outcomes.append(MemberOutcome(replace(member, job=job, state=state)))
         except QuantError as error:
