@@ -160,7 +160,10 @@ def test_one_that_fails_does_not_stop_the_others(bench: Bench) -> None:
     sound = (model / "model.safetensors").read_bytes()
     bad = "model.layers.1.mlp.down_proj.weight"
     change_tensors(model, lambda tensors: tensors[bad].view(-1)[5:6].fill_(float("nan")))
-    keep = {"recipe": "w8a16", "set": {"expect": {}, "rules": [{"match": "*layers.0.*", "scheme": "w8a16"}]}}
+    keep = {
+        "recipe": "w8a16",
+        "set": {"expect": {}, "rules": [{"match": "*layers.0.*", "scheme": "w8a16"}]},
+    }
     bench.write(["w8a8_dynamic", keep, "vllm_fp8_dynamic"])
     result = bench.run("--json")
     assert result.code == 2

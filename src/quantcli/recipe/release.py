@@ -179,6 +179,14 @@ def read_release(release: GivenRelease) -> WrittenRelease:
     return WrittenRelease(file, document, tuple(entries), _calibration(document, file.calibration))
 
 
+def release_schema() -> str:
+    """The JSON Schema of release files, for editors, as text; always the same bytes."""
+    schema = ReleaseFile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "quantcli release"
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
 def _file(release: str | Path) -> Path:
     """The release file. InputError if it does not exist, or is a recipe's name."""
     path = Path(release)
