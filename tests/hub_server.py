@@ -149,6 +149,7 @@ def commit_of(root: Path) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    kind = Hub  # of server
     hub: Hub
     _path: str  # of the request; that of a stored file ends with its name
 
@@ -301,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> Iterator[Hub]:
     """A server of a folder of models, at a free port unless one is given."""
-    hub = Hub(folder)
+    hub = handler.kind(folder)
     server = ThreadingHTTPServer((HOST, port), type("Own", (handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.address, hub.store = (f"http://{host}:{server.server_port}" for host in (HOST, STORE))
@@ -317,14 +318,14 @@ def serve(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> Iter
 
 
 @contextmanager
-def used(folder: Path, cache: Path) -> Iterator[Hub]:
+def used(folder: Path, cache: Path, handler: type[Handler] = Handler) -> Iterator[Any]:
     """A server that huggingface_hub asks in this process, without its waits; its cache is `cache`."""
     import huggingface_hub
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
     swift = SimpleNamespace(sleep=lambda _: None, time=time.time)
-    with serve(folder) as hub, pytest.MonkeyPatch.context() as patch:
+    with serve(folder, handler=handler) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.address)
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -124,7 +124,7 @@ def fetch(
     stopped = threading.Event()
     downloads: dict[Future[None], str] = {}
     pool = ThreadPoolExecutor(WORKERS, "download")
-    with _own_words(messages), _small_chunks():
+    with own_words(messages), _small_chunks():
         try:
             for file in files:
                 if not repository.is_cached(file):
@@ -234,7 +234,7 @@ class _Handler(logging.Handler):
 
 
 @contextmanager
-def _own_words(progress: Progress) -> Iterator[None]:
+def own_words(progress: Progress) -> Iterator[None]:
     """Warnings of huggingface_hub become messages of `progress`: --quiet and log files apply."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.handlers, logger.propagate
