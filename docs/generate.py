@@ -72,7 +72,8 @@ ENVELOPE = {
 # keys of documents whose names in Python are other ones, or that Python does not have
 _RENAMED = {(results.Repacked, "origin"): "from"}
 _TYPES = {"str": "text", "Path": "text", "int": "number", "float": "number", "bool": "true or false",
-          "Row": "object", "None": "null", "Error": "object"}  # fmt: skip
+          "Row": "object", "None": "null", "Error": "object",
+          "Verification": "[object](#verify)"}  # fmt: skip
 
 
 _FIELD = re.compile(r"^(\w+): +(.+(?:\n +.+)*)", re.MULTILINE)  # of a class, in its docstring

@@ -55,7 +55,8 @@ class PlannedRelease(Result):
 class ReleasedCheckpoint(Result):
     """What became of a checkpoint of a release.
 
-    name, recipe: as the release has them.
+    name:         of the checkpoint.
+    recipe:       as the release names it.
     status:       written; done: it was there already; missed: a limit of `expect`; failed.
     out:          the checkpoint.
     bytes:        of all its files; 0 if it is not there.
