@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantcli.calibration.layer import LayerRun
+from quantcli.calibration.layer import LayerRun, measure_layer
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.replay.calls import Carry
 from quantcli.calibration.replay.states import (
@@ -29,14 +29,58 @@ from quantcli.core.text import count
 
 
 @dataclass
-class Calibrator:
-    """A calibration of all layers."""
+class Share:
+    """One recipe's share of a calibration. name: of the recipe, for messages."""
 
     calibration: CalibrationRun
     store: Store
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self._skeleton = self.calibration.skeleton
+        layers = range(len(self._skeleton.layers))
+        self.last = max((index for index in layers if self._has_work(index)), default=-1)
+
+    def _has_work(self, index: int) -> bool:
+        modules, methods = self._modules(index), self.calibration.methods
+        return any(method.has_work(modules, self.calibration.policy) for method in methods)
+
+    def _modules(self, index: int) -> list[str]:
+        return [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
+
+    def has(self, index: int) -> bool:
+        """Whether nothing is to be measured in a layer: it is done, or there is no work."""
+        # what later layers are given of quantized ones is found while these are measured
+        return index > self.last or (self.store.has(index) and self._inputs == "float")
+
+    @property
+    def _inputs(self) -> str:
+        return self.calibration.policy.inputs
+
+    def passes(self, index: int, *, onward: bool) -> float:
+        """How often its methods run all samples through a layer, next to the pass of all recipes."""
+        policy, methods, modules = (
+            self.calibration.policy,
+            self.calibration.methods,
+            self._modules(index),
+        )
+        passes = sum(method.passes(modules, policy) for method in methods)
+        passes += any(method.edits and method.has_work(modules, policy) for method in methods)
+        return passes + (policy.inputs == "quantized" and onward)
+
+
+@dataclass
+class Calibrator:
+    """A calibration of all layers, for one recipe or for several that see the same inputs.
+
+    shares: all of one replay. Hidden states are kept in the folder of the first one's store.
+    """
+
+    shares: Sequence[Share]
     progress: Progress
 
     def __post_init__(self) -> None:
+        self.calibration, self.store = self.shares[0].calibration, self.shares[0].store
         self._skeleton = self.calibration.skeleton
         self._specs: list[TensorSpec] = []  # of the hidden states in the present stack
         self._stack = 0
@@ -46,33 +90,37 @@ class Calibrator:
     def run(self) -> None:
         """Measure all layers that are not done yet. The files are the same after any interruption."""
         total = len(self._skeleton.layers)
-        done = self.store.done
+        done = self._done
         self.progress.begin_layers(
             total, done, sum(b.input_ids.numel() for b in self.calibration.batches)
         )
-        self._keeps(done)
-        last = max((index for index in range(total) if self._has_work(index)), default=-1)
+        self._keeps()
+        last = max(share.last for share in self.shares)
         if done <= last:
             start, states = self._begin(done)
             for index in range(start, last + 1):
                 if index in self._starts and self._starts[index] > self._stack:
                     states = self._enter(self._starts[index], states)
                 states = self._layer(index, states, onward=index < last)
-        for index in range(max(done, last + 1), total):
-            self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
+        for index in range(last + 1, total):
+            self._save_nothing(index, self.shares)
         self.store.drop_states()
 
-    def _keeps(self, done: int) -> None:
+    def _save_nothing(self, index: int, shares: Sequence[Share]) -> None:
+        """A layer in which some recipes have no work is done."""
+        for share in shares:
+            if not share.store.has(index):
+                share.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
+
+    @property
+    def _done(self) -> int:
+        """How many layers are done for all recipes, from the first on."""
+        return min(share.store.done for share in self.shares)
+
+    def _keeps(self) -> None:
         """What is there if the run ends now."""
-        layers = f"{done} of {count(self._skeleton.layers, 'layer')}"
+        layers = f"{self._done} of {count(self._skeleton.layers, 'layer')}"
         self.progress.keeps(f"{layers} in {self.store.folder}; the unfinished layer is computed again")
-
-    def _has_work(self, index: int) -> bool:
-        modules, methods = self._modules(index), self.calibration.methods
-        return any(method.has_work(modules, self.calibration.policy) for method in methods)
-
-    def _modules(self, index: int) -> list[str]:
-        return [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
 
     def _begin(self, done: int) -> tuple[int, States]:
         """Note the calls of the first stack; the layer to continue with, and its inputs. What an
@@ -142,27 +190,55 @@ class Calibrator:
 
     def _layer(self, index: int, states: States, *, onward: bool) -> States:
         """Measure a layer and save its statistics; returns the inputs of the next layer."""
-        run, name = self.calibration, self._skeleton.layers[index][0]
-        passes = 1 + sum(method.passes(self._modules(index), run.policy) for method in run.methods)
-        passes += run.policy.inputs == "quantized" and onward
+        name = self._skeleton.layers[index][0]
+        shares = [share for share in self.shares if not share.has(index)]
+        passes = 1 + sum(share.passes(index, onward=onward) for share in shares)
         self.progress.begin_layer(name, index, passes)
-        layer = LayerRun(LoadedLayer(run, index, states))
+        layers = [LayerRun(LoadedLayer(share.calibration, index, states)) for share in shares]
+        layer = layers[0].layer if layers else LoadedLayer(self.calibration, index, states)
         following = states
-        if onward:
-            ends = index + 1 in self._starts
-            file = final_file(self._stack) if ends else states_file(index + 1)
-            with self._writer(file) as writer:
-                tensors = layer.measure(writer.put)
-                following = writer.finish()
-        else:
-            tensors = layer.measure(None)
-        self.store.save(index, tensors, layer.report)
-        self._keeps(index + 1)
-        for line in layer.report.messages:
-            self.progress.say(line)
-        self.progress.layer(name, index, layer.report.note)
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._outputs(index)) if onward else None
+            complete: list[States] = []
+
+            def finish() -> None:
+                if writer is not None and not complete:
+                    complete.append(writer.finish())
+
+            def save(run: LayerRun, tensors: dict[str, Tensor]) -> None:
+                finish()  # outputs are renamed into place before any report
+                share = shares[layers.index(run)]
+                share.store.save(index, tensors, run.report)
+
+            measure_layer(layer, layers, writer.put if writer is not None else None, save)
+            finish()
+            self._save_nothing(index, [share for share in self.shares if index > share.last])
+            following = complete[0] if complete else states
+        self._keeps()
+        self._tell(index, [(share.name, run.report) for share, run in zip(shares, layers, strict=True)])
         self.store.drop_states({file for kept in (following, *self._finals) for file in kept.files})
         return following
+
+    def _outputs(self, index: int) -> StatesWriter:
+        """The writer of a layer's outputs."""
+        ends = index + 1 in self._starts
+        return self._writer(final_file(self._stack) if ends else states_file(index + 1))
+
+    def _tell(self, index: int, reports: Sequence[tuple[str, LayerReport]]) -> None:
+        """Messages of a layer's recipes, each once, and remarks on their results."""
+        several = len(self.shares) > 1
+        for line in dict.fromkeys(
+            f"{name}: {line}" if several else line
+            for name, report in reports
+            for line in report.messages
+        ):
+            self.progress.say(line)
+        notes = [
+            f"{name}: {report.note}" if several else report.note
+            for name, report in reports
+            if report.note
+        ]
+        self.progress.layer(self._skeleton.layers[index][0], index, "; ".join(notes))
 
 
 def _specs(hidden: Tensor, batches: Sequence[Batch]) -> list[TensorSpec]:

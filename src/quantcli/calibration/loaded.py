@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +42,7 @@ class CalibrationRun:
     workers: threads for work outside of the replay.
     budget:  bytes to hold in memory of a layer's inputs, of its outputs, and of each further copy that
              a method holds (`Method.hidden_states`); the rest is read from disk, or computed again.
+    edits:   calibrations with the same text here make the same edits in every layer.
     """
 
     replay: Replay
@@ -49,6 +50,7 @@ class CalibrationRun:
     methods: Sequence[Method]
     workers: int = 1
     budget: int = 0
+    edits: str = ""
 
     @property
     def skeleton(self) -> Skeleton:
@@ -76,33 +78,21 @@ class CalibrationRun:
         return self.replay.batches[-1]
 
 
-class FloatOutputs:
-    """Takes the outputs of a layer as it is stored, from the first pass over all samples.
-
-    So they are the same for all recipes, and later layers can be run before methods edit this one.
-    """
-
-    def __init__(self) -> None:
-        self.sink: Sink | None = None
-
-    def take(self) -> Sink | None:
-        """The sink, once."""
-        sink, self.sink = self.sink, None
-        return sink
+Question = tuple[Matrix, type[Summary]]  # a summary of the channels of a matrix
 
 
 @dataclass(frozen=True)
 class LoadedLayer:
     """A layer; its module has its weights within `loaded`.
 
-    states:  its inputs.
-    outputs: wants its outputs without edits.
+    states: its inputs.
+    seen:   observers that all samples have passed, with the weights as they are loaded now.
     """
 
     run: CalibrationRun
     index: int
     states: States
-    outputs: FloatOutputs = field(default_factory=FloatOutputs)
+    seen: dict[Question, Observer] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -113,6 +103,11 @@ class LoadedLayer:
     def module(self) -> nn.Module:
         """The layer itself."""
         return self.run.skeleton.layers[self.index][1]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of all stored weights in it."""
+        return [s.module for experts in self.segments.values() for part in experts for s in part]
 
     @property
     def segments(self) -> Segments:
@@ -149,8 +144,6 @@ class LoadedLayer:
         probe too."""
         run = self.run.replay.run
         probe = len(self.run.batches)
-        if only is None:
-            sink = sink or self.outputs.take()
         numbers = range(probe) if only is None else only
         run(self.index, self.module, self.states, sink, tap, numbers)
         if sink is not None and only is None:
@@ -201,13 +194,16 @@ class LoadedLayer:
         """The mean of x^2 of each column, likewise."""
         return self._channels(widths, ChannelSquare)
 
-    def _channels(
-        self, widths: Mapping[Matrix, int], summary: Callable[[], Summary]
-    ) -> dict[Matrix, Tensor]:
-        observers = {matrix: Observer(summary()) for matrix in widths}
-        self.watch(Watch({matrix: [observer] for matrix, observer in observers.items()}), None)
+    def _channels(self, widths: Mapping[Matrix, int], summary: type[Summary]) -> dict[Matrix, Tensor]:
+        """In one pass over the samples, unless all matrices were seen already."""
+        observers = {matrix: self.seen.get((matrix, summary)) for matrix in widths}
+        if None in observers.values():
+            observers = {matrix: Observer(summary()) for matrix in widths}
+            lookers = {matrix: [o] for matrix, o in observers.items() if o is not None}
+            self.watch(Watch(lookers), None)
         found = {}
         for matrix, observer in observers.items():
+            assert observer is not None
             (values,) = observer.stats().values()
             found[matrix] = values if observer.tokens else torch.zeros(widths[matrix])
         return found
@@ -236,3 +232,22 @@ class LoadedLayer:
                 }
                 return new, real
         return {}, torch.ones_like(scale)
+
+
+def ask(
+    questions: Iterable[tuple[LoadedLayer, Iterable[Question]]], leaders: Mapping[Matrix, Matrix]
+) -> dict[Matrix, list[Observer]]:
+    """Observers for all questions, which one pass answers; each is `seen` by the layers that ask.
+
+    leaders: the first matrix with the same input, by matrix.
+    """
+    observers: dict[Question, Observer] = {}
+    lookers: dict[Matrix, list[Observer]] = {}
+    for layer, asked in questions:
+        for matrix, summary in asked:
+            place = leaders.get(matrix, matrix), summary
+            if place not in observers:
+                observers[place] = Observer(summary())
+                lookers.setdefault(place[0], []).append(observers[place])
+            layer.seen[matrix, summary] = observers[place]
+    return lookers

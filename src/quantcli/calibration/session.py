@@ -13,7 +13,7 @@ import torch
 
 from quantcli import __version__
 from quantcli.calibration import memory
-from quantcli.calibration.calibrate import Calibrator
+from quantcli.calibration.calibrate import Calibrator, Share
 from quantcli.calibration.loaded import CalibrationRun
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.methods.base import Method, methods_of
@@ -264,7 +264,7 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
     calibration = CalibrationRun(replay, policy, methods, workers, states_budget // copies)
     store = Store(session.folder, session.key, len(skeleton.layers), _tool(plan), fresh=fresh)
     try:
-        Calibrator(calibration, store, progress).run()
+        Calibrator([Share(calibration, store)], progress).run()
     except InputError:
         store.forget()  # there is nothing to continue with
         raise

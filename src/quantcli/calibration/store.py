@@ -101,6 +101,10 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
+    def has(self, index: int) -> bool:
+        """Whether a layer is done."""
+        return (self.folder / _report(index)).is_file()
+
     def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
         specs = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -16,6 +16,7 @@ from quantcli.calibration.replay.experts import Experts, before_experts, must_be
 from quantcli.calibration.replay.taps import Listener, Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.core.errors import InputError
+from quantcli.schemes.arithmetic.observers import Observer
 
 
 class Looker(Protocol):
@@ -23,6 +24,27 @@ class Looker(Protocol):
 
     def update(self, x: Tensor, batch: int) -> None:
         """x: [tokens, k], no padding. batch: its place in the data."""
+
+
+Lookers = Mapping[Matrix, Sequence[Looker]]
+
+
+def joined(lookers: Iterable[Lookers]) -> dict[Matrix, list[Looker]]:
+    """All lookers by matrix. Observers of one matrix with one kind of summary share it, so that one of
+    them is enough. None has seen anything."""
+    tables = list(lookers)
+    places = Counter(id(looker) for table in tables for its in table.values() for looker in its)
+    first: dict[tuple[Matrix, Hashable], Observer] = {}
+    found: dict[Matrix, list[Looker]] = {}
+    for matrix, looker in ((m, looker) for table in tables for m in table for looker in table[m]):
+        if isinstance(looker, Observer) and places[id(looker)] == 1:
+            kind = looker.summary.kind
+            other = looker if kind is None else first.setdefault((matrix, kind), looker)
+            if other is not looker:
+                looker.share(other)
+                continue
+        found.setdefault(matrix, []).append(looker)
+    return found
 
 
 class Watch:
@@ -33,7 +55,7 @@ class Watch:
 
     def __init__(
         self,
-        lookers: Mapping[Matrix, Sequence[Looker]],
+        lookers: Lookers,
         engine: Listener | None = None,
         *,
         counts: bool = False,

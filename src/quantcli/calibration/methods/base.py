@@ -12,7 +12,7 @@ All results must be the same bits for any number of workers: threads run batches
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,6 +27,7 @@ from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Plan
 from quantcli.recipe.methods import MethodOptions
+from quantcli.schemes.arithmetic.observers import Summary
 from quantcli.schemes.base import Scheme
 
 
@@ -119,6 +120,16 @@ class Method(MethodOptions):
         weights: of one layer, likewise.
         """
         return 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether it may edit weights."""
+        return type(self).edit is not Method.edit
+
+    def asked(self, work: LayerWork) -> Iterable[tuple[Matrix, type[Summary]]]:
+        """The channels that `edit` will look at, if no method before it edits: `LoadedLayer` then finds
+        them in a pass that serves all methods and recipes, and makes none of its own."""
+        return ()
 
     def edit(self, work: LayerWork) -> None:
         """Add edits of float weights to `work.edits`, and stats that were found on the way.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar
@@ -28,6 +28,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.exact import exact
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
+from quantcli.schemes.arithmetic.observers import ChannelAmax, Summary
 from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
 
 _FORWARDS = 3  # that forward and backward take together
@@ -354,6 +355,11 @@ class Learning(Method):
         """Magnitudes of inputs, the loss three times, and the epochs."""
         schedules = [s.schedule for s in map(policy.scheme, modules) if s is not None and s.schedule]
         return 4.0 + _FORWARDS * schedules[0].epochs if schedules else 0.0
+
+    def asked(self, work: LayerWork) -> Iterator[tuple[Matrix, type[Summary]]]:
+        """The inputs of the groups that learn."""
+        for group in learning_groups(work.layout, work.run.policy):
+            yield group.matrices[0], ChannelAmax
 
     def edit(self, work: LayerWork) -> None:
         """Learn, and fold learned scales of channels into their producers."""

@@ -13,7 +13,7 @@ which round nothing; so are those of rows of a matrix, which verification finds 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -26,6 +26,7 @@ from quantcli.calibration.methods.base import LayerWork, Method
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.recipe.fields import Block, Match, matches
+from quantcli.schemes.arithmetic.observers import ChannelSquare, Summary
 
 _LIMIT = 13  # scales stay within 2^-13 .. 2^13
 
@@ -112,23 +113,31 @@ class Smoothing(Method):
 
     def has_work(self, modules: Sequence[str], policy: Policy) -> bool:
         """Whether any of them may be smoothed."""
-        return self.strength(modules, policy) is not None
+        return any(self.strength([module], policy) is not None for module in modules)
 
-    def passes(self, modules: Sequence[str], policy: Policy) -> float:
-        """One, for the magnitudes of inputs."""
-        return 1.0 if self.has_work(modules, policy) else 0.0
+    def asked(self, work: LayerWork) -> Iterator[tuple[Matrix, type[Summary]]]:
+        """The inputs of all that may be smoothed."""
+        for producer, _ in self._candidates(work):
+            for reader in producer.readers:
+                yield reader.matrix, ChannelSquare
+
+    def _candidates(self, work: LayerWork) -> list[tuple[Producer, float]]:
+        """Producers that may be scaled, and how strongly."""
+        candidates: list[tuple[Producer, float]] = []
+        for producer in work.layout.producers():
+            modules = work.layout.modules(reader.matrix for reader in producer.readers)
+            alpha = self.strength(modules, work.run.policy)
+            if alpha is not None:
+                candidates.append((producer, alpha))
+        return candidates
 
     def edit(self, work: LayerWork) -> None:
-        """Scale the channels of every producer; one pass over the samples, if there are any."""
+        """Scale the channels of every producer; a pass over the samples for them, if there are any and
+        none has been made."""
         layer, layout, policy = work.layer, work.layout, work.run.policy
         groups: list[SmoothedGroup] = []
         work.report.results[self.edited_as] = groups
-        candidates: list[tuple[Producer, float]] = []
-        for producer in layout.producers():
-            modules = layout.modules(reader.matrix for reader in producer.readers)
-            alpha = self.strength(modules, policy)
-            if alpha is not None:
-                candidates.append((producer, alpha))
+        candidates = self._candidates(work)
         if not candidates:
             return
         widths = {r.matrix: len(r.channels) for producer, _ in candidates for r in producer.readers}

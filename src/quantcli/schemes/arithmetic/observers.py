@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,12 @@ _BLOCK = 2**18  # elements that are looked at together, so that copies of them s
 
 class Summary(ABC):
     """A summary of a module's inputs. `add` and `added` are called by one thread at a time."""
+
+    @property
+    def kind(self) -> Hashable | None:
+        """Summaries of one kind are equal after the same inputs, so that one can serve for several.
+        None: this one serves for no other."""
+        return None
 
     @abstractmethod
     def of(self, x: Tensor) -> Any | None:
@@ -48,38 +54,69 @@ class Summary(ABC):
 
 
 class Observer:
-    """Observes the input of one module, or of siblings that share it. Threads may share it.
+    """Observes the input of one module, or of siblings that share it. Threads may share it."""
 
-    tokens: rows seen. finite: no batch had NaN or Inf; one that has is counted and not summed up.
-    """
-
-    def __init__(self, summary: Summary, choose: Callable[[], Stats] | None = None) -> None:
+    def __init__(self, summary: Summary, choose: Callable[[Any], Stats] | None = None) -> None:
         """choose: makes stats of the summary; None: they are the summary's own."""
-        self.tokens = 0
-        self.finite = True
-        self.stats = summary.stats if choose is None else choose
-        self._summary = summary
-        self._lock = threading.Lock()
+        self._seen = _Seen(summary)
+        self._choose = choose
+
+    @property
+    def tokens(self) -> int:
+        """Rows seen."""
+        return self._seen.tokens
+
+    @property
+    def finite(self) -> bool:
+        """Whether no batch had NaN or Inf; one that has is counted and not summed up."""
+        return self._seen.finite
+
+    @property
+    def summary(self) -> Any:
+        """The summary of all inputs."""
+        return self._seen.summary
+
+    def stats(self) -> Stats:
+        """The stats of all inputs that were seen."""
+        summary = self._seen.summary
+        return summary.stats() if self._choose is None else self._choose(summary)
+
+    def share(self, other: Observer) -> None:
+        """From now on see what `other` sees, with one summary for both. Both are of one kind of
+        summary and have seen nothing."""
+        self._seen = other._seen
 
     def update(self, x: Tensor, batch: int) -> None:
         """Look at inputs [tokens, k], without padding. `batch` is their place in the data, from 0."""
         if len(x) == 0:
             return
-        summary = self._summary.of(x)
-        with self._lock:
-            self.tokens += len(x)
+        seen = self._seen
+        summary = seen.summary.of(x)
+        with seen.lock:
+            seen.tokens += len(x)
             if summary is None:
-                self.finite = False
+                seen.finite = False
             else:
-                self._summary.add(summary, batch)
+                seen.summary.add(summary, batch)
 
     def absorb(self, other: Observer) -> None:
         """Count the inputs that another observer of the same kind has seen as seen here, too."""
-        with self._lock:
-            self.tokens += other.tokens
-            self.finite &= other.finite
-            for summary, batch in other._summary.added():
-                self._summary.add(summary, batch)
+        seen = self._seen
+        with seen.lock:
+            seen.tokens += other.tokens
+            seen.finite &= other.finite
+            for summary, batch in other.summary.added():
+                seen.summary.add(summary, batch)
+
+
+class _Seen:
+    """What an observer has seen."""
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+        self.tokens = 0
+        self.finite = True
+        self.lock = threading.Lock()
 
 
 def input_observer(
@@ -100,10 +137,9 @@ def input_observer(
     """
     if chosen_by in {"minmax", "moving_average"}:
         ends = MinMax() if chosen_by == "minmax" else MovingAverage(momentum)
-        return Observer(ends, lambda: {**of_range(*ends.range()), **ends.stats()})
-    distribution = Distribution()
+        return Observer(ends, lambda seen: {**of_range(*seen.range()), **seen.stats()})
 
-    def choose() -> Stats:
+    def choose(distribution: Distribution) -> Stats:
         values, counts = distribution.values()
         if chosen_by == "mse":
             return {**of_distribution(values, counts), **distribution.stats()}
@@ -112,7 +148,7 @@ def input_observer(
             inner = percentile(values, counts, 100)
         return {**of_range(*inner), **distribution.stats()}
 
-    return Observer(distribution, choose)
+    return Observer(Distribution(), choose)
 
 
 class MinMax(Summary):
@@ -120,6 +156,11 @@ class MinMax(Summary):
 
     def __init__(self) -> None:
         self._low = self._high = 0.0
+
+    @property
+    def kind(self) -> Hashable:
+        """One, whatever is made of it."""
+        return type(self)
 
     def of(self, x: Tensor) -> tuple[float, float] | None:
         """Lowest and highest value."""
@@ -151,6 +192,11 @@ class MovingAverage(MinMax):
         self._momentum = momentum
         self._batches: dict[int, tuple[float, float]] = {}
 
+    @property
+    def kind(self) -> Hashable:
+        """One for each momentum."""
+        return type(self), self._momentum
+
     def add(self, ends: tuple[float, float], batch: int) -> None:
         """Widen the range, and that of the batch."""
         super().add(ends, batch)
@@ -180,6 +226,11 @@ class Distribution(Summary):
     def __init__(self) -> None:
         self._counts = np.zeros(_PATTERNS, dtype=np.int64)  # by bit pattern
         self._dtype: torch.dtype | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """One, whatever is made of it."""
+        return type(self)
 
     def of(self, x: Tensor) -> tuple[np.ndarray, torch.dtype] | None:
         """How often each bit pattern occurs, int64 [65536], and the dtype that the bits are of."""
@@ -239,6 +290,11 @@ class ChannelAmax(Summary):
     def __init__(self) -> None:
         self._amax = torch.zeros(1)
 
+    @property
+    def kind(self) -> Hashable:
+        """One, whatever is made of it."""
+        return type(self)
+
     def of(self, x: Tensor) -> Tensor | None:
         """Float32 [k]."""
         blocks = _blocks(x) if x.device.type == "cpu" else [x]
@@ -268,6 +324,11 @@ class ChannelSquare(Summary):
     def __init__(self) -> None:
         self._sum = torch.zeros(1, dtype=torch.float64)
         self._tokens = 0
+
+    @property
+    def kind(self) -> Hashable:
+        """One, whatever is made of it."""
+        return type(self)
 
     def of(self, x: Tensor) -> tuple[Tensor, int] | None:
         """The sum of squares, float64 [k], and the number of tokens."""
