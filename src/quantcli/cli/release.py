@@ -105,7 +105,7 @@ def show_plan(out: Output, release: Release) -> None:
     """Print the plan: a line for each checkpoint, and what all of them cost."""
     out.table(_COLUMNS, [_row(member) for member in release.members], {"weights", "coverage"})
     out.line()
-    jobs = [member.job for member in release.wanted]
+    jobs = [member.job for member in release.missing]
     before = decimal(release.checkpoint.nbytes)
     reads = f"reads        {before} of weights" + (", once for all of them" if jobs[1:] else "")
     out.line(reads if jobs else "writes       nothing: no checkpoint is missing")

@@ -36,7 +36,7 @@ class SharedBlocks:
         self._limit = limit
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
         self._lock = threading.Lock()
-        self._held = 0  # bytes of blocks that are ready
+        self._nbytes = 0  # bytes of blocks that are ready
         self.fetched = 0  # bytes that were read from the source
 
     def read(self, stored: StoredTensor, offset: int, into: memoryview, fetch: Fetch) -> None:
@@ -100,7 +100,7 @@ class SharedBlocks:
             block.data = memory[number * BLOCK : (number + 1) * BLOCK]
         with self._lock:
             self.fetched += len(memory)
-            self._held += len(memory)
+            self._nbytes += len(memory)
             self._evict()
         for block in blocks:
             block.ready.set()
@@ -108,10 +108,10 @@ class SharedBlocks:
     def _evict(self) -> None:
         """Let go of the blocks that were not used for longest."""
         for key, block in [*self._blocks.items()]:
-            if self._held <= self._limit:
+            if self._nbytes <= self._limit:
                 return
             if block.data is not None:
-                self._held -= len(block.data)
+                self._nbytes -= len(block.data)
                 del self._blocks[key]
 
 

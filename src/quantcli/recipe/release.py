@@ -129,11 +129,11 @@ class WrittenRelease:
     def only(self, names: Collection[str]) -> tuple[ReleaseEntry, ...]:
         """The entries of these names, in the order of the file; all if there are none. InputError for
         a name that no entry has."""
-        known = [entry.name for entry in self.entries]
+        own = [entry.name for entry in self.entries]
         for name in names:
-            if name not in known:
+            if name not in own:
                 what, where = f"no checkpoint is named `{name}`", f"--only {shlex.quote(name)}"
-                raise InputError(what, where=where, fix=one_of(name, known))
+                raise InputError(what, where=where, fix=one_of(name, own))
         return tuple(entry for entry in self.entries if not names or entry.name in names)
 
     def path(self, text: str) -> str:

@@ -100,7 +100,7 @@ def planned(release: Release) -> PlannedRelease:
     return PlannedRelease(
         model=release.model,
         calibration=_folder(release),
-        disk_needed=sum(m.job.nbytes for m in release.wanted if m.job.disk_free is not None),
+        disk_needed=sum(m.job.nbytes for m in release.missing if m.job.disk_free is not None),
         memory_needed=release.memory,
         checkpoints=[_planned(member) for member in release.members],
         notes=list(release.notes),

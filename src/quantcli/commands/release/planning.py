@@ -102,7 +102,7 @@ class Release:
     notes: tuple[str, ...]
 
     @property
-    def wanted(self) -> list[Member]:
+    def missing(self) -> list[Member]:
         """What is to be written, as far as is known."""
         return [member for member in self.members if member.is_wanted]
 
@@ -118,7 +118,7 @@ def plan_release(
 
     release: a file, or a mapping with its content. model: its name, or the checkpoint itself.
     InputError for a release of which one checkpoint could not be written, MachineError if all of them
-    together do not fit the disk. A plan that misses a limit of `expect` is no error: see `Member`.
+    together do not fit the disk. A plan that misses a limit of `expect` is not one of them: see `Member`.
     """
     written = read_release(release)
     entries = written.only(options.only)

@@ -64,7 +64,7 @@ def _with_statistics(
     from quantcli.calibration.resources import Resources
     from quantcli.commands.quantize import check, with_statistics
 
-    sessions = [m.job.session for m in release.wanted if m.job.session is not None]
+    sessions = [m.job.session for m in release.missing if m.job.session is not None]
     if release.joint is not None and any(not session.complete for session in sessions):
         release.joint.run(resources or Resources(), progress)
     outcomes = []
