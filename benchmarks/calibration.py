@@ -49,7 +49,7 @@ def peak(model: Path, out: Path, recipe: str, samples: int, length: int, *option
 def seconds(model: Path, out: Path, recipe: str, samples: int, length: int, workers: int) -> float:
     """Wall time of the replay of all layers, in this process."""
     from quantcli.calibration.session import Resources
-    from quantcli.commands import quantize as commands
+    from quantcli.commands import calibrate as commands
     from quantcli.core.events import Progress
 
     class Clock(Progress):

@@ -222,7 +222,7 @@ def write_model(
                 stream.truncate(stream.tell() + sum(spec.nbytes for spec in group))
                 continue
             for spec in group:
-                left = spec.numel
+                left = spec.nbytes // 2
                 while left:
                     start = int(cuts.integers(len(pool)))
                     values = pool[start : start + left]

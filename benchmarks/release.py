@@ -1,7 +1,7 @@
 """A release of three static recipes against one of them alone: CPU seconds, peak memory, bytes read.
 
-All of them calibrate on the same text. Each run is a process of its own; its CPU seconds are those of all
-its threads, imports included. The weights of a release are compared with those of separate runs.
+All of them calibrate on the same text. Each run is a process of its own; its CPU seconds are those of
+all its threads, imports included. The weights of a release are compared with those of separate runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def release(
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--layers", type=int, default=0, help="of a random Llama; 0: the bundled model")
+    options.add_argument(
+        "--layers", type=int, default=0, help="of a random Llama; 0: the bundled model"
+    )
     options.add_argument("--hidden", type=int, default=1024)
     options.add_argument("--samples", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
@@ -58,7 +60,10 @@ def main() -> None:
         print(f"{recipe:<18} {used.cpu:7.1f} s of CPU, {used.peak / 2**20:6.0f} MiB", file=sys.stderr)
         same = own == {name: weights[recipe][name] for name in own}
         lines.append(Line(f"weights of {recipe} that differ", float(not same), "", 0))
-    print(f"{'all three':<18} {together.cpu:7.1f} s of CPU, {together.peak / 2**20:6.0f} MiB", file=sys.stderr)
+    print(
+        f"{'all three':<18} {together.cpu:7.1f} s of CPU, {together.peak / 2**20:6.0f} MiB",
+        file=sys.stderr,
+    )
     lines.append(Line("CPU of the release over one recipe's", together.cpu / first.cpu, "x", CPU_BAR))
     lines.append(Line("peak memory over one recipe's", together.peak / first.peak, "x"))
     finish(lines, as_json=args.json)

@@ -60,6 +60,7 @@ class Shelf(Hub):
     role: str = "write"
     name: str = "org"  # of the user
     part_bytes: int | None = None
+    most_commits: float = float("inf")  # further ones fail
     ignored: str = ""  # a file that the repository's .gitignore leaves out
     puts: list[str] = field(default_factory=list)  # hashes of the files that were put whole
     commits_one_by_one: threading.Lock = field(default_factory=threading.Lock)
@@ -258,6 +259,8 @@ class Uploads(Handler):
         root = self._branches(repository)[branch]
         lines = [json.loads(line) for line in body.splitlines()]
         header = lines[0]["value"]
+        if len(self.hub.commits) >= self.hub.most_commits:
+            raise _Refused(500, "out of order")
         if header.get("parentCommit") not in {None, commit_of(root)}:
             raise _Refused(412, "A commit has happened since. Please refresh and try again.")
         for line in lines[1:]:

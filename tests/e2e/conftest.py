@@ -139,11 +139,16 @@ class Box:
         self.recipe.write_text(text)
 
 
+def make_box(root: Path) -> Box:
+    """A model and a recipe in a folder."""
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    return Box(root, make_llama(root / "model"), recipe, root / "out")
+
+
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    return Box(tmp_path, make_llama(tmp_path / "model"), recipe, tmp_path / "out")
+    return make_box(tmp_path)
 
 
 class Killed(BaseException):

@@ -2,14 +2,20 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
+from quantcli.convert.shards import ShardRun
+from quantcli.convert.spread.run import check_spread
+from quantcli.convert.spread.task import check_sources, identities
 from quantcli.core.cluster.actors import ActorLost
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, MachineError
 from tests import ray_work
+from tests.builders import pack
+from tests.e2e.conftest import Box, snapshot
 from tests.unit.core.test_cluster import Calls
 
 LOCAL = Executor("local")
@@ -96,3 +102,69 @@ def test_an_address_where_nothing_answers(monkeypatch):
         connect(Executor("127.0.0.1:1")),
     ):
         pass
+
+
+SHARDED = ("--set", "max_shard=1200")
+ON_RAY = (*SHARDED, "--executor", "ray:local", "--workers", 1)
+
+
+def test_a_conversion_by_tasks_has_the_bytes_of_one_by_threads(cluster, box, monkeypatch):
+    threads = Box(box.root, box.model, box.recipe, box.root / "threads")
+    assert threads.run(*SHARDED).code == 0
+    monkeypatch.chdir(box.root)  # tasks have another working directory
+    relative = Box(box.root, box.model, box.recipe, box.out.relative_to(box.root))
+    result = relative.run(*ON_RAY)
+    assert result.code == 0, result.err
+    assert result.err.count("shard ") == 5
+    assert snapshot(box.out) == snapshot(threads.out)
+
+
+def test_what_an_interrupted_run_of_tasks_leaves_is_used_by_threads(cluster, box, monkeypatch):
+    finished = ShardRun.finished
+
+    def interrupted(run, file, entry):
+        finished(run, file, entry)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardRun, "finished", interrupted)
+        result = box.run(*ON_RAY)
+    assert result.code == 130
+    assert "kept: 1 of 5 shards" in result.err
+    assert cluster.run(ray_work.refuse, [1]) == [1]  # the tasks are gone, the cluster is not
+    result = box.run(*SHARDED, "--json")
+    assert result.json["shards_reused"] == 1
+    threads = Box(box.root, box.model, box.recipe, box.root / "threads")
+    assert threads.run(*SHARDED).code == 0
+    assert snapshot(box.out) == snapshot(threads.out)
+
+
+def test_a_refused_value_is_reported_as_by_threads(cluster, box):
+    weights = box.model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-34:-32] = b"\xc0\x7f"  # NaN at the end of down_proj, before a norm of 16 values
+    weights.write_bytes(content)
+    failed = [box.run("--fresh", *options) for options in (SHARDED, ON_RAY)]
+    errors = [result.err[result.err.index("error: ") :] for result in failed]
+    assert [result.code for result in failed] == [2, 2]
+    assert "weight is nan" in errors[0]
+    assert errors[0] == errors[1]
+
+
+def test_a_source_that_nodes_see_differently_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(pack({}, b"12"))
+    sources = identities([file])
+    check_sources(dict(sources))
+    file.write_bytes(pack({}, b"123"))
+    with pytest.raises(MachineError, match="is another one on a node"):
+        check_sources(dict(sources))
+    file.unlink()
+    with pytest.raises(MachineError, match="cannot be read: No such file"):
+        check_sources(dict(sources))
+
+
+def test_a_model_in_memory_stays_with_threads():
+    checkpoint = SimpleNamespace(in_memory=True)
+    with pytest.raises(InputError, match="in memory"):
+        check_spread(SimpleNamespace(checkpoint=checkpoint))

@@ -40,6 +40,7 @@ def test_device(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
         ("WORKERS", "²", "a number from 1 to 1024"),
         ("WORKERS", "-1", "a number from 1 to 1024"),
         ("DEVICE", "tpu", "cpu, cuda, npu, or one of several, such as cuda:1"),
+        ("EXECUTOR", "dask", "threads, ray, or ray:HOST:PORT"),
         ("CACHE", "cache", "the absolute path of a folder"),
         ("CACHE", __file__, "the absolute path of a folder"),
         ("KERNELS", "of", "on or off"),
@@ -61,7 +62,7 @@ def test_an_unknown_one_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTCLI_WORKER", "7")
     monkeypatch.setenv("QUANTCLI_XYZ", "7")
     result = run_cli("recipes", "--json")
-    known = "QUANTCLI_WORKERS, QUANTCLI_DEVICE, QUANTCLI_CACHE, QUANTCLI_KERNELS"
+    known = "QUANTCLI_WORKERS, QUANTCLI_DEVICE, QUANTCLI_EXECUTOR, QUANTCLI_CACHE, QUANTCLI_KERNELS"
     assert (result.code, result.json["ok"], result.err.splitlines()) == (
         0,
         True,

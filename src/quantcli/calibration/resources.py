@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Limits of a calibration. max_memory: bytes above the imports; None: most that is free."""
+    """Limits of a calibration.
+
+    max_memory: bytes above the imports; None: most that is free.
+    executor:   the cluster that runs what can be spread; None: threads of this process.
+    """
 
     device: str = "cpu"
     workers: int = 1
     max_memory: int | None = None
     trust_remote_code: bool = False
+    executor: Executor | None = None
 
 
 def check_device(name: str) -> None:

@@ -230,6 +230,7 @@ def check_free(folder: Path) -> None:
 
 def load_measured(folder: Path, layers: int) -> Measured:
     """A finished calibration. InputError if a file is missing or damaged."""
+    folder = folder.absolute()  # processes in other folders read it, too
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
     edited, no_tokens = Counter[str](), list[str]()

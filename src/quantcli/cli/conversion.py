@@ -64,10 +64,13 @@ def convert(
 
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
-    if job.disk_free is None:
-        out.line(f"disk         needs none; uploads {decimal(job.nbytes)}")
+    if job.room is None:
+        out.line("disk         needs none")
     else:
-        out.line(f"disk         needs {decimal(job.nbytes)}, {decimal(job.disk_free)} free")
+        needed, free = decimal(job.room.needed), decimal(job.room.free)
+        out.line(f"disk         needs {needed}{job.room.where}, {free} free")
+    if job.out.folder is None:
+        out.line(f"uploads      {decimal(job.nbytes)}")
     workers = count(job.options.workers, "worker")
     out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
     out.line(f"output       {job.out}")

@@ -125,8 +125,7 @@ def after_pack(job: Job[Any], checkpoint: str) -> list[Step]:
 
 
 def _serve(job: Job[Any]) -> list[Step]:
-    commands = job.plan.target.serve(job.plan.served, str(job.out))
-    return [shell(*command.words) for command in commands[:1]]
+    return [shell(*command.words) for command in job.serve[:1]]
 
 
 def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 import typer
 
 from quantcli.cli.terminal.environment import unknown_variables
+from quantcli.core.cluster.executor import THREADS, parse_executor
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads [default: one per core].")]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="WHERE",
+        help="Where to work: threads, ray, or ray:HOST:PORT. `ray` is the cluster of RAY_ADDRESS or of "
+        "this machine, or a new one; --workers are the threads of each task then.",
+    ),
+]
 PlanOnly = Annotated[
     bool,
     typer.Option("--plan", help="Print the plan and stop; exit code 0: the run would be accepted."),
@@ -64,8 +74,11 @@ Report = Annotated[
 ]
 
 
-def resources_of(device: str, workers: int | None, max_memory: str | None, *, trust: bool) -> Resources:
-    """The resources for calibration: --device, --workers, --max-memory and --trust-remote-code."""
+def resources_of(
+    device: str, workers: int | None, max_memory: str | None, executor: str = THREADS, *, trust: bool
+) -> Resources:
+    """The resources for calibration: --device, --workers, --max-memory, --executor and
+    --trust-remote-code."""
     from quantcli.calibration.resources import Resources, check_device
     from quantcli.core.threads import default_workers
     from quantcli.recipe.fields import parse_size
@@ -76,7 +89,7 @@ def resources_of(device: str, workers: int | None, max_memory: str | None, *, tr
         what, where = f"`--max-memory`: {error}", f"--max-memory {max_memory}"
         raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
-    return Resources(device, workers or default_workers(), limit, trust)
+    return Resources(device, workers or default_workers(), limit, trust, parse_executor(executor))
 
 
 Command: TypeAlias = Callable[..., None]

@@ -15,6 +15,7 @@ from quantcli.cli import options
 from quantcli.cli.calibrate import show_experts
 from quantcli.cli.conversion import convert, show_job
 from quantcli.cli.output import Output
+from quantcli.core.cluster.executor import THREADS
 from quantcli.core.text import count
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def quantize(
         ),
     ] = None,
     workers: options.Workers = None,
+    executor: options.Executor = THREADS,
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
@@ -70,7 +72,7 @@ def quantize(
     from quantcli.commands import quantize as commands
     from quantcli.commands.recommend import choose
 
-    resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
+    resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
     with watch(output) as planning:
         chosen = choose(
             recipe,
@@ -85,7 +87,9 @@ def quantize(
             model=model,
             out=out,
             overrides=chosen.overrides,
-            options=jobs.JobOptions(workers, fresh, force, checksum, calibration, part),
+            options=jobs.JobOptions(
+                workers, fresh, force, checksum, calibration, part, resources.executor
+            ),
             progress=planning,
         )
 
@@ -153,6 +157,8 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
         others = f", and {count(plan.sidecars.keys() | plan.copies.keys(), 'file')} without weights"
         out.line(f"{job.part!s:<13}{files}{others if job.part.carries else ''}")
     facts = [] if job.session is None else [f"calibration  {_calibration_text(job)}"]
+    if job.options.executor is not None:
+        facts.append(f"runs on      {job.options.executor}, shard by shard")
     show_job(out, job, *facts)
 
 

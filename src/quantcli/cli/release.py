@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import FAILED, OK, WARNING, Output
+from quantcli.core.cluster.executor import THREADS
 from quantcli.core.errors import QuantError
 from quantcli.core.text import count
 
@@ -59,6 +60,7 @@ def release(
     ] = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
+    executor: options.Executor = THREADS,
     trust_remote_code: options.Trust = False,
     report: Annotated[
         Path | None,
@@ -74,8 +76,10 @@ def release(
     from quantcli.cli.progress import watch
     from quantcli.commands.release import outcome, planning, running
 
-    resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
-    chosen = planning.ReleaseOptions(tuple(only or ()), out, workers, fresh, force, calibration, report)
+    resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
+    chosen = planning.ReleaseOptions(
+        tuple(only or ()), out, workers, fresh, force, calibration, report, resources.executor
+    )
     with watch(output) as progress:
         planned = planning.plan_release(file, model=model, options=chosen, progress=progress)
     output.show(lambda: show_plan(output, planned), on_screen=plan or not output.quiet)
@@ -121,13 +125,13 @@ def show_plan(out: Output, release: Release) -> None:
             out.line(f"resumes      {member.name}: {done} done by an interrupted run")
     if release.joint is not None:
         out.line(f"calibration  {calibration_text(release)}")
-    local = [job for job in jobs if job.disk_free is not None]
-    if local:
-        free = min(job.disk_free for job in local if job.disk_free is not None)
-        needed = sum(job.nbytes for job in local)
+    if rooms := [job.room for job in jobs if job.room is not None]:
+        needed, free = sum(room.needed for room in rooms), min(room.free for room in rooms)
         out.line(f"disk         needs {decimal(needed)}, {decimal(free)} free")
-    if uploads := sum(job.nbytes for job in jobs if job.disk_free is None):
+    if uploads := sum(job.nbytes for job in jobs if job.out.folder is None):
         out.line(f"uploads      {decimal(uploads)}")
+    if jobs and release.options.executor is not None:
+        out.line(f"runs on      {release.options.executor}, shard by shard")
     workers = count(release.options.of_run().workers, "worker")
     if jobs:
         out.line(f"memory       about {decimal(release.memory)} next to torch, with {workers}")
@@ -173,7 +177,7 @@ def calibration_text(release: Release) -> str:
 
 
 def _plan_notes(release: Release) -> list[str]:
-    """Notes of the plans; one that all have is said once."""
+    """Notes of the plans; one that all have is there once."""
     names: dict[str, list[str]] = {}
     for member in release.members:
         for note in member.job.plan.notes:

@@ -44,6 +44,7 @@ from quantcli.commands.results import (
     Verification,
 )
 from quantcli.commands.steps import Job, OnProgress, files_of, planned_of, progress_of
+from quantcli.core.cluster.executor import THREADS, parse_executor
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def quantize(
     checksum:    hash every file for the manifest.
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     part:        "2/3": write only part 2 of 3, for `pack(..., merge=True)`.
+    executor:    "threads" of this process, "ray" or "ray:HOST:PORT": tasks on a cluster, with `workers`
+                 threads each.
     device:      where a calibration computes: cpu, cuda or npu.
     max_memory:  bytes that a calibration may use, or a text such as "8GB".
     trust_remote_code: allow the model's own Python code to run.
@@ -199,6 +202,7 @@ def _plan(
             options["checksum"],
             path_of(options["calibration"]),
             options["part"],
+            parse_executor(options["executor"]),
         ),
         examples=given.examples,
         progress=given.progress,
@@ -219,7 +223,8 @@ def resources_of(options: Mapping[str, Any]) -> Resources:
         fix = 'give bytes, or a text such as "8GB"'
         raise InputError(f"`max_memory`: {error}", where=f"max_memory={limit!r}", fix=fix) from None
     workers = options["workers"] or default_workers()
-    return Resources(options["device"], workers, size, options["trust_remote_code"])
+    executor = parse_executor(options.get("executor", THREADS))
+    return Resources(options["device"], workers, size, options["trust_remote_code"], executor)
 
 
 @takes(Calibrating)

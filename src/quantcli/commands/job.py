@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.hub import HUB_ID, find_model
+from quantcli.checkpoint.hub import HUB_ID, display_name, find_model
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
-    from quantcli.convert.destination import Destination
+    from quantcli.convert.destination import Destination, Room
     from quantcli.convert.execute import RunOptions, Written
     from quantcli.core.events import Progress
     from quantcli.planning.parts import Part
     from quantcli.planning.plan import Plan, Shard, Work
     from quantcli.recipe.written import GivenRecipe, WrittenRecipe
+    from quantcli.targets.serving import ServeCommand
 
 W = TypeVar("W", bound="Work")
+TASK_WORKERS = 4  # threads of a task on a cluster: more of them wait for the hash of its shard
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Job(Generic[W]):
     plan: W
     out: Destination
     options: RunOptions
-    disk_free: int | None  # bytes; None if the output is not on a disk of this machine
+    room: Room | None  # on a disk of this machine; None if none is needed
     memory: int  # bytes above a bare torch import, estimated
     shards_done: int  # whole shards that an interrupted run left
     session: Session | None = None  # the calibration, if the recipe needs one
@@ -48,17 +51,25 @@ class Job(Generic[W]):
         """Bytes of what this job writes, without the manifest."""
         return self.part.nbytes(self.plan) if self.part else self.plan.nbytes
 
+    @property
+    def serve(self) -> tuple[ServeCommand, ...]:
+        """The commands that serve the checkpoint."""
+        commands = self.plan.target.serve(self.plan.served, self.out.served_as)
+        flags = self.out.serve_flags
+        return tuple(replace(command, words=(*command.words, *flags)) for command in commands)
+
 
 @dataclass(frozen=True)
 class JobOptions:
     """How a conversion is to be run.
 
-    workers:     threads; None: one for each core.
+    workers:     threads, on a cluster those of a task; None: one for each core, or a few.
     fresh:       delete what an interrupted run left.
     force:       replace an output that exists.
     checksum:    hash every file for the manifest.
     calibration: the folder of a calibration to use or to make; None: OUT.calibration.
     part:        as in "2/3"; it goes to OUT.part-2-of-3.
+    executor:    the cluster whose nodes write; None: threads of this process.
     """
 
     workers: int | None = None
@@ -67,13 +78,16 @@ class JobOptions:
     checksum: bool = True
     calibration: Path | None = None
     part: str | None = None
+    executor: Executor | None = None
 
     def of_run(self) -> RunOptions:
         """The options of the run itself."""
         from quantcli.convert.execute import RunOptions
 
         workers = self.workers or default_workers()
-        return RunOptions(workers, self.fresh, self.force, self.checksum)
+        if self.executor is not None and self.workers is None:
+            workers = min(workers, TASK_WORKERS)
+        return RunOptions(workers, self.fresh, self.force, self.checksum, executor=self.executor)
 
 
 USUAL = JobOptions()
@@ -94,9 +108,10 @@ def make_job(
     unknown = options.fresh or (session is not None and not session.complete)
     head = None if unknown else run_head(plan, checksum=options.checksum)
     done = out.done(head)
-    free = out.room(part.nbytes(plan) if part else plan.nbytes)
+    shards = [shard.nbytes for shard in (part.shards(plan) if part else plan.shards)]
+    room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
     memory = memory_estimate(plan, options.workers)
-    return Job(plan, out, options, free, memory, done, session, part)
+    return Job(plan, out, options, room, memory, done, session, part)
 
 
 def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> Written[W]:
@@ -121,12 +136,12 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "bytes_after": plan.weight_nbytes,
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
         "files": sorted([*plan.sidecars, *plan.copies]),
-        "disk_needed": 0 if job.disk_free is None else job.nbytes,
-        "disk_free": job.disk_free,
+        "disk_needed": 0 if job.room is None else job.room.needed,
+        "disk_free": None if job.room is None else job.room.free,
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
-        "serve": [command.to_json() for command in plan.target.serve(plan.served, str(job.out))],
+        "serve": [command.to_json() for command in job.serve],
         "notes": list(plan.notes),
     }
 
@@ -137,7 +152,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
 
     plan = job.plan
     return {
-        "model": str(plan.checkpoint.path),
+        "model": display_name(plan.checkpoint.path),
         **job_json(job),
         "rules": [
             {
@@ -240,10 +255,11 @@ def open_both(
 
 
 def open_model(model: str, progress: Progress) -> Checkpoint:
-    """The checkpoint that `model` names: a folder, or a Hub id."""
+    """The checkpoint that `model` names: a folder, a Hub id, or an address."""
     folder = find_model(model, progress)
-    is_id = HUB_ID.fullmatch(model) and folder != Path(model)
-    return replace(open_checkpoint(folder, progress), hub_id=model if is_id else None)
+    name = model.removeprefix("hf://").removesuffix("/")
+    is_id = HUB_ID.fullmatch(name) and folder != Path(model)
+    return replace(open_checkpoint(folder, progress), hub_id=name if is_id else None)
 
 
 def default_name(model: str, recipe: GivenRecipe) -> str:

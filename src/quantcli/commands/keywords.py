@@ -75,6 +75,7 @@ class Planning(TypedDict, total=False):
     checksum: bool
     calibration: PathLike | None
     part: str | None
+    executor: str
     for_: str | None
 
 
@@ -121,7 +122,8 @@ class Verifying(TypedDict, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "for_": None, "device": "cpu", "max_memory": None, "trust_remote_code": False,
+    "part": None, "executor": "threads", "for_": None, "device": "cpu", "max_memory": None,
+    "trust_remote_code": False,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from quantcli.commands.job import (
     run_job,
     to_json,
 )
+from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
 
@@ -53,6 +54,7 @@ def plan(
     in place of what the recipe names. out: a folder, or a URL as text.
     """
     from quantcli.convert.destination import destination_of
+    from quantcli.convert.spread.run import check_spread
     from quantcli.planning.parts import parse_part
     from quantcli.recipe.written import name_of
 
@@ -97,6 +99,8 @@ def plan(
             where=f"{option}{value}",
             fix=f"leave {option} out",
         )
+    if options.executor is not None:
+        check_spread(plan)
     job = make_job(plan, place, options.of_run(), session, share)
     from quantcli.commands.explain import explain_job, explain_plan, explain_session
 
@@ -144,10 +148,11 @@ def quantize(
     Interrupted, the same job continues where it stopped.
     """
     check(job)
-    if job.session is not None and not job.session.complete:
-        job = calibrated(job, resources, progress)
-        check(job)
-    return run_job(job, progress)
+    with connected(job.options.executor, progress or SILENT):
+        if job.session is not None and not job.session.complete:
+            job = calibrated(job, resources, progress)
+            check(job)
+        return run_job(job, progress)
 
 
 def calibrated(

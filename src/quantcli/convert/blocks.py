@@ -63,10 +63,18 @@ class SharedBlocks:
             into[place - offset : place - offset + len(piece)] = piece
             place += len(piece)
 
-    def holds(self, stored: StoredTensor, offset: int) -> bool:
-        """Whether a byte of a stored tensor is here, or is being read."""
+    def unread(self, stored: StoredTensor, begin: int, end: int) -> tuple[int, int]:
+        """The blocks with bytes [begin, end) of a stored tensor, without those at both ends that are
+        here or are being read: their first byte, and the one behind their last."""
+        if stored.file not in self._files:
+            return begin, end
+        first, last = begin // BLOCK, -(-end // BLOCK)
         with self._lock:
-            return _key(stored, offset // BLOCK) in self._blocks
+            while first < last and _key(stored, first) in self._blocks:
+                first += 1
+            while first < last and _key(stored, last - 1) in self._blocks:
+                last -= 1
+        return first * BLOCK, min(last * BLOCK, stored.spec.nbytes)
 
     def _claim(self, stored: StoredTensor, number: int, last: int) -> tuple[_Block, list[_Block]]:
         """A block, and those from it on that this thread must read: none if it is here already."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.errors import InputError
+from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
     from typing import Self
@@ -43,6 +45,10 @@ def destination_of(out: str | Path) -> Destination:
         from quantcli.convert.folder import LocalFolder
 
         return LocalFolder(Path(out))
+    if scheme == "hf":
+        from quantcli.convert.hub import HubRepository
+
+        return HubRepository(str(out))
     raise InputError(
         f"nothing can be written to {scheme}://",
         where=f"--out {out}",
@@ -58,12 +64,23 @@ class Start:
     files: the names of all files that will be written, without the journal.
     fresh: delete first what an interrupted run left.
     force: replace a checkpoint that is there.
+    progress: hears of the place, such as of a server that is busy.
     """
 
     head: dict[str, Any]
     files: Collection[str]
     fresh: bool = False
     force: bool = False
+    progress: Progress = SILENT
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a checkpoint needs of a disk of this machine, in bytes. where: the end of a sentence."""
+
+    needed: int
+    free: int
+    where: str = ""
 
 
 class Destination(ABC):
@@ -83,6 +100,16 @@ class Destination(ABC):
     def value(self) -> Path | str:
         """The place as Python callers get it: a path, or a URL."""
         return self.folder or str(self)
+
+    @property
+    def served_as(self) -> str:
+        """The place as an engine takes it."""
+        return str(self)
+
+    @property
+    def serve_flags(self) -> tuple[str, ...]:
+        """What an engine must be given next to it."""
+        return ()
 
     @property
     @abstractmethod
@@ -125,9 +152,12 @@ class Destination(ABC):
         """
 
     @abstractmethod
-    def room(self, nbytes: int) -> int | None:
-        """The free bytes of the local disk that the place is on; None if it is on none. MachineError if
-        they are fewer than `nbytes`."""
+    def room(self, shards: Sequence[int], others: int) -> Room | None:
+        """What a checkpoint needs of a local disk; None if it needs none. MachineError if that is not
+        there.
+
+        shards: the bytes of each. others: those of all other files.
+        """
 
     @abstractmethod
     def done(self, head: dict[str, Any] | None) -> int:
@@ -153,7 +183,7 @@ class Destination(ABC):
 class ShardSink(ABC):
     """Takes the shards of a draft. It can be pickled: workers in other processes write with it."""
 
-    #: shards under way at a time, at most
+    #: shards at a time: with jobs that nobody has taken, at most; if it is 1, in all
     most_shards: int
 
     @abstractmethod
@@ -163,6 +193,21 @@ class ShardSink(ABC):
     @abstractmethod
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> TensorWriter:
         """A writer of a whole shard; its `finish` makes the shard durable, and gives its entry."""
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[ShardSink]:
+        """The sink for one attempt to write a shard. Others may be under way: those of processes that
+        nobody waits for any more."""
+        yield self
+
+    def on_all(self) -> ShardSink:
+        """The sink for processes on other machines."""
+        return self
+
+    @property
+    def shared(self) -> Path | None:
+        """The folder that all machines must share, if it is one."""
+        return None
 
 
 class Draft(ABC):

@@ -12,7 +12,9 @@ from quantcli.checkpoint.files import MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.shards import ShardRun
+from quantcli.convert.spread.run import Spread, write_spread
 from quantcli.convert.together import write_together
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.kernels.machine import announced, problem
@@ -33,6 +35,7 @@ class RunOptions:
     force:          replace an output that exists.
     checksum:       hash every file for the manifest.
     block_elements: elements of a row block; None: see `elements_of`.
+    executor:       the cluster whose nodes write shards; None: threads of this process do.
     """
 
     workers: int
@@ -40,6 +43,7 @@ class RunOptions:
     force: bool = False
     checksum: bool = True
     block_elements: int | None = None
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,26 +119,26 @@ def execute_all(
     """
     results: dict[int, Written[W] | QuantError] = {}
     with ExitStack() as drafts:
-        runs: dict[int, ShardRun] = {}
+        runs: dict[int, tuple[Order[W], ShardRun, Draft]] = {}
         for number, order in enumerate(orders):
             try:
-                draft = drafts.enter_context(_begin(order, options))
+                draft = drafts.enter_context(_begin(order, options, progress))
             except QuantError as refusal:
                 results[number] = refusal
                 continue
             label = f"{order.name}/" if order.name else ""
-            runs[number] = ShardRun(order.plan, order.shards, draft, progress, options, label)
-        with thread_pool(options.workers) as pool, announced(progress.say):
-            errors = write_together([*runs.values()], pool, options.workers, progress)
-        for (number, run), error in zip(runs.items(), errors, strict=True):
-            results[number] = error or _finished(orders[number], run, options)
-            if isinstance(error, InputError) and orders[number].final:
+            how = options.checksum, options.block_elements, label
+            runs[number] = order, ShardRun(order.plan.target, draft, progress, *how), draft
+        errors = _write([(order, run) for order, run, _ in runs.values()], options, progress)
+        for (number, (order, run, draft)), error in zip(runs.items(), errors, strict=True):
+            results[number] = error or _finished(order, run, draft, options)
+            if isinstance(error, InputError) and order.final:
                 with suppress(QuantError):  # the error that is reported is the refusal
-                    run.draft.discard()
+                    draft.discard()
     return [results[number] for number in range(len(orders))]
 
 
-def _begin(order: Order[Any], options: RunOptions) -> Draft:
+def _begin(order: Order[Any], options: RunOptions, progress: Progress) -> Draft:
     """Open the draft of an order. InputError for a plan that still needs data."""
     plan = order.plan
     if isinstance(plan, Plan) and plan.needs_data:
@@ -145,20 +149,43 @@ def _begin(order: Order[Any], options: RunOptions) -> Draft:
         )
     head = run_head(plan, checksum=options.checksum)
     files = planned_files(plan, order.part)
-    return order.out.begin(Start(head, files, options.fresh, options.force))
+    return order.out.begin(Start(head, files, options.fresh, options.force, progress))
 
 
-def _finished(order: Order[W], run: ShardRun, options: RunOptions) -> Written[W] | QuantError:
-    """The finished checkpoint, whose shards are all there."""
+def _write(
+    orders: Sequence[tuple[Order[W], ShardRun]], options: RunOptions, progress: Progress
+) -> list[QuantError | None]:
+    """Write the shards of all orders. Gives the error of each."""
+    if options.executor is not None:
+        return [_spread(order, run, options.executor, options.workers) for order, run in orders]
+    source = {stored.file for order, _ in orders for stored in order.plan.checkpoint.on_disk.values()}
+    work = [(run, order.shards) for order, run in orders]
+    with thread_pool(options.workers) as pool, announced(progress.say):
+        return write_together(work, source, pool, options.workers, progress)
+
+
+def _spread(order: Order[W], run: ShardRun, executor: Executor, workers: int) -> QuantError | None:
+    """Write the shards of an order on a cluster."""
     try:
-        return _finish(order, run, options)
+        write_spread(run, order.plan, order.shards, Spread(executor, workers))
+    except QuantError as error:
+        return error
+    return None
+
+
+def _finished(
+    order: Order[W], run: ShardRun, draft: Draft, options: RunOptions
+) -> Written[W] | QuantError:
+    """The finished checkpoint, whose shards are all there; or the error."""
+    try:
+        return _finish(order, run, draft, options)
     except QuantError as error:
         return error
 
 
-def _finish(order: Order[W], run: ShardRun, options: RunOptions) -> Written[W]:
+def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -> Written[W]:
     """Write all but the shards, and publish the draft."""
-    plan, draft, files, checksum = order.plan, run.draft, run.files, options.checksum
+    plan, files, checksum = order.plan, run.files, options.checksum
     if order.part is None or order.part.carries:
         for name, content in plan.sidecars.items():
             files[name] = draft.put(name, content, checksum=checksum)

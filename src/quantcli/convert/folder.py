@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.files import JOURNAL
 from quantcli.checkpoint.manifest import read_manifest
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.convert.destination import Destination, Draft, Entry, ShardSink, Start
+from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
 from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
@@ -93,9 +97,10 @@ class LocalFolder(Destination):
         """InputError or MachineError for a folder that the run could not or must not write."""
         check_destination(self.path, model, force=force, what=what)
 
-    def room(self, nbytes: int) -> int:
-        """The free bytes of the disk. MachineError if they are fewer than `nbytes`."""
-        return check_space(self.path, nbytes)
+    def room(self, shards: Sequence[int], others: int) -> Room:
+        """All files, and the free bytes of the disk. MachineError if they are too few."""
+        nbytes = sum(shards) + others
+        return Room(nbytes, check_space(self.path, nbytes))
 
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of whole shards in OUT.partial. Raises what `check_folder` raises."""
@@ -137,6 +142,29 @@ class FolderSink(ShardSink):
             by_columns=shard.by_columns,
             checksum=checksum,
         )
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[FolderSink]:
+        """A folder for this attempt alone. Those of others are deleted: nobody needs them."""
+        with disk_errors(self.folder):
+            for other in self.folder.glob(f".{glob.escape(file)}.*"):
+                shutil.rmtree(other, ignore_errors=True)
+            own = self.folder / f".{file}.{secrets.token_hex(4)}"
+            own.mkdir()
+        yield FolderSink(own)
+        with disk_errors(own):
+            (own / file).rename(self.folder / file)
+            sync_folder(self.folder)
+            own.rmdir()
+
+    def on_all(self) -> FolderSink:
+        """The same folder from its root: other processes work elsewhere."""
+        return FolderSink(self.folder.resolve())
+
+    @property
+    def shared(self) -> Path:
+        """The folder."""
+        return self.folder
 
 
 class FolderDraft(Draft):

@@ -25,10 +25,11 @@ _DONE = {"shard", "nbytes", "sha256"}
 
 @dataclass(frozen=True)
 class DoneShard:
-    """A shard that an earlier run finished. `sha256` is None where hashing was off."""
+    """A shard that an earlier run finished. A hash is None if it was not computed, or not kept."""
 
     nbytes: int
     sha256: str | None
+    blake3: str | None = None
 
 
 class Journal:
@@ -50,8 +51,8 @@ class Journal:
         try:
             lock(self._fd, folder)
             lines, nbytes = _lines(self.path)
-            _check_head(lines, head, folder)  # again: what was there before the lock may be gone
-            self.done = {line["shard"]: DoneShard(line["nbytes"], line["sha256"]) for line in lines[1:]}
+            check_head(lines, head, str(folder))  # again: what was there before the lock may be gone
+            self.done = done_shards(lines)
             with disk_errors(self.path):
                 os.ftruncate(self._fd, nbytes)  # a new line must not join one that was cut off
             if not lines:
@@ -100,7 +101,7 @@ def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
     if head is None:
         return 0
     lines, _ = _lines(journal)
-    _check_head(lines, head, folder)
+    check_head(lines, head, str(folder))
     return max(0, len(lines) - 1)
 
 
@@ -139,33 +140,45 @@ def _check_ours(folder: Path) -> None:
         )
 
 
-def _check_head(lines: list[dict[str, Any]], head: dict[str, Any], folder: Path) -> None:
+def check_head(lines: list[dict[str, Any]], head: dict[str, Any], where: str) -> None:
+    """InputError if the lines of a journal are those of a run with another head."""
     if lines and lines[0] != head:
         changed = next(key for key in ("source", "plan", "checksum") if lines[0][key] != head[key])
         source = "set of parts" if "parts" in head["source"] else "model"
         words = {"source": source, "plan": "recipe or version", "checksum": "option --checksum"}
         raise InputError(
-            f"folder holds the unfinished work of another run: the {words[changed]} has changed since",
-            where=str(folder),
+            f"place holds the unfinished work of another run: the {words[changed]} has changed since",
+            where=where,
             fix=_FRESH,
         )
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def done_shards(lines: list[dict[str, Any]]) -> dict[str, DoneShard]:
+    """The shards that the lines of a journal list."""
+    return {
+        line["shard"]: DoneShard(line["nbytes"], line["sha256"], line.get("blake3"))
+        for line in lines[1:]
+    }
+
+
+def parse_journal(raw: bytes) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a journal, and how many bytes they take."""
     lines: list[dict[str, Any]] = []
     nbytes = 0
-    with disk_errors(path):
-        raw = path.read_bytes()
     for line in raw.splitlines(keepends=True):
         try:
             value = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, dict) or value.keys() != (_DONE if lines else _HEAD):
+        if not isinstance(value, dict) or value.keys() - {"blake3"} != (_DONE if lines else _HEAD):
             break
         if lines and not isinstance(value["shard"], str):
             break
         lines.append(value)
         nbytes += len(line)
     return lines, nbytes
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    with disk_errors(path):
+        return parse_journal(path.read_bytes())

@@ -80,7 +80,7 @@ def plan_merge(
     out.done(None if fresh else merge.head)
     shards = merge.parts[0].whole["shards"]
     copied = {n: entry for n, entry in merge.files.items() if not linked or n not in shards}
-    out.room(sum(entry["bytes"] for entry in copied.values()))
+    out.room([entry["bytes"] for entry in copied.values()], 0)
     return merge
 
 
@@ -92,7 +92,9 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
     from quantcli.convert.execute import Written, listing
 
     whole = job.parts[0].whole
-    with job.out.begin(Start(job.head, [*job.files, MANIFEST], job.fresh, job.force)) as draft:
+    with job.out.begin(
+        Start(job.head, [*job.files, MANIFEST], job.fresh, job.force, progress)
+    ) as draft:
         run = _Gather(job, draft, progress)
         work = [(part, name) for part in job.parts for name in part.files]
         progress.begin(job.nbytes, len(whole["shards"]))

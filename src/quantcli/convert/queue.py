@@ -16,7 +16,7 @@ from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
 
-_WORTH_ADVICE = 64 * 1024  # bytes
+_MOST_SHARDS = 8  # with jobs that nobody has taken
 
 
 class OpenShard:
@@ -94,22 +94,29 @@ class JobQueue:
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
         self._end = float("inf")  # jobs from this number on are in vain
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
 
-    def take(self) -> Task | None:
-        """The next job; None if there is none left, or none before one that failed."""
+    def take(self, *, wait: bool = True) -> Task | None:
+        """The next job; None if there is none left, or none before one that failed.
+
+        wait: until the next shard may be opened; without it the answer is None then, too.
+        """
         with self._lock:
-            ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
-            shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
-            if shard is None:
-                shard = self._opened() or (ready[0] if ready else None)
-            if shard is None:
-                return None
+            while (shard := self._choose()) is None:
+                if self.is_over or not wait:
+                    return None
+                self._lock.wait()
             number, job = shard.number, shard.take()
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
             return Task(number, shard, job, tuple(job for job in later if job is not None))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no job will be handed out any more, if none can be at this moment."""
+        with self._lock:
+            return not self._open or not self._shards or self._next >= self._end
 
     @property
     def position(self) -> float:
@@ -120,11 +127,15 @@ class JobQueue:
                     return self._begins.get(shard.shard.file, 0) + shard.taken
             return self._begins.get(self._shards[0].file, 0) if self._shards else float("inf")
 
+    def _choose(self) -> OpenShard | None:
+        """The shard of the next job."""
+        ready = [shard for shard in self._open if shard.jobs and shard.number < self._end]
+        shard = next((s for s in ready if s.writer.backlog <= 2 * self._workers), None)
+        return shard or self._opened() or (ready[0] if ready else None)
+
     def _opened(self) -> OpenShard | None:
         """The next shard, if there is one and not too many are under way."""
-        most = max(2, min(self._workers, self._sink.most_shards))
-        waiting = sum(1 for shard in self._open if shard.jobs)
-        if not self._shards or waiting >= most or self._next >= self._end:
+        if not self._shards or self._is_full() or self._next >= self._end:
             return None
         try:
             shard = OpenShard(self._shards.popleft(), self._next, self._writer_of)
@@ -134,6 +145,13 @@ class JobQueue:
         self._next += shard.count
         self._open.append(shard)
         return shard
+
+    def _is_full(self) -> bool:
+        """Whether no further shard may be under way."""
+        if self._sink.most_shards == 1:
+            return bool(self._open)
+        most = max(2, min(self._workers, self._sink.most_shards))
+        return sum(1 for shard in self._open if shard.jobs) >= most
 
     def _writer_of(self, shard: Shard) -> TensorWriter:
         return self._sink.writer(shard, self._buffers, checksum=self._checksum)
@@ -152,6 +170,7 @@ class JobQueue:
         """A shard has its name."""
         with self._lock:
             self._open.remove(shard)
+            self._lock.notify_all()
 
     def fail(self, task: Task, error: BaseException) -> None:
         """A job failed: jobs after it are not handed out any more. Those before it are, so that a run
@@ -162,6 +181,13 @@ class JobQueue:
     def _note(self, number: int, error: BaseException) -> None:
         self._errors[number] = error
         self._end = min(self._errors)
+        self._lock.notify_all()
+
+    def stop(self) -> None:
+        """Hand out no further job."""
+        with self._lock:
+            self._end = -1
+            self._lock.notify_all()
 
     @property
     def error(self) -> BaseException | None:
@@ -181,9 +207,8 @@ def buffer_count(workers: int) -> int:
 
 
 def read_ahead(job: Job) -> None:
-    """Ask the kernel to read the source of a job that comes soon, while others compute."""
+    """Have the source of a job that comes soon read, while others compute."""
     item = job.item
     for stored in item.source.parts:
         begin, end = (stored.nbytes * row // item.height for row in (job.start, job.stop))
-        if end - begin >= _WORTH_ADVICE:
-            will_read(stored, begin, end)
+        will_read(stored, begin, end)

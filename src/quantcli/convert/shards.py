@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import TensorWriter
-from quantcli.convert.destination import Draft, Entry
-from quantcli.convert.queue import JobQueue, OpenShard, Task, buffer_count, read_ahead
+from quantcli.convert.destination import Entry, ShardSink
+from quantcli.convert.queue import JobQueue, Task, buffer_count, read_ahead
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.kernels.machine import available
+from quantcli.core.text import count
 from quantcli.planning.block import (
     BLOCK_ELEMENTS,
     COMPILED,
@@ -26,10 +27,8 @@ from quantcli.planning.block import (
     rows_of_job,
 )
 from quantcli.planning.plan import Item, Quantize, Repack, Shard, Work
+from quantcli.targets.base import Target
 from quantcli.targets.layouts import Output
-
-if TYPE_CHECKING:
-    from quantcli.convert.execute import RunOptions
 
 _BASE = 24 * 2**20  # bytes that a nearly empty conversion takes: other imports, the plan
 _COMPILER = 52 * 2**20  # bytes of the library that loads kernels
@@ -110,78 +109,106 @@ def _write(rows: Computed, writer: TensorWriter, columns: _Columns) -> None:
             writer.write(output.spec.name, first * output.spec.row_nbytes, tensor_bytes(tensor))
 
 
+class Keeper(Protocol):
+    """What a run needs of a draft: see `Draft`."""
+
+    sink: ShardSink
+
+    @property
+    def done(self) -> int:
+        """Number of files that are whole."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+
+    def reuse(self, name: str, nbytes: int, *, checksum: bool) -> Entry | str | None:
+        """The entry of a file of an earlier run; why it cannot be used; None if there is none."""
+
+    def record(self, name: str, entry: Entry) -> None:
+        """Note that a file is whole."""
+
+
 class ShardRun:
-    """The shards of one plan: those that are there, and a queue of the jobs of those that are not.
+    """The shards of one plan: those that are there, and the jobs of those that are not.
 
     label: before the names of its files in messages.
     """
 
     def __init__(
         self,
-        plan: Work,
-        shards: Sequence[Shard],
-        draft: Draft,
+        target: Target,
+        draft: Keeper,
         progress: Progress,
-        options: RunOptions,
+        checksum: bool,
+        block_elements: int | None,
         label: str = "",
     ) -> None:
-        self.plan = plan
-        self.shards = shards
+        self.target = target
         self.draft = draft
         self.progress = progress
-        self.options = options
+        self.checksum = checksum
+        self.block_elements = block_elements
         self.label = label
         self.files: dict[str, Entry] = {}
-        self.reused = 0
         self.missing: list[Shard] = []
+        self.reused = self.count = 0
+        self.keeps = self._keeps  # says what is there if the run ends now
+        self._begins: dict[str, int] = {}
 
-    def find(self) -> int:
-        """Take over what an earlier run finished; `missing` is the rest. Returns bytes of the source
-        that are still to be read."""
-        self.missing = [shard for shard in self.shards if not self._reuse(shard)]
-        return sum(item.source.nbytes for shard in self.missing for item in shard.items)
+    def find(self, shards: Sequence[Shard]) -> int:
+        """Begin with those of its shards that an earlier run finished; `missing` are the others.
+        Returns the bytes of the source that are still to be read."""
+        self.count, begin = len(shards), 0
+        for shard in shards:
+            self._begins[shard.file] = begin
+            begin += _source_nbytes(shard)
+        self.missing = [shard for shard in shards if not self._reuse(shard)]
+        return sum(map(_source_nbytes, self.missing))
 
-    def open(self, workers: int) -> JobQueue:
-        """The queue of the jobs of missing shards. workers: those that serve this plan, on average."""
-        begins, begin = {}, 0
-        for shard in self.shards:
-            begins[shard.file] = begin
-            begin += sum(item.source.nbytes for item in shard.items)
-        checksum = self.options.checksum
-        return JobQueue(self.missing, self.draft.sink, workers, checksum=checksum, begins=begins)
+    @property
+    def done(self) -> int:
+        """Number of shards that are whole."""
+        return len(self.files) or self.draft.done
 
-    def work(self, queue: JobQueue, task: Task, surveys: Surveys, stop: threading.Event) -> bool:
-        """Do a job. Whether it completed a shard."""
+    def finished(self, file: str, entry: Entry) -> None:
+        """A shard is whole: note it."""
+        self.draft.record(file, entry)
+        self.files[file] = entry
+        self.keeps()
+        self.progress.shard(self.label + file, entry["bytes"], reused=False)
+
+    def _keeps(self) -> None:
+        self.progress.keeps(f"{self.done} of {count(self.count, 'shard')} in {self.draft.place}")
+
+    def queue(self, workers: int) -> JobQueue:
+        """The jobs of missing shards. workers: those that are at this plan at a time, on average."""
+        sink, checksum = self.draft.sink, self.checksum
+        return JobQueue(self.missing, sink, workers, checksum=checksum, begins=self._begins)
+
+    def work(self, queue: JobQueue, task: Task, surveys: Surveys, stop: threading.Event) -> None:
+        """Do a job, unless `stop` is set."""
         open_shard, job = task.shard, task.job
         if job is not None:
             for later in task.later:
                 read_ahead(later)
             calibrated = read_calibrated(job.item, surveys)
             columns = _Columns(job)
-            for rows in compute(job, self.plan.target, calibrated, self.options.block_elements):
+            for rows in compute(job, self.target, calibrated, self.block_elements):
                 if stop.is_set() or queue.is_in_vain(task):
-                    return False
+                    return
                 _write(rows, open_shard.writer, columns)
                 self.progress.advance(rows.nbytes)
                 del rows  # its memory is that of the next block
             columns.write(open_shard.writer)
         # whoever does the last job of a shard finishes it at once
-        if not queue.done(task) or stop.is_set():
-            return False
-        self._finish(open_shard)
-        queue.finished(open_shard)
-        return True
-
-    def _finish(self, open_shard: OpenShard) -> None:
-        writer, file = open_shard.writer, open_shard.shard.file
-        entry = writer.finish()
-        self.draft.record(file, entry)
-        self.files[file] = entry
-        self.progress.shard(self.label + file, writer.nbytes, reused=False)
+        if queue.done(task) and not stop.is_set():
+            self.finished(open_shard.shard.file, open_shard.writer.finish())
+            queue.finished(open_shard)
 
     def _reuse(self, shard: Shard) -> bool:
         """Whether an earlier run finished this shard and it has not changed since."""
-        entry = self.draft.reuse(shard.file, shard.nbytes, checksum=self.options.checksum)
+        entry = self.draft.reuse(shard.file, shard.nbytes, checksum=self.checksum)
         if entry is None:
             return False
         if isinstance(entry, str):
@@ -191,3 +218,7 @@ class ShardRun:
         self.reused += 1
         self.progress.shard(self.label + shard.file, shard.nbytes, reused=True)
         return True
+
+
+def _source_nbytes(shard: Shard) -> int:
+    return sum(item.source.nbytes for item in shard.items)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 from quantcli.checkpoint.tensors import reading_through
 from quantcli.convert.blocks import BLOCK, SharedBlocks
@@ -15,79 +17,98 @@ from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.text import count, size
 from quantcli.planning.block import JOB_BYTES, Surveys
-from quantcli.planning.plan import Work
+from quantcli.planning.plan import Shard, Work
+
+
+def begin_together(work: Sequence[tuple[ShardRun, Sequence[Shard]]], progress: Progress) -> None:
+    """Find what earlier runs have left of the shards of each run, and say what is to be done."""
+    runs = [run for run, _ in work]
+    if len(runs) > 1:
+        for run in runs:
+            run.keeps = partial(_keeps, runs, progress)
+    for run, shards in work:
+        run.count = len(shards)
+    for run in runs[:1]:
+        run.keeps()
+    nbytes = sum(run.find(shards) for run, shards in work)
+    progress.begin(nbytes, sum(len(run.missing) for run in runs))
+
+
+def _keeps(runs: Sequence[ShardRun], progress: Progress) -> None:
+    """Say what is there if several runs end now."""
+    done, of = sum(run.done for run in runs), sum(run.count for run in runs)
+    progress.keeps(f"{done} of {count(of, 'shard')} of {len(runs)} checkpoints")
 
 
 def write_together(
-    runs: Sequence[ShardRun], pool: ThreadPoolExecutor, workers: int, progress: Progress
+    work: Sequence[tuple[ShardRun, Sequence[Shard]]],
+    source: Collection[Path],
+    pool: ThreadPoolExecutor,
+    workers: int,
+    progress: Progress,
 ) -> list[QuantError | None]:
     """Write the shards of each run that are not there yet. Gives the first error of each run.
 
-    Each worker takes the next job of the plan that is least far in the source. A few shards of a plan
-    are under way at a time: no worker waits for the last job of a shard.
+    source: the files of the model, which all plans read. Each worker takes the next job of the plan
+    that is least far in them. A few shards of a plan are under way at a time: no worker waits for the
+    last job of a shard.
     """
-    together = _Together(runs, workers, progress)
+    begin_together(work, progress)
+    together = _Together([run for run, _ in work], source, workers)
     try:
         for worker in [pool.submit(together.serve) for _ in range(workers)]:
             worker.result()
     except BaseException:
-        together.stop.set()
+        together.stop()
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:
         together.close()
+    if together.blocks is not None:
+        fetched = size(together.blocks.fetched)
+        progress.detail(f"{fetched} of the model were read for {len(work)} checkpoints")
     return together.errors()
 
 
 class _Together:
     """What threads share while they write the shards of several plans."""
 
-    def __init__(self, runs: Sequence[ShardRun], workers: int, progress: Progress) -> None:
+    def __init__(self, runs: Sequence[ShardRun], source: Collection[Path], workers: int) -> None:
         self._runs = runs
-        self._progress = progress
-        self._count = sum(len(run.shards) for run in runs)
-        self.stop = threading.Event()
-        self._surveys = Surveys()
-        self._lock = threading.Lock()
-        self._keeps(sum(run.draft.done for run in runs))
-        nbytes = [run.find() for run in runs]
-        progress.begin(sum(nbytes), sum(len(run.missing) for run in runs))
         self._busy = [run for run in runs if run.missing]
-        self._blocks: SharedBlocks | None = None
-        if len(self._busy) > 1:
-            stored = self._busy[0].plan.checkpoint.on_disk.values()
-            limit = shared_nbytes(workers, len(self._busy))
-            self._blocks = SharedBlocks({tensor.file for tensor in stored}, limit)
-        share = -(-workers // max(1, len(self._busy)))
-        self._queues: dict[ShardRun, JobQueue] = {run: run.open(share) for run in self._busy}
+        self._lock = threading.Lock()
+        self._surveys = Surveys()
+        self.stopped = threading.Event()
+        plans = len(self._busy)
+        self.blocks = SharedBlocks(source, shared_nbytes(workers, plans)) if plans > 1 else None
+        share = -(-workers // max(1, plans))
+        self._queues: dict[ShardRun, JobQueue] = {run: run.queue(share) for run in self._busy}
 
     def serve(self) -> None:
         """Do jobs until none is left."""
-        with reading_through(self._blocks):
-            while not self.stop.is_set() and (taken := self._take()) is not None:
+        with reading_through(self.blocks):
+            while not self.stopped.is_set() and (taken := self._take()) is not None:
                 run, task = taken
+                queue = self._queues[run]
                 try:
-                    if run.work(self._queues[run], task, self._surveys, self.stop):
-                        self._keeps(sum(len(each.files) for each in self._runs))
+                    run.work(queue, task, self._surveys, self.stopped)
                 except BaseException as error:
-                    self._queues[run].fail(task, error)
+                    queue.fail(task, error)
 
     def _take(self) -> tuple[ShardRun, Task] | None:
-        """The next job of the plan that is least far in the source; None if there is none."""
-        with self._lock:
-            while self._busy:
-                run = min(self._busy, key=lambda each: self._queues[each].position)
-                task = self._queues[run].take()
-                if task is not None:
-                    return run, task
-                self._busy.remove(run)
-        return None
-
-    def _keeps(self, done: int) -> None:
-        """What is there if the run ends now."""
-        places = [run.draft.place for run in self._runs]
-        where = f"in {places[0]}" if len(places) == 1 else f"of {len(places)} checkpoints"
-        self._progress.keeps(f"{done} of {count(self._count, 'shard')} {where}")
+        """The next job of the plan that is least far in the source; None if there is none left."""
+        while True:
+            with self._lock:
+                for run in sorted(self._busy, key=lambda each: self._queues[each].position):
+                    if (task := self._queues[run].take(wait=False)) is not None:
+                        return run, task
+                    if self._queues[run].is_over:
+                        self._busy.remove(run)
+                if not self._busy:
+                    return None
+                waiting = self._busy[0]  # all that is left waits until a shard is complete
+            if (task := self._queues[waiting].take()) is not None:
+                return waiting, task
 
     def errors(self) -> list[QuantError | None]:
         """The first error of each run. Raises one that is a bug."""
@@ -97,12 +118,13 @@ class _Together:
             if error is not None and not isinstance(error, QuantError):
                 raise error
             errors.append(error)
-        if self._blocks is not None:
-            fetched, of = size(self._blocks.fetched), size(self._runs[0].plan.checkpoint.nbytes)
-            self._progress.detail(
-                f"{fetched} were read of a model of {of}, for {len(self._queues)} checkpoints"
-            )
         return errors
+
+    def stop(self) -> None:
+        """Hand out no further job, and give up those that are under way."""
+        self.stopped.set()
+        for queue in self._queues.values():
+            queue.stop()
 
     def close(self) -> None:
         """Close the shards that are still under way. No worker may be at one."""

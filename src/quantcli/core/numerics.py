@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quantcli.core.number_types import ELEMENTS, SCALES, ElementType, ScaleRule, ScaleType
 
@@ -17,7 +16,26 @@ if TYPE_CHECKING:
 Parts: TypeAlias = "dict[str, torch.Tensor]"
 # Tensors that calibration keeps for one module, by name: "input_scale", "input_offset", "left_trans".
 Stats: TypeAlias = "Mapping[str, torch.Tensor]"
-NO_STATS: Stats = MappingProxyType({})
+
+
+class Empty(Mapping[str, Any]):
+    """A mapping without anything in it, that nobody can change."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __reduce__(self) -> str:
+        return "EMPTY"
+
+
+EMPTY = Empty()
+NO_STATS: Stats = EMPTY
 
 
 @dataclass(frozen=True, slots=True)

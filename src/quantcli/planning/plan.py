@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from quantcli import __version__
@@ -18,7 +17,7 @@ from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
-from quantcli.core.numerics import Cache, Module, Numerics
+from quantcli.core.numerics import EMPTY, Cache, Module, Numerics
 from quantcli.core.registry import packages_of
 from quantcli.planning.measured import Edit
 from quantcli.planning.siblings import Siblings
@@ -30,7 +29,7 @@ from quantcli.targets.kv_cache import AttentionLayer, CachePart
 from quantcli.targets.layouts import Output, StoredModule
 from quantcli.targets.serving import Served
 
-NOTHING_MEASURED: Mapping[str, StoredTensor] = MappingProxyType({})
+NOTHING_MEASURED: Mapping[str, StoredTensor] = EMPTY
 
 
 @dataclass(frozen=True)

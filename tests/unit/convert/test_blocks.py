@@ -55,7 +55,9 @@ def test_each_byte_is_read_once_whatever_ranges_threads_ask_for():
     assert not wrong
     assert source.read(blocks, 0, NBYTES) == source.content
     assert blocks.fetched == sum(nbytes for _, nbytes in source.reads) == NBYTES
-    assert all(blocks.holds(source.stored, offset) for offset in range(0, NBYTES, BLOCK))
+    assert all(
+        blocks.unread(source.stored, at, at + 1) == (at + BLOCK, at + BLOCK) for at in (0, BLOCK)
+    )
 
 
 def test_a_long_range_is_one_read():
@@ -86,4 +88,4 @@ def test_files_that_are_not_of_the_source_are_read_as_ever():
     for _ in range(2):
         assert source.read(blocks, 5, 10) == source.content[5:15]
     assert source.reads == [(5, 10)] * 2
-    assert not blocks.holds(source.stored, 5)
+    assert blocks.unread(source.stored, 5, 15) == (5, 15)

@@ -184,19 +184,26 @@ class Branch:
         there = all(_is(operation, self.files.get(name)) for name, operation in added.items())
         return there and not self.files.keys() & {*gone}
 
-    def read(self, name: str, progress: Progress = SILENT) -> bytes:
-        """The content of a small file."""
+    def read(self, name: str, progress: Progress = SILENT, nbytes: int | None = None) -> bytes:
+        """The content of a small file, or the first `nbytes` bytes of any."""
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        if self.files[name].nbytes > _MOST:
-            raise InputError(f"`{name}` is too large to be what it should be", where=self.url)
+        nbytes = self.files[name].nbytes if nbytes is None else nbytes
+        if nbytes > _MOST:
+            raise InputError(
+                f"`{name}` is too large to be what it should be",
+                where=self.url,
+                fix="choose another --out, or use --fresh",
+            )
         url = hf_hub_url(self.name, name, revision=self.commit)
 
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{max(0, nbytes - 1)}"}
+
         def attempt() -> bytes:
-            response = get_session().get(url, headers=build_hf_headers())
+            response = get_session().get(url, headers=headers)
             hf_raise_for_status(response)
-            return bytes(response.content)
+            return bytes(response.content)[:nbytes]
 
         with _our_errors(self.url), own_words(progress):
             return patiently(attempt, f"`{name}`", progress)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from quantcli.core.cluster.executor import FORMS, parse_executor
 from quantcli.core.errors import InputError, closest
 
 COMPLETE = "_QUANTCLI_COMPLETE"  # the shell that asks for a completion
@@ -16,6 +17,7 @@ _COMMANDS = ("calibrate", "inspect", "pack", "quantize", "recommend", "verify")
 HELP = {
     "QUANTCLI_WORKERS": "threads, if --workers is not given",
     "QUANTCLI_DEVICE": "device, if --device is not given",
+    "QUANTCLI_EXECUTOR": "where to work, if --executor is not given",
     "QUANTCLI_CACHE": "folder to keep compiled code in",
     "QUANTCLI_KERNELS": "off: compile nothing, use torch",
 }
@@ -40,6 +42,12 @@ def defaults() -> dict[str, dict[str, Any]]:
         except InputError:
             raise _bad("QUANTCLI_DEVICE", "cpu, cuda, npu, or one of several, such as cuda:1") from None
         values["device"] = device
+    if executor := os.environ.get("QUANTCLI_EXECUTOR"):
+        try:
+            parse_executor(executor)
+        except InputError:
+            raise _bad("QUANTCLI_EXECUTOR", FORMS) from None
+        values["executor"] = executor
     if (cache := os.environ.get("QUANTCLI_CACHE")) and (
         not Path(cache).is_absolute() or (Path(cache).exists() and not Path(cache).is_dir())
     ):

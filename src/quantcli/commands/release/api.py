@@ -21,6 +21,7 @@ class Releasing(TypedDict, total=False):
     calibration: PathLike | None
     device: str
     max_memory: int | str | None
+    executor: str
     trust_remote_code: bool
     report: PathLike | None
 
@@ -46,7 +47,7 @@ def release(
     force:       replace what is in the place of a checkpoint, unless it is that checkpoint.
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     report:      an HTML page on all checkpoints, to be written.
-    on_progress, workers, device, max_memory, trust_remote_code: as of `quantize`.
+    on_progress, workers, device, max_memory, executor, trust_remote_code: as of `quantize`.
 
     What concerns one checkpoint is in its `error`. Raises InputError for a release of which one
     checkpoint could not be written, and MachineError for the disk, the memory or the device.
@@ -60,6 +61,7 @@ def release(
         options["force"],
         path_of(options["calibration"]),
         path_of(options["report"]),
+        resources.executor,
     )
     planned = planning.plan_release(
         file if isinstance(file, Mapping) else str(file),

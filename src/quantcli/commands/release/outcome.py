@@ -100,7 +100,7 @@ def planned(release: Release) -> PlannedRelease:
     return PlannedRelease(
         model=release.model,
         calibration=_folder(release),
-        disk_needed=sum(m.job.nbytes for m in release.missing if m.job.disk_free is not None),
+        disk_needed=sum(m.job.room.needed for m in release.missing if m.job.room is not None),
         memory_needed=release.memory,
         checkpoints=[_planned(member) for member in release.members],
         notes=list(release.notes),
@@ -130,7 +130,7 @@ def released(release: Release, outcomes: Sequence[MemberOutcome]) -> Released:
 def _released(outcome: MemberOutcome) -> ReleasedCheckpoint:
     member, written = outcome.member, outcome.written
     nbytes = written.nbytes if written else member.job.nbytes if outcome.error is None else 0
-    known = member.job.plan.notes
+    planned_notes = member.job.plan.notes
     return ReleasedCheckpoint(
         name=member.name,
         recipe=member.entry.recipe,
@@ -138,7 +138,7 @@ def _released(outcome: MemberOutcome) -> ReleasedCheckpoint:
         out=member.job.out.value,
         bytes=nbytes,
         shards_reused=written.shards_reused if written else 0,
-        notes=[note for note in (written.notes if written else ()) if note not in known],
+        notes=[note for note in (written.notes if written else ()) if note not in planned_notes],
         error=_row(outcome.error),
         plan=planned_of(member.job),
         verification=None if outcome.report is None else Verification(**outcome.report),
@@ -167,7 +167,7 @@ def failure(outcomes: Sequence[MemberOutcome]) -> QuantError | None:
         kind, count = type(failed[0]), len(failed)
         what = failed[0].what + (f"; and {count - 1} more failed" if count > 1 else "")
         fix = f"{failed[0].fix}; " if failed[0].fix else ""
-        fix += "then the same command goes on with what is missing"
+        fix += "then the same command makes what is missing"
         return kind(f"{what}; {done}", where=failed[0].where, fix=fix)
     if errors:
         what = errors[0].what + (f"; and {len(errors) - 1} more" if len(errors) > 1 else "")

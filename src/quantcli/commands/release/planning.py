@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.commands.job import Job, default_name, make_job, open_model
-from quantcli.core.errors import AnswerNo, InputError, QuantError
+from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model
+from quantcli.core.cluster.executor import Executor
+from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
 from quantcli.recipe.release import GivenRelease, ReleaseEntry, WrittenRelease, read_release
@@ -39,6 +40,7 @@ class ReleaseOptions:
     force:       replace outputs that exist and are not of this plan; with `fresh` those, too, that are.
     calibration: the folder of a calibration to use or to make; None: OUTPUT.calibration.
     page:        the HTML page to write.
+    executor:    the cluster whose nodes work; None: threads of this process.
     """
 
     only: tuple[str, ...] = ()
@@ -48,13 +50,11 @@ class ReleaseOptions:
     force: bool = False
     calibration: Path | None = None
     page: Path | None = None
+    executor: Executor | None = None
 
     def of_run(self) -> RunOptions:
         """The options of the conversions."""
-        from quantcli.convert.execute import RunOptions
-        from quantcli.core.threads import default_workers
-
-        return RunOptions(self.workers or default_workers(), self.fresh, self.force)
+        return JobOptions(self.workers, self.fresh, self.force, executor=self.executor).of_run()
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def plan_release(
 
     release: a file, or a mapping with its content. model: its name, or the checkpoint itself.
     InputError for a release of which one checkpoint could not be written, MachineError if all of them
-    together do not fit the disk. A plan that misses a limit of `expect` is not one of them: see `Member`.
+    together do not fit the disk. For a plan that misses a limit of `expect` see `Member`.
     """
     written = read_release(release)
     entries = written.only(options.only)
@@ -136,9 +136,12 @@ def plan_release(
     places = _places(written, entries, output, checkpoint)
     progress.say(f"planning {count(entries, 'checkpoint')} of {named}")
 
+    from quantcli.convert.spread.run import check_spread
     from quantcli.convert.together import memory_together
 
     plans = [_plan_of(written, entry, checkpoint, progress) for entry in entries]
+    if options.executor is not None:
+        check_spread(plans[0])
     joint, notes = _calibrated(written, plans, options, output, base)
     members = []
     for entry, plan, place in zip(entries, plans, places, strict=True):
@@ -296,7 +299,7 @@ def _member(
     state: State = "new" if again else state_of(plan, out, is_known=is_known)
     run = options.of_run()
     if state == "done":
-        job = Job(plan, out, run, out.room(0), memory_estimate(plan, run.workers), 0, session)
+        job = Job(plan, out, run, None, memory_estimate(plan, run.workers), 0, session)
     else:
         if state == "new":
             check_free(plan, out, force=options.force)
@@ -346,3 +349,10 @@ def _check_room(jobs: Sequence[Job[Plan]]) -> None:
     from quantcli.core.place import check_spaces
 
     check_spaces([(job.out.folder, job.nbytes) for job in jobs if job.out.folder is not None])
+    scratch = [job.room for job in jobs if job.out.folder is None and job.room is not None]
+    needed, free = sum(room.needed for room in scratch), min((room.free for room in scratch), default=0)
+    if needed > free:
+        raise MachineError(
+            f"disk is too full: needs {needed:,} bytes{scratch[0].where}, {free:,} are free",
+            fix="free some space, or make fewer checkpoints at a time with --only",
+        )

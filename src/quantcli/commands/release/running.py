@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantcli.commands.release.planning import Member, Release, check_free, of_entry, state_of
+from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
 
@@ -52,8 +53,9 @@ def run_release(
     What concerns one checkpoint alone, such as NaN in a weight that another recipe keeps float, is in
     its outcome, and the others are written. Raises QuantError for what stops all of them.
     """
-    members = _with_statistics(release, resources, progress)
-    outcomes = _converted(release, members, progress)
+    with connected(release.options.executor, progress):
+        members = _with_statistics(release, resources, progress)
+        outcomes = _converted(release, members, progress)
     return _verified(release, outcomes, resources, progress)
 
 

@@ -67,6 +67,16 @@ def connect(executor: Executor, progress: Progress = SILENT) -> Iterator[Cluster
 
 
 @contextmanager
+def connected(executor: Executor | None, progress: Progress = SILENT) -> Iterator[Cluster | None]:
+    """The cluster of an executor, for all steps in the block; None for threads of this process."""
+    if executor is None:
+        yield None
+        return
+    with connect(executor, progress) as cluster:
+        yield cluster
+
+
+@contextmanager
 def _connection(executor: Executor, progress: Progress) -> Iterator[Cluster]:
     ray = _ray()
     if ray.is_initialized():  # by the program that called us, which ends it, too
