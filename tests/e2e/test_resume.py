@@ -448,7 +448,7 @@ def make(self, *args):
     runs.append(self)
 def pwrite(*args):
     if next(writes):
-        runs[0].stop.wait()
+        runs[0].stopped.wait()
     return write(*args)
 streaming._Together.__init__, os.pwrite = make, pwrite
 from quantcli.__main__ import main
