@@ -19,7 +19,7 @@ from quantcli.recipe.written import read_recipe
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
-    from quantcli.commands.release.calibrating import Joint
+    from quantcli.calibration.sets.joint import Joint
     from quantcli.convert.destination import Destination
     from quantcli.convert.execute import RunOptions
     from quantcli.planning.plan import Plan
@@ -267,7 +267,7 @@ def _calibrated(
 
     output: of the release. base: the name of the release, if its output does not name a folder.
     """
-    from quantcli.commands.release.calibrating import joint_sessions
+    from quantcli.calibration.sets.joint import joint_sessions
     from quantcli.convert.destination import destination_of, scheme_of
 
     if not any(plan.needs_calibration for plan in plans):

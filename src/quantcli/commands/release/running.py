@@ -66,9 +66,9 @@ def _with_statistics(
     from quantcli.calibration.resources import Resources
     from quantcli.commands.quantize import check, with_statistics
 
-    sessions = [m.job.session for m in release.missing if m.job.session is not None]
-    if release.joint is not None and any(not session.complete for session in sessions):
-        release.joint.run(resources or Resources(), progress)
+    if release.joint is not None:
+        sessions = tuple(m.job.session for m in release.missing if m.job.session is not None)
+        replace(release.joint, sessions=sessions).run(resources or Resources(), progress)
     outcomes = []
     for member in release.members:
         if member.missed is not None:
