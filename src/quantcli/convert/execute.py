@@ -196,7 +196,8 @@ def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -
     notes: tuple[str, ...] = ()
     if order.part is None:
         draft.close_with(MANIFEST, listing(head, files), files)
-        ours, notes = draft.verified()
+        ours, faults = draft.verified()
+        notes = (*faults, *draft.notes)
         assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {draft.place}"
     else:
         head = part_head(plan, order.part, head, checksum=checksum)

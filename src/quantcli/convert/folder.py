@@ -114,6 +114,11 @@ class LocalFolder(Destination):
         device = place.stat().st_dev
         return all(file.stat().st_dev == device for file in files)
 
+    @property
+    def sink(self) -> FolderSink:
+        """Writes into OUT.partial."""
+        return FolderSink(self.partial)
+
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
         if start.fresh:
@@ -173,7 +178,7 @@ class FolderDraft(Draft):
     def __init__(self, out: LocalFolder, journal: Journal, force: bool) -> None:
         self.folder = out.partial
         self.journal = journal
-        self.sink = FolderSink(self.folder)
+        self.sink = out.sink
         self._out = out.path
         self._force = force
 

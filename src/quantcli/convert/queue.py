@@ -94,29 +94,41 @@ class JobQueue:
         self._next = 0  # number of the first job of the next shard
         self._errors: dict[int, BaseException] = {}
         self._end = float("inf")  # jobs from this number on are in vain
+        self._taken = 0  # jobs that workers are at
         self._lock = threading.Condition()
 
     def take(self, *, wait: bool = True) -> Task | None:
-        """The next job; None if there is none left, or none before one that failed.
+        """The next job; None if there is none left, or none before one that failed. Call `let_go` when
+        nothing is left to do of it.
 
-        wait: until the next shard may be opened; without it the answer is None then, too.
+        It waits if the next shard may not be opened yet. If extents can only stay in memory, and there
+        is none, it waits until another worker is ready with its job. A job never waits for memory: only
+        a later one may free some. wait: without it the answer is None in place of waiting.
         """
         with self._lock:
-            while (shard := self._choose()) is None:
-                if self.is_over or not wait:
-                    return None
-                self._lock.wait()
+            shard = None
+            while shard is None:
+                if not self._is_short():
+                    shard = self._choose()
+                    if shard is None and self._is_last():
+                        return None
+                if shard is None:
+                    if not wait:
+                        return None
+                    self._lock.wait()
             number, job = shard.number, shard.take()
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
+            self._taken += 1
             return Task(number, shard, job, tuple(job for job in later if job is not None))
 
     @property
     def is_over(self) -> bool:
-        """Whether no job will be handed out any more, if none can be at this moment."""
+        """Whether no job will be handed out any more, if none could be just now."""
         with self._lock:
-            return not self._open or not self._shards or self._next >= self._end
+            ready = any(shard.jobs and shard.number < self._end for shard in self._open)
+            return not ready and self._is_last()
 
     @property
     def position(self) -> float:
@@ -126,6 +138,14 @@ class JobQueue:
                 if shard.jobs:
                     return self._begins.get(shard.shard.file, 0) + shard.taken
             return self._begins.get(self._shards[0].file, 0) if self._shards else float("inf")
+
+    def _is_short(self) -> bool:
+        """Whether memory is used up, and a worker may free some."""
+        return self._sink.in_memory and self._buffers.exhausted and self._taken > 0
+
+    def _is_last(self) -> bool:
+        """Whether no shard will be opened any more."""
+        return not self._open or not self._shards or self._next >= self._end
 
     def _choose(self) -> OpenShard | None:
         """The shard of the next job."""
@@ -159,6 +179,12 @@ class JobQueue:
     def is_in_vain(self, task: Task) -> bool:
         """Whether a job before this one failed, so that nobody needs its result."""
         return task.number > self._end
+
+    def let_go(self) -> None:
+        """A worker has left its job, done or not."""
+        with self._lock:
+            self._taken -= 1
+            self._lock.notify_all()
 
     def done(self, task: Task) -> bool:
         """Count a job of a shard; whether it was the last one."""

@@ -94,6 +94,8 @@ class _Together:
                     run.work(queue, task, self._surveys, self.stopped)
                 except BaseException as error:
                     queue.fail(task, error)
+                finally:
+                    queue.let_go()
 
     def _take(self) -> tuple[ShardRun, Task] | None:
         """The next job of the plan that is least far in the source; None if there is none left."""

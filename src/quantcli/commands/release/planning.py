@@ -147,10 +147,10 @@ def plan_release(
     for entry, plan, place in zip(entries, plans, places, strict=True):
         with naming(entry):
             members.append(_member(entry, plan, place, options, joint))
-    planned = [member.job.plan for member in members if member.is_wanted]
-    workers = options.of_run().workers
-    _check_room([member.job for member in members if member.is_wanted])
-    memory = memory_together(planned, workers)
+    jobs = [member.job for member in members if member.is_wanted]
+    _check_room(jobs)
+    memory = memory_together([job.plan for job in jobs], options.of_run().workers)
+    memory += sum(job.out.memory(job.plan.shards) for job in jobs)
     return Release(
         written, named, checkpoint, options, tuple(members), joint, verify, memory, tuple(notes)
     )
