@@ -151,11 +151,7 @@ class FolderSink(ShardSink):
     @contextmanager
     def attempt(self, file: str) -> Iterator[FolderSink]:
         """A folder for this attempt alone. Those of others are deleted: nobody needs them."""
-        with disk_errors(self.folder):
-            for other in self.folder.glob(f".{glob.escape(file)}.*"):
-                shutil.rmtree(other, ignore_errors=True)
-            own = self.folder / f".{file}.{secrets.token_hex(4)}"
-            own.mkdir()
+        own = attempt_folder(self.folder, file)
         yield FolderSink(own)
         with disk_errors(own):
             (own / file).rename(self.folder / file)
@@ -170,6 +166,16 @@ class FolderSink(ShardSink):
     def shared(self) -> Path:
         """The folder."""
         return self.folder
+
+
+def attempt_folder(folder: Path, file: str) -> Path:
+    """Make a folder for an attempt to write a file of `folder`. Those of others are deleted."""
+    with disk_errors(folder):
+        for other in folder.glob(f".{glob.escape(file)}.*"):
+            shutil.rmtree(other, ignore_errors=True)
+        own = folder / f".{file}.{secrets.token_hex(4)}"
+        own.mkdir()
+    return own
 
 
 class FolderDraft(Draft):

@@ -19,6 +19,22 @@ from quantcli.planning.plan import Shard
 _MOST_SHARDS = 8  # with jobs that nobody has taken
 
 
+@dataclass(frozen=True)
+class Chunk(Shard):
+    """A share of a shard: jobs [begin, end) of those of its items, and all of its tensors."""
+
+    begin: int = 0
+    end: int = 0
+
+
+def ordered_jobs(shard: Shard) -> list[Job]:
+    """The jobs of a shard, or of a chunk of it, in the order of the output's bytes."""
+    place = {spec.name: number for number, spec in enumerate(shard.tensors)}
+    items = sorted(shard.items, key=lambda item: min(place[out.spec.name] for out in item.outputs))
+    jobs = list(jobs_of(items))
+    return jobs[shard.begin : shard.end] if isinstance(shard, Chunk) else jobs
+
+
 class OpenShard:
     """A shard being written, and its jobs that nobody has taken.
 
@@ -28,9 +44,7 @@ class OpenShard:
     def __init__(self, shard: Shard, first: int, writer_of: Callable[[Shard], TensorWriter]) -> None:
         self.shard = shard
         self.writer = writer_of(shard)
-        place = {spec.name: number for number, spec in enumerate(shard.tensors)}
-        items = sorted(shard.items, key=lambda item: min(place[out.spec.name] for out in item.outputs))
-        self.jobs: deque[Job | None] = deque(jobs_of(items))
+        self.jobs: deque[Job | None] = deque(ordered_jobs(shard))
         if not self.jobs:  # nothing but empty tensors: the shard is still to be finished
             self.jobs.append(None)
         self.count = self.left = len(self.jobs)
