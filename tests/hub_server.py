@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 
 from quantcli.checkpoint.hub import download
+from quantcli.checkpoint.remote import reading
 
 HOST = "127.0.0.1"
 STORE = "localhost"  # the same machine under another name: where large files are
@@ -49,6 +50,7 @@ class Fault:
 
     cut: bytes of the body after which the connection ends. status: an answer in place of the file.
     hang: seconds without an answer. whole: whether a range is ignored. etag, size: false ones.
+    location: a redirect to it.
     """
 
     path: str
@@ -61,6 +63,7 @@ class Fault:
     whole: bool = False
     etag: str | None = None
     size: int | None = None
+    location: str | None = None
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,7 @@ def used(folder: Path, cache: Path, handler: type[Handler] = Handler) -> Iterato
         patch.delenv("HF_TOKEN", raising=False)
         for module in (file_download, _http, download):
             patch.setattr(module, "time", swift)
+        patch.setattr(reading, "sleep", lambda _: None)
         try:
             yield hub
         finally:

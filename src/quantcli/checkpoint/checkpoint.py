@@ -29,6 +29,7 @@ from quantcli.checkpoint.files import (
     list_files,
 )
 from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
+from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
@@ -145,6 +146,12 @@ def must_be_unchanged(checkpoint: Checkpoint) -> None:
 
     Sizes and times of all files are compared, and the headers and config.json are read again.
     """
+    if isinstance(checkpoint.path, RemoteFolder):
+        from quantcli.checkpoint.remote.mounts import changed_files  # imports this module
+
+        for name in changed_files(checkpoint.path, checkpoint.stamps):
+            raise _changed(checkpoint.path / name)
+        return
     for name, stamp in checkpoint.stamps.items():
         file = checkpoint.path / name
         try:
@@ -158,6 +165,8 @@ def must_be_unchanged(checkpoint: Checkpoint) -> None:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
+    if isinstance(file, RemoteFile) and file.place is not None:
+        return file.place.stamp
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -189,14 +198,14 @@ def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
             where=str(path),
             fix="give the folder that holds config.json",
         )
-    root = path.resolve()
+    root = as_remote(path.resolve())
     problems: list[QuantError] = []
-    notes: list[str] = []
+    notes: list[str] = [*root.notes] if isinstance(root, RemoteFolder) else []
     files, left_out = list_files(root)
     stamps = {name: _stamp(root / name) for name in files}
     if PART in files:
         raise _is_part(read_json_file(root / PART), root)
-    if _is_large(root, files):
+    if not isinstance(root, RemoteFolder) and _is_large(root, files):
         progress.say(f"reading the headers of {path}")
     index, shards = choose_files(root, files, left_out, problems)
     tensors = _read_tensors(root, shards, problems)

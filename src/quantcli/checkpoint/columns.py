@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.rows import BUFFERS
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import open_file, read_into, tensor_bytes
+from quantcli.checkpoint.tensors import close_file, open_file, read_into, tensor_bytes
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
 _CHUNK_BYTES = 2**18  # of whole rows that are read at once
@@ -47,7 +46,7 @@ class Columns:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        close_file(self._fd)
         self._rows = torch.empty(0)
         BUFFERS.free += [self._memory, self._result]
 

@@ -17,7 +17,6 @@ PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
 WEIGHTS = ".safetensors"  # ends the name of a weight file
-HEADERS_ONLY = ".headers-only"  # ends the name of a folder whose weight files end with their headers
 STALE = "an index or a quantization file, true only for the weights it was made for"
 _HIDDEN = "not part of the model"
 _UNPRINTABLE = "its name has control characters"

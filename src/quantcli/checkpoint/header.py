@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import reprlib
 import struct
@@ -138,7 +137,7 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = path.stat().st_size
             start = file.read(8)
             if len(start) < 8:
                 raise _Refused(f"file has {size} bytes; a safetensors file has at least 8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Self
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import torch_dtype
-from quantcli.checkpoint.tensors import open_file, read_into
+from quantcli.checkpoint.tensors import close_file, open_file, read_into
 
 
 class _Buffers(threading.local):
@@ -45,7 +44,7 @@ class RowReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        close_file(self._fd)
         BUFFERS.free.append(self._buffer)
 
     def weight(self, start: int, count: int) -> Tensor:

@@ -11,16 +11,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.files import HEADERS_ONLY
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.memory import MemoryFile
+from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.disk import disk_errors
-from quantcli.core.errors import InputError, MachineError
+from quantcli.core.errors import MachineError
 
 _CHUNK = 2**20  # bytes
 _AHEAD = 2**20  # bytes of one piece of advice
 _BLOCK = 512 * 1024  # elements that are read together
+_WORTH_ADVICE = 64 * 1024  # bytes that the kernel is asked for
+_NOT_HERE = -1  # in place of a descriptor: a file that is in memory, or elsewhere
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -98,11 +100,15 @@ def first_not_finite(stored: StoredTensor) -> tuple[list[int], float] | None:
 
 
 def will_read(stored: StoredTensor, begin: int, end: int) -> None:
-    """Ask the kernel to read bytes [begin, end) of a stored tensor soon, if they are not in memory.
+    """Have bytes [begin, end) of a stored tensor read soon, if they are not in memory: by the kernel,
+    or by threads of ours if the file is elsewhere.
 
     It is advice: nothing depends on it, and it fails silently.
     """
-    if isinstance(stored.file, MemoryFile):
+    if isinstance(stored.file, RemoteFile):
+        stored.file.will_read(stored.offset + begin, stored.offset + end)
+        return
+    if isinstance(stored.file, MemoryFile) or end - begin < _WORTH_ADVICE:
         return
     with _opened(stored) as fd, disk_errors(stored.file):
         try:
@@ -121,19 +127,22 @@ def _opened(stored: StoredTensor) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        close_file(fd)
 
 
 def open_file(stored: StoredTensor) -> int:
-    """A descriptor of the file of a stored tensor. InputError if only its header was fetched."""
-    if stored.file.parent.name.endswith(HEADERS_ONLY):
-        raise InputError(
-            "only the header of this file was fetched from the Hub, not its weights",
-            where=f"{stored.file.name}, tensor `{stored.spec.name}`",
-            fix="give a directory with the whole model",
-        )
+    """What `read_into` reads the file of a stored tensor with, until `close_file`: a descriptor if the
+    file is on this machine."""
+    if isinstance(stored.file, MemoryFile | RemoteFile):
+        return _NOT_HERE
     with disk_errors(stored.file):
         return os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def close_file(fd: int) -> None:
+    """Let go of what `open_file` gave."""
+    if fd != _NOT_HERE:
+        os.close(fd)
 
 
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
@@ -145,6 +154,8 @@ def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> 
             place, rest = stored.offset + offset + done, block[done:]
             if isinstance(stored.file, MemoryFile):
                 n = stored.file.read(place, rest)
+            elif isinstance(stored.file, RemoteFile):
+                n = stored.file.read(place, rest, stored.offset + stored.nbytes)
             else:
                 n = os.preadv(fd, [rest], place)
             if n == 0:

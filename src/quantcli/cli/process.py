@@ -84,6 +84,8 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
         signals.command_runs = False
         if not signals.may_report():
             time.sleep(_LONG)  # another thread does, and ends the process
+        if mounts := sys.modules.get("quantcli.checkpoint.remote.mounts"):
+            mounts.close_all()  # functions for the end of the process do not run
         if isinstance(error, Interrupted):  # it says more
             raise
         raise Interrupted(signals.what, fix=signals.fix) from None

@@ -28,12 +28,8 @@ def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT)
     """
     with find_headers(model, progress) as folder:
         checkpoint = scan_checkpoint(folder, progress)
-        for problem in checkpoint.problems:
-            problem.where = problem.where and problem.where.replace(
-                str(folder), display_name(folder, model)
-            )
         summary = inspect_checkpoint(checkpoint, tensors)
-        summary["path"] = display_name(checkpoint.path, model)
+        summary["path"] = display_name(checkpoint.path)
         if summary["quantization"] is None and "quantization_config" in checkpoint.config:
             # a stale block, or codes that only a target knows by their names: targets load torch
             progress.say("looking for the format of the weights")

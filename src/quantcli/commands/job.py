@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.hub import HUB_ID, find_model
+from quantcli.checkpoint.hub import HUB_ID, display_name, find_model
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
@@ -152,7 +152,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
 
     plan = job.plan
     return {
-        "model": str(plan.checkpoint.path),
+        "model": display_name(plan.checkpoint.path),
         **job_json(job),
         "rules": [
             {
@@ -255,10 +255,11 @@ def open_both(
 
 
 def open_model(model: str, progress: Progress) -> Checkpoint:
-    """The checkpoint that `model` names: a folder, or a Hub id."""
+    """The checkpoint that `model` names: a folder, a Hub id, or an address."""
     folder = find_model(model, progress)
-    is_id = HUB_ID.fullmatch(model) and folder != Path(model)
-    return replace(open_checkpoint(folder, progress), hub_id=model if is_id else None)
+    name = model.removeprefix("hf://").removesuffix("/")
+    is_id = HUB_ID.fullmatch(name) and folder != Path(model)
+    return replace(open_checkpoint(folder, progress), hub_id=name if is_id else None)
 
 
 def default_name(model: str, recipe: GivenRecipe) -> str:

@@ -16,7 +16,7 @@ from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
 
-_WORTH_ADVICE = 64 * 1024  # bytes
+_MOST_SHARDS = 8  # with jobs that nobody has taken
 
 
 class OpenShard:
@@ -174,9 +174,8 @@ def buffer_count(workers: int) -> int:
 
 
 def read_ahead(job: Job) -> None:
-    """Ask the kernel to read the source of a job that comes soon, while others compute."""
+    """Have the source of a job that comes soon read, while others compute."""
     item = job.item
     for stored in item.source.parts:
         begin, end = (stored.nbytes * row // item.height for row in (job.start, job.stop))
-        if end - begin >= _WORTH_ADVICE:
-            will_read(stored, begin, end)
+        will_read(stored, begin, end)

@@ -30,6 +30,26 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+_NAMES: dict[str, str] = {}  # folders that the user does not know -> the names of what is in them
+
+
+def name_folder(folder: str, name: str) -> None:
+    """Have messages call a folder, and what is in it, by another name."""
+    _NAMES[folder] = name
+
+
+def forget_name(folder: str) -> None:
+    """Call a folder by its own name again."""
+    _NAMES.pop(folder, None)
+
+
+def named(text: str) -> str:
+    """A text with the names of folders that have one, see `name_folder`."""
+    for folder, name in [*_NAMES.items()]:
+        text = text.replace(folder, name)
+    return text
+
+
 class QuantError(Exception):
     """One problem as one message.
 
@@ -49,10 +69,10 @@ class QuantError(Exception):
         fix: str | None = None,
         payload: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.fix = fix
+        self.what = named(what)
+        super().__init__(self.what)
+        self.where = where and named(where)
+        self.fix = fix and named(fix)
         self.payload = payload or {}
 
     def __str__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quantcli.core.errors import QuantError
+from quantcli.core.errors import QuantError, named
 
 # The fix for files that are not what was written.
 COPY_AGAIN = "copy the checkpoint again, or convert the model again"
@@ -24,12 +24,12 @@ class Finding:
 
 def failed(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
     """An error: verification fails."""
-    return Finding(check, "error", what, where, fix)
+    return Finding(check, "error", named(what), where and named(where), fix and named(fix))
 
 
 def noted(check: str, what: str, where: str | None = None, fix: str | None = None) -> Finding:
     """A note: it does not change the verdict."""
-    return Finding(check, "note", what, where, fix)
+    return Finding(check, "note", named(what), where and named(where), fix and named(fix))
 
 
 def of_error(check: str, error: QuantError) -> Finding:

@@ -1,5 +1,12 @@
-"""Models on the Hugging Face Hub: by name to a folder, with their weights or with headers alone."""
+"""Models by name: repositories of the Hugging Face Hub, and addresses of other places, as folders."""
 
-from quantcli.checkpoint.hub.find import HUB_ID, display_name, find_headers, find_model
+from quantcli.checkpoint.hub.find import (
+    HUB_ID,
+    address_of,
+    display_name,
+    find_headers,
+    find_model,
+    mount,
+)
 
-__all__ = ["HUB_ID", "display_name", "find_headers", "find_model"]
+__all__ = ["HUB_ID", "address_of", "display_name", "find_headers", "find_model", "mount"]

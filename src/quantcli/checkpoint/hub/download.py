@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 from rich.filesize import decimal
 
 from quantcli.checkpoint.hub.repository import ASK_TIMEOUT, Choice, Repository
+from quantcli.checkpoint.remote.origin import LONGEST_WAIT, WAITS
 from quantcli.core.errors import Interrupted, MachineError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
 
 WORKERS = 8  # files at a time, as huggingface_hub does
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt
-LONGEST_WAIT = 120.0  # seconds that a server may ask for
 _CHUNK = 2**18  # bytes that are kept and counted together; at them a download notices its end
 _SOON = 0.6  # seconds that downloads have to remove their unfinished files after an interrupt
 _ADDRESS = re.compile(r"'?https?://[^\s']+'?")

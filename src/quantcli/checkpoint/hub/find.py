@@ -1,24 +1,26 @@
-"""MODEL as the user names it: a directory, or a repository of the Hugging Face Hub."""
+"""MODEL as the user names it: a directory, a repository of the Hugging Face Hub, or an address."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantcli.checkpoint.files import HEADERS_ONLY
-from quantcli.core.errors import InputError, MachineError, QuantError, closest
+from quantcli.core.errors import InputError, MachineError, QuantError, closest, named
 from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
     from quantcli.checkpoint.hub.repository import Choice, Repository
+    from quantcli.checkpoint.remote.mounts import Mount
 
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
+
+
+_ADDRESS = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/+(?P<rest>.*)", re.DOTALL)
 
 
 def find_model(model: str, progress: Progress = SILENT) -> Path:
@@ -26,10 +28,14 @@ def find_model(model: str, progress: Progress = SILENT) -> Path:
 
     A Hub id may name a branch, a tag or a commit: ORG/NAME@REVISION. Only files that a conversion
     reads or copies are fetched: no pickles, and no weights in another format or twice.
+    An address, such as hf://ORG/NAME or s3://BUCKET/FOLDER, becomes a temporary folder with headers and
+    small files, until the process ends; all else is read where it is.
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. `progress` gets
     a line before the Hub is asked, and the bytes of the download. Raises InputError or MachineError,
     and Interrupted.
     """
+    if address := address_of(model):
+        return mount(address, progress).folder
     path, asked = _parse(model)
     if asked is None:
         return path
@@ -51,39 +57,120 @@ def find_model(model: str, progress: Progress = SILENT) -> Path:
 
 @contextmanager
 def find_headers(model: str, progress: Progress = SILENT) -> Iterator[Path]:
-    """The directory of `model` for the block, which may read its headers and its configuration.
+    """The directory of `model` for the block, which reads its headers and its configuration.
 
-    If a model of the Hub is not in the cache, this is a temporary folder: weights are not fetched, and
-    to read them is an InputError. Raises what `find_model` does; errors in the block name the model.
+    If a model of the Hub is not in the cache, this is a temporary folder, as for an address: nothing
+    else of it is fetched unless it is read. Raises what `find_model` does.
     """
-    path, asked = _parse(model)
-    if asked is None:
-        yield path
-        return
-    progress.say(f"looking for {model} on the Hub, or in its cache")
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as temporary:
-        with _our_errors(model, path):
-            folder = _locate(*asked, model, progress)
-            if not isinstance(folder, Path):
-                from quantcli.checkpoint.hub.headers import write_headers
-
-                choice = _choose(folder, model, progress)
-                if all(map(folder.is_cached, choice.files)):
-                    folder = folder.snapshot
-                else:
-                    place = Path(temporary).resolve() / f"{path.name}{HEADERS_ONLY}"
-                    place.mkdir()
-                    write_headers(folder, choice, place, progress)
-                    folder = place
-        try:
+    opened = None
+    if address := address_of(model):
+        opened = mount(address, progress)
+        folder: Path = opened.folder
+    else:
+        folder, asked = _parse(model)
+        if asked is None:
             yield folder
-        except QuantError as error:
-            raise _named(error, folder, model) from None
+            return
+        progress.say(f"looking for {model} on the Hub, or in its cache")
+        with _our_errors(model, folder):
+            found = _locate(*asked, model, progress)
+            if isinstance(found, Path):
+                folder = found
+            elif _is_cached(found):
+                folder = found.snapshot
+            else:
+                opened = _mount_repository(found, model, progress)
+                folder = opened.folder
+    try:
+        yield folder
+    except QuantError as error:
+        raise _named(error, folder, model) from None
+    finally:
+        if opened is not None:
+            opened.close()
 
 
-def display_name(folder: Path, model: str) -> str:
-    """The name for people of a folder that `find_headers` gave: `model` for a temporary one."""
-    return model if folder.name.endswith(HEADERS_ONLY) else str(folder)
+def address_of(model: str) -> str | None:
+    """`model` as an address, if it is one. A path drops one of the slashes after the colon."""
+    match = _ADDRESS.fullmatch(model)
+    return f"{match['scheme']}://{match['rest']}" if match else None
+
+
+def mount(address: str, progress: Progress = SILENT) -> Mount:
+    """The model at an address, of which headers and small files are fetched.
+
+    Raises InputError for what is not there, not a model or not allowed, and MachineError.
+    """
+    from quantcli.checkpoint.remote.mounts import Mount
+    from quantcli.checkpoint.remote.origin import Origin
+    from quantcli.checkpoint.remote.reading import listed
+
+    scheme, _, rest = address.partition("://")
+    origin: Origin
+    if scheme == "hf":
+        return _mount_hub(rest, address, progress)
+    if scheme in {"http", "https"}:
+        from quantcli.checkpoint.remote.http_folder import parse_folder
+
+        origin = parse_folder(address)
+    else:
+        from quantcli.checkpoint.remote.objects import ObjectFolder
+        from quantcli.checkpoint.remote.stores import parse_place
+
+        origin = ObjectFolder(parse_place(address))
+    progress.say(f"looking for {origin.address}")
+    return Mount(origin, listed(origin, progress), progress)
+
+
+def _mount_hub(name: str, address: str, progress: Progress) -> Mount:
+    from huggingface_hub import constants
+
+    from quantcli.checkpoint.hub.download import patiently
+    from quantcli.checkpoint.hub.repository import look_up
+
+    match = HUB_ID.fullmatch(name.removesuffix("/"))
+    if match is None:
+        what = "not the address of a repository of the Hub"
+        raise InputError(
+            what, where=f"{address!r:.200}", fix="give hf://ORG/NAME or hf://ORG/NAME@REVISION"
+        )
+    if constants.HF_HUB_OFFLINE:
+        what = "hf:// reads from the Hub, and HF_HUB_OFFLINE is set"
+        raise MachineError(what, where=address, fix="unset it, or give ORG/NAME if it is in the cache")
+    progress.say(f"looking for {address}")
+    with _our_errors(match[0], None):
+        found = patiently(lambda: look_up(match["repository"], match["revision"]), match[0], progress)
+        return _mount_repository(found, address, progress)
+
+
+def _mount_repository(found: Repository, given: str, progress: Progress) -> Mount:
+    from huggingface_hub import constants
+
+    from quantcli.checkpoint.remote.hub_folder import HubFolder
+    from quantcli.checkpoint.remote.mounts import Mount
+    from quantcli.checkpoint.remote.origin import Listing, Version
+
+    files = {name: Version(nbytes, found.hashes[name]) for name, nbytes in found.sizes.items()}
+    origin = HubFolder(found.name, found.commit, given, constants.ENDPOINT)
+    return Mount(origin, Listing(files), progress)
+
+
+def _is_cached(repository: Repository) -> bool:
+    """Whether the cache has every file of a commit that a conversion needs."""
+    from quantcli.checkpoint.hub.repository import FIRST, choose
+
+    if not all(repository.is_cached(file) for file in FIRST if file in repository.sizes):
+        return False
+    try:
+        choice = choose(repository.sizes, repository.snapshot)
+    except QuantError:
+        return False
+    return all(map(repository.is_cached, choice.files))
+
+
+def display_name(folder: Path) -> str:
+    """The name for people of a folder that `find_model` or `find_headers` gave."""
+    return named(str(folder))
 
 
 def _parse(model: str) -> tuple[Path, tuple[str, str | None] | None]:
@@ -133,7 +220,7 @@ def _choose(repository: Repository, model: str, progress: Progress) -> Choice:
 
     fetch(repository, [file for file in FIRST if file in repository.sizes], progress)
     try:
-        return choose(repository, repository.snapshot)
+        return choose(repository.sizes, repository.snapshot)
     except QuantError as error:
         raise _named(error, repository.snapshot, model) from None
 
@@ -146,13 +233,14 @@ def _named(error: QuantError, folder: Path, model: str) -> QuantError:
 
 
 @contextmanager
-def _our_errors(model: str, path: Path) -> Iterator[None]:
-    """What huggingface_hub raises, in one sentence. path: `model` as a path."""
+def _our_errors(model: str, path: Path | None) -> Iterator[None]:
+    """What huggingface_hub raises, in one sentence. path: `model` as a path, if it may be one."""
     from huggingface_hub import errors
 
     from quantcli.checkpoint.hub.download import reason, status_of
 
     repository, _, revision = model.partition("@")
+    neither = "is neither a directory nor" if path else "is not"
     try:
         yield
     except QuantError:
@@ -163,7 +251,7 @@ def _our_errors(model: str, path: Path) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"`{model}` is neither a directory nor a repository of the Hub",
+            f"`{model}` {neither} a repository of the Hub",
             fix="check the spelling; a private repository needs HF_TOKEN",
         ) from None
     except errors.RevisionNotFoundError:
@@ -173,11 +261,11 @@ def _our_errors(model: str, path: Path) -> Iterator[None]:
         ) from None
     except errors.HFValidationError:
         raise InputError(
-            f"`{model}` is neither a directory nor the name of a repository of the Hub",
+            f"`{model}` {neither} the name of a repository of the Hub",
             fix="names look like organisation/model",
         ) from None
     except Exception as error:  # the library lets through what its HTTP client raises
-        if path.parent.is_dir():  # rather a misspelt path than a repository
+        if path and path.parent.is_dir():  # rather a misspelt path than a repository
             near = closest(path.name, [e.name for e in path.parent.iterdir() if e.is_dir()])
             raise InputError(
                 "no such model directory, and no such repository in reach",
@@ -190,7 +278,9 @@ def _our_errors(model: str, path: Path) -> Iterator[None]:
                 fix="set HF_TOKEN to a token that may read it",
             ) from None
         raise MachineError(
-            f"`{model}` is not a directory here, and it cannot be fetched from the Hub",
+            f"`{model}` is not a directory here, and it cannot be fetched from the Hub"
+            if path
+            else f"`{model}` cannot be read from the Hub",
             where=reason(error),
             fix="check the network and the disk, or give a directory",
         ) from None

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import CONFIG, STAGES, choose_files
 from quantcli.checkpoint.files import INDEX, PART, STALE, why_left_out
+from quantcli.checkpoint.remote.origin import MAX_FILES, is_inside
 from quantcli.core.errors import InputError, QuantError
 
 FIRST = (CONFIG, INDEX, STAGES, PART)  # say which of the other files are needed
 ASK_TIMEOUT = 10.0  # seconds until the Hub has to answer
-_MAX_FILES = 20_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -25,6 +25,7 @@ class Repository:
     name: str  # organisation/model
     commit: str
     sizes: dict[str, int]  # file -> bytes
+    hashes: dict[str, str]  # file -> hash of its content: git's of a small one, sha256 of a large one
 
     @property
     def snapshot(self) -> Path:
@@ -61,27 +62,24 @@ def look_up(name: str, revision: str | None) -> Repository:
 
     info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=ASK_TIMEOUT)
     siblings = info.siblings or []
-    if not _COMMIT.fullmatch(info.sha or "") or len(siblings) > _MAX_FILES:
+    if not _COMMIT.fullmatch(info.sha or "") or len(siblings) > MAX_FILES:
         what = f"the Hub's answer is not usable: commit {info.sha!r:.60}, {len(siblings)} files"
         raise InputError(what, where=name, fix="check HF_ENDPOINT")
     sizes = {sibling.rfilename: max(0, sibling.size or 0) for sibling in siblings}
-    if odd := [file for file in sizes if not _is_inside(file)]:
+    if odd := [file for file in sizes if not is_inside(file)]:
         what = f"the Hub lists a file whose name is not one inside a folder: {odd[0]!r:.200}"
         raise InputError(what, where=name, fix="take a model that you trust")
-    return Repository(name, str(info.sha), sizes)
+    large = {sibling.rfilename: sibling.lfs for sibling in siblings if sibling.lfs}
+    hashes = {s.rfilename: s.blob_id or "" for s in siblings}
+    hashes |= {file: str(lfs.sha256) for file, lfs in large.items()}
+    return Repository(name, str(info.sha), sizes, hashes)
 
 
-def _is_inside(file: str) -> bool:
-    parts = file.split("/")
-    return file.isprintable() and "\\" not in file and not {"", ".", ".."} & {*parts}
+def choose(sizes: dict[str, int], folder: Path) -> Choice:
+    """What of some files (path -> bytes) is the model. folder: holds those of `FIRST` among them.
 
-
-def choose(repository: Repository, folder: Path) -> Choice:
-    """What of a repository is the model. folder: holds those of `FIRST` that the repository has.
-
-    InputError if it holds no model that can be read: only pickles, an adapter, a damaged index.
+    InputError if they hold no model that can be read: only pickles, an adapter, a damaged index.
     """
-    sizes = repository.sizes
     left_out = {file: reason for file in sizes if (reason := why_left_out(file))}
     problems: list[QuantError] = []
     _, shards = choose_files(folder, sizes, left_out, problems)

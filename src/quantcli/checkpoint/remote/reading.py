@@ -1,0 +1,79 @@
+"""Ranges of files that are elsewhere, with patience: what was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from time import sleep
+
+from quantcli.checkpoint.remote.origin import (
+    LONGEST_WAIT,
+    WAITS,
+    Listing,
+    Origin,
+    PassingError,
+    Version,
+)
+from quantcli.core.errors import MachineError
+from quantcli.core.events import SILENT, Progress
+
+_AGAIN = "check the network; then run the same command again"
+_listeners: dict[Origin, Progress] = {}
+_mutex = threading.Lock()
+figures: Counter[str] = Counter()  # of this process: requests, bytes, cuts
+
+
+def report_to(origin: Origin, progress: Progress) -> None:
+    """Who hears of requests to an origin that are repeated, in this process."""
+    _listeners[origin] = progress
+
+
+def listed(origin: Origin, progress: Progress) -> Listing:
+    """The files of an origin. MachineError if patience does not help."""
+    waits = iter(WAITS)
+    while True:
+        try:
+            return origin.list(progress)
+        except PassingError as passing:
+            _wait(origin.address, origin.address, passing, next(waits, None), progress)
+
+
+def read_range(origin: Origin, name: str, version: Version, first: int, block: memoryview) -> None:
+    """Fill `block` with the bytes of a file from `first` on.
+
+    A body that is cut off goes on at the byte where it stopped; a request without an answer is repeated
+    with longer and longer waits. Raises MachineError if that does not help, and InputError.
+    """
+    progress = _listeners.get(origin, SILENT)
+    waits = iter(WAITS)
+    done = 0
+    while done < len(block):
+        count("requests")
+        try:
+            origin.ask(name, version, first + done, block[done:])
+            break
+        except PassingError as passing:
+            if passing.nbytes:
+                count("cuts")
+                done += passing.nbytes
+                waits = iter(WAITS)
+                progress.detail(f"`{name}`: {passing.reason}; going on at byte {first + done:,}")
+            else:
+                _wait(origin.where(name), f"`{name}`", passing, next(waits, None), progress)
+    count("bytes", len(block))
+
+
+def count(what: str, number: int = 1) -> None:
+    """Add to the figures of this process."""
+    with _mutex:
+        figures[what] += number
+
+
+def _wait(
+    where: str, what: str, passing: PassingError, pause: float | None, progress: Progress
+) -> None:
+    if pause is None:
+        raise MachineError(f"cannot be read: {passing.reason}", where=where, fix=_AGAIN)
+    seconds = max(pause, min(passing.wait, LONGEST_WAIT))
+    progress.say(f"{what}: {passing.reason}; trying again in {seconds:g} s")
+    sleep(seconds)

@@ -1,0 +1,213 @@
+"""Requests by HTTP: connections that are kept, and bodies that are read into memory that is there.
+
+http.client reads into a buffer of the caller, which costs a quarter of a second of CPU time for a GiB.
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import itertools
+import os
+import ssl
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from email.message import Message
+from functools import cache
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from quantcli.checkpoint.remote.origin import PassingError
+from quantcli.core.errors import InputError
+
+_TIMEOUT = 30.0  # seconds until a server has to send something
+_MOST_REDIRECTS = 5
+_MOST_IDLE = 8  # connections to one server that are kept
+_REDIRECTS = (301, 302, 303, 307, 308)
+_BROKEN = (OSError, http.client.HTTPException)
+
+
+class _Idle:
+    """Connections that nobody uses, by scheme and server."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
+        self._mutex = threading.Lock()
+        self._process = os.getpid()
+
+    def take(self, server: tuple[str, str]) -> http.client.HTTPConnection | None:
+        """One to that server, if there is one."""
+        with self._mutex:
+            if self._process != os.getpid():  # a fork has no right to its parent's connections
+                self._kept, self._process = {}, os.getpid()
+            kept = self._kept.get(server)
+            return kept.pop() if kept else None
+
+    def put(self, server: tuple[str, str], connection: http.client.HTTPConnection) -> None:
+        """Keep one for later."""
+        with self._mutex:
+            kept = self._kept.setdefault(server, [])
+            if len(kept) < _MOST_IDLE:
+                kept.append(connection)
+                return
+        connection.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        with self._mutex:
+            for connection in itertools.chain(*self._kept.values()):
+                connection.close()
+            self._kept.clear()
+
+
+_idle = _Idle()
+atexit.register(_idle.close)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    context = ssl.create_default_context(cafile=bundle or None)
+    if not context.cert_store_stats()["x509_ca"] and not context.get_ca_certs():
+        import certifi  # of huggingface_hub: for systems without certificates of their own
+
+        context.load_verify_locations(certifi.where())
+    return context
+
+
+def _connect(url: SplitResult) -> http.client.HTTPConnection:
+    """A new connection, through the proxy that the environment names."""
+    host, port = url.hostname or "", url.port
+    secure = url.scheme == "https"
+    named = None if proxy_bypass(host) else getproxies().get(url.scheme)
+    if named:
+        proxy = urlsplit(named if "://" in named else f"http://{named}")
+        through, at = proxy.hostname or "", proxy.port or 80
+        if not secure:
+            return http.client.HTTPConnection(through, at, timeout=_TIMEOUT)
+        connection = http.client.HTTPSConnection(through, at, timeout=_TIMEOUT, context=_tls())
+        connection.set_tunnel(host, port or 443, _proxy_headers(proxy))
+        return connection
+    if secure:
+        return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT, context=_tls())
+    return http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+
+
+def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    from base64 import b64encode
+
+    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+
+
+def _target(url: SplitResult) -> tuple[str, dict[str, str]]:
+    """What is asked of the server, and headers for a proxy between."""
+    path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    named = None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    if not named or url.scheme == "https":
+        return path, {}
+    return f"http://{url.netloc}{path}", _proxy_headers(urlsplit(named))
+
+
+@contextmanager
+def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
+    """The answer to one request; redirects are answers, too. PassingError if there is none."""
+    parts = urlsplit(url)
+    server = (parts.scheme, parts.netloc)
+    target, more = _target(parts)
+    connection = _idle.take(server)
+    response = None
+    if connection is not None:
+        try:
+            connection.request(method, target, headers={**headers, **more})
+            response = connection.getresponse()
+        except _BROKEN:  # the server has closed it meanwhile
+            connection.close()
+    if response is None:
+        connection = _connect(parts)
+        try:
+            connection.request(method, target, headers={**headers, **more})
+            response = connection.getresponse()
+        except _BROKEN as error:
+            connection.close()
+            raise PassingError(reason(error)) from None
+    assert connection is not None
+    try:
+        yield response
+    finally:
+        if response.isclosed() and not response.will_close:
+            _idle.put(server, connection)
+        else:
+            connection.close()
+
+
+def reason(error: Exception) -> str:
+    """Why there is no answer, in a few words, without addresses."""
+    if isinstance(error, TimeoutError):
+        return f"the server sent nothing for {_TIMEOUT:g} s"
+    if isinstance(error, ssl.SSLError):
+        return f"no safe connection: {error.reason or error.strerror or 'TLS failed'}"[:200]
+    if isinstance(error, http.client.HTTPException):
+        return "the server broke off" if isinstance(error, ConnectionError) else "no answer in HTTP"
+    return (getattr(error, "strerror", None) or type(error).__name__)[:200].lower()
+
+
+@contextmanager
+def followed(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
+    """The answer behind redirects. InputError for more than a few, and for others than to HTTP(S)."""
+    for _ in range(_MOST_REDIRECTS):
+        with request(method, url, headers) as response:
+            if response.status not in _REDIRECTS:
+                yield response
+                return
+            url = redirected(url, response)
+            drain(response)
+    raise InputError("the server redirects without end", fix="check the address")
+
+
+def redirected(url: str, response: http.client.HTTPResponse) -> str:
+    """The address that a redirect names. InputError unless it is HTTPS, or HTTP from HTTP."""
+    location = urljoin(url, response.headers.get("Location", ""))
+    parts = urlsplit(location)
+    allowed = ("https",) if url.startswith("https:") else ("http", "https")
+    if parts.scheme not in allowed or not parts.hostname or not location.isascii():
+        what = f"the server redirects to another kind of address: {parts.scheme!r:.40}"
+        raise InputError(what, fix="take a server that you trust")
+    return location
+
+
+def drain(response: http.client.HTTPResponse) -> None:
+    """Read the rest of a short body, so that the connection can be used again."""
+    try:
+        response.read(2**16)
+    except _BROKEN:
+        response.close()
+
+
+def read_body(response: http.client.HTTPResponse, block: memoryview) -> None:
+    """Fill `block` from a body. PassingError, with the bytes that arrived, if it ends before."""
+    done = 0
+    while done < len(block):
+        try:
+            n = response.readinto(block[done:])
+        except _BROKEN as error:
+            raise PassingError(reason(error), done) from None
+        if n == 0:
+            raise PassingError("the connection was cut", done)
+        done += n
+    if response.length == 0 or response.chunked:
+        drain(response)
+
+
+def asked_wait(headers: Message) -> float:
+    """Seconds that a busy server asks to wait."""
+    text = headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+
+
+def is_passing(status: int) -> bool:
+    """Whether a status is that of a busy server."""
+    return status in {408, 429} or status >= 500

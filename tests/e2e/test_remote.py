@@ -1,0 +1,99 @@
+"""Models that are elsewhere: the same bytes as from a copy here, whatever servers do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.builders import make_model
+from tests.e2e.conftest import CONFIG, RECIPE, llama, run_cli, snapshot
+from tests.hub_server import Hub, used
+from tests.object_server import Objects
+from tests.web_server import served
+
+CARD = "---\nlicense: mit\n---\n# The source\n"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with org/name: a model in two shards with an index, and what is next to one."""
+    tensors = llama(layers=3, side=64)
+    names = sorted(tensors)
+    halves = names[::2], names[1::2]
+    root = tmp_path_factory.mktemp("served")
+    make_model(
+        root / "org" / "name",
+        {SHARDS[i]: {name: tensors[name] for name in half} for i, half in enumerate(halves)},
+        config=CONFIG,
+        index=True,
+        files={
+            "README.md": CARD, "tokenizer.json": '{"version": "1.0"}' + " " * 1_100_000,
+            "assets/a picture.png": b"png", "pytorch_model.bin": b"pickle",
+        },
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a conversion of the folder gives."""
+    return convert(models / "org" / "name", recipe, tmp_path_factory.mktemp("local") / "out")
+
+
+def convert(model: object, recipe: Path, out: Path, *more: object) -> dict[str, str]:
+    done = run_cli("quantize", recipe, "--model", model, "--out", out, *more)
+    assert done.code == 0, done.err
+    return snapshot(out)
+
+
+@pytest.fixture
+def web(models: Path) -> Iterator[Hub]:
+    with served(models) as web:
+        yield web
+
+
+@pytest.fixture
+def hub(models: Path, tmp_path: Path) -> Iterator[Hub]:
+    with used(models, tmp_path / "cache") as hub:
+        yield hub
+
+
+def test_from_a_web_server(web: Hub, recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    assert convert(f"{web.address}/org/name/", recipe, tmp_path / "out") == expected
+    assert not web.fetched("pytorch_model.bin")
+
+
+def test_from_a_web_server_without_pages(
+    models: Path, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    with served(models, listed=False, tagged=False) as web:
+        found = convert(f"{web.address}/org/name", recipe, tmp_path / "out")
+    assert found == {name: digest for name, digest in expected.items() if "assets" not in name} | {
+        name: found[name] for name in ("README.md", "quantcli_manifest.json")
+    }
+
+
+def test_from_object_storage(
+    objects: Objects, models: Path, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    objects.bucket("remote")
+    address = objects.upload(models / "org" / "name", "remote", "team/name")
+    assert convert(address, recipe, tmp_path / "out") == expected
+
+
+def test_from_the_hub(hub: Hub, recipe: Path, tmp_path: Path) -> None:
+    downloaded = convert("org/name", recipe, tmp_path / "downloaded")
+    shutil.rmtree(tmp_path / "cache")
+    assert convert("hf://org/name", recipe, tmp_path / "streamed") == downloaded
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

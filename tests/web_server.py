@@ -1,0 +1,64 @@
+"""A plain web server on this machine, for tests: a folder with ranges, ETags and pages of links.
+
+`Hub.faults` makes it fail on purpose, `Hub.asked` is what it was asked, as in `hub_server`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+import pytest
+
+from quantcli.checkpoint.remote import reading
+from tests.hub_server import Fault, Handler, Hub, serve
+
+
+class Pages(Handler):
+    """Answers with the files of a folder. listed: whether pages link to them; tagged: ETags."""
+
+    listed = True
+    tagged = True
+
+    def _answer(self) -> None:
+        path = self._path = unquote(urlsplit(self.path).path)
+        fault = self.hub.fault(self.command, path) or Fault("")
+        place = self.hub.folder / path.strip("/")
+        if fault.hang:
+            self.hub.released.wait(fault.hang)
+            self.close_connection = True
+        elif fault.location:
+            self._send(302, b"", {"Location": fault.location})
+        elif fault.status:
+            after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+            self._send(fault.status, b"<h1>nothing</h1>", {"Content-Type": "text/html", **after})
+        elif place.is_dir() and path.endswith("/") and self.listed:
+            self._send(200, self._page(place).encode(), {"Content-Type": "text/html; charset=utf-8"})
+        elif place.is_file():
+            tag = hashlib.sha256(place.read_bytes()).hexdigest()[:32]
+            condition = self.headers.get("If-Match")
+            if self.tagged and condition not in {None, f'"{tag}"'}:
+                self._send(412, b"")
+                return
+            stamp = {"Last-Modified": self.date_time_string(place.stat().st_mtime)}
+            self._send_file(place, {"ETag": f'"{tag}"'} if self.tagged else stamp, fault)
+        else:
+            self._send(404, b"no such page")
+
+    def _page(self, folder: Path) -> str:
+        names = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir())]
+        links = ["../", "?C=M;O=A", "https://example.org/model.safetensors", *map(quote, names)]
+        return "".join(f'<a href="{html.escape(link)}">x</a>\n' for link in links)
+
+
+@contextmanager
+def served(folder: Path, *, listed: bool = True, tagged: bool = True) -> Iterator[Hub]:
+    """A web server of a folder. Whoever reads from it in this process waits for nothing."""
+    handler = type("Own", (Pages,), {"listed": listed, "tagged": tagged})
+    with serve(folder, handler=handler) as web, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "sleep", lambda _: None)
+        yield web
