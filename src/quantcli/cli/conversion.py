@@ -64,6 +64,11 @@ def convert(
 
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
+    if job.download is not None:
+        pending = job.download.pending
+        out.line(
+            f"download     {decimal(pending.nbytes)} of {pending.given} first, into the Hub's cache"
+        )
     if job.room is None:
         out.line("disk         needs none")
     else:
