@@ -88,6 +88,24 @@ def test_one_shard_at_a_time_is_on_this_machine(
     assert 0 < rest < 10_000
 
 
+def test_from_the_hub_to_the_hub(box: Box, hub: Shelf, expected: dict[str, str]) -> None:
+    """And what is there then is verified where it is, against the model where that is."""
+    (hub.folder / "org").mkdir()
+    box.model.rename(hub.folder / "org" / "model")
+    command = ["quantize", box.recipe, "--model", "hf://org/model", "--out", URL, *SMALL]
+    plan = run_cli(*command, "--plan")
+    assert f"output       {URL}, which is created as a private repository" in plan.out
+    assert run_cli(*command).code == 0
+    named = {CARD, MANIFEST}  # the card names the model, and the manifest has its hash
+    files = published(hub)
+    assert {n: files[n] for n in files.keys() - named} == {
+        n: expected[n] for n in expected.keys() - named
+    }
+    verified = run_cli("verify", URL, "--full", "--against", "hf://org/model")
+    assert verified.code == 0, verified.out + verified.err
+    assert not (box.root / "cache").exists()
+
+
 @pytest.mark.parametrize("done", [1, 3])
 def test_an_interrupted_run_goes_on(box: Box, hub: Shelf, expected: dict[str, str], done: int) -> None:
     hub.most_commits = 1 + done
