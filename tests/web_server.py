@@ -1,5 +1,6 @@
 """A plain web server on this machine, for tests: a folder with ranges, ETags and pages of links.
 
+It also answers as S3 does for reading: folders of its folder are buckets.
 `Hub.faults` makes it fail on purpose, `Hub.asked` is what it was asked, as in `hub_server`.
 """
 
@@ -10,7 +11,7 @@ import html
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
@@ -28,6 +29,7 @@ class Pages(Handler):
         path = self._path = unquote(urlsplit(self.path).path)
         fault = self.hub.fault(self.command, path) or Fault("")
         place = self.hub.folder / path.strip("/")
+        query = parse_qs(urlsplit(self.path).query)
         if fault.hang:
             self.hub.released.wait(fault.hang)
             self.close_connection = True
@@ -36,23 +38,42 @@ class Pages(Handler):
         elif fault.status:
             after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             self._send(fault.status, b"<h1>nothing</h1>", {"Content-Type": "text/html", **after})
+        elif "list-type" in query:
+            self._send(200, self._listed(place, query["prefix"][0]).encode())
         elif place.is_dir() and path.endswith("/") and self.listed:
             self._send(200, self._page(place).encode(), {"Content-Type": "text/html; charset=utf-8"})
         elif place.is_file():
-            tag = hashlib.sha256(place.read_bytes()).hexdigest()[:32]
+            tag = tag_of(place)
             condition = self.headers.get("If-Match")
             if self.tagged and condition not in {None, f'"{tag}"'}:
                 self._send(412, b"")
                 return
-            stamp = {"Last-Modified": self.date_time_string(place.stat().st_mtime)}
-            self._send_file(place, {"ETag": f'"{tag}"'} if self.tagged else stamp, fault)
+            headers = {"Last-Modified": self.date_time_string(place.stat().st_mtime)}
+            self._send_file(place, headers | ({"ETag": f'"{tag}"'} if self.tagged else {}), fault)
         else:
             self._send(404, b"no such page")
+
+    def _listed(self, bucket: Path, prefix: str) -> str:
+        """The objects of a bucket, which is a folder, as S3 lists them."""
+        entries = [
+            f"<Contents><Key>{html.escape(path.relative_to(bucket).as_posix())}</Key>"
+            f"<Size>{path.stat().st_size}</Size><ETag>&quot;{tag_of(path)}&quot;</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for path in sorted(bucket.rglob("*"))
+            if path.is_file() and path.relative_to(bucket).as_posix().startswith(prefix)
+        ]
+        head = f"<Name>x</Name><KeyCount>{len(entries)}</KeyCount><IsTruncated>false</IsTruncated>"
+        return f"<ListBucketResult>{head}{''.join(entries)}</ListBucketResult>"
 
     def _page(self, folder: Path) -> str:
         names = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir())]
         links = ["../", "?C=M;O=A", "https://example.org/model.safetensors", *map(quote, names)]
         return "".join(f'<a href="{html.escape(link)}">x</a>\n' for link in links)
+
+
+def tag_of(path: Path) -> str:
+    """An ETag, without its quotes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 @contextmanager

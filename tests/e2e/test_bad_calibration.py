@@ -385,20 +385,20 @@ def double(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @case(
-    "calibration of another recipe",
-    "there is of another recipe: the modules that are measured, and how differ",
+    "calibration with other edits",
+    "there is of other edits: smooth.alpha was not there, is 0.5",
     "out.calibration",
     "to make it anew",
 )
 def _(bench: Bench) -> Arguments:
     there(bench)
-    bench.edit_recipe(RECIPE.replace("minmax", "mse"))
+    bench.edit_recipe(SMOOTH)
     return []
 
 
 @case(
     "calibration of other samples",
-    f"is of another recipe: calibration.samples was {SAMPLES}, is {SAMPLES - 1}",
+    f"is of other inputs: calibration.samples was {SAMPLES}, is {SAMPLES - 1}",
     "out.calibration",
     "to make it anew",
 )
@@ -591,8 +591,18 @@ damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid J
 @case("head of a later version", "cannot be read by this version", "out.calibration", "to make it anew")
 def _(bench: Bench) -> Arguments:
     head = there(bench) / "calibration.json"
-    head.write_text(head.read_text().replace('"version": 1', '"version": 2'))
+    head.write_text(head.read_text().replace('"version": 2', '"version": 3'))
     return []
+
+
+@case("head of an earlier version", "is of an earlier version", "out.calibration", "to make it anew")
+def _(bench: Bench) -> Arguments:
+    head = there(bench) / "calibration.json"
+    head.write_text(json.dumps({"version": 1, "layers": 4, "model": "", "recipe": {}, "data": ""}))
+    return []
+
+
+damage("head without its key", "calibration.json", key_removed("edits"), "is damaged")
 
 
 @case("no head", "is not a calibration", "out.calibration", "another folder")

@@ -284,8 +284,17 @@ def test_lm_head_is_outside_of_the_stack(make: Callable[..., Bench]) -> None:
 
 
 def test_codes_are_of_one_scheme(make: Callable[..., Bench]) -> None:
-    """Its scales are what they were chosen against, unlike ranges of inputs."""
+    """Its scales are what they were chosen against, unlike ranges of inputs: another scheme gets codes
+    of its own, next to those that are there."""
     bench = make(EXPERTS.replace('"*.experts.*", ', ""))
     assert bench.calibrate().code == 0
+    before = snapshot(bench.store)
     bench.edit_recipe(bench.recipe.read_text().replace("w8a8_dynamic", "w8a16"))
-    refused(bench.calibrate(), "the calibration there is of another recipe", "delete")
+    assert bench.calibrate().code == 0
+    after = snapshot(bench.store)
+    assert before.items() <= after.items()
+    (further,) = bench.store.glob("further-*")
+    assert snapshot(further).keys() == before.keys()
+    measured = {name.rpartition(".")[2] for name in tensors(further)}
+    assert "codes" in measured
+    assert f"--calibration {bench.store}\n" in bench.calibrate().err

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli.calibration import session
+from quantcli.calibration import building, session
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
@@ -300,14 +300,14 @@ def test_options_and_order_decide_what_a_calibration_is_of(make: Callable[..., B
     bench = make()
     assert bench.calibrate().code == 0
     bench.edit_recipe(EQUALIZE.replace("0.75", "0.5"))
-    assert "another recipe: equalize.strength was 0.75, is 0.5" in bench.calibrate().err
+    assert "other edits: equalize.strength was 0.75, is 0.5" in bench.calibrate().err
     bench.edit_recipe(EQUALIZE + "  - smooth\n")
-    assert "another recipe" in bench.calibrate().err
+    assert "other edits: methods differ" in bench.calibrate().err
     assert bench.calibrate("--fresh").code == 0
     report = bench.calibrate("--json").json
     assert len(report["equalized"]) == len(report["smoothed"]) == 4 * LAYERS
     bench.edit_recipe(RECIPE + "methods: [smooth, {name: equalize, strength: 0.75}]\n")
-    assert "another recipe: methods differ" in bench.calibrate().err
+    assert "other edits: methods differ" in bench.calibrate().err
 
 
 def test_the_block_smooth_is_the_method(make: Callable[..., Bench]) -> None:
@@ -363,8 +363,8 @@ def test_observers_share_a_pass_and_edits_cost_one_load(
 
     monkeypatch.setattr(Replay, "run", spied_run)
     monkeypatch.setattr(Skeleton, "loaded", spied_loaded)
-    real = session.methods_of
-    monkeypatch.setattr(session, "methods_of", lambda plan: (*real(plan), Counting()))
+    real = building.methods_of
+    monkeypatch.setattr(building, "methods_of", lambda plan: (*real(plan), Counting()))
     bench = make(RECIPE)
     assert bench.calibrate().code == 0
     # a few tokens; then ranges, squares for clips, and counts together; the few tokens go on

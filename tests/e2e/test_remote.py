@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from quantcli.checkpoint.remote import objects as remote_objects
 from tests.builders import make_model
 from tests.e2e.conftest import CONFIG, RECIPE, llama, run_cli, snapshot
-from tests.hub_server import Hub, used
-from tests.object_server import Objects
+from tests.hub_server import Fault, Hub, used
+from tests.object_server import KEYS, Objects
 from tests.web_server import served
 
 CARD = "---\nlicense: mit\n---\n# The source\n"
@@ -97,3 +99,56 @@ def test_from_the_hub(hub: Hub, recipe: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache")
     assert convert("hf://org/name", recipe, tmp_path / "streamed") == downloaded
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def cuts(number: int) -> list[Fault]:
+    """Connections that end after 1 to 3,000 bytes of weights."""
+    random = np.random.default_rng(0)
+    return [Fault(SHARDS[n % 2], cut=int(random.integers(1, 3000))) for n in range(number)]
+
+
+def test_a_hundred_cut_connections(
+    web: Hub, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    web.faults = cuts(100)
+    assert convert(f"{web.address}/org/name", recipe, tmp_path / "out") == expected
+    assert not any(fault.times for fault in web.faults)
+
+
+def test_cut_connections_to_object_storage(
+    web: Hub, recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {**KEYS, "AWS_ENDPOINT_URL": web.address}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(remote_objects, "_CHUNK", 1)  # a cut costs no more than that
+    web.faults = cuts(30)
+    assert convert("s3://org/name", recipe, tmp_path / "out") == expected
+    assert not any(fault.times for fault in web.faults)
+    web.faults = [Fault("config.json", status=403)]
+    done = run_cli("quantize", recipe, "--model", "s3://org/name", "--out", tmp_path / "no")
+    assert done.code == 2
+    assert "error: object storage refuses access (the server answers 403)\n" in done.err
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in done.err
+
+
+def test_other_commands_take_addresses(
+    web: Hub, models: Path, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    address, folder = f"{web.address}/org/name", models / "org" / "name"
+    local, remote = (run_cli("inspect", model, "--json").json for model in (folder, address))
+    assert remote == local | {"path": address}
+    local, remote = (
+        run_cli("inspect", "--outliers", model, "--json").json for model in (folder, address)
+    )
+    assert remote == local | {"path": address}
+    convert(folder, recipe, models / "org" / "quantized")
+    quantized = f"{web.address}/org/quantized"
+    done = run_cli("verify", quantized, "--full", "--against", address, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["checkpoint"], done.json["against"]) == (quantized, address)
+    checked = {check["name"]: check["checked"] for check in done.json["checks"]}
+    assert (checked["hashes"], checked["sqnr"]) == (8, 21)
+    (models / "org" / "quantized" / "README.md").write_text("other")
+    done = run_cli("verify", quantized, "--full")
+    assert done.code == 1
+    assert "/tmp" not in done.out + done.err

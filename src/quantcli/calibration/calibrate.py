@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,12 +17,13 @@ from quantcli.calibration.replay.states import (
     StatesWriter,
     final_file,
     load_states,
+    outputs_file,
+    state_specs,
     states_file,
 )
 from quantcli.calibration.report import LayerReport
 from quantcli.calibration.store import Store
-from quantcli.calibration.text.dataset import Batch
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
 from quantcli.core.text import count
@@ -52,6 +53,12 @@ class Share:
         """Whether nothing is to be measured in a layer: it is done, or there is no work."""
         # what later layers are given of quantized ones is found while these are measured
         return index > self.last or (self.store.has(index) and self._inputs == "float")
+
+    def finish(self, layers: Iterable[int]) -> None:
+        """Those of these layers in which there is no work are done."""
+        for index in layers:
+            if index > self.last and not self.store.has(index):
+                self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
 
     @property
     def _inputs(self) -> str:
@@ -102,15 +109,9 @@ class Calibrator:
                 if index in self._starts and self._starts[index] > self._stack:
                     states = self._enter(self._starts[index], states)
                 states = self._layer(index, states, onward=index < last)
-        for index in range(last + 1, total):
-            self._save_nothing(index, self.shares)
+        for share in self.shares:
+            share.finish(range(total))
         self.store.drop_states()
-
-    def _save_nothing(self, index: int, shares: Sequence[Share]) -> None:
-        """A layer in which some recipes have no work is done."""
-        for share in shares:
-            if not share.store.has(index):
-                share.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
 
     @property
     def _done(self) -> int:
@@ -156,7 +157,7 @@ class Calibrator:
 
             def note(number: int, hidden: Tensor, carry: Carry) -> None:
                 if not specs:
-                    specs.extend(_specs(hidden, replay.batches))
+                    specs.extend(state_specs(hidden, number, replay.batches))
                     if write:
                         self._check_space(2 * sum(spec.nbytes for spec in specs))
                         file = states_file(self._skeleton.stacks[stack].start)
@@ -212,7 +213,8 @@ class Calibrator:
 
             measure_layer(layer, layers, writer.put if writer is not None else None, save)
             finish()
-            self._save_nothing(index, [share for share in self.shares if index > share.last])
+            for share in self.shares:
+                share.finish([index])
             following = complete[0] if complete else states
         self._keeps()
         self._tell(index, [(share.name, run.report) for share, run in zip(shares, layers, strict=True)])
@@ -221,34 +223,25 @@ class Calibrator:
 
     def _outputs(self, index: int) -> StatesWriter:
         """The writer of a layer's outputs."""
-        ends = index + 1 in self._starts
-        return self._writer(final_file(self._stack) if ends else states_file(index + 1))
+        return self._writer(outputs_file(self._skeleton.stacks, index))
 
     def _tell(self, index: int, reports: Sequence[tuple[str, LayerReport]]) -> None:
         """Messages of a layer's recipes, each once, and remarks on their results."""
-        several = len(self.shares) > 1
-        for line in dict.fromkeys(
-            f"{name}: {line}" if several else line
-            for name, report in reports
-            for line in report.messages
-        ):
-            self.progress.say(line)
-        notes = [
-            f"{name}: {report.note}" if several else report.note
-            for name, report in reports
-            if report.note
-        ]
-        self.progress.layer(self._skeleton.layers[index][0], index, "; ".join(notes))
+        words = [(name, report.messages, report.note) for name, report in reports]
+        note = tell(self.progress, words, several=len(self.shares) > 1)
+        self.progress.layer(self._skeleton.layers[index][0], index, note)
 
 
-def _specs(hidden: Tensor, batches: Sequence[Batch]) -> list[TensorSpec]:
-    """dtype and shape of the hidden states of all batches, from those of the first."""
-    dtype, shape = safetensors_dtype(hidden.dtype), tuple(hidden.shape)
-    sides = tuple(batches[0].input_ids.shape)
-    place = next(
-        (n for n in range(len(shape)) if shape[n : n + 2] == sides), 0
-    )  # [streams, batch, ...]
-    return [
-        TensorSpec("", dtype, (*shape[:place], *batch.input_ids.shape, *shape[place + 2 :]))
-        for batch in batches
+def tell(
+    progress: Progress, reports: Sequence[tuple[str, Sequence[str], str]], *, several: bool
+) -> str:
+    """Say the messages of a layer's recipes, each once. Returns the remark on their results.
+
+    reports: name, messages and remark of each recipe. several: whether there are other recipes.
+    """
+    lines = [
+        f"{name}: {line}" if several else line for name, messages, _ in reports for line in messages
     ]
+    for line in dict.fromkeys(lines):
+        progress.say(line)
+    return "; ".join(f"{name}: {note}" if several else note for name, _, note in reports if note)

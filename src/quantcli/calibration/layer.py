@@ -24,9 +24,9 @@ from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer, Question, ask
 from quantcli.calibration.methods.base import LayerWork, Measurement
 from quantcli.calibration.replay.replay import Sink
-from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.report import LayerReport, ModuleReport
-from quantcli.calibration.shown import quantized, running
+from quantcli.calibration.shown import running
 from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Lookers, Watch, joined
 from quantcli.core.errors import InputError
@@ -153,7 +153,7 @@ class LayerRun:
     @property
     def alone(self) -> bool:
         """Whether it needs a pass of its own: what is entered around one can be entered once."""
-        return any(type(m).passing is not Measurement.passing for m in self._measurements)
+        return any(measurement.hooks() for measurement in self._measurements)
 
     def begin(self, layout: LayerLayout) -> None:
         """The layer is loaded, and its data flow is known."""
@@ -218,12 +218,10 @@ class LayerRun:
         engine = None
         if self.run.policy.inputs == "running":
             engine = self.layer.engine(running(self.run.policy, self.layer.whole(self.work.edits)))
-        watch = Watch(lookers, engine, counts=True)
+        hooks = [hook for measurement in measurements for hook in measurement.hooks()]
+        watch = Watch(lookers, engine, counts=True, hooks=hooks)
         self.run.progress.phase("measuring")
-        with ExitStack() as stack:
-            for measurement in measurements:
-                stack.enter_context(measurement.passing())
-            self.layer.watch(watch, None if self.run.policy.inputs == "quantized" else sink)
+        self.layer.watch(watch, None if self.run.policy.inputs == "quantized" else sink)
         for run in runs:
             run._watch = watch
         if self.run.policy.inputs == "quantized":
@@ -261,10 +259,7 @@ class LayerRun:
 
     def _run_quantized(self, sink: Sink) -> None:
         self.run.progress.phase("running quantized")
-        whole = self.layer.whole(self.work.edits)
-        engine = self.layer.engine(quantized(self.run.policy, self.work.stats, whole))
-        matrices = self.layer.matrices()
-        self.layer.forward(sink, lambda _: Tap(matrices, engine))
+        self.layer.run_quantized(self.work.stats, self.work.edits, sink)
 
 
 def _changed(before: Mapping[str, EditFactors], after: Mapping[str, EditFactors]) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from quantcli.calibration.replay.replay import Replay, Sink, Tap
 from quantcli.calibration.replay.skeleton import Segments, Skeleton
 from quantcli.calibration.replay.states import States
 from quantcli.calibration.replay.taps import Matrices, Matrix
+from quantcli.calibration.replay.taps import Tap as MatrixTap
+from quantcli.calibration.shown import quantized
 from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch, layer_watched, watched
 from quantcli.checkpoint.header import StoredTensor
@@ -33,6 +35,24 @@ if TYPE_CHECKING:
     from quantcli.calibration.methods.base import Method
 
 
+class OtherProcesses(Protocol):
+    """Processes that share the passes over all samples.
+
+    edits: those of the weights that are loaded here.
+    """
+
+    edits: Mapping[str, EditFactors]
+
+    def watch(self, layer: LoadedLayer, watch: Watch, *, onward: bool) -> bool:
+        """Let them make a pass; false if they cannot see what `watch` sees. onward: whether they write
+        the layer's outputs."""
+
+    def run_quantized(
+        self, layer: LoadedLayer, stats: Mapping[str, Stats], edits: Mapping[str, EditFactors]
+    ) -> None:
+        """Let them write the layer's outputs, with the engine's arithmetic."""
+
+
 @dataclass(frozen=True)
 class CalibrationRun:
     """A calibration of a model.
@@ -43,6 +63,7 @@ class CalibrationRun:
     budget:  bytes to hold in memory of a layer's inputs, of its outputs, and of each further copy that
              a method holds (`Method.hidden_states`); the rest is read from disk, or computed again.
     edits:   calibrations with the same text here make the same edits in every layer.
+    others:  processes that share the passes; None: all passes are made here.
     """
 
     replay: Replay
@@ -51,6 +72,7 @@ class CalibrationRun:
     workers: int = 1
     budget: int = 0
     edits: str = ""
+    others: OtherProcesses | None = None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -123,6 +145,8 @@ class LoadedLayer:
 
     def loaded(self, edits: Mapping[str, EditFactors]) -> AbstractContextManager[nn.Module]:
         """Within it the module has its weights, edited; edits: by stored tensor."""
+        if self.run.others is not None:
+            self.run.others.edits = dict(edits)
 
         def read(stored: StoredTensor) -> Tensor:
             tensor = read_tensor(stored)
@@ -140,13 +164,14 @@ class LoadedLayer:
         return EngineLinears(self.matrices(), self.segments, quantizer)
 
     def forward(self, sink: Sink | None, tap: Tap, only: Sequence[int] | None = None) -> None:
-        """Run the loaded module over all samples, or some batches; `sink` takes outputs, those of the
-        probe too."""
+        """Run the loaded module over all samples and the probe, or some of these batches; `sink` takes
+        outputs. The probe runs for its outputs alone, and is shown to nobody."""
         run = self.run.replay.run
         probe = len(self.run.batches)
-        numbers = range(probe) if only is None else only
-        run(self.index, self.module, self.states, sink, tap, numbers)
-        if sink is not None and only is None:
+        numbers = range(probe + 1) if only is None else only
+        samples = [number for number in numbers if number != probe]
+        run(self.index, self.module, self.states, sink, tap, samples)
+        if sink is not None and probe in numbers:
             run(self.index, self.module, self.states, sink, only=[probe], check=False)
 
     def whole(self, edits: Mapping[str, EditFactors]) -> Callable[[str], Stats]:
@@ -173,14 +198,35 @@ class LoadedLayer:
 
     def watch(self, watch: Watch, sink: Sink | None, only: Sequence[int] | None = None) -> None:
         """The same, and show inputs to observers."""
+        others = self.run.others
+        if only is None and others is not None and others.watch(self, watch, onward=sink is not None):
+            return
         batches, matrices, experts = self.run.batches, self.matrices(), self.experts_everywhere
         names = frozenset(name for block in experts for name in block.parameters)
 
         def tap(number: int) -> AbstractContextManager[None]:
             return watched(watch, matrices, number, batches[number], names)
 
-        with layer_watched(self.name, self.module, batches, experts):
+        with ExitStack() as stack:
+            for hook in watch.hooks:
+                stack.enter_context(hook.entered(self.name, self.module, self.segments))
+            stack.enter_context(layer_watched(self.name, self.module, batches, experts))
             self.forward(sink, tap, only)
+
+    def run_quantized(
+        self,
+        stats: Mapping[str, Stats],
+        edits: Mapping[str, EditFactors],
+        sink: Sink,
+        only: Sequence[int] | None = None,
+    ) -> None:
+        """`forward` with the engine's arithmetic. stats: by module. edits: of the loaded weights."""
+        if only is None and self.run.others is not None:
+            self.run.others.run_quantized(self, stats, edits)
+            return
+        engine = self.engine(quantized(self.run.policy, stats, self.whole(edits)))
+        matrices = self.matrices()
+        self.forward(sink, lambda _: MatrixTap(matrices, engine), only)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A matrix as it is loaded: [n, k]."""

@@ -15,6 +15,7 @@ class Resources:
 
     max_memory: bytes above the imports; None: most that is free.
     executor:   the cluster that runs what can be spread; None: threads of this process.
+    task_workers: threads of each task there; None: one for each CPU of a node.
     """
 
     device: str = "cpu"
@@ -22,6 +23,7 @@ class Resources:
     max_memory: int | None = None
     trust_remote_code: bool = False
     executor: Executor | None = None
+    task_workers: int | None = None
 
 
 def check_device(name: str) -> None:

@@ -1,10 +1,12 @@
 """A calibration on disk: one safetensors file and one report a decoder layer, and a key.
 
-    calibration.json           the key: model, recipe, data; written first
+    calibration.json           the key: model, text, what is measured; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
     states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
-                               of a whole stack and tensors that layers hand on next to these
+                               of a whole stack and tensors that layers hand on next to these;
+                               with `.000001-000004` those of 4 batches, from batch 1 on
+    further-0123456789abcdef/  one more calibration of the model, for recipes that ask for other things
 
 A layer counts as done when its report is there: it is written last.
 """
@@ -18,13 +20,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quantcli.calibration.report import TAKEN_FROM, LayerReport, expert_tokens
+from quantcli.calibration.sets.identity import Key, digest_of
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -36,20 +39,16 @@ from quantcli.planning.measured import Edit, EditFactors, Measured
 from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
-_VERSION = 1
-_STATES = r"(final-)?states-\d{5}\.(safetensors|carried\.json)|states-[0-9a-f]{64}\.safetensors"
+_VERSION = 2
+_PART = r"(\.\d{6}-\d{6})?"
+_STATES = (
+    rf"(final-)?states-\d{{5}}{_PART}\.(safetensors|carried\.json)"
+    rf"|states-[0-9a-f]{{64}}{_PART}\.safetensors"
+)
 _FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
 _OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
+_FURTHER = re.compile(r"further-[0-9a-f]{16}")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
-
-
-@dataclass(frozen=True)
-class Key:
-    """The identity of a calibration. model, data: sha256; recipe: its options that matter, by name."""
-
-    model: str
-    recipe: Mapping[str, Any]
-    data: str
 
 
 def layer_file(index: int) -> str:
@@ -75,7 +74,7 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            head = {"version": _VERSION, "layers": layers, "tool": tool, **key.__dict__}
+            head = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
             self._same_tool(tool)
             write_file(folder / HEAD, (json.dumps(head, indent=2) + "\n").encode())
         except BaseException:
@@ -83,7 +82,7 @@ class Store:
             raise
 
     def _same_tool(self, tool: str) -> None:
-        if self.done and read_json_file(self.folder / HEAD).get("tool") != tool:
+        if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
             raise InputError(
                 "was begun by other versions of quantcli, torch or transformers",
                 where=str(self.folder),
@@ -93,7 +92,7 @@ class Store:
     def _clear(self) -> None:
         with disk_errors(self.folder):
             for path in self.folder.iterdir():
-                if path.name not in {HEAD, ".lock"}:
+                if path.name not in {HEAD, ".lock"} and not _FURTHER.fullmatch(path.name):
                     path.unlink()
 
     @property
@@ -101,40 +100,29 @@ class Store:
         """How many layers are done, from the first on."""
         return _done(self.folder, self.layers)
 
+    @property
+    def _begun(self) -> bool:
+        """Whether any layer is done."""
+        return any(self.has(index) for index in range(self.layers))
+
     def has(self, index: int) -> bool:
         """Whether a layer is done."""
         return (self.folder / _report(index)).is_file()
 
     def save(self, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """A layer is done: its tensors by their names in the file, and its report."""
-        specs = [
-            TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
-            for name, t in sorted(tensors.items())
-        ]
-        writer = ShardWriter(self.folder, layer_file(index), layout(specs))
-        try:
-            for name, tensor in tensors.items():
-                if tensor.numel():
-                    writer.write(name, 0, tensor_bytes(tensor))
-            writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
-        document = report.document()
-        signed = {**document, "sha256": _seal(self.folder / layer_file(index), document)}
-        text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_file(self.folder / _report(index), text.encode())
+        save_layer(self.folder, index, tensors, report)
 
-    def drop_states(self, keep: Collection[Path] = ()) -> None:
-        """Delete hidden states, but for some files."""
+    def drop_states(self, keep: Collection[Path] = (), of: str = "*states-*") -> None:
+        """Delete hidden states, but for some files. of: a pattern for names of files."""
         with disk_errors(self.folder):
-            for path in self.folder.glob("*states-*"):
+            for path in self.folder.glob(of):
                 if path not in keep:
                     path.unlink()
 
     def forget(self) -> None:
         """Delete the folder, if no layer is done and it holds nothing else."""
-        if self.done:
+        if self._begun:
             return
         self.drop_states()
         with suppress(OSError):
@@ -147,6 +135,28 @@ class Store:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def save_layer(folder: Path, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
+    """A layer is done: its tensors by their names in the file, and its report. The folder is locked by
+    this process, or by the one that it works for."""
+    specs = [
+        TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
+        for name, t in sorted(tensors.items())
+    ]
+    writer = ShardWriter(folder, layer_file(index), layout(specs))
+    try:
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                writer.write(name, 0, tensor_bytes(tensor))
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    document = report.document()
+    signed = {**document, "sha256": _seal(folder / layer_file(index), document)}
+    text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_file(folder / _report(index), text.encode())
 
 
 def _report(index: int) -> str:
@@ -169,55 +179,75 @@ def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, in
 
     InputError if the folder is not a calibration, or one with another key.
     """
-    if not os.path.lexists(folder):
+    head = read_head(folder, fresh=fresh)
+    if head is None:
         return 0, 0
+    stored, layers = head
+    if stored != key:
+        raise refusal(folder, stored, key)
+    return _done(folder, layers), layers
+
+
+def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
+    """The key and the number of layers of the calibration in `folder`; None if there is none, and if
+    it is to be made `fresh`.
+
+    InputError if the folder is something else, or damaged, or of another version.
+    """
+    if not os.path.lexists(folder):
+        return None
     if not folder.is_dir():
         raise InputError("exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
-        names = [entry.name for entry in folder.iterdir()]
-    if _BEGUN.issuperset(names):
-        return 0, 0
-    strange = [name for name in names if not _OURS.fullmatch(name)]
+        names = {entry.name for entry in folder.iterdir()}
+    names = {name for name in names if not _FURTHER.fullmatch(name)}
+    if names <= _BEGUN:
+        return None
+    strange = sorted(name for name in names if not _OURS.fullmatch(name))
     if strange or HEAD not in names:
         what = f"is not a calibration: it holds `{strange[0]}`" if strange else "is not a calibration"
         raise InputError(what, where=str(folder), fix="give another folder")
     if fresh:
-        return 0, 0
+        return None
     with _whole(folder / HEAD):
         head = read_json_file(folder / HEAD)
-    other = _difference(head, key)
-    if other is not None:
-        raise InputError(
-            f"the calibration there is of {other}",
-            where=str(folder),
-            fix=f"{_anew(folder)}, or give another folder",
-        )
-    layers = head.get("layers")
-    if not isinstance(layers, int) or head.get("version") != _VERSION:
+    version, layers = head.get("version"), head.get("layers")
+    if isinstance(version, int) and version < _VERSION:
+        what = "the calibration there is of an earlier version, which kept other things"
+        raise InputError(what, where=str(folder), fix=_anew(folder))
+    if not isinstance(layers, int) or version != _VERSION:
         raise InputError("cannot be read by this version", where=str(folder), fix=_anew(folder))
-    return _done(folder, layers), layers
+    kinds = {field.name: str if field.name in {"model", "data"} else dict for field in fields(Key)}
+    if not all(isinstance(head.get(name), kind) for name, kind in kinds.items()):
+        raise InputError("is damaged", where=str(folder / HEAD), fix=_anew(folder))
+    return Key(**{name: head[name] for name in kinds}), layers
 
 
-def data_of(folder: Path) -> str:
-    """The digest of the text that a calibration is of; empty if there is none."""
-    head = read_json_file(folder / HEAD) if (folder / HEAD).is_file() else {}
-    return str(head.get("data", ""))
+def further_folders(folder: Path) -> list[Path]:
+    """The folders of further calibrations in that of one."""
+    if not os.path.isdir(folder):  # noqa: PTH112 - false for a name that is too long
+        return []
+    with disk_errors(folder):
+        return sorted(path for path in folder.iterdir() if _FURTHER.fullmatch(path.name))
 
 
-def _difference(head: Mapping[str, Any], key: Key) -> str | None:
-    """The first difference between a calibration's key and `key`, as text; None without one."""
-    if head.get("model") != key.model:
-        return "another model"
-    stored, current = head.get("recipe"), json.loads(json.dumps(key.recipe))
-    if stored != current:
-        stored = stored if isinstance(stored, dict) else {}
-        names = [*current, *sorted(stored.keys() - current.keys())]
-        first = next(name for name in names if stored.get(name) != current.get(name))
-        values = [table.get(first, "not there") for table in (stored, current)]
-        plain = all(isinstance(value, str | int | float) for value in values) and first[:4] != "the "
-        more = f" was {values[0]}, is {values[1]}" if plain else " differ"
-        return f"another recipe: {first}{more}"
-    return None if head.get("data") == key.data else "other data, or of another tokenizer"
+def further_folder(folder: Path, key: Key) -> Path:
+    """The folder of one more calibration in that of another."""
+    return folder / f"further-{key.digest[:16]}"
+
+
+def refusal(folder: Path, stored: Key, key: Key) -> InputError:
+    """The error for a calibration in `folder` that cannot serve `key`."""
+    other = stored.difference(key)
+    if other is None:
+        names = [*key.options, *sorted(stored.options.keys() - key.options.keys())]
+        name = next((n for n in names if stored.options.get(n) != key.options.get(n)), None)
+        other = "another recipe" if name is None else f"another recipe: {name} differs"
+    return InputError(
+        f"the calibration there is of {other}",
+        where=str(folder),
+        fix=f"{_anew(folder)}, or give another folder",
+    )
 
 
 def check_free(folder: Path) -> None:
@@ -228,8 +258,11 @@ def check_free(folder: Path) -> None:
             lock(file.fileno(), folder, shared=True)
 
 
-def load_measured(folder: Path, layers: int) -> Measured:
-    """A finished calibration. InputError if a file is missing or damaged."""
+def load_measured(folder: Path, layers: int, modules: Collection[str] | None = None) -> Measured:
+    """A finished calibration. modules: whose statistics are wanted; None: all.
+
+    InputError if a file is missing or damaged.
+    """
     folder = folder.absolute()  # processes in other folders read it, too
     stats: dict[str, dict[str, StoredTensor]] = {}
     edits: dict[str, Edit] = {}
@@ -250,7 +283,8 @@ def load_measured(folder: Path, layers: int) -> Measured:
             kind, _, rest = stored.spec.name.partition(".")
             if kind == "stats":
                 module, _, name = rest.rpartition(".")
-                stats.setdefault(module, {})[name] = stored
+                if modules is None or module in modules:
+                    stats.setdefault(module, {})[name] = stored
             else:
                 vectors[rest] = stored
         for name, kinds in report["edits"].items():
@@ -259,7 +293,11 @@ def load_measured(folder: Path, layers: int) -> Measured:
         no_tokens += (
             name for name, module_report in report["modules"].items() if not module_report["tokens"]
         )
-        taken_from |= report.get(TAKEN_FROM, {})
+        taken_from |= {
+            module: donor
+            for module, donor in report.get(TAKEN_FROM, {}).items()
+            if modules is None or module in modules
+        }
         experts |= expert_tokens(report["modules"])
     return Measured(stats, edits, edited, tuple(sorted(no_tokens)), taken_from, experts)
 
@@ -324,8 +362,3 @@ def pack_edits(edits: Mapping[str, EditFactors]) -> tuple[dict[str, Tensor], dic
                 vectors[f"vector.{place}"] = tensor
                 table.setdefault(name, {})[kind] = place
     return vectors, table
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of JSON-able data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.replay.experts import Experts, before_experts, must_be_rows
+from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.replay.taps import Listener, Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.core.errors import InputError
@@ -47,9 +48,29 @@ def joined(lookers: Iterable[Lookers]) -> dict[Matrix, list[Looker]]:
     return found
 
 
+class Divisible(Protocol):
+    """What can see some batches in another process."""
+
+    def part(self) -> Any | None:
+        """The same without anything seen, to be sent there; None if that is not possible."""
+
+    def absorb(self, part: Any, /) -> None:
+        """Count what a part has seen as seen here, too."""
+
+
+class Hooks(Divisible, Protocol):
+    """What sees more of a layer than the inputs of its matrices."""
+
+    def entered(
+        self, name: str, layer: nn.Module, segments: Segments
+    ) -> AbstractContextManager[object]:
+        """Within it the forward of a loaded layer is seen. name: in the model. segments: weights."""
+
+
 class Watch:
     """The observers of a layer's matrices, and the number of tokens of each matrix.
 
+    hooks:  are entered around the pass.
     routed: tokens that the router gave to matrices of experts, if these are shown all tokens.
     """
 
@@ -59,10 +80,12 @@ class Watch:
         engine: Listener | None = None,
         *,
         counts: bool = False,
+        hooks: Sequence[Hooks] = (),
     ) -> None:
         """engine: computes the multiplications, after inputs were shown; None: the layer does. counts:
         whether tokens of matrices without observers count, too."""
         self.engine = engine
+        self.hooks = hooks
         self.tokens: Counter[Matrix] = Counter()
         self.routed: Counter[Matrix] = Counter()
         self._lookers = lookers
@@ -79,6 +102,36 @@ class Watch:
         """x: [tokens, k], no padding."""
         for looker in self._lookers.get(matrix, ()):
             looker.update(x, batch)
+
+    def part(self) -> Watch | None:
+        """The same without anything seen, for another process; None if not all in it can be sent."""
+        seeing = [*self._seeing()]
+        if self.engine is not None or not all(hasattr(one, "part") for one in seeing):
+            return None
+        parts = {id(one): one.part() for one in seeing}
+        if None in parts.values():
+            return None
+        lookers = {
+            matrix: [parts[id(looker)] for looker in its] for matrix, its in self._lookers.items()
+        }
+        return Watch(lookers, counts=self._counts, hooks=[parts[id(one)] for one in self.hooks])
+
+    def absorb(self, part: Watch) -> None:
+        """Count what a part has seen as seen here, too."""
+        for one, other in zip(self._seeing(), part._seeing(), strict=True):
+            one.absorb(other)
+        self.count(part.tokens, part.routed)
+
+    def _seeing(self) -> Iterable[Any]:
+        """All lookers and hooks, each once."""
+        lookers = [looker for its in self._lookers.values() for looker in its]
+        return {id(one): one for one in [*lookers, *self.hooks]}.values()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_lock": threading.Lock()}
 
     def numbers(self, experts: Experts) -> Iterable[int]:
         """The experts that need to be shown tokens."""

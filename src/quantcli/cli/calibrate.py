@@ -12,6 +12,7 @@ import typer
 from quantcli.cli import next as following
 from quantcli.cli import options
 from quantcli.cli.output import OK, Output
+from quantcli.core.cluster.executor import THREADS
 from quantcli.core.text import count
 
 _LAYERS = 8  # in the table of experts
@@ -30,6 +31,7 @@ def calibrate(
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     workers: options.Workers = None,
+    executor: options.Executor = THREADS,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of resuming after the last layer.")
     ] = False,
@@ -44,7 +46,7 @@ def calibrate(
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
 
-    resources = options.resources_of(device, workers, max_memory, trust=trust_remote_code)
+    resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
     overrides = tuple(set_ or ())
     with watch(output) as planning:
         session = commands.plan_calibration(
@@ -56,7 +58,7 @@ def calibrate(
     output.result(report, show_calibration)
     reused = " (it was there already)" if session.complete else ""
     output.message(f"done: {session.folder}, {time.monotonic() - began:.1f} s{reused}", OK)
-    following.show(output, *following.after_calibrate(recipe, model, overrides, session.folder))
+    following.show(output, *following.after_calibrate(recipe, model, overrides, session.root))
 
 
 def show_calibration(out: Output, report: dict[str, Any]) -> None:

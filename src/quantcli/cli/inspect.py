@@ -18,7 +18,7 @@ from quantcli.core.text import count
 @options.on_screen
 def inspect(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Folder or Hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder, Hub id or address.")] = None,
     tensors: Annotated[
         str | None, typer.Option(metavar="GLOB", help="List the tensors that match.")
     ] = None,

@@ -100,7 +100,7 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
     if job.part is not None:
         return list(_after_part(out, job))
     source = model or job.plan.recipe.file.model
-    calibration = ("--calibration", job.session.folder) if job.session is not None else ()
+    calibration = ("--calibration", job.session.root) if job.session is not None else ()
     verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)
     return [verify, *_serve(job)]
 

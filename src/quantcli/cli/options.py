@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
 ]
-Model = Annotated[str | None, typer.Option(help="Folder or Hub id; wins over the recipe's.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder, Hub id or address; wins over the recipe's."),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
@@ -89,7 +92,8 @@ def resources_of(
         what, where = f"`--max-memory`: {error}", f"--max-memory {max_memory}"
         raise InputError(what, where=where, fix="such as --max-memory 8GB") from None
     check_device(device)
-    return Resources(device, workers or default_workers(), limit, trust, parse_executor(executor))
+    place = parse_executor(executor)
+    return Resources(device, workers or default_workers(), limit, trust, place, workers)
 
 
 Command: TypeAlias = Callable[..., None]

@@ -19,7 +19,7 @@ _EXAMPLE = "quantcli recommend MODEL --for 2x910B"
 @options.on_screen
 def recommend(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Directory or Hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder, Hub id or address.")] = None,
     serve_on: options.For = None,
     tokens: Annotated[
         str | None,

@@ -224,7 +224,8 @@ def _resources(options: Mapping[str, Any]) -> Resources:
         raise InputError(f"`max_memory`: {error}", where=f"max_memory={limit!r}", fix=fix) from None
     workers = options["workers"] or default_workers()
     executor = parse_executor(options.get("executor", THREADS))
-    return Resources(options["device"], workers, size, options["trust_remote_code"], executor)
+    trust = options["trust_remote_code"]
+    return Resources(options["device"], workers, size, trust, executor, options["workers"])
 
 
 @takes(Calibrating)
@@ -242,8 +243,8 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, tokenizer, example_inputs, set, workers, device, max_memory, trust_remote_code,
-    on_progress: as of `quantize`.
+    recipe, model, tokenizer, example_inputs, set, workers, executor, device, max_memory,
+    trust_remote_code, on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
 

@@ -132,5 +132,5 @@ def outliers(model: str, progress: Progress = SILENT, page: Path | None = None) 
     if page is not None:
         from quantcli.verification.report.outliers import outliers_page
 
-        write_file(page.resolve(), outliers_page(str(checkpoint.path), ranking).encode())
+        write_file(page.resolve(), outliers_page(display_name(checkpoint.path), ranking).encode())
     return ranking

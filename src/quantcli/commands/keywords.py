@@ -60,6 +60,7 @@ class Calibrating(TypedDict, total=False):
     set: _Assignments
     workers: int | None
     fresh: bool
+    executor: str
     device: str
     max_memory: int | str | None
     trust_remote_code: bool

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quantcli.calibration.session import content_digest
+from quantcli.calibration.sets.identity import content_digest
 from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint

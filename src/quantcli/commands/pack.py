@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.hub import display_name
 from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, open_model, run_job
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
@@ -101,7 +102,7 @@ def to_json(job: Job[Repacking]) -> dict[str, Any]:
     """A planned job as JSON-able data."""
     plan = job.plan
     return {
-        "checkpoint": str(plan.checkpoint.path),
+        "checkpoint": display_name(plan.checkpoint.path),
         "from": plan.origin.name,
         **job_json(job),
         "state": plan.state,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.checkpoint import scan_checkpoint
 from quantcli.checkpoint.files import PART
 from quantcli.core.disk import check_file, write_file
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, named
 from quantcli.core.events import SILENT, Progress
 from quantcli.verification.options import VerifyOptions
 
@@ -63,7 +63,7 @@ def _check_cards(options: VerifyOptions, folders: list[Path]) -> None:
 
     for folder, name in zip(folders, options.checkpoints, strict=True):
         if folder != Path(name).expanduser():
-            what, fix = "--card writes into a folder, and this is a Hub id", "give a folder"
+            what, fix = "--card writes into a folder on this machine", "give a folder"
             raise InputError(what, where=str(name), fix=fix)
         check_card(folder)
 
@@ -85,7 +85,7 @@ def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
 
     baseline = read_baseline(file)
     for folder in folders:
-        baseline.of(str(folder))
+        baseline.of(named(str(folder)))
     return baseline
 
 
@@ -97,7 +97,7 @@ def _verify(options: VerifyOptions, baseline: Baseline | None, progress: Progres
     if baseline is not None:
         from quantcli.verification.report.baseline import compare
 
-        report["baseline"] = compare(report, baseline, str(options.checkpoint))
+        report["baseline"] = compare(report, baseline, named(str(options.checkpoint)))
     return report
 
 

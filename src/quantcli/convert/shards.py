@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from quantcli.checkpoint.remote.ahead import most_memory
+from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import TensorWriter
 from quantcli.convert.destination import Entry, ShardSink
@@ -69,6 +71,8 @@ def memory_estimate(plan: Work, workers: int) -> int:
     nbytes += max((_columns_nbytes(item) for shard in plan.shards for item in shard.items), default=0)
     tensors = len(plan.checkpoint.on_disk) + sum(len(shard.tensors) for shard in plan.shards)
     shared = _BASE + _COMPILER * compiled + tensors * 1500
+    if isinstance(plan.checkpoint.path, RemoteFolder):
+        shared += most_memory()
     return workers * nbytes + buffer_count(workers) * EXTENT + shared
 
 

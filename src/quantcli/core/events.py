@@ -67,8 +67,9 @@ class Progress:
         noun: what a step is. tokens: of this step. loss: the learner's, after it.
         """
 
-    def layer(self, name: str, index: int, note: str = "") -> None:
-        """A layer is done; `index` counts from 0, `note` is a remark on its result."""
+    def layer(self, name: str, index: int, note: str = "", seconds: float | None = None) -> None:
+        """A layer is done; `index` counts from 0, `note` is a remark on its result. seconds: that it
+        took, if other layers are worked on at the same time."""
 
 
 SILENT = Progress()
@@ -290,11 +291,15 @@ class Events(Progress):
             layers.loss = layers.loss if loss is None else loss
             self._send_due(time.monotonic(), lambda now: self._step(now, noun))
 
-    def layer(self, name: str, index: int, note: str = "") -> None:
-        """A layer: `layer 2/32: NAME 1.5 s, NOTE`."""
+    def layer(self, name: str, index: int, note: str = "", seconds: float | None = None) -> None:
+        """A layer: `layer 2/32: NAME 1.5 s, NOTE`. Of those that come in any order, the number is how
+        many are done."""
         with self._lock:
             layers, now = self._layers, time.monotonic()
-            seconds = now - layers.layer_began
+            if seconds is None:
+                seconds = now - layers.layer_began
+            else:
+                index = layers.index
             more = f", {note}" if note else ""
             text = f"layer {index + 1}/{layers.total}: {name} {seconds:.1f} s{more}"
             layers.begin_layer(index + 1, 1.0, now)

@@ -20,7 +20,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.inspection import fold
 from quantcli.checkpoint.spec import FLOATS, TensorSpec, torch_dtype
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, named
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
 from quantcli.core.text import count
@@ -93,7 +93,7 @@ def inspect_outliers(
     modules = rank(found)
     advice = keep_advice(modules)
     return {
-        "path": str(checkpoint.path),
+        "path": named(str(checkpoint.path)),
         "ranked_by": RANKED_BY,
         "operands": operands,
         "modules": modules,

@@ -187,7 +187,7 @@ class RecipeFile(Block):
 
     target: str | dict[str, Any] = Field(description="the format to write")
     rules: list[RuleFile] = Field(min_length=1, description="first match wins")
-    model: str | None = Field(None, description="directory or Hub id; --model wins")
+    model: str | None = Field(None, description="directory, Hub id or address; --model wins")
     output: str | None = Field(None, description="directory to write; --out wins")
     max_shard: Size = Field(5 * 10**9, description="size limit of a weight file, such as 5GB")
     expect: Expect = Expect()

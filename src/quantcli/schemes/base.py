@@ -138,6 +138,11 @@ class Scheme(BaseModel, ABC):
         """
         return None
 
+    def observed(self, engine_dtype: torch.dtype) -> Any:
+        """All that decides the stats of `observer`, JSON-able: schemes that observe the same can use
+        each other's calibrations. Here all options of this one."""
+        return [self.name, self.model_dump(mode="json"), str(engine_dtype)]
+
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
         """Stats of a module with k inputs as calibration will give them: names, dtypes and shapes.
 

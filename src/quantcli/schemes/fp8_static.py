@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -58,6 +58,14 @@ class Fp8Static(Scheme):
             return {"input_scale": _least_error(values, counts, engine_dtype)}
 
         return input_observer(self.chosen_by, of_range, of_distribution, percent=self.percentile)
+
+    def observed(self, engine_dtype: torch.dtype) -> Any:
+        """Not the options of weights."""
+        return [
+            "fp8_e4m3",
+            self.model_dump(mode="json", include={"chosen_by", "percentile"}),
+            str(engine_dtype),
+        ]
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """input_scale [1] in `engine_dtype`. InputError for a value that no observer gives."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -56,6 +56,10 @@ class NvFp4(NvFp4Weights):
             raise AssertionError("no observer of this scheme tries ranges")
 
         return input_observer(self.chosen_by, of_range, of_distribution, percent=self.percentile)
+
+    def observed(self, engine_dtype: torch.dtype) -> Any:
+        """Not the options of weights."""
+        return ["nvfp4", self.model_dump(mode="json", include={"chosen_by", "percentile"})]
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """input_global_scale float32 [1]. InputError for a value that no observer gives."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -89,6 +89,14 @@ class Int8Static(IntegerWeights):
             percent=self.percentile,
             momentum=self.momentum,
         )
+
+    def observed(self, engine_dtype: torch.dtype) -> Any:
+        """Not the options of weights."""
+        return [
+            "int8",
+            self.model_dump(mode="json", include={"symmetric", "chosen_by", "percentile", "momentum"}),
+            str(engine_dtype),
+        ]
 
     def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
         """input_scale [1] in dtype `engine_dtype`, input_offset float32 [1].

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
+from quantcli.core.errors import named
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.threads import thread_pool
@@ -68,7 +69,7 @@ def verify_against(
     stored, report = structure.stored, structure.report
     assert stored is not None
     report.depths.append("against")
-    report.against = str(reference.checkpoint.path)
+    report.against = named(str(reference.checkpoint.path))
     if (different := other_model(stored.checkpoint, reference.checkpoint)) is not None:
         report.add([different])
         report.count("source", 1)

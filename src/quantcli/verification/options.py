@@ -25,12 +25,13 @@ class VerifyOptions:
     """
 
     checkpoint: str | Path = field(
-        metadata={"help": "Quantized checkpoint, whoever wrote it: folder or Hub id."}
+        metadata={"help": "Quantized checkpoint, whoever wrote it: folder, Hub id or address."}
     )
     others: Sequence[str | Path] | None = None
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
-        "Compare with the float model, or another quantized one: folder or Hub id.", metavar="MODEL"
+        "Compare with the float model, or a quantized one: folder, Hub id or address.",
+        metavar="MODEL",
     )
     calibration: Path | None = _option(  # noqa: RUF009
         "Calibration that `quantize` kept: numbers that follow from it are recomputed.", metavar="DIR"

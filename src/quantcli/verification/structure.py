@@ -22,7 +22,7 @@ from quantcli.checkpoint.files import (
 )
 from quantcli.checkpoint.head import generates, lm_head
 from quantcli.checkpoint.manifest import read_manifest, tool_text
-from quantcli.core.errors import InputError, QuantError
+from quantcli.core.errors import InputError, QuantError, named
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.registry import discover
 from quantcli.targets.base import StoredCheckpoint, Target, files_of_targets, target_of
@@ -90,7 +90,7 @@ def verified(folder: Path) -> tuple[list[Finding], tuple[str, ...]]:
 
 def _open(path: Path) -> Structure:
     """Read headers, index, config and manifest. InputError if there is no checkpoint."""
-    report = Report(str(path), depths=["structure"])
+    report = Report(named(str(path)), depths=["structure"])
     try:
         checkpoint = scan_checkpoint(path)
     except InputError as error:

@@ -13,16 +13,15 @@ All results must be the same bits for any number of workers: threads run batches
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from quantcli.calibration.channels import LayerLayout
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.report import LayerReport
-from quantcli.calibration.watch import Looker
+from quantcli.calibration.watch import Hooks, Looker
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Plan
@@ -61,9 +60,9 @@ class Measurement:
         """What is to be shown the inputs of matrices, by matrix."""
         return {}
 
-    def passing(self) -> AbstractContextManager[object]:
-        """Entered around the pass of all samples."""
-        return nullcontext()
+    def hooks(self) -> Sequence[Hooks]:
+        """What is to see more of the layer than the inputs of matrices in this pass."""
+        return ()
 
     def settle(self) -> None:
         """All samples have passed: add stats that the observers give."""
@@ -82,11 +81,18 @@ class Method(MethodOptions):
     Methods for schemes (`for_schemes`) work on modules whose scheme names them in `Scheme.methods`.
 
     hidden_states:  how many more copies of a layer's hidden states it holds, within the memory limit.
+    divisible:      whether all that it does with samples is passes of `Measurement` and of the layer's
+                     `channel_amax` and `channel_square`, which processes can share.
+    by_schemes:     whether its edits depend on schemes, and not just on which modules are quantized.
+    by_layer:       whether its stats of a module depend on the schemes of others in the layer.
     against_running: why it does not go together with `inputs: running`, after a module's name, and what
                      to change instead; None if it does.
     """
 
     hidden_states: ClassVar[int] = 0
+    divisible: ClassVar[bool] = False
+    by_schemes: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = False
     against_running: ClassVar[tuple[str, str] | None] = None
 
     def has_work(self, modules: Sequence[str], policy: Policy) -> bool:
@@ -102,6 +108,14 @@ class Method(MethodOptions):
     def must_be_reached(self, scheme: Scheme) -> bool:
         """Whether a module whose scheme names this method cannot do without tokens."""
         return True
+
+    def measured(self, scheme: Scheme, weight_dtype: str, input_dtype: str) -> Any:
+        """All that decides its stats of a module with this scheme, next to the model, the text and the
+        edits: JSON-able. Calibrations serve each recipe that wants no more than they have.
+
+        weight_dtype, input_dtype: in which the engine holds scales, as in "BF16".
+        """
+        return [scheme.name, scheme.model_dump(mode="json"), weight_dtype, input_dtype]
 
     def batch_tokens(self, schemes: Sequence[Scheme], length: int) -> int | None:
         """The most tokens that a batch may have, for samples of `length` tokens; None: any number."""

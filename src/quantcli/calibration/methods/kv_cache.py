@@ -8,17 +8,19 @@ that of keys and of values.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, ClassVar, Literal
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.policy import Policy, not_finite
 from quantcli.calibration.replay.cache import entering
+from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.watch import current_batch
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, LATENTS, Cache, Stats
@@ -37,6 +39,7 @@ class KvCache(Method):
     name: ClassVar[str] = "kv_cache"
     results: ClassVar[tuple[str, ...]] = ("scales of the cache",)
     of_weights: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
 
     format: Literal["fp8", "fp8_per_head", "c8"] = Field(
         description="fp8: one scale for the keys of a layer and one for its values; fp8_per_head: one "
@@ -70,6 +73,83 @@ class KvCache(Method):
         return CachePass(self, work)
 
 
+class CacheInputs:
+    """Hooks: what enters the cache of a layer's attention.
+
+    observers: of each layer of attention and side, with the summary.
+    shapes:    likewise: heads, and the width of all of them.
+    queries:   max |q| of each head that reads latents.
+    """
+
+    def __init__(
+        self, new: Callable[[], Magnitudes], attention: Mapping[str, AttentionLayer], plain: int
+    ) -> None:
+        """new: a summary. plain: numbers of a query's head that are not rotated, with latents."""
+        self.observers: dict[tuple[str, str], Observer] = {}
+        self.shapes: dict[tuple[str, str], tuple[int, int]] = {}
+        self.queries: dict[str, Tensor] = {}
+        self._new = new
+        self._attention = attention
+        self._plain = plain
+        self._lock = threading.Lock()
+
+    @property
+    def sides(self) -> Sequence[str]:
+        """What is seen: one side of latents."""
+        return _SIDES[:1] if any(layer.queries for layer in self._attention.values()) else _SIDES
+
+    def part(self) -> CacheInputs:
+        """One that has seen nothing."""
+        return CacheInputs(self._new, self._attention, self._plain)
+
+    def absorb(self, part: CacheInputs) -> None:
+        """Count what a part has seen."""
+        for place, observer in part.observers.items():
+            self._at(place, part.shapes[place]).absorb(observer)
+        for layer, amax in part.queries.items():
+            self._add_queries(layer, amax)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_lock": threading.Lock()}
+
+    def entered(
+        self, name: str, layer: nn.Module, segments: Segments
+    ) -> AbstractContextManager[object]:
+        """Keys and values are seen, or latents of both and the queries for them."""
+        return entering(name, layer, segments, self._attention, self._enter, self._see_queries)
+
+    def _see_queries(self, layer: str, queries: Tensor, weight: Tensor) -> None:
+        if (batch := current_batch()) is not None:
+            mask = batch[1]
+            rows = queries.detach()
+            rows = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+            heads = self._attention[layer].queries
+            self._add_queries(layer, absorbed_amax(rows, weight.detach(), heads, self._plain).cpu())
+
+    def _add_queries(self, layer: str, amax: Tensor) -> None:
+        with self._lock:
+            so_far = self.queries.get(layer)
+            self.queries[layer] = amax if so_far is None else torch.maximum(so_far, amax)
+
+    def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if (batch := current_batch()) is not None:
+            number, mask = batch
+            for side, states in zip(self.sides, (key, value), strict=False):
+                rows = states.detach().transpose(1, 2)
+                tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
+                heads, width = tokens.shape[1:]
+                self._at((layer, side), (heads, heads * width)).update(tokens, number)
+        return key, value
+
+    def _at(self, place: tuple[str, str], shape: tuple[int, int]) -> Observer:
+        with self._lock:
+            self.shapes[place] = shape
+            return self.observers.setdefault(place, Observer(self._new()))
+
+
 class CachePass(Measurement):
     """The keys and values of a layer's attention."""
 
@@ -79,68 +159,32 @@ class CachePass(Measurement):
         self._attention = work.run.policy.attention
         latents = any(layer.queries for layer in self._attention.values())
         self._cache = LATENTS if latents else method.cache
-        self._sides = _SIDES[:1] if latents else _SIDES
-        self._observers: dict[tuple[str, str], tuple[Magnitudes, Observer]] = {}
-        self._shapes: dict[tuple[str, str], tuple[int, int]] = {}
-        self._queries: dict[str, Tensor] = {}  # max |q| of each head that reads latents
-        self._lock = threading.Lock()
+        new = partial(Magnitudes, self._cache, counted=method.chosen_by != "minmax")
+        sizes = work.run.skeleton.checkpoint.text_config
+        self._seen = CacheInputs(new, self._attention, sizes["qk_nope_head_dim"] if latents else 0)
 
-    def passing(self) -> AbstractContextManager[object]:
-        """Keys and values are seen, or latents of both and the queries for them."""
-        layer = self._work.layer
-        return entering(
-            layer.name, layer.module, layer.segments, self._attention, self._enter, self._see_queries
-        )
-
-    def _see_queries(self, layer: str, queries: Tensor, weight: Tensor) -> None:
-        if (batch := current_batch()) is not None:
-            mask, sizes = batch[1], self._work.run.skeleton.checkpoint.text_config
-            plain = sizes["qk_nope_head_dim"]
-            rows = queries.detach()
-            rows = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
-            heads = self._attention[layer].queries
-            amax = absorbed_amax(rows, weight.detach(), heads, plain).cpu()
-            with self._lock:
-                so_far = self._queries.get(layer)
-                self._queries[layer] = amax if so_far is None else torch.maximum(so_far, amax)
-
-    def _enter(self, layer: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if (batch := current_batch()) is not None:
-            number, mask = batch
-            for side, states in zip(self._sides, (key, value), strict=False):
-                rows = states.detach().transpose(1, 2)
-                tokens = rows.flatten(0, 1) if mask is None else rows[mask.to(rows.device)]
-                self._observer(layer, side, tokens).update(tokens, number)
-        return key, value
-
-    def _observer(self, layer: str, side: str, tokens: Tensor) -> Observer:
-        with self._lock:
-            if (layer, side) not in self._observers:
-                method = self._method
-                summary = Magnitudes(self._cache, counted=method.chosen_by != "minmax")
-                self._observers[layer, side] = summary, Observer(summary)
-                heads, width = tokens.shape[1:]
-                self._shapes[layer, side] = heads, heads * width
-            return self._observers[layer, side][1]
+    def hooks(self) -> Sequence[CacheInputs]:
+        """What enters the cache."""
+        return (self._seen,)
 
     def settle(self) -> None:
         """Add the scales of each layer of attention. InputError for NaN or Inf, and for keys of other
         sizes than the plan has."""
         report = self._work.report.results.setdefault("cache", {})
-        for name in dict.fromkeys(layer for layer, _ in self._observers):
+        for name in sorted({layer for layer, _ in self._seen.observers}):
             stats: dict[str, Tensor] = {}
             tokens = 0
-            for side in self._sides:
-                summary, observer = self._observers[name, side]
+            for side in self._seen.sides:
+                observer = self._seen.observers[name, side]
                 if not observer.finite:
                     raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
                 self._must_fit(self._attention[name], side)
-                stats[f"{side}_scale"] = self._scale(summary, side, self._attention[name])
+                stats[f"{side}_scale"] = self._scale(observer.summary, side, self._attention[name])
                 tokens = observer.tokens
             if self._cache == LATENTS:
                 # the engine must find both, and reads neither: it rounds queries by token
                 stats["v_scale"] = stats["k_scale"]
-                queries, dtype = self._queries[name], self._work.run.policy.serving_dtype
+                queries, dtype = self._seen.queries[name], self._work.run.policy.serving_dtype
                 if not bool(torch.isfinite(queries).all()):
                     raise not_finite(name, str(self._work.run.skeleton.checkpoint.path))
                 stats["q_scale"] = scales_of(queries, LATENTS, dtype)
@@ -169,7 +213,7 @@ class CachePass(Measurement):
         return int(width * share) if isinstance(share, float) and 0 < share < 1 else width
 
     def _must_fit(self, layer: AttentionLayer, side: str) -> None:
-        heads, width = self._shapes[layer.name, side]
+        heads, width = self._seen.shapes[layer.name, side]
         expected = layer.heads, layer.widths[side == "v"]
         if (heads, width) != expected and self._cache.per != "tensor":
             what = (

@@ -344,6 +344,7 @@ class Learning(Method):
     results: ClassVar[tuple[str, ...]] = ("transforms",)
     edited_as: ClassVar[str] = "smoothed"  # by the learned scales of channels
     hidden_states: ClassVar[int] = 1  # the teacher's outputs
+    by_layer: ClassVar[bool] = True
     against_running: ClassVar[tuple[str, str] | None] = ("learns a transform", "its scheme")
 
     def batch_tokens(self, schemes: Sequence[Scheme], length: int) -> int | None:

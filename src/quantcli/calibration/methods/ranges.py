@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.policy import Policy, not_finite, unreached
 from quantcli.calibration.replay.taps import Matrix
+from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.numerics import NO_STATS
 from quantcli.schemes.arithmetic.observers import ChannelSquare, Observer
 from quantcli.schemes.base import Scheme
@@ -27,6 +28,7 @@ class Ranges(Method):
     name: ClassVar[str] = "ranges"
     for_schemes: ClassVar[bool] = True
     results: ClassVar[tuple[str, ...]] = ("ranges", "clips")
+    divisible: ClassVar[bool] = True
 
     def uses(self, scheme: Scheme) -> Collection[str]:
         """Either or both."""
@@ -36,6 +38,11 @@ class Ranges(Method):
     def must_be_reached(self, scheme: Scheme) -> bool:
         """Only clips can do without tokens."""
         return _observes(scheme)
+
+    def measured(self, scheme: Scheme, weight_dtype: str, input_dtype: str) -> Any:
+        """What its observer measures, and whether clips need more."""
+        observes = scheme.observed(torch_dtype(input_dtype)) if _observes(scheme) else None
+        return {"observer": observes, "clips": scheme.clips_by_inputs}
 
     def measure(self, work: LayerWork) -> Measurement:
         """One pass over the samples."""

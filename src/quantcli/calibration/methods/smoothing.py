@@ -92,6 +92,8 @@ class Smoothing(Method):
     name: ClassVar[str] = "smooth"
     results: ClassVar[tuple[str, ...]] = ("smoothing",)
     edited_as: ClassVar[str] = "smoothed"
+    divisible: ClassVar[bool] = True
+    by_schemes: ClassVar[bool] = False
 
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="0 to 1, for all groups")
     rules: list[SmoothRule] = Field([], description="first match wins over `alpha`")

@@ -9,7 +9,7 @@ forward runs between them too: the first returns its outputs, and the second not
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
@@ -73,6 +73,7 @@ class Replay:
         self._workers = workers if device.type == "cpu" else 1
         self._finals: list[BatchSource] = []  # the outputs of the stacks before the present one
         self._calls: list[list[Call]] = [[] for _ in batches]
+        self._noted: Sequence[int] = range(len(batches))  # batches whose calls are noted
         self._shared = Shared()
         self.progress, self._counted = SILENT, 0
 
@@ -94,15 +95,16 @@ class Replay:
         """Bytes of masks and positions that are held."""
         return self._shared.nbytes
 
-    def begin(self, sink: Sink) -> None:
-        """Note how every layer of the first stack is called for every batch; `sink` takes the inputs of
-        the first layer.
+    def begin(self, sink: Sink, only: Collection[int] | None = None) -> None:
+        """Note how every layer of the first stack is called for every batch, or for `only` some, which
+        alone can run then; `sink` takes the inputs of the first layer.
 
         Raises InputError if the model's layers cannot be called one by one.
         """
         self._finals = []
         self.batches = self._samples
         self._calls = [[] for _ in self.batches]
+        self._noted = range(len(self.batches)) if only is None else sorted(only)
         self._note_calls(sink)
 
     def onward(self, sink: Sink, final: BatchSource) -> None:
@@ -126,7 +128,8 @@ class Replay:
         ]
         last = self._outlines[-1]
         with outside(self.skeleton, self._read, self.device), one_thread():
-            for number, (samples, batch) in enumerate(zip(self._samples, self.batches, strict=True)):
+            for number in self._noted:
+                samples, batch = self._samples[number], self.batches[number]
                 final = self._finals[-1].get(number).to(self.device)[:, :-1]
                 with self._outlines[0].ending(final), torch.no_grad():
                     noted = last.note(partial(self._forward, batch))
@@ -143,8 +146,8 @@ class Replay:
 
     def _note_calls(self, sink: Sink) -> None:
         with outside(self.skeleton, self._read, self.device), one_thread():
-            for number, batch in enumerate(self.batches):
-                noted = self._note(number, batch)
+            for number in self._noted:
+                noted = self._note(number, self.batches[number])
                 if noted is None:
                     raise InputError(
                         f"the layers of `{type(self.skeleton.model).__name__}` cannot be run one by "

@@ -1,6 +1,7 @@
 """Hidden states between two decoder layers: a tensor a batch, in memory as far as allowed, and on disk.
 
-An interrupted run continues from the file, and it is read if memory does not suffice.
+An interrupted run continues from the file, and it is read if memory does not suffice. Several processes
+may write the states of one place, each those of some batches into a file of its own: a part.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from quantcli.calibration.replay.calls import NOTHING_CARRIED, Carry
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
@@ -31,6 +34,25 @@ def states_file(layer: int) -> str:
 def final_file(stack: int) -> str:
     """Name of the file with the outputs of a whole stack that another one follows."""
     return f"final-states-{stack:05d}.safetensors"
+
+
+def outputs_file(stacks: Sequence[range], layer: int) -> str:
+    """Name of the file with the outputs of a layer, in a model of these stacks of layers."""
+    ends = next((n for n, stack in enumerate(stacks[:-1]) if stack.stop == layer + 1), None)
+    return states_file(layer + 1) if ends is None else final_file(ends)
+
+
+def state_specs(hidden: Tensor, number: int, batches: Sequence[Batch]) -> list[TensorSpec]:
+    """dtype and shape of the hidden states of all batches, from those of one, by its number."""
+    dtype, shape = safetensors_dtype(hidden.dtype), tuple(hidden.shape)
+    sides = tuple(batches[number].input_ids.shape)
+    place = next(
+        (n for n in range(len(shape)) if shape[n : n + 2] == sides), 0
+    )  # [streams, batch, ...]
+    return [
+        TensorSpec("", dtype, (*shape[:place], *batch.input_ids.shape, *shape[place + 2 :]))
+        for batch in batches
+    ]
 
 
 def _carried_file(file: str) -> str:
@@ -74,6 +96,12 @@ class States:
                 self._left -= hidden.nbytes
                 self._cache[batch] = hidden
 
+    def hold_all(self) -> None:
+        """Read all batches that fit in memory."""
+        for batch, stored in self.stored.items():
+            if batch not in self._cache and stored.spec.nbytes <= self._left:
+                self.hold(batch, read_tensor(stored))
+
 
 class Listed:
     """What is carried to a layer, by batch: items whose tensors are named after their content."""
@@ -115,10 +143,23 @@ class StatesWriter:
     A context; an error within it leaves the file behind under its temporary name.
     """
 
-    def __init__(self, folder: Path, file: str, shapes: Sequence[TensorSpec], budget: int) -> None:
-        """file: its name. shapes: of each batch; the dtype is that of what is put."""
-        self._shapes = [spec.shape for spec in shapes]
-        self._folder, self._path = folder, folder / file
+    def __init__(
+        self,
+        folder: Path,
+        file: str,
+        shapes: Sequence[TensorSpec],
+        budget: int,
+        part: Sequence[int] | None = None,
+    ) -> None:
+        """file: its name. shapes: of each batch; the dtype is that of what is put. part: the batches
+        that are put here, if other processes put the others."""
+        self._shapes = dict(enumerate(spec.shape for spec in shapes))
+        self._tag = ""
+        if part is not None:
+            self._shapes = {number: self._shapes[number] for number in part}
+            self._tag = f".{min(part):06d}-{len(part):06d}"
+        self._whole = partial(load_states, folder, file, shapes, budget)
+        self._folder, self._path = folder, folder / _tagged(file, self._tag)
         self._opened: ShardWriter | None = None
         self._states = States(budget)
         self._listed: dict[int, dict[str, Any]] = {}
@@ -137,7 +178,7 @@ class StatesWriter:
         with self._lock:
             if self._opened is None:
                 dtype = safetensors_dtype(hidden.dtype)
-                specs = [TensorSpec(_key(b), dtype, shape) for b, shape in enumerate(self._shapes)]
+                specs = [TensorSpec(_key(b), dtype, shape) for b, shape in self._shapes.items()]
                 self._opened = ShardWriter(self._folder, self._path.name, layout(specs), read_soon=True)
             return self._opened
 
@@ -147,7 +188,7 @@ class StatesWriter:
         tensor = item.detach().cpu().contiguous()
         spec = TensorSpec("carried", safetensors_dtype(tensor.dtype), tuple(tensor.shape))
         content = hashlib.sha256(f"{spec.dtype} {spec.shape} ".encode() + bytes(tensor_bytes(tensor)))
-        name = f"states-{content.hexdigest()}.safetensors"
+        name = _tagged(f"states-{content.hexdigest()}.safetensors", self._tag)
         with self._lock:  # other threads may carry the same
             if not (self._folder / name).exists():
                 writer = ShardWriter(self._folder, name, [spec], read_soon=True)
@@ -156,14 +197,18 @@ class StatesWriter:
         return name
 
     def finish(self) -> States:
-        """All batches are there: give the file its name."""
+        """All batches are there: give the file its name. If none was put here, other processes have put
+        all of them."""
+        if self._opened is None:
+            states = self._whole()
+            assert states is not None, "nothing was put"
+            return states
         if self._listed:
             batches = {str(batch): self._listed[batch] for batch in sorted(self._listed)}
             self._states.listed = Listed(self._folder, batches)
             path = self._folder / _carried_file(self._path.name)
             with disk_errors(path):
                 path.write_text(json.dumps(batches))
-        assert self._opened is not None, "nothing was put"
         self._opened.finish()
         self._states.stored = _stored(self._path)
         return self._states
@@ -174,6 +219,10 @@ class StatesWriter:
     def __exit__(self, *_: object) -> None:
         if self._opened is not None:
             self._opened.abandon()  # closes the file if it was not finished
+
+
+def _tagged(file: str, tag: str) -> str:
+    return f"{file.removesuffix('.safetensors')}{tag}.safetensors"
 
 
 def _stored(path: Path) -> dict[int, StoredTensor]:
@@ -190,16 +239,32 @@ def _load_listed(folder: Path, file: str) -> Listed | None:
     return listed if all(file.exists() for file in listed.files) else None
 
 
-def load_states(folder: Path, file: str, shapes: Sequence[TensorSpec], budget: int) -> States | None:
-    """The states that an earlier run left in a file; None if there are none of these shapes."""
-    try:
-        stored, listed = _stored(folder / file), _load_listed(folder, file)
-    except (QuantError, ValueError):
+def load_states(
+    folder: Path,
+    file: str,
+    shapes: Sequence[TensorSpec],
+    budget: int,
+    only: Collection[int] | None = None,
+) -> States | None:
+    """The states that were left in a file, or in parts of it; None if some are missing, or not of these
+    shapes. only: the batches that are needed."""
+    states, carried = States(budget), dict[str, dict[str, Any]]()
+    for path in [folder / file, *sorted(folder.glob(_tagged(file, ".*")))]:
+        try:
+            stored, listed = _stored(path), _load_listed(folder, path.name)
+        except (QuantError, ValueError):
+            continue
+        if listed is not None and all(
+            batch < len(shapes) and tensor.spec.shape == shapes[batch].shape
+            for batch, tensor in stored.items()
+        ):
+            for batch in stored.keys() & states.stored.keys():
+                carried.pop(str(batch), None)
+            states.stored |= stored
+            carried |= listed.batches
+    if not states.stored.keys() >= set(range(len(shapes)) if only is None else only):
         return None
-    if listed is None or [stored[b].spec.shape for b in sorted(stored)] != [s.shape for s in shapes]:
-        return None
-    states = States(budget)
-    states.stored, states.listed = stored, listed
+    states.listed = Listed(folder, carried)
     return states
 
 

@@ -30,6 +30,7 @@ from quantcli.calibration.text.documents import (
 )
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.header import parse_json
+from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -111,6 +112,7 @@ def source_digest(source: TextSource, model: Path) -> str:
         return source.examples.digest
     text = data_digest(source.data, source.where) if source.examples is None else source.examples.digest
     options = (source.samples, source.length, source.seed, source.pack, source.batch_tokens)
+    complete(model, _is_of_tokenizer)
     files = [(path.name, _digest(path)) for path in _find(model, _TOKENIZER_FILES)]
     return hashlib.sha256(json.dumps([text, options, files]).encode()).hexdigest()
 
@@ -251,6 +253,7 @@ def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> ar
 def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     import transformers
 
+    complete(model, _is_of_tokenizer)
     try:
         # AutoTokenizer goes by the model's type before the class that the files name, and splits text
         # in another way than the tokenizer.json that came with the model
@@ -304,6 +307,10 @@ def _find(model: Path, patterns: tuple[str, ...]) -> list[Path]:
         what, fix = f"cannot read: {error.strerror}", "check the folder and its permissions"
         raise MachineError(what, where=str(model), fix=fix) from None
     return [path for path in files if any(fnmatchcase(path.name, p) for p in patterns)]
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES)
 
 
 def _digest(path: Path) -> str:

@@ -64,7 +64,7 @@ class Reader:
         self._pages: OrderedDict[tuple[Key, int], bytes] = OrderedDict()
         self._streams: OrderedDict[tuple[Key, int], int] = OrderedDict()  # an end -> bytes of the run
         self._buffers: list[bytearray] = []
-        self._nbytes = 0  # bytes of pieces that are coming or here
+        self.nbytes = 0  # of pieces that are coming or here
         self._read = 0  # bytes that were read in all
         self._threads = self._free = 0
 
@@ -116,9 +116,9 @@ class Reader:
         """The next piece to fetch, if there is memory for it."""
         if not self._waiting:
             return None
-        if self._nbytes + self._waiting[0].nbytes > self.limit:
+        if self.nbytes + self._waiting[0].nbytes > self.limit:
             self._forget()
-        return self._waiting[0] if self._nbytes + self._waiting[0].nbytes <= self.limit else None
+        return self._waiting[0] if self.nbytes + self._waiting[0].nbytes <= self.limit else None
 
     def _forget(self) -> None:
         """Drop pieces that nobody came for while much else was read."""
@@ -151,7 +151,7 @@ class Reader:
     def _begin(self, piece: _Piece) -> None:
         """Take memory for a piece. The lock is held."""
         piece.state = "coming"
-        self._nbytes += piece.nbytes
+        self.nbytes += piece.nbytes
         if piece.is_page:
             piece.data = memoryview(bytearray(piece.nbytes))
             return
@@ -174,7 +174,7 @@ class Reader:
 
     def _drop(self, piece: _Piece) -> None:
         """Give the memory of a piece back. The lock is held."""
-        self._nbytes -= piece.nbytes
+        self.nbytes -= piece.nbytes
         buffer = piece.data.obj
         piece.data = memoryview(b"")
         spare = len(self._buffers) < self._connections
@@ -272,6 +272,11 @@ class Reader:
             self._streams.popitem(last=False)
         if run > end - begin and run >= PAGE and end < bound:
             self._want(key, end, min(bound, end + min(run, 2 * PIECE)))
+
+
+def most_memory() -> int:
+    """Bytes that the blocks and pages of a process take at most."""
+    return LIMIT + CONNECTIONS * (PIECE + PAGE) + _MOST_PAGES * PAGE
 
 
 READER = Reader()

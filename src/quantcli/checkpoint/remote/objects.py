@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 
+_CHUNK = 2**16  # bytes that are taken together; what a cut costs at most
+
+
 @cache
 def _opened(place: Place) -> ObjectStore:
     return open_store(place, retries=False)
@@ -63,7 +66,7 @@ class ObjectFolder(Origin):
         """Fill `block` by one request; see the base class."""
         import obstore
 
-        store, key = _opened(self.place), self.place.key(name)
+        store, key, done = _opened(self.place), self.place.key(name), 0
         try:
             answer = obstore.get(
                 store,
@@ -75,16 +78,20 @@ class ObjectFolder(Origin):
             )
             if answer.meta["size"] != version.nbytes:
                 raise self.changed(name)
-            data = memoryview(answer.bytes())
+            for piece in answer.stream(min_chunk_size=_CHUNK):
+                data = memoryview(piece)[: len(block) - done]
+                block[done : done + len(data)] = data
+                done += len(data)
         except Exception as error:
-            raise self._ours(error, name) from None
-        block[: len(data)] = data
-        if len(data) < len(block):
-            raise PassingError("the connection was cut", len(data))
+            raise self._ours(error, name, done) from None
+        if done < len(block):
+            raise PassingError("the connection was cut", done)
 
-    def _ours(self, error: Exception, name: str) -> Exception:
+    def _ours(self, error: Exception, name: str, done: int = 0) -> Exception:
         if not is_store_error(error):
             return error
         if type(error).__name__ == "PreconditionError" or status_of(error) == 416:
             return self.changed(name)
-        return PassingError(reason(error)) if may_pass(error) else our_error(error, self.place, name)
+        return (
+            PassingError(reason(error), done) if may_pass(error) else our_error(error, self.place, name)
+        )

@@ -143,6 +143,9 @@ def reason(error: BaseException) -> str:
     if status := status_of(error):
         return f"the server answers {status}"
     text = (str(error).strip().splitlines() or [type(error).__name__])[0].rpartition(" - ")[2]
+    text = text.rpartition("HTTP error: ")[2]
+    if "body error" in text:
+        return "the connection was cut"
     return "".join(c for c in _LINK.sub("the server", text)[:200] if c.isprintable())
 
 

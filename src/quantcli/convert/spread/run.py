@@ -9,7 +9,6 @@ from pathlib import Path
 from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.task import Common, identities, see_sources, write_shard
-from quantcli.core.cluster.cluster import Cluster
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.tasks import TaskOptions
@@ -34,7 +33,7 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
     if not missing:
         return
     with connect(spread.executor, run.progress) as cluster:
-        cpus = task_cpus(cluster, spread.workers)
+        cpus = cluster.task_cpus(spread.workers)
         run.progress.detail(f"each task has {cpus} of the CPUs of its node")
         sources = identities(sorted(_files(plan, missing)))
         cluster.everywhere(see_sources, common=sources, progress=run.progress)
@@ -50,11 +49,6 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
         cluster.run(
             write_shard, missing, common=common, options=options, done=done, progress=run.progress
         )
-
-
-def task_cpus(cluster: Cluster, workers: int) -> int:
-    """The CPUs of a task: as many as asked for, if each node has them."""
-    return min([workers, *(node.cpus for node in cluster.nodes)])
 
 
 def check_spread(plan: Work) -> None:

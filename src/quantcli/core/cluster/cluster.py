@@ -90,6 +90,13 @@ class Cluster:
         most = sum(node.cpus // cpus for node in nodes)
         return most + (max(1, len(nodes)) if spare is None else spare)
 
+    def task_cpus(self, workers: int | None) -> int:
+        """The CPUs of a task: as many as asked for, if each node has them; None: all of the smallest
+        node."""
+        return min(
+            [node.cpus for node in self.nodes] + ([] if workers is None else [workers]), default=1
+        )
+
     def setting(self, progress: Progress) -> Setting:
         """How work runs: the driver can read so many messages a second."""
         most = sum(node.cpus for node in self.nodes)
@@ -116,12 +123,14 @@ class Cluster:
 
         work: a function of a module, that gives the same for the same request: it is done again if its
         process or its node is gone, which `progress` says. It may run on any node, and its result
-        should be small. done(index, result) is called here as results come. common: an object for all.
+        should be small. done(index, result) is called here as results come. common: an object for all,
+        or what `share` has made of it.
 
         If work fails, the error of the first such request is raised, as it would be here. MachineError
         if a process dies again and again, or if there is no node.
         """
-        run = TaskRun(self, work, self.share(common), options, progress)
+        shared = common if isinstance(common, Shared) else self.share(common)
+        run = TaskRun(self, work, shared, options, progress)
         return run.results(requests, done)
 
     def everywhere(

@@ -6,6 +6,7 @@ threads may share an observer.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -99,6 +100,11 @@ class Observer:
             else:
                 seen.summary.add(summary, batch)
 
+    def part(self) -> Observer | None:
+        """An observer that sees some of the inputs in another process, and is absorbed then. None if
+        this one has seen inputs already."""
+        return None if self._seen.tokens else Observer(copy.deepcopy(self.summary))
+
     def absorb(self, other: Observer) -> None:
         """Count the inputs that another observer of the same kind has seen as seen here, too."""
         seen = self._seen
@@ -117,6 +123,15 @@ class _Seen:
         self.tokens = 0
         self.finite = True
         self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _seen, (self.summary, self.tokens, self.finite)
+
+
+def _seen(summary: Summary, tokens: int, finite: bool) -> _Seen:
+    seen = _Seen(summary)
+    seen.tokens, seen.finite = tokens, finite
+    return seen
 
 
 def input_observer(
@@ -226,6 +241,16 @@ class Distribution(Summary):
     def __init__(self) -> None:
         self._counts = np.zeros(_PATTERNS, dtype=np.int64)  # by bit pattern
         self._dtype: torch.dtype | None = None
+
+    def __getstate__(self) -> tuple[np.ndarray, np.ndarray, torch.dtype | None]:
+        """The patterns that occurred, and how often: they are few, and go to other processes."""
+        patterns = self._counts.nonzero()[0].astype(np.uint16)
+        return patterns, self._counts[patterns], self._dtype
+
+    def __setstate__(self, state: tuple[np.ndarray, np.ndarray, torch.dtype | None]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._counts[state[0]] = state[1]
+        self._dtype = state[2]
 
     @property
     def kind(self) -> Hashable:

@@ -1,0 +1,151 @@
+"""A calibration that processes share has the bytes of threads, however it is shared and interrupted.
+
+The processes are simulated: each has what it keeps of its own, and is sent pickled requests.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantcli.calibration import session as sessions
+from quantcli.calibration.resources import Resources
+from quantcli.calibration.spread import run as spread
+from quantcli.calibration.spread import worker
+from quantcli.commands import calibrate as commands
+from quantcli.core.cluster.executor import Executor
+from tests.e2e.calibrating import LENGTH, TEXT, Models
+
+ON = Resources(workers=2, executor=Executor("local"))
+STATIC = "{match: '*_proj', scheme: {name: w8a8_static, observer: %s}}"
+HEAD = "target: %s\ncalibration: {data: text.txt, samples: 5, length: 16%s}\nrules: [%s]\n"
+AVERAGE = HEAD % ("ascend", "", (STATIC % "moving_average"))
+EXPERTS = HEAD % (
+    "compressed-tensors",
+    ", all_tokens: true",
+    "{match: '*_proj', scheme: {name: fp8_static, observer: percentile}}",
+)
+SMOOTH = HEAD % ("ascend", ", pack: false", (STATIC % "minmax")) + "smooth: {alpha: 0.5}\n"
+SMOOTH = SMOOTH.replace("text.txt", "records.jsonl")
+CODES = (
+    HEAD
+    % (
+        "compressed-tensors",
+        "%s",
+        "{match: '*_proj', scheme: {name: w4a16, group_size: 32, weight_rounding: gptq}}",
+    )
+    + "kv_cache: {format: fp8, observer: percentile}\n"
+)
+LEARNED = HEAD % (
+    "ascend",
+    ", dtype: float32",
+    "{match: '*_proj', scheme: {name: w4a4_flatquant, epochs: 1, batch: 2}}",
+)
+CASES = {
+    "averages": (AVERAGE, "qwen3"),
+    "counts of experts": (EXPERTS, "qwen3_moe"),
+    "smoothed, padded": (SMOOTH, "llama"),
+    "codes": (CODES % "", "llama"),
+    "codes on quantized inputs": (CODES % ", inputs: quantized", "llama"),
+    "learned": (LEARNED, "qwen3"),
+    "carried": (AVERAGE.replace("'*_proj'", "'*self_attn.*_proj'"), "gemma4_text"),
+}
+
+
+class Lost(Exception):
+    """The driver is gone."""
+
+
+class Processes:
+    """A crew of `size`. fails: the request, counted over all, with which the driver ends."""
+
+    def __init__(self, work: worker.Work, size: int, fails: int | None = None) -> None:
+        self.size = size
+        self.asked: list[Any] = []
+        self._work = [pickle.dumps(work)] * size
+        self._kept: list[dict[str, Any]] = [{} for _ in range(size)]
+        self._fails = fails
+
+    def run(self, function, requests, *, noun, progress, done=lambda index, result: None):
+        results = [None] * len(requests)
+        for index, request in reversed([*enumerate(requests)]):
+            if len(self.asked) == self._fails:
+                raise Lost
+            self.asked.append(request)
+            process = index % self.size
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(worker, "_present", self._kept[process])
+                work = pickle.loads(self._work[process])
+                results[index] = pickle.loads(
+                    pickle.dumps(function(work, pickle.loads(pickle.dumps(request)), progress))
+                )
+            done(index, results[index])
+        return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def bench(tmp_path, models, monkeypatch):
+    """Calibrates in a folder, with threads or with some processes; gives the crew, if there was one."""
+    monkeypatch.setattr(sessions, "BATCH_TOKENS", LENGTH)
+    (tmp_path / "text.txt").write_text(TEXT)
+    records = [json.dumps({"text": TEXT[: 4 * n]}) for n in range(2, 7)]
+    (tmp_path / "records.jsonl").write_text("\n".join(records))
+
+    def calibrate(recipe, family, folder, size=0, fails=None, progress=None):
+        crews = []
+
+        def on_cluster(shares, work, resources, progress):
+            crews.append(Processes(work, size, fails))
+            spread.calibrate(shares, work, crews[0], progress)
+
+        monkeypatch.setattr(spread, "on_cluster", on_cluster)
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        session = commands.plan_calibration(
+            str(tmp_path / "recipe.yaml"), model=str(models(family)), out=tmp_path / folder
+        )
+        with suppress(Lost):
+            commands.calibrate(session, ON if size else Resources(workers=2), progress)
+        return crews[0] if crews else None
+
+    return calibrate
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files but the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_number_of_processes_gives_the_bytes_of_threads(case, bench, tmp_path):
+    bench(*CASES[case], "threads")
+    crew = bench(*CASES[case], "shared", size=3)
+    assert content(tmp_path / "shared") == content(tmp_path / "threads")
+    kinds = [type(request).__name__ for request in crew.asked]
+    by_layers = case in {"codes", "learned"}
+    assert set(kinds) == ({"Forward", "Measure"} if by_layers else {"Pass"})
+    batches = sorted(n for r in crew.asked if not hasattr(r, "recipes") for n in r.batches)
+    assert batches.count(0) == batches.count(4) >= 1  # each of five samples as often as the others
+
+
+@pytest.mark.parametrize("case", ["averages", "codes", "learned"])
+def test_an_interrupted_driver_goes_on_with_other_processes(case, bench, tmp_path):
+    """Only what was not complete is done again."""
+    bench(*CASES[case], "threads")
+    first = bench(*CASES[case], "shared", size=3, fails=6)
+    second = bench(*CASES[case], "shared", size=2)
+    assert content(tmp_path / "shared") == content(tmp_path / "threads")
+    if case == "averages":
+        assert {request.layer for request in second.asked} == {2, 3}
+    else:
+        layers = [[r.layer for r in crew.asked if hasattr(r, "recipes")] for crew in (first, second)]
+        assert layers == [[3, 2, 1], [0]]
