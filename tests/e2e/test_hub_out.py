@@ -29,7 +29,7 @@ def hub(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     with uploads(tmp_path / "served", tmp_path / "cache") as hub:
         yield hub
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("quantcli-*-*")) == []  # models that are open have others
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,8 @@ def test_from_the_hub_to_the_hub(box: Box, hub: Shelf, expected: dict[str, str])
     assert f"output       {URL}, which is created as a private repository" in plan.out
     assert run_cli(*command).code == 0
     named = {CARD, MANIFEST}  # the card names the model, and the manifest has its hash
-    files = published(hub)
-    assert {n: files[n] for n in files.keys() - named} == {
-        n: expected[n] for n in expected.keys() - named
-    }
+    same = dict(item for item in published(hub).items() if item[0] not in named)
+    assert same == dict(item for item in expected.items() if item[0] not in named)
     verified = run_cli("verify", URL, "--full", "--against", "hf://org/model")
     assert verified.code == 0, verified.out + verified.err
     assert not (box.root / "cache").exists()

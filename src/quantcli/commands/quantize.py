@@ -58,7 +58,6 @@ def plan(
     in place of what the recipe names. out: a folder, or a URL as text.
     """
     from quantcli.convert.destination import destination_of
-    from quantcli.convert.spread.run import check_spread
     from quantcli.planning.parts import parse_part
     from quantcli.recipe.written import name_of
 
@@ -105,6 +104,8 @@ def plan(
             fix=f"leave {option} out",
         )
     if options.executor is not None:
+        from quantcli.convert.spread.run import check_spread
+
         check_spread(planned)
     job = make_job(planned, place, options.of_run(), session, share)
     if opened.pending is not None:
