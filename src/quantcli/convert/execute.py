@@ -116,7 +116,8 @@ def execute(
         notes: tuple[str, ...] = ()
         if part is None:
             draft.close_with(MANIFEST, listing(head, files), files)
-            ours, notes = draft.verified()
+            ours, faults = draft.verified()
+            notes = (*faults, *draft.notes)
             assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {draft.place}"
         else:
             head = part_head(plan, part, head, checksum=checksum)

@@ -103,6 +103,11 @@ class LocalFolder(Destination):
         device = place.stat().st_dev
         return all(file.stat().st_dev == device for file in files)
 
+    @property
+    def sink(self) -> FolderSink:
+        """Writes into OUT.partial."""
+        return FolderSink(self.partial)
+
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
         if start.fresh:
@@ -135,11 +140,7 @@ class FolderSink(ShardSink):
     @contextmanager
     def attempt(self, file: str) -> Iterator[FolderSink]:
         """A folder for this attempt alone. Those of others are deleted: nobody needs them."""
-        with disk_errors(self.folder):
-            for other in self.folder.glob(f".{glob.escape(file)}.*"):
-                shutil.rmtree(other, ignore_errors=True)
-            own = self.folder / f".{file}.{secrets.token_hex(4)}"
-            own.mkdir()
+        own = attempt_folder(self.folder, file)
         yield FolderSink(own)
         with disk_errors(own):
             (own / file).rename(self.folder / file)
@@ -156,13 +157,23 @@ class FolderSink(ShardSink):
         return self.folder
 
 
+def attempt_folder(folder: Path, file: str) -> Path:
+    """Make a folder for an attempt to write a file of `folder`. Those of others are deleted."""
+    with disk_errors(folder):
+        for other in folder.glob(f".{glob.escape(file)}.*"):
+            shutil.rmtree(other, ignore_errors=True)
+        own = folder / f".{file}.{secrets.token_hex(4)}"
+        own.mkdir()
+    return own
+
+
 class FolderDraft(Draft):
     """OUT.partial, locked by its journal."""
 
     def __init__(self, out: LocalFolder, journal: Journal, force: bool) -> None:
         self.folder = out.partial
         self.journal = journal
-        self.sink = FolderSink(self.folder)
+        self.sink = out.sink
         self._out = out.path
         self._force = force
 

@@ -200,6 +200,8 @@ class ShardRun:
                 self._work(queue, task)
             except BaseException as error:
                 queue.fail(task, error)
+            finally:
+                queue.let_go()
 
     def _work(self, queue: JobQueue, task: Task) -> None:
         open_shard, job = task.shard, task.job
