@@ -30,15 +30,17 @@ import cluster_page
 import deepseek
 from cluster_costs import KINDS, LENGTH, SAMPLES, STEP, Conversions, Costs, tensors_of
 from common import RECIPES, Line, finish, parser, workplace, write_model
+from quantcli.convert.spread.chunks import chunk_counts
 from quantcli.planning.plan import Copy, Plan, Shard
 from simulate import Bound, Cluster, Phase, Storage, Task, bound, makespan
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES, WORKERS = 32, 8  # of a node, and of a task
 LINK = 25e9 / 8  # bytes a second: 25 Gbit/s
+OBJECTS = "object storage"
 STORAGES = (
     Storage("parallel file system", LINK, 40e9, 20e9),
-    Storage("object storage", LINK, 100e9, 100e9),
+    Storage(OBJECTS, LINK, 100e9, 100e9),
     Storage("disk of one node", LINK, 6e9, 3e9, host=True),
 )
 STARTUP = 10.0  # seconds: Ray's processes on a node, imports, and the plan
@@ -117,7 +119,8 @@ def planned(recipe: str, model: Path) -> Planned:
 def checked(conversions: Conversions, costs: Costs, model: Path) -> Line:
     """A real conversion of several files and all kinds, against the simulated one on this machine."""
     write_model(model, [spec for kind in KINDS for spec in tensors_of(kind)[:6]], shards=3)
-    tasks = converting(planned("w8a8_dynamic", model).plan, costs)
+    shards = planned("w8a8_dynamic", model).plan.shards
+    tasks = [Task((replace(_shard(shard, costs), wait=0.0),)) for shard in shards]
     used = conversions.of(model)
     shutil.rmtree(model)
     here = Cluster(1, 2, 1, Storage("this machine", inf, inf, inf))
@@ -125,13 +128,15 @@ def checked(conversions: Conversions, costs: Costs, model: Path) -> Line:
     detail = (
         f"{used.cpu:.2f} CPU s, predicted {predicted:.2f}; {used.wall:.2f} s on two cores, predicted "
     )
-    detail += f"{makespan([Task((replace(t.phases[0], wait=0.0),)) for t in tasks], here):.2f}"
+    detail += f"{makespan(tasks, here):.2f}"
     return Line("a conversion here: error of its CPU", abs(used.cpu / predicted - 1), "", ERROR, detail)
 
 
-def converting(plan: Plan, costs: Costs) -> list[Task]:
-    """A task for each file, in their order."""
-    return [Task((_shard(shard, costs),)) for shard in plan.shards]
+def converting(plan: Plan, shards: Sequence[Phase], cluster: Cluster) -> list[Task]:
+    """The tasks of a conversion on a cluster: files in their order, cut as the real one cuts them."""
+    slots = cluster.nodes * cluster.slots
+    folder = cluster.storage.name != OBJECTS
+    return in_chunks(shards, chunk_counts(plan.shards, slots) if folder else [1] * len(shards))
 
 
 def _shard(shard: Shard, costs: Costs) -> Phase:
@@ -277,6 +282,31 @@ def in_turn(costs: Costs) -> list[Line]:
     return lines
 
 
+def in_chunks(shards: Sequence[Phase], counts: Sequence[int]) -> list[Task]:
+    """A conversion whose files are written by so many tasks each; one more reads a cut file for its
+    hash."""
+    tasks: list[Task] = []
+    for whole, count in zip(shards, counts, strict=True):
+        first = len(tasks)
+        share = Phase(whole.cpu / count, whole.read / count, whole.written / count, whole.wait)
+        tasks += [Task((share,))] * count
+        if count > 1:
+            reading = Phase(read=whole.written, wait=LATENCY, threads=1)
+            tasks.append(Task((reading,), after=tuple(range(first, first + count))))
+    return tasks
+
+
+def of_pieces(shards: Sequence[Phase], pieces: int) -> list[Line]:
+    """What a conversion would take if all files were cut."""
+    cut, tasks = (in_chunks(shards, [count] * len(shards)) for count in (pieces, 1))
+    lines = []
+    for nodes in NODES:
+        cluster = Cluster(nodes, CORES, CORES // WORKERS, STORAGES[0], STARTUP, DISPATCH)
+        what = f"W8A8, {STORAGES[0].name}, {nodes} nodes: files in {pieces} pieces over whole ones"
+        lines.append(Line(what, makespan(cut, cluster) / makespan(tasks, cluster), ""))
+    return lines
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
@@ -298,13 +328,19 @@ def main() -> None:
         deepseek.write_headers(folder / "model")
         recipes = ("w8a8_dynamic", "w4a4_flatquant")
         plans = {recipe: planned(recipe, folder / "model") for recipe in recipes}
-    tasks = {recipe: converting(each.plan, costs) for recipe, each in plans.items()}
+    shards = {
+        recipe: [_shard(shard, costs) for shard in each.plan.shards] for recipe, each in plans.items()
+    }
+
+    def conversion(cluster: Cluster, recipe: str) -> Stage:
+        return Stage(converting(plans[recipe].plan, shards[recipe], cluster))
+
     workloads: dict[str, Stages] = {
-        "W8A8": lambda cluster: {"conversion": Stage(tasks["w8a8_dynamic"])},
+        "W8A8": lambda cluster: {"conversion": conversion(cluster, "w8a8_dynamic")},
         "FlatQuant": lambda cluster: {
             "pass": Stage(passing(cluster, costs), passing_in_turn(costs)),
             "layers": Stage(learning(costs)),
-            "conversion": Stage(tasks["w4a4_flatquant"]),
+            "conversion": conversion(cluster, "w4a4_flatquant"),
         },
     }
     outcomes = [
@@ -313,9 +349,16 @@ def main() -> None:
         for storage in STORAGES
         for nodes in NODES
     ]
+    turns, pieces = in_turn(costs), of_pieces(shards["w8a8_dynamic"], 4)
+    place = NODES.index(16)
+    others = [
+        f"The pass on 16 nodes and a {STORAGES[0].name}: {turns[place].detail}, {turns[place].value:.0f} s "
+        "if each layer were loaded once and batches went from node to node.",
+        f"W8A8 there, with each file cut into 4 chunks: {pieces[place].value:.2f} x as long.",
+    ]
     if options.write:
-        cluster_page.write(facts(costs, plans["w8a8_dynamic"].plan), outcomes)
-    lines += [*(each.line for each in plans.values()), *results(outcomes), *in_turn(costs)]
+        cluster_page.write([*facts(costs, plans["w8a8_dynamic"].plan), *others], outcomes)
+    lines += [*(each.line for each in plans.values()), *results(outcomes), *turns, *pieces]
     finish(lines, as_json=options.json)
 
 
