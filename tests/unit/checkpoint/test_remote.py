@@ -7,6 +7,7 @@ import pickle
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -425,19 +426,33 @@ def test_neighbours_are_fetched_together() -> None:
 
 
 def test_memory_is_limited_and_used_again() -> None:
-    origin, reader = Gated(40 * M), Reader(limit=8 * M, connections=3)
+    origin, reader = Gated(40 * M), Reader(limit=9 * M, connections=3)
     origin.want(reader, 0, 40 * M)
     wait_for(lambda: len(origin.asked) == 2)
     origin.open.set()
     for begin in range(0, 40 * M, M):
-        assert reader.nbytes <= 8 * M
+        assert reader.nbytes <= 9 * M
         origin.read(reader, begin, begin + M)
     assert sorted(origin.asked) == [(begin, begin + 4 * M) for begin in range(0, 40 * M, 4 * M)]
     assert reader.nbytes == 0
 
 
+def test_small_pieces_take_no_more_memory_than_their_bytes() -> None:
+    origin, reader = Gated(40 * M), Reader(limit=9 * M)
+    origin.open.set()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for begin in range(0, 40 * M, M):
+            origin.want(reader, begin, begin + 300 * K)
+        wait_for(lambda: len(origin.asked) == 9 * M // (300 * K))
+        assert tracemalloc.get_traced_memory()[0] - before < 10 * M
+    finally:
+        tracemalloc.stop()
+
+
 def test_blocks_that_nobody_reads_make_room_in_the_end() -> None:
-    origin, reader = Gated(80 * M), Reader(limit=8 * M)
+    origin, reader = Gated(80 * M), Reader(limit=9 * M)
     origin.open.set()
     origin.want(reader, 0, 8 * M)
     wait_for(lambda: len(origin.asked) == 2)
