@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -53,13 +53,14 @@ class HubRepository(Destination):
     """A branch of a repository, as hf://ORG/NAME or hf://ORG/NAME@BRANCH."""
 
     url: str
+    progress: Progress = field(default=SILENT, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
 
     @cached_property
     def _branch(self) -> Branch:
-        return open_branch(self.url)
+        return open_branch(self.url, self.progress)
 
     @property
     def name(self) -> str:
@@ -150,7 +151,7 @@ class HubRepository(Destination):
         """The lines of the journal that an interrupted run left. InputError if its head is another."""
         if head is None or not self.begun:
             return []
-        lines, _ = parse_journal(self._branch.read(JOURNAL))
+        lines, _ = parse_journal(self._branch.read(JOURNAL, self.progress))
         check_head(lines, head, self.url)
         return lines
 
