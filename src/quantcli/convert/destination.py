@@ -117,6 +117,11 @@ class Destination(ABC):
         return ()
 
     @property
+    def remark(self) -> str:
+        """What to know of the place before the work, behind its name."""
+        return ""
+
+    @property
     @abstractmethod
     def draft_place(self) -> str:
         """Where a draft is before it is complete, for messages."""
@@ -135,6 +140,11 @@ class Destination(ABC):
     @abstractmethod
     def fate(self) -> str:
         """What `--force` does with what is there, as the end of a sentence: "deleted then"."""
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint of quantcli that is there whole: its files have their sizes.
+        None for anything else, and if it cannot be known."""
+        return None
 
     @abstractmethod
     def sibling(self, suffix: str) -> Path:
