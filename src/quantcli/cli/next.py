@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quantcli.commands.job import Job
+    from quantcli.commands.release.planning import Release
+    from quantcli.commands.release.running import MemberOutcome
     from quantcli.planning.plan import Plan
 
 
@@ -105,6 +107,18 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
     return [verify, *_serve(job)]
 
 
+def after_release(out: Output, release: Release, outcomes: Sequence[MemberOutcome]) -> list[Step]:
+    """How to serve each checkpoint; before that proof of them if there was none, or the same command
+    again for what is missing."""
+    there = [outcome for outcome in outcomes if outcome.error is None]
+    if any(outcome.error is not None and outcome.status == "failed" for outcome in outcomes):
+        return [shell("quantcli", *shlex.split(out.command))]
+    places = [outcome.member.job.out for outcome in there]
+    proof = shell("quantcli", "verify", *places, "--full", "--against", release.model)
+    steps = [proof] if there and release.verify is None else []
+    return [*steps, *(step for outcome in there if outcome.ok for step in _serve(outcome.member.job))]
+
+
 def after_pack(job: Job[Any], checkpoint: str) -> list[Step]:
     """Proof of the checkpoint, and how to serve it."""
     return [shell("quantcli", "verify", job.out, "--full", "--against", checkpoint), *_serve(job)]
@@ -146,6 +160,8 @@ def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Pat
     steps = [shell(*shlex.split(command["command"])) for command in report["serve"][:1]]
     if report["depths"] == ["structure"]:
         return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
+    if "://" in checkpoint:  # it is published, or on its way
+        return steps
     return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]
 
 

@@ -136,6 +136,11 @@ class Destination(ABC):
     def fate(self) -> str:
         """What `--force` does with what is there, as the end of a sentence: "deleted then"."""
 
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint of quantcli that is there whole: its files have their sizes.
+        None for anything else, and if it cannot be known."""
+        return None
+
     @abstractmethod
     def sibling(self, suffix: str) -> Path:
         """The local folder that is named after the place, such as OUT.calibration."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import JOURNAL
+from quantcli.checkpoint.manifest import read_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
 from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
+from quantcli.core.errors import QuantError
 from quantcli.core.place import check_space, partial_folder
 
 if TYPE_CHECKING:
@@ -73,6 +75,15 @@ class LocalFolder(Destination):
         """A folder of ours is deleted; one that holds more is kept under another name."""
         kept = self.path.is_dir() and not only_ours(self.path)
         return f"kept as {replaced_folder(self.path)}" if kept else "deleted then"
+
+    def manifest(self) -> dict[str, Any] | None:  # noqa: D102 - the base class has it
+        try:
+            table = read_manifest(self.path)
+            files = {self.path / name: entry["bytes"] for name, entry in table["files"].items()}
+            whole = all(file.stat().st_size == nbytes for file, nbytes in files.items())
+        except (QuantError, OSError, KeyError, ValueError):
+            return None
+        return table if whole else None
 
     def sibling(self, suffix: str) -> Path:
         """A folder next to OUT."""

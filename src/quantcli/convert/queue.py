@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -48,12 +48,20 @@ class OpenShard:
         if not self.jobs:  # nothing but empty tensors: the shard is still to be finished
             self.jobs.append(None)
         self.count = self.left = len(self.jobs)
+        self.taken = 0  # bytes of the source, of the jobs that were handed out
         self._end = first + self.count
 
     @property
     def number(self) -> int:
         """The number of its next job among those of the run."""
         return self._end - len(self.jobs)
+
+    def take(self) -> Job | None:
+        """Its next job."""
+        job = self.jobs.popleft()
+        if job is not None:
+            self.taken += job.item.source.nbytes * (job.stop - job.start) // job.item.height
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +87,17 @@ class JobQueue:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], sink: ShardSink, workers: int, *, checksum: bool
+        self,
+        shards: Sequence[Shard],
+        sink: ShardSink,
+        workers: int,
+        *,
+        checksum: bool,
+        begins: Mapping[str, int] | None = None,
     ) -> None:
+        """begins: bytes of the source before each shard, by file; see `position`."""
         self._shards = deque(shards)
+        self._begins = begins or {}
         self._sink = sink
         self._workers = workers
         self._checksum = checksum
@@ -95,13 +111,13 @@ class JobQueue:
         self._taken = 0  # jobs that workers are at
         self._lock = threading.Condition()
 
-    def take(self) -> Task | None:
+    def take(self, *, wait: bool = True) -> Task | None:
         """The next job; None if there is none left, or none before one that failed. Call `let_go` when
         nothing is left to do of it.
 
         It waits if the next shard may not be opened yet. If extents can only stay in memory, and there
         is none, it waits until another worker is ready with its job. A job never waits for memory: only
-        a later one may free some.
+        a later one may free some. wait: without it the answer is None in place of waiting.
         """
         with self._lock:
             shard = None
@@ -111,13 +127,31 @@ class JobQueue:
                     if shard is None and self._is_last():
                         return None
                 if shard is None:
+                    if not wait:
+                        return None
                     self._lock.wait()
-            number, job = shard.number, shard.jobs.popleft()
+            number, job = shard.number, shard.take()
             ahead = 2 * self._workers + 4
             begin = 0 if len(shard.jobs) == shard.count - 1 else ahead - 1
             later = tuple(islice(shard.jobs, begin, ahead))
             self._taken += 1
             return Task(number, shard, job, tuple(job for job in later if job is not None))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no job will be handed out any more, if none could be just now."""
+        with self._lock:
+            ready = any(shard.jobs and shard.number < self._end for shard in self._open)
+            return not ready and self._is_last()
+
+    @property
+    def position(self) -> float:
+        """Bytes of the source before the next job, in the order of the plan."""
+        with self._lock:
+            for shard in self._open:
+                if shard.jobs:
+                    return self._begins.get(shard.shard.file, 0) + shard.taken
+            return self._begins.get(self._shards[0].file, 0) if self._shards else float("inf")
 
     def _is_short(self) -> bool:
         """Whether memory is used up, and a worker may free some."""
@@ -195,10 +229,10 @@ class JobQueue:
             self._end = -1
             self._lock.notify_all()
 
-    def raise_first(self) -> None:
-        """Raise the error of the first job that failed, if any did."""
-        if self._errors:
-            raise self._errors[min(self._errors)]
+    @property
+    def error(self) -> BaseException | None:
+        """The error of the first job that failed, if any did."""
+        return self._errors[min(self._errors)] if self._errors else None
 
     def close(self) -> None:
         """Close the shards that are still under way. No worker may be at one."""

@@ -11,6 +11,7 @@ from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
 from quantcli.convert.spread.task import Common, InChunks, Request, identities, see_sources, write
+from quantcli.convert.together import begin_together
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.tasks import TaskOptions
@@ -31,7 +32,8 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
 
     InputError for a model in memory, MachineError if a node does not see the model or the output.
     """
-    missing = run.missing(shards)
+    begin_together([(run, shards)], run.progress)
+    missing = run.missing
     if not missing:
         return
     with connect(spread.executor, run.progress) as cluster:

@@ -13,6 +13,7 @@ from quantcli.convert.destination import Entry, ShardSink
 from quantcli.convert.queue import Chunk
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import ChunkSink, Finish, finish_shard
+from quantcli.convert.together import write_together
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
 from quantcli.core.kernels.machine import announced
@@ -99,9 +100,12 @@ def write(common: Common, request: Request, progress: Progress) -> Entry:
 
 def _written(common: Common, shard: Shard, sink: ShardSink, progress: Progress) -> Entry:
     kept = _Kept(sink)
-    run = ShardRun(common.target, kept, _Within(progress), common.checksum, common.block_elements)
+    within = _Within(progress)
+    run = ShardRun(common.target, kept, within, common.checksum, common.block_elements)
     with thread_pool(common.workers) as pool, announced(progress.say):
-        run.write([shard], pool, common.workers)
+        (error,) = write_together([(run, [shard])], (), pool, common.workers, within)
+    if error is not None:
+        raise error
     return kept.entries[shard.file]
 
 
