@@ -141,8 +141,8 @@ def shared_nbytes(workers: int, plans: int, items: Iterable[Item]) -> int:
 
     items: of the plans. If a reader of one keeps more than a job has otherwise, so has its job.
     """
-    strip = max((item.source.buffer_nbytes for item in items), default=0)
-    return (workers + plans + 2) * max(JOB_BYTES, BLOCK, strip)
+    most = max((item.source.buffer_nbytes for item in items), default=0)
+    return (workers + plans + 2) * max(JOB_BYTES, BLOCK, most)
 
 
 def memory_together(plans: Sequence[Work], workers: int) -> int:
