@@ -112,6 +112,7 @@ def test_an_interrupted_run_goes_on(box: Box, hub: Shelf, expected: dict[str, st
     assert ended.code == 3, ended.err
     assert "the Hub could not be written to: the server answers 500" in ended.err
     hub.most_commits = 99
+    assert "error: checkpoint is not finished" in run_cli("inspect", URL).err
     plan = convert(box, "--plan")
     assert f"resumes      {done} shard" in plan.out
     again = convert(box, "--json")

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nothing": ("BF16", (0, 4), b""),
         "one": ("F32", (), np.float32(1).tobytes()),
     }
-    files = {"tokenizer.json": '{"version": "1.0"}', "assets/picture.png": "png"}
+    files = {"tokenizer.json": '{"version": "1.0"}', "assets/ein Bild [1] ü%20~.png": "png"}
     folder = tmp_path_factory.mktemp("object-output") / "model"
     return make_model(folder, {"model.safetensors": tensors}, config=CONFIG, files=files)
 

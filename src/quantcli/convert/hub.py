@@ -12,9 +12,9 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +29,7 @@ from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, p
 from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
-from quantcli.convert.folder import copy_file
+from quantcli.convert.folder import attempt_folder, copy_file
 from quantcli.convert.journal import check_head, done_shards, parse_journal
 from quantcli.core.disk import disk_errors, file_entry, lock, write_file
 from quantcli.core.errors import InputError, MachineError
@@ -54,13 +54,14 @@ class HubRepository(Destination):
     """A branch of a repository, as hf://ORG/NAME or hf://ORG/NAME@BRANCH."""
 
     url: str
+    progress: Progress = field(default=SILENT, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
 
     @cached_property
     def _branch(self) -> Branch:
-        return open_branch(self.url)
+        return open_branch(self.url, self.progress)
 
     @property
     def name(self) -> str:
@@ -158,7 +159,7 @@ class HubRepository(Destination):
         """The lines of the journal that an interrupted run left. InputError if its head is another."""
         if head is None or not self.begun:
             return []
-        lines, _ = parse_journal(self._branch.read(JOURNAL))
+        lines, _ = parse_journal(self._branch.read(JOURNAL, self.progress))
         check_head(lines, head, self.url)
         return lines
 
@@ -200,9 +201,21 @@ class HubSink(ShardSink):
 
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> HubWriter:
         """A writer of a shard, which is always hashed."""
+        return HubWriter(self, shard, buffers)
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[HubSink]:
+        """A folder for this attempt alone, which may be on another machine."""
         with disk_errors(self.scratch):
             self.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return HubWriter(self, shard, buffers)
+        own = attempt_folder(self.scratch, file)
+        try:
+            yield HubSink(self.url, own, self.progress)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # others may be at work there
+                self.scratch.rmdir()
+                self.scratch.parent.rmdir()
 
 
 class HubWriter(ShardWriter):
