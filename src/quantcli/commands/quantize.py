@@ -66,7 +66,8 @@ def plan(
     overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "quantize", progress, headers=True)
     checkpoint = opened.checkpoint
-    whole = destination_of(out or opened.written.file.output or default_name(opened.model, recipe))
+    named = out or opened.written.file.output or default_name(opened.model, recipe)
+    whole = destination_of(named, progress)
     place, share = whole, None
     if options.part == ON_NODES:
         check_on_nodes(options.executor)
