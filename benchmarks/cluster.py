@@ -30,6 +30,7 @@ import cluster_page
 import deepseek
 from cluster_costs import KINDS, LENGTH, SAMPLES, STEP, Conversions, Costs, tensors_of
 from common import RECIPES, Line, finish, parser, workplace, write_model
+from quantcli.calibration.spread.crew import shares_of
 from quantcli.convert.spread.chunks import chunk_counts
 from quantcli.planning.plan import Copy, Plan, Shard
 from simulate import Bound, Cluster, Phase, Storage, Task, bound, makespan
@@ -152,13 +153,20 @@ def _shard(shard: Shard, costs: Costs) -> Phase:
     return Phase(cpu, nbytes, shard.nbytes, LATENCY)
 
 
+@dataclass(frozen=True)
+class _Crew:
+    """The tasks of a cluster, as a calibration sees them."""
+
+    size: int
+    threads: int = WORKERS
+
+
 def passing(cluster: Cluster, costs: Costs) -> list[Task]:
-    """The float pass: an actor in each slot, which loads every layer for its share of the batches and
-    writes the layer's inputs."""
-    actors = min(cluster.nodes * cluster.slots, BATCHES)
+    """The float pass: tasks that load every layer for their share of the batches, and write the inputs
+    of all layers."""
     tasks = []
-    for rank in range(actors):
-        batches = len(range(rank, BATCHES, actors))
+    for rank, share in enumerate(shares_of(BATCHES, _Crew(cluster.nodes * cluster.slots))):
+        batches = len(share)
         phases: list[Phase] = []
         for index in range(deepseek.LAYERS):
             states = _STATES * batches / BATCHES
@@ -352,8 +360,8 @@ def main() -> None:
     turns, pieces = in_turn(costs), of_pieces(shards["w8a8_dynamic"], 4)
     place = NODES.index(16)
     others = [
-        f"The pass on 16 nodes and a {STORAGES[0].name}: {turns[place].detail}, {turns[place].value:.0f} s "
-        "if each layer were loaded once and batches went from node to node.",
+        f"The pass on 16 nodes and a {STORAGES[0].name}: {turns[place].detail}. If each layer were "
+        f"loaded once, and batches went from node to node: {turns[place].value:.0f} s.",
         f"W8A8 there, with each file cut into 4 chunks: {pieces[place].value:.2f} x as long.",
     ]
     if options.write:
