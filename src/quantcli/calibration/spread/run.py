@@ -55,19 +55,18 @@ def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progre
         calibrate(shares, work, ClusterCrew(cluster, work, resources.task_workers), progress)
 
 
-def states_nbytes(work: Work) -> int:
-    """Bytes of the hidden states at one place of the model, as config.json has them."""
-    plan = work.plans[0]
+def states_nbytes(plan: Plan, tokens: int) -> int:
+    """Bytes of the hidden states of some tokens at one place of the model, as config.json has them."""
     hidden = plan.checkpoint.text_config.get("hidden_size")
     width = hidden if isinstance(hidden, int) and hidden > 0 else 0
-    tokens = sum(batch.input_ids.numel() for batch in work.batches)
     return tokens * width * torch_dtype(dtype_of(plan)).itemsize
 
 
 def calibrate(shares: Sequence[Share], work: Work, crew: Crew, progress: Progress) -> None:
     """Measure all layers that are not done yet. The files are those of threads."""
     if by_layers(work.plans):
-        LayerTasks(shares, crew, progress, states_nbytes(work)).run()
+        tokens = sum(batch.input_ids.numel() for batch in work.batches)
+        LayerTasks(shares, crew, progress, states_nbytes(work.plans[0], tokens)).run()
         return
     if block_of(work.plans[0]).inputs == "running":
         progress.detail("`inputs: running` goes sample by sample: it runs in this process alone")
