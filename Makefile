@@ -8,7 +8,7 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-isa test-engine zoo check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ test-isa: $(READY) ## golden and calibration tests with fewer CPU instructions
 
 test-wheel: $(READY) ## install the wheel elsewhere; run the commands of README.md, docs/ci.md, Dockerfile
 	@$(BIN)/python -m pytest tests/wheel
+
+test-ray: $(READY) ## a Ray cluster of three nodes on this machine, whose processes and nodes are killed
+	@$(BIN)/python -m pytest tests/cluster
 
 # The tests pin vLLM to AVX-512 with VNNI: every CPU that has it answers alike (tests/engine/serve.py).
 # -rs says why those of AMX were left out.

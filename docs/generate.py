@@ -1,5 +1,5 @@
-"""Write docs/cli.md from the `--help` texts and from the classes of results, and
-docs/recipe.schema.json from the recipe's classes.
+"""Write docs/cli.md from the `--help` texts and from the classes of results, and the schemas
+docs/recipe.schema.json and docs/release.schema.json from the classes of these files.
 
 `make docs` runs this; a test fails if a file is out of date.
 """
@@ -14,8 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from quantcli.commands import results
+from quantcli.commands.release import outcome as release
 from quantcli.recipe.json_schema import recipe_schema
 from quantcli.recipe.methods import recipe_methods
+from quantcli.recipe.release import release_schema
 
 DOCS = Path(__file__).parent
 COMMANDS = [
@@ -24,6 +26,7 @@ COMMANDS = [
     "inspect",
     "calibrate",
     "quantize",
+    "release",
     "pack",
     "verify",
     "recipes",
@@ -42,6 +45,8 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "calibrate": results.Calibrated,
     "quantize": results.Converted,
     "quantize --plan": {"plan": ("Planned", "what would be written; also if it misses `expect`")},
+    "release": release.Released,
+    "release --plan": {"plan": ("PlannedRelease", "what would be written; also if it misses `expect`")},
     "pack": results.Packed,
     "pack --plan": {"plan": ("Repacked | Merged", "what would be written")},
     "verify": results.Verification,
@@ -50,7 +55,14 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},
     "--version": {"version": ("str", "of quantcli")},
 }
-PLANS = (results.Planned, results.Repacked, results.Merged)
+PLANS = (
+    results.Planned,
+    results.Repacked,
+    results.Merged,
+    release.PlannedRelease,
+    release.PlannedCheckpoint,
+    release.ReleasedCheckpoint,
+)
 ENVELOPE = {
     "ok": ("bool", "whether the exit code is 0"),
     "schema_version": ("int", "1; it grows if a key changes its meaning or goes"),
@@ -60,7 +72,8 @@ ENVELOPE = {
 # keys of documents whose names in Python are other ones, or that Python does not have
 _RENAMED = {(results.Repacked, "origin"): "from"}
 _TYPES = {"str": "text", "Path": "text", "int": "number", "float": "number", "bool": "true or false",
-          "Row": "object", "None": "null", "Error": "object"}  # fmt: skip
+          "Row": "object", "None": "null", "Error": "object",
+          "Verification": "[object](#verify)"}  # fmt: skip
 
 
 _FIELD = re.compile(r"^(\w+): +(.+(?:\n +.+)*)", re.MULTILINE)  # of a class, in its docstring
@@ -132,7 +145,11 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """The content of every generated file."""
-    return {DOCS / "cli.md": cli_reference(), DOCS / "recipe.schema.json": recipe_schema()}
+    return {
+        DOCS / "cli.md": cli_reference(),
+        DOCS / "recipe.schema.json": recipe_schema(),
+        DOCS / "release.schema.json": release_schema(),
+    }
 
 
 if __name__ == "__main__":

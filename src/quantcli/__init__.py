@@ -4,6 +4,7 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 `import quantcli` is fast.
 
 - quantize, plan: convert a checkpoint with a recipe; what that would write
+- release: several checkpoints of one model
 - prepare: the same in steps, as a Job: plan, calibrate, convert
 - calibrate: keep the statistics for a conversion
 - recommend: the shipped recipes for a model on a device, the best first
@@ -11,7 +12,7 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - verify: check a quantized checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation: the results
+  Outliers, Support, Recommendation, Released: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         support,
         verify,
     )
+    from quantcli.commands.release.api import release
+    from quantcli.commands.release.outcome import Released
     from quantcli.commands.results import (
         Calibrated,
         Comparison,
@@ -62,6 +65,8 @@ _HOME = {
     "prepare": "commands.api",
     "quantize": "commands.api",
     "recommend": "commands.api",
+    "release": "commands.release.api",
+    "Released": "commands.release.outcome",
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
@@ -98,6 +103,7 @@ __all__ = [
     "Planned",
     "QuantError",
     "Recommendation",
+    "Released",
     "Repacked",
     "Support",
     "Verification",
@@ -109,6 +115,7 @@ __all__ = [
     "prepare",
     "quantize",
     "recommend",
+    "release",
     "support",
     "verify",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 _INTERRUPTED = 130
-_RESUMING = {"quantize", "calibrate", "pack"}
+_RESUMING = {"quantize", "calibrate", "pack", "release"}
 _PATIENCE = 0.4  # seconds that a command has to tidy up, and then to say so
 
 
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # cycles among them takes a third of the time.
     gc.set_threshold(200_000, 50, 100)
     if arguments is None:
-        from quantcli.cli.streams import keep_streams
+        from quantcli.cli.terminal.streams import keep_streams
 
         keep_streams()
         signals.wait()

@@ -44,8 +44,10 @@ FEW = (
 class Models:
     """Tiny models, each made once. Tests must not change them: see `Bench.own_model`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **sizes: int) -> None:
+        """sizes: others than those of tiny models, and four layers."""
         self._root = root
+        self._sizes = {"num_hidden_layers": 4, **sizes}
 
     def __call__(self, family: str) -> Path:
         folder = self._root / family
@@ -53,7 +55,7 @@ class Models:
             if family == "multimodal":
                 make_multimodal(folder)
             else:
-                make_tiny(folder, family, num_hidden_layers=4)
+                make_tiny(folder, family, **self._sizes)
             write_tokenizer(folder)
         return folder
 

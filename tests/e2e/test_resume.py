@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from quantcli.convert.shards import ShardRun
+from quantcli.convert import execute
 from tests.e2e.conftest import Box, Faults, Killed, Result, make_llama, run_cli, snapshot
 
 SHARDED = ("--workers", 1, "--set", "max_shard=1200")
@@ -205,16 +205,17 @@ def test_source_that_shrinks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_source_that_is_overwritten_while_it_is_read(
     box: Box, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    write = ShardRun.write
+    write = execute.write_together
 
-    def write_and_overwrite(self: ShardRun, *args: Any) -> None:
-        write(self, *args)
+    def write_and_overwrite(*args: Any) -> Any:
+        errors = write(*args)
         path = box.model / file
         content = bytearray(path.read_bytes())
         content[-1] ^= file.endswith(".safetensors")
         path.write_bytes(content)
+        return errors
 
-    monkeypatch.setattr(ShardRun, "write", write_and_overwrite)
+    monkeypatch.setattr(execute, "write_together", write_and_overwrite)
     result = box.run()
     assert result.code == 2
     assert "error: the model changed while it was read" in result.err
@@ -439,17 +440,17 @@ def test_out_that_appears_meanwhile_is_not_replaced(
 # writes nothing after its first shard, which is a single write, until it is stopped
 HALTED = """
 import itertools, os, sys
-from quantcli.convert import shards as streaming
-made, write = streaming.ShardRun.__init__, os.pwrite
+from quantcli.convert import together as streaming
+made, write = streaming._Together.__init__, os.pwrite
 runs, writes = [], itertools.count()
 def make(self, *args):
     made(self, *args)
     runs.append(self)
 def pwrite(*args):
     if next(writes):
-        runs[0]._stop.wait()
+        runs[0].stopped.wait()
     return write(*args)
-streaming.ShardRun.__init__, os.pwrite = make, pwrite
+streaming._Together.__init__, os.pwrite = make, pwrite
 from quantcli.__main__ import main
 main(sys.argv[1:])
 """

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -105,10 +108,15 @@ def will_read(stored: StoredTensor, begin: int, end: int) -> None:
 
     It is advice: nothing depends on it, and it fails silently.
     """
-    if isinstance(stored.file, RemoteFile):
-        stored.file.will_read(stored.offset + begin, stored.offset + end)
+    if isinstance(stored.file, MemoryFile):
         return
-    if isinstance(stored.file, MemoryFile) or end - begin < _WORTH_ADVICE:
+    if _READING.shared is not None:
+        begin, end = _READING.shared.unread(stored, begin, end)
+    if isinstance(stored.file, RemoteFile):
+        if begin < end:
+            stored.file.will_read(stored.offset + begin, stored.offset + end)
+        return
+    if end - begin < _WORTH_ADVICE:
         return
     with _opened(stored) as fd, disk_errors(stored.file):
         try:
@@ -145,9 +153,54 @@ def close_file(fd: int) -> None:
         os.close(fd)
 
 
+class SharedReads(Protocol):
+    """What reads for several threads that need the same bytes."""
+
+    def read(
+        self,
+        stored: StoredTensor,
+        offset: int,
+        into: memoryview,
+        fetch: Callable[[int, memoryview], None],
+    ) -> None:
+        """Fill `into` from byte `offset` of a stored tensor. fetch: reads it from its file."""
+
+    def unread(self, stored: StoredTensor, begin: int, end: int) -> tuple[int, int]:
+        """Those of bytes [begin, end) of a stored tensor that must still be read, and some next to
+        them."""
+
+
+class _Reading(threading.local):
+    """What the thread reads through; None: from files."""
+
+    shared: SharedReads | None = None
+
+
+_READING = _Reading()
+
+
+@contextmanager
+def reading_through(shared: SharedReads | None) -> Iterator[None]:
+    """In the block, the thread reads stored tensors through `shared`."""
+    before, _READING.shared = _READING.shared, shared
+    try:
+        yield
+    finally:
+        _READING.shared = before
+
+
 def read_into(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
     """Fill `block` from byte `offset` of a stored tensor in its open file."""
     assert not stored.kind, "codes are not weights"
+    shared = _READING.shared
+    if shared is None or isinstance(stored.file, MemoryFile):
+        _read(fd, stored, offset, block)
+    else:
+        shared.read(stored, offset, block, partial(_read, fd, stored))
+
+
+def _read(fd: int, stored: StoredTensor, offset: int, block: memoryview) -> None:
+    """Fill `block` from the file."""
     done = 0
     with disk_errors(stored.file):
         while done < len(block):

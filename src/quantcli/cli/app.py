@@ -14,6 +14,7 @@ from quantcli.cli.pack import pack
 from quantcli.cli.quantize import quantize
 from quantcli.cli.recipes import recipes
 from quantcli.cli.recommend import recommend
+from quantcli.cli.release import release
 from quantcli.cli.terminal.environment import HELP
 from quantcli.cli.verify import verify
 from quantcli.core.errors import InputError
@@ -66,5 +67,5 @@ def _root(
         raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 
 
-for _command in (recommend, inspect, calibrate, quantize, pack, verify, recipes):
+for _command in (recommend, inspect, calibrate, quantize, release, pack, verify, recipes):
     app.command()(_command)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quantcli.commands.job import Job
+    from quantcli.commands.release.planning import Release
+    from quantcli.commands.release.running import MemberOutcome
     from quantcli.planning.plan import Plan
 
 
@@ -103,6 +105,18 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
     calibration = ("--calibration", job.session.root) if job.session is not None else ()
     verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)
     return [verify, *_serve(job)]
+
+
+def after_release(out: Output, release: Release, outcomes: Sequence[MemberOutcome]) -> list[Step]:
+    """How to serve each checkpoint; before that proof of them if there was none, or the same command
+    again for what is missing."""
+    there = [outcome for outcome in outcomes if outcome.error is None]
+    if any(outcome.error is not None and outcome.status == "failed" for outcome in outcomes):
+        return [shell("quantcli", *shlex.split(out.command))]
+    places = [outcome.member.job.out for outcome in there]
+    proof = shell("quantcli", "verify", *places, "--full", "--against", release.model)
+    steps = [proof] if there and release.verify is None else []
+    return [*steps, *(step for outcome in there if outcome.ok for step in _serve(outcome.member.job))]
 
 
 def after_pack(job: Job[Any], checkpoint: str) -> list[Step]:

@@ -13,9 +13,9 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import typer
 
 from quantcli import __version__
-from quantcli.cli.streams import drop
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.core.errors import SCHEMA_VERSION, AnswerNo, Exit, InputError, QuantError
+from quantcli.cli.terminal.streams import drop
+from quantcli.core.errors import SCHEMA_VERSION, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Output:
         text = text.encode(errors="backslashreplace").decode()  # halves of characters, as JSON has them
         self._put(lambda: sys.stdout.write(text))
 
-    def result(self, data: R, show: Callable[[Output, R], None], no: AnswerNo | None = None) -> None:
+    def result(self, data: R, show: Callable[[Output, R], None], no: QuantError | None = None) -> None:
         """Print the result of a command: as JSON, or with `show`.
 
         no: what is wrong if the answer is no; `show` prints that, too. The command then ends.

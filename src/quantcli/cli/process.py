@@ -14,8 +14,8 @@ import typer
 
 from quantcli.cli.app import app
 from quantcli.cli.output import Output
-from quantcli.cli.streams import check_stdout, drop, stdout_error
 from quantcli.cli.terminal.environment import COMPLETE, defaults
+from quantcli.cli.terminal.streams import check_stdout, drop, stdout_error
 from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
 
 _LONG = 5.0  # seconds

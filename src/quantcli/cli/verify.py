@@ -24,7 +24,7 @@ _BETTER = {True: "better", False: "worse", None: ""}
 
 def show_verification(out: Output, report: dict[str, Any], modules: int = _MODULES) -> None:
     """Print a report: errors, the worst `modules`, the run, notes, checks, and last the verdict."""
-    _errors(out, words.errors(report))
+    show_errors(out, words.errors(report))
     _modules(out, report.get("modules") or [], modules)
     if sizes := report.get("sizes"):
         out.line(f"size         {size_text(words.total_bytes(report))}: {_sizes(sizes)}")
@@ -52,7 +52,7 @@ def show_several(out: Output, document: dict[str, Any]) -> None:
 
     reports = document["checkpoints"]
     for report in reports:
-        _errors(out, words.errors(report))
+        show_errors(out, words.errors(report))
         _change(out, report.get("baseline"))
         out.line(verdict(report), FAILED if words.is_failed(report) else OK)
     out.line()
@@ -83,7 +83,7 @@ def failure(*reports: dict[str, Any]) -> AnswerNo | None:
     return AnswerNo(what, where=where, fix="`findings` has each error with its fix")
 
 
-def _errors(out: Output, errors: list[dict[str, Any]]) -> None:
+def show_errors(out: Output, errors: list[dict[str, Any]]) -> None:
     """Each check is shown once before any is shown twice; a fix for several errors is printed once."""
     limit = max(_FINDINGS, len({error["check"] for error in errors}))
     spread = words.spread(errors)

@@ -128,7 +128,7 @@ def quantize(
     Raises AnswerNo if the plan misses a limit of the recipe's `expect` block, InputError for a recipe
     or a model that cannot be converted so, and MachineError for the disk, the memory or the device.
     """
-    resources = _resources(options)
+    resources = resources_of(options)
     given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
     return Job(_plan(recipe, given, out, options), resources).run(on_progress)
 
@@ -149,7 +149,7 @@ def prepare(
     Arguments and errors are those of `quantize`; nothing is written yet. Limits of the recipe's
     `expect` block are checked by `convert`.
     """
-    resources = _resources(options)
+    resources = resources_of(options)
     given = _Given(model, tokenizer, example_inputs, progress_of(on_progress))
     return Job(_plan(recipe, given, out, options), resources)
 
@@ -209,7 +209,7 @@ def _plan(
     )
 
 
-def _resources(options: Mapping[str, Any]) -> Resources:
+def resources_of(options: Mapping[str, Any]) -> Resources:
     """The resources of a calibration. InputError for a device or a size that does not exist."""
     from quantcli.calibration.resources import Resources, check_device
     from quantcli.core.threads import default_workers
@@ -253,7 +253,7 @@ def calibrate(
     """
     from quantcli.commands import calibrate as commands
 
-    resources, progress = _resources(options), progress_of(on_progress)
+    resources, progress = resources_of(options), progress_of(on_progress)
     given = _Given(model, tokenizer, example_inputs, progress)
     session = commands.plan_calibration(
         recipe if isinstance(recipe, Mapping) else str(recipe),

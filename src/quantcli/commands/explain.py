@@ -47,7 +47,8 @@ def explain_session(session: Session, progress: Progress) -> None:
         layers = count(session.layers_done, "layer")
         progress.detail(f"calibration {session.folder} is continued after {layers}: {same}")
     else:
-        progress.detail(f"calibration {session.folder} is begun: no layer is there")
+        reason = session.reason or "no layer is there"
+        progress.detail(f"calibration {session.folder} is begun: {reason}")
 
 
 def _decoded(plan: Plan) -> Iterator[str]:

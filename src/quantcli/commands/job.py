@@ -110,7 +110,7 @@ def make_job(
     done = out.done(head)
     shards = [shard.nbytes for shard in (part.shards(plan) if part else plan.shards)]
     room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
-    memory = memory_estimate(plan, options.workers)
+    memory = memory_estimate(plan, options.workers) + out.memory(plan.shards)
     return Job(plan, out, options, room, memory, done, session, part)
 
 

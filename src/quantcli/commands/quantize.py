@@ -28,6 +28,7 @@ from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.session import Session
     from quantcli.calibration.text.examples import Examples
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.convert.execute import Written
@@ -158,10 +159,15 @@ def calibrated(
     job: Job[Plan], resources: Resources | None = None, progress: Progress | None = None
 ) -> Job[Plan]:
     """The job of a recipe that needs data, after its calibration: its plan has the statistics."""
+    assert job.session is not None
+    calibrate(job.session, resources, progress)
+    plan = with_statistics(job.plan, job.session)
+    return replace(job, plan=plan, session=replace(job.session, complete=True))
+
+
+def with_statistics(plan: Plan, session: Session) -> Plan:
+    """A plan with the statistics of its finished calibration."""
     from quantcli.calibration.session import load
     from quantcli.planning.planner import make_plan
 
-    assert job.session is not None
-    calibrate(job.session, resources, progress)
-    plan = make_plan(job.plan.recipe, job.plan.checkpoint, load(job.session))
-    return replace(job, plan=plan, session=replace(job.session, complete=True))
+    return make_plan(plan.recipe, plan.checkpoint, load(session))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.remote.stores import SCHEMES
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 
@@ -45,6 +46,10 @@ def destination_of(out: str | Path) -> Destination:
         from quantcli.convert.folder import LocalFolder
 
         return LocalFolder(Path(out))
+    if scheme in SCHEMES:
+        from quantcli.convert.objects.place import object_place
+
+        return object_place(str(out))
     if scheme == "hf":
         from quantcli.convert.hub import HubRepository
 
@@ -52,7 +57,7 @@ def destination_of(out: str | Path) -> Destination:
     raise InputError(
         f"nothing can be written to {scheme}://",
         where=f"--out {out}",
-        fix="give a folder",
+        fix="give a folder, hf://ORG/NAME, or an address of object storage: s3://BUCKET/FOLDER",
     )
 
 
@@ -131,6 +136,11 @@ class Destination(ABC):
     def fate(self) -> str:
         """What `--force` does with what is there, as the end of a sentence: "deleted then"."""
 
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint of quantcli that is there whole: its files have their sizes.
+        None for anything else, and if it cannot be known."""
+        return None
+
     @abstractmethod
     def sibling(self, suffix: str) -> Path:
         """The local folder that is named after the place, such as OUT.calibration."""
@@ -154,6 +164,10 @@ class Destination(ABC):
         shards: the bytes of each. others: those of all other files.
         """
 
+    def memory(self, shards: Sequence[Shard]) -> int:
+        """Bytes of memory that these shards take above what they would on a disk."""
+        return 0
+
     @abstractmethod
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of shards that an interrupted run with this head has left.
@@ -176,14 +190,18 @@ class Destination(ABC):
 
 
 class ShardSink(ABC):
-    """Takes the shards of a draft. It can be pickled: workers in other processes write with it."""
+    """Takes the shards of a draft. It can be pickled: workers in other processes write with it.
 
-    #: shards at a time: with jobs that nobody has taken, at most; if it is 1, in all
+    most_shards: shards at a time: with jobs that nobody has taken, at most; if it is 1, in all.
+    in_memory:   whether an extent stays in memory until its turn comes.
+    """
+
     most_shards: int
+    in_memory = False
 
     @abstractmethod
     def extents(self, shards: Sequence[Shard]) -> int:
-        """Extents that shards hold in memory at most, next to those that any worker needs."""
+        """Extents that shards hold at most, next to those that workers fill."""
 
     @abstractmethod
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> TensorWriter:
@@ -208,10 +226,12 @@ class ShardSink(ABC):
 class Draft(ABC):
     """A checkpoint that is under way. Threads may share it.
 
-    sink: takes the shards.
+    sink:  takes the shards.
+    notes: remarks for the user, when the work is done.
     """
 
     sink: ShardSink
+    notes: tuple[str, ...] = ()
 
     @property
     @abstractmethod

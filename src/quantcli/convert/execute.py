@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import must_be_unchanged
 from quantcli.checkpoint.files import MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
-from quantcli.convert.destination import Destination, Entry, Start
+from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import Spread, write_spread
+from quantcli.convert.together import write_together
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.kernels.machine import announced, problem
 from quantcli.core.threads import thread_pool
 from quantcli.planning.parts import Part, part_head
-from quantcli.planning.plan import Plan, Work
+from quantcli.planning.plan import Plan, Shard, Work
 
 P = TypeVar("P")
 W = TypeVar("W", bound=Work)
@@ -66,6 +68,26 @@ def run_head(plan: Work, *, checksum: bool) -> dict[str, Any]:
     return {"plan": plan.digest, "checksum": checksum, "source": source}
 
 
+@dataclass(frozen=True)
+class Order(Generic[W]):
+    """A plan to be carried out, or a part of it.
+
+    final: delete the draft if a value is refused: no other run could continue with it.
+    name:  of the output in messages; empty if it is the only one.
+    """
+
+    plan: W
+    out: Destination
+    part: Part | None = None
+    final: bool = False
+    name: str = ""
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """What is written."""
+        return self.part.shards(self.plan) if self.part else self.plan.shards
+
+
 def execute(
     plan: W,
     out: Destination,
@@ -77,61 +99,115 @@ def execute(
 ) -> Written[W]:
     """Write the planned checkpoint, or a part of it, to `out`, which appears whole or not at all.
 
-    An interrupted run leaves `out`.partial; the same call continues after its last whole shard.
-    final: delete `out`.partial if a value is refused: no other run could continue with it.
-    InputError for NaN or Inf in a weight and for a plan that still needs data, MachineError for a full
-    or unwritable disk.
+    An interrupted run leaves a draft, such as OUT.partial; the same call continues after its last
+    whole shard. final: see `Order`. InputError for NaN or Inf in a weight and for a plan that still
+    needs data, MachineError for a full or unwritable disk.
     """
+    (result,) = execute_all([Order(plan, out, part, final)], options, progress)
+    if isinstance(result, QuantError):
+        raise result
+    return result
+
+
+def execute_all(
+    orders: Sequence[Order[W]], options: RunOptions, progress: Progress = SILENT
+) -> list[Written[W] | QuantError]:
+    """Write several checkpoints of one model side by side, as `execute` would write each.
+
+    The source is read once, as far as the plans go over it in the same order. Gives the outcome of
+    each: an error of one does not stop the others.
+    """
+    results: dict[int, Written[W] | QuantError] = {}
+    with ExitStack() as drafts:
+        runs: dict[int, tuple[Order[W], ShardRun, Draft]] = {}
+        for number, order in enumerate(orders):
+            try:
+                draft = drafts.enter_context(_begin(order, options, progress))
+            except QuantError as refusal:
+                results[number] = refusal
+                continue
+            label = f"{order.name}/" if order.name else ""
+            how = options.checksum, options.block_elements, label
+            runs[number] = order, ShardRun(order.plan.target, draft, progress, *how), draft
+        errors = _write([(order, run) for order, run, _ in runs.values()], options, progress)
+        for (number, (order, run, draft)), error in zip(runs.items(), errors, strict=True):
+            results[number] = error or _finished(order, run, draft, options)
+            if isinstance(error, InputError) and order.final:
+                with suppress(QuantError):  # the error that is reported is the refusal
+                    draft.discard()
+    return [results[number] for number in range(len(orders))]
+
+
+def _begin(order: Order[Any], options: RunOptions, progress: Progress) -> Draft:
+    """Open the draft of an order. InputError for a plan that still needs data."""
+    plan = order.plan
     if isinstance(plan, Plan) and plan.needs_data:
         raise InputError(
             f"the inputs of {len(plan.needs_data)} modules have not been measured",
             where=f"`{plan.needs_data[0]}`",
             fix="run `quantcli calibrate` with this recipe and model first",
         )
-    checksum = options.checksum
-    head = run_head(plan, checksum=checksum)
-    start = Start(head, planned_files(plan, part), options.fresh, options.force, progress)
-    draft = out.begin(start)
-    useless = False
+    head = run_head(plan, checksum=options.checksum)
+    files = planned_files(plan, order.part)
+    return order.out.begin(Start(head, files, options.fresh, options.force, progress))
+
+
+def _write(
+    orders: Sequence[tuple[Order[W], ShardRun]], options: RunOptions, progress: Progress
+) -> list[QuantError | None]:
+    """Write the shards of all orders. Gives the error of each."""
+    if options.executor is not None:
+        return [_spread(order, run, options.executor, options.workers) for order, run in orders]
+    source = {stored.file for order, _ in orders for stored in order.plan.checkpoint.on_disk.values()}
+    work = [(run, order.shards) for order, run in orders]
+    with thread_pool(options.workers) as pool, announced(progress.say):
+        return write_together(work, source, pool, options.workers, progress)
+
+
+def _spread(order: Order[W], run: ShardRun, executor: Executor, workers: int) -> QuantError | None:
+    """Write the shards of an order on a cluster."""
     try:
-        run = ShardRun(plan.target, draft, progress, checksum, options.block_elements)
-        try:
-            shards = part.shards(plan) if part else plan.shards
-            if options.executor is None:
-                with thread_pool(options.workers) as pool, announced(progress.say):
-                    run.write(shards, pool, options.workers)
-            else:
-                write_spread(run, plan, shards, Spread(options.executor, options.workers))
-        except InputError:
-            useless = final
-            raise
-        files = run.files
-        if part is None or part.carries:
-            for name, content in plan.sidecars.items():
-                files[name] = draft.put(name, content, checksum=checksum)
-            for name in plan.copies:
-                files[name] = draft.copy(plan.checkpoint.path / name, name, checksum=checksum)
-        must_be_unchanged(plan.checkpoint)
-        head = plan.manifest()
-        notes: tuple[str, ...] = ()
-        if part is None:
-            draft.close_with(MANIFEST, listing(head, files), files)
-            ours, notes = draft.verified()
-            assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {draft.place}"
-        else:
-            head = part_head(plan, part, head, checksum=checksum)
-            draft.close_with(PART, listing(head, files), files)
-        # again: OUT may exist by now, and without the journal no later run could reuse the shards
-        out.check(plan.checkpoint.path, force=options.force)
-        draft.publish()
-    finally:
-        if useless:
-            with suppress(QuantError):  # the error that is reported is the refusal
-                draft.discard()
-        draft.close()
+        write_spread(run, order.plan, order.shards, Spread(executor, workers))
+    except QuantError as error:
+        return error
+    return None
+
+
+def _finished(
+    order: Order[W], run: ShardRun, draft: Draft, options: RunOptions
+) -> Written[W] | QuantError:
+    """The finished checkpoint, whose shards are all there; or the error."""
+    try:
+        return _finish(order, run, draft, options)
+    except QuantError as error:
+        return error
+
+
+def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -> Written[W]:
+    """Write all but the shards, and publish the draft."""
+    plan, files, checksum = order.plan, run.files, options.checksum
+    if order.part is None or order.part.carries:
+        for name, content in plan.sidecars.items():
+            files[name] = draft.put(name, content, checksum=checksum)
+        for name in plan.copies:
+            files[name] = draft.copy(plan.checkpoint.path / name, name, checksum=checksum)
+    must_be_unchanged(plan.checkpoint)
+    head = plan.manifest()
+    notes: tuple[str, ...] = ()
+    if order.part is None:
+        draft.close_with(MANIFEST, listing(head, files), files)
+        ours, faults = draft.verified()
+        notes = (*faults, *draft.notes)
+        assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {draft.place}"
+    else:
+        head = part_head(plan, order.part, head, checksum=checksum)
+        draft.close_with(PART, listing(head, files), files)
+    # again: OUT may exist by now, and without the journal no later run could reuse the shards
+    order.out.check(plan.checkpoint.path, force=options.force)
+    draft.publish()
     if missing := problem():
         notes += (f"compiled kernels are not used ({missing}): the conversion takes longer",)
-    return Written(out, files, run.reused, plan, notes)
+    return Written(order.out, files, run.reused, plan, notes)
 
 
 def planned_files(plan: Work, part: Part | None) -> list[str]:

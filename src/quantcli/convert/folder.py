@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import JOURNAL
+from quantcli.checkpoint.manifest import read_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
 from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
+from quantcli.core.errors import QuantError
 from quantcli.core.place import check_space, partial_folder
 
 if TYPE_CHECKING:
@@ -74,6 +76,15 @@ class LocalFolder(Destination):
         kept = self.path.is_dir() and not only_ours(self.path)
         return f"kept as {replaced_folder(self.path)}" if kept else "deleted then"
 
+    def manifest(self) -> dict[str, Any] | None:  # noqa: D102 - the base class has it
+        try:
+            table = read_manifest(self.path)
+            files = {self.path / name: entry["bytes"] for name, entry in table["files"].items()}
+            whole = all(file.stat().st_size == nbytes for file, nbytes in files.items())
+        except (QuantError, OSError, KeyError, ValueError):
+            return None
+        return table if whole else None
+
     def sibling(self, suffix: str) -> Path:
         """A folder next to OUT."""
         return self.path.with_name(self.path.name + suffix)
@@ -102,6 +113,11 @@ class LocalFolder(Destination):
             place = place.parent
         device = place.stat().st_dev
         return all(file.stat().st_dev == device for file in files)
+
+    @property
+    def sink(self) -> FolderSink:
+        """Writes into OUT.partial."""
+        return FolderSink(self.partial)
 
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
@@ -135,11 +151,7 @@ class FolderSink(ShardSink):
     @contextmanager
     def attempt(self, file: str) -> Iterator[FolderSink]:
         """A folder for this attempt alone. Those of others are deleted: nobody needs them."""
-        with disk_errors(self.folder):
-            for other in self.folder.glob(f".{glob.escape(file)}.*"):
-                shutil.rmtree(other, ignore_errors=True)
-            own = self.folder / f".{file}.{secrets.token_hex(4)}"
-            own.mkdir()
+        own = attempt_folder(self.folder, file)
         yield FolderSink(own)
         with disk_errors(own):
             (own / file).rename(self.folder / file)
@@ -156,13 +168,23 @@ class FolderSink(ShardSink):
         return self.folder
 
 
+def attempt_folder(folder: Path, file: str) -> Path:
+    """Make a folder for an attempt to write a file of `folder`. Those of others are deleted."""
+    with disk_errors(folder):
+        for other in folder.glob(f".{glob.escape(file)}.*"):
+            shutil.rmtree(other, ignore_errors=True)
+        own = folder / f".{file}.{secrets.token_hex(4)}"
+        own.mkdir()
+    return own
+
+
 class FolderDraft(Draft):
     """OUT.partial, locked by its journal."""
 
     def __init__(self, out: LocalFolder, journal: Journal, force: bool) -> None:
         self.folder = out.partial
         self.journal = journal
-        self.sink = FolderSink(self.folder)
+        self.sink = out.sink
         self._out = out.path
         self._force = force
 

@@ -19,7 +19,7 @@ from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
 
 _FRESH = "run with --fresh to start over, or remove the directory"
-_HEAD = {"plan", "checksum", "source"}
+HEAD = {"plan", "checksum", "source"}
 _DONE = {"shard", "nbytes", "sha256"}
 
 
@@ -170,7 +170,7 @@ def parse_journal(raw: bytes) -> tuple[list[dict[str, Any]], int]:
             value = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, dict) or value.keys() - {"blake3"} != (_DONE if lines else _HEAD):
+        if not isinstance(value, dict) or value.keys() - {"blake3"} != (_DONE if lines else HEAD):
             break
         if lines and not isinstance(value["shard"], str):
             break

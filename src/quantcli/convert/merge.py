@@ -104,7 +104,8 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         draft.close_with(MANIFEST, listing(whole["manifest"], job.files), job.files)
-        ours, notes = draft.verified()
+        ours, faults = draft.verified()
+        notes = (*faults, *draft.notes)
         if ours:
             raise InputError(
                 f"the parts make no sound checkpoint: {ours[0].what}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from torch import Tensor
@@ -135,7 +134,10 @@ class Keeper(Protocol):
 
 
 class ShardRun:
-    """The shards of one run: what threads share while they write them."""
+    """The shards of one plan: those that are there, and the jobs of those that are not.
+
+    label: before the names of its files in messages.
+    """
 
     def __init__(
         self,
@@ -144,79 +146,67 @@ class ShardRun:
         progress: Progress,
         checksum: bool,
         block_elements: int | None,
+        label: str = "",
     ) -> None:
         self.target = target
         self.draft = draft
         self.progress = progress
         self.checksum = checksum
         self.block_elements = block_elements
+        self.label = label
         self.files: dict[str, Entry] = {}
-        self.reused = self._count = 0
-        self._surveys = Surveys()
-        self._stop = threading.Event()
+        self.missing: list[Shard] = []
+        self.reused = self.count = 0
+        self.keeps = self._keeps  # says what is there if the run ends now
+        self._begins: dict[str, int] = {}
 
-    def write(self, shards: Sequence[Shard], pool: ThreadPoolExecutor, workers: int) -> None:
-        """Write each of these shards that is not there yet. A few are under way at a time: no worker
-        waits for the last job of a shard.
-        """
-        missing = self.missing(shards)
-        queue = JobQueue(missing, self.draft.sink, workers, checksum=self.checksum)
-        try:
-            for worker in [pool.submit(self._serve, queue) for _ in range(workers)]:
-                worker.result()
-            queue.raise_first()
-        except BaseException:
-            self._stop.set()
-            queue.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        finally:
-            queue.close()
+    def find(self, shards: Sequence[Shard]) -> int:
+        """Begin with those of its shards that an earlier run finished; `missing` are the others.
+        Returns the bytes of the source that are still to be read."""
+        self.count, begin = len(shards), 0
+        for shard in shards:
+            self._begins[shard.file] = begin
+            begin += _source_nbytes(shard)
+        self.missing = [shard for shard in shards if not self._reuse(shard)]
+        return sum(map(_source_nbytes, self.missing))
 
-    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Begin with the shards that an earlier run finished. Returns the others."""
-        self._count = len(shards)
-        self._keeps(self.draft.done)
-        missing = [shard for shard in shards if not self._reuse(shard)]
-        todo = sum(item.source.nbytes for shard in missing for item in shard.items)
-        self.progress.begin(todo, len(missing))
-        return missing
+    @property
+    def done(self) -> int:
+        """Number of shards that are whole."""
+        return len(self.files) or self.draft.done
 
     def finished(self, file: str, entry: Entry) -> None:
         """A shard is whole: note it."""
         self.draft.record(file, entry)
         self.files[file] = entry
-        self._keeps(len(self.files))
-        self.progress.shard(file, entry["bytes"], reused=False)
+        self.keeps()
+        self.progress.shard(self.label + file, entry["bytes"], reused=False)
 
-    def _keeps(self, done: int) -> None:
-        """What is there if the run ends now."""
-        self.progress.keeps(f"{done} of {count(self._count, 'shard')} in {self.draft.place}")
+    def _keeps(self) -> None:
+        self.progress.keeps(f"{self.done} of {count(self.count, 'shard')} in {self.draft.place}")
 
-    def _serve(self, queue: JobQueue) -> None:
-        """Do jobs until none is left."""
-        while not self._stop.is_set() and (task := queue.take()) is not None:
-            try:
-                self._work(queue, task)
-            except BaseException as error:
-                queue.fail(task, error)
+    def queue(self, workers: int) -> JobQueue:
+        """The jobs of missing shards. workers: those that are at this plan at a time, on average."""
+        sink, checksum = self.draft.sink, self.checksum
+        return JobQueue(self.missing, sink, workers, checksum=checksum, begins=self._begins)
 
-    def _work(self, queue: JobQueue, task: Task) -> None:
+    def work(self, queue: JobQueue, task: Task, surveys: Surveys, stop: threading.Event) -> None:
+        """Do a job, unless `stop` is set."""
         open_shard, job = task.shard, task.job
         if job is not None:
             for later in task.later:
                 read_ahead(later)
-            calibrated = read_calibrated(job.item, self._surveys)
+            calibrated = read_calibrated(job.item, surveys)
             columns = _Columns(job)
             for rows in compute(job, self.target, calibrated, self.block_elements):
-                if self._stop.is_set() or queue.is_in_vain(task):
+                if stop.is_set() or queue.is_in_vain(task):
                     return
                 _write(rows, open_shard.writer, columns)
                 self.progress.advance(rows.nbytes)
                 del rows  # its memory is that of the next block
             columns.write(open_shard.writer)
         # whoever does the last job of a shard finishes it at once
-        if queue.done(task) and not self._stop.is_set():
+        if queue.done(task) and not stop.is_set():
             self.finished(open_shard.shard.file, open_shard.writer.finish())
             queue.finished(open_shard)
 
@@ -226,9 +216,13 @@ class ShardRun:
         if entry is None:
             return False
         if isinstance(entry, str):
-            self.progress.detail(f"{shard.file} is written again: {entry}")
+            self.progress.detail(f"{self.label}{shard.file} is written again: {entry}")
             return False
         self.files[shard.file] = entry
         self.reused += 1
-        self.progress.shard(shard.file, shard.nbytes, reused=True)
+        self.progress.shard(self.label + shard.file, shard.nbytes, reused=True)
         return True
+
+
+def _source_nbytes(shard: Shard) -> int:
+    return sum(item.source.nbytes for item in shard.items)

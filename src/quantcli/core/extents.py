@@ -1,8 +1,4 @@
-"""A file that is assembled in memory, written in large aligned extents, and hashed on the way.
-
-Whole extents go to the disk past the page cache (O_DIRECT): the kernel neither copies them nor looks
-for pages for them, which is most of the time of a usual write.
-"""
+"""Files that are put together in memory, extent by extent, and hashed on the way."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import fcntl
 import mmap
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -43,14 +40,14 @@ class Buffers:
         """
         self.writing = writing
         self._free: list[memoryview] = []
-        self._left = limit
+        self._limit = self._left = limit
         self._reserve = reserve
         self._lock = threading.Lock()
 
-    def take(self) -> memoryview | None:
-        """A buffer of EXTENT bytes that begins at a page, or None."""
+    def take(self, *, beyond: bool = False) -> memoryview | None:
+        """A buffer of EXTENT bytes that begins at a page, or None. beyond: also above the limit."""
         with self._lock:
-            if not self._left:
+            if self._left <= 0 and not beyond:
                 return None
             self._left -= 1
             if self._free:
@@ -66,12 +63,18 @@ class Buffers:
         """Take a buffer back."""
         with self._lock:
             self._left += 1
-            self._free.append(memory)
+            if len(self._free) < self._limit:
+                self._free.append(memory)
 
     @property
     def plenty(self) -> bool:
         """Whether more are left than the reserve."""
         return self._left > self._reserve
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether none is left below the limit."""
+        return self._left <= 0
 
 
 @dataclass(slots=True)
@@ -83,70 +86,36 @@ class _Extent:
 
 
 @dataclass(slots=True, eq=False)
-class _Whole:
+class Whole:
     """An extent whose bytes are all there. `memory` is None if they must be read back from the file."""
 
     memory: memoryview | None
     unused: int  # of being written and being hashed, what is still to be done with the memory
 
 
-class ExtentFile:
-    """A new file of a known size. Threads may put pieces into it in any order.
+class Assembly(ABC):
+    """A file of a known size. Threads may put pieces into it in any order.
 
-    The file is hashed in the order of its bytes by whichever thread has made an extent whole. While
-    buffers are few, other threads wait for it. If it waits for an extent itself, those that come too
-    early are read back later.
+    Whole extents are passed on in the order of the file, by whichever thread has made one whole. While
+    buffers are few, other threads wait for it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        nbytes: int,
-        buffers: Buffers,
-        *,
-        hashes: Hashes | None = None,
-        scattered: Iterable[tuple[int, int]] = (),
-        direct: bool = True,
-    ) -> None:
-        """Create the file.
-
-        scattered: (begin, end) of bytes that `put_runs` writes: their extents are not assembled.
-        direct:    write past the page cache, if the file system can. Not for what is read soon.
-        """
-        self._path = path
+    def __init__(self, nbytes: int, buffers: Buffers, hashes: Hashes | None) -> None:
         self._nbytes = nbytes
         self._buffers = buffers
         self._hashes = hashes
         self._count = -(-nbytes // EXTENT)
-        self._scattered = {
-            number for begin, end in scattered if begin < end for number in _numbers(begin, end)
-        }
         self._extents: dict[int, _Extent] = {}
-        self._whole: dict[int, _Whole] = {}  # not hashed yet
-        self._next = 0  # to hash
-        self._hashing = False
+        self._whole: dict[int, Whole] = {}  # not passed on yet
+        self._next = 0  # to pass on
+        self._passing = False  # whether a thread is at it
         self._missing = nbytes
-        self._pending = 0  # extents that are being written by another thread
-        self._error: BaseException | None = None  # of the first of them that failed
+        self._error: BaseException | None = None  # the first one in another thread
         self._lock = threading.Condition()
-        # through the page cache the kernel lets one writer at a time into a file: who waits for this
-        # lock sleeps, who waits for the kernel's spins
-        self._turn = threading.Lock()
-        self._piece_fd = -1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._direct = direct
-        with disk_errors(path):
-            try:
-                self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o666)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not direct:
-                    raise
-                self._direct = False
-                self._fd = os.open(path, flags, 0o666)
 
     @property
     def backlog(self) -> int:
-        """Extents that are whole and wait to be hashed."""
+        """Extents that are whole and wait for their turn."""
         return len(self._whole)
 
     def put(self, position: int, data: bytes | memoryview) -> None:
@@ -176,6 +145,124 @@ class ExtentFile:
                 self._write_whole(number, memory)
             start += size
 
+    @abstractmethod
+    def _memory(self, number: int) -> memoryview | None:
+        """Memory for an extent; None if its pieces go straight to their place. The lock is held."""
+
+    @abstractmethod
+    def _write_piece(self, piece: memoryview, position: int) -> None:
+        """Write bytes of an extent without memory."""
+
+    @abstractmethod
+    def _write_whole(self, number: int, memory: memoryview | None) -> None:
+        """Take an extent that is whole."""
+
+    @abstractmethod
+    def _pass(self, number: int, whole: Whole) -> None:
+        """Take an extent whose turn it is."""
+
+    def _size(self, number: int) -> int:
+        return min(EXTENT, self._nbytes - number * EXTENT)
+
+    def _extent(self, number: int) -> _Extent:
+        """An extent that is not whole; the lock is held."""
+        extent = self._extents.get(number)
+        if extent is None:
+            extent = self._extents[number] = _Extent(self._size(number), self._memory(number))
+        return extent
+
+    def _add(self, number: int, size: int) -> bool:
+        """Count bytes of an extent; whether it is whole now. The lock is held."""
+        extent = self._extent(number)
+        self._missing -= size
+        extent.missing -= size
+        if not extent.missing:
+            del self._extents[number]
+        return not extent.missing
+
+    def _pass_whole(self) -> None:
+        """Pass on all extents that are whole and come next, unless another thread is at it."""
+        with self._lock:
+            if self._passing or self._next not in self._whole:
+                return
+            self._passing = True
+            after: Whole | None = self._whole.pop(self._next)
+        while after is not None:
+            try:
+                self._pass(self._next, after)
+            except BaseException:
+                with self._lock:
+                    self._passing = False
+                    self._lock.notify_all()
+                raise
+            with self._lock:
+                self._next += 1
+                after = self._whole.pop(self._next, None)
+                self._passing = after is not None
+                self._lock.notify_all()
+
+    def _pass_all(self) -> None:
+        """Pass on what is left of a file that is whole."""
+        while self._next < self._count:
+            self._pass_whole()
+            with self._lock:
+                while self._passing:  # another thread is at an extent
+                    self._lock.wait()
+
+    def _used(self, whole: Whole, memory: memoryview) -> None:
+        """Count a use of an extent's memory, which the last one gives back."""
+        with self._lock:
+            whole.unused -= 1
+            if not whole.unused:
+                self._buffers.give(memory)
+
+
+class ExtentFile(Assembly):
+    """A new file on disk, in large aligned extents.
+
+    It is hashed in the order of its bytes. If the hash waits for an extent, those that come too early
+    are read back later.
+
+    Whole extents go to the disk past the page cache (O_DIRECT): the kernel neither copies them nor
+    looks for pages for them, which is most of the time of a usual write.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int,
+        buffers: Buffers,
+        *,
+        hashes: Hashes | None = None,
+        scattered: Iterable[tuple[int, int]] = (),
+        direct: bool = True,
+    ) -> None:
+        """Create the file.
+
+        scattered: (begin, end) of bytes that `put_runs` writes: their extents are not assembled.
+        direct:    write past the page cache, if the file system can. Not for what is read soon.
+        """
+        super().__init__(nbytes, buffers, hashes)
+        self._path = path
+        self._scattered = {
+            number for begin, end in scattered if begin < end for number in _numbers(begin, end)
+        }
+        self._pending = 0  # extents that are being written by another thread
+        # through the page cache the kernel lets one writer at a time into a file: who waits for this
+        # lock sleeps, who waits for the kernel's spins
+        self._turn = threading.Lock()
+        self._piece_fd = -1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._direct = direct
+        with disk_errors(path):
+            try:
+                self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                self._direct = False
+                self._fd = os.open(path, flags, 0o666)
+
     def put_runs(self, position: int, data: memoryview, run: int, step: int) -> None:
         """Put runs of `run` bytes at positions `step` apart, which are scattered bytes of the file."""
         view = memoryview(data).cast("B")
@@ -201,11 +288,8 @@ class ExtentFile:
         with disk_errors(self._path):
             os.ftruncate(self._fd, self._nbytes)  # the last extent was filled up with zeros
             os.fsync(self._fd)
-        while self._hashes is not None and self._next < self._count:
-            self._hash_whole()
-            with self._lock:
-                while self._hashing:  # another thread is at an extent
-                    self._lock.wait()
+        if self._hashes is not None:
+            self._pass_all()
         self.close()
 
     def close(self) -> None:
@@ -217,36 +301,19 @@ class ExtentFile:
             if fd >= 0:  # closed twice, it could be another thread's file by then
                 os.close(fd)
 
-    def _size(self, number: int) -> int:
-        return min(EXTENT, self._nbytes - number * EXTENT)
-
-    def _extent(self, number: int) -> _Extent:
-        """An extent that is not whole; the lock is held."""
-        extent = self._extents.get(number)
-        if extent is None:
-            memory = None if number in self._scattered else self._buffers.take()
-            extent = self._extents[number] = _Extent(self._size(number), memory)
-        return extent
-
-    def _add(self, number: int, size: int) -> bool:
-        """Count bytes of an extent; whether it is whole now. The lock is held."""
-        extent = self._extent(number)
-        self._missing -= size
-        extent.missing -= size
-        if not extent.missing:
-            del self._extents[number]
-        return not extent.missing
+    def _memory(self, number: int) -> memoryview | None:
+        return None if number in self._scattered else self._buffers.take()
 
     def _write_whole(self, number: int, memory: memoryview | None) -> None:
         """Write an extent that is whole, if it was assembled in memory; hash what can be hashed."""
         if self._error is not None:
             raise self._error
-        whole = _Whole(memory, 1 if self._hashes is None else 2)
+        whole = Whole(memory, 1 if self._hashes is None else 2)
         if self._hashes is not None:
             with self._lock:
                 self._whole[number] = whole
                 # who hashes needs no buffer to go on
-                while memory is not None and self._hashing and not self._buffers.plenty:
+                while memory is not None and self._passing and not self._buffers.plenty:
                     self._lock.wait()
         if memory is not None:
             writing = self._buffers.writing if self._buffers.plenty else None
@@ -254,9 +321,9 @@ class ExtentFile:
                 self._store(number, memory, whole)
             else:
                 self._submit(writing, number, memory, whole)
-        self._hash_whole()
+        self._pass_whole()
 
-    def _submit(self, writing: Executor, number: int, memory: memoryview, whole: _Whole) -> None:
+    def _submit(self, writing: Executor, number: int, memory: memoryview, whole: Whole) -> None:
         with self._lock:
             self._pending += 1
         try:
@@ -264,7 +331,7 @@ class ExtentFile:
         except RuntimeError:  # no thread can be started
             self._write_later(number, memory, whole)
 
-    def _write_later(self, number: int, memory: memoryview, whole: _Whole) -> None:
+    def _write_later(self, number: int, memory: memoryview, whole: Whole) -> None:
         try:
             self._store(number, memory, whole)
         except BaseException as error:  # raised by whoever works on the file next
@@ -274,20 +341,13 @@ class ExtentFile:
                 self._pending -= 1
                 self._lock.notify_all()
 
-    def _store(self, number: int, memory: memoryview, whole: _Whole) -> None:
+    def _store(self, number: int, memory: memoryview, whole: Whole) -> None:
         self._write_extent(number, memory)
         with self._lock:
             waits = self._whole.get(number) is whole
-            if waits and not self._hashing and number != self._next and not self._buffers.plenty:
+            if waits and not self._passing and number != self._next and not self._buffers.plenty:
                 whole.memory, whole.unused = None, 1
         self._used(whole, memory)
-
-    def _used(self, whole: _Whole, memory: memoryview) -> None:
-        """Count a use of an extent's memory, which the last one gives back."""
-        with self._lock:
-            whole.unused -= 1
-            if not whole.unused:
-                self._buffers.give(memory)
 
     def _wait(self) -> None:
         """Wait until no extent is being written by another thread."""
@@ -329,28 +389,7 @@ class ExtentFile:
                 self._piece_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             return self._piece_fd
 
-    def _hash_whole(self) -> None:
-        """Hash all extents that are whole and come next, unless another thread is at it."""
-        with self._lock:
-            if self._hashing or self._next not in self._whole:
-                return
-            self._hashing = True
-            after: _Whole | None = self._whole.pop(self._next)
-        while after is not None:
-            try:
-                self._hash(self._next, after)
-            except BaseException:
-                with self._lock:
-                    self._hashing = False
-                    self._lock.notify_all()
-                raise
-            with self._lock:
-                self._next += 1
-                after = self._whole.pop(self._next, None)
-                self._hashing = after is not None
-                self._lock.notify_all()
-
-    def _hash(self, number: int, whole: _Whole) -> None:
+    def _pass(self, number: int, whole: Whole) -> None:
         assert self._hashes is not None
         size, memory = self._size(number), whole.memory
         if memory is not None:

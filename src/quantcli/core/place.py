@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,16 +69,37 @@ def check_ancestor(folder: Path, fix: str) -> None:
 
 def check_space(out: Path, nbytes: int) -> int:
     """The free bytes of the file system of `out`. MachineError if they are fewer than `nbytes`."""
-    partial = partial_folder(out)
-    ancestor = existing_ancestor(partial)
+    return check_spaces([(out, nbytes)])
+
+
+def check_spaces(needs: Sequence[tuple[Path, int]]) -> int:
+    """The free bytes of the fullest file system that outputs go to; 0 without outputs.
+
+    needs: outputs, and the bytes of each. MachineError if those on one file system need more than
+    that has.
+    """
+    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for out, nbytes in needs:
+        ancestor = existing_ancestor(partial_folder(out))
+        with disk_errors(ancestor):
+            disks[ancestor.stat().st_dev].append((out, nbytes))
+    return min((_check_disk(outs) for outs in disks.values()), default=0)
+
+
+def _check_disk(needs: Sequence[tuple[Path, int]]) -> int:
+    """The free bytes of the file system that all these outputs are on."""
+    partials = [partial_folder(out) for out, _ in needs]
+    ancestor = existing_ancestor(partials[0])
     with disk_errors(ancestor):
         total, _, free = shutil.disk_usage(ancestor)
-        reusable = sum(f.lstat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
+        reusable = sum(f.lstat().st_size for p in partials if p.is_dir() for f in p.glob("*"))
     if total == 0:  # /proc, /sys
         raise MachineError("this file system stores no files", where=str(ancestor), fix=OTHER_OUT)
+    nbytes = sum(nbytes for _, nbytes in needs)
     if free + reusable < nbytes:
+        several = f" for {len(needs)} outputs" if len(needs) > 1 else ""
         raise MachineError(
-            f"disk is too full: needs {nbytes:,} bytes, {free:,} are free",
+            f"disk is too full: needs {nbytes:,} bytes{several}, {free:,} are free",
             where=str(ancestor),
             fix="free some space, or choose another --out",
         )

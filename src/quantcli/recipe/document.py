@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _MAX_DEPTH = 20
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
-_TEXT = "a recipe is a short text file in YAML"
+_TEXT = "it is a short text file in YAML"
 _QUOTE = 'put quotes around text that begins with a star, such as "*_proj"'
 
 MAPPING = "the recipe"  # the name of one that is not a file
@@ -27,13 +27,30 @@ MAPPING = "the recipe"  # the name of one that is not a file
 Place = tuple[str | int, ...]
 
 
+class Assignment(str):
+    """A `KEY=VALUE` that wins over a recipe, its value as YAML, and the place where it is written."""
+
+    where: str
+
+    @classmethod
+    def at(cls, text: str, where: str) -> Assignment:
+        """One that a file has at `where`."""
+        assignment = cls(text)
+        assignment.where = where
+        return assignment
+
+
 @dataclass
 class Document:
-    """The plain data of a YAML file, and the place of each value."""
+    """The plain data of a YAML file, and the place of each value.
+
+    overridden: places below which an override stands.
+    """
 
     path: Path
     data: dict[str, Any]
     places: dict[Place, str]  # keys and indexes from the top -> "file:line" or "--set KEY=VALUE"
+    overridden: set[Place] = field(default_factory=set)
 
     def where(self, place: Place) -> str:
         """The file and line of `place`, or of the closest block above it that has one."""
@@ -43,7 +60,7 @@ class Document:
 
     def override(self, assignment: str) -> None:
         """Apply one `--set KEY=VALUE`, such as `rules.0.scheme=keep`; the value is YAML."""
-        flag = f"--set {assignment}"
+        flag = assignment.where if isinstance(assignment, Assignment) else f"--set {assignment}"
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             what = f"`{assignment}` is not of the form KEY=VALUE"
@@ -67,6 +84,11 @@ class Document:
         below = tuple(place)
         self.places = {k: v for k, v in self.places.items() if k[: len(below)] != below}
         self.places[below] = flag
+        self.overridden.add(below)
+
+    def is_overridden(self, *place: str | int) -> bool:
+        """Whether a value is not the file's own, but an override's."""
+        return any(place[: len(above)] == above for above in self.overridden)
 
     @staticmethod
     def _step(parent: Any, step: str, place: list[str | int], flag: str) -> Any:
@@ -91,53 +113,57 @@ class Document:
         return key
 
 
-def load_document(path: Path) -> Document:
-    """Read a YAML file whose top level is a mapping. Raises InputError with file:line."""
+def load_document(path: Path, noun: str = "recipe", keys: str = "`target` and `rules`") -> Document:
+    """Read a YAML file whose top level is a mapping. Raises InputError with file:line.
+
+    noun, keys: what the file is, and what it must have, for messages.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        what = f"cannot read the recipe: {error.strerror}"
+        what = f"cannot read the {noun}: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
     if len(raw) > MAX_BYTES:
-        raise InputError(f"the recipe is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
+        raise InputError(f"the {noun} is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
     # editors on Windows write UTF-8 with a byte order mark, or UTF-16, which always has one
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"the recipe is not {'UTF-16' if wide else 'UTF-8'} (byte {error.start})"
+        what = f"the {noun} is not {'UTF-16' if wide else 'UTF-8'} (byte {error.start})"
         raise InputError(what, where=str(path), fix=_TEXT) from None
     places: dict[Place, str] = {}
     data = _load(text, str(path), places)
     if not isinstance(data, dict):
-        what = "the recipe is empty" if data is None else "the recipe is not a mapping"
-        raise InputError(what, where=f"{path}:1", fix="it needs the keys `target` and `rules`")
+        what = f"the {noun} is {'empty' if data is None else 'not a mapping'}"
+        raise InputError(what, where=f"{path}:1", fix=f"it needs the keys {keys}")
     return Document(path, data, places)
 
 
-def document_of(table: Mapping[str, Any]) -> Document:
+def document_of(table: Mapping[str, Any], name: str = MAPPING) -> Document:
     """A recipe that a Python program made: a mapping with the content of a file.
 
-    Its places are its keys. Raises InputError for what no recipe file can hold.
+    Its places are its keys. name: of the mapping, for messages. Raises InputError for what no file
+    can hold.
     """
     places: dict[Place, str] = {}
-    return Document(Path(MAPPING), _copied(table, (), places), places)
+    return Document(Path(name), _copied(table, (), places, name), places)
 
 
-def _copied(value: Any, place: Place, places: dict[Place, str]) -> Any:
+def _copied(value: Any, place: Place, places: dict[Place, str], name: str) -> Any:
     """Mappings as dicts and sequences as lists, as YAML would give them."""
-    where = f"{MAPPING}, `{'.'.join(map(str, place))}`" if place else MAPPING
+    where = f"{name}, `{'.'.join(map(str, place))}`" if place else name
     places[place] = where
     if len(place) > _MAX_DEPTH:
-        raise InputError("the recipe is nested too deeply", where=where)
+        raise InputError(f"{name} is nested too deeply", where=where)
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or not key.isprintable():
                 raise InputError(f"key {key!r:.80} is not plain text", where=where)
-        return {key: _copied(inner, (*place, key), places) for key, inner in value.items()}
+        return {key: _copied(inner, (*place, key), places, name) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(inner, (*place, number), places) for number, inner in enumerate(value)]
+        return [_copied(inner, (*place, n), places, name) for n, inner in enumerate(value)]
     if value is not None and not isinstance(value, str | int | float):
         what = f"{reprlib.repr(value)} is not text, a number, True, False or None"
         raise InputError(what, where=where, fix="give what YAML can hold")

@@ -172,8 +172,8 @@ class Recipe:
         block = self.file.calibration
         assert block is not None
         assert block.data is not None
-        from_file = not self.where("calibration", "data").startswith("--set")
-        if block.data.startswith("datasets:") or not from_file:
+        given = self.document.is_overridden("calibration", "data")
+        if block.data.startswith("datasets:") or given:
             return block.data
         return os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
 
@@ -182,7 +182,7 @@ class Recipe:
         block = self.file.calibration
         if block is None or block.data is None:
             return False
-        given = self.where("calibration", "data").startswith("--set")
+        given = self.document.is_overridden("calibration", "data")
         return not given and is_sample_text(self.data_path())
 
     def effective(self) -> str:

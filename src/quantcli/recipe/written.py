@@ -106,10 +106,17 @@ def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
 
 
 def explain(
-    error: ValidationError, document: Document, model: type[BaseModel], place: Place
+    error: ValidationError,
+    document: Document,
+    model: type[BaseModel],
+    place: Place,
+    page: str = "docs/recipe.md",
 ) -> InputError:
     """The first error of pydantic as an InputError. Options are named alone, without the place of what
-    they are options of; those of a block of the recipe with the block's name."""
+    they are options of; those of a block of the recipe with the block's name.
+
+    page: the one that describes the keys.
+    """
     errors = error.errors(include_url=False, include_input=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     loc, kind = first["loc"], first["type"]
@@ -125,7 +132,7 @@ def explain(
         return InputError(f"key `{key}` is missing", where=where, fix=f"write `{loc[-1]}: ...`")
     message = _MESSAGES.get(kind) or first["msg"].removeprefix("Value error, ")
     what = f"`{key}`: {message[:1].lower()}{message[1:]}"
-    return InputError(what, where=where, fix="docs/recipe.md describes each key")
+    return InputError(what, where=where, fix=f"{page} describes each key")
 
 
 _MESSAGES = {  # pydantic's error types -> messages in terms of YAML

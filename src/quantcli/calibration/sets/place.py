@@ -49,15 +49,18 @@ def place_of(
     Raises InputError if `folder` is not a calibration, and for one of other inputs or edits.
     """
     root = read_head(folder, fresh=fresh)
-    planned = () if taken is None else taken
-    places = [*planned, *_places(folder, fresh=fresh)]
-    for place in places:
+    there, planned = _places(folder, fresh=fresh), [*(taken or ())]
+    for place in there:
         if place.key == key:
             return Place(place.folder, key) if fresh else place
     if fresh:
         return Place(folder, key)
-    for place in places:
+    for place in there:
         if place.complete and place.key.serves(key):
+            return place
+    places = [*there, *planned]
+    for place in planned:
+        if place.key == key:
             return place
     if root is None and all(place.folder != folder for place in planned):
         return Place(folder, key)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from quantcli.checkpoint.files import JOURNAL
 from quantcli.checkpoint.remote.origin import Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.stores import (
     Place,
@@ -57,6 +58,10 @@ class ObjectFolder(Origin):
                         files[name] = Version(entry["size"], tag)
         except Exception as error:
             raise self._ours(error, "") from None
+        if JOURNAL in files:
+            what = "checkpoint is not finished: a run writes it, or was interrupted"
+            fix = "run the command again that writes it: it continues where it stopped"
+            raise InputError(what, where=self.address, fix=fix)
         if not files:
             what = "no such model in object storage: nothing has a name that begins like this"
             raise InputError(what, where=self.address, fix="check the address")

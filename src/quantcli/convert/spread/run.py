@@ -8,7 +8,9 @@ from pathlib import Path
 
 from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
-from quantcli.convert.spread.task import Common, identities, see_sources, write_shard
+from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
+from quantcli.convert.spread.task import Common, InChunks, Request, identities, see_sources, write
+from quantcli.convert.together import begin_together
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.tasks import TaskOptions
@@ -29,7 +31,8 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
 
     InputError for a model in memory, MachineError if a node does not see the model or the output.
     """
-    missing = run.missing(shards)
+    begin_together([(run, shards)], run.progress)
+    missing = run.missing
     if not missing:
         return
     with connect(spread.executor, run.progress) as cluster:
@@ -41,14 +44,54 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
         if sink.shared is not None:
             cluster.check_shared(sink.shared, "--out")
 
-        def done(index: int, entry: Entry) -> None:
-            run.finished(missing[index].file, entry)
-
+        tasks = _Tasks(run, missing, sink.shared, cluster.slots(cpus, spare=0))
         common = Common(plan.target, sink, cpus, run.checksum, run.block_elements, sources)
-        options = TaskOptions(cpus, "shard")
+        options = TaskOptions(cpus, tasks.noun)
         cluster.run(
-            write_shard, missing, common=common, options=options, done=done, progress=run.progress
+            write, tasks.first, common=common, options=options, done=tasks.done, progress=run.progress
         )
+
+
+class _Tasks:
+    """The tasks of a run. `first` are those that can begin."""
+
+    def __init__(self, run: ShardRun, shards: Sequence[Shard], folder: Path | None, slots: int) -> None:
+        self._run = run
+        counts = [1] * len(shards) if folder is None else chunk_counts(shards, slots)
+        self.first: list[Request] = []
+        self._places: list[tuple[Shard, Path | None]] = []  # of each task, with its folder of chunks
+        self._edges: dict[str, list[Edges]] = {}
+        self._left: dict[str, int] = {}
+        for shard, count in zip(shards, counts, strict=True):
+            chunks = chunks_of(shard, count) if count > 1 else []
+            if folder is None or len(chunks) < 2:
+                self._add(shard, shard, None)
+                continue
+            own = begin_shard(folder, shard)
+            for chunk in chunks:
+                self._add(InChunks(chunk, own), shard, own)
+            self._edges[shard.file], self._left[shard.file] = [], len(chunks)
+        self.noun = "chunk" if self._left else "shard"
+        for file, number in self._left.items():
+            run.progress.detail(f"{file} is written in {number} chunks")
+
+    def _add(self, request: Request, shard: Shard, folder: Path | None) -> None:
+        self.first.append(request)
+        self._places.append((shard, folder))
+
+    def done(self, index: int, entry: Entry) -> list[Request]:
+        """Note what a task has written. Returns the tasks that can begin now."""
+        shard, folder = self._places[index]
+        if folder is None:
+            self._run.finished(shard.file, entry)
+            return []
+        self._edges[shard.file].append(entry["edges"])
+        self._left[shard.file] -= 1
+        if self._left[shard.file]:
+            return []
+        self._places.append((shard, None))
+        edges = tuple(self._edges.pop(shard.file))
+        return [Finish(shard.file, folder, shard.header, shard.nbytes, edges)]
 
 
 def check_spread(plan: Work) -> None:

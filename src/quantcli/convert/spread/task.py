@@ -1,16 +1,19 @@
-"""A shard as a task: a node reads the source, and writes to where the checkpoint goes."""
+"""A shard or a chunk as a task: a node reads the source, and writes to where the checkpoint goes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from blake3 import blake3
 
 from quantcli.convert.destination import Entry, ShardSink
+from quantcli.convert.queue import Chunk
 from quantcli.convert.shards import ShardRun
+from quantcli.convert.spread.chunks import ChunkSink, Finish, finish_shard
+from quantcli.convert.together import write_together
 from quantcli.core.errors import MachineError
 from quantcli.core.events import Progress
 from quantcli.core.kernels.machine import announced
@@ -73,14 +76,36 @@ class _Kept:
         self.entries[name] = entry
 
 
-def write_shard(common: Common, shard: Shard, progress: Progress) -> Entry:
-    """Write a shard. Returns its entry of the manifest."""
+@dataclass(frozen=True)
+class InChunks:
+    """A chunk to write. folder: its shard's."""
+
+    chunk: Chunk
+    folder: Path
+
+
+Request: TypeAlias = Shard | InChunks | Finish
+
+
+def write(common: Common, request: Request, progress: Progress) -> Entry:
+    """Do a part of a conversion. Returns the entry of a shard that is whole; of a chunk, its edges."""
     check_sources(common.sources)
-    with common.sink.attempt(shard.file) as sink:
-        kept = _Kept(sink)
-        run = ShardRun(common.target, kept, _Within(progress), common.checksum, common.block_elements)
-        with thread_pool(common.workers) as pool, announced(progress.say):
-            run.write([shard], pool, common.workers)
+    if isinstance(request, Finish):
+        return finish_shard(request, checksum=common.checksum)
+    if isinstance(request, InChunks):
+        return _written(common, request.chunk, ChunkSink(request.folder), progress)
+    with common.sink.attempt(request.file) as sink:
+        return _written(common, request, sink, progress)
+
+
+def _written(common: Common, shard: Shard, sink: ShardSink, progress: Progress) -> Entry:
+    kept = _Kept(sink)
+    within = _Within(progress)
+    run = ShardRun(common.target, kept, within, common.checksum, common.block_elements)
+    with thread_pool(common.workers) as pool, announced(progress.say):
+        (error,) = write_together([(run, [shard])], (), pool, common.workers, within)
+    if error is not None:
+        raise error
     return kept.entries[shard.file]
 
 

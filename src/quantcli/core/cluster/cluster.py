@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantcli.core.cluster.actors import Actors
 from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
-from quantcli.core.cluster.tasks import TaskOptions, TaskRun
+from quantcli.core.cluster.tasks import Done, TaskOptions, TaskRun
 from quantcli.core.cluster.worker import Result, Setting, Shared, software_differs, task
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
@@ -27,6 +28,8 @@ _SLOWEST = 0.2  # seconds between messages of one task, or more
 _WAITS = (0.0, 0.5, 2.0)  # seconds
 _RECENT = 1.0  # seconds
 _NOTICED = 1.0  # seconds
+_UNHEALTHY = 20.0  # seconds until a node without a heartbeat counts as gone, and some more
+_MOST_CRASHES = 2  # of processes on a node that lives on
 _START = 120.0  # seconds that a node may take to answer at first
 
 
@@ -73,9 +76,9 @@ class Cluster:
         ]
         return tuple(sorted((n for n in found if n.cpus), key=lambda node: (node.address, node.id)))
 
-    def is_gone(self, node: str) -> bool:
-        """Whether the node of this id is gone: the cluster needs a moment to notice."""
-        end = time.monotonic() + _NOTICED
+    def is_gone(self, node: str, seconds: float = _NOTICED) -> bool:
+        """Whether the node of this id is gone, or so within some seconds: the cluster has to notice."""
+        end = time.monotonic() + seconds
         while any(other.id == node for other in self._ask()):
             if time.monotonic() > end:
                 return False
@@ -116,15 +119,16 @@ class Cluster:
         *,
         common: Any = None,
         options: TaskOptions = _USUAL,
-        done: Callable[[int, Any], None] = lambda index, result: None,
+        done: Done = lambda index, result: None,
         progress: Progress = SILENT,
     ) -> list[Any]:
         """Do `work(common, request, progress)` for each request. Results in the order of the requests.
 
         work: a function of a module, that gives the same for the same request: it is done again if its
         process or its node is gone, which `progress` says. It may run on any node, and its result
-        should be small. done(index, result) is called here as results come. common: an object for all,
-        or what `share` has made of it.
+        should be small. done(index, result) is called here as results come; requests that it returns
+        are done next, and their results are behind all others. common: an object for all, or what
+        `share` has made of it.
 
         If work fails, the error of the first such request is raised, as it would be here. MachineError
         if a process dies again and again, or if there is no node.
@@ -141,25 +145,63 @@ class Cluster:
         progress: Progress = SILENT,
     ) -> dict[Node, Any]:
         """Do `work(common, node, progress)` on every node, for what is little work. The error of the
-        first node that has one is raised; MachineError if one does not answer."""
+        first node that has one is raised; MachineError if one does not answer. One that is gone by then
+        is left out."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
         shared, setting, nodes = self.share(common), self.setting(progress), self.nodes
         remote = ray.remote(task)
-        streams = [
-            Stream(
-                remote.options(
-                    num_cpus=0,
-                    num_returns="streaming",
-                    max_retries=0,
-                    scheduling_strategy=On(node.id, soft=False),
-                ).remote(work, shared, node, setting),
-                index,
+
+        def start(index: int) -> Stream:
+            on = remote.options(
+                num_cpus=0,
+                num_returns="streaming",
+                max_retries=0,
+                scheduling_strategy=On(nodes[index].id, soft=False),
             )
-            for index, node in enumerate(nodes)
-        ]
-        return dict(zip(nodes, _all(streams, nodes, Heard(progress)), strict=True))
+            return Stream(on.remote(work, shared, nodes[index], setting), index)
+
+        results = self._all(nodes, start, Heard(progress))
+        return {nodes[index]: result for index, result in sorted(results.items())}
+
+    def _all(
+        self, nodes: Sequence[Node], start: Callable[[int], Stream], heard: Heard
+    ) -> dict[int, Any]:
+        """The results of work that is started on every node, by the node's index. Nodes that are gone
+        by then have none."""
+        streams, lost = [start(index) for index in range(len(nodes))], Counter[int]()
+        results: dict[int, Any] = {}
+        errors: dict[int, BaseException] = {}
+        try:
+            while streams:
+                found = ready(streams, _START)
+                if not found:
+                    raise _silent(nodes[streams[0].index], f"no answer in {_START:.0f} s")
+                for stream in found:
+                    try:
+                        outcome = stream.read(heard)
+                    except Lost as why:
+                        streams.remove(stream)
+                        if why.with_node or self.is_gone(nodes[stream.index].id, _UNHEALTHY):
+                            continue
+                        lost[stream.index] += 1
+                        if lost[stream.index] == _MOST_CRASHES:
+                            raise _silent(nodes[stream.index], str(why)) from None
+                        streams.append(start(stream.index))
+                        continue
+                    if outcome is None:
+                        continue
+                    streams.remove(stream)
+                    if isinstance(outcome, Result):
+                        results[stream.index] = outcome.value
+                    else:
+                        errors[stream.index] = error_of(outcome)
+        finally:
+            cancel(streams)
+        if errors:
+            raise errors[min(errors)]
+        return results
 
     def actors(
         self,
@@ -197,19 +239,18 @@ class Cluster:
 
         nodes, remote = self.nodes, ray.remote(_prober())
         asked = [
-            remote.options(
-                num_cpus=0, max_retries=0, scheduling_strategy=On(node.id, soft=False)
-            ).remote()
+            remote.options(num_cpus=0, scheduling_strategy=On(node.id, soft=False)).remote()
             for node in nodes
         ]
-        there = []
+        there = {}
         for node, reference in zip(nodes, asked, strict=True):
             try:
-                there.append(ray.get(reference, timeout=_START))
+                there[node] = ray.get(reference, timeout=_START)
             except ray.exceptions.RayError as error:
-                raise _silent(node, str(error).partition("\n")[0]) from None
+                if not self.is_gone(node.id, _UNHEALTHY):
+                    raise _silent(node, str(error).partition("\n")[0]) from None
         differing = []
-        for node, found in zip(nodes, there, strict=True):
+        for node, found in there.items():
             if isinstance(found, str):
                 raise MachineError(
                     f"a node cannot import quantcli: {found}",
@@ -220,7 +261,7 @@ class Cluster:
                 differing.append((node.address, differ))
         if differing:
             raise software_differs(differing)
-        self._cpus = {node.address: found[CPU] for node, found in zip(nodes, there, strict=True)}
+        self._cpus = {node.address: found[CPU] for node, found in there.items()}
 
     def check_alike(self) -> None:
         """MachineError if CPUs are of several kinds: sums of floats would differ."""
@@ -289,35 +330,6 @@ def _probe(common: Any, node: Node, progress: Progress) -> str:
     except OSError as error:
         return f"cannot write here: {error.strerror}"
     return ""
-
-
-def _all(streams: list[Stream], nodes: Sequence[Node], heard: Heard) -> list[Any]:
-    """The results of all streams, one on each node."""
-    results: list[Any] = [None] * len(streams)
-    errors: dict[int, BaseException] = {}
-    try:
-        while streams:
-            found = ready(streams, _START)
-            if not found:
-                raise _silent(nodes[streams[0].index], f"no answer in {_START:.0f} s")
-            for stream in found:
-                node = nodes[stream.index]
-                try:
-                    outcome = stream.read(heard)
-                except Lost as why:
-                    raise _silent(node, str(why)) from None
-                if outcome is None:
-                    continue
-                streams.remove(stream)
-                if isinstance(outcome, Result):
-                    results[stream.index] = outcome.value
-                else:
-                    errors[stream.index] = error_of(outcome)
-    finally:
-        cancel(streams)
-    if errors:
-        raise errors[min(errors)]
-    return results
 
 
 def _silent(node: Node, why: str) -> MachineError:

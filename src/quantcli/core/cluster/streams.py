@@ -11,7 +11,11 @@ from quantcli.core.cluster.worker import Failure, Place, Result
 
 
 class Lost(Exception):
-    """The process that did some work is gone, or its node."""
+    """The process that did some work is gone. with_node: and its node, as far as Ray knows."""
+
+    def __init__(self, why: str, *, with_node: bool = False) -> None:
+        super().__init__(why)
+        self.with_node = with_node
 
 
 @dataclass(eq=False)
@@ -39,7 +43,8 @@ class Stream:
         except ray.exceptions.RayTaskError:  # not in the work: see `worker`
             raise
         except ray.exceptions.RayError as error:
-            raise Lost(str(error).partition("\n")[0]) from None
+            gone = isinstance(error, ray.exceptions.NodeDiedError)
+            raise Lost(str(error).partition("\n")[0], with_node=gone) from None
         if isinstance(message, Place):
             self.place = message
         elif isinstance(message, list):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
@@ -17,6 +17,8 @@ from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.core.cluster.cluster import Cluster
+
+Done: TypeAlias = Callable[[int, Any], Iterable[Any] | None]  # index, result -> requests that follow
 
 _MOST_CRASHES = 4  # of one request, on nodes that live on
 _PATIENCE = 300.0  # seconds without a node that could work
@@ -66,11 +68,13 @@ class TaskRun:
         self._errors: dict[int, BaseException] = {}
         self._idle_since: float | None = None
 
-    def results(self, requests: Sequence[Any], done: Callable[[int, Any], None]) -> list[Any]:
-        """The result of each request; `done(index, result)` is called as soon as there is one.
+    def results(self, given: Iterable[Any], done: Done) -> list[Any]:
+        """The result of each request; `done(index, result)` is called as soon as there is one. Requests
+        that it returns are done next, and have the indexes behind all others.
 
         If some fail, the error of the first of them is raised, after all before it were done.
         """
+        requests = list(given)
         results: list[Any] = [None] * len(requests)
         pending = list(range(len(requests)))[::-1]
         try:
@@ -80,7 +84,10 @@ class TaskRun:
                     self._start(requests, pending.pop(), setting)
                 for index, value in self._finished(pending):
                     results[index] = value
-                    done(index, value)
+                    for request in done(index, value) or ():
+                        pending.append(len(requests))
+                        requests.append(request)
+                        results.append(None)
         finally:
             cancel(self._live)
         if self._errors:
@@ -101,7 +108,7 @@ class TaskRun:
             except Lost as why:
                 self._live.remove(stream)
                 self._heard.take_back(stream.nbytes)
-                lost.append((stream, str(why)))
+                lost.append((stream, why))
                 continue
             if outcome is None:
                 continue
@@ -124,7 +131,7 @@ class TaskRun:
         cancel(vain)
         self._live = [stream for stream in self._live if stream.index < first]
 
-    def _again(self, lost: list[tuple[Stream, str]], pending: list[int]) -> None:
+    def _again(self, lost: list[tuple[Stream, Lost]], pending: list[int]) -> None:
         """Do requests again whose process is gone, and say so. One that no process had begun
         is not reported."""
         gone: Counter[tuple[str, bool]] = Counter()
@@ -134,14 +141,13 @@ class TaskRun:
             pending.append(stream.index)
             if stream.place is None:
                 continue
-            node_gone = self._cluster.is_gone(stream.place.node)
+            node_gone = why.with_node or self._cluster.is_gone(stream.place.node)
             gone[stream.place.address, node_gone] += 1
             self._progress.detail(f"{self._options.noun} {stream.index + 1}: {why}")
             if not node_gone:
                 self._crashes[stream.index] += 1
                 if self._crashes[stream.index] == _MOST_CRASHES:
-                    self._fail(stream.index, self._crashed(stream.place, why), pending)
-        pending.sort(reverse=True)
+                    self._fail(stream.index, self._crashed(stream.place, str(why)), pending)
         for (address, node_gone), number in gone.items():
             who = f"node {address} is gone" if node_gone else f"a process on node {address} has died"
             again = "is" if number == 1 else "are"
