@@ -7,6 +7,7 @@ are called, stay in the process from one request to the next.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -256,7 +257,8 @@ class _Process:
 
         def save(run: LayerRun, tensors: dict[str, Tensor]) -> None:
             folder = self._work.stores[request.recipes[runs.index(run)]]
-            save_layer(folder, request.layer, tensors, run.report)
+            attempt = f".{secrets.token_hex(8)}"  # a process that is thought dead may write, too
+            save_layer(folder, request.layer, tensors, run.report, attempt)
 
         measure_layer(runs[0].layer, runs, None, save)
         reports = [run.report for run in runs]
