@@ -126,7 +126,8 @@ class Hub:
 
 
 @cache
-def _sha256(path: Path, nbytes: int, mtime: int) -> str:
+def sha256_of(path: Path, nbytes: int, mtime: int) -> str:
+    """The hash of a file that has a size and a time, by which it is remembered."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -134,7 +135,7 @@ def etag_of(path: Path) -> str:
     """The hash by which the Hub knows a file: git's of a small one, sha256 of a large one."""
     status = path.stat()
     if path.name.endswith(LARGE):
-        return _sha256(path, status.st_size, status.st_mtime_ns)
+        return sha256_of(path, status.st_size, status.st_mtime_ns)
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 

@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault is not None and fault > 0:
-            self._answer(fault, {}, b"<Error><Code>Tests</Code></Error>")
+            self._answer(fault, {}, b"<Error><Code>%s</Code></Error>" % _CODES.get(fault, b"Tests"))
             return
         connection = http.client.HTTPConnection(self.behind)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
@@ -75,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass
 
 
+_CODES = {400: b"ExpiredToken"}
 _OWN = {"content-length", "connection", "transfer-encoding"}
 
 

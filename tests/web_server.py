@@ -1,13 +1,16 @@
 """A plain web server on this machine, for tests: a folder with ranges, ETags and pages of links.
 
-It also answers as S3 does for reading: folders of its folder are buckets.
+It also answers as S3 does for reading: folders of its folder are buckets. By hand:
+
+    python -m tests.web_server FOLDER --port 8000
 `Hub.faults` makes it fail on purpose, `Hub.asked` is what it was asked, as in `hub_server`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import html
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 
 from quantcli.checkpoint.remote import reading
-from tests.hub_server import Fault, Handler, Hub, serve
+from tests.hub_server import Fault, Handler, Hub, serve, sha256_of
 
 
 class Pages(Handler):
@@ -73,7 +76,8 @@ class Pages(Handler):
 
 def tag_of(path: Path) -> str:
     """An ETag, without its quotes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    status = path.stat()
+    return sha256_of(path, status.st_size, status.st_mtime_ns)[:32]
 
 
 @contextmanager
@@ -83,3 +87,21 @@ def served(folder: Path, *, listed: bool = True, tagged: bool = True) -> Iterato
     with serve(folder, handler=handler) as web, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "sleep", lambda _: None)
         yield web
+
+
+def main() -> None:
+    """Serve a folder until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    with serve(arguments.folder.resolve(), arguments.port, Pages) as web:
+        print(f"serving {arguments.folder} at {web.address}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -300,15 +300,22 @@ def test_requests_that_fail_are_repeated(
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("status", [403, 400])
-def test_a_store_that_refuses(place: Place, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (403, "refuses access (the server answers 403)"),
+        (400, "credentials for object storage have expired"),
+    ],
+    ids=["refused", "expired"],
+)
+def test_a_store_that_refuses(place: Place, status: int, words: str) -> None:
     place.bucket = f"refusing-{status}"
     place.objects.bucket(place.bucket)
     with between(place.objects) as proxy:
         proxy.fault = lambda method, path: status if "partNumber=2" in path else None
         stopped = place.run()
     assert stopped.code == 2, stopped.err
-    assert f"the server answers {status}" in stopped.err
+    assert words in stopped.err
     assert "secret-of-tests" not in stopped.err
     assert place.uploads() == []
     assert not {MANIFEST, INDEX, "config.json"} & place.content().keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,3 +153,24 @@ def test_other_commands_take_addresses(
     done = run_cli("verify", quantized, "--full")
     assert done.code == 1
     assert "/tmp" not in done.out + done.err
+
+
+def test_an_unfinished_conversion_goes_on_with_the_same_content_alone(
+    web: Hub, models: Path, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    model = shutil.copytree(models / "org" / "name", models / "again" / "name")
+    arguments = ("quantize", recipe, "--model", f"{web.address}/again/name", "--out", tmp_path / "out")
+    web.faults = [Fault(SHARDS[1]), Fault(SHARDS[1], times=99, status=404)]  # after its header
+    assert run_cli(*arguments).code == 2
+    assert (tmp_path / "out.partial").is_dir()
+    web.faults.clear()
+    with (model / SHARDS[1]).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x00" if last != b"\x00" else b"\x01")
+    done = run_cli(*arguments)
+    assert done.code == 2
+    assert "the model has changed since" in done.err
+    shutil.copy2(models / "org" / "name" / SHARDS[1], model)
+    assert convert(f"{web.address}/again/name", recipe, tmp_path / "out") == expected

@@ -13,9 +13,30 @@ from hypothesis import strategies as st
 from quantcli.checkpoint.header import encode_header, layout
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.checkpoint.writer import ShardWriter
+from quantcli.convert.objects.stream import ObjectWriter
 from quantcli.core import extents
 from quantcli.core.disk import file_entry
 from quantcli.core.extents import Buffers
+from quantcli.planning.plan import Shard
+
+
+class Kept:
+    """A bucket whose only object is kept here."""
+
+    def __init__(self) -> None:
+        self.content = b""
+        self.complete = False
+
+    def upload(self, name: str, nbytes: int) -> Kept:
+        return self
+
+    def write(self, data: bytes) -> None:
+        assert type(data) is bytes, "what is sent must not change later"
+        self.content += data
+
+    def close(self) -> None:
+        self.complete = True
+
 
 SHAPES = st.one_of(
     st.tuples(st.integers(0, 30), st.integers(1, 3000)), st.tuples(st.integers(0, 9000)), st.just(())
@@ -53,6 +74,8 @@ def test_any_shapes_pieces_and_orders(
         patch.setattr(extents, "EXTENT", extent)
         buffers = Buffers(limit, 1)
         writer = ShardWriter(Path(name), "x", specs, buffers=buffers, by_columns=columns, checksum=True)
+        kept, memory = Kept(), Buffers(limit, 1)
+        upload = ObjectWriter(kept, Shard("x", specs, ()), memory, checksum=True)  # type: ignore[arg-type]
         for spec, begin, stop in pieces:
             content = memoryview(data[spec.name])
             if spec.name in columns:
@@ -61,9 +84,15 @@ def test_any_shapes_pieces_and_orders(
                     content[r * row + begin * size : r * row + stop * size]
                     for r in range(spec.shape[0])
                 ]
-                writer.write_columns(spec.name, begin, memoryview(b"".join(runs)))
+                for each in (writer, upload):
+                    each.write_columns(spec.name, begin, memoryview(b"".join(runs)))
             else:
-                writer.write(spec.name, begin, content[begin:stop])
+                for each in (writer, upload):
+                    each.write(spec.name, begin, content[begin:stop])
         entry = writer.finish()
         assert writer.path.read_bytes() == encode_header(specs) + b"".join(data[s.name] for s in specs)
         assert entry == file_entry(writer.path, checksum=True)
+        assert upload.finish() == entry
+        assert kept.complete
+        assert kept.content == writer.path.read_bytes()
+        assert memory.exhausted == (limit == 0), "all memory was given back"

@@ -10,6 +10,8 @@ from pathlib import Path
 from quantcli.calibration.methods.base import methods_of
 from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.remote.ahead import most_memory
+from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.schemes.base import Scheme
@@ -69,9 +71,10 @@ def states_budget(skeleton: Skeleton, workers: int, limit: int | None, methods: 
 
 
 def _working(checkpoint: Checkpoint, workers: int) -> int:
-    """Bytes of activations inside of a layer, on every thread."""
+    """Bytes of activations inside of a layer, on every thread, and of blocks of a remote model."""
     widest = max((s.spec.row_nbytes for s in checkpoint.tensors.values()), default=0)
-    return workers * BATCH_TOKENS * widest * _COPIES
+    remote = most_memory() if isinstance(checkpoint.path, RemoteFolder) else 0
+    return workers * BATCH_TOKENS * widest * _COPIES + remote
 
 
 def _free_memory() -> int:

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.checkpoint.rows import BUFFERS
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.checkpoint.tensors import close_file, open_file, read_into, tensor_bytes
 
 STRIP_BYTES = 4 * 2**20  # of one tensor's columns held: its parts of rows are not too short to read
+_REMOTE_STRIP_BYTES = 32 * 2**20  # of one that is elsewhere: all its rows are fetched for each strip
 _CHUNK_BYTES = 2**18  # of whole rows that are read at once
 _PIECE = 256  # rows that are transposed at once
 _FEW = 4  # whole rows cost less than a call for each part if they are not more than this many times it
+
+
+def strip_bytes(stored: StoredTensor) -> int:
+    """Bytes that a reader of columns of a tensor holds at most, and that a job on them has."""
+    return _REMOTE_STRIP_BYTES if isinstance(stored.file, RemoteFile) else STRIP_BYTES
 
 
 def _placed(memory: bytearray, shape: Sequence[int], dtype: torch.dtype) -> tuple[bytearray, Tensor]:
@@ -67,11 +74,11 @@ class Columns:
     def _load(self, start: int, stop: int) -> None:
         spec = self._stored.spec
         height, width = spec.shape
-        fit = STRIP_BYTES // int(height * spec.itemsize)
+        fit = strip_bytes(self._stored) // int(height * spec.itemsize)
         self._first, self._last = start, min(self._width, max(stop, start + fit))
         columns = self._last - start
         self._memory, self._rows = _placed(self._memory, (height, columns), self._dtype)
-        if columns * _FEW >= width:
+        if columns * _FEW >= width or isinstance(self._stored.file, RemoteFile):
             for row, rows in self._whole_rows():
                 self._rows[row : row + len(rows)].copy_(rows[:, start : self._last])
             return

@@ -160,6 +160,8 @@ def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Pat
     steps = [shell(*shlex.split(command["command"])) for command in report["serve"][:1]]
     if report["depths"] == ["structure"]:
         return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
+    if "://" in checkpoint:  # it is published, or on its way
+        return steps
     return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]
 
 

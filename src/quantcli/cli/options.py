@@ -19,6 +19,7 @@ from quantcli.core.errors import InputError
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
 
+PLACES = "Folder to write, hf://ORG/NAME, or s3://BUCKET/FOLDER (gs://, az://)"
 Recipe = Annotated[
     str, typer.Argument(help="YAML file, or the name of a shipped recipe: see `quantcli recipes`.")
 ]

@@ -36,7 +36,7 @@ def pack(
     merge: Annotated[
         bool, typer.Option("--merge", help="Join the parts of `quantize --part` instead.")
     ] = False,
-    out: Annotated[str | None, typer.Option(metavar="PLACE", help="Folder to write.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PLACE", help=f"{options.PLACES}.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the target."),

@@ -33,7 +33,7 @@ def quantize(
     serve_on: options.For = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="PLACE", help="Folder to write [default: MODEL-RECIPE here]."),
+        typer.Option(metavar="PLACE", help=f"{options.PLACES} [default: MODEL-RECIPE here]."),
     ] = None,
     set_: options.Override = None,
     plan: options.PlanOnly = False,

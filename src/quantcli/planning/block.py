@@ -97,7 +97,8 @@ def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
 def rows_of_job(item: Item) -> int:
     """Rows of the jobs of an item, except its last."""
     width = max(1, item.source.nbytes // item.height)
-    return _multiple(JOB_BYTES // width, getattr(item, "row_multiple", 1))
+    nbytes = max(JOB_BYTES, item.source.buffer_nbytes)  # what a reader of columns holds is used up
+    return _multiple(nbytes // width, getattr(item, "row_multiple", 1))
 
 
 @dataclass(frozen=True, slots=True)

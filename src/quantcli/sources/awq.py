@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.columns import STRIP_BYTES, Columns
+from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources.base import Source, SourceFormat, encoded
 from quantcli.sources.grouped import FLOAT, grouped_modules, open_rows
@@ -44,7 +44,9 @@ def read(source: Source, numbers: Callable[[str], tuple[int, int]]) -> Iterator[
     """Every module with a `qweight`. numbers: 4 bits, and the columns of its groups, by its name."""
     for module in grouped_modules(source, "AWQ", numbers, packed_along_k=False):
         opened = partial(open_rows, module, _unpack)
-        yield encoded(module.name, module.shape, module.parts, opened, module.kind, STRIP_BYTES)
+        yield encoded(
+            module.name, module.shape, module.parts, opened, module.kind, strip_bytes(module.parts[0])
+        )
 
 
 def _unpack(codes: Columns, zeros: Columns, start: int, stop: int) -> tuple[Tensor, Tensor]:

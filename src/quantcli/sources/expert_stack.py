@@ -14,7 +14,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.columns import STRIP_BYTES, Columns
+from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.encoded import EncodedStack
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
@@ -154,7 +154,7 @@ class ExpertMatrix(StoredTensor):
     @property
     def buffer_nbytes(self) -> int:
         """Bytes that a reader keeps in addition to rows: a strip of columns, or rows in between."""
-        return STRIP_BYTES if self.transposed or self.step > 1 else 0
+        return strip_bytes(self.whole) if self.transposed or self.step > 1 else 0
 
     def open(self) -> AbstractContextManager[Rows]:
         """A reader of its rows. One reader is one thread's."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.columns import STRIP_BYTES, Columns
+from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.tensors import read_tensor
@@ -85,7 +85,7 @@ def read(source: Source, kind_of: Callable[[str], Kind], stored_as: str) -> Iter
         kind = module.kind + (" (v2)" if stored_as == "gptq_v2" else "")
         unpack = _Unpack(module, VERSIONS[stored_as], middle)
         opened = partial(open_rows, module, unpack, partial(_group_of, module, index))
-        yield encoded(module.name, (n, k), parts, opened, kind, STRIP_BYTES)
+        yield encoded(module.name, (n, k), parts, opened, kind, strip_bytes(parts[0]))
 
 
 def _by_name(source: Source) -> Callable[[str], Kind]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from quantcli.checkpoint.columns import STRIP_BYTES, Columns
+from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources import awq
 from quantcli.sources.base import Source, SourceFormat, Tensors, encoded, needed, wrong
@@ -170,7 +170,7 @@ def _int4(settings: _Settings) -> Iterator[Encoded]:
         unused = [module.tensors[s] for s in _UNUSED if s in module.tensors and s not in _INT4]
         kind = f"quark {module.kind}"
         parts = (*module.parts, *unused)
-        yield encoded(module.name, module.shape, parts, opened, kind, STRIP_BYTES)
+        yield encoded(module.name, module.shape, parts, opened, kind, strip_bytes(parts[0]))
 
 
 @dataclass(frozen=True)

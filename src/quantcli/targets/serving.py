@@ -7,7 +7,8 @@ transformers_utils/config.py:405-416 (remote code), config/speculative.py:387-48
 (drafts; the number of tokens must be given). vllm-ascend 182b75ea84,
 docs/source/developer_guide/Design_Documents/quantization.md:13 (ascend). sglang 0f4513c2f4,
 docs/advanced_features/quantization.md (modelopt needs a flag, others must have none). TensorRT-LLM
-00209af149, tensorrt_llm/commands/serve.py.
+00209af149, tensorrt_llm/commands/serve.py. Object storage: vllm 0.32.0, config/vllm.py:2669-2686,
+transformers_utils/runai_utils.py:13; sglang, srt/server_args.py (_handle_load_format).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from quantcli.core.numerics import Cache
 TARGET_MODEL = "TARGET_MODEL"  # stands for the model that a draft is for
 _METHODS = {"EAGLE": "eagle", "EAGLE3": "eagle3", "P-EAGLE": "eagle3", "DFlash": "dflash"}
 _GUESSES = 3  # tokens that a draft guesses at once: a number to begin with
+_STORES = ("s3://", "gs://", "az://")
+_STREAMED = "the engine reads object storage with the package runai-model-streamer"
+_COPIED = "this engine reads folders: copy the checkpoint to a disk first, and give that folder"
 _OWN_CODE = "the checkpoint comes with Python code of its own, which the last option lets run"
 
 
@@ -66,7 +70,7 @@ class ServeCommand:
 def vllm(served: Served, model: str, flags: Iterable[str] = (), engine: str = "vLLM") -> ServeCommand:
     """`vllm serve` for a folder or a Hub id; a draft is served next to the model that it is for."""
     trust = ["--trust-remote-code"] if served.has_code else []
-    note = _OWN_CODE if trust else None
+    note = _note(served, model, _STREAMED)
     if served.draft is None:
         return ServeCommand(engine, ("vllm", "serve", model, *flags, *trust), note)
     speculation: dict[str, Any] = {"model": model, "num_speculative_tokens": _GUESSES}
@@ -84,11 +88,19 @@ def sglang(served: Served, model: str, flags: Iterable[str] = ()) -> ServeComman
     """SGLang's server."""
     trust = ["--trust-remote-code"] if served.has_code else []
     words = ("python3", "-m", "sglang.launch_server", "--model-path", model, *flags, *trust)
-    return ServeCommand("SGLang", words, _OWN_CODE if trust else None)
+    return ServeCommand("SGLang", words, _note(served, model, _STREAMED))
 
 
 def tensorrt_llm(served: Served, model: str) -> ServeCommand:
     """TensorRT-LLM's server."""
     trust = ["--trust_remote_code"] if served.has_code else []
     words = ("trtllm-serve", model, *trust)
-    return ServeCommand("TensorRT-LLM", words, _OWN_CODE if trust else None)
+    return ServeCommand("TensorRT-LLM", words, _note(served, model, _COPIED))
+
+
+def _note(served: Served, model: str, in_store: str) -> str | None:
+    """What to know of the model's code, and of a checkpoint in object storage."""
+    notes = [_OWN_CODE] if served.has_code else []
+    if model.startswith(_STORES):
+        notes.append(in_store)
+    return "; ".join(notes) or None

@@ -15,6 +15,7 @@ import torch
 
 from quantcli.calibration.text.dataset import TextSource, source_digest
 from quantcli.checkpoint.checkpoint import must_be_unchanged, open_checkpoint
+from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.hub import address_of, find_model, mount
 from quantcli.checkpoint.remote import ahead, mounts
 from quantcli.checkpoint.remote.ahead import Reader
@@ -190,6 +191,17 @@ def test_short_tensors_share_a_page(web: Hub, monkeypatch: pytest.MonkeyPatch) -
         if "norm" in name:
             read_tensor(stored)
     assert len(web.fetched(FILE)) == 6
+
+
+def test_columns_are_read_by_whole_rows(web: Hub, model: Path) -> None:
+    stored = open_checkpoint(find_model(f"{web.address}/org/name")).tensors["layers.4.w.weight"]
+    expected = read_tensor(open_checkpoint(model).tensors["layers.4.w.weight"]).t()
+    web.asked.clear()
+    with Columns(stored) as columns:
+        for start in range(0, 200, 20):
+            assert torch.equal(columns.columns(start, start + 20), expected[start : start + 20])
+    assert sum(asked.sent for asked in web.fetched(FILE)) <= stored.nbytes + ahead.PAGE
+    assert strip_bytes(stored) > strip_bytes(open_checkpoint(model).tensors["layers.4.w.weight"])
 
 
 def test_other_libraries_get_whole_files(web: Hub, model: Path, tmp_path: Path) -> None:

@@ -84,3 +84,25 @@ def test_after_a_failure_only_jobs_before_it_are_handed_out(tmp_path, shards, mo
     assert queue.take() is None
     assert str(queue.error) == "sooner"
     queue.close()
+
+
+def test_without_memory_one_job_at_a_time_is_handed_out(tmp_path, shards, monkeypatch):
+    """A worker waits until another one has left its job; the last one gets a job all the same."""
+    monkeypatch.setattr(FolderSink, "in_memory", True)
+    queue = JobQueue(shards, FolderSink(tmp_path), 2, checksum=False)
+    tasks, waits = [queue.take(), queue.take()], []
+    while queue._buffers.take() is not None:
+        pass
+
+    def wait():  # in place of another worker
+        waits.append(len(tasks))
+        queue.let_go()
+
+    monkeypatch.setattr(queue._lock, "wait", wait)
+    tasks.append(queue.take())
+    assert waits == [2, 2]
+    queue.let_go()
+    tasks.append(queue.take())
+    assert [task.number for task in tasks] == [0, 1, 2, 3]
+    assert waits == [2, 2]
+    queue.close()

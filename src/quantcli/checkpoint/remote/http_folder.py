@@ -65,6 +65,9 @@ class WebFolder(Origin):
         files = self._versions(names)
         if notes and INDEX in files:
             files |= self._versions(self._in_index(files[INDEX]))
+        if not files:
+            what = "no file of a model at this address"
+            raise InputError(what, where=self.address, fix="give the address of the folder")
         if loose := [name for name, version in files.items() if not is_strong(version.tag)]:
             progress.detail(
                 f"the server gives no strong ETag for {count(loose, 'file')}, such as `{loose[0]}`: a "

@@ -160,6 +160,9 @@ def our_error(error: BaseException, place: Place, name: str = "") -> QuantError:
     if _lacks_credentials(error):
         what = "no credentials for object storage were found"
         return InputError(what, where=where, fix=_CREDENTIALS[place.scheme])
+    if "ExpiredToken" in str(error):
+        what = "credentials for object storage have expired"
+        return InputError(what, where=where, fix="get new ones; then the same command again")
     if status_of(error) in {401, 403}:
         what = f"object storage refuses access ({reason(error)})"
         return InputError(what, where=where, fix=_CREDENTIALS[place.scheme])
