@@ -17,6 +17,7 @@ from quantcli.calibration.spread.worker import Work
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.cluster.connect import connect
+from quantcli.core.cluster.sources import identities, see_sources
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.planning.plan import Plan
@@ -40,8 +41,8 @@ def work_of(
 def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progress: Progress) -> None:
     """Measure all layers that are not done yet, on the nodes of a cluster.
 
-    InputError for a model in memory, MachineError if a node does not see the calibration's folder, or
-    has another kind of CPU.
+    InputError for a model in memory, MachineError if a node does not see the model or the calibration's
+    folder, or has another kind of CPU.
     """
     if work.plans[0].checkpoint.in_memory:
         raise InputError(
@@ -50,6 +51,9 @@ def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progre
     assert resources.executor is not None
     with connect(resources.executor, progress) as cluster:
         cluster.check_alike()
+        checkpoint = work.plans[0].checkpoint
+        sources = identities(checkpoint.path / name for name in sorted(checkpoint.shards))
+        cluster.everywhere(see_sources, common=sources, progress=progress)
         for folder in dict.fromkeys(work.stores):
             cluster.check_shared(folder, "--calibration")
         calibrate(shares, work, ClusterCrew(cluster, work, resources.task_workers), progress)
