@@ -1,5 +1,6 @@
 """Conversions on three nodes: the bytes of one machine, whatever happens to processes and nodes."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -125,3 +126,19 @@ def test_a_folder_that_nodes_do_not_share_is_refused(three, box, monkeypatch):
     result = box.run(*three.option)
     assert result.code == 3
     assert "a node of the cluster does not see the files here" in result.err
+
+
+def test_from_object_storage_to_object_storage(three, large, whole, when_begun, objects):
+    objects.bucket("spread")
+    source = objects.upload(large.model, "spread", "model")
+    when_begun(lambda place: three.remove(place.node))
+    words = ["--model", source, "--out", "s3://spread/out", *SHARDED, *three.option]
+    result = run_cli("quantize", "w8a8_dynamic", *words)
+    assert result.code == 0, result.err
+    assert "is gone: 1 shard is done again" in result.err
+    names = objects.names("spread", "out/")
+    found = {
+        name.removeprefix("out/"): hashlib.sha256(objects.content("spread", name)).hexdigest()
+        for name in names
+    }
+    assert weights(found) == weights(whole["shards"])
