@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantcli.calibration import session as sessions
+from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.spread import run as spread
 from quantcli.calibration.spread import worker
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import calibrate as commands
 from quantcli.core.cluster.executor import Executor
+from quantcli.sources.decode import decoded
 from tests.e2e.calibrating import LENGTH, TEXT, Models
 
 ON = Resources(workers=2, executor=Executor("local"))
@@ -153,3 +157,12 @@ def test_an_interrupted_driver_goes_on_with_other_processes(case, bench, tmp_pat
     else:
         layers = [[r.layer for r in crew.asked if hasattr(r, "recipes")] for crew in (first, second)]
         assert layers == [[3, 2, 1], [0]]
+
+
+def test_a_model_is_built_where_its_folder_is_not(models, tmp_path):
+    """As a node does with one that is elsewhere."""
+    here = decoded(open_checkpoint(models("llama")))
+    there = Skeleton(replace(here, path=tmp_path / "none"), "BF16", trust_remote_code=False)
+    layers = Skeleton(here, "BF16", trust_remote_code=False).layers
+    assert [name for name, _ in there.layers] == [name for name, _ in layers]
+    assert str(there.model.config) == str(there.model.config.from_dict(here.config))

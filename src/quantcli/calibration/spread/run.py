@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from quantcli.calibration.building import block_of, dtype_of
 from quantcli.calibration.calibrate import Calibrator, Share
@@ -15,6 +16,7 @@ from quantcli.calibration.spread.layers import LayerTasks
 from quantcli.calibration.spread.passes import SharedPasses
 from quantcli.calibration.spread.worker import Work
 from quantcli.calibration.text.dataset import Batch
+from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.sources import identities, see_sources
@@ -51,12 +53,17 @@ def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progre
     assert resources.executor is not None
     with connect(resources.executor, progress) as cluster:
         cluster.check_alike()
-        checkpoint = work.plans[0].checkpoint
-        sources = identities(checkpoint.path / name for name in sorted(checkpoint.shards))
-        cluster.everywhere(see_sources, common=sources, progress=progress)
+        cluster.everywhere(see_sources, common=identities(_weights(work)), progress=progress)
         for folder in dict.fromkeys(work.stores):
             cluster.check_shared(folder, "--calibration")
         calibrate(shares, work, ClusterCrew(cluster, work, resources.task_workers), progress)
+
+
+def _weights(work: Work) -> list[Path]:
+    """Files of the model in a folder; one that is elsewhere is checked when it is read."""
+    checkpoint = work.plans[0].checkpoint
+    files = (checkpoint.path / name for name in sorted(checkpoint.shards))
+    return [file for file in files if not isinstance(file, RemoteFile)]
 
 
 def states_nbytes(plan: Plan, tokens: int) -> int:
