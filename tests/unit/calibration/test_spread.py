@@ -22,6 +22,7 @@ from quantcli.calibration.spread import worker
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import calibrate as commands
 from quantcli.core.cluster.executor import Executor
+from quantcli.core.events import Progress
 from quantcli.sources.decode import decoded
 from tests.e2e.calibrating import LENGTH, TEXT, Models
 
@@ -63,6 +64,16 @@ CASES = {
 
 class Lost(Exception):
     """The driver is gone."""
+
+
+class Steps(Progress):
+    """Notes the steps of a run."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, done, total, **more):
+        self.steps.append((done, total))
 
 
 class Processes:
@@ -112,8 +123,11 @@ def bench(tmp_path, models, monkeypatch):
         monkeypatch.setattr(spread, "on_cluster", on_cluster)
         recipe, model = write_case(tmp_path, case), models(CASES[case][1])
         session = commands.plan_calibration(str(recipe), model=str(model), out=tmp_path / folder)
+        progress = Steps()
         with suppress(Lost):
-            commands.calibrate(session, ON if size else Resources(workers=2))
+            commands.calibrate(session, ON if size else Resources(workers=2), progress)
+        if crews:
+            crews[0].progress = progress
         return crews[0] if crews else None
 
     return calibrate
@@ -143,6 +157,20 @@ def test_any_number_of_processes_gives_the_bytes_of_threads(case, bench, tmp_pat
     assert set(kinds) == ({"Forward", "Measure"} if by_layers else {"Pass"})
     batches = sorted(n for r in crew.asked if not hasattr(r, "recipes") for n in r.batches)
     assert batches.count(0) == batches.count(4) >= 1  # each of five samples as often as the others
+
+
+def test_steps_at_the_driver_are_batches_of_layers(bench):
+    steps = [
+        (done, total) for done, total in bench("codes", "shared", size=3).progress.steps if total == 15
+    ]
+    assert steps == [(n, 15) for n in range(1, 16)]  # five samples through all layers but the last
+
+
+def test_threads_continue_what_processes_have_begun(bench, tmp_path):
+    bench("codes", "threads")
+    assert bench("codes", "shared", size=3, fails=5) is not None
+    assert bench("codes", "shared") is None
+    assert content(tmp_path / "shared") == content(tmp_path / "threads")
 
 
 @pytest.mark.parametrize("case", ["averages", "codes"])
