@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import quantcli
 from tests.e2e.conftest import RECIPE, Box, make_llama, run_cli, snapshot
 from tests.hub_cache import cache_model, link_files
-from tests.hub_server import Fault, used
+from tests.hub_server import Fault, Hub, used
+
+SHARDED = ("--set", "max_shard=2KB")
+disk = namedtuple("disk", "total used free")
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs", "shared store"])
@@ -40,17 +47,18 @@ def test_a_model_by_its_id_is_fetched_and_converted(box: Box, monkeypatch: pytes
     expected = snapshot(box.out)
     box.model.rename((box.root / "served" / "org").mkdir(parents=True) or box.root / "served/org/name")
     with used(box.root / "served", box.root / "cache") as hub:
-        hub.faults = [Fault("model.safetensors", cut=5000)]
+        hub.faults = [Fault("model.safetensors", times=3, cut=5000)]  # two for the header
         command = ["quantize", box.recipe, "--model", "org/name", "--out"]
         done = run_cli(*command, box.root / "fetched")
         assert done.code == 0, done.err
         lines = done.err.splitlines()
         assert lines[:2] == [
             "looking for org/name on the Hub, or in its cache",
-            "fetching 2 files of org/name, 7.2 kB",
+            "reading the headers of org/name: 1 shard",
         ]
+        assert "fetching 3 files of org/name, 7.3 kB" in lines
         assert any("Error while downloading from a file" in line for line in lines)
-        assert [asked.status for asked in hub.fetched("model.safetensors")] == [200, 200]
+        assert [asked.sent < 7000 for asked in hub.fetched("model.safetensors")] == [True] * 3 + [False]
         hub.asked.clear()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert run_cli(*command, box.root / "offline").code == 0
@@ -62,3 +70,66 @@ def test_a_model_by_its_id_is_fetched_and_converted(box: Box, monkeypatch: pytes
     assert {k: v for k, v in fetched.items() if k not in named} == {
         k: v for k, v in expected.items() if k not in named
     }
+
+
+@pytest.fixture
+def hub(box: Box) -> Iterator[Hub]:
+    """It has the model as org/name, and nothing is in the cache."""
+    (box.root / "served" / "org").mkdir(parents=True)
+    shutil.copytree(box.model, box.root / "served" / "org" / "name")
+    with used(box.root / "served", box.root / "cache") as hub:
+        yield hub
+
+
+def test_a_plan_needs_no_weights(box: Box, hub: Hub) -> None:
+    """Nor does a plan that misses what is expected."""
+    command = ["quantize", box.recipe, "--model", "org/name", "--out", box.out]
+    done = run_cli(*command, "--plan", "--json")
+    assert done.json["plan"]["download"] == 7283
+    shown = run_cli(*command, "--plan").out
+    assert "download     7.3 kB of org/name first, into the Hub's cache" in shown
+    box.edit_recipe(box.recipe.read_text() + "expect: {quantized_params_pct: '>= 99'}\n")
+    assert run_cli(*command).code == 1
+    assert not (box.root / "cache").exists()
+    assert not box.out.exists()
+
+
+def test_without_room_the_weights_are_streamed(
+    box: Box, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has room for the model, and for the output, but not for both. The bytes are the same."""
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: disk(10**6, 0, 15_000))
+        done = run_cli("quantize", box.recipe, "--model", "org/name", "--out", box.out)
+    assert done.code == 0, done.err
+    assert (
+        "streaming org/name: its weights take 7.3 kB next to 12.8 kB of other files, 15.0 kB are free "
+        "in the Hub's cache"
+    ) in done.err.splitlines()
+    assert not (box.root / "cache").exists()
+    fetched = box.root / "fetched"
+    assert run_cli("quantize", box.recipe, "--model", "org/name", "--out", fetched).code == 0
+    assert snapshot(box.out) == snapshot(fetched)
+
+
+def test_an_interrupted_run_that_streamed_goes_on_streaming(
+    box: Box, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there is room by then: the journal knows the files by their hashes."""
+    command = ["quantize", box.recipe, "--model", "org/name", "--out", box.out, *SHARDED]
+
+    def stop(event: quantcli.Event) -> None:
+        if event.kind == "file":
+            raise KeyboardInterrupt
+
+    options = {"model": "org/name", "out": box.out, "set": {"max_shard": "2KB"}}
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: disk(10**6, 0, 15_000))
+        with pytest.raises(KeyboardInterrupt):
+            quantcli.quantize(box.recipe, on_progress=stop, **options)
+    again = run_cli(*command, "--json")
+    assert "streaming org/name, as the interrupted run did" in again.err
+    assert again.json["shards_reused"] > 0
+    assert not (box.root / "cache").exists()
+    assert run_cli(*command[:5], box.root / "whole", *SHARDED).code == 0
+    assert snapshot(box.out) == snapshot(box.root / "whole")

@@ -29,7 +29,7 @@ def hub(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     with uploads(tmp_path / "served", tmp_path / "cache") as hub:
         yield hub
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("quantcli-*-*")) == []  # models that are open have others
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,22 @@ def test_one_shard_at_a_time_is_on_this_machine(
     assert largest == max(sizes) <= plan["disk_needed"]
     rest = plan["disk_needed"] - largest
     assert 0 < rest < 10_000
+
+
+def test_from_the_hub_to_the_hub(box: Box, hub: Shelf, expected: dict[str, str]) -> None:
+    """And what is there then is verified where it is, against the model where that is."""
+    (hub.folder / "org").mkdir()
+    box.model.rename(hub.folder / "org" / "model")
+    command = ["quantize", box.recipe, "--model", "hf://org/model", "--out", URL, *SMALL]
+    plan = run_cli(*command, "--plan")
+    assert f"output       {URL}, which is created as a private repository" in plan.out
+    assert run_cli(*command).code == 0
+    named = {CARD, MANIFEST}  # the card names the model, and the manifest has its hash
+    same = dict(item for item in published(hub).items() if item[0] not in named)
+    assert same == dict(item for item in expected.items() if item[0] not in named)
+    verified = run_cli("verify", URL, "--full", "--against", "hf://org/model")
+    assert verified.code == 0, verified.out + verified.err
+    assert not (box.root / "cache").exists()
 
 
 @pytest.mark.parametrize("done", [1, 3])

@@ -64,6 +64,11 @@ def convert(
 
 def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     """Print the cost and the place of a job, more `facts`, and the notes of its plan."""
+    if job.download is not None:
+        pending = job.download.pending
+        out.line(
+            f"download     {decimal(pending.nbytes)} of {pending.given} first, into the Hub's cache"
+        )
     if job.room is None:
         out.line("disk         needs none")
     else:
@@ -73,7 +78,7 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
         out.line(f"uploads      {decimal(job.nbytes)}")
     workers = count(job.options.workers, "worker")
     out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
-    out.line(f"output       {job.out}")
+    out.line(f"output       {job.out}{job.out.remark}")
     for fact in facts:
         out.line(fact)
     if job.out.exists:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
-from quantcli.checkpoint.hub import HUB_ID, display_name, find_model
+from quantcli.checkpoint.hub import HUB_ID, Pending, display_name, find_model, locate
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
@@ -40,6 +41,7 @@ class Job(Generic[W]):
     shards_done: int  # whole shards that an interrupted run left
     session: Session | None = None  # the calibration, if the recipe needs one
     part: Part | None = None  # of the shards that this machine writes; None: all
+    download: Download[W] | None = None  # of the model, before the conversion
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -57,6 +59,14 @@ class Job(Generic[W]):
         commands = self.plan.target.serve(self.plan.served, self.out.served_as)
         flags = self.out.serve_flags
         return tuple(replace(command, words=(*command.words, *flags)) for command in commands)
+
+
+@dataclass(frozen=True)
+class Download(Generic[W]):
+    """Files of the model that the Hub's cache does not have. job: makes the job of the folder there."""
+
+    pending: Pending
+    job: Callable[[Checkpoint], Job[W]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,17 @@ def make_job(
     return Job(plan, out, options, room, memory, done, session, part)
 
 
+def with_model(job: Job[W], progress: Progress | None) -> Job[W]:
+    """The job of a model on this machine: what is missing of it is fetched first."""
+    from quantcli.core.events import SILENT
+
+    if job.download is None:
+        return job
+    pending, progress = job.download.pending, progress or SILENT
+    folder = pending.fetch(progress)
+    return job.download.job(replace(open_checkpoint(folder, progress), hub_id=pending.given))
+
+
 def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> Written[W]:
     """Carry out a job. Interrupted, the same job continues where it stopped."""
     from quantcli.convert.execute import execute
@@ -141,6 +162,7 @@ def job_json(job: Job[Any]) -> dict[str, Any]:
         "memory_needed": job.memory,
         "workers": job.options.workers,
         "shards_done": job.shards_done,
+        "download": 0 if job.download is None else job.download.pending.nbytes,
         "serve": [command.to_json() for command in job.serve],
         "notes": list(plan.notes),
     }
@@ -225,11 +247,15 @@ def describe(session: Session) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe and a model that were read, and the name of the model as it was given."""
+    """A recipe and a model that were read, and the name of the model as it was given.
+
+    pending: what of the model is still to be fetched, if its headers alone were read.
+    """
 
     written: WrittenRecipe
     model: str
     checkpoint: Checkpoint
+    pending: Pending | None = None
 
 
 def open_both(
@@ -238,9 +264,14 @@ def open_both(
     overrides: tuple[str, ...],
     verb: str,
     progress: Progress,
+    *,
+    headers: bool = False,
 ) -> Opened:
     """Read a recipe and open the model. InputError for what is wrong without schemes and targets, which
-    need torch."""
+    need torch.
+
+    headers: do not fetch a model of the Hub: its headers do for now.
+    """
     from quantcli.recipe.written import name_of, read_recipe
 
     written = read_recipe(recipe, overrides, command=verb)
@@ -251,12 +282,18 @@ def open_both(
         raise InputError(
             f"no model to {verb}", where=name_of(recipe), fix="give --model, or `model:` in the recipe"
         )
-    return Opened(written, named, open_model(named, progress))
+    if not headers:
+        return Opened(written, named, open_model(named, progress))
+    located = locate(named, progress)
+    return Opened(written, named, _open(named, located.folder, progress), located.pending)
 
 
 def open_model(model: str, progress: Progress) -> Checkpoint:
     """The checkpoint that `model` names: a folder, a Hub id, or an address."""
-    folder = find_model(model, progress)
+    return _open(model, find_model(model, progress), progress)
+
+
+def _open(model: str, folder: Path, progress: Progress) -> Checkpoint:
     name = model.removeprefix("hf://").removesuffix("/")
     is_id = HUB_ID.fullmatch(name) and folder != Path(model)
     return replace(open_checkpoint(folder, progress), hub_id=name if is_id else None)

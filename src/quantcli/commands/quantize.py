@@ -6,13 +6,16 @@ Torch is imported when a function needs it, so that `inspect` stays fast.
 from __future__ import annotations
 
 import shlex
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.commands.calibrate import calibrate
 from quantcli.commands.job import (
     USUAL,
+    Download,
     Job,
     JobOptions,
     calibration_folder,
@@ -21,6 +24,7 @@ from quantcli.commands.job import (
     open_both,
     run_job,
     to_json,
+    with_model,
 )
 from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, InputError
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from quantcli.calibration.session import Session
     from quantcli.calibration.text.examples import Examples
     from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.checkpoint.hub import Pending
     from quantcli.convert.execute import Written
     from quantcli.planning.plan import Plan
     from quantcli.recipe.written import GivenRecipe
@@ -54,12 +59,12 @@ def plan(
     in place of what the recipe names. out: a folder, or a URL as text.
     """
     from quantcli.convert.destination import destination_of
-    from quantcli.convert.spread.run import check_spread
     from quantcli.planning.parts import parse_part
     from quantcli.recipe.written import name_of
 
+    given = overrides
     overrides += () if examples is None else examples.overrides
-    opened = open_both(recipe, model, overrides, "quantize", progress)
+    opened = open_both(recipe, model, overrides, "quantize", progress, headers=True)
     checkpoint = opened.checkpoint
     whole = destination_of(out or opened.written.file.output or default_name(opened.model, recipe))
     place, share = whole, None
@@ -74,15 +79,15 @@ def plan(
     from quantcli.recipe.recipe import resolve
 
     loaded = resolve(opened.written)
-    plan = make_plan(loaded, checkpoint)
+    planned = make_plan(loaded, checkpoint)
     session = None
-    if plan.needs_calibration:
+    if planned.needs_calibration:
         from quantcli.calibration.session import load, prepare_session
 
         folder = options.calibration or calibration_folder(whole)
-        session = prepare_session(plan, folder, out=place.folder, examples=examples)
+        session = prepare_session(planned, folder, out=place.folder, examples=examples)
         if session.complete:
-            plan = make_plan(loaded, checkpoint, load(session))
+            planned = make_plan(loaded, checkpoint, load(session))
         elif share:
             raise InputError(
                 "all parts need one calibration, and this one is not done",
@@ -100,15 +105,50 @@ def plan(
             fix=f"leave {option} out",
         )
     if options.executor is not None:
-        check_spread(plan)
-    job = make_job(plan, place, options.of_run(), session, share)
+        from quantcli.convert.spread.run import check_spread
+
+        check_spread(planned)
+    job = make_job(planned, place, options.of_run(), session, share)
+    if opened.pending is not None:
+        if why := _why_streamed(job, opened.pending):
+            progress.say(why)
+        else:
+            again = partial(
+                plan, recipe, out=whole.value, overrides=given, options=options, examples=examples
+            )
+            download = Download(opened.pending, lambda fetched: again(model=fetched))
+            job = replace(job, download=download)
     from quantcli.commands.explain import explain_job, explain_plan, explain_session
 
-    explain_plan(plan, progress)
+    explain_plan(planned, progress)
     if session is not None:
         explain_session(session, progress)
     explain_job(job, progress)
     return job
+
+
+def _why_streamed(job: Job[Plan], pending: Pending) -> str | None:
+    """Why a model of the Hub is read where it is; None if it is to be fetched, since the disk has room
+    for it next to the output and what the calibration keeps."""
+    if job.shards_done:
+        return f"streaming {pending.given}, as the interrupted run did"
+    others = 0
+    if job.room is not None and _is_on(job.out.folder, pending.place):
+        others += job.room.needed
+    calibrates = job.session is not None and not job.session.complete
+    if job.session is not None and calibrates and _is_on(job.session.folder, pending.place):
+        others += job.session.states_nbytes
+    why = pending.why_streamed(others)
+    return f"{why}; the calibration reads them, too" if why and calibrates else why
+
+
+def _is_on(folder: Path | None, place: Path) -> bool:
+    """Whether a folder, which need not exist, is on the disk of a place. A destination without one
+    takes the disk of temporary files."""
+    folder = Path(tempfile.gettempdir()) if folder is None else folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev == place.stat().st_dev
 
 
 def _how_to_calibrate(
@@ -148,6 +188,7 @@ def quantize(
     Interrupted, the same job continues where it stopped.
     """
     check(job)
+    job = with_model(job, progress)
     with connected(job.options.executor, progress or SILENT):
         if job.session is not None and not job.session.complete:
             job = calibrated(job, resources, progress)
@@ -159,6 +200,7 @@ def calibrated(
     job: Job[Plan], resources: Resources | None = None, progress: Progress | None = None
 ) -> Job[Plan]:
     """The job of a recipe that needs data, after its calibration: its plan has the statistics."""
+    job = with_model(job, progress)
     assert job.session is not None
     calibrate(job.session, resources, progress)
     plan = with_statistics(job.plan, job.session)

@@ -47,6 +47,7 @@ class _Plan(Result):
     memory_needed: bytes, next to those of torch.
     workers:       threads.
     shards_done:   whole weight files that an interrupted run left.
+    download:      bytes of the model that are fetched from the Hub first, into its cache.
     serve:         "engine", "command" and "note" of each engine that serves the output.
     notes:         remarks, such as on what stays float.
     """
@@ -64,6 +65,7 @@ class _Plan(Result):
     memory_needed: int
     workers: int
     shards_done: int
+    download: int
     serve: list[Row]
     notes: list[str]
 

@@ -117,6 +117,11 @@ class Destination(ABC):
         return ()
 
     @property
+    def remark(self) -> str:
+        """What to know of the place before the work, behind its name."""
+        return ""
+
+    @property
     @abstractmethod
     def draft_place(self) -> str:
         """Where a draft is before it is complete, for messages."""

@@ -21,6 +21,8 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
@@ -30,6 +32,7 @@ from quantcli.convert.folder import copy_file
 from quantcli.convert.journal import check_head, done_shards, parse_journal
 from quantcli.core.disk import disk_errors, file_entry, lock, write_file
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.events import SILENT, Progress
 
 if TYPE_CHECKING:
     from quantcli.core.extents import Buffers
@@ -73,6 +76,13 @@ class HubRepository(Destination):
         """The branch, if it is not main."""
         branch = parse(self.url)[1]
         return () if branch == "main" else ("--revision", branch)
+
+    @property
+    def remark(self) -> str:
+        """Whether the repository or the branch will be created."""
+        if self._branch.is_new:
+            return ", which is created as a private repository"
+        return ", a new branch" if self._branch.commit is None else ""
 
     @property
     def draft_place(self) -> str:
@@ -160,13 +170,21 @@ def _check_hashed(head: dict[str, Any], url: str) -> None:
         )
 
 
-@dataclass(frozen=True)
 class HubSink(ShardSink):
-    """Writes a shard into a folder of this machine, uploads it and deletes it there."""
+    """Writes a shard into a folder of this machine, uploads it and deletes it there.
 
-    url: str
-    scratch: Path
+    scratch: the folder. progress: stays in this process.
+    """
+
     most_shards = 1
+
+    def __init__(self, url: str, scratch: Path, progress: Progress = SILENT) -> None:
+        self.url = url
+        self.scratch = scratch
+        self.progress = progress
+
+    def __reduce__(self) -> Any:
+        return HubSink, (self.url, self.scratch)
 
     def extents(self, shards: Sequence[Shard]) -> int:
         """None."""
@@ -192,13 +210,15 @@ class HubWriter(ShardWriter):
             checksum=True,
             read_soon=True,
         )
-        self._url = sink.url
+        self._sink = sink
         self._name = shard.file
 
     def finish(self) -> Entry:
         """Upload the shard, and delete it here. Returns its entry of the manifest."""
         entry = super().finish()
-        send(self._url, self._name, self.path, entry["sha256"])
+        url, progress = self._sink.url, self._sink.progress
+        progress.say(f"uploading {self._name}, {decimal(self.nbytes)}")
+        send(url, self._name, self.path, entry["sha256"], progress)
         with disk_errors(self.path):
             self.path.unlink()
         return entry
@@ -218,7 +238,7 @@ class HubDraft(Draft):
         self._branch = branch
         self._progress = start.progress
         self._scratch = _Scratch(out.url)
-        self.sink = HubSink(out.url, self._scratch.shards)
+        self.sink = HubSink(out.url, self._scratch.shards, self._progress)
         self._mutex = threading.Lock()
         self._large: dict[str, Sent] = {}  # files that are with the Hub, committed or not
         try:

@@ -285,14 +285,21 @@ def test_a_cache_without_all_weights_is_completed_or_refused(
     assert (find_model("org/name") / LAST).is_file()
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_download(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_the_disk_has_no_room_for_is_streamed(
+    hub: Hub, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(MachineError) as caught:
-        find_model("org/name")
-    assert caught.value.what == "disk is too full for the download: needs 16.7 kB, 1.0 kB are free"
-    assert hub.fetched(LAST) == []
+    folder = find_model("org/name", told)
+    assert told.said[1:] == [
+        "streaming org/name: its weights take 16.7 kB, 1.0 kB are free in the Hub's cache",
+        "reading the headers of org/name: 2 shards",
+    ]
+    tensors = scan_checkpoint(folder).tensors
+    assert (
+        bytes(read_tensor(tensors["layers.2.w.weight"]).view(torch.uint8).flatten())
+        == SHARDS[LAST]["layers.2.w.weight"][2]
+    )
+    assert all(sum(a.sent for a in hub.fetched(name)) < 17_000 for name in SHARDS)
 
 
 @pytest.mark.parametrize(

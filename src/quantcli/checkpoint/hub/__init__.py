@@ -2,11 +2,22 @@
 
 from quantcli.checkpoint.hub.find import (
     HUB_ID,
+    Pending,
     address_of,
     display_name,
     find_headers,
     find_model,
+    locate,
     mount,
 )
 
-__all__ = ["HUB_ID", "address_of", "display_name", "find_headers", "find_model", "mount"]
+__all__ = [
+    "HUB_ID",
+    "Pending",
+    "address_of",
+    "display_name",
+    "find_headers",
+    "find_model",
+    "locate",
+    "mount",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,14 +74,13 @@ def fetch_model(repository: Repository, choice: Choice, progress: Progress) -> N
     """Fetch the files of a model that the cache does not have, its weights last.
 
     A file whose connection is cut goes on where it stopped. `progress` gets the bytes. Raises what
-    huggingface_hub raises for what patience does not help; MachineError if patience ends or the disk is
-    too small, and Interrupted: both say what is kept.
+    huggingface_hub raises for what patience does not help; MachineError if patience ends, and
+    Interrupted: both say what is kept.
     """
     missing = [file for file in choice.files if not repository.is_cached(file)]
     if not missing:
         return
     nbytes = repository.nbytes(missing)
-    _check_space(repository, nbytes)
     progress.say(f"fetching {count(missing, 'file')} of {repository.name}, {decimal(nbytes)}")
     if choice.left_out:
         names = sorted(choice.left_out, key=lambda file: -repository.sizes[file])
@@ -205,19 +203,6 @@ def reason(error: BaseException) -> str:
         return f"the server answers {status}"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return _ADDRESS.sub("the Hub", first)[:200]
-
-
-def _check_space(repository: Repository, nbytes: int) -> None:
-    place = repository.snapshot
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if nbytes > free:
-        raise MachineError(
-            f"disk is too full for the download: needs {decimal(nbytes)}, {decimal(free)} are free",
-            where=str(place),
-            fix="free some space, or set HF_HOME to a folder on another disk",
-        )
 
 
 class _Handler(logging.Handler):

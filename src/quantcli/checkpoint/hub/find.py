@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +20,82 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
-
-
 _ADDRESS = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/+(?P<rest>.*)", re.DOTALL)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A model of the Hub, given as ORG/NAME, of which files are missing in the cache.
+
+    choice: its files. given: how the user named it. revision: the one in that name.
+    """
+
+    repository: Repository
+    choice: Choice
+    given: str
+    revision: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the missing files."""
+        missing = [file for file in self.choice.files if not self.repository.is_cached(file)]
+        return self.repository.nbytes(missing)
+
+    @property
+    def place(self) -> Path:
+        """A folder on the disk of the cache."""
+        place = self.repository.snapshot
+        while not place.exists():
+            place = place.parent
+        return place
+
+    def why_streamed(self, others: int = 0) -> str | None:
+        """Why the model is read where it is; None if the disk has room for it.
+
+        others: bytes that the disk needs for other files.
+        """
+        from rich.filesize import decimal
+
+        free = shutil.disk_usage(self.place).free
+        if self.nbytes + others <= free:
+            return None
+        next_to = f" next to {decimal(others)} of other files" if others else ""
+        return (
+            f"streaming {self.given}: its weights take {decimal(self.nbytes)}{next_to}, "
+            f"{decimal(free)} are free in the Hub's cache"
+        )
+
+    def fetch(self, progress: Progress) -> Path:
+        """Fetch the missing files into the cache. Returns the folder there; raises what `find_model`
+        does."""
+        from quantcli.checkpoint.hub.download import fetch_model
+        from quantcli.checkpoint.hub.repository import remember
+
+        with _our_errors(self.given, Path(self.given)):
+            if self.choice.problems:
+                raise _named(self.choice.problems[0], self.repository.snapshot, self.given)
+            fetch_model(self.repository, self.choice, progress)
+            remember(self.repository, self.revision)
+        return self.repository.snapshot
+
+
+@dataclass(frozen=True)
+class Located:
+    """The folder of a model for headers and configuration. mount: if it is temporary, what is to be
+    closed. pending: if it could be fetched into the Hub's cache."""
+
+    folder: Path
+    mount: Mount | None = None
+    pending: Pending | None = None
+
+
 def find_model(model: str, progress: Progress = SILENT) -> Path:
-    """The directory of `model`; a Hub id is fetched into the Hub's own cache first.
+    """The directory of `model`; a Hub id is fetched into the Hub's own cache first, if that has room.
 
     A Hub id may name a branch, a tag or a commit: ORG/NAME@REVISION. Only files that a conversion
     reads or copies are fetched: no pickles, and no weights in another format or twice.
     An address, such as hf://ORG/NAME or s3://BUCKET/FOLDER, becomes a temporary folder with headers and
-    small files, until the process ends; all else is read where it is.
+    small files, until the process ends; all else is read where it is. So is a Hub id without room.
     Honours HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT, as huggingface_hub does. `progress` gets
     a line before the Hub is asked, and the bytes of the download. Raises InputError or MachineError,
     and Interrupted.
@@ -44,15 +110,11 @@ def find_model(model: str, progress: Progress = SILENT) -> Path:
         found = _locate(*asked, model, progress)
         if isinstance(found, Path):
             return found
-        from quantcli.checkpoint.hub.download import fetch_model
-        from quantcli.checkpoint.hub.repository import remember
-
-        choice = _choose(found, model, progress)
-        if choice.problems:
-            raise _named(choice.problems[0], found.snapshot, model)
-        fetch_model(found, choice, progress)
-        remember(found, asked[1])
-        return found.snapshot
+        pending = Pending(found, _choose(found, model, progress), model, asked[1])
+        if not pending.choice.problems and (why := pending.why_streamed()):
+            progress.say(why)
+            return _mount_repository(found, model, progress).folder
+    return pending.fetch(progress)
 
 
 @contextmanager
@@ -62,32 +124,36 @@ def find_headers(model: str, progress: Progress = SILENT) -> Iterator[Path]:
     If a model of the Hub is not in the cache, this is a temporary folder, as for an address: nothing
     else of it is fetched unless it is read. Raises what `find_model` does.
     """
-    opened = None
+    located = locate(model, progress)
+    try:
+        yield located.folder
+    except QuantError as error:
+        raise _named(error, located.folder, model) from None
+    finally:
+        if located.mount is not None:
+            located.mount.close()
+
+
+def locate(model: str, progress: Progress = SILENT) -> Located:
+    """What `find_headers` gives, until it is closed or the process ends."""
+    from quantcli.checkpoint.hub.repository import choose
+
     if address := address_of(model):
         opened = mount(address, progress)
-        folder: Path = opened.folder
-    else:
-        folder, asked = _parse(model)
-        if asked is None:
-            yield folder
-            return
-        progress.say(f"looking for {model} on the Hub, or in its cache")
-        with _our_errors(model, folder):
-            found = _locate(*asked, model, progress)
-            if isinstance(found, Path):
-                folder = found
-            elif _is_cached(found):
-                folder = found.snapshot
-            else:
-                opened = _mount_repository(found, model, progress)
-                folder = opened.folder
-    try:
-        yield folder
-    except QuantError as error:
-        raise _named(error, folder, model) from None
-    finally:
-        if opened is not None:
-            opened.close()
+        return Located(opened.folder, opened)
+    folder, asked = _parse(model)
+    if asked is None:
+        return Located(folder)
+    progress.say(f"looking for {model} on the Hub, or in its cache")
+    with _our_errors(model, folder):
+        found = _locate(*asked, model, progress)
+        if isinstance(found, Path):
+            return Located(found)
+        if _is_cached(found):
+            return Located(found.snapshot)
+        opened = _mount_repository(found, model, progress)
+        choice = choose(found.sizes, opened.folder)
+        return Located(opened.folder, opened, Pending(found, choice, model, asked[1]))
 
 
 def address_of(model: str) -> str | None:

@@ -79,7 +79,7 @@ class WebFolder(Origin):
         """Fill `block` by one request; see the base class."""
         condition = {"If-Match": version.tag} if is_strong(version.tag) else {}
         headers = {**PLAIN, **range_header(first, len(block)), **condition}
-        with followed("GET", self._url(name), headers) as response:
+        with followed("GET", self._url(name), headers, self.where(name)) as response:
             if response.status in {200, 206} and version.tag not in {"", tag_of(response.headers)}:
                 raise self.changed(name)
             read_answer(response, self, name, version, first, block)
@@ -94,7 +94,7 @@ class WebFolder(Origin):
             return {name: version for name, version in found if version is not None}
 
     def _version(self, name: str) -> Version | None:
-        with followed("HEAD", self._url(name), PLAIN) as response:
+        with followed("HEAD", self._url(name), PLAIN, self.where(name)) as response:
             status, headers = response.status, response.headers
             drain(response)
         length = headers.get("Content-Length", "")
@@ -152,7 +152,7 @@ class _Links(HTMLParser):
 
 def _page(folder: WebFolder, url: str) -> str | None:
     """The text of a page of HTML; None if there is none."""
-    with followed("GET", url, PLAIN) as response:
+    with followed("GET", url, PLAIN, folder.address) as response:
         if is_passing(response.status):
             wait = asked_wait(response.headers)
             raise PassingError(f"the server answers {response.status}", 0, wait)

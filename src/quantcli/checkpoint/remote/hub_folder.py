@@ -78,7 +78,7 @@ class HubFolder(Origin):
             at_home = urlsplit(url).netloc == home  # nobody else gets the token
             with request("GET", url, own if at_home else headers) as response:
                 if response.status in {301, 302, 303, 307, 308}:
-                    url = redirected(url, response)
+                    url = redirected(url, response, self.where(name))
                     drain(response)
                     continue
                 if response.status in {401, 403}:

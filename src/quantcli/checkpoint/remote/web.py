@@ -156,26 +156,29 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def followed(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
-    """The answer behind redirects. InputError for more than a few, and for others than to HTTP(S)."""
+def followed(
+    method: str, url: str, headers: Mapping[str, str], where: str
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer behind redirects. InputError, with `where`, for more than a few, and for others than
+    to HTTP(S)."""
     for _ in range(_MOST_REDIRECTS):
         with request(method, url, headers) as response:
             if response.status not in _REDIRECTS:
                 yield response
                 return
-            url = redirected(url, response)
+            url = redirected(url, response, where)
             drain(response)
-    raise InputError("the server redirects without end", fix="check the address")
+    raise InputError("the server redirects without end", where=where, fix="check the address")
 
 
-def redirected(url: str, response: http.client.HTTPResponse) -> str:
+def redirected(url: str, response: http.client.HTTPResponse, where: str) -> str:
     """The address that a redirect names. InputError unless it is HTTPS, or HTTP from HTTP."""
     location = urljoin(url, response.headers.get("Location", ""))
     parts = urlsplit(location)
     allowed = ("https",) if url.startswith("https:") else ("http", "https")
     if parts.scheme not in allowed or not parts.hostname or not location.isascii():
         what = f"the server redirects to another kind of address: {parts.scheme!r:.40}"
-        raise InputError(what, fix="take a server that you trust")
+        raise InputError(what, where=where, fix="take a server that you trust")
     return location
 
 
