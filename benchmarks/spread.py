@@ -31,7 +31,7 @@ RECIPES = {
     "w8a8_static": (),
     "w8a8_static_smooth": (),
     "w4a16_gptq": (),
-    "w4a4_flatquant": ("rules.0.scheme.epochs=3",),
+    "w4a4_flatquant": ("rules.0.scheme={name: w4a4_flatquant, epochs: 3}",),
 }
 
 
