@@ -142,3 +142,26 @@ def test_from_object_storage_to_object_storage(three, large, whole, when_begun, 
         for name in names
     }
     assert weights(found) == weights(whole["shards"])
+
+
+def test_each_node_writes_a_part_to_its_own_disk(three, large, whole):
+    options = (*SHARDED, *three.option, "--part", "nodes")
+    first = large.run(*options)
+    assert first.code == 0, first.err
+    folders = [large.out.with_name(f"out.part-{number}-of-3") for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, start=1):
+        assert f"note: part {number} of 3 is in {folder} on node " in first.err
+    assert not large.out.exists()
+    shutil.rmtree(folders[1])  # of a node that was replaced
+    again = large.run(*options, "--json")
+    shards = len(weights(whole["shards"]))
+    assert 0 < again.json["shards_reused"] < shards
+    merged = run_cli("pack", "--merge", *folders, "--out", large.out)
+    assert merged.code == 0, merged.err
+    assert weights(snapshot(large.out)) == weights(whole["shards"])
+
+
+def test_parts_on_nodes_need_a_cluster(box):
+    result = box.run("--part", "nodes")
+    assert result.code == 2
+    assert "add --executor ray" in result.err

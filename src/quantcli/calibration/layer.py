@@ -31,6 +31,7 @@ from quantcli.calibration.store import pack_edits
 from quantcli.calibration.watch import Lookers, Watch, joined
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS
+from quantcli.core.threads import one_thread
 from quantcli.planning.measured import EditFactors
 
 Save = Callable[["LayerRun", dict[str, Tensor]], None]
@@ -230,8 +231,9 @@ class LayerRun:
     def finish(self) -> None:
         """All samples have passed: statistics and the report."""
         work, watch = self.work, self._watch
-        for measurement in self._measurements:
-            measurement.settle()
+        with one_thread():  # of small tensors, which several threads would only wait for
+            for measurement in self._measurements:
+                measurement.settle()
         everywhere = {name for block in self.layer.experts_everywhere for name in block.parameters}
         for matrix, segments in work.layout.matrices():
             for module in (segment.module for segment in segments):

@@ -36,7 +36,7 @@ def plan_pack(
 
     values = _values(overrides)
     opened = open_model(checkpoint, progress)
-    place = destination_of(out)
+    place = destination_of(out, progress)
     place.check(opened.path, force=options.force, what="the checkpoint")
     progress.say(f"planning {checkpoint} in the format {target}")
 

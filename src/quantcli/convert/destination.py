@@ -39,8 +39,11 @@ def scheme_of(text: str) -> str | None:
     return match[1].lower() if match else None
 
 
-def destination_of(out: str | Path) -> Destination:
-    """The destination that the user names. InputError for a URL of an unknown kind."""
+def destination_of(out: str | Path, progress: Progress = SILENT) -> Destination:
+    """The destination that the user names. InputError for a URL of an unknown kind.
+
+    progress: hears of a server that is asked about the place.
+    """
     scheme = scheme_of(out) if isinstance(out, str) else None
     if scheme is None:
         from quantcli.convert.folder import LocalFolder
@@ -53,7 +56,7 @@ def destination_of(out: str | Path) -> Destination:
     if scheme == "hf":
         from quantcli.convert.hub import HubRepository
 
-        return HubRepository(str(out))
+        return HubRepository(str(out), progress)
     raise InputError(
         f"nothing can be written to {scheme}://",
         where=f"--out {out}",

@@ -12,9 +12,9 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -26,9 +26,10 @@ from rich.filesize import decimal
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
+from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
-from quantcli.convert.folder import copy_file
+from quantcli.convert.folder import attempt_folder, copy_file
 from quantcli.convert.journal import check_head, done_shards, parse_journal
 from quantcli.core.disk import disk_errors, file_entry, lock, write_file
 from quantcli.core.errors import InputError, MachineError
@@ -53,13 +54,14 @@ class HubRepository(Destination):
     """A branch of a repository, as hf://ORG/NAME or hf://ORG/NAME@BRANCH."""
 
     url: str
+    progress: Progress = field(default=SILENT, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
 
     @cached_property
     def _branch(self) -> Branch:
-        return open_branch(self.url)
+        return open_branch(self.url, self.progress)
 
     @property
     def name(self) -> str:
@@ -103,6 +105,13 @@ class HubRepository(Destination):
     def fate(self) -> str:
         """What becomes of those files."""
         return "deleted, and stays in the history"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if there is no journal and all files have their sizes."""
+        if self.begun or MANIFEST not in self._branch.files:
+            return None
+        sizes = {name: entry.nbytes for name, entry in self._branch.files.items()}
+        return whole_manifest(self._branch.read(MANIFEST), sizes)
 
     def sibling(self, suffix: str) -> Path:
         """A folder in the current one, named after the repository."""
@@ -150,7 +159,7 @@ class HubRepository(Destination):
         """The lines of the journal that an interrupted run left. InputError if its head is another."""
         if head is None or not self.begun:
             return []
-        lines, _ = parse_journal(self._branch.read(JOURNAL))
+        lines, _ = parse_journal(self._branch.read(JOURNAL, self.progress))
         check_head(lines, head, self.url)
         return lines
 
@@ -192,9 +201,21 @@ class HubSink(ShardSink):
 
     def writer(self, shard: Shard, buffers: Buffers, *, checksum: bool) -> HubWriter:
         """A writer of a shard, which is always hashed."""
+        return HubWriter(self, shard, buffers)
+
+    @contextmanager
+    def attempt(self, file: str) -> Iterator[HubSink]:
+        """A folder for this attempt alone, which may be on another machine."""
         with disk_errors(self.scratch):
             self.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return HubWriter(self, shard, buffers)
+        own = attempt_folder(self.scratch, file)
+        try:
+            yield HubSink(self.url, own, self.progress)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # others may be at work there
+                self.scratch.rmdir()
+                self.scratch.parent.rmdir()
 
 
 class HubWriter(ShardWriter):

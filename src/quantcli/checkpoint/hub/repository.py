@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import CONFIG, STAGES, choose_files
-from quantcli.checkpoint.files import INDEX, PART, STALE, why_left_out
-from quantcli.checkpoint.remote.origin import MAX_FILES, is_inside
+from quantcli.checkpoint.files import INDEX, JOURNAL, PART, STALE, why_left_out
+from quantcli.checkpoint.remote.origin import MAX_FILES, is_inside, unfinished
 from quantcli.core.errors import InputError, QuantError
 
 FIRST = (CONFIG, INDEX, STAGES, PART)  # say which of the other files are needed
@@ -57,7 +57,8 @@ class Choice:
 
 
 def look_up(name: str, revision: str | None) -> Repository:
-    """Ask the Hub for a revision of a repository. Raises what huggingface_hub raises."""
+    """Ask the Hub for a revision of a repository. Raises what huggingface_hub raises, and InputError
+    for an answer that cannot be used and for an unfinished checkpoint."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=ASK_TIMEOUT)
@@ -69,6 +70,8 @@ def look_up(name: str, revision: str | None) -> Repository:
     if odd := [file for file in sizes if not is_inside(file)]:
         what = f"the Hub lists a file whose name is not one inside a folder: {odd[0]!r:.200}"
         raise InputError(what, where=name, fix="take a model that you trust")
+    if JOURNAL in sizes:
+        raise unfinished(f"hf://{name}" + (f"@{revision}" if revision else ""))
     large = {sibling.rfilename: sibling.lfs for sibling in siblings if sibling.lfs}
     hashes = {s.rfilename: s.blob_id or "" for s in siblings}
     hashes |= {file: str(lfs.sha256) for file, lfs in large.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,15 +47,15 @@ Content = Path | bytes | Sent
 
 
 def send(url: str, name: str, file: Path, sha256: str, progress: Progress = SILENT) -> None:
-    """Upload a file with that hash, to be committed under `name` later. Threads and processes may
-    share a branch for this. A busy server and a cut connection are given time."""
+    """Upload a file with that hash, to be committed under `name` later. Processes may share a
+    branch for this. A busy server and a cut connection are given time."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, file)
     operation.upload_info.sha256 = bytes.fromhex(sha256)
     repository, branch = parse(url)
     api = _api()
-    with _our_errors(url), own_words(progress), _no_bars():
+    with _talking(url, progress):
         patiently(
             lambda: api.preupload_lfs_files(repository, [operation], revision=branch),
             f"`{name}`",
@@ -116,7 +117,7 @@ class Branch:
                 api.create_branch(self.name, branch=self.branch, revision=start, exist_ok=True)
             self._look(api)
 
-        with _our_errors(self.url), own_words(progress):
+        with _talking(self.url, progress):
             patiently(attempt, self.url, progress)
 
     def write(
@@ -150,7 +151,7 @@ class Branch:
             )
             return str(commit.oid)
 
-        with _our_errors(self.url), own_words(progress), _no_bars():
+        with _talking(self.url, progress):
             try:
                 self._look(api, patiently(attempt, self.url, progress))
             except errors.HfHubHTTPError as error:
@@ -205,7 +206,7 @@ class Branch:
             hf_raise_for_status(response)
             return bytes(response.content)[:nbytes]
 
-        with _our_errors(self.url), own_words(progress):
+        with _talking(self.url, progress):
             return patiently(attempt, f"`{name}`", progress)
 
     def _look(self, api: HfApi, commit: str | None = None) -> None:
@@ -225,7 +226,7 @@ def open_branch(url: str, progress: Progress = SILENT) -> Branch:
 
     name, branch = parse(url)
     progress.say(f"asking the Hub for {url}")
-    with _our_errors(url), own_words(progress):
+    with _talking(url, progress):
         if get_token() is None:
             raise InputError(
                 "nobody is logged in to the Hub", where=url, fix="run `hf auth login`, or set HF_TOKEN"
@@ -314,6 +315,16 @@ def _is(operation: CommitOperationAdd, entry: Entry | None) -> bool:
     with operation.as_file() as file:
         content = b"blob %d\0" % info.size + file.read()
     return entry.digest == hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def _talking(url: str, progress: Progress) -> Iterator[None]:
+    """huggingface_hub is used in this thread alone: what it says and draws is set for the process."""
+    with _one_at_a_time, _our_errors(url), own_words(progress), _no_bars():
+        yield
 
 
 @contextmanager

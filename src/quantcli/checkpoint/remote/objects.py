@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from quantcli.checkpoint.files import JOURNAL
-from quantcli.checkpoint.remote.origin import Listing, Origin, PassingError, Version
+from quantcli.checkpoint.remote.origin import Listing, Origin, PassingError, Version, unfinished
 from quantcli.checkpoint.remote.stores import (
     Place,
     is_store_error,
@@ -59,9 +59,7 @@ class ObjectFolder(Origin):
         except Exception as error:
             raise self._ours(error, "") from None
         if JOURNAL in files:
-            what = "checkpoint is not finished: a run writes it, or was interrupted"
-            fix = "run the command again that writes it: it continues where it stopped"
-            raise InputError(what, where=self.address, fix=fix)
+            raise unfinished(self.address)
         if not files:
             what = "no such model in object storage: nothing has a name that begins like this"
             raise InputError(what, where=self.address, fix="check the address")

@@ -92,6 +92,13 @@ class Origin(ABC):
         )
 
 
+def unfinished(address: str) -> InputError:
+    """The error for a checkpoint that has the journal of a run."""
+    what = "checkpoint is not finished: a run writes it, or was interrupted"
+    fix = "run the command again that writes it: it continues where it stopped"
+    return InputError(what, where=address, fix=fix)
+
+
 def check_names(origin: Origin, files: Mapping[str, Version]) -> None:
     """InputError for names that are not paths inside a folder, and for too many of them."""
     trust = "take a model that you trust"

@@ -40,7 +40,7 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
     with connect(spread.executor, run.progress) as cluster:
         cpus = cluster.task_cpus(spread.workers)
         run.progress.detail(f"each task has {cpus} of the CPUs of its node")
-        sources = identities(_files(plan, missing))
+        sources = identities(source_files(plan, missing))
         cluster.everywhere(see_sources, common=sources, progress=run.progress)
         sink = run.draft.sink.on_all()
         if sink.shared is not None:
@@ -105,7 +105,7 @@ def check_spread(plan: Work) -> None:
         )
 
 
-def _files(plan: Work, shards: Sequence[Shard]) -> list[Path]:
+def source_files(plan: Work, shards: Sequence[Shard]) -> list[Path]:
     """The files that tasks read from a folder; one that is elsewhere is checked when it is read."""
     weights = (plan.checkpoint.path / name for name in plan.checkpoint.shards)
     files = {*weights, *_calibrated(shards)}
