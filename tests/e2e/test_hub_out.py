@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -231,3 +232,19 @@ def test_parts_are_joined_in_a_repository(box: Box, hub: Shelf, expected: dict[s
     done = run_cli("pack", "--merge", *parts, "--out", URL)
     assert done.code == 0, done.err
     assert published(hub) == expected
+
+
+def test_a_release_into_repositories(box: Box, hub: Shelf, expected: dict[str, str]) -> None:
+    """`{name}` is a part of the repository's name; what is done is recognised."""
+    entries = [{"recipe": str(box.recipe), "name": name} for name in ("out", "more")]
+    release = box.root / "release.yaml"
+    release.write_text(json.dumps({"checkpoints": entries, "set": {"max_shard": "1.2KB"}}))
+    words = ("release", release, "--model", box.model, "--out", "hf://org/{name}", "--json")
+    for status in ("written", "done"):
+        result = run_cli(*words, "--workers", 2)
+        assert result.code == 0, result.err
+        assert {c["status"] for c in result.json["checkpoints"]} == {status}
+    for name in ("out", "more"):
+        files = snapshot(hub.folder / f"org/{name}")
+        assert files.pop(".gitattributes")
+        assert files == expected

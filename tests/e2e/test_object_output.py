@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nothing": ("BF16", (0, 4), b""),
         "one": ("F32", (), np.float32(1).tobytes()),
     }
-    files = {"tokenizer.json": '{"version": "1.0"}', "assets/picture.png": "png"}
+    files = {"tokenizer.json": '{"version": "1.0"}', "assets/ein Bild [1] ü%20~.png": "png"}
     folder = tmp_path_factory.mktemp("object-output") / "model"
     return make_model(folder, {"model.safetensors": tensors}, config=CONFIG, files=files)
 
@@ -342,3 +342,25 @@ def test_the_journal_holds_no_secret(place: Place, monkeypatch: pytest.MonkeyPat
     assert first.keys() == {"run", "files", "plan", "checksum", "source"}
     assert shard["entry"].keys() == {"bytes", "sha256", "blake3"}
     assert "secret-of-tests" not in text
+
+
+def test_a_release_into_a_bucket(place: Place, tmp_path: Path) -> None:
+    """Several checkpoints side by side: the bytes of folders; those that are done are recognised."""
+    release = tmp_path / "release.yaml"
+    release.write_text(f"checkpoints: [{{recipe: {place.recipe}, name: int8}}, vllm_fp8_dynamic]\n")
+    words = ("release", release, "--model", place.model, "--json")
+    local = run_cli(*words, "--out", tmp_path / "local")
+    assert local.code == 0, local.err
+    for status in ("written", "done"):
+        result = run_cli(*words, "--out", place.address)
+        assert result.code == 0, result.err
+        assert {c["status"] for c in result.json["checkpoints"]} == {status}
+    expected = {name: h for name, h in snapshot(tmp_path / "local").items() if h != "folder"}
+    assert place.content() == expected
+    assert place.uploads() == []
+    place.objects.client.delete_object(
+        Bucket=place.bucket, Key=f"{place.prefix}/int8/model-00001-of-00005.safetensors"
+    )
+    damaged = run_cli(*words, "--out", place.address)
+    assert damaged.code == 2
+    assert "checkpoint `int8`: its place is taken" in damaged.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError("manifest has no `files`", where=str(path), fix="convert the model again")
     return table
+
+
+def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    """The manifest in `content`; None if it is damaged, or if its files do not have their sizes.
+
+    sizes: bytes of the files that are there, by name.
+    """
+    try:
+        table = json.loads(content)
+        listed = {name: entry["bytes"] for name, entry in table["files"].items()}
+        whole = encode_manifest(table) == content
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return table if whole and all(sizes.get(name) == n for name, n in listed.items()) else None
 
 
 def tool_text(tool: Any) -> str:

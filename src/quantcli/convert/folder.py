@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.files import JOURNAL
-from quantcli.checkpoint.manifest import read_manifest
+from quantcli.checkpoint.files import JOURNAL, MANIFEST
+from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
 from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
-from quantcli.core.errors import QuantError
 from quantcli.core.place import check_space, partial_folder
 
 if TYPE_CHECKING:
@@ -76,14 +75,15 @@ class LocalFolder(Destination):
         kept = self.path.is_dir() and not only_ours(self.path)
         return f"kept as {replaced_folder(self.path)}" if kept else "deleted then"
 
-    def manifest(self) -> dict[str, Any] | None:  # noqa: D102 - the base class has it
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if all files have their sizes."""
         try:
-            table = read_manifest(self.path)
-            files = {self.path / name: entry["bytes"] for name, entry in table["files"].items()}
-            whole = all(file.stat().st_size == nbytes for file, nbytes in files.items())
-        except (QuantError, OSError, KeyError, ValueError):
+            content = (self.path / MANIFEST).read_bytes()
+            files = [path for path in self.path.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(self.path).as_posix(): path.stat().st_size for path in files}
+        except OSError:
             return None
-        return table if whole else None
+        return whole_manifest(content, sizes)
 
     def sibling(self, suffix: str) -> Path:
         """A folder next to OUT."""

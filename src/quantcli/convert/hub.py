@@ -26,6 +26,7 @@ from rich.filesize import decimal
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
+from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.folder import attempt_folder, copy_file
@@ -104,6 +105,13 @@ class HubRepository(Destination):
     def fate(self) -> str:
         """What becomes of those files."""
         return "deleted, and stays in the history"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if there is no journal and all files have their sizes."""
+        if self.begun or MANIFEST not in self._branch.files:
+            return None
+        sizes = {name: entry.nbytes for name, entry in self._branch.files.items()}
+        return whole_manifest(self._branch.read(MANIFEST), sizes)
 
     def sibling(self, suffix: str) -> Path:
         """A folder in the current one, named after the repository."""

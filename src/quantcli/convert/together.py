@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
 from quantcli.core.text import count, size
 from quantcli.planning.block import JOB_BYTES, Surveys
-from quantcli.planning.plan import Shard, Work
+from quantcli.planning.plan import Item, Shard, Work
 
 
 def begin_together(work: Sequence[tuple[ShardRun, Sequence[Shard]]], progress: Progress) -> None:
@@ -80,7 +80,9 @@ class _Together:
         self._surveys = Surveys()
         self.stopped = threading.Event()
         plans = len(self._busy)
-        self.blocks = SharedBlocks(source, shared_nbytes(workers, plans)) if plans > 1 else None
+        items = (item for run in self._busy for shard in run.missing for item in shard.items)
+        limit = shared_nbytes(workers, plans, items) if plans > 1 else 0
+        self.blocks = SharedBlocks(source, limit) if plans > 1 else None
         share = -(-workers // max(1, plans))
         self._queues: dict[ShardRun, JobQueue] = {run: run.queue(share) for run in self._busy}
 
@@ -134,9 +136,13 @@ class _Together:
             queue.close()
 
 
-def shared_nbytes(workers: int, plans: int) -> int:
-    """Bytes of blocks that plans share: of the jobs that are under way or next."""
-    return (workers + plans + 2) * max(JOB_BYTES, BLOCK)
+def shared_nbytes(workers: int, plans: int, items: Iterable[Item]) -> int:
+    """Bytes of blocks that plans share: of the jobs that are under way or next.
+
+    items: of the plans. If a reader of one keeps more than a job has otherwise, so has its job.
+    """
+    most = max((item.source.buffer_nbytes for item in items), default=0)
+    return (workers + plans + 2) * max(JOB_BYTES, BLOCK, most)
 
 
 def memory_together(plans: Sequence[Work], workers: int) -> int:
@@ -148,4 +154,6 @@ def memory_together(plans: Sequence[Work], workers: int) -> int:
     share = -(-workers // len(plans))
     extents = len(plans) * buffer_count(share) - buffer_count(workers)
     objects = sum(sum(len(shard.tensors) for shard in plan.shards) for plan in plans) * 1500
-    return max(estimates) + shared_nbytes(workers, len(plans)) + extents * EXTENT + objects
+    items = (item for plan in plans for item in plan.items)
+    shared = shared_nbytes(workers, len(plans), items)
+    return max(estimates) + shared + extents * EXTENT + objects

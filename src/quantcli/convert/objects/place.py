@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST
-from quantcli.checkpoint.manifest import encode_manifest
+from quantcli.checkpoint.manifest import encode_manifest, whole_manifest
 from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.checkpoint.remote.objects import ObjectFolder
 from quantcli.checkpoint.remote.origin import Version
@@ -74,6 +74,14 @@ class ObjectPlace(Destination):
     def fate(self) -> str:
         """Objects are overwritten one by one."""
         return "gone as soon as the run begins"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if there is no journal and all objects have their sizes."""
+        listed = self.bucket.list()
+        if MANIFEST not in listed or JOURNAL in listed:
+            return None
+        sizes = {name: version.nbytes for name, version in listed.items()}
+        return whole_manifest(self.bucket.get(MANIFEST)[0], sizes)
 
     def sibling(self, suffix: str) -> Path:
         """A folder in the current directory."""
