@@ -44,10 +44,13 @@ class ClusterCrew:
     def __init__(self, cluster: Cluster, work: Work, workers: int | None) -> None:
         """workers: threads of a task; None: one for each CPU of a node, which has one task then."""
         self._cluster = cluster
-        self.threads = cluster.task_cpus(workers)
-        resources = replace(work.resources, workers=self.threads)
+        self._cpus = cluster.task_cpus(workers)
+        # Ray shows a task one accelerator, whatever its number
+        self._device = work.resources.device.partition(":")[0]
+        resources = replace(work.resources, workers=self._cpus, device=self._device)
         self._work = cluster.share(replace(work, resources=resources))
-        self.size = max(1, cluster.slots(self.threads, spare=0))
+        self.size = max(1, cluster.slots(self._cpus, spare=0))
+        self.threads = self._cpus if self._device == "cpu" else 1
 
     def run(
         self,
@@ -58,8 +61,8 @@ class ClusterCrew:
         progress: Progress,
         done: Callable[[int, Any], None] = lambda index, result: None,
     ) -> list[Any]:
-        """As tasks with so many CPUs as a calibration has workers."""
-        options = TaskOptions(cpus=self.threads, noun=noun)
+        """As tasks with so many CPUs as a calibration has workers, and an accelerator if it has one."""
+        options = TaskOptions(self._cpus, noun, self._device)
         return self._cluster.run(
             function, requests, common=self._work, options=options, done=done, progress=progress
         )
