@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 
 def test_shell_blocks_parse():
-    assert len(blocks("bash")) == 3
+    assert len(blocks("bash")) == 4
     for block in blocks("bash"):
         done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
@@ -35,7 +35,7 @@ def test_shell_blocks_parse():
 
 def test_options_of_the_commands_exist():
     group = typer.main.get_command(app)
-    assert len(commands()) == 4
+    assert len(commands()) == 5
     for words in commands():
         words = words[1:] if words[0] == "quantcli" else words
         options = {name for param in group.commands[words[0]].params for name in param.opts}

@@ -15,6 +15,7 @@ from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.tasks import TaskRun
 from quantcli.core.cluster.worker import Place
 from tests.e2e.conftest import RECIPE, Box, make_llama
+from tests.object_server import Objects
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
@@ -58,7 +59,8 @@ class Three:
 
 
 @pytest.fixture(scope="session")
-def started() -> Iterator[Three]:
+def started(objects: Objects) -> Iterator[Three]:
+    """Nodes find the server of object storage by their environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _QUIET.items():
             patch.setenv(name, value)

@@ -1,5 +1,6 @@
 """Conversions on three nodes: the bytes of one machine, whatever happens to processes and nodes."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -125,3 +126,42 @@ def test_a_folder_that_nodes_do_not_share_is_refused(three, box, monkeypatch):
     result = box.run(*three.option)
     assert result.code == 3
     assert "a node of the cluster does not see the files here" in result.err
+
+
+def test_from_object_storage_to_object_storage(three, large, whole, when_begun, objects):
+    objects.bucket("spread")
+    source = objects.upload(large.model, "spread", "model")
+    when_begun(lambda place: three.remove(place.node))
+    words = ["--model", source, "--out", "s3://spread/out", *SHARDED, *three.option]
+    result = run_cli("quantize", "w8a8_dynamic", *words)
+    assert result.code == 0, result.err
+    assert "is gone: 1 shard is done again" in result.err
+    names = objects.names("spread", "out/")
+    found = {
+        name.removeprefix("out/"): hashlib.sha256(objects.content("spread", name)).hexdigest()
+        for name in names
+    }
+    assert weights(found) == weights(whole["shards"])
+
+
+def test_each_node_writes_a_part_to_its_own_disk(three, large, whole):
+    options = (*SHARDED, *three.option, "--part", "nodes")
+    first = large.run(*options)
+    assert first.code == 0, first.err
+    folders = [large.out.with_name(f"out.part-{number}-of-3") for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, start=1):
+        assert f"note: part {number} of 3 is in {folder} on node " in first.err
+    assert not large.out.exists()
+    shutil.rmtree(folders[1])  # of a node that was replaced
+    again = large.run(*options, "--json")
+    shards = len(weights(whole["shards"]))
+    assert 0 < again.json["shards_reused"] < shards
+    merged = run_cli("pack", "--merge", *folders, "--out", large.out)
+    assert merged.code == 0, merged.err
+    assert weights(snapshot(large.out)) == weights(whole["shards"])
+
+
+def test_parts_on_nodes_need_a_cluster(box):
+    result = box.run("--part", "nodes")
+    assert result.code == 2
+    assert "add --executor ray" in result.err

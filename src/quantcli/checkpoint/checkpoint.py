@@ -13,7 +13,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,12 @@ def must_be_unchanged(checkpoint: Checkpoint) -> None:
             raise _changed(file)
     if scan_checkpoint(checkpoint.path).fingerprint != checkpoint.fingerprint:
         raise _changed(checkpoint.path)
+
+
+def restamped(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as it is on another machine, where its files may have other times."""
+    stamps = {name: _stamp(checkpoint.path / name) for name in checkpoint.stamps}
+    return replace(checkpoint, stamps=stamps)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -69,7 +69,9 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
         out.line(
             f"download     {decimal(pending.nbytes)} of {pending.given} first, into the Hub's cache"
         )
-    if job.room is None:
+    if job.options.parts:
+        out.line(f"disk         needs {decimal(job.nbytes)} in all, on the nodes")
+    elif job.room is None:
         out.line("disk         needs none")
     else:
         needed, free = decimal(job.room.needed), decimal(job.room.free)

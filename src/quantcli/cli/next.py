@@ -101,6 +101,8 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
     """
     if job.part is not None:
         return list(_after_part(out, job))
+    if job.options.parts:
+        return [["quantcli", "pack", "--merge", f"{job.out}.part-*", *shell("--out", job.out)]]
     source = model or job.plan.recipe.file.model
     calibration = ("--calibration", job.session.root) if job.session is not None else ()
     verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)

@@ -41,7 +41,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Write part I of N to OUT.part-I-of-N, for `quantcli pack --merge`.",
+            help="Write part I of N to OUT.part-I-of-N, for `quantcli pack --merge`; `nodes`: each "
+            "node of --executor writes one to its own disk.",
         ),
     ] = None,
     workers: options.Workers = None,
@@ -158,7 +159,8 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
         out.line(f"{job.part!s:<13}{files}{others if job.part.carries else ''}")
     facts = [] if job.session is None else [f"calibration  {_calibration_text(job)}"]
     if job.options.executor is not None:
-        facts.append(f"runs on      {job.options.executor}, shard by shard")
+        what = "a part on the disk of each node" if job.options.parts else "shard by shard"
+        facts.append(f"runs on      {job.options.executor}, {what}")
     show_job(out, job, *facts)
 
 
@@ -192,6 +194,8 @@ def _calibration_text(job: Job[Plan]) -> str:
 def _closing(job: Job[Plan]) -> tuple[str, str]:
     if job.part is not None:
         return f", {job.part}", "; join all parts with `quantcli pack --merge`"
+    if job.options.parts:
+        return ", in parts on nodes", "; bring them to one machine, and join them"
     before = job.plan.checkpoint.nbytes
     ratio = job.plan.weight_nbytes / before if before else 1.0
     return f", weights {100 * ratio:.1f} % of the source", ""

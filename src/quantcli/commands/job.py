@@ -78,7 +78,7 @@ class JobOptions:
     force:       replace an output that exists.
     checksum:    hash every file for the manifest.
     calibration: the folder of a calibration to use or to make; None: OUT.calibration.
-    part:        as in "2/3"; it goes to OUT.part-2-of-3.
+    part:        as in "2/3"; it goes to OUT.part-2-of-3. "nodes": each node of the cluster writes one.
     executor:    the cluster whose nodes write; None: threads of this process.
     """
 
@@ -93,11 +93,15 @@ class JobOptions:
     def of_run(self) -> RunOptions:
         """The options of the run itself."""
         from quantcli.convert.execute import RunOptions
+        from quantcli.planning.parts import ON_NODES
 
         workers = self.workers or default_workers()
         if self.executor is not None and self.workers is None:
             workers = min(workers, TASK_WORKERS)
-        return RunOptions(workers, self.fresh, self.force, self.checksum, executor=self.executor)
+        parts = self.part == ON_NODES
+        return RunOptions(
+            workers, self.fresh, self.force, self.checksum, executor=self.executor, parts=parts
+        )
 
 
 USUAL = JobOptions()
@@ -119,7 +123,9 @@ def make_job(
     head = None if unknown else run_head(plan, checksum=options.checksum)
     done = out.done(head)
     shards = [shard.nbytes for shard in (part.shards(plan) if part else plan.shards)]
-    room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
+    room = None
+    if not options.parts:  # else it is the disks of the nodes that matter
+        room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
     memory = memory_estimate(plan, options.workers) + out.memory(plan.shards)
     return Job(plan, out, options, room, memory, done, session, part)
 
@@ -140,6 +146,10 @@ def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> W
     from quantcli.convert.execute import execute
     from quantcli.core.events import SILENT
 
+    if job.options.parts:
+        from quantcli.convert.spread.parts import write_parts
+
+        return write_parts(job.plan, job.out, job.options, progress or SILENT)
     return execute(
         job.plan, job.out, job.options, progress=progress or SILENT, part=job.part, final=final
     )

@@ -59,7 +59,7 @@ def plan(
     in place of what the recipe names. out: a folder, or a URL as text.
     """
     from quantcli.convert.destination import destination_of
-    from quantcli.planning.parts import parse_part
+    from quantcli.planning.parts import ON_NODES, Part, check_on_nodes, parse_part
     from quantcli.recipe.written import name_of
 
     given = overrides
@@ -69,11 +69,16 @@ def plan(
     named = out or opened.written.file.output or default_name(opened.model, recipe)
     whole = destination_of(named, progress)
     place, share = whole, None
-    if options.part is not None:
+    if options.part == ON_NODES:
+        check_on_nodes(options.executor)
+        whole.part(Part(1, 1))  # InputError if it takes none
+    elif options.part is not None:
         share = parse_part(options.part)
         place = whole.part(share)
+    if options.part is not None:
         whole.check(checkpoint.path, force=True)  # it need not be free yet
-    place.check(checkpoint.path, force=options.force)
+    if options.part != ON_NODES:
+        place.check(checkpoint.path, force=options.force)
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
     from quantcli.planning.planner import make_plan

@@ -36,6 +36,7 @@ class RunOptions:
     checksum:       hash every file for the manifest.
     block_elements: elements of a row block; None: see `elements_of`.
     executor:       the cluster whose nodes write shards; None: threads of this process do.
+    parts:          each node of the cluster writes a part to a disk of its own.
     """
 
     workers: int
@@ -44,6 +45,7 @@ class RunOptions:
     checksum: bool = True
     block_elements: int | None = None
     executor: Executor | None = None
+    parts: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError
 
 if TYPE_CHECKING:
     from quantcli.planning.plan import Shard, Work
 
 MOST = 100_000
+ON_NODES = "nodes"  # in place of a part: each node of a cluster writes one
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,19 @@ def parse_part(text: str) -> Part:
         raise InputError(
             "option is not a part of several parts",
             where=f"--part {text}",
-            fix="such as --part 2/3 for the second of three",
+            fix="such as --part 2/3 for the second of three, or --part nodes with --executor ray",
         )
     return Part(number, of)
+
+
+def check_on_nodes(executor: Executor | None) -> None:
+    """InputError for parts on nodes without a cluster."""
+    if executor is None:
+        raise InputError(
+            "nodes write parts only if there is a cluster",
+            where="--part nodes",
+            fix="add --executor ray, or give one part, such as --part 1/3",
+        )
 
 
 def split(plan: Work, of: int) -> dict[str, int]:

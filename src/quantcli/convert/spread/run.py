@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
@@ -38,7 +39,7 @@ def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spr
     with connect(spread.executor, run.progress) as cluster:
         cpus = cluster.task_cpus(spread.workers)
         run.progress.detail(f"each task has {cpus} of the CPUs of its node")
-        sources = identities(sorted(_files(plan, missing)))
+        sources = identities(source_files(plan, missing))
         cluster.everywhere(see_sources, common=sources, progress=run.progress)
         sink = run.draft.sink.on_all()
         if sink.shared is not None:
@@ -103,13 +104,11 @@ def check_spread(plan: Work) -> None:
         )
 
 
-def _files(plan: Work, shards: Sequence[Shard]) -> set[Path]:
-    """The files that tasks read."""
-    return {*_weights(plan), *_calibrated(shards)}
-
-
-def _weights(plan: Work) -> Iterator[Path]:
-    return (plan.checkpoint.path / name for name in plan.checkpoint.shards)
+def source_files(plan: Work, shards: Sequence[Shard]) -> list[Path]:
+    """The files that tasks read from a folder; one that is elsewhere is checked when it is read."""
+    weights = (plan.checkpoint.path / name for name in plan.checkpoint.shards)
+    files = {*weights, *_calibrated(shards)}
+    return sorted(file for file in files if not isinstance(file, RemoteFile))
 
 
 def _calibrated(shards: Sequence[Shard]) -> Iterator[Path]:

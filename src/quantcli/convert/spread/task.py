@@ -39,7 +39,7 @@ class Common:
     sources: Mapping[Path, tuple[int, str]]
 
 
-class _Within(Progress):
+class Within(Progress):
     """The progress of a task within that of its run, which alone counts shards."""
 
     def __init__(self, outer: Progress) -> None:
@@ -100,7 +100,7 @@ def write(common: Common, request: Request, progress: Progress) -> Entry:
 
 def _written(common: Common, shard: Shard, sink: ShardSink, progress: Progress) -> Entry:
     kept = _Kept(sink)
-    within = _Within(progress)
+    within = Within(progress)
     run = ShardRun(common.target, kept, within, common.checksum, common.block_elements)
     with thread_pool(common.workers) as pool, announced(progress.say):
         (error,) = write_together([(run, [shard])], (), pool, common.workers, within)

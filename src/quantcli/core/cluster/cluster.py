@@ -143,8 +143,10 @@ class Cluster:
         *,
         common: Any = None,
         progress: Progress = SILENT,
+        whole: bool = False,
     ) -> dict[Node, Any]:
-        """Do `work(common, node, progress)` on every node, for what is little work. The error of the
+        """Do `work(common, node, progress)` on every node. whole: it takes all CPUs; else it should be
+        little work. The error of the
         first node that has one is raised; MachineError if one does not answer. One that is gone by then
         is left out."""
         import ray
@@ -155,7 +157,7 @@ class Cluster:
 
         def start(index: int) -> Stream:
             on = remote.options(
-                num_cpus=0,
+                num_cpus=nodes[index].cpus if whole else 0,
                 num_returns="streaming",
                 max_retries=0,
                 scheduling_strategy=On(nodes[index].id, soft=False),
