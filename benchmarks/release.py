@@ -61,7 +61,7 @@ def main() -> None:
         alone = {recipe: release(folder, model, [recipe], sizes) for recipe in STATIC}
         together, weights = release(folder, model, STATIC, sizes)
     first = alone[STATIC[0]][0]
-    for recipe, (used, own) in alone.items():
+    for recipe, (_, own) in alone.items():
         same = own == {name: weights[recipe][name] for name in own}
         lines.append(Line(f"weights of {recipe} that differ", float(not same), "", 0))
     separate = sum(used.cpu for used, _ in alone.values()) / first.cpu
