@@ -44,7 +44,9 @@ class ClusterCrew:
         """workers: threads of a task; None: one for each CPU of a node, which has one task then."""
         self._cluster = cluster
         self._cpus = cluster.task_cpus(workers)
-        resources = replace(work.resources, workers=self._cpus)
+        # Ray shows a task one accelerator, whatever its number
+        self._device = work.resources.device.partition(":")[0]
+        resources = replace(work.resources, workers=self._cpus, device=self._device)
         self._work = cluster.share(replace(work, resources=resources))
         self.size = max(1, cluster.slots(self._cpus, spare=0))
 
@@ -57,8 +59,8 @@ class ClusterCrew:
         progress: Progress,
         done: Callable[[int, Any], None] = lambda index, result: None,
     ) -> list[Any]:
-        """As tasks with so many CPUs as a calibration has workers."""
-        options = TaskOptions(cpus=self._cpus, noun=noun)
+        """As tasks with so many CPUs as a calibration has workers, and an accelerator if it has one."""
+        options = TaskOptions(self._cpus, noun, self._device)
         return self._cluster.run(
             function, requests, common=self._work, options=options, done=done, progress=progress
         )

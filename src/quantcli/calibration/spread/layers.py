@@ -59,6 +59,7 @@ class LayerTasks:
         for share in self._shares:
             share.finish(range(len(self._names)))
         self._store.drop_states()
+        self._store.drop_states(of="*layer-*.safetensors.*")  # of processes that were lost
 
     def _forward(self, missing: Sequence[int]) -> None:
         """Write the inputs of layers, as far as an earlier run has not."""
