@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,14 @@ if TYPE_CHECKING:  # pydantic is slow to load
     from quantcli.verification.report.baseline import Baseline
 
 
-def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
+def run(
+    options: VerifyOptions,
+    progress: Progress = SILENT,
+    calibrations: Sequence[Path | None] | None = None,
+) -> dict[str, Any]:
     """The report on a checkpoint, see docs/verify.md; of several {"ok", "checkpoints": reports}.
+
+    calibrations: of each checkpoint, None for one without; by default that of the options for all.
 
     The files that the options name are written in any case. InputError for options that do not go
     together, and for a folder or id without a checkpoint.
@@ -46,9 +53,11 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
     earlier = _earlier(options.baseline, folders)
     reports = []
-    for folder, name in zip(folders, options.checkpoints, strict=True):
+    calibrations = calibrations or [options.calibration] * len(folders)
+    for folder, name, calibration in zip(folders, options.checkpoints, calibrations, strict=True):
         progress.say(f"verifying {name}: {', '.join(options.depths)}")
-        report = _verify(replace(options, checkpoint=folder, others=None), earlier, progress)
+        own = replace(options, checkpoint=folder, others=None, calibration=calibration)
+        report = _verify(own, earlier, progress)
         report["card_written"] = _write_card(folder, report, given) if options.card else None
         reports.append(report)
     _write(options, reports)
