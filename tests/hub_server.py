@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -304,11 +305,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> Iterator[Hub]:
+def serve(
+    folder: Path,
+    port: int = 0,
+    handler: type[Handler] = Handler,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[Hub]:
     """A server of a folder of models, at a free port unless one is given."""
     hub = handler.kind(folder)
     server = ThreadingHTTPServer((HOST, port), type("Own", (handler,), {"hub": hub}))
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     hub.address, hub.store = (f"http://{host}:{server.server_port}" for host in (HOST, STORE))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

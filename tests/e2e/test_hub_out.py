@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST
+from quantcli.convert.hub import _Scratch
 from tests.e2e.conftest import Box, Result, make_box, run_cli, snapshot
 from tests.hub_server import Asked
 from tests.hub_uploads import Shelf, uploads
@@ -199,6 +201,25 @@ def test_a_disk_that_is_too_full_is_told_before_the_work(
     refused = convert(box, "--plan")
     assert refused.code == 3
     assert "disk is too full for the largest shard" in refused.err
+
+
+def test_what_a_killed_run_left_here_is_deleted(box: Box, hub: Shelf, tmp_path: Path) -> None:
+    """Nobody else's folder is used, and no two runs share one."""
+    killed = _Scratch(URL)
+    (killed.shards / SHARDS[0]).write_bytes(b"half")
+    assert "another run is writing here" in convert(box).err
+    os.close(killed._fd)  # as the end of a process does
+    (folder,) = (tmp_path / "scratch").iterdir()
+    aside = folder.rename(tmp_path / "aside")
+    folder.symlink_to(aside)
+    refused = convert(box)
+    assert refused.code == 3
+    assert "somebody else has made this folder, or can write in it" in refused.err
+    assert (aside / "shards" / SHARDS[0]).exists()
+    folder.unlink()
+    aside.rename(folder)
+    assert convert(box).code == 0
+    assert not folder.exists()
 
 
 def test_parts_are_joined_in_a_repository(box: Box, hub: Shelf, expected: dict[str, str]) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import check_spread
-from quantcli.convert.spread.task import check_sources, identities
 from quantcli.core.cluster.actors import ActorLost
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
+from quantcli.core.cluster.sources import check_sources, identities
 from quantcli.core.errors import InputError, MachineError
 from tests import ray_work
 from tests.builders import pack

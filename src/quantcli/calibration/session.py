@@ -38,7 +38,6 @@ from quantcli.calibration.text.dataset import (
     source_digest,
 )
 from quantcli.calibration.text.examples import NAME, Examples
-from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
@@ -78,10 +77,15 @@ class Session:
     @property
     def states_nbytes(self) -> int:
         """Bytes of hidden states on disk at a time, at most: of two layers, as config.json has them."""
-        hidden = self.plan.checkpoint.text_config.get("hidden_size")
-        size = hidden if isinstance(hidden, int) and hidden > 0 else 0
-        itemsize = torch_dtype(dtype_of(self.plan)).itemsize
-        return 2 * self.source.samples * self.source.length * size * itemsize
+        return 2 * spread.states_nbytes(self.plan, self.source.samples * self.source.length)
+
+    @property
+    def cluster_states_nbytes(self) -> int:
+        """The same on a cluster: of all layers, if these are tasks."""
+        layers = self.plan.checkpoint.text_config.get("num_hidden_layers")
+        if not spread.by_layers([self.plan]) or not isinstance(layers, int):
+            return self.states_nbytes
+        return (layers + 1) * self.states_nbytes // 2
 
 
 def prepare_session(

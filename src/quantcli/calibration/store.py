@@ -46,7 +46,8 @@ _STATES = (
     rf"|states-[0-9a-f]{{64}}{_PART}\.safetensors"
 )
 _FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
-_OURS = re.compile(rf"{_FILES}|\.{_FILES}\.writing|\.lock")
+_ATTEMPT = r"(\.[0-9a-f]{16})?"  # of one of several processes
+_OURS = re.compile(rf"{_FILES}{_ATTEMPT}|\.{_FILES}{_ATTEMPT}\.writing|\.lock")
 _FURTHER = re.compile(r"further-[0-9a-f]{16}")
 _BEGUN = frozenset({".lock", f".{HEAD}.writing"})  # files that exist before HEAD names them
 
@@ -137,14 +138,19 @@ class Store:
             self._fd = -1
 
 
-def save_layer(folder: Path, index: int, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
+def save_layer(
+    folder: Path, index: int, tensors: Mapping[str, Tensor], report: LayerReport, attempt: str = ""
+) -> None:
     """A layer is done: its tensors by their names in the file, and its report. The folder is locked by
-    this process, or by the one that it works for."""
+    this process, or by the one that it works for.
+
+    attempt: tells the unfinished file from those of other processes, such as `.0123456789abcdef`.
+    """
     specs = [
         TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape))
         for name, t in sorted(tensors.items())
     ]
-    writer = ShardWriter(folder, layer_file(index), layout(specs))
+    writer = ShardWriter(folder, layer_file(index) + attempt, layout(specs))
     try:
         for name, tensor in tensors.items():
             if tensor.numel():
@@ -154,7 +160,9 @@ def save_layer(folder: Path, index: int, tensors: Mapping[str, Tensor], report: 
         writer.abandon()
         raise
     document = report.document()
-    signed = {**document, "sha256": _seal(folder / layer_file(index), document)}
+    signed = {**document, "sha256": _seal(writer.path, document)}
+    with disk_errors(writer.path):
+        writer.path.rename(folder / layer_file(index))
     text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     write_file(folder / _report(index), text.encode())
 

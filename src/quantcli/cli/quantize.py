@@ -184,10 +184,12 @@ def _calibration_text(job: Job[Plan]) -> str:
     resumes = f", continues after {count(done, 'layer')}" if done else ""
     source = session.source
     memory = decimal(job.memory + session.memory_nbytes(job.options.workers))
+    on_cluster = job.options.executor is not None
+    states = session.cluster_states_nbytes if on_cluster else session.states_nbytes
     return (
         f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
         f"{source.data}, kept in {session.folder}{resumes}; about {memory} of "
-        f"memory, and up to {decimal(session.states_nbytes)} of hidden states on disk"
+        f"memory, and up to {decimal(states)} of hidden states on disk"
     )
 
 

@@ -136,7 +136,7 @@ def plan(
 def _why_streamed(job: Job[Plan], pending: Pending) -> str | None:
     """Why a model of the Hub is read where it is; None if it is to be fetched, since the disk has room
     for it next to the output and what the calibration keeps."""
-    if job.shards_done:
+    if job.out.begun and not job.options.fresh:  # its journal knows the files by their hashes
         return f"streaming {pending.given}, as the interrupted run did"
     others = 0
     if job.room is not None and _is_on(job.out.folder, pending.place):

@@ -8,17 +8,24 @@ from __future__ import annotations
 import json
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from quantcli.calibration import session as sessions
+from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.spread import run as spread
 from quantcli.calibration.spread import worker
+from quantcli.calibration.spread.crew import shares_of
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import calibrate as commands
 from quantcli.core.cluster.executor import Executor
+from quantcli.core.events import Progress
+from quantcli.sources.decode import decoded
 from tests.e2e.calibrating import LENGTH, TEXT, Models
 
 ON = Resources(workers=2, executor=Executor("local"))
@@ -44,7 +51,7 @@ CODES = (
 LEARNED = HEAD % (
     "ascend",
     ", dtype: float32",
-    "{match: '*_proj', scheme: {name: w4a4_flatquant, epochs: 1, batch: 2}}",
+    "{match: '*layers.1.*_proj', scheme: {name: w4a4_flatquant, epochs: 1, batch: 2}}",
 )
 CASES = {
     "averages": (AVERAGE, "qwen3"),
@@ -57,15 +64,36 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("size", "threads", "lengths"),
+    [(3, 1, [2, 3, 3]), (3, 2, [2, 3, 3]), (3, 4, [4, 4]), (30, 1, [1] * 8), (2, 30, [8])],
+)
+def test_a_share_of_batches_keeps_its_threads_busy(size, threads, lengths):
+    crew = Mock(size=size, threads=threads)
+    shares = shares_of(8, crew)
+    assert [len(share) for share in shares] == lengths
+    assert [n for share in shares for n in share] == list(range(8))
+
+
 class Lost(Exception):
     """The driver is gone."""
+
+
+class Steps(Progress):
+    """Notes the steps of a run."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, done, total, **more):
+        self.steps.append((done, total))
 
 
 class Processes:
     """A crew of `size`. fails: the request, counted over all, with which the driver ends."""
 
     def __init__(self, work: worker.Work, size: int, fails: int | None = None) -> None:
-        self.size = size
+        self.size, self.threads = size, 1
         self.asked: list[Any] = []
         self._work = [pickle.dumps(work)] * size
         self._kept: list[dict[str, Any]] = [{} for _ in range(size)]
@@ -97,11 +125,8 @@ def models(tmp_path_factory):
 def bench(tmp_path, models, monkeypatch):
     """Calibrates in a folder, with threads or with some processes; gives the crew, if there was one."""
     monkeypatch.setattr(sessions, "BATCH_TOKENS", LENGTH)
-    (tmp_path / "text.txt").write_text(TEXT)
-    records = [json.dumps({"text": TEXT[: 4 * n]}) for n in range(2, 7)]
-    (tmp_path / "records.jsonl").write_text("\n".join(records))
 
-    def calibrate(recipe, family, folder, size=0, fails=None, progress=None):
+    def calibrate(case, folder, size=0, fails=None):
         crews = []
 
         def on_cluster(shares, work, resources, progress):
@@ -109,15 +134,25 @@ def bench(tmp_path, models, monkeypatch):
             spread.calibrate(shares, work, crews[0], progress)
 
         monkeypatch.setattr(spread, "on_cluster", on_cluster)
-        (tmp_path / "recipe.yaml").write_text(recipe)
-        session = commands.plan_calibration(
-            str(tmp_path / "recipe.yaml"), model=str(models(family)), out=tmp_path / folder
-        )
+        recipe, model = write_case(tmp_path, case), models(CASES[case][1])
+        session = commands.plan_calibration(str(recipe), model=str(model), out=tmp_path / folder)
+        progress = Steps()
         with suppress(Lost):
             commands.calibrate(session, ON if size else Resources(workers=2), progress)
+        if crews:
+            crews[0].progress = progress
         return crews[0] if crews else None
 
     return calibrate
+
+
+def write_case(root: Path, case: str) -> Path:
+    """The recipe of a case, with its data."""
+    (root / "text.txt").write_text(TEXT)
+    records = [json.dumps({"text": TEXT[: 4 * n]}) for n in range(2, 7)]
+    (root / "records.jsonl").write_text("\n".join(records))
+    (root / "recipe.yaml").write_text(CASES[case][0])
+    return root / "recipe.yaml"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -127,8 +162,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_processes_gives_the_bytes_of_threads(case, bench, tmp_path):
-    bench(*CASES[case], "threads")
-    crew = bench(*CASES[case], "shared", size=3)
+    bench(case, "threads")
+    crew = bench(case, "shared", size=3)
     assert content(tmp_path / "shared") == content(tmp_path / "threads")
     kinds = [type(request).__name__ for request in crew.asked]
     by_layers = case in {"codes", "learned"}
@@ -137,15 +172,38 @@ def test_any_number_of_processes_gives_the_bytes_of_threads(case, bench, tmp_pat
     assert batches.count(0) == batches.count(4) >= 1  # each of five samples as often as the others
 
 
-@pytest.mark.parametrize("case", ["averages", "codes", "learned"])
+def test_steps_at_the_driver_are_batches_of_layers(bench):
+    steps = [
+        (done, total) for done, total in bench("codes", "shared", size=3).progress.steps if total == 15
+    ]
+    assert steps == [(n, 15) for n in range(1, 16)]  # five samples through all layers but the last
+
+
+def test_threads_continue_what_processes_have_begun(bench, tmp_path):
+    bench("codes", "threads")
+    assert bench("codes", "shared", size=3, fails=5) is not None
+    assert bench("codes", "shared") is None
+    assert content(tmp_path / "shared") == content(tmp_path / "threads")
+
+
+@pytest.mark.parametrize("case", ["averages", "codes"])
 def test_an_interrupted_driver_goes_on_with_other_processes(case, bench, tmp_path):
     """Only what was not complete is done again."""
-    bench(*CASES[case], "threads")
-    first = bench(*CASES[case], "shared", size=3, fails=6)
-    second = bench(*CASES[case], "shared", size=2)
+    bench(case, "threads")
+    first = bench(case, "shared", size=3, fails=6)
+    second = bench(case, "shared", size=2)
     assert content(tmp_path / "shared") == content(tmp_path / "threads")
     if case == "averages":
         assert {request.layer for request in second.asked} == {2, 3}
     else:
         layers = [[r.layer for r in crew.asked if hasattr(r, "recipes")] for crew in (first, second)]
         assert layers == [[3, 2, 1], [0]]
+
+
+def test_a_model_is_built_where_its_folder_is_not(models, tmp_path):
+    """As a node does with one that is elsewhere."""
+    here = decoded(open_checkpoint(models("llama")))
+    there = Skeleton(replace(here, path=tmp_path / "none"), "BF16", trust_remote_code=False)
+    layers = Skeleton(here, "BF16", trust_remote_code=False).layers
+    assert [name for name, _ in there.layers] == [name for name, _ in layers]
+    assert str(there.model.config) == str(there.model.config.from_dict(here.config))

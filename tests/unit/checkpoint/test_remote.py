@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import pickle
+import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from quantcli.calibration.text.dataset import TextSource, source_digest
 from quantcli.checkpoint.checkpoint import must_be_unchanged, open_checkpoint
 from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.hub import address_of, find_model, mount
 from quantcli.checkpoint.remote import ahead, mounts
+from quantcli.checkpoint.remote import web as requests
 from quantcli.checkpoint.remote.ahead import Reader
 from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.checkpoint.remote.origin import Listing, Origin, Version
@@ -25,9 +32,9 @@ from quantcli.checkpoint.tensors import read_tensor, will_read
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Progress
 from tests.builders import Tensor, make_model
-from tests.hub_server import Fault, Hub, used
+from tests.hub_server import Fault, Hub, serve, used
 from tests.object_server import Objects
-from tests.web_server import served
+from tests.web_server import Pages, served
 
 FILE = "model.safetensors"
 
@@ -308,6 +315,51 @@ def test_a_server_that_names_no_files(model: Path) -> None:
             must_be_unchanged(checkpoint)
 
 
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """The files of a certificate for this machine, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "certificate", folder / "key"
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    files[0].write_bytes(made.public_bytes(form[0]))
+    files[1].write_bytes(key.private_bytes(*form))
+    return files
+
+
+def test_certificates_are_checked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted, key = certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(trusted, key)
+    with serve(model.parents[1], handler=Pages, tls=tls) as hub:
+        address = hub.store.replace("http:", "https:") + "/org/name"
+        for bundle, what in (
+            (key, "certificates cannot be read"),
+            (tmp_path / "none", "cannot be read"),
+        ):
+            requests._tls.cache_clear()
+            monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+            with pytest.raises(MachineError, match=what):
+                find_model(address)
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(MachineError, match="the certificate of the server is not trusted"):
+            find_model(address)
+        requests._tls.cache_clear()
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+        assert values(find_model(address)) == values(model)
+    requests._tls.cache_clear()
+
+
 def test_the_token_goes_to_the_hub_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,19 +426,33 @@ def test_neighbours_are_fetched_together() -> None:
 
 
 def test_memory_is_limited_and_used_again() -> None:
-    origin, reader = Gated(40 * M), Reader(limit=8 * M, connections=3)
+    origin, reader = Gated(40 * M), Reader(limit=9 * M, connections=3)
     origin.want(reader, 0, 40 * M)
     wait_for(lambda: len(origin.asked) == 2)
     origin.open.set()
     for begin in range(0, 40 * M, M):
-        assert reader.nbytes <= 8 * M
+        assert reader.nbytes <= 9 * M
         origin.read(reader, begin, begin + M)
     assert sorted(origin.asked) == [(begin, begin + 4 * M) for begin in range(0, 40 * M, 4 * M)]
     assert reader.nbytes == 0
 
 
+def test_small_pieces_take_no_more_memory_than_their_bytes() -> None:
+    origin, reader = Gated(40 * M), Reader(limit=9 * M)
+    origin.open.set()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for begin in range(0, 40 * M, M):
+            origin.want(reader, begin, begin + 300 * K)
+        wait_for(lambda: len(origin.asked) == 9 * M // (300 * K))
+        assert tracemalloc.get_traced_memory()[0] - before < 10 * M
+    finally:
+        tracemalloc.stop()
+
+
 def test_blocks_that_nobody_reads_make_room_in_the_end() -> None:
-    origin, reader = Gated(80 * M), Reader(limit=8 * M)
+    origin, reader = Gated(80 * M), Reader(limit=9 * M)
     origin.open.set()
     origin.want(reader, 0, 8 * M)
     wait_for(lambda: len(origin.asked) == 2)

@@ -5,6 +5,7 @@ Nothing that came with a model runs here unless `trust_remote_code` says so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -112,7 +113,13 @@ def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) ->
 
 @contextmanager
 def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Where transformers reads config.json and code from: a copy if that has a byte order mark."""
+    """Where transformers reads config.json and code from: a copy if that has a byte order mark, or if
+    the model is elsewhere, and was opened on another machine."""
+    if not checkpoint.path.is_dir():
+        with TemporaryDirectory() as name:
+            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config))
+            yield Path(name)
+        return
     plain = checkpoint.plain_config()
     if not plain:
         yield checkpoint.path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
@@ -154,10 +155,11 @@ class StatesWriter:
         """file: its name. shapes: of each batch; the dtype is that of what is put. part: the batches
         that are put here, if other processes put the others."""
         self._shapes = dict(enumerate(spec.shape for spec in shapes))
-        self._tag = ""
+        self._tag = self._attempt = ""
         if part is not None:
             self._shapes = {number: self._shapes[number] for number in part}
             self._tag = f".{min(part):06d}-{len(part):06d}"
+            self._attempt = f".{secrets.token_hex(8)}"  # a process that is thought dead may write, too
         self._whole = partial(load_states, folder, file, shapes, budget)
         self._folder, self._path = folder, folder / _tagged(file, self._tag)
         self._opened: ShardWriter | None = None
@@ -179,7 +181,8 @@ class StatesWriter:
             if self._opened is None:
                 dtype = safetensors_dtype(hidden.dtype)
                 specs = [TensorSpec(_key(b), dtype, shape) for b, shape in self._shapes.items()]
-                self._opened = ShardWriter(self._folder, self._path.name, layout(specs), read_soon=True)
+                file = self._path.name + self._attempt
+                self._opened = ShardWriter(self._folder, file, layout(specs), read_soon=True)
             return self._opened
 
     def _keep(self, item: Any) -> Any:
@@ -191,9 +194,9 @@ class StatesWriter:
         name = _tagged(f"states-{content.hexdigest()}.safetensors", self._tag)
         with self._lock:  # other threads may carry the same
             if not (self._folder / name).exists():
-                writer = ShardWriter(self._folder, name, [spec], read_soon=True)
+                writer = ShardWriter(self._folder, name + self._attempt, [spec], read_soon=True)
                 writer.write("carried", 0, tensor_bytes(tensor))
-                writer.finish()
+                self._finish(writer, name)
         return name
 
     def finish(self) -> States:
@@ -206,12 +209,19 @@ class StatesWriter:
         if self._listed:
             batches = {str(batch): self._listed[batch] for batch in sorted(self._listed)}
             self._states.listed = Listed(self._folder, batches)
-            path = self._folder / _carried_file(self._path.name)
+            path = self._folder / (_carried_file(self._path.name) + self._attempt)
             with disk_errors(path):
                 path.write_text(json.dumps(batches))
-        self._opened.finish()
+                path.rename(self._folder / _carried_file(self._path.name))
+        self._finish(self._opened, self._path.name)
         self._states.stored = _stored(self._path)
         return self._states
+
+    def _finish(self, writer: ShardWriter, name: str) -> None:
+        writer.finish()
+        if self._attempt:
+            with disk_errors(writer.path):
+                writer.path.rename(self._folder / name)
 
     def __enter__(self) -> Self:
         return self

@@ -26,13 +26,12 @@ class SharedPasses:
 
     def watch(self, layer: LoadedLayer, watch: Watch, *, onward: bool) -> bool:
         """Make a pass, unless `watch` cannot be sent to other processes."""
-        part = watch.part()
-        if part is None:
+        if watch.part() is None:
             layer.run.progress.detail(
                 f"{layer.name}: this pass is made here, since not all that it shows can be sent"
             )
             return False
-        for seen in self._pass(layer, part, {}, self.edits, onward=onward):
+        for seen in self._pass(layer, watch, {}, self.edits, onward=onward):
             assert seen is not None
             watch.absorb(seen)
         return True
@@ -46,7 +45,7 @@ class SharedPasses:
     def _pass(
         self,
         layer: LoadedLayer,
-        part: Watch | None,
+        watch: Watch | None,
         stats: Mapping[str, Stats],
         edits: Mapping[str, EditFactors],
         *,
@@ -56,8 +55,8 @@ class SharedPasses:
         recipe = next(n for n, run in enumerate(self.recipes) if run.policy is layer.run.policy)
         # the probe, behind the samples, is run for its outputs
         requests = [
-            Pass(layer.index, recipe, batches, edits, part, stats, onward)
-            for batches in shares_of(samples + onward, self._crew.size)
+            Pass(layer.index, recipe, batches, edits, watch and watch.part(), stats, onward)
+            for batches in shares_of(samples + onward, self._crew)
         ]
         progress = Steps(layer.run.progress, samples)
         return self._crew.run(make_pass, requests, noun="pass", progress=progress)

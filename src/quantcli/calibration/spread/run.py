@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from quantcli.calibration.building import block_of, dtype_of
 from quantcli.calibration.calibrate import Calibrator, Share
@@ -15,8 +16,10 @@ from quantcli.calibration.spread.layers import LayerTasks
 from quantcli.calibration.spread.passes import SharedPasses
 from quantcli.calibration.spread.worker import Work
 from quantcli.calibration.text.dataset import Batch
+from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.checkpoint.spec import torch_dtype
 from quantcli.core.cluster.connect import connect
+from quantcli.core.cluster.sources import identities, see_sources
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.planning.plan import Plan
@@ -40,8 +43,8 @@ def work_of(
 def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progress: Progress) -> None:
     """Measure all layers that are not done yet, on the nodes of a cluster.
 
-    InputError for a model in memory, MachineError if a node does not see the calibration's folder, or
-    has another kind of CPU.
+    InputError for a model in memory, MachineError if a node does not see the model or the calibration's
+    folder, or has another kind of CPU.
     """
     if work.plans[0].checkpoint.in_memory:
         raise InputError(
@@ -50,24 +53,31 @@ def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progre
     assert resources.executor is not None
     with connect(resources.executor, progress) as cluster:
         cluster.check_alike()
+        cluster.everywhere(see_sources, common=identities(_weights(work)), progress=progress)
         for folder in dict.fromkeys(work.stores):
             cluster.check_shared(folder, "--calibration")
         calibrate(shares, work, ClusterCrew(cluster, work, resources.task_workers), progress)
 
 
-def states_nbytes(work: Work) -> int:
-    """Bytes of the hidden states at one place of the model, as config.json has them."""
-    plan = work.plans[0]
+def _weights(work: Work) -> list[Path]:
+    """Files of the model in a folder; one that is elsewhere is checked when it is read."""
+    checkpoint = work.plans[0].checkpoint
+    files = (checkpoint.path / name for name in sorted(checkpoint.shards))
+    return [file for file in files if not isinstance(file, RemoteFile)]
+
+
+def states_nbytes(plan: Plan, tokens: int) -> int:
+    """Bytes of the hidden states of some tokens at one place of the model, as config.json has them."""
     hidden = plan.checkpoint.text_config.get("hidden_size")
     width = hidden if isinstance(hidden, int) and hidden > 0 else 0
-    tokens = sum(batch.input_ids.numel() for batch in work.batches)
     return tokens * width * torch_dtype(dtype_of(plan)).itemsize
 
 
 def calibrate(shares: Sequence[Share], work: Work, crew: Crew, progress: Progress) -> None:
     """Measure all layers that are not done yet. The files are those of threads."""
     if by_layers(work.plans):
-        LayerTasks(shares, crew, progress, states_nbytes(work)).run()
+        tokens = sum(batch.input_ids.numel() for batch in work.batches)
+        LayerTasks(shares, crew, progress, states_nbytes(work.plans[0], tokens)).run()
         return
     if block_of(work.plans[0]).inputs == "running":
         progress.detail("`inputs: running` goes sample by sample: it runs in this process alone")

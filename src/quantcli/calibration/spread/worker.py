@@ -7,6 +7,7 @@ are called, stay in the process from one request to the next.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -135,6 +136,7 @@ class _Process:
         self._specs: list[TensorSpec] = []  # of the hidden states in that stack
 
     def _report_to(self, progress: Progress) -> None:
+        """Report batches that run through layers as steps; not those whose calls are noted."""
         self._replay.report_to(progress, len(self._work.batches) - 1)
 
     # -- hidden states ---------------------------------------------------------------------------
@@ -168,6 +170,7 @@ class _Process:
             self._note(number, batches, self._must_load(final_file(number - 1), batches))
 
     def _note(self, stack: int, batches: Sequence[int], final: States | None) -> None:
+        self._report_to(SILENT)
         self._entered, self._specs = None, []
         first, writers = states_file(self._skeleton.stacks[stack].start), list[StatesWriter]()
 
@@ -191,12 +194,12 @@ class _Process:
     # -- requests --------------------------------------------------------------------------------
 
     def forward(self, request: Forward, progress: Progress) -> None:
-        self._report_to(progress)
         batches, last = request.batches, max(request.layers)
         for stack, layers in enumerate(self._skeleton.stacks):
             if layers.start > last:
                 break
             self._enter(stack, batches)
+            self._report_to(progress)
             files = {index: states_file(index) for index in layers if index in request.layers}
             if layers.stop <= last:
                 files[layers.stop] = final_file(stack)
@@ -228,8 +231,8 @@ class _Process:
         return next(n for n, layers in enumerate(self._skeleton.stacks) if index in layers)
 
     def make_pass(self, request: Pass, progress: Progress) -> Watch | None:
-        self._report_to(progress)
         self._enter(self._stack_of(request.layer), self._all)
+        self._report_to(progress)
         states = self._must_load(states_file(request.layer), request.batches)
         layer = LoadedLayer(self._runs[request.recipe], request.layer, states)
         file = outputs_file(self._skeleton.stacks, request.layer)
@@ -248,15 +251,16 @@ class _Process:
 
     def measure(self, request: Measure, progress: Progress) -> Measured:
         began = time.monotonic()
-        self._report_to(_OneOfSeveral(progress, self._skeleton.layers[request.layer][0]))
         self._enter(self._stack_of(request.layer), self._all)
+        self._report_to(_OneOfSeveral(progress, self._skeleton.layers[request.layer][0]))
         states = self._must_load(states_file(request.layer), self._all)
         states.hold_all()
         runs = [LayerRun(LoadedLayer(self._runs[n], request.layer, states)) for n in request.recipes]
 
         def save(run: LayerRun, tensors: dict[str, Tensor]) -> None:
             folder = self._work.stores[request.recipes[runs.index(run)]]
-            save_layer(folder, request.layer, tensors, run.report)
+            attempt = f".{secrets.token_hex(8)}"  # a process that is thought dead may write, too
+            save_layer(folder, request.layer, tensors, run.report, attempt)
 
         measure_layer(runs[0].layer, runs, None, save)
         reports = [run.report for run in runs]

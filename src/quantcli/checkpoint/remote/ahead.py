@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from quantcli.checkpoint.remote.origin import Origin, Version
 from quantcli.checkpoint.remote.reading import read_range
 
-LIMIT = 16 * 2**20  # bytes of pieces
+LIMIT = 17 * 2**20  # bytes of pieces: four large ones
 CONNECTIONS = 4
 PIECE = 4 * 2**20  # bytes that are asked for at once
 PAGE = 2**16
@@ -51,6 +51,16 @@ class _Piece:
     def nbytes(self) -> int:
         return self.end - self.begin
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it is read into a buffer that is used again."""
+        return self.nbytes > PIECE // 2
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes."""
+        return PIECE + PAGE if self.is_large else self.nbytes
+
 
 class Reader:
     """Reads remote files for all threads of a process."""
@@ -64,7 +74,7 @@ class Reader:
         self._pages: OrderedDict[tuple[Key, int], bytes] = OrderedDict()
         self._streams: OrderedDict[tuple[Key, int], int] = OrderedDict()  # an end -> bytes of the run
         self._buffers: list[bytearray] = []
-        self.nbytes = 0  # of pieces that are coming or here
+        self.nbytes = 0  # of memory that pieces take which are coming or here
         self._read = 0  # bytes that were read in all
         self._threads = self._free = 0
 
@@ -116,9 +126,9 @@ class Reader:
         """The next piece to fetch, if there is memory for it."""
         if not self._waiting:
             return None
-        if self.nbytes + self._waiting[0].nbytes > self.limit:
+        if self.nbytes + self._waiting[0].memory > self.limit:
             self._forget()
-        return self._waiting[0] if self.nbytes + self._waiting[0].nbytes <= self.limit else None
+        return self._waiting[0] if self.nbytes + self._waiting[0].memory <= self.limit else None
 
     def _forget(self) -> None:
         """Drop pieces that nobody came for while much else was read."""
@@ -151,8 +161,8 @@ class Reader:
     def _begin(self, piece: _Piece) -> None:
         """Take memory for a piece. The lock is held."""
         piece.state = "coming"
-        self.nbytes += piece.nbytes
-        if piece.is_page:
+        self.nbytes += piece.memory
+        if not piece.is_large:
             piece.data = memoryview(bytearray(piece.nbytes))
             return
         buffer = self._buffers.pop() if self._buffers else bytearray(PIECE + PAGE)
@@ -174,7 +184,7 @@ class Reader:
 
     def _drop(self, piece: _Piece) -> None:
         """Give the memory of a piece back. The lock is held."""
-        self.nbytes -= piece.nbytes
+        self.nbytes -= piece.memory
         buffer = piece.data.obj
         piece.data = memoryview(b"")
         spare = len(self._buffers) < self._connections

@@ -9,7 +9,6 @@ from hashlib import sha256
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
-from quantcli.checkpoint.remote.ahead import READER
 from quantcli.checkpoint.remote.origin import Origin, Version
 
 
@@ -68,12 +67,16 @@ class RemoteFile(PosixPath):
         if offset + nbytes <= place.here and self.exists():
             with super().open("rb", 0) as file:
                 return os.preadv(file.fileno(), [block[:nbytes]], offset)
+        from quantcli.checkpoint.remote.ahead import READER  # `inspect` of a folder does without
+
         READER.read(place.origin, place.name, place.version, offset, block[:nbytes], bound)
         return nbytes
 
     def will_read(self, begin: int, end: int) -> None:
         """Begin to fetch bytes [begin, end), if memory for it is free."""
         if self.place is not None:
+            from quantcli.checkpoint.remote.ahead import READER
+
             READER.want(self.place.origin, self.place.name, self.place.version, begin, end)
 
 

@@ -19,12 +19,13 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from quantcli.checkpoint.remote.origin import PassingError
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, MachineError
 
 _TIMEOUT = 30.0  # seconds until a server has to send something
 _MOST_REDIRECTS = 5
 _MOST_IDLE = 8  # connections to one server that are kept
 _REDIRECTS = (301, 302, 303, 307, 308)
+_BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # name files of certificates
 _BROKEN = (OSError, http.client.HTTPException)
 
 
@@ -67,8 +68,12 @@ atexit.register(_idle.close)
 
 @cache
 def _tls() -> ssl.SSLContext:
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    context = ssl.create_default_context(cafile=bundle or None)
+    bundle = next(filter(None, map(os.environ.get, _BUNDLES)), None)
+    try:
+        context = ssl.create_default_context(cafile=bundle)
+    except OSError as error:  # no such file, or no certificates in it
+        what, fix = f"certificates cannot be read: {reason(error)}", "check SSL_CERT_FILE"
+        raise MachineError(what, where=bundle, fix=fix) from None
     if not context.cert_store_stats()["x509_ca"] and not context.get_ca_certs():
         import certifi  # of huggingface_hub: for systems without certificates of their own
 
@@ -131,6 +136,13 @@ def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.
         try:
             connection.request(method, target, headers={**headers, **more})
             response = connection.getresponse()
+        except ssl.SSLCertVerificationError:
+            connection.close()
+            raise MachineError(
+                "the certificate of the server is not trusted",
+                where=f"{parts.scheme}://{parts.hostname}",
+                fix="set SSL_CERT_FILE to a file with the certificates that you trust",
+            ) from None
         except _BROKEN as error:
             connection.close()
             raise PassingError(reason(error)) from None

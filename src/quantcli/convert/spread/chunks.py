@@ -34,16 +34,20 @@ from quantcli.planning.block import Job
 from quantcli.planning.plan import Shard
 
 LEAST = 256 * 2**20  # bytes of source in a chunk: less would not be worth its task
-_EACH = 8  # tasks for each that runs at a time, so that all end at about the same time
 _ALIGNMENT = 4096  # bytes, of what O_DIRECT writes
 
 
 def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
-    """The number of chunks of each shard, if so many tasks run at a time. One: it stays whole."""
-    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
-    if slots < 2:
+    """The number of chunks of each shard, if so many tasks run at a time. One: it stays whole.
+
+    The file of chunks is read again for its hash. Where links and disks set the pace, that takes longer
+    than a last round of tasks in which some nodes have nothing to do: see benchmarks/cluster.py. So
+    shards are cut only if each can have two tasks or more.
+    """
+    if slots < 2 * len(shards):
         return [1] * len(shards)
-    size = max(LEAST, math.ceil(sum(sizes) / (slots * _EACH)))
+    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
+    size = max(LEAST, math.ceil(sum(sizes) / slots))
     whole = (bool(shard.by_columns) for shard in shards)  # their bytes lie all over the shard
     return [
         1 if is_whole else max(1, round(n / size)) for n, is_whole in zip(sizes, whole, strict=True)

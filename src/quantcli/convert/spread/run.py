@@ -10,10 +10,11 @@ from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
-from quantcli.convert.spread.task import Common, InChunks, Request, identities, see_sources, write
+from quantcli.convert.spread.task import Common, InChunks, Request, write
 from quantcli.convert.together import begin_together
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
+from quantcli.core.cluster.sources import identities, see_sources
 from quantcli.core.cluster.tasks import TaskOptions
 from quantcli.core.errors import InputError
 from quantcli.planning.plan import Copy, Quantize, Shard, Work

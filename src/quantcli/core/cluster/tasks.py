@@ -23,14 +23,21 @@ Done: TypeAlias = Callable[[int, Any], Iterable[Any] | None]  # index, result ->
 _MOST_CRASHES = 4  # of one request, on nodes that live on
 _PATIENCE = 300.0  # seconds without a node that could work
 _TICK = 1.0  # seconds
+_ACCELERATOR: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "cuda": {"num_gpus": 1},
+    "npu": {"resources": {"NPU": 1}},
+}
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How requests are done. cpus: of each. noun: what one is, for messages."""
+    """How requests are done. cpus: of each. noun: what one is, for messages. device: cpu, cuda or npu:
+    whether each takes an accelerator."""
 
     cpus: int = 1
     noun: str = "task"
+    device: str = "cpu"
 
 
 class TaskRun:
@@ -51,6 +58,7 @@ class TaskRun:
         self._heard = Heard(progress)
         self._task = ray.remote(task).options(
             num_cpus=options.cpus,
+            **_ACCELERATOR[options.device],
             num_returns="streaming",
             max_retries=0,  # `_again` counts and reports it
             scheduling_strategy="SPREAD",
