@@ -62,7 +62,7 @@ def main() -> None:
         together, weights = release(folder, model, STATIC, sizes)
     first = alone[STATIC[0]][0]
     for recipe, (_, own) in alone.items():
-        same = own == {name: weights[recipe][name] for name in own}
+        same = own == {recipe: weights[recipe]}
         lines.append(Line(f"weights of {recipe} that differ", float(not same), "", 0))
     separate = sum(used.cpu for used, _ in alone.values()) / first.cpu
     lines.append(Line("CPU of the release over one recipe's", together.cpu / first.cpu, "x", CPU_BAR))
