@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from quantcli.core.events import SILENT, Progress
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:  # pydantic is slow to load
+    from quantcli.core.cluster.cluster import Cluster
     from quantcli.verification.report.baseline import Baseline
 
 
@@ -54,12 +56,14 @@ def run(
     earlier = _earlier(options.baseline, folders)
     reports = []
     calibrations = calibrations or [options.calibration] * len(folders)
-    for folder, name, calibration in zip(folders, options.checkpoints, calibrations, strict=True):
-        progress.say(f"verifying {name}: {', '.join(options.depths)}")
-        own = replace(options, checkpoint=folder, others=None, calibration=calibration)
-        report = _verify(own, earlier, progress)
-        report["card_written"] = _write_card(folder, report, given) if options.card else None
-        reports.append(report)
+    alike = any(own is not None for own in calibrations)
+    with _cluster(options, progress, alike=alike) as cluster:
+        for folder, name, own in zip(folders, options.checkpoints, calibrations, strict=True):
+            progress.say(f"verifying {name}: {', '.join(options.depths)}")
+            one = replace(options, checkpoint=folder, others=None, calibration=own)
+            report = _verify(one, earlier, progress, cluster)
+            report["card_written"] = _write_card(folder, report, given) if options.card else None
+            reports.append(report)
     _write(options, reports)
     if len(reports) == 1:
         return reports[0]
@@ -98,10 +102,35 @@ def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
     return baseline
 
 
-def _verify(options: VerifyOptions, baseline: Baseline | None, progress: Progress) -> dict[str, Any]:
+@contextmanager
+def _cluster(options: VerifyOptions, progress: Progress, *, alike: bool) -> Iterator[Cluster | None]:
+    """The cluster for all checkpoints; None if threads of this process do what is asked for.
+
+    alike: whether the nodes must compute the same numbers from text.
+    """
+    if options.cluster is None:
+        yield None
+        return
+    if options.depths == ("structure",):
+        progress.say(f"headers are read here: --executor {options.executor} has no effect")
+        yield None
+        return
+    if options.run:
+        progress.say("--run computes on this machine alone; the nodes do what comes before it")
+    from quantcli.core.cluster.connect import connect
+
+    with connect(options.cluster, progress) as cluster:
+        if alike:
+            cluster.check_alike()
+        yield cluster
+
+
+def _verify(
+    options: VerifyOptions, baseline: Baseline | None, progress: Progress, cluster: Cluster | None
+) -> dict[str, Any]:
     from quantcli.verification.depths import verify
 
-    report = verify(options, progress).to_json()
+    report = verify(options, progress, cluster).to_json()
     report["baseline"] = None
     if baseline is not None:
         from quantcli.verification.report.baseline import compare

@@ -61,7 +61,7 @@ def run_release(
     with connected(release.options.executor, progress):
         members = _with_statistics(release, resources, progress)
         outcomes = _converted(release, members, progress)
-    return _verified(release, outcomes, verify, progress)
+        return _verified(release, outcomes, verify, progress)
 
 
 def _with_statistics(
@@ -118,9 +118,13 @@ def _with_result(outcome: MemberOutcome, result: Written[Plan] | QuantError | No
 
 def _verification(release: Release, resources: Resources | None) -> VerifyOptions | None:
     """How the checkpoints are verified; None: they are not."""
-    if release.verify is None or resources is None:
-        return release.verify
-    return replace(release.verify, trust_remote_code=resources.trust_remote_code)
+    options, executor = release.verify, release.options.executor
+    if options is None:
+        return None
+    if executor is not None and options.depths != ("structure",):
+        options = replace(options, executor=str(executor))
+    trust = resources is not None and resources.trust_remote_code
+    return replace(options, trust_remote_code=trust)
 
 
 def _verified(

@@ -28,7 +28,7 @@ from quantcli.checkpoint.writer import TensorWriter
 from quantcli.convert.destination import Entry, ShardSink
 from quantcli.convert.folder import attempt_folder
 from quantcli.convert.queue import Chunk, ordered_jobs
-from quantcli.core.disk import disk_errors, file_entry, sync_folder
+from quantcli.core.disk import Hashes, disk_errors, file_entry, sync_folder
 from quantcli.core.extents import EXTENT, Buffers
 from quantcli.planning.block import Job
 from quantcli.planning.plan import Shard
@@ -157,13 +157,7 @@ class ChunkFile:
         self._free: list[memoryview] = []
         self._put = 0  # bytes
         self._lock = threading.Lock()
-        with disk_errors(path):
-            try:
-                self._fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        self._fd = _open(path, os.O_WRONLY)
 
     def put(self, position: int, data: bytes | memoryview) -> None:
         """Put bytes at a position."""
@@ -239,6 +233,17 @@ class ChunkFile:
             self._fd = -1
 
 
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a file, past the page cache if the file system can do that."""
+    with disk_errors(path):
+        try:
+            return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(path, flags | os.O_CLOEXEC)
+
+
 def begin_shard(folder: Path, shard: Shard) -> Path:
     """Make a folder for the chunks of a shard, with its file. Others that are left of it are deleted.
 
@@ -269,12 +274,28 @@ def finish_shard(finish: Finish, *, checksum: bool) -> Entry:
                 start += nbytes
         os.ftruncate(fd, finish.nbytes)
         os.fsync(fd)
-    entry = file_entry(path, checksum=checksum)
+    entry: Entry = {"bytes": finish.nbytes, **(_hashes(path) if checksum else {})}
     with disk_errors(path):
         path.rename(named)
         sync_folder(named.parent)
         shutil.rmtree(finish.folder, ignore_errors=True)
     return entry
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The hashes of a file. It was written past the page cache, and is read so: a copy by the kernel
+    would cost as much as both hashes."""
+    hashes, block = Hashes(), memoryview(mmap.mmap(-1, 2 * EXTENT))
+    fd = _open(path, os.O_RDONLY)
+    try:
+        with disk_errors(path):
+            position = 0
+            while n := os.preadv(fd, [block], position):
+                hashes.update(block[:n])
+                position += n
+    finally:
+        os.close(fd)
+    return hashes.hex()
 
 
 def _put(fd: int, content: bytes, position: int) -> None:
