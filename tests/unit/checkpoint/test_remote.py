@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from quantcli.calibration.text.dataset import TextSource, source_digest
 from quantcli.checkpoint.checkpoint import must_be_unchanged, open_checkpoint
 from quantcli.checkpoint.columns import Columns, strip_bytes
-from quantcli.checkpoint.hub import address_of, find_model, mount
+from quantcli.checkpoint.hub import find_model, mount
 from quantcli.checkpoint.remote import ahead, mounts
 from quantcli.checkpoint.remote import web as requests
 from quantcli.checkpoint.remote.ahead import Reader
@@ -118,22 +118,6 @@ def values(folder: Path) -> dict[str, list[int]]:
 
 
 # --- addresses
-
-
-def test_what_is_an_address() -> None:
-    assert address_of("s3://bucket/a") == "s3://bucket/a"
-    assert address_of(str(Path("https://host/a"))) == "https://host/a"
-    assert [address_of(text) for text in ("org/name", "./s3:/x", "ftp://a/b", "s3", "")] == [None] * 5
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["http://me:secret@host/a", "https://host/a?token=secret", "https://host/a#secret"],
-)
-def test_addresses_with_what_is_secret_are_refused_and_not_repeated(address: str) -> None:
-    with pytest.raises(InputError) as caught:
-        find_model(address)
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["hf://name", "hf://a/b/c", "hf://org/name@", "hf://a b/c\x1b"])
