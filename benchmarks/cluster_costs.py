@@ -17,10 +17,14 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepseek
 from common import RECIPES, ROOT, Usage, conversion, fork, qwen3, reap, warm_up, write_model
 from quantcli.checkpoint.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from quantcli.calibration.session import Session
 
 KINDS = ("experts", "other matrices", "copies")
 SAMPLES, LENGTH, EPOCHS = 128, 256, 15  # of recipes/w4a4_flatquant.yaml and of its preset
@@ -35,7 +39,8 @@ class Costs:
     """Core seconds on this machine.
 
     converting: for each GB of source, by kind.
-    loading:    for each GB of a layer.
+    reading:    for each GB of a layer, by one thread.
+    loading:    for each GB of a layer, after that: experts put together, in float32, by all threads.
     forward:    of all samples through one layer, as floats.
     learning:   of a layer: passes before and after, and all steps, which two threads share.
     steps:      the part of `learning` that two threads share.
@@ -43,6 +48,7 @@ class Costs:
     """
 
     converting: dict[str, float]
+    reading: float
     loading: float
     forward: float
     learning: float
@@ -52,7 +58,12 @@ class Costs:
 
 def measured(conversions: Conversions, folder: Path) -> Costs:
     """All costs, in some minutes. folder: for models of up to 2 GB."""
-    return Costs(_converting(conversions, folder), *_learning(folder))
+    layer = folder / "layer"
+    nbytes = _write_layer(layer)
+    loading = _loading(layer, folder / "learned", nbytes)
+    learning = _learning(layer, folder / "learned")
+    shutil.rmtree(layer)
+    return Costs(_converting(conversions, folder), *loading, *learning)
 
 
 def tensors_of(kind: str) -> list[TensorSpec]:
@@ -108,20 +119,40 @@ def _converting(conversions: Conversions, folder: Path) -> dict[str, float]:
     return costs
 
 
-def _learning(folder: Path) -> tuple[float, float, float, float, float]:
+def _loading(model: Path, out: Path, nbytes: int) -> tuple[float, float]:
+    """Reading and loading, for each GB of a layer."""
+    import torch
+
+    from quantcli.calibration.building import skeleton_of
+    from quantcli.checkpoint.tensors import read_tensor
+
+    skeleton = skeleton_of(_session(model, out).plan, trust_remote_code=False)
+    stored = [tensor for group in skeleton._groups[0] for tensor in group.stored]
+    whole, read = [], []
+    for _ in range(3):
+        began = time.process_time()
+        with skeleton.loaded(0, read_tensor, torch.device("cpu")):
+            whole.append(time.process_time() - began)
+        began = time.process_time()
+        for tensor in stored:
+            read_tensor(tensor)
+        read.append(time.process_time() - began)
+    reading, loading = (statistics.median(taken) / nbytes * 1e9 for taken in (read, whole))
+    return reading, loading - reading
+
+
+def _learning(model: Path, out: Path) -> tuple[float, float, float, float]:
     """The other costs, in their order."""
-    nbytes = _write_layer(folder / "layer")
-    phases = _phases(folder / "layer", folder / "learned")
-    shutil.rmtree(folder / "layer")
+    phases = _phases(model, out)
     # scaled to all samples, and to the thin products of many experts
-    passes = {name: taken * SAMPLES / STEP * _thinner() for name, taken in phases.items()}
+    factor = SAMPLES / STEP * _thinner()
+    passes = {name: taken * factor for name, taken in phases.items()}
     forward, steps = passes["magnitudes"], passes["learning"] * EPOCHS
     # the layer is loaded again before the loss after, which is else that of before
     others = 2 * passes["loss before"] + sum(
         taken for name, taken in passes.items() if name in ("measuring", "inputs") or "engine" in name
     )
-    loading = phases["loading"] / nbytes * 1e9
-    return loading, forward, forward + others + steps, steps, phases["rounding"]
+    return forward, forward + others + steps, steps, phases["rounding"]
 
 
 def _write_layer(folder: Path) -> int:
@@ -150,7 +181,7 @@ def _write_layer(folder: Path) -> int:
 def _phases(model: Path, out: Path) -> dict[str, float]:
     """Core seconds of each phase of a calibration of one step."""
     from quantcli.calibration.resources import Resources
-    from quantcli.commands import calibrate as commands
+    from quantcli.commands.calibrate import calibrate
     from quantcli.core.events import Progress
 
     class Clock(Progress):
@@ -163,16 +194,23 @@ def _phases(model: Path, out: Path) -> dict[str, float]:
         def layer(self, name: str, index: int, note: str = "") -> None:
             self.phase("")
 
-    sets = (f"calibration.samples={STEP}", f"calibration.length={LENGTH}",
-            "rules.0.scheme={name: w4a4_flatquant, epochs: 1}")  # fmt: skip
-    recipe, clock = RECIPES / "w4a4_flatquant.yaml", Clock()
-    session = commands.plan_calibration(recipe, model=str(model), out=out, overrides=sets)
-    commands.calibrate(session, Resources(workers=2), clock)
+    clock = Clock()
+    calibrate(_session(model, out), Resources(workers=2), clock)
     shutil.rmtree(out)
     following = [began for _, began in clock.began[1:]]
     return {
         name: end - began for (name, began), end in zip(clock.began, following, strict=False) if name
     }
+
+
+def _session(model: Path, out: Path) -> Session:
+    """A calibration of one step."""
+    from quantcli.commands.calibrate import plan_calibration
+
+    sets = (f"calibration.samples={STEP}", f"calibration.length={LENGTH}",
+            "rules.0.scheme={name: w4a4_flatquant, epochs: 1}")  # fmt: skip
+    recipe = RECIPES / "w4a4_flatquant.yaml"
+    return plan_calibration(recipe, model=str(model), out=out, overrides=sets)
 
 
 def _thinner() -> float:

@@ -40,19 +40,19 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
     """Rows by nodes, columns by storage: time, over the bound, and what sets the bound."""
     storages = list(dict.fromkeys(one.storage for one in outcomes))
     lines = [
-        "| ".join([f"| {outcomes[0].workload}, nodes", *storages]) + " |",
+        " | ".join([f"| {outcomes[0].workload}: nodes", *storages]) + " |",
         "|---:" + "|---" * len(storages) + "|",
     ]
     for nodes in dict.fromkeys(one.nodes for one in outcomes):
         row = [one for one in outcomes if one.nodes == nodes]
-        lines.append("| ".join([f"| {nodes} ", *map(_cell, row)]) + " |")
+        lines.append(" | ".join([f"| {nodes}", *map(_cell, row)]) + " |")
     return lines
 
 
 def _cell(one: Outcome) -> str:
     slowest = max(one.bounds, key=lambda stage: one.bounds[stage].seconds)
     stage = f"{slowest}: " if len(one.bounds) > 1 else ""
-    return f"{duration(one.total)}, {one.over:.2f} x ({stage}{one.bounds[slowest].by}) "
+    return f"{duration(one.total)}, {one.over:.2f} x ({stage}{one.bounds[slowest].by})"
 
 
 def duration(seconds: float) -> str:

@@ -55,13 +55,14 @@ def raylets(count: int) -> Iterator[str]:
         cluster.shutdown()
 
 
-def convert(model: Path, out: Path, executor: str) -> float:
+def convert(model: Path, out: Path, executor: str, max_shard: str = "300MB") -> float:
     """CPU seconds of a conversion."""
     import quantcli
 
     before = cpu_seconds()
     workers = _AT_ONCE if executor == "threads" else 1
-    quantcli.quantize(RECIPE, model=model, out=out, workers=workers, executor=executor)
+    changes = {"max_shard": max_shard}
+    quantcli.quantize(RECIPE, model=model, out=out, set=changes, workers=workers, executor=executor)
     return cpu_seconds() - before
 
 

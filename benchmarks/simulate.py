@@ -26,6 +26,7 @@ class Phase:
     """What goes on at one time.
 
     cpu: core seconds. read, written: bytes. wait: seconds before it. threads: the most cores it uses.
+    needs: the task and the phase of it, by numbers, that must have ended before.
     """
 
     cpu: float = 0.0
@@ -33,6 +34,7 @@ class Phase:
     written: float = 0.0
     wait: float = 0.0
     threads: float = inf
+    needs: tuple[int, int] | None = None
 
     @property
     def moved(self) -> float:
@@ -127,16 +129,26 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
     ready = [number for number, count in enumerate(missing) if not count]  # a heap: sorted
     free = [cluster.slots] * cluster.nodes
     running: list[_Running] = []
+    capacity = cluster.storage.capacity(cluster.nodes)
+    passed = [0] * len(tasks)  # phases that have ended
     now, driver = cluster.startup, cluster.startup
+
+    def wakes(phase: Phase, ready: float) -> float:
+        """When a phase begins; never, if it needs another one that has not ended."""
+        blocked = phase.needs is not None and passed[phase.needs[0]] <= phase.needs[1]
+        return inf if blocked else ready + phase.wait
+
     while ready or running:
         for number, node in _placed(ready, tasks, free):
             driver = max(driver, now) + cluster.dispatch
             started = _Running(number, node, list(tasks[number].phases))
-            started.wakes = driver + started.phases[0].wait
+            started.wakes = wakes(started.phases[0], driver)
+            _prepare(started, cluster, capacity)
             running.append(started)
         assert running, "tasks wait for each other, or for a node that is not there"
-        _share([r for r in running if r.wakes <= now + _LEAST], cluster)
+        _share([r for r in running if r.wakes <= now + _LEAST], capacity)
         step = min(_seconds(r, now) for r in running)
+        assert step < inf, "phases need each other"
         now += step
         still = []
         for r in running:
@@ -145,8 +157,10 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
                 still.append(r)
                 continue
             r.phases.pop(0)
+            passed[r.number] += 1
             if r.phases:
-                r.left, r.pace, r.wakes = 1.0, 0.0, now + r.phases[0].wait
+                r.pace, r.wakes = 0.0, inf
+                _prepare(r, cluster, capacity)
                 still.append(r)
                 continue
             free[r.node] += 1
@@ -156,6 +170,9 @@ def schedule(tasks: Sequence[Task], cluster: Cluster) -> list[float]:
                 if not missing[follower]:
                     heapq.heappush(ready, follower)
         running = still
+        for r in running:
+            if r.wakes == inf:
+                r.wakes = wakes(r.phases[0], now)
     return ends
 
 
@@ -184,20 +201,31 @@ def _seconds(r: _Running, now: float) -> float:
     return r.left / r.pace if r.left > _LEAST else 0.0
 
 
-def _share(active: Sequence[_Running], cluster: Cluster) -> None:
+def _prepare(r: _Running, cluster: Cluster, capacity: Mapping[str, float]) -> None:
+    """What the present phase of a task uses, and its fastest pace."""
+    phase = r.phases[0]
+    each = cluster.storage.uses(r.node, phase.read, phase.written)
+    r.uses = {name: nbytes for name, nbytes in each.items() if nbytes}
+    r.fastest = _alone(phase, r.uses, capacity, cluster.threads)
+    r.left = 0.0 if r.fastest == inf else 1.0
+
+
+def _share(active: Sequence[_Running], capacity: Mapping[str, float]) -> None:
     """Give each task its pace: its own fastest, or what is left for it."""
-    room = cluster.storage.capacity(cluster.nodes)
-    growing = []
+    wanted: Counter[str] = Counter()
     for r in active:
-        phase = r.phases[0]
-        each = cluster.storage.uses(r.node, phase.read, phase.written)
-        r.uses = {name: nbytes for name, nbytes in each.items() if nbytes}
-        r.fastest = _alone(phase, r.uses, room, cluster.threads)
-        r.pace = 0.0 if r.uses else r.fastest
-        if r.fastest == inf:
-            r.left = 0.0
-        elif r.uses:
-            growing.append(r)
+        r.pace = r.fastest
+        for name, nbytes in r.uses.items() if r.left else ():
+            wanted[name] += nbytes * r.fastest
+    scarce = {name for name, rate in wanted.items() if rate > capacity[name]}
+    growing = [r for r in active if r.left and not scarce.isdisjoint(r.uses)]
+    room = dict(capacity)
+    for r in active:
+        if r.left and scarce.isdisjoint(r.uses):
+            for name, nbytes in r.uses.items():
+                room[name] -= nbytes * r.pace
+    for r in growing:
+        r.pace = 0.0
     while growing:
         rate: Counter[str] = Counter()  # of each resource, if each task moves a byte a second more
         for r in growing:
@@ -232,14 +260,20 @@ def bound(tasks: Sequence[Task], cluster: Cluster) -> Bound:
     """The slowest resource if work could be cut anywhere, the longest chain of tasks, or the driver."""
     phases = [phase for task in tasks for phase in task.phases]
     total = Phase(*(sum(getattr(p, name) for p in phases) for name in ("cpu", "read", "written")))
-    alone = [_seconds_alone(task, cluster) for task in tasks]
+    alone = 0.0
     chains: list[float] = []
+    passed: dict[tuple[int, int], float] = {}
     for number, task in enumerate(tasks):
-        before = max((chains[earlier] for earlier in task.after), default=0.0)
-        chains.append(before + alone[number])
+        end = max((chains[earlier] for earlier in task.after), default=0.0)
+        for place, phase in enumerate(task.phases):
+            seconds = _phase_alone(phase, task.node, cluster)
+            end = max(end, passed[phase.needs] if phase.needs else 0.0) + seconds
+            passed[number, place] = end
+            alone += seconds
+        chains.append(end)
     found = [
         *_resources(total, cluster),
-        Bound(sum(alone) / (cluster.nodes * cluster.slots), "slots"),
+        Bound(alone / (cluster.nodes * cluster.slots), "tasks at a time"),
         Bound(max(chains, default=0.0), "longest chain"),
         Bound(len(tasks) * cluster.dispatch, "driver"),
     ]
@@ -247,16 +281,13 @@ def bound(tasks: Sequence[Task], cluster: Cluster) -> Bound:
     return replace(slowest, seconds=slowest.seconds + cluster.startup)
 
 
-def _seconds_alone(task: Task, cluster: Cluster) -> float:
-    """Seconds of a task that is alone in the cluster, at the best place."""
-    nodes = {0, cluster.nodes - 1} if task.node is None else {task.node}
-    return min(sum(_phase_alone(phase, node, cluster) for phase in task.phases) for node in nodes)
-
-
-def _phase_alone(phase: Phase, node: int, cluster: Cluster) -> float:
-    room = cluster.storage.capacity(cluster.nodes)
-    uses = cluster.storage.uses(node, phase.read, phase.written)
-    return phase.wait + 1 / _alone(phase, uses, room, cluster.threads)
+def _phase_alone(phase: Phase, node: int | None, cluster: Cluster) -> float:
+    """Seconds of a phase that is alone in the cluster, on its node or the best one."""
+    room, found = cluster.storage.capacity(cluster.nodes), []
+    for place in {0, cluster.nodes - 1} if node is None else {node}:
+        uses = cluster.storage.uses(place, phase.read, phase.written)
+        found.append(1 / _alone(phase, uses, room, cluster.threads))
+    return phase.wait + min(found)
 
 
 def _resources(total: Phase, cluster: Cluster) -> list[Bound]:

@@ -1,6 +1,6 @@
 """What a calibration on a cluster costs over one in threads: CPU seconds, without start-up.
 
-    python benchmarks/spread.py [--samples N] [--hidden N] [--rounds N]
+    python benchmarks/spread.py [--samples N] [--hidden N] [--rounds N] [--recipes NAME ...]
 
 The requests of three nodes are done one after another in this process, so that nothing but the work is
 counted: the driver's own, the float pass and the layers, or the passes of each layer. Models are built
@@ -101,11 +101,12 @@ def main() -> None:
     options.add_argument("--hidden", type=int, default=512)
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--recipes", nargs="+", choices=[*RECIPES], default=[*RECIPES])
     given = options.parse_args()
     lines = []
     with workplace(given.dir) as root:
         make_model(root / "model", given.layers, given.hidden)
-        for recipe in RECIPES:
+        for recipe in given.recipes:
             alone, shared, parts = [], [], ""
             for number in range(given.rounds):
                 outs = [root / f"{recipe}-{number}-{how}" for how in ("threads", "shared")]

@@ -88,6 +88,16 @@ def test_what_bounds_a_schedule(simulate, cluster, change, seconds, by):
     assert simulate.makespan(tasks, cluster(2, startup=1.0, **change)) >= limit.seconds - 1e-6
 
 
+def test_a_phase_waits_for_a_phase_of_another_task(simulate, cluster):
+    load, run = simulate.Phase(cpu=8), simulate.Phase(cpu=4)
+    first = simulate.Task((load, run, run))
+    second = simulate.Task((load, *(simulate.Phase(cpu=4, needs=(0, n)) for n in (1, 2))))
+    # both load until 2; a run takes 1, and the second task is one behind
+    assert simulate.schedule([first, second], cluster(2)) == pytest.approx([4, 5])
+    # on one node of one slot the second task begins when the first has ended
+    assert simulate.schedule([first, second], cluster(1)) == pytest.approx([4, 8])
+
+
 def test_the_longest_chain_bounds_a_schedule(simulate, cluster):
     tasks = [simulate.Task((simulate.Phase(cpu=4),), after=(n - 1,) if n else ()) for n in range(5)]
     limit = simulate.bound(tasks, cluster(8))

@@ -68,7 +68,10 @@ def read_span(stored: StoredTensor, start: int, count: int) -> Tensor:
     spec = stored.spec
     count = min(count, (spec.shape[0] if spec.shape else 1) - start)
     tensor = torch.empty((count, *spec.shape[1:]), dtype=torch_dtype(spec.dtype))
-    if tensor.numel():
+    if tensor.numel() and type(stored).open is StoredTensor.open:  # stored as it is: no copy
+        with _opened(stored) as fd:
+            read_into(fd, stored, start * spec.row_nbytes, tensor_bytes(tensor))
+    elif tensor.numel():
         step = max(1, _BLOCK * count // tensor.numel())
         with stored.open() as reader:
             for first in range(0, count, step):

@@ -67,11 +67,12 @@ def release(
         typer.Option("--report", metavar="FILE.html", help="Also write one page on all checkpoints."),
     ] = None,
 ) -> None:
-    """Convert a model with several recipes: one calibration, one pass over the weights, one report.
+    """Make several checkpoints of a model in one run.
 
-    Everything is checked before the first checkpoint is written. The same command again resumes an
-    interrupted run, and leaves checkpoints that are done as they are. Exits with 1 if a plan misses its
-    `expect` block, or a checkpoint its verification; the others are written.
+    The text runs through the model once for all recipes, and the weights are read once. Everything is
+    checked before the first checkpoint is written. The same command again resumes an interrupted run,
+    and leaves checkpoints that are done as they are. Exits with 1 if a plan misses its `expect` block,
+    or a checkpoint its verification; the others are written.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands.release import outcome, planning, running

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +20,7 @@ from quantcli.calibration.replay.skeleton import Skeleton
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.spread import run as spread
 from quantcli.calibration.spread import worker
+from quantcli.calibration.spread.crew import shares_of
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import calibrate as commands
 from quantcli.core.cluster.executor import Executor
@@ -62,6 +64,17 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("size", "threads", "lengths"),
+    [(3, 1, [2, 3, 3]), (3, 2, [2, 3, 3]), (3, 4, [4, 4]), (30, 1, [1] * 8), (2, 30, [8])],
+)
+def test_a_share_of_batches_keeps_its_threads_busy(size, threads, lengths):
+    crew = Mock(size=size, threads=threads)
+    shares = shares_of(8, crew)
+    assert [len(share) for share in shares] == lengths
+    assert [n for share in shares for n in share] == list(range(8))
+
+
 class Lost(Exception):
     """The driver is gone."""
 
@@ -80,7 +93,7 @@ class Processes:
     """A crew of `size`. fails: the request, counted over all, with which the driver ends."""
 
     def __init__(self, work: worker.Work, size: int, fails: int | None = None) -> None:
-        self.size = size
+        self.size, self.threads = size, 1
         self.asked: list[Any] = []
         self._work = [pickle.dumps(work)] * size
         self._kept: list[dict[str, Any]] = [{} for _ in range(size)]

@@ -85,7 +85,8 @@ def test_shards_are_cut_only_if_there_are_few_of_them(job, monkeypatch):
     assert chunk_counts([shard], 100) == [1]  # too small
     monkeypatch.setattr(chunks, "LEAST", 1)
     assert chunk_counts([shard], 1) == [1]
-    assert chunk_counts([shard], 3) == [24]
-    assert chunk_counts([shard] * 8, 3) == [3] * 8
-    assert chunk_counts([shard] * 24, 3) == [1] * 24
+    assert chunk_counts([shard], 3) == [3]
+    assert chunk_counts([shard] * 8, 24) == [3] * 8
+    assert chunk_counts([shard] * 8, 16) == [2] * 8
+    assert chunk_counts([shard] * 8, 15) == [1] * 8
     assert chunk_counts([shard] * 500, 3) == [1] * 500

@@ -19,10 +19,11 @@ Function = Callable[[Work, Any, Progress], Any]  # of `worker`
 class Crew(Protocol):
     """Processes that do requests.
 
-    size: how many requests at a time.
+    size: how many requests at a time. threads: of each, and a thread computes a batch.
     """
 
     size: int
+    threads: int
 
     def run(
         self,
@@ -49,6 +50,7 @@ class ClusterCrew:
         resources = replace(work.resources, workers=self._cpus, device=self._device)
         self._work = cluster.share(replace(work, resources=resources))
         self.size = max(1, cluster.slots(self._cpus, spare=0))
+        self.threads = self._cpus if self._device == "cpu" else 1
 
     def run(
         self,
@@ -66,9 +68,13 @@ class ClusterCrew:
         )
 
 
-def shares_of(count: int, size: int) -> list[tuple[int, ...]]:
-    """The numbers below `count` in as many runs as can be worked on at a time, of about one length."""
-    size = min(count, size)
+def shares_of(count: int, crew: Crew) -> list[tuple[int, ...]]:
+    """The numbers of `count` batches in as many runs as can be worked on at a time, of like lengths.
+
+    Each run loads the layers that it goes through. So it has a batch for each of its threads at least:
+    more runs would load more, and end no sooner.
+    """
+    size = min(crew.size, -(-count // crew.threads))
     ends = [count * (n + 1) // size for n in range(size)]
     return [tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -64,7 +64,7 @@ class LayerTasks:
     def _forward(self, missing: Sequence[int]) -> None:
         """Write the inputs of layers, as far as an earlier run has not."""
         self._check_space(len(missing))
-        passes = shares_of(len(self._run.batches) + 1, self._crew.size)
+        passes = shares_of(len(self._run.batches) + 1, self._crew)
         steps = Steps(self._progress, max(missing) * len(self._run.batches))
         self._progress.phase(f"float inputs of {count(missing, 'layer')}", passes=0)
         requests = [Forward(batches, missing) for batches in passes]

@@ -56,7 +56,7 @@ class SharedPasses:
         # the probe, behind the samples, is run for its outputs
         requests = [
             Pass(layer.index, recipe, batches, edits, watch and watch.part(), stats, onward)
-            for batches in shares_of(samples + onward, self._crew.size)
+            for batches in shares_of(samples + onward, self._crew)
         ]
         progress = Steps(layer.run.progress, samples)
         return self._crew.run(make_pass, requests, noun="pass", progress=progress)

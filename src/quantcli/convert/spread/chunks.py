@@ -28,22 +28,26 @@ from quantcli.checkpoint.writer import TensorWriter
 from quantcli.convert.destination import Entry, ShardSink
 from quantcli.convert.folder import attempt_folder
 from quantcli.convert.queue import Chunk, ordered_jobs
-from quantcli.core.disk import disk_errors, file_entry, sync_folder
+from quantcli.core.disk import Hashes, disk_errors, file_entry, sync_folder
 from quantcli.core.extents import EXTENT, Buffers
 from quantcli.planning.block import Job
 from quantcli.planning.plan import Shard
 
 LEAST = 256 * 2**20  # bytes of source in a chunk: less would not be worth its task
-_EACH = 8  # tasks for each that runs at a time, so that all end at about the same time
 _ALIGNMENT = 4096  # bytes, of what O_DIRECT writes
 
 
 def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
-    """The number of chunks of each shard, if so many tasks run at a time. One: it stays whole."""
-    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
-    if slots < 2:
+    """The number of chunks of each shard, if so many tasks run at a time. One: it stays whole.
+
+    The file of chunks is read again for its hash. Where links and disks set the pace, that takes longer
+    than a last round of tasks in which some nodes have nothing to do: see benchmarks/cluster.py. So
+    shards are cut only if each can have two tasks or more.
+    """
+    if slots < 2 * len(shards):
         return [1] * len(shards)
-    size = max(LEAST, math.ceil(sum(sizes) / (slots * _EACH)))
+    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
+    size = max(LEAST, math.ceil(sum(sizes) / slots))
     whole = (bool(shard.by_columns) for shard in shards)  # their bytes lie all over the shard
     return [
         1 if is_whole else max(1, round(n / size)) for n, is_whole in zip(sizes, whole, strict=True)
@@ -153,13 +157,7 @@ class ChunkFile:
         self._free: list[memoryview] = []
         self._put = 0  # bytes
         self._lock = threading.Lock()
-        with disk_errors(path):
-            try:
-                self._fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        self._fd = _open(path, os.O_WRONLY)
 
     def put(self, position: int, data: bytes | memoryview) -> None:
         """Put bytes at a position."""
@@ -235,6 +233,17 @@ class ChunkFile:
             self._fd = -1
 
 
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a file, past the page cache if the file system can do that."""
+    with disk_errors(path):
+        try:
+            return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(path, flags | os.O_CLOEXEC)
+
+
 def begin_shard(folder: Path, shard: Shard) -> Path:
     """Make a folder for the chunks of a shard, with its file. Others that are left of it are deleted.
 
@@ -265,12 +274,28 @@ def finish_shard(finish: Finish, *, checksum: bool) -> Entry:
                 start += nbytes
         os.ftruncate(fd, finish.nbytes)
         os.fsync(fd)
-    entry = file_entry(path, checksum=checksum)
+    entry: Entry = {"bytes": finish.nbytes, **(_hashes(path) if checksum else {})}
     with disk_errors(path):
         path.rename(named)
         sync_folder(named.parent)
         shutil.rmtree(finish.folder, ignore_errors=True)
     return entry
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The hashes of a file. It was written past the page cache, and is read so: a copy by the kernel
+    would cost as much as both hashes."""
+    hashes, block = Hashes(), memoryview(mmap.mmap(-1, 2 * EXTENT))
+    fd = _open(path, os.O_RDONLY)
+    try:
+        with disk_errors(path):
+            position = 0
+            while n := os.preadv(fd, [block], position):
+                hashes.update(block[:n])
+                position += n
+    finally:
+        os.close(fd)
+    return hashes.hex()
 
 
 def _put(fd: int, content: bytes, position: int) -> None:
