@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.remote.address import address_of, scheme_of, shown
+from quantcli.checkpoint.remote.address import address_of, public_form, scheme_of
 from quantcli.checkpoint.remote.stores import SCHEMES
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -51,7 +51,7 @@ def destination_of(out: str | Path, progress: Progress = SILENT) -> Destination:
         return HubRepository(address, progress)
     raise InputError(
         f"nothing can be written to {scheme}://",
-        where=f"--out {shown(address)}",
+        where=f"--out {public_form(address)}",
         fix="give a folder, hf://ORG/NAME, or an address of object storage: s3://BUCKET/FOLDER",
     )
 

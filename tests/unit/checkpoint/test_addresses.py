@@ -8,7 +8,7 @@ import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.hub import find_model
-from quantcli.checkpoint.remote.address import address_of, scheme_of, shown, without_secrets
+from quantcli.checkpoint.remote.address import address_of, public_form, scheme_of, without_secrets
 from quantcli.convert.destination import destination_of
 from quantcli.core.errors import InputError, MachineError
 from tests.builders import make_model
@@ -58,9 +58,9 @@ def test_what_is_not_an_address(address: str) -> None:
 
 
 def test_what_messages_show_of_an_address() -> None:
-    assert shown("s3://key:se/cret@bucket/a?b") == "s3://...@bucket/a"
-    assert shown("hf://org/name@branch") == "hf://org/name@branch"
-    assert shown("https://host/\x1b[2J") == r"https://host/\x1b[2J"
+    assert public_form("s3://key:se/cret@bucket/a?b") == "s3://...@bucket/a"
+    assert public_form("hf://org/name@branch") == "hf://org/name@branch"
+    assert public_form("https://host/\x1b[2J") == r"https://host/\x1b[2J"
     assert without_secrets("models/a?b@c:d") == "models/a?b@c:d"
 
 

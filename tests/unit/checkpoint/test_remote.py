@@ -476,3 +476,31 @@ def wait_for(condition: Callable[[], object]) -> None:
     """Until a condition holds, for as long as it takes."""
     while not condition():
         time.sleep(0.001)
+
+
+def test_what_arrives_after_an_error_is_not_kept(
+    web: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was under way when another one failed."""
+    late, written, write = threading.Event(), threading.Event(), mounts.Mount._write
+
+    def held(self: mounts.Mount, name: str, content: bytes) -> None:
+        if name == "z.txt":
+            assert late.wait(60)
+            write(self, name, content)
+            written.set()
+        else:
+            write(self, name, content)
+
+    for name in ("y.txt", "z.txt"):
+        (model / name).write_text("text")
+    monkeypatch.setattr(mounts.Mount, "_write", held)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(mounts.tempfile, "tempdir", str(temporary))
+    web.faults = [Fault("y.txt", status=404)]
+    with pytest.raises(InputError, match="no such file"):
+        find_model(f"{web.address}/org/name")
+    late.set()
+    assert written.wait(60)
+    assert [*temporary.iterdir()] == []

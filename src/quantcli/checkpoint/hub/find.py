@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantcli.checkpoint.remote.address import address_of, shown
+from quantcli.checkpoint.remote.address import address_of, public_form
 from quantcli.checkpoint.remote.stores import SCHEMES, parse_place
 from quantcli.core.errors import InputError, MachineError, QuantError, closest, named
 from quantcli.core.events import SILENT, Progress
@@ -181,7 +181,7 @@ def mount(address: str, progress: Progress = SILENT) -> Mount:
     else:
         raise InputError(
             f"nothing can be read from {scheme}://",
-            where=shown(address),
+            where=public_form(address),
             fix="give a folder, ORG/NAME, or an address: hf://, s3://, gs://, az://, https:// or http://",
         )
     progress.say(f"looking for {origin.address}")
@@ -197,7 +197,9 @@ def _mount_hub(name: str, address: str, progress: Progress) -> Mount:
     match = HUB_ID.fullmatch(name.removesuffix("/"))
     if match is None:
         what = "not the address of a repository of the Hub"
-        raise InputError(what, where=shown(address), fix="give hf://ORG/NAME or hf://ORG/NAME@REVISION")
+        raise InputError(
+            what, where=public_form(address), fix="give hf://ORG/NAME or hf://ORG/NAME@REVISION"
+        )
     if constants.HF_HUB_OFFLINE:
         what = "hf:// reads from the Hub, and HF_HUB_OFFLINE is set"
         raise MachineError(what, where=address, fix="unset it, or give ORG/NAME if it is in the cache")
@@ -245,7 +247,7 @@ def _parse(model: str) -> tuple[Path, tuple[str, str | None] | None]:
         if hub_id is None or path.exists():
             return path, None
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
-        raise InputError(f"not the name of a model: {error}", where=shown(model)) from None
+        raise InputError(f"not the name of a model: {error}", where=public_form(model)) from None
     return path, (hub_id["repository"], hub_id["revision"])
 
 

@@ -25,7 +25,7 @@ def scheme_of(text: str) -> str | None:
     return address.partition("://")[0] if address else None
 
 
-def shown(text: str) -> str:
+def public_form(text: str) -> str:
     """An address for messages that refuse it, on one line: without what may be a key, a password, a
     token or a signature in it."""
     address = address_of(text) or text
@@ -39,5 +39,5 @@ def shown(text: str) -> str:
 
 
 def without_secrets(argument: str) -> str:
-    """An argument of the command line for a log: an address in it as `shown` gives it."""
-    return _IN_TEXT.sub(lambda match: shown(match[0]), argument)
+    """An argument of the command line for a log: an address in it as `public_form` gives it."""
+    return _IN_TEXT.sub(lambda match: public_form(match[0]), argument)

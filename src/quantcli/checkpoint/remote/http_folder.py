@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from quantcli.checkpoint.files import INDEX, MANIFEST, RECIPE_FILE, SOURCE_RECIPE
-from quantcli.checkpoint.remote.address import shown
+from quantcli.checkpoint.remote.address import public_form
 from quantcli.checkpoint.remote.origin import MAX_FILES, Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.ranges import (
     PLAIN,
@@ -142,7 +142,7 @@ class WebFolder(Origin):
 
 def parse_folder(address: str) -> WebFolder:
     """The folder behind an address. InputError for one with a password, a query or a fragment."""
-    where = shown(address)
+    where = public_form(address)
     try:
         parts = urlsplit(address)
         host, plain = parts.hostname, parts.port != 0

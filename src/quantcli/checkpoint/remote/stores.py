@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.remote.address import shown
+from quantcli.checkpoint.remote.address import public_form
 from quantcli.core.errors import InputError, MachineError, QuantError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def parse_place(address: str) -> Place:
     if "@" in address.partition("://")[2].partition("/")[0]:
         raise InputError(
             "an address must not hold a key or a password: others would see it",
-            where=shown(address),
+            where=public_form(address),
             fix=_CREDENTIALS.get(scheme, "leave it out"),
         )
     match = _ADDRESS.fullmatch(address)
@@ -73,7 +73,7 @@ def parse_place(address: str) -> Place:
     ):
         raise InputError(
             "not an address of object storage",
-            where=shown(address),
+            where=public_form(address),
             fix=f"give {scheme}://BUCKET/FOLDER",
         )
     return Place(match["scheme"], match["bucket"], folder)
