@@ -179,6 +179,7 @@ Others = Annotated[list[str] | None, typer.Argument(help="More checkpoints, to b
     others=Others,
     page=options.Report,
     workers=options.Workers,
+    executor=options.Executor,
     trust_remote_code=options.Trust,
 )
 def verify(chosen: VerifyOptions, output: Output) -> None:

@@ -356,7 +356,7 @@ def verify(
     min_sqnr, max_ppl_ratio, max_kl: limits: dB, a ratio, nats per token.
     baseline:    a JSON report of before, to show the change against it.
     junit, report: files to write: JUnit XML, and one HTML page.
-    on_progress, workers, trust_remote_code: as of `quantize`.
+    on_progress, workers, executor, trust_remote_code: as of `quantize`; `run` computes on this machine.
 
     Raises InputError if there is nothing to verify, or for options that do not go together.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, Pending, display_name, find_model, locate
-from quantcli.core.cluster.executor import Executor
+from quantcli.core.cluster.executor import TASK_WORKERS, Executor
 from quantcli.core.errors import InputError
 from quantcli.core.threads import default_workers
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from quantcli.targets.serving import ServeCommand
 
 W = TypeVar("W", bound="Work")
-TASK_WORKERS = 4  # threads of a task on a cluster: more of them wait for the hash of its shard
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ class Verifying(TypedDict, total=False):
     junit: PathLike | None
     report: PathLike | None
     workers: int | None
+    executor: str
     trust_remote_code: bool
 
 

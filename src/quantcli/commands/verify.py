@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from quantcli.core.events import SILENT, Progress
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:  # pydantic is slow to load
+    from quantcli.core.cluster.cluster import Cluster
     from quantcli.verification.report.baseline import Baseline
 
 
@@ -46,11 +49,13 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
     earlier = _earlier(options.baseline, folders)
     reports = []
-    for folder, name in zip(folders, options.checkpoints, strict=True):
-        progress.say(f"verifying {name}: {', '.join(options.depths)}")
-        report = _verify(replace(options, checkpoint=folder, others=None), earlier, progress)
-        report["card_written"] = _write_card(folder, report, given) if options.card else None
-        reports.append(report)
+    with _cluster(options, progress) as cluster:
+        for folder, name in zip(folders, options.checkpoints, strict=True):
+            progress.say(f"verifying {name}: {', '.join(options.depths)}")
+            one = replace(options, checkpoint=folder, others=None)
+            report = _verify(one, earlier, progress, cluster)
+            report["card_written"] = _write_card(folder, report, given) if options.card else None
+            reports.append(report)
     _write(options, reports)
     if len(reports) == 1:
         return reports[0]
@@ -89,10 +94,32 @@ def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
     return baseline
 
 
-def _verify(options: VerifyOptions, baseline: Baseline | None, progress: Progress) -> dict[str, Any]:
+@contextmanager
+def _cluster(options: VerifyOptions, progress: Progress) -> Iterator[Cluster | None]:
+    """The cluster for all checkpoints; None if threads of this process do what is asked for."""
+    if options.cluster is None:
+        yield None
+        return
+    if options.depths == ("structure",):
+        progress.say(f"headers are read here: --executor {options.executor} has no effect")
+        yield None
+        return
+    if options.run:
+        progress.say("--run computes on this machine alone; the nodes do what comes before it")
+    from quantcli.core.cluster.connect import connect
+
+    with connect(options.cluster, progress) as cluster:
+        if options.calibration is not None:
+            cluster.check_alike()
+        yield cluster
+
+
+def _verify(
+    options: VerifyOptions, baseline: Baseline | None, progress: Progress, cluster: Cluster | None
+) -> dict[str, Any]:
     from quantcli.verification.depths import verify
 
-    report = verify(options, progress).to_json()
+    report = verify(options, progress, cluster).to_json()
     report["baseline"] = None
     if baseline is not None:
         from quantcli.verification.report.baseline import compare

@@ -336,6 +336,10 @@ class Surveys:
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Surveys], tuple[()]]:
+        """Another process finds them anew."""
+        return Surveys, ()
+
     def of(self, item: Quantize) -> Stats:
         """The constants that an item's scheme asks for, as `survey` finds them."""
         if not item.surveyed:

@@ -83,6 +83,10 @@ class StoredFormat(ABC):
         self.checked["config"] += 1
         self.findings += self.check_config()
 
+    def __reduce__(self) -> tuple[type[StoredFormat], tuple[Checkpoint]]:
+        """Another process reads the config again: what looks modules up there cannot be sent."""
+        return type(self), (self.checkpoint,)
+
     # -- what a format gives -------------------------------------------------------------------------
 
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import named
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed, noted
-from quantcli.core.threads import thread_pool
 from quantcli.sources.stacked import split_experts
 from quantcli.targets.layouts import StoredModule
 from quantcli.targets.vllm_family import fused_name, fused_siblings
@@ -51,6 +51,7 @@ from quantcli.verification.reference import (
     difference,
     other_model,
 )
+from quantcli.verification.spread.pool import Pool
 from quantcli.verification.structure import Structure, faults_of_model, layer_of
 
 # Ends of names of a norm's weight; older checkpoints of BERT and its kin have `gamma` and `beta`.
@@ -58,9 +59,7 @@ _OF_NORMS = (".weight", ".gamma")
 _LARGE = 1000  # modules: in a larger model, only the worst keep their histograms in the report
 
 
-def verify_against(
-    structure: Structure, reference: Reference, workers: int, progress: Progress
-) -> None:
+def verify_against(structure: Structure, reference: Reference, pool: Pool, progress: Progress) -> None:
     """Compare every tensor; findings and modules go to the report.
 
     Each quantized weight must reach the limit `min_sqnr`, or the bound of its codes if there is none.
@@ -89,19 +88,30 @@ def verify_against(
         layers[layer_of(name) or name].append(name)
     progress.begin(sum(map(reference.nbytes, reference_names)), len(layers))
     counts = report.tensors = TensorCounts()
-    with thread_pool(workers) as pool:
-        args = ours, reference, structure.limits, progress
-        for job in [pool.submit(_Layer(*args).compare, names) for names in layers.values()]:
-            findings, modules, tensors = job.result()
-            report.add(findings)
-            report.modules += modules
-            counts.add(tensors)
+    nbytes = [sum(map(reference.nbytes, names)) for names in layers.values()]
+    common = ours, reference, structure.limits
+    for findings, modules, tensors in pool.each(
+        _compared, common, [*layers.values()], nbytes, progress
+    ):
+        report.add(findings)
+        report.modules += modules
+        counts.add(tensors)
     for module in sorted(report.modules, key=lambda module: module.margin_db)[_LARGE:]:
         module.histogram, module.worst_rows, module.outlier_channels = None, [], []
     report.count("source", len(reference_names))
     report.count("copies", counts.equal + counts.edited)
     report.count("edits", counts.edited)
     report.count("sqnr", len(report.modules))
+
+
+_Compared: TypeAlias = tuple[list[Finding], list[ModuleReport], TensorCounts]
+
+
+def _compared(
+    common: tuple[Reference, Reference, Limits], names: Sequence[str], progress: Progress
+) -> _Compared:
+    """The comparison of all tensors of a layer."""
+    return _Layer(*common, progress).compare(names)
 
 
 @dataclass
@@ -125,7 +135,7 @@ class _Layer:
     modules: list[ModuleReport] = field(default_factory=list)
     counts: TensorCounts = field(default_factory=TensorCounts)
 
-    def compare(self, names: Sequence[str]) -> tuple[list[Finding], list[ModuleReport], TensorCounts]:
+    def compare(self, names: Sequence[str]) -> _Compared:
         """The comparison of all tensors of the layer."""
         return list(self._findings(names)), self.modules, self.counts
 

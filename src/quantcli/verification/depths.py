@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from quantcli.checkpoint.hub import find_model
 from quantcli.checkpoint.spec import FLOATS
+from quantcli.core.cluster.cluster import Cluster
+from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.threads import default_workers
 from quantcli.targets.base import StoredCheckpoint
@@ -12,17 +14,22 @@ from quantcli.verification.content import maker_of, sizes_of
 from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
+from quantcli.verification.spread.pool import Pool, weight_files
 from quantcli.verification.structure import verify_structure
 
 
-def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
+def verify(
+    options: VerifyOptions, progress: Progress = SILENT, cluster: Cluster | None = None
+) -> Report:
     """Verify a checkpoint. Depths after a failed one still run if they can.
 
+    cluster: whose nodes read weights; None: threads of this process do. The document is the same.
     Raises InputError if there is nothing to verify, or nothing to verify it with. Writes no files.
     """
     given = given_limits(options)
     against = None if options.against is None else find_model(options.against)
     workers = options.workers or default_workers()
+    task_workers = workers if cluster is None else options.workers or TASK_WORKERS
     structure = verify_structure(find_model(str(options.checkpoint)), options.tp_sizes)
     report = structure.report
     own, notes = own_limits(structure.checkpoint.path) if structure.checkpoint else ({}, [])
@@ -37,9 +44,11 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
     if options.full:
         from quantcli.verification.full import verify_full
 
-        verify_full(structure, workers, progress)
+        files = weight_files([structure.stored.checkpoint])
+        verify_full(structure, Pool(task_workers, cluster, files), progress)
     if against is None:
         return report
+    from quantcli.planning.files import source_files
     from quantcli.verification.again.plan import plan_again
     from quantcli.verification.against import verify_against
     from quantcli.verification.reference import open_reference
@@ -51,9 +60,11 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> Report:
 
         # before the long comparison of weights: an error in the text is reported at once
         batches = text_batches(options, reference.checkpoint, progress)
-    verify_against(structure, reference, workers, progress)
+    both = weight_files([structure.stored.checkpoint, reference.checkpoint])
+    verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
     if conversion is not None:
-        conversion.run(report, workers, progress)
+        read = source_files(conversion.plan, conversion.plan.shards)
+        conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
         trust = options.trust_remote_code

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,17 +18,18 @@ from quantcli.core.disk import blake3_of, sha256_of
 from quantcli.core.events import Progress
 from quantcli.core.findings import COPY_AGAIN, Finding, failed, noted
 from quantcli.core.number_types import ELEMENTS
-from quantcli.core.threads import thread_pool
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.targets.layouts import Values, stray_signs
+from quantcli.verification.spread.pool import Pool
 from quantcli.verification.structure import Structure
 
 _INT4 = ELEMENTS["int4"]
 _BLOCK = 2**21  # bytes of a tensor that are checked at a time
+_SPAN = 64 * 2**20  # bytes of a tensor in one request
 
 
-def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
-    """Hash every file and check every number; findings go to the report. Uses `workers` threads."""
+def verify_full(structure: Structure, pool: Pool, progress: Progress) -> None:
+    """Hash every file and check every number; findings go to the report."""
     stored, report = structure.stored, structure.report
     assert stored is not None
     report.depths.append("full")
@@ -34,14 +37,21 @@ def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
     tensors = stored.checkpoint.tensors.values()
     total = sum(s.spec.nbytes for s in tensors) + sum(int(e["bytes"] or 0) for e in files.values())
     progress.begin(total, len(stored.checkpoint.shards))
-    with thread_pool(workers) as pool:
-        jobs = [pool.submit(_hash, stored, name, entry, progress) for name, entry in files.items()]
-        rules = _rules(stored)
-        jobs += [pool.submit(_scan, s, rules.get(s.spec.name), progress) for s in tensors]
-        modules = stored.modules.values()
-        jobs += [pool.submit(lambda m: list(stored.check_arithmetic(m)), module) for module in modules]
-        for job in jobs:
-            report.add(job.result())
+    requests = [*_requests(stored, files)]
+    ranks = {name: rank for rank, name in enumerate(stored.checkpoint.shards)}
+    order = sorted(range(len(requests)), key=lambda index: ranks.get(requests[index].file.name, -1))
+    by_file = [requests[index] for index in order]  # what reads a file stands together
+    common = _Stored(stored, _rules(stored))
+    results = pool.each(_check, common, by_file, [each.nbytes for each in by_file], progress)
+    found = dict(zip(order, results, strict=True))
+    faulty: set[str] = set()  # tensors whose first fault is reported
+    for index, request in enumerate(requests):
+        findings = found[index]
+        if isinstance(request, _Rows) and findings:
+            if request.name in faulty:
+                continue
+            faulty.add(request.name)
+        report.add(findings)
     report.count("hashes", sum(entry.get("sha256") is not None for entry in files.values()))
     report.count("values", len(stored.checkpoint.tensors))
     report.count("arithmetic", len(stored.modules))
@@ -49,18 +59,88 @@ def verify_full(structure: Structure, workers: int, progress: Progress) -> None:
         report.add([noted("hashes", "the manifest holds no hashes: it was written with --no-checksum")])
 
 
-def _hash(
-    stored: StoredCheckpoint, name: str, entry: dict[str, Any], progress: Progress
-) -> list[Finding]:
-    path = stored.checkpoint.path / name
-    if entry.get("sha256") is None or not path.is_file():
-        return []
-    fast = isinstance(entry.get("blake3"), str)
-    same = blake3_of(path) == entry["blake3"] if fast else sha256_of(path) == entry["sha256"]
-    progress.advance(path.stat().st_size)
-    if same:
-        return []
-    return [failed("hashes", "file has changed since it was written", name, COPY_AGAIN)]
+@dataclass(frozen=True)
+class _Stored:
+    """What all requests share. rules: for numbers, by the tensor's name."""
+
+    stored: StoredCheckpoint
+    rules: Mapping[str, Values]
+
+
+@dataclass(frozen=True)
+class _Hash:
+    """A file to hash. name, entry: of the manifest."""
+
+    name: str
+    file: Path
+    nbytes: int
+    entry: Mapping[str, Any]
+
+    def check(self, common: _Stored, progress: Progress) -> list[Finding]:
+        """A finding if it has another hash."""
+        fast = isinstance(self.entry.get("blake3"), str)
+        same = (
+            blake3_of(self.file) == self.entry["blake3"]
+            if fast
+            else sha256_of(self.file) == self.entry["sha256"]
+        )
+        progress.advance(self.nbytes)
+        return [] if same else [failed("hashes", _CHANGED, self.name, COPY_AGAIN)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [start, stop) of a tensor whose numbers are checked."""
+
+    name: str
+    file: Path
+    nbytes: int
+    start: int
+    stop: int
+
+    def check(self, common: _Stored, progress: Progress) -> list[Finding]:
+        """A finding for the first number that the tensor's rule does not allow."""
+        progress.advance(self.nbytes)
+        stored = common.stored.checkpoint.tensors[self.name]
+        return _scan(stored, common.rules.get(self.name), self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """A module whose numbers must follow from each other."""
+
+    module: str
+    file: Path
+    nbytes = 0  # read as well by `_Rows`, which count
+
+    def check(self, common: _Stored, progress: Progress) -> list[Finding]:
+        """Findings for numbers that do not."""
+        return list(common.stored.check_arithmetic(common.stored.modules[self.module]))
+
+
+_Request: TypeAlias = _Hash | _Rows | _Arithmetic
+_CHANGED = "file has changed since it was written"
+
+
+def _requests(stored: StoredCheckpoint, files: Mapping[str, Any]) -> Iterator[_Request]:
+    """All checks, in the order in which their findings are reported. files: of the manifest."""
+    for name, entry in files.items():
+        path = stored.checkpoint.path / name
+        if entry.get("sha256") is not None and path.is_file():
+            yield _Hash(name, path, path.stat().st_size, entry)
+    for name, tensor in stored.checkpoint.tensors.items():
+        height = tensor.spec.shape[0] if tensor.spec.shape else 1
+        width = max(1, tensor.spec.row_nbytes)
+        step = max(1, _SPAN // width)
+        for start in range(0, max(1, height), step):
+            stop = min(start + step, height)
+            yield _Rows(name, tensor.file, (stop - start) * width, start, stop)
+    for name, module in stored.modules.items():
+        yield _Arithmetic(name, module.codes.file)
+
+
+def _check(common: _Stored, request: _Request, progress: Progress) -> list[Finding]:
+    return request.check(common, progress)
 
 
 def _rules(stored: StoredCheckpoint) -> dict[str, Values]:
@@ -75,21 +155,20 @@ def _rules(stored: StoredCheckpoint) -> dict[str, Values]:
 # -- values --------------------------------------------------------------------------------------
 
 
-def _scan(stored: StoredTensor, rule: Values | None, progress: Progress) -> list[Finding]:
-    """The first number of a tensor that its rule does not allow."""
+def _scan(stored: StoredTensor, rule: Values | None, begin: int, end: int) -> list[Finding]:
+    """The first number in rows [begin, end) of a tensor that its rule does not allow."""
     spec = stored.spec
     if rule is None:
         rule = "finite" if spec.dtype in FLOATS else "codes"
     if rule == "bits":
         rule = "bits" if spec.dtype == "I64" else "positive"
     fault, what = _FAULTS.get(rule, (None, ""))
-    progress.advance(spec.nbytes)
     if fault is None or not spec.numel or spec.dtype not in DTYPES:
         return []
     with stored.open() as reader:
         step = max(1, _BLOCK // max(1, spec.row_nbytes))
-        for start in range(0, spec.shape[0] if spec.shape else 1, step):
-            block = reader.weight(start, step)
+        for start in range(begin, end, step):
+            block = reader.weight(start, min(step, end - start))
             place = fault(block)
             if place is not None:
                 index = np.unravel_index(place, block.shape) if block.dim() else ()

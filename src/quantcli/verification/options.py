@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantcli.core.cluster.executor import THREADS, Executor, parse_executor
 from quantcli.core.errors import InputError
 
 
@@ -53,7 +54,8 @@ class VerifyOptions:
     )
     junit: Path | None = _option("Also write the outcome as JUnit XML.", metavar="FILE")  # noqa: RUF009
     page: Path | None = None  # HTML
-    workers: int | None = None  # None: one for each core
+    workers: int | None = None  # None: one for each core, or a few for each task of a cluster
+    executor: str = THREADS
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class VerifyOptions:
                 raise InputError(
                     f"{limit} is not a limit", where=f"{option} {limit}", fix="give a number"
                 )
-        _ = self.tp_sizes
+        _ = self.tp_sizes, self.cluster
         if self.run and self.against is None:
             what = "--run compares two models, and there is one"
             raise InputError(what, fix="give the float one: --against MODEL")
@@ -84,6 +86,11 @@ class VerifyOptions:
     def checkpoints(self) -> tuple[str | Path, ...]:
         """All checkpoints; the other options apply to each of them."""
         return (self.checkpoint, *(self.others or ()))
+
+    @property
+    def cluster(self) -> Executor | None:
+        """The cluster whose nodes do the checks; None: threads of this process."""
+        return parse_executor(self.executor)
 
     @property
     def depths(self) -> tuple[str, ...]:

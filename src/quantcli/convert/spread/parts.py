@@ -12,13 +12,13 @@ from quantcli.convert.destination import Destination, Entry
 from quantcli.convert.execute import RunOptions, W, Written, execute
 from quantcli.convert.folder import LocalFolder
 from quantcli.convert.part_folder import read_part
-from quantcli.convert.spread.run import source_files
 from quantcli.convert.spread.task import Within
 from quantcli.core.cluster.cluster import Node
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.sources import check_sources, identities
 from quantcli.core.events import Progress
 from quantcli.core.text import count
+from quantcli.planning.files import source_files
 from quantcli.planning.parts import Part
 from quantcli.planning.plan import Work
 

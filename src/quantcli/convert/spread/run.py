@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantcli.checkpoint.remote.file import RemoteFile
 from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
@@ -17,7 +16,8 @@ from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.sources import identities, see_sources
 from quantcli.core.cluster.tasks import TaskOptions
 from quantcli.core.errors import InputError
-from quantcli.planning.plan import Copy, Quantize, Shard, Work
+from quantcli.planning.files import source_files
+from quantcli.planning.plan import Shard, Work
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,3 @@ def check_spread(plan: Work) -> None:
             "a model in memory cannot be converted on a cluster",
             fix="save it, and give the folder",
         )
-
-
-def source_files(plan: Work, shards: Sequence[Shard]) -> list[Path]:
-    """The files that tasks read from a folder; one that is elsewhere is checked when it is read."""
-    weights = (plan.checkpoint.path / name for name in plan.checkpoint.shards)
-    files = {*weights, *_calibrated(shards)}
-    return sorted(file for file in files if not isinstance(file, RemoteFile))
-
-
-def _calibrated(shards: Sequence[Shard]) -> Iterator[Path]:
-    """Files of a calibration."""
-    for shard in shards:
-        for item in shard.items:
-            edits = [] if not isinstance(item, Copy | Quantize) else [item.edit]
-            if isinstance(item, Quantize):
-                yield from (stored.file for stored in item.stats.values())
-                edits.append(item.bias_edit)
-            for edit in filter(None, edits):
-                parts = (edit.rows, edit.columns, edit.value)
-                yield from (stored.file for stored in parts if stored is not None)

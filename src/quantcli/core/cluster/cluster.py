@@ -108,8 +108,9 @@ class Cluster:
     def share(self, common: Any) -> Shared:
         """Put an object where all tasks find it."""
         import ray
+        from ray import cloudpickle  # takes functions without a name, too
 
-        content = pickle.dumps(common, protocol=pickle.HIGHEST_PROTOCOL)
+        content = cloudpickle.dumps(common, protocol=pickle.HIGHEST_PROTOCOL)
         return Shared(secrets.token_hex(8), ray.put(content))
 
     def run(

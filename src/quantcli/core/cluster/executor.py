@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantcli.core.errors import InputError
 
 THREADS = "threads"
+TASK_WORKERS = 4  # threads of a task: more of them wait for the hash of its shard
 FORMS = "threads, ray, or ray:HOST:PORT"
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")

@@ -20,7 +20,6 @@ from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.findings import Finding, failed
 from quantcli.core.numerics import Parts
-from quantcli.core.threads import thread_pool
 from quantcli.planning.block import (
     Calibrated,
     Computed,
@@ -39,6 +38,7 @@ from quantcli.targets.layouts import Output
 from quantcli.targets.module_rows import ModuleReader
 from quantcli.verification.again.difference import CHECK, Difference, StoredParts, merge
 from quantcli.verification.outcome import CONVERT, Report
+from quantcli.verification.spread.pool import Pool
 from quantcli.verification.structure import layer_of
 
 _CLIPS = "input_square"  # the statistic that clips by inputs need
@@ -64,7 +64,7 @@ class Recomputation:
     same_version: bool = True
     surveys: Surveys = field(default_factory=Surveys)
 
-    def run(self, report: Report, workers: int, progress: Progress) -> None:
+    def run(self, report: Report, pool: Pool, progress: Progress) -> None:
         """Make it again and compare; findings go to the report.
 
         Memory: a row block, and the stored one, for each worker.
@@ -86,12 +86,17 @@ class Recomputation:
             report.not_checked.append(f"{what}: {GIVE_CALIBRATION}")
         progress.begin(sum(item.source.nbytes for item in comparable), len(self.plan.shards))
         differences: dict[str, Difference] = {}
-        with thread_pool(workers) as pool:
-            for job in [pool.submit(self._compare, job, progress) for job in jobs_of(comparable)]:
-                try:
-                    merge(differences, job.result())
-                except InputError as error:
-                    report.add([failed(CHECK, error.what, error.where, error.fix or CONVERT)])
+        requests = [
+            (index, job.start, job.stop)
+            for index, item in enumerate(comparable)
+            for job in jobs_of([item])
+        ]
+        nbytes = [_nbytes(comparable[index], stop - start) for index, start, stop in requests]
+        for result in pool.each(_compared_again, (self, comparable), requests, nbytes, progress):
+            if isinstance(result, InputError):
+                report.add([failed(CHECK, result.what, result.where, result.fix or CONVERT)])
+            else:
+                merge(differences, result)
         report.add(difference.finding() for difference in differences.values())
         report.add(self._sidecars())
         report.count(CHECK, sum(len(self._compared(item)) for item in comparable))
@@ -226,7 +231,7 @@ class Recomputation:
 
     # -- one job -------------------------------------------------------------------------------------
 
-    def _compare(self, job: Job, progress: Progress) -> dict[str, Difference]:
+    def compare(self, job: Job, progress: Progress) -> dict[str, Difference]:
         """The differences in some rows of an item, by the name of the tensor."""
         item = job.item
         calibrated = self._calibrated(item)
@@ -327,6 +332,23 @@ class Recomputation:
             output = Output(module.tensors[suffix].spec, params[suffix].axis, params[suffix].rows)
             if rows.start == 0 or output.rows:
                 yield output, output.first(rows.start), tensor
+
+
+def _compared_again(
+    common: tuple[Recomputation, list[Item]], request: tuple[int, int, int], progress: Progress
+) -> dict[str, Difference] | InputError:
+    """The differences in some rows of an item; the error if they cannot be computed. request: the
+    index of the item, and its rows."""
+    recomputation, items = common
+    index, start, stop = request
+    try:
+        return recomputation.compare(Job(items[index], start, stop), progress)
+    except InputError as error:
+        return error
+
+
+def _nbytes(item: Item, rows: int) -> int:
+    return item.source.nbytes * rows // max(1, item.height)
 
 
 def _unmeasured(item: Item) -> bool:
