@@ -1,4 +1,4 @@
-"""A release on three nodes: its calibration, its checkpoints and their verification are those of threads."""
+"""A release on three nodes: its calibration, checkpoints and verification are those of threads."""
 
 import yaml
 
