@@ -10,6 +10,7 @@ from quantcli.checkpoint.remote.stores import (
     store_errors,
 )
 from quantcli.core.errors import InputError, MachineError
+from tests.object_faults import between
 from tests.object_server import Objects
 
 
@@ -53,6 +54,19 @@ def test_objects_are_read_and_what_is_not_there_is_said(objects: Objects) -> Non
         store_errors(nowhere),
     ):
         obstore.get(open_store(nowhere), nowhere.key("b"))
+
+
+def test_a_bucket_of_another_region(objects: Objects) -> None:
+    place = parse_place(objects.bucket("far-away") + "/a")
+    with between(objects) as proxy:
+        proxy.fault = lambda method, path: 301
+        store = open_store(place)
+        with (
+            pytest.raises(InputError, match="bucket `far-away` is in another region") as caught,
+            store_errors(place),
+        ):
+            obstore.get(store, "a/b")
+    assert caught.value.fix == "set AWS_REGION to the region of the bucket"
 
 
 def test_a_server_that_does_not_answer_is_the_machine(

@@ -151,6 +151,9 @@ def our_error(error: BaseException, place: Place, name: str = "") -> QuantError:
     if "NoSuchBucket" in str(error):
         what = f"bucket `{place.bucket}` does not exist"
         return InputError(what, where=str(place), fix="check the spelling, and the region")
+    if "redirect without LOCATION" in str(error):  # how S3 answers for a bucket of another region
+        what = f"bucket `{place.bucket}` is in another region"
+        return InputError(what, where=str(place), fix="set AWS_REGION to the region of the bucket")
     if isinstance(error, FileNotFoundError) or status_of(error) == 404:
         return InputError("no such file in object storage", where=where, fix="check the address")
     if _lacks_credentials(error):
