@@ -181,7 +181,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     plain = tuple(get_origin(kind) or kind for kind in kinds)
     is_flag = isinstance(value, bool) and bool not in plain
     numbers = (int, *plain) if float in plain else plain
-    is_letters = isinstance(value, str) and str not in plain  # a sequence, but not a list of texts
+    is_letters = isinstance(value, str) and Sequence in plain and str not in plain  # not a list
     if isinstance(value, numbers) and not is_flag and not is_letters:
         least, most = _LIMITS.get(name, (value, value))
         if not isinstance(value, int) or least <= value <= most:
