@@ -1066,7 +1066,7 @@ def test_other_devices_compute_one_batch_at_a_time() -> None:
     ("device", "what", "fix"),
     [
         ("cuda:99", "no device `cuda:99` here: ", "--device cpu works anywhere"),
-        ("npu", "--device npu needs torch_npu", "pip install 'quantcli[npu]' on the Ascend machine"),
+        ("npu", "--device npu needs torch_npu", f"on the Ascend machine: {pip_install('npu')}"),
     ],
 )
 def test_a_device_that_is_not_here(

@@ -79,7 +79,7 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     if job.out.folder is None:
         out.line(f"uploads      {decimal(job.nbytes)}")
     workers = count(job.options.workers, "worker")
-    out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
+    out.line(f"memory       about {decimal(job.memory)} in addition to Python and torch, with {workers}")
     out.line(f"output       {job.out}{job.out.remark}")
     for fact in facts:
         out.line(fact)

@@ -135,7 +135,7 @@ def show_plan(out: Output, release: Release) -> None:
         out.line(f"runs on      {release.options.executor}, shard by shard")
     workers = count(release.options.of_run().workers, "worker")
     if jobs:
-        out.line(f"memory       about {decimal(release.memory)} next to torch, with {workers}")
+        out.line(f"memory       about {decimal(release.memory)} in addition to Python and torch, with {workers}")
     if release.verify is not None:
         out.line(f"verifies     {', '.join(release.verify.depths)}")
     for note in [*release.notes, *_plan_notes(release)]:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.text import pip_install
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -94,7 +95,7 @@ def open_store(place: Place, *, retries: bool = True) -> ObjectStore:
         from obstore.store import from_url
     except ImportError:
         raise MachineError(
-            f"{place.scheme}:// needs the package obstore", fix="pip install 'quantcli[objects]'"
+            f"{place.scheme}:// needs the package obstore", fix=pip_install("objects")
         ) from None
     named = filter(None, map(os.environ.get, _ENDPOINTS[place.scheme]))
     plain = next(named, "").startswith("http://")  # the user's own choice, such as a local server

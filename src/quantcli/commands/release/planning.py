@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # new: to be written. done: there already. unsure: there, and its statistics are not known yet.
 State = Literal["new", "done", "unsure"]
+_HOLDS = {False: "holds another checkpoint (other plan or settings)", True: "holds something else, or a damaged checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -337,8 +338,7 @@ def check_free(plan: Plan, out: Destination, *, force: bool) -> None:
     """InputError or MachineError if a checkpoint that is not there yet cannot go to its place."""
     if out.exists and not force:
         raise InputError(
-            "its place is taken, and not by the checkpoint that this release would write there",
-            where=str(out),
+            f"{out} {_HOLDS[out.manifest() is None]}",
             fix="move it away, give the checkpoint another `name` or `out`, or replace it with --force",
         )
     out.check(plan.checkpoint.path, force=force)
