@@ -269,7 +269,8 @@ def _calibrated(
     output: of the release. base: the name of the release, if its output does not name a folder.
     """
     from quantcli.calibration.sets.joint import joint_sessions
-    from quantcli.convert.destination import destination_of, scheme_of
+    from quantcli.checkpoint.remote.address import scheme_of
+    from quantcli.convert.destination import destination_of
 
     if not any(plan.needs_calibration for plan in plans):
         if options.calibration is not None:
