@@ -28,6 +28,7 @@ from quantcli.commands import quantize as commands
 from quantcli.core import events
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.core.text import pip_install
 from quantcli.planning.siblings import Siblings
 from quantcli.schemes.w8a8_static import W8A8Static
 from tests.e2e.calibrating import (

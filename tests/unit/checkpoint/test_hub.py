@@ -27,7 +27,7 @@ from tests.e2e.conftest import run_cli
 from tests.hub_server import Fault, Hub, commit_of, used
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LOOKING = "looking for org/name on the Hub, or in its cache"
+LOOKING = "no folder org/name here: looking for it on the Hub, or in its cache"
 SHARDS = {
     f"model-0000{n}-of-00002.safetensors": {f"layers.{n}.w.weight": tensor("BF16", 64, 64, fill=n)}
     for n in (1, 2)

@@ -291,7 +291,7 @@ def test_a_server_that_names_no_files(model: Path) -> None:
         told = Told()
         checkpoint = open_checkpoint(find_model(f"{web.address}/org/name", told))
         assert len(checkpoint.tensors) == 12
-        assert "lists no weight files: only files with names" in checkpoint.notes[0]
+        assert "so quantcli asked for the usual file names" in checkpoint.notes[0]
         assert "the server gives no strong ETag for 4 files" in told.details[0]
         must_be_unchanged(checkpoint)
         os.utime(model / FILE, (1, 1))

@@ -34,7 +34,7 @@ def test_the_option_names_an_executor(text, executor):
     "text", ["", "Ray", "ray:", "ray:10.0.0.1", "ray:host:0", "ray:host:65536", "ray:a b:1", "dask"]
 )
 def test_an_option_that_names_none(text):
-    with pytest.raises(InputError, match="executor is not one that exists"):
+    with pytest.raises(InputError, match="there is no such executor"):
         parse_executor(text)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model
+from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model, say_if_new
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 # new: to be written. done: there already. unsure: there, and its statistics are not known yet.
 State = Literal["new", "done", "unsure"]
-_HOLDS = {False: "holds another checkpoint (other plan or settings)", True: "holds something else, or a damaged checkpoint"}
+_HOLDS = {
+    False: "holds another checkpoint (other plan or settings)",
+    True: "holds something else, or a damaged checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def plan_release(
     plans = [_plan_of(written, entry, checkpoint, progress) for entry in entries]
     if options.executor is not None:
         check_spread(plans[0])
-    joint, notes = _calibrated(written, plans, options, output, base)
+    joint, notes = _calibrated(written, plans, options, output, base, progress)
     members = []
     for entry, plan, place in zip(entries, plans, places, strict=True):
         with naming(entry):
@@ -210,6 +213,14 @@ def _places(
     checkpoint could have."""
     from quantcli.convert.destination import destination_of
 
+    repository = output.removeprefix("hf://").rstrip("/")
+    is_whole = output.startswith("hf://") and "/" in repository and "{" not in output
+    if is_whole and any(entry.out is None for entry in entries):
+        raise InputError(
+            "a repository of the Hub holds one checkpoint",
+            where=output,
+            fix=f"put {{name}} into the address: hf://{repository.partition('@')[0]}-{{name}}",
+        )
     places: list[Destination] = []
     for entry in entries:
         with naming(entry):
@@ -262,11 +273,16 @@ def _needs_data(recipe: Recipe) -> bool:
 
 
 def _calibrated(
-    written: WrittenRelease, plans: Sequence[Plan], options: ReleaseOptions, output: str, base: str
+    written: WrittenRelease,
+    plans: Sequence[Plan],
+    options: ReleaseOptions,
+    output: str,
+    base: str,
+    progress: Progress,
 ) -> tuple[Joint | None, list[str]]:
     """The calibration of all plans that need one, and notes about it.
 
-    output: of the release. base: the name of the release, if its output does not name a folder.
+    output: of the release. base: the name of the release, if its output has a `{name}` in it.
     """
     from quantcli.calibration.sets.joint import joint_sessions
     from quantcli.checkpoint.remote.address import scheme_of
@@ -281,8 +297,11 @@ def _calibrated(
         return None, [unused] if written.calibration else []
     folder = options.calibration
     if folder is None:
-        is_folder = scheme_of(output) is None and "{" not in output
-        folder = destination_of(output if is_folder else base).sibling(".calibration")
+        named = base if "{" in output else output
+        if scheme_of(named) is not None:  # a folder here, named after the last part of the address
+            named = PurePosixPath(named).name
+        folder = destination_of(named).sibling(".calibration")
+    say_if_new(options.calibration, progress)
     return joint_sessions(plans, folder), []
 
 

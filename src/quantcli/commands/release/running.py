@@ -10,6 +10,7 @@ from quantcli.commands.release.planning import Member, Release, check_free, of_e
 from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
@@ -69,6 +70,7 @@ def _with_statistics(
     if release.joint is not None:
         sessions = tuple(m.job.session for m in release.missing if m.job.session is not None)
         replace(release.joint, sessions=sessions).run(resources or Resources(), progress)
+        progress.keeps(f"the calibration {release.joint.folder}", lasting=True)
     outcomes = []
     for member in release.members:
         if member.missed is not None:
@@ -123,6 +125,7 @@ def _verified(
         return list(outcomes)
     from quantcli.commands import verify as commands
 
+    progress.phase(f"verifying {count(there, 'checkpoint')}")
     options = release.verify
     if resources is not None:
         options = replace(options, trust_remote_code=resources.trust_remote_code)

@@ -20,7 +20,7 @@ from quantcli.core.cluster.executor import Executor
 from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.text import pip_install, count
+from quantcli.core.text import count, pip_install
 from quantcli.core.threads import default_workers
 
 _REACH = 5.0  # seconds to reach the head of a cluster
