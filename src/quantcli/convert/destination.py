@@ -6,6 +6,7 @@ it, with the journal of what is done; a shard sink takes its shards.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def destination_of(out: str | Path, progress: Progress = SILENT) -> Destination:
     if address is None:
         from quantcli.convert.folder import LocalFolder
 
-        return LocalFolder(Path(out))
+        return LocalFolder(Path(os.path.expanduser(out)))  # noqa: PTH111 - Path's raises without a home
     if scheme in SCHEMES:
         from quantcli.convert.objects.place import object_place
 
@@ -100,6 +101,11 @@ class Destination(ABC):
     def value(self) -> Path | str:
         """The place as Python callers get it: a path, or a URL."""
         return self.folder or str(self)
+
+    @property
+    def address(self) -> str:
+        """One text for each place, however it was named; a place in another one begins with its."""
+        return f"{self}".rstrip("/") + "/"
 
     @property
     def served_as(self) -> str:

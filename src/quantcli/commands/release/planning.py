@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model, say_if_new
+from quantcli.commands.release.verifying import check_verification, verify_options
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import check_calibration, partial_folder
 from quantcli.core.text import count
-from quantcli.recipe.release import GivenRelease, ReleaseEntry, WrittenRelease, read_release
+from quantcli.recipe.release import (
+    PLACEHOLDER,
+    GivenRelease,
+    ReleaseEntry,
+    WrittenRelease,
+    read_release,
+)
 from quantcli.recipe.written import read_recipe
 from quantcli.verification.options import VerifyOptions
 
@@ -134,10 +142,12 @@ def plan_release(
         where = written.document.where(())
         raise InputError("the release has no model", where=where, fix="give --model, or `model:` in it")
     checkpoint = model if isinstance(model, Checkpoint) else open_model(named, progress)
-    verify = _verify_options(written, options, named)
+    verify = verify_options(written, options.page, options.workers, named)
     base = default_name(named, release)
     output = options.out or written.file.output or base
     places = _places(written, entries, output, checkpoint)
+    if verify is not None:
+        check_verification(verify, written, checkpoint, places, progress)
     progress.say(f"planning {count(entries, 'checkpoint')} of {named}")
 
     from quantcli.convert.spread.run import check_spread
@@ -147,6 +157,10 @@ def plan_release(
     if options.executor is not None:
         check_spread(plans[0])
     joint, notes = _calibrated(written, plans, options, output, base, progress)
+    if joint is not None:
+        for entry, place in zip(entries, places, strict=True):
+            with naming(entry):
+                check_calibration(joint.folder, checkpoint.path, place.folder)
     members = []
     for entry, plan, place in zip(entries, plans, places, strict=True):
         with naming(entry):
@@ -176,36 +190,6 @@ def of_entry(entry: ReleaseEntry, error: QuantError) -> QuantError:
     return type(error)(what, where=where, fix=error.fix, payload=error.payload)
 
 
-def _verify_options(
-    written: WrittenRelease, options: ReleaseOptions, model: str
-) -> VerifyOptions | None:
-    """How the checkpoints are verified, without their names. InputError for options that contradict
-    each other."""
-    block = written.file.verify
-    if block is None:
-        return None if options.page is None else VerifyOptions("", page=options.page)
-    against = block.against if isinstance(block.against, str) else model if block.against else None
-    try:
-        return VerifyOptions(
-            "",
-            full=block.full,
-            against=against,
-            run=block.run,
-            data=None if block.data is None else written.path(block.data),
-            samples=block.samples,
-            length=block.length,
-            tp=block.tp,
-            min_sqnr=block.min_sqnr,
-            max_ppl_ratio=block.max_ppl_ratio,
-            max_kl=block.max_kl,
-            page=options.page,
-            workers=options.workers,
-        )
-    except InputError as error:
-        where = written.document.where(("verify",))
-        raise InputError(error.what, where=where, fix=error.fix) from None
-
-
 def _places(
     written: WrittenRelease, entries: Sequence[ReleaseEntry], output: str, checkpoint: Checkpoint
 ) -> list[Destination]:
@@ -214,7 +198,7 @@ def _places(
     from quantcli.convert.destination import destination_of
 
     repository = output.removeprefix("hf://").rstrip("/")
-    is_whole = output.startswith("hf://") and "/" in repository and "{" not in output
+    is_whole = output.startswith("hf://") and "/" in repository and PLACEHOLDER not in output
     if is_whole and any(entry.out is None for entry in entries):
         raise InputError(
             "a repository of the Hub holds one checkpoint",
@@ -227,7 +211,7 @@ def _places(
             place = destination_of(written.place(entry, output))
             place.check(checkpoint.path, force=True)  # it may exist: what it is matters later
             for other, before in zip(entries, places, strict=False):
-                if _overlap(place, before):
+                if overlap(place, before):
                     raise InputError(
                         f"it goes to the place of checkpoint `{other.name}`, or into it",
                         where=str(place),
@@ -237,13 +221,15 @@ def _places(
     return places
 
 
-def _overlap(one: Destination, other: Destination) -> bool:
-    """Whether one place is the other, or inside of it."""
+def overlap(one: Destination, other: Destination) -> bool:
+    """Whether one place is the other, or inside of it; or a draft is there while it is written."""
     if one.folder is not None and other.folder is not None:
-        first, second = one.folder.resolve(), other.folder.resolve()
-        return first.is_relative_to(second) or second.is_relative_to(first)
-    first_text, second_text = f"{one}".rstrip("/") + "/", f"{other}".rstrip("/") + "/"
-    return first_text.startswith(second_text) or second_text.startswith(first_text)
+        return any(
+            first.is_relative_to(second) or second.is_relative_to(first)
+            for first in (one.folder.resolve(), partial_folder(one.folder).resolve())
+            for second in (other.folder.resolve(), partial_folder(other.folder).resolve())
+        )
+    return one.address.startswith(other.address) or other.address.startswith(one.address)
 
 
 def _plan_of(
@@ -297,7 +283,7 @@ def _calibrated(
         return None, [unused] if written.calibration else []
     folder = options.calibration
     if folder is None:
-        named = base if "{" in output else output
+        named = base if PLACEHOLDER in output else output
         if scheme_of(named) is not None:  # a folder here, named after the last part of the address
             named = PurePosixPath(named).name
         folder = destination_of(named).sibling(".calibration")

@@ -140,7 +140,8 @@ def _joined(ray: Any, address: str) -> Iterator[Cluster]:
         raise MachineError(
             f"cannot join the Ray cluster: {_first_line(error)}",
             where=address,
-            fix="use the versions of Ray and Python of the cluster, and its RAY_AUTH_TOKEN",
+            fix="use the versions of Ray and Python of the cluster, its RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN",
         ) from None
     try:
         yield Cluster(f"Ray cluster at {address}")
