@@ -144,7 +144,8 @@ def plan_release(
     checkpoint = model if isinstance(model, Checkpoint) else open_model(named, progress)
     verify = verify_options(written, options.page, options.workers, named)
     base = default_name(named, release)
-    output = options.out or written.file.output or base
+    output = options.out if options.out is not None else written.file.output
+    output = base if output is None else output
     places = _places(written, entries, output, checkpoint)
     if verify is not None:
         check_verification(verify, written, checkpoint, places, progress)
@@ -271,7 +272,7 @@ def _calibrated(
     output: of the release. base: the name of the release, if its output has a `{name}` in it.
     """
     from quantcli.calibration.sets.joint import joint_sessions
-    from quantcli.checkpoint.remote.address import scheme_of
+    from quantcli.checkpoint.remote.address import address_of
     from quantcli.convert.destination import destination_of
 
     if not any(plan.needs_calibration for plan in plans):
@@ -284,7 +285,7 @@ def _calibrated(
     folder = options.calibration
     if folder is None:
         named = base if PLACEHOLDER in output else output
-        if scheme_of(named) is not None:  # a folder here, named after the last part of the address
+        if address_of(named) is not None:  # a folder here, named after the last part of the address
             named = PurePosixPath(named).name
         folder = destination_of(named).sibling(".calibration")
     say_if_new(options.calibration, progress)
