@@ -44,7 +44,8 @@ class Pages(Handler):
         elif "list-type" in query:
             self._send(200, self._listed(place, query["prefix"][0]).encode())
         elif place.is_dir() and path.endswith("/") and self.listed:
-            self._send(200, self._page(place).encode(), {"Content-Type": "text/html; charset=utf-8"})
+            kind = {"Content-Type": "text/html; charset=utf-8"}
+            self._send(200, self._page(place).encode(), kind, fault.cut)
         elif place.is_file():
             tag = tag_of(place)
             condition = self.headers.get("If-Match")

@@ -42,6 +42,7 @@ RECIPES = {
     "gptq": "target: ascend\n" + STATIC.replace("w8a8_static", "{name: w8a16, weight_rounding: gptq}"),
     "quantized": "target: ascend\n" + STATIC.replace("data:", "inputs: quantized, data:"),
     "shorter": "target: fp8\n" + FP8.replace("samples: 3", "samples: 2"),
+    "longer": "target: fp8\n" + FP8.replace("samples: 3", "samples: 9999"),
 }  # fmt: skip
 TOGETHER = ["ascend", "vllm", "milder", "few", "fp8", "vllm_fp8", "cache", "heads", "gptq"]
 
@@ -107,6 +108,19 @@ def test_together_as_alone(workshop: Workshop) -> None:
     again = workshop.joint(names[::-1], "all")
     assert again.complete
     assert {s.folder for s in again.sessions} == {s.folder for s in joint.sessions}
+
+
+def test_all_texts_are_read_before_anything_runs(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a later replay is too short: no layer has run by then."""
+    ran: list[int] = []
+    monkeypatch.setattr(Replay, "run", lambda self, index, *rest, **options: ran.append(index))
+    with pytest.raises(InputError, match="9999 are asked for") as error:
+        workshop.joint(["fp8", "longer"], "texts").run(Resources(), SILENT)
+    assert "longer.yaml" in (error.value.where or "")
+    assert ran == []
+    assert not (workshop.root / "texts").exists()
 
 
 class Stops(Progress):
@@ -261,11 +275,11 @@ def test_a_calibration_is_found_in_that_of_a_release(workshop: Workshop) -> None
     joint = workshop.joint(names, "found")
     joint.run(Resources(), SILENT)
     for name in names:
-        own = sessions.load_for(workshop.plan(name), joint.folder)
+        (own,) = sessions.load_for(workshop.plan(name), joint.folder)
         assert sessions.prepare_session(workshop.plan(name), joint.folder).complete
         assert (
             own.stats.keys()
-            == sessions.load_for(workshop.plan(name), workshop.alone(name)).stats.keys()
+            == sessions.load_for(workshop.plan(name), workshop.alone(name))[0].stats.keys()
         )
     with pytest.raises(InputError, match=r"other edits: smooth\.alpha was 0\.5, is 0\.25"):
         sessions.prepare_session(workshop.plan("milder"), joint.folder)

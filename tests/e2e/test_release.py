@@ -18,6 +18,7 @@ from tests.e2e.calibrating import LENGTH, SAMPLES, TEXT, Models, change_tensors
 from tests.e2e.conftest import Faults, Killed, Result, run_cli, snapshot
 
 RECIPES = ["w8a8_static", "vllm_int8_static", "fp8_static", "w4a16_gptq", "vllm_mxfp4", "fp8_block"]
+RUN = {"against": True, "run": True, "data": "text.txt", "length": 16}
 CALIBRATION = {"data": "text.txt", "samples": SAMPLES, "length": LENGTH}
 
 
@@ -247,19 +248,83 @@ def test_a_run_that_was_killed_goes_on(bench: Bench, nth: int) -> None:
             {},
             "place",
         ),
-        (["w8a8_dynamic"], {"verify": {"run": True}}, "--run compares two models"),
+        (
+            [{"recipe": "w8a8_dynamic", "out": "out/x"}, {"recipe": "w8a16", "out": "out/x.partial"}],
+            {},
+            "it goes to the place of checkpoint `w8a8_dynamic`, or into it",
+        ),
+        (
+            [{"recipe": "w8a8_static", "out": "x"}, {"recipe": "w8a16", "out": "out.calibration/x"}],
+            {"output": "out"},
+            "checkpoint `w8a16`: the calibration folder and the output directory must not contain each",
+        ),
+        (["w8a8_dynamic"], {"verify": {"run": True}}, "`run` compares two models"),
+        (["w8a8_dynamic"], {"verify": {"min_sqnr": 20}}, "`min_sqnr` has no effect without `against`"),
+        (["w8a8_dynamic"], {"verify": {"against": "./absent"}}, "no such model directory"),
+        (["w8a8_dynamic"], {"verify": {**RUN, "data": "absent.txt"}}, "absent.txt` does not exist"),
+        (["w8a8_dynamic"], {"verify": {**RUN, "length": 5000}}, "longer than the model's"),
+        (
+            ["w8a8_dynamic"],
+            {"verify": {**RUN, "samples": 999}},
+            "lower verify.samples or verify.length",
+        ),
         ([{"recipe": "w8a8_dynamic", "set": {"target": "asend"}}], {}, "checkpoint `w8a8_dynamic`:"),
     ],
 )
 def test_refusals_come_before_anything_is_written(
-    bench: Bench, checkpoints: list[object], more: dict[str, object], what: str
+    bench: Bench,
+    checkpoints: list[object],
+    more: dict[str, object],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(bench.root)
     bench.write(checkpoints, **more)
-    result = bench.run()
+    result = run_cli(
+        "release",
+        "release.yaml",
+        "--model",
+        bench.model,
+        *([] if "output" in more else ["--out", "out"]),
+    )
+    assert result.code == 2
+    assert what in result.err.replace("\n  ", " ")
+    assert "-->" in result.err
+    assert sorted(path.name for path in bench.root.iterdir()) == ["release.yaml", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("page", "what"),
+    [("absent/page.html", "`absent` does not exist"), ("out/w8a16/page.html", "would become part of")],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    bench: Bench, page: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench.root)
+    bench.write(["w8a16"])
+    result = bench.run("--out", "out", "--report", page)
     assert result.code == 2
     assert what in result.err
-    assert "-->" in result.err
     assert not bench.out.exists()
+
+
+def test_numbers_that_follow_from_text_are_verified(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the calibration of each checkpoint: two have the same recipe, and another text."""
+    monkeypatch.chdir(bench.root)
+    (bench.root / "other.txt").write_text(TEXT[::-1])
+    other = {"recipe": "w8a8_static", "name": "b", "set": {"calibration.data": "other.txt"}}
+    bench.write(["w8a8_static", other, "w8a16"], verify={"against": True})
+    result = bench.run("--json")
+    assert result.code == 0, result.err
+    reports = [checkpoint["verification"] for checkpoint in result.json["checkpoints"]]
+    assert [report["not_checked"] for report in reports] == [[], [], []]
+    (further,) = (bench.root / "out.calibration").glob("further-*")
+    compare = "verify", "--against", bench.model, "--calibration"
+    assert run_cli(*compare, "out.calibration", bench.out / "w8a8_static", bench.out / "b").code == 0
+    assert run_cli(*compare, further, bench.out / "b").code == 0
+    assert run_cli(*compare, further, bench.out / "w8a8_static").code == 1, "of another text"
 
 
 def test_the_text_on_a_terminal(bench: Bench) -> None:

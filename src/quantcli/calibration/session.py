@@ -25,11 +25,12 @@ from quantcli.calibration.replay.devices import (
 from quantcli.calibration.report import TAKEN_FROM, expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sets.identity import Key, key_of
-from quantcli.calibration.sets.place import Place, finished, place_of
+from quantcli.calibration.sets.place import Place, finished, finished_of_texts, place_of
 from quantcli.calibration.spread import run as spread
 from quantcli.calibration.store import Store, check_free, groups_of, load_measured, reports
 from quantcli.calibration.text.dataset import (
     Batch,
+    Dataset,
     TextSource,
     check_length,
     check_source,
@@ -193,14 +194,14 @@ def load(session: Session) -> Measured:
     return load_measured(folder, layers, session.key.modules)
 
 
-def load_for(plan: Plan, folder: Path) -> Measured:
-    """The finished calibration in `folder`, if it has all that this plan needs; its text may be any.
+def load_for(plan: Plan, folder: Path) -> list[Measured]:
+    """The finished calibrations in `folder` that have all that this plan needs, one for each text.
 
-    InputError for one that is not finished, damaged, or of something else.
+    InputError if there is none that is finished, and for one that is damaged or of something else.
     """
     key = _key(plan, "")
-    folder, layers = finished(folder, key, any_text=True)
-    return load_measured(folder, layers, key.modules)
+    places = finished_of_texts(folder, key)
+    return [load_measured(place, layers, key.modules) for place, layers in places]
 
 
 def run(session: Session, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
@@ -209,11 +210,21 @@ def run(session: Session, resources: Resources, progress: Progress, *, fresh: bo
 
 
 def run_together(
-    sessions: Sequence[Session], resources: Resources, progress: Progress, *, fresh: bool = False
+    sessions: Sequence[Session],
+    resources: Resources,
+    progress: Progress,
+    *,
+    fresh: bool = False,
+    later: Sequence[Session] = (),
+    texts: dict[str, Dataset] | None = None,
 ) -> None:
     """Calibrate for several recipes that see the same inputs (`Key.inputs`, `Key.data`), each in a
-    folder of its own. Interrupted, the same call continues after the last finished layer."""
-    plan, source = sessions[0].plan, sessions[0].source
+    folder of its own. Interrupted, the same call continues after the last finished layer.
+
+    later: calibrations of the model that follow: their text is read, too, before anything is measured.
+    texts: those that were read, by `Key.data`.
+    """
+    plan, texts = sessions[0].plan, {} if texts is None else texts
     plans = [session.plan for session in sessions]
     if resources.executor is not None and spread.by_layers(plans):
         here = replace(resources, device="cpu")  # where nothing is computed then
@@ -223,16 +234,10 @@ def run_together(
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)
-    positions, vocabulary = model_limits(plan.checkpoint.text_config)
-    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
-    dataset = load_dataset(
-        source,
-        plan.checkpoint.path,
-        positions=positions,
-        vocab_size=vocabulary,
-        trust_remote_code=resources.trust_remote_code,
-        say=progress.say,
-    )
+    for session in (sessions[0], *later):
+        if session.key.data not in texts:
+            texts[session.key.data] = _read_text(session, resources, progress)
+    dataset = texts[sessions[0].key.data]
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     runs = runs_of(plans, skeleton, batches, here, progress)
     with ExitStack() as stack:
@@ -256,6 +261,21 @@ def run_together(
             if not is_out_of_memory(error):
                 raise
             raise too_little_memory("a layer and its work", error, device) from None
+
+
+def _read_text(session: Session, resources: Resources, progress: Progress) -> Dataset:
+    """The samples. InputError for too few of them, and for text that cannot be read."""
+    source, checkpoint = session.source, session.plan.checkpoint
+    positions, vocabulary = model_limits(checkpoint.text_config)
+    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
+    return load_dataset(
+        source,
+        checkpoint.path,
+        positions=positions,
+        vocab_size=vocabulary,
+        trust_remote_code=resources.trust_remote_code,
+        say=progress.say,
+    )
 
 
 def _probe(first: Batch) -> Batch:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import typer
 
+from quantcli.checkpoint.remote.address import without_secrets
 from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.terminal.environment import COMPLETE, defaults
@@ -40,7 +41,7 @@ class Signals(Protocol):
 
 def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
-    out = Output(as_json="--json" in argv, command=shlex.join(argv))
+    out = Output(as_json="--json" in argv, command=shlex.join(map(without_secrets, argv)))
     signals.kept, signals.log = lambda: out.kept(), out.log_at_once
     try:
         return _guarded(argv, signals, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,14 @@ if TYPE_CHECKING:  # pydantic is slow to load
     from quantcli.verification.report.baseline import Baseline
 
 
-def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
+def run(
+    options: VerifyOptions,
+    progress: Progress = SILENT,
+    calibrations: Sequence[Path | None] | None = None,
+) -> dict[str, Any]:
     """The report on a checkpoint, see docs/verify.md; of several {"ok", "checkpoints": reports}.
+
+    calibrations: of each checkpoint, None for one without; by default that of the options for all.
 
     The files that the options name are written in any case. InputError for options that do not go
     together, and for a folder or id without a checkpoint.
@@ -49,10 +55,12 @@ def run(options: VerifyOptions, progress: Progress = SILENT) -> dict[str, Any]:
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
     earlier = _earlier(options.baseline, folders)
     reports = []
-    with _cluster(options, progress) as cluster:
-        for folder, name in zip(folders, options.checkpoints, strict=True):
+    calibrations = calibrations or [options.calibration] * len(folders)
+    alike = any(own is not None for own in calibrations)
+    with _cluster(options, progress, alike=alike) as cluster:
+        for folder, name, own in zip(folders, options.checkpoints, calibrations, strict=True):
             progress.say(f"verifying {name}: {', '.join(options.depths)}")
-            one = replace(options, checkpoint=folder, others=None)
+            one = replace(options, checkpoint=folder, others=None, calibration=own)
             report = _verify(one, earlier, progress, cluster)
             report["card_written"] = _write_card(folder, report, given) if options.card else None
             reports.append(report)
@@ -95,8 +103,11 @@ def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
 
 
 @contextmanager
-def _cluster(options: VerifyOptions, progress: Progress) -> Iterator[Cluster | None]:
-    """The cluster for all checkpoints; None if threads of this process do what is asked for."""
+def _cluster(options: VerifyOptions, progress: Progress, *, alike: bool) -> Iterator[Cluster | None]:
+    """The cluster for all checkpoints; None if threads of this process do what is asked for.
+
+    alike: whether the nodes must compute the same numbers from text.
+    """
     if options.cluster is None:
         yield None
         return
@@ -109,7 +120,7 @@ def _cluster(options: VerifyOptions, progress: Progress) -> Iterator[Cluster | N
     from quantcli.core.cluster.connect import connect
 
     with connect(options.cluster, progress) as cluster:
-        if options.calibration is not None:
+        if alike:
             cluster.check_alike()
         yield cluster
 

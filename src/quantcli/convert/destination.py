@@ -6,7 +6,7 @@ it, with the journal of what is done; a shard sink takes its shards.
 
 from __future__ import annotations
 
-import re
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.remote.address import address_of, public_form, scheme_of
 from quantcli.checkpoint.remote.stores import SCHEMES
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -30,36 +31,28 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]  # a file as the manifest lists it: {"bytes": n}, and if it was hashed its hashes
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
-
-
-def scheme_of(text: str) -> str | None:
-    """The scheme of a URL, such as `s3`; None for what names a folder."""
-    match = _URL.fullmatch(text)
-    return match[1].lower() if match else None
-
 
 def destination_of(out: str | Path, progress: Progress = SILENT) -> Destination:
     """The destination that the user names. InputError for a URL of an unknown kind.
 
     progress: hears of a server that is asked about the place.
     """
-    scheme = scheme_of(out) if isinstance(out, str) else None
-    if scheme is None:
+    address, scheme = address_of(str(out)), scheme_of(str(out))
+    if address is None:
         from quantcli.convert.folder import LocalFolder
 
-        return LocalFolder(Path(out))
+        return LocalFolder(Path(os.path.expanduser(out)))  # noqa: PTH111 - Path's raises without a home
     if scheme in SCHEMES:
         from quantcli.convert.objects.place import object_place
 
-        return object_place(str(out))
+        return object_place(address)
     if scheme == "hf":
         from quantcli.convert.hub import HubRepository
 
-        return HubRepository(str(out), progress)
+        return HubRepository(address, progress)
     raise InputError(
         f"nothing can be written to {scheme}://",
-        where=f"--out {out}",
+        where=f"--out {public_form(address)}",
         fix="give a folder, hf://ORG/NAME, or an address of object storage: s3://BUCKET/FOLDER",
     )
 
@@ -108,6 +101,11 @@ class Destination(ABC):
     def value(self) -> Path | str:
         """The place as Python callers get it: a path, or a URL."""
         return self.folder or str(self)
+
+    @property
+    def address(self) -> str:
+        """One text for each place, however it was named; a place in another one begins with its."""
+        return f"{self}".rstrip("/") + "/"
 
     @property
     def served_as(self) -> str:

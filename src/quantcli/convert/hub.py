@@ -69,6 +69,11 @@ class HubRepository(Destination):
         return parse(self.url)[0].rpartition("/")[2]
 
     @property
+    def address(self) -> str:
+        """With its branch, also if that is not named."""
+        return "@".join(parse(self.url)) + "/"
+
+    @property
     def served_as(self) -> str:
         """ORG/NAME."""
         return parse(self.url)[0]

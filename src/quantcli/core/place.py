@@ -15,7 +15,7 @@ from quantcli.core.errors import InputError, MachineError
 
 OTHER_OUT = "choose another --out"
 
-_ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize`"
+_ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize` and `release`"
 
 
 def partial_folder(out: Path) -> Path:

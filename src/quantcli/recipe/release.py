@@ -25,7 +25,7 @@ from quantcli.recipe.written import explain
 RELEASE = "the release"  # the name of one that is not a file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _FOLDERS = (".partial", ".replaced", ".calibration")  # ends of folders that stand next to an output
-_PLACEHOLDER = "{name}"
+PLACEHOLDER = "{name}"
 
 
 def _check_name(value: Any) -> str:
@@ -144,8 +144,8 @@ class WrittenRelease:
         """Where an entry goes, if OUTPUT is `output`."""
         if entry.out is not None:
             return entry.out
-        if _PLACEHOLDER in output:
-            return output.replace(_PLACEHOLDER, entry.name)
+        if PLACEHOLDER in output:
+            return output.replace(PLACEHOLDER, entry.name)
         return f"{output.rstrip('/')}/{entry.name}"
 
 

@@ -56,10 +56,11 @@ def verify(
     reference = open_reference(against)
     conversion = plan_again(structure, against, options.calibration)
     if options.run:
-        from quantcli.verification.on_text.run import text_batches, verify_run
+        from quantcli.verification.on_text.run import text_batches, text_source, verify_run
 
         # before the long comparison of weights: an error in the text is reported at once
-        batches = text_batches(options, reference.checkpoint, progress)
+        trust = options.trust_remote_code
+        batches = text_batches(text_source(options), reference.checkpoint, progress, trust=trust)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
     verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
     if conversion is not None:
@@ -67,7 +68,6 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        trust = options.trust_remote_code
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
 

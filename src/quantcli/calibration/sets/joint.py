@@ -9,6 +9,7 @@ from pathlib import Path
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.session import Session, prepare_session, run_together
 from quantcli.calibration.sets.identity import digest_of
+from quantcli.calibration.text.dataset import Dataset
 from quantcli.calibration.text.examples import Examples
 from quantcli.core.events import Progress
 from quantcli.core.text import count
@@ -87,10 +88,12 @@ class Joint:
         """
         for line in self.explain():
             progress.detail(line)
-        for group in self.groups:
-            todo = [session for session in group if fresh or not session.complete]
-            if todo:
-                run_together(todo, resources, progress, fresh=fresh)
+        groups = [[s for s in group if fresh or not s.complete] for group in self.groups]
+        groups = [group for group in groups if group]
+        texts: dict[str, Dataset] = {}
+        for number, group in enumerate(groups):
+            later = [other[0] for other in groups[number + 1 :]]
+            run_together(group, resources, progress, fresh=fresh, later=later, texts=texts)
 
 
 def joint_sessions(plans: Sequence[Plan], folder: Path, *, examples: Examples | None = None) -> Joint:

@@ -88,20 +88,29 @@ def _places(folder: Path, *, fresh: bool) -> list[Place]:
     return found
 
 
-def finished(folder: Path, key: Key, *, any_text: bool = False) -> tuple[Path, int]:
+def finished(folder: Path, key: Key) -> tuple[Path, int]:
     """The folder of the finished calibration in `folder` that has all that `key` asks for, and its
-    number of layers. any_text: whatever its text is.
+    number of layers.
 
     InputError if there is none.
     """
-    places = _places(folder, fresh=False)
-    for place in places:
-        asked = replace(key, data=place.key.data) if any_text else key
-        if place.complete and place.key.serves(asked):
-            return place.folder, place.layers
+    return finished_of_texts(folder, key, any_text=False)[0]
+
+
+def finished_of_texts(folder: Path, key: Key, *, any_text: bool = True) -> list[tuple[Path, int]]:
+    """The same for each text of which there is one. any_text: whatever that is."""
+    places, found = _places(folder, fresh=False), dict[str, tuple[Path, int]]()
+    others: list[tuple[Place, Key]] = []
     for place in places:
         asked = replace(key, data=place.key.data) if any_text else key
         if not place.key.serves(asked):
-            raise refusal(place.folder, place.key, asked)
+            others.append((place, asked))
+        elif place.complete:
+            found.setdefault(place.key.data, (place.folder, place.layers))
+    if found:
+        return list(found.values())
+    if others:
+        place, asked = others[0]
+        raise refusal(place.folder, place.key, asked)
     what = "no finished calibration is there"
     raise InputError(what, where=str(folder), fix="give the folder that `quantize` kept")

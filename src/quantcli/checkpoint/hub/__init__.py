@@ -3,7 +3,6 @@
 from quantcli.checkpoint.hub.find import (
     HUB_ID,
     Pending,
-    address_of,
     display_name,
     find_headers,
     find_model,
@@ -14,7 +13,6 @@ from quantcli.checkpoint.hub.find import (
 __all__ = [
     "HUB_ID",
     "Pending",
-    "address_of",
     "display_name",
     "find_headers",
     "find_model",

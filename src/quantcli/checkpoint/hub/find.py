@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantcli.checkpoint.remote.address import address_of, public_form
+from quantcli.checkpoint.remote.stores import SCHEMES, parse_place
 from quantcli.core.errors import InputError, MachineError, QuantError, closest, named
 from quantcli.core.events import SILENT, Progress
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
-_ADDRESS = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/+(?P<rest>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,6 @@ def locate(model: str, progress: Progress = SILENT) -> Located:
         return Located(opened.folder, opened, Pending(found, choice, model, asked[1]))
 
 
-def address_of(model: str) -> str | None:
-    """`model` as an address, if it is one. A path drops one of the slashes after the colon."""
-    match = _ADDRESS.fullmatch(model)
-    return f"{match['scheme']}://{match['rest']}" if match else None
-
-
 def mount(address: str, progress: Progress = SILENT) -> Mount:
     """The model at an address, of which headers and small files are fetched.
 
@@ -179,11 +174,16 @@ def mount(address: str, progress: Progress = SILENT) -> Mount:
         from quantcli.checkpoint.remote.http_folder import parse_folder
 
         origin = parse_folder(address)
-    else:
+    elif scheme in SCHEMES:
         from quantcli.checkpoint.remote.objects import ObjectFolder
-        from quantcli.checkpoint.remote.stores import parse_place
 
         origin = ObjectFolder(parse_place(address))
+    else:
+        raise InputError(
+            f"nothing can be read from {scheme}://",
+            where=public_form(address),
+            fix="give a folder, ORG/NAME, or an address: hf://, s3://, gs://, az://, https:// or http://",
+        )
     progress.say(f"looking for {origin.address}")
     return Mount(origin, listed(origin, progress), progress)
 
@@ -198,7 +198,7 @@ def _mount_hub(name: str, address: str, progress: Progress) -> Mount:
     if match is None:
         what = "not the address of a repository of the Hub"
         raise InputError(
-            what, where=f"{address!r:.200}", fix="give hf://ORG/NAME or hf://ORG/NAME@REVISION"
+            what, where=public_form(address), fix="give hf://ORG/NAME or hf://ORG/NAME@REVISION"
         )
     if constants.HF_HUB_OFFLINE:
         what = "hf:// reads from the Hub, and HF_HUB_OFFLINE is set"
@@ -247,7 +247,7 @@ def _parse(model: str) -> tuple[Path, tuple[str, str | None] | None]:
         if hub_id is None or path.exists():
             return path, None
     except (OSError, RuntimeError) as error:  # a name over the limit, an unknown ~user
-        raise InputError(f"not the name of a model: {error}", where=model[:200]) from None
+        raise InputError(f"not the name of a model: {error}", where=public_form(model)) from None
     return path, (hub_id["repository"], hub_id["revision"])
 
 

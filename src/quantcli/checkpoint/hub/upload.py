@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.files import JOURNAL
 from quantcli.checkpoint.hub.download import own_words, patiently, reason, status_of
 from quantcli.checkpoint.hub.find import HUB_ID
+from quantcli.checkpoint.remote.address import public_form
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 
@@ -255,7 +256,7 @@ def parse(url: str) -> tuple[str, str]:
     if match is None or match["repository"].split("/")[0] in _OTHERS:
         raise InputError(
             "not the address of a model on the Hub",
-            where=url,
+            where=public_form(url),
             fix="give hf://ORG/NAME, or hf://ORG/NAME@BRANCH",
         )
     return match["repository"], match["revision"] or "main"

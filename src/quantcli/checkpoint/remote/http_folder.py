@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from quantcli.checkpoint.files import INDEX, MANIFEST, RECIPE_FILE, SOURCE_RECIPE
+from quantcli.checkpoint.remote.address import public_form
 from quantcli.checkpoint.remote.origin import MAX_FILES, Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.ranges import (
     PLAIN,
@@ -19,7 +20,14 @@ from quantcli.checkpoint.remote.ranges import (
     refused,
     tag_of,
 )
-from quantcli.checkpoint.remote.web import asked_wait, drain, followed, is_passing
+from quantcli.checkpoint.remote.web import (
+    asked_wait,
+    content_length,
+    drain,
+    followed,
+    is_passing,
+    read_all,
+)
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.text import count
@@ -54,17 +62,27 @@ class WebFolder(Origin):
     def list(self, progress: Progress) -> Listing:
         """The files that pages link to, or those of known names, each with its size."""
         page = _page(self, self.url + "/")
-        names = _linked(self, page) if page is not None else []
-        notes: tuple[str, ...] = ()
-        if not any(name.endswith(".safetensors") for name in names):
-            names = [*dict.fromkeys([*names, *_KNOWN])]
-            notes = (
+        linked, skipped = _linked(self, page) if page is not None else ([], [])
+        notes: list[str] = []
+        by_links = any(name.endswith(".safetensors") for name in linked)
+        if not by_links:
+            notes.append(
                 f"{self.address} lists no weight files: only files with names that models usually have "
-                "were looked for",
+                "were looked for"
             )
-        files = self._versions(names)
-        if notes and INDEX in files:
+        files = self._versions(linked if by_links else dict.fromkeys([*linked, *_KNOWN]))
+        if not by_links and INDEX in files:
             files |= self._versions(self._in_index(files[INDEX]))
+        if skipped:
+            notes.append(
+                f"{self.address} has too many folders, or too deep ones: {count(skipped, 'folder')} "
+                f"left out, such as {skipped[0]!a}"
+            )
+        if gone := [name for name in linked if name not in files]:
+            notes.append(
+                f"{self.address} links to {count(gone, 'file')} that the server does not have, such as "
+                f"{gone[0]!a}"
+            )
         if not files:
             what = "no file of a model at this address"
             raise InputError(what, where=self.address, fix="give the address of the folder")
@@ -73,7 +91,7 @@ class WebFolder(Origin):
                 f"the server gives no strong ETag for {count(loose, 'file')}, such as `{loose[0]}`: a "
                 "change is noticed by its size, and its time or its weak ETag"
             )
-        return Listing(files, notes)
+        return Listing(files, tuple(notes))
 
     def ask(self, name: str, version: Version, first: int, block: memoryview) -> None:
         """Fill `block` by one request; see the base class."""
@@ -97,9 +115,9 @@ class WebFolder(Origin):
         with followed("HEAD", self._url(name), PLAIN, self.where(name)) as response:
             status, headers = response.status, response.headers
             drain(response)
-        length = headers.get("Content-Length", "")
-        if status == 200 and length.isdecimal():
-            return Version(int(length), tag_of(headers))
+        nbytes = content_length(headers)
+        if status == 200 and nbytes is not None:
+            return Version(nbytes, tag_of(headers))
         if status in {404, 410} or (status == 403 and name in _KNOWN):
             return None  # some servers answer 403 for what is not there
         if is_passing(status):
@@ -124,16 +142,20 @@ class WebFolder(Origin):
 
 def parse_folder(address: str) -> WebFolder:
     """The folder behind an address. InputError for one with a password, a query or a fragment."""
-    parts = urlsplit(address)
-    clean = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
+    where = public_form(address)
+    try:
+        parts = urlsplit(address)
+        host, plain = parts.hostname, parts.port != 0
+    except ValueError:  # a port that is none, a bracket without its other half
+        parts, host, plain = urlsplit(""), None, False
     if parts.username is not None or parts.password is not None:
         what = "an address must not hold a password: others would see it"
-        raise InputError(what, where=f"{clean!r}", fix="leave it out")
+        raise InputError(what, where=where, fix="leave it out")
     if parts.query or parts.fragment:
         what = "the address of a folder has no `?` and no `#`: files are looked for below it"
-        raise InputError(what, where=f"{clean!r}", fix="give the address of the folder")
-    if not parts.hostname or not address.isascii() or not address.isprintable() or " " in address:
-        raise InputError("not an address", where=f"{clean!r}", fix="give https://HOST/FOLDER")
+        raise InputError(what, where=where, fix="give the address of the folder")
+    if not host or not plain or not address.isascii() or not address.isprintable() or " " in address:
+        raise InputError("not an address", where=where, fix="give https://HOST/FOLDER")
     return WebFolder(address.rstrip("/"))
 
 
@@ -162,34 +184,38 @@ def _page(folder: WebFolder, url: str) -> str | None:
         if response.status != 200 or not is_page:
             drain(response)
             return None
-        try:
-            return response.read(_MOST_PAGE).decode("utf-8", errors="replace")
-        except OSError:
-            raise PassingError("the connection was cut") from None
+        content = read_all(response, _MOST_PAGE)
+        if content is None:
+            what = f"the page of the folder has over {_MOST_PAGE:,} bytes: this is not a model"
+            raise InputError(what, where=url, fix="give the address of the folder of a model")
+        return content.decode("utf-8", errors="replace")
 
 
-def _linked(folder: WebFolder, page: str) -> list[str]:
-    """The files that a page links to, and those that the pages of folders below it link to."""
+def _linked(folder: WebFolder, page: str) -> tuple[list[str], list[str]]:
+    """The files that a page links to, and those that the pages of folders below it link to; then the
+    folders below it that were not looked at."""
     names: dict[str, None] = {}
-    pages = [("", page)]
-    for _ in range(_MOST_PAGES):
-        if not pages:
-            break
+    skipped: list[str] = []
+    pages, number = [("", page)], 1
+    while pages:
         below, text = pages.pop(0)
         links = _Links()
         links.feed(text)
-        for link in links.found:
+        for link in dict.fromkeys(links.found):
             name = _below(f"{folder.url}/{quote(below)}", link)
             if name is None:
                 continue
             if not name.endswith("/"):
                 names[below + name] = None
-            elif (below + name).count("/") <= _DEPTH:
+            elif (below + name).count("/") > _DEPTH or number == _MOST_PAGES:
+                skipped.append(below + name)
+            else:
+                number += 1
                 deeper = _page(folder, f"{folder.url}/{quote(below + name)}")
                 pages += [(below + name, deeper)] if deeper is not None else []
         if len(names) > MAX_FILES:
             break
-    return [*names]
+    return [*names], skipped
 
 
 def _below(base: str, link: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ class Mount:
         check_names(origin, listing.files)
         report_to(origin, progress)
         self._origin, self._files = origin, listing.files
+        self._mutex, self._closed = threading.Lock(), False
         with disk_errors(Path(tempfile.gettempdir())):
             parent = Path(tempfile.mkdtemp(prefix="quantcli-")).resolve()
         self._remove = weakref.finalize(self, shutil.rmtree, parent, ignore_errors=True)
@@ -60,6 +62,8 @@ class Mount:
         """Remove the folder."""
         MOUNTED.pop(str(self.folder), None)
         forget_name(str(self.folder))
+        with self._mutex:
+            self._closed = True
         self._remove()
         _open.discard(self)
 
@@ -105,7 +109,10 @@ class Mount:
     def _write(self, name: str, content: bytes) -> None:
         version = self._files[name]
         try:
-            write_stub(Path(self.folder, name), content, version.nbytes)
+            with self._mutex:
+                if self._closed:  # after an error, while this file was under way
+                    return
+                write_stub(Path(self.folder, name), content, version.nbytes)
         except OverflowError:
             what = f"the server says that the file has {version.nbytes} bytes"
             fix = "take a model that you trust"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from quantcli.checkpoint.files import JOURNAL
@@ -48,16 +49,22 @@ class ObjectFolder(Origin):
         import obstore
 
         begin = self.place.key("")
-        files = {}
+        files: dict[str, Version] = {}
         try:
             for entries in obstore.list(_opened(self.place), self.place.folder or None):
                 for entry in entries:
                     name = entry["path"].removeprefix(begin)
+                    if name in files and not entry["size"]:
+                        continue  # NAME/, an empty object that stands for a folder
                     if entry["path"].startswith(begin) and (name or entry["size"]):
                         tag = entry["e_tag"] or f"{entry['last_modified']:%Y%m%dT%H%M%S%f}"
                         files[name] = Version(entry["size"], tag)
         except Exception as error:
             raise self._ours(error, "") from None
+        for name in [*files]:  # consoles make a folder by an empty object, named like it
+            for folder in map(str, PurePosixPath(name).parents):
+                if folder in files and not files[folder].nbytes:
+                    del files[folder]
         if JOURNAL in files:
             raise unfinished(self.address)
         if not files:

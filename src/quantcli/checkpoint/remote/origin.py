@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,10 @@ def check_names(origin: Origin, files: Mapping[str, Version]) -> None:
         if not is_inside(name):
             what = f"the server lists a file whose name is not one inside a folder: {name!r:.200}"
             raise InputError(what, where=origin.address, fix=trust)
+    folders = {name[: place.start()] for name in files for place in re.finditer("/", name)}
+    if both := sorted(folders & files.keys()):
+        what = f"the server lists `{both[0]:.200}` as a file and as a folder"
+        raise InputError(what, where=origin.address, fix="remove one of them, or take another model")
 
 
 def is_inside(name: str) -> bool:

@@ -7,10 +7,10 @@ import re
 from email.message import Message
 
 from quantcli.checkpoint.remote.origin import Origin, PassingError, Version
-from quantcli.checkpoint.remote.web import asked_wait, is_passing, read_body
+from quantcli.checkpoint.remote.web import asked_wait, content_length, is_passing, read_body
 from quantcli.core.errors import InputError
 
-_SPAN = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_SPAN = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 PLAIN = {"Accept-Encoding": "identity", "User-Agent": "quantcli"}
 
 
@@ -56,10 +56,10 @@ def read_answer(
         last = first + len(block) - 1
         if span is None or (int(span[1]), int(span[2])) != (first, last):
             raise PassingError("the server answers with another range than was asked for")
-        total = span[3]
+        total = None if span[3] == "*" else int(span[3])
     else:
-        total = response.headers.get("Content-Length", "*")
-    if total.isdecimal() and int(total) != version.nbytes:
+        total = content_length(response.headers)
+    if total not in {None, version.nbytes}:
         raise origin.changed(name)
     read_body(response, block)
 

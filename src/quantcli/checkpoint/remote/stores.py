@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.remote.address import public_form
 from quantcli.core.errors import AccessError, InputError, MachineError, QuantError
 
 if TYPE_CHECKING:
@@ -52,18 +53,13 @@ class Place:
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def is_store(address: str) -> bool:
-    """Whether an address is one of object storage."""
-    return address.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
-
-
 def parse_place(address: str) -> Place:
     """The folder of an address such as `s3://bucket/folder`. InputError for any other text."""
     scheme = address.partition("://")[0]
     if "@" in address.partition("://")[2].partition("/")[0]:
         raise InputError(
             "an address must not hold a key or a password: others would see it",
-            where=f"{scheme}://...@...",
+            where=public_form(address),
             fix=_CREDENTIALS.get(scheme, "leave it out"),
         )
     match = _ADDRESS.fullmatch(address)
@@ -77,7 +73,7 @@ def parse_place(address: str) -> Place:
     ):
         raise InputError(
             "not an address of object storage",
-            where=f"{address.partition('?')[0]!r:.200}",
+            where=public_form(address),
             fix=f"give {scheme}://BUCKET/FOLDER",
         )
     return Place(match["scheme"], match["bucket"], folder)

@@ -85,9 +85,8 @@ def _connect(url: SplitResult) -> http.client.HTTPConnection:
     """A new connection, through the proxy that the environment names."""
     host, port = url.hostname or "", url.port
     secure = url.scheme == "https"
-    named = None if proxy_bypass(host) else getproxies().get(url.scheme)
-    if named:
-        proxy = urlsplit(named if "://" in named else f"http://{named}")
+    proxy = _proxy(url)
+    if proxy is not None:
         through, at = proxy.hostname or "", proxy.port or 80
         if not secure:
             return http.client.HTTPConnection(through, at, timeout=_TIMEOUT)
@@ -97,6 +96,23 @@ def _connect(url: SplitResult) -> http.client.HTTPConnection:
     if secure:
         return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT, context=_tls())
     return http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+
+
+def _proxy(url: SplitResult) -> SplitResult | None:
+    """The proxy that the environment names for an address. MachineError for one that is not usable."""
+    named = None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    if not named:
+        return None
+    try:
+        proxy = urlsplit(named if "://" in named else f"http://{named}")
+        usable = proxy.scheme in {"http", "https"} and proxy.hostname and proxy.port != 0
+    except ValueError:  # a port that is not a number: perhaps of a password with a slash
+        usable = False
+    if not usable:
+        what = "the proxy that the environment names is not an address of HTTP"
+        fix = "give http://HOST:PORT; write special characters of a password as %XX"
+        raise MachineError(what, where=f"{url.scheme.upper()}_PROXY", fix=fix)
+    return proxy
 
 
 def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
@@ -111,10 +127,8 @@ def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
 def _target(url: SplitResult) -> tuple[str, dict[str, str]]:
     """What is asked of the server, and headers for a proxy between."""
     path = (url.path or "/") + (f"?{url.query}" if url.query else "")
-    named = None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
-    if not named or url.scheme == "https":
-        return path, {}
-    return f"http://{url.netloc}{path}", _proxy_headers(urlsplit(named))
+    proxy = None if url.scheme == "https" else _proxy(url)
+    return (f"http://{url.netloc}{path}", _proxy_headers(proxy)) if proxy else (path, {})
 
 
 @contextmanager
@@ -164,7 +178,9 @@ def reason(error: Exception) -> str:
         return f"no safe connection: {error.reason or error.strerror or 'TLS failed'}"[:200]
     if isinstance(error, http.client.HTTPException):
         return "the server broke off" if isinstance(error, ConnectionError) else "no answer in HTTP"
-    return (getattr(error, "strerror", None) or type(error).__name__)[:200].lower()
+    # a proxy's refusal has a text in place of a number
+    text = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+    return "".join(c for c in text[:200].lower() if c.isprintable())
 
 
 @contextmanager
@@ -185,10 +201,18 @@ def followed(
 
 def redirected(url: str, response: http.client.HTTPResponse, where: str) -> str:
     """The address that a redirect names. InputError unless it is HTTPS, or HTTP from HTTP."""
-    location = urljoin(url, response.headers.get("Location", ""))
-    parts = urlsplit(location)
     allowed = ("https",) if url.startswith("https:") else ("http", "https")
-    if parts.scheme not in allowed or not parts.hostname or not location.isascii():
+    try:
+        location = urljoin(url, response.headers.get("Location", ""))
+        parts = urlsplit(location)
+        usable = bool(parts.hostname) and parts.port != 0 and location.isascii()
+    except ValueError:  # such as a port that is not a number
+        raise InputError(
+            "the server redirects to what is not an address",
+            where=where,
+            fix="take a server that you trust",
+        ) from None
+    if parts.scheme not in allowed or not usable:
         what = f"the server redirects to another kind of address: {parts.scheme!r:.40}"
         raise InputError(what, where=where, fix="take a server that you trust")
     return location
@@ -215,6 +239,25 @@ def read_body(response: http.client.HTTPResponse, block: memoryview) -> None:
         done += n
     if response.length == 0 or response.chunked:
         drain(response)
+
+
+def read_all(response: http.client.HTTPResponse, most: int) -> bytes | None:
+    """A body of up to `most` bytes; None for a longer one. PassingError if it is cut off."""
+    try:
+        content = response.read(most + 1)
+    except _BROKEN as error:
+        raise PassingError(reason(error)) from None
+    if len(content) > most:
+        return None
+    if response.length:  # http.client takes what is there for all
+        raise PassingError("the connection was cut")
+    return content
+
+
+def content_length(headers: Message) -> int | None:
+    """The size of a body as the server says it; None if it does not."""
+    text = headers.get("Content-Length", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def asked_wait(headers: Message) -> float:

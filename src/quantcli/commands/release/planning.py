@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model
+from quantcli.commands.release.verifying import check_verification, verify_options
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import check_calibration, partial_folder
 from quantcli.core.text import count
-from quantcli.recipe.release import GivenRelease, ReleaseEntry, WrittenRelease, read_release
+from quantcli.recipe.release import (
+    PLACEHOLDER,
+    GivenRelease,
+    ReleaseEntry,
+    WrittenRelease,
+    read_release,
+)
 from quantcli.recipe.written import read_recipe
 from quantcli.verification.options import VerifyOptions
 
@@ -130,10 +138,12 @@ def plan_release(
         where = written.document.where(())
         raise InputError("the release has no model", where=where, fix="give --model, or `model:` in it")
     checkpoint = model if isinstance(model, Checkpoint) else open_model(named, progress)
-    verify = _verify_options(written, options, named)
+    verify = verify_options(written, options.page, options.workers, named)
     base = default_name(named, release)
     output = options.out or written.file.output or base
     places = _places(written, entries, output, checkpoint)
+    if verify is not None:
+        check_verification(verify, written, checkpoint, places, progress)
     progress.say(f"planning {count(entries, 'checkpoint')} of {named}")
 
     from quantcli.convert.spread.run import check_spread
@@ -143,6 +153,10 @@ def plan_release(
     if options.executor is not None:
         check_spread(plans[0])
     joint, notes = _calibrated(written, plans, options, output, base)
+    if joint is not None:
+        for entry, place in zip(entries, places, strict=True):
+            with naming(entry):
+                check_calibration(joint.folder, checkpoint.path, place.folder)
     members = []
     for entry, plan, place in zip(entries, plans, places, strict=True):
         with naming(entry):
@@ -172,36 +186,6 @@ def of_entry(entry: ReleaseEntry, error: QuantError) -> QuantError:
     return type(error)(what, where=where, fix=error.fix, payload=error.payload)
 
 
-def _verify_options(
-    written: WrittenRelease, options: ReleaseOptions, model: str
-) -> VerifyOptions | None:
-    """How the checkpoints are verified, without their names. InputError for options that contradict
-    each other."""
-    block = written.file.verify
-    if block is None:
-        return None if options.page is None else VerifyOptions("", page=options.page)
-    against = block.against if isinstance(block.against, str) else model if block.against else None
-    try:
-        return VerifyOptions(
-            "",
-            full=block.full,
-            against=against,
-            run=block.run,
-            data=None if block.data is None else written.path(block.data),
-            samples=block.samples,
-            length=block.length,
-            tp=block.tp,
-            min_sqnr=block.min_sqnr,
-            max_ppl_ratio=block.max_ppl_ratio,
-            max_kl=block.max_kl,
-            page=options.page,
-            workers=options.workers,
-        )
-    except InputError as error:
-        where = written.document.where(("verify",))
-        raise InputError(error.what, where=where, fix=error.fix) from None
-
-
 def _places(
     written: WrittenRelease, entries: Sequence[ReleaseEntry], output: str, checkpoint: Checkpoint
 ) -> list[Destination]:
@@ -215,7 +199,7 @@ def _places(
             place = destination_of(written.place(entry, output))
             place.check(checkpoint.path, force=True)  # it may exist: what it is matters later
             for other, before in zip(entries, places, strict=False):
-                if _overlap(place, before):
+                if overlap(place, before):
                     raise InputError(
                         f"it goes to the place of checkpoint `{other.name}`, or into it",
                         where=str(place),
@@ -225,13 +209,15 @@ def _places(
     return places
 
 
-def _overlap(one: Destination, other: Destination) -> bool:
-    """Whether one place is the other, or inside of it."""
+def overlap(one: Destination, other: Destination) -> bool:
+    """Whether one place is the other, or inside of it; or a draft is there while it is written."""
     if one.folder is not None and other.folder is not None:
-        first, second = one.folder.resolve(), other.folder.resolve()
-        return first.is_relative_to(second) or second.is_relative_to(first)
-    first_text, second_text = f"{one}".rstrip("/") + "/", f"{other}".rstrip("/") + "/"
-    return first_text.startswith(second_text) or second_text.startswith(first_text)
+        return any(
+            first.is_relative_to(second) or second.is_relative_to(first)
+            for first in (one.folder.resolve(), partial_folder(one.folder).resolve())
+            for second in (other.folder.resolve(), partial_folder(other.folder).resolve())
+        )
+    return one.address.startswith(other.address) or other.address.startswith(one.address)
 
 
 def _plan_of(
@@ -268,7 +254,8 @@ def _calibrated(
     output: of the release. base: the name of the release, if its output does not name a folder.
     """
     from quantcli.calibration.sets.joint import joint_sessions
-    from quantcli.convert.destination import destination_of, scheme_of
+    from quantcli.checkpoint.remote.address import scheme_of
+    from quantcli.convert.destination import destination_of
 
     if not any(plan.needs_calibration for plan in plans):
         if options.calibration is not None:
@@ -279,7 +266,7 @@ def _calibrated(
         return None, [unused] if written.calibration else []
     folder = options.calibration
     if folder is None:
-        is_folder = scheme_of(output) is None and "{" not in output
+        is_folder = scheme_of(output) is None and PLACEHOLDER not in output
         folder = destination_of(output if is_folder else base).sibling(".calibration")
     return joint_sessions(plans, folder), []
 

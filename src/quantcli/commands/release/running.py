@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantcli.commands.release.planning import Member, Release, check_free, of_entry, state_of
+from quantcli.commands.release.verifying import check_text
 from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
@@ -53,10 +55,13 @@ def run_release(
     What concerns one checkpoint alone, such as NaN in a weight that another recipe keeps float, is in
     its outcome, and the others are written. Raises QuantError for what stops all of them.
     """
+    verify = _verification(release, resources)
+    if verify is not None and verify.run and release.missing:
+        check_text(verify, release.written, release.checkpoint, progress)
     with connected(release.options.executor, progress):
         members = _with_statistics(release, resources, progress)
         outcomes = _converted(release, members, progress)
-    return _verified(release, outcomes, resources, progress)
+        return _verified(release, outcomes, verify, progress)
 
 
 def _with_statistics(
@@ -111,22 +116,43 @@ def _with_result(outcome: MemberOutcome, result: Written[Plan] | QuantError | No
     return replace(outcome, written=result)
 
 
+def _verification(release: Release, resources: Resources | None) -> VerifyOptions | None:
+    """How the checkpoints are verified; None: they are not."""
+    options, executor = release.verify, release.options.executor
+    if options is None:
+        return None
+    if executor is not None and options.depths != ("structure",):
+        options = replace(options, executor=str(executor))
+    trust = resources is not None and resources.trust_remote_code
+    return replace(options, trust_remote_code=trust)
+
+
 def _verified(
     release: Release,
     outcomes: Sequence[MemberOutcome],
-    resources: Resources | None,
+    options: VerifyOptions | None,
     progress: Progress,
 ) -> list[MemberOutcome]:
-    """Verify every checkpoint that is there, as the release asks, and write the page."""
+    """Verify every checkpoint that is there, as the release asks, and write the page.
+
+    Numbers that follow from a calibration are recomputed if they are compared with the model.
+    """
     there = [outcome for outcome in outcomes if outcome.error is None]
-    if release.verify is None or not there:
+    if options is None or not there:
         return list(outcomes)
     from quantcli.commands import verify as commands
 
-    options = release.verify
-    if resources is not None:
-        options = replace(options, trust_remote_code=resources.trust_remote_code)
-    first, *others = [str(outcome.member.job.out) for outcome in there]
-    document = commands.run(replace(options, checkpoint=first, others=others or None), progress)
+    jobs = [outcome.member.job for outcome in there]
+    first, *others = [str(job.out) for job in jobs]
+    calibrations = None
+    if options.against == release.model:
+        calibrations = [None if job.session is None else job.session.folder for job in jobs]
+    options = replace(options, checkpoint=first, others=others or None)
+    try:
+        document = commands.run(options, progress, calibrations)
+    except QuantError as error:
+        names = ", ".join(outcome.member.name for outcome in there)
+        what = f"the verification stopped: {error.what}; written, but not verified: {names}"
+        raise type(error)(what, where=error.where, fix=error.fix) from None
     reports = iter(document["checkpoints"] if others else [document])
     return [o if o.error is not None else replace(o, report=next(reports)) for o in outcomes]

@@ -117,7 +117,9 @@ def _conversion(
             )
         from quantcli.calibration.session import load_for
 
-        return make_plan(recipe, checkpoint, load_for(plan, calibration)), True
+        plans = [make_plan(recipe, checkpoint, found) for found in load_for(plan, calibration)]
+        digest = (structure.manifest or {}).get("plan")  # tells which text it was
+        return next((plan for plan in plans if plan.digest == digest), plans[0]), True
     if plan.measured and packed:
         raise _Unusable(f"packing changes how ranges of inputs are stored: {GIVE_CALIBRATION}")
     if plan.measured:

@@ -46,18 +46,24 @@ LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
 
 
-def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progress) -> Sequence[Batch]:
-    """The windows of text to run. InputError if the text gives fewer than `options.samples`."""
-    source = TextSource(
+def text_source(options: VerifyOptions, where: str = "", option: str = "--") -> TextSource:
+    """Which text is run. where: what names it, for messages; option: prefix of options there."""
+    return TextSource(
         data=str(options.data),
-        where=f"--data {options.data}",
+        where=where or f"--data {options.data}",
         samples=options.samples,
         length=options.length,
         seed=None,
         pack=True,
         batch_tokens=_BATCH_TOKENS,
-        option="--",
+        option=option,
     )
+
+
+def text_batches(
+    source: TextSource, checkpoint: Checkpoint, progress: Progress, *, trust: bool = False
+) -> Sequence[Batch]:
+    """The windows of text to run. InputError if the text gives fewer samples than are asked for."""
     positions, vocabulary = model_limits(checkpoint.text_config)
     progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
     return load_dataset(
@@ -65,7 +71,7 @@ def text_batches(options: VerifyOptions, checkpoint: Checkpoint, progress: Progr
         checkpoint.path,
         positions=positions,
         vocab_size=vocabulary,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=trust,
         say=progress.say,
     ).batches
 
