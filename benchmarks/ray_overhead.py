@@ -1,15 +1,17 @@
 """The same conversion by threads, by one node of Ray and by three: CPU seconds and bytes.
 
 All nodes are on this machine, so the wall time says nothing. What counts is the CPU time of all
-processes, the driver's and Ray's own among them. The start of processes is left out: a small conversion
-goes first. Three tasks run at a time each way, on one node or on three, or three threads: tasks that
-run together slow each other down, on any number of nodes.
+processes, the driver's and Ray's own among them. The start of processes is left out: all of them have
+begun, and have done a small conversion. Three tasks run at a time each way, on one node or on three, or
+three threads: tasks that run together slow each other down, on any number of nodes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,12 +68,24 @@ def convert(model: Path, out: Path, executor: str, max_shard: str = "300MB") -> 
     return cpu_seconds() - before
 
 
+def start(marks: Path, number: int, progress: Any) -> None:
+    """Load what a task needs, and wait until all processes have: Ray begins a second one late."""
+    import quantcli.convert.spread.task  # noqa: F401
+
+    (marks / str(number)).touch()
+    while len(list(marks.iterdir())) < _AT_ONCE:
+        time.sleep(0.05)
+
+
 def measured(small: Path, model: Path, folder: Path, executor: str) -> tuple[float, dict[str, str]]:
     """CPU seconds after the start of all processes, and the hashes of what was written."""
     from quantcli.core.cluster.connect import connected
     from quantcli.core.cluster.executor import parse_executor
 
-    with connected(parse_executor(executor)):
+    with connected(parse_executor(executor)) as cluster:
+        if cluster is not None:
+            marks = Path(tempfile.mkdtemp(dir=folder))
+            cluster.run(start, range(_AT_ONCE), common=marks)
         convert(small, folder / "small-out", executor)
         seconds = convert(model, folder / "out", executor)
     found = hashes(folder / "out")

@@ -59,6 +59,7 @@ class _Signals:
             raise KeyboardInterrupt
         if self.may_report():
             self.report()
+        self.tidy()
         os._exit(_INTERRUPTED)
 
     def wait(self) -> None:
@@ -76,8 +77,15 @@ class _Signals:
                 break  # a second signal
             if self.may_report():
                 self.report()
+                self.tidy()
                 break
         os._exit(_INTERRUPTED)
+
+    def tidy(self) -> None:
+        """Remove temporary files: functions for the end of the process do not run."""
+        mounts = sys.modules.get("quantcli.checkpoint.remote.mounts")
+        if remove := getattr(mounts, "remove_all", None):  # it may be half imported
+            remove()
 
     def may_report(self) -> bool:
         """Whether nobody else reports the interrupt. True once."""

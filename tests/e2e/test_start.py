@@ -17,6 +17,7 @@ import pytest
 from quantcli.cli.output import Output
 from quantcli.core.errors import Interrupted
 from tests.e2e.conftest import RECIPE, make_llama, run_cli, snapshot
+from tests.web_server import served
 
 RESUMES = "the same command again continues where it stopped"
 FIRST = ("quantize", "calibrate", "pack", "verify")
@@ -249,6 +250,29 @@ def test_an_interrupt_within_one_long_operation(place: Path) -> None:
     assert json.loads(done.stdout)["error"]["what"] == kept
     assert [line.partition("Z  ")[2] for line in log.read_text().splitlines()][1:] == lines
     assert python(STUCK, 2, *words, timeout=300).returncode == 130
+
+
+# the same, after a model at an address was opened
+OPENED = """
+    from quantcli.checkpoint.hub import mount
+    global kept
+    kept = mount(model)
+    os.write(2, b"OPENED\\n")
+"""
+STUCK_ELSEWHERE = STUCK.replace("    progress.keeps", f"{OPENED}    progress.keeps")
+
+
+def test_an_interrupt_removes_temporary_files(place: Path, tmp_path: Path) -> None:
+    with served(place) as web:
+        done = python(
+            STUCK_ELSEWHERE,
+            1,
+            *("inspect", f"{web.address}/model"),
+            timeout=300,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (130, "OPENED")
+    assert [*tmp_path.iterdir()] == []
 
 
 PRINTED = f"""

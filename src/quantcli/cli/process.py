@@ -38,6 +38,9 @@ class Signals(Protocol):
     def may_report(self) -> bool:
         """Whether nobody else reports the interrupt."""
 
+    def tidy(self) -> None:
+        """Remove temporary files: functions for the end of the process do not run."""
+
 
 def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
@@ -85,8 +88,7 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
         signals.command_runs = False
         if not signals.may_report():
             time.sleep(_LONG)  # another thread does, and ends the process
-        if mounts := sys.modules.get("quantcli.checkpoint.remote.mounts"):
-            mounts.close_all()  # functions for the end of the process do not run
+        signals.tidy()
         if isinstance(error, Interrupted):  # it says more
             raise
         raise Interrupted(signals.what, fix=signals.fix) from None

@@ -10,6 +10,7 @@ from quantcli.checkpoint.remote.stores import (
     store_errors,
 )
 from quantcli.core.errors import InputError, MachineError
+from tests.object_faults import between
 from tests.object_server import Objects
 
 
@@ -53,6 +54,40 @@ def test_objects_are_read_and_what_is_not_there_is_said(objects: Objects) -> Non
         store_errors(nowhere),
     ):
         obstore.get(open_store(nowhere), nowhere.key("b"))
+
+
+@pytest.mark.parametrize(
+    ("address", "name", "value", "what"),
+    [
+        ("s3://bucket/a", "AWS_ENDPOINT_URL", "", "not the address of a server"),
+        ("s3://bucket/a", "AWS_ENDPOINT_URL", "secret", "not the address of a server"),
+        ("s3://bucket/a", "AWS_ENDPOINT_URL_S3", "http://[secret", "not the address of a server"),
+        ("gs://bucket/a", "GOOGLE_BASE_URL", "http://secret:port", "not the address of a server"),
+        ("s3://bucket/a", "AWS_SECRET_ACCESS_KEY", "secret\n", "a character that it must not have"),
+        ("s3://bucket/a", "AWS_SESSION_TOKEN", "secr\xe9t", "a character that it must not have"),
+    ],
+)
+def test_settings_at_which_the_library_breaks_off(
+    address: str, name: str, value: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=what) as caught:
+        open_store(parse_place(address))
+    assert caught.value.where == name
+    assert "secr" not in str(caught.value)
+
+
+def test_a_bucket_of_another_region(objects: Objects) -> None:
+    place = parse_place(objects.bucket("far-away") + "/a")
+    with between(objects) as proxy:
+        proxy.fault = lambda method, path: 301
+        store = open_store(place)
+        with (
+            pytest.raises(InputError, match="bucket `far-away` is in another region") as caught,
+            store_errors(place),
+        ):
+            obstore.get(store, "a/b")
+    assert caught.value.fix == "set AWS_REGION to the region of the bucket"
 
 
 def test_a_server_that_does_not_answer_is_the_machine(

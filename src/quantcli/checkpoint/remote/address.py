@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _AS_PATH = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
@@ -23,6 +24,16 @@ def scheme_of(text: str) -> str | None:
     """The scheme of an address, such as `s3`; None for what names a folder or a model of the Hub."""
     address = address_of(text)
     return address.partition("://")[0] if address else None
+
+
+def is_server(text: str) -> bool:
+    """Whether `text` is an address of HTTP that a request can go to."""
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, a bracket without its other half
+        return False
+    return usable and text.isascii() and text.isprintable() and " " not in text
 
 
 def public_form(text: str) -> str:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from quantcli.checkpoint.files import INDEX, MANIFEST, RECIPE_FILE, SOURCE_RECIPE
-from quantcli.checkpoint.remote.address import public_form
+from quantcli.checkpoint.remote.address import is_server, public_form
 from quantcli.checkpoint.remote.origin import MAX_FILES, Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.ranges import (
     PLAIN,
@@ -143,18 +143,15 @@ class WebFolder(Origin):
 def parse_folder(address: str) -> WebFolder:
     """The folder behind an address. InputError for one with a password, a query or a fragment."""
     where = public_form(address)
-    try:
-        parts = urlsplit(address)
-        host, plain = parts.hostname, parts.port != 0
-    except ValueError:  # a port that is none, a bracket without its other half
-        parts, host, plain = urlsplit(""), None, False
+    usable = is_server(address)
+    parts = urlsplit(address if usable else "")
     if parts.username is not None or parts.password is not None:
         what = "an address must not hold a password: others would see it"
         raise InputError(what, where=where, fix="leave it out")
     if parts.query or parts.fragment:
         what = "the address of a folder has no `?` and no `#`: files are looked for below it"
         raise InputError(what, where=where, fix="give the address of the folder")
-    if not host or not plain or not address.isascii() or not address.isprintable() or " " in address:
+    if not usable:
         raise InputError("not an address", where=where, fix="give https://HOST/FOLDER")
     return WebFolder(address.rstrip("/"))
 

@@ -51,12 +51,12 @@ class Mount:
             root = parent / _folder_name(origin)
             name_folder(str(root), origin.address)
             self.folder = RemoteFolder.of(str(root), origin, {}, listing.notes)
+            _open.add(self)
             self._fill(root, progress)
         except BaseException:
             self.close()
             raise
         MOUNTED[str(root)] = self.folder
-        _open.add(self)
 
     def close(self) -> None:
         """Remove the folder."""
@@ -120,13 +120,14 @@ class Mount:
         self.folder.places[name] = Place(self._origin, name, version, len(content))
 
 
-_open: set[Mount] = set()  # which live until the process ends
+_open: set[Mount] = set()  # they live until they are closed, or until the process ends
 
 
-def close_all() -> None:
-    """Remove the folders of all models that are open."""
+def remove_all() -> None:
+    """Remove the folders of all models that are open, and wait for nobody: the process ends."""
     for mount in [*_open]:
-        mount.close()
+        mount._closed = True
+        mount._remove()
 
 
 def read_header_bytes(origin: Origin, name: str, version: Version) -> bytes:

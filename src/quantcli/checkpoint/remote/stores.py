@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.remote.address import public_form
+from quantcli.checkpoint.remote.address import is_server, public_form
 from quantcli.core.errors import AccessError, InputError, MachineError, QuantError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _ENDPOINTS = {
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
+_SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def open_store(place: Place, *, retries: bool = True) -> ObjectStore:
         raise MachineError(
             f"{place.scheme}:// needs the package obstore", fix="pip install 'quantcli[objects]'"
         ) from None
+    _check_settings(place)
     named = filter(None, map(os.environ.get, _ENDPOINTS[place.scheme]))
     plain = next(named, "").startswith("http://")  # the user's own choice, such as a local server
     with store_errors(place):
@@ -100,6 +102,22 @@ def open_store(place: Place, *, retries: bool = True) -> ObjectStore:
             client_options={"timeout": _TIMEOUT, **({"allow_http": True} if plain else {})},
             retry_config={} if retries else {"max_retries": 0},
         )
+
+
+def _check_settings(place: Place) -> None:
+    """InputError for settings in the environment at which obstore would break off without an error.
+    Their values are not repeated."""
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith(_SETTINGS[place.scheme]):
+            continue
+        if name in _ENDPOINTS[place.scheme] and not is_server(value):
+            what, fix = "not the address of a server", "set it to https://HOST, or unset it"
+            raise InputError(what, where=name, fix=fix)
+        is_path = name.endswith(("_FILE", "_CREDENTIALS"))
+        if not value.isprintable() or not (value.isascii() or is_path):
+            what = "setting of object storage holds a character that it must not have"
+            fix = "set it without: perhaps it ends with a line break"
+            raise InputError(what, where=name, fix=fix)
 
 
 @contextmanager
@@ -151,6 +169,9 @@ def our_error(error: BaseException, place: Place, name: str = "") -> QuantError:
     if "NoSuchBucket" in str(error):
         what = f"bucket `{place.bucket}` does not exist"
         return InputError(what, where=str(place), fix="check the spelling, and the region")
+    if "redirect without LOCATION" in str(error):  # how S3 answers for a bucket of another region
+        what = f"bucket `{place.bucket}` is in another region"
+        return InputError(what, where=str(place), fix="set AWS_REGION to the region of the bucket")
     if isinstance(error, FileNotFoundError) or status_of(error) == 404:
         return InputError("no such file in object storage", where=where, fix="check the address")
     if _lacks_credentials(error):
