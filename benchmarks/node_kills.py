@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -153,6 +154,7 @@ def rounds(
                 again.append(Counter({noun: 0 for _, noun in parts}))
                 for times, noun in parts:
                     again[-1][noun] += int(times)
+                print(f"{case.recipe}, round {len(again)}: {dict(again[-1])}", file=sys.stderr)
                 if found != expected:
                     wrong.append(f"round {len(again)}, killed at {moment:.2f} s: other bytes")
     return again, wrong
@@ -166,7 +168,7 @@ def main() -> None:
     options = arguments.parse_args()
     lines = []
     with workplace(options.dir) as folder:
-        make_model(folder / "model", layers=8, hidden=512)
+        make_model(folder / "model", layers=4, hidden=512)
         tiny = ROOT / "examples" / "tiny-qwen3"
         cases = {
             "w8a8_static": Case("w8a8_static", folder / "model", STATIC),

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantcli import release
 from quantcli.convert import blocks, queue, together
+from quantcli.core.errors import InputError
 from tests.builders import INDEX
 from tests.e2e.calibrating import LENGTH, SAMPLES, TEXT, Models, change_tensors
 from tests.e2e.conftest import Faults, Killed, Result, run_cli, snapshot
@@ -335,3 +337,19 @@ def test_the_text_on_a_terminal(bench: Bench) -> None:
     assert f"next: quantcli verify {bench.out}/w8a8_dynamic {bench.out}/vllm_fp8_dynamic" in result.err
     assert result.err.count("next: vllm serve") == 2
     assert json.loads((bench.out / "w8a8_dynamic" / "quantcli_manifest.json").read_text())["plan"]
+
+
+def test_an_empty_place_is_not_the_default(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --out "$PLACE" gives it without that variable."""
+    monkeypatch.chdir(bench.root)
+    file = bench.write(["w8a16"])
+    for command in (("release", file), ("quantize", "w8a16")):
+        result = run_cli(*command, "--model", bench.model, "--out", "", "--plan")
+        assert result.code == 2, command
+        assert "empty" in result.err or "contains the current directory" in result.err
+
+
+def test_a_text_is_not_a_list_of_names(bench: Bench) -> None:
+    with pytest.raises(InputError, match="`only` is 'w8a16'") as error:
+        release(bench.write(["w8a16"]), only="w8a16")
+    assert error.value.fix == "give a list"

@@ -85,7 +85,7 @@ class Store:
     def _same_tool(self, tool: str) -> None:
         if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
             raise InputError(
-                "was begun by other versions of quantcli, torch or transformers",
+                "the calibration was begun by other versions of quantcli, torch or transformers",
                 where=str(self.folder),
                 fix=_anew(self.folder),
             )
@@ -213,7 +213,7 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
         return None
     strange = sorted(name for name in names if not _OURS.fullmatch(name))
     if strange or HEAD not in names:
-        what = f"is not a calibration: it holds `{strange[0]}`" if strange else "is not a calibration"
+        what = "the folder is not a calibration" + (f": it holds `{strange[0]}`" if strange else "")
         raise InputError(what, where=str(folder), fix="give another folder")
     if fresh:
         return None
@@ -224,10 +224,12 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
         what = "the calibration there is of an earlier version, which kept other things"
         raise InputError(what, where=str(folder), fix=_anew(folder))
     if not isinstance(layers, int) or version != _VERSION:
-        raise InputError("cannot be read by this version", where=str(folder), fix=_anew(folder))
+        raise InputError(
+            "the calibration cannot be read by this version", where=str(folder), fix=_anew(folder)
+        )
     kinds = {field.name: str if field.name in {"model", "data"} else dict for field in fields(Key)}
     if not all(isinstance(head.get(name), kind) for name, kind in kinds.items()):
-        raise InputError("is damaged", where=str(folder / HEAD), fix=_anew(folder))
+        raise InputError("the calibration is damaged", where=str(folder / HEAD), fix=_anew(folder))
     return Key(**{name: head[name] for name in kinds}), layers
 
 
@@ -283,7 +285,7 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
             sealed = report.get("sha256") == _seal(path, report)
         if not sealed:
             raise InputError(
-                "has changed since it was measured, or the report next to it has",
+                "a layer has changed since it was measured, or the report next to it has",
                 where=str(path),
                 fix=_anew(folder),
             )

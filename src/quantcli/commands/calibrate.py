@@ -41,7 +41,8 @@ def plan_calibration(
     from quantcli.convert.destination import destination_of
 
     written = opened.written
-    place = written.file.output or default_name(opened.model, recipe)
+    place = written.file.output
+    place = default_name(opened.model, recipe) if place is None else place
     folder = out or calibration_folder(destination_of(place))
     check_calibration(folder, opened.checkpoint.path, None)
     from quantcli.recipe.written import name_of

@@ -286,7 +286,7 @@ def open_both(
     written = read_recipe(recipe, overrides, command=verb)
     if isinstance(model, Checkpoint):
         return Opened(written, model.path.name, model)
-    named = model or written.file.model
+    named = written.file.model if model is None else model
     if named is None:
         raise InputError(
             f"no model to {verb}", where=name_of(recipe), fix="give --model, or `model:` in the recipe"

@@ -51,7 +51,7 @@ class LiveTokenizer(Protocol):
         """Write its files."""
 
 
-_Assignments = Sequence[str] | Mapping[str, Any]
+_Assignments = str | Sequence[str] | Mapping[str, Any]
 
 
 class Calibrating(TypedDict, total=False):
@@ -181,7 +181,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     plain = tuple(get_origin(kind) or kind for kind in kinds)
     is_flag = isinstance(value, bool) and bool not in plain
     numbers = (int, *plain) if float in plain else plain
-    if isinstance(value, numbers) and not is_flag:
+    is_letters = isinstance(value, str) and str not in plain  # a sequence, but not a list of texts
+    if isinstance(value, numbers) and not is_flag and not is_letters:
         least, most = _LIMITS.get(name, (value, value))
         if not isinstance(value, int) or least <= value <= most:
             return

@@ -66,7 +66,8 @@ def plan(
     overrides += () if examples is None else examples.overrides
     opened = open_both(recipe, model, overrides, "quantize", progress, headers=True)
     checkpoint = opened.checkpoint
-    named = out or opened.written.file.output or default_name(opened.model, recipe)
+    named = out if out is not None else opened.written.file.output
+    named = default_name(opened.model, recipe) if named is None else named
     whole = destination_of(named, progress)
     place, share = whole, None
     if options.part == ON_NODES:

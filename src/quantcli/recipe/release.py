@@ -146,6 +146,8 @@ class WrittenRelease:
             return entry.out
         if PLACEHOLDER in output:
             return output.replace(PLACEHOLDER, entry.name)
+        if not output:
+            raise InputError("`--out` or `output` is empty", where=entry.where, fix="name a folder")
         return f"{output.rstrip('/')}/{entry.name}"
 
 

@@ -140,7 +140,8 @@ def plan_release(
     checkpoint = model if isinstance(model, Checkpoint) else open_model(named, progress)
     verify = verify_options(written, options.page, options.workers, named)
     base = default_name(named, release)
-    output = options.out or written.file.output or base
+    output = options.out if options.out is not None else written.file.output
+    output = base if output is None else output
     places = _places(written, entries, output, checkpoint)
     if verify is not None:
         check_verification(verify, written, checkpoint, places, progress)
@@ -254,7 +255,7 @@ def _calibrated(
     output: of the release. base: the name of the release, if its output does not name a folder.
     """
     from quantcli.calibration.sets.joint import joint_sessions
-    from quantcli.checkpoint.remote.address import scheme_of
+    from quantcli.checkpoint.remote.address import address_of
     from quantcli.convert.destination import destination_of
 
     if not any(plan.needs_calibration for plan in plans):
@@ -266,7 +267,7 @@ def _calibrated(
         return None, [unused] if written.calibration else []
     folder = options.calibration
     if folder is None:
-        is_folder = scheme_of(output) is None and PLACEHOLDER not in output
+        is_folder = address_of(output) is None and PLACEHOLDER not in output
         folder = destination_of(output if is_folder else base).sibling(".calibration")
     return joint_sessions(plans, folder), []
 

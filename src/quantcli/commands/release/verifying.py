@@ -106,7 +106,7 @@ def _check_page(page: Path, folders: Sequence[Path]) -> None:
     with disk_errors(page):
         place, outs = page.resolve(), [folder.resolve() for folder in folders]
     if any(place.is_relative_to(out) for out in outs):
-        what = "would become part of a checkpoint of the release"
+        what = "the page would become part of a checkpoint of the release"
         raise InputError(what, where=f"--report {page}", fix="give a file outside of it")
     if not any(out.is_relative_to(place.parent) for out in outs):  # else the run makes the folder
         check_file("--report", page)
