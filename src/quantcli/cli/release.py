@@ -117,7 +117,8 @@ def show_plan(out: Output, release: Release) -> None:
     out.line()
     jobs = [member.job for member in release.missing]
     before = decimal(release.checkpoint.nbytes)
-    reads = f"reads        {before} of weights" + (", once for all of them" if jobs[1:] else "")
+    how = "once for all of them" if release.options.executor is None else "for each of them"
+    reads = f"reads        {before} of weights" + (f", {how}" if jobs[1:] else "")
     out.line(reads if jobs else "writes       nothing: no checkpoint is missing")
     for member in release.members:
         if member.missed is not None:
