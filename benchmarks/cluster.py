@@ -258,8 +258,9 @@ def facts(costs: Costs, plain: Plan) -> list[str]:
     layer, together = _loading(deepseek.DENSE, costs)
     learning_hours = (costs.learning + costs.rounding) / 3600
     return [
-        f"The plan: {gb / 1e3:.2f} TB in {deepseek.FILES} files become {plain.nbytes / 1e12:.2f} TB in "
-        f"{len(plain.shards)} files, {plain.quantized_modules:,} matrices quantized.",
+        f"The conversion reads {deepseek.FILES} files ({gb / 1e3:.2f} TB), quantizes "
+        f"{plain.quantized_modules:,} matrices and writes {len(plain.shards)} files "
+        f"({plain.nbytes / 1e12:.2f} TB).",
         f"Conversion, measured: {cpu:.2f} core seconds for each GB of source.",
         "Learning, measured on one layer of full width with 8 experts, and scaled to "
         f"{SAMPLES} samples of {LENGTH} tokens, {cluster_costs.EPOCHS} epochs and 256 experts: "
@@ -362,7 +363,8 @@ def main() -> None:
     others = [
         f"The pass on 16 nodes and a {STORAGES[0].name}: {turns[place].detail}. If each layer were "
         f"loaded once, and batches went from node to node: {turns[place].value:.0f} s.",
-        f"W8A8 there, with each file cut into 4 chunks: {pieces[place].value:.2f} x as long.",
+        f"W8A8 on 16 nodes and a {STORAGES[0].name} takes {pieces[place].value:.2f} times as long if "
+        "each file is cut into 4 chunks.",
     ]
     if options.write:
         cluster_page.write([*facts(costs, plans["w8a8_dynamic"].plan), *others], outcomes)

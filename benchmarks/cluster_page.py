@@ -18,13 +18,15 @@ BEGIN, END = (
     "<!-- benchmarks/cluster.py --write: begin -->",
     "<!-- benchmarks/cluster.py --write: end -->",
 )
+CELLS = "Cells: time, ratio to the theoretical minimum (what limits it)."
 COLOURS = ("#0a5ab4", "#14803c", "#be2328")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 290, 210, 52, 34, 70  # of a panel, in pixels
 
 
 def write(facts: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """Put the facts, a table for each workload and the curve into the page."""
-    lines = [*(f"* {fact}" for fact in facts), "", f"![time over nodes](images/{CURVE.name})", ""]
+    lines = [*(f"* {fact}" for fact in facts), ""]
+    lines += [f"![time over nodes](images/{CURVE.name})", "", CELLS, ""]
     for workload in dict.fromkeys(one.workload for one in outcomes):
         lines += [*_table([one for one in outcomes if one.workload == workload]), ""]
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)

@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 
 def test_shell_blocks_parse():
-    assert len(blocks("bash")) == 4
+    assert len(blocks("bash")) == 7
     for block in blocks("bash"):
         done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

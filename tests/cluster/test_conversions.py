@@ -102,7 +102,7 @@ def test_a_node_with_other_code_is_refused(three, large, tmp_path):
         result = large.run(*three.option)
     finally:
         three.cluster.remove_node(node, allow_graceful=False)
-    assert result.code == 3
+    assert result.code == 2
     assert re.search(r"has quantcli's files \w+, not \w+", result.err), result.err
     assert not large.out.exists()
 

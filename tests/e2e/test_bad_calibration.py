@@ -386,7 +386,7 @@ def double(tensors: dict[str, torch.Tensor]) -> None:
 
 @case(
     "calibration with other edits",
-    "there is of other edits: smooth.alpha was not there, is 0.5",
+    "there is of other edits: made without `smooth`; this recipe has it (smooth.alpha 0.5)",
     "out.calibration",
     "to make it anew",
 )

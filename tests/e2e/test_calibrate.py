@@ -28,6 +28,7 @@ from quantcli.commands import quantize as commands
 from quantcli.core import events
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.core.text import pip_install
 from quantcli.planning.siblings import Siblings
 from quantcli.schemes.w8a8_static import W8A8Static
 from tests.e2e.calibrating import (
@@ -1066,7 +1067,7 @@ def test_other_devices_compute_one_batch_at_a_time() -> None:
     ("device", "what", "fix"),
     [
         ("cuda:99", "no device `cuda:99` here: ", "--device cpu works anywhere"),
-        ("npu", "--device npu needs torch_npu", "pip install 'quantcli[npu]' on the Ascend machine"),
+        ("npu", "--device npu needs torch_npu", f"on the Ascend machine: {pip_install('npu')}"),
     ],
 )
 def test_a_device_that_is_not_here(

@@ -53,7 +53,7 @@ def test_a_model_by_its_id_is_fetched_and_converted(box: Box, monkeypatch: pytes
         assert done.code == 0, done.err
         lines = done.err.splitlines()
         assert lines[:2] == [
-            "looking for org/name on the Hub, or in its cache",
+            "no folder org/name here: looking for it on the Hub, or in its cache",
             "reading the headers of org/name: 1 shard",
         ]
         assert "fetching 3 files of org/name, 7.3 kB" in lines

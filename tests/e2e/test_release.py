@@ -203,7 +203,7 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_written(bench: Benc
     (taken / "theirs").write_text("")
     result = bench.run()
     assert result.code == 2
-    assert "checkpoint `vllm_fp8_dynamic`: its place is taken" in result.err
+    assert f"{taken} holds something else, or a damaged checkpoint" in result.later
     assert [path.name for path in bench.out.iterdir()] == ["vllm_fp8_dynamic"]
     forced = bench.run("--force", "--json")
     assert [c["status"] for c in forced.json["checkpoints"]] == ["written", "written"]
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_not_taken_for_done(bench: Bench) -> None:
     (bench.out / "w8a8_dynamic" / "config.json").unlink()
     result = bench.run()
     assert result.code == 2
-    assert "its place is taken" in result.err
+    assert "holds something else, or a damaged checkpoint" in result.err
 
 
 @pytest.mark.parametrize("nth", [45, 70, 100])

@@ -173,7 +173,8 @@ def test_a_plan_without_data_imports_no_calibration(place: Path, more: list[str]
 )  # fmt: skip
 def test_a_first_line_before_torch(place: Path, words: list[str], first: str, json_too: bool) -> None:
     words = [word.replace("{}", str(place)) for word in words] + ["--json"] * json_too
-    done = python(AT_IMPORT, "torch", "leave", *words)
+    wide = {**os.environ, "COLUMNS": "1000"}  # paths of temporary folders can be long
+    done = python(AT_IMPORT, "torch", "leave", *words, env=wide)
     assert done.stderr.splitlines() == [first.replace("{}", str(place)), "IMPORTED"]
     assert done.stdout == ""
     if words[0] in FIRST:

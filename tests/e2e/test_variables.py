@@ -40,7 +40,7 @@ def test_device(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
         ("WORKERS", "²", "a number from 1 to 1024"),
         ("WORKERS", "-1", "a number from 1 to 1024"),
         ("DEVICE", "tpu", "cpu, cuda, npu, or one of several, such as cuda:1"),
-        ("EXECUTOR", "dask", "threads, ray, or ray:HOST:PORT"),
+        ("EXECUTOR", "dask", "threads, ray, ray:local, or ray:HOST:PORT"),
         ("CACHE", "cache", "the absolute path of a folder"),
         ("CACHE", __file__, "the absolute path of a folder"),
         ("KERNELS", "of", "on or off"),

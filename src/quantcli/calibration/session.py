@@ -42,6 +42,7 @@ from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
+from quantcli.core.text import count
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
@@ -231,6 +232,8 @@ def run_together(
     else:
         here = resources
     device = open_device(here.device)
+    if done := min(session.layers_done for session in sessions):
+        progress.keeps(f"{count(done, 'layer')} in {sessions[0].folder}")
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)

@@ -256,7 +256,7 @@ def refusal(folder: Path, stored: Key, key: Key) -> InputError:
     return InputError(
         f"the calibration there is of {other}",
         where=str(folder),
-        fix=f"{_anew(folder)}, or give another folder",
+        fix=f"give another folder; or {_anew(folder)}, if no other recipe uses it",
     )
 
 

@@ -72,14 +72,16 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
     if job.options.parts:
         out.line(f"disk         needs {decimal(job.nbytes)} in all, on the nodes")
     elif job.room is None:
-        out.line("disk         needs none")
+        out.line("disk         none on this machine")
     else:
         needed, free = decimal(job.room.needed), decimal(job.room.free)
         out.line(f"disk         needs {needed}{job.room.where}, {free} free")
     if job.out.folder is None:
         out.line(f"uploads      {decimal(job.nbytes)}")
     workers = count(job.options.workers, "worker")
-    out.line(f"memory       about {decimal(job.memory)} next to torch, with {workers}")
+    out.line(
+        f"memory       about {decimal(job.memory)} in addition to Python and torch, with {workers}"
+    )
     out.line(f"output       {job.out}{job.out.remark}")
     for fact in facts:
         out.line(fact)

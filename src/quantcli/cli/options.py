@@ -59,8 +59,9 @@ Executor = Annotated[
     typer.Option(
         "--executor",
         metavar="WHERE",
-        help="Where to work: threads, ray, or ray:HOST:PORT. `ray` is the cluster of RAY_ADDRESS or of "
-        "this machine, or a new one; --workers are the threads of each task then.",
+        help="Where to work: threads, ray, ray:local, or ray:HOST:PORT. `ray` is the cluster of "
+        "RAY_ADDRESS or of this machine, or a new one, as ray:local is; --workers are the threads of "
+        "each task then.",
     ),
 ]
 PlanOnly = Annotated[

@@ -123,7 +123,7 @@ def show_plan(out: Output, job: Job[Plan]) -> None:
     """Print the plan: the effect of each rule, the weights that stay float and why, the cost."""
     plan = job.plan
     rows = []
-    for rule in plan.rules:
+    for rule in filter(lambda rule: rule.modules, plan.rules):
         sizes = decimal(rule.nbytes_before), decimal(rule.nbytes_after)
         rows.append([f"rules.{rule.number - 1}: {rule.scheme}", rule.label, f"{rule.modules}", *sizes])
     for kept in plan.kept:
@@ -184,10 +184,11 @@ def _calibration_text(job: Job[Plan]) -> str:
     resumes = f", continues after {count(done, 'layer')}" if done else ""
     source = session.source
     memory = decimal(job.memory + session.memory_nbytes(job.options.workers))
+    why = f", as {session.reason}" if session.reason else ""
     on_cluster = job.options.executor is not None
     states = session.cluster_states_nbytes if on_cluster else session.states_nbytes
     return (
-        f"runs first: {what} from {source.samples} samples of {source.length} tokens of "
+        f"runs first{why}: {what} from {source.samples} samples of {source.length} tokens of "
         f"{source.data}, kept in {session.folder}{resumes}; about {memory} of "
         f"memory, and up to {decimal(states)} of hidden states on disk"
     )

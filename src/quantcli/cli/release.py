@@ -56,7 +56,10 @@ def release(
     ] = False,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Calibration to use or to make [default: PLACE.calibration]."),
+        typer.Option(
+            metavar="DIR",
+            help="Calibration to use or to make [default: PLACE.calibration; for an address here].",
+        ),
     ] = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
@@ -99,6 +102,8 @@ def release(
     seconds = time.monotonic() - began
     failed = outcome.failure(outcomes)
     steps = following.after_release(output, planned, outcomes)
+    if report is not None and any(o.report is not None for o in outcomes):
+        output.message(f"written: {report}")
     with following.after(output, *steps):
         for note in _notes(outcomes):
             output.message(f"note: {note}", WARNING)
@@ -112,7 +117,8 @@ def show_plan(out: Output, release: Release) -> None:
     out.line()
     jobs = [member.job for member in release.missing]
     before = decimal(release.checkpoint.nbytes)
-    reads = f"reads        {before} of weights" + (", once for all of them" if jobs[1:] else "")
+    how = "once for all of them" if release.options.executor is None else "for each of them"
+    reads = f"reads        {before} of weights" + (f", {how}" if jobs[1:] else "")
     out.line(reads if jobs else "writes       nothing: no checkpoint is missing")
     for member in release.members:
         if member.missed is not None:
@@ -135,7 +141,10 @@ def show_plan(out: Output, release: Release) -> None:
         out.line(f"runs on      {release.options.executor}, shard by shard")
     workers = count(release.options.of_run().workers, "worker")
     if jobs:
-        out.line(f"memory       about {decimal(release.memory)} next to torch, with {workers}")
+        out.line(
+            f"memory       about {decimal(release.memory)} in addition to Python and torch, "
+            f"with {workers}"
+        )
     if release.verify is not None:
         out.line(f"verifies     {', '.join(release.verify.depths)}")
     for note in [*release.notes, *_plan_notes(release)]:

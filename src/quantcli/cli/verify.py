@@ -193,6 +193,8 @@ def verify(chosen: VerifyOptions, output: Output) -> None:
 
     with watch(output) as progress:
         report = commands.run(chosen, progress)
+    for file in filter(None, (chosen.page, chosen.junit)):
+        output.message(f"written: {file}")
     if len(chosen.checkpoints) > 1:
         steps = following.after_several(output, report["checkpoints"], chosen.page)
         with following.after(output, *steps):

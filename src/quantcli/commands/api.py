@@ -120,8 +120,8 @@ def quantize(
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     part:        "2/3": write only part 2 of 3, for `pack(..., merge=True)`; "nodes": each node of
                  `executor` writes one to its own disk, as notes of the result say.
-    executor:    "threads" of this process, "ray" or "ray:HOST:PORT": tasks on a cluster, with `workers`
-                 threads each.
+    executor:    "threads" of this process, "ray", "ray:local" or "ray:HOST:PORT": tasks on a cluster,
+                 with `workers` threads each.
     device:      where a calibration computes: cpu, cuda or npu.
     max_memory:  bytes that a calibration may use, or a text such as "8GB".
     trust_remote_code: allow the model's own Python code to run.

@@ -314,6 +314,12 @@ def default_name(model: str, recipe: GivenRecipe) -> str:
     return f"{Path(os.path.abspath(model)).name}-{name}"  # noqa: PTH100 - keeps links
 
 
+def say_if_new(calibration: Path | None, progress: Progress) -> None:
+    """Say that a calibration which the user named is not there: the name may be misspelt."""
+    if calibration is not None and not os.path.lexists(calibration):
+        progress.say(f"note: {calibration} is not there: it will be made")
+
+
 def calibration_folder(out: Destination) -> Path:
     """The default folder for the calibration of a checkpoint in `out`."""
     return out.sibling(".calibration")

@@ -23,6 +23,7 @@ from quantcli.commands.job import (
     make_job,
     open_both,
     run_job,
+    say_if_new,
     to_json,
     with_model,
 )
@@ -92,6 +93,7 @@ def plan(
         from quantcli.calibration.session import load, prepare_session
 
         folder = options.calibration or calibration_folder(whole)
+        say_if_new(options.calibration, progress)
         session = prepare_session(planned, folder, out=place.folder, examples=examples)
         if session.complete:
             planned = make_plan(loaded, checkpoint, load(session))
@@ -200,6 +202,8 @@ def quantize(
         if job.session is not None and not job.session.complete:
             job = calibrated(job, resources, progress)
             check(job)
+        if job.session is not None and progress is not None:
+            progress.keeps(f"the calibration {job.session.folder}", lasting=True)
         return run_job(job, progress)
 
 

@@ -13,7 +13,7 @@ from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import Spread, write_spread
-from quantcli.convert.together import write_together
+from quantcli.convert.together import begin_together, write_together
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
@@ -158,10 +158,11 @@ def _write(
     orders: Sequence[tuple[Order[W], ShardRun]], options: RunOptions, progress: Progress
 ) -> list[QuantError | None]:
     """Write the shards of all orders. Gives the error of each."""
+    work = [(run, order.shards) for order, run in orders]
     if options.executor is not None:
+        begin_together(work, progress)
         return [_spread(order, run, options.executor, options.workers) for order, run in orders]
     source = {stored.file for order, _ in orders for stored in order.plan.checkpoint.on_disk.values()}
-    work = [(run, order.shards) for order, run in orders]
     with thread_pool(options.workers) as pool, announced(progress.say):
         return write_together(work, source, pool, options.workers, progress)
 
@@ -169,7 +170,7 @@ def _write(
 def _spread(order: Order[W], run: ShardRun, executor: Executor, workers: int) -> QuantError | None:
     """Write the shards of an order on a cluster."""
     try:
-        write_spread(run, order.plan, order.shards, Spread(executor, workers))
+        write_spread(run, order.plan, Spread(executor, workers))
     except QuantError as error:
         return error
     return None

@@ -57,9 +57,11 @@ class QuantError(Exception):
     where: the place: `file:line`, a tensor with its index, a path.
     fix:   what the user can do.
     payload: data about it that programs read: JSON-able, by key.
+    of_machine: whether another machine may not have the problem.
     """
 
     exit_code: Exit = Exit.FIX_INPUT
+    of_machine = False
 
     def __init__(
         self,
@@ -94,10 +96,17 @@ class InputError(QuantError):
     """The user's input must change (exit 2)."""
 
 
+class AccessError(InputError):
+    """Credentials are missing, wrong or too old (exit 2)."""
+
+    of_machine = True
+
+
 class MachineError(QuantError):
     """The machine must change: disk, permissions, a missing package (exit 3)."""
 
     exit_code = Exit.FIX_MACHINE
+    of_machine = True
 
 
 class Interrupted(QuantError):

@@ -17,6 +17,7 @@ from quantcli.core.text import count, duration, of_bytes, short_number, size
 Kind = Literal["message", "detail", "phase", "bytes", "file", "layer", "step"]
 
 GOES_ON: frozenset[Kind] = frozenset({"phase", "bytes", "step"})  # what tells of work that is not done
+_AT_ONCE = 1.0  # seconds: what gets events more often than that shows the present state
 LINE_EVERY = 30.0  # seconds between lines about work that goes on
 
 
@@ -41,8 +42,11 @@ class Progress:
         passes: how much, where running all tokens through the layer once counts as 1.
         """
 
-    def keeps(self, what: str) -> None:
-        """What a later run can use if this one ends now, such as `2 of 7 shards in OUT.partial`."""
+    def keeps(self, what: str, *, lasting: bool = False) -> None:
+        """What a later run can use if this one ends now, such as `2 of 7 shards in OUT.partial`.
+
+        lasting: whether that stays so, whatever is kept next to it later.
+        """
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Work on bytes begins: bytes to read, number of files to complete; noun: what these are."""
@@ -210,6 +214,7 @@ class Events(Progress):
         self._bytes, self._layers = _Bytes(), _Layers()
         self._in_layers = False
         self.kept = ""
+        self._lasting: list[str] = []
         self.detailed = True
 
     def also(self, receive: Callable[[Event], None], interval: float = LINE_EVERY) -> None:
@@ -234,16 +239,21 @@ class Events(Progress):
                 return
             self._send_due(now, self._step)
 
-    def keeps(self, what: str) -> None:
+    def keeps(self, what: str, *, lasting: bool = False) -> None:
         """No event: it matters if the run is interrupted, and is in `kept` then."""
-        self.kept = what
+        if lasting:
+            self._lasting.append(what)
+        self.kept = "; ".join([*self._lasting, *([] if lasting else [what])])
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
-        """Only the events that follow show it."""
+        """A terminal shows it at once, in place of what was before; lines only what follows."""
         with self._lock:
             self._in_layers = False
             kept = self._bytes.complete if noun == self._bytes.noun else 0  # were there before
             self._bytes = _Bytes(nbytes, kept + files, noun, time.monotonic(), complete=kept)
+            for receiver in self._receivers:
+                if receiver.interval < _AT_ONCE:
+                    receiver.receive(self._bytes.event("bytes", "", time.monotonic()))
 
     def advance(self, nbytes: int) -> None:
         """Bytes, at most every so often."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 
+_REPOSITORY = "git+https://github.com/quantcli/quantcli"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -11,6 +12,11 @@ def count(things: int | Sized, noun: str) -> str:
     """A number with its noun: `1 shard`, `2 shards`."""
     number = things if isinstance(things, int) else len(things)
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def pip_install(extra: str) -> str:
+    """The command that adds the packages of an extra."""
+    return f"pip install 'quantcli[{extra}] @ {_REPOSITORY}'"
 
 
 def size(nbytes: float) -> str:

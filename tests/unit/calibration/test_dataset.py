@@ -786,7 +786,7 @@ def test_data_sets_need_a_name_and_the_package(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     what, where, fix = refused(MachineError, lambda: load("datasets:org/name"))
     assert (what, where) == ("`datasets:org/name` needs the package `datasets`", WHERE)
-    assert fix == "pip install 'quantcli[datasets]'"
+    assert fix == "pip install 'quantcli[datasets] @ git+https://github.com/quantcli/quantcli'"
 
 
 # --- the digest

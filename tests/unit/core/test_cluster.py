@@ -1,16 +1,17 @@
 """What needs no cluster: the option, the comparison of nodes, progress that was noted elsewhere."""
 
 import pickle
+import socket
 import threading
 
 import pytest
 
-from quantcli.core.cluster.actors import ActorLost
+from quantcli.core.cluster.connect import _answers
 from quantcli.core.cluster.executor import Executor, parse_executor
 from quantcli.core.cluster.relay import Heard, Relay
 from quantcli.core.cluster.software import CPU, differences, software
-from quantcli.core.cluster.worker import software_differs
-from quantcli.core.errors import InputError
+from quantcli.core.cluster.worker import name_node, software_differs
+from quantcli.core.errors import AccessError, InputError, MachineError
 from quantcli.core.events import Progress
 
 
@@ -34,8 +35,10 @@ def test_the_option_names_an_executor(text, executor):
     "text", ["", "Ray", "ray:", "ray:10.0.0.1", "ray:host:0", "ray:host:65536", "ray:a b:1", "dask"]
 )
 def test_an_option_that_names_none(text):
-    with pytest.raises(InputError, match="executor is not one that exists"):
+    with pytest.raises(InputError) as caught:
         parse_executor(text)
+    assert caught.value.what == f"`{text}` is not an executor"
+    assert caught.value.fix == "give threads, ray, ray:local, or ray:HOST:PORT"
 
 
 def test_addresses_of_ray_client_are_refused_with_another_way():
@@ -51,8 +54,10 @@ def test_software_that_differs_is_named_with_both_versions():
     found = differences(here, there)
     assert found == [f"torch 1.0.0, not {here['torch']}", f"numpy none, not {here['numpy']}"]
     assert differences(here, {**here, CPU: "another"}) == []
-    message = software_differs([("10.0.0.3", found)]).what
-    assert "10.0.0.3 has torch 1.0.0" in message
+    nodes = [("10.0.0.3", found[:1])] * 3 + [("10.0.0.4", found[1:])]
+    assert software_differs(nodes).partition(": ")[2] == (
+        f"10.0.0.3 has torch 1.0.0, not {here['torch']}; 10.0.0.4 has numpy none, not {here['numpy']}"
+    )
 
 
 class Calls(Progress):
@@ -100,7 +105,43 @@ def test_every_call_of_a_progress_is_noted():
     assert calls <= vars(Relay).keys()
 
 
-def test_a_lost_actor_survives_pickling():
-    error = ActorLost(3, "10.0.0.3", "it died")
+@pytest.mark.parametrize(
+    ("answer", "is_grpc"),
+    [
+        (bytes([0, 0, 24, 4, 0, 0, 0, 0, 0]) + bytes(24), True),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", False),
+        (b"", False),
+    ],
+)
+def test_only_a_server_of_grpc_counts_as_an_answer(answer, is_grpc):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert _answers(f"127.0.0.1:{server.getsockname()[1]}") == is_grpc
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "fix"),
+    [
+        (
+            AccessError("none", where="s3://a/b", fix="set KEY"),
+            "s3://a/b on node 10.0.0.3",
+            "there, before Ray is started: set KEY",
+        ),
+        (MachineError("full"), "node 10.0.0.3", None),
+        (MachineError("gone", where="node 10.0.0.4: it died"), "node 10.0.0.4: it died", None),
+        (InputError("NaN", where="a.weight"), "a.weight", None),
+    ],
+)
+def test_an_error_that_other_machines_may_not_have_names_its_node(error, where, fix):
+    name_node(error, "10.0.0.3")
     again = pickle.loads(pickle.dumps(error))
-    assert (again.number, again.where) == (3, "node 10.0.0.3: it died")
+    assert (again.where, again.fix) == (where, fix)

@@ -9,6 +9,7 @@ import torch
 
 from quantcli.calibration.resources import check_device
 from quantcli.core.errors import MachineError
+from quantcli.core.text import pip_install
 
 
 def open_device(name: str) -> torch.device:
@@ -33,7 +34,7 @@ def _import_torch_npu(name: str) -> None:
         if isinstance(error, ImportError) and error.name in {None, "torch_npu"} and _is_absent():
             raise MachineError(
                 f"--device {name} needs torch_npu",
-                fix="pip install 'quantcli[npu]' on the Ascend machine",
+                fix=f"on the Ascend machine: {pip_install('npu')}",
             ) from None
         raise MachineError(
             f"torch_npu cannot be loaded: {_first_line(error)}",

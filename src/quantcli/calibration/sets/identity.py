@@ -17,11 +17,13 @@ from typing import Any
 from quantcli.calibration.methods.base import methods_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.tensors import read_bytes
+from quantcli.core.text import count
 from quantcli.planning.plan import Plan, Quantize, quantized_items
 from quantcli.recipe.fields import Calibration
 
 _SAMPLED = 4096  # tensors of which some bytes are looked at, and how many bytes of each
 _QUANTIZED = "the modules that are quantized"
+_CONTEXT = {"siblings", "layer", "serving_dtype", "sizes"}  # on what else that depends
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Key:
             names = [*now, *sorted(before.keys() - now.keys())]
             name = next((name for name in names if before.get(name) != now.get(name)), None)
             if name is not None:
-                return f"{what}: {name}{_change(name, before, now)}"
+                return f"{what}: {_change(name, before, now)}"
         return None
 
     def missing(self, other: Key) -> str:
@@ -85,16 +87,25 @@ class Key:
         lacking = [m for m, digest in other.modules.items() if self.modules.get(m) != digest]
         if not self.made_from(other) or not lacking:
             return ""
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        measured = json.dumps(other.measured.get(other.modules[lacking[0]]))
-        return f"`{lacking[0]}`{more}: {measured}"
+        here, asked = (key.measured.get(key.modules.get(lacking[0], ""), {}) for key in (self, other))
+        names = [name for name, options in asked.items() if here.get(name) != options]
+        what = [name for name in names if name not in _CONTEXT] or ["statistics"]
+        more = f" and {count(len(lacking) - 1, 'other module')}" if len(lacking) > 1 else ""
+        return f"{' and '.join(what)} of `{lacking[0]}`{more}"
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    method = name.partition(".")[0]
+    with_it = [any(key.partition(".")[0] == method for key in table) for table in (before, now)]
+    if "." in name and method != "calibration" and with_it[0] != with_it[1]:
+        value = f"{name} {before.get(name, now.get(name))}"
+        if with_it[1]:
+            return f"made without `{method}`; this recipe has it ({value})"
+        return f"made with `{method}` ({value}); this recipe does without"
     values = [table.get(name, "not there") for table in (before, now)]
     if name.startswith("the ") or not all(isinstance(value, str | int | float) for value in values):
-        return " differ"
-    return f" was {values[0]}, is {values[1]}"
+        return f"{name} differ"
+    return f"{name} was {values[0]}, is {values[1]}"
 
 
 def key_of(plan: Plan, block: Calibration, dtype: str, *, data: str, batch: int) -> Key:

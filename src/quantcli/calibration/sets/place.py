@@ -71,9 +71,9 @@ def place_of(
         raise refusal(folder, stored, key)
     reason = ""
     if alike is not None:
-        reason = f"what is there lacks {alike.key.missing(key)}"
+        reason = f"the calibration there lacks {alike.key.missing(key)}"
     elif close is not None:
-        reason = "what is there has other options"
+        reason = "the calibration there has other options"
     return Place(further_folder(folder, key), key, reason=reason)
 
 

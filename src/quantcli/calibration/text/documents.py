@@ -20,6 +20,7 @@ from typing import Any
 from quantcli.checkpoint.files import PICKLES
 from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.text import pip_install
 
 HUB = "datasets:"
 _BARS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
@@ -52,7 +53,7 @@ def check_data(data: str, where: str) -> None:
     elif not data.split(":")[1]:
         raise InputError(f"`{data}` names no data set", where=where, fix=f"write {_NAMES}")
     elif importlib.util.find_spec("datasets") is None:
-        fix = "pip install 'quantcli[datasets]'"
+        fix = pip_install("datasets")
         raise MachineError(f"`{data}` needs the package `datasets`", where=where, fix=fix)
 
 

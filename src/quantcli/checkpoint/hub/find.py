@@ -106,7 +106,7 @@ def find_model(model: str, progress: Progress = SILENT) -> Path:
     path, asked = _parse(model)
     if asked is None:
         return path
-    progress.say(f"looking for {model} on the Hub, or in its cache")
+    progress.say(f"no folder {model} here: looking for it on the Hub, or in its cache")
     with _our_errors(model, path):
         found = _locate(*asked, model, progress)
         if isinstance(found, Path):
@@ -145,7 +145,7 @@ def locate(model: str, progress: Progress = SILENT) -> Located:
     folder, asked = _parse(model)
     if asked is None:
         return Located(folder)
-    progress.say(f"looking for {model} on the Hub, or in its cache")
+    progress.say(f"no folder {model} here: looking for it on the Hub, or in its cache")
     with _our_errors(model, folder):
         found = _locate(*asked, model, progress)
         if isinstance(found, Path):

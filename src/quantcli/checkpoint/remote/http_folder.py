@@ -67,8 +67,8 @@ class WebFolder(Origin):
         by_links = any(name.endswith(".safetensors") for name in linked)
         if not by_links:
             notes.append(
-                f"{self.address} lists no weight files: only files with names that models usually have "
-                "were looked for"
+                f"the server lists no weight files at {self.address}, so quantcli asked for the usual "
+                "file names"
             )
         files = self._versions(linked if by_links else dict.fromkeys([*linked, *_KNOWN]))
         if not by_links and INDEX in files:
@@ -86,7 +86,12 @@ class WebFolder(Origin):
         if not files:
             what = "no file of a model at this address"
             raise InputError(what, where=self.address, fix="give the address of the folder")
-        if loose := [name for name, version in files.items() if not is_strong(version.tag)]:
+        if blind := [name for name, version in files.items() if not version.tag]:
+            notes.append(
+                f"the server gives neither ETag nor Last-Modified for {count(blind, 'file')}, such as "
+                f"{blind[0]!a}: a change during the run is noticed only if it changes the size"
+            )
+        elif loose := [name for name, version in files.items() if not is_strong(version.tag)]:
             progress.detail(
                 f"the server gives no strong ETag for {count(loose, 'file')}, such as `{loose[0]}`: a "
                 "change is noticed by its size, and its time or its weak ETag"

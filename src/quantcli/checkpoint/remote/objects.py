@@ -68,8 +68,7 @@ class ObjectFolder(Origin):
         if JOURNAL in files:
             raise unfinished(self.address)
         if not files:
-            what = "no such model in object storage: nothing has a name that begins like this"
-            raise InputError(what, where=self.address, fix="check the address")
+            raise InputError(f"no object under {self.address}", fix="check the address")
         return Listing(files)
 
     def ask(self, name: str, version: Version, first: int, block: memoryview) -> None:

@@ -45,7 +45,7 @@ def read_answer(
         raise origin.changed(name)
     if status == 200 and (first or len(block) < version.nbytes):
         raise InputError(
-            "the server ignores that a range is asked for, and sends whole files",
+            "the server does not support range requests",
             where=origin.where(name),
             fix="take another server, or download the model and give the folder",
         )

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.remote.address import is_server, public_form
-from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import AccessError, InputError, MachineError, QuantError
+from quantcli.core.text import pip_install
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -91,7 +92,7 @@ def open_store(place: Place, *, retries: bool = True) -> ObjectStore:
         from obstore.store import from_url
     except ImportError:
         raise MachineError(
-            f"{place.scheme}:// needs the package obstore", fix="pip install 'quantcli[objects]'"
+            f"{place.scheme}:// needs the package obstore", fix=pip_install("objects")
         ) from None
     _check_settings(place)
     named = filter(None, map(os.environ.get, _ENDPOINTS[place.scheme]))
@@ -176,13 +177,13 @@ def our_error(error: BaseException, place: Place, name: str = "") -> QuantError:
         return InputError("no such file in object storage", where=where, fix="check the address")
     if _lacks_credentials(error):
         what = "no credentials for object storage were found"
-        return InputError(what, where=where, fix=_CREDENTIALS[place.scheme])
+        return AccessError(what, where=where, fix=_CREDENTIALS[place.scheme])
     if "ExpiredToken" in str(error):
         what = "credentials for object storage have expired"
-        return InputError(what, where=where, fix="get new ones; then the same command again")
+        return AccessError(what, where=where, fix="get new ones; then the same command again")
     if status_of(error) in {401, 403}:
         what = f"object storage refuses access ({reason(error)})"
-        return InputError(what, where=where, fix=_CREDENTIALS[place.scheme])
+        return AccessError(what, where=where, fix=_CREDENTIALS[place.scheme])
     if status_of(error) in {301, 307, 400}:
         what, fix = f"object storage refuses the request ({reason(error)})", "check region and server"
         return InputError(what, where=where, fix=f"{fix}: AWS_REGION, AWS_ENDPOINT_URL")

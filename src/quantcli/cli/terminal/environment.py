@@ -12,7 +12,7 @@ from quantcli.core.errors import InputError, closest
 COMPLETE = "_QUANTCLI_COMPLETE"  # the shell that asks for a completion
 _PREFIX = "QUANTCLI_"
 _MOST_WORKERS = 1024  # as of --workers
-_COMMANDS = ("calibrate", "inspect", "pack", "quantize", "recommend", "verify")
+_COMMANDS = ("calibrate", "inspect", "pack", "quantize", "recommend", "release", "verify")
 
 HELP = {
     "QUANTCLI_WORKERS": "threads, if --workers is not given",

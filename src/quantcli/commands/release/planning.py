@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model
+from quantcli.commands.job import Job, JobOptions, default_name, make_job, open_model, say_if_new
 from quantcli.commands.release.verifying import check_verification, verify_options
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 # new: to be written. done: there already. unsure: there, and its statistics are not known yet.
 State = Literal["new", "done", "unsure"]
+_HOLDS = {
+    False: "holds another checkpoint (other plan or settings)",
+    True: "holds something else, or a damaged checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def plan_release(
     plans = [_plan_of(written, entry, checkpoint, progress) for entry in entries]
     if options.executor is not None:
         check_spread(plans[0])
-    joint, notes = _calibrated(written, plans, options, output, base)
+    joint, notes = _calibrated(written, plans, options, output, base, progress)
     if joint is not None:
         for entry, place in zip(entries, places, strict=True):
             with naming(entry):
@@ -194,6 +198,14 @@ def _places(
     checkpoint could have."""
     from quantcli.convert.destination import destination_of
 
+    repository = output.removeprefix("hf://").rstrip("/")
+    is_whole = output.startswith("hf://") and "/" in repository and PLACEHOLDER not in output
+    if is_whole and any(entry.out is None for entry in entries):
+        raise InputError(
+            "a repository of the Hub holds one checkpoint",
+            where=output,
+            fix=f"put {{name}} into the address: hf://{repository.partition('@')[0]}-{{name}}",
+        )
     places: list[Destination] = []
     for entry in entries:
         with naming(entry):
@@ -248,11 +260,16 @@ def _needs_data(recipe: Recipe) -> bool:
 
 
 def _calibrated(
-    written: WrittenRelease, plans: Sequence[Plan], options: ReleaseOptions, output: str, base: str
+    written: WrittenRelease,
+    plans: Sequence[Plan],
+    options: ReleaseOptions,
+    output: str,
+    base: str,
+    progress: Progress,
 ) -> tuple[Joint | None, list[str]]:
     """The calibration of all plans that need one, and notes about it.
 
-    output: of the release. base: the name of the release, if its output does not name a folder.
+    output: of the release. base: the name of the release, if its output has a `{name}` in it.
     """
     from quantcli.calibration.sets.joint import joint_sessions
     from quantcli.checkpoint.remote.address import address_of
@@ -267,8 +284,11 @@ def _calibrated(
         return None, [unused] if written.calibration else []
     folder = options.calibration
     if folder is None:
-        is_folder = address_of(output) is None and PLACEHOLDER not in output
-        folder = destination_of(output if is_folder else base).sibling(".calibration")
+        named = base if PLACEHOLDER in output else output
+        if address_of(named) is not None:  # a folder here, named after the last part of the address
+            named = PurePosixPath(named).name
+        folder = destination_of(named).sibling(".calibration")
+    say_if_new(options.calibration, progress)
     return joint_sessions(plans, folder), []
 
 
@@ -325,8 +345,7 @@ def check_free(plan: Plan, out: Destination, *, force: bool) -> None:
     """InputError or MachineError if a checkpoint that is not there yet cannot go to its place."""
     if out.exists and not force:
         raise InputError(
-            "its place is taken, and not by the checkpoint that this release would write there",
-            where=str(out),
+            f"{out} {_HOLDS[out.manifest() is None]}",
             fix="move it away, give the checkpoint another `name` or `out`, or replace it with --force",
         )
     out.check(plan.checkpoint.path, force=force)

@@ -11,6 +11,7 @@ from quantcli.commands.release.verifying import check_text
 from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.text import count
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def _with_statistics(
     if release.joint is not None:
         sessions = tuple(m.job.session for m in release.missing if m.job.session is not None)
         replace(release.joint, sessions=sessions).run(resources or Resources(), progress)
+        progress.keeps(f"the calibration {release.joint.folder}", lasting=True)
     outcomes = []
     for member in release.members:
         if member.missed is not None:
@@ -142,6 +144,7 @@ def _verified(
         return list(outcomes)
     from quantcli.commands import verify as commands
 
+    progress.phase(f"verifying {count(there, 'checkpoint')}")
     jobs = [outcome.member.job for outcome in there]
     first, *others = [str(job.out) for job in jobs]
     calibrations = None

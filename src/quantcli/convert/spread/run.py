@@ -10,7 +10,6 @@ from quantcli.convert.destination import Entry
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import Edges, Finish, begin_shard, chunk_counts, chunks_of
 from quantcli.convert.spread.task import Common, InChunks, Request, write
-from quantcli.convert.together import begin_together
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.sources import identities, see_sources
@@ -28,12 +27,11 @@ class Spread:
     workers: int
 
 
-def write_spread(run: ShardRun, plan: Work, shards: Sequence[Shard], spread: Spread) -> None:
-    """Write each of these shards that is not there yet, on the nodes of a cluster.
+def write_spread(run: ShardRun, plan: Work, spread: Spread) -> None:
+    """Write each shard that `begin_together` has found missing, on the nodes of a cluster.
 
     InputError for a model in memory, MachineError if a node does not see the model or the output.
     """
-    begin_together([(run, shards)], run.progress)
     missing = run.missing
     if not missing:
         return

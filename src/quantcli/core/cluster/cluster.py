@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.core.cluster.actors import Actors
 from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
 from quantcli.core.cluster.tasks import Done, TaskOptions, TaskRun
-from quantcli.core.cluster.worker import Result, Setting, Shared, software_differs, task
+from quantcli.core.cluster.worker import ALIKE, Result, Setting, Shared, software_differs, task
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import SILENT, Progress
@@ -30,6 +29,7 @@ _RECENT = 1.0  # seconds
 _NOTICED = 1.0  # seconds
 _UNHEALTHY = 20.0  # seconds until a node without a heartbeat counts as gone, and some more
 _MOST_CRASHES = 2  # of processes on a node that lives on
+_ALIKE = f"{ALIKE}; or use --executor ray:local, a new cluster on this machine"
 _START = 120.0  # seconds that a node may take to answer at first
 
 
@@ -206,25 +206,6 @@ class Cluster:
             raise errors[min(errors)]
         return results
 
-    def actors(
-        self,
-        make: Callable[[Any, Any, Progress], Any],
-        requests: Sequence[Any],
-        *,
-        common: Any = None,
-        cpus: int = 1,
-        progress: Progress = SILENT,
-    ) -> Actors:
-        """An actor for each request, spread over the nodes: it holds the object that
-        `make(common, request, progress)` returns there. To be used in a `with`."""
-        actors = Actors(self, len(requests), cpus)
-        try:
-            actors.make(make, self.share(common), requests, progress)
-        except BaseException:
-            actors.__exit__()
-            raise
-        return actors
-
     def check_cpus(self, cpus: int) -> None:
         """InputError if no node has so many CPUs for one task."""
         most = max((node.cpus for node in self.nodes), default=0)
@@ -236,7 +217,7 @@ class Cluster:
             )
 
     def check_software(self) -> None:
-        """MachineError if a node has other software than this machine."""
+        """InputError if a node has other software than this machine."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -255,15 +236,15 @@ class Cluster:
         differing = []
         for node, found in there.items():
             if isinstance(found, str):
-                raise MachineError(
+                raise InputError(
                     f"a node cannot import quantcli: {found}",
                     where=f"node {node.address}",
-                    fix="install the same version on all nodes, such as one container image",
+                    fix=_ALIKE,
                 )
             if differ := differences(software(), found):
                 differing.append((node.address, differ))
         if differing:
-            raise software_differs(differing)
+            raise InputError(software_differs(differing), where=self.name, fix=_ALIKE)
         self._cpus = {node.address: found[CPU] for node, found in there.items()}
 
     def check_alike(self) -> None:

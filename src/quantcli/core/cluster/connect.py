@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import secrets
@@ -20,11 +21,16 @@ from quantcli.core.cluster.executor import Executor
 from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.text import count
+from quantcli.core.text import count, pip_install
 from quantcli.core.threads import default_workers
 
 _REACH = 5.0  # seconds to reach the head of a cluster
 _STORE = 256 * 2**20  # bytes of Ray's object store on clusters of our own: no tensor goes through it
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_SETTINGS = bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)  # a frame of HTTP/2: three bytes of length, kind, flags, ...
+_ANOTHER = "ab" * 28  # the id of a cluster that is not there
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns of a change to come
@@ -40,8 +46,8 @@ def connect(executor: Executor, progress: Progress = SILENT) -> Iterator[Cluster
     """The cluster of an executor, whose nodes have the software of this machine.
 
     Blocks may be nested: the outermost one connects and disconnects. A cluster that it started ends
-    with it. MachineError if Ray is missing, no cluster is there, or software differs; InputError if
-    this process is connected to another cluster.
+    with it. MachineError if Ray is missing or no cluster is there; InputError if software differs, or
+    if this process is connected to another cluster.
     """
     with _lock:
         if _present:
@@ -55,10 +61,11 @@ def connect(executor: Executor, progress: Progress = SILENT) -> Iterator[Cluster
             yield cluster
             return
         with _connection(executor, progress) as cluster:
-            cluster.check_software()
             nodes = cluster.nodes
             cpus = sum(node.cpus for node in nodes)
-            progress.say(f"{cluster.name}: {count(nodes, 'node')}, {count(cpus, 'CPU')}")
+            size = f"{count(nodes, 'node')}, {count(cpus, 'CPU')}"
+            progress.say(f"{cluster.name}: {size}; processes start there, which takes some seconds")
+            cluster.check_software()
             _present.append((executor, cluster))
             try:
                 yield cluster
@@ -83,14 +90,27 @@ def _connection(executor: Executor, progress: Progress) -> Iterator[Cluster]:
         yield Cluster(f"Ray cluster at {ray.get_runtime_context().gcs_address}")
         return
     with environment(_QUIET), _own_words(ray, progress):
-        address = executor.address or os.environ.get("RAY_ADDRESS") or _started_here(ray)
-        if address in {None, "local"}:
+        address, origin = _address(ray, executor)
+        if address is None:
             with _new_cluster(ray, progress) as cluster:
                 yield cluster
             return
-        assert address is not None
+        progress.say(f"joining the Ray cluster at {address} ({origin})")
         with _joined(ray, address) as cluster:
             yield cluster
+
+
+def _address(ray: Any, executor: Executor) -> tuple[str | None, str]:
+    """The address of the cluster of an executor, and where that comes from; None for a new cluster."""
+    if executor.address is not None:
+        address, origin = executor.address, f"--executor {executor}"
+    elif named := os.environ.get("RAY_ADDRESS"):
+        address, origin = named, "of RAY_ADDRESS"
+    elif started := _started_here(ray):
+        address, origin = started, "started on this machine"
+    else:
+        return None, ""
+    return (None if address == "local" else address), origin
 
 
 def _ray() -> Any:
@@ -99,7 +119,7 @@ def _ray() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise MachineError("Ray is not installed", fix="pip install 'quantcli[ray]'") from None
+        raise MachineError("Ray is not installed", fix=pip_install("ray")) from None
     return ray
 
 
@@ -110,12 +130,17 @@ def _started_here(ray: Any) -> str | None:
 
 
 def _answers(address: str) -> bool:
+    """Whether a server of gRPC answers, as the head of a cluster is one: it speaks HTTP/2."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _REACH):
-            return True
+        with socket.create_connection((host.strip("[]"), int(port)), _REACH) as connection:
+            connection.sendall(_HELLO + _SETTINGS)
+            answer = b""
+            while len(answer) < len(_SETTINGS) and (more := connection.recv(len(_SETTINGS))):
+                answer += more
     except (OSError, ValueError):
         return False
+    return answer[3:5] == _SETTINGS[3:5]
 
 
 @contextmanager
@@ -131,22 +156,62 @@ def _joined(ray: Any, address: str) -> Iterator[Cluster]:
         raise MachineError(
             "no Ray cluster answers",
             where=address,
-            fix="check the address and `ray status` there, or use --executor ray:local",
+            fix="give the address that `ray start --head` printed, HOST:6379 as a rule; or use "
+            "--executor ray:local",
         )
+    with _shown_token(address):
+        try:
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise MachineError(
+                f"cannot join the Ray cluster: {_first_line(error)}",
+                where=address,
+                fix="use the versions of Ray and Python of the cluster, or --executor ray:local",
+            ) from None
+        try:
+            yield Cluster(f"Ray cluster at {address}")
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _shown_token(address: str) -> Iterator[None]:
+    """Have Ray show the token of this user in the block, if the cluster wants one: Ray itself does so
+    only for a cluster that it finds. MachineError if the cluster refuses it, or there is none."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    if address == "auto" or not hasattr(raylet, "AuthenticationTokenLoader"):  # before Ray 2.52
+        yield
+        return
+    if not _refuses_token(raylet, address):
+        yield
+        return
+    tokens = raylet.AuthenticationTokenLoader.instance()
+    if "RAY_AUTH_MODE" not in os.environ and tokens.has_token(ignore_auth_mode=True):
+        try:
+            with environment({"RAY_AUTH_MODE": "token"}):
+                raylet.Config.initialize("")  # reads the variables again
+                if not _refuses_token(raylet, address):
+                    yield
+                    return
+        finally:
+            raylet.Config.initialize("")
+    raise MachineError(
+        "the Ray cluster wants a token that this process does not have",
+        where=address,
+        fix="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token of the cluster; the machine that "
+        "started it has it in ~/.ray/auth_token",
+    )
+
+
+def _refuses_token(raylet: Any, address: str) -> bool:
+    """Whether a cluster refuses this process, as it asks a question of another cluster: joining would
+    only say after 20 s that it failed."""
     try:
-        with _own_signals():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(
-            f"cannot join the Ray cluster: {_first_line(error)}",
-            where=address,
-            fix="use the versions of Ray and Python of the cluster, its RAY_AUTH_MODE and "
-            "RAY_AUTH_TOKEN",
-        ) from None
-    try:
-        yield Cluster(f"Ray cluster at {address}")
-    finally:
-        ray.shutdown()
+        raylet.GcsClient(address=address, cluster_id=_ANOTHER).internal_kv_exists(b"", None, _REACH)
+    except Exception as error:
+        return "AuthToken" in str(error)
+    return False
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from quantcli.core.errors import InputError
 
 THREADS = "threads"
 TASK_WORKERS = 4  # threads of a task: more of them wait for the hash of its shard
-FORMS = "threads, ray, or ray:HOST:PORT"
+FORMS = "threads, ray, ray:local, or ray:HOST:PORT"
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
@@ -42,7 +42,7 @@ def parse_executor(text: str) -> Executor | None:
             where=where,
             fix="start the command on a machine of the cluster: `ray job submit -- quantcli ...`",
         )
-    raise InputError("executor is not one that exists", where=where, fix=f"give {FORMS}")
+    raise InputError(f"`{text}` is not an executor", where=where, fix=f"give {FORMS}")
 
 
 def _is_address(text: str) -> bool:

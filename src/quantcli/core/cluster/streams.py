@@ -1,4 +1,4 @@
-"""What comes from tasks and actors, as the driver reads it."""
+"""What comes from tasks, as the driver reads it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Lost(Exception):
 
 @dataclass(eq=False)
 class Stream:
-    """Messages of a task or of a call of an actor.
+    """Messages of a task.
 
     place:  where it runs; None before it has begun.
     nbytes: that it has counted as progress.

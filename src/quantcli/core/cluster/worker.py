@@ -14,13 +14,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 from quantcli.core.cluster.relay import Call, Relay
 from quantcli.core.cluster.software import differences, software
-from quantcli.core.errors import MachineError, QuantError
+from quantcli.core.errors import AccessError, MachineError, QuantError
 from quantcli.core.events import Progress
+
+ALIKE = "install the same versions on all nodes, such as one container image"
 
 
 @dataclass(frozen=True)
@@ -95,27 +96,6 @@ def task(
     yield from _messages(run, setting)
 
 
-class Host:
-    """An actor of Ray, which holds an object and calls its methods."""
-
-    def __init__(self) -> None:
-        self._object: Any = None
-
-    def make(
-        self, make: Callable[[Any, Any, Progress], Any], shared: Shared, request: Any, setting: Setting
-    ) -> Iterator[Message]:
-        """Make the object: `make(common, request, progress)`."""
-
-        def run(progress: Progress) -> None:
-            self._object = make(value_of(shared), request, progress)
-
-        yield from _messages(run, setting)
-
-    def call(self, method: str, request: Any, setting: Setting) -> Iterator[Message]:
-        """Call a method of the object: `method(request, progress)`."""
-        yield from _messages(partial(getattr(self._object, method), request), setting)
-
-
 def _messages(run: Callable[[Progress], Any], setting: Setting) -> Iterator[Message]:
     """Run in a thread, and yield what the driver is to know."""
     import ray
@@ -145,12 +125,23 @@ def _messages(run: Callable[[Progress], Any], setting: Setting) -> Iterator[Mess
 
 
 def _failure(error: BaseException) -> Failure:
+    if isinstance(error, QuantError):
+        name_node(error, node_address())
     trace = "" if isinstance(error, QuantError) else "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     return Failure(error, trace)
+
+
+def name_node(error: QuantError, address: str) -> None:
+    """Say on which node an error was, if others may not have it."""
+    if not error.of_machine or "node " in (error.where or ""):
+        return
+    error.where = f"{error.where} on node {address}" if error.where else f"node {address}"
+    if isinstance(error, AccessError):
+        error.fix = f"there, before Ray is started: {error.fix}"
 
 
 def node_address() -> str:
@@ -164,18 +155,16 @@ def check_software(driver: Mapping[str, str]) -> None:
     """MachineError if the software of this machine is not that of the driver."""
     if driver is not _checked[0] and driver != _checked[0]:
         if found := differences(driver, software()):
-            raise software_differs([(f"{node_address()} ({socket.gethostname()})", found)])
+            node = f"{node_address()} ({socket.gethostname()})"
+            raise MachineError(software_differs([(node, found)]), fix=ALIKE)
         _checked[0] = driver
 
 
 _checked: list[Mapping[str, str] | None] = [None]  # the driver's that was found to be the same
 
 
-def software_differs(nodes: list[tuple[str, list[str]]]) -> MachineError:
-    """The error for nodes with other software than the driver has: each with its differences."""
-    texts = [f"{node} has {', '.join(found)}" for node, found in nodes[:3]]
-    more = f"; so do {len(nodes) - 3} other nodes" if len(nodes) > 3 else ""
-    return MachineError(
-        "nodes do not have the software of this machine: " + "; ".join(texts) + more,
-        fix="install the same versions on all of them, such as one container image",
-    )
+def software_differs(nodes: list[tuple[str, list[str]]]) -> str:
+    """What to say of nodes with other software than the driver has: each with its differences."""
+    texts = list(dict.fromkeys(f"{node} has {', '.join(found)}" for node, found in nodes))
+    more = f"; so do {len(texts) - 3} other nodes" if len(texts) > 3 else ""
+    return "nodes do not have the software of this machine: " + "; ".join(texts[:3]) + more
