@@ -17,7 +17,7 @@ _COMMANDS = ("calibrate", "inspect", "pack", "quantize", "recommend", "release",
 HELP = {
     "QUANTCLI_WORKERS": "threads, if --workers is not given",
     "QUANTCLI_DEVICE": "device, if --device is not given",
-    "QUANTCLI_EXECUTOR": "where to work, if --executor is not given",
+    "QUANTCLI_EXECUTOR": "executor, if --executor is not given",
     "QUANTCLI_CACHE": "folder to keep compiled code in",
     "QUANTCLI_KERNELS": "off: compile nothing, use torch",
 }
