@@ -26,10 +26,10 @@ from calibration import make_model
 from common import ROOT, Line, finish, hashes, parser, workplace
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-STATIC = {"calibration.samples": 12, "calibration.length": 128, "max_shard": "8MB"}
+STATIC = {"calibration.samples": 24, "calibration.length": 256, "max_shard": "8MB"}
 LEARNED = {"calibration.samples": 8, "calibration.length": 64, "max_shard": "2MB",
            "rules.0.scheme": {"name": "w4a4_flatquant", "epochs": 2}}  # fmt: skip
-_AGAIN = re.compile(r"node \S+ is gone: (\d+) (.+?)s? (?:is|are) done again")
+_AGAIN = re.compile(r"node \S+ is gone: (\d+) (.+?) (?:is|are) done again")
 _MOST = 1  # of what a node does at a time
 _LATE = 3.0  # seconds until a new node comes, at most
 
@@ -168,7 +168,7 @@ def main() -> None:
     options = arguments.parse_args()
     lines = []
     with workplace(options.dir) as folder:
-        make_model(folder / "model", layers=4, hidden=512)
+        make_model(folder / "model", layers=4, hidden=1024)
         tiny = ROOT / "examples" / "tiny-qwen3"
         cases = {
             "w8a8_static": Case("w8a8_static", folder / "model", STATIC),
