@@ -35,17 +35,3 @@ def die_once(common, request, progress):
         time.sleep(0.5)  # the bytes are on their way
         os.kill(os.getpid(), signal.SIGKILL)
     return request
-
-
-class Adder:
-    def __init__(self, number):
-        self.number = number
-
-    def add(self, request, progress):
-        if request is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.number + request
-
-
-def make_adder(common, request, progress):
-    return Adder(common + request)

@@ -8,7 +8,6 @@ import pytest
 
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import check_spread
-from quantcli.core.cluster.actors import ActorLost
 from quantcli.core.cluster.connect import connect
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.cluster.sources import check_sources, identities
@@ -58,18 +57,6 @@ def test_a_request_whose_process_dies_is_done_again(cluster, tmp_path):
     ((_, said),) = calls.calls
     assert said.startswith("a process on node")
     assert "has died: 1 task is done again" in said
-
-
-def test_actors_keep_what_they_hold_and_say_when_they_are_lost(cluster):
-    with cluster.actors(ray_work.make_adder, [1, 2], common=10) as actors:
-        assert actors.each("add", [5, 6]) == [16, 18]
-        results = dict(actors.map("add", range(5)))
-        assert {result - index for index, result in results.items()} <= {11, 12}
-        with pytest.raises(TypeError):
-            actors.each("add", [1, "two"])
-        with pytest.raises(ActorLost) as caught:
-            actors.each("add", [None, 1])
-        assert caught.value.number == 0
 
 
 def test_a_folder_is_shared_if_all_nodes_write_there(cluster, tmp_path):

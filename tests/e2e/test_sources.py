@@ -123,9 +123,10 @@ def test_blocks_and_workers_change_nothing(box: Box, kind: str) -> None:
     source, _ = make_source(box.root, kind)
     outs = []
     for workers, elements in ((1, 2**19), (3, 48)):
-        job = commands.plan(box.recipe, model=str(source), out=box.root / f"{workers}")
+        out = box.root / f"{workers}"
+        job = commands.plan(box.recipe, model=str(source), out=out)
         execute(job.plan, job.out, RunOptions(workers, block_elements=elements))
-        outs.append((job.out / "model-00001-of-00001.safetensors").read_bytes())
+        outs.append((out / "model-00001-of-00001.safetensors").read_bytes())
     assert outs[0] == outs[1]
 
 
