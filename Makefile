@@ -31,10 +31,13 @@ demo: $(READY)  ## convert the bundled model and show the result
 	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'
 	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
-test: check     ## lint, types, tests
-	@if command -v chromium >/dev/null; then $(BIN)/python -m pytest $(PARALLEL); else \
-		echo "no chromium here: tests marked browser are left out" && \
-		$(BIN)/python -m pytest $(PARALLEL) -m "not browser"; fi
+# The check needs one core for half a minute: it goes on beside the tests.
+test: $(READY)  ## lint, types, tests
+	@marks=; command -v chromium >/dev/null || { marks="not browser"; \
+		echo "no chromium here: tests marked browser are left out"; }; \
+	printed=$$(mktemp); $(MAKE) --no-print-directory check >"$$printed" 2>&1 & check=$$!; \
+	failed=0; $(BIN)/python -m pytest $(PARALLEL) -m "$$marks" || failed=$$?; \
+	wait $$check || failed=$$?; cat "$$printed"; rm "$$printed"; exit $$failed
 
 # What float sums go into, with the instructions of older CPUs and without the newest ones. Neither can
 # add any that the CPU has not. Processes that are killed depend on no sums.
