@@ -154,6 +154,7 @@ def commit_of(root: Path) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else an answer in two pieces waits 40 ms for the second
     kind = Hub  # of server
     hub: Hub
     _path: str  # of the request; that of a stored file ends with its name
