@@ -60,7 +60,7 @@ class OpenShard:
         """Its next job."""
         job = self.jobs.popleft()
         if job is not None:
-            self.taken += job.item.source.nbytes * (job.stop - job.start) // job.item.height
+            self.taken += job.nbytes
         return job
 
 

@@ -46,7 +46,7 @@ def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
     """
     if slots < 2 * len(shards):
         return [1] * len(shards)
-    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
+    sizes = [shard.source_nbytes for shard in shards]
     size = max(LEAST, math.ceil(sum(sizes) / slots))
     whole = (bool(shard.by_columns) for shard in shards)  # their bytes lie all over the shard
     return [
@@ -57,7 +57,7 @@ def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
 def chunks_of(shard: Shard, count: int) -> list[Chunk]:
     """A shard in chunks of about the same work; fewer than `count` if it has fewer jobs."""
     jobs = ordered_jobs(shard)
-    ends = list(accumulate(_nbytes(job) for job in jobs))
+    ends = list(accumulate(job.nbytes for job in jobs))
     cuts = [0]
     for number in range(1, count):
         target = ends[-1] * number // count
@@ -65,10 +65,6 @@ def chunks_of(shard: Shard, count: int) -> list[Chunk]:
         cuts.append(max(cut, cuts[-1]))
     cuts.append(len(jobs))
     return [_chunk(shard, jobs, begin, end) for begin, end in pairwise(cuts) if begin < end]
-
-
-def _nbytes(job: Job) -> int:
-    return job.item.source.nbytes * (job.stop - job.start) // job.item.height
 
 
 def _chunk(shard: Shard, jobs: list[Job], begin: int, end: int) -> Chunk:
