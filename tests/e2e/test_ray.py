@@ -65,13 +65,6 @@ def test_a_folder_is_shared_if_all_nodes_write_there(cluster, tmp_path):
     cluster.check_alike()
 
 
-def test_more_cpus_than_a_node_has_are_refused(cluster):
-    most = max(node.cpus for node in cluster.nodes)
-    cluster.check_cpus(most)
-    with pytest.raises(InputError, match=f"no node has {most + 1} CPUs"):
-        cluster.check_cpus(most + 1)
-
-
 def test_one_cluster_at_a_time(cluster):
     with connect(LOCAL) as again:
         assert again is cluster

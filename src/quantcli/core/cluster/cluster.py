@@ -146,10 +146,12 @@ class Cluster:
         progress: Progress = SILENT,
         whole: bool = False,
     ) -> dict[Node, Any]:
-        """Do `work(common, node, progress)` on every node. whole: it takes all CPUs; else it should be
-        little work. The error of the
-        first node that has one is raised; MachineError if one does not answer. One that is gone by then
-        is left out."""
+        """Do `work(common, node, progress)` on every node. Results by node; one that is gone by then is
+        left out.
+
+        whole: it takes all CPUs; else it should be little work. The error of the first node that has
+        one is raised; MachineError if one does not begin.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -179,8 +181,8 @@ class Cluster:
         try:
             while streams:
                 found = ready(streams, _START)
-                if not found:
-                    raise _silent(nodes[streams[0].index], f"no answer in {_START:.0f} s")
+                if not found and (waiting := [each for each in streams if each.place is None]):
+                    raise _silent(nodes[waiting[0].index], f"no answer in {_START:.0f} s")
                 for stream in found:
                     try:
                         outcome = stream.read(heard)
@@ -205,16 +207,6 @@ class Cluster:
         if errors:
             raise errors[min(errors)]
         return results
-
-    def check_cpus(self, cpus: int) -> None:
-        """InputError if no node has so many CPUs for one task."""
-        most = max((node.cpus for node in self.nodes), default=0)
-        if 0 < most < cpus:
-            raise InputError(
-                f"no node has {cpus} CPUs; the largest has {most}",
-                where=f"--workers {cpus}, {self.name}",
-                fix=f"give --workers {most}, or fewer",
-            )
 
     def check_software(self) -> None:
         """InputError if a node has other software than this machine."""
