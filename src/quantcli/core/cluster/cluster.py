@@ -15,7 +15,15 @@ from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
 from quantcli.core.cluster.tasks import Done, TaskOptions, TaskRun
-from quantcli.core.cluster.worker import ALIKE, Result, Setting, Shared, software_differs, task
+from quantcli.core.cluster.worker import (
+    ALIKE,
+    Result,
+    Setting,
+    Shared,
+    cpus_differ,
+    software_differs,
+    task,
+)
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import SILENT, Progress
@@ -52,6 +60,7 @@ class Cluster:
         self._nodes: tuple[Node, ...] = ()
         self._asked = -_RECENT
         self._cpus: dict[str, str] = {}  # their kinds by address
+        self._kind: str | None = None  # the one that all nodes must have
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -103,7 +112,8 @@ class Cluster:
     def setting(self, progress: Progress) -> Setting:
         """How work runs: the driver can read so many messages a second."""
         most = sum(node.cpus for node in self.nodes)
-        return Setting(max(_SLOWEST, most / _MESSAGES), progress.detailed, software())
+        interval = max(_SLOWEST, most / _MESSAGES)
+        return Setting(interval, progress.detailed, software(), self._kind)
 
     def share(self, common: Any) -> Shared:
         """Put an object where all tasks find it."""
@@ -240,16 +250,13 @@ class Cluster:
         self._cpus = {node.address: found[CPU] for node, found in there.items()}
 
     def check_alike(self) -> None:
-        """MachineError if CPUs are of several kinds: sums of floats would differ."""
+        """MachineError if CPUs are of several kinds: sums of floats would differ. A node that joins
+        later is checked when its first task starts."""
         kinds = {kind: address for address, kind in self._cpus.items()}
         if len(kinds) > 1:
             texts = ", ".join(f"{address} has {kind}" for kind, address in sorted(kinds.items()))
-            raise MachineError(
-                "nodes have several kinds of CPU, whose sums of floats differ",
-                where=f"{self.name}: {texts}",
-                fix="use nodes of one kind, or hide instructions with ONEDNN_MAX_CPU_ISA and "
-                "ATEN_CPU_CAPABILITY on all of them",
-            )
+            raise cpus_differ(f"{self.name}: {texts}")
+        self._kind = next(iter(kinds), None)
 
     def check_shared(self, folder: Path, option: str) -> None:
         """MachineError unless every node sees the files of a folder that is written, and can write
