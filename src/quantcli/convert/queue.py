@@ -16,8 +16,6 @@ from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
 
-_MOST_SHARDS = 8  # with jobs that nobody has taken
-
 
 @dataclass(frozen=True)
 class Chunk(Shard):

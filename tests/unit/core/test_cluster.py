@@ -166,7 +166,7 @@ class Told:
 
 
 def test_a_node_that_has_begun_may_be_silent_and_one_that_has_not_is_named(monkeypatch):
-    nodes = [Node("a", "10.0.0.3", 1, 0), Node("b", "10.0.0.4", 1, 0)]
+    nodes = [Node("a", "10.0.0.3", 1), Node("b", "10.0.0.4", 1)]
     place = Place("a", "10.0.0.3", 1)
 
     def everywhere(*places):

@@ -43,12 +43,11 @@ _START = 120.0  # seconds that a node may take to answer at first
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster. cpus: those that Ray may use. memory: bytes."""
+    """A machine of the cluster. cpus: those that Ray may use."""
 
     id: str
     address: str
     cpus: int
-    memory: int
 
 
 class Cluster:
@@ -78,7 +77,6 @@ class Cluster:
                 entry["NodeID"],
                 entry["NodeManagerAddress"],
                 int(entry["Resources"].get("CPU", 0)),
-                int(entry["Resources"].get("memory", 0)),
             )
             for entry in ray.nodes()
             if entry["Alive"]
