@@ -12,7 +12,7 @@ from quantcli.checkpoint.files import MANIFEST, PART
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.shards import ShardRun
-from quantcli.convert.spread.run import Spread, write_spread
+from quantcli.convert.spread.run import write_spread
 from quantcli.convert.together import begin_together, write_together
 from quantcli.core.cluster.executor import Executor
 from quantcli.core.errors import InputError, QuantError
@@ -170,7 +170,7 @@ def _write(
 def _spread(order: Order[W], run: ShardRun, executor: Executor, workers: int) -> QuantError | None:
     """Write the shards of an order on a cluster."""
     try:
-        write_spread(run, order.plan, Spread(executor, workers))
+        write_spread(run, order.plan, executor, workers)
     except QuantError as error:
         return error
     return None

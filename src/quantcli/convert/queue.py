@@ -16,8 +16,6 @@ from quantcli.core.extents import Buffers
 from quantcli.planning.block import Job, jobs_of
 from quantcli.planning.plan import Shard
 
-_MOST_SHARDS = 8  # with jobs that nobody has taken
-
 
 @dataclass(frozen=True)
 class Chunk(Shard):
@@ -60,7 +58,7 @@ class OpenShard:
         """Its next job."""
         job = self.jobs.popleft()
         if job is not None:
-            self.taken += job.item.source.nbytes * (job.stop - job.start) // job.item.height
+            self.taken += job.nbytes
         return job
 
 

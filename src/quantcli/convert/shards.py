@@ -166,9 +166,9 @@ class ShardRun:
         self.count, begin = len(shards), 0
         for shard in shards:
             self._begins[shard.file] = begin
-            begin += _source_nbytes(shard)
+            begin += shard.source_nbytes
         self.missing = [shard for shard in shards if not self._reuse(shard)]
-        return sum(map(_source_nbytes, self.missing))
+        return sum(shard.source_nbytes for shard in self.missing)
 
     @property
     def done(self) -> int:
@@ -222,7 +222,3 @@ class ShardRun:
         self.reused += 1
         self.progress.shard(self.label + shard.file, shard.nbytes, reused=True)
         return True
-
-
-def _source_nbytes(shard: Shard) -> int:
-    return sum(item.source.nbytes for item in shard.items)

@@ -82,6 +82,11 @@ class Job:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source, on disk."""
+        return _share(self.item, self.stop) - _share(self.item, self.start)
+
 
 def jobs_of(items: Iterable[Item]) -> Iterator[Job]:
     """All rows of some items; nothing for empty tensors."""

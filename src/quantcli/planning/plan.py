@@ -197,6 +197,11 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)
 
     @property
+    def source_nbytes(self) -> int:
+        """Bytes of the source that are read for it."""
+        return sum(item.source.nbytes for item in self.items)
+
+    @property
     def by_columns(self) -> set[str]:
         """The names of tensors whose columns hold the rows of a weight."""
         return {out.spec.name for item in self.items for out in item.outputs if out.axis}

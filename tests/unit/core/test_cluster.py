@@ -6,11 +6,13 @@ import threading
 
 import pytest
 
+from quantcli.core.cluster import cluster as module
+from quantcli.core.cluster.cluster import Cluster, Node
 from quantcli.core.cluster.connect import _answers
 from quantcli.core.cluster.executor import Executor, parse_executor
 from quantcli.core.cluster.relay import Heard, Relay
 from quantcli.core.cluster.software import CPU, differences, software
-from quantcli.core.cluster.worker import name_node, software_differs
+from quantcli.core.cluster.worker import Place, Result, check_cpu, name_node, software_differs
 from quantcli.core.errors import AccessError, InputError, MachineError
 from quantcli.core.events import Progress
 
@@ -145,3 +147,53 @@ def test_an_error_that_other_machines_may_not_have_names_its_node(error, where, 
     name_node(error, "10.0.0.3")
     again = pickle.loads(pickle.dumps(error))
     assert (again.where, again.fix) == (where, fix)
+
+
+class Told:
+    """Messages of a task that end at once."""
+
+    nbytes = 0
+
+    def __init__(self, index, outcome, place=None):
+        self.index, self.outcome, self.place = index, outcome, place
+        self.cancelled = False
+
+    def read(self, heard):
+        return self.outcome
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_node_that_has_begun_may_be_silent_and_one_that_has_not_is_named(monkeypatch):
+    nodes = [Node("a", "10.0.0.3", 1), Node("b", "10.0.0.4", 1)]
+    place = Place("a", "10.0.0.3", 1)
+
+    def everywhere(*places):
+        found = iter([False, True])
+        monkeypatch.setattr(module, "ready", lambda streams, _: [*streams] if next(found) else [])
+        told = [Told(index, Result(index), place) for index, place in enumerate(places)]
+        return Cluster("three")._all(nodes, told.__getitem__, Heard(Calls()))
+
+    assert everywhere(place, place) == {0: 0, 1: 1}
+    with pytest.raises(MachineError, match="does not work") as caught:
+        everywhere(place, None)
+    assert caught.value.where == "node 10.0.0.4: no answer in 120 s"
+
+
+def test_nodes_of_one_kind_stay_so(monkeypatch):
+    monkeypatch.setattr("quantcli.core.cluster.worker.node_address", lambda: "10.0.0.5")
+    cluster, own = Cluster("three"), software()[CPU]
+    monkeypatch.setattr(cluster, "_ask", lambda: ())
+    cluster._cpus = {"10.0.0.3": own, "10.0.0.4": own}
+    assert cluster.setting(Progress()).cpu is None
+    check_cpu(None)
+    cluster.check_alike()
+    check_cpu(cluster.setting(Progress()).cpu)
+    with pytest.raises(MachineError, match="several kinds of CPU") as caught:
+        check_cpu("another")
+    assert caught.value.where == f"node 10.0.0.5 has {own}, the others another"
+    cluster._cpus["10.0.0.4"] = "another"
+    with pytest.raises(MachineError, match="several kinds of CPU") as caught:
+        cluster.check_alike()
+    assert "10.0.0.4 has another" in caught.value.where

@@ -34,7 +34,6 @@ from quantcli.planning.block import Job
 from quantcli.planning.plan import Shard
 
 LEAST = 256 * 2**20  # bytes of source in a chunk: less would not be worth its task
-_ALIGNMENT = 4096  # bytes, of what O_DIRECT writes
 
 
 def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
@@ -46,7 +45,7 @@ def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
     """
     if slots < 2 * len(shards):
         return [1] * len(shards)
-    sizes = [sum(item.source.nbytes for item in shard.items) for shard in shards]
+    sizes = [shard.source_nbytes for shard in shards]
     size = max(LEAST, math.ceil(sum(sizes) / slots))
     whole = (bool(shard.by_columns) for shard in shards)  # their bytes lie all over the shard
     return [
@@ -57,7 +56,7 @@ def chunk_counts(shards: Sequence[Shard], slots: int) -> list[int]:
 def chunks_of(shard: Shard, count: int) -> list[Chunk]:
     """A shard in chunks of about the same work; fewer than `count` if it has fewer jobs."""
     jobs = ordered_jobs(shard)
-    ends = list(accumulate(_nbytes(job) for job in jobs))
+    ends = list(accumulate(job.nbytes for job in jobs))
     cuts = [0]
     for number in range(1, count):
         target = ends[-1] * number // count
@@ -65,10 +64,6 @@ def chunks_of(shard: Shard, count: int) -> list[Chunk]:
         cuts.append(max(cut, cuts[-1]))
     cuts.append(len(jobs))
     return [_chunk(shard, jobs, begin, end) for begin, end in pairwise(cuts) if begin < end]
-
-
-def _nbytes(job: Job) -> int:
-    return job.item.source.nbytes * (job.stop - job.start) // job.item.height
 
 
 def _chunk(shard: Shard, jobs: list[Job], begin: int, end: int) -> Chunk:
@@ -126,7 +121,7 @@ class ChunkWriter(TensorWriter):
     def __init__(self, folder: Path, shard: Shard) -> None:
         super().__init__(shard.tensors, checksum=False)
         self._edges = folder / f"edges.{secrets.token_hex(4)}"
-        self._file = ChunkFile(folder / shard.file, self.nbytes)
+        self._file = ChunkFile(folder / shard.file)
 
     def finish(self) -> dict[str, Any]:
         """Make it durable. Returns its edges."""
@@ -147,12 +142,16 @@ class _Extent:
 
 
 class ChunkFile:
-    """A file that exists, into which whole extents are written. Threads may share it."""
+    """A file that exists, into which whole extents are written. Threads may share it.
+
+    An extent at the end of the file that is shorter than others is left to the last task: nothing is
+    written past the end, not even by a process that others think dead.
+    """
 
     backlog = 0
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self._path, self._size = path, nbytes
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._extents: dict[int, _Extent] = {}
         self._free: list[memoryview] = []
         self._put = 0  # bytes
@@ -181,8 +180,7 @@ class ChunkFile:
             extent = self._extents.get(number)
             if extent is None:
                 memory = self._free.pop() if self._free else memoryview(mmap.mmap(-1, EXTENT))
-                missing = min(EXTENT, self._size - number * EXTENT)
-                extent = self._extents[number] = _Extent(memory, missing)
+                extent = self._extents[number] = _Extent(memory, EXTENT)
         # without the GIL
         np.frombuffer(extent.memory, np.uint8)[offset : offset + len(piece)] = np.frombuffer(
             piece, np.uint8
@@ -200,12 +198,11 @@ class ChunkFile:
                 self._free.append(extent.memory)
 
     def _write(self, number: int, memory: memoryview) -> None:
-        size = min(EXTENT, self._size - number * EXTENT)
-        size, done = -(-size // _ALIGNMENT) * _ALIGNMENT, 0  # the last task cuts the end off
+        done = 0
         with disk_errors(self._path):
-            while done < size:
+            while done < EXTENT:
                 try:
-                    done += os.pwrite(self._fd, memory[done:size], number * EXTENT + done)
+                    done += os.pwrite(self._fd, memory[done:EXTENT], number * EXTENT + done)
                 except OSError as error:
                     flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
                     if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
@@ -272,7 +269,6 @@ def finish_shard(finish: Finish, *, checksum: bool) -> Entry:
             for position, nbytes in edges.places:
                 _put(fd, content[start : start + nbytes], position)
                 start += nbytes
-        os.ftruncate(fd, finish.nbytes)
         os.fsync(fd)
     entry: Entry = {"bytes": finish.nbytes, **(_hashes(path) if checksum else {})}
     with disk_errors(path):

@@ -12,6 +12,7 @@ from quantcli.convert.destination import Destination, Entry
 from quantcli.convert.execute import RunOptions, W, Written, execute
 from quantcli.convert.folder import LocalFolder
 from quantcli.convert.part_folder import read_part
+from quantcli.convert.spread.run import sums_floats
 from quantcli.convert.spread.task import Within
 from quantcli.core.cluster.cluster import Node
 from quantcli.core.cluster.connect import connect
@@ -53,6 +54,8 @@ def write_parts(plan: W, out: Destination, options: RunOptions, progress: Progre
     assert options.executor is not None
     assert out.folder is not None  # no other place takes parts
     with connect(options.executor, progress) as cluster:
+        if sums_floats(plan.shards):
+            cluster.check_alike()
         nodes = cluster.nodes
         parts = {node.id: Part(number, len(nodes)) for number, node in enumerate(nodes, start=1)}
         sources = identities(source_files(plan, plan.shards))

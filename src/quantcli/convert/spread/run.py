@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantcli.convert.destination import Entry
@@ -16,27 +15,22 @@ from quantcli.core.cluster.sources import identities, see_sources
 from quantcli.core.cluster.tasks import TaskOptions
 from quantcli.core.errors import InputError
 from quantcli.planning.files import source_files
-from quantcli.planning.plan import Shard, Work
+from quantcli.planning.plan import Quantize, Shard, Work
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How shards are spread. workers: threads of a task, which are as many CPUs of its node."""
-
-    executor: Executor
-    workers: int
-
-
-def write_spread(run: ShardRun, plan: Work, spread: Spread) -> None:
+def write_spread(run: ShardRun, plan: Work, executor: Executor, workers: int) -> None:
     """Write each shard that `begin_together` has found missing, on the nodes of a cluster.
 
-    InputError for a model in memory, MachineError if a node does not see the model or the output.
+    workers: threads of a task, which are as many CPUs of its node. MachineError if a node does not see
+    the model or the output, and for several kinds of CPU if bits depend on them.
     """
     missing = run.missing
     if not missing:
         return
-    with connect(spread.executor, run.progress) as cluster:
-        cpus = cluster.task_cpus(spread.workers)
+    with connect(executor, run.progress) as cluster:
+        if sums_floats(missing):
+            cluster.check_alike()
+        cpus = cluster.task_cpus(workers)
         run.progress.detail(f"each task has {cpus} of the CPUs of its node")
         sources = identities(source_files(plan, missing))
         cluster.everywhere(see_sources, common=sources, progress=run.progress)
@@ -92,6 +86,16 @@ class _Tasks:
         self._places.append((shard, None))
         edges = tuple(self._edges.pop(shard.file))
         return [Finish(shard.file, folder, shard.header, shard.nbytes, edges)]
+
+
+def sums_floats(shards: Sequence[Shard]) -> bool:
+    """Whether bits depend on the kind of CPU: those of weights that are multiplied by learned
+    transforms do."""
+    return any(
+        isinstance(item, Quantize) and item.scheme.numerics.transform is not None
+        for shard in shards
+        for item in shard.items
+    )
 
 
 def check_spread(plan: Work) -> None:

@@ -15,7 +15,15 @@ from quantcli.core.cluster.relay import Heard
 from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.cluster.streams import Lost, Stream, cancel, error_of, ready
 from quantcli.core.cluster.tasks import Done, TaskOptions, TaskRun
-from quantcli.core.cluster.worker import ALIKE, Result, Setting, Shared, software_differs, task
+from quantcli.core.cluster.worker import (
+    ALIKE,
+    Result,
+    Setting,
+    Shared,
+    cpus_differ,
+    software_differs,
+    task,
+)
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import SILENT, Progress
@@ -35,12 +43,11 @@ _START = 120.0  # seconds that a node may take to answer at first
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster. cpus: those that Ray may use. memory: bytes."""
+    """A machine of the cluster. cpus: those that Ray may use."""
 
     id: str
     address: str
     cpus: int
-    memory: int
 
 
 class Cluster:
@@ -52,6 +59,7 @@ class Cluster:
         self._nodes: tuple[Node, ...] = ()
         self._asked = -_RECENT
         self._cpus: dict[str, str] = {}  # their kinds by address
+        self._kind: str | None = None  # the one that all nodes must have
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -69,7 +77,6 @@ class Cluster:
                 entry["NodeID"],
                 entry["NodeManagerAddress"],
                 int(entry["Resources"].get("CPU", 0)),
-                int(entry["Resources"].get("memory", 0)),
             )
             for entry in ray.nodes()
             if entry["Alive"]
@@ -103,7 +110,8 @@ class Cluster:
     def setting(self, progress: Progress) -> Setting:
         """How work runs: the driver can read so many messages a second."""
         most = sum(node.cpus for node in self.nodes)
-        return Setting(max(_SLOWEST, most / _MESSAGES), progress.detailed, software())
+        interval = max(_SLOWEST, most / _MESSAGES)
+        return Setting(interval, progress.detailed, software(), self._kind)
 
     def share(self, common: Any) -> Shared:
         """Put an object where all tasks find it."""
@@ -146,10 +154,12 @@ class Cluster:
         progress: Progress = SILENT,
         whole: bool = False,
     ) -> dict[Node, Any]:
-        """Do `work(common, node, progress)` on every node. whole: it takes all CPUs; else it should be
-        little work. The error of the
-        first node that has one is raised; MachineError if one does not answer. One that is gone by then
-        is left out."""
+        """Do `work(common, node, progress)` on every node. Results by node; one that is gone by then is
+        left out.
+
+        whole: it takes all CPUs; else it should be little work. The error of the first node that has
+        one is raised; MachineError if one does not begin.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -179,8 +189,8 @@ class Cluster:
         try:
             while streams:
                 found = ready(streams, _START)
-                if not found:
-                    raise _silent(nodes[streams[0].index], f"no answer in {_START:.0f} s")
+                if not found and (waiting := [each for each in streams if each.place is None]):
+                    raise _silent(nodes[waiting[0].index], f"no answer in {_START:.0f} s")
                 for stream in found:
                     try:
                         outcome = stream.read(heard)
@@ -205,16 +215,6 @@ class Cluster:
         if errors:
             raise errors[min(errors)]
         return results
-
-    def check_cpus(self, cpus: int) -> None:
-        """InputError if no node has so many CPUs for one task."""
-        most = max((node.cpus for node in self.nodes), default=0)
-        if 0 < most < cpus:
-            raise InputError(
-                f"no node has {cpus} CPUs; the largest has {most}",
-                where=f"--workers {cpus}, {self.name}",
-                fix=f"give --workers {most}, or fewer",
-            )
 
     def check_software(self) -> None:
         """InputError if a node has other software than this machine."""
@@ -248,16 +248,13 @@ class Cluster:
         self._cpus = {node.address: found[CPU] for node, found in there.items()}
 
     def check_alike(self) -> None:
-        """MachineError if CPUs are of several kinds: sums of floats would differ."""
+        """MachineError if CPUs are of several kinds: sums of floats would differ. A node that joins
+        later is checked when its first task starts."""
         kinds = {kind: address for address, kind in self._cpus.items()}
         if len(kinds) > 1:
             texts = ", ".join(f"{address} has {kind}" for kind, address in sorted(kinds.items()))
-            raise MachineError(
-                "nodes have several kinds of CPU, whose sums of floats differ",
-                where=f"{self.name}: {texts}",
-                fix="use nodes of one kind, or hide instructions with ONEDNN_MAX_CPU_ISA and "
-                "ATEN_CPU_CAPABILITY on all of them",
-            )
+            raise cpus_differ(f"{self.name}: {texts}")
+        self._kind = next(iter(kinds), None)
 
     def check_shared(self, folder: Path, option: str) -> None:
         """MachineError unless every node sees the files of a folder that is written, and can write

@@ -103,6 +103,8 @@ class TaskRun:
         at the end of `pending`, which come first."""
         finished, lost = [], []
         for stream in ready(self._live, _TICK):
+            if stream not in self._live:  # cancelled, as one before it has just failed
+                continue
             try:
                 outcome = stream.read(self._heard)
             except Lost as why:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from quantcli.core.cluster.relay import Call, Relay
-from quantcli.core.cluster.software import differences, software
+from quantcli.core.cluster.software import CPU, differences, software
 from quantcli.core.errors import AccessError, MachineError, QuantError
 from quantcli.core.events import Progress
 
@@ -54,11 +54,12 @@ Message: TypeAlias = Place | list[Call] | Result | Failure
 @dataclass(frozen=True)
 class Setting:
     """How work runs. interval: seconds between messages; detailed: whether details are wanted;
-    software: of the driver."""
+    software: of the driver; cpu: the kind that a node must have, None: any."""
 
     interval: float
     detailed: bool
     software: Mapping[str, str]
+    cpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _messages(run: Callable[[Progress], Any], setting: Setting) -> Iterator[Mess
     def thread() -> None:
         try:
             check_software(setting.software)
+            check_cpu(setting.cpu)
             outcome.append(Result(run(progress)))
         except BaseException as error:
             outcome.append(_failure(error))
@@ -158,6 +160,23 @@ def check_software(driver: Mapping[str, str]) -> None:
             node = f"{node_address()} ({socket.gethostname()})"
             raise MachineError(software_differs([(node, found)]), fix=ALIKE)
         _checked[0] = driver
+
+
+def check_cpu(kind: str | None) -> None:
+    """MachineError if the CPU of this machine is not of the kind of the other nodes."""
+    own = software()[CPU]
+    if kind not in (None, own):
+        raise cpus_differ(f"node {node_address()} has {own}, the others {kind}")
+
+
+def cpus_differ(where: str) -> MachineError:
+    """The error for nodes whose bits would differ. where: which nodes have which CPUs."""
+    return MachineError(
+        "nodes have several kinds of CPU, whose sums of floats differ",
+        where=where,
+        fix="use nodes of one kind, or hide instructions with ONEDNN_MAX_CPU_ISA and "
+        "ATEN_CPU_CAPABILITY on all of them",
+    )
 
 
 _checked: list[Mapping[str, str] | None] = [None]  # the driver's that was found to be the same

@@ -86,12 +86,9 @@ class Recomputation:
             report.not_checked.append(f"{what}: {GIVE_CALIBRATION}")
         progress.begin(sum(item.source.nbytes for item in comparable), len(self.plan.shards))
         differences: dict[str, Difference] = {}
-        requests = [
-            (index, job.start, job.stop)
-            for index, item in enumerate(comparable)
-            for job in jobs_of([item])
-        ]
-        nbytes = [_nbytes(comparable[index], stop - start) for index, start, stop in requests]
+        jobs = [(index, job) for index, item in enumerate(comparable) for job in jobs_of([item])]
+        requests = [(index, job.start, job.stop) for index, job in jobs]
+        nbytes = [job.nbytes for _, job in jobs]
         for result in pool.each(_compared_again, (self, comparable), requests, nbytes, progress):
             if isinstance(result, InputError):
                 report.add([failed(CHECK, result.what, result.where, result.fix or CONVERT)])
@@ -345,10 +342,6 @@ def _compared_again(
         return recomputation.compare(Job(items[index], start, stop), progress)
     except InputError as error:
         return error
-
-
-def _nbytes(item: Item, rows: int) -> int:
-    return item.source.nbytes * rows // max(1, item.height)
 
 
 def _unmeasured(item: Item) -> bool:
