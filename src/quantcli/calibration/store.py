@@ -114,10 +114,14 @@ class Store:
         """A layer is done: its tensors by their names in the file, and its report."""
         save_layer(self.folder, index, tensors, report)
 
-    def drop_states(self, keep: Collection[Path] = (), of: str = "*states-*") -> None:
-        """Delete hidden states, but for some files. of: a pattern for names of files."""
+    def drop_states(self, keep: Collection[Path] = ()) -> None:
+        """Delete all hidden states, but for some files."""
+        self.drop("*states-*", keep)
+
+    def drop(self, pattern: str, keep: Collection[Path] = ()) -> None:
+        """Delete files whose names have a pattern, but for some."""
         with disk_errors(self.folder):
-            for path in self.folder.glob(of):
+            for path in self.folder.glob(pattern):
                 if path not in keep:
                     path.unlink()
 

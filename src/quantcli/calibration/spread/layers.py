@@ -59,7 +59,8 @@ class LayerTasks:
         for share in self._shares:
             share.finish(range(len(self._names)))
         self._store.drop_states()
-        self._store.drop_states(of="*layer-*.safetensors.*")  # of processes that were lost
+        for share in self._shares:
+            share.store.drop("*layer-*.safetensors.*")  # of processes that were lost
 
     def _forward(self, missing: Sequence[int]) -> None:
         """Write the inputs of layers, as far as an earlier run has not."""
@@ -98,7 +99,7 @@ class LayerTasks:
 
     def _tell(self, request: Measure, measured: Measured) -> None:
         """A layer is done."""
-        self._store.drop_states(of=f"{states_file(request.layer).partition('.')[0]}*")
+        self._store.drop(f"{states_file(request.layer).removesuffix('safetensors')}*")  # and all parts
         self._left -= 1
         self._keeps()
         reports = [
