@@ -34,7 +34,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import MachineError
-from quantcli.core.events import SILENT, Progress
+from quantcli.core.events import SILENT, Inner, Progress
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Plan
@@ -262,20 +262,13 @@ class _Process:
         return Measured(words, time.monotonic() - began)
 
 
-class _OneOfSeveral(Progress):
+class _OneOfSeveral(Inner):
     """Progress of a layer while others are worked on: phases with its name, now and then."""
 
-    def __init__(self, progress: Progress, layer: str) -> None:
-        self._progress = progress
+    def __init__(self, outer: Progress, layer: str) -> None:
+        super().__init__(outer)
         self._layer = self._phase = layer
         self._due = 0.0
-        self.detailed = progress.detailed
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def detail(self, text: str) -> None:
-        self._progress.detail(text)
 
     def phase(self, name: str, passes: float = 1.0) -> None:
         self._phase = f"{self._layer}: {name}"
@@ -286,8 +279,8 @@ class _OneOfSeveral(Progress):
         now = time.monotonic()
         if now >= self._due:
             self._due = now + _EVERY
-            self._progress.phase(self._phase, passes=0)
-            self._progress.step(done, total, noun=noun, tokens=tokens, loss=loss)
+            self._outer.phase(self._phase, passes=0)
+            self._outer.step(done, total, noun=noun, tokens=tokens, loss=loss)
 
 
 _present: dict[str, _Process] = {}  # at most one
