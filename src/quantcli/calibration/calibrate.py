@@ -30,7 +30,11 @@ from quantcli.core.text import count
 
 @dataclass
 class Share:
-    """One recipe's share of a calibration. name: of the recipe, for messages."""
+    """One recipe's share of a calibration.
+
+    name: of the recipe, for messages.
+    last: index of the last layer in which a method has work; -1 without any.
+    """
 
     calibration: CalibrationRun
     store: Store
@@ -49,12 +53,12 @@ class Share:
         return [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
 
     def has(self, index: int) -> bool:
-        """Whether nothing is to be measured in a layer: it is done, or there is no work."""
-        # what later layers are given of quantized ones is found while these are measured
+        """Whether a layer need not be measured: it is done, or comes after `last`."""
+        # if inputs are not float, the outputs of a layer are known only once it is measured
         return index > self.last or (self.store.has(index) and self._inputs == "float")
 
     def finish(self, layers: Iterable[int]) -> None:
-        """Those of these layers in which there is no work are done."""
+        """Save an empty report for each of these layers that comes after `last`."""
         for index in layers:
             if index > self.last and not self.store.has(index):
                 self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
@@ -110,7 +114,7 @@ class Calibrator:
                 states = self._layer(index, states, onward=index < last)
         for share in self.shares:
             share.finish(range(total))
-        self.store.drop_states()
+            share.store.tidy()
 
     @property
     def _done(self) -> int:

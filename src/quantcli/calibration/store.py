@@ -120,6 +120,11 @@ class Store:
         """Delete all hidden states, but for some files."""
         self.drop("*states-*", keep)
 
+    def tidy(self) -> None:
+        """Delete what interrupted runs and lost processes have left, once all layers are done."""
+        self.drop_states()
+        self.drop("*layer-*.safetensors.*")
+
     def drop(self, pattern: str, keep: Collection[Path] = ()) -> None:
         """Delete files whose names have a pattern, but for some."""
         with disk_errors(self.folder):

@@ -58,9 +58,7 @@ class LayerTasks:
             )
         for share in self._shares:
             share.finish(range(len(self._names)))
-        self._store.drop_states()
-        for share in self._shares:
-            share.store.drop("*layer-*.safetensors.*")  # of processes that were lost
+            share.store.tidy()
 
     def _forward(self, missing: Sequence[int]) -> None:
         """Write the inputs of layers, as far as an earlier run has not."""
