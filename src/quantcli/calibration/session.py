@@ -80,8 +80,9 @@ class Session:
         """Bytes of hidden states on disk at a time, at most, as config.json has them: of two layers; on
         a cluster of all layers, if these are tasks."""
         layers = self.plan.checkpoint.text_config.get("num_hidden_layers")
-        tasks = on_cluster and spread.by_layers([self.plan]) and isinstance(layers, int)
-        places = layers + 1 if tasks else 2
+        places = 2
+        if on_cluster and spread.by_layers([self.plan]) and isinstance(layers, int):
+            places = layers + 1
         return places * spread.states_nbytes(self.plan, self.source.samples * self.source.length)
 
 
