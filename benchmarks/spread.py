@@ -47,7 +47,7 @@ class Clock(Progress):
 class OneByOne:
     """A crew of so many nodes, in this process. seconds: of CPU, by function."""
 
-    size = NODES
+    size, threads = NODES, 1
 
     def __init__(self, work: worker.Work) -> None:
         self.seconds: Counter[str] = Counter()

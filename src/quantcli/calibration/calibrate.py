@@ -11,14 +11,13 @@ from torch import Tensor
 
 from quantcli.calibration.layer import LayerRun, measure_layer
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
-from quantcli.calibration.replay.calls import Carry
 from quantcli.calibration.replay.states import (
     States,
     StatesWriter,
     final_file,
     load_states,
+    note_stack,
     outputs_file,
-    state_specs,
     states_file,
 )
 from quantcli.calibration.report import LayerReport
@@ -31,7 +30,11 @@ from quantcli.core.text import count
 
 @dataclass
 class Share:
-    """One recipe's share of a calibration. name: of the recipe, for messages."""
+    """One recipe's share of a calibration.
+
+    name: of the recipe, for messages.
+    last: index of the last layer in which a method has work; -1 without any.
+    """
 
     calibration: CalibrationRun
     store: Store
@@ -50,12 +53,12 @@ class Share:
         return [s.module for e in self._skeleton.segments(index).values() for p in e for s in p]
 
     def has(self, index: int) -> bool:
-        """Whether nothing is to be measured in a layer: it is done, or there is no work."""
-        # what later layers are given of quantized ones is found while these are measured
+        """Whether a layer need not be measured: it is done, or comes after `last`."""
+        # if inputs are not float, the outputs of a layer are known only once it is measured
         return index > self.last or (self.store.has(index) and self._inputs == "float")
 
     def finish(self, layers: Iterable[int]) -> None:
-        """Those of these layers in which there is no work are done."""
+        """Save an empty report for each of these layers that comes after `last`."""
         for index in layers:
             if index > self.last and not self.store.has(index):
                 self.store.save(index, {}, LayerReport(self._skeleton.layers[index][0]))
@@ -89,7 +92,7 @@ class Calibrator:
     def __post_init__(self) -> None:
         self.calibration, self.store = self.shares[0].calibration, self.shares[0].store
         self._skeleton = self.calibration.skeleton
-        self._specs: list[TensorSpec] = []  # of the hidden states in the present stack
+        self._specs: Sequence[TensorSpec] = ()  # of the hidden states in the present stack
         self._stack = 0
         self._starts = {stack.start: number for number, stack in enumerate(self._skeleton.stacks)}
         self._finals: list[States] = []  # outputs of the stacks before the present one
@@ -111,7 +114,7 @@ class Calibrator:
                 states = self._layer(index, states, onward=index < last)
         for share in self.shares:
             share.finish(range(total))
-        self.store.drop_states()
+            share.store.tidy()
 
     @property
     def _done(self) -> int:
@@ -149,28 +152,18 @@ class Calibrator:
     def _enter(self, stack: int, final: States | None, *, write: bool = True) -> States:
         """Note the calls of a stack. Returns the inputs of its first layer; `write`: also to a file."""
         self.progress.phase("embedding", passes=0)
-        specs, replay = self._specs, self.calibration.replay
-        specs.clear()
         self._stack = stack
-        writers: list[StatesWriter] = []
-        with ExitStack() as contexts:
+        if final is not None:
+            self._finals.append(final)
 
-            def note(number: int, hidden: Tensor, carry: Carry) -> None:
-                if not specs:
-                    specs.extend(state_specs(hidden, number, replay.batches))
-                    if write:
-                        self._check_space(2 * sum(spec.nbytes for spec in specs))
-                        file = states_file(self._skeleton.stacks[stack].start)
-                        writers.append(contexts.enter_context(self._writer(file)))
-                if writers:
-                    writers[0].put(number, hidden, carry)
+        def writer(specs: Sequence[TensorSpec]) -> StatesWriter | None:
+            self._specs = specs
+            if not write:
+                return None
+            self._check_space(2 * sum(spec.nbytes for spec in specs))
+            return self._writer(states_file(self._skeleton.stacks[stack].start))
 
-            if final is None:
-                replay.begin(note)
-            else:
-                self._finals.append(final)
-                replay.onward(note, final)
-            return writers[0].finish() if writers else States(0)
+        return note_stack(self.calibration.replay, final, writer)
 
     def _check_space(self, nbytes: int) -> None:
         """Two layers' hidden states are on disk at a time."""

@@ -121,7 +121,7 @@ def _look(layer: LoadedLayer) -> LayerLayout:
     return LayerLayout(layer.segments, flow, [block.parameters for block in together])
 
 
-@dataclass
+@dataclass(eq=False)  # one is not another with equal options
 class LayerRun:
     """A layer, its inputs, and its statistics for one recipe."""
 

@@ -76,18 +76,14 @@ class Session:
         """Bytes that one decoder layer and the work on it take, from headers; hidden states not."""
         return memory.needed(self.plan, workers)
 
-    @property
-    def states_nbytes(self) -> int:
-        """Bytes of hidden states on disk at a time, at most: of two layers, as config.json has them."""
-        return 2 * spread.states_nbytes(self.plan, self.source.samples * self.source.length)
-
-    @property
-    def cluster_states_nbytes(self) -> int:
-        """The same on a cluster: of all layers, if these are tasks."""
+    def states_nbytes(self, *, on_cluster: bool) -> int:
+        """Bytes of hidden states on disk at a time, at most, as config.json has them: of two layers; on
+        a cluster of all layers, if these are tasks."""
         layers = self.plan.checkpoint.text_config.get("num_hidden_layers")
-        if not spread.by_layers([self.plan]) or not isinstance(layers, int):
-            return self.states_nbytes
-        return (layers + 1) * self.states_nbytes // 2
+        places = 2
+        if on_cluster and spread.by_layers([self.plan]) and isinstance(layers, int):
+            places = layers + 1
+        return places * spread.states_nbytes(self.plan, self.source.samples * self.source.length)
 
 
 def prepare_session(

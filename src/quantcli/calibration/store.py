@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.calibration.report import TAKEN_FROM, LayerReport, expert_tokens
-from quantcli.calibration.sets.identity import Key, digest_of
+from quantcli.calibration.sets.identity import Key, digest_of, first_other
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -67,7 +67,9 @@ class Store:
         """
         self.folder = folder
         self.layers = layers
-        check_store(folder, key, fresh=fresh)
+        head = read_head(folder, fresh=fresh)
+        if head is not None and head[0] != key:
+            raise refusal(folder, head[0], key)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -75,9 +77,9 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            head = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
             self._same_tool(tool)
-            write_file(folder / HEAD, (json.dumps(head, indent=2) + "\n").encode())
+            document = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
+            write_file(folder / HEAD, (json.dumps(document, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
@@ -99,7 +101,7 @@ class Store:
     @property
     def done(self) -> int:
         """How many layers are done, from the first on."""
-        return _done(self.folder, self.layers)
+        return layers_done(self.folder, self.layers)
 
     @property
     def _begun(self) -> bool:
@@ -114,10 +116,19 @@ class Store:
         """A layer is done: its tensors by their names in the file, and its report."""
         save_layer(self.folder, index, tensors, report)
 
-    def drop_states(self, keep: Collection[Path] = (), of: str = "*states-*") -> None:
-        """Delete hidden states, but for some files. of: a pattern for names of files."""
+    def drop_states(self, keep: Collection[Path] = ()) -> None:
+        """Delete all hidden states, but for some files."""
+        self.drop("*states-*", keep)
+
+    def tidy(self) -> None:
+        """Delete what interrupted runs and lost processes have left, once all layers are done."""
+        self.drop_states()
+        self.drop("*layer-*.safetensors.*")
+
+    def drop(self, pattern: str, keep: Collection[Path] = ()) -> None:
+        """Delete files whose names have a pattern, but for some."""
         with disk_errors(self.folder):
-            for path in self.folder.glob(of):
+            for path in self.folder.glob(pattern):
                 if path not in keep:
                     path.unlink()
 
@@ -177,23 +188,10 @@ def _seal(tensors: Path, report: Mapping[str, Any]) -> str:
     return digest_of([sha256_of(tensors), content])
 
 
-def _done(folder: Path, layers: int) -> int:
+def layers_done(folder: Path, layers: int) -> int:
+    """How many layers are done, from the first on."""
     there = (i for i in range(layers) if not (folder / _report(i)).is_file())
     return next(there, layers)
-
-
-def check_store(folder: Path, key: Key, *, fresh: bool = False) -> tuple[int, int]:
-    """(layers done, layers) of the calibration in `folder`; (0, 0) if there is none.
-
-    InputError if the folder is not a calibration, or one with another key.
-    """
-    head = read_head(folder, fresh=fresh)
-    if head is None:
-        return 0, 0
-    stored, layers = head
-    if stored != key:
-        raise refusal(folder, stored, key)
-    return _done(folder, layers), layers
 
 
 def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
@@ -250,8 +248,7 @@ def refusal(folder: Path, stored: Key, key: Key) -> InputError:
     """The error for a calibration in `folder` that cannot serve `key`."""
     other = stored.difference(key)
     if other is None:
-        names = [*key.options, *sorted(stored.options.keys() - key.options.keys())]
-        name = next((n for n in names if stored.options.get(n) != key.options.get(n)), None)
+        name = first_other(stored.options, key.options)
         other = "another recipe" if name is None else f"another recipe: {name} differs"
     return InputError(
         f"the calibration there is of {other}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,6 +16,7 @@ from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.replay.taps import Listener, Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.core.errors import InputError
+from quantcli.core.threads import Locked
 from quantcli.schemes.arithmetic.observers import Observer
 
 
@@ -67,7 +67,7 @@ class Hooks(Divisible, Protocol):
         """Within it the forward of a loaded layer is seen. name: in the model. segments: weights."""
 
 
-class Watch:
+class Watch(Locked):
     """The observers of a layer's matrices, and the number of tokens of each matrix.
 
     hooks:  are entered around the pass.
@@ -84,17 +84,17 @@ class Watch:
     ) -> None:
         """engine: computes the multiplications, after inputs were shown; None: the layer does. counts:
         whether tokens of matrices without observers count, too."""
+        super().__init__()
         self.engine = engine
         self.hooks = hooks
         self.tokens: Counter[Matrix] = Counter()
         self.routed: Counter[Matrix] = Counter()
         self._lookers = lookers
         self._counts = counts
-        self._lock = threading.Lock()
 
     def count(self, tokens: Counter[Matrix], routed: Counter[Matrix]) -> None:
         """Add the tokens of one batch."""
-        with self._lock:
+        with self.lock:
             self.tokens.update(tokens)
             self.routed.update(routed)
 
@@ -126,12 +126,6 @@ class Watch:
         """All lookers and hooks, each once."""
         lookers = [looker for its in self._lookers.values() for looker in its]
         return {id(one): one for one in [*lookers, *self.hooks]}.values()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "_lock": threading.Lock()}
 
     def numbers(self, experts: Experts) -> Iterable[int]:
         """The experts that need to be shown tokens."""

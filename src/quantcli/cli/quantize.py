@@ -185,8 +185,7 @@ def _calibration_text(job: Job[Plan]) -> str:
     source = session.source
     memory = decimal(job.memory + session.memory_nbytes(job.options.workers))
     why = f", as {session.reason}" if session.reason else ""
-    on_cluster = job.options.executor is not None
-    states = session.cluster_states_nbytes if on_cluster else session.states_nbytes
+    states = session.states_nbytes(on_cluster=job.options.executor is not None)
     return (
         f"runs first{why}: {what} from {source.samples} samples of {source.length} tokens of "
         f"{source.data}, kept in {session.folder}{resumes}; about {memory} of "

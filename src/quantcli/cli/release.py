@@ -176,7 +176,8 @@ def calibration_text(release: Release) -> str:
     source = todo[0].source
     workers = release.options.of_run().workers
     memory = release.memory + max(session.memory_nbytes(workers) for session in todo)
-    states = max(session.states_nbytes for session in todo)
+    on_cluster = release.options.executor is not None
+    states = max(session.states_nbytes(on_cluster=on_cluster) for session in todo)
     done = max(session.layers_done for session in todo)
     resumes = f", continues after {count(done, 'layer')}" if done else ""
     return (

@@ -146,7 +146,7 @@ def _why_streamed(job: Job[Plan], pending: Pending) -> str | None:
         others += job.room.needed
     calibrates = job.session is not None and not job.session.complete
     if job.session is not None and calibrates and _is_on(job.session.folder, pending.place):
-        others += job.session.states_nbytes
+        others += job.session.states_nbytes(on_cluster=job.options.executor is not None)
     why = pending.why_streamed(others)
     return f"{why}; the calibration reads them, too" if why and calibrates else why
 

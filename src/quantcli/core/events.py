@@ -79,6 +79,22 @@ class Progress:
 SILENT = Progress()
 
 
+class Inner(Progress):
+    """Progress of a part of a run. It passes messages on to the run, and nothing else."""
+
+    def __init__(self, outer: Progress) -> None:
+        self._outer = outer
+        self.detailed = outer.detailed
+
+    def say(self, text: str) -> None:
+        """A message."""
+        self._outer.say(text)
+
+    def detail(self, text: str) -> None:
+        """A detail."""
+        self._outer.detail(text)
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that a run reports. `str` of it is a line for people.

@@ -20,6 +20,19 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class Locked:
+    """Has a lock for the threads that change it. A copy in another process has a lock of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "lock": threading.Lock()}
+
+
 class _Pool(ThreadPoolExecutor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Submit work; MachineError if no thread can be started."""

@@ -90,11 +90,17 @@ class Steps(Progress):
 
 
 class Processes:
-    """A crew of `size`. fails: the request, counted over all, with which the driver ends."""
+    """A crew of `size`. fails: the request, counted over all, with which the driver ends.
+
+    wrote: files of hidden states that each request has written. left: those after the last one.
+    """
 
     def __init__(self, work: worker.Work, size: int, fails: int | None = None) -> None:
         self.size, self.threads = size, 1
         self.asked: list[Any] = []
+        self.wrote: list[set[Path]] = []
+        self.left: set[Path] = set()
+        self._folder = work.folder
         self._work = [pickle.dumps(work)] * size
         self._kept: list[dict[str, Any]] = [{} for _ in range(size)]
         self._fails = fails
@@ -105,6 +111,7 @@ class Processes:
             if len(self.asked) == self._fails:
                 raise Lost
             self.asked.append(request)
+            before = self._states()
             process = index % self.size
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(worker, "_present", self._kept[process])
@@ -112,8 +119,13 @@ class Processes:
                 results[index] = pickle.loads(
                     pickle.dumps(function(work, pickle.loads(pickle.dumps(request)), progress))
                 )
+            self.wrote.append(self._states() - before)
             done(index, results[index])
+            self.left = self._states()
         return results
+
+    def _states(self) -> set[Path]:
+        return set(self._folder.glob("*states-*"))
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +203,23 @@ def test_an_interrupted_driver_goes_on_with_other_processes(case, bench, tmp_pat
     """Only what was not complete is done again."""
     bench(case, "threads")
     first = bench(case, "shared", size=3, fails=6)
+    carried = tmp_path / "shared" / f"states-00000{59 * 'a'}.safetensors"  # to any layer
+    carried.touch()
+    (tmp_path / "shared" / f"layer-00000.safetensors.{16 * 'a'}").touch()  # of a lost process
     second = bench(case, "shared", size=2)
     assert content(tmp_path / "shared") == content(tmp_path / "threads")
     if case == "averages":
+        written = {
+            (request.layer, path.name.split(".")[0])
+            for request, paths in zip(second.asked, second.wrote, strict=True)
+            for path in paths
+        }
+        assert written == {(2, "states-00003")}, "nobody reads inputs of the first layer again"
         assert {request.layer for request in second.asked} == {2, 3}
     else:
         layers = [[r.layer for r in crew.asked if hasattr(r, "recipes")] for crew in (first, second)]
         assert layers == [[3, 2, 1], [0]]
+        assert carried in second.left, "only the inputs of the layer that is done are deleted"
 
 
 def test_a_model_is_built_where_its_folder_is_not(models, tmp_path):

@@ -7,11 +7,10 @@ that of keys and of values.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -24,6 +23,7 @@ from quantcli.calibration.replay.skeleton import Segments
 from quantcli.calibration.watch import current_batch
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import CACHES, LATENTS, Cache, Stats
+from quantcli.core.threads import Locked
 from quantcli.schemes.arithmetic.cache import Magnitudes, absorbed_amax, paired, scales_of
 from quantcli.schemes.arithmetic.observers import Observer
 from quantcli.schemes.base import Scheme, has_effect
@@ -73,7 +73,7 @@ class KvCache(Method):
         return CachePass(self, work)
 
 
-class CacheInputs:
+class CacheInputs(Locked):
     """Hooks: what enters the cache of a layer's attention.
 
     observers: of each layer of attention and side, with the summary.
@@ -85,13 +85,13 @@ class CacheInputs:
         self, new: Callable[[], Magnitudes], attention: Mapping[str, AttentionLayer], plain: int
     ) -> None:
         """new: a summary. plain: numbers of a query's head that are not rotated, with latents."""
+        super().__init__()
         self.observers: dict[tuple[str, str], Observer] = {}
         self.shapes: dict[tuple[str, str], tuple[int, int]] = {}
         self.queries: dict[str, Tensor] = {}
         self._new = new
         self._attention = attention
         self._plain = plain
-        self._lock = threading.Lock()
 
     @property
     def sides(self) -> Sequence[str]:
@@ -109,12 +109,6 @@ class CacheInputs:
         for layer, amax in part.queries.items():
             self._add_queries(layer, amax)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "_lock": threading.Lock()}
-
     def entered(
         self, name: str, layer: nn.Module, segments: Segments
     ) -> AbstractContextManager[object]:
@@ -130,7 +124,7 @@ class CacheInputs:
             self._add_queries(layer, absorbed_amax(rows, weight.detach(), heads, self._plain).cpu())
 
     def _add_queries(self, layer: str, amax: Tensor) -> None:
-        with self._lock:
+        with self.lock:
             so_far = self.queries.get(layer)
             self.queries[layer] = amax if so_far is None else torch.maximum(so_far, amax)
 
@@ -145,7 +139,7 @@ class CacheInputs:
         return key, value
 
     def _at(self, place: tuple[str, str], shape: tuple[int, int]) -> Observer:
-        with self._lock:
+        with self.lock:
             self.shapes[place] = shape
             return self.observers.setdefault(place, Observer(self._new()))
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import secrets
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from quantcli.calibration.replay.calls import NOTHING_CARRIED, Carry
+from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
@@ -229,6 +231,39 @@ class StatesWriter:
     def __exit__(self, *_: object) -> None:
         if self._opened is not None:
             self._opened.abandon()  # closes the file if it was not finished
+
+
+def note_stack(
+    replay: Replay,
+    final: States | None,
+    writer: Callable[[Sequence[TensorSpec]], StatesWriter | None],
+    only: Sequence[int] | None = None,
+) -> States:
+    """Note how the layers of a stack are called. Returns the inputs of its first layer; nothing if they
+    are not written.
+
+    final: outputs of the stack before it; None: it is the first. writer: makes what they are written
+    with, of dtype and shape of each batch; None: nothing is written. only: some batches, of the first
+    stack; those that follow take the same ones.
+    """
+    specs: list[TensorSpec] = []
+    writers: list[StatesWriter] = []
+    with ExitStack() as contexts:
+
+        def note(number: int, hidden: Tensor, carry: Carry) -> None:
+            if not specs:
+                specs.extend(state_specs(hidden, number, replay.batches))
+                made = writer(specs)
+                if made is not None:
+                    writers.append(contexts.enter_context(made))
+            for each in writers:
+                each.put(number, hidden, carry)
+
+        if final is None:
+            replay.begin(note, only)
+        else:
+            replay.onward(note, final)
+        return writers[0].finish() if writers else States(0)
 
 
 def _tagged(file: str, tag: str) -> str:

@@ -70,16 +70,12 @@ class Key:
         options, and what is measured."""
         if self.model != other.model:
             return "another model"
-        for what, before, now in (
-            ("other inputs", self.inputs, other.inputs),
-            ("other edits", self.edits, other.edits),
-        ):
-            if what == "other edits" and self.data != other.data:
-                return "other data, or of another tokenizer"
-            names = [*now, *sorted(before.keys() - now.keys())]
-            name = next((name for name in names if before.get(name) != now.get(name)), None)
-            if name is not None:
-                return f"{what}: {_change(name, before, now)}"
+        if (name := first_other(self.inputs, other.inputs)) is not None:
+            return f"other inputs: {_change(name, self.inputs, other.inputs)}"
+        if self.data != other.data:
+            return "other data, or of another tokenizer"
+        if (name := first_other(self.edits, other.edits)) is not None:
+            return f"other edits: {_change(name, self.edits, other.edits)}"
         return None
 
     def missing(self, other: Key) -> str:
@@ -92,6 +88,12 @@ class Key:
         what = [name for name in names if name not in _CONTEXT] or ["statistics"]
         more = f" and {count(len(lacking) - 1, 'other module')}" if len(lacking) > 1 else ""
         return f"{' and '.join(what)} of `{lacking[0]}`{more}"
+
+
+def first_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first name whose value differs; None if none does."""
+    names = [*now, *sorted(before.keys() - now.keys())]
+    return next((name for name in names if before.get(name) != now.get(name)), None)
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -140,8 +142,7 @@ def _all_of(plan: Plan) -> dict[str, Any]:
         found["siblings"] = plan.recipe.file.siblings
     found["the serving dtype"] = plan.serving_dtype
     found |= _methods(plan, editing=False)
-    how = {item.module: _scheme(item) for item in quantized_items(plan)}
-    found[f"{_QUANTIZED}, and how"] = digest_of(how)
+    found[f"{_QUANTIZED}, and how"] = _schemes(plan)
     return found
 
 
@@ -151,9 +152,9 @@ def edits_of(plan: Plan) -> dict[str, Any]:
         return {}
     found = _methods(plan, editing=True)
     by_schemes = any(method.edits and method.by_schemes for method in methods_of(plan))
-    items = quantized_items(plan)
-    table = {item.module: _scheme(item) if by_schemes else None for item in items}
-    found[_QUANTIZED] = digest_of(table)  # a float module may read channels that are scaled
+    names = [item.module for item in quantized_items(plan)]
+    # a float module may read channels that are scaled
+    found[_QUANTIZED] = _schemes(plan) if by_schemes else digest_of(dict.fromkeys(names))
     values: dict[str, Any] = plain(found)
     return values
 
@@ -175,9 +176,7 @@ def _methods(plan: Plan, *, editing: bool) -> dict[str, Any]:
 def _options(plan: Plan, block: Calibration) -> dict[str, Any]:
     found = {"calibration.uncalibrated": block.uncalibrated, **_methods(plan, editing=False)}
     if block.uncalibrated in {"nearest", "group"}:  # what a module takes depends on who else has it
-        found["the modules that are measured"] = digest_of(
-            {item.module: _scheme(item) for item in quantized_items(plan)}
-        )
+        found["the modules that are measured"] = _schemes(plan)
     return found
 
 
@@ -190,11 +189,12 @@ def _measured(plan: Plan, block: Calibration) -> tuple[dict[str, str], dict[str,
             groups[name].append(module)
     modules, measured = dict[str, str](), dict[str, Any]()
     digests: dict[Any, str] = {}  # experts come in tens of thousands
-    whole = digest_of({module: _scheme(item) for module, item in items.items()})
+    methods = methods_of(plan)
+    whole = _schemes(plan) if any(method.by_layer for method in methods) else ""
     for module, item in items.items():
         if not item.scheme.methods:
             continue
-        by_layer = any(m.by_layer and m.name in item.scheme.methods for m in methods_of(plan))
+        by_layer = any(m.by_layer and m.name in item.scheme.methods for m in methods)
         group = groups.get(plan.siblings.group(module) or "", [])
         joined = item.scheme.needs_weight_amax and item.scheme.rounded_by_data
         joined |= plan.siblings.given_to(module)
@@ -203,7 +203,7 @@ def _measured(plan: Plan, block: Calibration) -> tuple[dict[str, str], dict[str,
         if place not in digests:
             what: dict[str, Any] = {
                 method.name: plain(method.measured(item.scheme, *item.engine_dtypes))
-                for method in methods_of(plan)
+                for method in methods
                 if method.name in item.scheme.methods
             }
             what |= {"siblings": digest_of(shared)} if shared else {}
@@ -212,13 +212,18 @@ def _measured(plan: Plan, block: Calibration) -> tuple[dict[str, str], dict[str,
             measured[digests[place]] = what
         modules[module] = digests[place]
     if plan.cache is not None and plan.cache.measured:
-        named = {m.name: m.model_dump(mode="json") for m in methods_of(plan) if m.cache}
+        named = {m.name: m.model_dump(mode="json") for m in methods if m.cache}
         for name, layer in plan.cache.layers.items():
             sizes = [layer.heads, list(layer.widths), layer.queries]
             what = plain({**named, "serving_dtype": plan.serving_dtype, "sizes": sizes})
             modules[name] = digest_of(what)
             measured[modules[name]] = what
     return modules, measured
+
+
+def _schemes(plan: Plan) -> str:
+    """sha256 of which modules are quantized, and how."""
+    return digest_of({item.module: _scheme(item) for item in quantized_items(plan)})
 
 
 def _scheme(item: Quantize) -> Any:

@@ -28,25 +28,6 @@ class Joint:
     folder: Path
     sessions: tuple[Session, ...]
 
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is to be done."""
-        return all(session.complete for session in self.sessions)
-
-    @property
-    def layers_done(self) -> int:
-        """How many layers are done for all recipes."""
-        return min((session.layers_done for session in self.sessions), default=0)
-
-    @property
-    def states_nbytes(self) -> int:
-        """Bytes of hidden states on disk at a time, at most."""
-        return max((session.states_nbytes for session in self.sessions), default=0)
-
-    def memory_nbytes(self, workers: int) -> int:
-        """Bytes that one decoder layer and the work on it take: recipes work one after another."""
-        return max((session.memory_nbytes(workers) for session in self.sessions), default=0)
-
     def of(self, plan: Plan) -> Session | None:
         """The session of a plan; None if it needs none."""
         return next((session for session in self.sessions if session.plan is plan), None)
@@ -81,19 +62,19 @@ class Joint:
                     session.name for session in done
                 )
 
-    def run(self, resources: Resources, progress: Progress, *, fresh: bool = False) -> None:
+    def run(self, resources: Resources, progress: Progress) -> None:
         """Calibrate. Interrupted, the same call goes on after the last finished layer.
 
         Raises InputError and MachineError for the text, the model, the memory and the device.
         """
         for line in self.explain():
             progress.detail(line)
-        groups = [[s for s in group if fresh or not s.complete] for group in self.groups]
+        groups = [[s for s in group if not s.complete] for group in self.groups]
         groups = [group for group in groups if group]
         texts: dict[str, Dataset] = {}
         for number, group in enumerate(groups):
             later = [other[0] for other in groups[number + 1 :]]
-            run_together(group, resources, progress, fresh=fresh, later=later, texts=texts)
+            run_together(group, resources, progress, later=later, texts=texts)
 
 
 def joint_sessions(plans: Sequence[Plan], folder: Path, *, examples: Examples | None = None) -> Joint:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from quantcli.calibration.sets.identity import Key
 from quantcli.calibration.store import (
-    check_store,
     further_folder,
     further_folders,
+    layers_done,
     read_head,
     refusal,
 )
@@ -48,7 +48,6 @@ def place_of(
 
     Raises InputError if `folder` is not a calibration, and for one of other inputs or edits.
     """
-    root = read_head(folder, fresh=fresh)
     there, planned = _places(folder, fresh=fresh), [*(taken or ())]
     for place in there:
         if place.key == key:
@@ -62,11 +61,11 @@ def place_of(
     for place in planned:
         if place.key == key:
             return place
-    if root is None and all(place.folder != folder for place in planned):
+    if all(place.folder != folder for place in places):
         return Place(folder, key)
     alike = next((place for place in places if place.key.made_from(key)), None)
     close = alike or next((p for p in places if p.key.difference(key) is None), None)
-    stored = places[0].key if root is None else root[0]
+    stored = places[0].key
     if stored.model != key.model or (close is None and taken is None):
         raise refusal(folder, stored, key)
     reason = ""
@@ -83,8 +82,8 @@ def _places(folder: Path, *, fresh: bool) -> list[Place]:
     for place in (folder, *further_folders(folder)):
         head = read_head(place, fresh=fresh and place == folder)
         if head is not None:
-            done, layers = check_store(place, head[0])
-            found.append(Place(place, head[0], done, layers))
+            key, layers = head
+            found.append(Place(place, key, layers_done(place, layers), layers))
     return found
 
 

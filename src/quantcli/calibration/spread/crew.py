@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.calibration.spread.worker import Work
 from quantcli.core.cluster.tasks import TaskOptions
-from quantcli.core.events import Progress
+from quantcli.core.events import Inner, Progress
 
 if TYPE_CHECKING:
     from quantcli.core.cluster.cluster import Cluster
@@ -79,26 +79,17 @@ def shares_of(count: int, crew: Crew) -> list[tuple[int, ...]]:
     return [tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-class Steps(Progress):
-    """Counts steps of several processes as those of one phase, and passes messages on."""
+class Steps(Inner):
+    """Counts steps of several processes as those of one phase."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
+    def __init__(self, outer: Progress, total: int) -> None:
+        super().__init__(outer)
         self._total = total
         self._done = 0
-        self.detailed = progress.detailed
-
-    def say(self, text: str) -> None:
-        """A message."""
-        self._progress.say(text)
-
-    def detail(self, text: str) -> None:
-        """A detail."""
-        self._progress.detail(text)
 
     def step(
         self, done: int, total: int, *, noun: str = "batch", tokens: int = 0, loss: float | None = None
     ) -> None:
         """One more step."""
         self._done = min(self._done + 1, self._total)  # some are done again if a process is lost
-        self._progress.step(self._done, self._total, noun=noun, tokens=tokens)
+        self._outer.step(self._done, self._total, noun=noun, tokens=tokens)

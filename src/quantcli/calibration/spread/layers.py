@@ -58,8 +58,7 @@ class LayerTasks:
             )
         for share in self._shares:
             share.finish(range(len(self._names)))
-        self._store.drop_states()
-        self._store.drop_states(of="*layer-*.safetensors.*")  # of processes that were lost
+            share.store.tidy()
 
     def _forward(self, missing: Sequence[int]) -> None:
         """Write the inputs of layers, as far as an earlier run has not."""
@@ -98,7 +97,7 @@ class LayerTasks:
 
     def _tell(self, request: Measure, measured: Measured) -> None:
         """A layer is done."""
-        self._store.drop_states(of=f"{states_file(request.layer).partition('.')[0]}*")
+        self._store.drop(f"{states_file(request.layer).removesuffix('safetensors')}*")  # and all parts
         self._left -= 1
         self._keeps()
         reports = [

@@ -37,7 +37,7 @@ def work_of(
     """A calibration, as the processes of a crew are given it. batches: with the probe at last."""
     folders = [share.store.folder.absolute() for share in shares]
     alone = replace(resources, executor=None)
-    return Work(secrets.token_hex(8), plans, batches, alone, folders[0], folders)
+    return Work(secrets.token_hex(8), plans, batches, alone, folders)
 
 
 def on_cluster(shares: Sequence[Share], work: Work, resources: Resources, progress: Progress) -> None:

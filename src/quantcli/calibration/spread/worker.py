@@ -19,14 +19,13 @@ from torch import Tensor
 from quantcli.calibration.building import runs_of, skeleton_of
 from quantcli.calibration.layer import LayerRun, measure_layer
 from quantcli.calibration.loaded import LoadedLayer
-from quantcli.calibration.replay.calls import Carry
 from quantcli.calibration.replay.states import (
     States,
     StatesWriter,
     final_file,
     load_states,
+    note_stack,
     outputs_file,
-    state_specs,
     states_file,
 )
 from quantcli.calibration.resources import Resources
@@ -35,7 +34,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.calibration.watch import Watch
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import MachineError
-from quantcli.core.events import SILENT, Progress
+from quantcli.core.events import SILENT, Inner, Progress
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
 from quantcli.planning.plan import Plan
@@ -52,16 +51,19 @@ class Work:
     key:     tells it from others.
     plans:   of the recipes.
     batches: the samples, and the probe at last.
-    folder:  of hidden states.
-    stores:  folder of each recipe's statistics.
+    stores:  folder of each recipe's statistics; the first one has the hidden states, too.
     """
 
     key: str
     plans: Sequence[Plan]
     batches: Sequence[Batch]
     resources: Resources
-    folder: Path
     stores: Sequence[Path]
+
+    @property
+    def folder(self) -> Path:
+        """Of hidden states."""
+        return self.stores[0]
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ class _Process:
         skeleton = skeleton_of(work.plans[0], trust_remote_code=work.resources.trust_remote_code)
         self._runs = runs_of(work.plans, skeleton, work.batches, work.resources, SILENT)
         self._replay, self._skeleton = self._runs[0].replay, skeleton
-        self._all = range(len(work.batches))
+        self._all = tuple(range(len(work.batches)))
         self._entered: tuple[int, Sequence[int]] | None = None  # the stack, and its noted batches
-        self._specs: list[TensorSpec] = []  # of the hidden states in that stack
+        self._specs: Sequence[TensorSpec] = ()  # of the hidden states in that stack
 
     def _report_to(self, progress: Progress) -> None:
         """Report batches that run through layers as steps; not those whose calls are noted."""
@@ -161,34 +163,26 @@ class _Process:
         budget = self._runs[0].budget
         return StatesWriter(self._work.folder, file, self._specs, budget, part=batches)
 
-    def _enter(self, stack: int, batches: Sequence[int]) -> None:
-        """Note how the layers of a stack are called for some batches."""
+    def _enter(self, stack: int, batches: Sequence[int], *, write: bool = False) -> None:
+        """Note how the layers of a stack are called for some batches. write: the inputs of its first
+        layer, if they are not there."""
         if self._entered is None or self._entered[1] != batches or self._entered[0] > stack:
-            self._note(0, batches, None)
+            self._note(0, batches, None, write)
         assert self._entered is not None
         for number in range(self._entered[0] + 1, stack + 1):
-            self._note(number, batches, self._must_load(final_file(number - 1), batches))
+            self._note(number, batches, self._must_load(final_file(number - 1), batches), write)
 
-    def _note(self, stack: int, batches: Sequence[int], final: States | None) -> None:
+    def _note(self, stack: int, batches: Sequence[int], final: States | None, write: bool) -> None:
         self._report_to(SILENT)
-        self._entered, self._specs = None, []
-        first, writers = states_file(self._skeleton.stacks[stack].start), list[StatesWriter]()
+        self._entered = None
+        first = states_file(self._skeleton.stacks[stack].start)
 
-        def note(number: int, hidden: Tensor, carry: Carry) -> None:
-            if not self._specs:
-                self._specs = state_specs(hidden, number, self._replay.batches)
-                if self._load(first, batches) is None:
-                    writers.append(self._writer(first, batches))
-            if writers:
-                writers[0].put(number, hidden, carry)
+        def writer(specs: Sequence[TensorSpec]) -> StatesWriter | None:
+            self._specs = specs
+            missing = write and self._load(first, batches) is None
+            return self._writer(first, batches) if missing else None
 
-        if final is None:
-            self._replay.begin(note, batches)
-        else:
-            self._replay.onward(note, final)
-        for writer in writers:
-            with writer:
-                writer.finish()
+        note_stack(self._replay, final, writer, batches)
         self._entered = stack, batches
 
     # -- requests --------------------------------------------------------------------------------
@@ -198,7 +192,7 @@ class _Process:
         for stack, layers in enumerate(self._skeleton.stacks):
             if layers.start > last:
                 break
-            self._enter(stack, batches)
+            self._enter(stack, batches, write=True)
             self._report_to(progress)
             files = {index: states_file(index) for index in layers if index in request.layers}
             if layers.stop <= last:
@@ -268,20 +262,13 @@ class _Process:
         return Measured(words, time.monotonic() - began)
 
 
-class _OneOfSeveral(Progress):
+class _OneOfSeveral(Inner):
     """Progress of a layer while others are worked on: phases with its name, now and then."""
 
-    def __init__(self, progress: Progress, layer: str) -> None:
-        self._progress = progress
+    def __init__(self, outer: Progress, layer: str) -> None:
+        super().__init__(outer)
         self._layer = self._phase = layer
         self._due = 0.0
-        self.detailed = progress.detailed
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def detail(self, text: str) -> None:
-        self._progress.detail(text)
 
     def phase(self, name: str, passes: float = 1.0) -> None:
         self._phase = f"{self._layer}: {name}"
@@ -292,8 +279,8 @@ class _OneOfSeveral(Progress):
         now = time.monotonic()
         if now >= self._due:
             self._due = now + _EVERY
-            self._progress.phase(self._phase, passes=0)
-            self._progress.step(done, total, noun=noun, tokens=tokens, loss=loss)
+            self._outer.phase(self._phase, passes=0)
+            self._outer.step(done, total, noun=noun, tokens=tokens, loss=loss)
 
 
 _present: dict[str, _Process] = {}  # at most one

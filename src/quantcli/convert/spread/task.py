@@ -13,7 +13,7 @@ from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.chunks import ChunkSink, Finish, finish_shard
 from quantcli.convert.together import write_together
 from quantcli.core.cluster.sources import check_sources
-from quantcli.core.events import Progress
+from quantcli.core.events import Inner, Progress
 from quantcli.core.kernels.machine import announced
 from quantcli.core.threads import thread_pool
 from quantcli.planning.plan import Shard
@@ -35,20 +35,8 @@ class Common:
     sources: Mapping[Path, tuple[int, str]]
 
 
-class Within(Progress):
+class Within(Inner):
     """The progress of a task within that of its run, which alone counts shards."""
-
-    def __init__(self, outer: Progress) -> None:
-        self._outer = outer
-        self.detailed = outer.detailed
-
-    def say(self, text: str) -> None:
-        """A message."""
-        self._outer.say(text)
-
-    def detail(self, text: str) -> None:
-        """A detail."""
-        self._outer.detail(text)
 
     def advance(self, nbytes: int) -> None:
         """Bytes that were read."""

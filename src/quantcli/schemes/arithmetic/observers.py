@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.numerics import Stats
+from quantcli.core.threads import Locked
 from quantcli.schemes.arithmetic import rounding
 
 _PATTERNS = 2**16  # of a 16-bit number
@@ -52,6 +52,15 @@ class Summary(ABC):
     @abstractmethod
     def stats(self) -> Stats:
         """The summary as tensors. Zeros if nothing was added."""
+
+
+class PlainSummary(Summary):
+    """A summary without options: all of one class are of one kind."""
+
+    @property
+    def kind(self) -> Hashable:
+        """One for each class."""
+        return type(self)
 
 
 class Observer:
@@ -115,23 +124,14 @@ class Observer:
                 seen.summary.add(summary, batch)
 
 
-class _Seen:
+class _Seen(Locked):
     """What an observer has seen."""
 
     def __init__(self, summary: Summary) -> None:
+        super().__init__()
         self.summary = summary
         self.tokens = 0
         self.finite = True
-        self.lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _seen, (self.summary, self.tokens, self.finite)
-
-
-def _seen(summary: Summary, tokens: int, finite: bool) -> _Seen:
-    seen = _Seen(summary)
-    seen.tokens, seen.finite = tokens, finite
-    return seen
 
 
 def input_observer(
@@ -166,16 +166,11 @@ def input_observer(
     return Observer(Distribution(), choose)
 
 
-class MinMax(Summary):
+class MinMax(PlainSummary):
     """The extremes, and the range to represent, which is as wide. Both include 0."""
 
     def __init__(self) -> None:
         self._low = self._high = 0.0
-
-    @property
-    def kind(self) -> Hashable:
-        """One, whatever is made of it."""
-        return type(self)
 
     def of(self, x: Tensor) -> tuple[float, float] | None:
         """Lowest and highest value."""
@@ -232,7 +227,7 @@ class MovingAverage(MinMax):
         return low, high
 
 
-class Distribution(Summary):
+class Distribution(PlainSummary):
     """How often each value occurs: exact for 16-bit inputs, 64 K counters whatever is seen.
 
     Float32 inputs are counted as their nearest bfloat16, within 2^-9 of the value.
@@ -251,11 +246,6 @@ class Distribution(Summary):
         self.__init__()  # type: ignore[misc]
         self._counts[state[0]] = state[1]
         self._dtype = state[2]
-
-    @property
-    def kind(self) -> Hashable:
-        """One, whatever is made of it."""
-        return type(self)
 
     def of(self, x: Tensor) -> tuple[np.ndarray, torch.dtype] | None:
         """How often each bit pattern occurs, int64 [65536], and the dtype that the bits are of."""
@@ -309,16 +299,11 @@ def percentile(values: Tensor, counts: Tensor, percent: float) -> tuple[float, f
     return min(0.0, float(low)), max(0.0, float(high))
 
 
-class ChannelAmax(Summary):
+class ChannelAmax(PlainSummary):
     """max |x| of each channel: `channel_amax` float32 [k]."""
 
     def __init__(self) -> None:
         self._amax = torch.zeros(1)
-
-    @property
-    def kind(self) -> Hashable:
-        """One, whatever is made of it."""
-        return type(self)
 
     def of(self, x: Tensor) -> Tensor | None:
         """Float32 [k]."""
@@ -339,7 +324,7 @@ class ChannelAmax(Summary):
         return {"channel_amax": self._amax}
 
 
-class ChannelSquare(Summary):
+class ChannelSquare(PlainSummary):
     """The mean of x^2 of each channel: `input_square` float32 [k], of bfloat16 precision.
 
     Few tokens tell little of a channel: the mean of all channels counts as much as _FEW_TOKENS tokens.
@@ -349,11 +334,6 @@ class ChannelSquare(Summary):
     def __init__(self) -> None:
         self._sum = torch.zeros(1, dtype=torch.float64)
         self._tokens = 0
-
-    @property
-    def kind(self) -> Hashable:
-        """One, whatever is made of it."""
-        return type(self)
 
     def of(self, x: Tensor) -> tuple[Tensor, int] | None:
         """The sum of squares, float64 [k], and the number of tokens."""
