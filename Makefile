@@ -31,7 +31,7 @@ demo: $(READY)  ## convert the bundled model and show the result
 	@echo '$$ quantcli verify $(DEMO) --full --against examples/tiny-qwen3'
 	@$(BIN)/quantcli verify $(DEMO) --full --against examples/tiny-qwen3
 
-# The check needs one core for half a minute: it goes on beside the tests.
+# `check` needs one core for half a minute, so it runs at the same time as the tests; its output comes last.
 test: $(READY)  ## lint, types, tests
 	@marks=; command -v chromium >/dev/null || { marks="not browser"; \
 		echo "no chromium here: tests marked browser are left out"; }; \
@@ -96,7 +96,7 @@ house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
 BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify pages \
-	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster
+	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster release remote
 
 bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
 	@for script in $(BENCHMARKS); do \

@@ -3,8 +3,8 @@
 The model is on servers of this machine: a plain web server, one with the API of the Hub, one with that
 of S3. Each conversion is a process of its own. Its peak memory is shown above that of the conversion
 of a nearly empty model, which takes what imports and kernels take. Its local disk is what lies in the
-folders for temporary files and for the Hub's cache at any time, twenty times a second; OUT is on this
-disk unless it is said to be elsewhere.
+folders for temporary files and for the Hub's cache at any time, twenty times a second. OUT is not in
+these folders: it is on the same disk, and with `hf:// -> s3://` in object storage.
 With `--ranges` only blocks of 4 MB are fetched, by the libraries between which the program chooses:
 `--peer PYTHON` names one with s3fs.
 """

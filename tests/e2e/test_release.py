@@ -14,8 +14,7 @@ import yaml
 
 from quantcli import release
 from quantcli.convert import blocks, queue, together
-from quantcli.core.errors import InputError
-from tests.builders import INDEX
+from quantcli.core.errors import InputError, MachineError
 from tests.e2e.calibrating import LENGTH, SAMPLES, TEXT, Models, change_tensors
 from tests.e2e.conftest import Faults, Killed, Result, run_cli, snapshot
 
@@ -147,7 +146,9 @@ def test_a_plan_writes_nothing(bench: Bench) -> None:
     assert sorted(path.name for path in bench.root.iterdir()) == ["release.yaml", "text.txt"]
 
 
-def test_a_missed_limit_is_told_and_the_others_are_written(bench: Bench) -> None:
+def test_a_missed_limit_is_told_and_the_others_are_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrong = {"recipe": "w8a8_dynamic", "set": {"expect.bits_per_param": "< 3"}}
     bench.write([wrong, "vllm_int8_dynamic"], verify={"full": True})
     assert bench.run("--plan").code == 1
@@ -160,6 +161,14 @@ def test_a_missed_limit_is_told_and_the_others_are_written(bench: Bench) -> None
     assert result.json["error"]["what"].endswith("done: vllm_int8_dynamic")
     assert (bench.root / "page.html").is_file()
     assert not (bench.out / "w8a8_dynamic").exists()
+
+    def stopped(*_: object) -> None:
+        raise MachineError("no memory")
+
+    monkeypatch.setattr("quantcli.commands.verify.run", stopped)
+    what = bench.run("--json").json["error"]["what"]
+    assert "stopped: no memory; written, but not verified: vllm_int8_dynamic; not written: " in what
+    assert what.endswith(missed["error"]["what"])
 
 
 def test_one_that_fails_does_not_stop_the_others(bench: Bench) -> None:
@@ -217,7 +226,6 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_written(bench: Benc
 def test_a_damaged_checkpoint_is_not_taken_for_done(bench: Bench) -> None:
     bench.write(["w8a8_dynamic"])
     assert bench.run().code == 0
-    (bench.out / "w8a8_dynamic" / INDEX).unlink(missing_ok=True)
     (bench.out / "w8a8_dynamic" / "config.json").unlink()
     result = bench.run()
     assert result.code == 2

@@ -58,6 +58,14 @@ def test_a_bad_value(
     )
 
 
+@pytest.mark.parametrize("name", ["WORKERS", "DEVICE", "EXECUTOR"])
+def test_a_bad_value_of_another_command(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A command without the option does not read the variable."""
+    monkeypatch.setenv(f"QUANTCLI_{name}", "x")
+    assert run_cli("recipes").code == 0
+    assert run_cli("--version").code == 0
+
+
 def test_an_unknown_one_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTCLI_WORKER", "7")
     monkeypatch.setenv("QUANTCLI_XYZ", "7")
@@ -78,5 +86,5 @@ def test_an_unknown_one_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_help_lists_them() -> None:
     text = run_cli("--help").out
-    for name in ("WORKERS", "DEVICE", "CACHE", "KERNELS"):
+    for name in ("WORKERS", "DEVICE", "EXECUTOR", "CACHE", "KERNELS"):
         assert f"    QUANTCLI_{name} " in text

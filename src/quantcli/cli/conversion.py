@@ -14,7 +14,7 @@ from quantcli.core.text import count
 
 if TYPE_CHECKING:
     from quantcli.commands.job import Job
-    from quantcli.convert.execute import Written
+    from quantcli.convert.execute import RunOptions, Written
 
 R = TypeVar("R", bound="Written[Any]")
 
@@ -78,10 +78,7 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
         out.line(f"disk         needs {needed}{job.room.where}, {free} free")
     if job.out.folder is None:
         out.line(f"uploads      {decimal(job.nbytes)}")
-    workers = count(job.options.workers, "worker")
-    out.line(
-        f"memory       about {decimal(job.memory)} in addition to Python and torch, with {workers}"
-    )
+    show_memory(out, job.memory, job.options)
     out.line(f"output       {job.out}{job.out.remark}")
     for fact in facts:
         out.line(fact)
@@ -91,3 +88,9 @@ def show_job(out: Output, job: Job[Any], *facts: str) -> None:
         out.line(f"resumes      {count(job.shards_done, 'shard')} done by an interrupted run")
     for note in job.plan.notes:
         out.line(f"note         {note}", WARNING)
+
+
+def show_memory(out: Output, nbytes: int, options: RunOptions) -> None:
+    """Print the memory that conversions take."""
+    workers = count(options.workers, "worker")
+    out.line(f"memory       about {decimal(nbytes)} in addition to Python and torch, with {workers}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from quantcli.checkpoint.remote.address import address_of
 from quantcli.cli.output import Output
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
     if job.part is not None:
         return list(_after_part(out, job))
     if job.options.parts:
-        return [["quantcli", "pack", "--merge", f"{job.out}.part-*", *shell("--out", job.out)]]
+        return [_merge(f"{shlex.quote(str(job.out))}.part-*", job.out)]
     source = model or job.plan.recipe.file.model
     calibration = ("--calibration", job.session.root) if job.session is not None else ()
     verify = shell("quantcli", "verify", job.out, "--full", "--against", source, *calibration)
@@ -112,9 +113,9 @@ def after_quantize(out: Output, job: Job[Plan], model: str | None) -> list[Step]
 def after_release(out: Output, release: Release, outcomes: Sequence[MemberOutcome]) -> list[Step]:
     """How to serve each checkpoint; before that proof of them if there was none, or the same command
     again for what is missing."""
+    if any(outcome.status == "failed" for outcome in outcomes):
+        return [typed(out)]
     there = [outcome for outcome in outcomes if outcome.error is None]
-    if any(outcome.error is not None and outcome.status == "failed" for outcome in outcomes):
-        return [shell("quantcli", *shlex.split(out.command))]
     places = [outcome.member.job.out for outcome in there]
     proof = shell("quantcli", "verify", *places, "--full", "--against", release.model)
     steps = [proof] if there and release.verify is None else []
@@ -142,8 +143,12 @@ def _after_part(out: Output, job: Job[Plan]) -> Iterator[Step]:
         other = f"{missing[0].number}/{part.of}"
         again = {given: other, f"--part={given}": f"--part={other}"}
         yield shell("quantcli", *(again.get(word, word) for word in shlex.split(out.command)))
-    all_parts = f"{shlex.quote(str(whole))}.part-*-of-{part.of}"
-    yield ["quantcli", "pack", "--merge", all_parts, *shell("--out", whole)]
+    yield _merge(f"{shlex.quote(str(whole))}.part-*-of-{part.of}", whole)
+
+
+def _merge(parts: str, whole: object) -> Step:
+    """The joining of parts. parts: a pattern, quoted but for its stars."""
+    return ["quantcli", "pack", "--merge", parts, *shell("--out", whole)]
 
 
 def after_merge(out: object) -> list[Step]:
@@ -162,7 +167,7 @@ def after_verify(out: Output, checkpoint: str, report: dict[str, Any], page: Pat
     steps = [shell(*shlex.split(command["command"])) for command in report["serve"][:1]]
     if report["depths"] == ["structure"]:
         return [shell("quantcli", "verify", checkpoint, "--full"), *steps]
-    if "://" in checkpoint:  # it is published, or on its way
+    if address_of(checkpoint):  # it is published, or on its way
         return steps
     return [*steps, shell("hf", "upload", "ORG/NAME", checkpoint)]
 

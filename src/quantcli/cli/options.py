@@ -27,6 +27,13 @@ Model = Annotated[
     str | None,
     typer.Option(help="Folder, Hub id or address; wins over the recipe's."),
 ]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Calibration to use or to make [default: OUT.calibration; here, if OUT is an address].",
+    ),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
@@ -60,8 +67,8 @@ Executor = Annotated[
         "--executor",
         metavar="WHERE",
         help="Where to work: threads, ray, ray:local, or ray:HOST:PORT. `ray` is the cluster of "
-        "RAY_ADDRESS or of this machine, or a new one, as ray:local is; --workers are the threads of "
-        "each task then.",
+        "RAY_ADDRESS, else that of this machine, else a new one; `ray:local` is a new one. --workers "
+        "are then the threads of each task.",
     ),
 ]
 PlanOnly = Annotated[

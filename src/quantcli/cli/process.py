@@ -105,7 +105,9 @@ def _run(argv: list[str], out: Output) -> int:
         sys.stdout.write(complete(group, argv))
         sys.stdout.flush()
         return Exit.DONE
-    shared = {"obj": out, "default_map": defaults()}
+    command = group.commands.get(argv[0])  # none of `quantcli --help`
+    options = {option.name for option in command.params} if command else set()
+    shared = {"obj": out, "default_map": {argv[0]: defaults(options)}}
     try:
         if "--json" in argv:  # not after hours of work
             check_stdout()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,10 +49,7 @@ def quantize(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Calibration to use or to make [default: OUT.calibration]."),
-    ] = None,
+    calibration: options.Calibration = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     trust_remote_code: options.Trust = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.filesize import decimal
 
 from quantcli.cli import next as following
 from quantcli.cli import options
+from quantcli.cli.conversion import show_memory
 from quantcli.cli.output import FAILED, OK, WARNING, Output
 from quantcli.core.cluster.executor import THREADS
 from quantcli.core.errors import QuantError
@@ -29,7 +31,7 @@ def release(
     output: Output,
     file: Annotated[str, typer.Argument(metavar="RELEASE", help="YAML file: see docs/release.md.")],
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id; wins over the release's.")
+        str | None, typer.Option(help="Folder, Hub id or address; wins over the release's.")
     ] = None,
     out: Annotated[
         str | None,
@@ -54,13 +56,7 @@ def release(
     force: Annotated[
         bool, typer.Option("--force", help="Replace checkpoints that exist and are of another plan.")
     ] = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Calibration to use or to make [default: PLACE.calibration; for an address here].",
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     executor: options.Executor = THREADS,
@@ -88,13 +84,12 @@ def release(
         planned = planning.plan_release(file, model=model, options=chosen, progress=progress)
     output.show(lambda: show_plan(output, planned), on_screen=plan or not output.quiet)
     if plan:
-        missed = [m.missed for m in planned.members if m.missed is not None]
-        document = {"plan": outcome.planned(planned).to_dict()}
+        missed = next((m.missed for m in planned.members if m.missed is not None), None)
         if output.as_json:
-            output.document(document, missed[0] if missed else None)
+            output.document({"plan": outcome.planned(planned).to_dict()}, missed)
         following.show(output, following.typed(output, without="--plan"))
-        if missed:
-            raise typer.Exit(missed[0].exit_code)
+        if missed is not None:
+            raise typer.Exit(missed.exit_code)
         return
     began = time.monotonic()
     with watch(output) as progress:
@@ -105,7 +100,7 @@ def release(
     if report is not None and any(o.report is not None for o in outcomes):
         output.message(f"written: {report}")
     with following.after(output, *steps):
-        for note in _notes(outcomes):
+        for note in _new_notes(planned, outcomes):
             output.message(f"note: {note}", WARNING)
         result = outcome.released(planned, outcomes).to_dict()
         output.result(result, lambda out, _: show_outcomes(out, outcomes, failed, seconds), failed)
@@ -119,7 +114,7 @@ def show_plan(out: Output, release: Release) -> None:
     before = decimal(release.checkpoint.nbytes)
     how = "once for all of them" if release.options.executor is None else "for each of them"
     reads = f"reads        {before} of weights" + (f", {how}" if jobs[1:] else "")
-    out.line(reads if jobs else "writes       nothing: no checkpoint is missing")
+    out.line(reads if jobs else "writes       nothing")
     for member in release.members:
         if member.missed is not None:
             out.line(f"not written  {member.name}: {member.missed.what}", FAILED)
@@ -139,12 +134,8 @@ def show_plan(out: Output, release: Release) -> None:
         out.line(f"uploads      {decimal(uploads)}")
     if jobs and release.options.executor is not None:
         out.line(f"runs on      {release.options.executor}, shard by shard")
-    workers = count(release.options.of_run().workers, "worker")
     if jobs:
-        out.line(
-            f"memory       about {decimal(release.memory)} in addition to Python and torch, "
-            f"with {workers}"
-        )
+        show_memory(out, release.memory, release.options.of_run())
     if release.verify is not None:
         out.line(f"verifies     {', '.join(release.verify.depths)}")
     for note in [*release.notes, *_plan_notes(release)]:
@@ -188,19 +179,27 @@ def calibration_text(release: Release) -> str:
 
 
 def _plan_notes(release: Release) -> list[str]:
-    """Notes of the plans; one that all have is there once."""
+    """Notes of the plans."""
+    return _together({member.name: member.job.plan.notes for member in release.members})
+
+
+def _new_notes(release: Release, outcomes: Sequence[MemberOutcome]) -> list[str]:
+    """Notes of the conversions, and those of plans that only the calibration brought."""
+    new: dict[str, list[str]] = {}
+    for before, outcome in zip(release.members, outcomes, strict=True):
+        written = () if outcome.written is None else outcome.written.notes
+        notes = [*outcome.member.job.plan.notes, *written]
+        new[before.name] = [note for note in notes if note not in before.job.plan.notes]
+    return _together(new)
+
+
+def _together(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Notes of checkpoints, by name: each once, with the names unless all have it."""
     names: dict[str, list[str]] = {}
-    for member in release.members:
-        for note in member.job.plan.notes:
-            names.setdefault(note, []).append(member.name)
-    all_of_them = len(release.members)
-    return [n if len(who) == all_of_them else f"{', '.join(who)}: {n}" for n, who in names.items()]
-
-
-def _notes(outcomes: list[MemberOutcome]) -> list[str]:
-    """Notes of the conversions, each once."""
-    notes = [note for o in outcomes if o.written is not None for note in o.written.notes]
-    return list(dict.fromkeys(notes))
+    for name, own in notes.items():
+        for note in dict.fromkeys(own):
+            names.setdefault(note, []).append(name)
+    return [n if len(who) == len(notes) else f"{', '.join(who)}: {n}" for n, who in names.items()]
 
 
 def show_outcomes(
@@ -211,10 +210,9 @@ def show_outcomes(
     columns = ["checkpoint", "", "bytes", *(["verified"] if verified else []), "place"]
     rows = []
     for outcome in outcomes:
-        place, written = str(outcome.member.job.out), outcome.written
-        nbytes = written.nbytes if written else outcome.member.job.nbytes
         answer = [_answer(outcome.report)] if verified else []
-        size = decimal(nbytes) if outcome.error is None else "-"
+        size = decimal(outcome.nbytes) if outcome.error is None else "-"
+        place = str(outcome.member.job.out)
         rows.append([outcome.member.name, outcome.status, size, *answer, place])
     styles = {outcome.member.name: OK if outcome.ok else FAILED for outcome in outcomes}
     out.table(columns, rows, {"bytes"}, styles=styles)

@@ -103,10 +103,10 @@ def quantize(
     recipe:      the name of a shipped recipe, a YAML file, or its content as a mapping; "auto" for the
                  one that `recommend` puts first for `for_`.
     for_:        with "auto", the devices to serve on, such as "2x910B".
-    model:       a folder, a Hub id, or a transformers model in memory, whose weights are read from
-                 there without a copy and must not change meanwhile; wins over the recipe's.
-    out:         the folder to write, which appears whole or not at all. By default the recipe's, or
-                 MODEL-RECIPE here.
+    model:       a folder, a Hub id, an address, or a transformers model in memory, whose weights are
+                 read from there without a copy and must not change meanwhile; wins over the recipe's.
+    out:         the folder to write, which appears whole or not at all; or an address, see
+                 docs/remote.md and docs/hub.md. By default the recipe's, or MODEL-RECIPE here.
     tokenizer:   of a model in memory, for its output and for text.
     example_inputs: calibration data in place of what the recipe names: a list of texts; or token ids as
                  lists, as tensors [tokens] or [samples, tokens], or as dicts with `input_ids` and
@@ -280,9 +280,10 @@ def pack(
 ) -> Packed:
     """Write a quantized checkpoint in another format, its codes and scales unchanged; or join parts.
 
-    checkpoint:  a folder or a Hub id; with `merge` the folders of all parts of one conversion.
+    checkpoint:  a folder, a Hub id or an address; with `merge` the folders of all parts of one
+                 conversion.
     target:      the format to write, such as "compressed-tensors".
-    out:         the folder to write, which appears whole or not at all.
+    out:         the folder or the address to write, as of `quantize`.
     set:         options of the target.
     on_progress, workers, fresh, force, checksum: as of `quantize`.
 
@@ -344,8 +345,8 @@ def verify(
 ) -> Verification | Comparison:
     """Check that a quantized checkpoint is whole, loadable and faithful. `ok` of the result says so.
 
-    checkpoint:  a folder or a Hub id, whoever wrote it. Several in a list are compared: the result has
-                 the outcome of each, and the options apply to all.
+    checkpoint:  a folder, a Hub id or an address, whoever wrote it. Several in a list are compared: the
+                 result has the outcome of each, and the options apply to all.
     full:        read every byte: hashes, NaN, ranges.
     against:     the float model, or another quantized one, to compare with.
     calibration: the folder of the calibration: numbers that follow from it are computed again.
@@ -406,7 +407,7 @@ def inspect(
 ) -> Inspection | Outliers:
     """The contents of a checkpoint, from its headers; with `outliers`, its weights ranked.
 
-    model:    a folder or a Hub id.
+    model:    a folder, a Hub id or an address.
     tensors:  a glob; the tensors that match are listed in `matches`.
     outliers: read the weights and rank them by how hard they are to quantize.
     report:   with `outliers`, an HTML page to write.
@@ -449,7 +450,7 @@ def recommend(
 ) -> Recommendation:
     """Shipped recipes for a model on a device, the best first. Reads headers and config.json only.
 
-    model:       a folder or a Hub id.
+    model:       a folder, a Hub id or an address.
     for_:        devices, such as "2x910B", "H100", "8xH100:94GB", "2x48GB-ada" or "cpu".
     context:     tokens of a sequence, such as 32768 or "32k"; by default 8192, or the model's own.
     concurrency: sequences at a time; by default 8.

@@ -136,8 +136,7 @@ def with_model(job: Job[W], progress: Progress | None) -> Job[W]:
     if job.download is None:
         return job
     pending, progress = job.download.pending, progress or SILENT
-    folder = pending.fetch(progress)
-    return job.download.job(replace(open_checkpoint(folder, progress), hub_id=pending.given))
+    return job.download.job(_open(pending.given, pending.fetch(progress), progress))
 
 
 def run_job(job: Job[W], progress: Progress | None, *, final: bool = False) -> Written[W]:

@@ -30,6 +30,7 @@ from quantcli.commands.job import (
 from quantcli.core.cluster.connect import connected
 from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import existing_ancestor
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
@@ -154,10 +155,8 @@ def _why_streamed(job: Job[Plan], pending: Pending) -> str | None:
 def _is_on(folder: Path | None, place: Path) -> bool:
     """Whether a folder, which need not exist, is on the disk of a place. A destination without one
     takes the disk of temporary files."""
-    folder = Path(tempfile.gettempdir()) if folder is None else folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev == place.stat().st_dev
+    folder = Path(tempfile.gettempdir()) if folder is None else folder
+    return existing_ancestor(folder).stat().st_dev == place.stat().st_dev
 
 
 def _how_to_calibrate(

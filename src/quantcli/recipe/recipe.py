@@ -237,8 +237,8 @@ def resolve(written: WrittenRecipe) -> Recipe:
         if rule.scheme not in KEYWORDS:
             scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
         where = document.where(place)
-        flags = (w for at, w in document.places.items() if at[:2] == place and at != place)
-        where += "".join(f", {flag}" for flag in flags if flag.startswith("--set"))
+        changed = (at for at in document.places if at[:2] == place and at != place)
+        where += "".join(f", {document.where(at)}" for at in changed if at in document.overridden)
         patterns, roles = tuple(rule.match or ()), frozenset(rule.role or ())
         rules.append(Rule(patterns, rule.optional, where, number + 1, scheme, str(keyword), roles))
     methods = _named_methods(file, document)

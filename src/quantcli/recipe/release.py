@@ -28,8 +28,12 @@ _FOLDERS = (".partial", ".replaced", ".calibration")  # ends of folders that sta
 PLACEHOLDER = "{name}"
 
 
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None and not text.endswith(_FOLDERS)
+
+
 def _check_name(value: Any) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or value.endswith(_FOLDERS):
+    if not isinstance(value, str) or not _is_name(value):
         raise ValueError("expected a name such as w8a8-smooth: letters, digits, `.`, `_` and `-`")
     return value
 
@@ -38,6 +42,11 @@ def _check_reference(value: Any) -> str | bool:
     if not isinstance(value, str | bool):
         raise ValueError("expected true, false, or a model")
     return value
+
+
+def _number_as_text(value: Any) -> Any:
+    """As in `tp: 2`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _entry(value: Any) -> Any:
@@ -68,7 +77,9 @@ class ReleaseVerify(Verify):
     data: str | None = Field(None, description="text for `run`")
     samples: Annotated[int, Field(gt=0, le=2**20)] = Field(32, description="windows of that text")
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(256, description="tokens of each window")
-    tp: str = Field("1", description="tensor parallel sizes to serve with, as in 1,2,4")
+    tp: Annotated[
+        str, BeforeValidator(_number_as_text, json_schema_input_type=str | Annotated[int, Field(ge=1)])
+    ] = Field("1", description="tensor parallel sizes to serve with, as in 1,2,4")
 
 
 class ReleaseFile(Block):
@@ -204,7 +215,7 @@ def _file(release: str | Path) -> Path:
 def _default_name(document: Document, place: Sequence[str | int], recipe: str) -> str:
     """The recipe's name. InputError if no checkpoint can have it."""
     name = Path(recipe).stem
-    if not _NAME.fullmatch(name) or name.endswith(_FOLDERS):
+    if not _is_name(name):
         where = document.where((*place, "recipe"))
         what = f"`{name[:80]}` cannot name a folder"
         raise InputError(what, where=where, fix="give the checkpoint a `name`")
@@ -239,6 +250,8 @@ def _assignments(
             raise InputError(what, where=where, fix="write for example rules.0.scheme: keep")
         if key == "calibration.data" and isinstance(value, str):
             value = _from_here(document, value)
+        elif key == "calibration" and isinstance(value, dict) and isinstance(value.get("data"), str):
+            value = {**value, "data": _from_here(document, value["data"])}
         try:
             text = json.dumps(value, allow_nan=False)
         except ValueError:

@@ -20,7 +20,7 @@ checkpoints:
       rules.0.match: "*_proj"
       calibration.data: other.txt
     out: s3://bucket/mine
-verify: {full: true, against: true, run: true, data: text.txt}
+verify: {full: true, against: true, run: true, data: text.txt, tp: 2}
 """
 
 
@@ -50,6 +50,7 @@ def test_a_whole_file(tmp_path):
     assert written.place(second, "a/b") == "s3://bucket/mine"
     assert [entry.name for entry in written.only(["mine"])] == ["mine"]
     assert written.only([]) == written.entries
+    assert written.file.verify.tp == "2"
 
 
 def test_changes_reach_recipes_as_those_of_the_command_line_do(tmp_path):
@@ -60,6 +61,13 @@ def test_changes_reach_recipes_as_those_of_the_command_line_do(tmp_path):
     assert recipe.file.calibration.seed == 3
     assert recipe.document.is_overridden("calibration", "seed")
     assert not recipe.document.is_overridden("calibration", "data")
+
+
+def test_a_whole_block_has_its_text_next_to_the_file(tmp_path):
+    text = "checkpoints: [{recipe: w8a8_static, set: {calibration: {data: x.txt, samples: 2}}}]"
+    (entry,) = read(tmp_path, text).entries
+    block = read_recipe(entry.recipe, entry.overrides).file.calibration
+    assert (block.data, block.samples) == (str(tmp_path / "x.txt"), 2)
 
 
 @pytest.mark.parametrize("key", ["rules.7.scheme", "calibration.samples"])
@@ -81,6 +89,7 @@ def test_an_error_in_a_change_names_its_line(tmp_path, key):
         ("checkpoints:\n- recipe: a\n  nam: b", "unknown key `checkpoints.0.nam`", 3),
         ("checkpoints: [a]\nverify: {full: 1}", "`verify.full`: expected true or false", 2),
         ("checkpoints: [a]\nverify: {against: 1}", "`verify.against`: expected true, false, or a", 2),
+        ("checkpoints: [a]\nverify: {tp: true}", "`verify.tp`: expected text", 2),
         ("checkpoints: [a]\ncalibration: {samples: 0}", "`calibration.samples`", 2),
         ("checkpoints:\n- {recipe: a, name: a/b}", "`checkpoints.0.name`: expected a name", 2),
         ("checkpoints:\n- {recipe: a, name: a.partial}", "`checkpoints.0.name`: expected a name", 2),

@@ -137,14 +137,14 @@ def find_headers(model: str, progress: Progress = SILENT) -> Iterator[Path]:
 
 def locate(model: str, progress: Progress = SILENT) -> Located:
     """What `find_headers` gives, until it is closed or the process ends."""
-    from quantcli.checkpoint.hub.repository import choose
-
     if address := address_of(model):
         opened = mount(address, progress)
         return Located(opened.folder, opened)
     folder, asked = _parse(model)
     if asked is None:
         return Located(folder)
+    from quantcli.checkpoint.hub.repository import choose
+
     progress.say(f"no folder {model} here: looking for it on the Hub, or in its cache")
     with _our_errors(model, folder):
         found = _locate(*asked, model, progress)

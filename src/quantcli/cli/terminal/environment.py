@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from quantcli.core.errors import InputError, closest
 COMPLETE = "_QUANTCLI_COMPLETE"  # the shell that asks for a completion
 _PREFIX = "QUANTCLI_"
 _MOST_WORKERS = 1024  # as of --workers
-_COMMANDS = ("calibrate", "inspect", "pack", "quantize", "recommend", "release", "verify")
 
 HELP = {
     "QUANTCLI_WORKERS": "threads, if --workers is not given",
@@ -23,18 +23,19 @@ HELP = {
 }
 
 
-def defaults() -> dict[str, dict[str, Any]]:
-    """The defaults of options that the environment sets, by command. InputError for a bad value.
+def defaults(options: Collection[str]) -> dict[str, Any]:
+    """The defaults that the environment sets for a command with these options. InputError for a bad
+    value of one of them.
 
     A variable that is empty is not set.
     """
     values: dict[str, Any] = {}
-    if workers := os.environ.get("QUANTCLI_WORKERS"):
+    if "workers" in options and (workers := os.environ.get("QUANTCLI_WORKERS")):
         number = int(workers) if workers.isdecimal() and len(workers) < 9 else 0
         if not 1 <= number <= _MOST_WORKERS:
             raise _bad("QUANTCLI_WORKERS", f"a number from 1 to {_MOST_WORKERS}")
         values["workers"] = number
-    if device := os.environ.get("QUANTCLI_DEVICE"):
+    if "device" in options and (device := os.environ.get("QUANTCLI_DEVICE")):
         from quantcli.calibration.resources import check_device
 
         try:
@@ -42,7 +43,7 @@ def defaults() -> dict[str, dict[str, Any]]:
         except InputError:
             raise _bad("QUANTCLI_DEVICE", "cpu, cuda, npu, or one of several, such as cuda:1") from None
         values["device"] = device
-    if executor := os.environ.get("QUANTCLI_EXECUTOR"):
+    if "executor" in options and (executor := os.environ.get("QUANTCLI_EXECUTOR")):
         try:
             parse_executor(executor)
         except InputError:
@@ -54,7 +55,7 @@ def defaults() -> dict[str, dict[str, Any]]:
         raise _bad("QUANTCLI_CACHE", "the absolute path of a folder")
     if os.environ.get("QUANTCLI_KERNELS", "") not in {"", "on", "off"}:
         raise _bad("QUANTCLI_KERNELS", "on or off")
-    return dict.fromkeys(_COMMANDS, values)
+    return values
 
 
 def _bad(name: str, expected: str) -> InputError:

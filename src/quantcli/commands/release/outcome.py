@@ -129,14 +129,13 @@ def released(release: Release, outcomes: Sequence[MemberOutcome]) -> Released:
 
 def _released(outcome: MemberOutcome) -> ReleasedCheckpoint:
     member, written = outcome.member, outcome.written
-    nbytes = written.nbytes if written else member.job.nbytes if outcome.error is None else 0
     planned_notes = member.job.plan.notes
     return ReleasedCheckpoint(
         name=member.name,
         recipe=member.entry.recipe,
         status=outcome.status,
         out=member.job.out.value,
-        bytes=nbytes,
+        bytes=outcome.nbytes,
         shards_reused=written.shards_reused if written else 0,
         notes=[note for note in (written.notes if written else ()) if note not in planned_notes],
         error=_row(outcome.error),

@@ -23,7 +23,7 @@ from quantcli.recipe.release import (
     WrittenRelease,
     read_release,
 )
-from quantcli.recipe.written import read_recipe
+from quantcli.recipe.written import WrittenRecipe, read_recipe
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -122,26 +122,27 @@ class Release:
 def plan_release(
     release: GivenRelease,
     *,
-    model: str | Checkpoint | None = None,
+    model: str | None = None,
     options: ReleaseOptions,
     progress: Progress = SILENT,
 ) -> Release:
     """Check everything that can be checked before the first byte of weights is read.
 
-    release: a file, or a mapping with its content. model: its name, or the checkpoint itself.
+    release: a file, or a mapping with its content. model: in place of the file's.
     InputError for a release of which one checkpoint could not be written, MachineError if all of them
     together do not fit the disk. For a plan that misses a limit of `expect` see `Member`.
     """
     written = read_release(release)
     entries = written.only(options.only)
+    recipes = []
     for entry in entries:
         with naming(entry):
-            read_recipe(entry.recipe, entry.overrides)
-    named = model if isinstance(model, str) else model.path.name if model else written.file.model
+            recipes.append(read_recipe(entry.recipe, entry.overrides))
+    named = written.file.model if model is None else model
     if named is None:
         where = written.document.where(())
         raise InputError("the release has no model", where=where, fix="give --model, or `model:` in it")
-    checkpoint = model if isinstance(model, Checkpoint) else open_model(named, progress)
+    checkpoint = open_model(named, progress)
     verify = verify_options(written, options.page, options.workers, named)
     base = default_name(named, release)
     output = options.out if options.out is not None else written.file.output
@@ -151,12 +152,12 @@ def plan_release(
         check_verification(verify, written, checkpoint, places, progress)
     progress.say(f"planning {count(entries, 'checkpoint')} of {named}")
 
-    from quantcli.convert.spread.run import check_spread
     from quantcli.convert.together import memory_together
 
-    plans = [_plan_of(written, entry, checkpoint, progress) for entry in entries]
-    if options.executor is not None:
-        check_spread(plans[0])
+    plans = []
+    for entry, recipe in zip(entries, recipes, strict=True):
+        with naming(entry):
+            plans.append(_plan_of(written, entry, recipe, checkpoint, progress))
     joint, notes = _calibrated(written, plans, options, output, base, progress)
     if joint is not None:
         for entry, place in zip(entries, places, strict=True):
@@ -234,18 +235,21 @@ def overlap(one: Destination, other: Destination) -> bool:
 
 
 def _plan_of(
-    written: WrittenRelease, entry: ReleaseEntry, checkpoint: Checkpoint, progress: Progress
+    written: WrittenRelease,
+    entry: ReleaseEntry,
+    recipe: WrittenRecipe,
+    checkpoint: Checkpoint,
+    progress: Progress,
 ) -> Plan:
     """The plan of a checkpoint, before its calibration."""
     from quantcli.commands.explain import explain_plan
     from quantcli.planning.planner import make_plan
-    from quantcli.recipe.recipe import load_recipe
+    from quantcli.recipe.recipe import load_recipe, resolve
 
-    with naming(entry):
-        recipe = load_recipe(entry.recipe, entry.overrides)
-        if written.calibration and _needs_data(recipe):
-            recipe = load_recipe(entry.recipe, (*written.calibration, *entry.overrides))
-        plan = make_plan(recipe, checkpoint)
+    resolved = resolve(recipe)
+    if written.calibration and _needs_data(resolved):
+        resolved = load_recipe(entry.recipe, (*written.calibration, *entry.overrides))
+    plan = make_plan(resolved, checkpoint)
     progress.detail(f"checkpoint `{entry.name}`, recipe {entry.recipe}:")
     explain_plan(plan, progress)
     return plan
@@ -325,6 +329,7 @@ def state_of(plan: Plan, out: Destination, *, is_known: bool) -> State:
     is_known: whether the plan has all its numbers, or needs none.
     """
     from quantcli.checkpoint.files import MANIFEST
+    from quantcli.convert.execute import planned_files
 
     manifest = out.manifest()
     if manifest is None:
@@ -333,8 +338,7 @@ def state_of(plan: Plan, out: Destination, *, is_known: bool) -> State:
     digest = head.pop("plan")
     if any(manifest.get(key) != value for key, value in head.items()):
         return "new"
-    planned = {*(shard.file for shard in plan.shards), *plan.sidecars, *plan.copies, MANIFEST}
-    if planned - {MANIFEST} != manifest["files"].keys():
+    if {*planned_files(plan, None)} != {*manifest["files"], MANIFEST}:
         return "new"
     if not is_known:
         return "unsure"

@@ -43,6 +43,13 @@ class MemberOutcome:
         return "done" if self.written is None else "written"
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its files; 0 if it is not there."""
+        if self.error is not None:
+            return 0
+        return self.member.job.nbytes if self.written is None else self.written.nbytes
+
+    @property
     def ok(self) -> bool:
         """Whether it is there, and passed its verification if there was one."""
         return self.error is None and (self.report is None or bool(self.report["ok"]))
@@ -156,6 +163,8 @@ def _verified(
     except QuantError as error:
         names = ", ".join(outcome.member.name for outcome in there)
         what = f"the verification stopped: {error.what}; written, but not verified: {names}"
+        if failed := [outcome.error.what for outcome in outcomes if outcome.error is not None]:
+            what += f"; not written: {'; '.join(failed)}"
         raise type(error)(what, where=error.where, fix=error.fix) from None
     reports = iter(document["checkpoints"] if others else [document])
     return [o if o.error is not None else replace(o, report=next(reports)) for o in outcomes]
