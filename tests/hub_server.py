@@ -19,7 +19,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +65,11 @@ class Fault:
     etag: str | None = None
     size: int | None = None
     location: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of the answer in place of the file."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 @dataclass(frozen=True)
@@ -179,8 +184,7 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.released.wait(fault.hang)
             self.close_connection = True
         elif fault.status:
-            after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            self._send(fault.status, b"try again later", after)
+            self._send(fault.status, b"try again later", fault.headers)
         elif stored:
             self._send_file(stored, {"ETag": f'"{etag_of(stored)}"'}, fault)
         elif match := _API.fullmatch(path):
@@ -356,21 +360,20 @@ def used(folder: Path, cache: Path, handler: type[Handler] = Handler) -> Iterato
             huggingface_hub.close_session()
 
 
-def main() -> None:
-    """Serve a folder until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", type=Path, help="models as ORG/NAME, revisions as ORG/NAME@REVISION")
+def by_hand(about: str, what: str, handler: type[Handler] = Handler) -> None:
+    """Serve a folder until Ctrl-C. about: for --help. what: to do with the address."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=form)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--gated", action="append", default=[], metavar="ORG/NAME")
     arguments = parser.parse_args()
-    with serve(arguments.folder.resolve(), arguments.port) as hub:
+    with serve(arguments.folder.resolve(), arguments.port, handler) as hub:
         hub.gated.update(arguments.gated)
-        print(f"serving {arguments.folder}: export HF_ENDPOINT={hub.address}", flush=True)
-        try:
+        print(f"serving {arguments.folder}: {what}{hub.address}", flush=True)
+        with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            return
 
 
 if __name__ == "__main__":
-    main()
+    by_hand(__doc__, "export HF_ENDPOINT=")

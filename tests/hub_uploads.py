@@ -111,8 +111,7 @@ class Uploads(Handler):
         path = self._path = urlsplit(self.path).path
         fault = self.hub.fault(self.command, path)
         if fault is not None and fault.status:
-            after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            self._send(fault.status, b"not now", after)
+            self._send(fault.status, b"not now", fault.headers)
             return
         if not path.startswith("/stored") and self.headers.get("Authorization") is None:
             self._refuse(401, "Unauthorized", "Invalid credentials")
@@ -137,7 +136,7 @@ class Uploads(Handler):
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
             return 200, {"warnings": [], "errors": []}, {}
-        if match := _BATCH.fullmatch(path):
+        if _BATCH.fullmatch(path):
             return 200, {"transfer": "basic", "objects": self._batch(json.loads(body))}, {}
         if path.startswith("/stored-"):
             return self._keep(path, body)

@@ -8,9 +8,7 @@ It also answers as S3 does for reading: folders of its folder are buckets. By ha
 
 from __future__ import annotations
 
-import argparse
 import html
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 
 from quantcli.checkpoint.remote import reading
-from tests.hub_server import Fault, Handler, Hub, serve, sha256_of
+from tests.hub_server import Fault, Handler, Hub, by_hand, serve, sha256_of
 
 
 class Pages(Handler):
@@ -39,8 +37,9 @@ class Pages(Handler):
         elif fault.location:
             self._send(302, b"", {"Location": fault.location})
         elif fault.status:
-            after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            self._send(fault.status, b"<h1>nothing</h1>", {"Content-Type": "text/html", **after})
+            self._send(
+                fault.status, b"<h1>nothing</h1>", {"Content-Type": "text/html", **fault.headers}
+            )
         elif "list-type" in query:
             self._send(200, self._listed(place, query["prefix"][0]).encode())
         elif place.is_dir() and path.endswith("/") and self.listed:
@@ -72,7 +71,8 @@ class Pages(Handler):
     def _page(self, folder: Path) -> str:
         names = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir())]
         links = ["../", "?C=M;O=A", "https://example.org/model.safetensors", *map(quote, names)]
-        return "".join(f'<a href="{html.escape(link)}">x</a>\n' for link in links)
+        odd = "<![nobody[knows]]>"
+        return odd + "".join(f'<a href="{html.escape(link)}">x</a>\n' for link in links)
 
 
 def tag_of(path: Path) -> str:
@@ -90,19 +90,5 @@ def served(folder: Path, *, listed: bool = True, tagged: bool = True) -> Iterato
         yield web
 
 
-def main() -> None:
-    """Serve a folder until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--port", type=int, default=8000)
-    arguments = parser.parse_args()
-    with serve(arguments.folder.resolve(), arguments.port, Pages) as web:
-        print(f"serving {arguments.folder} at {web.address}", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            return
-
-
 if __name__ == "__main__":
-    main()
+    by_hand(__doc__, "see ", Pages)

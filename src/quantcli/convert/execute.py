@@ -15,7 +15,7 @@ from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import write_spread
 from quantcli.convert.together import begin_together, write_together
 from quantcli.core.cluster.executor import Executor
-from quantcli.core.errors import InputError, QuantError
+from quantcli.core.errors import AccessError, InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.kernels.machine import announced, problem
 from quantcli.core.threads import thread_pool
@@ -134,7 +134,9 @@ def execute_all(
         errors = _write([(order, run) for order, run, _ in runs.values()], options, progress)
         for (number, (order, run, draft)), error in zip(runs.items(), errors, strict=True):
             results[number] = error or _finished(order, run, draft, options)
-            if isinstance(error, InputError) and order.final:
+            # with other credentials a run can continue
+            refused = isinstance(error, InputError) and not isinstance(error, AccessError)
+            if refused and order.final:
                 with suppress(QuantError):  # the error that is reported is the refusal
                     draft.discard()
     return [results[number] for number in range(len(orders))]

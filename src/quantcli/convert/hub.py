@@ -27,6 +27,10 @@ from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
 from quantcli.checkpoint.manifest import whole_manifest
+from quantcli.checkpoint.remote.hub_folder import HubFolder
+from quantcli.checkpoint.remote.mounts import read_header_bytes, write_stub
+from quantcli.checkpoint.remote.origin import Version
+from quantcli.checkpoint.remote.reading import report_to
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
 from quantcli.convert.folder import attempt_folder, copy_file
@@ -46,7 +50,6 @@ _HARMLESS = {*_KEPT, CARD}  # what a repository without a model may have
 _LOOKS_DONE = (MANIFEST, CONFIG, INDEX, CARD)
 _LATE = (CONFIG, MANIFEST)
 _LOCK = ".lock"
-_GUESS = 2**16  # bytes that are asked for first: most headers are shorter
 
 
 @dataclass(frozen=True)
@@ -344,25 +347,19 @@ class HubDraft(Draft):
 
     def verified(self) -> tuple[list[Finding], tuple[str, ...]]:
         """Check the small files together with the headers of shards, as the Hub gives them."""
+        from huggingface_hub import constants
+
         from quantcli.verification.structure import verified
 
         branch = self._branch
+        origin = HubFolder(branch.name, str(branch.commit), branch.url, constants.ENDPOINT)
+        report_to(origin, self._progress)
         for name, sent in self._large.items():
-            self._write_stub(name, sent.nbytes)
+            header = read_header_bytes(origin, name, Version(sent.nbytes, sent.sha256))
+            write_stub(self._scratch.small / name, header, sent.nbytes)
         errors, notes = verified(self._scratch.small)
         here = str(self._scratch.small)
         return errors, tuple(note.replace(here, branch.url) for note in notes)
-
-    def _write_stub(self, name: str, size: int) -> None:
-        """Write the header of a shard, as the Hub gives it, and a hole for its data."""
-        content = self._branch.read(name, self._progress, min(_GUESS, size))
-        end = min(size, 8 + int.from_bytes(content[:8], "little"))
-        if end > len(content):
-            content = self._branch.read(name, self._progress, end)
-        place = self._scratch.small / name
-        with disk_errors(place), place.open("wb") as file:
-            file.write(content[:end])
-            file.truncate(size)
 
     def publish(self) -> None:
         """Commit the small files, the manifest and the card, in this order."""

@@ -50,8 +50,12 @@ def test_what_is_refused_is_repeated_without_secrets(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://[::1", "http://host:99999/a", "https://me:word", "http://a b"]
-)
+    "address",
+    [
+        "http://[::1", "http://host:99999/a", "https://me:word", "http://a b", "http://a..b",
+        f"https://{'a' * 64}.org/a",
+    ],
+)  # fmt: skip
 def test_what_is_not_an_address(address: str) -> None:
     with pytest.raises(InputError, match="not an address"):
         find_model(address)
@@ -99,6 +103,7 @@ def test_pages_that_do_not_tell_all(tmp_path: Path) -> None:
             ("http://host:port/", "what is not an address"),
             ("http://[/", "what is not an address"),
             ("http://host:99999/", "what is not an address"),
+            ("http://a..b/", "what is not an address"),
         ]:
             web.faults = [Fault("/name/config.json", method="HEAD", location=location)]
             with pytest.raises(InputError, match=what):

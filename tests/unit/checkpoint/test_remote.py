@@ -241,6 +241,7 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_names(
     ("fault", "kind", "what"),
     [
         (Fault(FILE, times=9, status=500), MachineError, "cannot be read: the server answers 500"),
+        (Fault(FILE, times=1000, cut=1), MachineError, "cannot be read: the connection was cut"),
         (Fault(FILE, status=403), InputError, "the server refuses access: it answers 403"),
         (Fault(FILE, status=404), InputError, "no such file on the server"),
         (Fault(FILE, whole=True), InputError, "the server does not support range requests"),
@@ -253,7 +254,7 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_names(
         ),
         (Fault(FILE, times=9, location="/org/name/" + FILE), InputError, "redirects without end"),
     ],
-    ids=["500", "403", "404", "whole", "etag", "size", "redirect", "loop"],
+    ids=["500", "cuts", "403", "404", "whole", "etag", "size", "redirect", "loop"],
 )
 def test_what_no_patience_helps(web: Hub, fault: Fault, kind: type[Exception], what: str) -> None:
     stored = open_checkpoint(find_model(f"{web.address}/org/name")).tensors["layers.1.w.weight"]
@@ -482,10 +483,16 @@ def test_what_arrives_after_an_error_is_not_kept(
     web: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was under way when another one failed."""
-    late, written, write = threading.Event(), threading.Event(), mounts.Mount._write
+    fetched, late, written = threading.Event(), threading.Event(), threading.Event()
+    whole, write = mounts.Mount._whole, mounts.Mount._write
+
+    def failing(self: mounts.Mount, name: str) -> None:
+        assert name != "y.txt" or fetched.wait(60)
+        whole(self, name)
 
     def held(self: mounts.Mount, name: str, content: bytes) -> None:
         if name == "z.txt":
+            fetched.set()
             assert late.wait(60)
             write(self, name, content)
             written.set()
@@ -494,6 +501,7 @@ def test_what_arrives_after_an_error_is_not_kept(
 
     for name in ("y.txt", "z.txt"):
         (model / name).write_text("text")
+    monkeypatch.setattr(mounts.Mount, "_whole", failing)
     monkeypatch.setattr(mounts.Mount, "_write", held)
     temporary = tmp_path / "temporary"
     temporary.mkdir()

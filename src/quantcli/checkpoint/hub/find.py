@@ -212,13 +212,11 @@ def _mount_hub(name: str, address: str, progress: Progress) -> Mount:
 def _mount_repository(found: Repository, given: str, progress: Progress) -> Mount:
     from huggingface_hub import constants
 
-    from quantcli.checkpoint.remote.hub_folder import HubFolder
+    from quantcli.checkpoint.remote.hub_folder import HubFolder, listing_of
     from quantcli.checkpoint.remote.mounts import Mount
-    from quantcli.checkpoint.remote.origin import Listing, Version
 
-    files = {name: Version(nbytes, found.hashes[name]) for name, nbytes in found.sizes.items()}
     origin = HubFolder(found.name, found.commit, given, constants.ENDPOINT)
-    return Mount(origin, Listing(files), progress)
+    return Mount(origin, listing_of(found), progress)
 
 
 def _is_cached(repository: Repository) -> bool:

@@ -186,13 +186,12 @@ class Branch:
         there = all(_is(operation, self.files.get(name)) for name, operation in added.items())
         return there and not self.files.keys() & {*gone}
 
-    def read(self, name: str, progress: Progress = SILENT, nbytes: int | None = None) -> bytes:
-        """The content of a small file, or the first `nbytes` bytes of any."""
+    def read(self, name: str, progress: Progress = SILENT) -> bytes:
+        """The content of a small file."""
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        nbytes = self.files[name].nbytes if nbytes is None else nbytes
-        if nbytes > _MOST:
+        if self.files[name].nbytes > _MOST:
             raise InputError(
                 f"`{name}` is too large to be what it should be",
                 where=self.url,
@@ -200,12 +199,10 @@ class Branch:
             )
         url = hf_hub_url(self.name, name, revision=self.commit)
 
-        headers = {**build_hf_headers(), "Range": f"bytes=0-{max(0, nbytes - 1)}"}
-
         def attempt() -> bytes:
-            response = get_session().get(url, headers=headers)
+            response = get_session().get(url, headers=build_hf_headers())
             hf_raise_for_status(response)
-            return bytes(response.content)[:nbytes]
+            return bytes(response.content)
 
         with _talking(self.url, progress):
             return patiently(attempt, f"`{name}`", progress)

@@ -9,6 +9,7 @@ _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.
 _AS_PATH = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/.*", re.DOTALL)
 _LONGEST = 200
+_LONGEST_LABEL = 63  # characters between two dots of a host
 
 
 def address_of(text: str) -> str | None:
@@ -30,7 +31,9 @@ def is_server(text: str) -> bool:
     """Whether `text` is an address of HTTP that a request can go to."""
     try:
         parts = urlsplit(text)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        labels = (parts.hostname or "").removesuffix(".").split(".")  # of a name or an IP address
+        known = all(1 <= len(label) <= _LONGEST_LABEL for label in labels)
+        usable = parts.scheme in {"http", "https"} and known and parts.port != 0
     except ValueError:  # a port that is none, a bracket without its other half
         return False
     return usable and text.isascii() and text.isprintable() and " " not in text

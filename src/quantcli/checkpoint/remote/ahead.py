@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from quantcli.checkpoint.remote.origin import Origin, Version
@@ -118,8 +119,9 @@ class Reader:
     def _wake(self) -> None:
         """Have a thread for what is waiting."""
         if len(self._waiting) > self._free and self._threads < self._connections:
-            self._threads += 1
-            threading.Thread(target=self._serve, name="quantcli-remote", daemon=True).start()
+            with suppress(RuntimeError):  # no thread can be started: whoever reads it fetches it
+                threading.Thread(target=self._serve, name="quantcli-remote", daemon=True).start()
+                self._threads += 1
         self._changed.notify_all()
 
     def _next(self) -> _Piece | None:

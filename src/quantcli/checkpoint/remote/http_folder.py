@@ -173,6 +173,10 @@ class _Links(HTMLParser):
         if tag == "a":
             self.found += [value for key, value in attrs if key == "href" and value]
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Pass over `<![...>`: the base class raises AssertionError for what it does not know."""
+        return self.rawdata.find(">", i) + 1 or -1
+
 
 def _page(folder: WebFolder, url: str) -> str | None:
     """The text of a page of HTML; None if there is none."""

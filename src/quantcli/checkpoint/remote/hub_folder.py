@@ -6,20 +6,29 @@ import http.client
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from quantcli.checkpoint.remote.origin import Listing, Origin, PassingError, Version
-from quantcli.checkpoint.remote.ranges import PLAIN, range_header, read_answer, refused, tag_of
-from quantcli.checkpoint.remote.web import drain, redirected, request
-from quantcli.core.errors import InputError
+from quantcli.checkpoint.remote.ranges import PLAIN, range_header, read_answer, tag_of
+from quantcli.checkpoint.remote.web import MOST_REDIRECTS, REDIRECTS, drain, redirected, request
+from quantcli.core.errors import AccessError, InputError
 from quantcli.core.events import Progress
 
+if TYPE_CHECKING:
+    from quantcli.checkpoint.hub.repository import Repository
+
 _FRESH = 240.0  # seconds for which an address of the storage is used: its signature expires
-_MOST_REDIRECTS = 5
 _REFUSALS = frozenset({400, 401, 403, 404, 410})  # also of a signature that has expired
 _locations: dict[tuple[HubFolder, str], tuple[str, float]] = {}  # of files in storage; since when
 _tags: dict[tuple[HubFolder, str, str], str] = {}  # of files, by the host that answers
 _mutex = threading.Lock()
+
+
+def listing_of(repository: Repository) -> Listing:
+    """The files of a repository, whose hashes are their versions."""
+    sizes, hashes = repository.sizes, repository.hashes
+    return Listing({name: Version(nbytes, hashes[name]) for name, nbytes in sizes.items()})
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,7 @@ class HubFolder(Origin):
         """The files of the commit. Raises what huggingface_hub raises."""
         from quantcli.checkpoint.hub.repository import look_up
 
-        found = look_up(self.repository, self.commit)
-        return Listing({name: Version(n, found.hashes[name]) for name, n in found.sizes.items()})
+        return listing_of(look_up(self.repository, self.commit))
 
     def ask(self, name: str, version: Version, first: int, block: memoryview) -> None:
         """Fill `block`, from where the storage has the file; see the base class."""
@@ -74,10 +82,10 @@ class HubFolder(Origin):
         url = hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.endpoint)
         home = urlsplit(url).netloc
         own = {**build_hf_headers(), **headers}
-        for _ in range(_MOST_REDIRECTS):
+        for _ in range(MOST_REDIRECTS):
             at_home = urlsplit(url).netloc == home  # nobody else gets the token
             with request("GET", url, own if at_home else headers) as response:
-                if response.status in {301, 302, 303, 307, 308}:
+                if response.status in REDIRECTS:
                     url = redirected(url, response, self.where(name))
                     drain(response)
                     continue
@@ -108,10 +116,11 @@ class HubFolder(Origin):
                 raise self.changed(name)
         read_answer(response, self, name, version, first, block)
 
-    def _refused(self, name: str, response: http.client.HTTPResponse) -> InputError:
+    def _refused(self, name: str, response: http.client.HTTPResponse) -> AccessError:
         if response.headers.get("X-Error-Code") == "GatedRepo":
             what = f"`{self.repository}` is gated on the Hub"
-            return InputError(what, fix="accept its licence there and set HF_TOKEN")
-        error = refused(self, name, response.status)
-        error.fix = "set HF_TOKEN to a token that may read it"
-        return error
+            fix = "set HF_TOKEN to a token of somebody who has accepted its licence there"
+            return AccessError(what, fix=fix)
+        what = f"the Hub refuses access: it answers {response.status}"
+        fix = "set HF_TOKEN to a token that may read it"
+        return AccessError(what, where=self.where(name), fix=fix)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from time import sleep
 
 from quantcli.checkpoint.remote.origin import (
@@ -17,10 +15,10 @@ from quantcli.checkpoint.remote.origin import (
 from quantcli.core.errors import MachineError
 from quantcli.core.events import SILENT, Progress
 
+_MOST_CUTS = 100  # of a range, and one more for each _CUT_BYTES of it
+_CUT_BYTES = 2**16
 _AGAIN = "check the network; then run the same command again"
 _listeners: dict[Origin, Progress] = {}
-_mutex = threading.Lock()
-figures: Counter[str] = Counter()  # of this process: requests, bytes, cuts
 
 
 def report_to(origin: Origin, progress: Progress) -> None:
@@ -41,32 +39,25 @@ def listed(origin: Origin, progress: Progress) -> Listing:
 def read_range(origin: Origin, name: str, version: Version, first: int, block: memoryview) -> None:
     """Fill `block` with the bytes of a file from `first` on.
 
-    A body that is cut off goes on at the byte where it stopped; a request without an answer is repeated
-    with longer and longer waits. Raises MachineError if that does not help, and InputError.
+    A body that is cut off goes on at the byte where it stopped. A request without an answer is repeated
+    with longer and longer waits, and so is one that was cut very often. Raises MachineError if that
+    does not help, and InputError.
     """
     progress = _listeners.get(origin, SILENT)
     waits = iter(WAITS)
-    done = 0
+    done, cuts_left = 0, _MOST_CUTS + len(block) // _CUT_BYTES
     while done < len(block):
-        count("requests")
         try:
             origin.ask(name, version, first + done, block[done:])
             break
         except PassingError as passing:
-            if passing.nbytes:
-                count("cuts")
-                done += passing.nbytes
+            done += passing.nbytes
+            if passing.nbytes and cuts_left:
+                cuts_left -= 1
                 waits = iter(WAITS)
                 progress.detail(f"`{name}`: {passing.reason}; going on at byte {first + done:,}")
             else:
                 _wait(origin.where(name), f"`{name}`", passing, next(waits, None), progress)
-    count("bytes", len(block))
-
-
-def count(what: str, number: int = 1) -> None:
-    """Add to the figures of this process."""
-    with _mutex:
-        figures[what] += number
 
 
 def _wait(

@@ -18,13 +18,14 @@ from functools import cache
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from quantcli.checkpoint.remote.address import is_server
 from quantcli.checkpoint.remote.origin import PassingError
 from quantcli.core.errors import InputError, MachineError
 
 _TIMEOUT = 30.0  # seconds until a server has to send something
-_MOST_REDIRECTS = 5
+MOST_REDIRECTS = 5
 _MOST_IDLE = 8  # connections to one server that are kept
-_REDIRECTS = (301, 302, 303, 307, 308)
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # name files of certificates
 _BROKEN = (OSError, http.client.HTTPException)
 
@@ -189,9 +190,9 @@ def followed(
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer behind redirects. InputError, with `where`, for more than a few, and for others than
     to HTTP(S)."""
-    for _ in range(_MOST_REDIRECTS):
+    for _ in range(MOST_REDIRECTS):
         with request(method, url, headers) as response:
-            if response.status not in _REDIRECTS:
+            if response.status not in REDIRECTS:
                 yield response
                 return
             url = redirected(url, response, where)
@@ -204,18 +205,16 @@ def redirected(url: str, response: http.client.HTTPResponse, where: str) -> str:
     allowed = ("https",) if url.startswith("https:") else ("http", "https")
     try:
         location = urljoin(url, response.headers.get("Location", ""))
-        parts = urlsplit(location)
-        usable = bool(parts.hostname) and parts.port != 0 and location.isascii()
-    except ValueError:  # such as a port that is not a number
-        raise InputError(
-            "the server redirects to what is not an address",
-            where=where,
-            fix="take a server that you trust",
-        ) from None
-    if parts.scheme not in allowed or not usable:
-        what = f"the server redirects to another kind of address: {parts.scheme!r:.40}"
-        raise InputError(what, where=where, fix="take a server that you trust")
-    return location
+        scheme = urlsplit(location).scheme
+    except ValueError:  # such as a bracket without its other half
+        location, scheme = "", allowed[0]
+    if scheme not in allowed:
+        what = f"the server redirects to another kind of address: {scheme!r:.40}"
+    elif not is_server(location):
+        what = "the server redirects to what is not an address"
+    else:
+        return location
+    raise InputError(what, where=where, fix="take a server that you trust")
 
 
 def drain(response: http.client.HTTPResponse) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,8 @@ class ObjectDraft(Draft):
         self.journal.remove()
 
     def discard(self) -> None:
-        """Delete all objects of the run."""
+        """Delete all objects of the run. MachineError if another run has taken them over."""
+        self.journal.confirm()
         self.bucket.delete([*sorted(self.journal.files), JOURNAL])
 
     def close(self) -> None:
@@ -163,10 +164,6 @@ class _Origin(Origin):
     bucket: Bucket
     versions: Mapping[str, Version]
     late: Mapping[str, bytes]
-    _objects: ObjectFolder = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_objects", ObjectFolder(self.bucket.place))
 
     @property
     def address(self) -> str:
@@ -179,6 +176,6 @@ class _Origin(Origin):
     def ask(self, name: str, version: Version, first: int, block: memoryview) -> None:
         content = self.late.get(name)
         if content is None:
-            self._objects.ask(name, version, first, block)
+            ObjectFolder(self.bucket.place).ask(name, version, first, block)
         else:
             block[:] = content[first : first + len(block)]
