@@ -253,9 +253,9 @@ def note_stack(
         def note(number: int, hidden: Tensor, carry: Carry) -> None:
             if not specs:
                 specs.extend(state_specs(hidden, number, replay.batches))
-                made = writer(specs)
-                if made is not None:
-                    writers.append(contexts.enter_context(made))
+                opened = writer(specs)
+                if opened is not None:
+                    writers.append(contexts.enter_context(opened))
             for each in writers:
                 each.put(number, hidden, carry)
 

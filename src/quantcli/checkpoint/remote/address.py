@@ -32,8 +32,8 @@ def is_server(text: str) -> bool:
     try:
         parts = urlsplit(text)
         labels = (parts.hostname or "").removesuffix(".").split(".")  # of a name or an IP address
-        known = all(1 <= len(label) <= _LONGEST_LABEL for label in labels)
-        usable = parts.scheme in {"http", "https"} and known and parts.port != 0
+        resolvable = all(1 <= len(label) <= _LONGEST_LABEL for label in labels)
+        usable = parts.scheme in {"http", "https"} and resolvable and parts.port != 0
     except ValueError:  # a port that is none, a bracket without its other half
         return False
     return usable and text.isascii() and text.isprintable() and " " not in text
