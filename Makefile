@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ENGINE := .venv-engine
-# each file of tests in one process: what they share is made once
-PARALLEL := --numprocesses=2 --dist=loadfile
+# Each file of tests in one process: what they share is made once. One process more than CI has cores: many
+# tests wait for a disk or another process.
+PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
