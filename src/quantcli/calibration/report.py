@@ -76,8 +76,7 @@ class LayerReport:
 class StoredReport:
     """A layer's report as the store has it.
 
-    modules:      by name: `tokens`, `routed` if it was shown all tokens, and what else is to be said of
-                  it: numbers and text.
+    modules:      by name: `tokens`, `routed` if it was shown all tokens, and other numbers and texts.
     edits:        the places of vectors by tensor and kind, one of `EDITS`.
     uncalibrated: modules that no token reached.
     taken_from:   by module: whose statistics it takes.

@@ -26,7 +26,7 @@ class Edit:
 
     rows:    factor of each row (of each element of a vector) [n].
     columns: factor of each column [k].
-    value:   the whole new vector, in the tensor's dtype; norms are small.
+    value:   the whole new vector, in the tensor's dtype or float32; norms are small.
     """
 
     rows: StoredTensor | None = None
@@ -50,11 +50,13 @@ class Edit:
         return digest.digest()
 
 
-def _check_spec(stored: StoredTensor | None, dtype: str, shape: tuple[int, ...], where: str) -> None:
+def _check_spec(
+    stored: StoredTensor | None, dtypes: tuple[str, ...], shape: tuple[int, ...], where: str
+) -> None:
     """InputError for a tensor of a calibration with another dtype or shape than what it is for."""
-    if stored is not None and (stored.spec.dtype, stored.spec.shape) != (dtype, shape):
-        sides = ", ".join(map(str, shape))
-        what = f"the calibration has {stored.spec} here, and {dtype} [{sides}] is asked for"
+    if stored is not None and (stored.spec.dtype not in dtypes or stored.spec.shape != shape):
+        expected = f"{' or '.join(dtypes)} [{', '.join(map(str, shape))}]"
+        what = f"the calibration has {stored.spec} here, and {expected} is asked for"
         raise InputError(what, where=f"{where}, in {stored.file}", fix=_ANEW)
 
 
@@ -109,12 +111,12 @@ class Measured:
         edit, spec = self.edits.get(stored.spec.name), stored.spec
         if edit is None:
             return None
-        for kind, dtype, shape in (
-            ("rows", "F32", spec.shape[:1]),
-            ("columns", "F32", spec.shape[1:][-1:]),
-            ("value", spec.dtype, spec.shape),
+        for kind, dtypes, shape in (
+            ("rows", ("F32",), spec.shape[:1]),
+            ("columns", ("F32",), spec.shape[1:][-1:]),
+            ("value", tuple(sorted({spec.dtype, "F32"})), spec.shape),
         ):
-            _check_spec(getattr(edit, kind), dtype, shape, f"`{spec.name}`, {kind} of its edit")
+            _check_spec(getattr(edit, kind), dtypes, shape, f"`{spec.name}`, {kind} of its edit")
         return edit
 
     def stats_of(
@@ -131,7 +133,8 @@ class Measured:
             what = f"the statistics of this module's input lack {', '.join(sorted(absent))}"
             raise InputError(what, where=f"`{module}` ({where})", fix=_ANEW)
         for name, spec in expected.items():
-            _check_spec(there[name], spec.dtype, spec.shape, f"`{module}`, {name} of its statistics")
+            place = f"`{module}`, {name} of its statistics"
+            _check_spec(there[name], (spec.dtype,), spec.shape, place)
         return {name: there[name] for name in expected}
 
     def starved_experts(self) -> Iterator[str]:

@@ -141,7 +141,8 @@ def stored(dtype: str, *shape: int) -> StoredTensor:
         ("rows", "BF16", (3,), "F32 [3]"),
         ("columns", "F32", (3,), "F32 [4]"),
         ("columns", "F32", (4, 1), "F32 [4]"),
-        ("value", "F32", (3, 4), "BF16 [3, 4]"),
+        ("value", "F16", (3, 4), "BF16 or F32 [3, 4]"),
+        ("value", "BF16", (12,), "BF16 or F32 [3, 4]"),
     ],
 )
 def test_an_edit_fits_its_tensor(kind: str, dtype: str, shape: tuple[int, ...], asked: str) -> None:
