@@ -74,7 +74,7 @@ def verify_identity(path: Path, identity: Identity, pool: Pool, progress: Progre
 
 
 def _content(file: Path) -> bytes:
-    """The bytes of a signature. FileNotFoundError if there is none, InputError for anything but a file."""
+    """The bytes of a signature. FileNotFoundError if it is missing, InputError if it is not a file."""
     if not os.path.lexists(file):
         raise FileNotFoundError
     if not file.is_file():
