@@ -37,13 +37,15 @@ from quantcli.calibration.text.dataset import (
     load_dataset,
     model_limits,
     source_digest,
+    text_digest,
+    tokenizer_files,
 )
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.core.text import count
-from quantcli.planning.measured import Measured
+from quantcli.planning.measured import Basis, Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
@@ -56,6 +58,7 @@ class Session:
 
     root:   the folder that was given. folder: its own, within that one if it holds several.
     reason: why it is not the calibration that is there; empty if there is none, or it is that.
+    basis:  what it is made of; the text of a data set is not known before it is read.
     """
 
     plan: Plan
@@ -63,6 +66,7 @@ class Session:
     folder: Path
     source: TextSource
     key: Key
+    basis: Basis
     layers_done: int
     complete: bool
     reason: str = ""
@@ -110,6 +114,8 @@ def prepare_session(
         check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
     _check_running(plan)
+    basis = _basis(plan, source)
+    _check_text(plan, basis.text, source.where)
     key = _key(plan, source_digest(source, plan.checkpoint.path))
     taken = None if others is None else [Place(other.folder, other.key) for other in others]
     place = place_of(folder, key, fresh=fresh, taken=taken)
@@ -117,7 +123,27 @@ def prepare_session(
         check_writable(place.folder)
         check_free(place.folder)
     done = place.done, place.complete, place.reason
-    return Session(plan, folder, place.folder, source, key, *done)
+    return Session(plan, folder, place.folder, source, key, basis, *done)
+
+
+def _basis(plan: Plan, source: TextSource) -> Basis:
+    """What a calibration is made of, as far as files tell."""
+    of_ids = source.examples is not None and source.examples.ids
+    files = {} if of_ids else tokenizer_files(plan.checkpoint.path)
+    return Basis(text_digest(source), files, _tool(plan))
+
+
+def _check_text(plan: Plan, sha256: str | None, where: str) -> None:
+    """InputError if the text is not the one whose sha256 the recipe has. sha256: None: not known."""
+    asked = block_of(plan).sha256
+    if asked is None or sha256 is None or asked == sha256:
+        return
+    raise InputError(
+        f"this is another text than the recipe's: its sha256 is {sha256}, the recipe's is {asked}",
+        where=where,
+        fix="give the recipe's text with --data FILE; or take this one with "
+        "--set calibration.sha256=null",
+    )
 
 
 def _key(plan: Plan, data: str) -> Key:
@@ -188,7 +214,10 @@ def _batch_tokens(plan: Plan, block: Calibration) -> int:
 def load(session: Session) -> Measured:
     """A finished calibration."""
     folder, layers = finished(session.folder, session.key)
-    return load_measured(folder, layers, session.key.modules)
+    measured = load_measured(folder, layers, session.key.modules)
+    if measured.basis is not None:
+        _check_text(session.plan, measured.basis.text, session.source.where)
+    return measured
 
 
 def load_for(plan: Plan, folder: Path) -> list[Measured]:
@@ -242,8 +271,9 @@ def run_together(
     with ExitStack() as stack:
         shares = []
         for session, calibration in zip(sessions, runs, strict=True):
-            tool = _tool(session.plan)
-            store = Store(session.folder, session.key, len(skeleton.layers), tool, fresh=fresh)
+            basis = replace(session.basis, text=texts[session.key.data].text)
+            _check_text(session.plan, basis.text, session.source.where)
+            store = Store(session.folder, session.key, len(skeleton.layers), basis, fresh=fresh)
             stack.callback(store.close)
             shares.append(Share(calibration, store, session.name))
         try:

@@ -35,7 +35,7 @@ from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError
-from quantcli.planning.measured import Edit, EditFactors, Measured
+from quantcli.planning.measured import Basis, Edit, EditFactors, Measured
 from quantcli.recipe.methods import recipe_methods
 
 HEAD = "calibration.json"
@@ -60,10 +60,13 @@ def layer_file(index: int) -> str:
 class Store:
     """The folder of one calibration, locked while it is open."""
 
-    def __init__(self, folder: Path, key: Key, layers: int, tool: str, *, fresh: bool = False) -> None:
-        """Open or begin it. tool: the versions that compute.
+    def __init__(
+        self, folder: Path, key: Key, layers: int, basis: Basis, *, fresh: bool = False
+    ) -> None:
+        """Open or begin it.
 
-        InputError if the folder is not a calibration, has another key, or was begun by other versions.
+        InputError if the folder is not a calibration, has another key, or was begun by other versions
+        or with other rows of a data set.
         """
         self.folder = folder
         self.layers = layers
@@ -77,20 +80,25 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            self._same_tool(tool)
-            document = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
+            self._same(basis)
+            document = {"version": _VERSION, "layers": layers, **asdict(basis), **asdict(key)}
             write_file(folder / HEAD, (json.dumps(document, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
 
-    def _same_tool(self, tool: str) -> None:
-        if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
-            raise InputError(
-                "the calibration was begun by other versions of quantcli, torch or transformers",
-                where=str(self.folder),
-                fix=_anew(self.folder),
-            )
+    def _same(self, basis: Basis) -> None:
+        if not self._begun:
+            return
+        before = read_basis(self.folder)
+        what = "by other versions of quantcli, torch or transformers"
+        if before.tool == basis.tool:
+            if before.text in {None, basis.text}:
+                return
+            what = "with another text: the data set has other rows since"
+        raise InputError(
+            f"the calibration was begun {what}", where=str(self.folder), fix=_anew(self.folder)
+        )
 
     def _clear(self) -> None:
         with disk_errors(self.folder):
@@ -231,6 +239,18 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
     return Key(**{name: head[name] for name in kinds}), layers
 
 
+def read_basis(folder: Path) -> Basis:
+    """What the calibration in `folder` was made of, as far as it says."""
+    head = read_json_file(folder / HEAD)
+    text, tokenizer, tool = (head.get(name) for name in ("text", "tokenizer", "tool"))
+    files = tokenizer.items() if isinstance(tokenizer, dict) else ()
+    return Basis(
+        text if isinstance(text, str) else None,
+        {name: sha256 for name, sha256 in files if isinstance(sha256, str)},
+        tool if isinstance(tool, str) else "",
+    )
+
+
 def further_folders(folder: Path) -> list[Path]:
     """The folders of further calibrations in that of one."""
     if not os.path.isdir(folder):  # noqa: PTH112 - false for a name that is too long
@@ -306,7 +326,9 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
             if modules is None or module in modules
         }
         experts |= expert_tokens(report["modules"])
-    return Measured(stats, edits, edited, tuple(sorted(no_tokens)), taken_from, experts)
+    unreached = tuple(sorted(no_tokens))
+    basis = read_basis(folder)
+    return Measured(stats, edits, edited, unreached, taken_from, experts, basis)
 
 
 def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:

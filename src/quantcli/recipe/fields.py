@@ -128,6 +128,9 @@ class Calibration(Block):
     """The text that runs through the model, for schemes that measure inputs and for methods."""
 
     data: str | None = Field(None, description="text file, jsonl, or datasets:ID")
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="of the text; another one is refused"
+    )
     samples: Annotated[int, Field(gt=0, le=2**20)] = Field(128, description="number of samples")
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(512, description="tokens of each sample")
     seed: int = Field(0, description="seed of the choice of samples")
