@@ -10,9 +10,10 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - recommend: the shipped recipes for a model on a device, the best first
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
+- reproduce: make one again by its recipe, and compare every byte
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation, Released: the results
+  Outliers, Support, Recommendation, Released, Reproduction: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
         Planned,
         Recommendation,
         Repacked,
+        Reproduction,
         Support,
         Verification,
     )
     from quantcli.commands.steps import Job
+    from quantcli.commands.trust.api import reproduce
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
@@ -66,6 +69,7 @@ _HOME = {
     "quantize": "commands.api",
     "recommend": "commands.api",
     "release": "commands.release.api",
+    "reproduce": "commands.trust.api",
     "Released": "commands.release.outcome",
     "support": "commands.api",
     "verify": "commands.api",
@@ -79,6 +83,7 @@ _HOME = {
     "Planned": "commands.results",
     "Recommendation": "commands.results",
     "Repacked": "commands.results",
+    "Reproduction": "commands.results",
     "Support": "commands.results",
     "Verification": "commands.results",
     "AnswerNo": "core.errors",
@@ -105,6 +110,7 @@ __all__ = [
     "Recommendation",
     "Released",
     "Repacked",
+    "Reproduction",
     "Support",
     "Verification",
     "__version__",
@@ -116,6 +122,7 @@ __all__ = [
     "quantize",
     "recommend",
     "release",
+    "reproduce",
     "support",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from quantcli.calibration.text.dataset import (
     text_digest,
     tokenizer_files,
 )
+from quantcli.calibration.text.documents import HUB
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
@@ -98,16 +100,21 @@ def prepare_session(
     fresh: bool = False,
     examples: Examples | None = None,
     others: Sequence[Session] | None = None,
+    data: str | None = None,
 ) -> Session:
-    """Run all checks that need no weights. out: the folder of the checkpoint to be written. examples:
-    the data, in place of what the recipe names. others: the sessions so far that share the folder, with
-    any text and edits; None: those that are there must have the same.
+    """Run all checks that need no weights.
+
+    out: the folder of the checkpoint to be written.
+    examples, data: samples or a text, in place of what the recipe names.
+    others: the sessions so far that share the folder, with any text and edits; None: those that are
+        there must have the same.
 
     InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
     calibration, or cannot hold one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
-    source = _source(plan, examples)
+    source = _source(plan, examples, data)
+    _must_be_given(plan, source)
     if plan.checkpoint.in_memory:
         check_source(source, plan.checkpoint.path, "give the `tokenizer` of the model, or token ids")
     else:
@@ -133,6 +140,19 @@ def _basis(plan: Plan, source: TextSource) -> Basis:
     return Basis(text_digest(source), files, _tool(plan))
 
 
+def _must_be_given(plan: Plan, source: TextSource) -> None:
+    """InputError for the text of a recipe in a checkpoint, which has its name and its sha256 alone."""
+    sha256 = block_of(plan).sha256
+    if sha256 is None or source.examples is not None or source.data.startswith(HUB):
+        return
+    if not os.path.lexists(source.data):
+        raise InputError(
+            f"text `{Path(source.data).name:.200}` does not exist; its sha256 is {sha256}",
+            where=source.where,
+            fix="give the file with --data FILE",
+        )
+
+
 def _check_text(plan: Plan, sha256: str | None, where: str) -> None:
     """InputError if the text is not the one whose sha256 the recipe has. sha256: None: not known."""
     asked = block_of(plan).sha256
@@ -141,8 +161,8 @@ def _check_text(plan: Plan, sha256: str | None, where: str) -> None:
     raise InputError(
         f"this is another text than the recipe's: its sha256 is {sha256}, the recipe's is {asked}",
         where=where,
-        fix="give the recipe's text with --data FILE; or take this one with "
-        "--set calibration.sha256=null",
+        fix="give the recipe's text with --data FILE; for another one, leave `calibration.sha256` out "
+        "of the recipe",
     )
 
 
@@ -152,7 +172,7 @@ def _key(plan: Plan, data: str) -> Key:
     return key_of(plan, block, dtype_of(plan), data=data, batch=batch)
 
 
-def _source(plan: Plan, examples: Examples | None) -> TextSource:
+def _source(plan: Plan, examples: Examples | None, data: str | None) -> TextSource:
     recipe, block = plan.recipe, block_of(plan)
     if block.data is None:
         methods = methods_of(plan)
@@ -163,11 +183,12 @@ def _source(plan: Plan, examples: Examples | None) -> TextSource:
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),
-            fix="give the recipe `calibration: {data: FILE}`, or --set calibration.data=FILE",
+            fix="give the recipe `calibration: {data: FILE}`, or --data FILE",
         )
+    where = NAME if examples is not None else f"--data {data}" if data is not None else None
     return TextSource(
-        data=recipe.data_path(),
-        where=recipe.where("calibration", "data") if examples is None else NAME,
+        data=recipe.data_path() if data is None else data,
+        where=where or recipe.where("calibration", "data"),
         samples=block.samples,
         length=block.length,
         seed=block.seed,

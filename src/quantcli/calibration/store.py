@@ -34,7 +34,7 @@ from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
-from quantcli.core.errors import InputError, QuantError
+from quantcli.core.errors import InputError, QuantError, other_version
 from quantcli.planning.measured import Basis, Edit, EditFactors, Measured
 from quantcli.recipe.methods import recipe_methods
 
@@ -229,12 +229,12 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
     if isinstance(version, int) and version < _VERSION:
         what = "the calibration there is of an earlier version, which kept other things"
         raise InputError(what, where=str(folder), fix=_anew(folder))
-    if not isinstance(layers, int) or version != _VERSION:
-        raise InputError(
-            "the calibration cannot be read by this version", where=str(folder), fix=_anew(folder)
-        )
+    if version != _VERSION:
+        raise other_version("calibration", version, _VERSION, str(folder))
     kinds = {field.name: str if field.name in {"model", "data"} else dict for field in fields(Key)}
-    if not all(isinstance(head.get(name), kind) for name, kind in kinds.items()):
+    if not isinstance(layers, int) or not all(
+        isinstance(head.get(name), kind) for name, kind in kinds.items()
+    ):
         raise InputError("the calibration is damaged", where=str(folder / HEAD), fix=_anew(folder))
     return Key(**{name: head[name] for name in kinds}), layers
 

@@ -14,6 +14,7 @@ from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor, encode_header, layout
+from quantcli.checkpoint.manifest import VERSION as MANIFEST_VERSION
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
@@ -366,7 +367,7 @@ class Work:
     def manifest(self) -> dict[str, Any]:
         """The manifest without its files: no times, no paths of this machine."""
         return {
-            "manifest_version": 1,
+            "manifest_version": MANIFEST_VERSION,
             "tool": tool_of(self.packages),
             "plan": self.digest,
             "source": {

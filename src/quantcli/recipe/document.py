@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from quantcli.core.errors import InputError, MachineError, one_of
+from quantcli.core.errors import InputError, MachineError, one_of, other_version
 
 MAX_BYTES = 2**18
 _MAX_DEPTH = 20
@@ -21,6 +21,8 @@ _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _TEXT = "it is a short text file in YAML"
 _QUOTE = 'put quotes around text that begins with a star, such as "*_proj"'
+
+VERSION = 1  # of the form of recipes and release files
 
 MAPPING = "the recipe"  # the name of one that is not a file
 
@@ -85,6 +87,15 @@ class Document:
         self.places = {k: v for k, v in self.places.items() if k[: len(below)] != below}
         self.places[below] = flag
         self.overridden.add(below)
+
+    def check_version(self, noun: str) -> None:
+        """InputError for a `version` that is not read here: before unknown keys are, which it may have.
+
+        noun: what the file is.
+        """
+        version = self.data.get("version")
+        if version is not None and (type(version) is not int or version != VERSION):
+            raise other_version(noun, version, VERSION, self.where(("version",)))
 
     def is_overridden(self, *place: str | int) -> bool:
         """Whether a value is not the file's own, but an override's."""

@@ -110,6 +110,9 @@ Size = Annotated[
 ]
 
 
+FileVersion = Annotated[Literal[1] | None, Field(description="of the form of this file [default: 1]")]
+
+
 class Expect(Block):
     """Limits of the plan; a run that would miss one is refused before it begins."""
 
@@ -188,6 +191,7 @@ class RuleFile(Block):
 class RecipeFile(Block):
     """A recipe file."""
 
+    version: FileVersion = None
     target: str | dict[str, Any] = Field(description="the format to write")
     rules: list[RuleFile] = Field(min_length=1, description="first match wins")
     model: str | None = Field(None, description="directory, Hub id or address; --model wins")
