@@ -28,12 +28,14 @@ from quantcli.checkpoint.files import (
     has_byte_order_mark,
     list_files,
 )
-from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
+from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
+from quantcli.core.untrusted.names import file_name_fault, tensor_name_fault
+from quantcli.core.untrusted.tables import parse_json, read_bytes, read_table
 
 CONFIG = "config.json"
 # Keys of config.json, at any level. Source: vllm 0.32.0,
@@ -60,7 +62,6 @@ BELOW = "weights in a folder below the model"
 _BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
 _FEW_SHARDS = 16
 _SHORT = 2**19  # bytes of an index or of a header: some 4,000 tensors
-_MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 
 @dataclass(frozen=True)
@@ -266,20 +267,8 @@ def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[s
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """A JSON object that came with a model: size-limited, duplicate keys refused."""
-    table = _parse_file(path)
-    if not isinstance(table, dict):
-        raise InputError(f"{path.name} must hold a JSON object", where=str(path))
-    return table
-
-
-def _parse_file(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
-        return parse_json(path.read_bytes(), str(path), "fetch the file again")
-    except OSError as error:
-        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
+    """A JSON object that came with a model: see `read_table`."""
+    return dict(read_table(path).value)
 
 
 def _is_part(entry: dict[str, Any], root: Path) -> InputError:
@@ -301,15 +290,15 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
         raise InputError("`weight_map` of the index is empty", where=where)
     sound: set[str] = set()
     for tensor, shard in weight_map.items():
-        if fault := name_fault(tensor):
+        if fault := tensor_name_fault(tensor):
             raise InputError(fault, where=where)
         if isinstance(shard, str) and shard in sound:
             continue
         place, shard_text = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
         if not isinstance(shard, str):
             raise InputError(f"{shard_text} is not the name of a file", where=place)
-        if not shard.isprintable() or shard in {"", ".", ".."} or re.search(r"[/\\]", shard):
-            raise InputError(f"file name {shard_text} is not one in the model directory", where=place)
+        if fault := file_name_fault(shard, folders=False):
+            raise InputError(fault, where=place)
         if shard.lower().endswith(PICKLES):
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
@@ -405,7 +394,8 @@ def _weights_below(root: Path, files: dict[str, int]) -> list[str]:
 
     Folders that modules.json names are parts of a pipeline of sentence embeddings, and stay.
     """
-    stages = _parse_file(root / STAGES) if STAGES in files else []
+    path = root / STAGES
+    stages = parse_json(read_bytes(path), str(path)) if STAGES in files else []
     entries = stages if isinstance(stages, list) else []
     kept = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     folders = {name: name.rpartition("/")[0] for name in files if name.lower().endswith(_BELOW)}

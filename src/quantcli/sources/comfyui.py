@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import is_quantized
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.checkpoint.header import StoredTensor, parse_json, read_header
+from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.number_types import ELEMENTS
+from quantcli.core.untrusted.tables import parse_json
 from quantcli.sources.base import AGAIN, Source, SourceFormat, Tensors, matrix, needed, wrong
 from quantcli.sources.blocks import Blocks, as_swizzled, one_number, tiles_of, with_shape
 

@@ -31,9 +31,9 @@ from quantcli.calibration.text.documents import (
     sentence,
 )
 from quantcli.calibration.text.examples import NAME, Examples
-from quantcli.checkpoint.header import parse_json
 from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.tables import parse_json
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",
