@@ -226,7 +226,7 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
     with _whole(folder / HEAD):
         head = read_json_file(folder / HEAD)
     version, layers = head.get("version"), head.get("layers")
-    if isinstance(version, int) and version < _VERSION:
+    if type(version) is int and version < _VERSION:
         what = "the calibration there is of an earlier version, which kept other things"
         raise InputError(what, where=str(folder), fix=_anew(folder))
     if version != _VERSION:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantcli import __version__
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.core.errors import InputError, other_version
@@ -54,6 +55,12 @@ def has_recipe(table: Mapping[str, Any], path: Path) -> bool:
     if not isinstance(text, str) or not path.is_file():
         return False
     return path.read_bytes() == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
+
+
+def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
+    """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""
+    tool: dict[str, Any] = {"name": "quantcli", "version": __version__}
+    return {**tool, "packages": dict(packages)} if packages else tool
 
 
 def tool_text(tool: Any) -> str:

@@ -404,13 +404,13 @@ class Reproduction(Result):
     ok:          whether all bytes are the same.
     checkpoint:  the folder, the Hub id or the address.
     model:       likewise.
-    difference:  the first one: "file", "tensor", "index", "stored", "made", "count"; None without any.
+    difference:  the first one: "file", "tensor", "index", "stored", "planned", "count"; None without any.
     differences: one for each tensor and file that differs.
     summary:     the first difference as a sentence; None without any.
     files:       how many files were compared.
     tensors:     how many tensors.
     bytes:       of all files, without the manifest.
-    statistics:  "recorded" and "made": sha256 of the calibration's results; None without a calibration.
+    statistics:  "recorded" and "now": sha256 of the calibration's results; None without a calibration.
     made_by:     the versions that made the checkpoint.
     here:        the versions that made it again.
     notes:       remarks, such as on what was not recorded.

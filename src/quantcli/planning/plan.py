@@ -15,6 +15,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor, encode_header, layout
 from quantcli.checkpoint.manifest import VERSION as MANIFEST_VERSION
+from quantcli.checkpoint.manifest import tool_of
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
@@ -189,7 +190,7 @@ def _found_for(item: Item) -> bytes:
     if not isinstance(item, Repack) and item.edit is not None:
         content += item.edit.digest()
     is_scale = isinstance(item, CacheScale) and item.ready
-    return content + (bytes(tensor_bytes(read_tensor(item.source))) if is_scale else b"")
+    return content + bytes(tensor_bytes(read_tensor(item.source)) if is_scale else b"")
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,6 @@ class Shard:
     def by_columns(self) -> set[str]:
         """The names of tensors whose columns hold the rows of a weight."""
         return {out.spec.name for item in self.items for out in item.outputs if out.axis}
-
-
-def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
-    """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""
-    tool: dict[str, Any] = {"name": "quantcli", "version": __version__}
-    return {**tool, "packages": dict(packages)} if packages else tool
 
 
 def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
@@ -370,8 +365,8 @@ class Work:
             "manifest_version": MANIFEST_VERSION,
             "tool": tool_of(self.packages),
             "plan": self.digest,
-            "source": {
-                **({"id": self.checkpoint.hub_id} if self.checkpoint.hub_id else {}),
+            "source": ({"id": i} if (i := self.checkpoint.hub_id) else {})
+            | {
                 "fingerprint": self.checkpoint.fingerprint,
                 "tensors": len(self.checkpoint.on_disk),
                 "bytes": self.checkpoint.nbytes,
@@ -401,8 +396,8 @@ class Work:
     @cached_property
     def _found(self) -> dict[str, bytes]:
         """sha256 of what calibration found for an item, by the name of its tensor."""
-        found = ((item.source.spec.name, _found_for(item)) for item in self.items)
-        return {name: hashlib.sha256(content).digest() for name, content in found if content}
+        found = ((i.source.spec.name, _found_for(i)) for i in self.items)
+        return {name: hashlib.sha256(each).digest() for name, each in found if each}
 
     @cached_property
     def digest(self) -> str:
@@ -425,8 +420,10 @@ class Work:
                 elif isinstance(item, Repack):
                     formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
                     how = f"pack {formats} {item.module.layout.label} {item.numerics}"
-                digest.update(f"{item.source.spec.name}\0{how}{item.source.kind}\n".encode())
-                digest.update(self._found.get(item.source.spec.name, b""))
+                name = item.source.spec.name
+                digest.update(
+                    f"{name}\0{how}{item.source.kind}\n".encode() + self._found.get(name, b"")
+                )
         for name, content in sorted(self.sidecars.items()):
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         digest.update(json.dumps(sorted(self.copies.items())).encode())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE
 from quantcli.checkpoint.hub import find_model
-from quantcli.checkpoint.manifest import has_recipe, read_manifest, tool_text
+from quantcli.checkpoint.manifest import has_recipe, read_manifest, tool_of, tool_text
 from quantcli.commands.job import open_model
 from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.disk import disk_errors
@@ -283,12 +283,12 @@ def _data(attempt: Attempt, plan: Plan) -> str | None:
         return wish.data
     if name.startswith(HUB) or is_sample_text(plan.recipe.data_path()):
         return None
-    known = f" (sha256 {recorded.text})" if recorded.text else ""
+    digest = f" (sha256 {recorded.text})" if recorded.text else ""
     fix = _GIVE
     if name == NAME:
         fix = "call quantcli.reproduce with these `example_inputs`"
     raise InputError(
-        f"the checkpoint was calibrated on the text `{name:.200}`{known}, which is needed again",
+        f"the checkpoint was calibrated on the text `{name:.200}`{digest}, which is needed again",
         where=wish.checkpoint,
         fix=fix,
     )
@@ -308,7 +308,6 @@ def _compare(
 ) -> dict[str, Any]:
     """Compare all files; the weight files that an interrupted run found equal are not read again."""
     from quantcli.planning.files import source_files
-    from quantcli.planning.plan import tool_of
     from quantcli.verification.again.whole import Whole
     from quantcli.verification.spread.pool import Pool
 
@@ -364,13 +363,13 @@ def _shards(attempt: Attempt, whole: Whole, pool: Any, progress: Progress) -> It
 
 def _document(attempt: Attempt, plan: Work, whole: Whole, differences: list[Unlike]) -> dict[str, Any]:
     """The outcome, JSON-able."""
-    from quantcli.planning.plan import Plan, tool_of
+    from quantcli.planning.plan import Plan
 
     recorded, statistics = attempt.recorded, None
     made_by, here = tool_text(attempt.manifest.get("tool")), tool_text(tool_of(plan.packages))
     block = plan.manifest().get("calibration") if isinstance(plan, Plan) else None
     if block is not None:
-        statistics = {"recorded": recorded.statistics, "made": block["statistics"]}
+        statistics = {"recorded": recorded.statistics, "now": block["statistics"]}
     if block is not None and recorded.tool is not None:
         made_by, here = (
             f"{t}; calibrated by {c}" for t, c in ((made_by, recorded.tool), (here, block["tool"]))

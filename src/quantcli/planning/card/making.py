@@ -104,11 +104,11 @@ def _calibration(plan: Plan) -> str:
         return "No data was needed: the numbers follow from the weights alone."
     name = name_of_data(block.data or "")
     sha256 = (plan.basis and plan.basis.text) or block.sha256
-    known = f" (sha256 {code(sha256)})" if sha256 else ""
+    digest = f" (sha256 {code(sha256)})" if sha256 else ""
     methods = ", ".join(code(method.name) for method in plan.methods)
     return (
         f"Calibrated on {count(block.samples, 'sample')} of up to {count(block.length, 'token')} from "
-        f"{code(name)}{known}, with {methods}."
+        f"{code(name)}{digest}, with {methods}."
     )
 
 

@@ -32,13 +32,13 @@ class Unlike:
     """A difference of a checkpoint from what its plan would write.
 
     file:   that differs. tensor, index: the first element in it; None if it is not about numbers.
-    stored: what the checkpoint has. made: what the plan makes.
+    stored: what the checkpoint has. planned: what this run makes.
     count:  how many elements of the tensor differ, or 1.
     """
 
     file: str
     stored: str
-    made: str
+    planned: str
     tensor: str | None = None
     index: tuple[int, ...] | None = None
     count: int = 1
@@ -46,17 +46,17 @@ class Unlike:
     def __str__(self) -> str:
         """As a sentence."""
         if self.tensor is None:
-            return f"`{self.file}` {self.stored}; this run makes {self.made}"
+            return f"`{self.file}` {self.stored}; this run makes {self.planned}"
         place = "" if self.index is None else f"[{', '.join(map(str, self.index))}]"
         more = f" ({self.count - 1:,} more differ)" if self.count > 1 else ""
         where = f"`{self.tensor}`{place} in `{self.file}`"
-        return f"{where} is {self.stored}; this run makes {self.made}{more}"
+        return f"{where} is {self.stored}; this run makes {self.planned}{more}"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able data."""
         index = None if self.index is None else list(self.index)
         named = {"file": self.file, "tensor": self.tensor, "index": index}
-        return {**named, "stored": self.stored, "made": self.made, "count": self.count}
+        return {**named, "stored": self.stored, "planned": self.planned, "count": self.count}
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Whole:
         planned = {spec.name: spec for spec in shard.tensors}
         found = False
         for name in sorted(planned.keys() | tensors.keys()):
-            stored, made = (tensors[name].spec if name in tensors else None), planned.get(name)
-            if stored != made:
+            stored, spec = (tensors[name].spec if name in tensors else None), planned.get(name)
+            if stored != spec:
                 found = True
                 absent = "not there"
-                yield Unlike(shard.file, str(stored or absent), str(made or absent), name)
+                yield Unlike(shard.file, str(stored or absent), str(spec or absent), name)
         with disk_errors(path), path.open("rb") as file:
             header = file.read(len(shard.header))
         if not found and header != shard.header:
@@ -180,11 +180,11 @@ class Whole:
 
     def others(self) -> list[str]:
         """Names of files of the folder that the manifest does not list."""
-        known = {*self.manifest["files"], MANIFEST}
+        listed = {*self.manifest["files"], MANIFEST}
         with disk_errors(self.folder):
             files = (path for path in self.folder.rglob("*") if path.is_file())
             names = [path.relative_to(self.folder).as_posix() for path in files]
-        return sorted(name for name in names if name not in known)
+        return sorted(name for name in names if name not in listed)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _compared(
     with ExitStack() as stack:
         stored = StoredParts(common.tensors, stack)
         for rows in compute(Job(item, start, stop), whole.plan.target, calibrated):
-            blocks = (stored.block(output, first, made) for output, first, made in rows.written)
+            blocks = (stored.block(output, first, expected) for output, first, expected in rows.written)
             found = (block.difference() for block in blocks)
             merge(differences, {each.name: each for each in found if each})
             progress.advance(rows.nbytes)
@@ -223,27 +223,27 @@ def without_figures(card: bytes) -> bytes:
     return card if blank is None else blank.encode()
 
 
-def _texts(name: str, stored: bytes, made: bytes) -> tuple[str, str]:
+def _texts(name: str, stored: bytes, planned: bytes) -> tuple[str, str]:
     """What two contents of a generated file differ in: a key of JSON, else a line."""
     if name.endswith(".json"):
         try:
-            change = change_of(json.loads(stored), json.loads(made))
+            change = change_of(json.loads(stored), json.loads(planned))
         except (ValueError, RecursionError):
             change = None
         if change is not None:
             return _halves(change)
-    lines = (content.decode(errors="replace").splitlines() for content in (stored, made))
-    for number, (ours, theirs) in enumerate(zip_longest(*lines), 1):
-        if ours != theirs:
-            return f"has {ours!r:.120} in line {number}", f"{theirs!r:.120}"
-    at = _first(stored, made)
-    return f"has another byte {at}", f"{len(made):,} bytes"
+    lines = (content.decode(errors="replace").splitlines() for content in (stored, planned))
+    for number, (line, other) in enumerate(zip_longest(*lines), 1):
+        if line != other:
+            return f"has {line!r:.120} in line {number}", f"{other!r:.120}"
+    at = _first(stored, planned)
+    return f"has another byte {at}", f"{len(planned):,} bytes"
 
 
 def _halves(change: str) -> tuple[str, str]:
-    """A change of a JSON document as what is stored and what is made."""
-    stored, _, made = change.partition("; the recipe makes ")
-    return f"has another value: {stored}", made
+    """A change of a JSON document as what is stored and what is planned."""
+    stored, _, planned = change.partition("; the recipe makes ")
+    return f"has another value: {stored}", planned
 
 
 def _without_tool(head: Mapping[str, Any]) -> dict[str, Any]:
