@@ -242,11 +242,11 @@ def assignments(values: _Assignments) -> tuple[str, ...]:
         for value in values:
             check("set", value, str)
         return tuple(values)
-    import json
+    from quantcli.core.untrusted.yaml_text import write_value
 
     try:
         return tuple(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            f"{key}={value if isinstance(value, str) else write_value(value)}"
             for key, value in values.items()
         )
     except (TypeError, ValueError, RecursionError) as error:

@@ -404,7 +404,7 @@ class Reproduction(Result):
     ok:          whether all bytes are the same.
     checkpoint:  the folder, the Hub id or the address.
     model:       likewise.
-    difference:  the first one: "file", "tensor", "index", "stored", "planned", "count"; None without any.
+    difference:  "file", "tensor", "index", "stored", "planned", "count" of the first one; None without.
     differences: one for each tensor and file that differs.
     summary:     the first difference as a sentence; None without any.
     files:       how many files were compared.
