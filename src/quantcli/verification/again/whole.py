@@ -149,7 +149,7 @@ class Whole:
             yield Unlike(MANIFEST, f"{here} `{name}`", f"one that {there} it")
         head = self.plan.manifest()
         stored = {key: value for key, value in self.manifest.items() if key not in {"files", "sha256"}}
-        if not self.same_version:  # which has been said
+        if not self.same_version:  # a note says so
             for key in ("tool", "plan"):
                 head.pop(key)
                 stored.pop(key, None)
