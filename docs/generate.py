@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantcli.commands import results
 from quantcli.commands.release import outcome as release
+from quantcli.commands.trust import sign as signing
 from quantcli.recipe.json_schema import recipe_schema
 from quantcli.recipe.methods import recipe_methods
 from quantcli.recipe.release import release_schema
@@ -30,6 +31,7 @@ COMMANDS = [
     "pack",
     "verify",
     "reproduce",
+    "sign",
     "recipes",
 ]  # in the order of the README
 
@@ -53,6 +55,7 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "verify": results.Verification,
     "verify of several": results.Comparison,
     "reproduce": results.Reproduction,
+    "sign": signing.Signature,
     "recipes": {"recipes": ("list", "`name`, `purpose`, `target`, `calibration` of each")},
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},
     "--version": {"version": ("str", "of quantcli")},

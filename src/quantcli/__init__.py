@@ -11,9 +11,10 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
 - reproduce: make one again by its recipe, and compare every byte
+- sign: sign all files of a checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation, Released, Reproduction: the results
+  Outliers, Support, Recommendation, Released, Reproduction, Signature: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
         Verification,
     )
     from quantcli.commands.steps import Job
-    from quantcli.commands.trust.api import reproduce
+    from quantcli.commands.trust.reproduce import reproduce
+    from quantcli.commands.trust.sign import Signature, sign
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
@@ -69,8 +71,10 @@ _HOME = {
     "quantize": "commands.api",
     "recommend": "commands.api",
     "release": "commands.release.api",
-    "reproduce": "commands.trust.api",
+    "reproduce": "commands.trust.reproduce",
     "Released": "commands.release.outcome",
+    "sign": "commands.trust.sign",
+    "Signature": "commands.trust.sign",
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
@@ -111,6 +115,7 @@ __all__ = [
     "Released",
     "Repacked",
     "Reproduction",
+    "Signature",
     "Support",
     "Verification",
     "__version__",
@@ -123,6 +128,7 @@ __all__ = [
     "recommend",
     "release",
     "reproduce",
+    "sign",
     "support",
     "verify",
 ]

@@ -1,1 +1,1 @@
-"""Commands by which others can trust a checkpoint: `reproduce` makes it again and compares."""
+"""Commands by which others can trust a checkpoint, as functions."""

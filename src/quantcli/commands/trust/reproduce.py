@@ -6,18 +6,22 @@ Nothing is written but OUT.reproduction: the calibration, and a journal of the f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE
 from quantcli.checkpoint.hub import find_model
 from quantcli.checkpoint.manifest import has_recipe, read_manifest, tool_of, tool_text
+from quantcli.commands.api import resources_of
 from quantcli.commands.job import open_model
+from quantcli.commands.keywords import PathLike, Reproducing, path_of, takes
+from quantcli.commands.results import Reproduction
+from quantcli.commands.steps import OnProgress, progress_of
 from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError
@@ -102,6 +106,49 @@ class Recorded:
         if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
             files = None
         return cls(name, sha256, files, statistics, tool)
+
+
+@takes(Reproducing)
+def reproduce(
+    checkpoint: PathLike,
+    model: PathLike,
+    *,
+    data: PathLike | None = None,
+    example_inputs: Iterable[Any] | Mapping[str, Any] | None = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[Reproducing],
+) -> Reproduction:
+    """Make a checkpoint again by its own recipe, and compare every byte. `ok` of the result says so.
+
+    Nothing is written but a folder OUT.reproduction for the time of the work; the same call again
+    continues an interrupted one.
+
+    checkpoint:  a folder, a Hub id or an address that `quantize` or `pack` wrote.
+    model:       what it was made of.
+    data:        the text that it was calibrated on; not needed for the sample that comes with quantcli
+                 and for data sets of the Hub.
+    example_inputs: the samples, if it was calibrated on some: see `quantize`.
+    calibration: the folder of a calibration to use in place of running the text again, or to make.
+    fresh:       start over in place of continuing.
+    workers, executor, device, max_memory, trust_remote_code, on_progress: as of `quantize`.
+
+    Raises InputError if the model, the tokenizer or the text is another one than the checkpoint
+    records, and MachineError for the disk, the memory or the device.
+    """
+    examples = None
+    if example_inputs is not None:
+        from quantcli.calibration.text.examples import Examples
+
+        examples = Examples.of(example_inputs)
+    wish = Wish(
+        str(checkpoint),
+        str(model),
+        None if data is None else str(data),
+        examples,
+        path_of(options["calibration"]),
+        options["fresh"],
+    )
+    return Reproduction(**run(wish, resources_of(options), progress_of(on_progress)))
 
 
 def run(wish: Wish, resources: Resources, progress: Progress = SILENT) -> dict[str, Any]:

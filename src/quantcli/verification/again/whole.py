@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.files import CARD, MANIFEST
+from quantcli.checkpoint.files import CARD, MANIFEST, SIGNATURE
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.core.disk import disk_errors, file_entry, sha256_of
 from quantcli.core.errors import InputError
@@ -179,8 +179,8 @@ class Whole:
         return content != planned and without_figures(content) == without_figures(planned)
 
     def others(self) -> list[str]:
-        """Names of files of the folder that the manifest does not list."""
-        listed = {*self.manifest["files"], MANIFEST}
+        """Names of files of the folder that the manifest does not list; a signature is none of them."""
+        listed = {*self.manifest["files"], MANIFEST, SIGNATURE}
         with disk_errors(self.folder):
             files = (path for path in self.folder.rglob("*") if path.is_file())
             names = [path.relative_to(self.folder).as_posix() for path in files]
