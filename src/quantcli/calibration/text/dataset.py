@@ -146,23 +146,14 @@ def load_dataset(
     if source.examples is not None and source.examples.ids:
         samples = list(source.examples.ids)
     else:
-<<<<<<< HEAD
         start_process(trust_remote_code=trust_remote_code)
         tokenizer = tokenizer_of(model, trust_remote_code=trust_remote_code)
         documents = _documents(source, say)
+        text = text or digest_of_rows(documents)
         choice = Choice(
             source.samples, source.length, source.seed, source.pack, source.where, source.option
         )
         samples, eos, pad = tokenizer.samples(documents, choice)
-=======
-        with quiet():
-            tokenizer = _load_tokenizer(model, trust_remote_code)
-            documents = _documents(source, say)
-            text = text or digest_of_rows(documents)
-            choose = _windows if source.pack else _records
-            samples = choose(tokenizer, documents, source)
-            eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
->>>>>>> main
     limit = math.inf if vocab_size is None else vocab_size
     for number, sample in enumerate(samples, 1):
         if (largest := max(sample)) >= limit:
