@@ -19,7 +19,11 @@ from quantcli.checkpoint.manifest import (
 )
 from quantcli.core.errors import InputError
 
-TABLE: dict[str, Any] = {"name": "x é", "files": {"a": {"bytes": 3}, "b/c": {"bytes": 0}}}
+TABLE: dict[str, Any] = {
+    "manifest_version": 1,
+    "name": "x é",
+    "files": {"a": {"bytes": 3}, "b/c": {"bytes": 0}},
+}
 SIZES = {"a": 3, "b/c": 0, "other": 9}
 
 
@@ -37,7 +41,7 @@ def test_what_was_sealed_is_read(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(encode_manifest(TABLE))
     table = read_manifest(tmp_path)
     assert {**table, "sha256": ""} == {**TABLE, "sha256": ""}
-    assert list(table) == ["name", "files", "sha256"]
+    assert list(table) == ["manifest_version", "name", "files", "sha256"]
 
 
 def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
@@ -55,9 +59,17 @@ def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("files", [None, [], "a", {"a": 3}, {"a": {"bytes": 3}, "b": []}])
 def test_files_are_a_table_of_tables(tmp_path: Path, files: Any) -> None:
-    (tmp_path / MANIFEST).write_bytes(encode_manifest({"files": files}))
-    with pytest.raises(InputError):
+    (tmp_path / MANIFEST).write_bytes(encode_manifest({**TABLE, "files": files}))
+    with pytest.raises(InputError, match="manifest has no `files`"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [None, True, 1.0, 2, "1"])
+def test_another_version_is_refused(tmp_path: Path, version: Any) -> None:
+    (tmp_path / MANIFEST).write_bytes(encode_manifest({**TABLE, "manifest_version": version}))
+    with pytest.raises(InputError, match=r"^the manifest has version ") as caught:
+        read_manifest(tmp_path)
+    assert caught.value.where == str(tmp_path / MANIFEST)
 
 
 def test_a_whole_manifest() -> None:
