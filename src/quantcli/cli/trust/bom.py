@@ -32,9 +32,9 @@ def bom(
     from quantcli.commands.trust.bom import make_bom
 
     with watch(output) as progress:
-        made = make_bom(checkpoint, out, progress)
-    for note in made.notes:
+        result = make_bom(checkpoint, out, progress)
+    for note in result.notes:
         output.message(f"note: {note}", WARNING)
     if out is not None:
         output.message(f"written: {out}")
-    output.result(made.to_dict(), lambda out_, _: None if out else out_.verbatim(made.text))
+    output.result(result.to_dict(), lambda out_, _: None if out else out_.verbatim(result.text))

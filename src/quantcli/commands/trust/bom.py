@@ -95,11 +95,11 @@ def make_bom(checkpoint: str, file: Path | None = None, progress: Progress = SIL
     name = printable(checkpoint.rstrip("/").rpartition("/")[2] or opened.path.name)
     notes: list[str] = []
     document = _document(name, opened, manifest, notes)
-    made = Bom(bom=document, file=file, notes=notes)
-    _must_be_valid(made.text)
+    result = Bom(bom=document, file=file, notes=notes)
+    _must_be_valid(result.text)
     if file is not None:
-        write_file(file.resolve(), made.text.encode())
-    return made
+        write_file(file.resolve(), result.text.encode())
+    return result
 
 
 def _document(name: str, checkpoint: Checkpoint, manifest: Table, notes: list[str]) -> dict[str, Any]:
@@ -260,8 +260,8 @@ def _model_card(checkpoint: Checkpoint, card: Mapping[str, Any]) -> dict[str, An
         "architectureFamily": config.get("model_type"),
         "modelArchitecture": classes[0] if isinstance(classes, list) and classes else None,
     }
-    known = {key: printable(value) for key, value in facts.items() if isinstance(value, str)}
-    return {"modelParameters": known}
+    texts = {key: printable(value) for key, value in facts.items() if isinstance(value, str)}
+    return {"modelParameters": texts}
 
 
 def _licenses(card: Mapping[str, Any]) -> list[dict[str, Any]]:
