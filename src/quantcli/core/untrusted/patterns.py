@@ -26,7 +26,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.untrusted.names import printable
 
 SECONDS = 0.5  # of `regex` for one name; for all names, beyond what matching takes anyway
-_USUAL = 20e-6  # seconds for one name
+_USUAL = 50e-6  # seconds for one name
 _LONGEST = 4000  # characters of an expression
 _MOST = 2**17  # characters of all expressions of a list
 _MOST_WAYS = 2_000_000  # to match one name, for `re`: 10 ms
@@ -35,6 +35,7 @@ _DEEPEST = 50  # groups within each other
 _MOST_REPEATED = 10_000  # characters of an expression whose counted repetitions are written out
 
 _COSTLY = "is too costly to match names with"
+_AS_IN_PYTHON = "write it as for Python's `re`; a glob, such as *_proj, has no `re:`"
 SIMPLER = "repeat no group in which something repeats or is a choice; or write a glob, such as *_proj"
 
 _TOKEN = re.compile(
@@ -78,21 +79,25 @@ class Budget:
 
 
 class _Refused(Exception):
-    """An expression that is not taken; the reason as text."""
+    """An expression that is not taken: the reason as text, and what to do."""
+
+    def __init__(self, reason: str, fix: str = SIMPLER) -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 class Expression:
     """A regular expression as `re` reads it, matched with a limit of time.
 
-    text: the expression. where: its place. shown: how its author wrote it, if not as `text`. budget:
+    text: the expression. where: its place. pattern: how its author wrote it, if not as `text`. budget:
     that of its list; its own if None. Raises InputError for a text that is not an expression, and for
     one that takes too much to compile.
     """
 
     def __init__(
-        self, text: str, where: str | None = None, *, shown: str = "", budget: Budget | None = None
+        self, text: str, where: str | None = None, *, pattern: str = "", budget: Budget | None = None
     ) -> None:
-        self.text, self._where, self._shown = text, where, printable(shown or text)
+        self.text, self._where, self._pattern = text, where, printable(pattern or text)
         self._budget = budget or Budget()
         try:
             if len(text) > _LONGEST or not self._budget.takes(text):
@@ -100,7 +105,7 @@ class Expression:
             self._reading = _Tokens(text).reading()
             self._quick = _compiled(re, text)
         except _Refused as reason:
-            raise self._refused(str(reason)) from None
+            raise self._refused(reason) from None
         self._needed = self._reading.needed
         self._short = self._reading.longest_name(anywhere=False)
 
@@ -112,7 +117,7 @@ class Expression:
         try:
             return _compiled(regex, self._reading.for_regex)
         except _Refused as reason:
-            raise self._refused(str(reason)) from None
+            raise self._refused(reason) from None
 
     @property
     def groups(self) -> int:
@@ -149,11 +154,11 @@ class Expression:
             raise self._too_slow(name)
         return found
 
-    def _refused(self, reason: str) -> InputError:
-        return InputError(f"`{self._shown:.200}` {reason}", where=self._where, fix=SIMPLER)
+    def _refused(self, reason: _Refused) -> InputError:
+        return InputError(f"`{self._pattern:.200}` {reason}", where=self._where, fix=reason.fix)
 
     def _too_slow(self, name: str) -> InputError:
-        what = f"`{self._shown:.200}` takes too long to match `{printable(name):.200}`"
+        what = f"`{self._pattern:.200}` takes too long to match `{printable(name):.200}`"
         return InputError(what, where=self._where, fix=SIMPLER)
 
 
@@ -162,8 +167,8 @@ def globs(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{translate(pattern)})" for pattern in patterns))
 
 
-def built(expression: str) -> re.Pattern[str]:
-    """An expression that this program has built, with names in it escaped: it needs no limit."""
+def own(expression: str) -> re.Pattern[str]:
+    """An expression of this program or of a library, names in it escaped: it needs no limit."""
     return re.compile(expression)
 
 
@@ -174,7 +179,7 @@ def _compiled(engine: Any, text: str) -> Any:
             warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
             return engine.compile(text)
     except (engine.error, OverflowError, Warning) as error:
-        raise _Refused(f"is not a regular expression: {error}") from None
+        raise _Refused(f"is not a regular expression: {error}", _AS_IN_PYTHON) from None
     except (RecursionError, MemoryError):
         raise _Refused(_COSTLY) from None
 
