@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from quantcli.checkpoint.files import MANIFEST, PART
+from quantcli.checkpoint.files import MANIFEST, PART, SIGNATURE
 from quantcli.convert.journal import discard
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError, QuantError
@@ -26,7 +26,8 @@ def only_ours(folder: Path) -> bool:
     """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
     listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
     try:
-        files = {folder / name for name in read_table(listing).table("files")} | {listing}
+        names = [*read_table(listing).table("files"), SIGNATURE]
+        files = {folder / name for name in names} | {listing}
     except QuantError:
         return not any(folder.iterdir())
     return all(path in files or path.is_dir() for path in folder.rglob("*"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.files import JOURNAL, MANIFEST
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, SIGNATURE
 from quantcli.checkpoint.manifest import encode_manifest, whole_manifest
 from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.checkpoint.remote.objects import ObjectFolder
@@ -167,7 +167,7 @@ class ObjectPlace(Destination):
         try:
             table = parse_table(content, MANIFEST)
             sealed = encode_manifest(table.value) == content
-            files = {*table.table("files"), MANIFEST} if sealed else set()
+            files = {*table.table("files"), SIGNATURE, MANIFEST} if sealed else set()
         except InputError:
             files = set()
         if others := sorted(listed.keys() - files):
