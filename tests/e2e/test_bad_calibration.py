@@ -97,7 +97,7 @@ def there(bench: Bench) -> Path:
     "no data",
     "`model.layers.0.mlp.down_proj` needs calibration data",
     "recipe.yaml:2",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(RECIPE.replace("data: text.txt, ", ""))
@@ -114,7 +114,7 @@ def _(bench: Bench) -> Arguments:
     "smoothing without data",
     "smoothing needs calibration data",
     "recipe.yaml",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(DYNAMIC + "smooth: {alpha: 0.5}\n")
@@ -145,6 +145,21 @@ def _(bench: Bench) -> Arguments:
 def _(bench: Bench) -> Arguments:
     (bench.root / "text.txt").unlink()
     (bench.root / "text.txt").mkdir()
+    return []
+
+
+@case(
+    "a tokenizer whose pattern goes back for ever",
+    "reading this text with the model's tokenizer crashes the library that does it: Onig: ",
+    "tokenizer.json",
+    "fetch the model's tokenizer again from its author",
+    planned=False,
+)
+def _(bench: Bench) -> Arguments:
+    path = bench.own_model() / "tokenizer.json"
+    pattern = {"Regex": "(([a-z]|.)+)+\\n$\\b"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
     return []
 
 
@@ -597,7 +612,12 @@ def _(bench: Bench) -> Arguments:
 damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid JSON")
 
 
-@case("head of a later version", "cannot be read by this version", "out.calibration", "to make it anew")
+@case(
+    "head of a later version",
+    "this quantcli reads version 2",
+    "out.calibration",
+    "pip install --upgrade",
+)
 def _(bench: Bench) -> Arguments:
     head = there(bench) / "calibration.json"
     head.write_text(head.read_text().replace('"version": 2', '"version": 3'))

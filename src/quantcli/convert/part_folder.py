@@ -12,10 +12,10 @@ from typing import Any
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import check_files, read_sealed, tool_text
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, other_version
 from quantcli.core.untrusted.names import file_name_fault, printable
 from quantcli.core.untrusted.tables import Table
-from quantcli.planning.parts import MOST, Part
+from quantcli.planning.parts import MOST, PART_VERSION, Part
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
 AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"
@@ -58,6 +58,8 @@ def read_part(folder: Path) -> PartFolder:
             raise InputError("this is a whole checkpoint, not a part", where=str(folder), fix=fix)
         raise InputError("this is not a part of a conversion", where=str(folder), fix=fix)
     table = read_sealed(path, "description of the part", AGAIN)
+    if (version := table.raw("part_version")) != PART_VERSION or type(version) is not int:
+        raise other_version("description of the part", version, PART_VERSION, str(path))
     try:
         return _parse(folder, table)
     except InputError as error:
@@ -70,7 +72,6 @@ def read_part(folder: Path) -> PartFolder:
 
 def _parse(folder: Path, table: Table) -> PartFolder:
     """The part of a description. InputError for a value that no part has."""
-    table.integer("part_version", least=1, most=1)
     part = Part(table.integer("part", least=1), table.integer("of", least=1, most=MOST))
     if part.number > part.of:
         table.refuse("part", f"is {part.number}, and there are {part.of}")
@@ -170,6 +171,6 @@ def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
         return "one was written with --checksum, the other without"
     keys = (key for key in sorted(usual_manifest.keys() | odd_manifest.keys()) if key != "plan")
     other = next((key for key in keys if usual_manifest.get(key) != odd_manifest.get(key)), None)
-    if other is not None:
+    if other is not None and other != "calibration":
         return f"{other} differs"
     return "the calibrations differ, or the files next to the model's weights"
