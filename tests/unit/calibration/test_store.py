@@ -112,7 +112,7 @@ def test_statistics_that_are_not_finite(tmp_path: Path, value: float) -> None:
 HEADS = {
     "model is a list": ('"model": "model"', '"model": []', "`model` should be text, not a list"),
     "layers are text": ('"layers": 1', '"layers": "1"', "`layers` should be a whole number, not text"),
-    "version is true": ('"version": 2', '"version": true', "has version True; this quantcli reads version 2"),
+    "version is true": ('"version": 2', '"version": true', "has version True"),
     "modules hold numbers": ('"m": "digest"', '"m": 1', "`modules.m` should be text"),
     "measured is text": ('"measured": {', '"measured": "x", "more": {', "`measured` should be"),
     "inputs are null": ('"inputs": {', '"inputs": null, "more": {', "`inputs` should be an object"),
