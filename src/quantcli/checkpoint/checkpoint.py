@@ -31,6 +31,7 @@ from quantcli.checkpoint.files import (
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
+from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
@@ -157,7 +158,9 @@ def must_be_unchanged(checkpoint: Checkpoint) -> None:
         file = checkpoint.path / name
         try:
             changed = _stamp(file) != stamp
-        except OSError:
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
             changed = True
         if changed:
             raise _changed(file)

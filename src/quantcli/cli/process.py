@@ -27,6 +27,7 @@ class Signals(Protocol):
     """How an interrupt arrives."""
 
     command_runs: bool  # whether it is a KeyboardInterrupt
+    code: int | None  # of the command, when it is over
     fix: str  # what to do after it
     kept: Callable[[], str]  # what later runs can use
     log: Callable[[str], object]
@@ -53,17 +54,26 @@ def run(argv: list[str], signals: Signals) -> int:
     except BrokenPipeError:  # quantcli inspect MODEL | head
         drop(sys.stdout)
         return Exit.DONE
-    except OSError as error:  # one that nothing on the way turned into a better message
+    except Exception as error:  # one that nothing on the way turned into a better message
+        return _unforeseen(out, error)
+    finally:
+        out.close()
+
+
+def _unforeseen(out: Output, error: Exception) -> int:
+    """Report an error of the machine as such, and any other one as a bug."""
+    from quantcli.core.memory.shortage import is_out_of_memory, shortage
+
+    if is_out_of_memory(error):
+        return _reported(out, shortage(error, out.doing() or f"`quantcli {out.command.split()[0]}`"))
+    if isinstance(error, OSError):
         if error.filename is None:
             return _reported(out, stdout_error(error))
         from quantcli.core.disk import machine_error
 
-        return _reported(out, machine_error(error, Path(error.filename)))
-    except Exception as error:
-        out.bug(error)
-        return Exit.OUR_BUG
-    finally:
-        out.close()
+        return _reported(out, machine_error(error, Path(os.fsdecode(error.filename))))
+    out.bug(error)
+    return Exit.OUR_BUG
 
 
 def _reported(out: Output, error: QuantError) -> int:
@@ -83,7 +93,8 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
     """The exit code of a command, which interrupts as a KeyboardInterrupt reach."""
     try:
         signals.command_runs = True
-        return _run(argv, out)
+        signals.code = _run(argv, out)
+        return signals.code
     except (KeyboardInterrupt, Interrupted) as error:
         signals.command_runs = False
         if not signals.may_report():

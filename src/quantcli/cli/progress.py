@@ -96,14 +96,14 @@ def watch(out: Output) -> Iterator[Progress]:
     if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
         events = Events(out.event)
         events.detailed = out.wants_details
-        out.kept = lambda: events.kept
+        out.kept, out.doing = lambda: events.kept, lambda: events.doing
         yield events
         return
     bar = Bar(out)
     events = Events(bar.receive, 1 / _REFRESHES)
     events.also(out.log_progress)
     events.detailed = out.wants_details
-    out.kept = lambda: events.kept
+    out.kept, out.doing = lambda: events.kept, lambda: events.doing
     try:
         yield events
     finally:

@@ -16,6 +16,8 @@ from blake3 import blake3
 from quantcli.core.errors import InputError, MachineError
 
 _HASH_BYTES = 2**20
+# errors of a path that leads nowhere; all others are the machine's
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -123,6 +125,9 @@ def machine_error(error: OSError, path: Path) -> MachineError:
         errno.EPERM: "check the permissions of the folder, or choose another --out",
         errno.EROFS: "the file system is read-only: choose another --out",
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENFILE: f"close other programs: the machine has too many open files; {again}",
+        errno.EFBIG: f"raise the limit of file sizes (ulimit -f), or take another file system; {again}",
+        errno.ENOMEM: f"free some memory, or give fewer --workers; {again}",
     }
     reason = error.strerror or str(error)
     fix = fixes.get(error.errno or 0, f"remove the cause and {again}")

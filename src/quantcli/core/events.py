@@ -261,6 +261,13 @@ class Events(Progress):
             self._lasting.append(what)
         self.kept = "; ".join([*self._lasting, *([] if lasting else [what])])
 
+    @property
+    def doing(self) -> str:
+        """What the run does now, for an error: `layer 3/32, rounding`, or a phase; empty if unknown."""
+        layers = self._layers
+        of_layers = f"layer {layers.index + 1}/{layers.total}" if self._in_layers else ""
+        return ", ".join(filter(None, [of_layers, layers.phase]))
+
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """A terminal shows it at once, in place of what was before; lines only what follows."""
         with self._lock:

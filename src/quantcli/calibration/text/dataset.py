@@ -31,6 +31,7 @@ from quantcli.calibration.text.documents import (
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault, shortage
 from quantcli.core.untrusted.tables import parse_json
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -174,7 +175,9 @@ def text_of(model: Path, *, trust_remote_code: bool = False) -> Callable[[Sequen
     def decode(ids: Sequence[int]) -> str:
         try:
             return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-        except Exception:  # whatever its files make the library stumble over
+        except Exception as error:  # whatever its files make the library stumble over
+            if fault := machine_fault(error, "the model's tokenizer", model):
+                raise fault from None
             return "".join(f"<{token}>" for token in ids)
 
     return decode
@@ -241,6 +244,8 @@ def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> ar
             tokens.extend(piece["input_ids"])
             begin, special = end, False
     except Exception as error:
+        if is_out_of_memory(error):
+            raise shortage(error, "the model's tokenizer", document.where) from None
         what = f"the model's tokenizer refuses this text: {sentence(error)}"
         fix = "correct the text or take it out"
         if not isinstance(document.content, str) and not getattr(tokenizer, "chat_template", None):
@@ -264,6 +269,8 @@ def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
         )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)
     except Exception as error:  # whatever its files make the library stumble over
+        if fault := machine_fault(error, "the model's tokenizer", model):
+            raise fault from None
         if not trust_remote_code and "trust_remote_code" in str(error):
             what = "the model's tokenizer is code that came with the model"
             fix = "`--trust-remote-code` runs that code: give it only if you trust its author"

@@ -82,7 +82,7 @@ def _recover(folder: Path) -> None:
             files = read_sealed(waiting, "manifest", "remove it")["files"]
             content = (folder / CARD).read_bytes()
             is_its_card = files[CARD].get("sha256") == hashlib.sha256(content).hexdigest()
-        except (InputError, OSError, KeyError, TypeError, AttributeError):
+        except (InputError, FileNotFoundError, KeyError, TypeError, AttributeError):
             is_its_card = False
         if is_its_card:
             _seal(folder)
