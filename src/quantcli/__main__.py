@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn
 
-_INTERRUPTED = 130
+_INTERRUPTED, _NO_MEMORY = 130, 3
 _RESUMING = {"quantize", "calibrate", "pack", "release"}
 _PATIENCE = 0.4  # seconds that a command has to tidy up, and then to say so
 
@@ -37,15 +37,15 @@ class _Signals:
 
     When the command is over, a signal ends the process with the command's own code.
 
-    kept: what later runs can use of this one, for the message; log: writes to the log without waiting.
+    is_over: whether all work is done; kept: what later runs can use of this one, for the message;
+    log: writes to the log without waiting.
     """
 
     def __init__(self, argv: list[str]) -> None:
         self._argv = argv
-        resumes = " continues where it stopped" if argv[0] in _RESUMING else ""
-        self.fix = f"the same command again{resumes}"
         self.command_runs = False
         self.code: int | None = None  # of the command, when it is over
+        self.is_over: Callable[[], bool] = bool
         self.kept: Callable[[], str] = str
         self.log: Callable[[str], object] = str
         self._last_words = _thread.allocate_lock()  # whoever has it writes the message
@@ -109,6 +109,15 @@ class _Signals:
         kept = self.kept()
         return f"interrupted; kept: {kept}" if kept else "interrupted"
 
+    @property
+    def fix(self) -> str:
+        """What to do after it."""
+        if self.is_over():
+            return "nothing is left to do; `quantcli verify` checks it again"
+        return "the same command again" + (
+            " continues where it stopped" if self._argv[0] in _RESUMING else ""
+        )
+
     def report(self, what: str, fix: str, code: int = _INTERRUPTED) -> None:
         """Report an error with system calls alone: what prints otherwise may be half imported."""
         literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
@@ -162,6 +171,10 @@ def entry() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except (MemoryError, ImportError, OSError, RuntimeError, SystemError):
+        if not (limited := sys.modules.get("quantcli.cli.terminal.limited")) or not limited.is_child():
+            raise
+        os._exit(_NO_MEMORY)  # the parent says more
     ends = getattr(sys.modules.get("quantcli.cli.terminal.limited"), "ends", None)
     if ends:
         ends()

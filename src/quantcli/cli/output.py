@@ -37,6 +37,7 @@ class Output:
         self.quiet = self.verbose = False
         self.log: Log | None = None
         self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
+        self.is_over: Callable[[], bool] = bool  # whether all work is done
         self.doing: Callable[[], str] = str  # what the run does, for errors that do not say it
         self._on_screen = True
 

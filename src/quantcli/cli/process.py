@@ -28,13 +28,17 @@ class Signals(Protocol):
 
     command_runs: bool  # whether it is a KeyboardInterrupt
     code: int | None  # of the command, when it is over
-    fix: str  # what to do after it
     kept: Callable[[], str]  # what later runs can use
+    is_over: Callable[[], bool]  # whether all work is done
     log: Callable[[str], object]
 
     @property
     def what(self) -> str:
         """The message."""
+
+    @property
+    def fix(self) -> str:
+        """What to do after it."""
 
     def may_report(self) -> bool:
         """Whether nobody else reports the interrupt."""
@@ -47,6 +51,7 @@ def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
     out = Output(as_json="--json" in argv, command=shlex.join(map(without_secrets, argv)))
     signals.kept, signals.log = lambda: out.kept(), out.log_at_once
+    signals.is_over = lambda: out.is_over()
     try:
         return _guarded(argv, signals, out)
     except QuantError as error:

@@ -16,8 +16,13 @@ from quantcli.checkpoint.files import JOURNAL, MANIFEST
 from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
-from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
-from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
+from quantcli.convert.journal import Journal, check_folder, discard, only_ours, remove_folder
+from quantcli.convert.publish import (
+    check_destination,
+    keep_exchanged,
+    publish,
+    replaced_folder,
+)
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.place import check_space, partial_folder
 
@@ -121,6 +126,8 @@ class LocalFolder(Destination):
 
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
+        if start.force and self.exists:
+            keep_exchanged(self.partial, self.path)
         if start.fresh:
             remove_folder(self.partial)
         return FolderDraft(self, Journal(self.partial, start.head), start.force)

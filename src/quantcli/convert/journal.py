@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
@@ -127,12 +128,25 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def only_ours(folder: Path) -> bool:
+    """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
+    with disk_errors(folder):
+        listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
+        if not listing.is_file():
+            return not any(folder.iterdir())
+        try:
+            files = {folder / name for name in read_json_file(listing)["files"]} | {listing}
+        except (InputError, KeyError, TypeError):
+            return False
+        return all(path in files or path.is_dir() for path in folder.rglob("*"))
+
+
 def _check_ours(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise InputError("path exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {JOURNAL, MANIFEST, PART}:
+    if names and JOURNAL not in names and not only_ours(folder):
         raise InputError(
             "folder is not the work of an interrupted run: it has no journal",
             where=str(folder),

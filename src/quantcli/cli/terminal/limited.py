@@ -52,6 +52,11 @@ def run_limited() -> MachineError | None:
     return _error(code, limits)
 
 
+def is_child() -> bool:
+    """Whether this process is such a child, whose parent reports an end without `ends`."""
+    return bool(_ends)
+
+
 def ends() -> None:
     """Tell the parent that this process ends of its own will, and has said why."""
     for writer in _ends:

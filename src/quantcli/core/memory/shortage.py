@@ -20,7 +20,7 @@ _WORDS = re.compile(
     r"|failed to map segment|memory allocation|thread constructor failed",
     re.IGNORECASE,
 )
-_ASKED = re.compile(r"allocate (?:about )?([\d.,]+ ?(?:bytes|[KMGT]i?B))", re.IGNORECASE)
+_ASKED = re.compile(r"allocate (?:about )?([\d.,]+ ?(?:bytes|[KMGTPE]i?B))", re.IGNORECASE)
 FEWER = "give fewer --workers, or less --max-memory"
 
 
