@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,7 +115,7 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
 
 def _run(argv: list[str], out: Output) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
-    group: Any = typer.main.get_command(app)
+    group = _group()
     if COMPLETE in os.environ:
         from quantcli.cli.terminal.completion import complete
 
@@ -136,6 +137,12 @@ def _run(argv: list[str], out: Output) -> int:
     except _UsageError as error:
         raise _usage_error(error, argv[0], group) from None
     return Exit.DONE
+
+
+@cache
+def _group() -> Any:
+    """What typer makes of the functions of commands: it takes a while, and some processes run many."""
+    return typer.main.get_command(app)
 
 
 def _usage_error(error: Any, name: str, group: Any) -> InputError:

@@ -44,7 +44,8 @@ def families() -> dict[str, list[str]]:
     assert library is not None
     assert library.origin is not None
     for folder in sorted((Path(library.origin).parent / "models").iterdir()):
-        modules = [ast.parse(file.read_text()) for file in sorted(folder.glob("modeling_*.py"))]
+        texts = [file.read_text() for file in sorted(folder.glob("modeling_*.py"))]
+        modules = [ast.parse(text) for text in texts if "expert" in text.lower()]
         if any(name for module in modules for name in expert_parameters(module)):
             nodes = [node for module in modules for node in ast.walk(module)]
             found[folder.name] = [node.name for node in nodes if isinstance(node, ast.ClassDef)]
