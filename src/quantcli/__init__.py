@@ -10,9 +10,10 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - recommend: the shipped recipes for a model on a device, the best first
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
+- sign: sign all files of a checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation, Released: the results
+  Outliers, Support, Recommendation, Released, Signature: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         Verification,
     )
     from quantcli.commands.steps import Job
+    from quantcli.commands.trust.sign import Signature, sign
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
@@ -67,6 +69,8 @@ _HOME = {
     "recommend": "commands.api",
     "release": "commands.release.api",
     "Released": "commands.release.outcome",
+    "sign": "commands.trust.sign",
+    "Signature": "commands.trust.sign",
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
@@ -105,6 +109,7 @@ __all__ = [
     "Recommendation",
     "Released",
     "Repacked",
+    "Signature",
     "Support",
     "Verification",
     "__version__",
@@ -116,6 +121,7 @@ __all__ = [
     "quantize",
     "recommend",
     "release",
+    "sign",
     "support",
     "verify",
 ]

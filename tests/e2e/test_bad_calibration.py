@@ -27,6 +27,7 @@ from tests.e2e.calibrating import (
     Models,
     change_tensors,
     make_bench,
+    seal_again,
 )
 from tests.e2e.conftest import Result, run_cli, snapshot
 
@@ -551,20 +552,20 @@ def key_removed(key: str) -> Callable[[str], str]:
 
 damage("damaged report", "layer-00002.json", lambda text: text[:-20], "not valid JSON")
 damage("report is a list", "layer-00002.json", lambda _: "[]", "must hold a JSON object")
-damage("report is empty", "layer-00002.json", lambda _: "{}", "report is damaged")
+damage("report is empty", "layer-00002.json", lambda _: "{}", "`edits` is missing")
 for lost in ("modules", "edits", "uncalibrated"):
-    damage(f"report without {lost}", "layer-00002.json", key_removed(lost), "report is damaged")
+    damage(f"report without {lost}", "layer-00002.json", key_removed(lost), f"`{lost}` is missing")
 damage(
     "groups are not listed",
     "layer-00002.json",
     lambda text: text.replace('"uncalibrated": []', '"uncalibrated": [],\n "smoothed": 4'),
-    "report is damaged",
+    "`smoothed` should be a list, not the number 4",
 )
 damage(
     "report without numbers",
     "layer-00002.json",
     lambda text: text.replace('"tokens": 64', '"tokens": "many"'),
-    "report is damaged",
+    ".tokens` should be a whole number, not text",
 )
 
 
@@ -573,6 +574,14 @@ def _(bench: Bench) -> Arguments:
     report = there(bench) / "layer-00002.json"
     added = '"edits": {"lm_head.weight": {"rows": "00009"}}'
     report.write_text(report.read_text().replace('"edits": {}', added))
+    return []
+
+
+@case(
+    "edits that are not objects, sealed", "`edits.x` should be an object, not text", "layer-00002.json"
+)
+def _(bench: Bench) -> Arguments:
+    seal_again(there(bench), 2, lambda report: report.update(edits={"x": "y"}))
     return []
 
 
@@ -602,7 +611,7 @@ def _(bench: Bench) -> Arguments:
     return []
 
 
-damage("head without its key", "calibration.json", key_removed("edits"), "is damaged")
+damage("head without its key", "calibration.json", key_removed("edits"), "`edits` is missing")
 
 
 @case("no head", "is not a calibration", "out.calibration", "another folder")

@@ -528,7 +528,7 @@ def calibration(folder: Path) -> Read:
 _HEAD = {
     "version": 2, "layers": 1, "tool": "quantcli 1", "model": "a" * 64, "data": "b" * 64,
     "inputs": {"calibration.inputs": "float"}, "edits": {}, "options": {"observer": "minmax"},
-    "modules": {"model.layers.0.mlp.up_proj": "c" * 64}, "measured": {"c" * 64: ["x"]},
+    "modules": {"model.layers.0.mlp.up_proj": "c" * 64}, "measured": {"c" * 64: {"observer": "x"}},
 }  # fmt: skip
 
 

@@ -21,12 +21,12 @@ from quantcli.calibration.replay.devices import (
     open_device,
     too_little_memory,
 )
-from quantcli.calibration.report import TAKEN_FROM, expert_tokens
+from quantcli.calibration.report import expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sets.identity import Key, key_of
 from quantcli.calibration.sets.place import Place, finished, finished_of_texts, place_of
 from quantcli.calibration.spread import run as spread
-from quantcli.calibration.store import Store, check_free, groups_of, load_measured, reports
+from quantcli.calibration.store import Store, check_free, load_measured, reports
 from quantcli.calibration.text.dataset import (
     Batch,
     Dataset,
@@ -298,11 +298,11 @@ def summary(session: Session) -> dict[str, Any]:
     modules = {
         name: module_report
         for report in layer_reports
-        for name, module_report in report["modules"].items()
+        for name, module_report in report.modules.items()
     }
     edited: dict[str, list[Any]] = {}
     for report in layer_reports:
-        for word, groups in groups_of(report).items():
+        for word, groups in report.groups.items():
             edited.setdefault(word, []).extend(groups)
     return {
         "calibration": str(session.folder),
@@ -310,12 +310,10 @@ def summary(session: Session) -> dict[str, Any]:
         "modules": modules,
         "experts": expert_tokens(modules),
         "taken_from": {
-            name: donor
-            for report in layer_reports
-            for name, donor in report.get(TAKEN_FROM, {}).items()
+            name: donor for report in layer_reports for name, donor in report.taken_from.items()
         },
         **edited,
-        "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
+        "uncalibrated": sorted({name for report in layer_reports for name in report.uncalibrated}),
         "no_tokens": sorted(
             name for name, module_report in modules.items() if not module_report["tokens"]
         ),

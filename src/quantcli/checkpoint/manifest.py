@@ -11,6 +11,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.core.errors import InputError
+from quantcli.core.untrusted.tables import read_bytes
 
 _SEAL = "sha256"  # of the manifest without this key
 
@@ -57,7 +58,7 @@ def tool_text(tool: Any) -> str:
 def read_sealed(path: Path, what: str, fix: str) -> dict[str, Any]:
     """The table that `encode_manifest` wrote. InputError if the file was changed since."""
     table = read_json_file(path)
-    if encode_manifest(table) != path.read_bytes():
+    if encode_manifest(table) != read_bytes(path):
         raise InputError(f"{what} was changed since it was written", where=str(path), fix=fix)
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from quantcli.cli.recipes import recipes
 from quantcli.cli.recommend import recommend
 from quantcli.cli.release import release
 from quantcli.cli.terminal.environment import HELP
+from quantcli.cli.trust.sign import sign
 from quantcli.cli.verify import verify
 from quantcli.core.errors import InputError
 
@@ -49,7 +51,10 @@ def _root(
     """Options of the tool itself."""
     if version:
         document = {"version": __version__}
-        Output(as_json=True).document(document) if as_json else typer.echo(f"quantcli {__version__}")
+        if as_json:
+            Output(as_json=True).document(document)
+        else:
+            sys.stdout.write(f"quantcli {__version__}\n")
         raise typer.Exit
     if as_json:
         raise InputError("--json needs a command before it", fix="quantcli COMMAND --json")
@@ -67,5 +72,5 @@ def _root(
         raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 
 
-for _command in (recommend, inspect, calibrate, quantize, release, pack, verify, recipes):
+for _command in (recommend, inspect, calibrate, quantize, release, pack, verify, sign, recipes):
     app.command()(_command)

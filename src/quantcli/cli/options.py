@@ -80,6 +80,14 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace OUT once the new checkpoint is complete.")
 ]
 Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest.")]
+Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY.pem",
+        help="Sign the output; certificates may be in the key's file. See `quantcli sign`.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE.html", help="Also write one page with charts."),

@@ -14,7 +14,7 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.cli.terminal.streams import drop
+from quantcli.cli.terminal.streams import drop, stdout_error
 from quantcli.core.errors import SCHEMA_VERSION, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
@@ -138,6 +138,8 @@ class Output:
             sys.stdout.flush()
         except BrokenPipeError:
             drop(sys.stdout)
+        except OSError as error:
+            raise stdout_error(error) from None
 
     def message(self, text: str, style: str = "", *, command: bool = False) -> None:
         """Print a message for people, unless --quiet. style: of its first word.

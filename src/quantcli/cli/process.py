@@ -18,7 +18,7 @@ from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.terminal.environment import COMPLETE, defaults
 from quantcli.cli.terminal.streams import check_stdout, drop, stdout_error
-from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
+from quantcli.core.errors import Exit, InputError, Interrupted, MachineError, QuantError, closest
 
 _LONG = 5.0  # seconds
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
@@ -73,11 +73,11 @@ def _unforeseen(out: Output, error: Exception) -> int:
     if is_out_of_memory(error):
         return _reported(out, shortage(error, out.doing() or f"`quantcli {out.command.split()[0]}`"))
     if isinstance(error, OSError):
-        if error.filename is None:
-            return _reported(out, stdout_error(error))
         from quantcli.core.disk import machine_error
 
-        return _reported(out, machine_error(error, Path(os.fsdecode(error.filename))))
+        named = error.filename
+        path = None if named is None or isinstance(named, int) else Path(os.fsdecode(named))
+        return _reported(out, machine_error(error, path))
     out.bug(error)
     return Exit.OUR_BUG
 
@@ -86,7 +86,7 @@ def _reported(out: Output, error: QuantError) -> int:
     """Report an error, on stderr alone if standard output cannot be written."""
     try:
         out.error(error)
-    except OSError:
+    except (OSError, MachineError):
         out.error(error, document=False)
     try:
         sys.stdout.flush()
@@ -120,7 +120,7 @@ def _run(argv: list[str], out: Output) -> int:
         from quantcli.cli.terminal.completion import complete
 
         sys.stdout.write(complete(group, argv))
-        sys.stdout.flush()
+        _flush()
         return Exit.DONE
     command = group.commands.get(argv[0])  # none of `quantcli --help`
     options = {option.name for option in command.params} if command else set()
@@ -130,9 +130,9 @@ def _run(argv: list[str], out: Output) -> int:
             check_stdout()
         with group.make_context("quantcli", [*argv], **shared) as context:  # click empties its list
             group.invoke(context)
-        sys.stdout.flush()
+        _flush()
     except typer.Exit as error:
-        sys.stdout.flush()
+        _flush()
         return error.exit_code
     except _UsageError as error:
         raise _usage_error(error, argv[0], group) from None
@@ -143,6 +143,16 @@ def _run(argv: list[str], out: Output) -> int:
 def _group() -> Any:
     """What typer makes of the functions of commands: it takes a while, and some processes run many."""
     return typer.main.get_command(app)
+
+
+def _flush() -> None:
+    """Flush standard output. BrokenPipeError if nobody reads it, MachineError for another failure."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise stdout_error(error) from None
 
 
 def _usage_error(error: Any, name: str, group: Any) -> InputError:

@@ -49,6 +49,7 @@ def quantize(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
+    sign: options.Sign = None,
     calibration: options.Calibration = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
@@ -70,6 +71,7 @@ def quantize(
     from quantcli.commands.recommend import choose
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
+    signer = jobs.signer_of(sign)
     with watch(output) as planning:
         chosen = choose(
             recipe,
@@ -85,7 +87,7 @@ def quantize(
             out=out,
             overrides=chosen.overrides,
             options=jobs.JobOptions(
-                workers, fresh, force, checksum, calibration, part, resources.executor
+                workers, fresh, force, checksum, calibration, part, resources.executor, signer
             ),
             progress=planning,
         )

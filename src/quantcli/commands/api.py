@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from quantcli.commands.job import JobOptions
+from quantcli.commands.job import JobOptions, signer_of
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
@@ -117,6 +117,7 @@ def quantize(
     fresh:       start over in place of continuing.
     force:       replace `out` once the new checkpoint is complete.
     checksum:    hash every file for the manifest.
+    sign:        a private key in PEM, which signs the checkpoint; its certificates may be in its file.
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     part:        "2/3": write only part 2 of 3, for `pack(..., merge=True)`; "nodes": each node of
                  `executor` writes one to its own disk, as notes of the result say.
@@ -204,6 +205,7 @@ def _plan(
             path_of(options["calibration"]),
             options["part"],
             parse_executor(options["executor"]),
+            signer_of(options["sign"]),
         ),
         examples=given.examples,
         progress=given.progress,
@@ -285,12 +287,13 @@ def pack(
     target:      the format to write, such as "compressed-tensors".
     out:         the folder or the address to write, as of `quantize`.
     set:         options of the target.
-    on_progress, workers, fresh, force, checksum: as of `quantize`.
+    on_progress, workers, fresh, force, checksum, sign: as of `quantize`.
 
     Raises InputError for a checkpoint that the format cannot hold, and for parts that make no whole.
     """
     progress = progress_of(on_progress)
     workers, fresh, force = options["workers"], options["fresh"], options["force"]
+    signer = signer_of(options["sign"])
     if merge:
         from quantcli.convert import merge as merging
         from quantcli.convert.destination import destination_of
@@ -299,7 +302,9 @@ def pack(
             raise InputError("`merge` takes no `target`, `set` or `checksum`", fix="leave them out")
         folders = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
         parts, place = [Path(folder) for folder in folders], destination_of(place_of(out))
-        merge_job = merging.plan_merge(parts, place, workers=workers, fresh=fresh, force=force)
+        merge_job = merging.plan_merge(
+            parts, place, workers=workers, fresh=fresh, force=force, signer=signer
+        )
         joined = merging.merge(merge_job, progress)
         merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out.value})
         return Packed(**files_of(joined), notes=list(joined.notes), plan=merged)
@@ -312,7 +317,7 @@ def pack(
         target,
         place_of(out),
         overrides=assignments(options["set"]),
-        options=JobOptions(workers, fresh, force, options["checksum"]),
+        options=JobOptions(workers, fresh, force, options["checksum"], signer=signer),
         progress=progress,
     )
     written = commands.pack(job, progress)

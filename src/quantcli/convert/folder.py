@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST
 from quantcli.checkpoint.manifest import whole_manifest
@@ -285,15 +285,18 @@ def _link(source: Path, place: Path) -> bool:
     return True
 
 
+def _read(reader: BinaryIO, source: Path) -> bytes:
+    with disk_errors(source):
+        return reader.read(_CHUNK)
+
+
 def copy_file(source: Path, place: Path) -> None:
     """Copy a file's bytes, with the permissions of a new file; durable, whole or not at all."""
     temporary = place.with_name(f".{place.name}.writing")
-    with disk_errors(source):
-        reader = source.open("rb")
-    with reader, disk_errors(place):
+    with disk_errors(source), source.open("rb") as reader, disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as writer:
-            while chunk := reader.read(_CHUNK):
+            while chunk := _read(reader, source):
                 writer.write(chunk)
             writer.flush()
             os.fsync(writer.fileno())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import read_json_file
-from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART, SIGNATURE
 from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
 
@@ -81,8 +81,9 @@ class Journal:
     def close(self) -> None:
         """Let go of the lock; the journal stays unless it was removed."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with disk_errors(self.path):
+                os.close(fd)
 
 
 def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
@@ -135,7 +136,8 @@ def only_ours(folder: Path) -> bool:
         if not listing.is_file():
             return not any(folder.iterdir())
         try:
-            files = {folder / name for name in read_json_file(listing)["files"]} | {listing}
+            names = [*read_json_file(listing)["files"], SIGNATURE]
+            files = {folder / name for name in names} | {listing}
         except (InputError, KeyError, TypeError):
             return False
         return all(path in files or path.is_dir() for path in folder.rglob("*"))

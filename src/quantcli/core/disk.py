@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,16 +69,23 @@ class Hashes:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in small pieces."""
-    digest = hashlib.sha256()
-    _read(path, digest)
-    return digest.hexdigest()
+    return digest_of(path, "sha256")
 
 
 def blake3_of(path: Path) -> str:
     """Hex digest of a file, read in small pieces."""
-    digest = blake3()
-    _read(path, digest)
-    return digest.hexdigest()
+    return digest_of(path, "blake3")
+
+
+def digest_of(path: Path, algorithm: str, start: int = 0, stop: int | None = None) -> str:
+    """Hex digest of bytes [start, stop) of a file, read in small pieces.
+
+    algorithm: blake3, or a name that hashlib knows. stop: None for the end. A file that ends before
+    gives the digest of what there is.
+    """
+    digest = blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    _read(path, digest, start, stop)
+    return str(digest.hexdigest())
 
 
 def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
@@ -90,20 +98,25 @@ def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
     return entry
 
 
-def _read(path: Path, digest: Any) -> None:
+def _read(path: Path, digest: Any, start: int = 0, stop: int | None = None) -> None:
+    left = math.inf if stop is None else stop - start
     with disk_errors(path), path.open("rb", buffering=0) as file:
+        file.seek(start)
         buffer = bytearray(_HASH_BYTES)
-        while n := file.readinto(buffer):
+        while left > 0 and (n := file.readinto(buffer)):
+            n = int(min(n, left))
             digest.update(memoryview(buffer)[:n])
+            left -= n
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with disk_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -115,7 +128,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise machine_error(error, path) from None
 
 
-def machine_error(error: OSError, path: Path) -> MachineError:
+def machine_error(error: OSError, path: Path | None) -> MachineError:
     """An error of the operating system, with the path and a fix."""
     again = "run the same command again: it continues where it stopped"
     fixes = {
@@ -131,7 +144,9 @@ def machine_error(error: OSError, path: Path) -> MachineError:
     }
     reason = error.strerror or str(error)
     fix = fixes.get(error.errno or 0, f"remove the cause and {again}")
-    return MachineError(reason[:1].lower() + reason[1:], where=str(path), fix=fix)
+    return MachineError(
+        reason[:1].lower() + reason[1:], where=None if path is None else str(path), fix=fix
+    )
 
 
 def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
@@ -147,4 +162,4 @@ def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
         ) from None
     except OSError as error:
         if error.errno not in {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}:
-            raise
+            raise machine_error(error, folder) from None

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.numerics import Cache
 from quantcli.core.registry import discover
-from quantcli.recipe.document import Document, Place
+from quantcli.core.untrusted.yaml_text import Place, write_yaml
+from quantcli.recipe.document import Document
 from quantcli.recipe.fields import RecipeFile, matches
 from quantcli.recipe.methods import MethodOptions, recipe_methods
 from quantcli.recipe.shipped import is_sample_text
@@ -204,7 +204,7 @@ class Recipe:
                 table[str(named.place[0])] = method
             else:
                 table["methods"][named.place[1]] = {"name": named.method.name, **method}
-        return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
+        return write_yaml(table)
 
 
 def compare(limit: str, value: float) -> bool:

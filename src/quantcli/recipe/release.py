@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from quantcli.core.errors import InputError, one_of
+from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.recipe.document import Assignment, Document, document_of, load_document
 from quantcli.recipe.fields import Block, Calibration, Verify
 from quantcli.recipe.shipped import shipped_recipes
@@ -253,7 +254,7 @@ def _assignments(
         elif key == "calibration" and isinstance(value, dict) and isinstance(value.get("data"), str):
             value = {**value, "data": _from_here(document, value["data"])}
         try:
-            text = json.dumps(value, allow_nan=False)
+            text = write_value(value)
         except ValueError:
             raise InputError(f"`{key}` is not a finite number", where=where) from None
         changes.append(Assignment.at(f"{key}={text}", where))
@@ -267,7 +268,7 @@ def _calibration(document: Document, block: Calibration | None) -> tuple[Assignm
         given["data"] = _from_here(document, given["data"])
     return tuple(
         Assignment.at(
-            f"calibration.{key}={json.dumps(given[key])}", document.where(("calibration", key))
+            f"calibration.{key}={write_value(given[key])}", document.where(("calibration", key))
         )
         for key in sorted(given)
     )

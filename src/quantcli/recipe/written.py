@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.expressions import too_costly
-from quantcli.recipe.document import MAPPING, Document, Place, document_of, load_document
+from quantcli.core.untrusted.yaml_text import Place
+from quantcli.recipe.document import MAPPING, Document, document_of, load_document
 from quantcli.recipe.fields import RecipeFile, translate
 from quantcli.recipe.shipped import find_recipe
 

@@ -616,7 +616,7 @@ def test_infinity_in_config_json(model: Path) -> None:
 
 PICKLED = "may hold pickled code, which is never read or passed on"
 OTHER = "the same weights in another format"
-STALE = "an index or a quantization file, true only for the weights it was made for"
+STALE = "an index, a signature or a quantization file, true only for the weights it was made for"
 HIDDEN = "not part of the model"
 ODD = "its name has control characters"
 

@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quantcli.commands.choosing.caches import CacheSizes
 from quantcli.commands.choosing.devices import NATIVE, Device
 from quantcli.commands.choosing.options import Serving
@@ -24,6 +22,7 @@ from quantcli.commands.choosing.weights import (
 )
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import LATENTS, Numerics
+from quantcli.core.untrusted.yaml_text import read_yaml
 from quantcli.planning.plan import Plan
 from quantcli.planning.planner import compare_expected, make_plan
 from quantcli.recipe.recipe import Recipe, resolve
@@ -134,8 +133,8 @@ class Candidate:
 @cache
 def costs() -> dict[str, Any]:
     """`model`, `text`, and by recipe the `mean_change` of the bundled model; None if it refuses it."""
-    text = Path(__file__).with_name("costs.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
+    path = Path(__file__).with_name("costs.yaml")
+    table: dict[str, Any] = read_yaml(path.read_bytes(), str(path)).data
     return table
 
 

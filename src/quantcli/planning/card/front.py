@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.yaml_text import write_yaml
 from quantcli.planning.card.source import QUANTIZED_BY, SourceCard, kept
 from quantcli.targets.base import Target
 
@@ -46,5 +45,4 @@ def front_matter(
     table |= own
     table["tags"] = [*dict.fromkeys([*others, *target.tags, QUANTIZED_BY])]
     table["quantized_by"] = QUANTIZED_BY
-    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=1_000_000)
-    return f"---\n{text}---"
+    return f"---\n{write_yaml(table, width=1_000_000)}---"

@@ -16,6 +16,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.manifest import tool_text
 from quantcli.core.errors import InputError
 from quantcli.core.findings import failed, noted
+from quantcli.core.untrusted.tables import read_bytes
 from quantcli.planning.measured import Measured
 from quantcli.planning.plan import Plan, Work, quantized_items, tool_of
 from quantcli.planning.planner import make_plan
@@ -147,7 +148,7 @@ def _recipe(structure: Structure, file: str) -> Recipe:
     assert structure.manifest is not None
     assert structure.checkpoint is not None
     path, text = structure.checkpoint.path / file, structure.manifest.get("recipe")
-    if not isinstance(text, str) or not path.is_file() or path.read_bytes() != text.encode():
+    if not isinstance(text, str) or not path.is_file() or read_bytes(path) != text.encode():
         raise _Unusable(f"the manifest's recipe is not that of {file}")
     try:
         recipe = load_recipe(path)
