@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from tests.e2e.calibrating import Models
-from tests.e2e.conftest import run_cli
+from tests.e2e.conftest import make_llama, run_cli
 
 _RECIPE = """\
 target: {target}
@@ -48,16 +48,23 @@ class Place:
         self.root = root
         self.run = root / "run"
         self.out = self.run / "out"
-        self.model = Models(root / "models", num_hidden_layers=2, vocab_size=128)("qwen3")
+        self.model = make_llama(root / "model", layers=2, side=64)
         (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
         self._write("dynamic", _RECIPE.format(target="ascend", scheme="w8a8_dynamic"))
         self._write("other", _RECIPE.format(target="ascend", scheme="w8a16"))
         self._write("static", _STATIC)
 
+    @cached_property
+    def trained(self) -> Path:
+        """A model that a text can run through."""
+        from tests.e2e.calibrating import Models  # imports transformers
+
+        return Models(self.root / "models", num_hidden_layers=2, vocab_size=128)("qwen3")
+
     def _write(self, name: str, text: str) -> None:
         (self.root / f"{name}.yaml").write_text(text)
 
-    def _quantize(self, recipe: str, out: Path, *more: str) -> list[str]:
+    def _quantize(self, recipe: str, out: Path, *more: str, model: Path | None = None) -> list[str]:
         words = [
             "quantize",
             f"{self.root / recipe}.yaml",
@@ -80,7 +87,7 @@ class Place:
         return self._made("old", lambda out: self._quantize("other", out))
 
     def _statistics(self) -> Path:
-        recipe, model = f"{self.root / 'static'}.yaml", f"{self.model}"
+        recipe, model = f"{self.root / 'static'}.yaml", f"{self.trained}"
         return self._made("statistics", lambda out: self._calibrate(recipe, model, out))
 
     @staticmethod
@@ -146,12 +153,13 @@ def _keep(place: Place) -> Scenario:
 
 
 def _calibrate(place: Place) -> Scenario:
-    words = place._calibrate(f"{place.root / 'static'}.yaml", f"{place.model}", place.out)
+    words = place._calibrate(f"{place.root / 'static'}.yaml", f"{place.trained}", place.out)
     return Scenario(words, {}, whole=False)
 
 
 def _calibrated(place: Place) -> Scenario:
-    words = place._quantize("static", place.out, "--calibration", f"{place._statistics()}")
+    statistics = f"{place._statistics()}"
+    words = place._quantize("static", place.out, "--calibration", statistics, model=place.trained)
     return Scenario(words, {})
 
 
