@@ -30,6 +30,7 @@ COMMANDS = [
     "release",
     "pack",
     "verify",
+    "reproduce",
     "sign",
     "recipes",
 ]  # in the order of the README
@@ -53,6 +54,7 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "pack --plan": {"plan": ("Repacked | Merged", "what would be written")},
     "verify": results.Verification,
     "verify of several": results.Comparison,
+    "reproduce": results.Reproduction,
     "sign": signing.Signature,
     "recipes": {"recipes": ("list", "`name`, `purpose`, `target`, `calibration` of each")},
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},

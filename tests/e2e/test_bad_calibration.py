@@ -97,7 +97,7 @@ def there(bench: Bench) -> Path:
     "no data",
     "`model.layers.0.mlp.down_proj` needs calibration data",
     "recipe.yaml:2",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(RECIPE.replace("data: text.txt, ", ""))
@@ -114,7 +114,7 @@ def _(bench: Bench) -> Arguments:
     "smoothing without data",
     "smoothing needs calibration data",
     "recipe.yaml",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(DYNAMIC + "smooth: {alpha: 0.5}\n")
@@ -597,7 +597,12 @@ def _(bench: Bench) -> Arguments:
 damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid JSON")
 
 
-@case("head of a later version", "cannot be read by this version", "out.calibration", "to make it anew")
+@case(
+    "head of a later version",
+    "this quantcli reads version 2",
+    "out.calibration",
+    "pip install --upgrade",
+)
 def _(bench: Bench) -> Arguments:
     head = there(bench) / "calibration.json"
     head.write_text(head.read_text().replace('"version": 2', '"version": 3'))

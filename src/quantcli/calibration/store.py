@@ -34,9 +34,9 @@ from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
-from quantcli.core.errors import InputError, QuantError
+from quantcli.core.errors import InputError, QuantError, other_version
 from quantcli.core.untrusted.tables import Table, read_table
-from quantcli.planning.measured import Edit, EditFactors, Measured
+from quantcli.planning.measured import Basis, Edit, EditFactors, Measured
 
 HEAD = "calibration.json"
 _VERSION = 2
@@ -60,10 +60,13 @@ def layer_file(index: int) -> str:
 class Store:
     """The folder of one calibration, locked while it is open."""
 
-    def __init__(self, folder: Path, key: Key, layers: int, tool: str, *, fresh: bool = False) -> None:
-        """Open or begin it. tool: the versions that compute.
+    def __init__(
+        self, folder: Path, key: Key, layers: int, basis: Basis, *, fresh: bool = False
+    ) -> None:
+        """Open or begin it.
 
-        InputError if the folder is not a calibration, has another key, or was begun by other versions.
+        InputError if the folder is not a calibration, has another key, or was begun by other versions
+        or with other rows of a data set.
         """
         self.folder = folder
         self.layers = layers
@@ -77,20 +80,25 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            self._same_tool(tool)
-            document = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
+            self._same(basis)
+            document = {"version": _VERSION, "layers": layers, **asdict(basis), **asdict(key)}
             write_file(folder / HEAD, (json.dumps(document, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
 
-    def _same_tool(self, tool: str) -> None:
-        if self._begun and _read(self.folder / HEAD).text("tool", None) != tool:
-            raise InputError(
-                "the calibration was begun by other versions of quantcli, torch or transformers",
-                where=str(self.folder),
-                fix=_anew(self.folder),
-            )
+    def _same(self, basis: Basis) -> None:
+        if not self._begun:
+            return
+        before = read_basis(self.folder)
+        what = "by other versions of quantcli, torch or transformers"
+        if before.tool == basis.tool:
+            if before.text in {None, basis.text}:
+                return
+            what = "with another text: the data set has other rows since"
+        raise InputError(
+            f"the calibration was begun {what}", where=str(self.folder), fix=_anew(self.folder)
+        )
 
     def _clear(self) -> None:
         with disk_errors(self.folder):
@@ -217,15 +225,21 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
     if fresh:
         return None
     head = _read(folder / HEAD)
-    version = head.integer("version")
-    if version < _VERSION:
+    version = head.value.get("version")
+    if type(version) is int and version < _VERSION:
         what = "the calibration there is of an earlier version, which kept other things"
         raise InputError(what, where=str(folder), fix=_anew(folder))
-    if version != _VERSION:
-        raise InputError(
-            "the calibration cannot be read by this version", where=str(folder), fix=_anew(folder)
-        )
+    if type(version) is not int or version != _VERSION:
+        raise other_version("calibration", version, _VERSION, str(folder))
     return Key.parse(head), head.integer("layers")
+
+
+def read_basis(folder: Path) -> Basis:
+    """What the calibration in `folder` was made of, as far as it says."""
+    head = _read(folder / HEAD)
+    files = head.table("tokenizer", None)
+    tokenizer = {name: files.text(name) for name in files} if files is not None else {}
+    return Basis(head.text("text", None), tokenizer, head.text("tool", ""))
 
 
 def further_folders(folder: Path) -> list[Path]:
@@ -297,7 +311,8 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
             if modules is None or module in modules
         }
         experts |= expert_tokens(report.modules)
-    return Measured(stats, edits, edited, tuple(sorted(no_tokens)), taken_from, experts)
+    unreached, basis = tuple(sorted(no_tokens)), read_basis(folder)
+    return Measured(stats, edits, edited, unreached, taken_from, experts, basis)
 
 
 def _sealed_layer(folder: Path, index: int) -> tuple[StoredReport, list[StoredTensor]]:

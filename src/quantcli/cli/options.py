@@ -38,6 +38,12 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="Text to calibrate on: a file, or datasets:ID; wins over the recipe's."
+    ),
+]
 For = Annotated[
     str | None,
     typer.Option(

@@ -35,6 +35,7 @@ def quantize(
         typer.Option(metavar="PLACE", help=f"{options.PLACES} [default: MODEL-RECIPE here]."),
     ] = None,
     set_: options.Override = None,
+    data: options.Data = None,
     plan: options.PlanOnly = False,
     part: Annotated[
         str | None,
@@ -77,7 +78,7 @@ def quantize(
             recipe,
             model,
             serve_on,
-            tuple(set_ or ()),
+            jobs.with_text(tuple(set_ or ()), data),
             with_data=calibration is not None,
             progress=planning,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from quantcli.commands.job import JobOptions, signer_of
+from quantcli.commands.job import JobOptions, signer_of, with_text
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
@@ -113,6 +113,7 @@ def quantize(
                  perhaps `attention_mask`. Each is one sample, and all are taken.
     on_progress: is called with each `Event`, from any thread; `print` shows them.
     set:         changes of the recipe: {"calibration.samples": 64}, or ["calibration.samples=64"].
+    data:        text to calibrate on: a file, or "datasets:ID"; wins over the recipe's.
     workers:     threads; by default one for each core.
     fresh:       start over in place of continuing.
     force:       replace `out` once the new checkpoint is complete.
@@ -188,7 +189,7 @@ def _plan(
         recipe if isinstance(recipe, Mapping) else str(recipe),
         given.model,
         options["for_"],
-        assignments(options["set"]),
+        _changes(options),
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
@@ -210,6 +211,12 @@ def _plan(
         examples=given.examples,
         progress=given.progress,
     )
+
+
+def _changes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The changes of a recipe by `set` and `data`."""
+    data = options["data"]
+    return with_text(assignments(options["set"]), None if data is None else str(data))
 
 
 def resources_of(options: Mapping[str, Any]) -> Resources:
@@ -246,7 +253,7 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, tokenizer, example_inputs, set, workers, executor, device, max_memory,
+    recipe, model, tokenizer, example_inputs, set, data, workers, executor, device, max_memory,
     trust_remote_code, on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
@@ -262,7 +269,7 @@ def calibrate(
         recipe if isinstance(recipe, Mapping) else str(recipe),
         model=given.model,
         out=path_of(out),
-        overrides=assignments(options["set"]),
+        overrides=_changes(options),
         fresh=options["fresh"],
         examples=given.examples,
         progress=progress,

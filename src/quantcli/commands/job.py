@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -275,6 +276,11 @@ def describe(session: Session) -> dict[str, Any]:
         "smooth": "smooth" in methods,
         "methods": methods,
     }
+
+
+def with_text(overrides: tuple[str, ...], data: str | None) -> tuple[str, ...]:
+    """Changes of a recipe, and the text of --data, which wins over them."""
+    return overrides if data is None else (*overrides, f"calibration.data={json.dumps(data)}")
 
 
 @dataclass(frozen=True)

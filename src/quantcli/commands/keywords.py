@@ -58,6 +58,7 @@ class Calibrating(TypedDict, total=False):
     """Options of what calibrates."""
 
     set: _Assignments
+    data: PathLike | None
     workers: int | None
     fresh: bool
     executor: str
@@ -70,6 +71,7 @@ class Planning(TypedDict, total=False):
     """Options of a plan."""
 
     set: _Assignments
+    data: PathLike | None
     workers: int | None
     fresh: bool
     force: bool
@@ -84,6 +86,18 @@ class Planning(TypedDict, total=False):
 class Converting(Planning, total=False):
     """Options of a conversion, which may calibrate first."""
 
+    device: str
+    max_memory: int | str | None
+    trust_remote_code: bool
+
+
+class Reproducing(TypedDict, total=False):
+    """Options of `reproduce`."""
+
+    workers: int | None
+    fresh: bool
+    calibration: PathLike | None
+    executor: str
     device: str
     max_memory: int | str | None
     trust_remote_code: bool
@@ -127,9 +141,9 @@ class Verifying(TypedDict, total=False):
 
 
 DEFAULTS: dict[str, Any] = {
-    "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "executor": "threads", "for_": None, "device": "cpu", "max_memory": None,
-    "trust_remote_code": False, "sign": None,
+    "set": (), "data": None, "workers": None, "fresh": False, "force": False, "checksum": True,
+    "calibration": None, "part": None, "executor": "threads", "for_": None, "device": "cpu",
+    "max_memory": None, "trust_remote_code": False, "sign": None,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardS
 from quantcli.convert.journal import Journal, check_folder, discard, only_ours, remove_folder
 from quantcli.convert.publish import (
     check_destination,
+    is_exchanged,
     keep_exchanged,
     publish,
     replaced_folder,
@@ -109,7 +110,7 @@ class LocalFolder(Destination):
 
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of whole shards in OUT.partial. Raises what `check_folder` raises."""
-        return check_folder(self.partial, head)
+        return 0 if is_exchanged(self.partial, self.path) else check_folder(self.partial, head)
 
     def links(self, files: Sequence[Path]) -> bool:
         """Whether all files are on the disk that OUT goes to."""
@@ -126,7 +127,7 @@ class LocalFolder(Destination):
 
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
-        if start.force and self.exists:
+        if start.force:
             keep_exchanged(self.partial, self.path)
         if start.fresh:
             remove_folder(self.partial)

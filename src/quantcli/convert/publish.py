@@ -77,15 +77,22 @@ def publish(partial: Path, out: Path, *, force: bool) -> None:
         sync_folder(out.parent)
 
 
-def keep_exchanged(partial: Path, out: Path) -> None:
-    """Give an old `out` its name that `publish` has exchanged but, interrupted, not renamed.
+def is_exchanged(partial: Path, out: Path) -> bool:
+    """Whether `partial` is an old `out` that `publish` has exchanged but, interrupted, not renamed.
 
-    It holds files that are not ours. InputError if that name is taken.
+    It holds a listing of ours and files that are not ours.
     """
     with disk_errors(partial):
         listed = any((partial / name).is_file() for name in (MANIFEST, PART))
-        if not listed or (partial / JOURNAL).exists() or only_ours(partial):
-            return
+        left = listed and out.exists() and not (partial / JOURNAL).exists()
+    return left and not only_ours(partial)
+
+
+def keep_exchanged(partial: Path, out: Path) -> None:
+    """Give an old `out` that was exchanged its new name. InputError if that is taken."""
+    if not is_exchanged(partial, out):
+        return
+    with disk_errors(partial):
         kept = replaced_folder(out)
         if os.path.lexists(kept):
             what = "what --force has replaced cannot be kept: its new name is taken"

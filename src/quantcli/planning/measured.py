@@ -88,6 +88,34 @@ class EditFactors:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What a calibration was made of, for manifests.
+
+    text:      sha256 (hex) of the text: of the file's bytes, or of the rows as they were read; None if
+               it is not known.
+    tokenizer: sha256 (hex) of each file of the tokenizer, by name; empty for token ids.
+    tool:      the versions that computed, as text.
+    """
+
+    text: str | None
+    tokenizer: Mapping[str, str]
+    tool: str
+
+    def record(self, name: str, found: Mapping[str, bytes]) -> dict[str, Any]:
+        """The entry of a manifest. name: of the text. found: sha256 of the statistics and edits that
+        the conversion takes, by tensor: whatever else the calibration holds."""
+        digest = hashlib.sha256()
+        for tensor, content in sorted(found.items()):
+            digest.update(f"{tensor}\0".encode() + content)
+        return {
+            "text": {"name": name, "sha256": self.text},
+            "tokenizer": dict(sorted(self.tokenizer.items())),
+            "statistics": digest.hexdigest(),
+            "tool": self.tool,
+        }
+
+
+@dataclass(frozen=True)
 class Measured:
     """A whole calibration.
 
@@ -97,6 +125,7 @@ class Measured:
     no_tokens: modules inside of the decoder stack that no token reached.
     taken_from: those of them that take statistics of others, and of which: a module, or a pattern.
     experts:   of each layer's experts the tokens that the router gave them, see `expert_tokens`.
+    basis:     what it was made of; None if that is not known.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
@@ -105,6 +134,7 @@ class Measured:
     no_tokens: tuple[str, ...] = ()
     taken_from: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
+    basis: Basis | None = None
 
     def edit_of(self, stored: StoredTensor) -> Edit | None:
         """The edit of a stored tensor, if it has one. InputError for one of other dtypes or shapes."""

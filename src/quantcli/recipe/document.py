@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantcli.core.errors import InputError, MachineError, one_of
+from quantcli.core.errors import InputError, MachineError, one_of, other_version
 from quantcli.core.untrusted.yaml_text import MAX_BYTES, MAX_DEPTH, Place, read_yaml
+
+VERSION = 1  # of the form of recipes and release files
 
 MAPPING = "the recipe"  # the name of one that is not a file
 
@@ -72,6 +74,15 @@ class Document:
         self.places = {k: v for k, v in self.places.items() if k[: len(below)] != below}
         self.places[below] = flag
         self.overridden.add(below)
+
+    def check_version(self, noun: str) -> None:
+        """InputError for a `version` that is not read here: before unknown keys are, which it may have.
+
+        noun: what the file is.
+        """
+        version = self.data.get("version")
+        if version is not None and (type(version) is not int or version != VERSION):
+            raise other_version(noun, version, VERSION, self.where(("version",)))
 
     def is_overridden(self, *place: str | int) -> bool:
         """Whether a value is not the file's own, but an override's."""

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.recipe.document import Assignment, Document, document_of, load_document
-from quantcli.recipe.fields import Block, Calibration, Verify
+from quantcli.recipe.fields import Block, Calibration, FileVersion, Verify
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.recipe.written import explain
 
@@ -86,6 +86,7 @@ class ReleaseVerify(Verify):
 class ReleaseFile(Block):
     """A release file."""
 
+    version: FileVersion = None
     checkpoints: list[
         Annotated[
             CheckpointEntry,
@@ -172,6 +173,7 @@ def read_release(release: GivenRelease) -> WrittenRelease:
         document = document_of(release, RELEASE)
     else:
         document = load_document(_file(release), "release file", "`checkpoints`")
+    document.check_version("release file")
     try:
         file = ReleaseFile.model_validate(document.data)
     except ValidationError as error:

@@ -53,6 +53,7 @@ def read_recipe(
         document = load_document(find_recipe(recipe, command))
     for assignment in overrides:
         document.override(assignment)
+    document.check_version("recipe")
     try:
         file = RecipeFile.model_validate(document.data)
     except ValidationError as error:

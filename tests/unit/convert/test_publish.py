@@ -236,3 +236,9 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its new name is taken"):
         publishing.keep_exchanged(partial, out)
     assert (partial / "notes.txt").exists()
+
+
+def test_what_was_exchanged_is_no_work_of_a_run(tmp_path):
+    checkpoint(tmp_path / "out")
+    checkpoint(tmp_path / "out.partial", "notes.txt")
+    assert LocalFolder(tmp_path / "out").done({"plan": "p"}) == 0

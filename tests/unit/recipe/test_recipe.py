@@ -50,6 +50,7 @@ calibration:
   dtype: float32
   uncalibrated: group
   all_tokens: true
+  sha256: 00000000000000000000000000000000000000000000000000000000000000ff
 smooth:
   alpha: 0.6
   rules:
@@ -66,6 +67,7 @@ verify:
   max_ppl_ratio: 1.01
   max_kl: 0.05
 siblings: ['(.*)_proj']
+version: 1
 card: true
 base_model: org/name
 """

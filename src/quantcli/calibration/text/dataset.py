@@ -25,6 +25,8 @@ from quantcli.calibration.text.documents import (
     Document,
     check_data,
     data_digest,
+    digest_of_rows,
+    file_digest,
     read_documents,
     sentence,
 )
@@ -71,6 +73,7 @@ class Dataset:
     batches: tuple[Batch, ...]
     tokens: int  # without padding
     samples: int
+    text: str  # sha256 (hex), see `text_digest`; of the rows of a data set
 
 
 def check_source(source: TextSource, model: Path, fix: str = _FETCH) -> None:
@@ -113,9 +116,22 @@ def source_digest(source: TextSource, model: Path) -> str:
         return source.examples.digest
     text = data_digest(source.data, source.where) if source.examples is None else source.examples.digest
     options = (source.samples, source.length, source.seed, source.pack, source.batch_tokens)
-    complete(model, _is_of_tokenizer)
-    files = [(path.name, _digest(path)) for path in _find(model, _TOKENIZER_FILES)]
+    files = [*tokenizer_files(model).items()]
     return hashlib.sha256(json.dumps([text, options, files]).encode()).hexdigest()
+
+
+def tokenizer_files(model: Path) -> dict[str, str]:
+    """sha256 (hex) of each file of the tokenizer in `model`, by name."""
+    complete(model, _is_of_tokenizer)
+    return {path.name: _digest(path) for path in _find(model, _TOKENIZER_FILES)}
+
+
+def text_digest(source: TextSource) -> str | None:
+    """sha256 (hex) of the text alone: of a file's bytes, or of examples; None for a data set, whose
+    rows are known once they are read."""
+    if source.examples is not None:
+        return source.examples.digest
+    return file_digest(source.data, source.where)
 
 
 def load_dataset(
@@ -135,12 +151,14 @@ def load_dataset(
     check_source(source, model)
     check_length(source, positions)
     eos = pad = None
+    text = text_digest(source)
     if source.examples is not None and source.examples.ids:
         samples = list(source.examples.ids)
     else:
         with quiet():
             tokenizer = _load_tokenizer(model, trust_remote_code)
             documents = _documents(source, say)
+            text = text or digest_of_rows(documents)
             choose = _windows if source.pack else _records
             samples = choose(tokenizer, documents, source)
             eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -155,7 +173,8 @@ def load_dataset(
     size = max(1, source.batch_tokens // source.length)
     groups = [samples[begin : begin + size] for begin in range(0, len(samples), size)]
     batches = tuple(_batch(group, pad) for group in groups)
-    return Dataset(batches, tokens=sum(map(len, samples)), samples=len(samples))
+    assert text is not None  # only the rows of a data set were to be read
+    return Dataset(batches, tokens=sum(map(len, samples)), samples=len(samples), text=text)
 
 
 def _documents(source: TextSource, say: Callable[[str], None]) -> list[Document]:
