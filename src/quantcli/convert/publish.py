@@ -10,7 +10,7 @@ from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.convert.journal import discard, only_ours
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError
-from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, partial_folder
+from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, expanded, partial_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -36,7 +36,7 @@ def _check(out: Path, model: Path, force: bool, what: str) -> None:
         raise InputError(f"output directory is {what} directory", where=str(out), fix=OTHER_OUT)
     if real.is_relative_to(model):
         raise InputError(f"output directory is inside {what} directory", where=str(out), fix=OTHER_OUT)
-    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 - Path's raises without a home
+    home = expanded("~").resolve()
     protected = {model: what, Path.cwd(): "the current directory", home: "your home"}
     for path, word in protected.items():
         if path.is_relative_to(real):

@@ -21,6 +21,7 @@ from quantcli.checkpoint.files import PICKLES
 from quantcli.core.disk import ABSENT
 from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.place import expanded
 from quantcli.core.text import pip_install
 
 HUB = "datasets:"
@@ -122,9 +123,9 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
 
 def _stat(data: str) -> tuple[Path, os.stat_result]:
     try:
-        path = Path(data).expanduser()
+        path = expanded(data)
         return path, path.stat()
-    except (RuntimeError, ValueError):  # an unknown ~user, a character that no name can have
+    except ValueError:  # a character that no name can have
         raise FileNotFoundError(errno.ENOENT, "no such file") from None
 
 
