@@ -12,6 +12,8 @@ import select
 import signal
 import sys
 
+from quantcli.core.untrusted.names import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,10 +102,10 @@ class _Signals:
     def report(self) -> None:
         """Report an interrupt with system calls alone: what prints otherwise may be half imported."""
         what = self.what
-        literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
+        literal = printable(what)
         quoted = f'"{what}"'
         if self.kept():  # then the module is there
-            quoted = sys.modules["json"].dumps(what, ensure_ascii=False)
+            quoted = sys.modules["json"].dumps(what)
         document = f"""{{
   "ok": false,
   "schema_version": 1,
