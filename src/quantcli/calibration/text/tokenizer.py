@@ -20,6 +20,7 @@ from typing import Any
 from quantcli.calibration.text.documents import PIECE, Document, sentence
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.untrusted.bounded import Subject, run_bounded, start
+from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.panics import is_panic
 from quantcli.core.untrusted.server import Answer, Limits, at
 from quantcli.core.untrusted.tables import parse_json
@@ -260,6 +261,9 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     at(str(model / "tokenizer.json"))
+    if (fault := utf8_fault(str(model))) is not None:  # compiled code opens the files
+        what = f"the model's tokenizer cannot be loaded: its path {fault}"
+        raise InputError(what, where=str(model), fix="give the folder another name")
     try:
         # AutoTokenizer goes by the model's type before the class that the files name, and splits text
         # in another way than the tokenizer.json that came with the model
