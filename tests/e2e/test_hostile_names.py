@@ -23,7 +23,7 @@ COMMANDS = {command.callback.__name__ for command in app.registered_commands}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Under a bad path: a sound model among files of bad names, one that is bad within, a conversion."""
+    """Under a bad path: a good model with odd files, one that is bad within, and a conversion."""
     root = tmp_path_factory.mktemp("hostile") / NAME
     model = make_llama(root / "model")
     for name in (NAME, f"{TEXT}.json"):
