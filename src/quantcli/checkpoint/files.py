@@ -47,7 +47,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             relative = child.relative_to(root).as_posix() + "/"
             if not name.isprintable():
                 folders.remove(name)
-                left_out[printable(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
             elif _is_hidden(name):
                 folders.remove(name)
                 left_out[relative] = _HIDDEN
@@ -59,7 +59,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             child = Path(folder) / name
             relative = child.relative_to(root).as_posix()
             if not name.isprintable():
-                left_out[printable(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
                 continue
             files[relative] = _contained(child, root)
             if reason := why_left_out(relative):

@@ -227,7 +227,8 @@ def _texts(name: str, stored: bytes, planned: bytes) -> tuple[str, str]:
     """What two contents of a generated file differ in: a key of JSON, else a line."""
     if name.endswith(".json"):
         try:
-            change = change_of(*(dict(parse_table(c, name).value) for c in (stored, planned)))
+            tables = [parse_table(content, name).value for content in (stored, planned)]
+            change = change_of(tables[0], tables[1])
         except InputError:
             change = None
         if change is not None:
