@@ -264,8 +264,8 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     at(str(model / "tokenizer.json"))
-    if (fault := utf8_fault(str(model))) is not None:  # compiled code opens the files
-        what = f"the model's tokenizer cannot be loaded: its path {fault}"
+    if (of_path := utf8_fault(str(model))) is not None:  # compiled code opens the files
+        what = f"the model's tokenizer cannot be loaded: its path {of_path}"
         raise InputError(what, where=str(model), fix="give the folder another name")
     try:
         # AutoTokenizer goes by the model's type before the class that the files name, and splits text
