@@ -148,6 +148,21 @@ def _(bench: Bench) -> Arguments:
     return []
 
 
+@case(
+    "a tokenizer whose pattern goes back for ever",
+    "reading this text with the model's tokenizer crashes the library that does it: Onig: ",
+    "tokenizer.json",
+    "fetch the model's tokenizer again from its author",
+    planned=False,
+)
+def _(bench: Bench) -> Arguments:
+    path = bench.own_model() / "tokenizer.json"
+    pattern = {"Regex": "(([a-z]|.)+)+\\n$\\b"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    return []
+
+
 @case("data is empty", "is empty", "recipe.yaml:2", "UTF-8 text")
 def _(bench: Bench) -> Arguments:
     (bench.root / "text.txt").write_text("")

@@ -43,6 +43,7 @@ from quantcli.calibration.text.dataset import (
 )
 from quantcli.calibration.text.documents import HUB
 from quantcli.calibration.text.examples import NAME, Examples
+from quantcli.calibration.text.tokenizer import start_process
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
@@ -280,6 +281,8 @@ def run_together(
     device = open_device(here.device)
     if done := min(session.layers_done for session in sessions):
         progress.keeps(f"{count(done, 'layer')} in {sessions[0].folder}")
+    if any(session.key.data not in texts for session in (sessions[0], *later)):
+        start_process(trust_remote_code=resources.trust_remote_code)
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)

@@ -18,7 +18,9 @@ from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.terminal.environment import COMPLETE, defaults
 from quantcli.cli.terminal.streams import check_stdout, drop, stdout_error
-from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
+from quantcli.core.errors import Exit, InputError, Interrupted, MachineError, QuantError, closest
+from quantcli.core.untrusted.names import printable
+from quantcli.core.untrusted.panics import is_panic
 
 _LONG = 5.0  # seconds
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
@@ -63,6 +65,12 @@ def run(argv: list[str], signals: Signals) -> int:
     except Exception as error:
         out.bug(error)
         return Exit.OUR_BUG
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        what = f"a library of compiled code gave up: {printable(str(error))[:200]}"
+        fix = "free memory, and fetch the model again; if it stays, report it"
+        return _reported(out, MachineError(what, fix=fix))
     finally:
         out.close()
 
