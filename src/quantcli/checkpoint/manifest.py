@@ -108,7 +108,7 @@ def has_recipe(table: Mapping[str, Any], path: Path) -> bool:
     text = table.get("recipe")
     if not isinstance(text, str) or not path.is_file():
         return False
-    return path.read_bytes() == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
+    return read_bytes(path) == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
 
 
 def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:

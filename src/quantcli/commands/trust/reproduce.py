@@ -26,6 +26,7 @@ from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import expanded
 from quantcli.core.text import count
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _begin(wish: Wish, progress: Progress) -> Attempt:
     named = source.get("id")
     if isinstance(named, str):  # the card says it, wherever the model is now
         checkpoint = replace(checkpoint, hub_id=named)
-    place = Path(wish.checkpoint).expanduser()
+    place = expanded(wish.checkpoint)
     if place.is_dir():
         place = place.resolve()
         work = place.with_name(place.name + FOLDER)
