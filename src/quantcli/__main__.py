@@ -12,6 +12,8 @@ import select
 import signal
 import sys
 
+from quantcli.core.untrusted.names import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,10 +122,10 @@ class _Signals:
 
     def report(self, what: str, fix: str, code: int = _INTERRUPTED) -> None:
         """Report an error with system calls alone: what prints otherwise may be half imported."""
-        literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
+        literal = printable(what)
         quoted = f'"{what}"'
         if json := sys.modules.get("json"):  # it is there if the message has names in it
-            quoted = json.dumps(what, ensure_ascii=False)
+            quoted = json.dumps(what)
         document = f"""{{
   "ok": false,
   "schema_version": 1,
