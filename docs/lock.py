@@ -12,7 +12,7 @@ and with it its hash, depends on the machine. constraints.txt pins its version.
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import PackageNotFoundError, distribution, metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,7 @@ _ELSEWHERE = re.compile(r"sys_platform == '(win32|emscripten)'")
 _COPYLEFT = re.compile(r"GPL|MPL|EPL|CDDL|EUPL|Mozilla")
 _SPDX = {  # classifiers and words of packages -> SPDX identifiers
     "Apache 2.0": "Apache-2.0",
+    "Apache 2.0 License": "Apache-2.0",
     "Apache License 2.0": "Apache-2.0",
     "Apache License, Version 2.0": "Apache-2.0",
     "Apache Software License": "Apache-2.0",
@@ -91,9 +92,17 @@ def licence(name: str) -> str:
     classifiers = [
         c.rpartition(" :: ")[2] for c in about.get_all("Classifier", []) if "License ::" in c
     ]
-    names = [c for c in classifiers if c != "OSI Approved"] or [(about.get("License") or "").strip()]
+    names = [c for c in classifiers if c != "OSI Approved"]
+    names = names or [(about.get("License") or "").strip() or title(name)]
     first = [text.splitlines()[0][:60] if text else "not named" for text in names]
     return " AND ".join(_SPDX.get(text, text) for text in first)
+
+
+def title(name: str) -> str:
+    """The first line of the licence that an installed package carries; empty without one."""
+    files = [file for file in distribution(name).files or () if "LICENSE" in file.name.upper()]
+    texts = [file.read_text().strip() for file in files]
+    return texts[0].splitlines()[0] if texts else ""
 
 
 def page(lock: dict[str, dict[str, list[str]]], own: set[str]) -> str:
