@@ -38,6 +38,8 @@ demo: $(READY)  ## convert the bundled model and show the result
 test: $(READY)  ## lint, types, tests
 	@marks=; command -v chromium >/dev/null || { marks="not browser"; \
 		echo "no chromium here: tests marked browser are left out"; }; \
+	command -v cc >/dev/null || { marks="$${marks:+$$marks and }not faults"; \
+		echo "no cc here: tests marked faults are left out"; }; \
 	printed=$$(mktemp); $(MAKE) --no-print-directory check >"$$printed" 2>&1 & check=$$!; \
 	failed=0; $(BIN)/python -m pytest $(PARALLEL) -m "$$marks" || failed=$$?; \
 	wait $$check || failed=$$?; cat "$$printed"; rm "$$printed"; exit $$failed

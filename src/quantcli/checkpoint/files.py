@@ -8,6 +8,7 @@ import re
 import stat
 from pathlib import Path
 
+from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError
 
 # The only index that engines read. Source: vllm 0.32.0,
@@ -113,7 +114,9 @@ def _contained(file: Path, root: Path) -> int:
     try:
         target = file.resolve(strict=True)
         status = target.stat()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:  # pathlib reports a circle of links as RuntimeError
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
         raise InputError("link leads nowhere", where=str(file), fix="fetch the file again") from None
     if not target.is_relative_to(root) and not hub_blob(target, root):
         raise InputError(

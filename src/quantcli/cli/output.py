@@ -14,7 +14,7 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.cli.terminal.streams import drop
+from quantcli.cli.terminal.streams import drop, stdout_error
 from quantcli.core.errors import SCHEMA_VERSION, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
 
@@ -37,6 +37,8 @@ class Output:
         self.quiet = self.verbose = False
         self.log: Log | None = None
         self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
+        self.is_over: Callable[[], bool] = bool  # whether all work is done
+        self.doing: Callable[[], str] = str  # what the run does, for errors that do not say it
         self._on_screen = True
 
     @cached_property
@@ -136,6 +138,8 @@ class Output:
             sys.stdout.flush()
         except BrokenPipeError:
             drop(sys.stdout)
+        except OSError as error:
+            raise stdout_error(error) from None
 
     def message(self, text: str, style: str = "", *, command: bool = False) -> None:
         """Print a message for people, unless --quiet. style: of its first word.

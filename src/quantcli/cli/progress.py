@@ -93,17 +93,22 @@ def fitted(event: Event, width: int) -> Text:
 @contextmanager
 def watch(out: Output) -> Iterator[Progress]:
     """Progress of the block: a line on a terminal, otherwise lines, which --quiet leaves out."""
+
+    def follow(events: Events) -> None:
+        out.kept, out.doing = lambda: events.kept, lambda: events.doing
+        out.is_over = lambda: events.is_over
+
     if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
         events = Events(out.event)
         events.detailed = out.wants_details
-        out.kept = lambda: events.kept
+        follow(events)
         yield events
         return
     bar = Bar(out)
     events = Events(bar.receive, 1 / _REFRESHES)
     events.also(out.log_progress)
     events.detailed = out.wants_details
-    out.kept = lambda: events.kept
+    follow(events)
     try:
         yield events
     finally:

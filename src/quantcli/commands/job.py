@@ -14,6 +14,8 @@ from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, Pending, display_name, find_model, locate
 from quantcli.core.cluster.executor import TASK_WORKERS, Executor
 from quantcli.core.errors import InputError
+from quantcli.core.memory.shortage import check_memory
+from quantcli.core.text import count
 from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
@@ -159,6 +161,8 @@ def make_job(
     if not options.parts:  # else it is the disks of the nodes that matter
         room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
     memory = memory_estimate(plan, options.workers) + out.memory(plan.shards)
+    if options.executor is None:
+        check_memory(memory, f"this conversion with {count(options.workers, 'worker')}")
     return Job(plan, out, options, room, memory, done, session, part)
 
 
