@@ -12,6 +12,8 @@ import select
 import signal
 import sys
 
+from quantcli.core.untrusted.names import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,10 +122,10 @@ class _Signals:
 
     def report(self, what: str, fix: str, code: int = _INTERRUPTED) -> None:
         """Report an error with system calls alone: what prints otherwise may be half imported."""
-        literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
+        literal = printable(what)
         quoted = f'"{what}"'
         if json := sys.modules.get("json"):  # it is there if the message has names in it
-            quoted = json.dumps(what, ensure_ascii=False)
+            quoted = json.dumps(what)
         document = f"""{{
   "ok": false,
   "schema_version": 1,
@@ -143,6 +145,14 @@ class _Signals:
         _write(2, terminal + "\n".join([*lines, ""]))
         for line in lines:
             self.log(line)
+
+
+def _is_limited() -> bool:
+    """Whether the process has a limit of memory."""
+    import resource
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -210,11 +220,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from quantcli.cli.terminal.streams import keep_streams
 
         keep_streams()
-        from quantcli.cli.terminal.limited import run_limited
+        if _is_limited():
+            from quantcli.cli.terminal.limited import run_limited
 
-        if error := run_limited():
-            signals.report(error.what, error.fix or "", error.exit_code)
-            os._exit(error.exit_code)
+            if error := run_limited():
+                signals.report(error.what, error.fix or "", error.exit_code)
+                os._exit(error.exit_code)
         signals.wait()
 
     from quantcli.cli.process import run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.names import printable
 
 # The only index that engines read. Source: vllm 0.32.0,
 # model_executor/model_loader/weight_utils.py:476.
@@ -47,7 +48,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             relative = child.relative_to(root).as_posix() + "/"
             if not name.isprintable():
                 folders.remove(name)
-                left_out[ascii(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
             elif _is_hidden(name):
                 folders.remove(name)
                 left_out[relative] = _HIDDEN
@@ -59,7 +60,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             child = Path(folder) / name
             relative = child.relative_to(root).as_posix()
             if not name.isprintable():
-                left_out[ascii(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
                 continue
             files[relative] = _contained(child, root)
             if reason := why_left_out(relative):

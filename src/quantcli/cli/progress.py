@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from quantcli.cli.output import Output, plain
+from quantcli.cli.output import Output
 from quantcli.core.events import GOES_ON, Event, Events, Progress
+from quantcli.core.untrusted.names import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,7 +80,7 @@ def fitted(event: Event, width: int) -> Text:
     room = max(1, width - 1)
     for name in ("", *_DROPPED):
         figures.pop(name, None)
-        line = Text(plain(" · ".join(filter(None, [text, *figures.values()]))))
+        line = Text(printable(" · ".join(filter(None, [text, *figures.values()]))))
         if line.cell_len <= room:
             break
     line.truncate(room, overflow="ellipsis")

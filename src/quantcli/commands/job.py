@@ -17,6 +17,7 @@ from quantcli.core.errors import InputError
 from quantcli.core.memory.shortage import check_memory
 from quantcli.core.text import count
 from quantcli.core.threads import default_workers
+from quantcli.core.untrusted.names import utf8_fault
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
@@ -291,8 +292,14 @@ def describe(session: Session) -> dict[str, Any]:
 
 
 def with_text(overrides: tuple[str, ...], data: str | None) -> tuple[str, ...]:
-    """Changes of a recipe, and the text of --data, which wins over them."""
-    return overrides if data is None else (*overrides, f"calibration.data={json.dumps(data)}")
+    """Changes of a recipe, and the text of --data, which wins over them. InputError for a name that is
+    not UTF-8."""
+    if data is None:
+        return overrides
+    if (fault := utf8_fault(data)) is not None:
+        fix = "give the file another name: the manifest of the output holds it"
+        raise InputError(f"the name of the text {fault}", where="--data", fix=fix)
+    return (*overrides, f"calibration.data={json.dumps(data)}")
 
 
 @dataclass(frozen=True)

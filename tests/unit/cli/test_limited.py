@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from quantcli.__main__ import _Signals
 
 GB = 10**9
+MODEL = Path(__file__).parents[3] / "examples" / "tiny-qwen3"
 # the child does as the first word says; `entry` and `main` need nothing else of a command
 STUB = """
 import os, signal, sys, time
@@ -76,6 +78,22 @@ def test_a_process_that_ends_by_itself(code: int) -> None:
 
 def test_a_process_that_is_killed() -> None:
     assert run("killed").returncode == -signal.SIGKILL
+
+
+def test_an_import_that_gets_no_memory(tmp_path: Path) -> None:
+    """torch's libraries alone are larger than this limit."""
+    words = ["quantize", "w8a8_dynamic", "--model", MODEL, "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "quantcli", *words],
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(150 * 10**6),
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fix: raise the limit (ulimit -v)" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_signals_reach_the_child() -> None:

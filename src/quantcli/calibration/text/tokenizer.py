@@ -21,6 +21,7 @@ from quantcli.calibration.text.documents import PIECE, Document, sentence
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.memory.shortage import is_out_of_memory, machine_fault, shortage
 from quantcli.core.untrusted.bounded import Subject, run_bounded, start
+from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.panics import is_panic
 from quantcli.core.untrusted.server import Answer, Limits, at
 from quantcli.core.untrusted.tables import parse_json
@@ -263,6 +264,9 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     at(str(model / "tokenizer.json"))
+    if (of_path := utf8_fault(str(model))) is not None:  # compiled code opens the files
+        what = f"the model's tokenizer cannot be loaded: its path {of_path}"
+        raise InputError(what, where=str(model), fix="give the folder another name")
     try:
         # AutoTokenizer goes by the model's type before the class that the files name, and splits text
         # in another way than the tokenizer.json that came with the model
