@@ -170,3 +170,13 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", fail)
     with pytest.raises(MachineError, match="input/output error"):
         check_space(tmp_path / "out", 0)
+
+
+def test_a_full_disk_can_still_be_written(tmp_path: Path, disk: dict[str, int]) -> None:
+    """As far as that goes: what is to come is not known yet."""
+    disk["free"] = 0
+    check_writable(tmp_path / "new")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(MachineError) as caught:
+        check_spaces([(tmp_path / "a" / "out", 1), (tmp_path / "out", 1)])
+    assert caught.value.where == str(tmp_path / "a"), "the place of the first"
