@@ -75,6 +75,8 @@ def test_errors_of_the_system_are_told(tmp_path: Path) -> None:
     assert (caught.value.where, caught.value.fix) == (str(tmp_path), "fix")
     with pytest.raises(MachineError, match="no such file"), as_our_errors(tmp_path, "fix"):
         (tmp_path / "a").stat()
+    with pytest.raises(MachineError, match="not empty"), as_our_errors(tmp_path, "fix"):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     with pytest.raises(InputError, match="form a circle") as caught, as_our_errors(tmp_path, "fix"):
         raise RuntimeError
     assert (caught.value.where, caught.value.fix) == (str(tmp_path), "fix")
