@@ -31,7 +31,7 @@ MODULES = {
     ),
     "checkpoint/manifest.py": (f"{UNIT}/checkpoint/test_manifest.py",),
     "core/place.py": (f"{UNIT}/core/test_place.py",),
-    "core/untrusted/names.py": (f"{UNIT}/core/test_untrusted.py",),
+    "core/untrusted/names.py": (f"{UNIT}/core/test_names.py", f"{UNIT}/core/test_untrusted.py"),
     "planning/recode.py": (f"{UNIT}/planning/test_recode.py",),
     "planning/repack.py": (f"{UNIT}/planning/test_repack.py", f"{UNIT}/planning/test_recode.py"),
 }
