@@ -14,8 +14,9 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from quantcli.checkpoint.config.table import Table
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.core.expressions import too_costly
 from quantcli.sources import awq, float8, gptq
@@ -38,7 +39,7 @@ class AutoRound(SourceFormat):
     def read(self, source: Source) -> Iterator[Encoded]:
         """Every quantized module."""
         for key in ("rotation_config", "transform_config"):
-            if source.settings.get(key):
+            if source.settings.value(key):
                 raise source.refused(f"has a `{key}`: rotated weights are not decoded", float8.FLOAT)
         form = source.word("packing_format", source.word("backend", "auto_round:auto_gptq"))
         numbers = source.word("data_type", "int")
@@ -47,7 +48,7 @@ class AutoRound(SourceFormat):
         elif numbers in {"fp", "fp8"}:
             block = float8.block_of(source, "group_size") if _is_pair(source) else None
             sides = None if block is None else list(block)
-            yield from float8.read(replace(source, settings={"weight_block_size": sides}))
+            yield from float8.read(replace(source, settings=Table({"weight_block_size": sides})))
         elif numbers != "int":
             raise source.refused(f"`data_type` is {numbers!r:.40}, which is not decoded", float8.FLOAT)
         elif "awq" in form:
@@ -59,7 +60,7 @@ class AutoRound(SourceFormat):
 
 
 def _is_pair(source: Source) -> bool:
-    return isinstance(source.settings.get("group_size"), list)
+    return isinstance(source.settings.value("group_size"), list)
 
 
 def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
@@ -67,11 +68,9 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
 
     InputError for bits that the layout does not have here.
     """
-    symmetric = source.settings.get("sym") is not False
+    symmetric = source.settings.value("sym") is not False
     usual = Kind(source.whole("bits"), source.whole("group_size"), symmetric)
-    extra = source.settings.get("extra_config") or {}
-    if not isinstance(extra, dict) or not all(isinstance(table, dict) for table in extra.values()):
-        raise source.refused("`extra_config` is not an object of objects")
+    extra = source.settings.tables("extra_config")
     for key in extra:
         if _SPECIAL & set(key):
             _must_match(source, key)
@@ -83,8 +82,8 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
             own.whole("bits", default=usual.bits),
             own.whole("group_size", default=usual.group),
         )
-        asked = own.settings.get("sym")
-        kind = Kind(bits, group, usual.symmetric if asked is None else asked is True)
+        asked = own.settings.flag("sym")
+        kind = Kind(bits, group, usual.symmetric if asked is None else asked)
         if bits not in _BITS[layout]:
             choices = " and ".join(map(str, _BITS[layout]))
             what = f"`{name}` has {bits} bits: this version decodes {choices} of {layout.upper()}"
@@ -104,16 +103,15 @@ def _must_match(source: Source, key: str) -> None:
         raise source.refused(f"`extra_config` has {reprlib.repr(key)}, which is too costly to match")
 
 
-def _exception(extra: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _exception(extra: Mapping[str, Table], name: str) -> Table:
     """The entry of `extra_config` for a module: by its name, by the end of it, by an expression."""
     if name in extra:
-        found: Mapping[str, Any] = extra[name]
-        return found
+        return extra[name]
     for key, table in extra.items():
         special = bool(_SPECIAL & set(key))
         if re.search(key, name) if special else name.endswith(f".{key}"):
-            return dict(table)
-    return {}
+            return table
+    return Table({})
 
 
 def _blocks(source: Source, numbers: str) -> Iterator[Encoded]:

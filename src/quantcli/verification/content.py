@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from quantcli.checkpoint.config.table import Table
 from quantcli.checkpoint.manifest import tool_text
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.targets.base import StoredCheckpoint
@@ -14,7 +15,7 @@ from quantcli.verification.outcome import Maker, SizeReport
 FLOAT = "FLOAT"  # the label of what is not quantized
 
 
-def maker_of(manifest: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Maker | None:
+def maker_of(manifest: Mapping[str, Any] | None, config: Table) -> Maker | None:
     """The tool that made a checkpoint, and its recipe; None if neither manifest nor config.json says.
 
     All of it is as the checkpoint says: whoever can change the checkpoint can change it.
@@ -22,14 +23,13 @@ def maker_of(manifest: Mapping[str, Any] | None, config: Mapping[str, Any]) -> M
     if manifest is not None:
         recipe = manifest.get("recipe")
         return Maker(tool_text(manifest.get("tool")), recipe if isinstance(recipe, str) else None)
-    block = config.get("quantization_config")
-    if not isinstance(block, dict):
+    block = config.table("quantization_config")
+    if block is None:
         return None
-    producer = block.get("producer")
-    named = producer if isinstance(producer, dict) else {}
-    name = named.get("name", block.get("quant_method"))
-    version = named.get("version", block.get("version"))
-    if not isinstance(name, str):
+    producer = block.object_of("producer") or Table({})
+    name = producer.text("name") or block.text("quant_method")
+    version = (producer if "version" in producer else block).value("version")
+    if name is None:
         return None
     return Maker(f"{name:.40} {version:.40}" if isinstance(version, str) else f"{name:.40}", None)
 

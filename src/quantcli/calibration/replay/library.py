@@ -38,7 +38,7 @@ _PARTS = {
 def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """The part of a model that takes text: its class, its key in config.json, and the beginning of the
     names of its tensors. None if that is the whole model."""
-    return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+    return _PARTS.get(next(iter(checkpoint.config.texts("architectures")), ""))
 
 
 # Linears that multiply by the transposed weight themselves, which taps do not see.
@@ -67,7 +67,7 @@ def build_model(
             else:  # the class of a whole may not be built, and puts out speech
                 named, key, _ = part
                 config_class = getattr(transformers, named).config_class
-                config = config_class.from_dict(checkpoint.config.get(key) or {})
+                config = config_class.from_dict(checkpoint.config.plain().get(key) or {})
             if next_token:
                 add_layer(config)
             native = getattr(transformers, str(named), None)
@@ -100,11 +100,11 @@ def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) ->
     import transformers
 
     table = checkpoint.config
-    if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
+    if table.text("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        native = getattr(transformers, next(iter(table.texts("architectures")), ""), None)
         config_class = getattr(native, "config_class", None)
         if config_class is not None:
-            changed = {**table, "model_type": config_class.model_type}
+            changed = {**table.plain(), "model_type": config_class.model_type}
             return config_class.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
     return transformers.AutoConfig.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -117,7 +117,7 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     the model is elsewhere, and was opened on another machine."""
     if not checkpoint.path.is_dir():
         with TemporaryDirectory() as name:
-            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config))
+            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config.plain()))
             yield Path(name)
         return
     plain = checkpoint.plain_config()
@@ -152,7 +152,7 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 def _explain(
     error: Exception, checkpoint: Checkpoint, where: str, *, trust_remote_code: bool
 ) -> InputError:
-    own_code = bool(checkpoint.config.get("auto_map"))
+    own_code = bool(checkpoint.config.value("auto_map"))
     if own_code and not trust_remote_code:
         return InputError(
             "the model comes with code of its own, without which it cannot be run",

@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +29,7 @@ from quantcli.calibration.text.documents import (
     sentence,
 )
 from quantcli.calibration.text.examples import NAME, Examples
+from quantcli.checkpoint.config.table import Table
 from quantcli.checkpoint.header import parse_json
 from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError
@@ -89,11 +90,9 @@ def check_source(source: TextSource, model: Path, fix: str = _FETCH) -> None:
         raise MachineError(what, where=source.where, fix=fix)
 
 
-def model_limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def model_limits(config: Table) -> tuple[int | None, int | None]:
     """Positions and vocabulary that config.json gives the language model."""
-    values = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-    positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in values)
-    return positions, vocabulary
+    return config.size("max_position_embeddings") or None, config.size("vocab_size") or None
 
 
 def check_length(source: TextSource, positions: int | None) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from quantcli.checkpoint.config.table import Table
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.core.registry import discover
 from quantcli.planning.card.source import QUANTIZED_BY, SourceCard, kept
@@ -29,15 +29,13 @@ def base_of(named: str | None, source: SourceCard) -> str | None:
     return given["repository"] if quantized and given else None  # the Hub knows no revision here
 
 
-def front_matter(
-    base: str | None, source: SourceCard, target: Target, config: Mapping[str, Any]
-) -> str:
+def front_matter(base: str | None, source: SourceCard, target: Target, config: Table) -> str:
     """The front matter between its edges, in YAML."""
     own = dict(kept(source.front))
     table: dict[str, Any] = {}
     if base is not None:
         table |= {"base_model": base, "base_model_relation": "quantized"}
-    if "library_name" in own or config.get("model_type"):
+    if "library_name" in own or config.text("model_type"):
         table["library_name"] = own.pop("library_name", _LIBRARY)
     tags = own.pop("tags", [])
     of_formats = {tag for cls in discover(Target).values() for tag in cls().tags}
