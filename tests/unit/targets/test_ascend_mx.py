@@ -147,9 +147,7 @@ def test_a_bias_that_the_matmul_does_not_take():
 def described(modules, tp=None):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "U8", m.shape) for m in modules}
     config = Table({"dtype": "bfloat16"})
-    output = PlannedCheckpoint(
-        modules, specs, dict.fromkeys(specs, "f"), Table({"dtype": "bfloat16"}), "BF16"
-    )
+    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), config, "BF16")
     return json.loads(Ascend(tp=tp).sidecars(output)["quant_model_description.json"])
 
 

@@ -125,9 +125,7 @@ def configured(*modules, tied=False):
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
     config = Table({"dtype": "bfloat16"})
-    output = PlannedCheckpoint(
-        built, specs, dict.fromkeys(specs, "f"), Table({"dtype": "bfloat16"}), "BF16"
-    )
+    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), config, "BF16")
     return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
 
 

@@ -22,7 +22,8 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_la
            "num_decoder_layers", "num_transformer_layers")  # fmt: skip
 _DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _SHARED_LAYERS = frozenset({"num_hidden_groups"})  # ALBERT: one stored layer is run several times
-_LISTED = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)\..+")
+# Lists of layers by the last part of their names; others are lists of heads, of experts and so on.
+_LISTED = re.compile(r"(?P<list>(?:.+?\.)?(?:layers?|h|blocks?))\.(?P<index>\d+)\..+")
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talker|mtp)([._]|$)")
 # Embeddings have a width of their own if config.json has one of these.
 _OTHER_WIDTH = re.compile(r"word_embed_proj_dim|emb(ed|edding)?_(size|dim)")
@@ -212,12 +213,13 @@ def _embedding(config: Table, sides: _Sides, *, whole: bool) -> Iterator[str]:
 def _experts(config: Table, shapes: Shapes) -> Iterator[str]:
     """The number of experts of a layer, if it is the same in all, and other than each number given."""
     counts = {n for key in _COUNTS if (n := config.size(key))}
-    sets: dict[str, int] = defaultdict(int)
+    sets: dict[str, set[int]] = defaultdict(set)
     for module in shapes if counts else ():
         if match := _EXPERTS.fullmatch(module):
-            sets[match["set"]] = max(sets[match["set"]], int(match["index"]) + 1)
-    if len({*sets.values()}) != 1:
-        return
-    name, experts = next(iter(sets.items()))
-    if experts not in counts | {2 * n for n in counts}:  # twice: for text and for vision
-        yield f"it says {min(counts)} experts; `{name}` has {experts}"
+            sets[match["set"]].add(int(match["index"]))
+    sizes = {len(members) for members in sets.values()}
+    if len(sizes) != 1 or any(max(members) >= len(members) for members in sets.values()):
+        return  # some are missing, which is another fault
+    experts = sizes.pop()
+    if experts > 1 and experts not in counts | {2 * n for n in counts}:  # twice: also for vision
+        yield f"it says {min(counts)} experts; `{next(iter(sets))}` has {experts}"

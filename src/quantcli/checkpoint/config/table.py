@@ -69,6 +69,8 @@ class Table:
         """The error for a value that should be something else, such as "text"."""
         value = self._values.get(key)
         kind = next((name for of, name in _KINDS if isinstance(value, of)), "that")
+        if isinstance(value, list) and expected.startswith("a list"):
+            kind = "one of other things"
         shown = f": it is {reprlib.repr(value)}" if isinstance(value, (str, int, float)) else ""
         return InputError(
             f"{self.file}: `{self.key_path(key):.200}` should be {expected}, not {kind}{shown}",
