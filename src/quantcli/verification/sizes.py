@@ -40,6 +40,6 @@ def check_sizes(stored: Model) -> Iterator[Finding]:
     shapes |= {name: module.shape for name, module in stored.modules.items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in stored.unchecked}
     problems = [problem.what for problem in checkpoint.problems]
-    for what in size_faults(checkpoint.text_config, shapes, whole=True):
+    for what in size_faults(checkpoint.text_config, shapes, served=True):
         if not any(problem.endswith(what) for problem in problems):
             yield failed("sizes", what, CONFIG, FIX)

@@ -157,13 +157,14 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 _ENDS = frozenset({*_EMBEDDINGS, *_PROJECTIONS, *_NORMS})
 
 
-def size_faults(config: Table, shapes: Shapes, *, whole: bool = False) -> Iterator[str]:
+def size_faults(config: Table, shapes: Shapes, *, served: bool = False) -> Iterator[str]:
     """Sizes of the language model's config that are not those of its weights.
 
-    whole: embeddings have as many rows as words, as engines need it; else they may have more.
+    served: also what fits some family, but not what engines build of these keys: embeddings of more
+    rows than words, keys with as many heads as queries, gates next to queries, other widths of an MLP.
     """
     sides = _Sides.of(shapes)
-    yield from _embedding(config, sides, whole=whole)
+    yield from _embedding(config, sides, served=served)
     if hidden := config.size("hidden_size"):
         for norm in sorted(_NORMS):
             found = sides.common(norm, 1)
@@ -171,13 +172,14 @@ def size_faults(config: Table, shapes: Shapes, *, whole: bool = False) -> Iterat
                 yield f"`hidden_size` is {hidden}; `{found[0]}` has {found[1][0]} numbers"
                 break
     if inner := config.size("intermediate_size"):
-        yield from sides.width("mlp.down_proj", 1, {inner})
+        others = {n for key in config if "intermediate_size" in key and (n := config.size(key))}
+        yield from sides.width("mlp.down_proj", 1, {inner} if served else others)
     if all(config.value(key) is None for key in _OTHER_HEADS):
-        yield from _heads(config, sides)
+        yield from _heads(config, sides, served=served)
     yield from _experts(config, shapes)
 
 
-def _heads(config: Table, sides: _Sides) -> Iterator[str]:
+def _heads(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
     """The projections of attention: the number of heads times one width."""
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     head = config.size("head_dim") or (hidden // heads if heads and hidden else None)
@@ -187,15 +189,16 @@ def _heads(config: Table, sides: _Sides) -> Iterator[str]:
         gated = (config.text("model_type") or "").startswith(_GATED) or any(
             "gate" in key and "attn" in key and config.value(key) for key in config
         )
-        queries = {heads * head, 2 * heads * head} if gated else {heads * head}
+        queries = {heads * head, 2 * heads * head} if gated or not served else {heads * head}
         yield from sides.width("self_attn.q_proj", 0, queries)
         yield from sides.width("self_attn.o_proj", 1, {heads * head})
     if kv := config.size("num_key_value_heads"):
-        yield from sides.width("self_attn.k_proj", 0, {kv * head})
-        yield from sides.width("self_attn.v_proj", 0, {kv * head})
+        keys = {kv * head} if served else {kv * head, (heads or kv) * head}
+        yield from sides.width("self_attn.k_proj", 0, keys)
+        yield from sides.width("self_attn.v_proj", 0, keys)
 
 
-def _embedding(config: Table, sides: _Sides, *, whole: bool) -> Iterator[str]:
+def _embedding(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
     """[vocab_size, hidden_size]; not checked if config.json gives embeddings a width of their own."""
     tables = {m: s for end in _EMBEDDINGS for m, s in sides.by_end.get(end, {}).items()}
     if len(tables) != 1 or any(_OTHER_WIDTH.fullmatch(key) for key in config):
@@ -204,7 +207,7 @@ def _embedding(config: Table, sides: _Sides, *, whole: bool) -> Iterator[str]:
     if len(shape) != 2:
         return
     words, hidden = config.size("vocab_size"), config.size("hidden_size")
-    if words and (shape[0] < words or (whole and shape[0] != words)):
+    if words and (shape[0] < words or (served and shape[0] != words)):
         yield f"`vocab_size` is {words}; `{module}.weight` is {list(shape)}"
     if hidden and shape[1] != hidden:
         yield f"`hidden_size` is {hidden}; `{module}.weight` is {list(shape)}"
